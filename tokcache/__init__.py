@@ -1,0 +1,19 @@
+"""Exact caches for language-model serving: tokenization results and prefix states."""
+
+from tokcache._version import __version__
+from tokcache.config import CacheConfig
+from tokcache.errors import TokcacheError
+from tokcache.stats import CacheStats, L0Stats, StateStats
+from tokcache.text.l0 import L0Cache
+from tokcache.text.token_ids import TokenIds
+
+__all__ = [
+    "CacheConfig",
+    "CacheStats",
+    "L0Cache",
+    "L0Stats",
+    "StateStats",
+    "TokcacheError",
+    "TokenIds",
+    "__version__",
+]

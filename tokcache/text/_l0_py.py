@@ -1,0 +1,176 @@
+"""The readable twin of the native L0Cache, on cachetools: what it does, in order.
+
+Two maps, split on `add_special_tokens`; both budgets hold over the two together; the victim is
+the least recently used of `sample_size` random entries of the larger map.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cachetools
+
+from tokcache.config import require_int
+from tokcache.errors import InvalidText
+from tokcache.stats import L0Stats
+from tokcache.text._token_ids_py import TokenIds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_Key = tuple[str, str | None]
+
+# A dict slot and a list slot each for _Map and its base, the key tuple, the entry object.
+_ENTRY_BYTES = 560
+
+
+@dataclass(slots=True)
+class _Entry:
+    ids: TokenIds
+    tick: int
+    index: int
+    n_bytes: int
+
+
+class _Map(cachetools.Cache):  # type: ignore[misc]
+    """A cachetools cache whose keys also lie dense in a list, so that a random draw is one index."""
+
+    def __init__(self) -> None:
+        super().__init__(maxsize=sys.maxsize, getsizeof=lambda entry: entry.n_bytes)
+        self.keys_dense: list[_Key] = []
+
+    def __setitem__(self, key: _Key, entry: _Entry) -> None:
+        entry.index = len(self.keys_dense)
+        self.keys_dense.append(key)
+        super().__setitem__(key, entry)
+
+    def __delitem__(self, key: _Key) -> None:
+        hole = self[key].index
+        last = self.keys_dense.pop()
+        if last != key:
+            self.keys_dense[hole] = last
+            self[last].index = hole
+        super().__delitem__(key)
+
+    def evict(self, rng: random.Random, sample_size: int) -> None:
+        drawn = [rng.choice(self.keys_dense) for _ in range(sample_size)]
+        del self[min(drawn, key=lambda key: self[key].tick)]
+
+
+def _exact_str(text: object) -> str:
+    if not isinstance(text, str):
+        raise InvalidText(f"text must be a str, not {type(text).__name__}; decode bytes first")
+    return str.__str__(text)  # a subclass is kept by its content alone
+
+
+def _exact_scope(scope: object) -> str | None:
+    if scope is not None and not isinstance(scope, str):
+        raise InvalidText(f"scope must be a str or None, not {type(scope).__name__}")
+    return scope if scope is None else str.__str__(scope)
+
+
+class L0Cache:
+    """The token ids of whole strings seen before.
+
+    Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps.
+    Errors:  InvalidConfig for a budget below 1; InvalidText for what is no str.
+    Cost:    a look-up is one hash and one compare.
+    Threads: safe under the interpreter lock.
+    """
+
+    def __init__(
+        self, max_entries: int = 10_000, max_bytes: int = 64 << 20, sample_size: int = 8
+    ) -> None:
+        self.max_entries = require_int("max_entries", max_entries, 1)
+        self.max_bytes = require_int("max_bytes", max_bytes, 1)
+        self.sample_size = require_int("sample_size", sample_size, 1)
+        self._rng = random.Random(os.urandom(16))  # noqa: S311 (a draw, not a secret)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every entry and set the counters to zero."""
+        self._maps = (_Map(), _Map())
+        self._clock = self._hits = self._misses = self._hit_tokens = 0
+        self._insertions = self._evictions = self._oversize = 0
+
+    def get(self, text: str, add_special_tokens: bool, scope: str | None = None) -> TokenIds | None:
+        """Return the ids stored for `text` in `scope`, or None."""
+        key = (_exact_str(text), _exact_scope(scope))
+        entry = self._maps[bool(add_special_tokens)].get(key)
+        if entry is None:
+            self._misses += 1
+            return None
+        self._hits += 1
+        self._hit_tokens += len(entry.ids)
+        self._clock += 1
+        entry.tick = self._clock
+        return entry.ids  # type: ignore[no-any-return]
+
+    def put(
+        self,
+        text: str,
+        add_special_tokens: bool,
+        ids: Iterable[int],
+        scope: str | None = None,
+    ) -> bool:
+        """Store `ids` for `text` in `scope`; return False if it is larger than the budget."""
+        key = (_exact_str(text), _exact_scope(scope))
+        own = TokenIds(ids)
+        if own.base is not None and isinstance(own.base, TokenIds):
+            own = TokenIds(own.tolist())  # a slice would keep all it was cut from
+        target = self._maps[bool(add_special_tokens)]
+        if key in target:
+            del target[key]
+        n_bytes = sys.getsizeof(key[0]) + 4 * len(own) + _ENTRY_BYTES
+        if n_bytes > self.max_bytes:
+            self._oversize += 1
+            return False
+        self._make_room(n_bytes)
+        self._clock += 1
+        target[key] = _Entry(own, self._clock, 0, n_bytes)
+        self._insertions += 1
+        return True
+
+    def _make_room(self, n_bytes: int) -> None:
+        while len(self) >= self.max_entries:
+            self._evict_from(max(self._maps, key=len))
+        while self.memory_usage() + n_bytes > self.max_bytes:
+            self._evict_from(max(self._maps, key=lambda m: m.currsize))
+
+    def _evict_from(self, larger: _Map) -> None:
+        larger.evict(self._rng, self.sample_size)
+        self._evictions += 1
+
+    def __len__(self) -> int:
+        return len(self._maps[0]) + len(self._maps[1])
+
+    def memory_usage(self) -> int:
+        """Return the bytes held: keys, ids and overhead."""
+        return int(self._maps[0].currsize + self._maps[1].currsize)
+
+    def stats(self) -> L0Stats:
+        """Return a snapshot of the counters."""
+        return L0Stats(
+            hits=self._hits,
+            misses=self._misses,
+            insertions=self._insertions,
+            evictions=self._evictions,
+            refusals={"oversize": self._oversize} if self._oversize else {},
+            hit_tokens=self._hit_tokens,
+            n_entries=len(self),
+            n_bytes=self.memory_usage(),
+        )
+
+    def _check(self) -> None:
+        """Verify every invariant; for tests."""
+        for one in self._maps:
+            dense: list[Any] = one.keys_dense
+            assert len(dense) == len(one) == len(set(dense))  # noqa: S101
+            assert all(one[key].index == i for i, key in enumerate(dense))  # noqa: S101
+            assert one.currsize == sum(one[key].n_bytes for key in dense)  # noqa: S101
+        assert len(self) <= self.max_entries  # noqa: S101
+        assert self.memory_usage() <= self.max_bytes  # noqa: S101

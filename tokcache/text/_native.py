@@ -1,0 +1,32 @@
+"""Decides, once, whether the native modules serve or their plain-Python twins."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+
+_log = logging.getLogger("tokcache")
+
+
+def _is_switched_off() -> bool:
+    return os.environ.get("TOKCACHE_NO_EXTENSIONS", "") not in ("", "0")
+
+
+@cache
+def is_native() -> bool:
+    """Return whether the compiled modules are there and not switched off."""
+    return not _is_switched_off() and all(
+        find_spec(f"tokcache.text.{name}") is not None for name in ("_token_ids", "_l0")
+    )
+
+
+@cache
+def log_missing_extension() -> None:
+    """Say, at the first call only, that the slower twins serve because nothing was compiled."""
+    if not is_native() and not _is_switched_off():
+        _log.warning(
+            "the native modules were not built, the plain-Python twins serve (same results, "
+            "slower look-ups); to build them: install a C compiler and reinstall tokcache"
+        )

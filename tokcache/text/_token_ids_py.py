@@ -1,0 +1,126 @@
+"""The readable twin of the native TokenIds, on a numpy array.
+
+An ndarray subclass is the one plain-Python way to a read-only buffer of format "i" on
+Python 3.11 (`__buffer__` came with 3.12); arithmetic is switched off, so that it stays a sequence.
+"""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokcache.errors import InvalidTokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    _Array = np.ndarray[Any, np.dtype[np.int32]]
+else:
+    _Array = np.ndarray
+
+
+def _int32_view(ids: object) -> memoryview | None:
+    try:
+        view = memoryview(ids)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return view if view.format == "i" and view.ndim == 1 and view.c_contiguous else None
+
+
+def _index(value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidTokens(f"a token id must be an integer, not {value!r}") from None
+
+
+def _int32_bytes(ids: object) -> bytes:
+    view = _int32_view(ids)
+    if view is not None:
+        return view.tobytes()
+    if isinstance(ids, str | bytes | bytearray):
+        raise InvalidTokens(f"token ids must be integers, not {type(ids).__name__}")
+    try:
+        return array("i", [_index(value) for value in ids]).tobytes()  # type: ignore[attr-defined]
+    except OverflowError:
+        raise InvalidTokens("a token id does not fit into an int32") from None
+
+
+class TokenIds(_Array):
+    """An immutable sequence of int32 token ids.
+
+    Shapes: int32[n_tokens]; slices share the memory, a slice with a step is a copy.
+    Errors: InvalidTokens for what is no int32.
+    Threads: safe, nothing ever changes.
+    """
+
+    __array_ufunc__ = None
+
+    def __new__(cls, ids: Iterable[int] = ()) -> TokenIds:
+        """Return `ids` itself if it is a TokenIds, else a copy of the integers in it."""
+        if isinstance(ids, TokenIds):
+            return ids
+        return np.frombuffer(_int32_bytes(ids), np.int32).view(cls)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            part = super().__getitem__(index)
+            return part if part.flags.c_contiguous else TokenIds(part.tolist())
+        return int(super().__getitem__(index.__index__()))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.tolist())
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.tolist()
+
+    def __eq__(self, other: object) -> bool:  # type: ignore[override]
+        if isinstance(other, TokenIds):
+            return self.tobytes() == other.tobytes()
+        return self.tolist() == other if isinstance(other, list) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:  # type: ignore[override]
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(self.tobytes())
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def __repr__(self) -> str:
+        return f"TokenIds({self.tolist()!r})"
+
+    def __reduce__(self) -> Any:
+        from tokcache.text.token_ids import unpickle  # noqa: PLC0415 (the selector imports us)
+
+        return unpickle, (self.tobytes(),)
+
+    def __copy__(self) -> TokenIds:
+        return self
+
+    def __deepcopy__(self, memo: object) -> TokenIds:
+        return self
+
+    def count(self, value: int) -> int:
+        """Return how often `value` occurs."""
+        return int(self.tolist().count(value))
+
+    def index(self, value: int, start: int = 0, stop: int = 2**62) -> int:
+        """Return the first position of `value`; ValueError if it isn't there."""
+        return int(self.tolist().index(value, start, stop))
+
+    def numpy(self) -> Any:
+        """Return a read-only int32[n_tokens] view, no copy."""
+        return self.view(np.ndarray)
+
+
+Sequence.register(TokenIds)
