@@ -1,0 +1,403 @@
+# cython: embedsignature=False
+"""L0Cache: the exact-string cache, a thin face of two tables."""
+
+cimport cython
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from os import urandom
+
+from tokcache.config import require_int
+from tokcache.errors import InvalidText
+from tokcache.stats import L0Stats
+
+from tokcache.text._table cimport (
+    IS_FULL, KIND_MASK, N_SECRETS, OWNER_MASK, OWNER_SHIFT, SAMPLED_MIN, SCOPE_SHIFT, Crowd,
+    Entry, Key, Table, bytes_to_grow, digest_of, fetch, find, find_crowd, full_of, insert, is_long,
+    key_of, oldest_of, release_arrays, remove, reserve, sampled_of, settle, table_bytes,
+)
+from tokcache.text._token_ids cimport TokenIds, ids_data, new_owner, owner_data, owner_of
+
+cdef extern from "Python.h":
+    bint PyUnicode_CheckExact(object o)
+    bint PyUnicode_Check(object o)
+    int PyUnicode_READY(object o) except -1
+    void* PyUnicode_DATA(object o)
+    int PyUnicode_KIND(object o)
+    Py_ssize_t PyUnicode_GET_LENGTH(object o)
+    bint PyUnicode_IS_COMPACT_ASCII(object o)
+    ctypedef struct PyASCIIObject:
+        pass
+    void incref "Py_INCREF"(PyObject* o)
+    void decref "Py_DECREF"(PyObject* o)
+
+cdef enum:
+    # Who owns the bytes of a key (two bits of an entry's meta).
+    INLINE = 0  # a short key lies behind the ids, in their allocation
+    STRING = 1  # a long ASCII key is the caller's str; asked with the same object, no compare
+    COPY = 2    # any other long key is copied: a str may grow a second, UTF-8, copy of itself
+
+    MAX_SCOPES = 1 << 24
+    MAX_UNITS = 0xFFFFFFF0
+    SMALL_BYTES = 512   # up to here CPython's own allocator serves, in steps of 16
+    MMAP_BYTES = 128 * 1024  # from here on malloc may map pages of its own
+    PAGE_BYTES = 4096
+
+
+cdef inline uint64_t allocated(uint64_t n_bytes) noexcept:
+    """Return what an allocation of `n_bytes` takes: CPython's small blocks, else malloc's chunks."""
+    if n_bytes <= SMALL_BYTES:
+        return (n_bytes + 15) & ~<uint64_t> 15
+    return (n_bytes + 8 + 15) & ~<uint64_t> 15
+
+
+cdef inline uint64_t key_bytes(uint32_t owner, uint64_t n_bytes) noexcept:
+    """Return what a key takes beside the ids' allocation."""
+    if owner == STRING:
+        return allocated(sizeof(PyASCIIObject) + n_bytes + 1)
+    return allocated(max(n_bytes, <uint64_t> SMALL_BYTES + 1)) if owner == COPY else 0
+
+
+cdef inline uint64_t value_bytes(TokenIds owner) noexcept:
+    return allocated(
+        sizeof(PyObject) + 16 + owner.n_tokens * <uint64_t> sizeof(int) + owner.start
+    )
+
+
+@cython.final
+cdef class L0Cache:
+    """The token ids of whole strings seen before.
+
+    Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps.
+    Errors:  InvalidConfig for a budget below 1; InvalidText for what is no str.
+    Cost:    a look-up is one digest and one memcmp; nothing is allocated.
+    Threads: safe under the interpreter lock.
+    """
+
+    cdef readonly Py_ssize_t max_entries
+    cdef readonly Py_ssize_t max_bytes
+    cdef readonly Py_ssize_t sample_size
+    cdef Table[2] tables
+    cdef uint64_t rng
+    cdef uint32_t clock
+    cdef uint64_t hits, misses, hit_tokens, insertions, evictions
+    cdef dict refusals
+    cdef dict scope_numbers   # name -> number (1 or more) of each scope that has an entry
+    cdef list scope_names     # number -> name
+    cdef list scope_counts    # number -> how many entries
+    cdef list free_scopes     # numbers to use again
+
+    def __cinit__(self, max_entries=10_000, max_bytes=64 << 20, sample_size=8):
+        cdef bytes random = urandom(8 * N_SECRETS + 8)
+        cdef const char* raw = random
+        self.max_entries = require_int("max_entries", max_entries, 1)
+        self.max_bytes = require_int("max_bytes", max_bytes, 1)
+        self.sample_size = require_int("sample_size", sample_size, 1)
+        memset(self.tables, 0, sizeof(self.tables))
+        memcpy(self.tables[0].secret, raw, 8 * N_SECRETS)
+        memcpy(self.tables[1].secret, raw, 8 * N_SECRETS)
+        memcpy(&self.rng, raw + 8 * N_SECRETS, 8)
+        self.rng |= 1
+        self.reset()
+
+    def __init__(self, max_entries=10_000, max_bytes=64 << 20, sample_size=8):
+        pass
+
+    def __dealloc__(self):
+        self.empty()
+
+    def get(self, text, bint add_special_tokens, scope=None):
+        """Return the ids stored for `text` in `scope`, or None."""
+        cdef Key key
+        cdef Entry* entry
+        cdef Table* table = &self.tables[add_special_tokens]
+        if not PyUnicode_CheckExact(text):
+            text = exact_str(text)
+        key_from(text, &key)
+        if scope is not None:
+            number = self.scope_numbers.get(exact_scope(scope))
+            if number is None:
+                self.misses += 1
+                return None
+            key.scope = number
+        entry = find(table, digest_of(table, &key), &key)
+        if entry == NULL:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self.clock += 1
+        table.ticks[entry - table.entries] = self.clock
+        self.hit_tokens += (<TokenIds> entry.value).n_tokens
+        return <TokenIds> entry.value
+
+    def put(self, text, bint add_special_tokens, ids, scope=None):
+        """Store `ids` for `text` in `scope`; return False if it can't be within the budget."""
+        cdef TokenIds source = ids if type(ids) is TokenIds else TokenIds(ids)
+        cdef Table* table = &self.tables[add_special_tokens]
+        cdef Key key
+        cdef Entry entry
+        cdef Entry* old
+        if not PyUnicode_CheckExact(text):
+            text = exact_str(text)
+        if PyUnicode_GET_LENGTH(text) > MAX_UNITS:
+            return self.refuse("oversize")
+        key_from(text, &key)
+        if scope is not None:
+            key.scope = self.enter_scope(exact_scope(scope))
+            if key.scope == 0:
+                return self.refuse("scopes")
+        old = find(table, digest_of(table, &key), &key)
+        if old != NULL:
+            self.drop(table, <uint32_t> (old - table.entries))
+        reason = self.admit(table, &key, text, source, &entry)
+        if reason is not None:
+            if key.scope:
+                self.leave_scope(key.scope)
+            return self.refuse(reason)
+        self.clock += 1
+        insert(table, &entry, self.clock)
+        self.insertions += 1
+        return True
+
+    def clear(self):
+        """Forget every entry and set the counters to zero."""
+        self.empty()
+        self.reset()
+
+    def __len__(self):
+        return self.tables[0].n + self.tables[1].n
+
+    def memory_usage(self):
+        """Return the bytes held: keys, ids and overhead."""
+        return self.n_bytes()
+
+    def stats(self):
+        """Return a snapshot of the counters."""
+        return L0Stats(
+            hits=self.hits,
+            misses=self.misses,
+            insertions=self.insertions,
+            evictions=self.evictions,
+            refusals=dict(self.refusals),
+            hit_tokens=self.hit_tokens,
+            n_entries=len(self),
+            n_bytes=self.n_bytes(),
+        )
+
+    def _check(self):
+        """Verify every invariant; for tests."""
+        check_table(&self.tables[0])
+        check_table(&self.tables[1])
+        assert len(self) <= self.max_entries
+        assert self.n_bytes() <= <uint64_t> self.max_bytes
+        counts = [0] * len(self.scope_names)
+        for table in range(2):
+            for i in range(self.tables[table].n):
+                counts[self.tables[table].entries[i].meta >> SCOPE_SHIFT] += 1
+        assert counts[1:] == self.scope_counts[1:]
+        assert sorted(self.scope_numbers.values()) == [
+            n for n in range(1, len(counts)) if counts[n]
+        ]
+
+    # ---- inside
+
+    cdef void empty(self) noexcept:
+        cdef int which
+        cdef uint32_t i
+        for which in range(2):
+            for i in range(self.tables[which].n):
+                release(&self.tables[which].entries[i])
+            release_arrays(&self.tables[which])
+
+    cdef int reset(self) except -1:
+        self.hits = self.misses = self.hit_tokens = self.insertions = self.evictions = 0
+        self.refusals = {}
+        self.scope_numbers = {}
+        self.scope_names = [None]
+        self.scope_counts = [0]
+        self.free_scopes = []
+        return 0
+
+    cdef uint64_t fixed_bytes(self) noexcept:
+        return table_bytes(&self.tables[0]) + table_bytes(&self.tables[1])
+
+    cdef uint64_t n_bytes(self) noexcept:
+        return (
+            self.tables[0].n_item_bytes + self.tables[1].n_item_bytes + self.fixed_bytes()
+        )
+
+    cdef bint refuse(self, str reason) except -1:
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+        return False
+
+    cdef str admit(
+        self, Table* table, const Key* key, str text, TokenIds source, Entry* entry
+    ):
+        """Make room, allocate, and fill `entry`; return None, or why it was refused."""
+        cdef uint32_t owner = INLINE
+        cdef uint64_t n_bytes
+        cdef TokenIds value
+        if is_long(key):
+            owner = STRING if PyUnicode_IS_COMPACT_ASCII(text) else COPY
+        n_bytes = key_bytes(owner, key.n_bytes) + allocated(
+            sizeof(PyObject) + 16 + source.n_tokens * <uint64_t> sizeof(int)
+            + (key.n_bytes if owner == INLINE else 0)
+        )
+        if not self.make_room(table, key, n_bytes):
+            return "oversize"
+        if owner == INLINE:
+            value = new_owner(source.n_tokens, key.n_bytes)
+            memcpy(owner_data(value), ids_data(source), source.n_tokens * sizeof(int))
+            entry.key = <uint8_t*> (owner_data(value) + source.n_tokens)
+            memcpy(<void*> entry.key, key.data, key.n_bytes)
+        else:
+            value = owner_of(source)
+            if value.start:  # another cache's key lies behind these ids
+                value = new_owner(source.n_tokens, 0)
+                memcpy(owner_data(value), ids_data(source), source.n_tokens * sizeof(int))
+            entry.key = key.data
+        if owner == COPY:
+            entry.key = <const uint8_t*> malloc(max(key.n_bytes, <size_t> SMALL_BYTES + 1))
+            if entry.key == NULL:
+                return "memory"
+            memcpy(<void*> entry.key, key.data, key.n_bytes)
+        if not (reserve(table) and settle(table, key, &entry.digest, &entry.meta)):
+            if owner == COPY:
+                free(<void*> entry.key)
+            return "memory"
+        entry.meta |= key.kind | owner << OWNER_SHIFT | key.scope << SCOPE_SHIFT
+        entry.n_units = key.n_units
+        entry.value = <void*> value
+        Py_INCREF(value)
+        if owner == STRING:
+            Py_INCREF(text)
+        table.n_item_bytes += n_bytes
+        return None
+
+    cdef bint make_room(self, Table* table, const Key* key, uint64_t n_bytes) except -1:
+        """Evict until one more entry of `n_bytes` fits in `table`; 0 if it never will."""
+        cdef Table* a = &self.tables[0]
+        cdef Table* b = &self.tables[1]
+        cdef uint64_t budget = self.max_bytes
+        if n_bytes + self.fixed_bytes() + (
+            bytes_to_grow(table, key) if table.n == 0 else 0
+        ) > budget:
+            return False
+        while a.n + <Py_ssize_t> b.n >= self.max_entries:
+            self.evict(a if a.n > b.n else b)
+        while self.n_bytes() + n_bytes > budget:
+            self.evict(a if a.n_item_bytes > b.n_item_bytes else b)
+        while self.n_bytes() + n_bytes + bytes_to_grow(table, key) > budget:
+            if table.n:
+                self.evict(table)
+            elif a.n or b.n:
+                self.evict(a if a.n else b)
+            else:
+                return False
+        return True
+
+    cdef int evict(self, Table* table) except -1:
+        self.evictions += 1
+        return self.drop(
+            table, oldest_of(table, &self.rng, <uint32_t> self.sample_size, self.clock)
+        )
+
+    cdef int drop(self, Table* table, uint32_t position) except -1:
+        cdef Entry gone = remove(table, position)
+        table.n_item_bytes -= entry_bytes(&gone)
+        if gone.meta >> SCOPE_SHIFT:
+            self.leave_scope(gone.meta >> SCOPE_SHIFT)
+        release(&gone)
+        return 0
+
+    cdef uint32_t enter_scope(self, str scope) except? 0:
+        """Return the scope's number, one entry more on it; 0 if there are too many scopes."""
+        number = self.scope_numbers.get(scope)
+        if number is None:
+            if self.free_scopes:
+                number = self.free_scopes.pop()
+                self.scope_names[number] = scope
+            elif len(self.scope_names) < MAX_SCOPES:
+                number = len(self.scope_names)
+                self.scope_names.append(scope)
+                self.scope_counts.append(0)
+            else:
+                return 0
+            self.scope_numbers[scope] = number
+        self.scope_counts[number] += 1
+        return number
+
+    cdef int leave_scope(self, uint32_t number) except -1:
+        """One entry less; a scope without entries is forgotten, its number used again."""
+        self.scope_counts[number] -= 1
+        if self.scope_counts[number] == 0:
+            del self.scope_numbers[self.scope_names[number]]
+            self.scope_names[number] = None
+            self.free_scopes.append(number)
+        return 0
+
+
+cdef uint64_t entry_bytes(const Entry* entry) noexcept:
+    return key_bytes(
+        (entry.meta & OWNER_MASK) >> OWNER_SHIFT, key_of(entry).n_bytes
+    ) + value_bytes(<TokenIds> entry.value)
+
+
+cdef void release(const Entry* entry) noexcept:
+    """Let go of what an entry that left its table held."""
+    cdef uint32_t owner = (entry.meta & OWNER_MASK) >> OWNER_SHIFT
+    if owner == STRING:  # the bytes of a compact ASCII str follow its header
+        decref(<PyObject*> (entry.key - sizeof(PyASCIIObject)))
+    elif owner == COPY:
+        free(<void*> entry.key)
+    decref(<PyObject*> entry.value)
+
+
+cdef inline int key_from(str text, Key* key) except -1:
+    PyUnicode_READY(text)
+    key.data = <const uint8_t*> PyUnicode_DATA(text)
+    key.n_units = <uint32_t> PyUnicode_GET_LENGTH(text)
+    key.kind = PyUnicode_KIND(text)
+    key.n_bytes = <size_t> PyUnicode_GET_LENGTH(text) * key.kind
+    key.scope = 0
+    return 0
+
+
+cdef str exact_str(object text):
+    if not PyUnicode_Check(text):
+        raise InvalidText(f"text must be a str, not {type(text).__name__}; decode bytes first")
+    return str.__str__(text)  # a subclass is kept by its content alone
+
+
+cdef str exact_scope(object scope):
+    if PyUnicode_CheckExact(scope):
+        return scope
+    if not PyUnicode_Check(scope):
+        raise InvalidText(f"scope must be a str or None, not {type(scope).__name__}")
+    return str.__str__(scope)
+
+
+cdef int check_table(Table* table) except -1:
+    cdef uint32_t i, filed = 0
+    cdef uint64_t n_bytes = 0, n_crowded = 0
+    cdef Key key
+    for i in range(table.n_slots):
+        if table.slots[i]:
+            filed += 1
+    assert filed == table.n
+    for i in range(table.n):
+        key = key_of(&table.entries[i])
+        assert find(table, digest_of(table, &key), &key) == &table.entries[i]
+        assert bool(table.entries[i].meta & IS_FULL) == (
+            is_long(&key) and find_crowd(table, sampled_of(table, &key)) != NULL
+        )
+        n_crowded += bool(table.entries[i].meta & IS_FULL)
+        n_bytes += entry_bytes(&table.entries[i])
+    assert n_bytes == table.n_item_bytes
+    for i in range(table.crowd_capacity):
+        n_crowded -= table.crowds[i].n_entries
+    assert n_crowded == 0
+    return 0
