@@ -30,14 +30,12 @@ cdef extern from *:
 
 
 cdef enum:
-    N_SECRETS = 8      # 64-bit words of the secret
+    N_SECRETS = 64     # 64-bit words of the secret: two for each 16 bytes of a key of 512
     SAMPLED_MIN = 513  # bytes; a longer key is digested by samples first
-    EDGE = 64          # bytes sampled at each end
-    WINDOW = 32        # bytes of each of the 8 windows between
 
 
 cdef inline uint64_t pair(const uint8_t* p, uint64_t secret, uint64_t lane) noexcept nogil:
-    """Fold 16 bytes into a lane."""
+    """Fold 16 bytes with two words: secrets, or a secret and what came before."""
     return fold(read64(p) ^ secret, read64(p + 8) ^ lane)
 
 
@@ -57,76 +55,71 @@ cdef inline uint64_t short_digest(
     return fold(fold(x ^ secret[1], y ^ seed), secret[2] ^ n)
 
 
+cdef inline uint64_t middle_digest(
+    const uint8_t* p, size_t n, uint64_t seed, const uint64_t* secret
+) noexcept nogil:
+    """Digest 17 to 512 bytes: independent products, each 16 bytes with secrets of their own."""
+    cdef const uint8_t* last = p + n - 16
+    cdef const uint64_t* s = secret
+    cdef uint64_t total = seed
+    while p < last:
+        total += pair(p, s[0], s[1])
+        p += 16
+        s += 2
+    total += pair(last, secret[62], secret[63])
+    return fold(total ^ secret[0], secret[1] ^ n)
+
+
+cdef inline uint64_t chained_digest(
+    const uint8_t* p, size_t n, uint64_t seed, const uint64_t* secret
+) noexcept nogil:
+    """Digest 129 bytes or more: 8 chains, so that order counts however long the key."""
+    cdef const uint8_t* last = p + n - 128
+    cdef uint64_t lane[8]
+    cdef int i
+    for i in range(8):
+        lane[i] = seed ^ secret[i]
+    while p < last:
+        for i in range(8):
+            lane[i] = pair(p + 16 * i, secret[8 + i], lane[i])
+        p += 128
+    for i in range(8):
+        lane[i] = pair(last + 16 * i, secret[16 + i], lane[i])
+    for i in range(4):
+        lane[i] = fold(lane[i] ^ secret[24 + i], lane[4 + i] ^ secret[28 + i])
+    lane[0] += lane[1] ^ fold(lane[2] ^ secret[32], lane[3] ^ secret[33])
+    return fold(lane[0] ^ secret[34], secret[35] ^ n)
+
+
 cdef inline uint64_t full_digest(
     const uint8_t* p, size_t n, uint64_t seed, const uint64_t* secret
 ) noexcept nogil:
-    """Digest all `n` bytes: 8 independent lanes while 128 bytes are left."""
-    cdef uint64_t a = seed ^ secret[0]
-    cdef uint64_t b, c, d, e, f, g, h
-    cdef const uint8_t* end = p + n
+    """Digest all `n` bytes."""
     if n <= 16:
-        return short_digest(p, n, a, secret)
-    b = a ^ secret[1]
-    if n > 128:
-        c = a ^ secret[2]
-        d = a ^ secret[3]
-        e = a ^ secret[4]
-        f = a ^ secret[5]
-        g = a ^ secret[6]
-        h = a ^ secret[7]
-        while end - p > 128:
-            a = pair(p, secret[0], a)
-            b = pair(p + 16, secret[1], b)
-            c = pair(p + 32, secret[2], c)
-            d = pair(p + 48, secret[3], d)
-            e = pair(p + 64, secret[4], e)
-            f = pair(p + 80, secret[5], f)
-            g = pair(p + 96, secret[6], g)
-            h = pair(p + 112, secret[7], h)
-            p += 128
-        a = fold(a ^ e, secret[1] ^ c) ^ fold(b ^ f, secret[2] ^ d)
-        b = fold(g ^ secret[3], h ^ secret[4])
-    while end - p > 32:
-        a = pair(p, secret[1], a)
-        b = pair(p + 16, secret[2], b)
-        p += 32
-    if end - p > 16:
-        b = pair(p, secret[3], b)
-    a = pair(end - 16, secret[4], a)
-    return fold(a ^ secret[5], b ^ secret[6] ^ n)
+        return short_digest(p, n, seed, secret)
+    if n < SAMPLED_MIN:
+        return middle_digest(p, n, seed, secret)
+    return chained_digest(p, n, seed, secret)
 
 
 cdef inline uint64_t sampled_digest(
     const uint8_t* p, size_t n, uint64_t seed, const uint64_t* secret
 ) noexcept nogil:
-    """Digest both ends and 8 windows spread between; `n` is at least SAMPLED_MIN."""
-    cdef size_t stride = (n - 2 * EDGE - WINDOW) // 7
-    cdef const uint8_t* tail = p + n - EDGE
-    cdef const uint8_t* q = p + EDGE
-    cdef uint64_t a = pair(p, secret[0], seed ^ secret[4])
-    cdef uint64_t b = pair(p + 16, secret[1], seed ^ secret[5])
-    cdef uint64_t c = pair(p + 32, secret[2], seed ^ secret[6])
-    cdef uint64_t d = pair(p + 48, secret[3], seed ^ secret[7])
-    cdef uint64_t e = pair(tail, secret[4], seed ^ secret[0])
-    cdef uint64_t f = pair(tail + 16, secret[5], seed ^ secret[1])
-    cdef uint64_t g = pair(tail + 32, secret[6], seed ^ secret[2])
-    cdef uint64_t h = pair(tail + 48, secret[7], seed ^ secret[3])
-    a = pair(q, secret[0], a)
-    b = pair(q + 16, secret[1], b)
-    c = pair(q + stride, secret[2], c)
-    d = pair(q + stride + 16, secret[3], d)
-    e = pair(q + 2 * stride, secret[4], e)
-    f = pair(q + 2 * stride + 16, secret[5], f)
-    g = pair(q + 3 * stride, secret[6], g)
-    h = pair(q + 3 * stride + 16, secret[7], h)
-    q += 4 * stride
-    a = pair(q, secret[0], a)
-    b = pair(q + 16, secret[1], b)
-    c = pair(q + stride, secret[2], c)
-    d = pair(q + stride + 16, secret[3], d)
-    e = pair(q + 2 * stride, secret[4], e)
-    f = pair(q + 2 * stride + 16, secret[5], f)
-    g = pair(q + 3 * stride, secret[6], g)
-    h = pair(q + 3 * stride + 16, secret[7], h)
-    a = fold(a ^ e, secret[1] ^ c) ^ fold(b ^ f, secret[2] ^ d)
-    return fold(a ^ secret[3], fold(g ^ secret[4], h ^ secret[5]) ^ n)
+    """Digest the first 32 bytes, the last 64 and 6 windows of 16 between; n >= SAMPLED_MIN.
+
+    Chats begin alike and end with the same 33 characters that open an answer: more at the end.
+    """
+    cdef size_t stride = (n - 32 - 64) // 7
+    cdef const uint8_t* tail = p + n - 64
+    cdef const uint8_t* q = p + 32 + stride
+    cdef uint64_t total = seed
+    total += pair(p, secret[0], secret[1]) + pair(p + 16, secret[2], secret[3])
+    total += pair(tail, secret[4], secret[5]) + pair(tail + 16, secret[6], secret[7])
+    total += pair(tail + 32, secret[8], secret[9]) + pair(tail + 48, secret[10], secret[11])
+    total += pair(q, secret[12], secret[13])
+    total += pair(q + stride, secret[14], secret[15])
+    total += pair(q + 2 * stride, secret[16], secret[17])
+    total += pair(q + 3 * stride, secret[18], secret[19])
+    total += pair(q + 4 * stride, secret[20], secret[21])
+    total += pair(q + 5 * stride, secret[22], secret[23])
+    return fold(total ^ secret[24], secret[25] ^ n)

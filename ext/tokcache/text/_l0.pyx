@@ -1,11 +1,10 @@
-# cython: embedsignature=False
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 """L0Cache: the exact-string cache, a thin face of two tables."""
 
 cimport cython
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from os import urandom
@@ -15,11 +14,11 @@ from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 
 from tokcache.text._table cimport (
-    IS_FULL, KIND_MASK, N_SECRETS, OWNER_MASK, OWNER_SHIFT, SAMPLED_MIN, SCOPE_SHIFT, Crowd,
-    Entry, Key, Table, bytes_to_grow, digest_of, fetch, find, find_crowd, full_of, insert, is_long,
-    key_of, oldest_of, release_arrays, remove, reserve, sampled_of, settle, table_bytes,
+    IS_FULL, N_SECRETS, OWNER_MASK, OWNER_SHIFT, SCOPE_SHIFT, Entry, Key, Table, bytes_to_grow,
+    digest_of, find, find_crowd, insert, is_long, key_of, oldest_of, release_arrays, remove, reserve,
+    sampled_of, settle, table_bytes,
 )
-from tokcache.text._token_ids cimport TokenIds, ids_data, new_owner, owner_data, owner_of
+from tokcache.text._token_ids cimport TokenIds, owner_of, sizeof_token_ids
 
 cdef extern from "Python.h":
     bint PyUnicode_CheckExact(object o)
@@ -31,20 +30,18 @@ cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(object o)
     ctypedef struct PyASCIIObject:
         pass
-    void incref "Py_INCREF"(PyObject* o)
+    void* PyObject_Malloc(size_t n)
+    void PyObject_Free(void* p)
     void decref "Py_DECREF"(PyObject* o)
 
 cdef enum:
-    # Who owns the bytes of a key (two bits of an entry's meta).
-    INLINE = 0  # a short key lies behind the ids, in their allocation
-    STRING = 1  # a long ASCII key is the caller's str; asked with the same object, no compare
-    COPY = 2    # any other long key is copied: a str may grow a second, UTF-8, copy of itself
+    # Who owns the bytes of a key (in an entry's meta).
+    STRING = 0  # an ASCII key is the caller's own str; asked with the same object, no compare
+    COPY = 1    # any other key is copied: a str may grow a second, UTF-8, copy of itself
 
     MAX_SCOPES = 1 << 24
     MAX_UNITS = 0xFFFFFFF0
     SMALL_BYTES = 512   # up to here CPython's own allocator serves, in steps of 16
-    MMAP_BYTES = 128 * 1024  # from here on malloc may map pages of its own
-    PAGE_BYTES = 4096
 
 
 cdef inline uint64_t allocated(uint64_t n_bytes) noexcept:
@@ -55,16 +52,13 @@ cdef inline uint64_t allocated(uint64_t n_bytes) noexcept:
 
 
 cdef inline uint64_t key_bytes(uint32_t owner, uint64_t n_bytes) noexcept:
-    """Return what a key takes beside the ids' allocation."""
     if owner == STRING:
         return allocated(sizeof(PyASCIIObject) + n_bytes + 1)
-    return allocated(max(n_bytes, <uint64_t> SMALL_BYTES + 1)) if owner == COPY else 0
+    return allocated(n_bytes)
 
 
-cdef inline uint64_t value_bytes(TokenIds owner) noexcept:
-    return allocated(
-        sizeof(PyObject) + 16 + owner.n_tokens * <uint64_t> sizeof(int) + owner.start
-    )
+cdef inline uint64_t value_bytes(uint64_t n_tokens) noexcept:
+    return allocated(sizeof_token_ids() + n_tokens * sizeof(int))
 
 
 @cython.final
@@ -100,7 +94,8 @@ cdef class L0Cache:
         memcpy(self.tables[0].secret, raw, 8 * N_SECRETS)
         memcpy(self.tables[1].secret, raw, 8 * N_SECRETS)
         memcpy(&self.rng, raw + 8 * N_SECRETS, 8)
-        self.rng |= 1
+        if self.max_entries < 1 << 30:
+            self.tables[0].enough = self.tables[1].enough = self.max_entries * 4 // 3 + 2
         self.reset()
 
     def __init__(self, max_entries=10_000, max_bytes=64 << 20, sample_size=8):
@@ -128,14 +123,14 @@ cdef class L0Cache:
             self.misses += 1
             return None
         self.hits += 1
-        self.clock += 1
+        self.tick()
         table.ticks[entry - table.entries] = self.clock
         self.hit_tokens += (<TokenIds> entry.value).n_tokens
         return <TokenIds> entry.value
 
     def put(self, text, bint add_special_tokens, ids, scope=None):
         """Store `ids` for `text` in `scope`; return False if it can't be within the budget."""
-        cdef TokenIds source = ids if type(ids) is TokenIds else TokenIds(ids)
+        cdef TokenIds owner = owner_of(ids if type(ids) is TokenIds else TokenIds(ids))
         cdef Table* table = &self.tables[add_special_tokens]
         cdef Key key
         cdef Entry entry
@@ -149,15 +144,16 @@ cdef class L0Cache:
             key.scope = self.enter_scope(exact_scope(scope))
             if key.scope == 0:
                 return self.refuse("scopes")
-        old = find(table, digest_of(table, &key), &key)
+        entry.digest = digest_of(table, &key)
+        old = find(table, entry.digest, &key)
         if old != NULL:
             self.drop(table, <uint32_t> (old - table.entries))
-        reason = self.admit(table, &key, text, source, &entry)
+        reason = self.admit(table, &key, text, owner, &entry)
         if reason is not None:
             if key.scope:
                 self.leave_scope(key.scope)
             return self.refuse(reason)
-        self.clock += 1
+        self.tick()
         insert(table, &entry, self.clock)
         self.insertions += 1
         return True
@@ -195,8 +191,9 @@ cdef class L0Cache:
         assert self.n_bytes() <= <uint64_t> self.max_bytes
         counts = [0] * len(self.scope_names)
         for table in range(2):
-            for i in range(self.tables[table].n):
-                counts[self.tables[table].entries[i].meta >> SCOPE_SHIFT] += 1
+            for i in range(self.tables[table].capacity):
+                if self.tables[table].entries[i].value != NULL:
+                    counts[self.tables[table].entries[i].meta >> SCOPE_SHIFT] += 1
         assert counts[1:] == self.scope_counts[1:]
         assert sorted(self.scope_numbers.values()) == [
             n for n in range(1, len(counts)) if counts[n]
@@ -204,12 +201,18 @@ cdef class L0Cache:
 
     # ---- inside
 
+    cdef inline void tick(self) noexcept:
+        self.clock += 1
+        if self.clock == 0:  # 0 marks an empty place
+            self.clock = 1
+
     cdef void empty(self) noexcept:
         cdef int which
         cdef uint32_t i
         for which in range(2):
-            for i in range(self.tables[which].n):
-                release(&self.tables[which].entries[i])
+            for i in range(self.tables[which].capacity):
+                if self.tables[which].entries[i].value != NULL:
+                    release(&self.tables[which].entries[i])
             release_arrays(&self.tables[which])
 
     cdef int reset(self) except -1:
@@ -234,44 +237,29 @@ cdef class L0Cache:
         return False
 
     cdef str admit(
-        self, Table* table, const Key* key, str text, TokenIds source, Entry* entry
+        self, Table* table, const Key* key, str text, TokenIds ids, Entry* entry
     ):
-        """Make room, allocate, and fill `entry`; return None, or why it was refused."""
-        cdef uint32_t owner = INLINE
-        cdef uint64_t n_bytes
-        cdef TokenIds value
-        if is_long(key):
-            owner = STRING if PyUnicode_IS_COMPACT_ASCII(text) else COPY
-        n_bytes = key_bytes(owner, key.n_bytes) + allocated(
-            sizeof(PyObject) + 16 + source.n_tokens * <uint64_t> sizeof(int)
-            + (key.n_bytes if owner == INLINE else 0)
-        )
+        """Make room, and fill `entry` with what it holds; return None, or why it was refused."""
+        cdef uint32_t owner = STRING if PyUnicode_IS_COMPACT_ASCII(text) else COPY
+        cdef uint64_t n_bytes = key_bytes(owner, key.n_bytes) + value_bytes(ids.n_tokens)
         if not self.make_room(table, key, n_bytes):
             return "oversize"
-        if owner == INLINE:
-            value = new_owner(source.n_tokens, key.n_bytes)
-            memcpy(owner_data(value), ids_data(source), source.n_tokens * sizeof(int))
-            entry.key = <uint8_t*> (owner_data(value) + source.n_tokens)
-            memcpy(<void*> entry.key, key.data, key.n_bytes)
-        else:
-            value = owner_of(source)
-            if value.start:  # another cache's key lies behind these ids
-                value = new_owner(source.n_tokens, 0)
-                memcpy(owner_data(value), ids_data(source), source.n_tokens * sizeof(int))
-            entry.key = key.data
+        if not reserve(table):
+            return "memory"
+        entry.key = key.data
         if owner == COPY:
-            entry.key = <const uint8_t*> malloc(max(key.n_bytes, <size_t> SMALL_BYTES + 1))
+            entry.key = <const uint8_t*> PyObject_Malloc(key.n_bytes)
             if entry.key == NULL:
                 return "memory"
             memcpy(<void*> entry.key, key.data, key.n_bytes)
-        if not (reserve(table) and settle(table, key, &entry.digest, &entry.meta)):
+        if not settle(table, key, &entry.digest, &entry.meta):
             if owner == COPY:
-                free(<void*> entry.key)
+                PyObject_Free(<void*> entry.key)
             return "memory"
         entry.meta |= key.kind | owner << OWNER_SHIFT | key.scope << SCOPE_SHIFT
         entry.n_units = key.n_units
-        entry.value = <void*> value
-        Py_INCREF(value)
+        entry.value = <void*> ids
+        Py_INCREF(ids)
         if owner == STRING:
             Py_INCREF(text)
         table.n_item_bytes += n_bytes
@@ -343,7 +331,7 @@ cdef class L0Cache:
 cdef uint64_t entry_bytes(const Entry* entry) noexcept:
     return key_bytes(
         (entry.meta & OWNER_MASK) >> OWNER_SHIFT, key_of(entry).n_bytes
-    ) + value_bytes(<TokenIds> entry.value)
+    ) + value_bytes((<TokenIds> entry.value).n_tokens)
 
 
 cdef void release(const Entry* entry) noexcept:
@@ -351,8 +339,8 @@ cdef void release(const Entry* entry) noexcept:
     cdef uint32_t owner = (entry.meta & OWNER_MASK) >> OWNER_SHIFT
     if owner == STRING:  # the bytes of a compact ASCII str follow its header
         decref(<PyObject*> (entry.key - sizeof(PyASCIIObject)))
-    elif owner == COPY:
-        free(<void*> entry.key)
+    else:
+        PyObject_Free(<void*> entry.key)
     decref(<PyObject*> entry.value)
 
 
@@ -381,21 +369,25 @@ cdef str exact_scope(object scope):
 
 
 cdef int check_table(Table* table) except -1:
-    cdef uint32_t i, filed = 0
+    cdef uint32_t i, n = 0
     cdef uint64_t n_bytes = 0, n_crowded = 0
+    cdef Entry* entry
     cdef Key key
-    for i in range(table.n_slots):
-        if table.slots[i]:
-            filed += 1
-    assert filed == table.n
-    for i in range(table.n):
-        key = key_of(&table.entries[i])
-        assert find(table, digest_of(table, &key), &key) == &table.entries[i]
-        assert bool(table.entries[i].meta & IS_FULL) == (
+    for i in range(table.capacity):
+        entry = &table.entries[i]
+        assert (entry.value == NULL) == (table.ticks[i] == 0)
+        if entry.value == NULL:
+            continue
+        key = key_of(entry)
+        assert find(table, digest_of(table, &key), &key) == entry
+        assert bool(entry.meta & IS_FULL) == (
             is_long(&key) and find_crowd(table, sampled_of(table, &key)) != NULL
         )
-        n_crowded += bool(table.entries[i].meta & IS_FULL)
-        n_bytes += entry_bytes(&table.entries[i])
+        n += 1
+        n_crowded += bool(entry.meta & IS_FULL)
+        n_bytes += entry_bytes(entry)
+    assert n == table.n
+    assert 4 * n <= 3 * table.capacity
     assert n_bytes == table.n_item_bytes
     for i in range(table.crowd_capacity):
         n_crowded -= table.crowds[i].n_entries

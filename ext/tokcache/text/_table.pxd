@@ -1,20 +1,23 @@
-# The hash table below L0: raw keys, entries dense in one array, an open-addressing index.
+# The hash table below L0: raw keys, open addressing in one array.
 #
-# - entries[0 .. n) are the entries in no order, so that a truly random draw is one index.
-# - slots[] is the index: (tag << 32 | position + 1), 0 for empty; tag is the high half of the
-#   digest, and its home is tag * n_slots >> 32. A slot alone tells its home, so that growing and
-#   removing never touch an entry.
+# - An entry's home is (high half of its digest) * capacity >> 32; from there the next free place
+#   is taken. Removing moves back what was pushed past the hole, so there are no tombstones.
+# - ticks[] lies beside the entries and is 0 where none is: a truly random draw looks at ticks
+#   alone, until it meets an entry. The table shrinks, so that this takes 4 looks at most on average.
 # - A long key is filed under a digest of samples. When a second key comes with the same samples,
 #   that digest is "crowded": both, and all that follow, are filed under their full digest. A
 #   crowded digest knows how many entries stand behind it and goes with the last one.
 #
 # Knows no Python object and takes no lock. What `value` and `key` point to belongs to the caller.
+# An Entry* is good until the next insert or remove.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp
 
-from tokcache.text._digest cimport N_SECRETS, SAMPLED_MIN, full_digest, sampled_digest
+from tokcache.text._digest cimport (
+    N_SECRETS, SAMPLED_MIN, fold, full_digest, sampled_digest,
+)
 
 cdef extern from *:
     """
@@ -23,10 +26,10 @@ cdef extern from *:
     void fetch "tokcache_fetch"(const void* p) noexcept nogil
 
 cdef enum:
-    MIN_SLOTS = 16
     MIN_CAPACITY = 8
     MIN_CROWDS = 8
-    DOUBLE_UNTIL = 4096      # entries; above, arrays grow by a quarter
+    DOUBLE_UNTIL = 4096      # places; above, the arrays grow by a quarter
+    FETCH_BYTES = 512        # of a stored key, loaded ahead of the compare
     MAX_ENTRIES = 0x7FFFFFF0
 
     KIND_MASK = 0x7          # of meta: bytes a unit (1, 2 or 4)
@@ -44,7 +47,7 @@ ctypedef struct Key:
 
 ctypedef struct Entry:
     uint64_t digest
-    void* value
+    void* value              # NULL: an empty place
     const uint8_t* key
     uint32_t n_units
     uint32_t meta
@@ -55,12 +58,11 @@ ctypedef struct Crowd:
 
 ctypedef struct Table:
     Entry* entries
-    uint32_t* ticks          # the clock at the last use of each entry
-    uint64_t* slots
+    uint32_t* ticks          # the clock at the last use of each entry; 0: an empty place
     Crowd* crowds
     uint32_t n
     uint32_t capacity
-    uint32_t n_slots
+    uint32_t enough          # places for the most entries there will be, or 0
     uint32_t n_crowds
     uint32_t crowd_capacity  # a power of two or 0
     uint64_t n_item_bytes    # kept by the caller: bytes of all keys and values
@@ -90,69 +92,13 @@ cdef inline Key key_of(const Entry* entry) noexcept nogil:
     key.data = entry.key
     return key
 
-cdef inline bint matches(const Entry* entry, uint64_t digest, const Key* key) noexcept nogil:
+cdef inline bint matches(const Entry* entry, const Key* key) noexcept nogil:
     return (
-        entry.digest == digest
-        and entry.n_units == key.n_units
+        entry.n_units == key.n_units
         and (entry.meta & KIND_MASK) == key.kind
         and (entry.meta >> SCOPE_SHIFT) == key.scope
         and (entry.key == key.data or memcmp(entry.key, key.data, key.n_bytes) == 0)
     )
-
-
-# ---- the index
-
-cdef inline uint32_t home_of(const Table* t, uint64_t slot) noexcept nogil:
-    return <uint32_t> (((slot >> 32) * t.n_slots) >> 32)
-
-cdef inline uint32_t next_slot(const Table* t, uint32_t i) noexcept nogil:
-    return i + 1 if i + 1 < t.n_slots else 0
-
-cdef inline void file_slot(Table* t, uint64_t slot) noexcept nogil:
-    cdef uint32_t i = home_of(t, slot)
-    while t.slots[i]:
-        i = next_slot(t, i)
-    t.slots[i] = slot
-
-cdef inline uint64_t slot_of(uint64_t digest, uint32_t position) noexcept nogil:
-    return (digest & <uint64_t> 0xFFFFFFFF00000000) | (position + 1)
-
-cdef inline uint32_t find_slot(const Table* t, uint64_t digest, uint32_t position) noexcept nogil:
-    """Return where the entry at `position` is indexed; it must be."""
-    cdef uint64_t slot = slot_of(digest, position)
-    cdef uint32_t i = home_of(t, slot)
-    while t.slots[i] != slot:
-        i = next_slot(t, i)
-    return i
-
-cdef inline void clear_slot(Table* t, uint32_t i) noexcept nogil:
-    """Empty slot `i` and move back what was pushed past it."""
-    cdef uint32_t j = i, home
-    while True:
-        j = next_slot(t, j)
-        if t.slots[j] == 0:
-            break
-        home = home_of(t, t.slots[j])
-        # A slot may move back to i unless its home lies cyclically in (i, j].
-        if (home <= i or home > j) if i < j else (home <= i and home > j):
-            t.slots[i] = t.slots[j]
-            i = j
-    t.slots[i] = 0
-
-cdef inline int grow_slots(Table* t, uint32_t n_slots) noexcept nogil:
-    """Return 0 if there was no memory; homes keep their order, so that this is one sweep."""
-    cdef uint64_t* old = t.slots
-    cdef uint32_t i, n_old = t.n_slots
-    cdef uint64_t* grown = <uint64_t*> calloc(n_slots, sizeof(uint64_t))
-    if grown == NULL:
-        return 0
-    t.slots = grown
-    t.n_slots = n_slots
-    for i in range(n_old):
-        if old[i]:
-            file_slot(t, old[i])
-    free(old)
-    return 1
 
 
 # ---- crowded digests
@@ -230,23 +176,32 @@ cdef inline uint64_t digest_of(const Table* t, const Key* key) noexcept nogil:
     digest = sampled_of(t, key)
     return digest if find_crowd(t, digest) == NULL else full_of(t, key)
 
+cdef inline uint32_t home_of(const Table* t, uint64_t digest) noexcept nogil:
+    return <uint32_t> (((digest >> 32) * t.capacity) >> 32)
+
+cdef inline uint32_t after(const Table* t, uint32_t i) noexcept nogil:
+    return i + 1 if i + 1 < t.capacity else 0
+
+cdef inline void fetch_entry(const Entry* entry, size_t n_bytes) noexcept nogil:
+    """Start to load what a match will need: the ids' header and the head of the stored key."""
+    cdef size_t i
+    fetch(entry.value)
+    for i in range(0, min(n_bytes, <size_t> FETCH_BYTES), 64):
+        fetch(entry.key + i)
+
 cdef inline Entry* find(const Table* t, uint64_t digest, const Key* key) noexcept nogil:
     """Return the entry of exactly this key, or NULL."""
-    cdef uint64_t slot
-    cdef uint32_t i, position
+    cdef uint32_t i
     if t.n == 0:
         return NULL
     i = home_of(t, digest)
-    while True:
-        slot = t.slots[i]
-        if slot == 0:
-            return NULL
-        if (slot ^ digest) >> 32 == 0:
-            position = <uint32_t> slot - 1
-            fetch(t.entries[position].key)
-            if matches(&t.entries[position], digest, key):
-                return &t.entries[position]
-        i = next_slot(t, i)
+    while t.entries[i].value != NULL:
+        if t.entries[i].digest == digest:
+            fetch_entry(&t.entries[i], key.n_bytes)
+            if matches(&t.entries[i], key):
+                return &t.entries[i]
+        i = after(t, i)
+    return NULL
 
 cdef inline Entry* find_digest(const Table* t, uint64_t digest) noexcept nogil:
     """Return any entry that is filed under this digest, or NULL."""
@@ -254,27 +209,74 @@ cdef inline Entry* find_digest(const Table* t, uint64_t digest) noexcept nogil:
     if t.n == 0:
         return NULL
     i = home_of(t, digest)
-    while t.slots[i]:
-        if (t.slots[i] ^ digest) >> 32 == 0:
-            if t.entries[<uint32_t> t.slots[i] - 1].digest == digest:
-                return &t.entries[<uint32_t> t.slots[i] - 1]
-        i = next_slot(t, i)
+    while t.entries[i].value != NULL:
+        if t.entries[i].digest == digest:
+            return &t.entries[i]
+        i = after(t, i)
     return NULL
 
-cdef inline uint32_t grown(uint32_t n, uint32_t minimum) noexcept nogil:
-    if n == 0:
-        return minimum
-    return 2 * n if n < DOUBLE_UNTIL else n + n // 4
+cdef inline void place(Table* t, const Entry* entry, uint32_t tick) noexcept nogil:
+    cdef uint32_t i = home_of(t, entry.digest)
+    while t.entries[i].value != NULL:
+        i = after(t, i)
+    t.entries[i] = entry[0]
+    t.ticks[i] = tick
+
+cdef inline void vacate(Table* t, uint32_t i) noexcept nogil:
+    """Empty place `i` and move back what was pushed past it."""
+    cdef uint32_t j = i, home
+    while True:
+        j = after(t, j)
+        if t.entries[j].value == NULL:
+            break
+        home = home_of(t, t.entries[j].digest)
+        # What stands at j may move back to i unless its home lies cyclically in (i, j].
+        if (home <= i or home > j) if i < j else (home <= i and home > j):
+            t.entries[i] = t.entries[j]
+            t.ticks[i] = t.ticks[j]
+            i = j
+    t.entries[i].value = NULL
+    t.ticks[i] = 0
+
+cdef inline int resize(Table* t, uint32_t capacity) noexcept nogil:
+    """Return 0 if there was no memory; homes keep their order, so that this is one sweep."""
+    cdef Entry* entries = t.entries
+    cdef uint32_t* ticks = t.ticks
+    cdef uint32_t i, n_places = t.capacity
+    t.entries = <Entry*> calloc(capacity, sizeof(Entry))
+    t.ticks = <uint32_t*> calloc(capacity, sizeof(uint32_t))
+    if t.entries == NULL or t.ticks == NULL:
+        free(t.entries)
+        free(t.ticks)
+        t.entries = entries
+        t.ticks = ticks
+        return 0
+    t.capacity = capacity
+    for i in range(n_places):
+        if entries[i].value != NULL:
+            place(t, &entries[i], ticks[i])
+    free(entries)
+    free(ticks)
+    return 1
+
+cdef inline bint is_crammed(const Table* t) noexcept nogil:
+    """Return whether one more entry would fill more than three quarters of the places."""
+    return 4 * <uint64_t> (t.n + 1) > 3 * <uint64_t> t.capacity
+
+cdef inline uint32_t grown_capacity(const Table* t) noexcept nogil:
+    cdef uint32_t capacity = t.capacity + t.capacity // 4
+    if t.capacity == 0:
+        return MIN_CAPACITY
+    if t.capacity < DOUBLE_UNTIL:
+        capacity = 2 * t.capacity
+    # Not beyond what the most entries need; their number may be bound above this one's.
+    return t.enough if t.capacity < t.enough < capacity else capacity
 
 cdef inline uint64_t bytes_to_grow(const Table* t, const Key* key) noexcept nogil:
     """Return by how many bytes the arrays must grow, at most, to take one more entry."""
     cdef uint64_t n_bytes = 0
-    if t.n == t.capacity:
-        n_bytes += (grown(t.capacity, MIN_CAPACITY) - t.capacity) * (
-            sizeof(Entry) + sizeof(uint32_t)
-        )
-    if 4 * <uint64_t> (t.n + 1) > 3 * <uint64_t> t.n_slots:
-        n_bytes += (grown(t.n_slots, MIN_SLOTS) - t.n_slots) * sizeof(uint64_t)
+    if is_crammed(t):
+        n_bytes += (grown_capacity(t) - t.capacity) * (sizeof(Entry) + sizeof(uint32_t))
     if is_long(key) and 2 * (t.n_crowds + 1) > t.crowd_capacity:
         n_bytes += (grown_crowds(t) - t.crowd_capacity) * sizeof(Crowd)
     return n_bytes
@@ -282,119 +284,97 @@ cdef inline uint64_t bytes_to_grow(const Table* t, const Key* key) noexcept nogi
 cdef inline uint64_t table_bytes(const Table* t) noexcept nogil:
     return (
         <uint64_t> t.capacity * (sizeof(Entry) + sizeof(uint32_t))
-        + <uint64_t> t.n_slots * sizeof(uint64_t)
         + <uint64_t> t.crowd_capacity * sizeof(Crowd)
     )
 
 cdef inline int reserve(Table* t) noexcept nogil:
     """Make room for one more entry; 0, and nothing changed, if there was no memory."""
-    cdef uint32_t capacity
-    cdef void* moved
     if t.n >= MAX_ENTRIES:
         return 0
-    if t.n == t.capacity:
-        capacity = grown(t.capacity, MIN_CAPACITY)
-        moved = realloc(t.entries, capacity * sizeof(Entry))
-        if moved == NULL:
-            return 0
-        t.entries = <Entry*> moved
-        moved = realloc(t.ticks, capacity * sizeof(uint32_t))
-        if moved == NULL:
-            return 0
-        t.ticks = <uint32_t*> moved
-        t.capacity = capacity
-    if 4 * <uint64_t> (t.n + 1) > 3 * <uint64_t> t.n_slots:
-        return grow_slots(t, grown(t.n_slots, MIN_SLOTS))
-    return 1
+    return resize(t, grown_capacity(t)) if is_crammed(t) else 1
 
 cdef inline int settle(Table* t, const Key* key, uint64_t* digest, uint32_t* flag) noexcept nogil:
-    """Choose the digest to file a new key under; 0 if there was no memory.
+    """Choose the digest to file a new key under, given its `digest_of`; 0 if there was no memory.
 
     The first entry of a crowd is filed anew under its full digest when the second comes.
     """
     cdef uint64_t sampled
     cdef Entry* first
-    cdef Crowd* crowd
-    cdef Key first_key
+    cdef Entry moved
+    cdef Key moved_key
+    cdef uint32_t tick
     flag[0] = 0
     if not is_long(key):
-        digest[0] = full_of(t, key)
         return 1
     sampled = sampled_of(t, key)
     digest[0] = sampled
-    crowd = find_crowd(t, sampled)
-    if crowd == NULL:
+    if find_crowd(t, sampled) == NULL:
         first = find_digest(t, sampled)
         if first == NULL or first.meta & IS_FULL:
             return 1
         if not add_crowd(t, sampled):
             return 0
-        crowd = find_crowd(t, sampled)
-        first_key = key_of(first)
-        clear_slot(t, find_slot(t, sampled, <uint32_t> (first - t.entries)))
-        first.digest = full_of(t, &first_key)
-        first.meta |= IS_FULL
-        file_slot(t, slot_of(first.digest, <uint32_t> (first - t.entries)))
-    crowd.n_entries += 1
+        moved = first[0]
+        tick = t.ticks[first - t.entries]
+        vacate(t, <uint32_t> (first - t.entries))
+        moved_key = key_of(&moved)
+        moved.digest = full_of(t, &moved_key)
+        moved.meta |= IS_FULL
+        place(t, &moved, tick)
+    find_crowd(t, sampled).n_entries += 1
     digest[0] = full_of(t, key)
     flag[0] = IS_FULL
     return 1
 
 cdef inline void insert(Table* t, const Entry* entry, uint32_t tick) noexcept nogil:
-    """Add an entry; room was reserved and its digest settled."""
-    t.entries[t.n] = entry[0]
-    t.ticks[t.n] = tick
-    file_slot(t, slot_of(entry.digest, t.n))
+    """Add an entry; room was reserved and its digest settled. `tick` is not 0."""
+    place(t, entry, tick)
     t.n += 1
 
 cdef inline Entry remove(Table* t, uint32_t position) noexcept nogil:
-    """Take an entry out and return it; the last entry fills the hole."""
+    """Take an entry out and return it."""
     cdef Entry gone = t.entries[position]
-    cdef uint32_t last = t.n - 1
     cdef Key key
     if gone.meta & IS_FULL:
         key = key_of(&gone)
         leave_crowd(t, sampled_of(t, &key))
-    clear_slot(t, find_slot(t, gone.digest, position))
-    if position != last:
-        t.slots[find_slot(t, t.entries[last].digest, last)] = slot_of(
-            t.entries[last].digest, position
-        )
-        t.entries[position] = t.entries[last]
-        t.ticks[position] = t.ticks[last]
-    t.n = last
+    vacate(t, position)
+    t.n -= 1
+    if t.capacity > 8 * MIN_CAPACITY and 4 * <uint64_t> t.n < t.capacity:
+        resize(t, t.capacity // 2)  # without memory it stays large
     return gone
-
-cdef inline uint64_t draw(uint64_t* rng) noexcept nogil:
-    """Return the next number of xorshift64* (Vigna 2016)."""
-    cdef uint64_t x = rng[0]
-    x ^= x >> 12
-    x ^= x << 25
-    x ^= x >> 27
-    rng[0] = x
-    return x * <uint64_t> 0x2545F4914F6CDD1D
 
 cdef inline uint32_t oldest_of(
     const Table* t, uint64_t* rng, uint32_t n_draws, uint32_t clock
 ) noexcept nogil:
-    """Return the position of the least recently used of `n_draws` random entries."""
-    cdef uint32_t oldest = 0, position, age, highest = 0, i
-    for i in range(n_draws):
-        position = <uint32_t> (((draw(rng) >> 32) * t.n) >> 32)
-        age = clock - t.ticks[position]  # modulo 2**32: right while ages stay below it
-        if i == 0 or age > highest:
-            highest = age
-            oldest = position
+    """Return the position of the least recently used of `n_draws` random entries.
+
+    Places are drawn until so many held an entry, each entry as likely as any other. No branch
+    depends on what is drawn: a mispredicted one would cost more than the draw.
+    """
+    cdef uint32_t oldest = 0, position, tick, n_seen = 0
+    cdef uint64_t age, highest = 0, both
+    cdef int half
+    while n_seen < n_draws:
+        rng[0] += <uint64_t> 0xA0761D6478BD642F  # wyrand (Wang Yi): a counter, folded
+        both = fold(rng[0], rng[0] ^ t.secret[0])
+        for half in range(2):
+            position = <uint32_t> ((<uint64_t> <uint32_t> both * t.capacity) >> 32)
+            both >>= 32
+            tick = t.ticks[position] if n_seen < n_draws else 0
+            n_seen += tick != 0
+            # modulo 2**32: right while ages stay below it
+            age = (<uint64_t> <uint32_t> (clock - tick) + 1) * (tick != 0)
+            oldest = position if age > highest else oldest
+            highest = age if age > highest else highest
     return oldest
 
 cdef inline void release_arrays(Table* t) noexcept nogil:
     free(t.entries)
     free(t.ticks)
-    free(t.slots)
     free(t.crowds)
     t.entries = NULL
     t.ticks = NULL
-    t.slots = NULL
     t.crowds = NULL
-    t.n = t.capacity = t.n_slots = t.n_crowds = t.crowd_capacity = 0
+    t.n = t.capacity = t.n_crowds = t.crowd_capacity = 0
     t.n_item_bytes = 0

@@ -2,15 +2,14 @@ from cpython.object cimport PyObject
 
 
 cdef class TokenIds:
-    # An owner has `base` NULL and its ids behind the object itself, in one allocation, followed by
-    # `start` bytes that belong to whoever allocated it. A slice has a `base` that is an owner and
-    # begins `start` ids into it.
+    # An owner has `base` NULL and its ids behind the object itself, in one allocation.
+    # A slice has a `base` that is an owner, and begins `start` ids into it.
     cdef unsigned int n_tokens
     cdef unsigned int start
     cdef PyObject* base
 
 
-cdef TokenIds new_owner(Py_ssize_t n_tokens, Py_ssize_t n_extra)
+cdef TokenIds new_owner(Py_ssize_t n_tokens)
 cdef TokenIds owner_of(TokenIds ids)
 
 

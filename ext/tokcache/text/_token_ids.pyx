@@ -1,4 +1,4 @@
-# cython: embedsignature=False
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 """TokenIds: an immutable int32 sequence over one allocation."""
 
 cimport cython
@@ -135,7 +135,7 @@ cdef class TokenIds:
 
     def __sizeof__(self):
         return sizeof_token_ids() + (
-            0 if self.base else self.n_tokens * sizeof(int) + self.start
+            0 if self.base else self.n_tokens * sizeof(int)
         )
 
     def __getbuffer__(self, Py_buffer* view, int flags):
@@ -188,12 +188,12 @@ cdef class TokenIds:
 assert TokenIds.__basicsize__ == sizeof_token_ids()
 
 
-cdef TokenIds new_owner(Py_ssize_t n_tokens, Py_ssize_t n_extra):
-    """Return an owner with room for `n_tokens` ids and `n_extra` bytes behind them."""
-    if n_tokens > MAX_TOKENS or n_extra > MAX_TOKENS:
+cdef TokenIds new_owner(Py_ssize_t n_tokens):
+    """Return an owner with room for `n_tokens` ids."""
+    if n_tokens > MAX_TOKENS:
         raise InvalidTokens(f"{n_tokens:,} tokens are more than the {MAX_TOKENS:,} one can hold")
     cdef PyObject* raw = <PyObject*> PyObject_Malloc(
-        sizeof_token_ids() + n_tokens * sizeof(int) + n_extra
+        sizeof_token_ids() + n_tokens * sizeof(int)
     )
     if raw == NULL:
         raise MemoryError
@@ -201,7 +201,7 @@ cdef TokenIds new_owner(Py_ssize_t n_tokens, Py_ssize_t n_extra):
     cdef TokenIds owner = <TokenIds> raw
     Py_DECREF(owner)  # the reference that PyObject_Init gave is now `owner`
     owner.n_tokens = <unsigned int> n_tokens
-    owner.start = <unsigned int> n_extra
+    owner.start = 0
     owner.base = NULL
     return owner
 
@@ -213,7 +213,7 @@ cdef TokenIds owner_of(TokenIds ids):
     cdef TokenIds base = <TokenIds> ids.base
     if base.n_tokens == ids.n_tokens:
         return base
-    cdef TokenIds copy = new_owner(ids.n_tokens, 0)
+    cdef TokenIds copy = new_owner(ids.n_tokens)
     memcpy(owner_data(copy), ids_data(ids), ids.n_tokens * sizeof(int))
     return copy
 
@@ -242,7 +242,7 @@ cdef TokenIds owner_from_buffer(object ids):
             return None
         if view.strides != NULL and view.strides[0] != ITEM_BYTES and view.len:
             return None
-        owner = new_owner(view.len // ITEM_BYTES, 0)
+        owner = new_owner(view.len // ITEM_BYTES)
         memcpy(owner_data(owner), view.buf, view.len)
         return owner
     finally:
@@ -251,7 +251,7 @@ cdef TokenIds owner_from_buffer(object ids):
 
 cdef TokenIds owner_from_list(list ids):
     cdef Py_ssize_t i, n = PyList_GET_SIZE(ids)
-    cdef TokenIds owner = new_owner(n, 0)
+    cdef TokenIds owner = new_owner(n)
     cdef int* data = owner_data(owner)
     for i in range(n):
         if i >= PyList_GET_SIZE(ids):  # an __index__ of the caller's may shorten the list
@@ -279,13 +279,13 @@ cdef object slice_of(TokenIds ids, object key):
     PySlice_Unpack(key, &start, &stop, &step)
     n = PySlice_AdjustIndices(ids.n_tokens, &start, &stop, step)
     if step != 1:
-        part = new_owner(n, 0)
+        part = new_owner(n)
         for i in range(n):
             owner_data(part)[i] = ids_data(ids)[start + i * step]
         return part
     if n == ids.n_tokens:
         return ids
-    part = new_owner(0, 0)
+    part = new_owner(0)
     cdef TokenIds base = ids if ids.base == NULL else <TokenIds> ids.base
     part.n_tokens = <unsigned int> n
     part.start = <unsigned int> (start + (0 if ids.base == NULL else ids.start))
