@@ -1,0 +1,64 @@
+"""An engine double: the state of a position is a digest of all tokens up to it."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokcache.state.cache import PrefixStateCache, RestorePlan
+
+POSITION_BYTES = 4
+
+
+def state_of(tokens: Sequence[int], start: int, stop: int) -> bytes:
+    state, out = 0, bytearray()
+    for position, token in enumerate(tokens[:stop]):
+        state = zlib.crc32(token.to_bytes(4, "little"), state)
+        if position >= start:
+            out += state.to_bytes(POSITION_BYTES, "little")
+    return bytes(out)
+
+
+class Engine:
+    """Counts what it is asked to copy, and fails where it is told to."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.fail_at = fail_at
+        self.reads: list[tuple[int, int]] = []
+
+    def save(
+        self,
+        cache: PrefixStateCache,
+        tokens: Sequence[int],
+        fingerprint: bytes = b"m",
+        scope: str | None = None,
+        *,
+        aligned: bool = False,
+    ) -> int:
+        def read(start: int, stop: int, buffer: memoryview) -> None:
+            if self.fail_at is not None and start <= self.fail_at < stop:
+                raise RuntimeError("no state here")
+            self.reads.append((start, stop))
+            buffer[:] = state_of(tokens, start, stop)
+
+        def n_bytes(start: int, stop: int) -> int:
+            return (stop - start) * POSITION_BYTES
+
+        return cache.save(
+            tokens, read, n_bytes, fingerprint=fingerprint, scope=scope, aligned=aligned
+        )
+
+
+def restored(plan: RestorePlan, tokens: Sequence[int]) -> int:
+    """Restore `plan`, compare every position it serves, return how many there are."""
+
+    def load(start: int, stop: int, payload: memoryview) -> None:
+        usable = min(stop, plan.n_tokens)
+        n_bytes = (usable - start) * POSITION_BYTES
+        assert len(payload) == (stop - start) * POSITION_BYTES
+        assert bytes(payload[:n_bytes]) == state_of(tokens, start, usable)
+
+    return plan.restore(load)

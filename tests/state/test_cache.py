@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import os
+import threading
+import tracemalloc
+from array import array
+
+import numpy as np
+import pytest
+
+from tests.state.engine import Engine, restored
+from tokcache.errors import InvalidConfig, InvalidText, InvalidTokens
+from tokcache.state.cache import NODE_BYTES, PrefixStateCache
+
+
+def small(**settings: int) -> PrefixStateCache:
+    return PrefixStateCache(**{"block_tokens": 4, "ram_bytes": 1 << 20, **settings})
+
+
+def found(cache: PrefixStateCache, tokens: list[int], **key: object) -> int:
+    with cache.plan(tokens, fingerprint=b"m", **key) as plan:  # type: ignore[arg-type]
+        return restored(plan, tokens) if plan.blocks else 0
+
+
+def test_longest_prefix_is_token_exact_and_the_last_block_is_trimmed() -> None:
+    cache = small()
+    Engine().save(cache, [1, 2, 3, 4, 5, 6, 7])
+    assert found(cache, [1, 2, 3, 4, 5, 6, 9, 9]) == 6
+    assert found(cache, [1, 2, 3, 4, 5, 6, 7, 8]) == 7
+    assert found(cache, [1, 2, 3]) == 3
+    assert found(cache, [2, 2, 3, 4]) == 0
+    assert found(cache, []) == 0
+
+
+def test_max_tokens_and_aligned_bound_the_prefix() -> None:
+    cache = small()
+    Engine().save(cache, list(range(10)))
+    assert found(cache, list(range(10)), max_tokens=9) == 9
+    assert found(cache, list(range(10)), max_tokens=9, aligned=True) == 8
+    assert found(cache, list(range(8)), max_tokens=7, aligned=True) == 4
+    assert found(cache, list(range(10)), max_tokens=0) == 0
+
+
+def test_a_longer_diverging_entry_never_shadows_a_shorter_one() -> None:
+    cache = small()
+    Engine().save(cache, [1, 2, 3, 4, 5, 6])
+    Engine().save(cache, [1, 2, 3, 4, 5, 9, 9, 9, 9, 9])
+    assert found(cache, [1, 2, 3, 4, 5, 6, 9]) == 6
+    assert found(cache, [1, 2, 3, 4, 5, 9, 9, 1]) == 7
+
+
+def test_only_new_blocks_are_read() -> None:
+    cache, engine = small(), Engine()
+    assert engine.save(cache, list(range(10))) == 10
+    assert engine.save(cache, list(range(14))) == 6
+    assert engine.reads == [(0, 4), (4, 8), (8, 10), (8, 12), (12, 14)]
+    assert engine.save(cache, list(range(13))) == 0
+    cache._check()
+    assert cache.stats().n_blocks == 4  # the short block went when a longer one took its place
+    assert len(cache) == 1
+
+
+def test_scopes_and_fingerprints_never_meet() -> None:
+    cache, tokens = small(), list(range(8))
+    scopes = [None, "", "a", "None", "a\0", "\ud800", "a" * 1000]
+    for scope in scopes:
+        assert found(cache, tokens, scope=scope) == 0
+        Engine().save(cache, tokens, scope=scope)
+        assert found(cache, tokens, scope=scope) == 8
+    with cache.plan(tokens, fingerprint=b"other") as plan:
+        assert plan.n_tokens == 0
+    # The fingerprint's end and the scope's beginning must not run together.
+    with cache.plan(tokens, fingerprint=b"ma", scope="") as plan:
+        assert plan.n_tokens == 0
+    cache._check()
+
+
+def test_remove_takes_one_scope_and_leaves_the_others() -> None:
+    cache, tokens = small(), list(range(9))
+    for scope in (None, "a", "b"):
+        Engine().save(cache, tokens, scope=scope)
+    assert cache.remove(scope="a") == 3
+    assert cache.remove(scope="a") == 0
+    assert found(cache, tokens, scope="a") == 0
+    assert found(cache, tokens, scope="b") == found(cache, tokens) == 9
+    cache._check()
+
+
+def test_equal_digests_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokcache.state.index.root_name", lambda *_: b"same")
+    cache = small()
+    Engine().save(cache, [1, 2, 3, 4], scope="a")
+    assert found(cache, [1, 2, 3, 4], scope="b") == 0
+    assert found(cache, [1, 2, 3, 4], scope="a") == 4
+
+
+def test_bytes_are_bounded_and_leaves_go_first() -> None:
+    block = 4 * 4 + NODE_BYTES + 16
+    cache = small(ram_bytes=3 * block)
+    Engine().save(cache, [1, 1, 1, 1, 2, 2, 2, 2])
+    Engine().save(cache, [1, 1, 1, 1, 3, 3, 3, 3])
+    Engine().save(cache, [1, 1, 1, 1, 4, 4, 4, 4])  # evicts the leaf 2, not the shared block
+    assert found(cache, [1, 1, 1, 1, 2, 2, 2, 2]) == 4
+    assert found(cache, [1, 1, 1, 1, 3, 3, 3, 3]) == 8
+    assert cache.stats().evictions == 1
+    assert cache.memory_usage() <= 3 * block
+    cache._check()
+
+
+def test_what_is_larger_than_the_budget_is_refused_and_evicts_nothing() -> None:
+    cache = small(ram_bytes=2 * (NODE_BYTES + 32))
+    Engine().save(cache, [1, 2, 3, 4])
+    engine = Engine()
+    assert engine.save(cache, list(range(100, 200))) == 0
+    assert engine.reads == []
+    assert cache.stats().refusals == {"over_budget": 1}
+    assert found(cache, [1, 2, 3, 4]) == 4
+
+
+def test_entries_are_bounded_and_the_least_recent_goes() -> None:
+    cache = small(max_entries=2)
+    for first in (1, 2, 3):
+        Engine().save(cache, [first] * 9)
+        if first == 2:
+            found(cache, [1] * 9)
+    assert len(cache) == 2
+    assert found(cache, [2] * 9) == 0
+    assert found(cache, [1] * 9) == found(cache, [3] * 9) == 9
+    cache._check()
+
+
+def test_one_growing_conversation_is_one_entry() -> None:
+    cache = small(max_entries=1)
+    for n_tokens in (3, 5, 6, 7, 12, 13):
+        assert Engine().save(cache, list(range(n_tokens))) > 0
+        assert len(cache) == 1
+        assert found(cache, list(range(n_tokens))) == n_tokens
+    assert cache.stats().refusals == {}
+
+
+def test_blocks_in_use_are_not_evicted() -> None:
+    cache = small(ram_bytes=2 * (NODE_BYTES + 32))
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8]
+    Engine().save(cache, tokens)
+    plan = cache.plan(tokens, fingerprint=b"m")
+    assert Engine().save(cache, [9, 9, 9, 9]) == 0
+    assert cache.stats().refusals == {"blocks_in_use": 1}
+    assert restored(plan, tokens) == 8
+    plan.close()
+    assert Engine().save(cache, [9, 9, 9, 9]) == 4
+    cache._check()
+
+
+def test_a_plan_outlives_clear_and_its_buffers_are_not_used_again() -> None:
+    cache, tokens = small(), [1, 2, 3, 4, 5, 6, 7, 8]
+    Engine().save(cache, tokens)
+    plan = cache.plan(tokens, fingerprint=b"m")
+    cache.clear()
+    assert cache.memory_usage() == 32  # still read by the plan, still counted
+    Engine().save(cache, [9] * 8)
+    assert restored(plan, tokens) == 8
+    del plan
+    assert cache.stats().n_blocks == 2
+    cache._check()
+
+
+def test_a_reader_that_fails_costs_its_block_and_a_counter() -> None:
+    cache, tokens = small(), list(range(12))
+    assert Engine(fail_at=9).save(cache, tokens) == 8
+    assert cache.stats().refusals == {"save_failed": 1}
+    assert found(cache, tokens) == 8
+    assert Engine().save(cache, tokens) == 4
+    cache._check()
+
+
+def test_a_loader_that_fails_leaves_what_came_before() -> None:
+    cache, tokens = small(), list(range(12))
+    Engine().save(cache, tokens)
+
+    def load(start: int, _stop: int, _payload: memoryview) -> None:
+        if start == 4:
+            raise RuntimeError("rejected")
+
+    with cache.plan(tokens, fingerprint=b"m") as plan:
+        assert plan.restore(load) == 4
+    assert cache.stats().refusals == {"restore_failed": 1}
+    assert cache.stats().reused_tokens == 4
+
+
+def test_a_tier_that_lost_a_payload_serves_what_comes_before() -> None:
+    cache, tokens = small(), list(range(12))
+    Engine().save(cache, tokens)
+    with cache.plan(tokens, fingerprint=b"m") as plan:
+        names = [node.name for node in plan._nodes]
+    cache._tier.remove(names[1])
+    assert found(cache, tokens) == 4
+    assert cache.stats().refusals == {"payload_lost": 1}
+
+
+def test_an_interrupt_while_reading_gives_everything_back() -> None:
+    cache = small()
+
+    def read(_start: int, _stop: int, _buffer: memoryview) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.save([1, 2, 3, 4, 5], read, lambda a, b: 4 * (b - a), fingerprint=b"m")
+    cache._check()
+    assert (len(cache), cache._overhead) == (0, 0)
+
+
+def test_restore_from_the_block_that_is_needed() -> None:
+    cache, tokens = small(), list(range(12))
+    Engine().save(cache, tokens)
+    with cache.plan(tokens, fingerprint=b"m") as plan:
+        starts: list[int] = []
+        assert plan.start_beyond(5) == 4
+        assert plan.start_beyond(12) == 12
+        assert plan.restore(lambda start, _stop, _p: starts.append(start), start=4) == 12
+    assert starts == [4, 8]
+    assert cache.stats().reused_tokens == 8
+
+
+def test_buffers_of_evicted_blocks_are_used_again() -> None:
+    cache = PrefixStateCache(ram_bytes=200_000, block_tokens=4)
+
+    def n_bytes(_start: int, _stop: int) -> int:
+        return 90_000
+
+    addresses = []
+    for first in range(5):
+
+        def read(_start: int, _stop: int, buffer: memoryview) -> None:
+            addresses.append(np.frombuffer(buffer, np.uint8).ctypes.data)
+
+        cache.save([first] * 4, read, n_bytes, fingerprint=b"m")
+        cache._check()
+    assert len(set(addresses)) == 2
+
+
+def test_overhead_is_counted() -> None:
+    cache = PrefixStateCache(ram_bytes=1 << 30, max_entries=100_000, block_tokens=16)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for first in range(3000):
+        tokens = array("i", range(first * 50, first * 50 + 40))
+        cache.save(tokens, lambda *_: None, lambda a, b: 64 * (b - a), fingerprint=b"m")
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    grown, counted = after - before, cache.memory_usage()
+    assert 0.8 * counted < grown < 1.05 * counted
+
+
+@pytest.mark.parametrize("ids", [array("i", [1, 2, 3]), np.array([1, 2, 3], np.int32), (1, 2, 3)])
+def test_any_int32_buffer_or_sequence_will_do(ids: object) -> None:
+    cache = small()
+    Engine().save(cache, [1, 2, 3, 4])
+    with cache.plan(ids, fingerprint=b"m") as plan:
+        assert plan.n_tokens == 3
+
+
+@pytest.mark.parametrize("ids", [["a"], [2**31], b"abcd", np.zeros((2, 2), np.int32), 7])
+def test_what_is_no_int32_is_a_clear_error(ids: object) -> None:
+    cache = small()
+    with pytest.raises(InvalidTokens):
+        cache.plan(ids, fingerprint=b"m")
+    cache._check()
+
+
+@pytest.mark.parametrize("name", ["ram_bytes", "max_entries", "block_tokens"])
+def test_budgets_of_zero_or_below_are_refused(name: str) -> None:
+    for value in (0, -1, 1.5, True, None):
+        with pytest.raises(InvalidConfig, match=name):
+            PrefixStateCache(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_scope_is_a_str_or_none() -> None:
+    with pytest.raises(InvalidText):
+        small().plan([1], fingerprint=b"m", scope=7)  # type: ignore[arg-type]
+
+
+def test_a_closed_cache_finds_and_stores_nothing() -> None:
+    cache = small()
+    Engine().save(cache, [1, 2, 3, 4])
+    cache.close()
+    assert Engine().save(cache, [1, 2, 3, 4]) == 0
+    assert found(cache, [1, 2, 3, 4]) == 0
+    assert cache.memory_usage() == 0
+
+
+def test_many_threads_save_and_restore_the_right_states() -> None:
+    cache, failures = small(ram_bytes=40 * NODE_BYTES, max_entries=8), []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(300):
+            tokens = rng.integers(0, 2, rng.integers(1, 20)).tolist()
+            try:
+                with cache.plan(tokens, fingerprint=b"m") as plan:
+                    restored(plan, tokens)
+                Engine().save(cache, tokens)
+            except Exception as error:  # noqa: BLE001
+                failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cache._check()
+    assert failures == []
+    assert {node.pins for node in cache._index.nodes()} <= {0}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_keeps_what_nobody_used() -> None:
+    cache = small()
+    Engine().save(cache, [1, 2, 3, 4])
+    Engine().save(cache, [5, 6, 7, 8])
+    plan = cache.plan([1, 2, 3, 4], fingerprint=b"m")
+    cache._lock.acquire()
+    cache._lock.release()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            cache._check()
+            kept = (found(cache, [1, 2, 3, 4]), found(cache, [5, 6, 7, 8]))
+            Engine().save(cache, [9] * 8)
+            cache._check()
+            code = 0 if kept == (0, 4) and found(cache, [9] * 8) == 8 else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert restored(plan, [1, 2, 3, 4]) == 4
+    plan.close()
+    cache._check()

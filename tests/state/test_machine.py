@@ -1,0 +1,110 @@
+"""The cache against a plain set of prefixes, every invariant checked after every step."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.state.engine import Engine, restored
+from tokcache.state.cache import NODE_BYTES, PrefixStateCache, RestorePlan
+
+TOKENS = st.lists(st.integers(0, 2), max_size=14)
+OWNERS = st.tuples(st.sampled_from([b"m", b"n"]), st.sampled_from([None, "a"]))
+Owner = tuple[bytes, str | None]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Budgets differ by subclass: with room for all nothing may be missing."""
+
+    max_entries = 10_000
+    ram_bytes = 1 << 30
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = PrefixStateCache(
+            ram_bytes=self.ram_bytes, max_entries=self.max_entries, block_tokens=4
+        )
+        self.stored: dict[Owner, set[tuple[int, ...]]] = {}
+        self.plans: list[tuple[RestorePlan, list[int]]] = []
+
+    def best(self, owner: Owner, tokens: list[int]) -> int:
+        prefixes = self.stored.get(owner, set())
+        return max((n for n in range(len(tokens) + 1) if tuple(tokens[:n]) in prefixes), default=0)
+
+    @rule(owner=OWNERS, tokens=TOKENS)
+    def save(self, owner: Owner, tokens: list[int]) -> None:
+        before = self.best(owner, tokens)
+        n_saved = Engine().save(self.cache, tokens, *owner)
+        assert n_saved <= len(tokens)
+        known = self.stored.setdefault(owner, set())
+        known.update(tuple(tokens[: n + 1]) for n in range(len(tokens)))
+        if self.has_room:
+            assert (n_saved > 0) == (before < len(tokens))
+
+    @rule(owner=OWNERS, tokens=TOKENS, fail_at=st.integers(0, 13))
+    def save_that_fails(self, owner: Owner, tokens: list[int], fail_at: int) -> None:
+        Engine(fail_at).save(self.cache, tokens, *owner)
+        with self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1]) as plan:
+            known = self.stored.setdefault(owner, set())
+            known.update(tuple(tokens[: n + 1]) for n in range(plan.n_tokens))
+
+    @rule(owner=OWNERS, tokens=TOKENS, aligned=st.booleans())
+    def find(self, owner: Owner, tokens: list[int], *, aligned: bool) -> None:
+        with self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1], aligned=aligned) as plan:
+            assert restored(plan, tokens) == plan.n_tokens
+            best = self.best(owner, tokens)
+            assert plan.n_tokens <= best
+            if aligned:
+                assert plan.n_tokens % 4 == 0
+            if self.has_room:
+                assert plan.n_tokens == (best // 4 * 4 if aligned else best)
+
+    @rule(owner=OWNERS, tokens=TOKENS)
+    def hold(self, owner: Owner, tokens: list[int]) -> None:
+        plan = self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1])
+        self.plans.append((plan, tokens))
+
+    @precondition(lambda self: self.plans)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        plan, tokens = self.plans.pop(data.draw(st.integers(0, len(self.plans) - 1)))
+        assert restored(plan, tokens) == plan.n_tokens
+        plan.close()
+
+    @rule(scope=st.sampled_from([None, "a"]))
+    def remove(self, scope: str | None) -> None:
+        self.cache.remove(scope=scope)
+        self.stored = {owner: known for owner, known in self.stored.items() if owner[1] != scope}
+
+    @rule()
+    def clear(self) -> None:
+        self.cache.clear()
+        self.stored.clear()
+
+    @property
+    def has_room(self) -> bool:
+        return self.max_entries == 10_000
+
+    @invariant()
+    def holds(self) -> None:
+        self.cache._check()
+        for plan, tokens in self.plans:
+            assert restored(plan, tokens) == plan.n_tokens
+
+    def teardown(self) -> None:
+        for plan, _ in self.plans:
+            plan.close()
+        self.cache._check()
+        assert all(not node.pins for node in self.cache._index.nodes())
+
+
+class TightMachine(CacheMachine):
+    max_entries = 3
+    ram_bytes = 6 * (NODE_BYTES + 32)
+
+
+TestRoomForAll = CacheMachine.TestCase
+TestRoomForAll.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTight = TightMachine.TestCase
+TestTight.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,105 @@
+"""Payloads in memory, in buffers that are used again.
+
+A fresh buffer costs a page fault for every 4 KiB it is filled with, more than the copy itself.
+The buffers of evicted blocks therefore wait for the next block of their size; they count as held.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+Buffer = memoryview
+
+
+def _new_buffer(n_bytes: int) -> Buffer:
+    return np.empty(n_bytes, np.uint8).data
+
+
+class RamTier:
+    """Payloads by block name, and a pool of buffers by size; not thread-safe, the cache locks.
+
+    A buffer is lent while it is being filled, or while a restore still reads what was evicted.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[bytes, Buffer] = {}
+        self._pool: dict[int, list[Buffer]] = {}
+        self._lent: dict[int, Buffer] = {}
+        self._n_bytes = 0
+
+    def get(self, name: bytes) -> Buffer | None:
+        """Return the payload itself, None if it is not held."""
+        return self._held.get(name)
+
+    def put(self, name: bytes, payload: Buffer) -> None:
+        """Hold a buffer that was taken here, filled meanwhile."""
+        if self._lent.pop(id(payload), None) is None:
+            self._n_bytes += payload.nbytes
+        self._held[name] = payload
+
+    def remove(self, name: bytes) -> None:
+        """Let the payload go into the pool."""
+        payload = self.lend(name)
+        if payload is not None:
+            self.give_back(payload)
+
+    def lend(self, name: bytes) -> Buffer | None:
+        """Take a payload out of the store while somebody reads it; it still counts."""
+        payload = self._held.pop(name, None)
+        if payload is not None:
+            self._lent[id(payload)] = payload
+        return payload
+
+    def take(self, n_bytes: int) -> Buffer:
+        """Return a buffer to fill, from the pool if one has this size."""
+        pooled = self._pool.get(n_bytes)
+        buffer = pooled.pop() if pooled else _new_buffer(n_bytes)
+        if pooled is None:
+            self._n_bytes += n_bytes
+        elif not pooled:
+            del self._pool[n_bytes]
+        self._lent[id(buffer)] = buffer
+        return buffer
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Put a lent buffer into the pool."""
+        if self._lent.pop(id(buffer), None) is not None:
+            self._pool.setdefault(buffer.nbytes, []).append(buffer)
+
+    def has_pooled(self, n_bytes: int) -> bool:
+        """Return whether `take(n_bytes)` needs no new memory."""
+        return n_bytes in self._pool
+
+    def drop_pooled(self) -> bool:
+        """Free one waiting buffer; False if there is none."""
+        if not self._pool:
+            return False
+        n_bytes, buffers = next(iter(self._pool.items()))
+        buffers.pop()
+        self._n_bytes -= n_bytes
+        if not buffers:
+            del self._pool[n_bytes]
+        return True
+
+    def forget_lent(self) -> None:
+        """Forget buffers whose users are gone: after a fork, the other threads."""
+        self._n_bytes -= sum(buffer.nbytes for buffer in self._lent.values())
+        self._lent.clear()
+
+    def memory_usage(self) -> int:
+        """Return the bytes of all buffers: held, lent and waiting."""
+        return self._n_bytes
+
+    def names(self) -> set[bytes]:
+        """Return the names of the blocks held."""
+        return set(self._held)
+
+    def _check(self) -> None:
+        pooled = [b for buffers in self._pool.values() for b in buffers]
+        everything = [*self._held.values(), *self._lent.values(), *pooled]
+        if len(set(map(id, everything))) != len(everything):
+            raise AssertionError("a buffer is in two places")
+        if sum(b.nbytes for b in everything) != self._n_bytes:
+            raise AssertionError("bytes miscounted")
+        if not all(self._pool.values()):
+            raise AssertionError("an empty list in the pool")
