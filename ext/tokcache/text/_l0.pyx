@@ -95,7 +95,7 @@ cdef class L0Cache:
         memcpy(self.tables[1].secret, raw, 8 * N_SECRETS)
         memcpy(&self.rng, raw + 8 * N_SECRETS, 8)
         if self.max_entries < 1 << 30:
-            self.tables[0].enough = self.tables[1].enough = self.max_entries * 4 // 3 + 2
+            self.tables[0].enough = self.tables[1].enough = self.max_entries * 3 // 2 + 2
         self.reset()
 
     def __init__(self, max_entries=10_000, max_bytes=64 << 20, sample_size=8):
@@ -387,7 +387,7 @@ cdef int check_table(Table* table) except -1:
         n_crowded += bool(entry.meta & IS_FULL)
         n_bytes += entry_bytes(entry)
     assert n == table.n
-    assert 4 * n <= 3 * table.capacity
+    assert 3 * n <= 2 * table.capacity
     assert n_bytes == table.n_item_bytes
     for i in range(table.crowd_capacity):
         n_crowded -= table.crowds[i].n_entries

@@ -12,7 +12,7 @@
 # An Entry* is good until the next insert or remove.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 from libc.string cimport memcmp
 
 from tokcache.text._digest cimport (
@@ -21,9 +21,29 @@ from tokcache.text._digest cimport (
 
 cdef extern from *:
     """
+    #include <stdlib.h>
+    #include <string.h>
+    #ifdef __linux__
+    #include <sys/mman.h>
+    #endif
     #define tokcache_fetch(p) __builtin_prefetch((const void *)(p))
+
+    /* Zeroed memory for free(); large tables on huge pages, where a random look-up saves a walk
+       through the page table (1,000,000 entries: see python -m bench exact). */
+    static inline void *tokcache_zeroed(size_t n_bytes) {
+    #ifdef MADV_HUGEPAGE
+        const size_t huge = (size_t)2 << 20;
+        void *raw;
+        if (n_bytes >= 4 * huge && posix_memalign(&raw, huge, n_bytes) == 0) {
+            madvise(raw, n_bytes, MADV_HUGEPAGE);
+            return memset(raw, 0, n_bytes);
+        }
+    #endif
+        return calloc(1, n_bytes);
+    }
     """
     void fetch "tokcache_fetch"(const void* p) noexcept nogil
+    void* zeroed "tokcache_zeroed"(size_t n_bytes) noexcept nogil
 
 cdef enum:
     MIN_CAPACITY = 8
@@ -134,7 +154,7 @@ cdef inline int add_crowd(Table* t, uint64_t digest) noexcept nogil:
     crowd.digest = digest
     crowd.n_entries = 1
     if 2 * (t.n_crowds + 1) > n_old:
-        t.crowds = <Crowd*> calloc(grown_crowds(t), sizeof(Crowd))
+        t.crowds = <Crowd*> zeroed(grown_crowds(t) * sizeof(Crowd))
         if t.crowds == NULL:
             t.crowds = old
             return 0
@@ -243,8 +263,8 @@ cdef inline int resize(Table* t, uint32_t capacity) noexcept nogil:
     cdef Entry* entries = t.entries
     cdef uint32_t* ticks = t.ticks
     cdef uint32_t i, n_places = t.capacity
-    t.entries = <Entry*> calloc(capacity, sizeof(Entry))
-    t.ticks = <uint32_t*> calloc(capacity, sizeof(uint32_t))
+    t.entries = <Entry*> zeroed(capacity * sizeof(Entry))
+    t.ticks = <uint32_t*> zeroed(capacity * sizeof(uint32_t))
     if t.entries == NULL or t.ticks == NULL:
         free(t.entries)
         free(t.ticks)
@@ -260,8 +280,8 @@ cdef inline int resize(Table* t, uint32_t capacity) noexcept nogil:
     return 1
 
 cdef inline bint is_crammed(const Table* t) noexcept nogil:
-    """Return whether one more entry would fill more than three quarters of the places."""
-    return 4 * <uint64_t> (t.n + 1) > 3 * <uint64_t> t.capacity
+    """Return whether one more entry would fill more than two thirds of the places."""
+    return 3 * <uint64_t> (t.n + 1) > 2 * <uint64_t> t.capacity
 
 cdef inline uint32_t grown_capacity(const Table* t) noexcept nogil:
     cdef uint32_t capacity = t.capacity + t.capacity // 4
