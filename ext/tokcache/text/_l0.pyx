@@ -14,9 +14,9 @@ from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 
 from tokcache.text._table cimport (
-    IS_FULL, N_SECRETS, OWNER_MASK, OWNER_SHIFT, SCOPE_SHIFT, Entry, Key, Table, bytes_to_grow,
-    digest_of, find, find_crowd, insert, is_long, key_of, oldest_of, release_arrays, remove, reserve,
-    sampled_of, settle, table_bytes,
+    N_SECRETS, OWNER_MASK, OWNER_SHIFT, SCOPE_SHIFT, WHOLE, Crowd, Entry, Key, Table, bytes_to_grow,
+    digest_of, find, find_crowd, insert, is_long, key_of, oldest_of, refined, release_arrays, remove,
+    reserve, sampled_of, settle, table_bytes,
 )
 from tokcache.text._token_ids cimport TokenIds, owner_of, sizeof_token_ids
 
@@ -252,11 +252,11 @@ cdef class L0Cache:
             if entry.key == NULL:
                 return "memory"
             memcpy(<void*> entry.key, key.data, key.n_bytes)
-        if not settle(table, key, &entry.digest, &entry.meta):
+        if not settle(table, key, &entry.digest):
             if owner == COPY:
                 PyObject_Free(<void*> entry.key)
             return "memory"
-        entry.meta |= key.kind | owner << OWNER_SHIFT | key.scope << SCOPE_SHIFT
+        entry.meta = key.kind | owner << OWNER_SHIFT | key.scope << SCOPE_SHIFT
         entry.n_units = key.n_units
         entry.value = <void*> ids
         Py_INCREF(ids)
@@ -370,26 +370,41 @@ cdef str exact_scope(object scope):
 
 cdef int check_table(Table* table) except -1:
     cdef uint32_t i, n = 0
-    cdef uint64_t n_bytes = 0, n_crowded = 0
+    cdef uint64_t n_bytes = 0
     cdef Entry* entry
     cdef Key key
+    behind = {}
     for i in range(table.capacity):
         entry = &table.entries[i]
         assert (entry.value == NULL) == (table.ticks[i] == 0)
         if entry.value == NULL:
             continue
         key = key_of(entry)
-        assert find(table, digest_of(table, &key), &key) == entry
-        assert bool(entry.meta & IS_FULL) == (
-            is_long(&key) and find_crowd(table, sampled_of(table, &key)) != NULL
-        )
+        assert entry.digest == digest_of(table, &key)
+        assert find(table, entry.digest, &key) == entry
+        if is_long(&key):
+            count_crowds(table, &key, behind)
         n += 1
-        n_crowded += bool(entry.meta & IS_FULL)
         n_bytes += entry_bytes(entry)
     assert n == table.n
     assert 3 * n <= 2 * table.capacity
     assert n_bytes == table.n_item_bytes
+    assert table.n_crowds == len(behind)
     for i in range(table.crowd_capacity):
-        n_crowded -= table.crowds[i].n_entries
-    assert n_crowded == 0
+        assert table.crowds[i].n_entries == behind.get(table.crowds[i].digest, 0) or (
+            table.crowds[i].n_entries == 0
+        )
+    assert sum(behind.values()) == sum(
+        [table.crowds[i].n_entries for i in range(table.crowd_capacity)]
+    )
+    return 0
+
+
+cdef int count_crowds(Table* table, const Key* key, dict behind) except -1:
+    cdef uint64_t here = sampled_of(table, key)
+    cdef Crowd* crowd = find_crowd(table, here)
+    while crowd != NULL:
+        behind[here] = behind.get(here, 0) + 1
+        here = refined(table, here, crowd.offset, key)
+        crowd = NULL if crowd.offset == WHOLE else find_crowd(table, here)
     return 0

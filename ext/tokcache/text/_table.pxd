@@ -4,9 +4,11 @@
 #   is taken. Removing moves back what was pushed past the hole, so there are no tombstones.
 # - ticks[] lies beside the entries and is 0 where none is: a truly random draw looks at ticks
 #   alone, until it meets an entry. The table shrinks, so that this takes 4 looks at most on average.
-# - A long key is filed under a digest of samples. When a second key comes with the same samples,
-#   that digest is "crowded": both, and all that follow, are filed under their full digest. A
-#   crowded digest knows how many entries stand behind it and goes with the last one.
+# - A long key is filed under a digest of samples. When a second key comes with the same digest,
+#   that digest is "crowded": it notes where the two differ, and both, like all that follow, are
+#   filed under the digest refined by what stands there. A refined digest can become crowded in
+#   turn; after MAX_REFINED steps the whole key is digested. So texts of one template cost a few
+#   more bytes to read, not all. A crowd counts the entries behind it and goes with the last.
 #
 # Knows no Python object and takes no lock. What `value` and `key` point to belongs to the caller.
 # An Entry* is good until the next insert or remove.
@@ -16,7 +18,7 @@ from libc.stdlib cimport free
 from libc.string cimport memcmp
 
 from tokcache.text._digest cimport (
-    N_SECRETS, SAMPLED_MIN, fold, full_digest, sampled_digest,
+    N_SECRETS, SAMPLED_MIN, fold, full_digest, pair, sampled_digest,
 )
 
 cdef extern from *:
@@ -53,10 +55,17 @@ cdef enum:
     MAX_ENTRIES = 0x7FFFFFF0
 
     KIND_MASK = 0x7          # of meta: bytes a unit (1, 2 or 4)
-    IS_FULL = 0x8            # filed under its full digest because the sampled one is crowded
+    MAX_REFINED = 8          # crowds one behind the other before a key is digested whole
+    REFINED_BYTES = 32       # what is read around the place where two keys differ
     OWNER_SHIFT = 4          # two bits for the caller
     OWNER_MASK = 0x30
     SCOPE_SHIFT = 8          # the scope's number
+
+cdef extern from *:
+    """
+    #define TOKCACHE_WHOLE UINT64_MAX
+    """
+    const uint64_t WHOLE "TOKCACHE_WHOLE"  # as a crowd's offset: digest the whole key
 
 ctypedef struct Key:
     const uint8_t* data
@@ -74,7 +83,8 @@ ctypedef struct Entry:
 
 ctypedef struct Crowd:
     uint64_t digest
-    uint64_t n_entries       # 0: an empty place
+    uint64_t n_entries       # behind it; 0: an empty place
+    uint64_t offset          # the byte where the first two keys differ, or WHOLE
 
 ctypedef struct Table:
     Entry* entries
@@ -146,18 +156,19 @@ cdef inline void file_crowd(Table* t, Crowd crowd) noexcept nogil:
 cdef inline uint32_t grown_crowds(const Table* t) noexcept nogil:
     return 2 * t.crowd_capacity if t.crowd_capacity else MIN_CROWDS
 
-cdef inline int add_crowd(Table* t, uint64_t digest) noexcept nogil:
-    """Note that one entry stands behind this crowded digest; 0 if there was no memory."""
+cdef inline Crowd* add_crowd(Table* t, uint64_t digest, uint64_t offset) noexcept nogil:
+    """Make a digest crowded, with one entry behind it; NULL if there was no memory."""
     cdef Crowd* old = t.crowds
     cdef uint32_t i, n_old = t.crowd_capacity
     cdef Crowd crowd
     crowd.digest = digest
     crowd.n_entries = 1
+    crowd.offset = offset
     if 2 * (t.n_crowds + 1) > n_old:
         t.crowds = <Crowd*> zeroed(grown_crowds(t) * sizeof(Crowd))
         if t.crowds == NULL:
             t.crowds = old
-            return 0
+            return NULL
         t.crowd_capacity = grown_crowds(t)
         for i in range(n_old):
             if old[i].n_entries:
@@ -165,11 +176,10 @@ cdef inline int add_crowd(Table* t, uint64_t digest) noexcept nogil:
         free(old)
     file_crowd(t, crowd)
     t.n_crowds += 1
-    return 1
+    return find_crowd(t, digest)
 
-cdef inline void leave_crowd(Table* t, uint64_t digest) noexcept nogil:
-    """One entry behind this crowded digest goes; the digest goes with the last."""
-    cdef Crowd* crowd = find_crowd(t, digest)
+cdef inline void leave_crowd(Table* t, Crowd* crowd) noexcept nogil:
+    """One entry behind this crowd goes; the crowd goes with the last."""
     cdef Crowd moved
     cdef uint32_t mask = t.crowd_capacity - 1, i
     crowd.n_entries -= 1
@@ -185,16 +195,48 @@ cdef inline void leave_crowd(Table* t, uint64_t digest) noexcept nogil:
         t.crowds[i].n_entries = 0
         file_crowd(t, moved)
 
+cdef inline uint64_t refined(
+    const Table* t, uint64_t digest, uint64_t offset, const Key* key
+) noexcept nogil:
+    """Return the digest refined by the bytes around `offset`, or by all of them."""
+    cdef const uint8_t* p
+    if offset == WHOLE:
+        return full_of(t, key)
+    p = key.data + min(
+        max(offset, <uint64_t> REFINED_BYTES // 2) - REFINED_BYTES // 2,
+        <uint64_t> key.n_bytes - REFINED_BYTES,
+    )
+    return fold(
+        digest ^ pair(p, t.secret[26], t.secret[27]),
+        t.secret[28] ^ pair(p + 16, t.secret[29], t.secret[30]),
+    )
+
+cdef inline uint64_t differs_at(const Key* a, const Key* b) noexcept nogil:
+    """Return the first byte at which two different keys differ, or WHOLE if lengths do."""
+    cdef uint64_t i = 0
+    if a.n_bytes != b.n_bytes:
+        return WHOLE
+    while i < a.n_bytes and a.data[i] == b.data[i]:
+        i += 1
+    return i if i < a.n_bytes else WHOLE
+
 
 # ---- entries
 
 cdef inline uint64_t digest_of(const Table* t, const Key* key) noexcept nogil:
     """Return the digest under which this key is filed or would be."""
     cdef uint64_t digest
+    cdef Crowd* crowd
     if not is_long(key):
         return full_of(t, key)
     digest = sampled_of(t, key)
-    return digest if find_crowd(t, digest) == NULL else full_of(t, key)
+    while True:
+        crowd = find_crowd(t, digest)
+        if crowd == NULL:
+            return digest
+        digest = refined(t, digest, crowd.offset, key)
+        if crowd.offset == WHOLE:
+            return digest
 
 cdef inline uint32_t home_of(const Table* t, uint64_t digest) noexcept nogil:
     return <uint32_t> (((digest >> 32) * t.capacity) >> 32)
@@ -313,38 +355,60 @@ cdef inline int reserve(Table* t) noexcept nogil:
         return 0
     return resize(t, grown_capacity(t)) if is_crammed(t) else 1
 
-cdef inline int settle(Table* t, const Key* key, uint64_t* digest, uint32_t* flag) noexcept nogil:
-    """Choose the digest to file a new key under, given its `digest_of`; 0 if there was no memory.
+cdef inline int settle(Table* t, const Key* key, uint64_t* digest) noexcept nogil:
+    """Choose the digest to file a new key under, given its `digest_of`; 0 if without memory.
 
-    The first entry of a crowd is filed anew under its full digest when the second comes.
+    Where another key stands under that digest already, the two are told apart.
     """
-    cdef uint64_t sampled
+    cdef uint64_t here
+    cdef Crowd* crowd
     cdef Entry* first
     cdef Entry moved
     cdef Key moved_key
-    cdef uint32_t tick
-    flag[0] = 0
+    cdef uint32_t tick, depth = 0
     if not is_long(key):
         return 1
-    sampled = sampled_of(t, key)
-    digest[0] = sampled
-    if find_crowd(t, sampled) == NULL:
-        first = find_digest(t, sampled)
-        if first == NULL or first.meta & IS_FULL:
+    here = sampled_of(t, key)
+    while True:
+        crowd = find_crowd(t, here)
+        if crowd == NULL:
+            first = find_digest(t, here)
+            if first == NULL:
+                digest[0] = here
+                return 1
+            moved_key = key_of(first)
+            crowd = add_crowd(
+                t, here, differs_at(key, &moved_key) if depth < MAX_REFINED else WHOLE
+            )
+            if crowd == NULL:
+                retreat(t, key, here)
+                return 0
+            moved = first[0]
+            tick = t.ticks[first - t.entries]
+            vacate(t, <uint32_t> (first - t.entries))
+            moved.digest = refined(t, here, crowd.offset, &moved_key)
+            place(t, &moved, tick)
+        crowd.n_entries += 1
+        here = refined(t, here, crowd.offset, key)
+        depth += 1
+        if crowd.offset == WHOLE:
+            digest[0] = here
             return 1
-        if not add_crowd(t, sampled):
-            return 0
-        moved = first[0]
-        tick = t.ticks[first - t.entries]
-        vacate(t, <uint32_t> (first - t.entries))
-        moved_key = key_of(&moved)
-        moved.digest = full_of(t, &moved_key)
-        moved.meta |= IS_FULL
-        place(t, &moved, tick)
-    find_crowd(t, sampled).n_entries += 1
-    digest[0] = full_of(t, key)
-    flag[0] = IS_FULL
-    return 1
+
+cdef inline void retreat(Table* t, const Key* key, uint64_t until) noexcept nogil:
+    """Take a key out of every crowd it stands behind, down to the digest `until`."""
+    cdef uint64_t here = sampled_of(t, key), offset, following
+    cdef Crowd* crowd
+    while here != until:
+        crowd = find_crowd(t, here)
+        if crowd == NULL:
+            return
+        offset = crowd.offset
+        following = refined(t, here, offset, key)
+        leave_crowd(t, crowd)
+        if offset == WHOLE:
+            return
+        here = following
 
 cdef inline void insert(Table* t, const Entry* entry, uint32_t tick) noexcept nogil:
     """Add an entry; room was reserved and its digest settled. `tick` is not 0."""
@@ -355,9 +419,10 @@ cdef inline Entry remove(Table* t, uint32_t position) noexcept nogil:
     """Take an entry out and return it."""
     cdef Entry gone = t.entries[position]
     cdef Key key
-    if gone.meta & IS_FULL:
+    if t.n_crowds:
         key = key_of(&gone)
-        leave_crowd(t, sampled_of(t, &key))
+        if is_long(&key):
+            retreat(t, &key, gone.digest)
     vacate(t, position)
     t.n -= 1
     if t.capacity > 8 * MIN_CAPACITY and 4 * <uint64_t> t.n < t.capacity:

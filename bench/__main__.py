@@ -1,0 +1,27 @@
+"""Run one benchmark: `python -m bench NAME [--json FILE]`; each module here with a main is one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+import bench
+
+
+def names() -> list[str]:
+    """Return the benchmarks there are."""
+    found = pkgutil.iter_modules([str(Path(bench.__file__).parent)])
+    return sorted(m.name for m in found if not m.ispkg and not m.name.startswith("_"))
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark that `argv` names and return its exit code."""
+    if not argv or argv[0] not in names():
+        print(f"usage: python -m bench NAME [--json FILE]; NAME: {', '.join(names())}")
+        return 2
+    return int(importlib.import_module(f"bench.{argv[0]}").main(argv[1:]))
+
+
+sys.exit(main(sys.argv[1:]))

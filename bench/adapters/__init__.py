@@ -1,0 +1,1 @@
+"""One adapter a peer, each with the same face as `bench.adapters.exact.ExactCache`."""
