@@ -1,0 +1,19 @@
+"""Tiny tokenizers, models and LoRA adapters, made on demand: real formats, random weights.
+
+Demo, tests and benches need a model that loads in a second and shows every difference in its
+output, and a tokenizer that needs no network. Files are kept in the user's cache folder, named
+by a digest of all that they were made from.
+"""
+
+from tokcache.samples.files import cache_folder
+from tokcache.samples.models import ARCHITECTURES, tiny_lora, tiny_model
+from tokcache.samples.tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+
+__all__ = [
+    "ARCHITECTURES",
+    "CHAT_TEMPLATE",
+    "cache_folder",
+    "tiny_lora",
+    "tiny_model",
+    "tiny_tokenizer",
+]

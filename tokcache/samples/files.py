@@ -1,0 +1,53 @@
+"""Where made files are kept, how they are named, and how they come to be there whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
+    """Return `folder`, or TOKCACHE_CACHE_DIR, or tokcache's folder in the user's cache; made."""
+    chosen = folder or os.environ.get("TOKCACHE_CACHE_DIR")
+    if not chosen:
+        base = os.environ.get("XDG_CACHE_HOME")
+        chosen = (Path(base) if base else Path.home() / ".cache") / "tokcache"
+    path = Path(chosen)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def digest(*parts: object) -> str:
+    """Return 16 hex digits that stand for `parts` and for the code that makes samples."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in (*parts, _recipe()):
+        data = part if isinstance(part, bytes) else repr(part).encode()
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()
+
+
+def write_once(path: Path, write: Callable[[Path], None]) -> Path:
+    """Return `path`, written by `write` if it is not there; no reader ever sees half a file."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return path
+
+
+def _recipe() -> bytes:
+    # A change of this package's code makes new files; old ones are never taken for new.
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return b"".join(source.read_bytes() for source in sources)

@@ -1,0 +1,358 @@
+"""Random-weight GGUF models and LoRA adapters of every memory kind that llama.cpp has.
+
+Source: the tensors each architecture needs were found by experiment with llama.cpp; the output
+head is never tied to the embedding, for a tied random model repeats its last token whatever its
+state is, and so hides a wrong cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokcache.config import require_int
+from tokcache.errors import InvalidConfig, InvalidModel, MissingExtra, MissingFile
+from tokcache.samples.files import cache_folder, digest, write_once
+from tokcache.samples.tokenizer import tiny_tokenizer
+from tokcache.samples.vocabulary import Vocabulary, read_vocabulary
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    Tensors = Iterator[tuple[str, NDArray[Any]]]
+
+_CONV_KERNEL = 4
+_STATE_SIZE = 16
+_TIME_STEP_RANK = 8
+# softplus(-5) is a time step of 0.007: the state remembers a thousand tokens, not ten.
+_SLOW = -5.0
+_SHORTCONV = 3
+_WINDOW = 32
+_RMS_EPSILON = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a model."""
+
+    n_vocab: int
+    n_layers: int
+    n_embd: int
+    n_heads: int
+    n_kv_heads: int
+    n_ff: int
+    n_ctx_train: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            require_int(name, value, minimum=1)
+        if self.n_embd % self.n_heads or self.n_heads % self.n_kv_heads:
+            raise InvalidConfig(
+                f"n_embd ({self.n_embd}) must be a multiple of n_heads ({self.n_heads}),"
+                f" and that of n_kv_heads ({self.n_kv_heads})"
+            )
+
+    @property
+    def n_head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Random weights, one stream a model: the same seed gives the same bytes."""
+
+    rng: np.random.Generator
+    shape: Shape
+
+    def matrix(self, n_out: int, n_in: int, gain: float = 1.5) -> NDArray[np.float16]:
+        """Return f16[n_out, n_in] of N(0, gain / sqrt(n_in))."""
+        drawn = self.rng.standard_normal((n_out, n_in), dtype=np.float32)
+        return (drawn * np.float32(gain / math.sqrt(n_in))).astype(np.float16)
+
+    def float_matrix(self, n_out: int, n_in: int) -> NDArray[np.float32]:
+        """Return f32[n_out, n_in]: convolutions and state-space weights are not f16."""
+        return self.matrix(n_out, n_in).astype(np.float32)
+
+
+def _ones(size: int) -> NDArray[np.float32]:
+    return np.ones(size, np.float32)
+
+
+def _attention(draw: Draw, block: str) -> Tensors:
+    shape = draw.shape
+    n_kv = shape.n_kv_heads * shape.n_head_dim
+    yield f"{block}.attn_q.weight", draw.matrix(shape.n_embd, shape.n_embd)
+    yield f"{block}.attn_k.weight", draw.matrix(n_kv, shape.n_embd)
+    yield f"{block}.attn_v.weight", draw.matrix(n_kv, shape.n_embd)
+    yield f"{block}.attn_output.weight", draw.matrix(shape.n_embd, shape.n_embd)
+
+
+def _attention_norms(draw: Draw, block: str) -> Tensors:
+    yield f"{block}.attn_q_norm.weight", _ones(draw.shape.n_head_dim)
+    yield f"{block}.attn_k_norm.weight", _ones(draw.shape.n_head_dim)
+
+
+def _feed_forward(draw: Draw, block: str) -> Tensors:
+    shape = draw.shape
+    yield f"{block}.ffn_norm.weight", _ones(shape.n_embd)
+    yield f"{block}.ffn_gate.weight", draw.matrix(shape.n_ff, shape.n_embd)
+    yield f"{block}.ffn_up.weight", draw.matrix(shape.n_ff, shape.n_embd)
+    yield f"{block}.ffn_down.weight", draw.matrix(shape.n_embd, shape.n_ff)
+
+
+def _llama_block(draw: Draw, block: str, _layer: int) -> Tensors:
+    yield from _attention(draw, block)
+    yield from _feed_forward(draw, block)
+
+
+def _gemma3_block(draw: Draw, block: str, _layer: int) -> Tensors:
+    yield from _attention(draw, block)
+    yield from _attention_norms(draw, block)
+    yield f"{block}.post_attention_norm.weight", _ones(draw.shape.n_embd)
+    yield from _feed_forward(draw, block)
+    yield f"{block}.post_ffw_norm.weight", _ones(draw.shape.n_embd)
+
+
+def _mamba_block(draw: Draw, block: str, _layer: int) -> Tensors:
+    n_embd = draw.shape.n_embd
+    inner = 2 * n_embd
+    yield f"{block}.ssm_in.weight", draw.matrix(2 * inner, n_embd)
+    yield f"{block}.ssm_conv1d.weight", draw.float_matrix(inner, _CONV_KERNEL)
+    yield f"{block}.ssm_conv1d.bias", np.zeros(inner, np.float32)
+    yield f"{block}.ssm_x.weight", draw.matrix(_TIME_STEP_RANK + 2 * _STATE_SIZE, inner)
+    yield f"{block}.ssm_dt.weight", draw.float_matrix(inner, _TIME_STEP_RANK)
+    yield f"{block}.ssm_dt.bias", np.full(inner, _SLOW, np.float32)
+    # Negative, else the state grows without bound.
+    decay = np.arange(1, _STATE_SIZE + 1, dtype=np.float32) / _STATE_SIZE
+    yield f"{block}.ssm_a", -np.tile(decay, (inner, 1))
+    yield f"{block}.ssm_d", _ones(inner)
+    yield f"{block}.ssm_out.weight", draw.matrix(n_embd, inner)
+
+
+def _lfm2_block(draw: Draw, block: str, layer: int) -> Tensors:
+    n_embd = draw.shape.n_embd
+    if _lfm2_has_attention(layer):
+        yield from _attention(draw, block)
+        yield from _attention_norms(draw, block)
+    else:
+        yield f"{block}.shortconv.conv.weight", draw.float_matrix(n_embd, _SHORTCONV)
+        yield f"{block}.shortconv.in_proj.weight", draw.matrix(3 * n_embd, n_embd)
+        yield f"{block}.shortconv.out_proj.weight", draw.matrix(n_embd, n_embd)
+    yield from _feed_forward(draw, block)
+
+
+def _lfm2_has_attention(layer: int) -> bool:
+    return layer % 2 == 1
+
+
+def _attention_keys(writer: Any, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_heads)
+    writer.add_head_count_kv(shape.n_kv_heads)
+
+
+def _gemma3_keys(writer: Any, shape: Shape) -> None:
+    _attention_keys(writer, shape)
+    writer.add_sliding_window(_WINDOW)
+    writer.add_sliding_window_pattern(2)
+
+
+def _mamba_keys(writer: Any, shape: Shape) -> None:
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_ssm_conv_kernel(_CONV_KERNEL)
+    writer.add_ssm_inner_size(2 * shape.n_embd)
+    writer.add_ssm_state_size(_STATE_SIZE)
+    writer.add_ssm_time_step_rank(_TIME_STEP_RANK)
+
+
+def _lfm2_keys(writer: Any, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_heads)
+    heads = [shape.n_kv_heads * _lfm2_has_attention(layer) for layer in range(shape.n_layers)]
+    writer.add_head_count_kv(heads)
+    writer.add_shortconv_l_cache(_SHORTCONV)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What one llama.cpp architecture asks of a file beyond what all have."""
+
+    memory: str
+    keys: Callable[[Any, Shape], None]
+    block: Callable[[Draw, str, int], Tensors]
+    output_norm: str = "output_norm.weight"
+    # Small, so that the last token does not outweigh what the state holds.
+    embedding_gain: float = 1.5
+
+
+ARCHITECTURES = {
+    "llama": Architecture("attention", _attention_keys, _llama_block),
+    # gemma3 multiplies the embedding by sqrt(n_embd) itself
+    "gemma3": Architecture("sliding window", _gemma3_keys, _gemma3_block, embedding_gain=0.25),
+    "mamba": Architecture("recurrent", _mamba_keys, _mamba_block),
+    "lfm2": Architecture("hybrid", _lfm2_keys, _lfm2_block, output_norm="token_embd_norm.weight"),
+}
+
+
+def tiny_model(
+    tokenizer_json: str | os.PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    n_layers: int = 4,
+    n_embd: int = 128,
+    n_heads: int = 4,
+    n_kv_heads: int = 2,
+    n_ff: int = 256,
+    n_ctx_train: int = 8192,
+    architecture: str = "llama",
+    folder: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Return the path of a random-weight GGUF for a tokenizer (by default `tiny_tokenizer`).
+
+    Errors: MissingExtra without gguf; InvalidConfig; UnsupportedTokenizer; MissingFile.
+    Cost:   a second and a few MB at the default sizes; made once a set of arguments.
+    """
+    if architecture not in ARCHITECTURES:
+        raise InvalidConfig(
+            f"architecture must be one of {', '.join(ARCHITECTURES)}, not {architecture!r}"
+        )
+    require_int("seed", seed, minimum=0)
+    source = Path(tokenizer_json) if tokenizer_json is not None else tiny_tokenizer(folder)
+    vocabulary = read_vocabulary(source)
+    sizes = (n_layers, n_embd, n_heads, n_kv_heads, n_ff, n_ctx_train)
+    shape = Shape(len(vocabulary.tokens), *sizes)
+    _gguf()  # a missing extra is told before any folder is made
+    name = f"tiny-{architecture}-{digest(vocabulary, shape, architecture, seed)}.gguf"
+    return write_once(
+        cache_folder(folder) / name,
+        lambda path: _write_model(path, architecture, vocabulary, shape, seed),
+    )
+
+
+def tiny_lora(
+    model: str | os.PathLike[str],
+    *,
+    seed: int = 1,
+    rank: int = 4,
+    scale: float = 1.0,
+    folder: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Return the path of a random LoRA adapter (GGUF) for a model that `tiny_model` made.
+
+    `scale` multiplies the weights; at 1.0 the adapter's part is as large as the matrix's own.
+    Errors: MissingExtra without gguf; MissingFile; InvalidModel for what is no GGUF.
+    """
+    require_int("seed", seed, minimum=0)
+    require_int("rank", rank, minimum=1)
+    gguf = _gguf()
+    base = Path(model)
+    n_layers, architecture, n_out, n_in = _query_shape(gguf, base)
+    name = f"tiny-lora-{digest(base.name, seed, rank, scale, n_layers, n_out, n_in)}.gguf"
+
+    def write(path: Path) -> None:
+        writer = gguf.GGUFWriter(str(path), architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+        rng = np.random.default_rng(seed)
+        for layer in range(n_layers):
+            part = f"blk.{layer}.attn_q.weight"
+            low = rng.standard_normal((rank, n_in), dtype=np.float32) / math.sqrt(n_in)
+            high = rng.standard_normal((n_out, rank), dtype=np.float32) / math.sqrt(rank)
+            writer.add_tensor(f"{part}.lora_a", low.astype(np.float32))
+            writer.add_tensor(f"{part}.lora_b", (high * 1.5 * scale).astype(np.float32))
+        _finish(writer)
+
+    return write_once(cache_folder(folder) / name, write)
+
+
+def _gguf() -> Any:
+    try:
+        import gguf  # noqa: PLC0415 (an extra)
+    except ImportError:
+        raise MissingExtra(
+            "making a tiny model needs the gguf package: pip install 'tokcache[demo]'"
+        ) from None
+    return gguf
+
+
+def _write_model(
+    path: Path, architecture: str, vocabulary: Vocabulary, shape: Shape, seed: int
+) -> None:
+    gguf = _gguf()
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_name(f"tokcache tiny {architecture}, random weights, seed {seed}")
+    writer.add_context_length(shape.n_ctx_train)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_block_count(shape.n_layers)
+    writer.add_layer_norm_rms_eps(_RMS_EPSILON)
+    writer.add_vocab_size(shape.n_vocab)
+    ARCHITECTURES[architecture].keys(writer, shape)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    _write_vocabulary(writer, vocabulary)
+    for name, tensor in _tensors(architecture, Draw(np.random.default_rng(seed), shape)):
+        writer.add_tensor(name, tensor)
+    _finish(writer)
+
+
+def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    optional = (
+        (vocabulary.pre, writer.add_tokenizer_pre),
+        (vocabulary.scores, writer.add_token_scores),
+        (vocabulary.merges, writer.add_token_merges),
+        (vocabulary.charsmap, writer.add_precompiled_charsmap),
+        (vocabulary.chat_template, writer.add_chat_template),
+    )
+    for value, add in optional:
+        if value:
+            add(value)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    writer.add_remove_extra_whitespaces(vocabulary.remove_extra_whitespaces)
+    for kind, number in vocabulary.special_ids.items():
+        getattr(writer, f"add_{kind}_token_id")(number)
+
+
+def _tensors(architecture: str, draw: Draw) -> Tensors:
+    recipe, shape = ARCHITECTURES[architecture], draw.shape
+    yield "token_embd.weight", draw.matrix(shape.n_vocab, shape.n_embd, recipe.embedding_gain)
+    for layer in range(shape.n_layers):
+        yield f"blk.{layer}.attn_norm.weight", _ones(shape.n_embd)
+        yield from recipe.block(draw, f"blk.{layer}", layer)
+    yield recipe.output_norm, _ones(shape.n_embd)
+    yield "output.weight", draw.matrix(shape.n_vocab, shape.n_embd)
+
+
+def _finish(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _query_shape(gguf: Any, model: Path) -> tuple[int, str, int, int]:
+    """Return layers, architecture, and the attn_q matrix's rows and columns."""
+    if not model.exists():
+        raise MissingFile(f"no such file: {model}")
+    try:
+        reader = gguf.GGUFReader(str(model))
+        architecture = reader.fields["general.architecture"].contents()
+        n_layers = int(reader.fields[f"{architecture}.block_count"].contents())
+        query = next(part for part in reader.tensors if part.name == "blk.0.attn_q.weight")
+    except (ValueError, KeyError, IndexError, StopIteration) as error:
+        raise InvalidModel(f"{model} is no GGUF with attention in its first layer") from error
+    n_in, n_out = (int(size) for size in query.shape)
+    return n_layers, architecture, n_out, n_in
