@@ -11,7 +11,7 @@ def native_modules() -> list[Extension]:
     """Return the extensions, or none where Cython is absent or they are switched off."""
     if os.environ.get("TOKCACHE_NO_EXTENSIONS") == "1":
         return []
-    from Cython.Build import cythonize
+    from Cython.Build import cythonize  # noqa: PLC0415 (absent where nothing is compiled)
 
     modules = cythonize(
         [

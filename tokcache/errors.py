@@ -21,7 +21,7 @@ class InvalidTokens(TokcacheError, ValueError):
 
 
 class UnsupportedTokenizer(TokcacheError, TypeError):
-    """This tokenizer can't be wrapped; the message says which kinds can."""
+    """A tokenizer can't be wrapped; the message says which kinds can."""
 
 
 class VocabularyMismatch(TokcacheError, ValueError):

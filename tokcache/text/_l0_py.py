@@ -36,8 +36,8 @@ class _Entry:
     n_bytes: int
 
 
-class _Map(cachetools.Cache):  # type: ignore[misc]
-    """A cachetools cache whose keys also lie dense in a list, so that a random draw is one index."""
+class _Map(cachetools.Cache[_Key, "_Entry"]):
+    """A cachetools cache whose keys also lie dense in a list: a random draw is one index."""
 
     def __init__(self) -> None:
         super().__init__(maxsize=sys.maxsize, getsizeof=lambda entry: entry.n_bytes)
@@ -108,7 +108,7 @@ class L0Cache:
         self._hit_tokens += len(entry.ids)
         self._clock += 1
         entry.tick = self._clock
-        return entry.ids  # type: ignore[no-any-return]
+        return entry.ids
 
     def put(
         self,

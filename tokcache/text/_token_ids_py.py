@@ -18,9 +18,7 @@ from tokcache.errors import InvalidTokens
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    _Array = np.ndarray[Any, np.dtype[np.int32]]
-else:
-    _Array = np.ndarray
+_Array: Any = np.ndarray  # untyped: a sequence's methods don't return what an array's do
 
 
 def _int32_view(ids: object) -> memoryview | None:
@@ -50,7 +48,7 @@ def _int32_bytes(ids: object) -> bytes:
         raise InvalidTokens("a token id does not fit into an int32") from None
 
 
-class TokenIds(_Array):
+class TokenIds(_Array):  # type: ignore[misc]
     """An immutable sequence of int32 token ids.
 
     Shapes: int32[n_tokens]; slices share the memory, a slice with a step is a copy.
@@ -60,11 +58,12 @@ class TokenIds(_Array):
 
     __array_ufunc__ = None
 
-    def __new__(cls, ids: Iterable[int] = ()) -> TokenIds:
+    def __new__(cls, ids: Iterable[int] = ()) -> TokenIds:  # noqa: PYI034 (it is final)
         """Return `ids` itself if it is a TokenIds, else a copy of the integers in it."""
         if isinstance(ids, TokenIds):
             return ids
-        return np.frombuffer(_int32_bytes(ids), np.int32).view(cls)
+        view: TokenIds = np.frombuffer(_int32_bytes(ids), np.int32).view(cls)  # type: ignore[assignment]
+        return view
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -78,16 +77,16 @@ class TokenIds(_Array):
     def __contains__(self, value: object) -> bool:
         return value in self.tolist()
 
-    def __eq__(self, other: object) -> bool:  # type: ignore[override]
+    def __eq__(self, other: object) -> bool:
         if isinstance(other, TokenIds):
-            return self.tobytes() == other.tobytes()
+            return bool(self.tobytes() == other.tobytes())
         return self.tolist() == other if isinstance(other, list) else NotImplemented
 
-    def __ne__(self, other: object) -> bool:  # type: ignore[override]
+    def __ne__(self, other: object) -> bool:
         equal = self.__eq__(other)
         return equal if equal is NotImplemented else not equal
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    def __hash__(self) -> int:
         return hash(self.tobytes())
 
     def __bool__(self) -> bool:

@@ -15,8 +15,8 @@ from tokcache.stats import L0Stats
 
 from tokcache.text._table cimport (
     N_SECRETS, OWNER_MASK, OWNER_SHIFT, SCOPE_SHIFT, WHOLE, Crowd, Entry, Key, Table, bytes_to_grow,
-    digest_of, find, find_crowd, insert, is_long, key_of, oldest_of, refined, release_arrays, remove,
-    reserve, sampled_of, settle, table_bytes,
+    digest_of, find, find_crowd, insert, is_long, key_of, oldest_of, refined, release_arrays,
+    remove, reserve, sampled_of, settle, table_bytes,
 )
 from tokcache.text._token_ids cimport TokenIds, owner_of, sizeof_token_ids
 
@@ -45,7 +45,7 @@ cdef enum:
 
 
 cdef inline uint64_t allocated(uint64_t n_bytes) noexcept:
-    """Return what an allocation of `n_bytes` takes: CPython's small blocks, else malloc's chunks."""
+    """Return what an allocation of `n_bytes` takes: a block of CPython's, else a malloc chunk."""
     if n_bytes <= SMALL_BYTES:
         return (n_bytes + 15) & ~<uint64_t> 15
     return (n_bytes + 8 + 15) & ~<uint64_t> 15

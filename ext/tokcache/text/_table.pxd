@@ -3,7 +3,7 @@
 # - An entry's home is (high half of its digest) * capacity >> 32; from there the next free place
 #   is taken. Removing moves back what was pushed past the hole, so there are no tombstones.
 # - ticks[] lies beside the entries and is 0 where none is: a truly random draw looks at ticks
-#   alone, until it meets an entry. The table shrinks, so that this takes 4 looks at most on average.
+#   alone, until it meets an entry. The table shrinks, so that it meets one in 4 looks on average.
 # - A long key is filed under a digest of samples. When a second key comes with the same digest,
 #   that digest is "crowded": it notes where the two differ, and both, like all that follow, are
 #   filed under the digest refined by what stands there. A refined digest can become crowded in
@@ -439,11 +439,11 @@ cdef inline uint32_t oldest_of(
     """
     cdef uint32_t oldest = 0, position, tick, n_seen = 0
     cdef uint64_t age, highest = 0, both
-    cdef int half
+    cdef int _half
     while n_seen < n_draws:
         rng[0] += <uint64_t> 0xA0761D6478BD642F  # wyrand (Wang Yi): a counter, folded
         both = fold(rng[0], rng[0] ^ t.secret[0])
-        for half in range(2):
+        for _half in range(2):
             position = <uint32_t> ((<uint64_t> <uint32_t> both * t.capacity) >> 32)
             both >>= 32
             tick = t.ticks[position] if n_seen < n_draws else 0

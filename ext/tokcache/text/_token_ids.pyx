@@ -17,6 +17,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcmp, memcpy, strcmp
 
 import operator
+from collections.abc import Sequence
 from os import urandom
 
 from tokcache.errors import InvalidTokens
@@ -185,6 +186,7 @@ cdef class TokenIds:
         return self.tolist().index(value, start, stop)
 
 
+Sequence.register(TokenIds)
 assert TokenIds.__basicsize__ == sizeof_token_ids()
 
 
@@ -329,7 +331,7 @@ cdef PyObject* new_int(int number) except NULL:
 
 
 cdef void grow_interned(unsigned int highest) noexcept:
-    """Make place for ids up to `highest`; without memory, or above the limit, all stays as it is."""
+    """Make place for ids up to `highest`; without memory or above the limit all stays as it is."""
     global interned, n_interned
     cdef Py_ssize_t n = max(n_interned, 1024)
     cdef PyObject** grown

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.text.twins import both, native, twin
+from tokcache.errors import InvalidConfig, InvalidText, InvalidTokens
+
+
+def fresh(text: str) -> str:
+    return (text + "\0")[:-1]
+
+
+@both
+def test_gives_back_what_was_stored(name: str) -> None:
+    cache = twin(name).l0_cache()
+    assert cache.get("hello", True) is None
+    assert cache.put("hello", True, [1, 2, 3]) is True
+    assert cache.get(fresh("hello"), True) == [1, 2, 3]
+    assert cache.get("hello", False) is None
+    assert cache.get("hello ", True) is None
+    assert cache.put("hello", True, [4]) is True
+    assert cache.get("hello", True) == [4]
+    assert len(cache) == 1
+    cache._check()
+
+
+@both
+def test_counts_and_clears(name: str) -> None:
+    cache = twin(name).l0_cache()
+    cache.put("a", True, [1, 2])
+    cache.put("a", False, [2])
+    for text in ("a", "a", "b"):
+        cache.get(text, True)
+    stats = cache.stats()
+    assert (stats.hits, stats.misses, stats.insertions, stats.evictions) == (2, 1, 2, 0)
+    assert (stats.hit_tokens, stats.n_entries, stats.hit_rate) == (4, 2, 2 / 3)
+    assert stats.n_bytes == cache.memory_usage() > 0
+    cache.clear()
+    assert len(cache) == cache.memory_usage() == 0
+    stats = cache.stats()
+    assert (stats.hits, stats.misses, stats.insertions, stats.hit_rate) == (0, 0, 0, 0.0)
+    assert cache.get("a", True) is None
+
+
+TRICKY = [
+    "", "\0", "A", "AA", "\u4141", "\U00004141A", "é", "e\u0301", "\u00ff", "\u0100", "\U0001f600",
+    "\ud800", "x" * 511, "x" * 512, "x" * 513, "x" * 514, "x" * 600, "\u6c49" * 256,
+    "\u6c49" * 257, "\U0001f600" * 200, "\u6c49" * 5000, "a" * 100_000, "a" * 99_999 + "b",
+]  # fmt: skip
+
+
+@both
+def test_every_kind_of_string_is_its_own_key(name: str) -> None:
+    cache = twin(name).l0_cache()
+    for number, text in enumerate(TRICKY):
+        assert cache.put(text, True, [number])
+    cache._check()
+    for number, text in enumerate(TRICKY):
+        assert cache.get(text, True) == [number]
+        assert cache.get(fresh(text), True) == [number]
+    assert len(cache) == len(TRICKY)
+
+
+@both
+def test_a_str_subclass_is_its_content(name: str) -> None:
+    class Prompt(str):
+        __slots__ = ()
+
+        def __str__(self) -> str:
+            return "something else"
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = str.__hash__
+
+    cache = twin(name).l0_cache()
+    cache.put(Prompt("hello"), True, [1])
+    assert cache.get("hello", True) == [1]
+    assert cache.get("something else", True) is None
+    assert cache.get(Prompt("hello"), True) == [1]
+    assert cache.get(Prompt("bye"), True) is None
+
+
+@both
+@pytest.mark.parametrize("text", [b"hello", None, 5, ["hello"]])
+def test_refuses_what_is_no_text(name: str, text: Any) -> None:
+    cache = twin(name).l0_cache()
+    with pytest.raises(InvalidText, match=type(text).__name__):
+        cache.get(text, True)
+    with pytest.raises(InvalidText):
+        cache.put(text, True, [1])
+    with pytest.raises(InvalidText, match="scope"):
+        cache.get("a", True, 7)
+    with pytest.raises(InvalidTokens):
+        cache.put("a", True, ["x"])
+    assert len(cache) == 0
+    assert cache.put("a", True, [1])
+    assert cache.get("a", True) == [1]
+
+
+@both
+@pytest.mark.parametrize("setting", ["max_entries", "max_bytes", "sample_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "7", None, True])
+def test_refuses_budgets_that_cannot_work(name: str, setting: str, value: Any) -> None:
+    with pytest.raises(InvalidConfig, match=setting):
+        twin(name).l0_cache(**{setting: value})
+
+
+@both
+def test_the_entry_budget_holds_over_both_maps(name: str) -> None:
+    cache = twin(name).l0_cache(max_entries=10)
+    for i in range(100):
+        cache.put(f"text {i}", i % 2 == 0, [i])
+        assert len(cache) == min(i + 1, 10)
+    cache._check()
+    assert cache.stats().evictions == 90
+
+
+@both
+def test_the_victim_comes_from_the_larger_map(name: str) -> None:
+    cache = twin(name).l0_cache(max_entries=10)
+    for i in range(3):
+        cache.put(f"few {i}", True, [i])
+    for i in range(200):
+        cache.put(f"many {i}", False, [i])
+    assert [cache.get(f"few {i}", True) for i in range(3)] == [[0], [1], [2]]
+
+
+@both
+def test_with_a_sample_of_all_the_least_recently_used_goes(name: str) -> None:
+    cache = twin(name).l0_cache(max_entries=4, sample_size=200)
+    for text in "abcd":
+        cache.put(text, True, [1])
+    cache.get("a", True)
+    cache.put("c", True, [1])
+    cache.put("e", True, [1])  # 200 draws from 4 entries miss the oldest once in 10**25
+    assert cache.get("b", True) is None
+    assert all(cache.get(text, True) for text in "acde")
+
+
+@both
+def test_draws_are_random_over_all_entries(name: str) -> None:
+    survivors = set()
+    for _ in range(60):
+        cache = twin(name).l0_cache(max_entries=20, sample_size=1)
+        for i in range(21):
+            cache.put(str(i), True, [i])
+        survivors |= {i for i in range(20) if cache.get(str(i), True) is None}
+    # One of 20 goes each time: a place that is never drawn in 60 rounds has a chance of 5 %.
+    assert len(survivors) >= 15
+
+
+@both
+def test_sampled_lru_keeps_what_is_used(name: str) -> None:
+    cache = twin(name).l0_cache(max_entries=100)
+    for i in range(50):
+        cache.put(f"hot {i}", True, [i])
+    kept = 0
+    for i in range(1000):
+        cache.put(f"cold {i}", True, [i])
+        for j in range(50):
+            kept += cache.get(f"hot {j}", True) is not None
+    assert kept > 0.8 * 50_000
+
+
+@both
+def test_the_byte_budget_holds_and_a_giant_is_refused(name: str) -> None:
+    cache = twin(name).l0_cache(max_bytes=100_000)
+    rng = random.Random(1)
+    for i in range(300):
+        cache.put(f"{i}" + "x" * rng.randrange(5000), i % 3 == 0, range(rng.randrange(500)))
+        assert cache.memory_usage() <= 100_000
+        cache._check()
+    held = len(cache)
+    assert held > 5
+    assert cache.put("y" * 100_001, True, [1]) is False
+    assert cache.put("z", True, range(25_000)) is False
+    assert len(cache) == held
+    assert cache.stats().refusals == {"oversize": 2}
+
+
+@both
+def test_a_refused_put_leaves_no_older_answer(name: str) -> None:
+    cache = twin(name).l0_cache(max_bytes=10_000)
+    cache.put("a", True, [1])
+    assert cache.put("a", True, range(10_000)) is False
+    assert cache.get("a", True) is None
+
+
+@both
+def test_a_budget_too_small_for_anything_refuses_everything(name: str) -> None:
+    cache = twin(name).l0_cache(max_bytes=1)
+    assert cache.put("a", True, [1]) is False
+    assert cache.get("a", True) is None
+    assert len(cache) == cache.memory_usage() == 0
+
+
+@both
+def test_scopes_never_meet(name: str) -> None:
+    cache = twin(name).l0_cache()
+    scopes = [None, "", "a", "b", "None", "a\0", "\u4141", "AA"]
+    for number, scope in enumerate(scopes):
+        assert all(cache.get("text", True, other) is None for other in scopes[number:])
+        cache.put("text", True, [number], scope)
+    for number, scope in enumerate(scopes):
+        assert cache.get("text", True, scope) == [number]
+        assert cache.get("text", False, scope) is None
+    cache._check()
+
+
+@both
+def test_a_scope_without_entries_costs_nothing(name: str) -> None:
+    cache = twin(name).l0_cache(max_entries=10)
+    for i in range(1000):
+        cache.put("text", True, [i], f"tenant {i}")
+        cache.get("text", True, f"nobody {i}")
+    cache._check()
+    assert len(cache) == 10
+    assert cache.memory_usage() < 20_000
+
+
+def template(i: int, position: int, n_chars: int = 4000) -> str:
+    return "t" * position + f"{i:06d}" + "t" * (n_chars - position - 6)
+
+
+@pytest.mark.parametrize("position", [0, 33, 200, 1000, 2500, 3930, 3994])
+def test_texts_of_one_template_are_told_apart(position: int) -> None:
+    cache = native().l0_cache()
+    for i in range(500):
+        cache.put(template(i, position), True, [i])
+    cache._check()
+    assert all(cache.get(template(i, position), True) == [i] for i in range(500))
+    assert all(cache.get(template(i, position), True) is None for i in range(500, 600))
+
+
+def test_texts_that_differ_each_in_another_place_are_told_apart() -> None:
+    cache = native().l0_cache()
+    positions = range(32, 3900, 7)
+    for wide in ("", "\u6c49", "\U0001f600"):
+        for p in positions:
+            cache.put("t" * p + "X" + "t" * (3999 - p) + wide, True, [p])
+        cache._check()
+        for p in positions:
+            assert cache.get("t" * p + "X" + "t" * (3999 - p) + wide, True) == [p]
+
+
+def test_crowds_go_with_their_entries() -> None:
+    cache = native().l0_cache(max_entries=50)
+    rng = random.Random(2)
+    for step in range(5000):
+        text = template(rng.randrange(100), rng.choice([33, 200, 1000]))
+        cache.put(text, True, [1])
+        if step % 100 == 0:
+            cache._check()
+    for i in range(50):
+        cache.put(str(i), True, [1])
+    for i in range(1000):  # nothing of the template is left by now
+        cache.put(f"{i}", True, [1])
+    cache._check()
+
+
+@pytest.mark.parametrize("wide", ["", "\u6c49", "\U0001f600"])
+def test_keys_of_the_native_cache_are_let_go(wide: str) -> None:
+    cache = native().l0_cache(max_entries=3)
+    text = fresh("y" * 1000 + wide)
+    before = sys.getrefcount(text)
+    cache.put(text, True, [1])
+    assert sys.getrefcount(text) == before + (0 if wide else 1)
+    cache.clear()
+    assert sys.getrefcount(text) == before
+    ids = native().token_ids([1, 2, 3])
+    cache.put(text, True, ids)
+    del cache
+    assert sys.getrefcount(text) == before
+
+
+def test_a_slice_does_not_keep_what_it_was_cut_from() -> None:
+    whole = native().token_ids(range(100_000))
+    cache = native().l0_cache(max_bytes=10_000)
+    assert cache.put("a", True, whole[5:8])
+    assert cache.get("a", True) == [5, 6, 7]
+    assert cache.memory_usage() < 1000
+
+
+def test_what_a_caller_does_later_changes_nothing() -> None:
+    cache = native().l0_cache()
+    values = [1, 2, 3]
+    cache.put("a", True, values)
+    values[0] = 9
+    assert cache.get("a", True) == [1, 2, 3]
+
+
+@both
+def test_reported_bytes_are_those_that_memory_grows_by(name: str) -> None:
+    if name == "native":
+        native()
+    code = """
+import gc, sys
+from tokcache import L0Cache, TokenIds
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+cache = L0Cache(10**6, 1 << 40)
+TokenIds(range(300)).tolist()
+gc.collect()
+before = resident()
+for i in range(60_000):
+    cache.put(f"{i:0200d}", i % 2 == 0, TokenIds([i] * (i % 100)))
+gc.collect()
+print(cache.memory_usage() / (resident() - before))
+"""
+    off = {"TOKCACHE_NO_EXTENSIONS": "1"} if name == "python" else {}
+    done = subprocess.run(  # noqa: S603 (our own code)
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, env={**os.environ, **off},
+    )  # fmt: skip
+    slack = 0.05 if name == "native" else 0.25  # the twin estimates what Python's objects take
+    assert abs(float(done.stdout) - 1) < slack, done.stdout

@@ -1,0 +1,104 @@
+"""L0 against a plain model: any order of calls, every invariant after each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.text.twins import PYTHON, native
+
+
+# Short texts, long ones that differ only where a sampled digest may not look, and wide ones.
+def in_a_row(where: int, letter: str) -> str:
+    return "s" * where + letter + "s" * (700 - where)
+
+
+TEXTS = st.one_of(
+    st.text(max_size=3),
+    st.builds(in_a_row, st.integers(0, 700), st.sampled_from("ab")),
+    st.builds(lambda p: "\u6c49" * p + "x" + "\u6c49" * (400 - p), st.integers(0, 400)),
+    st.sampled_from(["", "x" * 512, "x" * 513, "\ud800", "\U0001f600" * 200]),
+)
+SCOPES = st.sampled_from([None, "", "a", "b", "\u4141"])
+IDS = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=30)
+
+
+class _Machine(RuleBasedStateMachine):
+    cache_class: Any
+
+    @initialize(
+        max_entries=st.sampled_from([1, 2, 5, 1000]),
+        max_bytes=st.sampled_from([2_000, 20_000, 1 << 30]),
+        sample_size=st.sampled_from([1, 8]),
+    )
+    def make(self, max_entries: int, max_bytes: int, sample_size: int) -> None:
+        self.cache = self.cache_class(max_entries, max_bytes, sample_size)
+        self.roomy = max_entries == 1000 and max_bytes == 1 << 30
+        self.model: dict[tuple[str, bool, str | None], list[int]] = {}
+        self.n_gets = 0
+
+    @rule(text=TEXTS, flag=st.booleans(), scope=SCOPES, ids=IDS)
+    def put(self, text: str, flag: bool, scope: str | None, ids: list[int]) -> None:
+        stored = self.cache.put(text, flag, ids, scope)
+        assert stored or not self.roomy
+        if stored:
+            self.model[text, flag, scope] = ids
+            assert self.cache.get(text, flag, scope) == ids
+            self.n_gets += 1
+        else:
+            self.model.pop((text, flag, scope), None)
+
+    @rule(text=TEXTS, flag=st.booleans(), scope=SCOPES)
+    def get_any(self, text: str, flag: bool, scope: str | None) -> None:
+        self._get(text, flag, scope)
+
+    @rule(data=st.data())
+    def get_known(self, data: st.DataObject) -> None:
+        if self.model:
+            self._get(*data.draw(st.sampled_from(sorted(self.model, key=repr))))
+
+    def _get(self, text: str, flag: bool, scope: str | None) -> None:
+        got = self.cache.get((text + "\0")[:-1], flag, scope)
+        self.n_gets += 1
+        expected = self.model.get((text, flag, scope))
+        if got is not None or self.roomy:
+            assert got == expected if expected is not None else got is None
+
+    @rule()
+    def clear(self) -> None:
+        self.cache.clear()
+        self.model.clear()
+        self.n_gets = 0
+
+    @invariant()
+    def holds(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache._check()
+        assert len(self.cache) <= len(self.model)
+        stats = self.cache.stats()
+        assert stats.hits + stats.misses == self.n_gets
+        if self.roomy:
+            assert len(self.cache) == len(self.model)
+
+
+class NativeMachine(_Machine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache_class = native().l0_cache
+
+
+class PythonMachine(_Machine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache_class = PYTHON.l0_cache
+
+
+_SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestNative = NativeMachine.TestCase
+TestNative.settings = _SETTINGS
+TestPython = PythonMachine.TestCase
+TestPython.settings = _SETTINGS
