@@ -1,0 +1,525 @@
+"""Llama: llama_cpp.Llama, with its prompts' states restored and saved and its ids from the cache.
+
+llama_cpp.Llama decides in `generate` what of a prompt its context holds already. Here that
+decision is made before it (`_hold`), with the prefix cache as a second source, and `generate` is
+told to decode just the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+import numpy as np
+
+from tokcache.errors import InvalidConfig, InvalidModel, MissingFile, ModelClosed, StateError
+from tokcache.llama.fingerprint import fingerprint, memory_kind
+from tokcache.llama.gate import Gate, Steps
+from tokcache.llama.sequence import Sequence
+from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tokcache.state.cache import PrefixStateCache, RestorePlan
+
+_log = logging.getLogger("tokcache")
+
+UNKNOWN = -1  # stands in input_ids where a position was written by no token (images): no id is -1
+BLOCK_TOKENS = 256  # the grid of reproducible mode without a prefix cache, as with one by default
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What the last prompt did not have to decode.
+
+    Units: tokens; `n_in_context` were still in the context, `n_restored` came from the prefix
+    cache, the rest of `n_prompt` was decoded; `seconds` is what finding and restoring took.
+    """
+
+    n_prompt: int
+    n_in_context: int
+    n_restored: int
+    seconds: float
+
+    @property
+    def n_decoded(self) -> int:
+        """Return how many tokens of the prompt were decoded."""
+        return self.n_prompt - self.n_in_context - self.n_restored
+
+
+@dataclass(slots=True)
+class _Aside:
+    state: memoryview | None  # None: could not be taken, the generation can't go on
+    n_tokens: int
+    n_own: int
+    n_grid: int
+    input_ids: NDArray[np.int32]
+    scores: NDArray[np.float32] | None
+    requires_eval: bool
+    sampler: Any
+    mirostat_mu: Any
+
+
+class Llama(llama_cpp.Llama):  # type: ignore[misc]
+    """A llama_cpp.Llama that decodes no prefix twice.
+
+    `tokenizer` is a tokenizer that tokcache wraps, or one that it can wrap; without it the
+    model's own stands behind an L0 cache. `prefix_cache` may be shared by any number of models
+    and processes' threads; `scope` keeps what this object stores apart from other scopes'.
+
+    llama.cpp's results depend, in their last bits, on how a prompt is split into batches. With
+    `reproducible=True` prompts are decoded in pieces that end at multiples of the cache's
+    `block_tokens` (256 without a cache), and only such pieces are reused: the same prompt gives
+    the same logits, bit for bit, whatever was cached. In the default mode the longest prefix is
+    reused to the token, and logits differ as far as those of different batch sizes do: by up to
+    0.05 on the tiny test models (`pytest tests/integration/test_llama_exact.py -k tolerance -s`).
+
+    Only full-attention models are cached; others, embedding contexts, `logits_all` and draft
+    models run uncached, counted by reason in `prefix_cache.stats().refusals`.
+
+    Errors: MissingFile, InvalidModel; VocabularyMismatch; ModelClosed after close() or a fork;
+            llama_cpp's own otherwise. A cache that fails costs a decode, never an exception.
+    Threads: safe. Generations take turns; one whose consumer pauses is put aside for another
+            (see tokcache.llama.gate). A generation that was set up by hand (reset, eval, sample)
+            is not put aside: others may follow on it.
+    """
+
+    # What llama_cpp's __init__ and __del__ may meet before ours has run.
+    _gate: Gate | None = None
+    _n_tokens = 0
+    _n_own = 0  # leading positions that a decode of known tokens, or a restore, has written
+    _n_grid = 0  # of these, the ones decoded in pieces that end at multiples of block_tokens
+    _is_decoding = False
+    _is_embedding = False
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        prefix_cache: PrefixStateCache | None = None,
+        scope: str | None = None,
+        reproducible: bool = False,
+        **llama_cpp_kwargs: Any,
+    ) -> None:
+        if scope is not None and not isinstance(scope, str):
+            raise InvalidConfig(f"scope must be a str or None, not {scope!r}")
+        path = _checked_model(model_path)
+        self._is_embedding = bool(llama_cpp_kwargs.get("embedding"))
+        self._load(path, llama_cpp_kwargs)
+        self.prefix_cache = prefix_cache
+        self.scope = scope
+        self.reproducible = reproducible
+        self.block_tokens = prefix_cache.block_tokens if prefix_cache else BLOCK_TOKENS
+        self.last_reuse = Reuse(0, 0, 0, 0.0)
+        self._memory_kind = memory_kind(self)
+        self._sequence = self._own_sequence()
+        self._uncached = self._why_uncached()
+        self._fingerprint = b""
+        self._gate = Gate(self)
+        try:
+            self.tokenizer_ = self._chosen_tokenizer(tokenizer)
+        except BaseException:
+            self.close()
+            raise
+        if prefix_cache is not None and self._uncached:
+            _log.info("%s runs without the prefix cache: %s", path, self._uncached)
+
+    def _load(self, path: str, settings: dict[str, Any]) -> None:
+        try:
+            super().__init__(path, **settings)
+        except ValueError as error:
+            if "Failed to" not in str(error):
+                raise
+            raise InvalidModel(
+                f"llama.cpp can't load {path}: {error}; is the file whole, and of a format that "
+                f"llama-cpp-python {llama_cpp.__version__} knows? verbose=True prints its reasons"
+            ) from error
+
+    def _own_sequence(self) -> Sequence | None:
+        if self._memory_kind == "none":
+            return None
+        return Sequence(self.ctx, is_unified=bool(self.context_params.kv_unified))
+
+    def _why_uncached(self) -> str | None:
+        """Return the reason why states are neither saved nor restored, None if they are."""
+        if self._is_embedding:
+            return "embedding_context"
+        if self._memory_kind != "attention":
+            return f"memory: {self._memory_kind}"
+        if self.draft_model is not None:
+            return "draft_model"
+        if self._logits_all:  # the score rows of restored positions would be missing
+            return "logits_all"
+        if self._sequence is None or not self._sequence.has_blocks:
+            return "context_without_blocks"
+        return None
+
+    def _chosen_tokenizer(self, tokenizer: Any) -> Any:
+        if tokenizer is None:
+            return ModelTokenizer(self._model, self.scope)
+        if isinstance(tokenizer, llama_cpp.llama_tokenizer.BaseLlamaTokenizer):
+            return tokenizer
+        if not hasattr(tokenizer, "token_ids"):
+            import tokcache  # noqa: PLC0415 (it imports us)
+
+            tokenizer = tokcache.wrap(tokenizer)
+        check_vocabulary(tokenizer, self._model)
+        return WrappedTokenizer(self._model, tokenizer, self.scope)
+
+    # What llama_cpp sets, watched
+
+    @property
+    def context_params(self) -> Any:
+        """The context's parameters, with a second sequence to copy blocks through."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        if not self._is_embedding:  # that mode sets its own number of sequences
+            params.n_seq_max = 2
+            params.kv_unified = True
+        self._context_params = params
+
+    @property
+    def n_tokens(self) -> int:
+        """How many positions the context holds."""
+        return self._n_tokens
+
+    @n_tokens.setter
+    def n_tokens(self, value: int) -> None:
+        before, self._n_tokens = self._n_tokens, value
+        if value <= before:
+            self._n_own = min(self._n_own, value)
+            self._n_grid = min(self._n_grid, value)
+        elif self._is_decoding:
+            self._n_own = value if self._n_own == before else self._n_own
+        else:
+            # Somebody else wrote these positions, an image's say. What lay in input_ids there is
+            # of an earlier prompt and must not match one.
+            self.input_ids[before:value] = UNKNOWN
+
+    # What uses the context, one at a time
+
+    def _open_gate(self) -> Gate:
+        if self._gate is None:
+            raise ModelClosed("this model was not loaded")
+        return self._gate
+
+    def eval(self, tokens: Any) -> None:
+        """Decode `tokens` after what the context holds; in reproducible mode, cut on the grid."""
+        with self._open_gate().step():
+            for piece in self._pieces(tokens):
+                self._eval_piece(piece)
+
+    def _pieces(self, tokens: Any) -> Iterator[Any]:
+        if not self.reproducible or not len(tokens):
+            yield tokens
+            return
+        done = 0
+        while done < len(tokens):
+            end = done + self.block_tokens - self._n_tokens % self.block_tokens
+            yield tokens[done:end]
+            done = end
+
+    def _eval_piece(self, piece: Any) -> None:
+        start = self._n_tokens
+        self._is_decoding = True
+        try:
+            super().eval(piece)
+        except BaseException:
+            self._after_failed_decode()
+            raise
+        finally:
+            self._is_decoding = False
+        if start == self._n_grid and self._n_tokens % self.block_tokens == 0:
+            self._n_grid = self._n_own
+
+    def _after_failed_decode(self) -> None:
+        """Take out what a failed batch may have left in the context."""
+        if self._sequence is None or not self._sequence.trim(self._n_tokens):
+            self._ctx.kv_cache_clear()
+            self.n_tokens = 0
+        self._requires_eval = True
+
+    def reset(self) -> None:
+        """Forget what the context holds."""
+        with self._open_gate().step():
+            super().reset()
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample a token, as llama_cpp.Llama does."""
+        with self._open_gate().step():
+            return super().sample(*args, **kwargs)
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """Embed texts, as llama_cpp.Llama does."""
+        with self._open_gate().step():
+            return super().embed(*args, **kwargs)
+
+    def save_state(self) -> Any:
+        """Return the whole context's state, as llama_cpp.Llama does."""
+        with self._open_gate().step():
+            return super().save_state()
+
+    def load_state(self, state: Any) -> None:
+        """Load a whole context's state; it is never stored in the prefix cache."""
+        with self._open_gate().step():
+            self._is_decoding = True  # input_ids comes with it
+            try:
+                super().load_state(state)
+            finally:
+                self._is_decoding = False
+                self._n_own = self._n_grid = 0
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Return the ids of `text`."""
+        self._require_open()
+        tokens: list[int] = self.tokenizer_.tokenize(text, add_bos, special)
+        return tokens
+
+    def detokenize(
+        self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
+    ) -> bytes:
+        """Return the bytes of `tokens`."""
+        self._require_open()
+        text: bytes = self.tokenizer_.detokenize(tokens, prev_tokens=prev_tokens, special=special)
+        return text
+
+    def _require_open(self) -> None:
+        self._open_gate().require_open()
+
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """Complete a chat, as llama_cpp.Llama does."""
+        if self.chat_handler is None:
+            return super().create_chat_completion(*args, **kwargs)
+        # A handler of the user's may fill the context itself before it asks for a completion.
+        with self._open_gate().step():
+            return super().create_chat_completion(*args, **kwargs)
+
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """Complete a prompt, as llama_cpp.Llama does."""
+        self._require_open()
+        return super().create_completion(*args, **kwargs)
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        steps = Steps(self._open_gate(), super()._create_completion(*args, **kwargs))
+        # Without `stream` the caller takes one item and drops the rest.
+        return steps if kwargs.get("stream") else iter((steps.only(),))
+
+    def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        """Yield token after token, as llama_cpp.Llama does."""
+        gate = self._open_gate()
+        generation = self._generate(tokens, args, kwargs)
+        return generation if gate.is_inside() else Steps(gate, generation)
+
+    def _generate(self, tokens: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = _GENERATE.bind(self, tokens, *args, **kwargs)
+        if call.arguments.get("reset", True):
+            call.arguments["tokens"] = self._hold(tokens)
+            call.arguments["reset"] = False
+        yield from super().generate(*call.args[1:], **call.kwargs)
+
+    # What a prompt need not decode
+
+    def _hold(self, tokens: Any) -> Any:
+        """Bring the longest known prefix into the context; return the tokens left to decode."""
+        began = time.perf_counter()
+        tokens = tokens if isinstance(tokens, list) else list(tokens)
+        ids = self._int32_ids(tokens)
+        if self._is_held_whole(ids):
+            self.last_reuse = Reuse(len(ids), len(ids), 0, time.perf_counter() - began)
+            return []
+        n_in_context = self._usable_in_context(ids)
+        n_held = self._restored(ids, n_in_context) if len(ids) else 0
+        n_in_context = min(n_in_context, n_held)
+        if not n_held:
+            self.reset()
+        self._requires_eval = True
+        seconds = time.perf_counter() - began
+        self.last_reuse = Reuse(len(ids), n_in_context, n_held - n_in_context, seconds)
+        return tokens[n_held:]
+
+    def _int32_ids(self, tokens: list[int]) -> NDArray[np.int32]:
+        if isinstance(self.tokenizer_, ModelTokenizer):
+            return self.tokenizer_.int32_ids(tokens)
+        return np.fromiter(tokens, np.int32, len(tokens))
+
+    def _is_held_whole(self, ids: NDArray[np.int32]) -> bool:
+        """Return whether the context holds this prompt, nothing more, and its logits."""
+        held = self.input_ids[: self._n_tokens]
+        if self._requires_eval or not len(ids) or not np.array_equal(held, ids):
+            return False
+        # A handler's prompt with images can't be decoded from its ids; any other one can.
+        return not self.reproducible or bool((ids == UNKNOWN).any())
+
+    def _usable_in_context(self, ids: NDArray[np.int32]) -> int:
+        """Return how many positions of the context this prompt can build on."""
+        shared = min(_n_shared(self.input_ids[: self._n_tokens], ids), max(len(ids) - 1, 0))
+        if self.reproducible:
+            shared = min(shared, self._n_grid) // self.block_tokens * self.block_tokens
+        if shared == self._n_tokens:
+            return shared
+        # Other memories than full attention can't go back, though some say they did.
+        can_trim = self._memory_kind == "attention" and self._sequence is not None
+        return shared if can_trim and self._cut(shared) else 0
+
+    def _cut(self, n_tokens: int) -> bool:
+        if self._sequence is None or not self._sequence.trim(n_tokens):
+            return False
+        self.n_tokens = n_tokens
+        return True
+
+    def _restored(self, ids: NDArray[np.int32], n_in_context: int) -> int:
+        """Restore what reaches beyond `n_in_context`; return how many positions are held."""
+        cache = self.prefix_cache
+        if cache is None:
+            return n_in_context
+        if self._uncached:
+            cache.refuse(self._uncached)
+            return n_in_context
+        if (ids < 0).any():
+            cache.refuse("unknown_positions")
+            return n_in_context
+        with cache.plan(
+            ids,
+            fingerprint=self._key(),
+            scope=self.scope,
+            max_tokens=len(ids) - 1,
+            aligned=self.reproducible,
+        ) as plan:
+            return self._carry_out(plan, ids, n_in_context)
+
+    def _carry_out(self, plan: RestorePlan, ids: NDArray[np.int32], n_in_context: int) -> int:
+        start = plan.start_beyond(n_in_context)
+        if plan.n_tokens <= n_in_context or self._sequence is None or not self._cut(start):
+            return n_in_context
+        reached = plan.restore(self._sequence.write_block, start=start)
+        self._sequence.trim(reached)
+        if self._sequence.end() != reached:
+            self._sequence.clear()
+            reached = 0
+            self._refuse("restore_incomplete")
+        self.input_ids[start:reached] = ids[start:reached]
+        self._n_tokens = reached
+        self._n_own = reached if self._n_own >= start else min(self._n_own, reached)
+        self._n_grid = reached if self.reproducible else 0
+        return reached
+
+    def _key(self) -> bytes:
+        if not self._fingerprint:
+            self._fingerprint = fingerprint(self, self.block_tokens if self.reproducible else None)
+        return self._fingerprint
+
+    def _refuse(self, reason: str) -> None:
+        if self.prefix_cache is not None:
+            self.prefix_cache.refuse(reason)
+
+    # What the gate asks
+
+    def end_generation(self) -> None:
+        """Save the state of what was decoded; the answer's tokens too, in the default mode."""
+        n_tokens = self._n_grid if self.reproducible else self._n_own
+        if self.prefix_cache is None or self._uncached or self._sequence is None or not n_tokens:
+            return
+        self.prefix_cache.save(
+            self.input_ids[:n_tokens],
+            self._sequence.read_block,
+            self._sequence.block_bytes,
+            fingerprint=self._key(),
+            scope=self.scope,
+            aligned=self.reproducible,
+        )
+
+    def put_aside(self) -> _Aside:
+        """Return all that the present generation needs to go on later."""
+        self.end_generation()
+        n_tokens = self._n_tokens
+        return _Aside(
+            state=self._snapshot(),
+            n_tokens=n_tokens,
+            n_own=self._n_own,
+            n_grid=self._n_grid,
+            input_ids=self.input_ids[:n_tokens].copy(),
+            scores=self.scores[:n_tokens].copy() if self._logits_all else None,
+            requires_eval=self._requires_eval,
+            sampler=self._sampler,
+            mirostat_mu=self._mirostat_mu,
+        )
+
+    def _snapshot(self) -> memoryview | None:
+        # A draft model samples several tokens from one decode: its logits are in no snapshot.
+        if self.draft_model is not None or self._sequence is None:
+            return None
+        try:
+            return self._sequence.snapshot()
+        except (StateError, MemoryError):
+            self._refuse("snapshot_failed")
+            return None
+
+    def bring_back(self, aside: _Aside) -> None:
+        """Undo `put_aside`."""
+        if aside.state is None or self._sequence is None:
+            raise StateError(
+                "another generation used this model meanwhile, and this one could not be put "
+                "aside; end a stream before the next request, or use a Llama for each"
+            )
+        self._n_tokens = self._n_own = self._n_grid = 0
+        self._sequence.load_snapshot(aside.state)
+        n_tokens = self._n_tokens = aside.n_tokens
+        self._n_own, self._n_grid = aside.n_own, aside.n_grid
+        self.input_ids[:n_tokens] = aside.input_ids
+        if aside.scores is not None:
+            self.scores[:n_tokens] = aside.scores
+        self._requires_eval = aside.requires_eval
+        self._sampler, self._mirostat_mu = aside.sampler, aside.mirostat_mu
+
+    # The end
+
+    def close(self) -> None:
+        """Save what can be saved and free the model; later calls raise ModelClosed."""
+        if self._gate is not None:
+            self._gate.close(super().close)
+        elif hasattr(self, "_stack"):
+            super().close()
+
+    def __del__(self) -> None:
+        # No step can be in progress: it would refer to us. Nothing is saved either: the garbage
+        # collector may run this under any lock.
+        if hasattr(self, "_stack"):
+            self._stack.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings, without tokenizer and cache: a pickle has neither."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"scope": self.scope, "reproducible": self.reproducible}
+
+
+def _n_shared(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
+    """Return how many leading ids are equal and known."""
+    n = min(len(left), len(right))
+    differs = (left[:n] != right[:n]) | (left[:n] == UNKNOWN)
+    return int(differs.argmax()) if differs.any() else n
+
+
+def _checked_model(path: str | os.PathLike[str]) -> str:
+    file = Path(path)
+    if not file.is_file():
+        raise MissingFile(f"there is no model file {file}; pass the path of a GGUF file")
+    with file.open("rb") as opened:
+        magic = opened.read(4)
+    if magic != b"GGUF":
+        raise InvalidModel(
+            f"{file} is no GGUF file: it begins with {magic!r}, not b'GGUF'; convert the model "
+            "with llama.cpp's convert_hf_to_gguf.py"
+        )
+    return str(file)

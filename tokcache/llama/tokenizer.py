@@ -1,0 +1,154 @@
+"""The tokenizers of llama_cpp.Llama: a wrapped one in place of llama.cpp's, or its own behind L0.
+
+llama.cpp adds BOS and EOS itself, as the model's flags say, so the text is always encoded without
+special tokens of the tokenizer's post-processor; detokenizing is left to the model, token by token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp.llama_tokenizer import BaseLlamaTokenizer
+
+from tokcache.errors import VocabularyMismatch
+from tokcache.text.l0 import L0Cache
+from tokcache.text.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
+    """llama.cpp's own tokenizer behind an L0 cache, keyed by bytes, add_bos and special."""
+
+    def __init__(self, model: Any, scope: str | None, l0: L0Cache | None = None) -> None:
+        self._model = model
+        self._scope = scope
+        self._l0 = l0 if l0 is not None else L0Cache()
+        # The ids of the last text and their list: what is handed on as a list need not be
+        # converted back.
+        self._recent: tuple[list[int], TokenIds] = ([], TokenIds())
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+        """Return what llama.cpp's tokenizer returns, from the cache where it is known."""
+        key, scope = text.decode("latin-1"), self._cache_scope(special)
+        ids = self._l0.get(key, add_bos, scope)
+        if ids is None:
+            ids = self._encode(text, add_bos, special)
+            self._l0.put(key, add_bos, ids, scope)
+        return self._handed_on(ids)
+
+    def _cache_scope(self, special: bool) -> str:
+        # "-" and "+" tell no scope from the scope named "".
+        return f"{int(special)}-" if self._scope is None else f"{int(special)}+{self._scope}"
+
+    def _encode(self, text: bytes, add_bos: bool, special: bool) -> TokenIds:
+        return TokenIds(self._model.tokenize(text, add_bos=add_bos, special=special))
+
+    def _handed_on(self, ids: TokenIds) -> list[int]:
+        tokens = ids.tolist()
+        self._recent = (tokens, ids)
+        return list(tokens)
+
+    def detokenize(
+        self,
+        tokens: list[int],
+        prev_tokens: list[int] | None = None,  # noqa: ARG002 (the face is llama_cpp's)
+        special: bool = False,
+    ) -> bytes:
+        """Return the bytes of `tokens`, from the model's vocabulary."""
+        return bytes(self._model.detokenize(tokens, special=special))
+
+    def int32_ids(self, tokens: Sequence[int]) -> NDArray[np.int32]:
+        """Return the ids as int32; those of the last text, with or without BOS, unconverted."""
+        recent, ids = self._recent
+        n_before = len(tokens) - len(recent)
+        if recent and 0 <= n_before <= 1 and list(tokens[n_before:]) == recent:
+            known = np.frombuffer(memoryview(ids), np.int32)
+            return known if not n_before else np.concatenate(([np.int32(tokens[0])], known))
+        return np.fromiter(tokens, np.int32, len(tokens))
+
+
+class WrappedTokenizer(ModelTokenizer):
+    """A tokenizer that tokcache wraps, in place of the model's.
+
+    `special=False` encodes special tokens as text, `add_bos=True` adds what llama.cpp adds (BOS
+    and EOS by the model's flags), never a second BOS after one that the text begins with.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, scope: str | None) -> None:
+        super().__init__(model, scope)
+        self._tokenizer = tokenizer
+        self._as_text: Any = None
+        # llama.cpp's own answer for no text: what it puts around any.
+        around = model.tokenize(b"", add_bos=True, special=True)
+        bos = around[:1] if around and around[0] == model.token_bos() else []
+        self._before, self._after = bos, around[len(bos) :]
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+        """Return the wrapped tokenizer's ids, with what the model puts around them if asked."""
+        try:
+            string = text.decode()
+        except UnicodeDecodeError:  # half a character: only llama.cpp knows what to do
+            return super().tokenize(text, add_bos, special)
+        ids = self._ids(string, special)
+        tokens = self._handed_on(ids)
+        return self._framed(tokens, special) if add_bos else tokens
+
+    def _ids(self, text: str, special: bool) -> TokenIds:
+        if special:
+            ids = self._tokenizer.token_ids(text, add_special_tokens=False, scope=self._scope)
+            return TokenIds(ids)
+        if self._as_text is None:
+            self._as_text = _copy_without_special_tokens(self._tokenizer)
+        return TokenIds(self._as_text.encode(text, add_special_tokens=False).ids)
+
+    def _framed(self, tokens: list[int], special: bool) -> list[int]:
+        has_bos = special and bool(self._before) and tokens[:1] == self._before
+        return [*([] if has_bos else self._before), *tokens, *self._after]
+
+
+def rust_tokenizer(tokenizer: Any) -> Any:
+    """Return the tokenizers.Tokenizer inside a wrapped or transformers tokenizer."""
+    plain = tokenizer.unwrap() if hasattr(tokenizer, "unwrap") else tokenizer
+    return getattr(plain, "backend_tokenizer", plain)
+
+
+def _copy_without_special_tokens(tokenizer: Any) -> Any:
+    plain = rust_tokenizer(tokenizer)
+    copy = type(plain).from_str(plain.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
+
+
+def check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """Raise VocabularyMismatch unless each id of the tokenizer is the same piece in the model.
+
+    The model may have more: files are padded to round sizes.
+    Cost: under a second at 150,000 ids.
+    """
+    vocabulary = rust_tokenizer(tokenizer).get_vocab(with_added_tokens=True)
+    n_model = int(model.n_vocab())
+    get_text, vocab = llama_cpp.llama_vocab_get_text, model.vocab
+    for piece, token in sorted(vocabulary.items(), key=lambda item: item[1]):
+        found = get_text(vocab, token) if token < n_model else None
+        if found is None or not _is_same_piece(piece, found):
+            there = "nothing" if found is None else repr(found.decode("utf-8", "replace"))
+            raise VocabularyMismatch(
+                f"tokenizer has {len(vocabulary):,} tokens, {model.path_model} has {n_model:,}; "
+                f"the first that differs is id {token}: {piece!r} in the tokenizer, {there} in "
+                "the model; pass the model's own tokenizer"
+            )
+
+
+def _is_same_piece(piece: str, found: bytes) -> bool:
+    if piece.encode("utf-8", "surrogatepass") == found:
+        return True
+    # SentencePiece models are converted with the space as itself or as its marker.
+    return piece.replace("\u2581", " ") == found.decode("utf-8", "replace").replace("\u2581", " ")
