@@ -1,0 +1,87 @@
+"""What is built installs and works, with a compiler and without."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+SNIPPET = """
+import logging
+logging.basicConfig(format="%(name)s: %(message)s")
+import tokcache
+print(tokcache.L0Cache.__module__)
+from tokenizers import Tokenizer, models
+for _ in range(2):
+    tok = tokcache.wrap(Tokenizer(models.WordLevel({"hello": 5, "[UNK]": 0}, unk_token="[UNK]")))
+    assert tok.token_ids("hello") == tok.token_ids("hello") == [5]
+assert tok.cache_stats().l0.hits == 1
+"""
+
+
+def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(  # noqa: S603 (our own code)
+        [sys.executable, *map(str, command)],
+        cwd=CHECKOUT, env={**os.environ, **env}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def unpacked_copy(sdist: Path, folder: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run("-m", "build", "--sdist", "--no-isolation", "--outdir", folder, CHECKOUT)
+    return next(folder.glob("*.tar.gz"))
+
+
+def built_wheel(source: Path, folder: Path, **env: str) -> Path:
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, **env)
+    return next(folder.glob("*.whl"))
+
+
+def test_sdist_holds_sources_tests_and_benches(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    for needed in (
+        "LICENSE", "README.md", "CHANGELOG.md", "setup.py", "ext/tokcache/text/_l0.pyx",
+        "ext/tokcache/text/_table.pxd", "tests/text/test_l0.py", "bench/exact.py",
+        "tokcache/py.typed",
+    ):  # fmt: skip
+        assert needed in names
+    assert not [n for n in names if n.endswith((".so", ".c", ".pyc"))]
+
+
+@pytest.mark.parametrize("compiler", ["real", "none"])
+def test_wheel_installs_and_serves(sdist: Path, tmp_path: Path, compiler: str) -> None:
+    source = unpacked_copy(sdist, tmp_path / "source")
+    env = {} if compiler == "real" else {"CC": "no-such-compiler", "LDSHARED": "no-such-compiler"}
+    wheel = built_wheel(source, tmp_path / "dist", **env)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        native = [n for n in archive.namelist() if n.endswith(".so")]
+        assert "tokcache/py.typed" in archive.namelist()
+        assert "tokcache/text/_l0.pyi" in archive.namelist()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n{SNIPPET}"
+    done = run("-P", "-c", code, TOKCACHE_NO_EXTENSIONS="0")
+    if compiler == "real":
+        assert len(native) == 2
+        assert done.stdout.split() == ["tokcache.text._l0"]
+        assert done.stderr == ""
+    else:
+        assert native == []
+        assert done.stdout.split() == ["tokcache.text._l0_py"]
+        assert done.stderr.count("\n") == 1
+        assert "native modules were not built" in done.stderr

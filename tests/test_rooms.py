@@ -1,0 +1,59 @@
+"""The rooms depend one way, and optional libraries are imported where they are faced."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokcache
+
+ROOT = Path(tokcache.__file__).parent
+LEAVES = {"errors", "config", "stats", "_version"}
+MAY_IMPORT = {
+    **dict.fromkeys(LEAVES, LEAVES),
+    "text": LEAVES | {"text"},
+    "state": LEAVES | {"state"},
+    "samples": LEAVES | {"samples"},
+    "llama": LEAVES | {"text", "state", "llama"},
+}
+OPTIONAL = {"transformers", "llama_cpp", "redis", "prometheus_client", "httpx", "xllamacpp", "gguf"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or room(p) in MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_what_lies_below_it(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for name in imports(tree):
+        parts = name.split(".")
+        if parts[0] == "tokcache" and len(parts) > 1 and (ROOT / parts[1]).exists():
+            assert parts[1] in MAY_IMPORT[room(path)], f"{path.name} imports {name}"
+
+
+def test_importing_tokcache_loads_three_libraries() -> None:
+    code = "import sys, tokcache; print('\\n'.join(sys.modules))"
+    done = subprocess.run(  # noqa: S603 (our own code)
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert not loaded & (OPTIONAL | {"torch", "typer", "rich", "matplotlib", "jinja2"})
+    assert "numpy" in loaded or "tokenizers" in loaded
