@@ -29,7 +29,7 @@ IDLE_S = 0.1
 class Context(Protocol):
     """What the gate asks of the model it guards."""
 
-    def put_aside(self) -> Any:
+    def put_aside(self, *, has_started: bool) -> Any:
         """Return all that the present generation needs to go on later."""
 
     def bring_back(self, aside: Any) -> None:
@@ -110,7 +110,7 @@ class Gate:
         owner = self._owner() if self._owner else None
         if owner is not steps or owner is None:
             if owner is not None and not owner.is_over:
-                owner.aside = self._context.put_aside()
+                owner.aside = self._context.put_aside(has_started=owner.has_started)
             elif self._owner is not None:
                 self._context.end_generation()
             self._owner = None
@@ -183,6 +183,7 @@ class Steps(Generator[Any, Any, Any]):
         self._generator = generator
         self.aside: Any = None
         self.is_over = False
+        self.has_started = False
         if gate.is_inside():
             gate.own_now(self)
 
@@ -213,6 +214,7 @@ class Steps(Generator[Any, Any, Any]):
         if self.is_over:
             return advance(*args)  # an exhausted generator's own answer
         with self._gate.step(self):
+            self.has_started = True
             try:
                 return advance(*args)
             except BaseException:

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokcache.llama
+from tests.integration.models import GREEDY, SETTINGS, llama, store, text
+from tokcache import samples
+from tokcache.errors import InvalidConfig, InvalidModel, MissingExtra, MissingFile
+
+
+def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.gguf", tmp_path):
+        with pytest.raises(MissingFile, match="no model file"):
+            llama(model=path)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 4, 100, 5000, 0.5, 0.99])
+def test_a_damaged_model_is_a_clear_error(tmp_path: Path, kept: float) -> None:
+    whole = samples.tiny_model().read_bytes()
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    with pytest.raises(InvalidModel):
+        llama(model=path)
+
+
+def test_another_files_model_is_a_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"{}" * 100)
+    with pytest.raises(InvalidModel, match="convert"):
+        llama(model=path)
+
+
+def test_a_scope_is_a_str_or_none() -> None:
+    with pytest.raises(InvalidConfig, match="scope"):
+        llama(scope=7)
+
+
+def test_without_llama_cpp_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'tokcache\[llama\]'"):
+        _ = tokcache.llama.Llama
+    with pytest.raises(AttributeError):
+        _ = tokcache.llama.Nothing
+
+
+def test_importing_the_package_imports_no_llama_cpp() -> None:
+    code = "import sys, tokcache, tokcache.llama; sys.exit('llama_cpp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
+
+
+def test_a_pickle_has_the_settings_and_no_cache() -> None:
+    llm = llama(store(), reproducible=True, scope="a")
+    copy = pickle.loads(pickle.dumps(llm))  # noqa: S301 (our own)
+    assert (copy.scope, copy.reproducible, copy.prefix_cache) == ("a", True, None)
+    answers = [text(one.create_completion("Hello", **GREEDY)) for one in (llm, copy)]
+    assert answers[0] == answers[1]
+
+
+def test_settings_of_llama_cpp_pass_through() -> None:
+    llm = llama(n_ctx=512, seed=5)
+    assert llm.n_ctx() == 512
+    assert llm.n_batch == SETTINGS["n_batch"]
+
+
+def test_a_lora_that_llama_cpp_would_leave_out_silently_is_a_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "lora.gguf"
+    with pytest.raises(MissingFile, match="no LoRA file"):
+        llama(lora_path=str(path))
+    path.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(InvalidModel, match="LoRA"):
+        llama(lora_path=str(path))
+
+
+def test_two_llamas_share_a_cache_and_their_scopes_never_meet() -> None:
+    cache = store()
+    one, two = llama(cache, scope="a"), llama(cache, scope="b")
+    prompt = "The import system of Python: " * 12
+    one.create_completion(prompt, **GREEDY)
+    two.create_completion(prompt, **GREEDY)
+    assert two.last_reuse.n_restored == 0
+    third = llama(cache, scope="b")
+    third.create_completion(prompt, **GREEDY)
+    assert third.last_reuse.n_restored > 0
+    cache.remove(scope="b")
+    fourth = llama(cache, scope="b")
+    fourth.create_completion(prompt, **GREEDY)
+    assert fourth.last_reuse.n_restored == 0

@@ -1,0 +1,190 @@
+"""Which contexts are cached at all, and positions that no token wrote."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.integration.models import (
+    BLOCK,
+    GREEDY,
+    decode_embeddings,
+    llama,
+    plain,
+    store,
+    text,
+)
+from tokcache import samples
+
+PROMPTS = [
+    "The import system of Python: " * 12,
+    "Hello " * 40,
+    "The import system of Python: " * 10,
+]
+
+
+@pytest.mark.parametrize("swa_full", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("gemma3", "memory: sliding window"),
+        ("mamba", "memory: recurrent"),
+        ("lfm2", "memory: hybrid"),
+    ],
+)
+def test_other_memories_run_uncached_and_right(
+    architecture: str, reason: str, swa_full: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = samples.tiny_model(architecture=architecture)
+    caplog.set_level(logging.INFO, "tokcache")
+    ours = llama(store(), model=model, reproducible=True, swa_full=swa_full)
+    uncached = llama(model=model, reproducible=True, swa_full=swa_full)
+    for prompt in (*PROMPTS, PROMPTS[0], PROMPTS[2]):
+        uncached.reset()
+        uncached._ctx.kv_cache_clear()
+        answers = [text(x.create_completion(prompt, **GREEDY)) for x in (ours, uncached)]
+        assert answers[0] == answers[1]
+        assert ours.last_reuse.n_restored == 0
+    stats = ours.prefix_cache.stats()
+    assert (stats.lookups, stats.saved_blocks) == (0, 0)
+    assert stats.refusals == {reason: 5}
+    assert [record.message for record in caplog.records if reason in record.message] != []
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
+def test_other_memories_in_default_mode_carry_on_and_never_go_back(architecture: str) -> None:
+    model = samples.tiny_model(architecture=architecture)
+    ours = llama(store(), model=model, swa_full=False)
+    prompt = list(range(100, 300))
+    next(ours.generate(prompt, temp=0.0))
+    next(ours.generate([*prompt, 5, 6], temp=0.0))
+    assert ours.last_reuse.n_in_context == 200
+    next(ours.generate([*prompt[:100], 9], temp=0.0))
+    assert ours.last_reuse.n_in_context == 0
+    uncached = plain(model=model, swa_full=False)
+    branch = [*prompt[:100], 9]
+    ours_next, theirs = (next(x.generate(branch, temp=0.0)) for x in (ours, uncached))
+    assert ours_next == theirs
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"logits_all": True}, "logits_all"), ({"embedding": True}, "embedding_context")],
+)
+def test_contexts_that_need_every_row_run_uncached(settings: Any, reason: str) -> None:
+    llm = llama(store(), **settings)
+    if reason == "embedding_context":
+        assert len(llm.embed("Hello")) > 0
+        assert llm._uncached == reason
+        return
+    for _ in range(2):
+        answer = llm.create_completion("Hello " * 40, logprobs=2, **GREEDY)
+        assert len(answer["choices"][0]["logprobs"]["tokens"]) == 6
+        next(llm.generate([7] * 9, temp=0.0))
+    assert llm.prefix_cache.stats().refusals == {reason: 4}
+
+
+def test_speculative_decoding_runs_uncached_and_right() -> None:
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # noqa: PLC0415
+
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=4)
+    ours, theirs = llama(store(), draft_model=draft), plain(draft_model=draft)
+    for _ in range(2):
+        answers = [text(x.create_completion("one two " * 30, **GREEDY)) for x in (ours, theirs)]
+        assert answers[0] == answers[1]
+    assert ours.prefix_cache.stats().refusals == {"draft_model": 2}
+
+
+class ImageHandler:
+    """Fills the context as llama_cpp's multimodal handlers do: text, image, text."""
+
+    def __init__(self, n_positions: int = 40) -> None:
+        self.n_positions = n_positions
+
+    def __call__(self, *, llama: Any, messages: Any, stream: bool = False, **_: Any) -> Any:
+        text_before, seed, text_after = messages[0]["content"]
+        rows = np.random.default_rng(seed).normal(0, 1, (self.n_positions, llama.n_embd()))
+        llama.reset()
+        llama._ctx.kv_cache_clear()
+        llama.eval(llama.tokenize(text_before.encode(), add_bos=True, special=True))
+        decode_embeddings(llama, rows.astype(np.float32))
+        llama.eval(llama.tokenize(text_after.encode(), add_bos=False, special=True))
+        prompt = llama.input_ids[: llama.n_tokens].tolist()
+        return llama.create_completion(prompt=prompt, stream=stream, **GREEDY)
+
+
+def ask(llm: Any, seed: int, before: str = "Look at " * 30, after: str = " what is it?") -> str:
+    return text(llm.create_chat_completion([{"role": "user", "content": (before, seed, after)}]))
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_two_images_with_the_same_text_around_them(reproducible: bool) -> None:
+    handler = ImageHandler()
+    cached = llama(store(), chat_handler=handler, reproducible=reproducible)
+    uncached = llama(chat_handler=handler, reproducible=reproducible)
+    alone = []
+    for seed in (1, 2):
+        uncached.reset()
+        uncached.input_ids.fill(0)
+        alone.append(ask(uncached, seed))
+    assert alone[0] != alone[1]  # the control: the image decides
+    for _ in range(2):
+        assert [ask(cached, seed) for seed in (1, 2)] == alone
+    n_before = len(cached.tokenize(b"Look at " * 30, special=True))
+    assert cached.prefix_cache.stats().saved_tokens <= n_before
+    cached.prefix_cache._check()
+
+
+def test_what_lay_at_image_positions_never_matches_a_prompt() -> None:
+    handler = ImageHandler()
+    cached, uncached = llama(store(), chat_handler=handler), llama()
+    # This prompt's ids lie in input_ids where the image's positions come to be.
+    prompt = cached.tokenize(b"Look at " * 30 + b"the same words, over and over " * 12)
+    next(cached.generate(prompt, temp=0.0))
+    before = cached.tokenize(b"Look at " * 30, special=True)
+    ask(cached, 1)
+    assert (cached.input_ids[len(before) : len(before) + handler.n_positions] == -1).all()
+    first = next(cached.generate(prompt, temp=0.0))
+    assert cached.last_reuse.n_in_context <= len(before)
+    assert first == next(uncached.generate(prompt, temp=0.0))
+
+
+def test_a_handlers_stream_that_another_request_overtakes() -> None:
+    cached = llama(store(), chat_handler=ImageHandler(), reproducible=True)
+    alone = ask(cached, 1)
+    message = [{"role": "user", "content": ("Look at " * 30, 1, " what is it?")}]
+    streamed = cached.create_chat_completion(message, stream=True)
+    # Filled already, not one token asked for: another request comes first.
+    assert text(cached.create_completion("Hello " * 30, **GREEDY))
+    assert "".join(text(part) for part in streamed) == alone
+
+
+def test_positions_after_a_foreign_state_are_not_saved() -> None:
+    llm = llama(store())
+    other = llama()
+    other.eval([5] * 50)
+    llm.load_state(other.save_state())
+    next(llm.generate([5] * 50 + [6] * 50, temp=0.0))
+    assert llm.last_reuse.n_in_context == 50
+    llm.close()
+    assert llm.prefix_cache.stats().saved_tokens == 0
+
+
+def test_blocks_are_refused_where_seq_cp_would_end_the_process() -> None:
+    from tokcache.errors import StateError  # noqa: PLC0415
+    from tokcache.llama.sequence import Sequence  # noqa: PLC0415
+
+    single = plain()
+    single.eval([5] * BLOCK)
+    sequence = Sequence(single.ctx, is_unified=False)
+    for use in (
+        lambda: sequence.read_block(0, BLOCK, memoryview(bytearray(9))),
+        lambda: sequence.write_block(0, BLOCK, memoryview(bytearray(9))),
+        lambda: sequence.block_bytes(0, BLOCK),
+    ):
+        with pytest.raises(StateError, match="n_seq_max"):
+            use()
