@@ -14,13 +14,17 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics  # text that every Python installation has
 from statistics import median
 from time import perf_counter_ns
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from bench import _report
 from bench.adapters import exact as peers
 from tokcache import L0Cache, TokenIds
+from tokcache.samples import tiny_tokenizer
 
 SYSTEMS: dict[str, Any] = {
     "tokcache": peers.Tokcache,
@@ -198,9 +202,11 @@ def collisions(n_keys: int, rounds: int) -> dict[str, float]:
 
 
 def tolist(n_tokens: int, rounds: int) -> dict[str, float]:
-    """Time making a list of the ids of a real-looking prompt."""
-    rng = random.Random(3)
-    values = [min(int(rng.paretovariate(0.6) * 20), 151_000) for _ in range(n_tokens)]
+    """Time making a list of the ids of English text, as a tokenizer made from it gives them."""
+    tokenizer = Tokenizer.from_file(str(tiny_tokenizer()))
+    text = "\n".join(topics.values())
+    values = tokenizer.encode(text[: 8 * n_tokens]).ids[:n_tokens]
+    assert len(values) == n_tokens
     ids, arr = TokenIds(values), array("i", values)
     assert ids.tolist() == arr.tolist() == values
     calls: dict[str, Callable[[], Any]] = {

@@ -15,8 +15,8 @@ from tokcache.stats import L0Stats
 
 from tokcache.text._table cimport (
     N_SECRETS, OWNER_MASK, OWNER_SHIFT, SCOPE_SHIFT, WHOLE, Crowd, Entry, Key, Table, bytes_to_grow,
-    digest_of, find, find_crowd, insert, is_long, key_of, oldest_of, refined, release_arrays,
-    remove, reserve, sampled_of, settle, table_bytes,
+    digest_of, fetch, fetch_home, find, find_crowd, insert, is_long, key_of, oldest_of, refined,
+    release_arrays, remove, reserve, sampled_of, settle, table_bytes,
 )
 from tokcache.text._token_ids cimport TokenIds, owner_of, sizeof_token_ids
 
@@ -42,6 +42,11 @@ cdef enum:
     MAX_SCOPES = 1 << 24
     MAX_UNITS = 0xFFFFFFF0
     SMALL_BYTES = 512   # up to here CPython's own allocator serves, in steps of 16
+
+
+ctypedef struct Victim:
+    Table* table       # NULL: the next entry drives nobody out
+    uint32_t position
 
 
 cdef inline uint64_t allocated(uint64_t n_bytes) noexcept:
@@ -135,6 +140,7 @@ cdef class L0Cache:
         cdef Key key
         cdef Entry entry
         cdef Entry* old
+        cdef Victim victim
         if not PyUnicode_CheckExact(text):
             text = exact_str(text)
         if PyUnicode_GET_LENGTH(text) > MAX_UNITS:
@@ -145,10 +151,12 @@ cdef class L0Cache:
             if key.scope == 0:
                 return self.refuse("scopes")
         entry.digest = digest_of(table, &key)
+        fetch_home(table, entry.digest)
+        victim = self.choose_victim()
         old = find(table, entry.digest, &key)
         if old != NULL:
             self.drop(table, <uint32_t> (old - table.entries))
-        reason = self.admit(table, &key, text, owner, &entry)
+        reason = self.admit(table, &key, text, owner, victim, &entry)
         if reason is not None:
             if key.scope:
                 self.leave_scope(key.scope)
@@ -237,12 +245,12 @@ cdef class L0Cache:
         return False
 
     cdef str admit(
-        self, Table* table, const Key* key, str text, TokenIds ids, Entry* entry
+        self, Table* table, const Key* key, str text, TokenIds ids, Victim victim, Entry* entry
     ):
         """Make room, and fill `entry` with what it holds; return None, or why it was refused."""
         cdef uint32_t owner = STRING if PyUnicode_IS_COMPACT_ASCII(text) else COPY
         cdef uint64_t n_bytes = key_bytes(owner, key.n_bytes) + value_bytes(ids.n_tokens)
-        if not self.make_room(table, key, n_bytes):
+        if not self.make_room(table, key, n_bytes, victim):
             return "oversize"
         if not reserve(table):
             return "memory"
@@ -265,7 +273,24 @@ cdef class L0Cache:
         table.n_item_bytes += n_bytes
         return None
 
-    cdef bint make_room(self, Table* table, const Key* key, uint64_t n_bytes) except -1:
+    cdef Victim choose_victim(self) noexcept:
+        """Draw whom the next entry drives out, if it does, and start to load it from memory."""
+        cdef Table* a = &self.tables[0]
+        cdef Table* b = &self.tables[1]
+        cdef Victim victim
+        victim.table = NULL
+        victim.position = 0
+        if a.n + <Py_ssize_t> b.n >= self.max_entries:
+            victim.table = a if a.n > b.n else b
+            victim.position = oldest_of(
+                victim.table, &self.rng, <uint32_t> self.sample_size, self.clock
+            )
+            fetch(&victim.table.entries[victim.position])
+        return victim
+
+    cdef bint make_room(
+        self, Table* table, const Key* key, uint64_t n_bytes, Victim victim
+    ) except -1:
         """Evict until one more entry of `n_bytes` fits in `table`; 0 if it never will."""
         cdef Table* a = &self.tables[0]
         cdef Table* b = &self.tables[1]
@@ -274,8 +299,9 @@ cdef class L0Cache:
             bytes_to_grow(table, key) if table.n == 0 else 0
         ) > budget:
             return False
-        while a.n + <Py_ssize_t> b.n >= self.max_entries:
-            self.evict(a if a.n > b.n else b)
+        if a.n + <Py_ssize_t> b.n >= self.max_entries:
+            self.evictions += 1
+            self.drop(victim.table, victim.position)
         while self.n_bytes() + n_bytes > budget:
             self.evict(a if a.n_item_bytes > b.n_item_bytes else b)
         while self.n_bytes() + n_bytes + bytes_to_grow(table, key) > budget:
@@ -294,6 +320,8 @@ cdef class L0Cache:
         )
 
     cdef int drop(self, Table* table, uint32_t position) except -1:
+        fetch(table.entries[position].value)
+        fetch(table.entries[position].key - sizeof(PyASCIIObject))
         cdef Entry gone = remove(table, position)
         table.n_item_bytes -= entry_bytes(&gone)
         if gone.meta >> SCOPE_SHIFT:

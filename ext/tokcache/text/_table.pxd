@@ -244,6 +244,12 @@ cdef inline uint32_t home_of(const Table* t, uint64_t digest) noexcept nogil:
 cdef inline uint32_t after(const Table* t, uint32_t i) noexcept nogil:
     return i + 1 if i + 1 < t.capacity else 0
 
+cdef inline void fetch_home(const Table* t, uint64_t digest) noexcept nogil:
+    """Start to load where the entry of this digest is or will be."""
+    if t.capacity:
+        fetch(&t.entries[home_of(t, digest)])
+        fetch(<const uint8_t*> &t.entries[home_of(t, digest)] + 64)
+
 cdef inline void fetch_entry(const Entry* entry, size_t n_bytes) noexcept nogil:
     """Start to load what a match will need: the ids' header and the head of the stored key."""
     cdef size_t i
@@ -437,22 +443,22 @@ cdef inline uint32_t oldest_of(
     Places are drawn until so many held an entry, each entry as likely as any other. No branch
     depends on what is drawn: a mispredicted one would cost more than the draw.
     """
-    cdef uint32_t oldest = 0, position, tick, n_seen = 0
-    cdef uint64_t age, highest = 0, both
+    cdef uint64_t both, position, counts, oldest = 0  # age << 32 | position
+    cdef uint32_t tick, n_seen = 0
     cdef int _half
     while n_seen < n_draws:
         rng[0] += <uint64_t> 0xA0761D6478BD642F  # wyrand (Wang Yi): a counter, folded
         both = fold(rng[0], rng[0] ^ t.secret[0])
         for _half in range(2):
-            position = <uint32_t> ((<uint64_t> <uint32_t> both * t.capacity) >> 32)
+            position = (<uint64_t> <uint32_t> both * t.capacity) >> 32
             both >>= 32
-            tick = t.ticks[position] if n_seen < n_draws else 0
-            n_seen += tick != 0
-            # modulo 2**32: right while ages stay below it
-            age = (<uint64_t> <uint32_t> (clock - tick) + 1) * (tick != 0)
-            oldest = position if age > highest else oldest
-            highest = age if age > highest else highest
-    return oldest
+            tick = t.ticks[position]
+            counts = (tick != 0) & (n_seen < n_draws)
+            n_seen += <uint32_t> counts
+            # The age modulo 2**32: right while ages stay below it.
+            position |= <uint64_t> <uint32_t> (clock - tick) << 32
+            oldest = max(oldest, position & (0 - counts))
+    return <uint32_t> oldest
 
 cdef inline void release_arrays(Table* t) noexcept nogil:
     free(t.entries)

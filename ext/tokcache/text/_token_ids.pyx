@@ -29,7 +29,8 @@ cdef extern from "Python.h":
     PyObject* PyObject_Init(PyObject* op, PyTypeObject* type)
     PyObject* long_from "PyLong_FromLong"(long number)
     void incref "Py_INCREF"(PyObject* item)
-    void set_item "PyList_SET_ITEM"(PyObject* items, Py_ssize_t i, PyObject* item)
+    ctypedef struct PyListObject:
+        PyObject** ob_item
     bint PyLong_CheckExact(object o)
     bint PyList_CheckExact(object o)
     bint PySlice_Check(object o)
@@ -298,22 +299,35 @@ cdef object slice_of(TokenIds ids, object key):
 
 cdef list list_of(const int* data, Py_ssize_t n):
     """Return a list of the ids; ints come from the table, so that most cost a pointer copy."""
-    cdef Py_ssize_t i
-    cdef unsigned int number
-    cdef PyObject* item
     cdef list result = PyList_New(n)
+    cdef PyObject** items = (<PyListObject*> result).ob_item
+    cdef PyObject** table
+    cdef PyObject* item
+    cdef unsigned int together = 0
+    cdef Py_ssize_t i, n_ahead = 0
     for i in range(n):
-        if i + AHEAD < n:  # the int objects lie scattered: fetch those that come soon
-            number = <unsigned int> data[i + AHEAD]
-            if number < n_interned:
-                prefetch(interned[number])
-        number = <unsigned int> data[i]
-        item = interned[number] if number < n_interned else NULL
+        together |= <unsigned int> data[i]
+    if together >= n_interned:
+        grow_interned(together)
+    table = interned
+    if together < n_interned:  # a power of two, so no single id is beyond it
+        n_ahead = n - AHEAD
+    for i in range(n_ahead):
+        prefetch(table[data[i + AHEAD]])  # the int objects lie scattered
+        item = table[data[i]]
         if item == NULL:
             item = new_int(data[i])
         else:
             incref(item)
-        set_item(<PyObject*> result, i, item)
+        items[i] = item
+    for i in range(max(n_ahead, 0), n):
+        item = table[data[i]] if <unsigned int> data[i] < n_interned else NULL
+        if item == NULL:
+            item = new_int(data[i])
+            table = interned
+        else:
+            incref(item)
+        items[i] = item
     return result
 
 
