@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tokenizers import Tokenizer
 
+from tests.test_samples import bundled
 from tokcache import TokenIds, samples
 from tokcache.errors import (
     InvalidConfig,
@@ -26,7 +27,6 @@ from tokcache.errors import (
     ServerError,
     VocabularyMismatch,
 )
-from tests.test_samples import bundled
 
 pytest.importorskip("xllamacpp", reason="needs tokcache[demo]")
 pytest.importorskip("httpx", reason="needs tokcache[server]")
