@@ -1,0 +1,251 @@
+"""What encodes the texts that no cache holds.
+
+The cache never encodes through a tokenizer that others can change: truncation and padding stay
+switched on in it after a call that asked for them. `HuggingFaceEngine` is a private copy, proven
+equal; it shares the model, so there is no second vocabulary. Where no such copy can be proven, or
+where a text has more than one encoding, `PlainEngine` asks the tokenizer itself and says why; its
+answers are not stored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from tokenizers import Encoding, Tokenizer
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
+
+from tokcache.errors import TokcacheError
+
+# The components that decide ids; the decoder is copied too, but none of the proof rests on it.
+ENCODING_PARTS = ("normalizer", "pre_tokenizer", "post_processor")
+
+_MODELS = (BPE, Unigram, WordPiece, WordLevel)
+
+# Every attribute of a model that can be changed in place; `train` is the only other way.
+_MODEL_SETTINGS = (
+    "alpha",
+    "byte_fallback",
+    "continuing_subword_prefix",
+    "dropout",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "ignore_merges",
+    "max_input_chars_per_word",
+    "nbest_size",
+    "unk_token",
+)
+
+_PROBES = (
+    "",
+    " ",
+    "Hello, world!",
+    " leading and trailing ",
+    "CamelCase snake_case it's we'll 3.14159 1,234",
+    "two\n\nlines\r\n\tand a tab",
+    "Ünïcödé, e\u0301, ﬁ, 東京, русский, שלום, 👩‍👩‍👧 \u200b",
+)
+_MAX_PROBED_TOKENS = 64
+
+
+class CopyError(TokcacheError, RuntimeError):
+    """A tokenizer can't be copied with proof; `reason` names why, as a counter's key."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the tokenizer can't be copied with proof: {reason}")
+        self.reason = reason
+
+
+class Engine(Protocol):
+    """Encodes texts whole: no truncation, no padding.
+
+    `reason` is None where a text has one encoding that may be kept, else why it may not.
+    `has_zero_type_ids` says that the type ids of a single text are all 0.
+    """
+
+    reason: str | None
+    has_zero_type_ids: bool
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Return the ids of every text."""
+
+    def encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
+        """Return the Encoding objects of every text, with offsets."""
+
+
+class HuggingFaceEngine:
+    """A private copy of a tokenizer.
+
+    Errors: CopyError where no copy can be proven equal.
+    Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock.
+    """
+
+    reason: str | None = None
+
+    def __init__(self, source: Tokenizer, encode_special_tokens: bool) -> None:
+        own = copy_tokenizer(source)
+        own.no_truncation()
+        own.no_padding()
+        own.encode_special_tokens = encode_special_tokens
+        self._tokenizer = own
+        self.has_zero_type_ids = _has_zero_type_ids(own.post_processor)
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Return the ids of every text."""
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
+
+    def encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
+        """Return the Encoding objects of every text, with offsets."""
+        return self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+
+class PlainEngine:
+    """The tokenizer itself, through `call`; what it returns is not stored, for `reason`."""
+
+    has_zero_type_ids = False
+
+    def __init__(self, reason: str, call: Callable[[Sequence[str], bool], list[list[int]]]) -> None:
+        self.reason: str | None = reason
+        self.encode = call
+
+    def encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
+        """Refuse: who holds a reason asks the tokenizer."""
+        raise NotImplementedError(self.reason, texts, add_special_tokens)
+
+
+def why_random(model: Any) -> str | None:
+    """Return why one text has more than one encoding, or None if it has one."""
+    if type(model) not in _MODELS:
+        return "python_model"
+    if getattr(model, "dropout", None):
+        return "bpe_dropout"
+    if getattr(model, "alpha", None):
+        return "unigram_sampling"
+    return None
+
+
+def signature(tokenizer: Tokenizer, part: str) -> object:
+    """Return a value that differs after any change in place of that component, or of "model"."""
+    if part == "model":
+        model = tokenizer.model
+        return (type(model), *(getattr(model, name, None) for name in _MODEL_SETTINGS))
+    return component_state(getattr(tokenizer, part))
+
+
+def component_state(component: Any) -> bytes:
+    """Return the JSON of a component; CopyError if it, or a part of it, is written in Python."""
+    if component is None:
+        return b"null"
+    try:
+        state: bytes = component.__getstate__()
+    except Exception as error:  # the library raises no narrower class
+        raise CopyError("python_component") from error
+    return state
+
+
+def copy_tokenizer(source: Tokenizer) -> Tokenizer:
+    """Return a tokenizer that encodes as `source` does and shares nothing but the model.
+
+    Errors: CopyError if a component is written in Python or the copy encodes differently.
+    Cost:   about a millisecond, no memory for the vocabulary; the fallback reads it all anew.
+    """
+    own = _same_model(source)
+    if not _is_equal(own, source):
+        own = Tokenizer.from_str(source.to_str())
+        own.encode_special_tokens = source.encode_special_tokens
+        if not _is_equal(own, source):
+            raise CopyError("copy_differs")
+    return own
+
+
+def _same_model(source: Tokenizer) -> Tokenizer:
+    # Components are copied as JSON: not every one of them can be unpickled (Precompiled).
+    states = {part: component_state(getattr(source, part)).decode() for part in ENCODING_PARTS}
+    own = Tokenizer.from_str(_without_model(states, _decoder_state(source)))
+    own.model = source.model
+    if own.decoder is None and source.decoder is not None:
+        own.decoder = source.decoder  # written in Python: ids don't depend on it
+    own.add_tokens(added_tokens(source))
+    own.encode_special_tokens = source.encode_special_tokens
+    if source.truncation is not None:
+        own.enable_truncation(**source.truncation)
+    if source.padding is not None:
+        own.enable_padding(**source.padding)
+    return own
+
+
+def _decoder_state(source: Tokenizer) -> str:
+    try:
+        return component_state(source.decoder).decode()
+    except CopyError:
+        return "null"
+
+
+def _without_model(states: dict[str, str], decoder: str) -> str:
+    parts = "".join(f'"{name}":{state},' for name, state in states.items())
+    return (
+        '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],'
+        f'{parts}"decoder":{decoder},'
+        '"model":{"type":"WordLevel","vocab":{"?":0},"unk_token":"?"}}'
+    )
+
+
+def added_tokens(tokenizer: Tokenizer) -> list[Any]:
+    """Return the added tokens in the order of their ids."""
+    return [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+
+
+def _added_states(tokenizer: Tokenizer) -> dict[int, Any]:
+    added = tokenizer.get_added_tokens_decoder()
+    return {index: token.__getstate__() for index, token in added.items()}
+
+
+def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
+    return (
+        _added_states(own) == _added_states(source)
+        and own.get_vocab_size() == source.get_vocab_size()
+        and all(signature(own, part) == signature(source, part) for part in ENCODING_PARTS)
+        and _encodes_equal(own, source)
+    )
+
+
+def _encodes_equal(own: Tokenizer, source: Tokenizer) -> bool:
+    if why_random(source.model) is not None:
+        return True  # nothing to compare, and nothing of it will be stored
+    return all(
+        _outcome(own, text, add_special_tokens) == _outcome(source, text, add_special_tokens)
+        for text in _probe_texts(source)
+        for add_special_tokens in (True, False)
+    )
+
+
+def _outcome(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> object:
+    # `encode`, not a batch: a batch starts threads, and after that forked children stay serial.
+    try:
+        found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except Exception as error:  # noqa: BLE001 (a tokenizer without unk raises bare Exception)
+        return str(error)
+    return found.ids, found.type_ids
+
+
+def _probe_texts(tokenizer: Tokenizer) -> list[str]:
+    added = [token.content for token in added_tokens(tokenizer)]
+    step = max(1, len(added) // _MAX_PROBED_TOKENS)
+    around = [f"a{t}b {t.lower()} c{t.upper()} \n{t}{t}" for t in added[::step]]
+    return [*_PROBES, *around]
+
+
+def _has_zero_type_ids(post_processor: Any) -> bool:
+    return _is_zero(json.loads(component_state(post_processor)))
+
+
+def _is_zero(state: Any) -> bool:
+    kind = state["type"] if state else None
+    if kind == "TemplateProcessing":
+        pieces = [value for piece in state["single"] for value in piece.values()]
+        return all(value["type_id"] == 0 for value in pieces)
+    if kind == "Sequence":
+        return all(_is_zero(one) for one in state["processors"])
+    return kind in (None, "ByteLevel", "BertProcessing", "RobertaProcessing")

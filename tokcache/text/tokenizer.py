@@ -1,0 +1,468 @@
+"""CachedTokenizer: L0, then the engine; shared by the faces of every kind of tokenizer.
+
+Everything an answer depends on hangs together in one `_Generation`: the engine, the entries it
+made and the texts it is encoding now. A change of the tokenizer starts a new generation, so an
+encoding that began before the change can only land in a cache that nobody reads any more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tokcache.config import CacheConfig
+from tokcache.errors import InvalidText, TokcacheError
+from tokcache.stats import CacheStats, L0Stats
+from tokcache.text.l0 import L0Cache
+from tokcache.text.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from tokcache.text.engines import Engine
+
+_Key = tuple[str, bool, str | None]
+_NO_L0 = L0Stats(0, 0, 0, 0, {}, 0, 0, 0)
+
+
+class _Abandoned(TokcacheError):
+    """Whoever encoded this text failed over something else: ask again."""
+
+
+@dataclass(slots=True)
+class _Generation:
+    """One configuration of the tokenizer and all that was made under it.
+
+    `flights` holds the texts being encoded now; the Future is made when a second asker comes.
+    """
+
+    l0: L0Cache
+    engine: Engine | None = None
+    flights: dict[_Key, Future[TokenIds] | None] = field(default_factory=dict)
+
+
+class CachedTokenizer:
+    """Token ids of texts: looked up, else encoded once, however many ask at the same time.
+
+    `get(text, add_special_tokens, scope)` is the look-up alone; it is replaced when what it
+    looks in is, so that a hit costs no question about the state of things.
+
+    Errors:  InvalidText for what is no str; the tokenizer's own errors pass through.
+    Threads: safe, and after fork. `plain_lock` is held by those who use or change the plain
+             tokenizer, `guard_lock` inside it by those who hand out or look at components.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_build_engine",
+        "_bypasses",
+        "_config",
+        "_counts",
+        "_encode_seconds",
+        "_generation",
+        "_guard",
+        "_lock",
+        "_pool",
+        "_retired",
+        "get",
+        "guard_lock",
+        "plain_lock",
+    )
+
+    get: Callable[[str, bool, str | None], TokenIds | None]
+    _generation: _Generation
+    _pool: ThreadPoolExecutor | None
+    _retired: L0Stats
+
+    def __init__(self, config: CacheConfig | None, build_engine: Callable[[], Engine]) -> None:
+        self._config = config or CacheConfig()
+        self._build_engine = build_engine
+        self._guard: Callable[[], None] | None = None
+        self._reset_after_fork()
+        self._forget_counts()
+        self._renew()
+        self.engine(self._generation)
+        _ALL.add(self)
+
+    @property
+    def config(self) -> CacheConfig:
+        """The settings in force."""
+        return self._config
+
+    def miss(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds:
+        """Return the ids of a text that `get` did not have."""
+        return self._encode_one(self._generation, _key(text, add_special_tokens, scope))
+
+    def find(
+        self, generation: _Generation, text: str, add_special_tokens: bool, scope: str | None
+    ) -> TokenIds:
+        """Return the ids of a text under one generation, from `fresh`."""
+        ids = generation.l0.get(text, add_special_tokens, scope)
+        if ids is None:
+            ids = self._encode_one(generation, _key(text, add_special_tokens, scope))
+        return ids
+
+    def find_batch(
+        self,
+        generation: _Generation,
+        texts: Sequence[str],
+        add_special_tokens: bool,
+        scope: str | None,
+    ) -> list[TokenIds]:
+        """Return the ids of every text; equal ones that miss are encoded once, all in one call."""
+        keys = [_key(text, add_special_tokens, scope) for text in _texts(texts)]
+        found = [generation.l0.get(*key) for key in keys]
+        missing = dict.fromkeys(key for key, ids in zip(keys, found, strict=True) if ids is None)
+        if missing:
+            made = self._encode_all(generation, list(missing))
+            found = [
+                made[key] if ids is None else ids for key, ids in zip(keys, found, strict=True)
+            ]
+        return found  # type: ignore[return-value]  # every None was made
+
+    async def afind(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds:
+        """Return the ids of a text: a hit at once, a miss from a thread; the loop is never held."""
+        ids = self.get(text, add_special_tokens, scope)
+        if ids is not None:
+            return ids
+        from asyncio import get_running_loop, wrap_future  # noqa: PLC0415 (30 ms to import)
+
+        generation, key = self._generation, _key(text, add_special_tokens, scope)
+        if generation.engine is None:
+            await get_running_loop().run_in_executor(self._threads(), self.engine, generation)
+        while True:
+            try:
+                return await wrap_future(self._depart(generation, key))
+            except _Abandoned:
+                continue
+
+    def fresh(self) -> _Generation:
+        """Return the generation that holds now, after a look at the components handed out."""
+        if self._guard is not None:
+            self._guard()
+        return self._generation
+
+    def engine(self, generation: _Generation) -> Engine:
+        """Return the engine of a generation, built when first asked for."""
+        if generation.engine is None:
+            with self.plain_lock:
+                if generation.engine is None:
+                    generation.engine = self._build_engine()
+        return generation.engine
+
+    def invalidate(self) -> None:
+        """Start a new generation, because the tokenizer encodes differently now."""
+        with self._lock:
+            self._retired = _sum(self._retired, self._generation.l0.stats())
+            self._counts["invalidations"] += 1
+            self._renew()
+
+    def watch(self, guard: Callable[[], None] | None) -> None:
+        """Call `guard` before every answer from now on, or stop doing so."""
+        with self._lock:
+            self._guard = guard
+            self._set_get()
+
+    def count_bypass(self, reason: str) -> None:
+        """Count an answer that the plain tokenizer gave."""
+        with self._lock:
+            self._bypasses[reason] += 1
+
+    def clear(self) -> None:
+        """Forget every entry, the engine and the counters."""
+        with self._lock:
+            self._forget_counts()
+            self._renew()
+
+    def stats(self) -> CacheStats:
+        """Return a snapshot of the counters."""
+        with self._lock:
+            return CacheStats(
+                l0=_sum(self._retired, self._generation.l0.stats(), self._counts["rechecks"]),
+                encoded_texts=self._counts["texts"],
+                encoded_tokens=self._counts["tokens"],
+                encode_seconds=self._encode_seconds,
+                shared=self._counts["shared"],
+                invalidations=self._counts["invalidations"],
+                bypasses=dict(self._bypasses),
+            )
+
+    # ---- one text is encoded once
+
+    def _encode_one(self, generation: _Generation, key: _Key) -> TokenIds:
+        if self.engine(generation).reason is not None:
+            return self._encode_uncached(generation, [key])[0]
+        while True:
+            found = self._claim(generation, key)
+            if found is None:
+                return self._encode(generation, [key])[0]
+            if isinstance(found, TokenIds):
+                return found
+            try:
+                return found.result()
+            except _Abandoned:
+                continue
+
+    def _encode_all(self, generation: _Generation, keys: list[_Key]) -> dict[_Key, TokenIds]:
+        made = self._encode_batch(generation, keys)
+        while len(made) < len(keys):  # another batch had some of them, and failed over others
+            made.update(self._encode_batch(generation, [key for key in keys if key not in made]))
+        return made
+
+    def _encode_batch(self, generation: _Generation, keys: list[_Key]) -> dict[_Key, TokenIds]:
+        if self.engine(generation).reason is not None:
+            return dict(zip(keys, self._encode_uncached(generation, keys), strict=True))
+        claims = {key: self._claim(generation, key) for key in keys}
+        own = [key for key, claim in claims.items() if claim is None]
+        # Before waiting for others: two batches may wait for each other's texts.
+        done = dict(zip(own, self._encode(generation, own), strict=True)) if own else {}
+        for key, claim in claims.items():
+            ids = _result_or_none(claim) if isinstance(claim, Future) else claim
+            if ids is not None:
+                done[key] = ids
+        return done
+
+    def _claim(
+        self, generation: _Generation, key: _Key, flight: Future[TokenIds] | None = None
+    ) -> TokenIds | Future[TokenIds] | None:
+        """Return the ids, or the Future of who encodes them now, or None: the caller encodes.
+
+        A caller that will encode may leave the `flight` that others shall wait for.
+        """
+        flights = generation.flights
+        with self._lock:
+            if key in flights:
+                self._counts["shared"] += 1
+                flights[key] = flights[key] or _running()
+                return flights[key]
+            self._counts["rechecks"] += 1  # a flight may have landed since the caller's look-up
+            ids = generation.l0.get(*key)
+            if ids is None:
+                flights[key] = flight
+            return ids
+
+    def _depart(self, generation: _Generation, key: _Key) -> Future[TokenIds]:
+        """Have a text encoded in a thread, unless it is being encoded already."""
+        if self.engine(generation).reason is not None:
+            return self._threads().submit(self._encode_one, generation, key)
+        flight = _running()
+        found = self._claim(generation, key, flight)
+        if found is None:
+            self._submit(generation, key)
+        elif isinstance(found, Future):
+            return found
+        else:
+            flight.set_result(found)
+        return flight
+
+    def _submit(self, generation: _Generation, key: _Key) -> None:
+        try:
+            self._threads().submit(self._encode, generation, [key])
+        except BaseException as error:  # at interpreter exit: no new threads
+            self._land_failed(generation, [key], error)
+            raise
+
+    def _encode(self, generation: _Generation, keys: list[_Key]) -> list[TokenIds]:
+        """Encode claimed texts in one call, store them, and tell who waits for them."""
+        _, add_special_tokens, scope = keys[0]
+        start = perf_counter()
+        try:
+            engine = self.engine(generation)
+            encoded = engine.encode([key[0] for key in keys], add_special_tokens)
+            done = [TokenIds(ids) for ids in encoded]
+            for (text, _, _), ids in zip(keys, done, strict=True):
+                generation.l0.put(text, add_special_tokens, ids, scope)
+        except BaseException as error:
+            self._land_failed(generation, keys, error)
+            raise
+        self._land(generation, keys, done, perf_counter() - start)
+        return done
+
+    def _encode_uncached(self, generation: _Generation, keys: list[_Key]) -> list[TokenIds]:
+        engine = self.engine(generation)
+        encoded = engine.encode([key[0] for key in keys], keys[0][1])
+        with self._lock:
+            self._bypasses[str(engine.reason)] += len(keys)
+        return [TokenIds(ids) for ids in encoded]
+
+    def _land(
+        self, generation: _Generation, keys: list[_Key], done: list[TokenIds], seconds: float
+    ) -> None:
+        with self._lock:
+            waiting = [generation.flights.pop(key, None) for key in keys]
+            self._counts["texts"] += len(keys)
+            self._counts["tokens"] += sum(map(len, done))
+            self._encode_seconds += seconds
+        for future, ids in zip(waiting, done, strict=True):
+            if future is not None:
+                future.set_result(ids)
+
+    def _land_failed(self, generation: _Generation, keys: list[_Key], error: BaseException) -> None:
+        """Fail who waits: with the error if it is this text's own, else they ask again."""
+        is_own = len(keys) == 1 and isinstance(error, Exception)
+        with self._lock:
+            waiting = [generation.flights.pop(key, None) for key in keys]
+        for future in waiting:
+            if future is not None:
+                future.set_exception(error if is_own else _Abandoned())
+
+    # ---- state
+
+    def _renew(self) -> None:
+        config = self._config
+        self._generation = _Generation(
+            L0Cache(config.l0_max_entries, config.l0_max_bytes, config.l0_sample_size)
+        )
+        self._set_get()
+
+    def _set_get(self) -> None:
+        self.get = self._generation.l0.get if self._guard is None else self._guarded_get
+
+    def _guarded_get(
+        self, text: str, add_special_tokens: bool, scope: str | None = None
+    ) -> TokenIds | None:
+        return self.fresh().l0.get(text, add_special_tokens, scope)
+
+    def _forget_counts(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._bypasses: Counter[str] = Counter()
+        self._encode_seconds = 0.0
+        self._retired = _NO_L0
+
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(os.cpu_count(), "tokcache")
+            return self._pool
+
+    def _reset_after_fork(self) -> None:
+        """Make anew what belongs to the threads of one process."""
+        self._lock = threading.Lock()
+        self.plain_lock = threading.RLock()
+        self.guard_lock = threading.RLock()
+        self._pool = None
+
+    def after_fork(self) -> None:
+        """In a forked child: nobody is encoding here yet, whatever the parent's threads did."""
+        self._reset_after_fork()
+        self._generation.flights = {}
+
+
+class WrappedTokenizer:
+    """What every wrapped tokenizer has beside the methods of its kind.
+
+    `token_ids` and its batch and async forms give the ids of whole texts: truncation and padding
+    switched on in a `tokenizers.Tokenizer` don't apply to them.
+
+    Errors:  InvalidText for what is no str; the tokenizer's own errors pass through.
+    Threads: safe, from any thread or event loop, and after fork.
+    """
+
+    __slots__ = ()
+
+    _tokcache: CachedTokenizer
+    _tokcache_scope: str | None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
+
+    def token_ids(
+        self, text: str, add_special_tokens: bool = True, scope: str | None = None
+    ) -> TokenIds:
+        """Return the token ids of `text`, from the cache if it holds them.
+
+        Shapes: int32[n_tokens], read-only, shared with the cache.
+        Cost:   a hit is one look-up; a text that many ask for at once is encoded once.
+        """
+        if scope is None:
+            scope = self._tokcache_scope
+        ids = self._tokcache.get(text, add_special_tokens, scope)
+        return self._tokcache.miss(text, add_special_tokens, scope) if ids is None else ids
+
+    def token_ids_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = True, scope: str | None = None
+    ) -> list[TokenIds]:
+        """Return the token ids of every text, in order.
+
+        Cost: equal texts are looked up once, and all misses are encoded in one call.
+        """
+        core = self._tokcache
+        scope = self._tokcache_scope if scope is None else scope
+        return core.find_batch(core.fresh(), texts, add_special_tokens, scope)
+
+    async def atoken_ids(
+        self, text: str, add_special_tokens: bool = True, scope: str | None = None
+    ) -> TokenIds:
+        """Return the token ids of `text` without holding the event loop.
+
+        A hit is answered at once, a miss is encoded in a thread. Cancelling this call harms no
+        other that waits for the same text.
+        """
+        scope = self._tokcache_scope if scope is None else scope
+        return await self._tokcache.afind(text, add_special_tokens, scope)
+
+    def cache_stats(self) -> CacheStats:
+        """Return a snapshot of the counters."""
+        return self._tokcache.stats()
+
+    def cache_clear(self) -> None:
+        """Forget every entry and all counters, and copy the tokenizer's components anew."""
+        self._tokcache.clear()
+
+
+_ALL: weakref.WeakSet[CachedTokenizer] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for one in list(_ALL):
+        one.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _key(text: str, add_special_tokens: bool, scope: str | None) -> _Key:
+    if not isinstance(text, str):
+        raise InvalidText(f"text must be a str, not {type(text).__name__}; decode bytes first")
+    return str.__str__(text), bool(add_special_tokens), scope
+
+
+def _texts(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str | bytes):
+        raise InvalidText(f"texts must be a list of str, not one {type(texts).__name__}")
+    return texts
+
+
+def _running() -> Future[TokenIds]:
+    future: Future[TokenIds] = Future()
+    future.set_running_or_notify_cancel()  # one asker's cancel can't cancel it for the others
+    return future
+
+
+def _result_or_none(future: Future[TokenIds]) -> TokenIds | None:
+    try:
+        return future.result()
+    except _Abandoned:
+        return None
+
+
+def _sum(old: L0Stats, now: L0Stats, n_rechecks: int = 0) -> L0Stats:
+    """Add up two generations; a second look-up of one text is not a second miss."""
+    return L0Stats(
+        hits=old.hits + now.hits,
+        misses=max(0, old.misses + now.misses - n_rechecks),
+        insertions=old.insertions + now.insertions,
+        evictions=old.evictions + now.evictions,
+        refusals=dict(Counter(old.refusals) + Counter(now.refusals)),
+        hit_tokens=old.hit_tokens + now.hit_tokens,
+        n_entries=now.n_entries,
+        n_bytes=now.n_bytes,
+    )
