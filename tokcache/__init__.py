@@ -4,6 +4,7 @@ from tokcache._version import __version__
 from tokcache.config import CacheConfig
 from tokcache.errors import TokcacheError
 from tokcache.stats import CacheStats, L0Stats, StateStats
+from tokcache.text.huggingface import wrap
 from tokcache.text.l0 import L0Cache
 from tokcache.text.token_ids import TokenIds
 
@@ -16,4 +17,5 @@ __all__ = [
     "TokcacheError",
     "TokenIds",
     "__version__",
+    "wrap",
 ]

@@ -168,10 +168,10 @@ class CachedTokenizer:
             self._guard = guard
             self._set_get()
 
-    def count_bypass(self, reason: str) -> None:
-        """Count an answer that the plain tokenizer gave."""
+    def count_bypass(self, reason: str, n_texts: int = 1) -> None:
+        """Count answers that the plain tokenizer gave."""
         with self._lock:
-            self._bypasses[reason] += 1
+            self._bypasses[reason] += n_texts
 
     def clear(self) -> None:
         """Forget every entry, the engine and the counters."""
@@ -284,10 +284,8 @@ class CachedTokenizer:
         return done
 
     def _encode_uncached(self, generation: _Generation, keys: list[_Key]) -> list[TokenIds]:
-        engine = self.engine(generation)
-        encoded = engine.encode([key[0] for key in keys], keys[0][1])
-        with self._lock:
-            self._bypasses[str(engine.reason)] += len(keys)
+        """Ask the plain tokenizer, which counts itself what it answers."""
+        encoded = self.engine(generation).encode([key[0] for key in keys], keys[0][1])
         return [TokenIds(ids) for ids in encoded]
 
     def _land(
