@@ -1,0 +1,19 @@
+"""What several rooms' tests share: the real tokenizers and corpora, where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_BESIDE_THE_REPOSITORY = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of real tokenizers and corpora; they are no part of the project."""
+    path = Path(os.environ.get("TOKCACHE_SHARED_DATA") or _BESIDE_THE_REPOSITORY)
+    if not (path / "tokenizers").is_dir():
+        pytest.skip(f"no real tokenizers at {path}; TOKCACHE_SHARED_DATA names their folder")
+    return path
