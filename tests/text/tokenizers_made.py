@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
@@ -92,12 +93,17 @@ def word_level() -> Tokenizer:
     return made
 
 
-MADE: dict[str, Callable[[], Tokenizer]] = {
-    "byte_level_bpe": byte_level_bpe,
-    "word_piece": word_piece,
-    "unigram": unigram,
-    "word_level": word_level,
-}
+@cache
+def _serialised(make: Callable[[], Tokenizer]) -> str:
+    return make().to_str()  # trained once: training breaks ties as it likes
+
+
+def _again(make: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
+    return lambda: Tokenizer.from_str(_serialised(make))
+
+
+KINDS = (byte_level_bpe, word_piece, unigram, word_level)
+MADE: dict[str, Callable[[], Tokenizer]] = {kind.__name__: _again(kind) for kind in KINDS}
 
 
 def fast(tokenizer: Tokenizer, **settings: Any) -> Any:

@@ -130,7 +130,9 @@ def signature(tokenizer: Tokenizer, part: str) -> object:
     """Return a value that differs after any change in place of that component, or of "model"."""
     if part == "model":
         model = tokenizer.model
-        return (type(model), *(getattr(model, name, None) for name in _MODEL_SETTINGS))
+        n_tokens = tokenizer.get_vocab_size(with_added_tokens=False)  # trained behind a handle
+        settings = (getattr(model, name, None) for name in _MODEL_SETTINGS)
+        return (type(model), n_tokens, *settings)
     return component_state(getattr(tokenizer, part))
 
 
@@ -231,10 +233,17 @@ def _outcome(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> objec
 
 
 def _probe_texts(tokenizer: Tokenizer) -> list[str]:
-    added = [token.content for token in added_tokens(tokenizer)]
+    added = added_tokens(tokenizer)
     step = max(1, len(added) // _MAX_PROBED_TOKENS)
-    around = [f"a{t}b {t.lower()} c{t.upper()} \n{t}{t}" for t in added[::step]]
-    return [*_PROBES, *around]
+    around = [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in added[::step]]
+    return [*_PROBES, *around, *_normalized_contents(tokenizer, added)]
+
+
+def _normalized_contents(tokenizer: Tokenizer, added: list[Any]) -> list[str]:
+    """Return the texts that show a matcher made before the normalizer was changed in place."""
+    if tokenizer.normalizer is None:
+        return []
+    return [token.content for token in added if token.normalized]
 
 
 def _has_zero_type_ids(post_processor: Any) -> bool:

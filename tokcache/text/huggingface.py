@@ -203,7 +203,6 @@ class _Backend:
             try:
                 return getattr(self.raw, method)(*args, **kwargs)
             finally:
-                self._has_stale_matcher = False
                 self.core.invalidate()
 
     def train(self, method: str, *args: Any, **kwargs: Any) -> Any:

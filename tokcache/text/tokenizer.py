@@ -369,6 +369,7 @@ class WrappedTokenizer:
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
 
     def token_ids(
