@@ -1,0 +1,191 @@
+"""Time to the first token of a second request that shares 2,000 tokens with the first.
+
+Systems: llama_cpp.Llama, the same with its LlamaRAMCache, tokcache in both modes; one model of
+6 layers x 512, one thread count, n_batch 256 for all, so that a fresh prefill of each has the
+decode boundaries of reproducible mode and texts can be compared before times are. Two cases: with
+another request in between (the context no longer holds the prefix), and without. Every round has
+texts nobody has seen; systems take turns in random order; medians.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import llama_cpp
+
+import tokcache
+from bench import _report
+from bench.restore import big_model
+from tokcache import samples
+from tokcache.llama import Llama
+from tokcache.state.cache import PrefixStateCache
+
+N_SHARED, N_CTX, N_BATCH = 2000, 4096, 256
+N_ANSWER = 8
+# What an uncached run with the same decode boundaries must give, token for token.
+MUST_BE_EQUAL = ("llama_cpp.Llama", "tokcache, reproducible")
+
+
+def systems() -> dict[str, Any]:
+    """Return the systems under test, one model each."""
+    model = big_model(n_layers=6, n_embd=512, n_heads=8, n_kv_heads=2, n_ff=1408)
+    common: dict[str, Any] = {
+        "n_ctx": N_CTX,
+        "n_batch": N_BATCH,
+        "n_ubatch": N_BATCH,
+        "verbose": False,
+    }
+    tokenizer = tokcache.wrap(_tokenizer())
+    ram = llama_cpp.Llama(model, **common)
+    ram.set_cache(llama_cpp.LlamaRAMCache())
+
+    def ours(**settings: Any) -> Any:
+        # As much room as the peer has by default.
+        cache = PrefixStateCache(ram_bytes=2 << 30, max_entries=1000, block_tokens=N_BATCH)
+        return Llama(model, tokenizer=tokenizer, prefix_cache=cache, **settings, **common)
+
+    return {
+        "llama_cpp.Llama": llama_cpp.Llama(model, **common),
+        "LlamaRAMCache": ram,
+        "tokcache": ours(),
+        "tokcache, reproducible": ours(reproducible=True),
+        "expected": Llama(model, reproducible=True, **common),
+    }
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer  # noqa: PLC0415 (the core dependency, used here alone)
+
+    return Tokenizer.from_file(str(samples.tiny_tokenizer()))
+
+
+def texts(llm: Any, seed: int) -> tuple[str, str, str]:
+    """Return two prompts that share at least `N_SHARED` tokens, and one that shares none."""
+    rng = random.Random(seed)
+    words = ["import", "module", "the", "finder", "returns", "a", "loader", "for", "this", "name"]
+
+    def some(n_tokens: int) -> str:
+        made = f"{rng.random()}"
+        while len(llm.tokenize(made.encode())) < n_tokens:
+            made += "".join(f" {rng.choice(words)} {rng.randrange(1000)}" for _ in range(20))
+        return made
+
+    shared, other = some(N_SHARED + 20), some(600)
+    first, second = f"{shared}\nquestion one?", f"{shared}\nand another question, longer?"
+    ids = [llm.tokenize(text.encode()) for text in (first, second)]
+    assert llama_cpp.Llama.longest_token_prefix(*ids) >= N_SHARED
+    return first, other, second
+
+
+def ask(llm: Any, prompt: str) -> tuple[float, list[int]]:
+    """Return the seconds to the first token, and the answer's tokens."""
+    first: list[float] = []
+    began = perf_counter()
+
+    def note(_ids: Any, _logits: Any) -> bool:
+        first.append(perf_counter())
+        return False
+
+    criteria = llama_cpp.StoppingCriteriaList([note])
+    llm.create_completion(prompt, max_tokens=N_ANSWER, temperature=0.0, stopping_criteria=criteria)
+    n_prompt = len(llm.tokenize(prompt.encode()))
+    return first[0] - began, llm.input_ids[n_prompt : llm.n_tokens].tolist()
+
+
+Answers = dict[str, list[list[int]]]
+
+
+def play(
+    named: dict[str, Any], rounds: int, *, is_interrupted: bool, seed: int
+) -> tuple[dict[str, list[float]], Answers]:
+    """Ask every system in every round; return seconds of the second request, and all answers."""
+    rng = random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in named}
+    answers: Answers = {name: [] for name in named}
+    for number in range(rounds):
+        first, other, second = texts(named["llama_cpp.Llama"], seed * 1000 + number)
+        order = list(named)
+        rng.shuffle(order)
+        for name in order:
+            llm = named[name]
+            if name == "expected":
+                llm.reset()
+            else:
+                ask(llm, first)
+                if is_interrupted:
+                    ask(llm, other)
+            taken, answer = ask(llm, second)
+            seconds[name].append(taken)
+            answers[name].append(answer)
+    return seconds, answers
+
+
+def equal_share(answers: Answers) -> dict[str, float]:
+    """Return the share of each system's answers that are the expected ones."""
+    expected = answers["expected"]
+    return {
+        name: sum(map(list.__eq__, given, expected)) / len(expected)
+        for name, given in answers.items()
+        if name != "expected"
+    }
+
+
+def report(
+    title: str, seconds: dict[str, list[float]], equal: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """Print and return the medians of one case."""
+    plain = median(seconds["llama_cpp.Llama"])
+    peer = median(seconds["LlamaRAMCache"])
+    print(f"{title}; medians of {len(seconds['LlamaRAMCache'])} rounds")
+    figures = {}
+    for name, share in equal.items():
+        ms = median(seconds[name]) * 1000
+        figures[name] = {
+            "ttft_ms": ms,
+            "over plain": ms / 1000 / plain,
+            "over LlamaRAMCache": ms / 1000 / peer,
+            "equal answers": share,
+        }
+        print(
+            f"  {name:24} {ms:9.1f} ms  {ms / 1000 / plain:6.3f}x plain  "
+            f"{ms / 1000 / peer:6.3f}x LlamaRAMCache  answers equal {share:.0%}",
+            flush=True,
+        )
+    return figures
+
+
+def is_right(equal: dict[str, float], *, is_interrupted: bool) -> bool:
+    """Return whether those that must give the expected answers did."""
+    # Without a request in between, llama_cpp.Llama goes on where its context is, off the grid.
+    must: Callable[[str], bool] = lambda name: is_interrupted or "tokcache" in name  # noqa: E731
+    return all(equal[name] == 1.0 for name in MUST_BE_EQUAL if must(name))
+
+
+def main(argv: list[str]) -> int:
+    """Run both cases; exit code 1 if answers differ that must not."""
+    options = _report.parser(__doc__ or "")
+    options.add_argument("--rounds", type=int, default=5)
+    args = options.parse_args(argv)
+    named = systems()
+    _, checked = play(named, 2, is_interrupted=True, seed=1)  # results first, and a warm-up
+    if not is_right(equal_share(checked), is_interrupted=True):
+        print(f"answers differ: {equal_share(checked)}")
+        return 1
+    figures: dict[str, Any] = {}
+    is_good = True
+    for title, is_interrupted, seed in (
+        ("another request in between", True, 2),
+        ("none in between", False, 3),
+    ):
+        seconds, answers = play(named, args.rounds, is_interrupted=is_interrupted, seed=seed)
+        equal = equal_share(answers)
+        figures[title] = report(title, seconds, equal)
+        is_good = is_good and is_right(equal, is_interrupted=is_interrupted)
+    environment = _report.environment("llama-cpp-python", "numpy")
+    shared = {"shared tokens": N_SHARED, "n_batch": N_BATCH, "equal": is_good}
+    _report.finish({"environment": environment, **shared, "cases": figures}, args.json)
+    return 0 if is_good else 1

@@ -1,0 +1,162 @@
+"""Saving and restoring a prefix of 1,024 tokens against a memcpy of the same bytes.
+
+A model of 12 layers x 768 (9.2 KB of state a token), flash attention, n_ctx 4,096, four blocks of
+256, buffers used again. First the logits after a restore are compared, bit for bit and at every
+position of a tail, with those of an uncached run with the same decode boundaries; a deliberately
+changed block must fail that comparison. Then saving (look-up, eviction of the round before, copy),
+restoring (look-up, copy) and a memcpy take turns; medians.
+"""
+
+from __future__ import annotations
+
+import random
+from statistics import median
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+
+from bench import _report
+from tokcache import samples
+from tokcache.llama import Llama
+from tokcache.state.cache import PrefixStateCache
+
+N_PREFIX, N_TAIL, BLOCK, N_CTX = 1024, 200, 256, 4096
+BARS = {"restore": 2.0, "save": 2.5}
+
+
+def big_model(**sizes: int) -> str:
+    """Return the path of a random model of the size that the bars are stated for."""
+    shape: dict[str, Any] = {
+        "n_layers": 12,
+        "n_embd": 768,
+        "n_heads": 12,
+        "n_kv_heads": 3,
+        "n_ff": 2048,
+    }
+    return str(samples.tiny_model(**{**shape, **sizes}))
+
+
+def llama(cache: PrefixStateCache | None, model: str) -> Any:
+    """Return a reproducible Llama that keeps the logits of every position it decodes."""
+    llm = Llama(
+        model, prefix_cache=cache, reproducible=True, n_ctx=N_CTX, flash_attn=True, verbose=False
+    )
+    llm._logits_all = True
+    llm.scores = np.zeros((N_CTX, llm.n_vocab()), np.float32)
+    return llm
+
+
+def tail_logits(llm: Any, prompt: list[int]) -> Any:
+    """Decode `prompt` and one answer token; return the logits of the tail's positions, as bits."""
+    next(llm.generate(prompt, temp=0.0))
+    return llm.scores[N_PREFIX : len(prompt)].copy().view(np.int32)
+
+
+def compare(model: str, prompt: list[int]) -> dict[str, Any]:
+    """Return whether a restore gives the uncached logits, and whether a wrong one does not."""
+    cache = PrefixStateCache(block_tokens=BLOCK)
+    cached, uncached = llama(cache, model), llama(None, model)
+    expected = tail_logits(uncached, prompt)
+    tail_logits(cached, [*prompt[:N_PREFIX], 7, 7, 7])
+    cached.reset()
+    restored = tail_logits(cached, prompt)
+    assert cached.last_reuse.n_restored == N_PREFIX, cached.last_reuse
+    payload = cache._tier.get(next(iter(cache._tier.names())))
+    assert payload is not None
+    np.frombuffer(payload, np.uint8)[-2:] = (0, 0x40)  # one value of the last layer becomes 2.0
+    cached.reset()
+    wrong = tail_logits(cached, prompt)
+    assert cached.last_reuse.n_restored == N_PREFIX, cached.last_reuse
+    figures = {
+        "tail positions": N_TAIL,
+        "identical": bool(np.array_equal(expected, restored)),
+        "control differs": not np.array_equal(expected, wrong),
+    }
+    for one in (cached, uncached):
+        one.close()
+    return figures
+
+
+class Timed:
+    """One context that holds the prefix, one cache with room for just its blocks."""
+
+    def __init__(self, model: str, prompt: list[int]) -> None:
+        self.tokens = np.array(prompt[:N_PREFIX], np.int32)
+        self.llm = llama(None, model)
+        self.llm.eval(prompt[:N_PREFIX])
+        self.sequence = self.llm._sequence
+        size = self.sequence.block_bytes(0, BLOCK)
+        self.n_bytes = size * N_PREFIX // BLOCK
+        # The next save finds no room and takes the buffers of the one before.
+        self.cache = PrefixStateCache(ram_bytes=self.n_bytes + size // 2, block_tokens=BLOCK)
+        self.source = [np.ones(size, np.uint8) for _ in range(N_PREFIX // BLOCK)]
+        self.target = [np.ones(size, np.uint8) for _ in range(N_PREFIX // BLOCK)]
+        self.round = 0
+
+    def save(self) -> None:
+        """Save all blocks under a new name."""
+        self.round += 1
+        saved = self.cache.save(
+            self.tokens,
+            self.sequence.read_block,
+            self.sequence.block_bytes,
+            fingerprint=b"%d" % self.round,
+        )
+        assert saved == N_PREFIX
+
+    def restore(self) -> None:
+        """Restore them into the emptied sequence."""
+        with self.cache.plan(self.tokens, fingerprint=b"%d" % self.round) as plan:
+            assert plan.restore(self.sequence.write_block) == N_PREFIX
+
+    def memcpy(self) -> None:
+        """Copy as many bytes, in as many pieces."""
+        for source, target in zip(self.source, self.target, strict=True):
+            np.copyto(target, source)
+
+
+def measure(timed: Timed, rounds: int) -> dict[str, float]:
+    """Return the median microseconds of each; they take turns."""
+    samples_ns: dict[str, list[int]] = {"memcpy": [], "save": [], "restore": []}
+    for _ in range(rounds):
+        for name, times in samples_ns.items():
+            if name == "restore":
+                timed.sequence.clear()
+            began = perf_counter_ns()
+            getattr(timed, name)()
+            times.append(perf_counter_ns() - began)
+    warm = rounds // 10
+    return {name: median(times[warm:]) / 1000 for name, times in samples_ns.items()}
+
+
+def main(argv: list[str]) -> int:
+    """Compare, then measure; exit code 1 if results differ or a bar is missed."""
+    options = _report.parser(__doc__ or "")
+    options.add_argument("--rounds", type=int, default=200)
+    args = options.parse_args(argv)
+    model = big_model()
+    rng = random.Random(11)
+    prompt = rng.choices(range(3, 2000), k=N_PREFIX + N_TAIL)
+    equality = compare(model, prompt)
+    print(", ".join(f"{name}: {value}" for name, value in equality.items()), flush=True)
+    timed = Timed(model, prompt)
+    us = measure(timed, args.rounds)
+    ratios = {name: us[name] / us["memcpy"] for name in BARS}
+    print(f"{N_PREFIX} tokens, {timed.n_bytes / 1e6:.2f} MB; medians of {args.rounds} rounds")
+    for name, value in us.items():
+        bar = f"  {ratios[name]:.2f}x memcpy (bar {BARS[name]}x)" if name in BARS else ""
+        print(f"  {name:8} {value:9,.0f} us{bar}")
+    is_good = equality["identical"] and equality["control differs"]
+    has_met = {name: ratios[name] <= bar for name, bar in BARS.items()}
+    figures = {
+        "environment": _report.environment("llama-cpp-python", "numpy"),
+        "equality": equality,
+        "n_bytes": timed.n_bytes,
+        "us": us,
+        "ratio to memcpy": ratios,
+        "bars": BARS,
+        "met": has_met,
+    }
+    _report.finish(figures, args.json)
+    return 0 if is_good and all(has_met.values()) else 1
