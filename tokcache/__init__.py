@@ -1,8 +1,10 @@
 """Exact caches for language-model serving: tokenization results and prefix states."""
 
+from tokcache import llama
 from tokcache._version import __version__
 from tokcache.config import CacheConfig
 from tokcache.errors import TokcacheError
+from tokcache.state.cache import PrefixStateCache
 from tokcache.stats import CacheStats, L0Stats, StateStats
 from tokcache.text.huggingface import wrap
 from tokcache.text.l0 import L0Cache
@@ -13,9 +15,11 @@ __all__ = [
     "CacheStats",
     "L0Cache",
     "L0Stats",
+    "PrefixStateCache",
     "StateStats",
     "TokcacheError",
     "TokenIds",
     "__version__",
+    "llama",
     "wrap",
 ]

@@ -24,6 +24,7 @@ from tokcache.llama.fingerprint import fingerprint, memory_kind
 from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary
+from tokcache.text.huggingface import wrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -178,9 +179,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if isinstance(tokenizer, llama_cpp.llama_tokenizer.BaseLlamaTokenizer):
             return tokenizer
         if not hasattr(tokenizer, "token_ids"):
-            import tokcache  # noqa: PLC0415 (it imports us)
-
-            tokenizer = tokcache.wrap(tokenizer)
+            tokenizer = wrap(tokenizer)
         check_vocabulary(tokenizer, self._model)
         return WrappedTokenizer(self._model, tokenizer, self.scope)
 
