@@ -384,7 +384,7 @@ class TokenizerFace(WrappedTokenizer):
         return str(self._backend.raw)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._backend.raw)})
+        return sorted({*dir(TokenizerFace), *dir(self._backend.raw)})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.unwrap().__reduce_ex__(protocol)

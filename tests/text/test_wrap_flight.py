@@ -1,0 +1,368 @@
+"""One text is encoded once, however many ask for it: threads, event loops, forked children."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import tokcache
+from tests.text.tokenizers_made import MADE, TEXTS, fast
+from tests.text.twins import twin
+from tokcache.errors import InvalidText
+from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+N = 100
+
+
+class CountingEngine:
+    """Encodes a character as its code point, counts its calls, and waits where told to."""
+
+    reason: str | None = None
+    has_zero_type_ids = True
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        self.calls.append(list(texts))
+        self.entered.set()
+        self.gate.wait(20)
+        if "bad" in texts:
+            raise ValueError("bad text")
+        return [[ord(c) + add_special_tokens for c in text] for text in texts]
+
+    def encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
+        raise NotImplementedError(texts, add_special_tokens)
+
+
+class Wrapped(WrappedTokenizer):
+    def __init__(self, engine: CountingEngine) -> None:
+        self._tokcache = CachedTokenizer(None, lambda: engine)
+        self._tokcache_scope = None
+
+
+@pytest.fixture(params=["python", "native"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CountingEngine:
+    chosen = twin(request.param)
+    monkeypatch.setattr("tokcache.text.tokenizer.L0Cache", chosen.l0_cache)
+    monkeypatch.setattr("tokcache.text.tokenizer.TokenIds", chosen.token_ids)
+    return CountingEngine()
+
+
+@pytest.fixture
+def tok(engine: CountingEngine) -> Wrapped:
+    return Wrapped(engine)
+
+
+def ids(text: str) -> list[int]:
+    return [ord(c) + 1 for c in text]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def askers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(N) as pool:
+        yield pool
+
+
+def test_a_hit_encodes_nothing(tok: Wrapped, engine: CountingEngine) -> None:
+    assert [tok.token_ids("one").tolist() for _ in range(3)] == [ids("one")] * 3
+    assert engine.calls == [["one"]]
+    stats = tok.cache_stats()
+    assert (stats.l0.hits, stats.l0.misses, stats.encoded_texts, stats.encoded_tokens) == (
+        2,
+        1,
+        1,
+        3,
+    )
+
+
+def test_a_batch_encodes_what_misses_once_and_together(
+    tok: Wrapped, engine: CountingEngine
+) -> None:
+    tok.token_ids("b")
+    got = tok.token_ids_batch(["a", "b", "c", "a", "c"])
+    assert [one.tolist() for one in got] == [ids(c) for c in "abcac"]
+    assert engine.calls == [["b"], ["a", "c"]]
+    assert tok.token_ids_batch([]) == []
+    assert tok.token_ids_batch(("a", "b")) == got[:2]
+    assert len(engine.calls) == 2
+
+
+def test_scopes_are_apart_and_a_view_has_its_own(tok: Wrapped, engine: CountingEngine) -> None:
+    for scope in (None, "a", "b", ""):
+        for _ in range(2):
+            tok.token_ids("x", scope=scope)
+            tok.token_ids_batch(["x"], scope=scope)
+            asyncio.run(tok.atoken_ids("x", scope=scope))
+    assert engine.calls == [["x"]] * 4
+
+
+def test_a_hundred_threads_at_once(
+    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+) -> None:
+    engine.gate.clear()
+    answers = [askers.submit(tok.token_ids, "same") for _ in range(N)]
+    wait_until(lambda: tok.cache_stats().shared == N - 1)
+    engine.gate.set()
+    assert [one.result().tolist() for one in answers] == [ids("same")] * N
+    assert engine.calls == [["same"]]
+    assert tok.cache_stats().l0.misses == N
+
+
+def test_a_hundred_coroutines_at_once(tok: Wrapped, engine: CountingEngine) -> None:
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(tok.atoken_ids("same") for _ in range(N)))
+
+    assert [one.tolist() for one in asyncio.run(ask())] == [ids("same")] * N
+    assert engine.calls == [["same"]]
+
+
+def test_threads_coroutines_and_batches_share_one_encoding(
+    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+) -> None:
+    engine.gate.clear()
+    batch = askers.submit(tok.token_ids_batch, ["x", "y"])
+    engine.entered.wait(20)
+    single = askers.submit(tok.token_ids, "x")
+    other = askers.submit(tok.token_ids_batch, ["y", "z"])
+    wait_until(lambda: tok.cache_stats().shared == 2)
+    later = askers.submit(lambda: asyncio.run(tok.atoken_ids("z")))
+    wait_until(lambda: tok.cache_stats().shared == 3)
+    engine.gate.set()
+    assert single.result() == batch.result()[0]
+    assert other.result() == [batch.result()[1], later.result()]
+    assert engine.calls == [["x", "y"], ["z"]]
+
+
+def test_cancelling_one_harms_no_other(tok: Wrapped, engine: CountingEngine) -> None:
+    async def ask() -> list[Any]:
+        engine.gate.clear()
+        tasks = [asyncio.create_task(tok.atoken_ids("same")) for _ in range(5)]
+        await asyncio.to_thread(engine.entered.wait, 20)
+        tasks[0].cancel()  # who had it encoded
+        tasks[3].cancel()
+        await asyncio.sleep(0)
+        engine.gate.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    got = asyncio.run(ask())
+    assert [isinstance(one, asyncio.CancelledError) for one in got] == [1, 0, 0, 1, 0]
+    assert got[1].tolist() == got[2].tolist() == got[4].tolist() == ids("same")
+    assert engine.calls == [["same"]]
+
+
+def test_the_event_loop_goes_on_during_a_miss(tok: Wrapped, engine: CountingEngine) -> None:
+    async def ask() -> None:
+        engine.gate.clear()
+        task = asyncio.create_task(tok.atoken_ids("slow"))
+        await asyncio.to_thread(engine.entered.wait, 20)
+        for _ in range(10):
+            await asyncio.sleep(0.001)
+        assert not task.done()
+        engine.gate.set()
+        assert (await task).tolist() == ids("slow")
+
+    asyncio.run(ask())
+
+
+def test_a_failing_encoding_fails_all_and_is_not_kept(
+    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+) -> None:
+    engine.gate.clear()
+    answers = [askers.submit(tok.token_ids, "bad") for _ in range(10)]
+    answers += [askers.submit(lambda: asyncio.run(tok.atoken_ids("bad"))) for _ in range(10)]
+    wait_until(lambda: tok.cache_stats().shared == 19)
+    engine.gate.set()
+    assert [str(one.exception()) for one in answers] == ["bad text"] * 20
+    assert engine.calls == [["bad"]]
+    with pytest.raises(ValueError, match="bad text"):
+        tok.token_ids("bad")
+    assert engine.calls == [["bad"], ["bad"]]
+    assert tok.cache_stats().l0.n_entries == 0
+    assert tok.token_ids("good").tolist() == ids("good")
+
+
+def test_a_batch_that_fails_over_one_text_fails_nobody_elses(
+    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+) -> None:
+    engine.gate.clear()
+    batch = askers.submit(tok.token_ids_batch, ["good", "bad"])
+    engine.entered.wait(20)
+    single = askers.submit(tok.token_ids, "good")
+    loop = askers.submit(lambda: asyncio.run(tok.atoken_ids("good")))
+    other = askers.submit(tok.token_ids_batch, ["good", "fine"])
+    wait_until(lambda: tok.cache_stats().shared == 3)
+    engine.gate.set()
+    assert str(batch.exception()) == "bad text"
+    assert single.result().tolist() == loop.result().tolist() == ids("good")
+    assert [one.tolist() for one in other.result()] == [ids("good"), ids("fine")]
+
+
+def test_an_answer_from_before_a_change_is_never_kept(
+    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+) -> None:
+    engine.gate.clear()
+    early = askers.submit(tok.token_ids, "x")
+    engine.entered.wait(20)
+    tok._tokcache.invalidate()
+    engine.gate.set()
+    assert early.result().tolist() == ids("x")
+    assert tok.cache_stats().l0.n_entries == 0
+    tok.token_ids("x")
+    assert engine.calls == [["x"], ["x"]]
+
+
+def test_an_engine_with_a_reason_is_asked_each_time(tok: Wrapped, engine: CountingEngine) -> None:
+    engine.reason = "by chance"
+    tok.token_ids("x")
+    tok.token_ids("x")
+    tok.token_ids_batch(["x", "x"])
+    asyncio.run(tok.atoken_ids("x"))
+    assert engine.calls == [["x"]] * 4
+    assert tok.cache_stats().l0.n_entries == 0
+
+
+def test_what_is_no_text_is_refused(tok: Wrapped, engine: CountingEngine) -> None:
+    class Text(str):
+        __slots__ = ()
+        __hash__ = None  # type: ignore[assignment]
+
+    bad: Any
+    for bad in (b"x", None, 3, ["x"]):
+        with pytest.raises(InvalidText):
+            tok.token_ids(bad)
+        with pytest.raises(InvalidText):
+            tok.token_ids_batch([bad])
+        with pytest.raises(InvalidText):
+            asyncio.run(tok.atoken_ids(bad))
+    for bad in ("x", b"x"):
+        with pytest.raises(InvalidText):
+            tok.token_ids_batch(bad)
+    with pytest.raises(InvalidText):
+        tok.token_ids("x", scope=b"a")  # type: ignore[arg-type]
+    assert engine.calls == []
+    assert tok.token_ids(Text("x")) == tok.token_ids("x")
+    assert tok.token_ids_batch([Text("x"), Text("y")]) == tok.token_ids_batch(["x", "y"])
+    assert engine.calls == [["x"], ["y"]]
+
+
+def in_child(check: Callable[[], bool]) -> bool:
+    """Return what `check` says in a forked child; False if it hangs or raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads is the point
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if check() else 1)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.01)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return False
+
+
+def test_a_forked_child_waits_for_nobody_in_the_parent(
+    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+) -> None:
+    tok.token_ids("kept")
+    asyncio.run(tok.atoken_ids("started the threads"))
+    engine.gate.clear()
+    engine.entered.clear()
+    encoding = askers.submit(tok.token_ids, "x")  # its thread is not there in the child
+    engine.entered.wait(20)
+
+    def check() -> bool:
+        engine.gate.set()
+        n_calls = len(engine.calls)
+        answers = [tok.token_ids("kept"), tok.token_ids("x"), asyncio.run(tok.atoken_ids("y"))]
+        return [one.tolist() for one in answers] == [ids("kept"), ids("x"), ids("y")] and (
+            engine.calls[n_calls:] == [["x"], ["y"]]
+        )
+
+    with tok._tokcache._lock, tok._tokcache.plain_lock, tok._tokcache.guard_lock:
+        assert in_child(check)
+    engine.gate.set()
+    assert encoding.result().tolist() == ids("x")
+
+
+def test_a_forked_child_encodes_with_the_real_thing() -> None:
+    plain = MADE["byte_level_bpe"]()
+    wrapped = tokcache.wrap(plain)
+    wrapped.token_ids_batch(TEXTS)
+    expected = plain.encode("another hello").ids
+    assert in_child(lambda: wrapped.token_ids("another hello").tolist() == expected)
+
+
+def test_threads_that_mix_settings_get_what_they_asked_for() -> None:
+    plain = fast(MADE["byte_level_bpe"](), pad_token="</s>")  # noqa: S106 (no password)
+    wrapped = tokcache.wrap(plain)
+    texts = [f"{text} {n} hello world" for n in range(3) for text in TEXTS]
+    asks: list[dict[str, Any]] = [
+        {},
+        {"add_special_tokens": False},
+        {"truncation": True, "max_length": 3},
+        {"truncation": True, "max_length": 6, "padding": "max_length"},
+        {"padding": "max_length", "max_length": 40},
+        {"split_special_tokens": True},
+    ]
+    expected = {(text, n): plain(text, **asks[n]).data for text in texts for n in range(len(asks))}
+
+    def work(seed: int) -> int:
+        wrong = 0
+        for step in range(60 * len(asks)):
+            text, n = texts[(seed * 7 + step) % len(texts)], (seed + step) % len(asks)
+            wrong += wrapped(text, **asks[n]).data != expected[text, n]
+            wrong += wrapped.token_ids(text).tolist() != expected[text, 0]["input_ids"]
+        return wrong
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(8))) == 0
+    assert wrapped.cache_stats().l0.hits > 0
+
+
+def test_threads_that_change_the_tokenizer_get_no_mixture() -> None:
+    wrapped = tokcache.wrap(MADE["byte_level_bpe"]())
+    text = "hello world, hello fox"
+    before = wrapped.token_ids(text).tolist()
+    plain = wrapped.unwrap()
+    plain.pre_tokenizer.add_prefix_space = True
+    after = plain.encode(text).ids
+    stop = threading.Event()
+
+    def ask() -> bool:
+        ok = True
+        while not stop.is_set():
+            ok &= wrapped.token_ids(text).tolist() in (before, after)
+        return ok
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask) for _ in range(4)]
+        for n in range(60):
+            wrapped.pre_tokenizer.add_prefix_space = n % 2 == 1
+            assert wrapped.token_ids(text).tolist() == (after if n % 2 else before)
+        stop.set()
+        assert all(one.result() for one in answers)
