@@ -143,6 +143,9 @@ def _settings(
 def _start(log_path: Path) -> subprocess.Popen[bytes]:
     root = str(Path(tokcache.__file__).parents[1])
     environment = dict(os.environ)
+    # Threads of a team wait for each other spinning: where other processes want the same cores, a
+    # prefill takes a hundred times as long.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with log_path.open("wb") as log:
         return subprocess.Popen(
