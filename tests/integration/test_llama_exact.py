@@ -34,13 +34,14 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
         llm.close()
 
 
-def assert_equal_answers(cached: Any, uncached: Any, prompt: list[int]) -> None:
-    tokens = [list(_taken(llm, prompt)) for llm in (cached, uncached)]
+def assert_equal_answers(cached: Any, uncached: Any, prompt: list[int], n: int = 4) -> list[int]:
+    tokens = [list(_taken(llm, prompt, n)) for llm in (cached, uncached)]
     assert tokens[0] == tokens[1]
     assert cached.n_tokens == uncached.n_tokens == len(prompt) + len(tokens[0]) - 1
     first = cached.last_reuse.n_in_context + cached.last_reuse.n_restored
     ours, theirs = (llm.scores[first : llm.n_tokens] for llm in (cached, uncached))
     assert np.array_equal(ours.view(np.int32), theirs.view(np.int32))
+    return tokens[0]
 
 
 def _taken(llm: Any, prompt: list[int], n: int = 4) -> Iterator[int]:
@@ -73,15 +74,14 @@ def test_reproducible_context_reuse_is_equal_without_a_cache(pair: tuple[Any, An
 
 def test_a_conversation_that_takes_up_its_own_answers_is_equal(pair: tuple[Any, Any]) -> None:
     cached, uncached = pair
-    prompt = random_prompts(1, cached.n_vocab(), seed=9)[0] + list(range(5, 100))
-    for turn in range(5):
+    prompt = list(range(5, 100))
+    for turn in range(4):
         uncached.reset()
-        answer = list(_taken(uncached, prompt, 20))
-        assert list(_taken(cached, prompt, 20)) == answer
-        # Generated one by one, these positions are not what a prefill of them would give.
+        # Generated one by one, an answer's positions are not what a prefill of them would give.
+        answer = assert_equal_answers(cached, uncached, prompt, n=2 * BLOCK + 5)
         assert cached._n_grid <= len(prompt)
         prompt = prompt + answer + list(range(50 + turn, 60 + turn))
-    assert cached.last_reuse.n_in_context % BLOCK == 0
+    assert cached.last_reuse.n_in_context > BLOCK
 
 
 def test_prompts_under_a_budget_that_evicts_are_equal() -> None:
@@ -236,6 +236,20 @@ def test_a_block_that_llama_cpp_rejects_costs_a_decode_and_a_counter() -> None:
     assert cached.last_reuse.n_restored == BLOCK
     assert cached.prefix_cache.stats().refusals == {"restore_failed": 1}
     assert cached._sequence.end() == cached.n_tokens
+
+
+def test_a_block_of_other_positions_costs_a_decode_and_a_counter() -> None:
+    cached, uncached = llama(store(), reproducible=True), llama(reproducible=True)
+    for llm in (cached, uncached):
+        keep_logits(llm)
+    prompt = list(range(100, 100 + 4 * BLOCK))
+    list(_taken(cached, prompt))
+    cached.reset()
+    payloads = [np.frombuffer(p, np.uint8) for p in cached.prefix_cache._tier._held.values()]
+    payloads[1][:] = payloads[2]
+    assert_equal_answers(cached, uncached, prompt)
+    assert cached.last_reuse.n_restored == BLOCK
+    assert cached.prefix_cache.stats().refusals == {"restore_failed": 1}
 
 
 def test_the_scratch_sequence_is_empty_after_every_use() -> None:

@@ -174,6 +174,17 @@ def test_positions_after_a_foreign_state_are_not_saved() -> None:
     assert llm.prefix_cache.stats().saved_tokens == 0
 
 
+def test_blocks_restored_after_a_foreign_state_make_nothing_savable() -> None:
+    llm, other = llama(store()), llama()
+    next(llm.generate([5] * 100, temp=0.0))
+    next(llm.generate([7] * 10, temp=0.0))
+    other.eval([5] * 50)
+    llm.load_state(other.save_state())
+    next(llm.generate([5] * 100 + [6] * 50, temp=0.0))
+    assert (llm.last_reuse.n_in_context, llm.last_reuse.n_restored) == (50, 50)
+    assert llm._n_own == 0
+
+
 def test_blocks_are_refused_where_seq_cp_would_end_the_process() -> None:
     from tokcache.errors import StateError  # noqa: PLC0415
     from tokcache.llama.sequence import Sequence  # noqa: PLC0415

@@ -129,6 +129,16 @@ def test_entries_are_bounded_and_the_least_recent_goes() -> None:
     cache._check()
 
 
+def test_a_shorter_prefix_that_was_used_later_outlives_its_entry() -> None:
+    cache = small(max_entries=2)
+    Engine().save(cache, [1] * 9)
+    Engine().save(cache, [2] * 9)
+    assert found(cache, [1] * 4) == 4
+    Engine().save(cache, [3] * 9)
+    assert [found(cache, [first] * 9) for first in (1, 2, 3)] == [4, 0, 9]
+    cache._check()
+
+
 def test_one_growing_conversation_is_one_entry() -> None:
     cache = small(max_entries=1)
     for n_tokens in (3, 5, 6, 7, 12, 13):
