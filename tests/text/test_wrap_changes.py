@@ -165,6 +165,7 @@ def test_setting_an_equal_component_keeps_what_is_cached() -> None:
     wrapped.post_processor = template("<s> $A </s>")
     assert wrapped.cache_stats().invalidations == 1  # its pair form differs
     wrapped.post_processor = template("<s> $A </s>")
+    wrapped.encode_special_tokens = False
     assert wrapped.cache_stats().invalidations == 1
 
 
@@ -193,10 +194,10 @@ def test_a_normalizer_changed_under_normalized_added_tokens_is_not_cached() -> N
 def test_a_normalizer_changed_under_added_tokens_before_wrap_is_noticed() -> None:
     plain: Any = MADE["word_piece"]()
     plain.normalizer = normalizers.BertNormalizer(lowercase=False)
-    plain.add_tokens([AddedToken(f"XY{i}", normalized=True) for i in range(300)])
+    plain.add_tokens([AddedToken(f"XY{i:03}", normalized=i == 7) for i in range(300)])
     plain.normalizer.lowercase = True
     wrapped = tokcache.wrap(plain)
-    assert wrapped.token_ids("xy7 XY8").tolist() == plain.encode("xy7 XY8").ids
+    assert wrapped.token_ids("xy007 XY007").tolist() == plain.encode("xy007 XY007").ids
     assert wrapped.cache_stats().bypasses == {"copy_differs": 1}
 
 

@@ -359,7 +359,10 @@ def test_every_answer_has_lists_of_its_own(wrapped: Any) -> None:
     assert wrapped(["hello", "hello"])["input_ids"] == [expected, expected]
 
 
-def test_too_long_is_said_once_as_by_the_plain_tokenizer(plain: Any, wrapped: Any) -> None:
+@pytest.mark.parametrize("long", ["hello world " * 20, ["a", "hello world " * 20]], ids=len)
+def test_too_long_is_said_once_as_by_the_plain_tokenizer(
+    plain: Any, wrapped: Any, long: Any
+) -> None:
     said: list[str] = []
     listener = logging.Handler()
     listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -369,8 +372,7 @@ def test_too_long_is_said_once_as_by_the_plain_tokenizer(plain: Any, wrapped: An
         for tok in (plain, wrapped):
             for _ in range(2):
                 tok("short")
-                tok("hello world " * 20)
-                tok(["hello world " * 20])
+                tok(long)
     finally:
         logger.removeHandler(listener)
     assert len(said) == 2

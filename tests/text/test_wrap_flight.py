@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers import processors
 
 import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
@@ -336,12 +337,39 @@ def test_threads_that_mix_settings_get_what_they_asked_for() -> None:
         for step in range(60 * len(asks)):
             text, n = texts[(seed * 7 + step) % len(texts)], (seed + step) % len(asks)
             wrong += wrapped(text, **asks[n]).data != expected[text, n]
+            wrong += wrapped.encode(text, **asks[n]) != expected[text, n]["input_ids"]
             wrong += wrapped.token_ids(text).tolist() != expected[text, 0]["input_ids"]
         return wrong
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(work, range(8))) == 0
     assert wrapped.cache_stats().l0.hits > 0
+
+
+def test_threads_that_mix_modes_get_the_mode_they_asked_for() -> None:
+    class Modes(type(fast(MADE["unigram"]()))):  # type: ignore[misc]
+        def _switch_to_input_mode(self) -> None:
+            self._tokenizer.post_processor = template("<s> $A")
+
+        def _switch_to_target_mode(self) -> None:
+            self._tokenizer.post_processor = template("$A </s>")
+
+    plain = Modes(tokenizer_object=MADE["byte_level_bpe"]())
+    wrapped = tokcache.wrap(plain)
+    text = "hello world " * 30
+    asks = [{"text": text}, {"text_target": text}, {"text": text, "text_target": "fox"}]
+    expected = [plain(**ask).data for ask in asks]
+
+    def work(seed: int) -> int:
+        turns = [(seed + step) % 3 for step in range(100)]
+        return sum(wrapped(**asks[n]).data != expected[n] for n in turns)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(8))) == 0
+
+
+def template(single: str) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
 
 
 def test_threads_that_change_the_tokenizer_get_no_mixture() -> None:
