@@ -489,6 +489,13 @@ def test_scopes_of_a_transformers_tokenizer(plain: Any, wrapped: Any) -> None:
     assert view("hello").data == wrapped("hello").data == plain("hello").data
 
 
+def test_every_wrap_may_say_that_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    monkeypatch.setattr("tokcache.text.huggingface.log_missing_extension", lambda: said.append(1))
+    tokcache.wrap(tokcache.wrap(MADE["unigram"]()))
+    assert said == [1, 1]
+
+
 def test_another_config_for_a_wrapped_tokenizer_is_refused(plain: Any) -> None:
     config = tokcache.CacheConfig(l0_max_entries=3)
     wrapped = tokcache.wrap(plain, config)

@@ -232,6 +232,10 @@ def test_an_answer_from_before_a_change_is_never_kept(
     assert tok.cache_stats().l0.n_entries == 0
     tok.token_ids("x")
     assert engine.calls == [["x"], ["x"]]
+    tok._tokcache.invalidate()
+    assert asyncio.run(tok.atoken_ids("x")).tolist() == ids("x")
+    assert engine.calls == [["x"]] * 3
+    assert tok.cache_stats().invalidations == 2
 
 
 def test_an_engine_with_a_reason_is_asked_each_time(tok: Wrapped, engine: CountingEngine) -> None:

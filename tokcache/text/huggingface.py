@@ -80,7 +80,8 @@ def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
     """Return a new tokenizer with the methods and results of `tokenizer`, and a cache.
 
     `tokenizer` is a `tokenizers.Tokenizer` or a fast transformers tokenizer; it stays as it is.
-    One that is wrapped already is returned itself.
+    One that is wrapped already is returned itself; one that can't be copied, because a component
+    is written in Python, is used in place and never cached.
 
     Errors: UnsupportedTokenizer for any other kind; InvalidConfig for a `config` that differs
             from the one a wrapped tokenizer has.
