@@ -182,9 +182,33 @@ def test_a_damaged_file_costs_a_prefill_and_a_count(
     (made,) = set(process.slot_folder.iterdir()) - before
     made.write_bytes(made.read_bytes()[:1000])
     found = files.complete(tokens, n_predict=N_PREDICT, n_probs=8)
-    assert (found.n_restored, files.failures) == (0, 1)
+    assert found.n_restored == 0
+    assert files.refusals == {"restore_failed": 1}
     assert found.completion.probabilities == uncached(server, tokens).probabilities
     assert files.complete(tokens, n_predict=1).n_restored == 2 * BLOCK
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
+def test_other_memories_stay_exact_and_say_when_a_restore_is_not_used(architecture: str) -> None:
+    model = samples.tiny_model(architecture=architecture)
+    with (
+        ServerProcess(model, n_ctx=1024, n_slots=2, block_tokens=BLOCK, n_threads=2) as running,
+        LlamaServer(running.url) as server,
+    ):
+        files = SlotFiles(server, block_tokens=BLOCK)
+        tokens = prompt(7, 300)
+        prompts = [tokens, tokens, tokens + prompt(8, 200), tokens]
+        found = [files.complete(each, n_predict=N_PREDICT, n_probs=8) for each in prompts]
+        for each, reused in zip(prompts, found, strict=True):
+            assert reused.completion.probabilities == uncached(server, each).probabilities
+        restored = [reused.n_restored for reused in found]
+        if files.refusals:
+            assert files.refusals == {"restore_not_used_by_server": 1}
+            assert restored == [0, 0, 0, 0]
+            assert files.n_bytes == 0
+        else:
+            assert restored == [0, 256, 256, 256]
+        assert bool(files.refusals) == (architecture == "gemma3")
 
 
 def test_the_servers_own_words_come_through(server: LlamaServer) -> None:

@@ -8,6 +8,7 @@ that ends elsewhere, or that holds generated tokens, is never used.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -34,8 +35,10 @@ class Reused:
 class SlotFiles:
     """The saved slots of one server, by the tokens they hold.
 
-    The server must decode in pieces of `block_tokens` (ServerProcess does).
-    Errors: a file that can't be restored costs a prefill and counts in `failures`.
+    The server must decode in pieces of `block_tokens` (ServerProcess does). On a model for which
+    the server uses nothing of what it restored (sliding windows), saving and restoring stop.
+
+    Errors: a file that can't be used costs a prefill and counts in `refusals`, by reason.
     """
 
     def __init__(self, server: LlamaServer, *, block_tokens: int = 256, id_slot: int = 0) -> None:
@@ -44,7 +47,8 @@ class SlotFiles:
         self._id_slot = id_slot
         self._files: dict[TokenIds, SlotFile] = {}
         self._seen: set[TokenIds] = set()
-        self.failures = 0
+        self._is_useless = False
+        self.refusals: Counter[str] = Counter()
 
     @property
     def n_bytes(self) -> int:
@@ -56,12 +60,18 @@ class SlotFiles:
         started = perf_counter()
         prompt = TokenIds(tokens)
         n_restored = self._restore(prompt)
-        self._save(prompt, n_restored)
+        n_used = None
+        for head in self._worth_saving(prompt, n_restored):
+            n_cached = self._server.completion(head, n_predict=0, id_slot=self._id_slot).n_cached
+            n_used = n_cached if n_used is None else n_used
+            self._save(head)
         completion = self._server.completion(
             prompt, n_predict=n_predict, id_slot=self._id_slot, n_probs=n_probs
         )
+        n_used = completion.n_cached if n_used is None else n_used
         later_s = completion.seconds - completion.first_token_s
-        return Reused(completion, n_restored, perf_counter() - started - later_s)
+        first_token_s = perf_counter() - started - later_s
+        return Reused(completion, self._noted(n_restored, n_used), first_token_s)
 
     def _restore(self, prompt: TokenIds) -> int:
         self._server.erase_slot(self._id_slot)
@@ -77,22 +87,33 @@ class SlotFiles:
                 return True
         except ServerError:
             pass
-        self.failures += 1
+        self.refusals["restore_failed"] += 1
         self._files = {tokens: kept for tokens, kept in self._files.items() if kept is not file}
         self._server.erase_slot(self._id_slot)
         return False
 
-    def _save(self, prompt: TokenIds, n_restored: int) -> None:
-        for head in self._worth_saving(prompt, n_restored):
-            self._server.completion(head, n_predict=0, id_slot=self._id_slot)
-            name = hashlib.blake2b(memoryview(head), digest_size=16).hexdigest() + ".bin"
+    def _noted(self, n_restored: int, n_used: int) -> int:
+        if n_used >= n_restored:
+            return n_restored
+        self.refusals["restore_not_used_by_server"] += 1
+        self._is_useless = True
+        self._files.clear()
+        return n_used
+
+    def _save(self, head: TokenIds) -> None:
+        name = hashlib.blake2b(memoryview(head), digest_size=16).hexdigest() + ".bin"
+        try:
             self._files[head] = self._server.save_slot(self._id_slot, name)
+        except ServerError:  # a full disk, say
+            self.refusals["save_failed"] += 1
 
     def _worth_saving(self, prompt: TokenIds, n_restored: int) -> list[TokenIds]:
         """Return the part that an earlier prompt had too, and all whole blocks: shortest first.
 
         A file can't be cut shorter and stay exact, so what prompts share needs its own.
         """
+        if self._is_useless:
+            return []
         steps = range(n_restored + self._block_tokens, len(prompt), self._block_tokens)
         heads = [prompt[:n_tokens] for n_tokens in steps]
         shared = [head for head in heads if head in self._seen]
