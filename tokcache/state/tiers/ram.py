@@ -6,12 +6,12 @@ The buffers of evicted blocks therefore wait for the next block of their size; t
 
 from __future__ import annotations
 
-import numpy as np
-
 Buffer = memoryview
 
 
 def _new_buffer(n_bytes: int) -> Buffer:
+    import numpy as np  # noqa: PLC0415 (60 ms of `import tokcache`; it alone gives memory unfilled)
+
     return np.empty(n_bytes, np.uint8).data
 
 
