@@ -37,7 +37,8 @@ def imports(tree: ast.AST) -> list[str]:
     return found
 
 
-SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or room(p) in MAY_IMPORT)
+ON_TOP = {"__init__", "cli", "demo", "observe"}  # may import anything, and nobody imports them
+SOURCES = sorted(p for p in ROOT.rglob("*.py") if room(p) not in ON_TOP)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -49,11 +50,12 @@ def test_a_room_imports_only_what_lies_below_it(path: Path) -> None:
             assert parts[1] in MAY_IMPORT[room(path)], f"{path.name} imports {name}"
 
 
-def test_importing_tokcache_loads_three_libraries() -> None:
+def test_importing_tokcache_loads_no_more_than_it_needs() -> None:
     code = "import sys, tokcache; print('\\n'.join(sys.modules))"
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert not loaded & (OPTIONAL | {"torch", "typer", "rich", "matplotlib", "jinja2"})
-    assert "numpy" in loaded or "tokenizers" in loaded
+    assert "tokenizers" in loaded
+    assert "numpy" not in loaded  # half of the time that an import may take
