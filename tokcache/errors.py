@@ -50,3 +50,7 @@ class MissingExtra(TokcacheError, ImportError):
 
 class MissingFile(TokcacheError, FileNotFoundError):
     """A file that was named does not exist; the message has its path."""
+
+
+class InvalidPrompts(TokcacheError, ValueError):
+    """A file of prompts can't be read; the message has its path and line."""

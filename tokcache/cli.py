@@ -1,0 +1,240 @@
+"""The command line: `tokcache demo`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+import tokcache
+from tokcache.demo import backends
+from tokcache.demo.chat import built_in_prompts
+from tokcache.demo.prompts import read_prompts
+from tokcache.demo.replay import Replay, Request
+from tokcache.demo.table import Summary, lines, table
+from tokcache.demo.tokenizers import TokenizerSource, chat_format, find_tokenizer
+from tokcache.errors import InvalidConfig, MissingFile, TokcacheError, UnsupportedTokenizer
+from tokcache.samples import tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tokenizers import Tokenizer
+
+DIFFERS = 1
+BAD_INPUT = 2
+
+_PLACES = {
+    "inprocess": "llama.cpp in this process (llama-cpp-python)",
+    "server": "a llama-server (xllamacpp), slots saved and restored",
+    "tokens": "no model, tokenization alone",
+}
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Backend(StrEnum):
+    """What continues the prompts."""
+
+    AUTO = "auto"
+    INPROCESS = "inprocess"
+    SERVER = "server"
+    TOKENS = "tokens"
+
+
+_NAMES: dict[Backend, backends.BackendName] = {
+    Backend.INPROCESS: "inprocess",
+    Backend.SERVER: "server",
+    Backend.TOKENS: "tokens",
+}
+
+
+@app.callback()
+def _tokcache() -> None:
+    """Exact caches for language-model serving: tokenization results and prefix states."""
+
+
+@app.command()
+def demo(
+    *,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="A tokenizer.json, its folder, or a hub name."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="GGUF", help="The model; by default a tiny one of random weights."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON lines ({"prompt": ...}, {"messages": [...]} or a list of messages),'
+            " or plain text in blocks between blank lines; by default two chats.",
+        ),
+    ] = None,
+    backend: Annotated[
+        Backend,
+        typer.Option(
+            help="inprocess: llama-cpp-python; server: a llama-server of xllamacpp;"
+            " tokens: tokenization alone; auto: the first that is installed."
+        ),
+    ] = Backend.AUTO,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate a prompt.")] = 32,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of llama.cpp; by default half the cores.")
+    ] = None,
+) -> None:
+    """Replay prompts without and with tokcache; time both and compare every token.
+
+    Both sides run in reproducible mode, in contexts of their own. Exit code 1: something differs;
+    2: bad input.
+    """
+    with _told_errors():
+        source = find_tokenizer(tokenizer)
+        plain = source.load()
+        requests, form = _requests(prompts, source, plain)
+        if model is not None and tokenizer is None:
+            raise InvalidConfig("--model needs --tokenizer: its own tokenizer.json or hub name")
+        path, chosen, why = _model_and_backend(model, source, backend)
+        cached = tokcache.wrap(source.load())
+        console = Console(highlight=False)
+        n_ctx = _context_size(source, requests, max_tokens) if path else 0
+        with _sides(chosen, path, cached, n_ctx, threads or _half_the_cores()) as sides:
+            head = {"Tokenizer": source.name, "Runs in": _PLACES[chosen] + why}
+            _print_head(console, head | _about_model(path, sides) | form)
+            replay = Replay(plain, cached, sides, max_tokens=max_tokens)
+            summary = _run(replay, requests, cached, sides)
+    _print_result(console, summary)
+    raise typer.Exit(DIFFERS if summary.differences() else 0)
+
+
+@contextlib.contextmanager
+def _told_errors() -> Iterator[None]:
+    """Tell tokcache's own errors in one line; others are bugs and keep their traceback."""
+    try:
+        yield
+    except TokcacheError as error:
+        text = " | ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        typer.echo(f"tokcache: {text}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+def _requests(
+    prompts: Path | None, source: TokenizerSource, tokenizer: Tokenizer
+) -> tuple[list[Request], dict[str, str]]:
+    found = read_prompts(prompts) if prompts else built_in_prompts()
+    form = chat_format(source, tokenizer)
+    requests = [Request(form.text(each), add_special_tokens=not each.messages) for each in found]
+    return requests, {"Chats as": form.name} if any(each.messages for each in found) else {}
+
+
+def _model_and_backend(
+    model: Path | None, source: TokenizerSource, asked: Backend
+) -> tuple[Path | None, backends.BackendName, str]:
+    """Return the model, what runs it, and why it is no more than that."""
+    if asked is Backend.TOKENS and model is not None:
+        raise InvalidConfig("--backend tokens uses no model; leave out --model, or the backend")
+    chosen, why = (
+        backends.choose_backend(has_model=model is not None)
+        if asked is Backend.AUTO
+        else (_NAMES[asked], "")
+    )
+    if chosen == "tokens":
+        return None, chosen, why
+    if model is not None:
+        if not model.is_file():
+            raise MissingFile(f"no such model file: {model}")
+        return model, chosen, why
+    try:
+        return tiny_model(source.path), chosen, why
+    except UnsupportedTokenizer as error:
+        if asked is Backend.AUTO:
+            return None, "tokens", f": {error}"
+        raise
+
+
+def _context_size(source: TokenizerSource, requests: Sequence[Request], max_tokens: int) -> int:
+    tokenizer = source.load()  # one of its own: the timed ones must not have seen the prompts
+    longest = max(
+        len(tokenizer.encode(each.text, add_special_tokens=each.add_special_tokens).ids)
+        for each in requests
+    )
+    return -(-(longest + max_tokens + 1) // backends.BLOCK_TOKENS) * backends.BLOCK_TOKENS
+
+
+def _half_the_cores() -> int:
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+@contextlib.contextmanager
+def _sides(
+    backend: backends.BackendName, model: Path | None, tokenizer: Any, n_ctx: int, n_threads: int
+) -> Iterator[backends.Sides | None]:
+    if model is None:
+        yield None
+        return
+    opening = backends.in_process if backend == "inprocess" else backends.served
+    with opening(model, tokenizer, n_ctx, n_threads) as sides:
+        yield sides
+
+
+def _about_model(model: Path | None, sides: backends.Sides | None) -> dict[str, str]:
+    if model is None or sides is None:
+        return {}
+    made = ", random weights" if model.name.startswith("tiny-") else ""
+    return {
+        "Model": model.name + made,
+        "Without": sides.baseline,
+        "With": "the same, and prefixes are restored by tokcache",
+    }
+
+
+def _print_head(console: Console, entries: dict[str, str]) -> None:
+    for name, text in entries.items():
+        console.print(f"{name + ':':11} {text}", markup=False, soft_wrap=True)
+
+
+def _run(
+    replay: Replay, requests: Sequence[Request], cached: Any, sides: backends.Sides | None
+) -> Summary:
+    outcomes = []
+    replay.warm_up()
+    before = cached.cache_stats()
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("replaying", total=len(requests))
+        for outcome in replay.run(requests):
+            outcomes.append(outcome)
+            progress.advance(task)
+    held = sides.cached.held() if sides else None
+    return Summary(outcomes, before, cached.cache_stats(), held)
+
+
+def _print_result(console: Console, summary: Summary) -> None:
+    n_requests, n_tokens = len(summary.outcomes), summary.n_prompt_tokens()
+    console.print(f"Prompts:    {n_requests}, {n_tokens:,} tokens\n", markup=False)
+    console.print(table(summary))
+    console.print()
+    for line in lines(summary):
+        console.print(line, markup=False)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

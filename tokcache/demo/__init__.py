@@ -1,0 +1,1 @@
+"""`tokcache demo`: the same prompts without and with tokcache, timed and compared."""

@@ -1,0 +1,173 @@
+"""The demo's result as a table and a few lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from tokcache.demo.replay import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tokcache.demo.backends import Held
+    from tokcache.demo.replay import Outcome, Side
+    from tokcache.stats import CacheStats
+
+_KINDS = {
+    Kind.NEW: "a prompt that opens something new",
+    Kind.CONTINUES: "a prompt that continues an earlier one",
+    Kind.AGAIN: "a prompt asked again",
+}
+_MILLI, _MICRO = 1e-3, 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """All that was found out."""
+
+    outcomes: Sequence[Outcome]
+    before: CacheStats
+    after: CacheStats
+    held: Held | None
+
+    @property
+    def text_hit_rate(self) -> float:
+        """Return the share of texts that were not tokenized."""
+        hits = self.after.l0.hits - self.before.l0.hits
+        misses = self.after.l0.misses - self.before.l0.misses
+        return hits / (hits + misses) if hits + misses else 0.0
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a model continued the prompts."""
+        return any(outcome.plain.generation for outcome in self.outcomes)
+
+    def differences(self) -> list[str]:
+        """Return what differs, in words, by request."""
+        found = ((n, each.difference()) for n, each in enumerate(self.outcomes, start=1))
+        return [f"request {number}: {what}" for number, what in found if what]
+
+    def n_prompt_tokens(self) -> int:
+        """Return the number of prompt tokens of all requests."""
+        return sum(len(outcome.plain.token_ids) for outcome in self.outcomes)
+
+    def n_decoded(self, side: Callable[[Outcome], Side]) -> int:
+        """Return the number of prompt tokens that a side's model decoded."""
+        generations = (side(outcome).generation for outcome in self.outcomes)
+        return sum(generation.n_decoded for generation in generations if generation)
+
+    def n_generated(self) -> int:
+        """Return the number of generated tokens that were compared."""
+        generations = (outcome.plain.generation for outcome in self.outcomes)
+        return sum(len(generation.token_ids) for generation in generations if generation)
+
+
+def _plain(outcome: Outcome) -> Side:
+    return outcome.plain
+
+
+def _cached(outcome: Outcome) -> Side:
+    return outcome.cached
+
+
+def table(summary: Summary) -> Table:
+    """Return the times of both sides."""
+    made = Table(show_edge=False, pad_edge=False, box=None)
+    made.add_column("")
+    for name in ("without", "with tokcache", "gain"):
+        made.add_column(name, justify="right", no_wrap=True)
+    _add_times(made, summary, "Tokenization, median of", lambda side: side.tokenize_s)
+    if summary.has_model:
+        _add_times(made, summary, "Time to first token, median of", lambda side: side.first_token_s)
+        made.add_section()
+        made.add_row("[bold]All requests together[/bold]")
+        _add_row(made, "time to first token", _sums(summary, lambda side: side.first_token_s))
+        _add_row(made, "until the last token", _sums(summary, lambda side: side.seconds))
+        decoded = (summary.n_decoded(_plain), summary.n_decoded(_cached))
+        _add_row(made, "prompt tokens decoded", decoded, "{:,}".format)
+    return made
+
+
+def _add_times(made: Table, summary: Summary, title: str, time_of: Callable[[Side], float]) -> None:
+    made.add_row(f"[bold]{title}[/bold]")
+    for kind, name in _KINDS.items():
+        chosen = [outcome for outcome in summary.outcomes if outcome.kind is kind]
+        if chosen:
+            pair = (
+                median(time_of(outcome.plain) for outcome in chosen),
+                median(time_of(outcome.cached) for outcome in chosen),
+            )
+            _add_row(made, f"{name} ({len(chosen)})", pair)
+
+
+def _sums(summary: Summary, time_of: Callable[[Side], float]) -> tuple[float, float]:
+    return (
+        sum(time_of(outcome.plain) for outcome in summary.outcomes),
+        sum(time_of(outcome.cached) for outcome in summary.outcomes),
+    )
+
+
+def _add_row(
+    made: Table,
+    name: str,
+    pair: tuple[float, float],
+    write: Callable[[float], str] | None = None,
+) -> None:
+    write = write or duration
+    without, with_ = pair
+    ratio = f"{without / with_:,.1f}x" if with_ else ""
+    made.add_row(f"  {name}", write(without), write(with_), ratio)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    if seconds < _MILLI:
+        return f"{seconds / _MICRO:.1f} µs"
+    return f"{seconds / _MILLI:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def lines(summary: Summary) -> Iterator[str]:
+    """Yield what stands below the table; the last line says whether both sides are identical."""
+    n_bytes = summary.after.l0.n_bytes
+    yield f"Hit rate:   {summary.text_hit_rate:.0%} of the texts{_token_rate(summary)}"
+    yield f"Bytes held: {_size(n_bytes)} of texts and their ids{_state_bytes(summary)}"
+    for reason, count in (summary.held.refusals if summary.held else {}).items():
+        yield f"Not used:   {count} states ({reason})"
+    differences = summary.differences()
+    for difference in differences[:5]:
+        yield f"Different:  {difference}"
+    yield f"Identical:  {'NO' if differences else 'yes'} ({_compared(summary)})"
+
+
+def _token_rate(summary: Summary) -> str:
+    if not summary.has_model:
+        return ""
+    n_tokens = summary.n_prompt_tokens()
+    reused = 1 - summary.n_decoded(_cached) / n_tokens if n_tokens else 0.0
+    return f", {reused:.0%} of the prompt tokens"
+
+
+def _state_bytes(summary: Summary) -> str:
+    if summary.held is None:
+        return ""
+    return f", {_size(summary.held.n_bytes)} of states {summary.held.where}"
+
+
+def _size(n_bytes: int) -> str:
+    kibi, mebi = 1 << 10, 1 << 20
+    if n_bytes < kibi:
+        return f"{n_bytes} bytes"
+    if n_bytes < mebi:
+        return f"{n_bytes / kibi:.0f} KiB"
+    return f"{n_bytes / mebi:,.1f} MiB"
+
+
+def _compared(summary: Summary) -> str:
+    ids = f"{summary.n_prompt_tokens():,} prompt ids"
+    if not summary.has_model:
+        return f"{ids} compared"
+    return f"{ids} and {summary.n_generated():,} greedy tokens compared"

@@ -1,0 +1,148 @@
+"""Where the demo's tokenizer comes from, and how it writes a chat."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from tokcache.errors import InvalidPrompts, MissingFile, UnsupportedTokenizer
+from tokcache.samples import tiny_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tokcache.demo.prompts import Message, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSource:
+    """A tokenizer.json, what stands beside it, and the name to show."""
+
+    name: str
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Tokenizer:
+        """Return a tokenizer of its own."""
+        try:
+            return Tokenizer.from_file(str(self.path))
+        except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
+            raise UnsupportedTokenizer(f"{self.path} holds no tokenizer: {error}") from None
+
+
+def find_tokenizer(named: str | None) -> TokenizerSource:
+    """Return the tokenizer of a file, a folder or a hub name; without a name the tiny one.
+
+    Errors: MissingFile for a path that is not there or a hub name that can't be fetched.
+    """
+    if named is None:
+        return _from_file(tiny_tokenizer(), "tokcache's tiny one, 2,048 tokens")
+    path = Path(named)
+    if path.is_dir():
+        return _from_file(path / "tokenizer.json", named)
+    looks_like_path = named.endswith(".json") or named.startswith((".", "/", "~"))
+    return _from_file(path, named) if path.exists() or looks_like_path else _from_hub(named)
+
+
+def _from_file(path: Path, name: str) -> TokenizerSource:
+    if not path.is_file():
+        raise MissingFile(f"no such tokenizer file: {path}")
+    return TokenizerSource(name, path, _config(path.with_name("tokenizer_config.json")))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a tokenizer.json is enough
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _from_hub(name: str) -> TokenizerSource:
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 (comes with tokenizers, slow)
+    from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415 (same)
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it is told once, below
+    try:
+        path = Path(hf_hub_download(name, "tokenizer.json"))
+        try:
+            config = Path(hf_hub_download(name, "tokenizer_config.json"))
+        except EntryNotFoundError:
+            config = path.with_name("tokenizer_config.json")
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise MissingFile(
+            f"{name!r} is no file here, and no tokenizer.json came from the hub: {reason}"
+        ) from None
+    return TokenizerSource(name, path, _config(config))
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How messages become a text."""
+
+    name: str
+    write: Callable[[Sequence[Message]], str]
+
+    def text(self, prompt: Prompt) -> str:
+        """Return the text that the tokenizer gets."""
+        return self.write(prompt.messages) if prompt.messages else prompt.text
+
+
+def chat_format(source: TokenizerSource, tokenizer: Tokenizer) -> ChatFormat:
+    """Return the tokenizer's own chat template; ChatML or plain labels where there is none."""
+    template = source.config.get("chat_template")
+    if isinstance(template, str):
+        try:
+            return ChatFormat("the tokenizer's template", _template_writer(template, source.config))
+        except ImportError:  # jinja2 comes with llama-cpp-python and transformers
+            pass
+    if tokenizer.token_to_id("<|im_start|>") is not None:
+        return ChatFormat("ChatML", _write_chatml)
+    return ChatFormat("plain labels, the tokenizer has no template", _write_plain)
+
+
+def _write_chatml(messages: Sequence[Message]) -> str:
+    parts = [f"<|im_start|>{each.role}\n{each.content}<|im_end|>\n" for each in messages]
+    return "".join(parts) + "<|im_start|>assistant\n"
+
+
+def _write_plain(messages: Sequence[Message]) -> str:
+    return "".join(f"{each.role}: {each.content}\n\n" for each in messages) + "assistant:"
+
+
+def _template_writer(template: str, config: dict[str, Any]) -> Callable[[Sequence[Message]], str]:
+    from jinja2 import TemplateError  # noqa: PLC0415 (comes with other packages)
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415 (same)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = refuse
+
+    def write(messages: Sequence[Message]) -> str:
+        as_dicts = [{"role": each.role, "content": each.content} for each in messages]
+        special = {key: _token(config, key) for key in ("bos_token", "eos_token")}
+        try:
+            compiled = environment.from_string(template)
+            return compiled.render(messages=as_dicts, add_generation_prompt=True, **special)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidPrompts(
+                f"the tokenizer's chat template refuses these messages: {error}"
+            ) from None
+
+    return write
+
+
+def _token(config: dict[str, Any], key: str) -> str:
+    found = config.get(key)
+    found = found.get("content") if isinstance(found, dict) else found
+    return found if isinstance(found, str) else ""
