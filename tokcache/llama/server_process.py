@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _STOP_S = 10.0
-_LOG_TAIL = 600
+_LOG_TAIL = 5
+_ERROR_LINE = re.compile(r"[\d.]+ E ")
 
 
 class ServerProcess:
@@ -102,7 +104,9 @@ class ServerProcess:
         raise ServerError(f"llama-server {why}; the end of its log:\n{self._log_tail()}")
 
     def _log_tail(self) -> str:
-        return self.log_path.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
+        log = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in log if _ERROR_LINE.match(line)]
+        return "\n".join((errors or log)[-_LOG_TAIL:])
 
 
 def require_xllamacpp() -> Any:
@@ -182,7 +186,12 @@ def _serve() -> None:
         for step in path:
             part = getattr(part, step)
         setattr(part, last, value)
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(1)  # the thread that waits for stdin holds its lock
     sys.stdout.write(json.dumps({"url": server.listening_address}) + "\n")
     sys.stdout.flush()
     threading.Event().wait()
