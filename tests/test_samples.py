@@ -50,10 +50,10 @@ def greedy(llm: Any, tokens: list[int], n: int = 24) -> list[int]:
 
 
 def bundled(name: str) -> Path:
-    root = Path(os.environ.get("TOKCACHE_TEST_DATA", Path(__file__).parents[2] / "shared/data"))
+    root = Path(os.environ.get("TOKCACHE_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
     path = root / "tokenizers" / name / "tokenizer.json"
     if not path.exists():
-        pytest.skip(f"the bundled tokenizer {name} is not here (TOKCACHE_TEST_DATA)")
+        pytest.skip(f"the bundled tokenizer {name} is not here (TOKCACHE_SHARED_DATA)")
     return path
 
 
