@@ -19,6 +19,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.test_samples import bundled
+import tokcache
 from tokcache import TokenIds, samples
 from tokcache.errors import (
     InvalidConfig,
@@ -342,3 +343,7 @@ def is_running(pid: int) -> bool:
     with contextlib.suppress(OSError):  # a process whose parent is gone may stay as a zombie
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+def test_the_public_name_is_tokcache_llama_llamaserver() -> None:
+    assert tokcache.llama.LlamaServer is LlamaServer

@@ -1,7 +1,8 @@
-"""llama.cpp in this process, with the caches inside; llama_cpp is imported when first used."""
+"""llama.cpp with the caches: in this process, or behind a llama-server; imported when first used."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import MissingExtra
@@ -9,19 +10,25 @@ from tokcache.errors import MissingExtra
 if TYPE_CHECKING:
     from tokcache.llama.inprocess import Llama as Llama
     from tokcache.llama.inprocess import Reuse as Reuse
+    from tokcache.llama.server import LlamaServer as LlamaServer
 
-__all__ = ["Llama", "Reuse"]
+__all__ = ["Llama", "LlamaServer", "Reuse"]
+
+_MODULES = {"Llama": "inprocess", "Reuse": "inprocess", "LlamaServer": "server"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _MODULES[name] == "inprocess":
+        _require_llama_cpp(name)
+    return getattr(import_module(f"tokcache.llama.{_MODULES[name]}"), name)
+
+
+def _require_llama_cpp(name: str) -> None:
     try:
         import llama_cpp  # noqa: F401, PLC0415 (an extra, and 0.3 s)
     except ImportError as error:
         raise MissingExtra(
             f"tokcache.llama.{name} needs llama-cpp-python ({error}): pip install 'tokcache[llama]'"
         ) from error
-    from tokcache.llama import inprocess  # noqa: PLC0415 (needs llama_cpp)
-
-    return getattr(inprocess, name)
