@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tokenizers import Tokenizer
 
-from tests.test_samples import bundled
 import tokcache
+from tests.test_samples import bundled
 from tokcache import TokenIds, samples
 from tokcache.errors import (
     InvalidConfig,

@@ -1,4 +1,4 @@
-"""llama.cpp with the caches: in this process, or behind a llama-server; imported when first used."""
+"""llama.cpp with the caches, in this process or behind llama-server; imported when first used."""
 
 from __future__ import annotations
 
