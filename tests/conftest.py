@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Threads of OpenMP spin while they wait for each other; on a busy machine a decode of
+# milliseconds then takes seconds. Read when llama.cpp is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 _BESIDE_THE_REPOSITORY = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
