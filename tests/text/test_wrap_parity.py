@@ -90,6 +90,19 @@ def test_real_tokenizers_give_equal_ids_on_a_miss_and_on_a_hit(
     assert stats.bypasses == {}
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_the_class_of_a_wrapped_tokenizer_loads_what_the_plain_class_loads(
+    shared_data: Path, name: str
+) -> None:
+    folder = shared_data / "tokenizers" / name
+    plain = real_tokenizer(folder)
+    loaded = type(tokcache.wrap(plain)).from_pretrained(folder)
+    expected = type(plain).from_pretrained(folder)
+    assert type(loaded) is type(expected)
+    texts = real_texts(shared_data)
+    assert loaded(texts)["input_ids"] == expected(texts)["input_ids"]
+
+
 @pytest.mark.usefixtures("l0")
 @pytest.mark.parametrize("name", REAL)
 def test_real_tokenizers_answer_a_call_alike(shared_data: Path, name: str) -> None:

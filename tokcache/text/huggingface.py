@@ -75,6 +75,9 @@ _STANDARD = (
     "set_truncation_and_padding",
 )
 
+# Class methods that load a tokenizer from files.
+_LOADING = ("from_pretrained", "_from_pretrained", "convert_to_native_format")
+
 
 def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
     """Return a new tokenizer with the methods and results of `tokenizer`, and a cache.
@@ -568,6 +571,8 @@ def _face_class(plain: type[Any]) -> type[Any]:
         "__call__": _signed_like(plain.__call__, _TransformersFace.__call__),
         "encode": _signed_like(plain.encode, _TransformersFace.encode),
         "_tokcache_plain": plain,
+        # Bound to the plain class: transformers looks into the very class that it loads for.
+        **{name: getattr(plain, name) for name in _LOADING},
     }
     return type(plain.__name__, (_TransformersFace, plain), body)
 
