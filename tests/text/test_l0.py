@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -111,6 +112,65 @@ def test_refuses_what_is_no_text(name: str, text: Any) -> None:
 def test_refuses_budgets_that_cannot_work(name: str, setting: str, value: Any) -> None:
     with pytest.raises(InvalidConfig, match=setting):
         twin(name).l0_cache(**{setting: value})
+
+
+@both
+def test_refuses_settings_beyond_what_can_be_counted(name: str) -> None:
+    for setting, value in (
+        ("sample_size", 1 << 32),
+        ("sample_size", 1025),
+        ("max_entries", 1 << 70),
+        ("max_bytes", 1 << 63),
+    ):
+        with pytest.raises(InvalidConfig, match=f"{setting} must be at most"):
+            twin(name).l0_cache(**{setting: value})
+    cache = twin(name).l0_cache(max_entries=2, sample_size=1024)
+    for i in range(20):
+        cache.put(str(i), True, [i])
+    cache._check()
+
+
+@both
+def test_names_of_scopes_count(name: str) -> None:
+    cache = twin(name).l0_cache(max_bytes=1 << 20)
+    for i in range(30):
+        assert cache.put("text", True, [i], f"{i:06d}" + "s" * 100_000)
+        cache._check()
+    assert len(cache) <= 10
+    assert cache.put("text", True, [1], "s" * (1 << 20)) is False
+    cache._check()
+    cache.clear()
+    assert cache.memory_usage() == 0
+
+
+@both
+def test_many_threads_at_once(name: str) -> None:
+    cache = twin(name).l0_cache(max_entries=20)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(2000):
+                number = rng.randrange(60)
+                ids = cache.get(f"text {number}", True)
+                assert ids is None or ids == [number]
+                cache.put(f"text {number}", True, [number])
+        except BaseException as error:  # noqa: BLE001 (shown below)
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+    cache._check()
 
 
 @both

@@ -39,6 +39,8 @@ def test_is_a_sequence_of_the_ids_given(name: str) -> None:
         ids[4]
     with pytest.raises(IndexError):
         ids[-5]
+    with pytest.raises(TypeError):
+        ids[1.0]
 
 
 @both
@@ -63,7 +65,20 @@ def test_is_made_from_any_integers(name: str, source: Any) -> None:
 
 @both
 @pytest.mark.parametrize(
-    "source", [["a"], [1.0], [2**31], [-(2**31) - 1], "12", b"1234", [None], np.array([1.5])]
+    "source",
+    [
+        ["a"],
+        [1.0],
+        [2**31],
+        [-(2**31) - 1],
+        "12",
+        b"1234",
+        [None],
+        None,
+        5,
+        np.array([1.5]),
+        np.array(3),
+    ],
 )
 def test_refuses_what_is_no_int32(name: str, source: Any) -> None:
     with pytest.raises(InvalidTokens):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import random
 import sys
+import threading
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cachetools
 
-from tokcache.config import require_int
+from tokcache.config import MAX_SAMPLE_SIZE, require_int
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 from tokcache.text._token_ids_py import TokenIds
@@ -79,7 +81,7 @@ class L0Cache:
     Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps.
     Errors:  InvalidConfig for a budget below 1; InvalidText for what is no str.
     Cost:    a look-up is one hash and one compare.
-    Threads: safe under the interpreter lock.
+    Threads: safe; the lock is made anew in a forked child.
     """
 
     def __init__(
@@ -87,28 +89,32 @@ class L0Cache:
     ) -> None:
         self.max_entries = require_int("max_entries", max_entries, 1)
         self.max_bytes = require_int("max_bytes", max_bytes, 1)
-        self.sample_size = require_int("sample_size", sample_size, 1)
+        self.sample_size = require_int("sample_size", sample_size, 1, MAX_SAMPLE_SIZE)
         self._rng = random.Random(os.urandom(16))  # noqa: S311 (a draw, not a secret)
+        self._lock = threading.RLock()
+        _ALL.add(self)
         self.clear()
 
     def clear(self) -> None:
         """Forget every entry and set the counters to zero."""
-        self._maps = (_Map(), _Map())
-        self._clock = self._hits = self._misses = self._hit_tokens = 0
-        self._insertions = self._evictions = self._oversize = 0
+        with self._lock:
+            self._maps = (_Map(), _Map())
+            self._clock = self._hits = self._misses = self._hit_tokens = 0
+            self._insertions = self._evictions = self._oversize = 0
 
     def get(self, text: str, add_special_tokens: bool, scope: str | None = None) -> TokenIds | None:
         """Return the ids stored for `text` in `scope`, or None."""
         key = (_exact_str(text), _exact_scope(scope))
-        entry = self._maps[bool(add_special_tokens)].get(key)
-        if entry is None:
-            self._misses += 1
-            return None
-        self._hits += 1
-        self._hit_tokens += len(entry.ids)
-        self._clock += 1
-        entry.tick = self._clock
-        return entry.ids
+        with self._lock:
+            entry = self._maps[bool(add_special_tokens)].get(key)
+            if entry is None:
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._hit_tokens += len(entry.ids)
+            self._clock += 1
+            entry.tick = self._clock
+            return entry.ids
 
     def put(
         self,
@@ -119,21 +125,21 @@ class L0Cache:
     ) -> bool:
         """Store `ids` for `text` in `scope`; return False if it is larger than the budget."""
         key = (_exact_str(text), _exact_scope(scope))
-        own = TokenIds(ids)
-        if own.base is not None and isinstance(own.base, TokenIds):
-            own = TokenIds(own.tolist())  # a slice would keep all it was cut from
-        target = self._maps[bool(add_special_tokens)]
-        if key in target:
-            del target[key]
+        own = TokenIds(memoryview(TokenIds(ids)))  # a slice would keep all it was cut from
         n_bytes = sys.getsizeof(key[0]) + 4 * len(own) + _ENTRY_BYTES
-        if n_bytes > self.max_bytes:
-            self._oversize += 1
-            return False
-        self._make_room(n_bytes)
-        self._clock += 1
-        target[key] = _Entry(own, self._clock, 0, n_bytes)
-        self._insertions += 1
-        return True
+        n_bytes += sys.getsizeof(key[1]) if key[1] is not None else 0
+        with self._lock:
+            target = self._maps[bool(add_special_tokens)]
+            if key in target:
+                del target[key]
+            if n_bytes > self.max_bytes:
+                self._oversize += 1
+                return False
+            self._make_room(n_bytes)
+            self._clock += 1
+            target[key] = _Entry(own, self._clock, 0, n_bytes)
+            self._insertions += 1
+            return True
 
     def _make_room(self, n_bytes: int) -> None:
         while len(self) >= self.max_entries:
@@ -154,23 +160,40 @@ class L0Cache:
 
     def stats(self) -> L0Stats:
         """Return a snapshot of the counters."""
-        return L0Stats(
-            hits=self._hits,
-            misses=self._misses,
-            insertions=self._insertions,
-            evictions=self._evictions,
-            refusals={"oversize": self._oversize} if self._oversize else {},
-            hit_tokens=self._hit_tokens,
-            n_entries=len(self),
-            n_bytes=self.memory_usage(),
-        )
+        with self._lock:
+            return L0Stats(
+                hits=self._hits,
+                misses=self._misses,
+                insertions=self._insertions,
+                evictions=self._evictions,
+                refusals={"oversize": self._oversize} if self._oversize else {},
+                hit_tokens=self._hit_tokens,
+                n_entries=len(self),
+                n_bytes=self.memory_usage(),
+            )
 
     def _check(self) -> None:
         """Verify every invariant; for tests."""
-        for one in self._maps:
-            dense: list[Any] = one.keys_dense
-            assert len(dense) == len(one) == len(set(dense))  # noqa: S101
-            assert all(one[key].index == i for i, key in enumerate(dense))  # noqa: S101
-            assert one.currsize == sum(one[key].n_bytes for key in dense)  # noqa: S101
-        assert len(self) <= self.max_entries  # noqa: S101
-        assert self.memory_usage() <= self.max_bytes  # noqa: S101
+        with self._lock:
+            for one in self._maps:
+                dense: list[Any] = one.keys_dense
+                assert len(dense) == len(one) == len(set(dense))  # noqa: S101
+                assert all(one[key].index == i for i, key in enumerate(dense))  # noqa: S101
+                assert one.currsize == sum(one[key].n_bytes for key in dense)  # noqa: S101
+            assert len(self) <= self.max_entries  # noqa: S101
+            assert self.memory_usage() <= self.max_bytes  # noqa: S101
+
+    def _after_fork(self) -> None:
+        self._lock = threading.RLock()  # another thread of the parent may have held it
+
+
+_ALL: weakref.WeakSet[L0Cache] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for cache in list(_ALL):
+        cache._after_fork()  # noqa: SLF001
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

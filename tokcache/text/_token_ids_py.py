@@ -44,6 +44,8 @@ def _int32_bytes(ids: object) -> bytes:
         raise InvalidTokens(f"token ids must be integers, not {type(ids).__name__}")
     try:
         return array("i", [_index(value) for value in ids]).tobytes()  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise InvalidTokens(f"token ids must be a sequence of integers: {error}") from None
     except OverflowError:
         raise InvalidTokens("a token id does not fit into an int32") from None
 
@@ -69,7 +71,7 @@ class TokenIds(_Array):  # type: ignore[misc]
         if isinstance(index, slice):
             part = super().__getitem__(index)
             return part if part.flags.c_contiguous else TokenIds(part.tolist())
-        return int(super().__getitem__(index.__index__()))
+        return int(super().__getitem__(operator.index(index)))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.tolist())

@@ -8,8 +8,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from os import urandom
+from sys import getsizeof
 
-from tokcache.config import require_int
+from tokcache.config import MAX_SAMPLE_SIZE, require_int
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 
@@ -40,6 +41,7 @@ cdef enum:
     COPY = 1    # any other key is copied: a str may grow a second, UTF-8, copy of itself
 
     MAX_SCOPES = 1 << 24
+    SCOPE_BYTES = 200   # of a scope beside its name: places in a dict and two lists, two ints
     MAX_UNITS = 0xFFFFFFF0
     SMALL_BYTES = 512   # up to here CPython's own allocator serves, in steps of 16
 
@@ -88,13 +90,14 @@ cdef class L0Cache:
     cdef list scope_names     # number -> name
     cdef list scope_counts    # number -> how many entries
     cdef list free_scopes     # numbers to use again
+    cdef uint64_t scope_bytes  # of all names and what is kept beside them
 
     def __cinit__(self, max_entries=10_000, max_bytes=64 << 20, sample_size=8):
         cdef bytes random = urandom(8 * N_SECRETS + 8)
         cdef const char* raw = random
         self.max_entries = require_int("max_entries", max_entries, 1)
         self.max_bytes = require_int("max_bytes", max_bytes, 1)
-        self.sample_size = require_int("sample_size", sample_size, 1)
+        self.sample_size = require_int("sample_size", sample_size, 1, MAX_SAMPLE_SIZE)
         memset(self.tables, 0, sizeof(self.tables))
         memcpy(self.tables[0].secret, raw, 8 * N_SECRETS)
         memcpy(self.tables[1].secret, raw, 8 * N_SECRETS)
@@ -203,6 +206,9 @@ cdef class L0Cache:
                 if self.tables[table].entries[i].value != NULL:
                     counts[self.tables[table].entries[i].meta >> SCOPE_SHIFT] += 1
         assert counts[1:] == self.scope_counts[1:]
+        assert self.scope_bytes == sum(
+            [self.own_scope_bytes(number) for number in self.scope_numbers.values()]
+        )
         assert sorted(self.scope_numbers.values()) == [
             n for n in range(1, len(counts)) if counts[n]
         ]
@@ -230,6 +236,7 @@ cdef class L0Cache:
         self.scope_names = [None]
         self.scope_counts = [0]
         self.free_scopes = []
+        self.scope_bytes = 0
         return 0
 
     cdef uint64_t fixed_bytes(self) noexcept:
@@ -238,6 +245,7 @@ cdef class L0Cache:
     cdef uint64_t n_bytes(self) noexcept:
         return (
             self.tables[0].n_item_bytes + self.tables[1].n_item_bytes + self.fixed_bytes()
+            + self.scope_bytes
         )
 
     cdef bint refuse(self, str reason) except -1:
@@ -295,7 +303,8 @@ cdef class L0Cache:
         cdef Table* a = &self.tables[0]
         cdef Table* b = &self.tables[1]
         cdef uint64_t budget = self.max_bytes
-        if n_bytes + self.fixed_bytes() + (
+        # What is left when all others are gone; so evicting below always comes to an end.
+        if n_bytes + self.fixed_bytes() + self.own_scope_bytes(key.scope) + (
             bytes_to_grow(table, key) if table.n == 0 else 0
         ) > budget:
             return False
@@ -343,13 +352,18 @@ cdef class L0Cache:
             else:
                 return 0
             self.scope_numbers[scope] = number
+            self.scope_bytes += self.own_scope_bytes(number)
         self.scope_counts[number] += 1
         return number
+
+    cdef uint64_t own_scope_bytes(self, uint32_t number) except? 0:
+        return getsizeof(self.scope_names[number]) + SCOPE_BYTES if number else 0
 
     cdef int leave_scope(self, uint32_t number) except -1:
         """One entry less; a scope without entries is forgotten, its number used again."""
         self.scope_counts[number] -= 1
         if self.scope_counts[number] == 0:
+            self.scope_bytes -= self.own_scope_bytes(number)
             del self.scope_numbers[self.scope_names[number]]
             self.scope_names[number] = None
             self.free_scopes.append(number)

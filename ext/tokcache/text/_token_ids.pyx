@@ -232,7 +232,10 @@ cdef TokenIds owner_from(object ids):
         owner = owner_from_buffer(ids)
         if owner is not None:
             return owner
-    return owner_from_list(list(ids))
+    try:
+        return owner_from_list(list(ids))
+    except TypeError as error:
+        raise InvalidTokens(f"token ids must be a sequence of integers: {error}") from None
 
 
 cdef TokenIds owner_from_buffer(object ids):
