@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +10,12 @@ from pathlib import Path
 import pytest
 
 import tokcache.llama
-from tests.integration.models import GREEDY, SETTINGS, llama, store, text
+from tests.integration.models import GREEDY, SETTINGS, llama, plain, store, text
 from tokcache import samples
 from tokcache.errors import InvalidConfig, InvalidModel, MissingExtra, MissingFile
+from tokcache.llama.fingerprint import FileChanged, LoadedFiles
+
+LONG = "The import system of Python: " * 12
 
 
 def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:
@@ -92,3 +97,80 @@ def test_two_llamas_share_a_cache_and_their_scopes_never_meet() -> None:
     fourth = llama(cache, scope="b")
     fourth.create_completion(prompt, **GREEDY)
     assert fourth.last_reuse.n_restored == 0
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_model_file_that_was_replaced_after_the_load_is_never_anothers_key(
+    tmp_path: Path, reproducible: bool
+) -> None:
+    path, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    shutil.copy(samples.tiny_model(), path)
+    shutil.copy(samples.tiny_model(), other)
+    cache = store()
+    early = llama(cache, model=path, reproducible=reproducible)
+    other.replace(path)
+    early.create_completion(LONG, **GREEDY)
+    assert cache.stats().n_entries == 0
+    assert cache.stats().refusals == {"model_file_changed": 1}
+    late = llama(cache, model=path, reproducible=reproducible)
+    for _ in range(2):
+        late.reset()
+        late.create_completion(LONG, **GREEDY)
+    assert late.last_reuse.n_restored > 0
+
+
+def test_a_file_that_changes_while_it_is_digested_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(samples.tiny_model(), path)
+    cache = store()
+    llm = llama(cache, model=path)
+
+    def digest_and_touch(_: str) -> bytes:
+        os.utime(path, ns=(1, 1))
+        return b"digest"
+
+    monkeypatch.setattr("tokcache.llama.fingerprint._read_digest", digest_and_touch)
+    llm.create_completion(LONG, **GREEDY)
+    assert cache.stats().refusals == {"model_file_changed": 1}
+
+
+def test_a_lora_that_was_replaced_counts_as_another_file(tmp_path: Path) -> None:
+    lora = tmp_path / "lora.gguf"
+    lora.write_bytes(b"GGUF")
+    files = LoadedFiles.at(str(samples.tiny_model()), lora)
+    assert files is not None
+    assert files.lora is not None
+    files.lora.digest()
+    lora.write_bytes(b"GGUF, another")
+    with pytest.raises(FileChanged, match="replaced"):
+        files.lora.digest()
+
+
+def test_a_relative_path_outlives_a_change_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(samples.tiny_model(), tmp_path / "model.gguf")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cache = store()
+    llm = llama(cache, model="model.gguf")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for _ in range(2):
+        llm.reset()
+        llm.create_completion(LONG, **GREEDY)
+    assert llm.last_reuse.n_restored > 0
+    assert cache.stats().refusals == {}
+
+
+def test_a_model_file_that_was_deleted_costs_the_cache_and_no_request(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(samples.tiny_model(), path)
+    cache = store()
+    llm = llama(cache, model=path)
+    path.unlink()
+    answers = [text(llm.create_completion(LONG, **GREEDY)) for _ in range(2)]
+    assert answers == [text(plain().create_completion(LONG, **GREEDY))] * 2
+    assert cache.stats().refusals["fingerprint_failed"] >= 1
+    assert cache.stats().n_entries == 0

@@ -10,13 +10,17 @@ import hashlib
 import json
 import re
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
+if TYPE_CHECKING:
+    import os
+
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-_known: dict[tuple[str, int, int, int], bytes] = {}
+_known: dict[_File, bytes] = {}
 _lock = threading.Lock()
 
 # Settings of llama_context_params that change the numbers of a state, or its layout.
@@ -47,18 +51,64 @@ _CONTEXT = (
 _REPRODUCIBLE = ("n_batch", "n_ubatch", "n_threads", "n_threads_batch")
 
 
-def file_digest(path: str) -> bytes:
-    """Return the digest of a file's bytes; a file is read again when size, time or inode changed.
+class FileChanged(OSError):
+    """A file on disk is no longer the one that was loaded, so its digest would be another's."""
 
-    Cost: reads the file once a process, about a second a gigabyte.
-    """
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What tells a file from one that took its place, and from itself after a change."""
+
+    path: str  # absolute, for the working directory may change
+    resolved: str
+    device: int
+    inode: int
+    n_bytes: int
+    mtime_ns: int
+
+    def digest(self) -> bytes:
+        """Return the digest of the file's bytes.
+
+        Cost: reads the file once a process, about a second a gigabyte.
+        """
+        with _lock:
+            digest = _known.get(self) or _read_digest(self.path)
+            # Looked at after the reading: what was read is then what was there at the loading.
+            if _file(self.path) != self:
+                raise FileChanged(f"{self.path} was changed or replaced after it was loaded")
+            _known[self] = digest
+            return digest
+
+
+def _file(path: str) -> _File:
     stat = Path(path).stat()
-    key = (str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    with _lock:
-        if key not in _known:
-            with Path(path).open("rb") as file:
-                _known[key] = hashlib.file_digest(file, hashlib.blake2b).digest()
-        return _known[key]
+    resolved = str(Path(path).resolve())
+    return _File(path, resolved, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def _read_digest(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFiles:
+    """The files of a model and its LoRA adapter, as they were just before they were loaded."""
+
+    model: tuple[_File, ...]
+    lora: _File | None
+
+    @classmethod
+    def at(
+        cls, model_path: str, lora_path: str | os.PathLike[str] | None = None
+    ) -> LoadedFiles | None:
+        """Return the files as they are now; None if one, a part say, is not there."""
+        try:
+            files = tuple(_file(path) for path in model_files(str(Path(model_path).absolute())))
+            lora = _file(str(Path(lora_path).absolute())) if lora_path else None
+        except OSError:
+            return None
+        return cls(files, lora)
 
 
 def model_files(path: str) -> list[str]:
@@ -70,24 +120,26 @@ def model_files(path: str) -> list[str]:
     return [f"{stem}-{part:05d}-of-{found[2]}.gguf" for part in range(1, n_parts + 1)]
 
 
-def fingerprint(llm: Any, block_tokens: int | None) -> bytes:
+def fingerprint(llm: Any, files: LoadedFiles, block_tokens: int | None) -> bytes:
     """Return the digest of all that decides the numbers in a state of this model and context.
 
     `block_tokens` is that of reproducible mode, None in the default mode: states of the two never
     meet, for only the first were decoded in pieces that end at its multiples.
+
+    Errors: FileChanged; OSError for a file that can't be read any more.
     """
     return hashlib.blake2b(
-        json.dumps(describe(llm, block_tokens), sort_keys=True).encode(), digest_size=32
+        json.dumps(describe(llm, files, block_tokens), sort_keys=True).encode(), digest_size=32
     ).digest()
 
 
-def describe(llm: Any, block_tokens: int | None) -> dict[str, Any]:
+def describe(llm: Any, files: LoadedFiles, block_tokens: int | None) -> dict[str, Any]:
     """Return what the fingerprint is made of, by name."""
     parts = {
-        "model": [file_digest(file).hex() for file in model_files(llm.model_path)],
+        "model": [file.digest().hex() for file in files.model],
         "architecture": llm.metadata.get("general.architecture"),
         "overrides": repr(llm.kv_overrides),
-        "lora": _lora(llm),
+        "lora": _lora(llm, files.lora),
         "context": {name: _plain(llm.context_params, name) for name in _CONTEXT},
         "devices": _devices(llm),
         "build": _build(),
@@ -102,10 +154,8 @@ def _plain(params: Any, name: str) -> Any:
     return getattr(params, name, None)
 
 
-def _lora(llm: Any) -> list[Any] | None:
-    if not llm.lora_path:
-        return None
-    return [file_digest(llm.lora_path).hex(), llm.lora_scale]
+def _lora(llm: Any, file: _File | None) -> list[Any] | None:
+    return None if file is None else [file.digest().hex(), llm.lora_scale]
 
 
 def _devices(llm: Any) -> list[Any]:

@@ -20,7 +20,7 @@ import llama_cpp
 import numpy as np
 
 from tokcache.errors import InvalidConfig, InvalidModel, MissingFile, ModelClosed, StateError
-from tokcache.llama.fingerprint import fingerprint, memory_kind
+from tokcache.llama.fingerprint import FileChanged, LoadedFiles, fingerprint, memory_kind
 from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary
@@ -121,6 +121,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         path = _checked_model(model_path)
         _check_lora(llama_cpp_kwargs.get("lora_path"))
         self._is_embedding = bool(llama_cpp_kwargs.get("embedding"))
+        # Before the loading: what is replaced meanwhile must not pass for what was loaded.
+        self._files = LoadedFiles.at(path, llama_cpp_kwargs.get("lora_path"))
         self._load(path, llama_cpp_kwargs)
         self.prefix_cache = prefix_cache
         self.scope = scope
@@ -393,6 +395,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         cache = self.prefix_cache
         if cache is None:
             return n_in_context
+        key = self._key()
         if self._uncached:
             cache.refuse(self._uncached)
             return n_in_context
@@ -401,7 +404,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             return n_in_context
         with cache.plan(
             ids,
-            fingerprint=self._key(),
+            fingerprint=key,
             scope=self.scope,
             max_tokens=len(ids) - 1,
             aligned=self.reproducible,
@@ -425,9 +428,23 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return reached
 
     def _key(self) -> bytes:
-        if not self._fingerprint:
-            self._fingerprint = fingerprint(self, self.block_tokens if self.reproducible else None)
+        """Return the fingerprint; if there is none, an empty one, and `_uncached` says why."""
+        if not self._fingerprint and not self._uncached:
+            self._uncached = self._why_no_key()
         return self._fingerprint
+
+    def _why_no_key(self) -> str | None:
+        """Compute the fingerprint; return the reason if that can't be done, now or ever."""
+        if self._files is None:
+            return "fingerprint_failed"
+        block_tokens = self.block_tokens if self.reproducible else None
+        try:
+            self._fingerprint = fingerprint(self, self._files, block_tokens)
+        except OSError as error:
+            _log.warning("%s runs without the prefix cache: %s", self.model_path, error)
+            is_change = isinstance(error, FileChanged)
+            return "model_file_changed" if is_change else "fingerprint_failed"
+        return None
 
     def _refuse(self, reason: str) -> None:
         if self.prefix_cache is not None:
@@ -438,13 +455,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def end_generation(self) -> None:
         """Save the state of what was decoded; the answer's tokens too, in the default mode."""
         n_tokens = self._n_grid if self.reproducible else self._n_own
-        if self.prefix_cache is None or self._uncached or self._sequence is None or not n_tokens:
+        if self.prefix_cache is None or self._sequence is None or not n_tokens:
+            return
+        key = self._key()
+        if self._uncached:
             return
         self.prefix_cache.save(
             self.input_ids[:n_tokens],
             self._sequence.read_block,
             self._sequence.block_bytes,
-            fingerprint=self._key(),
+            fingerprint=key,
             scope=self.scope,
             aligned=self.reproducible,
         )
