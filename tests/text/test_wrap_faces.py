@@ -507,6 +507,13 @@ def test_another_config_for_a_wrapped_tokenizer_is_refused(plain: Any) -> None:
     assert wrapped.cache_stats().l0.n_entries == 3
 
 
+@pytest.mark.parametrize("config", [5, {}, tokcache.CacheConfig])
+def test_a_config_is_a_config(plain: Any, config: Any) -> None:
+    for tokenizer in (plain, plain._tokenizer, tokcache.wrap(plain)):
+        with pytest.raises(InvalidConfig, match="CacheConfig or None"):
+            tokcache.wrap(tokenizer, config)
+
+
 @pytest.mark.parametrize("other", [None, "gpt2", object(), BPE(), Unigram()])
 def test_what_is_no_tokenizer_is_refused(other: Any) -> None:
     with pytest.raises(UnsupportedTokenizer, match=r"pass a tokenizers\.Tokenizer or a fast"):

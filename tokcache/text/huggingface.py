@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, update_wrapper
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from tokcache.config import CacheConfig
 from tokcache.errors import InvalidConfig, InvalidText, UnsupportedTokenizer
 from tokcache.text._native import log_missing_extension
 from tokcache.text.engines import (
@@ -33,9 +34,6 @@ from tokcache.text.engines import (
     why_random,
 )
 from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
-
-if TYPE_CHECKING:
-    from tokcache.config import CacheConfig
 
 _COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "model")
 
@@ -86,11 +84,13 @@ def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
     One that is wrapped already is returned itself; one that can't be copied, because a component
     is written in Python, is used in place and never cached.
 
-    Errors: UnsupportedTokenizer for any other kind; InvalidConfig for a `config` that differs
-            from the one a wrapped tokenizer has.
+    Errors: UnsupportedTokenizer for any other kind; InvalidConfig for a `config` that is
+            no CacheConfig, or differs from the one a wrapped tokenizer has.
     Cost:   a few milliseconds; the vocabulary is shared, not copied.
     """
     log_missing_extension()
+    if config is not None and not isinstance(config, CacheConfig):
+        raise InvalidConfig(f"config must be a CacheConfig or None, not {config!r}")
     if isinstance(tokenizer, WrappedTokenizer):
         return _wrapped_again(tokenizer, config)
     if isinstance(tokenizer, Tokenizer):
