@@ -11,6 +11,9 @@ import pytest
 from tests.state.engine import Engine, restored
 from tokcache.errors import InvalidConfig, InvalidText, InvalidTokens
 from tokcache.state.cache import NODE_BYTES, PrefixStateCache
+from tokcache.state.index import root_bytes
+
+ROOT = root_bytes(b"m", None)
 
 
 def small(**settings: int) -> PrefixStateCache:
@@ -96,19 +99,19 @@ def test_equal_digests_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bytes_are_bounded_and_leaves_go_first() -> None:
     block = 4 * 4 + NODE_BYTES + 16
-    cache = small(ram_bytes=3 * block)
+    cache = small(ram_bytes=3 * block + ROOT)
     Engine().save(cache, [1, 1, 1, 1, 2, 2, 2, 2])
     Engine().save(cache, [1, 1, 1, 1, 3, 3, 3, 3])
     Engine().save(cache, [1, 1, 1, 1, 4, 4, 4, 4])  # evicts the leaf 2, not the shared block
     assert found(cache, [1, 1, 1, 1, 2, 2, 2, 2]) == 4
     assert found(cache, [1, 1, 1, 1, 3, 3, 3, 3]) == 8
     assert cache.stats().evictions == 1
-    assert cache.memory_usage() <= 3 * block
+    assert cache.memory_usage() <= 3 * block + ROOT
     cache._check()
 
 
 def test_what_is_larger_than_the_budget_is_refused_and_evicts_nothing() -> None:
-    cache = small(ram_bytes=2 * (NODE_BYTES + 32))
+    cache = small(ram_bytes=2 * (NODE_BYTES + 32) + ROOT)
     Engine().save(cache, [1, 2, 3, 4])
     engine = Engine()
     assert engine.save(cache, list(range(100, 200))) == 0
@@ -149,7 +152,7 @@ def test_one_growing_conversation_is_one_entry() -> None:
 
 
 def test_blocks_in_use_are_not_evicted() -> None:
-    cache = small(ram_bytes=2 * (NODE_BYTES + 32))
+    cache = small(ram_bytes=2 * (NODE_BYTES + 32) + ROOT)
     tokens = [1, 2, 3, 4, 5, 6, 7, 8]
     Engine().save(cache, tokens)
     plan = cache.plan(tokens, fingerprint=b"m")
@@ -259,6 +262,52 @@ def test_overhead_is_counted() -> None:
     tracemalloc.stop()
     grown, counted = after - before, cache.memory_usage()
     assert 0.8 * counted < grown < 1.05 * counted
+
+
+def test_names_of_scopes_are_counted() -> None:
+    cache = PrefixStateCache(ram_bytes=1 << 30, max_entries=100_000, block_tokens=16)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for n in range(2000):
+        Engine().save(cache, [1, 2, 3], b"m" * (n % 90), f"{n:04}" * (n % 70))
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    grown, counted = after - before, cache.memory_usage()
+    assert 0.8 * counted < grown < 1.05 * counted
+
+
+def test_scopes_with_long_names_stay_within_the_budget() -> None:
+    cache = small(max_entries=1000)
+    for n in range(40):
+        Engine().save(cache, [1, 2, 3], b"m" * 1000, f"{n}" + "s" * 100_000)
+        assert cache.memory_usage() <= cache.ram_bytes
+    assert 5 <= len(cache) <= 10
+    cache._check()
+    for root in list(cache._index.roots.values()):
+        cache.remove(scope=root.scope)
+    assert cache.memory_usage() == 0
+
+
+@pytest.mark.parametrize(("fingerprint", "scope"), [(b"m", "s" * (1 << 20)), (bytes(1 << 20), "s")])
+def test_names_larger_than_the_budget_are_refused(fingerprint: bytes, scope: str) -> None:
+    cache = small()
+    Engine().save(cache, [1, 2, 3])
+    assert Engine().save(cache, [1, 2, 3], fingerprint, scope) == 0
+    assert cache.stats().refusals == {"over_budget": 1}
+    assert found(cache, [1, 2, 3]) == 3
+    cache._check()
+
+
+def test_a_scope_removed_while_it_is_saved_stays_removed() -> None:
+    cache = small()
+
+    def read(_start: int, _stop: int, _buffer: memoryview) -> None:
+        cache._check()
+        cache.remove(scope="a")
+
+    assert cache.save([1, 2, 3], read, lambda a, b: b - a, fingerprint=b"m", scope="a") == 0
+    cache._check()
+    assert (len(cache), cache._overhead) == (0, 0)
 
 
 @pytest.mark.parametrize("ids", [array("i", [1, 2, 3]), np.array([1, 2, 3], np.int32), (1, 2, 3)])

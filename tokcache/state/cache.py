@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 from tokcache.config import require_int
 from tokcache.errors import InvalidText
 from tokcache.state.blocks import TOKEN_BYTES, token_bytes
-from tokcache.state.index import BlockIndex, Match, Node
+from tokcache.state.index import BlockIndex, Match, Node, Root, root_bytes
 from tokcache.state.retention import LeastRecentLeaf
 from tokcache.state.tiers.ram import RamTier
 from tokcache.stats import StateStats
@@ -239,7 +239,7 @@ class PrefixStateCache:
         try:
             owner = (fingerprint, scope)
             blocks = self._reserve(path, wanted, pieces, n_bytes, owner) if pieces else []
-            n_saved = self._fill_and_file(path, blocks, read, owner)
+            n_saved = self._fill_and_file(path, blocks, read)
         finally:
             self.release_later(path)
         with self._lock:
@@ -287,14 +287,30 @@ class PrefixStateCache:
             return []
         overhead = len(pieces) * NODE_BYTES + (pieces[-1][1] - pieces[0][0]) * TOKEN_BYTES
         with self._lock:
-            held = sum(node.n_bytes for node in path)
+            held = root_bytes(*owner) + sum(node.n_bytes for node in path)
             if held + overhead + sum(sizes) > self.ram_bytes:
                 self._refusals["over_budget"] += 1
                 return []
-            if not self._has_entry_room(path[-1] if path else self._index.root(*owner), wanted):
+            if not path and not self._pin_root(path, owner):
+                return []
+            if not self._has_entry_room(path[-1], wanted[path[-1].stop * TOKEN_BYTES :]):
                 self._refusals["entries_in_use"] += 1
                 return []
             return self._take_all(wanted, pieces, sizes)
+
+    def _pin_root(self, path: list[Node], owner: tuple[bytes, str | None]) -> bool:
+        """Put the root of a new chain into `path`, in use; False if there is no room for it."""
+        root = self._index.root(*owner)
+        if root is None:
+            n_bytes = root_bytes(*owner)
+            if not self._has_room(0, n_bytes):
+                self._refusals["blocks_in_use"] += 1
+                return False
+            root = self._index.add_root(*owner)
+            self._overhead += root.n_bytes
+        root.pins += 1
+        path.append(root)
+        return True
 
     def _take_all(
         self, wanted: bytes, pieces: list[tuple[int, int]], sizes: list[int]
@@ -324,14 +340,13 @@ class PrefixStateCache:
         path: list[Node],
         blocks: list[_NewBlock],
         read: BlockIO,
-        owner: tuple[bytes, str | None],
     ) -> int:
         n_filled = 0
         try:
             n_filled = self._fill(blocks, read)
         finally:
             with self._lock:
-                n_saved = self._file_all(path, blocks[:n_filled], owner)
+                n_saved = self._file_all(path, blocks[:n_filled])
                 for block in blocks[n_filled:]:
                     self._drop(block)
         return n_saved
@@ -347,14 +362,10 @@ class PrefixStateCache:
                 return n_filled
         return len(blocks)
 
-    def _file_all(
-        self, path: list[Node], blocks: list[_NewBlock], owner: tuple[bytes, str | None]
-    ) -> int:
+    def _file_all(self, path: list[Node], blocks: list[_NewBlock]) -> int:
         n_saved = 0
         parent: Node | None = path[-1] if path else None
         for block in blocks:
-            if parent is None and not self._is_closed:
-                parent = self._index.ensure_root(*owner)
             # Dead: removed or cleared while its continuation was being read.
             if parent is None or parent.is_dead:
                 self._drop(block)
@@ -395,19 +406,18 @@ class PrefixStateCache:
             if not self._tier.drop_pooled() and not self._evict_leaf():
                 return False
 
-    def _has_entry_room(self, parent: Node | None, wanted: bytes) -> bool:
-        """Make room for a chain that carries on after `parent`; None or a root: a new chain."""
-        while self._index.n_leaves + self._is_new_leaf(parent, wanted) > self.max_entries:
+    def _has_entry_room(self, parent: Node, rest: bytes) -> bool:
+        """Make room for a chain that carries on after `parent`, which is in use, with `rest`."""
+        while self._index.n_leaves + self._is_new_leaf(parent, rest) > self.max_entries:
             if not self._evict_entry():
                 return False
         return True
 
-    def _is_new_leaf(self, parent: Node | None, wanted: bytes) -> bool:
-        if parent is None or not parent.children:
-            return parent is None or parent.parent is None
-        stop = (parent.stop + self.block_tokens) * TOKEN_BYTES
-        shorter = self._index.superseded(parent, wanted[parent.stop * TOKEN_BYTES : stop])
-        return shorter is None
+    def _is_new_leaf(self, parent: Node, rest: bytes) -> bool:
+        if not parent.children:
+            return parent.parent is None
+        first = rest[: self.block_tokens * TOKEN_BYTES]
+        return self._index.superseded(parent, first) is None
 
     def _evict_entry(self) -> bool:
         """Evict a leaf and what was last used together with it."""
@@ -443,8 +453,19 @@ class PrefixStateCache:
                 self._dead[id(node)] = payload
         else:
             self._tier.remove(node.name)
-        if parent is not None and parent.parent is not None and not parent.children:
+        if isinstance(parent, Root):
+            self._remove_if_idle(parent)
+        elif parent is not None and not parent.children:
             self._recent.watch(parent)
+
+    def _remove_if_idle(self, root: Root) -> None:
+        # Below 0: a save that began before a fork ended in the child, where nothing is in use.
+        if not (root.is_dead or root.children or root.pins > 0):
+            self._remove_root(root)
+
+    def _remove_root(self, root: Root) -> None:
+        self._index.remove_root(root)
+        self._overhead -= root.n_bytes
 
     def release_later(self, nodes: list[Node]) -> None:
         """Unpin `nodes` at the next operation; takes no lock."""
@@ -454,6 +475,8 @@ class PrefixStateCache:
         while self._released:
             for node in self._released.popleft():
                 node.pins -= 1
+                if isinstance(node, Root):
+                    self._remove_if_idle(node)
                 if node.is_dead and not node.pins and id(node) in self._dead:
                     self._tier.give_back(self._dead.pop(id(node)))
 
@@ -465,24 +488,30 @@ class PrefixStateCache:
         with self._lock:
             self._settle()
             roots = [root for root in self._index.roots.values() if root.scope == scope]
-            doomed = [node for root in roots for node in self._index.below(root)]
-            for node in doomed:
-                self._remove(node)
-            while self._tier.drop_pooled():
-                pass  # a tenant's bytes don't wait in the pool
-            return len(doomed)
+            return self._remove_all(roots)
+
+    def _remove_all(self, roots: list[Root]) -> int:
+        doomed = [node for root in roots for node in self._index.below(root)]
+        for node in doomed:
+            self._remove(node)
+        for root in roots:
+            if not root.is_dead:  # a save is at work: what it still files goes nowhere
+                self._remove_root(root)
+        while self._tier.drop_pooled():
+            pass  # a tenant's bytes don't wait in the pool
+        return len(doomed)
 
     def clear(self) -> None:
         """Remove everything, counters too."""
         with self._lock:
-            self._settle()
-            for node in list(self._index.nodes()):
-                self._remove(node)
-            while self._tier.drop_pooled():
-                pass
-            self._counts.clear()
-            self._refusals.clear()
-            self._seconds = {"restore": 0.0, "save": 0.0}
+            self._clear()
+
+    def _clear(self) -> None:
+        self._settle()
+        self._remove_all(list(self._index.roots.values()))
+        self._counts.clear()
+        self._refusals.clear()
+        self._seconds = {"restore": 0.0, "save": 0.0}
 
     def close(self) -> None:
         """Remove everything; from now on nothing is found and nothing stored."""
@@ -537,11 +566,14 @@ class PrefixStateCache:
             nodes = list(self._index.nodes())
             if {node.name for node in nodes} != self._tier.names():
                 raise AssertionError("tree and tier hold different blocks")
-            overhead = sum(NODE_BYTES + len(node.tokens) for node in nodes)
-            if overhead > self._overhead:
+            if self._counted_overhead() > self._overhead:
                 raise AssertionError("overhead undercounted")
             if self._held_bytes() > self.ram_bytes or self._index.n_leaves > self.max_entries:
                 raise AssertionError("over budget")
+
+    def _counted_overhead(self) -> int:
+        blocks = sum(NODE_BYTES + len(node.tokens) for node in self._index.nodes())
+        return blocks + sum(root.n_bytes for root in self._index.roots.values())
 
     # Forks
 
@@ -554,12 +586,15 @@ class PrefixStateCache:
     def _after_fork_in_child(self) -> None:
         self._lock = threading.Lock()
         self._released.clear()
+        for root in list(self._index.roots.values()):
+            root.pins = 0  # by saves of the parent's threads
+            self._remove_if_idle(root)
         in_use = [n for n in self._index.nodes() if any(s.pins for s in _with_ancestors(n))]
         for node in in_use:  # their users run on in the parent only
             self._remove(node)
         self._dead.clear()
         self._tier.forget_lent()
-        self._overhead = sum(NODE_BYTES + len(node.tokens) for node in self._index.nodes())
+        self._overhead = self._counted_overhead()
 
 
 def _with_ancestors(node: Node) -> Iterator[Node]:

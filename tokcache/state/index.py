@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
+from sys import getsizeof
 from typing import TYPE_CHECKING
 
 from tokcache.state.blocks import TOKEN_BYTES, child_name, root_name
@@ -52,13 +53,23 @@ class Node:
         self.is_queued = False
 
 
+# Python objects of one root: node, digest, places in dicts and list. Its names are added. Checked
+# against tracemalloc by tests/state/test_cache.py::test_names_of_scopes_are_counted.
+ROOT_BYTES = 500
+
+
+def root_bytes(fingerprint: bytes, scope: str | None) -> int:
+    """Return what the root of this fingerprint and scope costs; the caller chooses both names."""
+    return ROOT_BYTES + getsizeof(fingerprint) + getsizeof(scope)
+
+
 class Root(Node):
-    """The start of all chains of one fingerprint and scope."""
+    """The start of all chains of one fingerprint and scope; in use while a save extends it."""
 
     __slots__ = ("fingerprint", "scope")
 
     def __init__(self, name: bytes, fingerprint: bytes, scope: str | None) -> None:
-        super().__init__(name, None, b"", 0)
+        super().__init__(name, None, b"", root_bytes(fingerprint, scope))
         self.fingerprint = fingerprint
         self.scope = scope
 
@@ -105,10 +116,18 @@ class BlockIndex:
             return None
         return root
 
-    def ensure_root(self, fingerprint: bytes, scope: str | None) -> Root:
-        """Return the root of a fingerprint and scope, made if it is not there."""
+    def add_root(self, fingerprint: bytes, scope: str | None) -> Root:
+        """Add the root of a fingerprint and scope and return it."""
         name = root_name(fingerprint, scope)
-        return self.roots.setdefault(name, Root(name, fingerprint, scope))
+        root = self.roots[name] = Root(name, fingerprint, scope)
+        return root
+
+    def remove_root(self, root: Root) -> None:
+        """Take out a root that has no chains."""
+        if root.children:
+            raise AssertionError("only an empty root can be removed")
+        del self.roots[root.name]
+        root.is_dead = True
 
     def longest(self, root: Root, tokens: bytes, *, is_whole: bool) -> Match:
         """Return the longest usable prefix of `tokens`.
@@ -176,7 +195,7 @@ class BlockIndex:
         return None
 
     def remove(self, node: Node) -> None:
-        """Take a leaf out of the tree; a root that is left without chains goes too."""
+        """Take a leaf out of the tree."""
         parent = node.parent
         if parent is None or node.children:
             raise AssertionError("only a leaf can be removed")
@@ -185,8 +204,6 @@ class BlockIndex:
         node.is_dead = True
         self.n_nodes -= 1
         self.n_leaves -= bool(parent.children) or parent.parent is None
-        if parent.parent is None and not parent.children:
-            self.roots.pop(parent.name, None)
 
     def below(self, node: Node) -> Iterator[Node]:
         """Yield every block below `node`, children before their parents."""
@@ -210,8 +227,12 @@ class BlockIndex:
         if sum(not node.children for node in nodes) != self.n_leaves:
             raise AssertionError("leaves miscounted")
         for root in self.roots.values():
-            if not root.children or root.name != root_name(root.fingerprint, root.scope):
-                raise AssertionError("an empty or misnamed root")
+            if root.is_dead or root.name != root_name(root.fingerprint, root.scope):
+                raise AssertionError("a dead or misnamed root")
+            if not (root.children or root.pins):
+                raise AssertionError("an empty root that nobody uses")
+            if root.n_bytes < len(root.fingerprint) + len(root.scope or ""):
+                raise AssertionError("a root's names are not counted")
         for node in [*self.roots.values(), *nodes]:
             self._check_children(node)
 
