@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tokcache.llama
-from tests.integration.models import GREEDY, SETTINGS, llama, plain, store, text
+from tests.integration.models import BLOCK, GREEDY, SETTINGS, llama, plain, store, text
 from tokcache import samples
 from tokcache.errors import InvalidConfig, InvalidModel, MissingExtra, MissingFile
 from tokcache.llama.fingerprint import FileChanged, LoadedFiles
@@ -174,3 +175,23 @@ def test_a_model_file_that_was_deleted_costs_the_cache_and_no_request(tmp_path: 
     assert answers == [text(plain().create_completion(LONG, **GREEDY))] * 2
     assert cache.stats().refusals["fingerprint_failed"] >= 1
     assert cache.stats().n_entries == 0
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"prefix_cache": {}}, {"prefix_cache": "x"}, {"reproducible": "no"}, {"reproducible": None}],
+)
+def test_a_setting_of_the_wrong_kind_is_a_clear_error_before_the_load(
+    tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidConfig, match=next(iter(setting))):
+        tokcache.llama.Llama(tmp_path / "none.gguf", **setting)
+
+
+def test_settings_that_are_changed_later_are_checked_too() -> None:
+    llm = llama(store())
+    for name, value in {"reproducible": 1, "prefix_cache": {}, "block_tokens": BLOCK + 1}.items():
+        with pytest.raises(InvalidConfig, match=name):
+            setattr(llm, name, value)
+    with pytest.raises(AttributeError, match="scope"):
+        llm.scope = "b"

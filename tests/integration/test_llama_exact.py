@@ -275,3 +275,40 @@ def test_a_restore_that_raises_never_reaches_the_request(monkeypatch: pytest.Mon
     assert_equal_answers(cached, uncached, prompt)
     assert cached.last_reuse.n_restored == 0
     assert cached.prefix_cache.stats().refusals == {"restore_failed": 1}
+
+
+@pytest.mark.parametrize("block_tokens", [BLOCK, 48])
+def test_reproducible_mode_that_is_set_later_starts_from_nothing(block_tokens: int) -> None:
+    cached = llama(store())
+    uncached = llama(reproducible=True)
+    prompt = list(range(5, 5 + 6 * 48))  # ends on either grid
+    list(_taken(cached, prompt))
+    uncached.block_tokens = block_tokens
+    cached.prefix_cache = store(block_tokens=block_tokens)
+    cached.reproducible = True
+    for llm in (cached, uncached):
+        keep_logits(llm)
+    assert_equal_answers(cached, uncached, prompt)
+    assert cached.last_reuse.n_decoded == len(prompt)
+
+
+def test_no_state_of_the_default_mode_is_served_after_a_change_of_mode() -> None:
+    llm = llama(store())
+    prompt = list(range(5, 300))
+    restored = []
+    for reproducible in (False, True, False, True):
+        llm.reset()
+        llm.reproducible = reproducible
+        list(_taken(llm, prompt))
+        restored.append(llm.last_reuse.n_restored > 0)
+    assert restored == [False, False, True, True]
+
+
+def test_a_generation_put_aside_brings_no_grid_back_into_another_mode() -> None:
+    llm = llama(reproducible=True)
+    paused = llm.generate(list(range(5, 300)), temp=0.0)
+    next(paused)
+    list(_taken(llm, [7, 8, 9]))
+    llm.block_tokens = 48
+    next(paused)
+    assert llm._n_grid == 0

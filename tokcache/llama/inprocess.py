@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +20,19 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 import numpy as np
 
+from tokcache.config import require_int
 from tokcache.errors import InvalidConfig, InvalidModel, MissingFile, ModelClosed, StateError
 from tokcache.llama.fingerprint import FileChanged, LoadedFiles, fingerprint, memory_kind
 from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary
+from tokcache.state.cache import PrefixStateCache
 from tokcache.text.huggingface import wrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tokcache.state.cache import PrefixStateCache, RestorePlan
+    from tokcache.state.cache import RestorePlan
 
 _log = logging.getLogger("tokcache")
 
@@ -63,6 +66,7 @@ class _Aside:
     n_tokens: int
     n_own: int
     n_grid: int
+    grid: tuple[bool, int]  # what n_grid was counted with
     input_ids: NDArray[np.int32]
     scores: NDArray[np.float32] | None
     requires_eval: bool
@@ -116,18 +120,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         reproducible: bool = False,
         **llama_cpp_kwargs: Any,
     ) -> None:
-        if scope is not None and not isinstance(scope, str):
-            raise InvalidConfig(f"scope must be a str or None, not {scope!r}")
+        self._scope = _checked_scope(scope)
+        self._prefix_cache = None if prefix_cache is None else _checked_cache(prefix_cache)
+        self._reproducible = _checked_bool("reproducible", reproducible)
+        cache = self._prefix_cache
+        self._block_tokens = BLOCK_TOKENS if cache is None else cache.block_tokens
         path = _checked_model(model_path)
         _check_lora(llama_cpp_kwargs.get("lora_path"))
         self._is_embedding = bool(llama_cpp_kwargs.get("embedding"))
         # Before the loading: what is replaced meanwhile must not pass for what was loaded.
         self._files = LoadedFiles.at(path, llama_cpp_kwargs.get("lora_path"))
         self._load(path, llama_cpp_kwargs)
-        self.prefix_cache = prefix_cache
-        self.scope = scope
-        self.reproducible = reproducible
-        self.block_tokens = prefix_cache.block_tokens if prefix_cache else BLOCK_TOKENS
         self.last_reuse = Reuse(0, 0, 0, 0.0)
         self._memory_kind = memory_kind(self)
         self._sequence = self._own_sequence()
@@ -141,6 +144,63 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise
         if prefix_cache is not None and self._uncached:
             _log.info("%s runs without the prefix cache: %s", path, self._uncached)
+
+    # What decides which states are this object's
+
+    @property
+    def scope(self) -> str | None:
+        """Whose states these are; it can't be changed, make a Llama for each scope."""
+        return self._scope
+
+    @property
+    def prefix_cache(self) -> PrefixStateCache | None:
+        """The cache of states; setting it sets `block_tokens` too."""
+        return self._prefix_cache
+
+    @prefix_cache.setter
+    def prefix_cache(self, cache: PrefixStateCache | None) -> None:
+        n_block = _checked_cache(cache).block_tokens if cache is not None else self._block_tokens
+        with self._off_the_grid():
+            self._prefix_cache, self._block_tokens = cache, n_block
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether the same prompt gives the same logits, bit for bit, whatever was cached."""
+        return self._reproducible
+
+    @reproducible.setter
+    def reproducible(self, value: bool) -> None:
+        value = _checked_bool("reproducible", value)
+        with self._off_the_grid():
+            self._reproducible = value
+
+    @property
+    def block_tokens(self) -> int:
+        """How many tokens the pieces of reproducible mode have: as many as the cache's blocks."""
+        return self._block_tokens
+
+    @block_tokens.setter
+    def block_tokens(self, value: int) -> None:
+        value = require_int("block_tokens", value, minimum=1)
+        cache = self._prefix_cache
+        if cache is not None and cache.block_tokens != value:
+            raise InvalidConfig(
+                f"block_tokens is {cache.block_tokens}, the prefix cache's, and can't be {value}; "
+                "make the cache with other block_tokens"
+            )
+        with self._off_the_grid():
+            self._block_tokens = value
+
+    @contextmanager
+    def _off_the_grid(self) -> Iterator[None]:
+        """Change a setting between two steps, and forget what held with its old value."""
+        with self._open_gate().turn():
+            yield
+            self._fingerprint = b""
+            self._n_grid = 0
+
+    def _grid(self) -> tuple[bool, int]:
+        return self._reproducible, self._block_tokens
 
     def _load(self, path: str, settings: dict[str, Any]) -> None:
         try:
@@ -478,6 +538,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             n_tokens=n_tokens,
             n_own=self._n_own,
             n_grid=self._n_grid,
+            grid=self._grid(),
             input_ids=self.input_ids[:n_tokens].copy(),
             scores=self.scores[:n_tokens].copy() if self._logits_all else None,
             requires_eval=self._requires_eval,
@@ -506,7 +567,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._n_tokens = self._n_own = self._n_grid = 0
         self._sequence.load_snapshot(aside.state)
         n_tokens = self._n_tokens = aside.n_tokens
-        self._n_own, self._n_grid = aside.n_own, aside.n_grid
+        self._n_own = aside.n_own
+        self._n_grid = aside.n_grid if aside.grid == self._grid() else 0
         self.input_ids[:n_tokens] = aside.input_ids
         if aside.scores is not None:
             self.scores[:n_tokens] = aside.scores
@@ -548,6 +610,24 @@ def _n_shared(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
     n = min(len(left), len(right))
     differs = (left[:n] != right[:n]) | (left[:n] == UNKNOWN)
     return int(differs.argmax()) if differs.any() else n
+
+
+def _checked_scope(scope: Any) -> str | None:
+    if scope is None or isinstance(scope, str):
+        return scope
+    raise InvalidConfig(f"scope must be a str or None, not {scope!r}")
+
+
+def _checked_cache(cache: Any) -> PrefixStateCache:
+    if isinstance(cache, PrefixStateCache):
+        return cache
+    raise InvalidConfig(f"prefix_cache must be a PrefixStateCache or None, not {cache!r}")
+
+
+def _checked_bool(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise InvalidConfig(f"{name} must be True or False, not {value!r}")
 
 
 def _checked_model(path: str | os.PathLike[str]) -> str:
