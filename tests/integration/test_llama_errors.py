@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 import tokcache.llama
 from tests.integration.models import BLOCK, GREEDY, SETTINGS, llama, plain, store, text
 from tokcache import samples
-from tokcache.errors import InvalidConfig, InvalidModel, MissingExtra, MissingFile
+from tokcache.errors import InvalidConfig, InvalidModel, InvalidTokens, MissingExtra, MissingFile
 from tokcache.llama.fingerprint import FileChanged, LoadedFiles
 
 LONG = "The import system of Python: " * 12
@@ -195,3 +197,11 @@ def test_settings_that_are_changed_later_are_checked_too() -> None:
             setattr(llm, name, value)
     with pytest.raises(AttributeError, match="scope"):
         llm.scope = "b"
+
+
+@pytest.mark.parametrize("token", [1 << 40, -(1 << 40), None, "x"])
+def test_what_can_be_no_token_id_is_named(token: Any) -> None:
+    for llm in (llama(), llama(tokenizer=Tokenizer.from_file(str(samples.tiny_tokenizer())))):
+        with pytest.raises(InvalidTokens, match=re.escape(repr(token))):
+            llm.create_completion([5, token, 6], **GREEDY)
+        assert llm.create_completion([5, 6], **GREEDY)["usage"]["prompt_tokens"] == 2

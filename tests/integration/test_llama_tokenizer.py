@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
 import tokcache
@@ -235,3 +236,18 @@ def test_a_model_padded_to_more_ids_than_the_tokenizer_is_fine(tmp_path: Path) -
     model = samples.tiny_model(tmp_path / "tokenizer.json", folder=tmp_path)
     llm = llama(store(), model=model, tokenizer=tokcache.wrap(tiny()))
     assert llm.create_completion("Hello", **GREEDY)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_change_of_the_wrapped_tokenizer_is_seen(special: bool) -> None:
+    wrapped = tokcache.wrap(tiny())
+    llm = llama(tokenizer=wrapped)
+    string = "The IMPORT System<|im_end|>"
+    before = llm.tokenize(string.encode(), False, special)
+    wrapped.normalizer = Lowercase()
+    after = llm.tokenize(string.encode(), False, special)
+    assert after != before
+    assert after == llama(tokenizer=wrapped).tokenize(string.encode(), False, special)
+    copy = llm.tokenizer_._as_text
+    llm.tokenize(b"Another", False, special)
+    assert llm.tokenizer_._as_text is copy

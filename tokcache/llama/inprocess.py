@@ -25,7 +25,7 @@ from tokcache.errors import InvalidConfig, InvalidModel, MissingFile, ModelClose
 from tokcache.llama.fingerprint import FileChanged, LoadedFiles, fingerprint, memory_kind
 from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.sequence import Sequence
-from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary
+from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary, int32_ids
 from tokcache.state.cache import PrefixStateCache
 from tokcache.text.huggingface import wrap
 
@@ -423,7 +423,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def _int32_ids(self, tokens: list[int]) -> NDArray[np.int32]:
         if isinstance(self.tokenizer_, ModelTokenizer):
             return self.tokenizer_.int32_ids(tokens)
-        return np.fromiter(tokens, np.int32, len(tokens))
+        return int32_ids(tokens)
 
     def _is_held_whole(self, ids: NDArray[np.int32]) -> bool:
         """Return whether the context holds this prompt, nothing more, and its logits."""

@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama_tokenizer import BaseLlamaTokenizer
 
-from tokcache.errors import VocabularyMismatch
+from tokcache.errors import InvalidTokens, VocabularyMismatch
 from tokcache.text.l0 import L0Cache
 from tokcache.text.token_ids import TokenIds
 
@@ -70,7 +70,26 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
         if recent and 0 <= n_before <= 1 and list(tokens[n_before:]) == recent:
             known = np.frombuffer(memoryview(ids), np.int32)
             return known if not n_before else np.concatenate(([np.int32(tokens[0])], known))
+        return int32_ids(tokens)
+
+
+def int32_ids(tokens: Sequence[int]) -> NDArray[np.int32]:
+    """Return the ids as int32.
+
+    Errors: InvalidTokens, with the first that is none.
+    """
+    try:
         return np.fromiter(tokens, np.int32, len(tokens))
+    except (OverflowError, TypeError, ValueError):
+        wrong = next((token for token in tokens if not _is_int32(token)), tokens)
+        raise InvalidTokens(f"a token id must be an int32 integer, not {wrong!r}") from None
+
+
+def _is_int32(token: Any) -> bool:
+    try:
+        return -(1 << 31) <= int(token) < 1 << 31
+    except (TypeError, ValueError):
+        return False
 
 
 class WrappedTokenizer(ModelTokenizer):
@@ -83,7 +102,8 @@ class WrappedTokenizer(ModelTokenizer):
     def __init__(self, model: Any, tokenizer: Any, scope: str | None) -> None:
         super().__init__(model, scope)
         self._tokenizer = tokenizer
-        self._as_text: Any = None
+        # The copy that encodes special tokens as text, and the generation it was made of.
+        self._as_text: tuple[Any, Any] | None = None
         # llama.cpp's own answer for no text: what it puts around any.
         around = model.tokenize(b"", add_bos=True, special=True)
         bos = around[:1] if around and around[0] == model.token_bos() else []
@@ -103,13 +123,25 @@ class WrappedTokenizer(ModelTokenizer):
         if special:
             ids = self._tokenizer.token_ids(text, add_special_tokens=False, scope=self._scope)
             return TokenIds(ids)
-        if self._as_text is None:
-            self._as_text = _copy_without_special_tokens(self._tokenizer)
-        return TokenIds(self._as_text.encode(text, add_special_tokens=False).ids)
+        return TokenIds(self._text_encoder().encode(text, add_special_tokens=False).ids)
+
+    def _text_encoder(self) -> Any:
+        # Asked for before the copy is made: a change meanwhile then makes another copy.
+        generation = _generation(self._tokenizer)
+        known = self._as_text
+        if known is None or known[0] is not generation:
+            known = self._as_text = generation, _copy_without_special_tokens(self._tokenizer)
+        return known[1]
 
     def _framed(self, tokens: list[int], special: bool) -> list[int]:
         has_bos = special and bool(self._before) and tokens[:1] == self._before
         return [*([] if has_bos else self._before), *tokens, *self._after]
+
+
+def _generation(tokenizer: Any) -> Any:
+    """Return an object that is another one after each change of a wrapped tokenizer."""
+    core = getattr(tokenizer, "_tokcache", None)
+    return None if core is None else core.fresh()
 
 
 def rust_tokenizer(tokenizer: Any) -> Any:
