@@ -371,6 +371,41 @@ def test_many_threads_save_and_restore_the_right_states() -> None:
     assert {node.pins for node in cache._index.nodes()} <= {0}
 
 
+@pytest.mark.parametrize("stem", [[], [7, 7, 7, 7]])
+def test_saves_that_end_together_keep_to_the_entries(stem: list[int]) -> None:
+    cache, barrier = small(max_entries=1), threading.Barrier(8)
+    Engine().save(cache, stem)
+
+    def read(_start: int, _stop: int, _buffer: memoryview) -> None:
+        barrier.wait(10)
+
+    def work(token: int) -> None:
+        cache.save([*stem, token], read, lambda a, b: b - a, fingerprint=b"m")
+
+    threads = [threading.Thread(target=work, args=(token,)) for token in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cache._check()
+    assert len(cache) == 1
+    stats = cache.stats()
+    assert stats.evictions + stats.refusals.get("entries_in_use", 0) == 7
+
+
+def test_a_save_finds_no_room_where_all_entries_are_in_use_by_now() -> None:
+    cache, plans = small(max_entries=1), []
+
+    def read(_start: int, _stop: int, _buffer: memoryview) -> None:
+        Engine().save(cache, [1, 2, 3])
+        plans.append(cache.plan([1, 2, 3], fingerprint=b"m"))
+
+    assert cache.save([9, 9, 9], read, lambda a, b: b - a, fingerprint=b"m") == 0
+    assert cache.stats().refusals == {"entries_in_use": 1}
+    assert found(cache, [1, 2, 3]) == 3
+    cache._check()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_keeps_what_nobody_used() -> None:
     cache = small()

@@ -370,15 +370,17 @@ class PrefixStateCache:
             if parent is None or parent.is_dead:
                 self._drop(block)
                 continue
-            parent, is_new = self._file(parent, block)
-            n_saved += (block.stop - block.start) if is_new else 0
+            node = self._file(parent, block)
+            n_saved += (block.stop - block.start) if node is not None else 0
+            parent = node or self._index.covering(parent, block.tokens)
         return n_saved
 
-    def _file(self, parent: Node, block: _NewBlock) -> tuple[Node, bool]:
-        there = self._index.covering(parent, block.tokens)
-        if there is not None:  # another thread was faster
+    def _file(self, parent: Node, block: _NewBlock) -> Node | None:
+        """Put the block into the tree; None if another thread was faster, or took the room."""
+        is_there = self._index.covering(parent, block.tokens) is not None
+        if is_there or not self._has_entry_room_still(parent, block):
             self._drop(block)
-            return there, False
+            return None
         shorter = self._index.superseded(parent, block.tokens)
         size = block.buffer.nbytes + NODE_BYTES + len(block.tokens)
         node = self._index.add(parent, block.tokens, size)
@@ -389,7 +391,16 @@ class PrefixStateCache:
         self._recent.watch(node)
         self._counts["saved_blocks"] += 1
         self._counts["saved_tokens"] += block.stop - block.start
-        return node, True
+        return node
+
+    def _has_entry_room_still(self, parent: Node, block: _NewBlock) -> bool:
+        # Others may have filed their chains while this one was being read.
+        parent.pins += 1
+        has_room = self._has_entry_room(parent, block.tokens)
+        parent.pins -= 1
+        if not has_room:
+            self._refusals["entries_in_use"] += 1
+        return has_room
 
     def _drop(self, block: _NewBlock) -> None:
         self._overhead -= NODE_BYTES + len(block.tokens)
