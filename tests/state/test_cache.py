@@ -4,6 +4,7 @@ import os
 import threading
 import tracemalloc
 from array import array
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,6 +211,17 @@ def test_a_tier_that_lost_a_payload_serves_what_comes_before() -> None:
     assert cache.stats().refusals == {"payload_lost": 1}
 
 
+@pytest.mark.parametrize("size", [-1, None, 1.5, "4", 1 << 65])
+@pytest.mark.parametrize("ram_bytes", [1 << 20, 1 << 62])
+def test_a_size_that_is_none_costs_a_counter(size: Any, ram_bytes: int) -> None:
+    cache = small(ram_bytes=ram_bytes)
+    sizes = {0: 4, 4: size}
+    saved = cache.save(range(6), lambda *_: None, lambda start, _: sizes[start], fingerprint=b"m")
+    assert (saved, len(cache), cache.memory_usage()) == (0, 0, 0)
+    assert cache.stats().refusals == {"save_failed": 1}
+    cache._check()
+
+
 def test_an_interrupt_while_reading_gives_everything_back() -> None:
     cache = small()
 
@@ -336,6 +348,64 @@ def test_budgets_of_zero_or_below_are_refused(name: str) -> None:
 def test_a_scope_is_a_str_or_none() -> None:
     with pytest.raises(InvalidText):
         small().plan([1], fingerprint=b"m", scope=7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fingerprint", ["m", None, 7, bytearray(b"m")])
+def test_a_fingerprint_is_bytes(fingerprint: Any) -> None:
+    cache = small()
+    with pytest.raises(InvalidConfig, match="fingerprint"):
+        cache.plan([1], fingerprint=fingerprint)
+    with pytest.raises(InvalidConfig, match="fingerprint"):
+        cache.save([1], lambda *_: None, lambda *_: 4, fingerprint=fingerprint)
+    cache._check()
+
+
+@pytest.mark.parametrize("max_tokens", ["3", 1.5, True])
+def test_max_tokens_is_an_int(max_tokens: Any) -> None:
+    with pytest.raises(InvalidConfig, match="max_tokens"):
+        small().plan([1], fingerprint=b"m", max_tokens=max_tokens)
+
+
+def test_a_save_while_the_cache_closes_leaves_nothing() -> None:
+    cache = small()
+
+    class Lock:
+        """Let a save run as soon as the lock is free: between any two steps of `close`."""
+
+        def __init__(self, lock: threading.Lock) -> None:
+            self.lock = lock
+
+        def __enter__(self) -> None:
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+            cache._lock = self.lock
+            Engine().save(cache, [1, 2, 3, 4])
+
+    cache._lock = Lock(cache._lock)  # type: ignore[assignment]
+    cache.close()
+    assert (len(cache), cache.memory_usage()) == (0, 0)
+
+
+def test_a_save_that_ends_after_the_cache_closed_leaves_nothing() -> None:
+    cache = small()
+    saved = cache.save([1, 2], lambda *_: cache.close(), lambda a, b: b - a, fingerprint=b"m")
+    assert (saved, len(cache)) == (0, 0)
+    saved = small().save([1, 2], lambda *_: None, lambda a, b: b - a, fingerprint=b"m")
+    assert saved == 2
+
+
+def test_a_cache_that_closes_while_sizes_are_asked_for_stores_nothing() -> None:
+    cache = small()
+
+    def n_bytes(start: int, stop: int) -> int:
+        cache.close()
+        return stop - start
+
+    assert cache.save([1, 2], lambda *_: None, n_bytes, fingerprint=b"m") == 0
+    assert len(cache) == 0
+    cache._check()
 
 
 def test_a_closed_cache_finds_and_stores_nothing() -> None:

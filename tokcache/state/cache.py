@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -15,10 +16,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import index
 from typing import TYPE_CHECKING, Self
 
 from tokcache.config import require_int
-from tokcache.errors import InvalidText
+from tokcache.errors import InvalidConfig, InvalidText
 from tokcache.state.blocks import TOKEN_BYTES, token_bytes
 from tokcache.state.index import BlockIndex, Match, Node, Root, root_bytes
 from tokcache.state.retention import LeastRecentLeaf
@@ -128,8 +130,9 @@ class PrefixStateCache:
     Units:  `ram_bytes` bytes of all that is retained (states, tokens, overhead, buffers waiting
             for their next use); `max_entries` stored prefixes (chains that nothing continues);
             `block_tokens` positions a block.
-    Errors: InvalidConfig for anything below 1; InvalidTokens for what are no int32 ids. A state
-            that can't be stored or read costs a miss and a counter, never an exception.
+    Errors: InvalidConfig for anything below 1, and for a fingerprint or max_tokens of another
+            type; InvalidTokens for what are no int32 ids. A state that can't
+            be stored or read costs a miss and a counter, never an exception.
     Cost:   a look-up costs the prompt's length, not the number of entries.
     Threads: safe; after a fork the child keeps what was stored and nothing that was in use.
     """
@@ -173,10 +176,10 @@ class PrefixStateCache:
         `max_tokens` bounds the prefix (an engine must decode at least the last token itself);
         `aligned` takes whole blocks only, so that the prefix ends at a multiple of `block_tokens`.
         """
-        wanted = token_bytes(tokens)
+        wanted, fingerprint = token_bytes(tokens), _checked_fingerprint(fingerprint)
         n_tokens = len(wanted) // TOKEN_BYTES
         if max_tokens is not None:
-            wanted = wanted[: max(max_tokens, 0) * TOKEN_BYTES]
+            wanted = wanted[: _checked_bound(max_tokens) * TOKEN_BYTES]
         with self._lock:
             self._settle()
             self._counts["lookups"] += 1
@@ -230,6 +233,7 @@ class PrefixStateCache:
         leaves out the tokens beyond the last multiple of `block_tokens`.
         """
         wanted, started = token_bytes(tokens), time.perf_counter()
+        fingerprint = _checked_fingerprint(fingerprint)
         if aligned:
             block = self.block_tokens * TOKEN_BYTES
             wanted = wanted[: len(wanted) // block * block]
@@ -280,13 +284,15 @@ class PrefixStateCache:
     ) -> list[_NewBlock]:
         """Return buffers for the new blocks, none where they can't fit the budget."""
         try:
-            sizes = [n_bytes(start, stop) for start, stop in pieces]
+            sizes = [_checked_size(n_bytes(start, stop)) for start, stop in pieces]
         except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
             _log.debug("the size of a state could not be read", exc_info=True)
             self.refuse("save_failed")
             return []
         overhead = len(pieces) * NODE_BYTES + (pieces[-1][1] - pieces[0][0]) * TOKEN_BYTES
         with self._lock:
+            if self._is_closed:
+                return []
             held = root_bytes(*owner) + sum(node.n_bytes for node in path)
             if held + overhead + sum(sizes) > self.ram_bytes:
                 self._refusals["over_budget"] += 1
@@ -526,8 +532,9 @@ class PrefixStateCache:
 
     def close(self) -> None:
         """Remove everything; from now on nothing is found and nothing stored."""
-        self.clear()
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
+            self._clear()
 
     def refuse(self, reason: str) -> None:
         """Count a state that was not stored or not used."""
@@ -619,6 +626,26 @@ def _checked_scope(scope: object) -> str | None:
     if scope is not None and not isinstance(scope, str):
         raise InvalidText(f"scope must be a str or None, not {type(scope).__name__}")
     return scope
+
+
+def _checked_fingerprint(fingerprint: object) -> bytes:
+    if not isinstance(fingerprint, bytes):
+        raise InvalidConfig(f"fingerprint must be bytes, not {type(fingerprint).__name__}")
+    return fingerprint
+
+
+def _checked_bound(max_tokens: object) -> int:
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
+        raise InvalidConfig(f"max_tokens must be an int or None, not {max_tokens!r}")
+    return max(max_tokens, 0)
+
+
+def _checked_size(size: object) -> int:
+    """Return a size in bytes that memory could have."""
+    n_bytes = index(size)  # type: ignore[arg-type]
+    if not 0 <= n_bytes <= sys.maxsize:
+        raise ValueError(f"a state can't have {n_bytes} bytes")
+    return n_bytes
 
 
 # Forked while another thread is inside, a lock would stay locked in the child for ever.
