@@ -96,7 +96,8 @@ def test_the_class_of_a_wrapped_tokenizer_loads_what_the_plain_class_loads(
 ) -> None:
     folder = shared_data / "tokenizers" / name
     plain = real_tokenizer(folder)
-    loaded = type(tokcache.wrap(plain)).from_pretrained(folder)
+    wrapped_class: Any = type(tokcache.wrap(plain))
+    loaded = wrapped_class.from_pretrained(folder)
     expected = type(plain).from_pretrained(folder)
     assert type(loaded) is type(expected)
     texts = real_texts(shared_data)
