@@ -375,7 +375,7 @@ for i in range(60_000):
 gc.collect()
 print(cache.memory_usage() / (resident() - before))
 """
-    off = {"TOKCACHE_NO_EXTENSIONS": "1"} if name == "python" else {}
+    off = {"TOKCACHE_NO_EXTENSIONS": "1" if name == "python" else "0"}
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code],
         capture_output=True, text=True, check=True, env={**os.environ, **off},

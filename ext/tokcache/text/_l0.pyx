@@ -41,7 +41,7 @@ cdef enum:
     COPY = 1    # any other key is copied: a str may grow a second, UTF-8, copy of itself
 
     MAX_SCOPES = 1 << 24
-    SCOPE_BYTES = 200   # of a scope beside its name: places in a dict and two lists, two ints
+    SCOPE_BYTES = 100   # of a scope beside its name: places in a dict and two lists, two ints
     MAX_UNITS = 0xFFFFFFF0
     SMALL_BYTES = 512   # up to here CPython's own allocator serves, in steps of 16
 
