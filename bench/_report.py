@@ -1,12 +1,14 @@
-"""What every benchmark shares: medians, the machine's description, the JSON file."""
+"""What every benchmark shares: the machine's description, bars, the JSON file."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,41 @@ def environment(*packages: str) -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
         "commit": _commit(),
         "packages": {name: _version(name) for name in ("tokcache", *packages)},
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A figure and what it must reach; one that could not be measured (None) misses."""
+
+    name: str
+    value: float | None
+    limit: float
+    unit: str = "x"
+    is_ceiling: bool = False
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the figure reaches the limit, or stays below it if that is a ceiling."""
+        if self.value is None:
+            return False
+        return self.value <= self.limit if self.is_ceiling else self.value >= self.limit
+
+    def __str__(self) -> str:
+        found = "not measured" if self.value is None else f"{self.value:,.2f} {self.unit}"
+        kind = "at most" if self.is_ceiling else "at least"
+        verdict = "pass" if self.is_met else "MISS"
+        return f"  {verdict}  {self.name}: {found} (bar: {kind} {self.limit:g} {self.unit})"
+
+
+def show_bars(bars: list[Bar]) -> list[dict[str, Any]]:
+    """Print every bar; return them for the JSON file."""
+    for bar in bars:
+        print(bar, flush=True)
+    return [asdict(bar) | {"met": bar.is_met} for bar in bars]
 
 
 def finish(figures: dict[str, Any], file: Path | None) -> None:

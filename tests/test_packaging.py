@@ -57,7 +57,9 @@ def test_sdist_holds_sources_tests_and_benches(sdist: Path) -> None:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     for needed in (
         "LICENSE", "README.md", "CHANGELOG.md", "setup.py", "ext/tokcache/text/_l0.pyx",
-        "ext/tokcache/text/_table.pxd", "tests/text/test_l0.py", "bench/exact.py",
+        "ext/tokcache/text/_table.pxd", "ext/tokcache/text/_l1.pyx",
+        "ext/tokcache/text/_scan.pxd", "ext/tokcache/text/_segments.pxd",
+        "tests/text/test_l0.py", "bench/exact.py",
         "tokcache/py.typed",
     ):  # fmt: skip
         assert needed in names
@@ -77,7 +79,7 @@ def test_wheel_installs_and_serves(sdist: Path, tmp_path: Path, compiler: str) -
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n{SNIPPET}"
     done = run("-P", "-c", code, TOKCACHE_NO_EXTENSIONS="0")
     if compiler == "real":
-        assert len(native) == 2
+        assert len(native) == 3
         assert done.stdout.split() == ["tokcache.text._l0"]
         assert done.stderr == ""
     else:

@@ -8,6 +8,7 @@ from tokcache.state.cache import PrefixStateCache
 from tokcache.stats import CacheStats, L0Stats, StateStats
 from tokcache.text.huggingface import wrap
 from tokcache.text.l0 import L0Cache
+from tokcache.text.patch import patch_transformers, unpatch_transformers
 from tokcache.text.token_ids import TokenIds
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "TokenIds",
     "__version__",
     "llama",
+    "patch_transformers",
+    "unpatch_transformers",
     "wrap",
 ]

@@ -1,9 +1,12 @@
-"""The command line: `tokcache demo`."""
+"""The command line: `tokcache demo` and `tokcache explain`."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import tokcache
+from tokcache.config import CacheConfig
 from tokcache.demo import backends
 from tokcache.demo.chat import built_in_prompts
 from tokcache.demo.prompts import read_prompts
@@ -20,7 +24,11 @@ from tokcache.demo.replay import Replay, Request
 from tokcache.demo.table import Summary, lines, table
 from tokcache.demo.tokenizers import TokenizerSource, chat_format, find_tokenizer
 from tokcache.errors import InvalidConfig, MissingFile, TokcacheError, UnsupportedTokenizer
+from tokcache.explain import explain as explained
+from tokcache.explain import read_sample
+from tokcache.explain_report import print_explanation
 from tokcache.samples import tiny_model
+from tokcache.states_cli import states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(states, name="states")
 
 
 class Backend(StrEnum):
@@ -51,6 +60,15 @@ class Backend(StrEnum):
     INPROCESS = "inprocess"
     SERVER = "server"
     TOKENS = "tokens"
+
+
+class EngineName(StrEnum):
+    """What encodes the parts that are not known; `config.ENGINES`."""
+
+    AUTO = "auto"
+    TOKENIZERS = "tokenizers"
+    GIGATOKEN = "gigatoken"
+    FASTOKENS = "fastokens"
 
 
 _NAMES: dict[Backend, backends.BackendName] = {
@@ -118,6 +136,40 @@ def demo(
             summary = _run(replay, requests, cached, sides)
     _print_result(console, summary)
     raise typer.Exit(DIFFERS if summary.differences() else 0)
+
+
+@app.command()
+def explain(
+    tokenizer: Annotated[
+        str, typer.Argument(metavar="TOKENIZER", help="A tokenizer.json, its folder or a hub name.")
+    ],
+    *,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A sample in UTF-8; by default a short chat."),
+    ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(help="What encodes missing parts; auto: the fastest that proves equal."),
+    ] = EngineName.AUTO,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell what of a tokenizer is cached, where its texts are cut, and why.
+
+    A sample is shown in its parts, and its ids are compared with the plain tokenizer's. Exit code
+    1: they differ; 2: bad input.
+    """
+    with _told_errors():
+        source = find_tokenizer(tokenizer)
+        sample = None if text is None else read_sample(text)
+        found = explained(source, CacheConfig(engine=engine.value), sample)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a sample has signs of every script
+            sys.stdout.reconfigure(errors="backslashreplace")
+        print_explanation(Console(highlight=False), found)
+    raise typer.Exit(DIFFERS if found.is_different else 0)
 
 
 @contextlib.contextmanager

@@ -55,10 +55,18 @@ class Engine:
 def restored(plan: RestorePlan, tokens: Sequence[int]) -> int:
     """Restore `plan`, compare every position it serves, return how many there are."""
 
-    def load(start: int, stop: int, payload: memoryview) -> None:
-        usable = min(stop, plan.n_tokens)
-        n_bytes = (usable - start) * POSITION_BYTES
-        assert len(payload) == (stop - start) * POSITION_BYTES
-        assert bytes(payload[:n_bytes]) == state_of(tokens, start, usable)
+    until = {block.start: block.until for block in plan.blocks}
+    loaded: list[int] = [0]
 
-    return plan.restore(load)
+    def load(start: int, stop: int, payload: memoryview) -> None:
+        assert start == loaded[-1]  # what came before ends here, or was trimmed to here
+        n_bytes = (until[start] - start) * POSITION_BYTES
+        assert len(payload) == (stop - start) * POSITION_BYTES
+        assert bytes(payload[:n_bytes]) == state_of(tokens, start, until[start])
+        loaded.append(stop)
+
+    def trim(n_tokens: int) -> None:
+        assert n_tokens < loaded[-1]
+        loaded[-1] = n_tokens
+
+    return plan.restore(load, trim=trim)

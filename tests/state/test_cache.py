@@ -4,20 +4,22 @@ import os
 import threading
 import tracemalloc
 from array import array
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.state.engine import Engine, restored
+from tests.state.engine import Engine, restored, state_of
 from tokcache.errors import InvalidConfig, InvalidText, InvalidTokens
+from tokcache.state.blocks import Owner
 from tokcache.state.cache import NODE_BYTES, PrefixStateCache
 from tokcache.state.index import root_bytes
 
-ROOT = root_bytes(b"m", None)
+ROOT = root_bytes(Owner(b"m", None, "free"))
 
 
-def small(**settings: int) -> PrefixStateCache:
+def small(**settings: Any) -> PrefixStateCache:
     return PrefixStateCache(**{"block_tokens": 4, "ram_bytes": 1 << 20, **settings})
 
 
@@ -40,9 +42,102 @@ def test_max_tokens_and_aligned_bound_the_prefix() -> None:
     cache = small()
     Engine().save(cache, list(range(10)))
     assert found(cache, list(range(10)), max_tokens=9) == 9
+    assert found(cache, list(range(10)), max_tokens=0) == 0
+    assert Engine().save(cache, list(range(10)), aligned=True) == 8
     assert found(cache, list(range(10)), max_tokens=9, aligned=True) == 8
     assert found(cache, list(range(8)), max_tokens=7, aligned=True) == 4
-    assert found(cache, list(range(10)), max_tokens=0) == 0
+    assert found(cache, [0, 1, 2, 3, 4, 5, 9, 9, 9, 9], aligned=True) == 4
+    cache._check()
+
+
+def test_what_was_not_decoded_on_the_grid_is_not_found_there() -> None:
+    cache, tokens = small(), list(range(8))
+    Engine().save(cache, tokens)
+    assert found(cache, tokens, aligned=True) == 0
+    Engine().save(cache, [*range(6), 9, 9], aligned=True)
+    assert found(cache, tokens) == 8
+    assert found(cache, tokens, aligned=True) == 4
+
+
+def test_blocks_on_the_grid_are_whole_and_may_begin_alike() -> None:
+    cache, engine = small(), Engine()
+    first, second = [1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 2, 2, 3, 3]
+    for tokens in (first, second):
+        engine.save(cache, tokens, aligned=True)
+    assert engine.reads == [(0, 4), (4, 8), (4, 8)]
+    for tokens in (first, second):
+        with cache.plan(tokens, fingerprint=b"m", aligned=True) as plan:
+            assert [(b.start, b.stop, b.until) for b in plan.blocks] == [(0, 4, 4), (4, 8, 8)]
+            assert restored(plan, tokens) == 8
+    cache._check()
+
+
+def test_branches_hold_what_they_share_once_to_the_token() -> None:
+    cache, engine = PrefixStateCache(block_tokens=256, max_entries=100), Engine()
+    shared = list(range(2000))
+    branches = [shared + [5000 + n] * 128 for n in range(50)]
+    for tokens in branches:
+        engine.save(cache, tokens)
+    assert sum(stop - start for start, stop in engine.reads) == 2000 + 50 * 128
+    assert cache.stats().saved_tokens == 2000 + 50 * 128
+    assert len(cache) == 50
+    for tokens in branches:
+        assert found(cache, tokens) == 2128
+    cache._check()
+
+
+def test_a_chain_that_left_another_inside_a_block_needs_a_trim() -> None:
+    cache = small()
+    Engine().save(cache, [1, 2, 3, 4])
+    Engine().save(cache, [1, 2, 9, 9])
+    with cache.plan([1, 2, 9, 9], fingerprint=b"m") as plan:
+        assert [(b.start, b.stop, b.until) for b in plan.blocks] == [(0, 4, 2), (2, 4, 4)]
+        assert plan.start_beyond(1) == 0
+        assert plan.start_beyond(2) == 2
+        assert plan.restore(lambda *_: None) == 2  # an engine that can't trim
+        assert plan.restore(lambda *_: None, trim=lambda _: False) == 2
+        assert plan.restore(lambda *_: None, trim=lambda _: None) == 4
+    assert cache.stats().refusals == {"restore_failed": 1}
+
+
+def test_a_leaf_makes_way_before_what_it_branched_off_from() -> None:
+    cache = small(max_entries=2)
+    Engine().save(cache, [1, 2, 3, 4])
+    Engine().save(cache, [1, 2, 8])
+    Engine().save(cache, [1, 2, 9])
+    assert len(cache) == 2
+    assert [found(cache, [1, 2, last]) for last in (8, 9)] == [2, 3]
+    cache._check()
+
+
+def test_the_last_entry_gives_up_its_end_to_the_chain_that_shares_its_beginning() -> None:
+    cache = small(max_entries=1)
+    Engine().save(cache, [1, 2, 3, 4])
+    assert Engine().save(cache, [1, 2, 9, 9]) == 2
+    assert found(cache, [1, 2, 9, 9]) == 4
+    assert len(cache) == 1
+    cache._check()
+    assert Engine().save(cache, [1, 2, 7, 7]) == 2
+    assert [found(cache, [1, 2, last, last]) for last in (7, 9)] == [4, 2]
+    assert len(cache) == 1
+    cache._check()
+
+
+def test_a_save_that_another_overtakes_stores_what_is_left() -> None:
+    cache = small()
+    has_run: list[int] = []
+
+    def read(start: int, stop: int, buffer: memoryview) -> None:
+        if not has_run:
+            has_run.append(1)
+            Engine().save(cache, [1, 2, 3, 7, 7])
+        buffer[:] = state_of([1, 2, 3, 4, 5], start, stop)
+
+    tokens = [1, 2, 3, 4, 5]
+    assert cache.save(tokens, read, lambda a, b: 4 * (b - a), fingerprint=b"m") == 2
+    assert found(cache, tokens) == 5
+    assert found(cache, [1, 2, 3, 7, 7]) == 5
+    cache._check()
 
 
 def test_a_longer_diverging_entry_never_shadows_a_shorter_one() -> None:
@@ -56,11 +151,11 @@ def test_a_longer_diverging_entry_never_shadows_a_shorter_one() -> None:
 def test_only_new_blocks_are_read() -> None:
     cache, engine = small(), Engine()
     assert engine.save(cache, list(range(10))) == 10
-    assert engine.save(cache, list(range(14))) == 6
-    assert engine.reads == [(0, 4), (4, 8), (8, 10), (8, 12), (12, 14)]
+    assert engine.save(cache, list(range(14))) == 4
+    assert engine.reads == [(0, 4), (4, 8), (8, 10), (10, 14)]
     assert engine.save(cache, list(range(13))) == 0
     cache._check()
-    assert cache.stats().n_blocks == 4  # the short block went when a longer one took its place
+    assert cache.stats().n_blocks == 4
     assert len(cache) == 1
 
 
@@ -90,12 +185,16 @@ def test_remove_takes_one_scope_and_leaves_the_others() -> None:
     cache._check()
 
 
-def test_equal_digests_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_trusts_no_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokcache.state.index.root_name", lambda *_: b"same")
+    monkeypatch.setattr("tokcache.state.index.child_name", lambda *_: b"same")
     cache = small()
     Engine().save(cache, [1, 2, 3, 4], scope="a")
     assert found(cache, [1, 2, 3, 4], scope="b") == 0
+    Engine().save(cache, [1, 2, 7, 7], scope="b")
     assert found(cache, [1, 2, 3, 4], scope="a") == 4
+    assert found(cache, [1, 2, 7, 7], scope="b") == 4
+    cache._check()
 
 
 def test_bytes_are_bounded_and_leaves_go_first() -> None:
@@ -205,8 +304,8 @@ def test_a_tier_that_lost_a_payload_serves_what_comes_before() -> None:
     cache, tokens = small(), list(range(12))
     Engine().save(cache, tokens)
     with cache.plan(tokens, fingerprint=b"m") as plan:
-        names = [node.name for node in plan._nodes]
-    cache._tier.remove(names[1])
+        lost = plan._nodes[-2]
+    cache._tier.lend(lost)
     assert found(cache, tokens) == 4
     assert cache.stats().refusals == {"payload_lost": 1}
 
@@ -231,7 +330,7 @@ def test_an_interrupt_while_reading_gives_everything_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         cache.save([1, 2, 3, 4, 5], read, lambda a, b: 4 * (b - a), fingerprint=b"m")
     cache._check()
-    assert (len(cache), cache._overhead) == (0, 0)
+    assert (len(cache), cache._memory.overhead) == (0, 0)
 
 
 def test_restore_from_the_block_that_is_needed() -> None:
@@ -296,7 +395,7 @@ def test_scopes_with_long_names_stay_within_the_budget() -> None:
     assert 5 <= len(cache) <= 10
     cache._check()
     for root in list(cache._index.roots.values()):
-        cache.remove(scope=root.scope)
+        cache.remove(scope=root.owner.scope)
     assert cache.memory_usage() == 0
 
 
@@ -319,7 +418,7 @@ def test_a_scope_removed_while_it_is_saved_stays_removed() -> None:
 
     assert cache.save([1, 2, 3], read, lambda a, b: b - a, fingerprint=b"m", scope="a") == 0
     cache._check()
-    assert (len(cache), cache._overhead) == (0, 0)
+    assert (len(cache), cache._memory.overhead) == (0, 0)
 
 
 @pytest.mark.parametrize("ids", [array("i", [1, 2, 3]), np.array([1, 2, 3], np.int32), (1, 2, 3)])
@@ -499,3 +598,66 @@ def test_a_forked_child_keeps_what_nobody_used() -> None:
     assert restored(plan, [1, 2, 3, 4]) == 4
     plan.close()
     cache._check()
+
+
+def test_of_lower_priority_goes_first() -> None:
+    cache = small(max_entries=2)
+    for first, priority in ((1, 5), (2, 0)):
+        cache.save(
+            [first] * 4, lambda *_: None, lambda a, b: b - a, fingerprint=b"m", priority=priority
+        )
+    with cache.plan([2] * 4, fingerprint=b"m") as plan:  # used last, and yet
+        assert plan.n_tokens == 4
+    Engine().save(cache, [3] * 4)
+    with cache.plan([1] * 4, fingerprint=b"m") as plan:
+        assert plan.n_tokens == 4
+    with cache.plan([2] * 4, fingerprint=b"m") as plan:
+        assert plan.n_tokens == 0
+
+
+def test_what_was_not_used_for_too_long_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("tokcache.state.memory.time.monotonic", lambda: now[0])
+    cache = small(ttl_s=10)
+    Engine().save(cache, [1] * 8)
+    Engine().save(cache, [2] * 4)
+    now[0] += 9
+    assert found(cache, [1] * 4) == 4  # used: its time begins anew, its continuation's does not
+    now[0] += 2
+    assert found(cache, [1] * 8) == 4
+    cache._check()
+    assert cache.stats().n_blocks == 1  # the other prompt went unasked for
+    assert cache.stats().expirations == 2
+
+
+def test_an_expired_block_that_is_in_use_stays_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("tokcache.state.memory.time.monotonic", lambda: now[0])
+    cache = small(ttl_s=10)
+    Engine().save(cache, [1] * 8)
+    plan = cache.plan([1] * 8, fingerprint=b"m")
+    now[0] += 11
+    assert found(cache, [1] * 8) == 0
+    assert restored(plan, [1] * 8) == 8
+    plan.close()
+    cache._check()
+
+
+def test_prefixes_below_min_tokens_are_neither_saved_nor_used() -> None:
+    cache = small(min_tokens=5)
+    assert Engine().save(cache, [1] * 4) == 0
+    assert Engine().save(cache, [1] * 5) == 5
+    assert found(cache, [1] * 4) == 0
+    assert found(cache, [1] * 5) == 5
+    cache._check()
+
+
+def test_a_cache_that_is_switched_off_does_nothing(tmp_path: Path) -> None:
+    cache = small(enabled=False, disk=tmp_path / "d")
+    assert Engine().save(cache, [1] * 5) == 0
+    assert found(cache, [1] * 5) == 0
+    assert not cache.store([1], b"x", fingerprint=b"m")
+    assert cache.find([1], fingerprint=b"m") is None
+    assert cache.is_empty
+    assert cache.memory_usage() == 0
+    assert not (tmp_path / "d").exists()

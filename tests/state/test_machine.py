@@ -26,6 +26,7 @@ class CacheMachine(RuleBasedStateMachine):
             ram_bytes=self.ram_bytes, max_entries=self.max_entries, block_tokens=4
         )
         self.stored: dict[Owner, set[tuple[int, ...]]] = {}
+        self.on_grid: dict[Owner, set[tuple[int, ...]]] = {}
         self.plans: list[tuple[RestorePlan, list[int]]] = []
 
     def best(self, owner: Owner, tokens: list[int]) -> int:
@@ -40,7 +41,16 @@ class CacheMachine(RuleBasedStateMachine):
         known = self.stored.setdefault(owner, set())
         known.update(tuple(tokens[: n + 1]) for n in range(len(tokens)))
         if self.has_room:
-            assert (n_saved > 0) == (before < len(tokens))
+            assert n_saved == len(tokens) - before  # what is shared is held once, to the token
+
+    @rule(owner=OWNERS, tokens=TOKENS)
+    def save_on_the_grid(self, owner: Owner, tokens: list[int]) -> None:
+        known = self.on_grid.setdefault(owner, set())
+        before = len(known)
+        n_saved = Engine().save(self.cache, tokens, *owner, aligned=True)
+        known.update(tuple(tokens[: n + 4]) for n in range(0, len(tokens) - 3, 4))
+        if self.has_room:
+            assert n_saved == 4 * (len(known) - before)
 
     @rule(owner=OWNERS, tokens=TOKENS, fail_at=st.integers(0, 13))
     def save_that_fails(self, owner: Owner, tokens: list[int], fail_at: int) -> None:
@@ -49,16 +59,24 @@ class CacheMachine(RuleBasedStateMachine):
             known = self.stored.setdefault(owner, set())
             known.update(tuple(tokens[: n + 1]) for n in range(plan.n_tokens))
 
-    @rule(owner=OWNERS, tokens=TOKENS, aligned=st.booleans())
-    def find(self, owner: Owner, tokens: list[int], *, aligned: bool) -> None:
-        with self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1], aligned=aligned) as plan:
+    @rule(owner=OWNERS, tokens=TOKENS)
+    def find(self, owner: Owner, tokens: list[int]) -> None:
+        with self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1]) as plan:
             assert restored(plan, tokens) == plan.n_tokens
             best = self.best(owner, tokens)
             assert plan.n_tokens <= best
-            if aligned:
-                assert plan.n_tokens % 4 == 0
             if self.has_room:
-                assert plan.n_tokens == (best // 4 * 4 if aligned else best)
+                assert plan.n_tokens == best
+
+    @rule(owner=OWNERS, tokens=TOKENS)
+    def find_on_the_grid(self, owner: Owner, tokens: list[int]) -> None:
+        with self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1], aligned=True) as plan:
+            assert restored(plan, tokens) == plan.n_tokens
+            known = self.on_grid.get(owner, set())
+            best = max((len(one) for one in known if tuple(tokens[: len(one)]) == one), default=0)
+            assert plan.n_tokens <= best
+            if self.has_room:
+                assert plan.n_tokens == best
 
     @rule(owner=OWNERS, tokens=TOKENS)
     def hold(self, owner: Owner, tokens: list[int]) -> None:
@@ -75,12 +93,15 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(scope=st.sampled_from([None, "a"]))
     def remove(self, scope: str | None) -> None:
         self.cache.remove(scope=scope)
-        self.stored = {owner: known for owner, known in self.stored.items() if owner[1] != scope}
+        for stored in (self.stored, self.on_grid):
+            for owner in [owner for owner in stored if owner[1] == scope]:
+                del stored[owner]
 
     @rule()
     def clear(self) -> None:
         self.cache.clear()
         self.stored.clear()
+        self.on_grid.clear()
 
     @property
     def has_room(self) -> bool:
@@ -101,7 +122,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 class TightMachine(CacheMachine):
     max_entries = 3
-    ram_bytes = 6 * (NODE_BYTES + 32)
+    ram_bytes = 6 * (NODE_BYTES + 32) + 700
 
 
 TestRoomForAll = CacheMachine.TestCase

@@ -224,51 +224,76 @@ def test_the_wrapped_class_is_the_plain_one_by_name(plain: Any, wrapped: Any) ->
         wrapped.no_such_attribute  # noqa: B018
 
 
-ARGUMENTS: list[dict[str, Any]] = [
+FROM_IDS: list[dict[str, Any]] = [
     {"truncation": True, "max_length": 4},
     {"max_length": 4},
     {"truncation": True},
     {"padding": "max_length", "max_length": 30},
     {"padding": True},
-    {"padding": 0},
     {"padding": True, "pad_to_multiple_of": 8},
     {"return_tensors": "np", "padding": True},
-    {"return_offsets_mapping": True},
     {"return_special_tokens_mask": True},
     {"return_token_type_ids": True},
     {"return_attention_mask": False},
     {"return_length": True},
+    {"verbose": False},
+    {"tokenizer_kwargs": {"padding": True}},
+]
+
+ARGUMENTS: list[dict[str, Any]] = [
+    *FROM_IDS,
+    {"text_pair": "hello"},
+    {"text_target": "hello"},
+    {"padding": 0},
+    {"return_offsets_mapping": True},
     {"return_overflowing_tokens": True, "truncation": True, "max_length": 4, "stride": 1},
     {"is_split_into_words": True},
     {"split_special_tokens": True},
     {"add_special_tokens": 0},
     {"add_special_tokens": None},
-    {"verbose": False},
-    {"tokenizer_kwargs": {"padding": True}},
-    {"text_pair": "hello"},
-    {"text_target": "hello"},
+    {"truncation": True, "max_length": 2},
+    {"truncation": True, "max_length": True},
+    {"truncation": "only_second", "max_length": 4},
+    {"padding": "max_length", "max_length": 0},
+    {"padding": True, "padding_side": "up"},
+    {"return_tensors": "xx"},
+    {"return_length": 1},
     {"no_such_argument": 1},
     {"truncation": "no such strategy"},
 ]
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-def test_every_other_argument_gives_the_tokenizers_own_result(
+def test_every_argument_gives_the_tokenizers_own_result(
     plain: Any, wrapped: Any, arguments: dict[str, Any]
 ) -> None:
     for text in ("hello <s> world, quick brown", ["hello world", "fox", "the lazy dog"]):
-        wrapped(text)
-        hits = wrapped.cache_stats().l0.hits
         for method in ("__call__", "encode"):
             own = outcome(partial(getattr(wrapped, method), text, **arguments))
             other = outcome(partial(getattr(plain, method), text, **arguments))
             assert str(own) == str(other)
-        assert wrapped.cache_stats().l0.hits == hits
+            assert vars(wrapped)["_tokenizer"].truncation == plain._tokenizer.truncation
+            assert vars(wrapped)["_tokenizer"].padding == plain._tokenizer.padding
         assert plain(text).data == wrapped(text).data
         assert vars(wrapped)["_tokenizer"].truncation == plain._tokenizer.truncation
         assert vars(wrapped)["_tokenizer"].padding == plain._tokenizer.padding
     may_say = {"other_argument", "input_type", "encoding_objects", "truncation", "padding"}
     assert set(wrapped.cache_stats().bypasses) <= {*arguments, *may_say}
+
+
+@pytest.mark.parametrize("arguments", FROM_IDS, ids=str)
+def test_known_texts_answer_whatever_is_made_of_their_ids(
+    wrapped: Any, arguments: dict[str, Any]
+) -> None:
+    texts = ["hello <s> world, quick brown", "hello world"]
+    wrapped(texts)
+    before = wrapped.cache_stats()
+    for text in (*texts, texts):
+        wrapped(text, **arguments)
+    after = wrapped.cache_stats()
+    assert after.l0.hits == before.l0.hits + 4
+    assert after.encoded_texts == before.encoded_texts == 2
+    assert after.bypasses == {}
 
 
 BAD: list[Any] = [

@@ -30,7 +30,8 @@ class CountingEngine:
     """Encodes a character as its code point, counts its calls, and waits where told to."""
 
     reason: str | None = None
-    has_zero_type_ids = True
+
+    def layout(self, _n_texts: int, _add_special_tokens: bool) -> None: ...
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
@@ -61,6 +62,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     chosen = twin(request.param)
     monkeypatch.setattr("tokcache.text.tokenizer.L0Cache", chosen.l0_cache)
     monkeypatch.setattr("tokcache.text.tokenizer.TokenIds", chosen.token_ids)
+    chosen.use_for_parts(monkeypatch)
     return CountingEngine()
 
 

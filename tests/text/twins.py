@@ -7,24 +7,32 @@ from typing import Any
 
 import pytest
 
-from tokcache.text import _l0_py, _token_ids_py
+from tokcache.text import _l0_py, _l1_py, _token_ids_py
 
 
 @dataclass(frozen=True)
 class Twin:
     token_ids: Any
     l0_cache: Any
+    l1: Any
+
+    def use_for_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have L1 keep its parts in this twin."""
+        monkeypatch.setattr("tokcache.text.l1.TokenIds", self.token_ids)
+        monkeypatch.setattr("tokcache.text.l1.SegmentCache", self.l1.SegmentCache)
+        monkeypatch.setattr("tokcache.text.l1.Walk", self.l1.Walk)
+        monkeypatch.setattr("tokcache.text.tokenizer.Walk", self.l1.Walk)
 
 
-PYTHON = Twin(_token_ids_py.TokenIds, _l0_py.L0Cache)
+PYTHON = Twin(_token_ids_py.TokenIds, _l0_py.L0Cache, _l1_py)
 
 
 def native() -> Twin:
     try:
-        from tokcache.text import _l0, _token_ids  # noqa: PLC0415 (may not be built)
+        from tokcache.text import _l0, _l1, _token_ids  # noqa: PLC0415 (may not be built)
     except ImportError:
         pytest.skip("REQUIRED: the native modules are not built")
-    return Twin(_token_ids.TokenIds, _l0.L0Cache)
+    return Twin(_token_ids.TokenIds, _l0.L0Cache, _l1)
 
 
 def twin(name: str) -> Twin:

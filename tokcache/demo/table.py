@@ -36,10 +36,19 @@ class Summary:
 
     @property
     def text_hit_rate(self) -> float:
-        """Return the share of texts that were not tokenized."""
-        hits = self.after.l0.hits - self.before.l0.hits
-        misses = self.after.l0.misses - self.before.l0.misses
-        return hits / (hits + misses) if hits + misses else 0.0
+        """Return the share of texts that were not tokenized: known whole, or in all parts."""
+        found, before = self.after.l0, self.before.l0
+        n_texts = found.hits + found.misses - before.hits - before.misses
+        hits = found.hits - before.hits + self.after.l1.hits - self.before.l1.hits
+        return hits / n_texts if n_texts else 0.0
+
+    @property
+    def char_hit_rate(self) -> float | None:
+        """Return the share of characters that stood in known parts, of texts not known whole."""
+        now, before = self.after.l1, self.before.l1
+        n_chars = now.lookup_chars - before.lookup_chars
+        missed = now.chunk_miss_chars - before.chunk_miss_chars
+        return 1 - missed / n_chars if n_chars else None
 
     @property
     def has_model(self) -> bool:
@@ -132,9 +141,11 @@ def duration(seconds: float) -> str:
 
 def lines(summary: Summary) -> Iterator[str]:
     """Yield what stands below the table; the last line says whether both sides are identical."""
-    n_bytes = summary.after.l0.n_bytes
-    yield f"Hit rate:   {summary.text_hit_rate:.0%} of the texts{_token_rate(summary)}"
-    yield f"Bytes held: {_size(n_bytes)} of texts and their ids{_state_bytes(summary)}"
+    n_bytes = summary.after.l0.n_bytes + summary.after.l1.n_bytes
+    chars = summary.char_hit_rate
+    parts = "" if chars is None else f", {chars:.0%} of the characters of the others"
+    yield f"Hit rate:   {summary.text_hit_rate:.0%} of the texts{parts}{_token_rate(summary)}"
+    yield f"Bytes held: {_size(n_bytes)} of texts, their parts and ids{_state_bytes(summary)}"
     for reason, count in (summary.held.refusals if summary.held else {}).items():
         yield f"Not used:   {count} states ({reason})"
     differences = summary.differences()

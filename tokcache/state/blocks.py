@@ -1,23 +1,38 @@
 """What a block is called: a keyed digest over all that leads to it.
 
-The name of a block is H(name of its parent, its tokens); the chain starts at
-H(fingerprint, scope). Equal names therefore mean: same model and settings, same tenant, same
-tokens from position 0 on. Names address a block in a tier; the tokens are compared all the same.
+The name of a block is H(point where it starts, its tokens); the chain starts at
+H(fingerprint, scope, kind). A point is a prefix of tokens, whatever blocks it is held in: H of the
+point where its last block starts and of that block's tokens up to here. Equal names therefore
+mean: same model and settings, same tenant, same tokens from position 0 on. Names address a block
+in a lower tier; the tokens are compared all the same.
 """
 
 from __future__ import annotations
 
 from array import array
 from hashlib import blake2b
+from typing import Literal, NamedTuple
 
 from tokcache.errors import InvalidTokens
 
 TOKEN_BYTES = 4
 DIGEST_BYTES = 32
-_ROOT, _CHILD = b"tokcache.root.1", b"tokcache.block.1"
+_ROOT, _CHILD, _SCOPE = b"tokcache.root.2", b"tokcache.block.2", b"tokcache.scope.2"
+
+Kind = Literal["free", "grid", "whole"]
+"""Blocks of any length; blocks that were decoded on a grid; states of whole prefixes."""
 
 
-def _digest(kind: bytes, key: bytes, *fields: bytes) -> bytes:
+class Owner(NamedTuple):
+    """Whose states these are: what makes two interchangeable, and who may see them."""
+
+    fingerprint: bytes
+    scope: str | None
+    kind: Kind
+
+
+def digest(kind: bytes, key: bytes, *fields: bytes) -> bytes:
+    """Return the digest of `fields`, each of them told apart from its neighbours."""
     state = blake2b(digest_size=DIGEST_BYTES, key=key, person=kind.ljust(16, b"\0"))
     for field in fields:
         # The length goes first: ("ab", "c") and ("a", "bc") must differ.
@@ -26,16 +41,34 @@ def _digest(kind: bytes, key: bytes, *fields: bytes) -> bytes:
     return state.digest()
 
 
-def root_name(fingerprint: bytes, scope: str | None, key: bytes = b"") -> bytes:
-    """Return the name that a chain of this model and scope starts from; None is no scope's name."""
+def scope_name(scope: str | None, key: bytes = b"") -> bytes:
+    """Return what a scope is called; None is no scope's name."""
     if scope is None:
-        return _digest(_ROOT, key, fingerprint)
-    return _digest(_ROOT, key, fingerprint, scope.encode("utf-8", "surrogatepass"))
+        return digest(_SCOPE, key)
+    return digest(_SCOPE, key, scope.encode("utf-8", "surrogatepass"))
 
 
-def child_name(parent: bytes, tokens: bytes, key: bytes = b"") -> bytes:
-    """Return the name of the block that holds `tokens` (int32, native order) after `parent`."""
-    return _digest(_CHILD, key, parent, tokens)
+def root_name(owner: Owner, key: bytes = b"") -> bytes:
+    """Return the name that the chains of this owner start from."""
+    fields = (owner.fingerprint, owner.kind.encode(), scope_name(owner.scope))
+    return digest(_ROOT, key, *fields)
+
+
+def child_name(point: bytes, tokens: bytes, key: bytes = b"") -> bytes:
+    """Return the name of the block that holds `tokens` (int32, native order) after `point`."""
+    return digest(_CHILD, key, point, tokens)
+
+
+def common_tokens(left: bytes, right: bytes) -> int:
+    """Return how many leading tokens two int32 byte strings share."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:  # [0, low) is equal; each step compares half of what is left, at C speed
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low // TOKEN_BYTES
 
 
 def token_bytes(tokens: object) -> bytes:

@@ -1,7 +1,8 @@
 """PrefixStateCache: finds, restores and saves the state of the longest prefix seen before.
 
 It knows neither text nor the engine: tokens come as int32 ids, and the engine's state goes in and
-out through two functions that copy the positions [start, stop) from and to a buffer.
+out through two functions that copy the positions [start, stop) from and to a buffer, or as opaque
+bytes for a whole prefix.
 """
 
 from __future__ import annotations
@@ -9,111 +10,64 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
-import weakref
-from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import index
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any
 
-from tokcache.config import require_int
-from tokcache.errors import InvalidConfig, InvalidText
-from tokcache.state.blocks import TOKEN_BYTES, token_bytes
-from tokcache.state.index import BlockIndex, Match, Node, Root, root_bytes
-from tokcache.state.retention import LeastRecentLeaf
-from tokcache.state.tiers.ram import RamTier
-from tokcache.stats import StateStats
+from tokcache.config import MAX_INT, require_int
+from tokcache.errors import InvalidConfig
+from tokcache.state.blocks import TOKEN_BYTES, Kind, Owner, child_name, common_tokens, token_bytes
+from tokcache.state.core import DISK_BIT, checked_fingerprint, checked_scope
+from tokcache.state.index import Node, Root, root_bytes
+from tokcache.state.memory import NODE_BYTES
+from tokcache.state.plan import BlockIO, RestorePlan, StoredBlock
+from tokcache.state.store import WholeStates
+from tokcache.state.tiers import Address, StateRefused, Stored
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from tokcache.state.tiers.disk import DiskTier
+    from tokcache.state.whole import StateHandle
+
+__all__ = ["NODE_BYTES", "BlockIO", "PrefixStateCache", "RestorePlan", "StoredBlock"]
 
 _log = logging.getLogger("tokcache")
 
-# Python objects of one block: node, digest, heap item, places in dict, list and tier. Its tokens
-# are added. Checked against tracemalloc by tests/state/test_cache.py::test_overhead_is_counted.
-NODE_BYTES = 1200
-
-BlockIO = Callable[[int, int, memoryview], None]
-"""Copies the state of positions [start, stop) into or out of the buffer; raises if it can't."""
+_TRIES = 3  # a save that another one overtook is planned anew
+_UNSET: Any = object()
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBlock:
-    """One block of a plan: positions [start, stop) and their state."""
+@dataclass(slots=True)
+class _Path:
+    """The blocks that a prompt begins with, in use: `n_tokens` positions, the last at `point`."""
 
-    start: int
-    stop: int
-    payload: memoryview
+    owner: Owner
+    root: Root | None
+    nodes: list[Node]
+    n_tokens: int
+    loose: list[tuple[int, int, memoryview]] = field(default_factory=list)
+    loose_point: bytes = b""
 
+    @property
+    def last(self) -> Node:
+        if not self.nodes:
+            if self.root is None:
+                raise AssertionError("nothing is held for this owner")
+            return self.root
+        return self.nodes[-1]
 
-class RestorePlan:
-    """The blocks of the longest usable prefix; in use, hence not evicted, until it is closed.
+    def point(self) -> bytes:
+        """Return the name of the prefix that the blocks hold."""
+        if self.loose:
+            return self.loose_point
+        if self.root is None:
+            return Root(self.owner, 0).name
+        return self.last.point(self.n_tokens)
 
-    Units:  `n_tokens` positions that the blocks serve; the last block may reach further, what it
-            holds from `n_tokens` on belongs to other tokens and has to be trimmed.
-    Threads: one at a time; closing takes no lock, so the garbage collector may do it.
-    """
-
-    def __init__(
-        self,
-        cache: PrefixStateCache,
-        nodes: list[Node],
-        blocks: list[StoredBlock],
-        n_tokens: int,
-    ) -> None:
-        self._cache = cache
-        self._nodes = nodes
-        self.blocks = blocks
-        self.n_tokens = n_tokens
-
-    def start_beyond(self, n_tokens: int) -> int:
-        """Return where to restore from if `n_tokens` positions are in place: a block's start."""
-        for block in self.blocks:
-            if block.stop > n_tokens:
-                return block.start
-        return n_tokens
-
-    def restore(self, load: BlockIO, *, start: int = 0) -> int:
-        """Load the blocks from position `start` on; return how many positions now hold.
-
-        A block that fails ends the restore: what came before it stays, a counter tells.
-        """
-        began, reached = time.perf_counter(), start
-        for block in self.blocks:
-            if block.start < start:
-                continue
-            try:
-                load(block.start, block.stop, block.payload)
-            except Exception:  # noqa: BLE001  (whatever it is, the prompt can be decoded instead)
-                _log.debug("a block could not be restored", exc_info=True)
-                self._cache.refuse("restore_failed")
-                break
-            reached = min(block.stop, self.n_tokens)
-        self._cache.count_restored(reached - start, time.perf_counter() - began)
-        return reached
-
-    def close(self) -> None:
-        """Let the blocks go."""
-        nodes, self._nodes, self.blocks = self._nodes, [], []
-        if nodes:
-            self._cache.release_later(nodes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
+    def pinned(self) -> list[Node]:
+        return self.nodes if self.root is None else [self.root, *self.nodes]
 
 
 @dataclass(slots=True)
@@ -123,16 +77,27 @@ class _NewBlock:
     stop: int
     buffer: memoryview
 
+    @property
+    def overhead(self) -> int:
+        return NODE_BYTES + len(self.tokens)
 
-class PrefixStateCache:
-    """States of token prefixes, in blocks, in memory.
 
-    Units:  `ram_bytes` bytes of all that is retained (states, tokens, overhead, buffers waiting
-            for their next use); `max_entries` stored prefixes (chains that nothing continues);
-            `block_tokens` positions a block.
+class PrefixStateCache(WholeStates):
+    """States of token prefixes: in memory, and on a disk that outlives the process.
+
+    Blocks (`plan`, `save`) share what prefixes have in common, to the token; whole states
+    (`store`, `find`) are any engine's bytes. `disk` is a folder or a DiskTier: what is saved is
+    written there by a thread of the cache's own, what memory has not is looked up there.
+
+    Units:  `ram_bytes` bytes of all that is retained in memory (states, tokens, overhead, buffers
+            waiting for their next use); `max_entries` stored prefixes (chains that nothing
+            continues, and whole states); `block_tokens` positions a block at most; prefixes below
+            `min_tokens` are neither saved nor used; `ttl_s` seconds after its last use a state is
+            removed; `queue_bytes` bytes that may wait to be written, by default a quarter of
+            `ram_bytes`: what comes on top is not written, and counted.
     Errors: InvalidConfig for anything below 1, and for a fingerprint or max_tokens of another
-            type; InvalidTokens for what are no int32 ids. A state that can't
-            be stored or read costs a miss and a counter, never an exception.
+            type; InvalidTokens for what are no int32 ids. A state that can't be stored or read
+            costs a miss and a counter, never an exception.
     Cost:   a look-up costs the prompt's length, not the number of entries.
     Threads: safe; after a fork the child keeps what was stored and nothing that was in use.
     """
@@ -143,22 +108,22 @@ class PrefixStateCache:
         ram_bytes: int = 256 << 20,
         max_entries: int = 32,
         block_tokens: int = 256,
+        disk: str | os.PathLike[str] | DiskTier | None = None,
+        min_tokens: int = 1,
+        ttl_s: float | None = None,
+        queue_bytes: int | None = None,
+        enabled: bool = True,
     ) -> None:
-        self.ram_bytes = require_int("ram_bytes", ram_bytes, minimum=1)
-        self.max_entries = require_int("max_entries", max_entries, minimum=1)
-        self.block_tokens = require_int("block_tokens", block_tokens, minimum=1)
-        self._lock = threading.Lock()
-        self._released: deque[list[Node]] = deque()
-        self._is_closed = False
-        self._index = BlockIndex(self.block_tokens)
-        self._recent = LeastRecentLeaf()
-        self._tier = RamTier()
-        self._overhead = 0
-        self._dead: dict[int, memoryview] = {}
-        self._counts: Counter[str] = Counter()
-        self._refusals: Counter[str] = Counter()
-        self._seconds = {"restore": 0.0, "save": 0.0}
-        _LIVING.add(self)
+        super().__init__(
+            ram_bytes=ram_bytes,
+            max_entries=max_entries,
+            block_tokens=block_tokens,
+            min_tokens=min_tokens,
+            ttl_s=ttl_s,
+            disk=disk,
+            queue_bytes=queue_bytes,
+            enabled=enabled,
+        )
 
     # Restoring
 
@@ -174,45 +139,154 @@ class PrefixStateCache:
         """Return the blocks of the longest stored prefix of `tokens`; empty on a miss.
 
         `max_tokens` bounds the prefix (an engine must decode at least the last token itself);
-        `aligned` takes whole blocks only, so that the prefix ends at a multiple of `block_tokens`.
+        `aligned` finds what was saved `aligned`, and nothing else: whole blocks, so that the
+        prefix ends at a multiple of `block_tokens`.
         """
-        wanted, fingerprint = token_bytes(tokens), _checked_fingerprint(fingerprint)
+        owner = _owner(fingerprint, scope, aligned)
+        wanted = token_bytes(tokens)
         n_tokens = len(wanted) // TOKEN_BYTES
         if max_tokens is not None:
             wanted = wanted[: _checked_bound(max_tokens) * TOKEN_BYTES]
+        wanted = self._on_the_grid(wanted, owner)
         with self._lock:
             self._settle()
-            self._counts["lookups"] += 1
-            self._counts["lookup_tokens"] += n_tokens
-            return self._pinned(self._find(wanted, fingerprint, scope, aligned))
-
-    def _find(self, wanted: bytes, fingerprint: bytes, scope: str | None, aligned: bool) -> Match:
-        root = self._index.root(fingerprint, _checked_scope(scope))
-        match = self._index.longest(root, wanted, is_whole=aligned) if root else Match()
-        # A short block at the end of a prompt was not cut at a multiple of block_tokens.
-        if aligned and match.nodes and match.n_tokens % self.block_tokens:
-            match.n_tokens = match.nodes.pop().start
-        return match
-
-    def _pinned(self, match: Match) -> RestorePlan:
-        self._recent.use(match.nodes)
-        blocks: list[StoredBlock] = []
-        for node in match.nodes:
-            payload = self._tier.get(node.name)
-            if payload is None:  # the tier lost it: serve what comes before
-                self._refusals["payload_lost"] += 1
-                break
-            node.pins += 1
-            blocks.append(StoredBlock(node.start, node.stop, payload.toreadonly()))
-        self._counts["hits"] += bool(blocks)
-        n_tokens = min(match.n_tokens, blocks[-1].stop) if blocks else 0
-        return RestorePlan(self, match.nodes[: len(blocks)], blocks, n_tokens)
-
-    def count_restored(self, n_tokens: int, seconds: float) -> None:
-        """Count positions that were restored instead of decoded."""
+            self._memory.counts["lookups"] += 1
+            self._memory.counts["lookup_tokens"] += n_tokens
+            path = self._found(owner, wanted)
+            if self._disk is None or path.n_tokens * TOKEN_BYTES >= len(wanted) or self._is_closed:
+                return self._planned(path)
+        try:
+            self._extend(path, wanted)
+        except BaseException:
+            self.release_later(path.pinned())
+            raise
         with self._lock:
-            self._counts["reused_tokens"] += n_tokens
-            self._seconds["restore"] += seconds
+            return self._planned(path)
+
+    def _on_the_grid(self, wanted: bytes, owner: Owner) -> bytes:
+        if owner.kind != "grid":
+            return wanted
+        block = self._index.grain(owner)
+        return wanted[: len(wanted) // block * block]
+
+    def _found(self, owner: Owner, wanted: bytes) -> _Path:
+        root, match = self._memory.find(owner, wanted)
+        path = _Path(owner, root, match.nodes, match.n_tokens)
+        for node in path.pinned():
+            node.pins += 1
+        return path
+
+    def _planned(self, path: _Path) -> RestorePlan:
+        blocks: list[tuple[int, int, memoryview]] = []
+        get = self._tier.get
+        for node in path.nodes:
+            payload = get(node)
+            if payload is None:  # it was lost: serve what comes before
+                self._memory.refusals["payload_lost"] += 1
+                path.n_tokens, path.loose = min(path.n_tokens, node.start), []
+                break
+            blocks.append((node.start, node.stop, payload))
+        blocks += path.loose
+        if path.n_tokens < self.min_tokens:
+            blocks, path.n_tokens = [], 0
+        self._memory.counts["hits"] += bool(blocks)
+        self._touch(path)
+        return RestorePlan(self, path.pinned(), _served(blocks, path.n_tokens), path.n_tokens)
+
+    def _touch(self, path: _Path) -> None:
+        nodes = self._untouched(path.nodes)
+        self._touch_later(nodes, [self._address(node, path.owner) for node in nodes])
+
+    # Restoring from below
+
+    def _extend(self, path: _Path, wanted: bytes) -> None:
+        """Add what the disk holds beyond what memory does; the lock is not held."""
+        disk, grain = self._disk, self._index.grain(path.owner)
+        before = path.n_tokens
+        while disk is not None and path.n_tokens * TOKEN_BYTES < len(wanted):
+            rest = wanted[path.n_tokens * TOKEN_BYTES :]
+            point = path.point()
+            address = Address(path.owner, path.n_tokens, point, child_name(point, rest[:grain]))
+            if not self._extend_by_one(path, disk, address, rest):
+                break
+        with self._lock:
+            self._memory.counts["promoted_tokens"] += path.n_tokens - before
+
+    def _extend_by_one(self, path: _Path, disk: DiskTier, address: Address, rest: bytes) -> bool:
+        try:
+            stored = disk.find(address, rest)
+            if stored is None:
+                return False
+            with stored:
+                return self._promote(path, stored, address.base, rest)
+        except StateRefused as refusal:
+            disk.refuse(str(refusal))
+        except Exception:  # noqa: BLE001  (whatever it is, the prompt can be decoded instead)
+            _log.warning("the disk tier failed", exc_info=True)
+            disk.refuse("error")
+        return False
+
+    def _promote(self, path: _Path, stored: Stored, point: bytes, rest: bytes) -> bool:
+        """Add a block that was found below; False if it brings nothing."""
+        tokens = stored.record.tokens
+        n_shared = common_tokens(tokens, rest)
+        if not n_shared or (path.owner.kind == "grid" and n_shared != self.block_tokens):
+            return False
+        with self._lock:
+            buffer = None if path.loose else self._buffer_below(path, stored)
+        if buffer is None:
+            start = path.n_tokens
+            stop = start + len(tokens) // TOKEN_BYTES
+            path.loose.append((start, stop, stored.view()))
+            path.loose_point = child_name(point, tokens[: n_shared * TOKEN_BYTES])
+            path.n_tokens += n_shared
+            return True
+        block = _NewBlock(tokens, path.n_tokens, path.n_tokens + len(tokens) // TOKEN_BYTES, buffer)
+        return self._fill_promoted(path, block, stored, n_shared)
+
+    def _buffer_below(self, path: _Path, stored: Stored) -> memoryview | None:
+        """Return a buffer for a block from below; None where it has to be served from there."""
+        memory, tokens = self._memory, stored.record.tokens
+        held = root_bytes(path.owner) + sum(node.n_bytes for node in path.nodes)
+        overhead = NODE_BYTES + len(tokens)
+        if held + overhead + stored.n_bytes > self.ram_bytes or self._is_closed:
+            return None
+        if path.root is None:
+            path.root = memory.pin_root(path.owner)
+        if path.root is None or not memory.has_entry_room(path.last, path.n_tokens):
+            return None
+        return memory.take(stored.n_bytes, overhead)
+
+    def _fill_promoted(self, path: _Path, block: _NewBlock, stored: Stored, n_shared: int) -> bool:
+        is_read = False
+        try:
+            stored.read_into(block.buffer)
+            is_read = True
+        finally:
+            with self._lock:
+                node = self._file(path, block) if is_read else None
+                if node is None:
+                    self._memory.drop(block.buffer, block.overhead)
+                else:
+                    node.pins += 1
+                    node.written |= DISK_BIT
+                    node.priority = stored.record.priority
+                    self._memory.watch(node)
+                    path.nodes.append(node)
+                    path.n_tokens += n_shared
+        return node is not None
+
+    def _file(self, path: _Path, block: _NewBlock) -> Node | None:
+        """Put a block at the end of a path; None if that is gone, or the place or the room is."""
+        parent, root, memory = path.last, path.root, self._memory
+        if root is None or root.is_dead or parent.is_dead or self._is_closed:
+            return None
+        if self._index.child(root, parent, block.start, block.tokens) is not None:
+            return None
+        if not memory.has_entry_room(parent, block.start):
+            memory.refusals["entries_in_use"] += 1
+            return None
+        return memory.file(root, parent, block.start, block.tokens, block.buffer)
 
     # Saving
 
@@ -225,50 +299,62 @@ class PrefixStateCache:
         fingerprint: bytes,
         scope: str | None = None,
         aligned: bool = False,
+        priority: int = 0,
     ) -> int:
         """Store the state of `tokens` where it is not stored yet; return the new positions.
 
         `n_bytes(start, stop)` tells the size of the state of these positions, `read(start, stop,
         buffer)` copies it into a buffer of that size: only the new blocks are read. `aligned`
-        leaves out the tokens beyond the last multiple of `block_tokens`.
+        leaves out the tokens beyond the last multiple of `block_tokens`, and is for states that
+        were decoded in such pieces. Of lower `priority` goes first.
         """
-        wanted, started = token_bytes(tokens), time.perf_counter()
-        fingerprint = _checked_fingerprint(fingerprint)
-        if aligned:
-            block = self.block_tokens * TOKEN_BYTES
-            wanted = wanted[: len(wanted) // block * block]
-        with self._lock:
-            self._settle()
-            path, pieces = self._unsaved(wanted, fingerprint, _checked_scope(scope))
-        try:
-            owner = (fingerprint, scope)
-            blocks = self._reserve(path, wanted, pieces, n_bytes, owner) if pieces else []
-            n_saved = self._fill_and_file(path, blocks, read)
-        finally:
-            self.release_later(path)
+        started = time.perf_counter()
+        owner = _owner(fingerprint, scope, aligned)
+        wanted = self._on_the_grid(token_bytes(tokens), owner)
+        require_int("priority", priority, -MAX_INT)
+        n_saved = 0
+        if self.enabled and len(wanted) >= self.min_tokens * TOKEN_BYTES:
+            for _ in range(_TRIES):
+                n_new, is_overtaken = self._save(wanted, owner, read, n_bytes, priority)
+                n_saved += n_new
+                if not is_overtaken:
+                    break
         with self._lock:
             self._settle()
             self._seconds["save"] += time.perf_counter() - started
         return n_saved
 
-    def _unsaved(
-        self, wanted: bytes, fingerprint: bytes, scope: str | None
-    ) -> tuple[list[Node], list[tuple[int, int]]]:
-        """Return the blocks that are there, pinned, and the [start, stop) that are not."""
-        root = self._index.root(fingerprint, scope)
-        match = self._index.longest(root, wanted, is_whole=False) if root else Match()
-        self._recent.use(match.nodes)
-        n_tokens = len(wanted) // TOKEN_BYTES
-        if self._is_closed or match.n_tokens == n_tokens:
-            return [], []
-        # A short or diverging block at the end does not carry on: its place is written anew.
-        path = [node for node in match.nodes if self._carries_on(node, match)]
-        for node in path:
-            node.pins += 1
-        return path, self._cut(path[-1].stop if path else 0, n_tokens)
+    def _save(
+        self,
+        wanted: bytes,
+        owner: Owner,
+        read: BlockIO,
+        n_bytes: Callable[[int, int], int],
+        priority: int,
+    ) -> tuple[int, bool]:
+        with self._lock:
+            self._settle()
+            if self._is_closed:
+                return 0, False
+            path = self._found(owner, wanted)
+            for node in path.nodes:
+                node.priority = max(node.priority, priority)
+        try:
+            self._learn_from_disk(path, wanted)
+            pieces = self._cut(path.n_tokens, len(wanted) // TOKEN_BYTES)
+            blocks = self._reserve(path, wanted, pieces, n_bytes) if pieces else []
+            return self._fill_and_file(path, blocks, read, priority)
+        finally:
+            self.release_later(path.pinned())
 
-    def _carries_on(self, node: Node, match: Match) -> bool:
-        return node.stop <= match.n_tokens and node.stop % self.block_tokens == 0
+    def _learn_from_disk(self, path: _Path, wanted: bytes) -> None:
+        """Take over what others have stored meanwhile, so that new blocks follow theirs."""
+        if self._disk is None:
+            return
+        self._extend(path, wanted)
+        if path.loose:  # memory had no room for it: nothing can follow it there
+            path.n_tokens = path.loose[0][0]
+            path.loose = []
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int]]:
         cuts = [*range(start, end, self.block_tokens), end]
@@ -276,11 +362,10 @@ class PrefixStateCache:
 
     def _reserve(
         self,
-        path: list[Node],
+        path: _Path,
         wanted: bytes,
         pieces: list[tuple[int, int]],
         n_bytes: Callable[[int, int], int],
-        owner: tuple[bytes, str | None],
     ) -> list[_NewBlock]:
         """Return buffers for the new blocks, none where they can't fit the budget."""
         try:
@@ -290,72 +375,54 @@ class PrefixStateCache:
             self.refuse("save_failed")
             return []
         overhead = len(pieces) * NODE_BYTES + (pieces[-1][1] - pieces[0][0]) * TOKEN_BYTES
+        memory = self._memory
         with self._lock:
             if self._is_closed:
                 return []
-            held = root_bytes(*owner) + sum(node.n_bytes for node in path)
+            held = root_bytes(path.owner) + sum(node.n_bytes for node in path.nodes)
             if held + overhead + sum(sizes) > self.ram_bytes:
-                self._refusals["over_budget"] += 1
+                memory.refusals["over_budget"] += 1
                 return []
-            if not path and not self._pin_root(path, owner):
+            if path.root is None:
+                path.root = memory.pin_root(path.owner)
+            if path.root is None:
                 return []
-            if not self._has_entry_room(path[-1], wanted[path[-1].stop * TOKEN_BYTES :]):
-                self._refusals["entries_in_use"] += 1
+            if not memory.has_entry_room(path.last, path.n_tokens):
+                memory.refusals["entries_in_use"] += 1
                 return []
-            return self._take_all(wanted, pieces, sizes)
-
-    def _pin_root(self, path: list[Node], owner: tuple[bytes, str | None]) -> bool:
-        """Put the root of a new chain into `path`, in use; False if there is no room for it."""
-        root = self._index.root(*owner)
-        if root is None:
-            n_bytes = root_bytes(*owner)
-            if not self._has_room(0, n_bytes):
-                self._refusals["blocks_in_use"] += 1
-                return False
-            root = self._index.add_root(*owner)
-            self._overhead += root.n_bytes
-        root.pins += 1
-        path.append(root)
-        return True
+            return list(self._take_all(wanted, pieces, sizes))
 
     def _take_all(
         self, wanted: bytes, pieces: list[tuple[int, int]], sizes: list[int]
-    ) -> list[_NewBlock]:
-        blocks: list[_NewBlock] = []
+    ) -> Iterator[_NewBlock]:
         for (start, stop), size in zip(pieces, sizes, strict=True):
             tokens = wanted[start * TOKEN_BYTES : stop * TOKEN_BYTES]
-            buffer = self._take(size, NODE_BYTES + len(tokens))
+            buffer = self._memory.take(size, NODE_BYTES + len(tokens))
             if buffer is None:
-                break
-            self._overhead += NODE_BYTES + len(tokens)
-            blocks.append(_NewBlock(tokens, start, stop, buffer))
-        return blocks
-
-    def _take(self, size: int, overhead: int) -> memoryview | None:
-        if not self._has_room(size, overhead):
-            self._refusals["blocks_in_use"] += 1
-            return None
-        try:
-            return self._tier.take(size)
-        except MemoryError:
-            self._refusals["no_memory"] += 1
-            return None
+                return
+            yield _NewBlock(tokens, start, stop, buffer)
 
     def _fill_and_file(
-        self,
-        path: list[Node],
-        blocks: list[_NewBlock],
-        read: BlockIO,
-    ) -> int:
+        self, path: _Path, blocks: list[_NewBlock], read: BlockIO, priority: int
+    ) -> tuple[int, bool]:
+        """Return the new positions, and whether another save was faster and had other blocks."""
         n_filled = 0
         try:
             n_filled = self._fill(blocks, read)
         finally:
             with self._lock:
-                n_saved = self._file_all(path, blocks[:n_filled])
-                for block in blocks[n_filled:]:
-                    self._drop(block)
-        return n_saved
+                n_filed = self._file_all(path, blocks[:n_filled], priority)
+                for block in blocks[n_filed:]:
+                    self._memory.drop(block.buffer, block.overhead)
+                self._queue_blocks(path.nodes, path.owner)
+                is_overtaken = n_filed < n_filled and self._is_in_the_way(path, blocks[n_filed])
+        n_saved = sum(block.stop - block.start for block in blocks[:n_filed])
+        return n_saved, is_overtaken
+
+    def _is_in_the_way(self, path: _Path, block: _NewBlock) -> bool:
+        if path.root is None or path.root.is_dead or path.last.is_dead:
+            return False
+        return self._index.child(path.root, path.last, block.start, block.tokens) is not None
 
     def _fill(self, blocks: list[_NewBlock], read: BlockIO) -> int:
         """Read the blocks in order, without the lock; return how many came."""
@@ -368,270 +435,49 @@ class PrefixStateCache:
                 return n_filled
         return len(blocks)
 
-    def _file_all(self, path: list[Node], blocks: list[_NewBlock]) -> int:
-        n_saved = 0
-        parent: Node | None = path[-1] if path else None
-        for block in blocks:
-            # Dead: removed or cleared while its continuation was being read.
-            if parent is None or parent.is_dead:
-                self._drop(block)
-                continue
-            node = self._file(parent, block)
-            n_saved += (block.stop - block.start) if node is not None else 0
-            parent = node or self._index.covering(parent, block.tokens)
-        return n_saved
+    def _file_all(self, path: _Path, blocks: list[_NewBlock], priority: int) -> int:
+        """File the blocks and make them the path's; return how many found their place."""
+        for n_filed, block in enumerate(blocks):
+            node = self._file(path, block)
+            if node is None:
+                return n_filed
+            node.pins += 1
+            node.priority = priority
+            self._memory.watch(node)
+            path.nodes.append(node)
+            path.n_tokens = block.stop
+            self._memory.counts["saved_blocks"] += 1
+            self._memory.counts["saved_tokens"] += block.stop - block.start
+        return len(blocks)
 
-    def _file(self, parent: Node, block: _NewBlock) -> Node | None:
-        """Put the block into the tree; None if another thread was faster, or took the room."""
-        is_there = self._index.covering(parent, block.tokens) is not None
-        if is_there or not self._has_entry_room_still(parent, block):
-            self._drop(block)
-            return None
-        shorter = self._index.superseded(parent, block.tokens)
-        size = block.buffer.nbytes + NODE_BYTES + len(block.tokens)
-        node = self._index.add(parent, block.tokens, size)
-        self._tier.put(node.name, block.buffer)
-        if shorter is not None:
-            self._remove(shorter)
-        self._recent.use([node])
-        self._recent.watch(node)
-        self._counts["saved_blocks"] += 1
-        self._counts["saved_tokens"] += block.stop - block.start
-        return node
+    # Removing
 
-    def _has_entry_room_still(self, parent: Node, block: _NewBlock) -> bool:
-        # Others may have filed their chains while this one was being read.
-        parent.pins += 1
-        has_room = self._has_entry_room(parent, block.tokens)
-        parent.pins -= 1
-        if not has_room:
-            self._refusals["entries_in_use"] += 1
-        return has_room
+    def remove(self, handle: StateHandle | None = None, *, scope: str | None = _UNSET) -> int:
+        """Remove one state, or all that is stored for `scope`; return the states removed.
 
-    def _drop(self, block: _NewBlock) -> None:
-        self._overhead -= NODE_BYTES + len(block.tokens)
-        self._tier.give_back(block.buffer)
-
-    # Room
-
-    def _has_room(self, size: int, overhead: int) -> bool:
-        """Make room for one block; False if all that is left is in use."""
-        while True:
-            fresh = 0 if self._tier.has_pooled(size) else size
-            if self._held_bytes() + fresh + overhead <= self.ram_bytes:
-                return True
-            if not self._tier.drop_pooled() and not self._evict_leaf():
-                return False
-
-    def _has_entry_room(self, parent: Node, rest: bytes) -> bool:
-        """Make room for a chain that carries on after `parent`, which is in use, with `rest`."""
-        while self._index.n_leaves + self._is_new_leaf(parent, rest) > self.max_entries:
-            if not self._evict_entry():
-                return False
-        return True
-
-    def _is_new_leaf(self, parent: Node, rest: bytes) -> bool:
-        if not parent.children:
-            return parent.parent is None
-        first = rest[: self.block_tokens * TOKEN_BYTES]
-        return self._index.superseded(parent, first) is None
-
-    def _evict_entry(self) -> bool:
-        """Evict a leaf and what was last used together with it."""
-        victim = step = self._recent.victim()
-        if victim is None:
-            return False
-        while step is not None and step.parent is not None and not (step.children or step.pins):
-            if step.tick != victim.tick:
-                break
-            parent = step.parent
-            self._evict(step)
-            step = parent
-        return True
-
-    def _evict_leaf(self) -> bool:
-        victim = self._recent.victim()
-        if victim is None:
-            return False
-        self._evict(victim)
-        return True
-
-    def _evict(self, node: Node) -> None:
-        self._remove(node)
-        self._counts["evictions"] += 1
-
-    def _remove(self, node: Node) -> None:
-        parent = node.parent
-        self._index.remove(node)
-        self._overhead -= NODE_BYTES + len(node.tokens)
-        if node.pins:
-            payload = self._tier.lend(node.name)
-            if payload is not None:
-                self._dead[id(node)] = payload
-        else:
-            self._tier.remove(node.name)
-        if isinstance(parent, Root):
-            self._remove_if_idle(parent)
-        elif parent is not None and not parent.children:
-            self._recent.watch(parent)
-
-    def _remove_if_idle(self, root: Root) -> None:
-        # Below 0: a save that began before a fork ended in the child, where nothing is in use.
-        if not (root.is_dead or root.children or root.pins > 0):
-            self._remove_root(root)
-
-    def _remove_root(self, root: Root) -> None:
-        self._index.remove_root(root)
-        self._overhead -= root.n_bytes
-
-    def release_later(self, nodes: list[Node]) -> None:
-        """Unpin `nodes` at the next operation; takes no lock."""
-        self._released.append(nodes)
-
-    def _settle(self) -> None:
-        while self._released:
-            for node in self._released.popleft():
-                node.pins -= 1
-                if isinstance(node, Root):
-                    self._remove_if_idle(node)
-                if node.is_dead and not node.pins and id(node) in self._dead:
-                    self._tier.give_back(self._dead.pop(id(node)))
-
-    # The whole
-
-    def remove(self, *, scope: str | None) -> int:
-        """Remove all that was stored for `scope`, whatever the model; return the blocks removed."""
-        scope = _checked_scope(scope)
-        with self._lock:
-            self._settle()
-            roots = [root for root in self._index.roots.values() if root.scope == scope]
-            return self._remove_all(roots)
-
-    def _remove_all(self, roots: list[Root]) -> int:
-        doomed = [node for root in roots for node in self._index.below(root)]
-        for node in doomed:
-            self._remove(node)
-        for root in roots:
-            if not root.is_dead:  # a save is at work: what it still files goes nowhere
-                self._remove_root(root)
-        while self._tier.drop_pooled():
-            pass  # a tenant's bytes don't wait in the pool
-        return len(doomed)
-
-    def clear(self) -> None:
-        """Remove everything, counters too."""
-        with self._lock:
-            self._clear()
-
-    def _clear(self) -> None:
-        self._settle()
-        self._remove_all(list(self._index.roots.values()))
-        self._counts.clear()
-        self._refusals.clear()
-        self._seconds = {"restore": 0.0, "save": 0.0}
-
-    def close(self) -> None:
-        """Remove everything; from now on nothing is found and nothing stored."""
-        with self._lock:
-            self._is_closed = True
-            self._clear()
-
-    def refuse(self, reason: str) -> None:
-        """Count a state that was not stored or not used."""
-        with self._lock:
-            self._refusals[reason] += 1
-
-    def stats(self) -> StateStats:
-        """Return the counters and what is held now."""
-        with self._lock:
-            self._settle()
-            names = ("lookups", "hits", "lookup_tokens", "reused_tokens")
-            saved = ("saved_tokens", "saved_blocks", "evictions")
-            return StateStats(
-                **{name: self._counts[name] for name in names + saved},
-                refusals=dict(self._refusals),
-                restore_seconds=self._seconds["restore"],
-                save_seconds=self._seconds["save"],
-                n_entries=self._index.n_leaves,
-                n_blocks=self._index.n_nodes,
-                n_bytes=self._held_bytes(),
-            )
-
-    def memory_usage(self) -> int:
-        """Return the bytes retained: states, tokens, overhead and buffers for their next use."""
-        with self._lock:
-            self._settle()
-            return self._held_bytes()
-
-    def _held_bytes(self) -> int:
-        return self._overhead + self._tier.memory_usage()
-
-    def __len__(self) -> int:
-        """Return the number of entries: stored prefixes that nothing continues."""
-        with self._lock:
-            return self._index.n_leaves
-
-    def __bool__(self) -> bool:
-        """Return True: an empty cache is a cache."""
-        return True
-
-    def _check(self) -> None:
-        """Verify every invariant; for tests."""
-        with self._lock:
-            self._settle()
-            self._index._check()  # noqa: SLF001
-            self._tier._check()  # noqa: SLF001
-            nodes = list(self._index.nodes())
-            if {node.name for node in nodes} != self._tier.names():
-                raise AssertionError("tree and tier hold different blocks")
-            if self._counted_overhead() > self._overhead:
-                raise AssertionError("overhead undercounted")
-            if self._held_bytes() > self.ram_bytes or self._index.n_leaves > self.max_entries:
-                raise AssertionError("over budget")
-
-    def _counted_overhead(self) -> int:
-        blocks = sum(NODE_BYTES + len(node.tokens) for node in self._index.nodes())
-        return blocks + sum(root.n_bytes for root in self._index.roots.values())
-
-    # Forks
-
-    def _before_fork(self) -> None:
-        self._lock.acquire()
-
-    def _after_fork_in_parent(self) -> None:
-        self._lock.release()
-
-    def _after_fork_in_child(self) -> None:
-        self._lock = threading.Lock()
-        self._released.clear()
-        for root in list(self._index.roots.values()):
-            root.pins = 0  # by saves of the parent's threads
-            self._remove_if_idle(root)
-        in_use = [n for n in self._index.nodes() if any(s.pins for s in _with_ancestors(n))]
-        for node in in_use:  # their users run on in the parent only
-            self._remove(node)
-        self._dead.clear()
-        self._tier.forget_lent()
-        self._overhead = self._counted_overhead()
+        Every tier is emptied of it. What another process holds in its memory stays there until
+        that process removes it, too.
+        """
+        if (handle is None) == (scope is _UNSET):
+            raise InvalidConfig("remove takes a handle or a scope (scope=None: the shared one)")
+        if handle is not None:
+            return self._remove_state(handle)
+        return self.remove_scope(scope)
 
 
-def _with_ancestors(node: Node) -> Iterator[Node]:
-    step: Node | None = node
-    while step is not None:
-        yield step
-        step = step.parent
+def _served(blocks: list[tuple[int, int, memoryview]], n_tokens: int) -> list[StoredBlock]:
+    """Return the blocks with the position that each of them serves up to."""
+    ends = [start for start, _, _ in blocks[1:]]
+    ends.append(min(n_tokens, blocks[-1][1]) if blocks else 0)
+    return [
+        StoredBlock(start, stop, payload.toreadonly(), until)
+        for (start, stop, payload), until in zip(blocks, ends, strict=False)
+    ]
 
 
-def _checked_scope(scope: object) -> str | None:
-    if scope is not None and not isinstance(scope, str):
-        raise InvalidText(f"scope must be a str or None, not {type(scope).__name__}")
-    return scope
-
-
-def _checked_fingerprint(fingerprint: object) -> bytes:
-    if not isinstance(fingerprint, bytes):
-        raise InvalidConfig(f"fingerprint must be bytes, not {type(fingerprint).__name__}")
-    return fingerprint
+def _owner(fingerprint: object, scope: object, aligned: object) -> Owner:
+    kind: Kind = "grid" if aligned else "free"
+    return Owner(checked_fingerprint(fingerprint), checked_scope(scope), kind)
 
 
 def _checked_bound(max_tokens: object) -> int:
@@ -646,31 +492,3 @@ def _checked_size(size: object) -> int:
     if not 0 <= n_bytes <= sys.maxsize:
         raise ValueError(f"a state can't have {n_bytes} bytes")
     return n_bytes
-
-
-# Forked while another thread is inside, a lock would stay locked in the child for ever.
-_LIVING: weakref.WeakSet[PrefixStateCache] = weakref.WeakSet()
-_forking: list[PrefixStateCache] = []
-
-
-def _before_fork() -> None:
-    _forking.extend(_LIVING)
-    for cache in _forking:
-        cache._before_fork()  # noqa: SLF001
-
-
-def _after_fork_in_parent() -> None:
-    while _forking:
-        _forking.pop()._after_fork_in_parent()  # noqa: SLF001
-
-
-def _after_fork_in_child() -> None:
-    while _forking:
-        _forking.pop()._after_fork_in_child()  # noqa: SLF001
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)

@@ -1,209 +1,240 @@
 """The tree of blocks: which stored tokens a prompt begins with.
 
-A node is one block: 1 to `block_tokens` tokens that follow its parent's. Children are kept in
-the order of their token bytes, so that the child that shares the most with a prompt stands next
-to the place where the prompt would be inserted: a look-up costs the prompt's length, however
-many entries there are. Siblings are prefix-free (a block that another one continues is replaced
-by it), hence at most one child can match whole.
+A node is one block: tokens that follow those of its parent, all of them or, where a prompt left
+the parent's tokens before their end, the first of them. What two chains share is therefore held
+once, to the token, and two children of one point never begin with the same token: a look-up goes
+down one path and costs the prompt's length, however many entries there are.
+
+On the grid (blocks of equal length, decoded as such) a block is all or nothing: its children hang
+at its end, and two of them may begin alike.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from sys import getsizeof
 from typing import TYPE_CHECKING
 
-from tokcache.state.blocks import TOKEN_BYTES, child_name, root_name
+from tokcache.state.blocks import TOKEN_BYTES, Owner, child_name, common_tokens, root_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 class Node:
-    """One block of a chain, or the root of a chain (no tokens, no parent)."""
+    """One block of a chain, or the root of a chain (no tokens, no parent).
+
+    Units: positions [start, stop); `n_after` children that follow its last token.
+    """
 
     __slots__ = (
+        "_name",
         "children",
+        "has_given_up",
         "is_dead",
         "is_queued",
+        "n_after",
         "n_bytes",
-        "name",
-        "order",
         "parent",
         "pins",
+        "priority",
         "start",
         "stop",
         "tick",
         "tokens",
+        "touched_s",
+        "used_s",
+        "written",
     )
 
-    def __init__(self, name: bytes, parent: Node | None, tokens: bytes, n_bytes: int) -> None:
-        self.name = name
+    def __init__(self, parent: Node | None, start: int, tokens: bytes, n_bytes: int) -> None:
         self.parent = parent
         self.tokens = tokens
         self.n_bytes = n_bytes
-        self.start: int = parent.stop if parent else 0
-        self.stop: int = self.start + len(tokens) // TOKEN_BYTES
-        self.children: dict[bytes, Node] = {}
-        self.order: list[bytes] = []
+        self.start = start
+        self.stop: int = start + len(tokens) // TOKEN_BYTES
+        self.children: dict[tuple[int, bytes], Node] = {}
+        self.n_after = 0
         self.pins = 0
+        self.priority = 0
         self.tick = 0
+        self.used_s = 0.0  # when it served last, and when lower tiers were told so
+        self.touched_s = 0.0
         self.is_dead = False
         self.is_queued = False
+        self.written = 0  # lower tiers that have it, or are to have it: one bit each
+        self.has_given_up = False  # its end is no entry: another chain took its place
+        self._name: bytes | None = None
+
+    @property
+    def is_end(self) -> bool:
+        """Whether a stored prefix ends here that nothing continues."""
+        return self.parent is not None and not self.n_after and not self.has_given_up
+
+    @property
+    def name(self) -> bytes:
+        """What the block is called; computed when first asked, for memory needs no names."""
+        unnamed: list[Node] = []
+        node = self
+        while node._name is None and node.parent is not None:
+            unnamed.append(node)
+            node = node.parent
+        for each in reversed(unnamed):
+            each._name = child_name(each.base, each.tokens)  # noqa: SLF001 (a node's own)
+        if self._name is None:
+            raise AssertionError("a root has its name from the start")
+        return self._name
+
+    @property
+    def base(self) -> bytes:
+        """The name of the point where the block starts."""
+        if self.parent is None:
+            raise AssertionError("a root starts nowhere")
+        return self.parent.point(self.start)
+
+    def point(self, at: int) -> bytes:
+        """Return the name of the prefix that ends at position `at` of this block."""
+        if at == self.stop:
+            return self.name
+        return child_name(self.base, self.tokens[: (at - self.start) * TOKEN_BYTES])
 
 
-# Python objects of one root: node, digest, places in dicts and list. Its names are added. Checked
-# against tracemalloc by tests/state/test_cache.py::test_names_of_scopes_are_counted.
-ROOT_BYTES = 500
+# Python objects of one root: node, places in dicts. Its names are added. Checked against
+# tracemalloc by tests/state/test_cache.py::test_names_of_scopes_are_counted.
+ROOT_BYTES = 560
 
 
-def root_bytes(fingerprint: bytes, scope: str | None) -> int:
-    """Return what the root of this fingerprint and scope costs; the caller chooses both names."""
-    return ROOT_BYTES + getsizeof(fingerprint) + getsizeof(scope)
+def root_bytes(owner: Owner) -> int:
+    """Return what the root of this owner costs; the caller chooses both names."""
+    return ROOT_BYTES + getsizeof(owner.fingerprint) + getsizeof(owner.scope)
 
 
 class Root(Node):
-    """The start of all chains of one fingerprint and scope; in use while a save extends it."""
+    """The start of all chains of one owner; in use while a save extends it.
 
-    __slots__ = ("fingerprint", "scope")
+    Units: children are told apart by the first `grain` bytes of their tokens.
+    """
 
-    def __init__(self, name: bytes, fingerprint: bytes, scope: str | None) -> None:
-        super().__init__(name, None, b"", root_bytes(fingerprint, scope))
-        self.fingerprint = fingerprint
-        self.scope = scope
+    __slots__ = ("grain", "owner")
+
+    def __init__(self, owner: Owner, grain: int) -> None:
+        super().__init__(None, 0, b"", root_bytes(owner))
+        self.owner = owner
+        self.grain = grain
+
+    @property
+    def name(self) -> bytes:
+        """The name that the chains start from."""
+        if self._name is None:
+            self._name = root_name(self.owner)
+        return self._name
 
 
 @dataclass(slots=True)
 class Match:
-    """The blocks of the longest usable prefix, from position 0 on.
+    """The blocks of the longest stored prefix, from position 0 on.
 
-    Units: `n_tokens` positions that match; the last block may reach further and be trimmed.
+    Units: `n_tokens` positions that match. A block may reach beyond the start of the next one, the
+           last one beyond `n_tokens`: what lies there belongs to other tokens.
     """
 
     nodes: list[Node] = field(default_factory=list)
     n_tokens: int = 0
 
 
-def common_tokens(left: bytes, right: bytes) -> int:
-    """Return how many leading tokens two int32 byte strings share."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:  # [0, low) is equal; each step compares half of what is left, at C speed
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low // TOKEN_BYTES
-
-
 class BlockIndex:
-    """All chains, by root; not thread-safe, the cache locks.
+    """All chains, by owner; not thread-safe, the cache locks.
 
-    Units: `block_tokens` positions; `n_leaves` chains that nothing continues.
+    Units: `block_tokens` positions of a block on the grid; `n_ends` prefixes that nothing
+           continues.
     """
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
-        self.roots: dict[bytes, Root] = {}
+        self.roots: dict[Owner, Root] = {}
         self.n_nodes = 0
-        self.n_leaves = 0
+        self.n_ends = 0
 
-    def root(self, fingerprint: bytes, scope: str | None) -> Root | None:
-        """Return the root of a fingerprint and scope, None where nothing is stored."""
-        root = self.roots.get(root_name(fingerprint, scope))
-        if root is None or root.fingerprint != fingerprint or root.scope != scope:
-            return None
-        return root
+    def grain(self, owner: Owner) -> int:
+        """Return how many bytes of tokens tell two children of one point apart."""
+        return TOKEN_BYTES * (self.block_tokens if owner.kind == "grid" else 1)
 
-    def add_root(self, fingerprint: bytes, scope: str | None) -> Root:
-        """Add the root of a fingerprint and scope and return it."""
-        name = root_name(fingerprint, scope)
-        root = self.roots[name] = Root(name, fingerprint, scope)
+    def root(self, owner: Owner) -> Root | None:
+        """Return the root of an owner, None where nothing is stored."""
+        return self.roots.get(owner)
+
+    def add_root(self, owner: Owner) -> Root:
+        """Add the root of an owner and return it."""
+        root = self.roots[owner] = Root(owner, self.grain(owner))
         return root
 
     def remove_root(self, root: Root) -> None:
         """Take out a root that has no chains."""
         if root.children:
             raise AssertionError("only an empty root can be removed")
-        del self.roots[root.name]
+        del self.roots[root.owner]
         root.is_dead = True
 
-    def longest(self, root: Root, tokens: bytes, *, is_whole: bool) -> Match:
-        """Return the longest usable prefix of `tokens`.
-
-        `is_whole` leaves out a last block that would have to be trimmed.
-        """
-        match, node = Match(), self._full_child(root, tokens)
-        last: Node = root
+    def longest(self, root: Root, tokens: bytes) -> Match:
+        """Return the longest stored prefix of `tokens`."""
+        nodes: list[Node] = []
+        node: Node | None = root
+        at, grain = 0, root.grain
         while node is not None:
-            match.nodes.append(node)
-            last = node
-            node = self._full_child(node, tokens)
-        match.n_tokens = last.stop
-        if not is_whole:
-            self._add_partial(match, last, tokens)
-        return match
+            offset = at * TOKEN_BYTES
+            node = node.children.get((at, tokens[offset : offset + grain]))
+            if node is None:
+                break
+            nodes.append(node)
+            if tokens.startswith(node.tokens, offset):
+                at = node.stop
+            else:
+                at += common_tokens(node.tokens, tokens[offset : offset + len(node.tokens)])
+        return Match(nodes, at)
 
-    def _rest(self, node: Node, tokens: bytes) -> bytes:
-        start = node.stop * TOKEN_BYTES
-        return tokens[start : start + self.block_tokens * TOKEN_BYTES]
+    def child(self, root: Root, parent: Node, at: int, tokens: bytes) -> Node | None:
+        """Return the child at position `at` of `parent` that stands in the way of `tokens`."""
+        return parent.children.get((at, tokens[: root.grain]))
 
-    def _full_child(self, node: Node, tokens: bytes) -> Node | None:
-        rest = self._rest(node, tokens)
-        child = node.children.get(rest)
-        if child is not None or not node.order:
-            return child
-        # The one key that is a prefix of the rest is the largest that is not above it.
-        place = bisect_left(node.order, rest)
-        if place and rest.startswith(node.order[place - 1]):
-            return node.children[node.order[place - 1]]
-        return None
-
-    def _add_partial(self, match: Match, node: Node, tokens: bytes) -> None:
-        rest = self._rest(node, tokens)
-        place = bisect_left(node.order, rest)
-        whole = tuple(match.nodes)
-        for key in node.order[max(place - 1, 0) : place + 1]:
-            reach = node.stop + common_tokens(key, rest)
-            if reach > match.n_tokens:
-                match.nodes = [*whole, node.children[key]]
-                match.n_tokens = reach
-
-    def add(self, parent: Node, tokens: bytes, n_bytes: int) -> Node:
-        """Add a block after `parent` and return it."""
-        node = Node(child_name(parent.name, tokens), parent, tokens, n_bytes)
-        # A parent that was a leaf hands that on to its first child.
-        self.n_leaves += bool(parent.children) or parent.parent is None
-        parent.children[tokens] = node
-        insort(parent.order, tokens)
+    def add(self, root: Root, parent: Node, at: int, tokens: bytes, n_bytes: int) -> Node:
+        """Add a block that follows position `at` of `parent`, and return it."""
+        node = Node(parent, at, tokens, n_bytes)
+        if at == parent.stop:
+            # A prefix that nothing continued hands that on to what continues it.
+            self.n_ends -= parent.is_end
+            parent.n_after += 1
+        parent.children[at, tokens[: root.grain]] = node
+        self.n_ends += 1
         self.n_nodes += 1
         return node
 
-    def covering(self, parent: Node, tokens: bytes) -> Node | None:
-        """Return the child that begins with `tokens`, if there is one."""
-        place = bisect_left(parent.order, tokens)
-        if place < len(parent.order) and parent.order[place].startswith(tokens):
-            return parent.children[parent.order[place]]
-        return None
-
-    def superseded(self, parent: Node, tokens: bytes) -> Node | None:
-        """Return the child that `tokens` continues, if there is one."""
-        place = bisect_left(parent.order, tokens)
-        if place and tokens.startswith(parent.order[place - 1]):
-            return parent.children[parent.order[place - 1]]
-        return None
-
     def remove(self, node: Node) -> None:
-        """Take a leaf out of the tree."""
+        """Take out a block that has no children."""
         parent = node.parent
         if parent is None or node.children:
             raise AssertionError("only a leaf can be removed")
-        del parent.children[node.tokens]
-        del parent.order[bisect_left(parent.order, node.tokens)]
+        key = (node.start, node.tokens[: self._root_of(node).grain])
+        del parent.children[key]
         node.is_dead = True
         self.n_nodes -= 1
-        self.n_leaves -= bool(parent.children) or parent.parent is None
+        self.n_ends -= node.is_end
+        was_end = parent.is_end
+        parent.n_after -= node.start == parent.stop
+        parent.has_given_up &= bool(parent.children)
+        self.n_ends += parent.is_end - was_end
+
+    def give_up(self, node: Node) -> None:
+        """Let the end of a block that others branch off from be no entry any more."""
+        self.n_ends -= node.is_end
+        node.has_given_up = True
+
+    def _root_of(self, node: Node) -> Root:
+        step: Node = node
+        while step.parent is not None:
+            step = step.parent
+        if not isinstance(step, Root):
+            raise AssertionError("a chain without a root")  # noqa: TRY004 (no argument is wrong)
+        return step
 
     def below(self, node: Node) -> Iterator[Node]:
         """Yield every block below `node`, children before their parents."""
@@ -224,34 +255,35 @@ class BlockIndex:
         nodes = list(self.nodes())
         if len(nodes) != self.n_nodes or len(set(map(id, nodes))) != self.n_nodes:
             raise AssertionError(f"{self.n_nodes} blocks counted, {len(nodes)} found")
-        if sum(not node.children for node in nodes) != self.n_leaves:
-            raise AssertionError("leaves miscounted")
-        for root in self.roots.values():
-            if root.is_dead or root.name != root_name(root.fingerprint, root.scope):
-                raise AssertionError("a dead or misnamed root")
+        if sum(node.is_end for node in nodes) != self.n_ends:
+            raise AssertionError("ends miscounted")
+        for owner, root in self.roots.items():
+            if root.is_dead or root.owner != owner or root.grain != self.grain(owner):
+                raise AssertionError("a dead or misfiled root")
             if not (root.children or root.pins):
                 raise AssertionError("an empty root that nobody uses")
-            if root.n_bytes < len(root.fingerprint) + len(root.scope or ""):
-                raise AssertionError("a root's names are not counted")
-        for node in [*self.roots.values(), *nodes]:
-            self._check_children(node)
+            for node in [root, *self.below(root)]:
+                self._check_node(root, node)
 
-    def _check_children(self, node: Node) -> None:
-        if node.order != sorted(node.children) or len(node.order) != len(node.children):
-            raise AssertionError("children out of order")
-        for left, right in zip(node.order, node.order[1:], strict=False):
-            if right.startswith(left):
-                raise AssertionError("a sibling continues another")
-        for key, child in node.children.items():
-            self._check_node(node, key, child)
+    def _check_node(self, root: Root, node: Node) -> None:
+        if node.n_after != sum(child.start == node.stop for child in node.children.values()):
+            raise AssertionError("children miscounted")
+        if node.is_dead or node.pins < 0 or (node.has_given_up and not node.children):
+            raise AssertionError("a dead block, or one with impossible pins")
+        if node.parent is not None and node.stop <= node.start:
+            raise AssertionError("a block without tokens")
+        for (at, head), child in node.children.items():
+            if child.start != at or child.tokens[: root.grain] != head or child.parent is not node:
+                raise AssertionError("a block is filed in another's place")
+            if not (node.start < at <= node.stop or at == node.stop == 0):
+                raise AssertionError("a block follows a point that its parent does not hold")
+            self._check_place(root, node, child)
 
-    def _check_node(self, parent: Node, key: bytes, node: Node) -> None:
-        n_tokens = len(key) // TOKEN_BYTES
-        if node.tokens != key or node.parent is not parent or node.is_dead:
-            raise AssertionError("a block is filed under other tokens")
-        if node.start != parent.stop or node.stop - node.start != n_tokens:
-            raise AssertionError("a chain has a gap")
-        if not 1 <= n_tokens <= self.block_tokens or node.pins < 0:
-            raise AssertionError("a block of impossible length or pins")
-        if node.name != child_name(parent.name, key):
-            raise AssertionError("a block has another block's name")
+    def _check_place(self, root: Root, node: Node, child: Node) -> None:
+        if root.owner.kind == "grid":
+            if child.start != node.stop or len(child.tokens) != root.grain:
+                raise AssertionError("a block off the grid")
+        elif child.start < node.stop:
+            offset = (child.start - node.start) * TOKEN_BYTES
+            if child.tokens[:TOKEN_BYTES] == node.tokens[offset : offset + TOKEN_BYTES]:
+                raise AssertionError("a block begins as its parent goes on")

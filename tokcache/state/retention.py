@@ -1,20 +1,32 @@
-"""Which block goes when room is needed: the leaf that was used longest ago."""
+"""Which state goes when room is needed: of the lowest priority, the one used longest ago."""
 
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from tokcache.state.index import Node
+    from collections.abc import Iterable, Sized
 
 _MIN_HEAP = 64
 
 
-class LeastRecentLeaf:
-    """LRU over the leaves of the tree; not thread-safe, the cache locks.
+class Held(Protocol):
+    """What can be evicted: a block, or the state of a whole prefix (it never has children)."""
+
+    pins: int
+    priority: int
+    tick: int
+    is_dead: bool
+    is_queued: bool
+
+    @property
+    def children(self) -> Sized:
+        """What depends on it: it stays as long as there is any."""
+
+
+class Retention:
+    """Priority, then LRU, leaves first; not thread-safe, the cache locks.
 
     A block is never less recent than those below it, so taking leaves first takes the least
     recent first too. Each block has at most one place in the heap; one that was used meanwhile,
@@ -25,47 +37,47 @@ class LeastRecentLeaf:
 
     def __init__(self) -> None:
         self._clock = 0
-        self._heap: list[tuple[int, int, Node]] = []
+        self._heap: list[tuple[int, int, int, Held]] = []
         self._compact_at = _MIN_HEAP
 
-    def use(self, nodes: Iterable[Node]) -> None:
-        """Note that these blocks serve a request now."""
+    def use(self, held: Iterable[Held]) -> None:
+        """Note that these serve a request now."""
         self._clock += 1
-        for node in nodes:
-            node.tick = self._clock
+        for each in held:
+            each.tick = self._clock
 
-    def watch(self, node: Node) -> None:
-        """Note that `node` is a leaf and may become a victim."""
-        if not node.is_queued and not node.is_dead:
-            node.is_queued = True
-            heapq.heappush(self._heap, (node.tick, id(node), node))
+    def watch(self, held: Held) -> None:
+        """Note that `held` has no children and may become a victim."""
+        if not held.is_queued and not held.is_dead:
+            held.is_queued = True
+            heapq.heappush(self._heap, (held.priority, held.tick, id(held), held))
             if len(self._heap) > self._compact_at:
                 self._compact()
 
     def _compact(self) -> None:
         # Blocks that were removed otherwise than as victims would stay here for ever.
-        self._heap = [item for item in self._heap if not item[2].is_dead]
+        self._heap = [item for item in self._heap if not item[3].is_dead]
         heapq.heapify(self._heap)
         self._compact_at = max(_MIN_HEAP, 2 * len(self._heap))
 
-    def victim(self) -> Node | None:
-        """Return the least recent leaf that nobody uses, None if there is none."""
-        in_use: list[Node] = []
+    def victim(self) -> Held | None:
+        """Return the first that may go, None if all are in use."""
+        in_use: list[Held] = []
         found = self._next(in_use)
-        for node in in_use:
-            self.watch(node)
+        for held in in_use:
+            self.watch(held)
         return found
 
-    def _next(self, in_use: list[Node]) -> Node | None:
+    def _next(self, in_use: list[Held]) -> Held | None:
         while self._heap:
-            tick, _, node = heapq.heappop(self._heap)
-            node.is_queued = False
-            if node.is_dead or node.children:
+            priority, tick, _, held = heapq.heappop(self._heap)
+            held.is_queued = False
+            if held.is_dead or held.children:
                 continue  # gone, or a leaf no more: watched again when it becomes one
-            if tick != node.tick:
-                self.watch(node)
-            elif node.pins:
-                in_use.append(node)
+            if (priority, tick) != (held.priority, held.tick):
+                self.watch(held)
+            elif held.pins:
+                in_use.append(held)
             else:
-                return node
+                return held
         return None

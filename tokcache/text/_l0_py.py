@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _Key = tuple[str, str | None]
+_Row = tuple[str, bool, TokenIds, str | None]
 
 # A dict slot and a list slot each for _Map and its base, the key tuple, the entry object.
 _ENTRY_BYTES = 560
@@ -61,6 +62,11 @@ class _Map(cachetools.Cache[_Key, "_Entry"]):
     def evict(self, rng: random.Random, sample_size: int) -> None:
         drawn = [rng.choice(self.keys_dense) for _ in range(sample_size)]
         del self[min(drawn, key=lambda key: self[key].tick)]
+
+
+def _n_bytes(key: _Key, ids: TokenIds) -> int:
+    n_bytes = sys.getsizeof(key[0]) + 4 * len(ids) + _ENTRY_BYTES
+    return n_bytes + (sys.getsizeof(key[1]) if key[1] is not None else 0)
 
 
 def _exact_str(text: object) -> str:
@@ -126,8 +132,7 @@ class L0Cache:
         """Store `ids` for `text` in `scope`; return False if it is larger than the budget."""
         key = (_exact_str(text), _exact_scope(scope))
         own = TokenIds(memoryview(TokenIds(ids)))  # a slice would keep all it was cut from
-        n_bytes = sys.getsizeof(key[0]) + 4 * len(own) + _ENTRY_BYTES
-        n_bytes += sys.getsizeof(key[1]) if key[1] is not None else 0
+        n_bytes = _n_bytes(key, own)
         with self._lock:
             target = self._maps[bool(add_special_tokens)]
             if key in target:
@@ -150,6 +155,41 @@ class L0Cache:
     def _evict_from(self, larger: _Map) -> None:
         larger.evict(self._rng, self.sample_size)
         self._evictions += 1
+
+    def held(self) -> list[_Row]:
+        """Return (text, add_special_tokens, ids, scope) of every entry, the last used first."""
+        with self._lock:
+            found = [
+                (entry.tick, (text, bool(which), entry.ids, scope))
+                for which, one in enumerate(self._maps)
+                for (text, scope), entry in one.items()
+            ]
+        return [row for _, row in sorted(found, key=lambda pair: -pair[0])]
+
+    def fill(self, rows: Iterable[_Row]) -> tuple[int, int]:
+        """Store entries as `held` returns them, as far as nothing must go for them.
+
+        They count as older than all that is held. Return how many were stored, and how many were
+        there.
+        """
+        n_stored = n_there = 0
+        with self._lock:
+            tick = min((entry.tick for one in self._maps for entry in one.values()), default=1)
+            for text, add_special_tokens, ids, scope in rows:
+                tick -= 1
+                key = (_exact_str(text), _exact_scope(scope))
+                own = TokenIds(memoryview(TokenIds(ids)))
+                n_bytes = _n_bytes(key, own)
+                target = self._maps[bool(add_special_tokens)]
+                n_there += key in target
+                if key not in target and self._has_room(n_bytes):
+                    target[key] = _Entry(own, tick, 0, n_bytes)
+                    n_stored += 1
+            self._insertions += n_stored
+        return n_stored, n_there
+
+    def _has_room(self, n_bytes: int) -> bool:
+        return len(self) < self.max_entries and self.memory_usage() + n_bytes <= self.max_bytes
 
     def __len__(self) -> int:
         return len(self._maps[0]) + len(self._maps[1])

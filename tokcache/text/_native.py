@@ -18,7 +18,7 @@ def _is_switched_off() -> bool:
 def is_native() -> bool:
     """Return whether the compiled modules are there and not switched off."""
     return not _is_switched_off() and all(
-        find_spec(f"tokcache.text.{name}") is not None for name in ("_token_ids", "_l0")
+        find_spec(f"tokcache.text.{name}") is not None for name in ("_token_ids", "_l0", "_l1")
     )
 
 

@@ -9,14 +9,16 @@ answers are not stored.
 
 from __future__ import annotations
 
-import json
+import os
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
 from tokcache.errors import TokcacheError
+from tokcache.text.layout import Layout, learn
 
 # The components that decide ids; the decoder is copied too, but none of the proof rests on it.
 ENCODING_PARTS = ("normalizer", "pre_tokenizer", "post_processor")
@@ -61,17 +63,15 @@ class Engine(Protocol):
     """Encodes texts whole: no truncation, no padding.
 
     `reason` is None where a text has one encoding that may be kept, else why it may not.
-    `has_zero_type_ids` says that the type ids of a single text are all 0.
     """
 
     reason: str | None
-    has_zero_type_ids: bool
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Return the ids of every text."""
 
-    def encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
-        """Return the Encoding objects of every text, with offsets."""
+    def layout(self, n_texts: int, add_special_tokens: bool) -> Layout | None:
+        """Return what stands around the ids of one or two texts, None if that is not known."""
 
 
 class HuggingFaceEngine:
@@ -89,30 +89,130 @@ class HuggingFaceEngine:
         own.no_padding()
         own.encode_special_tokens = encode_special_tokens
         self._tokenizer = own
-        self.has_zero_type_ids = _has_zero_type_ids(own.post_processor)
+        self._layouts: dict[tuple[int, bool], Layout | None] = {}
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Return the ids of every text."""
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
-    def encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
-        """Return the Encoding objects of every text, with offsets."""
-        return self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+    def layout(self, n_texts: int, add_special_tokens: bool) -> Layout | None:
+        """Return what stands around the ids of one or two texts, None if that is not known."""
+        key = n_texts, add_special_tokens
+        if key not in self._layouts:
+            self._layouts[key] = _learn(self._tokenizer, n_texts, add_special_tokens)
+        return self._layouts[key]
+
+    def encodings(
+        self,
+        inputs: Sequence[Any],
+        add_special_tokens: bool,
+        truncation: dict[str, Any] | None,
+        padding: dict[str, Any] | None,
+    ) -> list[Encoding]:
+        """Return the Encoding objects of texts or pairs, truncated and padded."""
+        own = self._tokenizer
+        if truncation is not None or padding is not None:
+            own = _same_model(own)
+            if truncation is not None:
+                own.enable_truncation(**truncation)
+            if padding is not None:
+                own.enable_padding(**padding)
+        return own.encode_batch(inputs, add_special_tokens=add_special_tokens)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The private copy; to be looked at, never changed."""
+        return self._tokenizer
+
+
+class PartEncoder:
+    """Encodes parts of texts with the components of one variant, many in one call.
+
+    Parts are joined by an added token of our own, which nobody can guess: what stands between two
+    of them is encoded by itself, and its ids are those between two separators.
+
+    Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock.
+    """
+
+    def __init__(self, source: Tokenizer, normalizer: str, pre_tokenizer: str) -> None:
+        own = _same_model(source, normalizer=normalizer, pre_tokenizer=pre_tokenizer)
+        own.no_truncation()
+        own.no_padding()
+        self.between = _add_separator(own)
+        self.separator: int = own.token_to_id(self.between)  # type: ignore[assignment]  # was added
+        self._tokenizer = own
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What encodes, with the separator among its added tokens; never changed."""
+        return self._tokenizer
+
+    def encode(self, parts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of all parts, in order, in groups with `separator` between two parts."""
+        groups = [self.between.join(group) for group in _groups(parts)]
+        found = self._tokenizer.encode_batch_fast(groups, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def encode_apart(self, parts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of every part, each encoded as a text of its own."""
+        found = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+
+def _add_separator(own: Tokenizer) -> str:
+    """Add a token that no text of others can hold, with an id that no token of the model has."""
+    edge = free_edge(added_tokens(own))
+    first = max(max(own.get_added_tokens_decoder(), default=-1) + 1, _n_model_tokens(own))
+    n_taken = 0  # ids with gaps: the model has some of those that come next
+    while own.model.id_to_token(first + n_taken) is not None:
+        n_taken += 1
+    names = [f"{edge}{secrets.token_hex(8)}{edge}" for _ in range(n_taken + 1)]
+    own.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+    return names[-1]
+
+
+def free_edge(added: list[Any]) -> str | None:
+    """Return a character that no added token has: none can take the edge of a separator."""
+    contents = [token.content for token in added]
+    return next((edge for edge in _EDGES if not any(edge in one for one in contents)), None)
+
+
+_EDGES = "\x1c\x1d\x1e\x1f"  # neither a word's nor white space to the library
+_GROUP_CHARS = 4096  # below, a second thread costs more than it brings
+_GROUP_PARTS = 64  # more make tokenizers slower, on one core, too
+_N_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _groups(parts: Sequence[str]) -> list[Sequence[str]]:
+    """Share parts out to threads, about the same number of characters each."""
+    n_chars = sum(map(len, parts))
+    for_threads = min(4 * _N_CPUS, n_chars // _GROUP_CHARS) if _N_CPUS > 1 else 1
+    n_groups = min(len(parts), max(for_threads, len(parts) // _GROUP_PARTS))
+    if n_groups <= 1:
+        return [parts]
+    per_group = n_chars / n_groups
+    groups: list[Sequence[str]] = []
+    start, seen = 0, 0
+    for index, part in enumerate(parts):
+        seen += len(part)
+        if seen >= per_group * (len(groups) + 1):
+            groups.append(parts[start : index + 1])
+            start = index + 1
+    if start < len(parts):
+        groups.append(parts[start:])
+    return groups
 
 
 class PlainEngine:
     """The tokenizer itself, through `call`; what it returns is not stored, for `reason`."""
 
-    has_zero_type_ids = False
-
     def __init__(self, reason: str, call: Callable[[Sequence[str], bool], list[list[int]]]) -> None:
         self.reason: str | None = reason
         self.encode = call
 
-    def encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
-        """Refuse: who holds a reason asks the tokenizer."""
-        raise NotImplementedError(self.reason, texts, add_special_tokens)
+    def layout(self, _n_texts: int, _add_special_tokens: bool) -> None:
+        """Return None: nothing is known of what others may change."""
 
 
 def why_random(model: Any) -> str | None:
@@ -126,11 +226,15 @@ def why_random(model: Any) -> str | None:
     return None
 
 
+def _n_model_tokens(tokenizer: Tokenizer) -> int:
+    return tokenizer.get_vocab_size(with_added_tokens=False)
+
+
 def signature(tokenizer: Tokenizer, part: str) -> object:
     """Return a value that differs after any change in place of that component, or of "model"."""
     if part == "model":
         model = tokenizer.model
-        n_tokens = tokenizer.get_vocab_size(with_added_tokens=False)  # trained behind a handle
+        n_tokens = _n_model_tokens(tokenizer)  # trained behind a handle
         settings = (getattr(model, name, None) for name in _MODEL_SETTINGS)
         return (type(model), n_tokens, *settings)
     return component_state(getattr(tokenizer, part))
@@ -162,9 +266,11 @@ def copy_tokenizer(source: Tokenizer) -> Tokenizer:
     return own
 
 
-def _same_model(source: Tokenizer) -> Tokenizer:
+def _same_model(source: Tokenizer, **instead: str) -> Tokenizer:
+    """Return a tokenizer with the model of `source` and its components, or those given as JSON."""
     # Components are copied as JSON: not every one of them can be unpickled (Precompiled).
     states = {part: component_state(getattr(source, part)).decode() for part in ENCODING_PARTS}
+    states |= instead
     own = Tokenizer.from_str(_without_model(states, _decoder_state(source)))
     own.model = source.model
     if own.decoder is None and source.decoder is not None:
@@ -227,16 +333,25 @@ def _outcome(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> objec
     # `encode`, not a batch: a batch starts threads, and after that forked children stay serial.
     try:
         found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except Exception as error:  # noqa: BLE001 (a tokenizer without unk raises bare Exception)
+    except BaseException as error:  # a tokenizer without unk raises bare Exception
+        if not is_of_library(error):
+            raise
         return str(error)
     return found.ids, found.type_ids
+
+
+def is_of_library(error: BaseException) -> bool:
+    """Return whether an encoder failed by itself; a panic in Rust is no Exception."""
+    return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError)
 
 
 def _probe_texts(tokenizer: Tokenizer) -> list[str]:
     added = added_tokens(tokenizer)
     step = max(1, len(added) // _MAX_PROBED_TOKENS)
     around = [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in added[::step]]
-    return [*_PROBES, *around, *_normalized_contents(tokenizer, added)]
+    # All of them: one that was special once is skipped as long as special ones are.
+    together = [" ".join(t.content for t in added)] if tokenizer.encode_special_tokens else []
+    return [*_PROBES, *around, *together, *_normalized_contents(tokenizer, added)]
 
 
 def _normalized_contents(tokenizer: Tokenizer, added: list[Any]) -> list[str]:
@@ -246,15 +361,10 @@ def _normalized_contents(tokenizer: Tokenizer, added: list[Any]) -> list[str]:
     return [token.content for token in added if token.normalized]
 
 
-def _has_zero_type_ids(post_processor: Any) -> bool:
-    return _is_zero(json.loads(component_state(post_processor)))
-
-
-def _is_zero(state: Any) -> bool:
-    kind = state["type"] if state else None
-    if kind == "TemplateProcessing":
-        pieces = [value for piece in state["single"] for value in piece.values()]
-        return all(value["type_id"] == 0 for value in pieces)
-    if kind == "Sequence":
-        return all(_is_zero(one) for one in state["processors"])
-    return kind in (None, "ByteLevel", "BertProcessing", "RobertaProcessing")
+def _learn(tokenizer: Tokenizer, n_texts: int, add_special_tokens: bool) -> Layout | None:
+    try:
+        return learn(tokenizer, n_texts, add_special_tokens)
+    except BaseException as error:  # a tokenizer without unk raises bare Exception
+        if not is_of_library(error):
+            raise
+        return None

@@ -1,4 +1,4 @@
-"""CachedTokenizer: L0, then the engine; shared by the faces of every kind of tokenizer.
+"""CachedTokenizer: L0, then L1, then the engine; shared by the faces of every kind of tokenizer.
 
 Everything an answer depends on hangs together in one `_Generation`: the engine, the entries it
 made and the texts it is encoding now. A change of the tokenizer starts a new generation, so an
@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -19,15 +19,23 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidText, TokcacheError
-from tokcache.stats import CacheStats, L0Stats
+from tokcache.stats import CacheStats, L0Stats, L1Stats
+from tokcache.text.cuts import plan_cuts
+from tokcache.text.engines import HuggingFaceEngine
 from tokcache.text.l0 import L0Cache
+from tokcache.text.l1 import CHARS_AT_ONCE, L1, Walk
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from tokcache.text.engines import Engine
+    from tokcache.text.warm import CacheFileReport
+
+_LONG_CHARS = 2048  # a text that L1 puts together: kept whole one time in so many
+_ADMIT_ONE_IN = 8
 
 _Key = tuple[str, bool, str | None]
 _NO_L0 = L0Stats(0, 0, 0, 0, {}, 0, 0, 0)
+_NO_L1 = L1Stats()
 
 
 class _Abandoned(TokcacheError):
@@ -43,6 +51,7 @@ class _Generation:
 
     l0: L0Cache
     engine: Engine | None = None
+    l1: L1 | None = None
     flights: dict[_Key, Future[TokenIds] | None] = field(default_factory=dict)
 
 
@@ -67,8 +76,10 @@ class CachedTokenizer:
         "_generation",
         "_guard",
         "_lock",
+        "_n_long",
         "_pool",
         "_retired",
+        "_retired_l1",
         "get",
         "guard_lock",
         "plain_lock",
@@ -78,11 +89,13 @@ class CachedTokenizer:
     _generation: _Generation
     _pool: ThreadPoolExecutor | None
     _retired: L0Stats
+    _retired_l1: L1Stats
 
     def __init__(self, config: CacheConfig | None, build_engine: Callable[[], Engine]) -> None:
         self._config = config or CacheConfig()
         self._build_engine = build_engine
         self._guard: Callable[[], None] | None = None
+        self._n_long = 0
         self._reset_after_fork()
         self._forget_counts()
         self._renew()
@@ -94,9 +107,16 @@ class CachedTokenizer:
         """The settings in force."""
         return self._config
 
+    @property
+    def l1(self) -> L1 | None:
+        """The cache of parts in force, to be looked at; None if it is switched off or can't be."""
+        generation = self.fresh()
+        self.engine(generation)
+        return generation.l1
+
     def miss(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds:
         """Return the ids of a text that `get` did not have."""
-        return self._encode_one(self._generation, _key(text, add_special_tokens, scope))
+        return self._miss(self._generation, _key(text, add_special_tokens, scope))
 
     def find(
         self, generation: _Generation, text: str, add_special_tokens: bool, scope: str | None
@@ -104,7 +124,7 @@ class CachedTokenizer:
         """Return the ids of a text under one generation, from `fresh`."""
         ids = generation.l0.get(text, add_special_tokens, scope)
         if ids is None:
-            ids = self._encode_one(generation, _key(text, add_special_tokens, scope))
+            ids = self._miss(generation, _key(text, add_special_tokens, scope))
         return ids
 
     def find_batch(
@@ -152,13 +172,16 @@ class CachedTokenizer:
         if generation.engine is None:
             with self.plain_lock:
                 if generation.engine is None:
-                    generation.engine = self._build_engine()
+                    engine = self._build_engine()
+                    generation.l1 = self._build_l1(engine)
+                    generation.engine = engine
         return generation.engine
 
     def invalidate(self) -> None:
         """Start a new generation, because the tokenizer encodes differently now."""
         with self._lock:
             self._retired = _sum(self._retired, self._generation.l0.stats())
+            self._retired_l1 = _sum_l1(self._retired_l1, self._generation.l1)
             self._counts["invalidations"] += 1
             self._renew()
 
@@ -184,6 +207,7 @@ class CachedTokenizer:
         with self._lock:
             return CacheStats(
                 l0=_sum(self._retired, self._generation.l0.stats(), self._counts["rechecks"]),
+                l1=_sum_l1(self._retired_l1, self._generation.l1),
                 encoded_texts=self._counts["texts"],
                 encoded_tokens=self._counts["tokens"],
                 encode_seconds=self._encode_seconds,
@@ -194,13 +218,45 @@ class CachedTokenizer:
 
     # ---- one text is encoded once
 
-    def _encode_one(self, generation: _Generation, key: _Key) -> TokenIds:
+    def _miss(self, generation: _Generation, key: _Key) -> TokenIds:
+        """Return the ids of a text that L0 does not hold: from known parts, else encoded."""
+        if generation.engine is None:
+            self.engine(generation)
+        l1 = generation.l1
+        if l1 is None:
+            return self._encode_one(generation, key)
+        found = l1.look(*key)
+        if isinstance(found, Walk) and l1.holds_lock and len(key[0]) <= CHARS_AT_ONCE:
+            found = self._encode_parts(l1, key, found)
+        if not isinstance(found, TokenIds):
+            return self._encode_one(generation, key, found)
+        if len(key[0]) > _LONG_CHARS:
+            # L1 has it in parts, and few come again: not worth the room before it did so often.
+            self._n_long += 1
+            if self._n_long % _ADMIT_ONE_IN:
+                return found
+        generation.l0.put(key[0], key[1], found, key[2])
+        return found
+
+    def _encode_parts(self, l1: L1, key: _Key, walk: Walk) -> TokenIds | None:
+        """Encode the missing parts of a text that nobody else can ask for meanwhile."""
+        start = perf_counter()
+        ids = l1.complete(walk, key[0], key[1])
+        if ids is not None:
+            seconds = perf_counter() - start
+            with self._lock:
+                self._counts["texts"] += 1
+                self._counts["tokens"] += len(ids)
+                self._encode_seconds += seconds
+        return ids
+
+    def _encode_one(self, generation: _Generation, key: _Key, walk: Walk | None = None) -> TokenIds:
         if self.engine(generation).reason is not None:
             return self._encode_uncached(generation, [key])[0]
         while True:
             found = self._claim(generation, key)
             if found is None:
-                return self._encode(generation, [key])[0]
+                return self._encode(generation, [key], [walk])[0]
             if isinstance(found, TokenIds):
                 return found
             try:
@@ -267,14 +323,18 @@ class CachedTokenizer:
             self._land_failed(generation, [key], error)
             raise
 
-    def _encode(self, generation: _Generation, keys: list[_Key]) -> list[TokenIds]:
-        """Encode claimed texts in one call, store them, and tell who waits for them."""
+    def _encode(
+        self, generation: _Generation, keys: list[_Key], walks: list[Walk | None] | None = None
+    ) -> list[TokenIds]:
+        """Encode claimed texts in one call, store them, and tell who waits for them.
+
+        `walks` are what L1 knows of each already, as far as it was asked.
+        """
         _, add_special_tokens, scope = keys[0]
         start = perf_counter()
         try:
-            engine = self.engine(generation)
-            encoded = engine.encode([key[0] for key in keys], add_special_tokens)
-            done = [TokenIds(ids) for ids in encoded]
+            self.engine(generation)
+            done = self._encode_new(generation, keys, walks)
             for (text, _, _), ids in zip(keys, done, strict=True):
                 generation.l0.put(text, add_special_tokens, ids, scope)
         except BaseException as error:
@@ -282,6 +342,16 @@ class CachedTokenizer:
             raise
         self._land(generation, keys, done, perf_counter() - start)
         return done
+
+    def _encode_new(
+        self, generation: _Generation, keys: list[_Key], walks: list[Walk | None] | None
+    ) -> list[TokenIds]:
+        """Encode texts: what L1 can put together by parts, all others whole in one call."""
+        l1, engine = generation.l1, self.engine(generation)
+        done = [None] * len(keys) if l1 is None else _by_parts(l1, keys, walks)
+        whole = [key[0] for key, ids in zip(keys, done, strict=True) if ids is None]
+        encoded = iter(engine.encode(whole, keys[0][1]) if whole else ())
+        return [TokenIds(next(encoded)) if ids is None else ids for ids in done]
 
     def _encode_uncached(self, generation: _Generation, keys: list[_Key]) -> list[TokenIds]:
         """Ask the plain tokenizer, which counts itself what it answers."""
@@ -318,6 +388,12 @@ class CachedTokenizer:
         )
         self._set_get()
 
+    def _build_l1(self, engine: Engine) -> L1 | None:
+        if not self._config.l1 or not isinstance(engine, HuggingFaceEngine):
+            return None
+        plan = plan_cuts(engine.tokenizer)
+        return L1(engine.tokenizer, plan, self._config, engine.encode)
+
     def _set_get(self) -> None:
         self.get = self._generation.l0.get if self._guard is None else self._guarded_get
 
@@ -331,6 +407,7 @@ class CachedTokenizer:
         self._bypasses: Counter[str] = Counter()
         self._encode_seconds = 0.0
         self._retired = _NO_L0
+        self._retired_l1 = _NO_L1
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -349,6 +426,8 @@ class CachedTokenizer:
         """In a forked child: nobody is encoding here yet, whatever the parent's threads did."""
         self._reset_after_fork()
         self._generation.flights = {}
+        if self._generation.l1 is not None:
+            self._generation.l1.after_fork()
 
 
 class WrappedTokenizer:
@@ -415,6 +494,47 @@ class WrappedTokenizer:
         """Forget every entry and all counters, and copy the tokenizer's components anew."""
         self._tokcache.clear()
 
+    def cache_dump(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        scopes: Collection[str | None] | None = None,
+        key: bytes | None = None,
+    ) -> CacheFileReport:
+        """Write what the cache holds to a file that `cache_load` of an equal tokenizer takes.
+
+        The file holds texts: only its owner may read it. `scopes` names those to write (None in
+        it is the shared one); a scoped tokenizer writes its own by default, others all. A file
+        written with a `key` is loaded with the same key alone, so that nobody else can write one.
+
+        Errors: NothingCached if this tokenizer's answers are never kept; OSError, and then what
+                was at `path` before still is.
+        Cost:   holds the interpreter lock for a copy of the parts; a server calls it in a thread.
+        """
+        from tokcache.text import warm  # noqa: PLC0415 (few need it)
+
+        return warm.dump(self._tokcache, path, _scopes(scopes, self._tokcache_scope), key)
+
+    def cache_load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        scopes: Collection[str | None] | None = None,
+        key: bytes | None = None,
+    ) -> CacheFileReport:
+        """Load what `cache_dump` wrote, behind what the cache holds, as far as there is room.
+
+        `scopes` and `key` are those of `cache_dump`. Without a key, load only files that nobody
+        else can write: ids are believed as far as a checksum and a few samples show.
+
+        Errors: InvalidCacheFile if the file is damaged, of another tokenizer or wrong, MissingFile,
+                NothingCached, TokenizerChanged, OSError; nothing has changed then.
+        Cost:   a pass over the file and the encoding of a few of its texts.
+        """
+        from tokcache.text import warm  # noqa: PLC0415 (few need it)
+
+        return warm.load(self._tokcache, path, _scopes(scopes, self._tokcache_scope), key)
+
 
 _ALL: weakref.WeakSet[CachedTokenizer] = weakref.WeakSet()
 
@@ -434,6 +554,12 @@ def _key(text: str, add_special_tokens: bool, scope: str | None) -> _Key:
     return str.__str__(text), bool(add_special_tokens), scope
 
 
+def _scopes(
+    scopes: Collection[str | None] | None, own: str | None
+) -> Collection[str | None] | None:
+    return [own] if scopes is None and own is not None else scopes
+
+
 def _texts(texts: Sequence[str]) -> Sequence[str]:
     if isinstance(texts, str | bytes):
         raise InvalidText(f"texts must be a list of str, not one {type(texts).__name__}")
@@ -451,6 +577,22 @@ def _result_or_none(future: Future[TokenIds]) -> TokenIds | None:
         return future.result()
     except _Abandoned:
         return None
+
+
+def _by_parts(l1: L1, keys: list[_Key], walks: list[Walk | None] | None) -> list[TokenIds | None]:
+    """Return the ids of every text that L1 can put together, None for the others."""
+    if walks is None:
+        return [_by_parts_one(l1, key, None) for key in keys]
+    return [_by_parts_one(l1, key, walk) for key, walk in zip(keys, walks, strict=True)]
+
+
+def _by_parts_one(l1: L1, key: _Key, walk: Walk | None) -> TokenIds | None:
+    found: TokenIds | Walk | None = l1.look(*key) if walk is None else walk
+    return l1.complete(found, key[0], key[1]) if isinstance(found, Walk) else found
+
+
+def _sum_l1(old: L1Stats, l1: L1 | None) -> L1Stats:
+    return old if l1 is None else old + l1.stats()
 
 
 def _sum(old: L0Stats, now: L0Stats, n_rechecks: int = 0) -> L0Stats:

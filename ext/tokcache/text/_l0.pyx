@@ -7,6 +7,7 @@ from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from operator import itemgetter
 from os import urandom
 from sys import getsizeof
 
@@ -15,9 +16,9 @@ from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 
 from tokcache.text._table cimport (
-    N_SECRETS, OWNER_MASK, OWNER_SHIFT, SCOPE_SHIFT, WHOLE, Crowd, Entry, Key, Table, bytes_to_grow,
-    digest_of, fetch, fetch_home, find, find_crowd, insert, is_long, key_of, oldest_of, refined,
-    release_arrays, remove, reserve, sampled_of, settle, table_bytes,
+    KIND_MASK, N_SECRETS, OWNER_MASK, OWNER_SHIFT, SCOPE_SHIFT, WHOLE, Crowd, Entry, Key, Table,
+    bytes_to_grow, digest_of, fetch, fetch_home, find, find_crowd, insert, is_long, key_of,
+    oldest_of, refined, release_arrays, remove, reserve, sampled_of, settle, table_bytes,
 )
 from tokcache.text._token_ids cimport TokenIds, owner_of, sizeof_token_ids
 
@@ -29,6 +30,7 @@ cdef extern from "Python.h":
     int PyUnicode_KIND(object o)
     Py_ssize_t PyUnicode_GET_LENGTH(object o)
     bint PyUnicode_IS_COMPACT_ASCII(object o)
+    object PyUnicode_FromKindAndData(int kind, const void* data, Py_ssize_t size)
     ctypedef struct PyASCIIObject:
         pass
     void* PyObject_Malloc(size_t n)
@@ -39,6 +41,10 @@ cdef enum:
     # Who owns the bytes of a key (in an entry's meta).
     STRING = 0  # an ASCII key is the caller's own str; asked with the same object, no compare
     COPY = 1    # any other key is copied: a str may grow a second, UTF-8, copy of itself
+
+    NO_ROOM = 0  # outcomes of filling in an entry
+    STORED = 1
+    THERE = 2
 
     MAX_SCOPES = 1 << 24
     SCOPE_BYTES = 100   # of a scope beside its name: places in a dict and two lists, two ints
@@ -174,6 +180,48 @@ cdef class L0Cache:
         self.empty()
         self.reset()
 
+    def held(self):
+        """Return (text, add_special_tokens, ids, scope) of every entry, the last used first.
+
+        Cost: a copy of every text that is not ASCII.
+        """
+        cdef list columns = []
+        cdef uint32_t i
+        cdef int which
+        cdef Py_ssize_t n = 0
+        cdef const Entry* entry
+        while not columns or len(columns[0]) != len(self):  # an allocation may run other code
+            columns = [[None] * len(self) for _ in range(5)]
+        ages, texts, specials, ids, scopes = columns
+        for which in range(2):
+            for i in range(self.tables[which].capacity):
+                entry = &self.tables[which].entries[i]
+                if entry.value == NULL:
+                    continue
+                ages[n] = <uint32_t> (self.clock - self.tables[which].ticks[i])
+                texts[n] = text_of(entry)
+                specials[n] = bool(which)
+                ids[n] = <TokenIds> entry.value
+                scopes[n] = self.scope_names[entry.meta >> SCOPE_SHIFT]
+                n += 1
+        return [row[1:] for row in sorted(zip(*columns), key=itemgetter(0))]
+
+    def fill(self, rows):
+        """Store entries as `held` returns them, as far as nothing must go for them.
+
+        They count as older than all that is held. Return how many were stored, and how many were
+        there.
+        """
+        cdef uint32_t age = self.greatest_age()
+        cdef Py_ssize_t[3] n  # by outcome
+        memset(n, 0, sizeof(n))
+        for text, add_special_tokens, ids, scope in rows:
+            age += 2 if age + 1 == self.clock else 1  # as a tick, 0 marks an empty place
+            n[self.fill_one(
+                exact_str(text), add_special_tokens, owner_of(TokenIds(ids)), scope, age
+            )] += 1
+        return n[STORED], n[THERE]
+
     def __len__(self):
         return self.tables[0].n + self.tables[1].n
 
@@ -214,6 +262,54 @@ cdef class L0Cache:
         ]
 
     # ---- inside
+
+    cdef int fill_one(
+        self, str text, bint add_special_tokens, TokenIds ids, scope, uint32_t age
+    ) except -1:
+        cdef Table* table = &self.tables[add_special_tokens]
+        cdef Key key
+        cdef Entry entry
+        cdef Victim nobody
+        cdef int outcome = STORED
+        nobody.table = NULL
+        nobody.position = 0
+        if PyUnicode_GET_LENGTH(text) > MAX_UNITS:
+            return NO_ROOM
+        key_from(text, &key)
+        if scope is not None:
+            key.scope = self.enter_scope(exact_scope(scope))
+            if key.scope == 0:
+                return NO_ROOM
+        entry.digest = digest_of(table, &key)
+        if find(table, entry.digest, &key) != NULL:
+            outcome = THERE
+        elif not self.has_room(table, &key, text, ids) or self.admit(
+            table, &key, text, ids, nobody, &entry
+        ) is not None:
+            outcome = NO_ROOM
+        if outcome == STORED:
+            insert(table, &entry, self.clock - age or 1)
+            self.insertions += 1
+        elif key.scope:
+            self.leave_scope(key.scope)
+        return outcome
+
+    cdef bint has_room(self, Table* table, const Key* key, str text, TokenIds ids) noexcept:
+        """Return whether one more entry fits without another's going."""
+        cdef uint32_t owner = STRING if PyUnicode_IS_COMPACT_ASCII(text) else COPY
+        return self.tables[0].n + <Py_ssize_t> self.tables[1].n < self.max_entries and (
+            self.n_bytes() + key_bytes(owner, key.n_bytes) + value_bytes(ids.n_tokens)
+            + bytes_to_grow(table, key) <= <uint64_t> self.max_bytes
+        )
+
+    cdef uint32_t greatest_age(self) noexcept:
+        cdef uint32_t i, greatest = 0
+        cdef int which
+        for which in range(2):
+            for i in range(self.tables[which].capacity):
+                if self.tables[which].entries[i].value != NULL:
+                    greatest = max(greatest, self.clock - self.tables[which].ticks[i])
+        return greatest
 
     cdef inline void tick(self) noexcept:
         self.clock += 1
@@ -368,6 +464,13 @@ cdef class L0Cache:
             self.scope_names[number] = None
             self.free_scopes.append(number)
         return 0
+
+
+cdef object text_of(const Entry* entry):
+    """Return the text of an entry: the caller's own str, or one made of the copied bytes."""
+    if (entry.meta & OWNER_MASK) >> OWNER_SHIFT == STRING:
+        return <object> <PyObject*> (entry.key - sizeof(PyASCIIObject))
+    return PyUnicode_FromKindAndData(entry.meta & KIND_MASK, entry.key, entry.n_units)
 
 
 cdef uint64_t entry_bytes(const Entry* entry) noexcept:

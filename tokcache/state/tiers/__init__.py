@@ -1,24 +1,116 @@
-"""Where the bytes of blocks are kept; every tier has one face."""
+"""Where the bytes of states are kept below memory; every such tier has one face."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+from tokcache.errors import TokcacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from tokcache.state.blocks import Owner
+    from tokcache.stats import TierStats
 
 
-class Tier(Protocol):
-    """A store of payloads by block name.
+class Address(NamedTuple):
+    """Where a tier keeps a state.
 
-    Errors: a tier that fails raises; the cache counts it and treats it as a miss.
+    A block is addressed by what a prompt tells before the block is known: `position`, where it
+    starts; `base`, the name of the prefix before it; `slot`, the name of `base` and of the first
+    of its tokens, as many as tell two blocks that follow `base` apart. That is the index of a
+    block's children, in any tier, for any process. For the state of a whole prefix `position` is
+    its number of tokens, `base` its owner's root, `slot` its name.
     """
 
-    def get(self, name: bytes) -> memoryview | None:
-        """Return the payload of a block, None if it is not held; not a copy where possible."""
+    owner: Owner
+    position: int
+    base: bytes
+    slot: bytes
 
-    def put(self, name: bytes, payload: memoryview) -> None:
-        """Hold `payload` as the block's."""
 
-    def remove(self, name: bytes) -> None:
-        """Let the block's payload go; unknown names are fine."""
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is stored beside a payload.
 
-    def memory_usage(self) -> int:
-        """Return the bytes held."""
+    Shapes: `tokens` int32 in native order: a block's own, or all of a whole prefix.
+    """
+
+    name: bytes
+    tokens: bytes
+    n_past: int = 0
+    priority: int = 0
+
+
+class Stored(Protocol):
+    """A payload that a tier found; open until it is closed.
+
+    Errors: StateRefused where the bytes are not what was stored.
+    """
+
+    record: Record
+    n_bytes: int
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill a buffer of `n_bytes`; what it holds then is verified."""
+
+    def view(self) -> memoryview:
+        """Return the payload, verified and read-only, in no memory of this process if possible."""
+
+    def __enter__(self) -> Self:
+        """Keep it open."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+
+
+class LowerTier(Protocol):
+    """A store of states below memory, shared with other processes.
+
+    Errors: whatever goes wrong costs a miss and a counter by reason; only `read_into` and `view`
+            of what was found raise.
+    Threads: safe; after a fork, too.
+    """
+
+    label: str
+
+    def find(self, address: Address, rest: bytes) -> Stored | None:
+        """Return what is stored there; of several blocks, the one that shares most with `rest`."""
+
+    def lengths(self, owner: Owner) -> set[int]:
+        """Return the numbers of tokens of this owner's whole states."""
+
+    def write(self, address: Address, record: Record, payload: memoryview) -> bool:
+        """Store a payload; True if it is there now."""
+
+    def touch(self, addresses: Sequence[Address]) -> None:
+        """Note that these are in use."""
+
+    def remove(self, address: Address) -> None:
+        """Remove one state."""
+
+    def remove_scope(self, scope: str | None) -> int:
+        """Remove all states of a scope; return how many went."""
+
+    def clear(self) -> int:
+        """Remove everything; return how many went."""
+
+    def refuse(self, reason: str) -> None:
+        """Count a state that was not stored or not used."""
+
+    def stats(self) -> TierStats:
+        """Return the counters and what is held."""
+
+    def close(self) -> None:
+        """Let resources go; what is stored stays."""
+
+
+class StateRefused(TokcacheError):
+    """Stored bytes can't be used; the text is the reason that is counted. Stays in the cache."""

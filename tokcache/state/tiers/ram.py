@@ -6,6 +6,8 @@ The buffers of evicted blocks therefore wait for the next block of their size; t
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 Buffer = memoryview
 
 
@@ -16,36 +18,36 @@ def _new_buffer(n_bytes: int) -> Buffer:
 
 
 class RamTier:
-    """Payloads by block name, and a pool of buffers by size; not thread-safe, the cache locks.
+    """Payloads by what they belong to, and a pool of buffers; not thread-safe, the cache locks.
 
     A buffer is lent while it is being filled, or while a restore still reads what was evicted.
     """
 
     def __init__(self) -> None:
-        self._held: dict[bytes, Buffer] = {}
+        self._held: dict[Hashable, Buffer] = {}
         self._pool: dict[int, list[Buffer]] = {}
         self._lent: dict[int, Buffer] = {}
         self._n_bytes = 0
 
-    def get(self, name: bytes) -> Buffer | None:
+    def get(self, key: Hashable) -> Buffer | None:
         """Return the payload itself, None if it is not held."""
-        return self._held.get(name)
+        return self._held.get(key)
 
-    def put(self, name: bytes, payload: Buffer) -> None:
+    def put(self, key: Hashable, payload: Buffer) -> None:
         """Hold a buffer that was taken here, filled meanwhile."""
         if self._lent.pop(id(payload), None) is None:
             self._n_bytes += payload.nbytes
-        self._held[name] = payload
+        self._held[key] = payload
 
-    def remove(self, name: bytes) -> None:
+    def remove(self, key: Hashable) -> None:
         """Let the payload go into the pool."""
-        payload = self.lend(name)
+        payload = self.lend(key)
         if payload is not None:
             self.give_back(payload)
 
-    def lend(self, name: bytes) -> Buffer | None:
+    def lend(self, key: Hashable) -> Buffer | None:
         """Take a payload out of the store while somebody reads it; it still counts."""
-        payload = self._held.pop(name, None)
+        payload = self._held.pop(key, None)
         if payload is not None:
             self._lent[id(payload)] = payload
         return payload
@@ -90,8 +92,8 @@ class RamTier:
         """Return the bytes of all buffers: held, lent and waiting."""
         return self._n_bytes
 
-    def names(self) -> set[bytes]:
-        """Return the names of the blocks held."""
+    def names(self) -> set[Hashable]:
+        """Return what payloads are held for."""
         return set(self._held)
 
     def _check(self) -> None:

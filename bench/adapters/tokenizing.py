@@ -1,0 +1,155 @@
+"""What encodes prompts: tokenizers, its rivals, and tokcache over an engine, behind one face.
+
+No adapter adds the post-processor's special tokens: a rendered chat carries its own, and gigatoken
+has no switch for them. Libraries are imported when an adapter is built: one that is not installed,
+or refuses the tokenizer, is a row without figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+import tokcache
+
+SEGMENT_BYTES = 64 << 20  # fastokens' segment cache: far more than the replayed chats take
+ENGINES = {"tokcache over tokenizers": "tokenizers", "tokcache over gigatoken": "gigatoken"}
+
+
+class Unavailable(Exception):
+    """A system can't be built here; the message says why."""
+
+
+class Encoder(Protocol):
+    """What is timed: `encode` returns a sequence of ids (list, numpy array or TokenIds)."""
+
+    encode: Callable[[str], Any]
+
+
+class Tokenizers:
+    """tokenizers.Tokenizer.encode, the call most code makes."""
+
+    def __init__(self, file: Path) -> None:
+        encode = Tokenizer.from_file(str(file)).encode
+        self.encode = lambda text: encode(text, add_special_tokens=False).ids
+
+
+class TokenizersFast:
+    """tokenizers.Tokenizer.encode_batch_fast of one text: no offsets."""
+
+    def __init__(self, file: Path) -> None:
+        encode = Tokenizer.from_file(str(file)).encode_batch_fast
+        self.encode = lambda text: encode([text], add_special_tokens=False)[0].ids
+
+
+class DictOverTokenizers:
+    """A dict of whole prompts, no bound, over tokenizers."""
+
+    def __init__(self, file: Path) -> None:
+        encode: Callable[[str], list[int]] = Tokenizers(file).encode
+        known: dict[str, list[int]] = {}
+
+        def look_up(text: str) -> list[int]:
+            ids = known.get(text)
+            if ids is None:
+                ids = known[text] = encode(text)
+            return ids
+
+        self.encode: Callable[[str], Any] = look_up
+
+
+class Fastokens:
+    """fastokens.Tokenizer: `encode`, or its flat API (a numpy array, no int objects)."""
+
+    def __init__(self, file: Path, *, has_segments: bool = False, is_flat: bool = False) -> None:
+        import fastokens  # type: ignore[import-untyped]  # noqa: PLC0415 (optional)
+
+        made = fastokens.Tokenizer.from_file(str(file))
+        if has_segments:
+            made.enable_segment_cache(SEGMENT_BYTES)
+        encode, flat = made.encode, made.encode_batch_flat
+        self.encode: Callable[[str], Any] = (
+            (lambda text: np.frombuffer(flat([text])[0], np.uint32))
+            if is_flat
+            else (lambda text: encode(text).ids)
+        )
+
+
+class Gigatoken:
+    """gigatoken.Tokenizer.encode: its numpy array, or that as a list.
+
+    Of its two ways to a list (`encode(text).tolist()`, `encode_batch_list([text])[0]`) the first
+    is the faster for one prompt.
+    """
+
+    def __init__(self, file: Path, *, is_list: bool = False) -> None:
+        import gigatoken  # noqa: PLC0415 (optional)
+
+        made: Any = gigatoken.Tokenizer(file)
+        encode = made.encode
+        self.encode: Callable[[str], Any] = (
+            (lambda text: encode(text).tolist()) if is_list else encode
+        )
+
+
+class Tokcache:
+    """A wrapped tokenizers.Tokenizer; `settings` are CacheConfig's."""
+
+    def __init__(self, file: Path, **settings: Any) -> None:
+        missing = settings.keys() - {field.name for field in fields(tokcache.CacheConfig)}
+        if missing:
+            raise Unavailable(f"CacheConfig has no {', '.join(sorted(missing))}")
+        config = tokcache.CacheConfig(**settings)
+        self.tokenizer = tokcache.wrap(Tokenizer.from_file(str(file)), config)
+        token_ids = self.tokenizer.token_ids
+        self.encode = lambda text: token_ids(text, False)
+        segments: Any = self.tokenizer.cache_stats()
+        engine = getattr(getattr(segments, "l1", None), "engine", None)
+        if engine is not None and engine != settings.get("engine", engine):
+            raise Unavailable(f"its engine is {engine}: {settings['engine']} was refused")
+
+    def segment_chars(self) -> tuple[int, int, int]:
+        """Return the characters looked up, those that missed the chunks, those encoded."""
+        stats: Any = self.tokenizer.cache_stats()
+        return stats.l1.lookup_chars, stats.l1.chunk_miss_chars, stats.l1.engine_chars
+
+
+SYSTEMS: dict[str, Callable[[Path], Encoder]] = {
+    "tokenizers": Tokenizers,
+    "tokenizers, encode_batch_fast": TokenizersFast,
+    "dict over tokenizers": DictOverTokenizers,
+    "fastokens": Fastokens,
+    "fastokens, flat API": lambda file: Fastokens(file, is_flat=True),
+    "fastokens, segments": lambda file: Fastokens(file, has_segments=True),
+    "fastokens, segments, flat API": lambda f: Fastokens(f, has_segments=True, is_flat=True),
+    "gigatoken, list API": lambda file: Gigatoken(file, is_list=True),
+    "gigatoken, array API": Gigatoken,
+    "tokcache over tokenizers": lambda file: over("tokenizers", file),
+    "tokcache over gigatoken": lambda file: over("gigatoken", file),
+}
+
+
+def over(engine: str, file: Path, **settings: Any) -> Tokcache:
+    """Return tokcache with the segment cache over `engine`."""
+    return Tokcache(file, l1=True, engine=engine, **settings)
+
+
+def build(name: str, file: Path) -> Encoder:
+    """Return a new system with nothing cached; Unavailable, with the reason, if there is none."""
+    try:
+        return SYSTEMS[name](file)
+    except Unavailable:
+        raise
+    except Exception as error:  # every library raises classes of its own, some only Exception
+        raise Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+
+def n_different(encoder: Encoder, texts: list[str], expected: list[Any]) -> int:
+    """Return for how many texts the ids are not those of `expected`."""
+    pairs = zip(texts, expected, strict=True)
+    return sum(not np.array_equal(np.asarray(encoder.encode(text)), ids) for text, ids in pairs)

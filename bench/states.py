@@ -1,0 +1,277 @@
+"""The prefix-state cache: look-ups among many entries, branches of one prefix, growth, the disk.
+
+Look-up: a prompt of 8,192 tokens, the first 4,096 of which are one of 10,000 entries that share
+nothing. Branches: 50 of one prefix of 2,000 tokens, 128 tokens each, state bytes held against
+those of the unique tokens. Growth: look-ups and bytes an entry from 100 to 100,000 entries. Disk:
+a prefix of 2,048 tokens in 8 blocks of 2.4 MB, found in memory, and found in its files (in the
+system's cache) and taken into memory, against a memcpy of its bytes; they take turns. What is
+found is compared before anything is timed; a changed byte must be told. `--seals` compares
+checksums. Saving and restoring a model's state: bench restore.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import zlib
+from collections.abc import Callable
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from statistics import median
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+
+from bench import _report
+from tokcache.state.cache import PrefixStateCache
+from tokcache.state.tiers.block_file import Sealer
+from tokcache.state.tiers.disk import DiskTier
+
+MODEL = b"model"
+BLOCK = 256
+STATE_BYTES = 64  # of a block, where states are not what is measured
+BLOCK_BYTES = 2_400_000
+
+
+def save(cache: PrefixStateCache, tokens: Any, n_bytes: Callable[[int, int], int]) -> int:
+    """Save states that nobody fills."""
+    return cache.save(tokens, lambda *_: None, n_bytes, fingerprint=MODEL)
+
+
+def small(_start: int, _stop: int) -> int:
+    """Return the size of a state that is not measured."""
+    return STATE_BYTES
+
+
+def random_tokens(rng: Any, n_tokens: int) -> Any:
+    """Return ids as they would come from a tokenizer."""
+    return rng.integers(0, 150_000, n_tokens, np.int32)
+
+
+def timed(work: Callable[[], object], rounds: int) -> float:
+    """Return the median microseconds of `work`."""
+    times = []
+    for _ in range(rounds):
+        began = perf_counter_ns()
+        work()
+        times.append(perf_counter_ns() - began)
+    return median(times) / 1000
+
+
+def n_found(cache: PrefixStateCache, tokens: Any) -> int:
+    """Return how many leading tokens are held."""
+    with cache.plan(tokens, fingerprint=MODEL) as plan:
+        return plan.n_tokens
+
+
+def filled(n_entries: int, n_tokens: int, rng: Any) -> tuple[PrefixStateCache, list[Any], float]:
+    """Return a cache of that many entries, some of them, and the median us of a save."""
+    cache = PrefixStateCache(ram_bytes=1 << 40, max_entries=1 << 30, block_tokens=BLOCK)
+    kept, times = [], []
+    for n in range(n_entries):
+        tokens = random_tokens(rng, n_tokens)
+        began = perf_counter_ns()
+        assert save(cache, tokens, small) > n_tokens - 8  # some begin alike
+        times.append(perf_counter_ns() - began)
+        if n % max(n_entries // 100, 1) == 0:
+            kept.append(tokens)
+    return cache, kept, median(times) / 1000
+
+
+def lookups(rounds: int, n_entries: int) -> dict[str, float]:
+    """Time prompts of 8,192 tokens among entries of 4,096."""
+    rng = np.random.default_rng(1)
+    cache, kept, save_us = filled(n_entries, 4096, rng)
+    prompts = [np.concatenate([each, random_tokens(rng, 4096)]) for each in kept]
+    prompts_inside = [np.concatenate([p[:3000], random_tokens(rng, 5192)]) for p in prompts]
+    for prompt, inside in zip(prompts, prompts_inside, strict=True):
+        assert (n_found(cache, prompt), n_found(cache, inside)) == (4096, 3000)
+    strangers = [random_tokens(rng, 8192) for _ in range(50)]
+    assert max(n_found(cache, each) for each in strangers) < 8
+    pick = random.Random(1)
+    return {
+        "hit": timed(lambda: n_found(cache, pick.choice(prompts)), rounds),
+        "hit inside a block": timed(lambda: n_found(cache, pick.choice(prompts_inside)), rounds),
+        "miss": timed(lambda: n_found(cache, pick.choice(strangers)), rounds),
+        "save of 4,096": save_us,
+    }
+
+
+def branches() -> dict[str, float]:
+    """Return the bytes that 50 branches of one prefix hold, and those of the unique tokens."""
+    rng, token_bytes = np.random.default_rng(2), 9216
+    cache = PrefixStateCache(ram_bytes=1 << 40, max_entries=100, block_tokens=BLOCK)
+    shared = random_tokens(rng, 2000)
+    prompts = [np.concatenate([shared, random_tokens(rng, 128)]) for _ in range(50)]
+    for prompt in prompts:
+        save(cache, prompt, lambda start, stop: (stop - start) * token_bytes)
+    assert [n_found(cache, prompt) for prompt in prompts] == [2128] * 50
+    assert len(cache) == 50
+    held = cache._tier.memory_usage()
+    unique = (2000 + 50 * 128) * token_bytes
+    return {
+        "states": held,
+        "all": cache.memory_usage(),
+        "unique": unique,
+        "copies": 50 * 2128 * token_bytes,
+    }
+
+
+def growth(rounds: int, largest: int) -> list[dict[str, float]]:
+    """Time hits and count bytes from 100 entries of 512 tokens to `largest`."""
+    rows = []
+    n_entries = 100
+    while n_entries <= largest:
+        cache, kept, save_us = filled(n_entries, 512, np.random.default_rng(3))
+        assert [n_found(cache, each) for each in kept] == [512] * len(kept)
+        pick = random.Random(3)
+        hit_us = timed(partial(_hit, cache, kept, pick), rounds)
+        overhead = cache.memory_usage() / n_entries
+        rows.append({"entries": n_entries, "hit": hit_us, "save": save_us, "bytes": overhead})
+        n_entries *= 10
+    return rows
+
+
+def _hit(cache: PrefixStateCache, prompts: list[Any], pick: random.Random) -> None:
+    n_found(cache, pick.choice(prompts))
+
+
+class Files:
+    """One prefix in memory, in files, and as bare bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokens = np.arange(8 * BLOCK, dtype=np.int32)
+        self.payload = np.random.default_rng(4).integers(0, 255, BLOCK_BYTES, np.uint8)
+        self.tier = DiskTier.open(folder)
+        self.memory = self._cache(self.tier)
+        self.memory.save(self.tokens, self._read, lambda *_: BLOCK_BYTES, fingerprint=MODEL)
+        self.memory.flush()
+        self.fresh = self._cache(self.tier)
+        self.sources = [self.payload.copy() for _ in range(8)]
+        self.targets = [np.ones(BLOCK_BYTES, np.uint8) for _ in range(8)]
+
+    def _cache(self, tier: DiskTier) -> PrefixStateCache:
+        return PrefixStateCache(ram_bytes=1 << 30, block_tokens=BLOCK, disk=tier)
+
+    def _read(self, _start: int, _stop: int, buffer: memoryview) -> None:
+        np.copyto(np.frombuffer(buffer, np.uint8), self.payload)
+
+    def forget(self) -> None:
+        """Leave the prefix to the disk alone; the buffers wait for their next use."""
+        memory = self.fresh._memory
+        for node in list(memory.index.nodes()):
+            memory.remove(node)
+
+    def restore(self, cache: PrefixStateCache) -> None:
+        """Copy the prefix's blocks as an engine would."""
+
+        def load(start: int, _stop: int, payload: memoryview) -> None:
+            np.copyto(self.targets[start // BLOCK], np.frombuffer(payload, np.uint8))
+
+        with cache.plan(self.tokens, fingerprint=MODEL) as plan:
+            assert plan.restore(load) == 8 * BLOCK
+
+    def copy(self) -> None:
+        """Copy as many bytes, in as many pieces."""
+        for target, source in zip(self.targets, self.sources, strict=True):
+            np.copyto(target, source)
+
+    def compare(self) -> bool:
+        """Return whether files give the bytes that were saved, and a changed one is refused."""
+        self.forget()
+        self.restore(self.fresh)
+        is_equal = all(np.array_equal(each, self.payload) for each in self.targets)
+        file = next(iter(self.tier.files()))
+        path, place = self.tier.path / file.place, 5000
+        with path.open("r+b") as opened:
+            opened.seek(place)
+            byte = opened.read(1)
+            opened.seek(place)
+            opened.write(bytes([byte[0] ^ 1]))
+        self.forget()
+        is_told = n_found(self.fresh, self.tokens) < 8 * BLOCK
+        self.__init__(self.tier.path)  # type: ignore[misc]  # what was damaged is written anew
+        return is_equal and is_told
+
+
+def disk(rounds: int) -> dict[str, Any]:
+    """Time memcpy, memory and files in turns; return medians in us."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = Files(Path(folder) / "states")
+        is_right = files.compare()
+        times: dict[str, list[int]] = {"memcpy": [], "memory": [], "files": []}
+        for _ in range(rounds):
+            files.forget()
+            for name, work in (
+                ("memcpy", files.copy),
+                ("memory", lambda: files.restore(files.memory)),
+                ("files", lambda: files.restore(files.fresh)),
+            ):
+                began = perf_counter_ns()
+                work()
+                times[name].append(perf_counter_ns() - began)
+        return {"right": is_right} | {name: median(each) / 1000 for name, each in times.items()}
+
+
+def seals(rounds: int) -> dict[str, float]:
+    """Time checksums of one block; medians in us."""
+    data = np.random.default_rng(5).bytes(BLOCK_BYTES)
+    target = bytearray(BLOCK_BYTES)
+    plain, keyed = Sealer(), Sealer(b"k" * 32)
+    ways: dict[str, Callable[[], object]] = {
+        "memcpy": lambda: target.__setitem__(slice(None), data),
+        "XXH3, 128 bits": lambda: plain.seal(data),
+        "crc32": lambda: zlib.crc32(data),
+        "blake2b": lambda: blake2b(data).digest(),
+        "HMAC-SHA256": lambda: keyed.seal(data),
+    }
+    return {name: timed(work, rounds) for name, work in ways.items()}
+
+
+def main(argv: list[str]) -> int:
+    """Compare, then measure; exit code 1 if results differ or a bar is missed."""
+    options = _report.parser(__doc__ or "")
+    options.add_argument("--rounds", type=int, default=2000)
+    options.add_argument("--entries", type=int, default=10_000)
+    options.add_argument("--largest", type=int, default=100_000)
+    options.add_argument("--seals", action="store_true", help="compare checksums, nothing else")
+    args = options.parse_args(argv)
+    if args.seals:
+        for name, us in seals(51).items():
+            print(f"  {name:16} {us:9,.0f} us for {BLOCK_BYTES:,} bytes", flush=True)
+        return 0
+    look_up = lookups(args.rounds, args.entries)
+    for name, value in look_up.items():
+        print(f"  {name:20} {value:9.1f} us, {args.entries:,} entries of 4,096", flush=True)
+    held = branches()
+    for name, n_bytes in held.items():
+        print(f"  branches, {name:10} {n_bytes / 1e6:9.1f} MB", flush=True)
+    grown = growth(args.rounds, args.largest)
+    for row in grown:
+        print(
+            f"  {row['entries']:9,.0f} entries of 512: hit {row['hit']:6.1f} us, "
+            f"save {row['save']:6.1f} us, {row['bytes']:,.0f} bytes an entry",
+            flush=True,
+        )
+    read = disk(max(args.rounds // 40, 10))
+    for name in ("memcpy", "memory", "files"):
+        print(f"  8 blocks, {name:10} {read[name]:9,.0f} us", flush=True)
+    bars = [
+        _report.Bar("look-up of 8,192 tokens", look_up["hit"], 40, "us", is_ceiling=True),
+        _report.Bar("branches", held["states"] / held["unique"], 1.1, is_ceiling=True),
+        _report.Bar(
+            "hit at the most entries", grown[-1]["hit"] / grown[0]["hit"], 2, is_ceiling=True
+        ),
+    ]
+    figures = {
+        "environment": _report.environment("numpy", "xxhash"),
+        "lookup us": look_up,
+        "branches": held,
+        "growth": grown,
+        "disk us": read,
+        "bars": _report.show_bars(bars),
+    }
+    _report.finish(figures, args.json)
+    return 0 if read["right"] and all(bar.is_met for bar in bars) else 1

@@ -1,0 +1,1 @@
+"""What the benchmarks encode: seeded, the same for every system."""

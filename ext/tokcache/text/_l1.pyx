@@ -1,0 +1,1423 @@
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
+"""SegmentCache: the token ids of the parts of texts, found by content wherever they stand."""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memset
+
+from operator import itemgetter
+from os import urandom
+
+from tokcache.stats import L1Stats
+
+from tokcache.text._digest cimport N_SECRETS, fold, full_digest
+from tokcache.text._scan cimport (
+    AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, OPENS, OTHER, RSTRIP,
+    SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, class_behind,
+    class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
+)
+from tokcache.text._segments cimport (
+    NO_CHUNK, PENDING, SHORT_BYTES, SHORT_IDS, WAYS, MIN_SETS, Chunk, Chunks, Link, Short, Shorts,
+    add_chunk, chunk_item_bytes, chunks_bytes, find_behind, find_chunk, find_short, grow_chunks,
+    is_chunk, key_of, link_to, narrow, no_link, oldest_chunk, place_of, place_short, put_behind,
+    release_chunks, release_shorts, remove_chunk, shorts_bytes, width_of,
+)
+from tokcache.text._token_ids cimport TokenIds, ids_data, new_owner, owner_data
+
+cdef extern from "Python.h":
+    int PyUnicode_READY(object o) except -1
+    void* PyUnicode_DATA(object o)
+    int PyUnicode_KIND(object o)
+    Py_ssize_t PyUnicode_GET_LENGTH(object o)
+    object PyUnicode_Substring(object text, Py_ssize_t start, Py_ssize_t stop)
+    object PyUnicode_New(Py_ssize_t size, uint32_t max_char)
+    object PyUnicode_FromKindAndData(int kind, const void* data, Py_ssize_t size)
+    Py_ssize_t PyUnicode_CopyCharacters(
+        object to, Py_ssize_t to_start, object source, Py_ssize_t start, Py_ssize_t n
+    ) except -1
+
+cdef enum:
+    MIN_UNITS = 128        # a chunk is not cut before, but where a message opens
+    MAX_UNITS = 1024       # nor later, where there is a place
+    OPENING_UNITS = 96     # a chunk of so many ends where a message opens
+    GAP_UNITS = 64         # the greatest weight of a place
+    CHOSEN = 1 << 24       # a place of a lower rank, as one unit in 256 has, ends a chunk
+    WINDOW = 16            # units before a place that decide
+    N_SEEDS = 6            # 64-bit words of the secret that decides with them
+    LOOK_UNITS = 512       # that are searched for a token at a time
+    STORED_UNITS = 1 << 16  # a longer part, in which no place was found, is not kept
+    N_DRAWS = 8
+    SHORT_SHARE = 4        # of the budget, one part in so many is for short segments
+    NO_UNIT = 0xFFFFFFFF
+    NO_ROOM = 0            # outcomes of filling in a part
+    KEPT = 1
+    THERE = 2
+
+
+ctypedef struct Op:       # a piece of the answer
+    uint32_t unit         # the unit that will give the ids, or NO_UNIT: ids known already
+    uint32_t n            # of known ids
+
+ctypedef struct Unit:     # a part that the engine must encode
+    size_t start
+    size_t stop
+    uint32_t variant
+    uint32_t first        # its ids in `made`
+    uint32_t n
+    bint is_made
+    bint is_short
+    bint may_grow         # its neighbour may become part of it
+
+ctypedef struct Missed:   # a chunk that was not there
+    size_t start
+    size_t stop
+    uint32_t first_op
+    uint32_t stop_op
+    uint32_t first_known
+    uint32_t variant
+    uint32_t end_class
+    Link before           # the chunk before it, where that was there
+    Link behind
+
+
+ctypedef struct Ints:
+    int32_t* data
+    size_t n
+    size_t capacity
+
+
+cdef int push_ints(Ints* v, const int32_t* ids, size_t n) except -1:
+    cdef size_t capacity
+    if v.n + n > v.capacity:
+        capacity = max(2 * v.capacity, v.n + n, <size_t> 1024)
+        v.data = <int32_t*> realloc_or_raise(v.data, capacity * sizeof(int32_t))
+        v.capacity = capacity
+    if n:
+        memcpy(v.data + v.n, ids, n * sizeof(int32_t))
+    v.n += n
+    return 0
+
+
+cdef void* realloc_or_raise(void* old, size_t n_bytes) except NULL:
+    cdef void* grown = realloc(old, n_bytes)
+    if grown == NULL:
+        raise MemoryError
+    return grown
+
+
+@cython.final
+cdef class Walk:
+    """A text on its way: what of it is known, and the units that the engine must encode."""
+
+    cdef SegmentCache cache
+    cdef str text
+    cdef Text view
+    cdef uint64_t scope
+    cdef bint add_special_tokens
+    cdef int32_t serial
+    cdef uint64_t epoch        # of the cache: links of another one mean nothing
+    cdef uint32_t* run         # the chunks that the text begins with, until one is missed
+    cdef size_t n_run, run_capacity, n_run_ids
+    cdef Ints known
+    cdef Ints made
+    cdef Op* ops
+    cdef size_t n_ops, op_capacity
+    cdef size_t barrier        # pieces before it belong to other chunks
+    cdef Unit* units
+    cdef size_t n_units, unit_capacity
+    cdef Missed* missed
+    cdef size_t n_missed, missed_capacity
+    cdef uint64_t chunk_hits, chunk_miss_chars, short_hits, short_misses
+
+    def __dealloc__(self):
+        free(self.run)
+        free(self.known.data)
+        free(self.made.data)
+        free(self.ops)
+        free(self.units)
+        free(self.missed)
+
+    @property
+    def n_chars(self):
+        """Characters that the engine must encode."""
+        cdef size_t i, total = 0
+        for i in range(self.n_units):
+            total += self.units[i].stop - self.units[i].start
+        return total
+
+    def variants(self):
+        """Return which variants of the tokenizer have something to encode."""
+        cdef size_t i
+        cdef uint32_t found = 0  # one bit each
+        for i in range(self.n_units):
+            found |= 1 << self.units[i].variant
+        return [variant for variant in range(32) if found >> variant & 1]
+
+    def parts(self, uint32_t variant):
+        """Return the texts that this variant must encode, in order."""
+        cdef size_t i
+        return [
+            PyUnicode_Substring(self.text, self.units[i].start, self.units[i].stop)
+            for i in range(self.n_units) if self.units[i].variant == variant
+        ]
+
+    def joined(self, uint32_t variant, str between, CodePoints agreed):
+        """Return `parts(variant)` as one string, `between`, which is ASCII, between two.
+
+        None if some part has a character that is none of `agreed`.
+        """
+        cdef uint32_t widest = 0x7F, max_char
+        cdef Py_ssize_t n_between = PyUnicode_GET_LENGTH(between), size = -n_between, at = 0
+        cdef size_t i
+        cdef uint32_t kind
+        cdef uint8_t* data
+        cdef Unit* unit
+        for i in range(self.n_units):
+            unit = &self.units[i]
+            if unit.variant == variant:
+                if not agreed.cover_part(&self.view, unit.start, unit.stop, &max_char):
+                    return None
+                widest = max(widest, max_char)
+                size += unit.stop - unit.start + n_between
+        if size < 0:
+            return ""
+        joined = PyUnicode_New(size, widest)
+        kind = PyUnicode_KIND(joined)  # no wider than the text's own
+        data = <uint8_t*> PyUnicode_DATA(joined)
+        for i in range(self.n_units):
+            unit = &self.units[i]
+            if unit.variant == variant:
+                if at:
+                    PyUnicode_CopyCharacters(joined, at, between, 0, n_between)
+                    at += n_between
+                narrow(&self.view, unit.start, unit.stop, kind, data + at * kind)
+                at += unit.stop - unit.start
+        return joined
+
+    def take(self, uint32_t variant, list encoded, int separator):
+        """Take the ids of `parts(variant)`; return False if they are not exactly those parts.
+
+        Each of `encoded` holds some of the parts, in order, the id `separator` between two: a list
+        or a buffer of 32-bit integers.
+        """
+        cdef size_t unit = 0
+        cdef TokenIds ids
+        cdef Py_buffer view
+        for one in encoded:
+            if isinstance(one, list):
+                ids = TokenIds(one)
+                unit = self.take_group(unit, variant, ids_data(ids), ids.n_tokens, separator)
+                continue
+            PyObject_GetBuffer(one, &view, PyBUF_SIMPLE)
+            try:
+                unit = self.take_group(
+                    unit, variant, <const int*> view.buf, view.len // sizeof(int), separator
+                )
+            finally:
+                PyBuffer_Release(&view)
+        return self.next_unit(unit, variant) == self.n_units
+
+    def finish(self):
+        """Keep what was encoded and return the ids of the whole text."""
+        cdef size_t i
+        if self.text is None:
+            raise RuntimeError("finish() was called before")
+        for i in range(self.n_units):
+            if not self.units[i].is_made:
+                raise RuntimeError("finish() before every part was taken")
+        return self.cache.finish(self)
+
+    # ---- inside
+
+    cdef size_t next_unit(self, size_t unit, uint32_t variant) noexcept:
+        while unit < self.n_units and self.units[unit].variant != variant:
+            unit += 1
+        return unit
+
+    cdef size_t take_group(
+        self, size_t unit, uint32_t variant, const int* ids, size_t n, int separator
+    ) except? 0:
+        """Give the ids to the units from `unit` on; return the next, n_units + 1 if too many."""
+        cdef size_t i, start = 0
+        for i in range(n + 1):
+            if i < n and ids[i] != separator:
+                continue
+            unit = self.next_unit(unit, variant)
+            if unit >= self.n_units:
+                return self.n_units + 1
+            self.units[unit].first = <uint32_t> self.made.n
+            self.units[unit].n = <uint32_t> (i - start)
+            self.units[unit].is_made = True
+            push_ints(&self.made, <const int32_t*> ids + start, i - start)
+            start = i + 1
+            unit += 1
+        return unit
+
+    cdef void begin(self, str text, uint64_t scope, bint add_special_tokens, int32_t serial):
+        self.text = text
+        self.scope = scope
+        self.add_special_tokens = add_special_tokens
+        self.serial = serial
+        self.view.data = <const uint8_t*> PyUnicode_DATA(text)
+        self.view.n_units = PyUnicode_GET_LENGTH(text)
+        self.view.kind = PyUnicode_KIND(text)
+        self.known.n = self.made.n = 0
+        self.n_run = self.n_run_ids = self.n_ops = self.n_units = self.n_missed = self.barrier = 0
+        self.chunk_hits = self.chunk_miss_chars = 0
+        self.short_hits = self.short_misses = 0
+
+    cdef int push_run(self, uint32_t place) except -1:
+        if self.n_run == self.run_capacity:
+            self.run_capacity = max(2 * self.run_capacity, <size_t> 64)
+            self.run = <uint32_t*> realloc_or_raise(self.run, self.run_capacity * sizeof(uint32_t))
+        self.run[self.n_run] = place
+        self.n_run += 1
+        return 0
+
+    cdef int push_known(self, const int32_t* ids, size_t n) except -1:
+        push_ints(&self.known, ids, n)
+        if self.n_ops > self.barrier and self.ops[self.n_ops - 1].unit == NO_UNIT:
+            self.ops[self.n_ops - 1].n += <uint32_t> n
+            return 0
+        return self.push_op(NO_UNIT, <uint32_t> n)
+
+    cdef int push_op(self, uint32_t unit, uint32_t n) except -1:
+        if self.n_ops == self.op_capacity:
+            self.op_capacity = max(2 * self.op_capacity, <size_t> 64)
+            self.ops = <Op*> realloc_or_raise(self.ops, self.op_capacity * sizeof(Op))
+        self.ops[self.n_ops].unit = unit
+        self.ops[self.n_ops].n = n
+        self.n_ops += 1
+        return 0
+
+    cdef int push_unit(self, size_t start, size_t stop, uint32_t variant, bint is_short) except -1:
+        cdef Unit* unit
+        if self.n_units == self.unit_capacity:
+            self.unit_capacity = max(2 * self.unit_capacity, <size_t> 64)
+            self.units = <Unit*> realloc_or_raise(self.units, self.unit_capacity * sizeof(Unit))
+        unit = &self.units[self.n_units]
+        unit.start = start
+        unit.stop = stop
+        unit.variant = variant
+        unit.is_made = False
+        unit.is_short = is_short
+        unit.may_grow = False
+        self.push_op(<uint32_t> self.n_units, 0)
+        self.n_units += 1
+        return 0
+
+    cdef int push_neighbour(
+        self, size_t start, size_t stop, uint32_t variant, bint is_short
+    ) except -1:
+        """Make a unit of a missing part that need not be known by itself, or of a neighbour and it.
+
+        Those are long ones and words beyond Latin-1: few come again in a text, and between two
+        units the engine needs a separator.
+        """
+        cdef Unit* unit
+        if (
+            self.n_ops > self.barrier and self.n_units
+            and self.ops[self.n_ops - 1].unit == self.n_units - 1
+        ):
+            unit = &self.units[self.n_units - 1]
+            if unit.may_grow and unit.stop == start:
+                unit.stop = stop
+                unit.is_short = False
+                return 0
+        self.push_unit(start, stop, variant, is_short)
+        self.units[self.n_units - 1].may_grow = True
+        return 0
+
+    cdef Missed* push_missed(self) except NULL:
+        if self.n_missed == self.missed_capacity:
+            self.missed_capacity = max(2 * self.missed_capacity, <size_t> 16)
+            self.missed = <Missed*> realloc_or_raise(
+                self.missed, self.missed_capacity * sizeof(Missed)
+            )
+        self.n_missed += 1
+        self.barrier = self.n_ops
+        self.missed[self.n_missed - 1].first_op = <uint32_t> self.n_ops
+        self.missed[self.n_missed - 1].first_known = <uint32_t> self.known.n
+        return &self.missed[self.n_missed - 1]
+
+    cdef size_t n_ids(self, size_t first_op, size_t stop_op) noexcept:
+        cdef size_t i, n = 0
+        for i in range(first_op, stop_op):
+            if self.ops[i].unit == NO_UNIT:
+                n += self.ops[i].n
+            else:
+                n += self.units[self.ops[i].unit].n
+        return n
+
+    cdef void write_ids(
+        self, int32_t* into, size_t first_op, size_t stop_op, size_t first_known
+    ) noexcept:
+        cdef const int32_t* known = self.known.data + first_known
+        cdef Unit* unit
+        cdef size_t i
+        for i in range(first_op, stop_op):
+            if self.ops[i].unit == NO_UNIT:
+                memcpy(into, known, self.ops[i].n * sizeof(int32_t))
+                known += self.ops[i].n
+                into += self.ops[i].n
+            else:
+                unit = &self.units[self.ops[i].unit]
+                memcpy(into, self.made.data + unit.first, unit.n * sizeof(int32_t))
+                into += unit.n
+
+
+@cython.final
+cdef class SegmentCache:
+    """The ids of the parts of texts, cut as `plan` (a CutPlan) says.
+
+    Units:   `max_bytes` bytes: keys, ids and tables.
+    Cost:    a known text is one compare and one copy of its ids a part; an unknown part is
+             scanned once. Nothing is allocated but the answer.
+    Threads: safe under the interpreter lock.
+    Source:  content-defined chunks: FastCDC (Xia et al., USENIX ATC 2016).
+    """
+
+    cdef readonly uint64_t max_bytes
+    cdef readonly bint uses_shorts
+    cdef Plan plan
+    cdef uint32_t n_variants
+    cdef Chunks chunks
+    cdef Shorts shorts
+    cdef uint64_t[N_SECRETS] secret
+    cdef uint64_t[N_SEEDS] seed
+    cdef uint64_t rng
+    cdef uint32_t clock
+    cdef Link head             # the chunk that a text began with last
+    cdef uint64_t epoch        # changes when all chunks go
+    cdef int32_t serial
+    cdef object prefixes       # by add_special_tokens: TokenIds or None
+    cdef object suffixes
+    cdef Walk spare
+    cdef uint8_t* scratch
+    cdef size_t scratch_bytes
+    cdef uint64_t hits, misses, chunk_hits, chunk_misses, lookup_chars, chunk_miss_chars
+    cdef uint64_t short_hits, short_misses, engine_chars, engine_tokens, tokens
+    cdef uint64_t insertions, evictions
+    cdef dict refusals
+
+    def __cinit__(self, plan, max_bytes, uses_shorts=True):
+        cdef bytes random = urandom(8 * N_SECRETS + 8)
+        self.max_bytes = max_bytes
+        self.uses_shorts = uses_shorts
+        memcpy(&self.secret[0], <const char*> random, 8 * N_SECRETS)
+        memcpy(&self.rng, <const char*> random + 8 * N_SECRETS, 8)
+        self.cut_seed = urandom(8 * N_SEEDS)
+        self.head = no_link()
+        self.n_variants = len(plan.variants)
+        read_plan(&self.plan, plan)
+        affixes = [(TokenIds(a[0]), TokenIds(a[1])) if a else (None, None) for a in plan.affixes]
+        self.prefixes = tuple([a[0] for a in affixes])
+        self.suffixes = tuple([a[1] for a in affixes])
+        self.refusals = {}
+
+    def __init__(self, plan, max_bytes, uses_shorts=True):
+        pass
+
+    def __dealloc__(self):
+        release_chunks(&self.chunks)
+        release_shorts(&self.shorts)
+        free(self.plan.nodes)
+        free(self.plan.tokens)
+        free(self.scratch)
+
+    def look(self, str text, bint add_special_tokens, uint64_t scope):
+        """Return the ids of `text` if every part is known, a Walk if some are to be encoded.
+
+        None, counted by reason, if the text can't be cut with proof.
+        """
+        cdef Walk walk
+        PyUnicode_READY(text)
+        if self.prefixes[add_special_tokens] is None:
+            return self.refuse("post_processor")
+        if PyUnicode_GET_LENGTH(text) >= 1 << 31:
+            return self.refuse("too_long")
+        walk = self.spare
+        self.spare = None
+        if walk is None:
+            walk = Walk.__new__(Walk)
+            walk.cache = self
+        self.serial = self.serial + 1 if self.serial < 0x7FFFFFF0 else 1
+        walk.begin(text, scope, add_special_tokens, self.serial)
+        walk.epoch = self.epoch
+        if not self.follow(walk):
+            walk.text = None
+            self.spare = walk
+            return None
+        if walk.n_units or walk.n_missed:
+            if walk.n_units == 0:
+                return self.finish(walk)
+            return walk
+        return self.answer(walk)
+
+    def clear(self):
+        """Forget every part and set the counters to zero."""
+        self.forget_chunks()
+        release_shorts(&self.shorts)
+        self.hits = self.misses = self.chunk_hits = self.chunk_misses = self.lookup_chars = 0
+        self.chunk_miss_chars = self.short_hits = self.short_misses = self.engine_chars = 0
+        self.engine_tokens = self.tokens = self.insertions = self.evictions = 0
+        self.refusals = {}
+
+    def memory_usage(self):
+        """Return the bytes held: keys, ids and tables."""
+        return self.n_bytes()
+
+    def stats(self):
+        """Return a snapshot of the counters."""
+        return L1Stats(
+            hits=self.hits,
+            misses=self.misses,
+            chunk_hits=self.chunk_hits,
+            chunk_misses=self.chunk_misses,
+            short_hits=self.short_hits,
+            short_misses=self.short_misses,
+            lookup_chars=self.lookup_chars,
+            chunk_miss_chars=self.chunk_miss_chars,
+            engine_chars=self.engine_chars,
+            engine_tokens=self.engine_tokens,
+            tokens=self.tokens,
+            insertions=self.insertions,
+            evictions=self.evictions,
+            refusals=dict(self.refusals),
+            n_chunks=self.chunks.n,
+            n_shorts=self.shorts.n,
+            n_bytes=self.n_bytes(),
+        )
+
+    def cut(self, str text, bint fine):
+        """Return the parts of `text` as (start, stop, is_token); for people and tests."""
+        cdef Walk walk = Walk.__new__(Walk)
+        cdef size_t p = 0, end
+        cdef uint32_t end_class
+        walk.cache = self
+        walk.begin(text, 0, False, 0)
+        found = []
+        while p < walk.view.n_units:
+            if not self.chunk_end(&walk.view, p, &end, &end_class):
+                return None
+            if not fine:
+                found.append((p, end, False))
+            elif self.scan(walk, p, end, 0, found) == 0:
+                return None
+            p = end
+        return found
+
+    # ---- to be kept elsewhere and brought back
+
+    @property
+    def cut_seed(self):
+        """The secret that chooses where chunks end: with another one, others are looked up."""
+        return (<const char*> &self.seed[0])[:8 * N_SEEDS]
+
+    @cut_seed.setter
+    def cut_seed(self, bytes seed):
+        if len(seed) != 8 * N_SEEDS:
+            raise ValueError(f"a cut seed has {8 * N_SEEDS} bytes, not {len(seed)}")
+        memcpy(&self.seed[0], <const char*> seed, 8 * N_SEEDS)
+
+    def held_chunks(self):
+        """Return (text, ids, scope, variant, end_class, is_tail) of every chunk, newest first."""
+        cdef list columns = []
+        cdef uint32_t i
+        cdef const Chunk* one
+        while not columns or len(columns[0]) != self.chunks.n:  # an allocation may run other code
+            columns = [[None] * self.chunks.n for _ in range(7)]
+        ages, texts, ids, scopes, variants, end_classes, tails = columns
+        for i in range(self.chunks.n):
+            one = &self.chunks.all[i]
+            ages[i] = self.clock - one.tick
+            texts[i] = PyUnicode_FromKindAndData(one.width, key_of(one), one.n_units)
+            ids[i] = ids_of(one.ids, one.n_ids)
+            scopes[i] = one.scope
+            variants[i] = one.variant
+            end_classes[i] = one.end_class
+            tails[i] = bool(one.is_tail)
+        return by_age(columns)
+
+    def held_shorts(self):
+        """Return (text, ids, scope, variant) of every short segment, newest first."""
+        cdef list columns = []
+        cdef uint32_t i, n = 0
+        cdef const Short* one
+        while not columns or len(columns[0]) != self.shorts.n:  # an allocation may run other code
+            columns = [[None] * self.shorts.n for _ in range(5)]
+        ages, texts, ids, scopes, variants = columns
+        for i in range(self.shorts.n_sets * WAYS):
+            one = &self.shorts.all[i]
+            if one.tick == 0 or one.n_ids == PENDING:
+                continue
+            ages[n] = self.clock - one.tick
+            texts[n] = PyUnicode_FromKindAndData(
+                one.width, &one.key[0], one.n_bytes // one.width
+            )
+            ids[n] = ids_of(&one.ids[0], one.n_ids)
+            scopes[n] = one.scope
+            variants[n] = one.variant
+            n += 1
+        return by_age([column[:n] for column in columns])
+
+    def fill_chunks(self, rows):
+        """Keep chunks as `held_chunks` returns them, as far as nothing must go for them.
+
+        They count as older than all that is held. Return how many were kept, and how many were
+        there.
+        """
+        cdef uint32_t age = self.greatest_age()
+        cdef Py_ssize_t[3] n  # by outcome
+        cdef Walk walk = Walk.__new__(Walk)
+        memset(n, 0, sizeof(n))
+        for text, ids, scope, variant, end_class, is_tail in rows:
+            if not 0 <= variant < self.n_variants or not 0 <= end_class < N_CLASSES:
+                raise ValueError(f"no chunk has variant {variant} and end class {end_class}")
+            PyUnicode_READY(text)
+            walk.begin(text, scope, False, 0)
+            age = self.older(age)
+            n[self.fill_chunk(walk, TokenIds(ids), variant, end_class, is_tail, age)] += 1
+        return n[KEPT], n[THERE]
+
+    def fill_shorts(self, rows):
+        """Keep short segments as `held_shorts` returns them; like `fill_chunks`."""
+        cdef uint32_t age = self.greatest_age(), n_sets = NO_UNIT
+        cdef Py_ssize_t[3] n  # by outcome
+        cdef Walk walk = Walk.__new__(Walk)
+        memset(n, 0, sizeof(n))
+        rows = list(rows) if self.uses_shorts else []
+        while n_sets != self.shorts.n_sets:  # it doubles until they have room, or it may not
+            n_sets = self.shorts.n_sets
+            self.room_for_shorts(len(rows), False)
+        for text, ids, scope, variant in rows:
+            if not 0 <= variant < self.n_variants:
+                raise ValueError(f"no segment has variant {variant}")
+            PyUnicode_READY(text)
+            walk.begin(text, scope, False, 0)
+            age = self.older(age)
+            n[self.fill_short(walk, TokenIds(ids), variant, age)] += 1
+        return n[KEPT], n[THERE]
+
+    cdef int fill_chunk(
+        self, Walk walk, TokenIds ids, uint32_t variant, uint32_t end_class, bint is_tail,
+        uint32_t age,
+    ) except -1:
+        cdef uint32_t place, n_held = self.chunks.n
+        cdef uint64_t n_units = walk.view.n_units
+        cdef Missed* missed = walk.push_missed()
+        walk.push_known(<const int32_t*> ids_data(ids), ids.n_tokens)
+        missed.start = 0
+        missed.stop = n_units
+        missed.stop_op = <uint32_t> walk.n_ops
+        missed.variant = variant
+        missed.end_class = end_class
+        if n_units == 0 or not self.has_room(
+            chunk_item_bytes(ids.n_tokens, n_units, width_of(&walk.view, 0, n_units))
+        ):
+            return NO_ROOM
+        place = self.keep_chunk(walk, missed)
+        if self.chunks.n == n_held:
+            return NO_ROOM if place == NO_CHUNK else THERE
+        self.chunks.all[place].tick = self.clock - age or 1
+        self.chunks.all[place].is_tail = is_tail
+        return KEPT
+
+    cdef int fill_short(self, Walk walk, TokenIds ids, uint32_t variant, uint32_t age) except -1:
+        cdef Short key
+        cdef Short* at
+        cdef uint64_t digest
+        cdef bint evicts = False
+        if self.shorts.n_sets == 0 or ids.n_tokens > SHORT_IDS:
+            return NO_ROOM
+        if not short_key(&walk.view, 0, walk.view.n_units, &key):
+            return NO_ROOM
+        key.scope = walk.scope
+        key.variant = <uint8_t> variant
+        digest = self.short_digest(&key)
+        if find_short(&self.shorts, digest, &key) != NULL:
+            return THERE
+        at = place_short(&self.shorts, digest, self.clock, &evicts)
+        if evicts:
+            return NO_ROOM
+        at[0] = key
+        at.tick = self.clock - age or 1
+        at.n_ids = <uint8_t> ids.n_tokens
+        memcpy(at.ids, ids_data(ids), ids.n_tokens * sizeof(int32_t))
+        self.insertions += 1
+        return KEPT
+
+    cdef bint has_room(self, uint64_t n_bytes) noexcept:
+        """Return whether one more chunk of `n_bytes` fits without another's going."""
+        cdef uint64_t more = 0
+        if self.chunks.n == self.chunks.capacity:
+            more = max(self.chunks.capacity, <uint32_t> 64) * (sizeof(Chunk) + sizeof(uint32_t))
+        return self.n_bytes() + n_bytes + more <= self.max_bytes
+
+    cdef uint32_t greatest_age(self) noexcept:
+        cdef uint32_t i, greatest = 0
+        for i in range(self.chunks.n):
+            greatest = max(greatest, self.clock - self.chunks.all[i].tick)
+        for i in range(self.shorts.n_sets * WAYS):
+            if self.shorts.all[i].tick:
+                greatest = max(greatest, self.clock - self.shorts.all[i].tick)
+        return greatest
+
+    cdef uint32_t older(self, uint32_t age) noexcept:
+        return age + 2 if age + 1 == self.clock else age + 1  # as a tick, 0 marks an empty place
+
+    def _check(self):
+        """Verify every invariant; for tests."""
+        cdef uint32_t i, j, n = 0
+        cdef uint64_t n_bytes = 0
+        assert self.n_bytes() <= self.max_bytes
+        for i in range(self.chunks.n):
+            n_bytes += chunk_item_bytes(
+                self.chunks.all[i].n_ids, self.chunks.all[i].n_units, self.chunks.all[i].width
+            )
+            j = self.chunks.buckets[self.chunks.all[i].digest & (self.chunks.capacity - 1)]
+            while j != i:
+                assert j != NO_CHUNK
+                j = self.chunks.all[j].chain
+        assert n_bytes == self.chunks.item_bytes
+        for i in range(self.shorts.n_sets * WAYS):
+            n += self.shorts.all[i].tick != 0
+        assert n == self.shorts.n
+
+    # ---- the walk
+
+    cdef refuse(self, str reason):
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+        return None
+
+    cdef void forget_chunks(self) noexcept:
+        release_chunks(&self.chunks)
+        self.head = no_link()
+        self.epoch += 1
+
+    cdef uint64_t n_bytes(self) noexcept:
+        return chunks_bytes(&self.chunks) + shorts_bytes(&self.shorts)
+
+    cdef inline void tick(self) noexcept:
+        self.clock += 1
+        if self.clock == 0:  # 0 marks an empty place
+            self.clock = 1
+
+    cdef bint opens_at(self, const Text* t, size_t p) noexcept:
+        """Return whether an added token starts here that a chunk may begin with."""
+        cdef Match m
+        if self.plan.n_tokens == 0 or not may_start(&self.plan, unit_at(t, p)):
+            return False
+        m = match_at(&self.plan, t, p, p)
+        return m.outcome == FOUND and m.flags & OPENS
+
+    cdef bint may_end(self, const Text* t, size_t p, const Chunk* chunk) noexcept:
+        """Return whether a chunk that stands before `p` may end there."""
+        if p == t.n_units or chunk.is_tail:
+            return p == t.n_units
+        return (
+            self.plan.coarse[chunk.end_class * N_CLASSES + class_of(&self.plan, unit_at(t, p))]
+            or self.opens_at(t, p)
+        )
+
+    cdef uint32_t variant_at(self, const Text* t, size_t p) noexcept:
+        """Return the variant of the tokenizer for what begins with a chunk at `p`."""
+        if self.plan.variant_of[0] == self.plan.variant_of[1] == self.plan.variant_of[2]:
+            return self.plan.variant_of[0]
+        if self.opens_at(t, p):
+            return self.plan.variant_of[1]
+        return self.plan.variant_of[0 if p == 0 else 2]
+
+    cdef bint follow(self, Walk walk) except -1:
+        """Go through the text chunk by chunk; 0, and counted, if it can't be cut with proof.
+
+        A chunk that came behind the one before, compared in full, needs neither scan nor digest.
+        That it ends there is proven by its own link to what comes next, or by a look there.
+        """
+        cdef Text* t = &walk.view
+        cdef size_t p = 0, end = 0
+        cdef uint32_t place, before = NO_CHUNK, ahead = self.find_head(walk)
+        cdef uint32_t variant = 0, end_class = 0
+        self.tick()
+        while p < t.n_units:
+            place = ahead
+            ahead = NO_CHUNK
+            if place != NO_CHUNK:
+                end = p + self.chunks.all[place].n_units
+                ahead = self.find_ahead(walk, place, end)
+                if ahead == NO_CHUNK and not self.may_end(t, end, &self.chunks.all[place]):
+                    place = NO_CHUNK
+            if place == NO_CHUNK:
+                variant = self.variant_at(t, p)
+                if not self.chunk_end(t, p, &end, &end_class):
+                    self.refuse("beside_single_word")
+                    return False
+                place = self.find(walk, p, end, variant)
+                if place != NO_CHUNK and end < t.n_units:
+                    self.chunks.all[place].is_tail = False
+                    ahead = self.find_ahead(walk, place, end)
+            if place == NO_CHUNK:
+                self.flush_run(walk)
+                if not self.miss(walk, p, end, variant, end_class, before):
+                    return False
+            else:
+                self.hit(walk, p, place, before)
+            before = place
+            p = end
+        return True
+
+    cdef uint32_t find_head(self, Walk walk) noexcept:
+        """Return the chunk that a text began with last if this one does, too."""
+        cdef uint32_t place = place_of(&self.chunks, self.head)
+        if (
+            place != NO_CHUNK and self.chunks.all[place].scope == walk.scope
+            and is_chunk(&self.chunks.all[place], &walk.view, 0)
+            and self.chunks.all[place].variant == self.variant_at(&walk.view, 0)
+        ):
+            return place
+        return NO_CHUNK
+
+    cdef inline uint32_t find_ahead(self, Walk walk, uint32_t place, size_t end) noexcept:
+        if end == walk.view.n_units:
+            return NO_CHUNK
+        return find_behind(&self.chunks, place, &walk.view, end, walk.scope)
+
+    cdef inline int hit(self, Walk walk, size_t p, uint32_t place, uint32_t before) except -1:
+        cdef Chunk* chunk = &self.chunks.all[place]
+        chunk.tick = self.clock
+        if p == 0:
+            self.head = link_to(&self.chunks, place)
+        elif before != NO_CHUNK:
+            put_behind(&self.chunks, before, link_to(&self.chunks, place))
+        elif walk.n_missed:
+            walk.missed[walk.n_missed - 1].behind = link_to(&self.chunks, place)
+        walk.chunk_hits += 1
+        if walk.n_missed:
+            return walk.push_known(chunk.ids, chunk.n_ids)
+        walk.n_run_ids += chunk.n_ids
+        return walk.push_run(place)
+
+    cdef int flush_run(self, Walk walk) except -1:
+        """Copy the ids of the chunks so far: what comes now may evict them."""
+        cdef size_t i
+        for i in range(walk.n_run):
+            walk.push_known(
+                self.chunks.all[walk.run[i]].ids, self.chunks.all[walk.run[i]].n_ids
+            )
+        walk.n_run = 0
+        return 0
+
+    cdef bint miss(
+        self, Walk walk, size_t p, size_t end, uint32_t variant, uint32_t end_class,
+        uint32_t before,
+    ) except -1:
+        """Take a chunk that is not there apart; 0, and counted, if a token can't be judged."""
+        cdef Missed* missed = walk.push_missed()
+        missed.start = p
+        missed.stop = end
+        missed.variant = variant
+        missed.end_class = end_class
+        missed.before = link_to(&self.chunks, before)
+        missed.behind = no_link()
+        if not self.scan(walk, p, end, variant, None):
+            return False
+        walk.missed[walk.n_missed - 1].stop_op = <uint32_t> walk.n_ops
+        walk.barrier = walk.n_ops
+        walk.chunk_miss_chars += end - p
+        return True
+
+    cdef uint32_t find(self, Walk walk, size_t start, size_t stop, uint32_t variant) except? 0:
+        if self.chunks.n == 0:
+            return NO_CHUNK
+        return find_chunk(
+            &self.chunks, self.digest(walk, start, stop, variant), &walk.view, start, stop,
+            walk.scope, variant,
+        )
+
+    cdef uint64_t digest(
+        self, Walk walk, size_t start, size_t stop, uint32_t variant
+    ) except? 0:
+        cdef uint32_t width = width_of(&walk.view, start, stop)
+        cdef const uint8_t* key = walk.view.data + start * width
+        if width != walk.view.kind:
+            if self.scratch_bytes < (stop - start) * width:
+                self.scratch = <uint8_t*> realloc_or_raise(self.scratch, (stop - start) * width)
+                self.scratch_bytes = (stop - start) * width
+            narrow(&walk.view, start, stop, width, self.scratch)
+            key = self.scratch
+        return full_digest(
+            key, (stop - start) * width,
+            walk.scope ^ (<uint64_t> width << 8) ^ variant ^ (<uint64_t> (stop - start) << 16),
+            &self.secret[0],
+        )
+
+    cdef bint chunk_end(
+        self, const Text* t, size_t p, size_t* end, uint32_t* end_class
+    ) noexcept:
+        """Find where the chunk that begins at `p` ends; 0 if a token can't be judged.
+
+        It ends where a message opens, once it has some length; else, between MIN_UNITS and
+        MAX_UNITS, at the first coarse cut that its own content chooses, or the one that comes
+        next to it; else at the next coarse cut or the end of the text.
+        """
+        cdef const Plan* plan = &self.plan
+        cdef size_t i = p, piece = p, last = 0, cut = p, token_at = self.next_token(t, p)
+        cdef uint32_t left = LETTER if p else plan.piece_left, own, last_class = 0
+        cdef size_t stop
+        cdef uint32_t rank, best = 0
+        cdef bint is_found = False
+        cdef Match m
+        while i < t.n_units:
+            if i == token_at:
+                m = match_at(plan, t, i, piece)
+                if m.outcome == UNSURE:
+                    return False
+                if m.outcome == FOUND:
+                    if m.flags & OPENS and i >= p + OPENING_UNITS:
+                        end[0] = i
+                        end_class[0] = left if i > piece else TOKEN_END
+                        return True
+                    if last and i > p + MAX_UNITS:
+                        break
+                    piece = m.stop
+                    left = TOKEN_END
+                    i = m.end
+                    token_at = self.next_token(t, i)
+                    continue
+                if m.outcome == AS_TEXT:
+                    while i < m.end:
+                        left = class_behind(plan, unit_at(t, i), left)
+                        i += 1
+                    token_at = self.next_token(t, i)
+                    continue
+                token_at = self.next_token(t, i + 1)
+            if i < piece:
+                i += 1
+                continue
+            if i == piece and i > p:
+                left = plan.piece_left
+                cut = i
+            stop = min(token_at, t.n_units) if i < token_at else i + 1
+            while i < stop:
+                own = class_behind(plan, unit_at(t, i), left)
+                if plan.coarse[left * N_CLASSES + own] and i > piece:
+                    if i >= p + MIN_UNITS:
+                        is_found = i > p + MAX_UNITS
+                        if is_found and last:
+                            break
+                        rank = self.rank(t, i, i - cut)
+                        if rank < best or last == 0:
+                            best = rank
+                            last = i
+                            last_class = left
+                        is_found = is_found or rank < CHOSEN
+                        if is_found:
+                            break
+                    cut = i
+                left = own
+                i += 1
+            if is_found:
+                break
+        if i >= t.n_units and (last == 0 or t.n_units - p <= MAX_UNITS):
+            end[0] = t.n_units
+            end_class[0] = left if t.n_units > piece else TOKEN_END
+        else:
+            end[0] = last
+            end_class[0] = last_class
+        return True
+
+    cdef inline size_t next_token(self, const Text* t, size_t i) noexcept:
+        """Return where a token may start, or a place up to which none does."""
+        return next_start(&self.plan, t, i, min(t.n_units, i + LOOK_UNITS))
+
+    cdef inline uint32_t rank(self, const Text* t, size_t i, size_t gap) noexcept:
+        """Return the rank of a coarse cut; the lowest one ends a chunk.
+
+        What stands before it decides; `gap`, the units since the coarse cut before, is its
+        weight, so that texts with few places have chunks of the same length. Characters beyond
+        Latin-1, which say more each, weigh four times.
+        """
+        cdef const uint16_t* two = <const uint16_t*> t.data + i - WINDOW
+        cdef const uint32_t* four = <const uint32_t*> t.data + i - WINDOW
+        cdef uint8_t[WINDOW] low, middle, high  # bytes of the units: alike for every kind
+        cdef uint64_t[6] words
+        cdef uint64_t digest
+        cdef size_t j
+        if t.kind == 1:
+            memcpy(&low[0], t.data + i - WINDOW, WINDOW)
+        elif t.kind == 2:
+            for j in range(WINDOW):
+                low[j] = <uint8_t> two[j]
+                middle[j] = <uint8_t> (two[j] >> 8)
+        else:
+            for j in range(WINDOW):
+                low[j] = <uint8_t> four[j]
+                middle[j] = <uint8_t> (four[j] >> 8)
+                high[j] = <uint8_t> (four[j] >> 16)
+        memset(&words[0], 0, sizeof(words))
+        memcpy(&words[0], &low[0], WINDOW)
+        if t.kind > 1:
+            memcpy(&words[2], &middle[0], WINDOW)
+        if t.kind > 2:
+            memcpy(&words[4], &high[0], WINDOW)
+        digest = fold(words[0] ^ self.seed[0], words[1] ^ self.seed[1])
+        gap = min(gap, <size_t> GAP_UNITS)
+        if words[2] | words[3] | words[4] | words[5]:
+            digest ^= fold(words[2] ^ self.seed[2], words[3] ^ self.seed[3])
+            digest ^= fold(words[4] ^ self.seed[4], words[5] ^ self.seed[5])
+            gap *= 4
+        return <uint32_t> digest // <uint32_t> gap
+
+    cdef bint scan(
+        self, Walk walk, size_t p, size_t end, uint32_t variant, list found
+    ) except -1:
+        """Take a chunk apart at added tokens and fine cuts; known parts are copied, the others
+        become units. With `found`, list the parts instead.
+        """
+        cdef const Plan* plan = &self.plan
+        cdef Text* t = &walk.view
+        cdef size_t i = p, start = p, token_at
+        cdef uint32_t left = LETTER if p else plan.piece_left, own, unit
+        cdef bint fine = self.uses_shorts
+        cdef Match m
+        token_at = next_start(plan, t, p, end)
+        while i < end:
+            if not fine and i < token_at:  # nothing is looked for between added tokens
+                if has_surrogate(t, i, token_at):
+                    self.refuse("surrogate")
+                    return False
+                i = token_at
+                continue
+            if i == token_at:
+                m = match_at(plan, t, i, start)
+                if m.outcome == UNSURE:
+                    self.refuse("beside_single_word")
+                    return False
+                if m.outcome == FOUND:
+                    if m.start > start:
+                        self.part(walk, start, m.start, variant, found)
+                    if found is None:
+                        walk.push_known(&m.id, 1)
+                    else:
+                        found.append((m.start, m.stop, True))
+                    start = m.stop
+                    i = m.end
+                    left = TOKEN_END
+                    variant = plan.variant_of[1]
+                    token_at = next_start(plan, t, i, end)
+                    continue
+                if m.outcome == AS_TEXT:
+                    while i < m.end:
+                        left = class_behind(plan, unit_at(t, i), left)
+                        i += 1
+                    token_at = next_start(plan, t, i, end)
+                    continue
+                token_at = next_start(plan, t, i + 1, end)
+            if i < start:
+                i += 1
+                continue
+            if i == start and i > p and left == TOKEN_END:
+                left = plan.piece_left
+            unit = unit_at(t, i)
+            own = class_behind(plan, unit, left)
+            if own == 0 and is_surrogate(unit):
+                self.refuse("surrogate")
+                return False
+            if fine and i > start and plan.fine[left * N_CLASSES + own]:
+                self.part(walk, start, i, variant, found)
+                start = i
+                variant = plan.variant_of[2]
+            left = own
+            i += 1
+        if end > start:
+            self.part(walk, start, end, variant, found)
+        return True
+
+    cdef int part(
+        self, Walk walk, size_t start, size_t stop, uint32_t variant, list found
+    ) except -1:
+        """Copy the ids of a short segment that is known, or make a unit of it."""
+        cdef Short key
+        cdef Short* at
+        cdef uint64_t digest
+        cdef bint evicts = False
+        if found is not None:
+            found.append((start, stop, False))
+            return 0
+        if not self.uses_shorts or not short_key(&walk.view, start, stop, &key):
+            return walk.push_neighbour(start, stop, variant, False)
+        key.scope = walk.scope
+        key.variant = <uint8_t> variant
+        digest = self.short_digest(&key)
+        at = find_short(&self.shorts, digest, &key)
+        if at == NULL and key.width > 1:
+            walk.short_misses += 1
+            return walk.push_neighbour(start, stop, variant, True)
+        if at != NULL:
+            at.tick = self.clock
+            if at.n_ids != PENDING:
+                walk.short_hits += 1
+                return walk.push_known(at.ids, at.n_ids)
+            if at.ids[1] == walk.serial:
+                walk.short_hits += 1
+                return walk.push_op(<uint32_t> at.ids[0], 0)
+        else:
+            self.room_for_shorts(1, True)
+            if self.shorts.n_sets:
+                at = place_short(&self.shorts, digest, self.clock, &evicts)
+                self.evictions += evicts
+                at[0] = key
+                at.tick = self.clock
+        walk.short_misses += 1
+        if at != NULL:
+            at.n_ids = PENDING
+            at.ids[0] = <int32_t> walk.n_units
+            at.ids[1] = walk.serial
+        return walk.push_unit(start, stop, variant, True)
+
+    cdef inline uint64_t short_digest(self, Short* key) noexcept:
+        cdef uint64_t[3] words
+        cdef uint64_t digest
+        memcpy(&words[0], &key.key[0], SHORT_BYTES)
+        digest = fold(words[0] ^ self.secret[42], words[1] ^ self.secret[43])
+        digest = fold(
+            digest ^ words[2] ^ self.secret[44],
+            key.scope ^ self.secret[45]
+            ^ (<uint64_t> key.n_bytes << 16 | <uint64_t> key.width << 8 | key.variant),
+        )
+        key.check = <uint32_t> (digest >> 32)
+        return digest
+
+    cdef int room_for_shorts(self, uint64_t n_more, bint may_evict) except -1:
+        """Double the table of short segments where it is filled and the budget has room."""
+        cdef Shorts old = self.shorts
+        cdef uint32_t n_sets = 2 * old.n_sets if old.n_sets else MIN_SETS
+        cdef uint64_t n_bytes = <uint64_t> n_sets * WAYS * sizeof(Short), digest
+        cdef uint32_t i
+        cdef bint evicts = False
+        if 2 * (old.n + n_more) <= <uint64_t> old.n_sets * WAYS:
+            return 0
+        if n_bytes > self.max_bytes // SHORT_SHARE or old.n_sets >= 1 << 24:
+            return 0
+        # Old and new table stand side by side for a moment.
+        while self.n_bytes() + n_bytes > self.max_bytes:
+            if self.chunks.n == 0 or not may_evict:
+                return 0
+            self.evict()
+        self.shorts.all = <Short*> calloc(n_sets * WAYS, sizeof(Short))
+        if self.shorts.all == NULL:
+            self.shorts = old
+            return 0
+        self.shorts.n_sets = n_sets
+        self.shorts.n = 0
+        for i in range(old.n_sets * WAYS):
+            if old.all[i].tick:
+                digest = self.short_digest(&old.all[i])
+                place_short(&self.shorts, digest, self.clock, &evicts)[0] = old.all[i]
+        free(old.all)
+        return 0
+
+    cdef int evict(self) except -1:
+        self.evictions += 1
+        remove_chunk(
+            &self.chunks, oldest_chunk(&self.chunks, &self.rng, self.clock, N_DRAWS)
+        )
+        return 0
+
+    # ---- the end of a walk
+
+    cdef finish(self, Walk walk):
+        cdef size_t i
+        cdef uint32_t place, before = NO_CHUNK
+        cdef Link link = no_link()
+        cdef Missed* missed
+        self.tick()
+        for i in range(walk.n_units):
+            self.engine_chars += walk.units[i].stop - walk.units[i].start
+            self.engine_tokens += walk.units[i].n
+            if walk.units[i].is_short:
+                self.keep_short(walk, &walk.units[i])
+        for i in range(walk.n_missed):
+            missed = &walk.missed[i]
+            place = self.keep_chunk(walk, missed)
+            if missed.before.place != NO_CHUNK:
+                link = missed.before
+            before = self.place_in(walk, link)
+            link = link_to(&self.chunks, place)
+            if place == NO_CHUNK:
+                continue
+            if missed.start == 0:
+                self.head = link
+            elif before != NO_CHUNK:
+                put_behind(&self.chunks, before, link)
+            if self.place_in(walk, missed.behind) != NO_CHUNK:
+                put_behind(&self.chunks, place, missed.behind)
+        return self.answer(walk)
+
+    cdef uint32_t place_in(self, Walk walk, Link link) noexcept:
+        return place_of(&self.chunks, link) if walk.epoch == self.epoch else NO_CHUNK
+
+    cdef int keep_short(self, Walk walk, const Unit* unit) except -1:
+        cdef Short key
+        cdef Short* at
+        cdef uint64_t digest
+        cdef bint evicts = False
+        if not short_key(&walk.view, unit.start, unit.stop, &key):
+            return 0
+        key.scope = walk.scope
+        key.variant = <uint8_t> unit.variant
+        digest = self.short_digest(&key)
+        at = find_short(&self.shorts, digest, &key)
+        if at == NULL and unit.n <= SHORT_IDS and self.shorts.n_sets:
+            at = place_short(&self.shorts, digest, self.clock, &evicts)
+            self.evictions += evicts
+            at[0] = key
+        if at == NULL:
+            return 0
+        if unit.n > SHORT_IDS:
+            at.tick = 0
+            self.shorts.n -= 1
+            return 0
+        at.tick = self.clock
+        at.n_ids = <uint8_t> unit.n
+        memcpy(at.ids, walk.made.data + unit.first, unit.n * sizeof(int32_t))
+        self.insertions += 1
+        return 0
+
+    cdef uint32_t keep_chunk(self, Walk walk, const Missed* missed) except? 0:
+        """Store a chunk that was missed, unless it is there by now; return its place."""
+        cdef size_t n_units = missed.stop - missed.start
+        cdef size_t n_ids = walk.n_ids(missed.first_op, missed.stop_op)
+        cdef uint32_t index = NO_CHUNK
+        cdef uint64_t n_bytes
+        cdef Chunk chunk
+        if n_units > STORED_UNITS:
+            self.refuse("no_cut")
+            return NO_CHUNK
+        chunk.digest = self.digest(walk, missed.start, missed.stop, missed.variant)
+        index = find_chunk(
+            &self.chunks, chunk.digest, &walk.view, missed.start, missed.stop, walk.scope,
+            missed.variant,
+        )
+        if index == NO_CHUNK:
+            chunk.width = <uint8_t> width_of(&walk.view, missed.start, missed.stop)
+            n_bytes = chunk_item_bytes(n_ids, n_units, chunk.width)
+            if not self.room_for_chunk(n_bytes):
+                self.refuse("oversize")
+                return NO_CHUNK
+            chunk.ids = <int32_t*> malloc(n_ids * sizeof(int32_t) + n_units * chunk.width + 1)
+            if chunk.ids == NULL:
+                self.refuse("memory")
+                return NO_CHUNK
+            chunk.n_ids = <uint32_t> n_ids
+            chunk.n_units = <uint32_t> n_units
+            chunk.scope = walk.scope
+            chunk.variant = <uint8_t> missed.variant
+            chunk.end_class = <uint8_t> missed.end_class
+            chunk.is_tail = missed.stop == walk.view.n_units
+            chunk.tick = self.clock
+            walk.write_ids(chunk.ids, missed.first_op, missed.stop_op, missed.first_known)
+            narrow(
+                &walk.view, missed.start, missed.stop, chunk.width,
+                <uint8_t*> (chunk.ids + n_ids),
+            )
+            add_chunk(&self.chunks, &chunk)
+            self.insertions += 1
+            index = self.chunks.n - 1
+        return index
+
+    cdef bint room_for_chunk(self, uint64_t n_bytes) except -1:
+        """Evict until one more chunk of `n_bytes` fits; 0 if it never will."""
+        cdef uint64_t more
+        if self.chunks.serial == 0xFFFFFFFF:  # every number was given: old links might lie
+            self.forget_chunks()
+        more = 64 * (sizeof(Chunk) + sizeof(uint32_t)) if self.chunks.capacity == 0 else 0
+        if self.n_bytes() - self.chunks.item_bytes + n_bytes + more > self.max_bytes:
+            return False  # not even with all others gone
+        while True:
+            more = 0
+            if self.chunks.n == self.chunks.capacity:
+                more = max(self.chunks.capacity, <uint32_t> 64) * (
+                    sizeof(Chunk) + sizeof(uint32_t)
+                )
+            if self.n_bytes() + n_bytes + more <= self.max_bytes:
+                break
+            if self.chunks.n == 0:
+                return False
+            self.evict()
+        return grow_chunks(&self.chunks) if more else True
+
+    cdef TokenIds answer(self, Walk walk):
+        """Return the ids of the text, with what stands around it, and count."""
+        cdef TokenIds before = self.prefixes[walk.add_special_tokens]
+        cdef TokenIds behind = self.suffixes[walk.add_special_tokens]
+        cdef size_t n = walk.n_run_ids if walk.n_missed == 0 else walk.n_ids(0, walk.n_ops)
+        cdef TokenIds ids = new_owner(before.n_tokens + n + behind.n_tokens)
+        cdef int* into = owner_data(ids)
+        cdef const Chunk* chunk
+        cdef size_t i
+        memcpy(into, ids_data(before), before.n_tokens * sizeof(int32_t))
+        into += before.n_tokens
+        if walk.n_missed:
+            walk.write_ids(<int32_t*> into, 0, walk.n_ops, 0)
+            into += n
+        for i in range(walk.n_run):
+            chunk = &self.chunks.all[walk.run[i]]
+            memcpy(into, chunk.ids, chunk.n_ids * sizeof(int32_t))
+            into += chunk.n_ids
+        memcpy(into, ids_data(behind), behind.n_tokens * sizeof(int32_t))
+        self.count(walk, n)
+        walk.text = None
+        self.spare = walk
+        return ids
+
+    cdef void count(self, Walk walk, size_t n_ids):
+        if walk.n_missed:
+            self.misses += 1
+        else:
+            self.hits += 1
+        self.chunk_hits += walk.chunk_hits
+        self.chunk_misses += walk.n_missed
+        self.chunk_miss_chars += walk.chunk_miss_chars
+        self.lookup_chars += walk.view.n_units
+        self.short_hits += walk.short_hits
+        self.short_misses += walk.short_misses
+        self.tokens += n_ids
+
+
+@cython.final
+cdef class CodePoints:
+    """A set of code points, given as inclusive (first, last) ranges."""
+
+    cdef uint8_t[139264] bits  # one for each of 0x110000 code points
+    cdef bint has_text         # visible ASCII and white space are all there
+
+    def __cinit__(self, ranges):
+        cdef uint32_t first, last, point
+        memset(&self.bits[0], 0, sizeof(self.bits))
+        for first, last in ranges:
+            for point in range(first, last + 1):
+                self.bits[point >> 3] |= 1 << (point & 7)
+        self.has_text = True
+        for point in range(9, 0x7F):
+            if (point <= 13 or point >= 0x20) and not self.bits[point >> 3] >> (point & 7) & 1:
+                self.has_text = False
+
+    def __init__(self, ranges):
+        pass
+
+    def cover(self, str text):
+        """Return whether every character of `text` is one of them."""
+        cdef Text t
+        cdef uint32_t max_char
+        PyUnicode_READY(text)
+        t.data = <const uint8_t*> PyUnicode_DATA(text)
+        t.n_units = PyUnicode_GET_LENGTH(text)
+        t.kind = PyUnicode_KIND(text)
+        return bool(self.cover_part(&t, 0, t.n_units, &max_char))
+
+    cdef bint cover_part(
+        self, const Text* t, size_t start, size_t stop, uint32_t* max_char
+    ) noexcept:
+        """Return whether every character of a part is one of them, and one not below any."""
+        cdef size_t i
+        cdef uint32_t unit, left = 0
+        max_char[0] = 0x7F
+        if t.kind == 1 and self.has_text:
+            # Without a branch or a table for what most texts are: visible ASCII and white space.
+            for i in range(start, stop):
+                unit = t.data[i]
+                left |= ((unit - 0x20 > 0x5E) & (unit - 9 > 4))
+            if left == 0:
+                return True
+        for i in range(start, stop):
+            unit = unit_at(t, i)
+            max_char[0] |= unit
+            if not self.bits[unit >> 3] >> (unit & 7) & 1:
+                return False
+        if max_char[0] > 0x10FFFF:
+            max_char[0] = 0x10FFFF
+        return True
+
+
+cdef TokenIds ids_of(const int32_t* ids, size_t n):
+    cdef TokenIds owner = new_owner(n)
+    memcpy(owner_data(owner), ids, n * sizeof(int32_t))
+    return owner
+
+
+cdef list by_age(list columns):
+    """Return the columns, the first of which holds ages, as rows without it, youngest first."""
+    return [row[1:] for row in sorted(zip(*columns), key=itemgetter(0))]
+
+
+cdef inline bint short_key(const Text* t, size_t start, size_t stop, Short* key) noexcept:
+    """Fill in the key of a short segment; 0 if it is too long for one."""
+    cdef uint32_t width
+    if stop - start > SHORT_BYTES:
+        return False
+    width = width_of(t, start, stop)
+    if (stop - start) * width > SHORT_BYTES:
+        return False
+    memset(key, 0, sizeof(Short))
+    narrow(t, start, stop, width, &key.key[0])
+    key.width = <uint8_t> width
+    key.n_bytes = <uint8_t> ((stop - start) * width)
+    return True
+
+
+cdef int read_plan(Plan* plan, source) except -1:
+    from tokcache.text.char_classes import BMP_CLASSES
+
+    plan.classes = <const uint8_t*> <const char*> <bytes> BMP_CLASSES  # lives as the module does
+    memcpy(plan.coarse, <const char*> <bytes> source.coarse, 256)
+    memcpy(plan.fine, <const char*> <bytes> source.fine, 256)
+    for i in range(3):
+        plan.variant_of[i] = source.variant_of[i]
+    # A newline that begins a piece is like one behind a visible character, unless something is
+    # put before the piece.
+    plan.piece_left = LETTER if len(source.variants) == 1 else OTHER
+    return read_tokens(plan, source.separators)
+
+
+cdef int read_tokens(Plan* plan, separators) except -1:
+    cdef size_t n_nodes = 1 + sum([len(one.content) for one in separators])
+    cdef uint32_t node, child, n = 1
+    plan.nodes = <Node*> calloc(n_nodes, sizeof(Node))
+    plan.tokens = <Token*> calloc(len(separators) + 1, sizeof(Token))
+    if plan.nodes == NULL or plan.tokens == NULL:
+        raise MemoryError
+    plan.nodes[0].token = -1
+    plan.n_tokens = len(separators)
+    firsts = {one.content[0] for one in separators}
+    for first in firsts:
+        if ord(first) < 128:
+            plan.starts[<uint32_t> ord(first)] = 1
+        else:
+            plan.starts_beyond = 1
+    if len(firsts) == 1 and not plan.starts_beyond:
+        plan.only_start = ord(firsts.pop())
+    for i, one in enumerate(separators):
+        node = 0
+        for char in one.content:
+            child = plan.nodes[node].child
+            while child and plan.nodes[child].unit != <uint32_t> ord(char):
+                child = plan.nodes[child].sibling
+            if child == 0:
+                child = n
+                n += 1
+                plan.nodes[child].unit = ord(char)
+                plan.nodes[child].token = -1
+                plan.nodes[child].sibling = plan.nodes[node].child
+                plan.nodes[node].child = child
+            node = child
+        plan.nodes[node].token = i
+        plan.tokens[i].id = one.id
+        plan.tokens[i].flags = (
+            (LSTRIP if one.lstrip else 0) | (RSTRIP if one.rstrip else 0)
+            | (SINGLE_WORD if one.single_word else 0) | (IN_PIECE if one.in_piece else 0)
+            | (SKIPS if one.skips else 0) | (OPENS if one.opens else 0)
+        )
+    return 0

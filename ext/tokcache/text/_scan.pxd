@@ -1,0 +1,222 @@
+# Finds added tokens and the classes of characters in a string's raw buffer.
+#
+# Knows no Python object and takes no lock. What it finds is what the tokenizers library finds:
+# added tokens leftmost-longest, then their flags, the search going on where the bare match ended.
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memchr
+
+cdef enum:
+    N_CLASSES = 16
+    OTHER = 0            # the names of tokcache.text.char_classes.CharClass
+    LETTER = 1
+    UNDERSCORE = 4
+    DIGIT = 2
+    TAB = 8
+    RETURN = 9
+    SPACE = 7
+    NEWLINE = 10
+    NEWLINE_RUN = 13
+    TOKEN_END = 14
+
+    LSTRIP = 1           # flags of a token
+    RSTRIP = 2
+    SINGLE_WORD = 4
+    IN_PIECE = 8
+    SKIPS = 16
+    OPENS = 32
+
+    NOTHING = 0          # outcomes of a match
+    AS_TEXT = 1          # passed over, it stays text
+    FOUND = 2
+    UNSURE = 3           # what stands beside it can't be judged here
+
+ctypedef struct Text:
+    const uint8_t* data
+    size_t n_units
+    uint32_t kind        # bytes a unit
+
+ctypedef struct Node:    # of the trie of added tokens; node 0 is the root
+    uint32_t unit
+    uint32_t child       # 0: none
+    uint32_t sibling     # 0: none
+    int32_t token        # the token that ends here, or -1
+
+ctypedef struct Token:
+    int32_t id
+    uint32_t flags
+
+ctypedef struct Plan:
+    const uint8_t* classes  # of the code points below 0x10000
+    uint8_t[128] starts  # 1: some token begins with it
+    uint8_t[256] coarse  # [left * N_CLASSES + right]
+    uint8_t[256] fine
+    uint32_t only_start  # the one character that all tokens begin with, or 0
+    uint32_t starts_beyond  # 1: some token begins beyond ASCII
+    Node* nodes
+    Token* tokens
+    uint32_t n_tokens
+    uint32_t[3] variant_of
+    uint32_t piece_left  # the class taken to stand before a piece
+
+ctypedef struct Match:
+    uint32_t outcome
+    int32_t id
+    uint32_t flags
+    size_t start         # with what lstrip takes
+    size_t stop          # with what rstrip takes
+    size_t end           # of the bare match: the search goes on here
+
+
+cdef inline uint32_t unit_at(const Text* t, size_t i) noexcept nogil:
+    if t.kind == 1:
+        return t.data[i]
+    if t.kind == 2:
+        return (<const uint16_t*> t.data)[i]
+    return (<const uint32_t*> t.data)[i]
+
+cdef inline uint32_t class_of(const Plan* plan, uint32_t unit) noexcept nogil:
+    return plan.classes[unit] if unit < 0x10000 else OTHER
+
+cdef inline bint is_blank_class(uint32_t char_class) noexcept nogil:
+    """Return whether a newline behind it stands in a run of white space (or may: OTHER)."""
+    return (SPACE <= char_class <= NEWLINE) or char_class == NEWLINE_RUN or char_class == OTHER
+
+cdef inline uint32_t class_behind(
+    const Plan* plan, uint32_t unit, uint32_t left
+) noexcept nogil:
+    """Return the class of a character whose left neighbour has the class `left`."""
+    cdef uint32_t own = class_of(plan, unit)
+    if own == NEWLINE and is_blank_class(left):
+        return NEWLINE_RUN
+    return own
+
+cdef inline bint may_start(const Plan* plan, uint32_t unit) noexcept nogil:
+    return plan.starts[unit] if unit < 128 else plan.starts_beyond
+
+cdef inline size_t next_start(
+    const Plan* plan, const Text* t, size_t i, size_t limit
+) noexcept nogil:
+    """Return the first position from `i` on where a token may start, or `limit`."""
+    cdef const void* hit
+    cdef const uint16_t* two = <const uint16_t*> t.data
+    cdef uint32_t found, j
+    if plan.n_tokens == 0 or i >= limit:
+        return limit
+    if t.kind == 1 and plan.only_start:
+        hit = memchr(t.data + i, <int> plan.only_start, limit - i)
+        return limit if hit == NULL else <size_t> (<const uint8_t*> hit - t.data)
+    if t.kind == 2 and plan.only_start:
+        while i + 32 <= limit:  # whole registers at a time
+            found = 0
+            for j in range(32):
+                found |= two[i + j] == plan.only_start
+            if found:
+                break
+            i += 32
+    while i < limit and not may_start(plan, unit_at(t, i)):
+        i += 1
+    return i
+
+cdef inline bint is_white_space(uint32_t unit) noexcept nogil:
+    """Unicode's White_Space, as Rust's \\s has it."""
+    if unit < 128:
+        return unit == 32 or 9 <= unit <= 13
+    return (
+        unit == 0x85 or unit == 0xA0 or unit == 0x1680 or 0x2000 <= unit <= 0x200A
+        or unit == 0x2028 or unit == 0x2029 or unit == 0x202F or unit == 0x205F or unit == 0x3000
+    )
+
+cdef inline bint is_surrogate(uint32_t unit) noexcept nogil:
+    return 0xD800 <= unit <= 0xDFFF
+
+cdef inline bint has_surrogate(const Text* t, size_t start, size_t stop) noexcept nogil:
+    """Whether there is one in a part; without a branch in it, for whole registers at a time."""
+    cdef const uint16_t* two = <const uint16_t*> t.data
+    cdef const uint32_t* four = <const uint32_t*> t.data
+    cdef uint32_t found = 0
+    cdef size_t i
+    if t.kind == 2:
+        for i in range(start, stop):
+            found |= (two[i] & 0xF800) == 0xD800
+    elif t.kind == 4:
+        for i in range(start, stop):
+            found |= (four[i] & <uint32_t> 0xFFFFF800) == 0xD800
+    return found != 0
+
+cdef inline bint is_word(const Plan* plan, uint32_t unit) noexcept nogil:
+    """Whether an ASCII character is a word's."""
+    return (
+        plan.classes[unit] == LETTER or plan.classes[unit] == DIGIT
+        or plan.classes[unit] == UNDERSCORE
+    )
+
+cdef inline int32_t longest_token(
+    const Plan* plan, const Text* t, size_t i, size_t* end
+) noexcept nogil:
+    """Return the longest token that starts at `i`, or -1."""
+    cdef uint32_t node = 0, unit
+    cdef int32_t found = -1
+    while i < t.n_units:
+        unit = unit_at(t, i)
+        node = plan.nodes[node].child
+        while node and plan.nodes[node].unit != unit:
+            node = plan.nodes[node].sibling
+        if node == 0:
+            break
+        i += 1
+        if plan.nodes[node].token >= 0:
+            found = plan.nodes[node].token
+            end[0] = i
+    return found
+
+cdef inline uint32_t beside_word(
+    const Plan* plan, const Text* t, const Match* m, size_t piece
+) noexcept nogil:
+    """Return FOUND if no word stands beside a single-word token, AS_TEXT if one does."""
+    cdef uint32_t unit
+    cdef bint touches = False
+    if m.start > 0 and not (m.flags & IN_PIECE and m.start == piece):
+        unit = unit_at(t, m.start - 1)
+        if unit >= 128:
+            return UNSURE
+        touches = is_word(plan, unit)
+    if m.end < t.n_units:
+        unit = unit_at(t, m.end)
+        if unit >= 128 or may_start(plan, unit):
+            return UNSURE
+        touches = touches or is_word(plan, unit)
+    if not touches:
+        return FOUND
+    # As text it must be encoded together with what it touches.
+    return UNSURE if m.start == piece and piece > 0 else AS_TEXT
+
+cdef inline Match match_at(
+    const Plan* plan, const Text* t, size_t i, size_t piece
+) noexcept nogil:
+    """Return the added token at `i`; `piece` is where the text since the last one begins."""
+    cdef Match m
+    cdef int32_t token
+    m.outcome = NOTHING
+    token = longest_token(plan, t, i, &m.end)
+    if token < 0:
+        return m
+    m.id = plan.tokens[token].id
+    m.flags = plan.tokens[token].flags
+    m.start = i
+    m.stop = m.end
+    m.outcome = FOUND
+    if m.flags & SKIPS:
+        m.outcome = AS_TEXT
+    elif m.flags & SINGLE_WORD:
+        m.outcome = beside_word(plan, t, &m, piece)
+    if m.outcome == FOUND:
+        if m.flags & LSTRIP:
+            while m.start > 0 and is_white_space(unit_at(t, m.start - 1)):
+                m.start -= 1
+            if m.start < piece:
+                m.start = piece
+        if m.flags & RSTRIP:
+            while m.stop < t.n_units and is_white_space(unit_at(t, m.stop)):
+                m.stop += 1
+    return m

@@ -1,0 +1,114 @@
+"""Two caches that share a folder, restarts and damage included, against a plain set of prefixes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.state.engine import Engine, restored
+from tests.state.test_disk import files
+from tokcache.state.cache import PrefixStateCache
+from tokcache.state.tiers.disk import DiskTier
+
+TOKENS = st.lists(st.integers(0, 2), max_size=12)
+WHO = st.integers(0, 1)
+SCOPES = st.sampled_from([None, "a"])
+
+
+class SharedDisk(RuleBasedStateMachine):
+    """Every save reaches the disk before the next step: then nothing may be missing anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.stored: dict[str | None, set[tuple[int, ...]]] = {None: set(), "a": set()}
+        self.whole: dict[str | None, dict[tuple[int, ...], bytes]] = {None: {}, "a": {}}
+        self.is_damaged = False
+        self.caches = [self.opened(max_entries) for max_entries in (1000, 2)]
+
+    def opened(self, max_entries: int) -> PrefixStateCache:
+        tier = DiskTier.open(self.folder, is_synced=False, hmac_key=b"k" * 32)
+        return PrefixStateCache(disk=tier, block_tokens=4, max_entries=max_entries)
+
+    @rule(who=WHO, scope=SCOPES, tokens=TOKENS)
+    def save(self, who: int, scope: str | None, tokens: list[int]) -> None:
+        Engine().save(self.caches[who], tokens, scope=scope)
+        assert self.caches[who].flush()
+        self.stored[scope].update(tuple(tokens[: n + 1]) for n in range(len(tokens)))
+
+    @rule(who=WHO, scope=SCOPES, tokens=TOKENS)
+    def find(self, who: int, scope: str | None, tokens: list[int]) -> None:
+        with self.caches[who].plan(tokens, fingerprint=b"m", scope=scope) as plan:
+            assert restored(plan, tokens) == plan.n_tokens
+            known = self.stored[scope]
+            best = max((n for n in range(len(tokens) + 1) if tuple(tokens[:n]) in known), default=0)
+            assert plan.n_tokens <= best
+            if not self.is_damaged:
+                assert plan.n_tokens == best
+
+    @precondition(lambda self: not self.is_damaged)
+    @rule(who=WHO, scope=SCOPES, tokens=TOKENS.filter(bool), state=st.binary(max_size=8))
+    def store(self, who: int, scope: str | None, tokens: list[int], state: bytes) -> None:
+        # One whose memory has an older state for these tokens would go on serving that.
+        if tuple(tokens) in self.whole[scope]:
+            return
+        if self.caches[who].store(tokens, state, fingerprint=b"m", scope=scope):
+            assert self.caches[who].flush()
+            self.whole[scope][tuple(tokens)] = state
+
+    @rule(who=WHO, scope=SCOPES, tokens=TOKENS)
+    def find_whole(self, who: int, scope: str | None, tokens: list[int]) -> None:
+        known = self.whole[scope]
+        handle = self.caches[who].find(tokens, fingerprint=b"m", scope=scope)
+        best = [n for n in range(len(tokens) + 1) if tuple(tokens[:n]) in known]
+        if handle is None:
+            assert self.is_damaged or not best
+            return
+        with handle:
+            assert bytes(handle.state) == known[tuple(tokens[: handle.n_tokens])]
+            assert self.is_damaged or handle.n_tokens == best[-1]
+
+    @rule(who=WHO)
+    def restart(self, who: int) -> None:
+        max_entries = self.caches[who].max_entries
+        self.caches[who].close()
+        self.caches[who] = self.opened(max_entries)
+
+    @rule(scope=SCOPES)
+    def remove(self, scope: str | None) -> None:
+        for cache in self.caches:
+            cache.remove(scope=scope)
+        self.stored[scope].clear()
+        self.whole[scope].clear()
+
+    @precondition(lambda self: bool(files(self.folder)))
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        path = data.draw(st.sampled_from(files(self.folder)))
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(content)
+        self.is_damaged = True
+
+    @invariant()
+    def holds(self) -> None:
+        for cache in self.caches:
+            cache._check()
+            refusals: dict[str, Any] = dict(cache.stats().refusals)
+            if not self.is_damaged:
+                assert refusals == {}
+
+    def teardown(self) -> None:
+        for cache in self.caches:
+            cache.close()
+        shutil.rmtree(self.folder)
+
+
+TestSharedDisk = SharedDisk.TestCase
+TestSharedDisk.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

@@ -1,0 +1,278 @@
+"""The plain store: states of whole prefixes, opaque bytes of any engine."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tokcache.errors import InvalidConfig, InvalidTokens, StateError
+from tokcache.state.cache import PrefixStateCache
+from tokcache.state.tiers.disk import DiskTier
+
+
+def hit(cache: PrefixStateCache, tokens: list[int], scope: str | None = None) -> bytes | None:
+    handle = cache.find(tokens, fingerprint=b"m", scope=scope)
+    if handle is None:
+        return None
+    with handle:
+        return bytes(handle.state)
+
+
+def test_the_longest_stored_prefix_is_found() -> None:
+    cache = PrefixStateCache()
+    assert cache.is_empty
+    for n_tokens in (2, 4, 6):
+        assert cache.store(list(range(n_tokens)), b"%d" % n_tokens, fingerprint=b"m")
+    cache.store([0, 1, 2, 9, 9, 9, 9, 9], b"longer, but diverging", fingerprint=b"m")
+    assert hit(cache, list(range(100))) == b"6"
+    assert hit(cache, list(range(5))) == b"4"
+    assert hit(cache, [0, 1, 2, 3, 9]) == b"4"
+    assert hit(cache, [0, 1, 7]) == b"2"
+    assert hit(cache, [0]) is None
+    assert hit(cache, []) is None
+    assert hit(cache, [0, 1], scope="a") is None
+    assert cache.find([0, 1], fingerprint=b"n") is None
+    assert len(cache) == 4
+    assert not cache.is_empty
+    cache._check()
+
+
+def test_a_handle_tells_what_it_holds() -> None:
+    cache, before = PrefixStateCache(), time.time()
+    cache.store([1, 2, 3], b"abc", n_past=7, fingerprint=b"m", priority=4)
+    hit(cache, [1, 2, 3])
+    with cache.find([1, 2, 3, 4], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        assert (handle.n_tokens, handle.n_past, handle.priority, handle.n_bytes) == (3, 7, 4, 3)
+        assert handle.hits == 2
+        assert before <= handle.last_used <= time.time()
+        assert handle.state.readonly
+        with pytest.raises(TypeError):
+            handle.state[0] = 1
+    stats = cache.stats()
+    assert (stats.lookups, stats.hits, stats.lookup_tokens, stats.reused_tokens) == (2, 2, 7, 6)
+    assert stats.hit_rate == 1.0
+    assert stats.n_states == 1
+
+
+def test_the_payload_is_not_copied_on_a_hit() -> None:
+    cache = PrefixStateCache()
+    cache.store([1], bytes(1 << 20), fingerprint=b"m")
+    handles = [cache.find([1], fingerprint=b"m") for _ in range(2)]
+    addresses = {np.frombuffer(h.state, np.uint8).ctypes.data for h in handles if h}
+    assert len(addresses) == 1
+
+
+def test_what_the_caller_does_to_his_buffer_is_not_seen() -> None:
+    cache, state = PrefixStateCache(), bytearray(b"abc")
+    cache.store([1], state, fingerprint=b"m")
+    state[:] = b"xyz"
+    assert hit(cache, [1]) == b"abc"
+
+
+def test_the_same_tokens_replace_by_priority_and_the_highest_is_found() -> None:
+    cache = PrefixStateCache()
+    for priority, state in ((0, b"old"), (0, b"new"), (5, b"high"), (1, b"middle")):
+        cache.store([1, 2], state, fingerprint=b"m", priority=priority)
+    assert len(cache) == 3
+    assert hit(cache, [1, 2]) == b"high"
+    with cache.find([1, 2], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        assert cache.remove(handle) == 1
+    assert hit(cache, [1, 2]) == b"middle"
+    cache._check()
+
+
+def test_defaults_are_small_and_budgets_hold() -> None:
+    cache = PrefixStateCache()
+    assert (cache.max_entries, cache.ram_bytes) == (32, 256 << 20)
+    for first in range(40):
+        cache.store([first], bytes(10), fingerprint=b"m")
+    assert len(cache) == 32
+    small = PrefixStateCache(ram_bytes=100_000)
+    assert not small.store([1], bytes(100_000), fingerprint=b"m")
+    assert small.stats().refusals == {"over_budget": 1}
+    for first in range(40):
+        assert small.store([first], bytes(20_000), fingerprint=b"m")
+        assert small.memory_usage() <= 100_000
+    small._check()
+
+
+def test_eviction_goes_by_priority_then_use_and_spares_pins() -> None:
+    cache = PrefixStateCache(max_entries=3)
+    cache.store([1], b"1", fingerprint=b"m", priority=-1, pin=True)
+    cache.store([2], b"2", fingerprint=b"m", priority=9)
+    cache.store([3], b"3", fingerprint=b"m")
+    cache.store([4], b"4", fingerprint=b"m")
+    assert [hit(cache, [n]) for n in (1, 2, 3, 4)] == [b"1", b"2", None, b"4"]
+    handle = cache.handle([1], fingerprint=b"m")
+    assert handle is not None
+    assert cache.pin(handle, is_pinned=False)
+    handle.close()
+    cache.store([5], b"5", fingerprint=b"m")
+    assert [hit(cache, [n]) for n in (1, 2, 4, 5)] == [None, b"2", b"4", b"5"]
+    cache._check()
+
+
+def test_touch_makes_recent() -> None:
+    cache = PrefixStateCache(max_entries=2)
+    cache.store([1], b"1", fingerprint=b"m")
+    cache.store([2], b"2", fingerprint=b"m")
+    with cache.handle([1], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        assert cache.touch(handle)
+    cache.store([3], b"3", fingerprint=b"m")
+    assert [hit(cache, [n]) for n in (1, 2, 3)] == [b"1", None, b"3"]
+    assert not cache.touch(handle)
+
+
+def test_a_handle_in_use_keeps_its_state_and_goes_stale_when_that_is_removed() -> None:
+    cache = PrefixStateCache(max_entries=1)
+    cache.store([1], b"one", fingerprint=b"m")
+    handle = cache.find([1], fingerprint=b"m")
+    assert handle is not None
+    assert not cache.store([2], b"two", fingerprint=b"m")
+    assert cache.stats().refusals == {"entries_in_use": 1}
+    view = handle.state
+    cache.remove(scope=None)
+    assert handle.is_stale
+    with pytest.raises(StateError, match="removed"):
+        _ = handle.state
+    assert cache.store([2], b"two", fingerprint=b"m")
+    assert bytes(view) == b"one"  # what was handed out stays what it was
+    handle.close()
+    with pytest.raises(StateError, match="closed"):
+        _ = handle.state
+    cache._check()
+
+
+def test_a_handle_that_nobody_holds_keeps_nothing() -> None:
+    cache = PrefixStateCache(max_entries=1)
+    cache.store([1], b"one", fingerprint=b"m")
+    cache.find([1], fingerprint=b"m")
+    gc.collect()
+    assert cache.store([2], b"two", fingerprint=b"m")
+    cache._check()
+
+
+def test_blocks_and_whole_states_share_one_budget_and_never_mix() -> None:
+    cache = PrefixStateCache(max_entries=2, block_tokens=4)
+    args = (lambda *_: None, lambda a, b: b - a)
+    cache.save([1, 2, 3, 4], *args, fingerprint=b"m")
+    cache.store([1, 2, 3, 4], b"whole", fingerprint=b"m")
+    assert hit(cache, [1, 2, 3, 4]) == b"whole"
+    with cache.plan([1, 2, 3, 4], fingerprint=b"m") as plan:
+        assert [block.payload.nbytes for block in plan.blocks] == [4]
+    cache.store([7], b"evicts the least recent", fingerprint=b"m")
+    assert hit(cache, [1, 2, 3, 4]) is None
+    cache._check()
+
+
+def test_states_expire_but_pinned_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("tokcache.state.memory.time.monotonic", lambda: now[0])
+    cache = PrefixStateCache(ttl_s=10)
+    cache.store([1], b"1", fingerprint=b"m")
+    cache.store([2], b"2", fingerprint=b"m", pin=True)
+    now[0] += 11
+    assert hit(cache, [1]) is None
+    assert hit(cache, [2]) == b"2"
+    assert cache.stats().expirations == 1
+    cache._check()
+
+
+@pytest.mark.parametrize("encryption_key", [None, b"e" * 32])
+def test_after_a_restart_states_come_from_the_disk(
+    tmp_path: Path, encryption_key: bytes | None
+) -> None:
+    tier = DiskTier.open(tmp_path, encryption_key=encryption_key)
+    first = PrefixStateCache(disk=tier)
+    for n_tokens in (2, 4):
+        first.store(list(range(n_tokens)), b"%d" % n_tokens, n_past=9, fingerprint=b"m")
+    first.store([7], b"", fingerprint=b"m")
+    first.close()
+    second = PrefixStateCache(disk=tier)
+    assert hit(second, [0, 1, 2]) == b"2"
+    with second.find(list(range(9)), fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        assert (bytes(handle.state), handle.n_tokens, handle.n_past) == (b"4", 4, 9)
+        assert second.remove(handle) == 1
+    assert hit(second, list(range(9))) == b"2"
+    assert hit(second, [7]) == b""
+    third = PrefixStateCache(disk=tier)
+    assert hit(third, list(range(9))) == b"2"  # removed from the disk, too
+    second._check()
+
+
+def test_a_state_larger_than_memory_is_served_from_its_file(tmp_path: Path) -> None:
+    state = os.urandom(1 << 20)
+    writer = PrefixStateCache(disk=tmp_path)
+    writer.store([1, 2], state, fingerprint=b"m")
+    writer.close()
+    reader = PrefixStateCache(disk=tmp_path, ram_bytes=10_000)
+    with reader.find([1, 2, 3], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        assert handle.state == state
+        assert reader.memory_usage() == 0
+        reader.remove(scope=None)
+        assert handle.is_stale
+    assert reader.find([1, 2, 3], fingerprint=b"m") is None
+
+
+def test_a_state_stored_by_another_process_meanwhile_is_found(tmp_path: Path) -> None:
+    ours, theirs = PrefixStateCache(disk=tmp_path), PrefixStateCache(disk=tmp_path)
+    assert hit(ours, [1, 2]) is None
+    theirs.store([1], b"1", fingerprint=b"m")
+    theirs.flush()
+    assert hit(ours, [1, 2]) == b"1"
+    theirs.store([1, 2], b"2", fingerprint=b"m")
+    theirs.flush()
+    assert hit(ours, [1, 2]) == b"2"
+
+
+def test_a_closed_store_finds_and_stores_nothing() -> None:
+    cache = PrefixStateCache()
+    cache.store([1], b"1", fingerprint=b"m")
+    cache.close()
+    assert not cache.store([1], b"1", fingerprint=b"m")
+    assert hit(cache, [1]) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"tokens": []}, InvalidTokens),
+        ({"state": "text"}, InvalidConfig),
+        ({"state": np.zeros((4, 4))[:, ::2]}, InvalidConfig),
+        ({"n_past": -1}, InvalidConfig),
+        ({"n_past": "3"}, InvalidConfig),
+        ({"priority": 1.5}, InvalidConfig),
+        ({"fingerprint": "m"}, InvalidConfig),
+    ],
+)
+def test_what_can_not_be_stored_is_a_clear_error(settings: Any, error: type[Exception]) -> None:
+    cache = PrefixStateCache()
+    given = {"tokens": [1], "state": b"x", "fingerprint": b"m", **settings}
+    with pytest.raises(error):
+        cache.store(given.pop("tokens"), given.pop("state"), **given)
+    assert cache.is_empty
+
+
+def test_remove_takes_a_handle_or_a_scope() -> None:
+    cache = PrefixStateCache()
+    with pytest.raises(InvalidConfig, match="handle or a scope"):
+        cache.remove()
+
+
+def test_overhead_is_counted() -> None:
+    cache = PrefixStateCache(ram_bytes=1 << 30, max_entries=100_000)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for first in range(3000):
+        cache.store(range(first, first + 40), bytes(300), fingerprint=b"m")
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    grown, counted = after - before, cache.memory_usage()
+    assert 0.7 * counted < grown < 1.05 * counted

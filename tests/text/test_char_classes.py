@@ -1,0 +1,171 @@
+"""The classes of characters against the Unicode tables of Python, old and new."""
+
+from __future__ import annotations
+
+import string
+import sys
+import unicodedata
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+
+from tokcache.text.char_classes import (
+    ASCII_CLASSES,
+    BLANK,
+    LETTERS_BEYOND,
+    N_CLASSES,
+    PUNCTUATION_BEYOND,
+    VISIBLE,
+    CharClass,
+    class_of,
+)
+
+OLD = unicodedata.ucd_3_2_0
+C = CharClass
+RANGES = sorted([*LETTERS_BEYOND, *PUNCTUATION_BEYOND])
+
+
+def chars_of(ranges: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    return (chr(point) for first, last in ranges for point in range(first, last + 1))
+
+
+LETTERS = list(chars_of(LETTERS_BEYOND))
+SIGNS = list(chars_of(PUNCTUATION_BEYOND))
+
+
+def canonical_pairs() -> list[tuple[str, str]]:
+    """Return what each character that is made of two canonically is made of."""
+    found = []
+    for point in range(sys.maxunicode + 1):
+        parts = unicodedata.decomposition(chr(point)).split()
+        if len(parts) == 2 and not parts[0].startswith("<"):
+            first, second = (chr(int(part, 16)) for part in parts)
+            found.append((first, second))
+    return found
+
+
+PAIRS = canonical_pairs()
+
+
+def nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+# ---- letters
+
+
+@pytest.mark.parametrize("tables", [OLD, unicodedata], ids=["unicode_3_2", "unicode_now"])
+def test_letters_are_letters_that_combine_with_nothing_before(tables: unicodedata.UCD) -> None:
+    for char in LETTERS:
+        assert tables.category(char) in {"Lu", "Ll", "Lt", "Lm", "Lo"}, ascii(char)
+        assert tables.combining(char) == 0, ascii(char)
+
+
+def test_a_letter_stays_a_letter_under_nfc() -> None:
+    changed = [char for char in LETTERS if nfc(char) != char]
+    assert changed == []
+
+
+def test_a_letter_with_a_mark_behind_it_is_composed_to_a_letter() -> None:
+    letters = frozenset(LETTERS)
+    composed = [nfc(first + second) for first, second in PAIRS if first in letters]
+    assert len(composed) > 100
+    for text in composed:
+        assert unicodedata.category(text[0]).startswith("L"), ascii(text)
+
+
+def test_no_letter_joins_what_stands_before_it() -> None:
+    letters = frozenset(LETTERS) | frozenset(string.ascii_letters)
+    assert [pair for pair in PAIRS if pair[1] in letters] == []
+
+
+def test_no_letter_combines_with_a_blank_or_punctuation_behind_it() -> None:
+    behind = [char for char in map(chr, range(128)) if class_of(char) is not C.OTHER]
+    for char in LETTERS:
+        text = char + char.join([*behind, *SIGNS])
+        assert nfc(text) == text, ascii(char)
+
+
+def test_a_letter_in_lower_case_is_one_letter() -> None:
+    for char in LETTERS:
+        assert len(char.lower()) == 1, ascii(char)
+        assert unicodedata.category(char.lower()).startswith("L"), ascii(char)
+    assert len("\u0130".lower()) == 2
+    assert class_of("\u0130") is C.OTHER
+
+
+# ---- punctuation
+
+
+@pytest.mark.parametrize("tables", [OLD, unicodedata], ids=["unicode_3_2", "unicode_now"])
+def test_punctuation_beyond_is_punctuation(tables: unicodedata.UCD) -> None:
+    for char in SIGNS:
+        assert tables.category(char).startswith("P"), ascii(char)
+        assert tables.combining(char) == 0, ascii(char)
+
+
+def test_no_composition_begins_or_ends_with_punctuation_beyond() -> None:
+    signs = frozenset(SIGNS)
+    assert [pair for pair in PAIRS if signs.intersection(pair)] == []
+    assert [char for char in SIGNS if nfc(char) != char] == []
+
+
+# ---- ASCII
+
+
+def test_every_ascii_character_has_the_class_its_name_says() -> None:
+    assert len(ASCII_CLASSES) == 128
+    assert [class_of(char) for char in "_'/ \t\r\n"] == [
+        C.UNDERSCORE, C.APOSTROPHE, C.SLASH, C.SPACE, C.TAB, C.RETURN, C.NEWLINE,
+    ]  # fmt: skip
+    for char in map(chr, range(128)):
+        if char in "_'/ \t\r\n":
+            continue
+        if char in string.ascii_letters:
+            wanted = C.LETTER
+        elif char in string.digits:
+            wanted = C.DIGIT
+        else:
+            wanted = C.PUNCTUATION if char in string.punctuation else C.OTHER
+        assert class_of(char) is wanted, ascii(char)
+
+
+def test_visible_and_blank_are_all_that_a_text_has_but_the_others() -> None:
+    assert not VISIBLE & BLANK
+    only_on_the_left = {C.NEWLINE_RUN, C.TOKEN_END}
+    assert set(C) == VISIBLE | BLANK | only_on_the_left | {C.OTHER}
+    for char in map(chr, range(128)):
+        assert (class_of(char) in VISIBLE) == (char.isprintable() and char != " "), ascii(char)
+    assert {class_of(char) for char in map(chr, range(0x10000))} == VISIBLE | BLANK | {C.OTHER}
+    assert max(C) < N_CLASSES
+
+
+# ---- ranges
+
+
+def test_ranges_are_in_order_apart_and_beyond_ascii() -> None:
+    assert RANGES[0][0] >= 128
+    assert all(first <= last for first, last in RANGES)
+    assert all(last < first for (_, last), (first, _) in pairwise(RANGES))
+    assert len(LETTERS) + len(SIGNS) == sum(last - first + 1 for first, last in RANGES)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "wanted"),
+    [(LETTERS_BEYOND, C.LETTER_BEYOND), (PUNCTUATION_BEYOND, C.PUNCTUATION_BEYOND)],
+    ids=["letters", "punctuation"],
+)
+def test_a_range_ends_where_it_says(ranges: tuple[tuple[int, int], ...], wanted: C) -> None:
+    inside = {point for first, last in RANGES for point in range(first, last + 1)}
+    for first, last in ranges:
+        assert class_of(chr(first)) is class_of(chr(last)) is wanted
+        for point in (first - 1, last + 1):
+            assert point in inside or class_of(chr(point)) is C.OTHER, hex(point)
+
+
+def test_what_other_tables_may_see_otherwise_is_other() -> None:
+    for char in "\x00\x0b\x0c\x1c\x7f\x85\xa0\xd7\xf7\u0130\u017f\u0301\u0e31\u0e33\u200b\u2028":
+        assert class_of(char) is C.OTHER, ascii(char)
+    for char in "\u3000\u3099\u309b\u30fb\ufeff\uffff\U0001f600\U00020000\U0010ffff\ud800":
+        assert class_of(char) is C.OTHER, ascii(char)

@@ -1,0 +1,602 @@
+"""Every cut that a plan allows is tried on the tokenizer itself, and every refusal is provoked."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from tests.text.tokenizers_synthetic import PATTERNS, RANDOM, SYNTHETIC
+from tokcache.text._scan_py import class_behind
+from tokcache.text.char_classes import N_CLASSES, CharClass
+from tokcache.text.cuts import CutPlan, plan_cuts
+from tokcache.text.engines import PartEncoder
+
+C = CharClass
+Build = Callable[[], Tokenizer]
+Pair = tuple[CharClass, CharClass]
+
+POSSESSIVE = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+# ---- kinds
+
+
+def _split_by(*patterns: str, **how: Any) -> Build:
+    """Return a builder of a byte-level tokenizer that splits by these patterns."""
+
+    def made() -> Tokenizer:
+        how.setdefault("behavior", "isolated")
+        tokenizer = SYNTHETIC["llama3_isolated"]()
+        splits = [pre_tokenizers.Split(Regex(pattern), **how) for pattern in patterns]
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_])
+        return tokenizer
+
+    return made
+
+
+def _with(base: str, **parts: Any) -> Build:
+    def made() -> Tokenizer:
+        tokenizer = SYNTHETIC[base]()
+        for name, part in parts.items():
+            setattr(tokenizer, name, part)
+        return tokenizer
+
+    return made
+
+
+def _added(base: str, *tokens: AddedToken) -> Build:
+    def made() -> Tokenizer:
+        tokenizer = SYNTHETIC[base]()
+        tokenizer.add_tokens(list(tokens))
+        return tokenizer
+
+    return made
+
+
+NAMES = (
+    "gpt2", "gpt2_prefix_space", "llama3", "cl100k_removed", "cl100k_tiktoken", "bailing", "qwen2",
+    "qwen35", "seed_coder", "o200k", "tekken", "deepseek_v3", "falcon", "starcoder",
+    "bert_uncased", "bert_no_normalizer", "whitespace", "whitespace_split", "whitespace_digits",
+    "punctuation_isolated", "punctuation_merged_with_previous", "punctuation_merged_with_next",
+    "punctuation_contiguous", "punctuation_removed", "digits", "digits_individual",
+    "xlm_roberta", "unigram_always_split", "unigram_never_split", "bpe_first_split", "llama2",
+    "llama2_no_bytes", "phi3", "gemma", "nothing_at_all", "no_pre_tokenizer_fused",
+    "strip_accents_qwen2", "nmt_qwen2", "nfd_lowercase_strip_qwen2", "strip_words", "nfkc_words",
+    "replace_quotes_qwen2", "replace_spaces_qwen2",
+)  # fmt: skip
+KINDS: dict[str, Build] = {name: SYNTHETIC[name] for name in NAMES}
+KINDS["cl100k_possessive"] = _split_by(POSSESSIVE)
+
+# ---- texts around a pair
+
+# Several of each class, letters that a contraction may hold.
+WIDE = "asZ19.(_'/ \t\r\n\xe9\u4e2d\u0438\u2019\u3002\u0301\xa0\xbd\x0b\u017f\U0001f600"
+SHORT_LIST = "s1._'/ \r\n\xe9\u2019\u0301"
+NARROW = "s'/ \n"  # what patterns look at beyond the next character
+N_DRAWN = 1000
+
+
+class Cut(NamedTuple):
+    left: str
+    right: str
+
+
+def _cuts(rng: random.Random) -> Iterator[Cut]:
+    """Yield texts in two parts: a pair of characters, with none to two more on each side.
+
+    All pairs with one more on either side; those of the short list with one more on both; the
+    narrow ones with all of none to two on both; and a draw of everything.
+    """
+    for left, right in product(WIDE, repeat=2):
+        for more in ["", *SHORT_LIST]:
+            yield Cut(more + left, right)
+            yield Cut(left, right + more)
+    for before, left, right, behind in product(SHORT_LIST, repeat=4):
+        yield Cut(before + left, right + behind)
+    around = ["", *NARROW, *map("".join, product(NARROW, repeat=2))]
+    for before, left, right, behind in product(around, NARROW, NARROW, around):
+        yield Cut(before + left, right + behind)
+    for _ in range(N_DRAWN):
+        sides = ["".join(rng.choices(WIDE, k=rng.randint(1, 3))) for _ in range(2)]
+        yield Cut(*sides)
+
+
+def _class_of_last(text: str, left: CharClass) -> CharClass:
+    for char in text:
+        left = class_behind(char, left)
+    return left
+
+
+ALL_CUTS = list(dict.fromkeys(_cuts(random.Random(1))))
+
+
+def _classes(first_left: CharClass) -> list[Pair]:
+    lefts = {left: _class_of_last(left, first_left) for left in {one.left for one in ALL_CUTS}}
+    return [(lefts[left], class_behind(right[0], lefts[left])) for left, right in ALL_CUTS]
+
+
+CLASSES = {left: _classes(left) for left in (C.LETTER, C.OTHER)}
+
+
+class Checked(NamedTuple):
+    pairs: set[Pair]
+    unsafe: list[Cut]
+
+
+class Splitter:
+    """Gives what one variant makes of a text: the pieces that a model gets, or ids.
+
+    Pieces show every boundary, ids only those over which the vocabulary has a token: they are
+    compared where nothing but the vocabulary makes cuts safe, and for a sample.
+    """
+
+    def __init__(self, encoder: PartEncoder, plan: CutPlan) -> None:
+        own = encoder.tokenizer
+        self.by_pieces = ("model", "BPE without a pre-tokenizer, the vocabulary as proof") not in (
+            plan.recognised
+        )
+        self._encoder = encoder
+        self._normalize = own.normalizer.normalize_str if own.normalizer is not None else str
+        self._pre_tokenizer = own.pre_tokenizer
+
+    def __call__(self, texts: Sequence[str], *, by_pieces: bool) -> dict[str, list[Any]]:
+        distinct = list(dict.fromkeys(texts))
+        made = map(self._pieces, distinct) if by_pieces else self._encoder.encode_apart(distinct)
+        return dict(zip(distinct, made, strict=True))
+
+    def _pieces(self, text: str) -> list[str]:
+        pieces = self._pre_tokenizer.pre_tokenize_str(self._normalize(text))
+        return [piece for piece, _ in pieces]
+
+
+def check(tokenizer: Tokenizer, plan: CutPlan) -> Checked:
+    """Split every text whose cut the plan allows, in one and in two parts, and compare."""
+    first, later, inside = plan.variant_of
+    splitters = [
+        Splitter(PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer), plan)
+        for one in plan.variants
+    ]
+    found = Checked(set(), [])
+    # A part that begins the text, one behind an added token, and one at a cut before this one.
+    for variant, left in {(first, plan.piece_left), (later, plan.piece_left), (inside, C.LETTER)}:
+        chosen = [
+            (cut, pair)
+            for cut, pair in zip(ALL_CUTS, CLASSES[left], strict=True)
+            if plan.allows(*pair)
+        ]
+        found.pairs.update(pair for _, pair in chosen)
+        cuts = [cut for cut, _ in chosen]
+        whole, part = splitters[variant], splitters[inside]
+        found.unsafe.extend(_unsafe(whole, part, cuts, by_pieces=whole.by_pieces))
+        found.unsafe.extend(_unsafe(whole, part, cuts[-N_DRAWN // 2 :], by_pieces=False))
+    return found
+
+
+def _unsafe(whole: Splitter, part: Splitter, cuts: list[Cut], *, by_pieces: bool) -> Iterator[Cut]:
+    wholes = whole([cut.left + cut.right for cut in cuts], by_pieces=by_pieces)
+    lefts = whole([cut.left for cut in cuts], by_pieces=by_pieces)
+    rights = part([cut.right for cut in cuts], by_pieces=by_pieces)
+    for cut in cuts:
+        if wholes[cut.left + cut.right] != lefts[cut.left] + rights[cut.right]:
+            yield cut
+
+
+def _allowed(plan: CutPlan, *, fine: bool = True) -> set[Pair]:
+    return {pair for pair in product(C, C) if plan.allows(*pair, fine=fine)}
+
+
+# ---- what is allowed is safe
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_pair_that_is_allowed_is_a_safe_cut(name: str) -> None:
+    tokenizer = KINDS[name]()
+    plan = plan_cuts(tokenizer)
+    assert plan.off is None
+    assert plan.refused == ()
+    assert plan.rules
+    assert all(rule.reason for rule in plan.rules)
+    assert _allowed(plan, fine=False)
+    assert _allowed(plan, fine=False) <= _allowed(plan)
+    checked = check(tokenizer, plan)
+    assert checked.unsafe[:5] == []
+    assert checked.pairs == _allowed(plan)  # each was tried
+
+
+UNSAFE = [
+    ("gpt2", C.SPACE, C.LETTER),
+    ("gpt2", C.APOSTROPHE, C.LETTER),
+    ("gpt2", C.NEWLINE_RUN, C.LETTER),
+    ("llama3", C.PUNCTUATION, C.NEWLINE),
+    ("llama3", C.DIGIT, C.DIGIT),
+    ("o200k", C.LETTER, C.APOSTROPHE),
+    ("o200k", C.NEWLINE, C.SLASH),
+    ("deepseek_v3", C.LETTER, C.LETTER),
+    ("starcoder", C.SPACE, C.SPACE),
+    ("bert_uncased", C.LETTER, C.DIGIT),
+    ("punctuation_merged_with_next", C.PUNCTUATION, C.LETTER),
+    ("digits", C.DIGIT, C.DIGIT),
+    ("bpe_first_split", C.SPACE, C.LETTER),
+    ("llama2", C.LETTER, C.LETTER),
+]
+
+
+@pytest.mark.parametrize(("name", "left", "right"), UNSAFE)
+def test_a_pair_that_is_not_safe_would_be_found(name: str, left: C, right: C) -> None:
+    tokenizer = KINDS[name]()
+    plan = plan_cuts(tokenizer)
+    assert not plan.allows(left, right)
+    wrong = bytearray(N_CLASSES * N_CLASSES)
+    wrong[left * N_CLASSES + right] = 1
+    checked = check(tokenizer, replace(plan, fine=bytes(wrong)))
+    assert checked.pairs == {(left, right)}
+    assert checked.unsafe
+
+
+# ---- patterns
+
+OF_PATTERNS = {
+    "gpt2": (PATTERNS["gpt2"],),
+    "llama3": (PATTERNS["llama3"],),
+    "cl100k_possessive": (POSSESSIVE,),
+    "cl100k_tiktoken": (PATTERNS["cl100k_tiktoken"],),
+    "bailing": (PATTERNS["bailing"],),
+    "qwen2": (PATTERNS["qwen2"],),
+    "qwen35": (PATTERNS["qwen35"],),
+    "seed_coder": (PATTERNS["seed_coder"],),
+    "o200k": (PATTERNS["o200k"],),
+    "tekken": (PATTERNS["tekken"],),
+    "deepseek_v3": tuple(
+        PATTERNS[name] for name in ("deepseek_v3_numbers", "deepseek_v3_cjk", "deepseek_v3")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_PATTERNS)
+@pytest.mark.parametrize("how", [{}, {"behavior": "removed", "invert": True}], ids=["kept", "rest"])
+def test_a_pattern_is_recognised_however_it_is_written(name: str, how: dict[str, Any]) -> None:
+    patterns = OF_PATTERNS[name]
+    if how and len(patterns) > 1:
+        return  # the numbers of DeepSeek would be all that is left
+    written = tuple(one.replace("\r", r"\r").replace("\n", r"\n") for one in patterns)
+    wanted = _allowed(plan_cuts(_split_by(*patterns)()))
+    assert len(wanted) > 50
+    assert _allowed(plan_cuts(_split_by(*written, **how)())) == wanted
+
+
+def _altered(pattern: str) -> Iterator[str]:
+    """Yield the pattern without one of its characters, for every tenth of them."""
+    for at in range(0, len(pattern), 10):
+        yield pattern[:at] + pattern[at + 1 :]
+
+
+@pytest.mark.parametrize("name", OF_PATTERNS)
+def test_a_pattern_with_one_character_less_is_not_recognised(name: str) -> None:
+    *before, pattern = OF_PATTERNS[name]
+    n_tried = 0
+    for altered in _altered(pattern):
+        try:
+            tokenizer = _split_by(*before, altered)()
+        except Exception:  # noqa: BLE001, S112 (no regex any more; the library has no class for it)
+            continue
+        plan = plan_cuts(tokenizer)
+        assert plan.off is None
+        assert not any(plan.fine), altered
+        assert len(plan.refused) == 1
+        assert "is not known: cuts at added tokens only" in plan.refused[0]
+        n_tried += 1
+    assert n_tried >= 4
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_stage_before_the_pattern_counts_as_well(at: int) -> None:
+    patterns = list(OF_PATTERNS["deepseek_v3"])
+    patterns[at] = patterns[at].replace("3", "4").replace("\u9fa5", "\u9fa6")
+    plan = plan_cuts(_split_by(*patterns)())
+    assert not any(plan.fine)
+    assert "is not known: cuts at added tokens only" in plan.refused[0]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"behavior": "removed"},
+        {"behavior": "isolated", "invert": True},
+        {"behavior": "merged_with_previous"},
+        {"behavior": "merged_with_next"},
+        {"behavior": "contiguous"},
+    ],
+    ids=lambda how: "_".join(map(str, how.values())),
+)
+def test_a_known_pattern_used_otherwise_is_not_recognised(how: dict[str, Any]) -> None:
+    plan = plan_cuts(_split_by(PATTERNS["qwen2"], **how)())
+    assert not any(plan.fine)
+    assert f"({_camel(how['behavior'])}) is not known" in plan.refused[0]
+
+
+def _camel(name: str) -> str:
+    return name.title().replace("_", "")
+
+
+# ---- what is off, and why
+
+
+class Upper:
+    """A pre-tokenizer written in Python."""
+
+    def pre_tokenize(self, text: Any) -> None:
+        """Split nothing."""
+
+
+def _custom() -> Tokenizer:
+    return _with("gpt2", pre_tokenizer=pre_tokenizers.PreTokenizer.custom(Upper()))()
+
+
+def _sampling() -> Tokenizer:
+    tokenizer = SYNTHETIC["unigram_always_split"]()
+    tokenizer.model.alpha = 0.5
+    tokenizer.model.nbest_size = 4
+    return tokenizer
+
+
+def _text_twice() -> Tokenizer:
+    tokenizer = SYNTHETIC["gpt2"]()
+    data = json.loads(tokenizer.to_str())
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [text, text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    return Tokenizer.from_str(json.dumps(data))
+
+
+OFF: dict[str, tuple[Build, str, str | None]] = {
+    "dropout": (RANDOM["dropout_half"], "bpe_dropout", None),
+    "sampling": (_sampling, "unigram_sampling", None),
+    "written_in_python": (_custom, "python_component", None),
+    "text_named_twice": (_text_twice, "post_processor", "names the text not exactly once"),
+    "overlap": (
+        _added("gpt2", AddedToken("ab|cd", normalized=False), AddedToken("cd|ef", normalized=True)),
+        "added_tokens_overlap",
+        "both phases overlap each other",
+    ),
+    "nested": (
+        _added("gpt2", AddedToken("<a><b>", normalized=True), AddedToken("<b>", normalized=False)),
+        "added_tokens_overlap",
+        "both phases overlap each other",
+    ),
+    "prefix": (
+        _added("llama2", AddedToken("hello", normalized=True)),
+        "normalized_token_prefix",
+        "read otherwise behind a cut",
+    ),
+} | {
+    f"normalized_{flag}": (
+        _added("bert_uncased", AddedToken("hello", normalized=True, **{flag: True})),
+        "normalized_token_flags",
+        "with flags is looked for in the normalised text",
+    )
+    for flag in ("lstrip", "rstrip", "single_word")
+}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_nothing_may_be_cut_and_it_says_why(name: str) -> None:
+    build, off, sentence = OFF[name]
+    plan = plan_cuts(build())
+    assert plan.off == off
+    assert not any(plan.fine)
+    assert not any(plan.coarse)
+    assert plan.separators == ()
+    assert plan.variants == ()
+    if sentence is None:
+        assert plan.refused == ()
+    else:
+        assert len(plan.refused) == 1
+        assert sentence in plan.refused[0]
+
+
+ON: dict[str, Build] = {
+    "dropout_zero": SYNTHETIC["dropout_zero"],
+    "no_normalizer": _added("gpt2", AddedToken("hello", normalized=True, lstrip=True)),
+    "first_phase": _added("bert_uncased", AddedToken("hello", normalized=False, rstrip=True)),
+    "apart": _added("gpt2", AddedToken("ab|", normalized=False), AddedToken("cd", normalized=True)),
+}
+
+
+@pytest.mark.parametrize("name", ON)
+def test_what_lacks_one_of_the_reasons_stays_on(name: str) -> None:
+    plan = plan_cuts(ON[name]())
+    assert plan.off is None
+    assert plan.refused == ()
+    assert any(plan.coarse)
+
+
+# ---- what allows no cut in text, and why
+
+
+def _bpe_alone(**settings: Any) -> Build:
+    def made() -> Tokenizer:
+        tokens = [*map(chr, range(32, 127)), "ab</w>", "##b", "ab"]
+        vocabulary = {one: at for at, one in enumerate(tokens)}
+        return Tokenizer(models.BPE(vocabulary, [], **settings))
+
+    return made
+
+
+def _word_piece_alone() -> Tokenizer:
+    return Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))  # noqa: S106
+
+
+def _normal(*parts: Any) -> Build:
+    return _with("qwen2", normalizer=normalizers.Sequence(list(parts)))
+
+
+def _pre(*stages: Any, base: str = "gpt2") -> Build:
+    return _with(base, pre_tokenizer=pre_tokenizers.Sequence(list(stages)))
+
+
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_MARKS = normalizers.Replace(" ", "\u2581")
+_LOWERED = "changes visible ASCII characters"
+_UNKNOWN_FORM = "is not known: cuts at added tokens only"
+_NO_PROOF = "no cut is forced, and the vocabulary proves none: "
+
+NO_CUT: dict[str, tuple[Build, str]] = {
+    "normalizer_bytes": (_normal(normalizers.ByteLevel()), "normalizer ByteLevel is not known"),
+    "normalizer_replaces": (
+        _normal(normalizers.Replace("e t", "E")),
+        "normalizer Replace of 'e t' by 'E' is not known",
+    ),
+    "normalizer_replaces_regex": (
+        _normal(normalizers.Replace(Regex(r"\s+"), " ")),
+        r"normalizer Replace of '\\s+' by ' ' is not known",
+    ),
+    "normalizer_changes_ascii": (_normal(normalizers.Prepend(" "), _MARKS), _LOWERED),
+    "pre_tokenizer_delimiter": (
+        _pre(pre_tokenizers.CharDelimiterSplit("e")),
+        "pre-tokenizer CharDelimiterSplit is not known",
+    ),
+    "pre_tokenizer_scripts": (
+        _pre(pre_tokenizers.UnicodeScripts()),
+        "pre-tokenizer UnicodeScripts is not known",
+    ),
+    "pre_tokenizer_behind_a_known_one": (
+        _pre(pre_tokenizers.WhitespaceSplit(), pre_tokenizers.FixedLength(5)),
+        "pre-tokenizer FixedLength is not known",
+    ),
+    "metaspace_mark": (
+        _pre(pre_tokenizers.Metaspace(replacement="_")),
+        "Metaspace with '_' is not known",
+    ),
+    "metaspace_unsplit": (SYNTHETIC["mistral"], "Metaspace without split forces no boundary"),
+    "prefix_space_not_first": (
+        _pre(
+            pre_tokenizers.Digits(),
+            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
+        ),
+        "ByteLevel puts a blank before every part of a text",
+    ),
+    "blanks_hidden": (
+        _with("gpt2", normalizer=_MARKS),
+        "ByteLevel behind a normalizer that hides blanks",
+    ),
+    "split_by_string": (
+        _pre(pre_tokenizers.Split(" ", "isolated"), _BYTES),
+        "pre-tokenizer Split by",
+    ),
+    "nothing_forced": (
+        SYNTHETIC["bytes_unsplit"],
+        _NO_PROOF + "the pre-tokenizer forces none",
+    ),
+    "unigram_alone": (
+        SYNTHETIC["unigram_alone"],
+        _NO_PROOF + "only BPE merges neighbours and nothing else",
+    ),
+    "word_piece_alone": (
+        _word_piece_alone,
+        _NO_PROOF + "only BPE merges neighbours and nothing else",
+    ),
+    "merges_ignored": (
+        _bpe_alone(ignore_merges=True),
+        _NO_PROOF + "a whole text in the vocabulary skips the merges",
+    ),
+    "ends_marked": (
+        _bpe_alone(end_of_word_suffix="</w>"),
+        _NO_PROOF + "the ends of a text are marked",
+    ),
+    "beginnings_marked": (
+        _bpe_alone(continuing_subword_prefix="##"),
+        _NO_PROOF + "the ends of a text are marked",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_CUT)
+def test_text_is_not_cut_and_it_says_why(name: str) -> None:
+    build, sentence = NO_CUT[name]
+    plan = plan_cuts(build())
+    assert plan.off is None
+    assert not any(plan.fine)
+    assert plan.rules == ()
+    assert len(plan.refused) == 1
+    assert sentence in plan.refused[0]
+    assert plan.refused[0].endswith("cuts at added tokens only") or sentence == plan.refused[0]
+
+
+def test_a_vocabulary_without_marks_of_ends_is_a_proof() -> None:
+    plan = plan_cuts(_bpe_alone()())
+    assert plan.refused == ()
+    assert plan.allows(C.DIGIT, C.LETTER)
+    assert not plan.allows(C.LETTER, C.LETTER)  # the token "ab"
+    assert not plan.allows(C.PUNCTUATION, C.LETTER)  # the token "##b"
+
+
+def test_a_post_processor_that_does_more_is_used_for_no_text_with_special_tokens() -> None:
+    around = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    behind = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    plan = plan_cuts(_with("gpt2", post_processor=processors.Sequence([around, behind]))())
+    assert plan.refused == ("the post-processor does more than put ids around",)
+    assert plan.affixes == (((), ()), None)
+    assert any(plan.fine)
+    plan = plan_cuts(_with("gpt2", post_processor=around)())
+    assert plan.refused == ()
+    assert plan.affixes == (((), ()), ((0,), ()))
+
+
+# ---- what added tokens take away
+
+
+def _less(base: str, *tokens: AddedToken) -> set[Pair]:
+    before, now = plan_cuts(SYNTHETIC[base]()), plan_cuts(_added(base, *tokens)())
+    assert now.off is None
+    assert _allowed(now) < _allowed(before)
+    return _allowed(before) - _allowed(now)
+
+
+def test_a_token_that_takes_blanks_keeps_them() -> None:
+    gone = _less("llama3_isolated", AddedToken("<t>", lstrip=True, normalized=False))
+    assert gone == {(left, C.PUNCTUATION) for left in (C.RETURN, C.NEWLINE, C.NEWLINE_RUN)}
+
+
+def test_a_token_that_must_be_a_word_keeps_its_neighbours() -> None:
+    gone = _less("gpt2", AddedToken("_", single_word=True, normalized=False))
+    assert {(C.LETTER, C.UNDERSCORE), (C.UNDERSCORE, C.LETTER)} <= gone
+    assert all(C.UNDERSCORE in pair for pair in gone)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "bert_uncased", "gemma"])
+def test_a_token_found_in_normalised_text_leaves_the_raw_tokens_alone(kind: str) -> None:
+    plan = plan_cuts(_added(kind, AddedToken("x1_", normalized=True))())
+    assert plan.off is None
+    assert not any(plan.fine)
+    assert plan.separators
+    assert "other characters may have become its own" in plan.refused[0]
+
+
+def test_a_token_with_a_blank_inside_is_no_place_for_a_chunk_to_end() -> None:
+    before = plan_cuts(SYNTHETIC["gpt2"]())
+    plan = plan_cuts(_added("gpt2", AddedToken("New York", normalized=False))())
+    assert _allowed(plan) == _allowed(before)
+    gone = _allowed(before, fine=False) - _allowed(plan, fine=False)
+    assert gone == {(C.LETTER, C.SPACE)}

@@ -1,0 +1,435 @@
+"""L1 behind a wrapped tokenizer: hostile texts, verification, engines that fail, chats that hit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+import tokcache
+from tests.text.tokenizers_synthetic import SYNTHETIC, TRAINING, plain
+from tests.text.twins import both, twin
+from tokcache import CacheConfig
+from tokcache.errors import InvalidConfig
+from tokcache.text.fast_encoders import agreed_code_points
+from tokcache.text.l1 import CHARS_AT_ONCE, L1, FastParts
+
+if TYPE_CHECKING:
+    from tokcache.text.engines import PartEncoder
+
+LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
+SURE = CacheConfig(engine="tokenizers", l0_max_entries=1)
+
+
+def _right(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
+    return ids
+
+
+def _ids(wrapped: Any, text: str) -> list[int]:
+    ids: list[int] = wrapped.token_ids(text).tolist()
+    return ids
+
+
+def _l1(wrapped: Any) -> L1:
+    core = wrapped._tokcache
+    core.engine(core.fresh())
+    l1 = core.fresh().l1
+    assert isinstance(l1, L1)
+    return l1
+
+
+# ---- hostile texts
+
+HOSTILE = {
+    "no_cut_ascii": "a" * 1_000_000,
+    "no_cut_chinese": "\u4e00" * 300_000,
+    "blanks": " " * 1_000_000,
+    "newlines": "\n" * 200_000,
+    "mixed_blanks": " \n\t\r\n" * 40_000,
+    "every_character_a_cut": "a 1." * 50_000,
+    "every_character_a_token": "<s>" * 50_000,
+    "almost_a_token": "<s" * 100_000,
+    "nothing": "",
+    "one": "x",
+}
+BUDGET = 1 << 19
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_texts_are_right_and_memory_is_bounded(name: str) -> None:
+    text = HOSTILE[name]
+    wrapped = tokcache.wrap(
+        SYNTHETIC["gpt2"](), CacheConfig(engine="tokenizers", l1_max_bytes=BUDGET)
+    )
+    right = _right(plain(SYNTHETIC["gpt2"]), text)
+    n_times = 1 if len(text) > 250_000 else 3
+    for _ in range(n_times):
+        assert _ids(wrapped, text) == right
+        wrapped.token_ids("another")
+        assert wrapped.cache_stats().l1.n_bytes <= BUDGET
+    assert wrapped.cache_stats().l1.lookup_chars >= len(text)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama2", "unigram_first_split"])
+@pytest.mark.parametrize("content", [" ", "  ", "\n", "a", "\u2581"])
+def test_an_added_token_that_is_everywhere(kind: str, content: str) -> None:
+    tokenizer = SYNTHETIC[kind]()
+    tokenizer.add_tokens([AddedToken(content, normalized=False)])
+    wrapped = tokcache.wrap(tokenizer, SURE)
+    for text in (LINE * 20, LINE * 21, content * 3000, "x" + content * 1000 + LINE, content):
+        assert _ids(wrapped, text) == _right(tokenizer, text)
+    assert wrapped.cache_stats().l1.hits + wrapped.cache_stats().l1.misses == 5
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert_uncased", "llama2"])
+def test_an_empty_added_token_is_none(kind: str) -> None:
+    tokenizer = SYNTHETIC[kind]()
+    assert tokenizer.add_tokens([AddedToken("", normalized=False)]) == 0
+    wrapped = tokcache.wrap(tokenizer, SURE)
+    for text in ("", LINE * 20, LINE * 21):
+        assert _ids(wrapped, text) == _right(tokenizer, text)
+    assert wrapped.cache_stats().l1.chunk_hits > 0
+
+
+@pytest.mark.parametrize("text", ["\ud800", LINE * 40 + "\udfff", "\ud83d\ude00" + LINE * 40])
+def test_a_lone_surrogate_fails_as_it_does_without_a_cache(text: str) -> None:
+    tokenizer = SYNTHETIC["gpt2"]()
+    wrapped = tokcache.wrap(tokenizer, SURE)
+    errors = []
+    for ask in (tokenizer.encode, wrapped.token_ids):
+        with pytest.raises((TypeError, UnicodeEncodeError)) as caught:
+            ask(text)
+        errors.append(caught.type)
+    assert errors[0] is errors[1]
+    assert wrapped.cache_stats().l1.refusals["surrogate"] >= 1
+    assert _ids(wrapped, LINE) == _right(tokenizer, LINE)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("verify_rate", [-0.1, 1.1, "1", None, True, float("nan")]),
+        ("engine", ["", "Auto", "rust", None, 1, True]),
+        ("l1_max_bytes", [0, -1, 1.5, "7", None, True, 2**62 + 1]),
+        ("l1", [1, 0, None, "yes"]),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(InvalidConfig, match=f"^{setting} must be "):
+            CacheConfig(**{setting: value})
+
+
+def test_settings_at_their_limits_work() -> None:
+    for rate in (0, 0.0, 1, 1.0):
+        config = CacheConfig(engine="tokenizers", verify_rate=rate, l1_max_bytes=1)
+        wrapped = tokcache.wrap(SYNTHETIC["gpt2"](), config)
+        for _ in range(2):
+            assert _ids(wrapped, LINE * 50) == _right(SYNTHETIC["gpt2"](), LINE * 50)
+        assert wrapped.cache_stats().l1.n_bytes == 0
+    off = tokcache.wrap(SYNTHETIC["gpt2"](), CacheConfig(l1=False))
+    off.token_ids(LINE * 50)
+    assert off.cache_stats().l1.lookup_chars == 0
+
+
+# ---- encoders that answer wrongly
+
+
+class Encoder:
+    """A fast encoder that answers as tokenizers does, but for what `spoil` makes of it."""
+
+    name = "spoilt"
+
+    def __init__(
+        self,
+        sure: PartEncoder,
+        spoil: Callable[[list[int]], list[int]] = list,
+        *,
+        is_fork_safe: bool = True,
+        holds_lock: bool = False,
+    ) -> None:
+        self.holds_lock = holds_lock
+        self.sure = sure
+        self.spoil = spoil
+        self.is_fork_safe = is_fork_safe
+        self.texts: list[str] = []
+
+    def encode(self, text: str) -> Any:
+        self.texts.append(text)
+        ids = self.sure.tokenizer.encode(text, add_special_tokens=False).ids
+        return memoryview(array("I", self.spoil(ids)))
+
+
+def _use(wrapped: Any, spoil: Callable[[list[int]], list[int]] = list, **how: Any) -> Encoder:
+    """Have L1 encode with such an encoder, as if it had proven equal."""
+    l1 = _l1(wrapped)
+    twin_of_cache = sys.modules[type(l1._cache).__module__]
+    agreed = twin_of_cache.CodePoints(agreed_code_points())
+    encoders = [Encoder(sure, spoil, **how) for sure in l1._sure]
+    l1._set_fast([FastParts(one, one.sure, agreed) for one in encoders])
+    return encoders[0]
+
+
+def test_an_encoder_that_holds_the_lock_gets_a_long_text_in_turns() -> None:
+    wrapped = _wrapped(0.0)
+    encoder = _use(wrapped, holds_lock=True)
+    words = "".join(f"line {n:06d} of many\n" for n in range(30_000))
+    for text in (words, words[:1000] + "x" * (CHARS_AT_ONCE + 1) + "\n" + words[-1000:]):
+        assert wrapped.token_ids(text).tolist() == wrapped.encode(text).ids
+    longest = max(map(len, encoder.texts))
+    assert CHARS_AT_ONCE // 2 < longest < 2 * CHARS_AT_ONCE  # the separators come on top
+    assert len(encoder.texts) > len(words) // CHARS_AT_ONCE
+    assert "engine_dropped" not in wrapped.cache_stats().l1.refusals
+
+
+def _other_first(ids: list[int]) -> list[int]:
+    return [ids[0] + 1, *ids[1:]]
+
+
+def _fails(_: list[int]) -> list[int]:
+    raise OverflowError("too many words")
+
+
+class Panic(BaseException):
+    """What a crash in Rust looks like."""
+
+
+def _panics(_: list[int]) -> list[int]:
+    raise Panic("index out of bounds")
+
+
+def _wrapped(verify_rate: float) -> Any:
+    config = CacheConfig(engine="tokenizers", l0_max_entries=1, verify_rate=verify_rate)
+    return tokcache.wrap(SYNTHETIC["gpt2"](), config)
+
+
+TEXT = LINE * 60
+CHATS = [TEXT, TEXT + "Hello", "<s>" + TEXT, TEXT + "\n\n" + TEXT, TEXT]
+
+
+def test_verification_finds_a_wrong_answer_and_ends_l1(caplog: pytest.LogCaptureFixture) -> None:
+    wrapped = _wrapped(verify_rate=1.0)
+    _use(wrapped, _other_first)
+    with caplog.at_level("ERROR", logger="tokcache"):
+        assert _ids(wrapped, TEXT) == _right(SYNTHETIC["gpt2"](), TEXT)
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert "first difference at token 0 of" in record.getMessage()
+    assert "engine spoilt" in record.getMessage()
+    assert "quick brown fox" not in record.getMessage()
+    stats = wrapped.cache_stats().l1
+    assert stats.refusals["differences"] == stats.refusals["verified"] == 1
+    assert stats.n_chunks == stats.n_shorts == 0
+    assert _l1(wrapped).off == "difference"
+    for text in CHATS:
+        assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
+    assert wrapped.cache_stats().l1.lookup_chars == stats.lookup_chars  # nobody asked it again
+
+
+def test_verification_finds_a_wrong_answer_that_was_kept(caplog: pytest.LogCaptureFixture) -> None:
+    wrapped = _wrapped(verify_rate=0.5)
+    _l1(wrapped)._is_drawn = lambda: False  # type: ignore[method-assign]  # as by chance
+    _use(wrapped, _other_first)
+    right = _right(SYNTHETIC["gpt2"](), TEXT)
+    assert _ids(wrapped, TEXT) != right
+    wrapped.token_ids("another")
+    del _l1(wrapped)._is_drawn
+    with caplog.at_level("ERROR", logger="tokcache"):
+        for at in range(100):
+            wrapped.token_ids(f"another {at}")
+            if _l1(wrapped).off is not None:
+                break
+            wrapped.token_ids(TEXT)
+    assert _l1(wrapped).off == "difference"
+    assert len(caplog.records) == 1
+    assert _ids(wrapped, TEXT) == right
+
+
+def test_without_verification_a_wrong_answer_stays(caplog: pytest.LogCaptureFixture) -> None:
+    wrapped = _wrapped(verify_rate=0.0)
+    _use(wrapped, _other_first)
+    right = _right(SYNTHETIC["gpt2"](), TEXT)
+    for _ in range(3):
+        assert _ids(wrapped, TEXT) != right
+        wrapped.token_ids("another")
+    assert _l1(wrapped).off is None
+    assert caplog.records == []
+    assert "verified" not in wrapped.cache_stats().l1.refusals
+
+
+def test_verification_of_right_answers_only_counts(caplog: pytest.LogCaptureFixture) -> None:
+    wrapped = _wrapped(verify_rate=1.0)
+    for text in CHATS:
+        assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
+    assert wrapped.cache_stats().l1.refusals == {"verified": len(CHATS)}
+    assert _l1(wrapped).off is None
+    assert caplog.records == []
+
+
+# ---- encoders that fail later
+
+
+def _drops_separators(sure: PartEncoder) -> Callable[[list[int]], list[int]]:
+    return lambda ids: [index for index in ids if index != sure.separator]
+
+
+def _adds_separators(sure: PartEncoder) -> Callable[[list[int]], list[int]]:
+    return lambda ids: [*ids, sure.separator]
+
+
+SPOILERS: dict[str, Callable[[PartEncoder], Callable[[list[int]], list[int]]]] = {
+    "raises": lambda _: _fails,
+    "panics": lambda _: _panics,
+    "drops_separators": _drops_separators,
+    "adds_separators": _adds_separators,
+}
+
+
+@both
+@pytest.mark.parametrize("how", SPOILERS)
+def test_an_encoder_that_fails_later_is_dropped_loudly(
+    name: str, how: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin(name).use_for_parts(monkeypatch)
+    wrapped = _wrapped(verify_rate=0.0)
+    encoder = _use(wrapped)
+    text = f"{TEXT}<s>Hello<s>{TEXT}"
+    assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
+    assert encoder.texts
+    assert (_l1(wrapped).engine, caplog.records) == ("spoilt", [])
+    encoder.spoil = SPOILERS[how](encoder.sure)
+    with caplog.at_level("ERROR", logger="tokcache"):
+        for number in range(3):
+            more = f"{text} New {number}<s>York {number}"
+            assert _ids(wrapped, more) == _right(SYNTHETIC["gpt2"](), more)
+    (record,) = caplog.records
+    assert "engine spoilt is dropped" in record.getMessage()
+    assert _l1(wrapped).engine == "tokenizers"
+    assert any("spoilt was dropped" in note for note in _l1(wrapped).notes)
+    assert wrapped.cache_stats().l1.refusals == {"engine_dropped": 1}
+    n_calls = len(encoder.texts)
+    wrapped.token_ids("something new")
+    assert len(encoder.texts) == n_calls
+
+
+def test_an_interrupt_is_no_failure_of_an_encoder() -> None:
+    def interrupted(_: list[int]) -> list[int]:
+        raise KeyboardInterrupt
+
+    wrapped = _wrapped(verify_rate=0.0)
+    encoder = _use(wrapped, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wrapped.token_ids(TEXT)
+    assert _l1(wrapped).engine == "spoilt"
+    encoder.spoil = list
+    assert _ids(wrapped, TEXT) == _right(SYNTHETIC["gpt2"](), TEXT)
+
+
+def test_a_character_that_is_not_agreed_never_reaches_a_fast_encoder() -> None:
+    wrapped = _wrapped(verify_rate=0.0)
+    encoder = _use(wrapped)
+    text = TEXT + "<s>unknown \u0378 \U0001fae9<s>understood"
+    assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
+    seen = "".join(encoder.texts)
+    assert "understood" in seen
+    assert not {"\u0378", "\U0001fae9"} & set(seen)
+    assert _l1(wrapped).engine == "spoilt"
+
+
+# ---- after a fork
+
+
+def _in_child(check: Callable[[], bool]) -> int:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if check() else 1)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("is_fork_safe", [True, False])
+def test_a_child_answers_right(is_fork_safe: bool) -> None:
+    wrapped = _wrapped(verify_rate=0.0)
+    _use(wrapped, is_fork_safe=is_fork_safe)
+    wrapped.token_ids(TEXT)
+    right = {text: _right(SYNTHETIC["gpt2"](), text) for text in CHATS}
+    engine = "spoilt" if is_fork_safe else "tokenizers"
+
+    def answers() -> bool:
+        ids = {text: _ids(wrapped, text) for text in CHATS}
+        return ids == right and _l1(wrapped).engine == engine
+
+    assert _in_child(answers) == 0
+    assert _l1(wrapped).engine == "spoilt"
+    assert {text: _ids(wrapped, text) for text in CHATS} == right
+
+
+@both
+def test_a_child_made_of_a_used_cache_answers_right(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin(name).use_for_parts(monkeypatch)
+    wrapped = _wrapped(verify_rate=0.0)
+    wrapped.token_ids(TEXT)
+    right = {text: _right(SYNTHETIC["gpt2"](), text) for text in CHATS}
+    hits = wrapped.cache_stats().l1.chunk_hits
+
+    def answers() -> bool:
+        ids = {text: _ids(wrapped, text) for text in CHATS}
+        return ids == right and wrapped.cache_stats().l1.chunk_hits > hits
+
+    assert _in_child(answers) == 0
+    assert answers()
+
+
+# ---- chats that grow
+
+CHAT_KINDS = (
+    "gpt2", "llama3", "cl100k_removed", "cl100k_tiktoken", "bailing", "qwen2", "qwen35",
+    "seed_coder", "o200k", "tekken", "deepseek_v3", "falcon", "starcoder", "bert_uncased",
+    "whitespace", "xlm_roberta", "unigram_always_split", "unigram_never_split",
+    "unigram_first_split", "bpe_always_split", "llama2", "phi3", "gemma", "literal_gpt2",
+)  # fmt: skip
+
+
+def _history(n_turns: int) -> Sequence[str]:
+    """Return the prompts of a chat, each the last one with a turn more."""
+    prompts = ["<s>system\n" + " ".join(TRAINING[:9]).replace("\u0130", "I") * 2]
+    for at in range(n_turns):
+        turn = f"</s><s>user\nQuestion {at}: {TRAINING[at % 9]}</s><s>assistant\n"
+        prompts.append(prompts[-1] + turn + f"Answer {at}: {TRAINING[(at + 4) % 9]}")
+    return prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("native", kind) for kind in CHAT_KINDS]
+    + [("python", kind) for kind in ("gpt2", "bert_uncased", "llama2", "unigram_first_split")],
+)
+def test_a_chat_that_grows_is_put_together_from_known_parts(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin(name).use_for_parts(monkeypatch)
+    tokenizer = SYNTHETIC[kind]()
+    wrapped = tokcache.wrap(tokenizer, SURE)
+    prompts = _history(12)
+    for prompt in prompts:
+        assert _ids(wrapped, prompt) == _right(tokenizer, prompt)
+    stats = wrapped.cache_stats().l1
+    n_chars = sum(map(len, prompts))
+    assert stats.lookup_chars == n_chars
+    assert stats.chunk_hits > len(prompts)
+    assert stats.engine_chars < n_chars / 4
+    assert stats.char_hit_rate > 0.5
+    assert stats.refusals == {}

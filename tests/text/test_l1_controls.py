@@ -1,0 +1,164 @@
+"""The fuzz over combinations finds each family of wrong cuts once its refusal is taken away.
+
+Each control undoes one refusal, draws combinations as the fuzz does, and wants a difference
+within `MAX_DRAWS` of them. What can't belong to the family is drawn, but not compared.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+import tokcache
+from tests.text.fuzz_texts import dense_text
+from tests.text.tokenizers_combined import combination
+from tests.text.tokenizers_synthetic import PATTERNS, added_contents
+from tokcache import CacheConfig
+from tokcache.text import cuts, engines
+
+MAX_DRAWS = 2500
+N_TEXTS = 25
+
+Undo = Callable[[pytest.MonkeyPatch], None]
+Belongs = Callable[[Tokenizer, list[Any]], bool]
+
+_read_replace = cuts._read_replace
+
+
+def _returning(module: Any, name: str, value: Any) -> Undo:
+    return lambda patch: patch.setattr(module, name, lambda *_: value)
+
+
+def _reading_replace(**instead: Any) -> Undo:
+    """Have what a Replace does to its text overlooked."""
+    return lambda patch: patch.setattr(
+        cuts, "_read_replace", lambda *of: replace(_read_replace(*of), **instead)
+    )
+
+
+def _composing_nothing(patch: pytest.MonkeyPatch) -> None:
+    nfc = cuts.Normalizer("NFC")
+    patch.setitem(cuts._READ_NORMALIZER, "NFC", lambda *_: nfc)
+    patch.setitem(cuts._READ_NORMALIZER, "NFKC", lambda *_: replace(nfc, keeps_beyond=False))
+
+
+def _is_normalized(made: Tokenizer, added: list[Any]) -> bool:
+    return made.normalizer is not None and any(token.normalized for token in added)
+
+
+def _composes(made: Tokenizer, _: list[Any]) -> bool:
+    return '"NFC"' in _state(made, "normalizer") or '"NFKC"' in _state(made, "normalizer")
+
+
+def _strips(_: Tokenizer, added: list[Any]) -> bool:
+    takes_blanks = any(token.lstrip or token.rstrip for token in added)
+    return takes_blanks and any(token.content != token.content.strip() for token in added)
+
+
+def _has_bytes_first(made: Tokenizer, _: list[Any]) -> bool:
+    return '"ByteLevel"' in _state(made, "pre_tokenizer") and '"Sequence"' in _state(
+        made, "pre_tokenizer"
+    )
+
+
+def _replaces(made: Tokenizer, _: list[Any]) -> bool:
+    return '"Replace"' in _state(made, "normalizer")
+
+
+def _has_words_of_a_piece(made: Tokenizer, added: list[Any]) -> bool:
+    later = [token for token in added if token.normalized]
+    return made.normalizer is None and len(later) > 1 and any(one.single_word for one in later)
+
+
+def _has_no_stage(made: Tokenizer, _: list[Any]) -> bool:
+    return made.pre_tokenizer is None and isinstance(made.model, BPE)
+
+
+def _splits_as_deepseek(made: Tokenizer, _: list[Any]) -> bool:
+    return json.dumps(PATTERNS["deepseek_v3"])[1:-1] in _state(made, "pre_tokenizer")
+
+
+def _state(made: Tokenizer, part: str) -> str:
+    return engines.component_state(getattr(made, part)).decode()
+
+
+FAMILIES: dict[str, tuple[Undo, Belongs]] = {
+    "normalized tokens behind a normalizer": (
+        _returning(cuts, "_may_appear", value=False),
+        _is_normalized,
+    ),
+    "composed signs": (
+        lambda patch: patch.setattr(cuts, "_without_signs", lambda rule: rule),
+        _composes,
+    ),
+    "what the vocabulary says of composed characters": (_composing_nothing, _composes),
+    "blanks that belong to another token": (
+        _returning(cuts._Planner, "_why_tokens_off", value=None),
+        _strips,
+    ),
+    "blanks hidden by ByteLevel": (
+        _returning(cuts, "_hides_blanks", value=False),
+        _has_bytes_first,
+    ),
+    "a marked run": (_reading_replace(marks_runs=False), _replaces),
+    "replaced strings": (_reading_replace(replaced=()), _replaces),
+    "words beside a token of their piece": (
+        lambda patch: patch.setattr(cuts, "_MAYBE_WORDS", frozenset()),
+        _has_words_of_a_piece,
+    ),
+    "bytes' tokens that merge": (_returning(cuts, "_has_plain_bytes", value=True), _has_no_stage),
+    "merges that tell nothing": (
+        _returning(cuts, "_why_merges_tell_nothing", value=None),
+        _has_no_stage,
+    ),
+    "a word that begins with a digit": (
+        lambda patch: patch.setitem(cuts._PATTERNS, cuts._DEEPSEEK, cuts._cl100k_rules),
+        _splits_as_deepseek,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fuzz_finds_what_a_refusal_is_for(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    undo, belongs = FAMILIES[family]
+    assert not any(_differs(seed) for seed in _drawn(belongs, 40))
+    undo(monkeypatch)
+    assert any(_differs(seed) for seed in _drawn(belongs, MAX_DRAWS))
+
+
+def _drawn(belongs: Belongs, n_draws: int) -> Any:
+    """Yield the seeds of the combinations that may belong to a family."""
+    for seed in range(n_draws):
+        made = combination(random.Random(seed))
+        if belongs(made, engines.added_tokens(made)):
+            yield seed
+
+
+def _differs(seed: int) -> bool:
+    """Return whether cached ids differ from the tokenizer's over some texts."""
+    rng = random.Random(seed)
+    made = combination(rng)
+    added = added_contents(made)
+    wrapped = tokcache.wrap(made, CacheConfig(engine="tokenizers", l0_max_entries=1))
+    texts = (dense_text(rng, added, rng.choice([4, 20, 60, 300])) for _ in range(N_TEXTS))
+    return any(
+        _outcome(wrapped.token_ids, text)
+        != _outcome(lambda *of, **how: made.encode(*of, **how).ids, text)
+        for text in texts
+    )
+
+
+def _outcome(encode: Callable[..., Any], text: str) -> Any:
+    try:
+        return list(encode(text, add_special_tokens=False))
+    except BaseException as error:
+        if not engines.is_of_library(error):
+            raise
+        return type(error).__name__

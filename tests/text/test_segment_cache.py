@@ -1,0 +1,638 @@
+"""The segment cache by itself, both twins: budget, scopes, counters, and walks that end late."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from tests.text.fuzz_texts import random_text
+from tests.text.tokenizers_synthetic import SYNTHETIC, plain
+from tests.text.twins import both, twin
+from tokcache.config import CacheConfig
+from tokcache.text.char_classes import LETTERS_BEYOND, PUNCTUATION_BEYOND
+from tokcache.text.cuts import CutPlan, plan_cuts
+from tokcache.text.engines import PartEncoder
+from tokcache.text.l1 import L1
+
+LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
+KINDS = ("gpt2", "qwen2", "bert_uncased", "llama2", "unigram_first_split")
+
+
+@cache
+def _plan(kind: str) -> tuple[Tokenizer, CutPlan]:
+    tokenizer = plain(SYNTHETIC[kind])
+    return tokenizer, plan_cuts(tokenizer)
+
+
+class Cached:
+    """A segment cache with what encodes its missing parts, as L1 uses it."""
+
+    def __init__(
+        self, name: str, kind: str = "gpt2", max_bytes: int = 1 << 20, uses_shorts: bool = True
+    ) -> None:
+        self.tokenizer, self.plan = _plan(kind)
+        self.cache = twin(name).l1.SegmentCache(self.plan, max_bytes, uses_shorts)
+        self._encoders = [
+            PartEncoder(self.tokenizer, one.normalizer, one.pre_tokenizer)
+            for one in self.plan.variants
+        ]
+        first, later, _ = self.plan.variant_of
+        self._apart = None if first == later else first
+
+    def ids(self, text: str, special: bool = False, scope: int = 0) -> list[int] | None:
+        """Return the ids of a text, None if it can't be cut."""
+        found = self.cache.look(text, special, scope)
+        return self.complete(found) if hasattr(found, "finish") else found and found.tolist()
+
+    def complete(self, walk: Any) -> list[int]:
+        self.take(walk)
+        ids: list[int] = walk.finish().tolist()
+        return ids
+
+    def take(self, walk: Any) -> None:
+        for variant in walk.variants():
+            encoder, parts = self._encoders[variant], walk.parts(variant)
+            if variant == self._apart:
+                assert walk.take(variant, encoder.encode_apart(parts), -1)
+            else:
+                assert walk.take(variant, encoder.encode(parts), encoder.separator)
+
+    def right(self, text: str, special: bool = False) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def check(self) -> None:
+        self.cache._check()
+        assert self.cache.stats().n_bytes == self.cache.memory_usage() <= self.cache.max_bytes
+
+
+def texts_of(rng: random.Random, n_texts: int, n_chars: int = 1500) -> list[str]:
+    """Return texts that share parts: each is an earlier one with something cut out or put in."""
+    found = [random_text(rng, ["<s>", "</s>"], n_chars=n_chars)]
+    while len(found) < n_texts:
+        base = rng.choice(found)
+        start = rng.randrange(len(base) + 1)
+        stop = min(len(base), start + rng.randrange(200))
+        new = random_text(rng, ["<s>", "</s>"], n_chars=rng.randrange(1, 900))
+        found.append((base[:start] + new + base[stop:])[-6 * n_chars :])
+    return found
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def numbered(n_lines: int, first: int = 0) -> str:
+    return "".join(f"{LINE}Line {at} of it, {at * at}.\n" for at in range(first, first + n_lines))
+
+
+def test_words_of_two_bytes_are_known_in_strings_of_four() -> None:
+    one = Cached("native")
+    for text in (
+        "ab \u0438\u0439 cd \U0001f600",
+        "ef \u0438\u0439 gh \U0001f601",
+        "ij \u0438\u0439 kl",
+    ):
+        assert one.ids(text) == one.right(text)
+    assert one.cache.stats().short_hits == 2
+
+
+@both
+def test_a_part_that_never_fits_evicts_nothing(name: str) -> None:
+    one = Cached(name, max_bytes=9_000, uses_shorts=False)
+    for text in ("hello", "a" * 20_000, "hello"):
+        assert one.ids(text) == one.right(text)
+    assert one.cache.stats().hits == 1
+
+
+@both
+@pytest.mark.parametrize("uses_shorts", [True, False])
+@pytest.mark.parametrize("beside", ["", "\u0438", "\U0001f600"])
+def test_a_lone_surrogate_is_refused(name: str, uses_shorts: bool, beside: str) -> None:
+    one = Cached(name, uses_shorts=uses_shorts)
+    for text in (f"a\ud800b{beside}", f"{beside} {'word ' * 400}\udfff"):
+        assert one.ids(text) is None
+    assert one.cache.stats().refusals == {"surrogate": 2}
+
+
+def test_a_walk_ends_once() -> None:
+    one = Cached("native")
+    walk = one.cache.look("hello", False, 0)
+    one.complete(walk)
+    with pytest.raises(RuntimeError, match="before"):
+        walk.finish()
+
+
+# ---- budget
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_bytes", [1, 20_000])
+def test_answers_are_right_and_the_budget_is_kept(name: str, kind: str, max_bytes: int) -> None:
+    one = Cached(name, kind, max_bytes)
+    rng = random.Random(max_bytes)
+    for text in map(_without_surrogates, texts_of(rng, 8)):
+        special, scope = rng.random() < 0.5, rng.choice([0, 0, 1, 2**64 - 1])
+        for _ in range(2):
+            assert one.ids(text, special, scope) in (one.right(text, special), None)
+            one.check()
+    stats = one.cache.stats()
+    assert stats.evictions > 0 or max_bytes != 20_000
+    if max_bytes == 1:
+        assert stats.n_bytes == stats.n_chunks == stats.n_shorts == stats.insertions == 0
+        assert stats.hits == 0
+        assert stats.refusals["oversize"] >= 8
+
+
+@both
+def test_what_was_evicted_is_encoded_again(name: str) -> None:
+    one = Cached(name, max_bytes=60_000, uses_shorts=False)
+    texts = [numbered(15, first=1000 * at) for at in range(20)]
+    for text in [*texts, *texts]:
+        assert one.ids(text) == one.right(text)
+        one.check()
+    stats = one.cache.stats()
+    assert stats.evictions > 20
+    assert stats.insertions - stats.evictions == stats.n_chunks
+    assert stats.misses > 20
+    assert one.ids(texts[-1]) == one.right(texts[-1])
+    assert one.cache.stats().hits > stats.hits  # the newest is there
+
+
+@both
+def test_a_part_larger_than_the_budget_is_refused(name: str) -> None:
+    one = Cached(name, max_bytes=9_000, uses_shorts=False)
+    for text in ("hello", "a" * 20_000, "hello"):
+        assert one.ids(text) == one.right(text)
+        one.check()
+    stats = one.cache.stats()
+    assert stats.refusals == {"oversize": 1}
+    assert stats.hits + stats.misses == 3
+    one.ids("hello")
+    assert one.cache.stats().hits == stats.hits + 1
+
+
+@both
+def test_a_long_part_without_a_cut_is_refused(name: str) -> None:
+    one = Cached(name, max_bytes=64 << 20, uses_shorts=False)
+    longest, longer = "a" * (1 << 16), "a" * ((1 << 16) + 1)
+    for text in (longest, longest, longer, longer):
+        assert one.ids(text) == one.right(text)
+    stats = one.cache.stats()
+    assert (stats.hits, stats.misses, stats.refusals) == (1, 3, {"no_cut": 2})
+
+
+@both
+def test_a_text_that_no_proof_holds_for_is_refused(name: str) -> None:
+    one = Cached(name)
+    assert one.ids("half of a pair: \ud83d") is None
+    assert one.cache.stats().refusals == {"surrogate": 1}
+    assert one.ids("hello") == one.right("hello")
+    strict = Cached(name, "sequence_of_two_templates")
+    assert strict.cache.look("hello", True, 0) is None
+    assert strict.cache.stats().refusals == {"post_processor": 1}
+    assert strict.ids("hello", special=False) == strict.right("hello")
+
+
+# ---- scopes
+
+
+@both
+def test_scopes_never_meet(name: str) -> None:
+    one = Cached(name)
+    text = numbered(30)
+    scopes = [0, 1, 2, 1 << 8, 1 << 16, 1 << 32, 1 << 63, 2**64 - 1]
+    for scope in scopes:
+        before = one.cache.stats()
+        assert one.ids(text, scope=scope) == one.right(text)
+        now = one.cache.stats()
+        assert (now.hits, now.chunk_hits) == (before.hits, before.chunk_hits)
+        assert now.engine_chars > before.engine_chars
+    for scope in scopes:
+        before = one.cache.stats()
+        assert one.ids(text, scope=scope) == one.right(text)
+        assert one.cache.stats().engine_chars == before.engine_chars
+        assert one.cache.stats().hits == before.hits + 1
+    one.check()
+
+
+@both
+def test_short_parts_of_one_scope_are_not_known_in_another(name: str) -> None:
+    one = Cached(name)
+    one.ids("alpha beta gamma", scope=1)
+    one.ids("gamma beta alpha", scope=2)
+    assert one.cache.stats().short_hits == 0
+    one.ids("beta alpha beta gamma", scope=1)
+    assert one.cache.stats().short_hits > 0
+
+
+@both
+def test_names_of_scopes_become_numbers_of_their_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin(name).use_for_parts(monkeypatch)
+    tokenizer, plan = _plan("gpt2")
+    names = [None, "", "0", "None", "a", "a\0", "\0a", "A", "\ud800", "\u0430", "a" * 5000]
+    l1 = L1(tokenizer, plan, CacheConfig(engine="tokenizers"), lambda *_: [])
+    text = numbered(10)
+    for scope in names:
+        walk: Any = l1.look(text, False, scope)
+        assert sum(map(len, walk.parts(0))) == walk.n_chars > 0
+        l1.complete(walk, text, False)
+    stats = l1.stats()
+    assert (stats.chunk_hits, stats.misses) == (0, len(names))
+    assert stats.engine_chars > 0
+    for scope in names:
+        assert not isinstance(l1.look(text, False, scope), twin(name).l1.Walk)
+
+
+# ---- counters
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+def test_counters_add_up(name: str, kind: str) -> None:
+    one = Cached(name, kind)
+    n_chars = n_tokens = n_encoded = n_texts = 0
+    for text in map(_without_surrogates, texts_of(random.Random(7), 15)):
+        walk = one.cache.look(text, False, 0)
+        if walk is None:
+            continue
+        if hasattr(walk, "finish"):
+            assert walk.n_chars == sum(
+                len(part) for variant in walk.variants() for part in walk.parts(variant)
+            )
+            n_encoded += walk.n_chars
+            one.complete(walk)
+        n_texts += 1
+        n_chars += len(text)
+        n_tokens += len(one.right(text))
+    stats = one.cache.stats()
+    assert stats.hits + stats.misses == n_texts
+    assert stats.lookup_chars == n_chars
+    assert stats.tokens == n_tokens
+    assert stats.engine_chars == n_encoded
+    assert 0 < stats.engine_chars < stats.lookup_chars
+    assert 0 < stats.engine_tokens < stats.tokens
+    assert stats.engine_chars <= stats.chunk_miss_chars < stats.lookup_chars
+    assert 0 < stats.n_chunks <= stats.insertions
+    known = stats.lookup_chars - stats.chunk_miss_chars
+    assert stats.char_hit_rate == known / stats.lookup_chars
+
+
+@both
+def test_a_known_text_costs_nothing(name: str) -> None:
+    one = Cached(name)
+    text = numbered(30)
+    one.ids(text)
+    before = one.cache.stats()
+    assert one.ids(text) == one.right(text)
+    now = one.cache.stats()
+    assert (now.hits, now.misses) == (before.hits + 1, before.misses)
+    assert now.engine_chars == before.engine_chars
+    assert now.chunk_miss_chars == before.chunk_miss_chars
+    assert now.chunk_hits == before.chunk_hits + before.chunk_misses
+
+
+@both
+def test_an_insertion_moves_only_its_neighbourhood(name: str) -> None:
+    one = Cached(name, uses_shorts=False)
+    text = numbered(200)
+    one.ids(text)
+    before = one.cache.stats()
+    changed = text[:9000] + "something new " + text[9000:]
+    assert one.ids(changed) == one.right(changed)
+    assert one.cache.stats().chunk_miss_chars - before.chunk_miss_chars < 8192
+
+
+@both
+def test_clear_forgets_everything(name: str) -> None:
+    one = Cached(name)
+    text = numbered(20)
+    one.ids(text)
+    one.ids("\ud800")
+    assert one.cache.memory_usage() > 0
+    one.cache.clear()
+    empty = one.cache.stats()
+    assert empty == type(empty)()
+    assert one.cache.memory_usage() == 0
+    assert one.ids(text) == one.right(text)
+    assert (one.cache.stats().hits, one.cache.stats().misses) == (0, 1)
+    one.check()
+
+
+# ---- cuts
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuts_cover_the_text_without_a_gap(name: str, kind: str) -> None:
+    one = Cached(name, kind)
+    for text in map(_without_surrogates, texts_of(random.Random(3), 12)):
+        coarse = one.cache.cut(text, False)
+        fine = one.cache.cut(text, True)
+        for parts in (coarse, fine):
+            stops = [stop for _, stop, _ in parts]
+            assert [start for start, _, _ in parts] == [0, *stops[:-1]]
+            assert stops[-1] == len(text)
+            assert all(start < stop for start, stop, _ in parts)
+        assert {stop for _, stop, _ in coarse} <= {stop for _, stop, _ in fine}
+        assert len(fine) > len(coarse)
+        contents = {token.content for token in one.plan.separators}
+        tokens = [text[start:stop] for start, stop, is_token in fine if is_token]
+        assert set(tokens) <= contents
+        assert len(tokens) == sum(map(text.count, contents))
+    assert one.cache.cut("", True) == []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "whitespace", "digits"])
+def test_both_twins_know_the_same_classes(kind: str) -> None:
+    ranges = [*LETTERS_BEYOND, *PUNCTUATION_BEYOND]
+    edges = {point + more for one in ranges for point in one for more in (-1, 0, 1)}
+    caches = [Cached(name, kind).cache for name in ("native", "python")]
+    for char in map(chr, [*range(128), *sorted(edges), 0x10000, 0x10FFFF]):
+        text = f"a{char}b {char}\n{char}1{char}.{char}_{char}\n\n{char}\t{char}'{char}/{char}"
+        native, python = (one.cut(text, True) for one in caches)
+        assert native == python, ascii(char)
+
+
+# ---- one content, many strings
+
+
+@both
+@pytest.mark.parametrize("late", ["\xe9", "\u201d", "\U0001f600", "\u201d\U0001f600"])
+def test_content_is_found_in_strings_of_another_kind(name: str, late: str) -> None:
+    one = Cached(name, uses_shorts=False)
+    text = numbered(60)
+    one.ids(text)
+    before = one.cache.stats()
+    longer = text + late  # one, two or four bytes a character, all of it
+    assert one.ids(longer) == one.right(longer)
+    now = one.cache.stats()
+    assert now.chunk_miss_chars - before.chunk_miss_chars <= 2048  # its end alone
+    assert now.lookup_chars - before.lookup_chars > 6000
+    one.ids(text)
+    assert one.cache.stats().hits == before.hits + 1
+
+
+@both
+def test_short_content_is_found_in_strings_of_another_kind(name: str) -> None:
+    one = Cached(name)
+    one.ids("alpha beta")
+    for at, late in enumerate(("\xe9", "\u201d", "\U0001f600")):
+        text = f"alpha beta {late}"
+        assert one.ids(text) == one.right(text)
+        assert one.cache.stats().short_hits == 2 * (at + 1) > 0
+    one.check()
+
+
+@both
+@pytest.mark.parametrize(("wide", "bytes_"), [("\u4141", "AA"), ("\U00014141", "AA\x01\0")])
+def test_equal_bytes_of_another_kind_are_another_content(name: str, wide: str, bytes_: str) -> None:
+    one = Cached(name)
+    for text in (wide * 8, bytes_ * 8, wide * 300, bytes_ * 300, wide * 8, bytes_ * 300):
+        assert one.ids(text) == one.right(text)
+        assert one.ids(text + "\U0001f600") == one.right(text + "\U0001f600")
+    one.check()
+
+
+# ---- walks
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_walk_that_ends_after_clear_is_right(name: str, kind: str) -> None:
+    one = Cached(name, kind)
+    text = numbered(40)
+    one.ids(text)
+    walk = one.cache.look(text[:1500] + "New York " + text[1500:] + "the end", True, 0)
+    assert walk.n_chars < 3000  # it holds on to parts that are known
+    one.cache.clear()
+    one.ids(numbered(3, first=777))
+    whole = text[:1500] + "New York " + text[1500:] + "the end"
+    assert one.complete(walk) == one.right(whole, special=True)
+    one.check()
+    for again in (text, whole, text[:1500]):
+        assert one.ids(again) == one.right(again)
+    one.check()
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+def test_walks_that_end_in_any_order_are_right(name: str, kind: str) -> None:
+    one = Cached(name, kind, max_bytes=60_000)
+    rng = random.Random(11)
+    open_walks: list[tuple[Any, str]] = []
+    for text in map(_without_surrogates, texts_of(rng, 20, n_chars=1000)):
+        found = one.cache.look(text, False, 0)
+        if hasattr(found, "finish"):
+            open_walks.append((found, text))
+        elif found is not None:
+            assert found.tolist() == one.right(text)
+        if rng.random() < 0.05:
+            one.cache.clear()
+        while len(open_walks) > 6:
+            walk, of = open_walks.pop(rng.randrange(len(open_walks)))
+            assert one.complete(walk) == one.right(of)
+            one.check()
+    for walk, of in open_walks:
+        assert one.complete(walk) == one.right(of)
+    one.check()
+
+
+@both
+def test_a_walk_that_is_given_up_does_no_harm(name: str) -> None:
+    one = Cached(name)
+    text = numbered(20)
+    for _ in range(3):
+        walk = one.cache.look(text, False, 0)
+        assert walk.n_chars > 0
+        del walk
+    assert one.cache.stats().engine_chars == 0
+    assert one.ids(text) == one.right(text)
+    one.check()
+
+
+@both
+def test_two_walks_of_one_text_keep_it_once(name: str) -> None:
+    one = Cached(name)
+    text = numbered(20)
+    first, second = (one.cache.look(text, False, 0) for _ in range(2))
+    assert one.complete(first) == one.complete(second) == one.right(text)
+    one.check()
+    stats = one.cache.stats()
+    distinct = {text[start:stop] for start, stop, _ in one.cache.cut(text, False)}
+    assert 0 < stats.n_chunks <= len(distinct)
+    assert one.ids(text) == one.right(text)
+    assert one.cache.stats().hits == stats.hits + 1
+
+
+@both
+def test_finish_before_take_raises(name: str) -> None:
+    one = Cached(name, "llama2")
+    walk = one.cache.look("hello <s> world", False, 0)
+    with pytest.raises(RuntimeError, match="before every part was taken"):
+        walk.finish()
+    variant = walk.variants()[0]
+    assert len(walk.variants()) == 1 or walk.take(variant, [[1]] * len(walk.parts(variant)), -1)
+    if len(walk.variants()) > 1:
+        with pytest.raises(RuntimeError, match="before every part was taken"):
+            walk.finish()
+    assert one.complete(walk) == one.right("hello <s> world")
+
+
+# ---- joined
+
+
+def _walk(name: str, text: str, kind: str = "gpt2") -> tuple[Cached, Any]:
+    one = Cached(name, kind)
+    return one, one.cache.look(text, False, 0)
+
+
+TEXTS = {
+    "ascii": "alpha beta\r\n\tgamma <s>delta",
+    "latin_1": "na\xefve caf\xe9 \xfc\xff <s>\xa0stra\xdfe",
+    "ucs2": "\u043f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d\uff0c caf\xe9 <s>\uffee plain",
+    "ucs4": "a \U0001f600 b\U0010ffff \u4f60 <s>caf\xe9 \U00010000",
+}
+
+
+@both
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("between", ["", "|", "\x1cabc\x1c"])
+def test_joined_is_the_parts_joined(name: str, text: str, between: str) -> None:
+    for kind in ("gpt2", "llama2"):
+        _, walk = _walk(name, text, kind)
+        everything = twin(name).l1.CodePoints([(0, 0x10FFFF)])
+        assert walk.variants()
+        for variant in walk.variants():
+            wanted = between.join(walk.parts(variant))
+            found = walk.joined(variant, between, everything)
+            assert found == wanted
+            assert (found.isascii(), max(found)) == (wanted.isascii(), max(wanted))
+            assert hash(found) == hash(wanted)
+        assert walk.joined(30, between, everything) == ""
+
+
+@both
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_joined_is_none_where_a_character_is_not_agreed(name: str, text: str) -> None:
+    one, walk = _walk(name, text)
+    (variant,) = walk.variants()
+    parts = set("".join(walk.parts(variant)))
+    for char in parts:
+        point = ord(char)
+        if char.isascii():
+            continue  # what every encoder agrees on is not looked up
+        ranges = [(0, point - 1)] + [(point + 1, 0x10FFFF)] * (point < 0x10FFFF)
+        agreed = twin(name).l1.CodePoints(ranges)
+        assert not agreed.cover(char)
+        assert walk.joined(variant, "|", agreed) is None, ascii(char)
+    of_parts = twin(name).l1.CodePoints([(ord(char), ord(char)) for char in sorted(parts)])
+    assert walk.joined(variant, "|", of_parts) == "|".join(walk.parts(variant))
+    assert one.complete(walk) == one.right(text)
+
+
+@both
+def test_code_points_cover_exactly_their_ranges(name: str) -> None:
+    ranges = [(9, 13), (0x20, 0x7E), (0xC0, 0xFF), (0x4E00, 0x9FA5), (0x1F600, 0x1F640)]
+    agreed = twin(name).l1.CodePoints(ranges)
+    for first, last in ranges:
+        assert agreed.cover("ok " + chr(first) + chr(last))
+        for point in (first - 1, last + 1):
+            assert not agreed.cover("ok " + chr(point)), hex(point)
+            assert not agreed.cover(chr(point) + "\U0001f600")
+    assert agreed.cover("")
+    assert agreed.cover("caf\xe9" * 100)
+    assert not agreed.cover("a" * 1000 + "\u0100")
+
+
+# ---- take
+
+
+def _as_list(ids: list[int]) -> Any:
+    return ids
+
+
+def _as_int(ids: list[int]) -> Any:
+    return array("i", ids)
+
+
+def _as_unsigned(ids: list[int]) -> Any:
+    return memoryview(array("I", ids))
+
+
+def _as_view(ids: list[int]) -> Any:
+    return memoryview(array("i", [7, *ids, 7]))[1:-1]
+
+
+@both
+@pytest.mark.parametrize("form", [_as_list, _as_int, _as_unsigned, _as_view])
+def test_take_accepts_every_form_of_ids(name: str, form: Any) -> None:
+    _, walk = _walk(name, "alpha beta<s>gamma")
+    parts = walk.parts(0)
+    assert len(parts) == 3
+    ids = [11, 12, 99, 13, 99]  # the last part has none
+    assert walk.take(0, [form(ids)], 99)
+    assert walk.finish().tolist() == [11, 12, 13, 0]
+    _, walk = _walk(name, "alpha beta<s>gamma")
+    assert walk.take(0, [form([11]), form([12, 99, 13])], 99)
+    assert walk.finish().tolist() == [11, 12, 0, 13]
+
+
+@both
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        [],
+        [[1]],
+        [[1, 99, 2]],
+        [[1], [2]],
+        [[1, 99, 2, 99, 3, 99, 4]],
+        [[1, 99, 2, 99, 3, 99]],
+        [[1, 99, 2, 99, 3], []],
+        [[1], [2], [3], [4]],
+        [[99, 99, 99]],
+    ],
+)
+def test_take_refuses_too_few_or_too_many_parts(name: str, encoded: Sequence[list[int]]) -> None:
+    one, walk = _walk(name, "alpha beta<s>gamma")
+    assert not walk.take(0, [array("i", ids) for ids in encoded], 99)
+    _, again = one, one.cache.look("alpha beta<s>gamma", False, 0)
+    assert not again.take(0, list(encoded), 99)
+    assert one.complete(walk) == one.right("alpha beta<s>gamma")  # and can be given right ones
+    one.check()
+    assert one.ids("alpha beta<s>gamma") == one.right("alpha beta<s>gamma")
+
+
+@both
+def test_take_gives_each_variant_its_own(name: str) -> None:
+    one, walk = _walk(name, "alpha beta<s>gamma alpha", "llama2")
+    first, inside = walk.variants()
+    n_parts = [len(walk.parts(variant)) for variant in (first, inside)]
+    assert all(n_parts)
+    assert walk.take(first, [[1]] * n_parts[0], -1)
+    assert not walk.take(inside, [[1]] * (n_parts[1] + 1), -1)
+    assert one.complete(walk) == one.right("alpha beta<s>gamma alpha")
+
+
+@both
+def test_tokens_with_flags_take_their_blanks(name: str) -> None:
+    tokenizer = plain(SYNTHETIC["gpt2"])
+    tokenizer.add_special_tokens(
+        [AddedToken("<m>", lstrip=True, rstrip=True), AddedToken("<w>", single_word=True)]
+    )
+    cache_of_parts = twin(name).l1.SegmentCache(plan_cuts(tokenizer), 1 << 20)
+    text = "a <m>  b <w> c"
+    tokens = [text[a:b] for a, b, is_token in cache_of_parts.cut(text, True) if is_token]
+    assert tokens == [" <m>  ", "<w>"]
+    assert cache_of_parts.cut("a <w>\xe9", True) is None
+    assert cache_of_parts.look("a <w>\xe9", False, 0) is None
+    assert cache_of_parts.stats().refusals == {"beside_single_word": 1}

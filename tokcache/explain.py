@@ -1,0 +1,458 @@
+"""Why a tokenizer is cached, and by which parts: what `tokcache explain` tells.
+
+Every sentence comes from what decides in the cache itself: the reason of the engine, the plan of
+the cuts, the notes of L1. A sample text is then asked for, and every answer compared with the
+plain tokenizer's. Nothing is printed here; `explain_report` does that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokcache.config import ENGINES, CacheConfig
+from tokcache.demo.tokenizers import TokenizerSource
+from tokcache.errors import InvalidPrompts, MissingFile
+from tokcache.text.engines import why_random
+from tokcache.text.fast_encoders import installed
+from tokcache.text.huggingface import wrap
+from tokcache.text.l1 import first_difference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tokenizers import Tokenizer
+
+    from tokcache.text.cuts import CutPlan, Rule, Separator
+    from tokcache.text.l1 import L1
+    from tokcache.text.tokenizer import WrappedTokenizer
+
+_REASONS = {
+    "bpe_dropout": "BPE dropout is on, so one text has many encodings",
+    "unigram_sampling": "sampling is on, so one text has many encodings",
+    "python_model": "its model is of a kind that nothing is known of",
+    "python_component": "a component is written in Python, and what it does can't be seen",
+    "copy_differs": "a copy of it encodes otherwise than itself",
+    "difference": "an answer put together from parts differed from the tokenizer's own",
+}
+
+# A chat is shown where the tokenizer has the token of one, else whatever opens a text.
+_OPENING_TOKENS = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<start_of_turn>",
+    "<|user|>",
+    "<\uff5cUser\uff5c>",
+    "[INST]",
+    "<s>",
+    "[CLS]",
+    "<|endoftext|>",
+    "</s>",
+)
+_MESSAGES = (
+    (
+        "system\nYou are a careful assistant. Answer in one or two sentences, and show the code"
+        " that it takes; don't guess.\n"
+    ),
+    (
+        "user\nHow do I sum 1,250 numbers from `data.csv`, skipping every row with id=42? It's"
+        " from 2024-05-17, with lines like:\r\n17;3.14159\r\n"
+    ),
+    (
+        "assistant\ndef total(rows: list[str]) -> float:\n    # rows[0] is the header\n"
+        "    return sum(float(r.split(';')[1]) for r in rows[1:])\n\n"
+    ),
+    "user\nСпасибо, работает! 请用中文再说一遍，谢谢。 👍🏽 🚀\n",  # noqa: RUF001 (Chinese)
+)
+
+
+class Grain(StrEnum):
+    """What may end at the places of a rule."""
+
+    CHUNK = "chunk"  # and the segments inside chunks
+    SEGMENT = "segment"
+    NONE = "none"
+
+
+class Origin(StrEnum):
+    """What an answer was made from."""
+
+    ENCODED = "encoded"
+    PARTS = "parts"
+    WHOLE = "whole"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A rule of the plan; the classes of characters it stands between are those of `Rule`."""
+
+    name: str
+    grain: Grain
+    reason: str
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """An added token: whether it parts a text, whether a chunk may begin with it, why not."""
+
+    content: str
+    id: int
+    special: bool
+    is_cut_out: bool
+    opens: bool
+    why_not: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """How a part is encoded otherwise than the beginning of a text."""
+
+    place: str
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Affixes:
+    """The tokens that add_special_tokens puts around a text."""
+
+    before: tuple[str, ...]
+    behind: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the sample, in code points; `is_token` says that it is one added token."""
+
+    start: int
+    stop: int
+    is_token: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A text and its parts in both grains; `why_uncut` says why there are none."""
+
+    text: str
+    chunks: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
+    why_uncut: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer of the cache; `difference` is the first one from the plain tokenizer's."""
+
+    engine: str
+    add_special_tokens: bool
+    origin: Origin
+    n_tokens: int
+    difference: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What is cached of a tokenizer, where its texts are cut, and why.
+
+    `why_not_whole` and `why_not_parts` are None where whole texts and parts are cached.
+    `continuations` are empty if every part is encoded alike; `affixes` is None if unknown.
+    `why_not_compared` says why there are no `answers`.
+    """
+
+    name: str
+    model: str
+    n_tokens: int
+    n_added_tokens: int
+    why_not_whole: str | None
+    why_not_parts: str | None
+    recognised: tuple[tuple[str, str], ...]
+    refused: tuple[str, ...]
+    cuts: tuple[Cut, ...]
+    added_tokens: tuple[Added, ...]
+    continuations: tuple[Continuation, ...]
+    affixes: Affixes | None
+    engine: str | None
+    engine_notes: tuple[str, ...]
+    looks_up_segments: bool
+    sample: Sample
+    answers: tuple[Answer, ...]
+    why_not_compared: str | None
+
+    @property
+    def is_different(self) -> bool:
+        """Whether an answer differed from the plain tokenizer's."""
+        return any(answer.difference for answer in self.answers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as what JSON can hold."""
+        made = asdict(self)
+        for grain in ("chunks", "segments"):
+            for part in made["sample"][grain]:
+                part["text"] = self.sample.text[part["start"] : part["stop"]]
+        return {**made, "identical": None if self.why_not_compared else not self.is_different}
+
+
+def explain(
+    source: TokenizerSource | Tokenizer, config: CacheConfig | None = None, text: str | None = None
+) -> Explanation:
+    """Return what is cached of a tokenizer, where `text` or a built-in sample is cut, and why.
+
+    Errors: UnsupportedTokenizer if the source holds none; MissingExtra for an engine that is not
+            installed.
+    Cost:   loads the tokenizer, proves the engine and encodes the sample: some seconds at most.
+    """
+    plain = source.load() if isinstance(source, TokenizerSource) else source
+    config = config or CacheConfig()
+    wrapped = wrap(plain, config)
+    core = wrapped._tokcache  # noqa: SLF001 (ours)
+    l1 = core.l1
+    reason = core.engine(core.fresh()).reason
+    # Segments are looked up by this engine alone: what is shown of them is shown and proven by it.
+    by_segments = wrapped
+    if l1 is not None and l1.off is None and l1.engine != "tokenizers":
+        by_segments = wrap(plain, replace(config, engine="tokenizers"))
+    plan = None if l1 is None else l1.plan
+    added = tuple(_added(plain, plan))
+    text = _sample_text(added) if text is None else text
+    sample = _sample(by_segments, text)  # before any answer: one that differs ends the cuts
+    answers, why_not_compared = _answers(plain, dict.fromkeys((wrapped, by_segments)), text)
+    return Explanation(
+        name=source.name if isinstance(source, TokenizerSource) else "a tokenizer in memory",
+        model=type(plain.model).__name__,
+        n_tokens=plain.get_vocab_size(),
+        n_added_tokens=len(added),
+        why_not_whole=None if reason is None else _in_words(reason),
+        why_not_parts=_why_not_parts(plan, reason),
+        recognised=plan.recognised if plan else (),
+        refused=plan.refused if plan else (),
+        cuts=tuple(_cut(rule, plan) for rule in plan.rules) if plan else (),
+        added_tokens=added,
+        continuations=tuple(_continuations(plan)) if plan else (),
+        affixes=_affixes(plain, plan),
+        engine=l1.engine if l1 is not None and l1.off is None else None,
+        engine_notes=tuple(_engine_notes(l1, config.engine)) if l1 else (),
+        looks_up_segments=by_segments is wrapped,
+        sample=sample,
+        answers=answers,
+        why_not_compared=why_not_compared,
+    )
+
+
+def read_sample(path: Path) -> str:
+    """Return the text of a file, its line ends as they are.
+
+    Errors: MissingFile; InvalidPrompts for a file that can't be read, is empty or not UTF-8.
+    """
+    if not path.exists():
+        raise MissingFile(f"no such text file: {path}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InvalidPrompts(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidPrompts(f"{path} is not UTF-8 text: byte {error.start} is wrong") from None
+    if not text:
+        raise InvalidPrompts(f"{path} is empty; name a file with some text to cut")
+    return text
+
+
+# ---- what is cached
+
+
+def _in_words(reason: str) -> str:
+    return _REASONS.get(reason, reason)
+
+
+def _why_not_parts(plan: CutPlan | None, reason: str | None) -> str | None:
+    if reason is not None:
+        return _in_words(reason)
+    if plan is None:
+        return "the cache of parts is switched off (l1=False)"
+    if plan.off is not None:
+        return "; ".join(plan.refused) or _in_words(plan.off)
+    if not any(plan.fine) and not plan.separators:
+        return "; ".join(plan.refused) or "no place is known where a text may be cut"
+    return None
+
+
+def _cut(rule: Rule, plan: CutPlan) -> Cut:
+    pairs = list(rule.pairs())
+    grain = Grain.SEGMENT if any(plan.allows(*pair) for pair in pairs) else Grain.NONE
+    if any(plan.allows(*pair, fine=False) for pair in pairs):
+        grain = Grain.CHUNK
+    left, right = (
+        tuple(one.name.lower() for one in sorted(side)) for side in (rule.left, rule.right)
+    )
+    return Cut(rule.name, grain, rule.reason, left, right)
+
+
+def _added(tokenizer: Tokenizer, plan: CutPlan | None) -> Iterator[Added]:
+    separators = {one.id: one for one in plan.separators} if plan else {}
+    for index, token in sorted(tokenizer.get_added_tokens_decoder().items()):
+        one = separators.get(index)
+        yield Added(
+            content=token.content,
+            id=index,
+            special=token.special,
+            is_cut_out=one is not None and not one.skips,
+            opens=one is not None and one.opens,
+            why_not=_why_not_opening(one) if one else _why_not_cut_out(token.normalized, plan),
+        )
+
+
+def _why_not_cut_out(normalized: bool, plan: CutPlan | None) -> str:
+    is_cut = plan is not None and plan.off is None
+    return "looked for in the normalised text" if normalized and is_cut else "nothing is cut"
+
+
+def _why_not_opening(one: Separator) -> str | None:
+    if one.opens:
+        return None
+    if one.skips:
+        return "special tokens are read as text: encode_special_tokens"
+    if one.lstrip:
+        return "the blanks before it go with it: lstrip"
+    if one.single_word:
+        return "it must be a whole word: single_word"
+    return "added tokens overlap, or one begins like another"
+
+
+def _continuations(plan: CutPlan) -> Iterator[Continuation]:
+    if len(plan.variants) < 2:  # noqa: PLR2004 (a first one and another)
+        return
+    first = plan.variants[plan.variant_of[0]]
+    places = ("behind an added token", "at a cut")
+    for place, index in zip(places, plan.variant_of[1:], strict=True):
+        other = plan.variants[index]
+        changes = [
+            change
+            for part in ("normalizer", "pre_tokenizer")
+            for change in _changes(*(json.loads(getattr(one, part)) for one in (first, other)))
+        ]
+        yield Continuation(place, tuple(changes))
+
+
+def _changes(first: Any, other: Any) -> Iterator[str]:
+    """Yield what differs between two components, and nothing of what they share."""
+    if first == other:
+        return
+    kind = first["type"]
+    if kind != other["type"]:
+        yield f"without {kind}"
+        return
+    for key, value in first.items():
+        if key in ("normalizers", "pretokenizers"):
+            for one, another in zip(value, other[key], strict=True):
+                yield from _changes(one, another)
+        elif value != other[key]:
+            yield f"{kind} with {key} {other[key]}, not {value}"
+
+
+def _affixes(tokenizer: Tokenizer, plan: CutPlan | None) -> Affixes | None:
+    around = plan.affixes[True] if plan else None
+    if around is None:
+        return None
+    before, behind = (
+        tuple(tokenizer.id_to_token(index) or f"id {index}" for index in side) for side in around
+    )
+    return Affixes(before, behind)
+
+
+def _engine_notes(l1: L1, wanted: str) -> Iterator[str]:
+    if l1.off is not None:
+        return
+    present = installed()
+    faster = [name for name in ENGINES if name not in ("auto", "tokenizers")]
+    for name in faster[: faster.index(l1.engine)] if l1.engine in faster else faster:
+        if wanted == "auto" and name not in present:
+            yield f"{name} is not installed (pip install 'tokcache[engines]')"
+    if wanted == "tokenizers":
+        yield "no faster one was asked for"
+    yield from l1.notes
+
+
+# ---- the sample
+
+
+def _sample_text(added: Sequence[Added]) -> str:
+    """Return a chat whose messages a token of this tokenizer opens, if it has a special one."""
+    special = [one for one in added if one.special]
+    known = {one.content for one in special}
+    likely = [content for content in _OPENING_TOKENS if content in known]
+    likely += [one.content for one in sorted(special, key=lambda one: not one.opens)]
+    token = likely[0] if likely else ""
+    return "".join(token + message for message in _MESSAGES)
+
+
+def _sample(wrapped: WrappedTokenizer, text: str) -> Sample:
+    l1 = wrapped._tokcache.l1  # noqa: SLF001 (ours)
+    if l1 is None or l1.off is not None:
+        return Sample(text, (), (), "nothing of this tokenizer's texts is cut")
+    grains = [l1.segments(text, fine=fine) for fine in (False, True)]
+    chunks, segments = (tuple(Segment(*part) for part in parts or ()) for parts in grains)
+    is_cut = None not in grains
+    why = "an added token that must be a whole word stands beside a character it can't be told of"
+    return Sample(text, chunks, segments, None if is_cut else why)
+
+
+def _answers(
+    plain: Tokenizer, caches: dict[WrappedTokenizer, None], text: str
+) -> tuple[tuple[Answer, ...], str | None]:
+    """Ask for the sample twice in each of its forms, and compare every answer."""
+    if why_random(plain.model) is not None:
+        return (), "two encodings of one text may differ"
+    with _whole_texts(plain):
+        try:
+            right = {
+                special: plain.encode(text, add_special_tokens=special).ids
+                for special in (True, False)
+            }
+        except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
+            return (), f"the tokenizer itself can't encode the sample: {error}"
+    answers = [
+        _answer(cache, text, special, right[special])
+        for cache in caches
+        for _ in range(2)
+        for special in (True, False)
+    ]
+    return tuple(answers), None
+
+
+@contextlib.contextmanager
+def _whole_texts(tokenizer: Tokenizer) -> Iterator[None]:
+    """Switch off what makes a tokenizer give less or more than the ids of a text."""
+    truncation, padding = tokenizer.truncation, tokenizer.padding
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            tokenizer.enable_truncation(**truncation)
+        if padding is not None:
+            tokenizer.enable_padding(**padding)
+
+
+def _answer(cache: WrappedTokenizer, text: str, special: bool, right: list[int]) -> Answer:
+    before = cache.cache_stats()
+    found = cache.token_ids(text, add_special_tokens=special).tolist()
+    after = cache.cache_stats()
+    origin = Origin.PARTS if after.l1.hits > before.l1.hits else Origin.ENCODED
+    if after.l0.hits > before.l0.hits:
+        origin = Origin.WHOLE
+    l1 = cache._tokcache.l1  # noqa: SLF001 (ours)
+    engine = "tokenizers" if l1 is None else l1.engine
+    return Answer(engine, special, origin, len(found), _first_difference(right, found))
+
+
+def _first_difference(right: list[int], found: list[int]) -> str | None:
+    index = first_difference(right, found)
+    if index is None:
+        return None
+    one, other = (ids[index] if index < len(ids) else None for ids in (right, found))
+    return f"id {index} is {one} in the plain tokenizer and {other} in the cache"

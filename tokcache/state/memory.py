@@ -1,0 +1,330 @@
+"""StateMemory: all that is held in memory, and the budgets it keeps to."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from tokcache.state.index import BlockIndex, Match, Node, Root, root_bytes
+from tokcache.state.retention import Retention
+from tokcache.state.tiers.ram import RamTier
+from tokcache.state.whole import WHOLE_BYTES, Whole, WholeIndex
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tokcache.state.blocks import Owner
+    from tokcache.state.retention import Held
+
+# Python objects of one block: node, heap item, places in dict and tier, its name. Its tokens are
+# added. Checked against tracemalloc by tests/state/test_cache.py::test_overhead_is_counted.
+NODE_BYTES = 1100
+_SWEEPS = 8  # what expires is looked for that many times in the time it lives
+
+
+class StateMemory:
+    """Blocks, whole states, their buffers and budgets; not thread-safe, the cache locks.
+
+    Units: `ram_bytes` bytes of all that is retained, `max_entries` stored prefixes (chains that
+           nothing continues, and whole states), `ttl_s` seconds after the last use.
+    """
+
+    def __init__(
+        self, ram_bytes: int, max_entries: int, block_tokens: int, ttl_s: float | None
+    ) -> None:
+        self.ram_bytes, self.max_entries, self.ttl_s = ram_bytes, max_entries, ttl_s
+        self.index = BlockIndex(block_tokens)
+        self.wholes = WholeIndex()
+        self.tier = RamTier()
+        self.counts: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self.overhead = 0
+        self._recent = Retention()
+        self._dead: dict[int, memoryview] = {}
+        self._swept_s = time.monotonic()
+
+    # What is there
+
+    def find(self, owner: Owner, tokens: bytes) -> tuple[Root | None, Match]:
+        """Return the longest prefix of `tokens` that is held, noted as used now."""
+        now = time.monotonic()
+        self._sweep(now)
+        root = self.index.root(owner)
+        if root is None:
+            return None, Match()
+        match = self.index.longest(root, tokens)
+        if self.ttl_s is not None:
+            self._cut_expired(match, now)
+        self.use(match.nodes, now)
+        return (None if root.is_dead else root), match
+
+    def _cut_expired(self, match: Match, now: float) -> None:
+        for n_good, node in enumerate(match.nodes):
+            if self.is_expired(node, now):
+                match.n_tokens = node.start
+                del match.nodes[n_good:]
+                self._expire([*self.index.below(node), node])
+                return
+
+    def use(self, held: Iterable[Node | Whole], now: float) -> None:
+        """Note that these serve a request now."""
+        self._recent.use(held)
+        if self.ttl_s is not None:
+            for each in held:
+                each.used_s = now
+
+    def is_expired(self, held: Node | Whole, now: float) -> bool:
+        """Return whether it was not used for too long."""
+        return self.ttl_s is not None and now - held.used_s > self.ttl_s
+
+    def _sweep(self, now: float) -> None:
+        if self.ttl_s is None or now - self._swept_s < self.ttl_s / _SWEEPS:
+            return
+        self._swept_s = now
+        self._expire([node for node in self.index.nodes() if self.is_expired(node, now)])
+        for whole in self.wholes:
+            if self.is_expired(whole, now) and not whole.is_kept:
+                self.remove_whole(whole)
+                self.counts["expirations"] += 1
+
+    def _expire(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if not node.children and not node.is_dead:
+                self.remove(node)
+                self.counts["expirations"] += 1
+
+    @property
+    def n_entries(self) -> int:
+        """How many stored prefixes there are."""
+        return self.index.n_ends + self.wholes.n_states
+
+    def held_bytes(self) -> int:
+        """Return the bytes of all that is retained."""
+        return self.overhead + self.tier.memory_usage()
+
+    # Room
+
+    def pin_root(self, owner: Owner) -> Root | None:
+        """Return the root of an owner, in use; None if there is no room for a new one."""
+        root = self.index.root(owner)
+        if root is None:
+            n_bytes = root_bytes(owner)
+            if not self.has_room(0, n_bytes):
+                self.refusals["blocks_in_use"] += 1
+                return None
+            root = self.index.add_root(owner)
+            self.overhead += n_bytes
+        root.pins += 1
+        return root
+
+    def take(self, size: int, overhead: int) -> memoryview | None:
+        """Return a buffer to fill, counted with its overhead; None if there is no room."""
+        if not self.has_room(size, overhead):
+            self.refusals["blocks_in_use"] += 1
+            return None
+        try:
+            buffer = self.tier.take(size)
+        except MemoryError:
+            self.refusals["no_memory"] += 1
+            return None
+        self.overhead += overhead
+        return buffer
+
+    def drop(self, buffer: memoryview, overhead: int) -> None:
+        """Take back what `take` gave."""
+        self.overhead -= overhead
+        self.tier.give_back(buffer)
+
+    def has_room(self, size: int, overhead: int) -> bool:
+        """Make room for one payload; False if all that is left is in use."""
+        while True:
+            fresh = 0 if self.tier.has_pooled(size) else size
+            if self.held_bytes() + fresh + overhead <= self.ram_bytes:
+                return True
+            if not self.tier.drop_pooled() and not self._evict_one():
+                return False
+
+    def has_entry_room(self, parent: Node, at: int) -> bool:
+        """Make room for a chain that follows position `at` of `parent`, which is in use."""
+        while self.n_entries + 1 - (parent.is_end and at == parent.stop) > self.max_entries:
+            if self._evict_entry():
+                continue
+            if not parent.is_end:
+                return False
+            # The last entry left is the one that the new chain shares its beginning with.
+            self.index.give_up(parent)
+        return True
+
+    def has_whole_room(self, n_replaced: int) -> bool:
+        """Make room for one more whole state."""
+        while self.n_entries + 1 - n_replaced > self.max_entries:
+            if not self._evict_entry():
+                return False
+        return True
+
+    def _evict_entry(self) -> bool:
+        """Evict an entry: a leaf and what was last used together with it, or a whole state."""
+        victim = self._recent.victim()
+        if victim is None:
+            return False
+        step: Node | None = victim if isinstance(victim, Node) else None
+        if step is None:
+            self._evict(victim)
+        while step is not None and step.parent is not None and not (step.children or step.pins):
+            if step.tick != victim.tick:
+                break
+            parent = step.parent
+            self._evict(step)
+            step = parent
+        return True
+
+    def _evict_one(self) -> bool:
+        victim = self._recent.victim()
+        if victim is None:
+            return False
+        self._evict(victim)
+        return True
+
+    def _evict(self, held: Held) -> None:
+        if isinstance(held, Node):
+            self.remove(held)
+        elif isinstance(held, Whole):
+            self.remove_whole(held)
+        self.counts["evictions"] += 1
+
+    # Filing and removing
+
+    def file(self, root: Root, parent: Node, at: int, tokens: bytes, buffer: memoryview) -> Node:
+        """Put a block into the tree; its place must be free."""
+        n_bytes = buffer.nbytes + NODE_BYTES + len(tokens)
+        node = self.index.add(root, parent, at, tokens, n_bytes)
+        self.tier.put(node, buffer)
+        self.use([node], time.monotonic())
+        return node
+
+    def watch(self, held: Node | Whole) -> None:
+        """Let it be evicted from now on, when its turn comes."""
+        self._recent.watch(held)
+
+    def file_whole(self, whole: Whole, buffer: memoryview) -> None:
+        """Put a whole state into its place; what was there goes."""
+        replaced = self.wholes.same(whole)
+        if replaced is not None:
+            self.remove_whole(replaced)
+        whole.n_bytes = buffer.nbytes + whole_overhead(whole)
+        self.wholes.add(whole)
+        self.tier.put(whole, buffer)
+        self.use([whole], time.monotonic())
+        self.watch(whole)
+
+    def remove(self, node: Node) -> None:
+        """Take a leaf out of the tree."""
+        parent = node.parent
+        self.index.remove(node)
+        self.overhead -= NODE_BYTES + len(node.tokens)
+        self._let_go(node)
+        if isinstance(parent, Root):
+            self.remove_if_idle(parent)
+        elif parent is not None and not parent.children:
+            self._recent.watch(parent)
+
+    def remove_whole(self, whole: Whole) -> None:
+        """Take out a whole state."""
+        self.wholes.remove(whole)
+        self.overhead -= whole_overhead(whole)
+        self._let_go(whole)
+
+    def _let_go(self, held: Node | Whole) -> None:
+        if not held.pins:
+            self.tier.remove(held)
+            return
+        payload = self.tier.lend(held)  # somebody still reads it
+        if payload is not None:
+            self._dead[id(held)] = payload
+
+    def remove_if_idle(self, root: Root) -> None:
+        """Take out a root without chains that nobody uses."""
+        # Below 0: a save that began before a fork ended in the child, where nothing is in use.
+        if not (root.is_dead or root.children or root.pins > 0):
+            self._remove_root(root)
+
+    def _remove_root(self, root: Root) -> None:
+        self.index.remove_root(root)
+        self.overhead -= root.n_bytes
+
+    def release(self, held: Node | Whole) -> None:
+        """Note that one user less needs it."""
+        held.pins -= 1
+        if isinstance(held, Root):
+            self.remove_if_idle(held)
+        elif held.is_dead and not held.pins and id(held) in self._dead:
+            self.tier.give_back(self._dead.pop(id(held)))
+
+    def remove_all(self, owners: Iterable[Owner] | None = None) -> int:
+        """Remove what these owners hold, by default all do; return how many states went."""
+        chosen = None if owners is None else set(owners)
+        roots = [r for r in self.index.roots.values() if chosen is None or r.owner in chosen]
+        doomed = [node for root in roots for node in self.index.below(root)]
+        for node in doomed:
+            self.remove(node)
+        for root in roots:
+            if not root.is_dead:  # a save is at work: what it still files goes nowhere
+                self._remove_root(root)
+        wholes = [each for each in self.wholes if chosen is None or each.owner in chosen]
+        for whole in wholes:
+            self.remove_whole(whole)
+        while self.tier.drop_pooled():
+            pass  # a tenant's bytes don't wait in the pool
+        return len(doomed) + len(wholes)
+
+    def owners(self) -> set[Owner]:
+        """Return whose states are held."""
+        return {*self.index.roots, *(whole.owner for whole in self.wholes)}
+
+    # Forks
+
+    def forget_users(self) -> None:
+        """Remove what was in use: the users run on in the parent of the fork only."""
+        for root in list(self.index.roots.values()):
+            root.pins = 0
+            self.remove_if_idle(root)
+        in_use = [n for n in self.index.nodes() if any(s.pins for s in _with_ancestors(n))]
+        for node in in_use:
+            self.remove(node)
+        for whole in self.wholes:
+            if whole.pins > whole.is_kept:
+                self.remove_whole(whole)
+        self._dead.clear()
+        self.tier.forget_lent()
+        self.overhead = self.counted_overhead()
+
+    def counted_overhead(self) -> int:
+        """Return the overhead of what is held, counted anew."""
+        blocks = sum(NODE_BYTES + len(node.tokens) for node in self.index.nodes())
+        roots = sum(root.n_bytes for root in self.index.roots.values())
+        return blocks + roots + sum(whole_overhead(each) for each in self.wholes)
+
+    def check(self) -> None:
+        """Verify every invariant; for tests."""
+        self.index._check()  # noqa: SLF001
+        self.wholes._check()  # noqa: SLF001
+        self.tier._check()  # noqa: SLF001
+        if {*self.index.nodes(), *self.wholes} != self.tier.names():
+            raise AssertionError("tree and tier hold different states")
+        if self.counted_overhead() > self.overhead:
+            raise AssertionError("overhead undercounted")
+        if self.held_bytes() > self.ram_bytes or self.n_entries > self.max_entries:
+            raise AssertionError("over budget")
+
+
+def whole_overhead(whole: Whole) -> int:
+    """Return the bytes of a whole state beside its payload."""
+    return WHOLE_BYTES + len(whole.tokens) + root_bytes(whole.owner)
+
+
+def _with_ancestors(node: Node) -> Iterator[Node]:
+    step: Node | None = node
+    while step is not None:
+        yield step
+        step = step.parent

@@ -1,0 +1,316 @@
+"""WholeStates: the cache as a plain store of opaque states, one for a prefix."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from tokcache.config import MAX_INT, require_int
+from tokcache.errors import InvalidConfig, InvalidTokens
+from tokcache.state.blocks import TOKEN_BYTES, Owner, root_name, token_bytes
+from tokcache.state.core import DISK_BIT, StateCore, checked_fingerprint, checked_scope
+from tokcache.state.memory import whole_overhead
+from tokcache.state.tiers import Address, Record, StateRefused, Stored
+from tokcache.state.whole import StateHandle, Whole, prefix_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+_log = logging.getLogger("tokcache")
+
+
+class WholeStates(StateCore):
+    """The part of a PrefixStateCache that knows states by what they are of, not what is in them."""
+
+    # Storing
+
+    def store(
+        self,
+        tokens: object,
+        state: object,
+        *,
+        fingerprint: bytes,
+        n_past: int | None = None,
+        scope: str | None = None,
+        priority: int = 0,
+        pin: bool = False,
+    ) -> bool:
+        """Store the bytes of the state after all of `tokens`; False if there is no room for it.
+
+        The bytes are copied. What was stored for the same tokens with the same priority is
+        replaced. `n_past` is the engine's own count of positions, by default the number of
+        tokens. Of lower `priority` goes first; `pin` keeps the state from being evicted or
+        expiring, until `remove`.
+
+        Errors: InvalidTokens for no tokens; InvalidConfig for a state that is no bytes-like
+                object, and for numbers out of range.
+        """
+        owner = _owner(fingerprint, scope)
+        held = token_bytes(tokens)
+        if not held:
+            raise InvalidTokens("a state is of at least one token; these are none")
+        n_past = len(held) // TOKEN_BYTES if n_past is None else n_past
+        require_int("n_past", n_past, 0)
+        require_int("priority", priority, -MAX_INT)
+        view = _checked_state(state)
+        if not self.enabled:
+            return False
+        ((_, name),) = prefix_names(owner, held, [len(held) // TOKEN_BYTES])
+        return self._store(Whole(owner, name, held, n_past, priority), view, pin=pin)
+
+    def _store(self, whole: Whole, view: memoryview, *, pin: bool) -> bool:
+        with self._lock:
+            self._settle()
+            buffer = self._buffer_for(whole, view.nbytes)
+            n_removals = self._removals
+        if buffer is None:
+            return False
+        is_filed = False
+        try:
+            buffer[:] = view
+            is_filed = True
+        finally:
+            with self._lock:
+                # Removed or cleared while the bytes were copied: then this comes too late.
+                is_filed = is_filed and n_removals == self._removals and not self._is_closed
+                is_filed = is_filed and self._memory.has_whole_room(self._n_replaced(whole))
+                if is_filed:
+                    self._file_whole(whole, buffer, pin=pin)
+                else:
+                    self._memory.drop(buffer, whole_overhead(whole))
+        return is_filed
+
+    def _n_replaced(self, whole: Whole) -> int:
+        return self._memory.wholes.same(whole) is not None
+
+    def _buffer_for(self, whole: Whole, n_bytes: int) -> memoryview | None:
+        memory, overhead = self._memory, whole_overhead(whole)
+        if self._is_closed:
+            return None
+        if n_bytes + overhead > self.ram_bytes:
+            memory.refusals["over_budget"] += 1
+            return None
+        if not memory.has_whole_room(self._n_replaced(whole)):
+            memory.refusals["entries_in_use"] += 1
+            return None
+        return memory.take(n_bytes, overhead)
+
+    def _file_whole(self, whole: Whole, buffer: memoryview, *, pin: bool) -> None:
+        replaced = self._memory.wholes.same(whole)
+        is_kept = pin or (replaced is not None and replaced.is_kept)
+        if replaced is not None and replaced.is_kept:
+            self._set_kept(replaced, is_kept=False)
+        whole.used_at = time.time()
+        self._memory.file_whole(whole, buffer)
+        self._set_kept(whole, is_kept=is_kept)
+        self._memory.counts["saved_blocks"] += 1
+        self._memory.counts["saved_tokens"] += whole.n_tokens
+        record = Record(whole.name, whole.tokens, whole.n_past, whole.priority)
+        if not self._queue(whole, _address(whole.owner, whole.name, whole.n_tokens), record):
+            self._memory.refusals["disk: queue_full"] += 1
+
+    # Finding
+
+    def find(
+        self, tokens: object, *, fingerprint: bytes, scope: str | None = None
+    ) -> StateHandle | None:
+        """Return the state of the longest stored prefix of `tokens`, None if there is none.
+
+        Of equal length the one of the highest priority is returned. Close the handle, or use it
+        in a `with`: until then its state is not evicted.
+        """
+        owner, wanted = _owner(fingerprint, scope), token_bytes(tokens)
+        with self._lock:
+            self._memory.counts["lookups"] += 1
+            self._memory.counts["lookup_tokens"] += len(wanted) // TOKEN_BYTES
+        found = self._find(owner, wanted)
+        with self._lock:
+            self._memory.counts["hits"] += found is not None
+        return found
+
+    def handle(
+        self, tokens: object, *, fingerprint: bytes, scope: str | None = None
+    ) -> StateHandle | None:
+        """Return the state in memory of exactly these tokens; counts as no look-up and no use."""
+        owner, wanted = _owner(fingerprint, scope), token_bytes(tokens)
+        with self._lock:
+            self._settle()
+            for _, name in prefix_names(owner, wanted, [len(wanted) // TOKEN_BYTES]):
+                whole = self._live(owner, name, wanted)
+                if whole is not None:
+                    return self._handle(whole)
+        return None
+
+    def _find(self, owner: Owner, wanted: bytes) -> StateHandle | None:
+        below = self._disk.lengths(owner) if self._disk is not None else set()
+        with self._lock:
+            self._settle()
+            if self._is_closed:
+                return None
+            lengths = self._memory.wholes.lengths(owner) | below
+        usable = sorted(n for n in lengths if self.min_tokens <= n <= len(wanted) // TOKEN_BYTES)
+        names = dict(prefix_names(owner, wanted, usable))
+        for n_tokens in reversed(usable):
+            tokens = wanted[: n_tokens * TOKEN_BYTES]
+            found = self._find_exact(owner, names[n_tokens], tokens, has_file=n_tokens in below)
+            if found is not None:
+                return found
+        return None
+
+    def _find_exact(
+        self, owner: Owner, name: bytes, tokens: bytes, *, has_file: bool
+    ) -> StateHandle | None:
+        with self._lock:
+            whole = self._live(owner, name, tokens)
+            if whole is not None:
+                return self._used(whole)
+        return self._from_disk(owner, name, tokens) if has_file else None
+
+    def _live(self, owner: Owner, name: bytes, tokens: bytes) -> Whole | None:
+        whole = self._memory.wholes.get(owner, name, tokens)
+        while whole is not None and not whole.is_kept:
+            if not self._memory.is_expired(whole, time.monotonic()):
+                return whole
+            self._memory.remove_whole(whole)
+            self._memory.counts["expirations"] += 1
+            whole = self._memory.wholes.get(owner, name, tokens)
+        return whole
+
+    def _used(self, whole: Whole) -> StateHandle | None:
+        whole.hits += 1
+        whole.used_at = time.time()
+        self._memory.use([whole], time.monotonic())
+        if whole.written and time.monotonic() - whole.touched_s > self._touch_s:
+            self._touch_later([whole], [_address(whole.owner, whole.name, whole.n_tokens)])
+        return self._handle(whole)
+
+    def _handle(self, whole: Whole) -> StateHandle | None:
+        payload = self._tier.get(whole)
+        if payload is None:
+            self._memory.refusals["payload_lost"] += 1
+            return None
+        whole.pins += 1
+        return StateHandle(self, whole, payload.toreadonly())
+
+    # Finding below
+
+    def _from_disk(self, owner: Owner, name: bytes, tokens: bytes) -> StateHandle | None:
+        disk = self._disk
+        address = _address(owner, name, len(tokens) // TOKEN_BYTES)
+        if disk is None:
+            return None
+        try:
+            stored = disk.find(address, tokens)
+            if stored is None:
+                return None
+            with stored:
+                is_it = stored.record.tokens == tokens
+                return self._promoted(owner, stored) if is_it else None
+        except StateRefused as refusal:
+            disk.refuse(str(refusal))
+        except Exception:  # noqa: BLE001  (whatever it is, it is a miss)
+            _log.warning("the disk tier failed", exc_info=True)
+            disk.refuse("error")
+        return None
+
+    def _promoted(self, owner: Owner, stored: Stored) -> StateHandle | None:
+        record = stored.record
+        whole = Whole(owner, record.name, record.tokens, record.n_past, record.priority)
+        with self._lock:
+            n_removals = self._removals
+            has_room = stored.n_bytes + whole_overhead(whole) <= self.ram_bytes
+            buffer = self._buffer_for(whole, stored.n_bytes) if has_room else None
+        if buffer is None:
+            return self._loose_handle(whole, stored.view())
+        is_read = False
+        handle: StateHandle | None = None
+        try:
+            stored.read_into(buffer)
+            is_read = True
+        finally:
+            with self._lock:
+                is_filed = is_read and n_removals == self._removals and not self._is_closed
+                is_filed = is_filed and self._memory.has_whole_room(self._n_replaced(whole))
+                if is_filed:
+                    self._memory.file_whole(whole, buffer)
+                    whole.written |= DISK_BIT
+                    self._memory.counts["promoted_tokens"] += whole.n_tokens
+                    handle = self._used(whole)
+                else:
+                    self._memory.drop(buffer, whole_overhead(whole))
+        return handle
+
+    def _loose_handle(self, whole: Whole, payload: memoryview) -> StateHandle:
+        """Return the handle of a state that stays in its file: memory has no room for it."""
+        whole.pins, whole.used_at, whole.hits = 1, time.time(), 1
+        with self._lock:
+            self._loose.add(whole)
+        return StateHandle(self, whole, payload)
+
+    # Keeping and removing
+
+    def touch(self, handle: StateHandle) -> bool:
+        """Note that a state is in use now; False if it is gone."""
+        with self._lock:
+            if handle.is_stale:
+                return False
+            handle.whole.used_at = time.time()
+            self._memory.use([handle.whole], time.monotonic())
+            whole = handle.whole
+            self._touch_later([whole], [_address(whole.owner, whole.name, whole.n_tokens)])
+            return True
+
+    def pin(self, handle: StateHandle, *, is_pinned: bool = True) -> bool:
+        """Keep a state from being evicted or expiring, or let it go again; False if it is gone."""
+        with self._lock:
+            if handle.is_stale:
+                return False
+            self._set_kept(handle.whole, is_kept=is_pinned)
+            return True
+
+    def _set_kept(self, whole: Whole, *, is_kept: bool) -> None:
+        whole.pins += is_kept - whole.is_kept
+        whole.is_kept = is_kept
+
+    def _remove_state(self, handle: StateHandle) -> int:
+        whole = handle.whole
+        if self._writer is not None:
+            self._writer.flush()  # what waits would come back to the disk after its removal
+        with self._lock:
+            self._settle()
+            is_there = not whole.is_dead
+            if is_there and whole not in self._loose:
+                self._set_kept(whole, is_kept=False)
+                self._memory.remove_whole(whole)
+            whole.is_dead = True
+        if is_there and self._disk is not None:
+            self._disk.remove(_address(whole.owner, whole.name, whole.n_tokens))
+        return int(is_there)
+
+    def whole_states(self) -> Iterator[StateHandle]:
+        """Yield a handle of each whole state in memory, in no order; counts as no use."""
+        with self._lock:
+            self._settle()
+            handles = [self._handle(whole) for whole in self._memory.wholes]
+        yield from (handle for handle in handles if handle is not None)
+
+
+def _address(owner: Owner, name: bytes, n_tokens: int) -> Address:
+    return Address(owner, n_tokens, root_name(owner), name)
+
+
+def _owner(fingerprint: object, scope: object) -> Owner:
+    return Owner(checked_fingerprint(fingerprint), checked_scope(scope), "whole")
+
+
+def _checked_state(state: object) -> memoryview:
+    try:
+        view = memoryview(state)  # type: ignore[arg-type]
+        return view.cast("B") if view.nbytes else memoryview(b"")
+    except TypeError as error:
+        raise InvalidConfig(
+            f"a state must be bytes, or a contiguous buffer of them, not {type(state).__name__} "
+            f"({error})"
+        ) from None

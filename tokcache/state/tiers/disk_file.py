@@ -1,0 +1,212 @@
+"""An open file of a state: read, verified, and only then handed on.
+
+A payload is read into memory of this process and verified there, where nobody else can change it,
+and where a disk that fails gives an error instead of a signal. Only what memory has no room for is
+mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from tokcache.state.tiers import Record, StateRefused
+from tokcache.state.tiers.block_file import HEAD_BYTES, HMAC_FLAG, MAX_TOKENS, Head, Sealer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+LAYOUT = "1"
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block
+_FIRST_READ = 8192  # the head and some 1,900 tokens: one read for most blocks
+
+REASONS = {
+    errno.ENOSPC: "full",
+    errno.EDQUOT: "full",
+    errno.EFBIG: "full",
+    errno.EACCES: "permission",
+    errno.EPERM: "permission",
+    errno.EROFS: "permission",
+    errno.ELOOP: "symlink",
+    errno.ENOTDIR: "symlink",
+    errno.ENOENT: "missing",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a state, as a scan finds it; all names are digests.
+
+    Units: `n_bytes` bytes, `used_at` seconds since the epoch.
+    """
+
+    scope: str
+    owner: str
+    name: str
+    position: int
+    n_bytes: int
+    used_at: float
+
+    @property
+    def place(self) -> str:
+        """Its path below the folder."""
+        return f"{LAYOUT}/{self.scope}/{self.owner}/{self.name}"
+
+
+class DiskFile:
+    """An open file of a state whose head was verified; `read_into` and `view` verify the rest."""
+
+    def __init__(
+        self,
+        fd: int,
+        head: Head,
+        first: bytes,
+        record: Record,
+        *,
+        sealer: Sealer,
+        count: Callable[[int], object],
+    ) -> None:
+        self._fd, self._head, self._first = fd, head, first
+        self._sealer, self._count = sealer, count
+        self.record = record
+        self.n_bytes = head.payload_bytes - head.tag_bytes
+        self.place = ("", 0)
+
+    def _seal(self) -> bytes:
+        end = self._head.head_bytes + self._head.payload_bytes
+        return os.pread(self._fd, self._head.seal_bytes, end)
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Read the payload into `buffer`, which no other process can change, and verify it there.
+
+        Errors: StateRefused.
+        """
+        with _refusing():
+            if self._head.tag_bytes:
+                buffer[:] = self._payload()
+            else:
+                _read_exactly(self._fd, buffer, self._head.head_bytes)
+                self._sealer.opened_payload(self._head, self._first, buffer, self._seal())
+        self._count(self.n_bytes)
+
+    def view(self) -> memoryview:
+        """Map the payload into memory and verify it.
+
+        Errors: StateRefused.
+        """
+        with _refusing():
+            payload = self._payload()
+        self._count(self.n_bytes)
+        return payload
+
+    def _payload(self) -> memoryview:
+        head = self._head
+        if head.payload_bytes == 0:
+            self._sealer.opened_payload(head, self._first, memoryview(b""), self._seal())
+            return memoryview(b"")
+        mapped = memoryview(mmap.mmap(self._fd, 0, prot=mmap.PROT_READ))
+        if mapped.nbytes < head.head_bytes + head.payload_bytes:
+            raise StateRefused("damaged")
+        stored = mapped[head.head_bytes : head.head_bytes + head.payload_bytes]
+        payload = self._sealer.opened_payload(head, self._first, stored, self._seal())
+        return memoryview(payload).toreadonly()
+
+    def discard(self) -> None:
+        """Remove the file: what it holds is damaged."""
+        name, folder = self.place[0], self.place[1]
+        with contextlib.suppress(OSError):
+            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if found.st_ino == os.fstat(self._fd).st_ino:
+                os.unlink(name, dir_fd=folder)
+
+    def close(self) -> None:
+        """Close the file; a view stays valid."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+            os.close(self.place[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, StateRefused) and error.args[0] in ("damaged", "forged"):
+            self.discard()
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Make what the system refuses a reason to be counted."""
+    try:
+        yield
+    except OSError as error:
+        raise StateRefused(REASONS.get(error.errno or 0, "error")) from error
+    except MemoryError as error:
+        raise StateRefused("no_memory") from error
+
+
+def verified_file(folder: Path, file: File, sealer: Sealer) -> Head:
+    """Read all of a file that a scan found and check its seals; return its head.
+
+    Tokens and states stay sealed: without the prompt they can't be told to be in their place,
+    only that the file stands in the folder, and under the name, that its head says.
+
+    Errors: StateRefused; OSError.
+    """
+    fd = os.open(folder / file.place, READ)
+    try:
+        head, first = read_head(fd, os.fstat(fd).st_size)
+        if head.flags & HMAC_FLAG != sealer.flags & HMAC_FLAG:
+            raise StateRefused("other_keys")
+        end = head.head_bytes - head.seal_bytes
+        sealer.require_seal(first[end:], first[:end])
+        payload = memoryview(bytearray(head.payload_bytes))
+        _read_exactly(fd, payload, head.head_bytes)
+        seal = os.pread(fd, head.seal_bytes, head.head_bytes + head.payload_bytes)
+        sealer.require_seal(seal, first, payload)
+    finally:
+        os.close(fd)
+    stem = f"{head.position:x}-{head.slot.hex()}"
+    if (head.scope.hex(), head.owner.hex(), stem) != (file.scope, file.owner, file.name[:-2]):
+        raise StateRefused("misfiled")
+    return head
+
+
+def read_head(fd: int, n_file_bytes: int) -> tuple[Head, bytes]:
+    """Return the head of an open file, and all that stands before its payload.
+
+    Errors: StateRefused; OSError.
+    """
+    first = os.pread(fd, _FIRST_READ, 0)
+    head = Head.read(first, n_file_bytes)
+    if head.head_bytes > HEAD_BYTES + 4 * MAX_TOKENS + 64:
+        raise StateRefused("damaged")
+    if len(first) < head.head_bytes:
+        buffer = bytearray(head.head_bytes)
+        _read_exactly(fd, memoryview(buffer), 0)
+        first = bytes(buffer)
+    return head, first[: head.head_bytes]
+
+
+def _read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
+    done = 0
+    while done < buffer.nbytes:
+        n_read = os.preadv(fd, [buffer[done:]], offset + done)
+        if not n_read:
+            raise StateRefused("damaged")
+        done += n_read

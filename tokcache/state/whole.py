@@ -1,0 +1,207 @@
+"""States of whole prefixes, opaque to the cache: by tokens, the longest first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Self
+
+from tokcache.errors import StateError
+from tokcache.state.blocks import DIGEST_BYTES, TOKEN_BYTES, Owner, root_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import TracebackType
+
+    from tokcache.state.core import StateCore
+
+# Python objects of one state: itself, its name, places in dicts, heap item. Its tokens and its
+# owner's names are added. Checked by tests/state/test_whole.py::test_overhead_is_counted.
+WHOLE_BYTES = 1600
+
+
+class Whole:
+    """The state after all of `tokens`; `is_kept` ones are never evicted."""
+
+    __slots__ = (
+        "__weakref__",
+        "hits",
+        "is_dead",
+        "is_kept",
+        "is_queued",
+        "n_bytes",
+        "n_past",
+        "name",
+        "owner",
+        "pins",
+        "priority",
+        "tick",
+        "tokens",
+        "touched_s",
+        "used_at",
+        "used_s",
+        "written",
+    )
+    children: tuple[()] = ()
+
+    def __init__(
+        self, owner: Owner, name: bytes, tokens: bytes, n_past: int, priority: int
+    ) -> None:
+        self.owner, self.name, self.tokens = owner, name, tokens
+        self.n_past, self.priority = n_past, priority
+        self.n_bytes = 0
+        self.hits = 0
+        self.pins = 0
+        self.tick = 0
+        self.used_s = self.touched_s = self.used_at = 0.0
+        self.written = 0
+        self.is_dead = self.is_queued = self.is_kept = False
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the state is of."""
+        return len(self.tokens) // TOKEN_BYTES
+
+
+def prefix_names(
+    owner: Owner, tokens: bytes, lengths: Iterable[int]
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (n, the name of the first n tokens) for ascending `lengths`, in one pass."""
+    person = b"tokcache.whole.2".ljust(16, b"\0")
+    state = blake2b(root_name(owner), digest_size=DIGEST_BYTES, person=person)
+    done = 0
+    view = memoryview(tokens)
+    for n_tokens in lengths:
+        stop = n_tokens * TOKEN_BYTES
+        state.update(view[done:stop])
+        done = stop
+        yield n_tokens, state.digest()
+
+
+class WholeIndex:
+    """The states by owner and name; not thread-safe, the cache locks.
+
+    The same tokens may be held once for each priority.
+    """
+
+    def __init__(self) -> None:
+        self._named: dict[tuple[Owner, bytes], dict[int, Whole]] = {}
+        self._lengths: dict[Owner, Counter[int]] = {}
+        self.n_states = 0
+
+    def lengths(self, owner: Owner) -> set[int]:
+        """Return the numbers of tokens that this owner's states are of."""
+        return set(self._lengths.get(owner, ()))
+
+    def get(self, owner: Owner, name: bytes, tokens: bytes) -> Whole | None:
+        """Return the state of these tokens that has the highest priority."""
+        held = self._named.get((owner, name))
+        best = held[max(held)] if held else None
+        return best if best is not None and best.tokens == tokens else None
+
+    def same(self, whole: Whole) -> Whole | None:
+        """Return what `whole` would take the place of."""
+        return self._named.get((whole.owner, whole.name), {}).get(whole.priority)
+
+    def add(self, whole: Whole) -> None:
+        """Add a state; its place must be free."""
+        held = self._named.setdefault((whole.owner, whole.name), {})
+        if whole.priority in held:
+            raise AssertionError("two states in one place")
+        held[whole.priority] = whole
+        self._lengths.setdefault(whole.owner, Counter())[whole.n_tokens] += 1
+        self.n_states += 1
+
+    def remove(self, whole: Whole) -> None:
+        """Take out a state."""
+        key = (whole.owner, whole.name)
+        del self._named[key][whole.priority]
+        if not self._named[key]:
+            del self._named[key]
+        lengths = self._lengths[whole.owner]
+        lengths[whole.n_tokens] -= 1
+        if not lengths[whole.n_tokens]:
+            del lengths[whole.n_tokens]
+        if not lengths:
+            del self._lengths[whole.owner]
+        whole.is_dead = True
+        self.n_states -= 1
+
+    def __iter__(self) -> Iterator[Whole]:
+        return iter([each for held in self._named.values() for each in held.values()])
+
+    def _check(self) -> None:
+        found = list(self)
+        if len(found) != self.n_states or any(each.is_dead for each in found):
+            raise AssertionError("states miscounted, or a dead one among them")
+        for owner, lengths in self._lengths.items():
+            if lengths != Counter(each.n_tokens for each in found if each.owner == owner):
+                raise AssertionError("lengths miscounted")
+
+
+class StateHandle:
+    """A state that was found; not evicted until the handle is closed or let go.
+
+    Units:  `n_tokens` tokens of the prefix, `n_past` positions as they were stored, `n_bytes`
+            bytes of the state, `last_used` seconds since the epoch, `hits` look-ups that found it.
+    Errors: StateError from `state` once the state was removed or the handle closed.
+    Threads: one at a time; closing takes no lock, so the garbage collector may do it.
+    """
+
+    def __init__(self, cache: StateCore, whole: Whole, payload: memoryview) -> None:
+        self._cache, self.whole = cache, whole
+        self._payload: memoryview | None = payload
+        self._is_counted = False
+        self.n_bytes = payload.nbytes
+        self.hits, self.last_used = whole.hits, whole.used_at
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the state is of."""
+        return self.whole.n_tokens
+
+    @property
+    def n_past(self) -> int:
+        """The engine's own count of positions, as it was stored."""
+        return self.whole.n_past
+
+    @property
+    def priority(self) -> int:
+        """What was given to `store`: the lowest goes first."""
+        return self.whole.priority
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the state was removed meanwhile, or the handle closed."""
+        return self._payload is None or self.whole.is_dead
+
+    @property
+    def state(self) -> memoryview:
+        """The bytes that were stored, read-only, not a copy; valid while the handle is open."""
+        if self._payload is None or self.whole.is_dead:
+            why = "its handle was closed" if self._payload is None else "it was removed"
+            raise StateError(f"this state is gone: {why}; ask find() again")
+        if not self._is_counted:
+            self._is_counted = True
+            self._cache.count_restored(self.n_tokens, 0.0)
+        return self._payload
+
+    def close(self) -> None:
+        """Let the state go."""
+        payload, self._payload = self._payload, None
+        if payload is not None:
+            self._cache.release_later([self.whole])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,449 @@
+"""The readable twin of the native SegmentCache, on cachetools: what it does, in order.
+
+One least-recently-used cache holds the chunks and the short segments inside them; there is no
+memory of which chunk came next, so every text is scanned.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import weakref
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import cachetools
+
+from tokcache.stats import L1Stats
+from tokcache.text._scan_py import Part, Scanner, Unsure, class_behind, parts_of
+from tokcache.text._token_ids_py import TokenIds
+from tokcache.text.char_classes import CharClass
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from tokcache.text.cuts import CutPlan
+
+MIN_CHARS = 128  # a chunk is not cut before, but where a message opens
+MAX_CHARS = 1024  # nor later, where there is a place
+OPENING_CHARS = 96  # a chunk of so many ends where a message opens
+GAP_CHARS = 64  # the greatest weight of a place
+CHOSEN = 1 << 24  # a place of a lower rank, as one character in 256 has, ends a chunk
+WINDOW = 16  # characters before a place that decide
+STORED_CHARS = 1 << 16  # a longer part, in which no place was found, is not kept
+SHORT_CHARS = 24
+SEED_BYTES = 4
+_ENTRY_BYTES = 400
+
+_Key = tuple[str, int, int]  # text, scope, variant
+_Ids = tuple[int, ...]
+_Chunk = tuple[str, TokenIds, int, int, int, bool]
+_Short = tuple[str, TokenIds, int, int]
+
+
+@dataclass(slots=True)
+class _Unit:
+    part: str
+    variant: int
+    ids: _Ids | None = None
+
+
+@dataclass(slots=True)
+class _Missed:
+    key: _Key
+    pieces: list[_Ids | _Unit] = field(default_factory=list)
+
+    def ids(self) -> _Ids:
+        known = (one.ids or () if isinstance(one, _Unit) else one for one in self.pieces)
+        return tuple(index for ids in known for index in ids)
+
+
+class Walk:
+    """A text on its way: what of it is known, and the units that the engine must encode."""
+
+    def __init__(self, cache: SegmentCache, text: str, scope: int, special: bool) -> None:
+        self._cache = cache
+        self.text = text
+        self.scope = scope
+        self.special = special
+        self.chunks: list[_Ids | _Missed] = []
+        self.units: dict[_Key, _Unit] = {}
+        self.counts: Counter[str] = Counter(lookup_chars=len(text))
+
+    @property
+    def n_chars(self) -> int:
+        """Characters that the engine must encode."""
+        return sum(len(unit.part) for unit in self.units.values())
+
+    def variants(self) -> list[int]:
+        """Return which variants of the tokenizer have something to encode."""
+        return sorted({unit.variant for unit in self.units.values()})
+
+    def parts(self, variant: int) -> list[str]:
+        """Return the texts that this variant must encode, in order."""
+        return [unit.part for unit in self._units(variant)]
+
+    def joined(self, variant: int, between: str, agreed: CodePoints) -> str | None:
+        """Return `parts(variant)` as one string, `between`, which is ASCII, between two.
+
+        None if some part has a character that is none of `agreed`.
+        """
+        parts = self.parts(variant)
+        return between.join(parts) if all(map(agreed.cover, parts)) else None
+
+    def take(self, variant: int, encoded: Sequence[Any], separator: int) -> bool:
+        """Take the ids of `parts(variant)`; return False if they are not exactly those parts.
+
+        Each of `encoded` holds some of the parts, in order, the id `separator` between two: a list
+        or a buffer of 32-bit integers.
+        """
+        found = [part for ids in encoded for part in _split(_listed(ids), separator)]
+        units = self._units(variant)
+        if len(found) != len(units):
+            return False
+        for unit, ids in zip(units, found, strict=True):
+            unit.ids = ids
+        return True
+
+    def finish(self) -> TokenIds:
+        """Keep what was encoded and return the ids of the whole text."""
+        if any(unit.ids is None for unit in self.units.values()):
+            raise RuntimeError("finish() before every part was taken")
+        return self._cache.finish(self)
+
+    def _units(self, variant: int) -> list[_Unit]:
+        return [unit for unit in self.units.values() if unit.variant == variant]
+
+
+class SegmentCache:
+    """The ids of the parts of texts, cut as `plan` says.
+
+    Units:   `max_bytes` bytes: keys, ids and tables.
+    Cost:    one pass over the text in Python.
+    Threads: safe; the lock is made anew in a forked child.
+    Source:  content-defined chunks: FastCDC (Xia et al., USENIX ATC 2016).
+    """
+
+    def __init__(self, plan: CutPlan, max_bytes: int, uses_shorts: bool = True) -> None:
+        self.max_bytes = max_bytes
+        self.uses_shorts = uses_shorts
+        self._plan = plan
+        self._scanner = Scanner(plan)
+        self.cut_seed = os.urandom(SEED_BYTES)
+        self._lock = threading.RLock()
+        _ALL.add(self)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every part and set the counters to zero."""
+        with self._lock:
+            self._held: cachetools.LRUCache[_Key, _Ids] = cachetools.LRUCache(sys.maxsize)
+            self._n_bytes = 0
+            self._counts: Counter[str] = Counter()
+            self._refusals: Counter[str] = Counter()
+
+    def look(self, text: str, add_special_tokens: bool, scope: int) -> TokenIds | Walk | None:
+        """Return the ids of `text` if every part is known, a Walk if some are to be encoded.
+
+        None, counted by reason, if the text can't be cut with proof.
+        """
+        with self._lock:
+            if self._plan.affixes[add_special_tokens] is None:
+                self._refuse("post_processor")
+                return None
+            if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+                self._refuse("surrogate")
+                return None
+            walk = Walk(self, text, scope, add_special_tokens)
+            try:
+                self._follow(walk)
+            except Unsure:
+                self._refuse("beside_single_word")
+                return None
+            return walk if walk.units else self.finish(walk)
+
+    def finish(self, walk: Walk) -> TokenIds:
+        """Keep the parts of a walk and return the ids of its text."""
+        with self._lock:
+            for key, unit in walk.units.items():
+                self._counts["engine_chars"] += len(unit.part)
+                self._counts["engine_tokens"] += len(unit.ids or ())
+                if len(unit.part) <= SHORT_CHARS:
+                    self._keep(key, unit.ids or ())
+            missed = [one for one in walk.chunks if isinstance(one, _Missed)]
+            for one in missed:
+                self._keep(one.key, one.ids())
+            self._counts["misses" if missed else "hits"] += 1
+            self._counts["chunk_misses"] += len(missed)
+            self._counts.update(walk.counts)
+            ids = [
+                index
+                for one in walk.chunks
+                for index in (one.ids() if isinstance(one, _Missed) else one)
+            ]
+            self._counts["tokens"] += len(ids)
+            before, behind = self._plan.affixes[walk.special] or ((), ())
+            return TokenIds([*before, *ids, *behind])
+
+    def memory_usage(self) -> int:
+        """Return the bytes held: keys, ids and tables."""
+        return self._n_bytes
+
+    def stats(self) -> L1Stats:
+        """Return a snapshot of the counters."""
+        with self._lock:
+            n_shorts = sum(len(text) <= SHORT_CHARS for text, _, _ in self._held)
+            return L1Stats(
+                **self._counts,
+                refusals=dict(self._refusals),
+                n_shorts=n_shorts,
+                n_chunks=len(self._held) - n_shorts,
+                n_bytes=self._n_bytes,
+            )
+
+    def cut(self, text: str, fine: bool) -> list[tuple[int, int, bool]] | None:
+        """Return the parts of `text` as (start, stop, is_token); for people and tests."""
+        found, p = [], 0
+        try:
+            while p < len(text):
+                end = self._chunk_end(text, p)
+                if fine:
+                    parts = self._parts(text, p, end, 0)
+                    found += [(one.start, one.stop, one.token is not None) for one in parts]
+                else:
+                    found.append((p, end, False))
+                p = end
+        except Unsure:
+            return None
+        return found
+
+    # ---- to be kept elsewhere and brought back
+
+    @property
+    def cut_seed(self) -> bytes:
+        """The secret that chooses where chunks end: with another one, others are looked up."""
+        return self._seed.to_bytes(SEED_BYTES, "little")
+
+    @cut_seed.setter
+    def cut_seed(self, seed: bytes) -> None:
+        if len(seed) != SEED_BYTES:
+            raise ValueError(f"a cut seed has {SEED_BYTES} bytes, not {len(seed)}")
+        self._seed = int.from_bytes(seed, "little")
+
+    def held_chunks(self) -> list[_Chunk]:
+        """Return (text, ids, scope, variant, end_class, is_tail) of every chunk, newest first.
+
+        What is no longer than a short segment is returned by `held_shorts` alone; the last two,
+        which only the native cache keeps, are 0 and False.
+        """
+        return [(*row, 0, False) for row in self._held_rows() if len(row[0]) > SHORT_CHARS]
+
+    def held_shorts(self) -> list[_Short]:
+        """Return (text, ids, scope, variant) of every short segment, newest first."""
+        return [row for row in self._held_rows() if len(row[0]) <= SHORT_CHARS]
+
+    def fill_chunks(self, rows: Iterable[_Chunk]) -> tuple[int, int]:
+        """Keep chunks as `held_chunks` returns them, as far as nothing must go for them.
+
+        They count as older than all that is held. Return how many were kept, and how many were
+        there.
+        """
+        return self.fill_shorts(row[:4] for row in rows)
+
+    def fill_shorts(self, rows: Iterable[_Short]) -> tuple[int, int]:
+        """Keep short segments as `held_shorts` returns them; like `fill_chunks`."""
+        with self._lock:
+            all_of_it = dict(self._by_age())
+            n_held, n_there = len(all_of_it), 0
+            for text, ids, scope, variant in rows:
+                key, own = (text, scope, variant), tuple(ids)
+                n_bytes = self._n_bytes + _n_bytes(key, own)
+                n_there += key in all_of_it
+                if key not in all_of_it and len(text) <= STORED_CHARS and n_bytes <= self.max_bytes:
+                    all_of_it[key] = own
+                    self._n_bytes = n_bytes
+            self._held = cachetools.LRUCache(sys.maxsize)
+            for key in reversed(all_of_it):
+                self._held[key] = all_of_it[key]
+            self._counts["insertions"] += len(all_of_it) - n_held
+            return len(all_of_it) - n_held, n_there
+
+    def _held_rows(self) -> list[_Short]:
+        with self._lock:
+            return [
+                (text, TokenIds(ids), scope, variant)
+                for (text, scope, variant), ids in self._by_age()
+            ]
+
+    def _by_age(self) -> list[tuple[_Key, _Ids]]:
+        """Return all that is held, newest first."""
+        found = [self._held.popitem() for _ in range(len(self._held))]
+        for key, ids in found:
+            self._held[key] = ids
+        return found[::-1]
+
+    def _check(self) -> None:
+        """Verify every invariant; for tests."""
+        with self._lock:
+            held = sum(_n_bytes(key, self._held[key]) for key in list(self._held))
+            assert held == self._n_bytes <= self.max_bytes  # noqa: S101
+
+    # ---- inside
+
+    def _refuse(self, reason: str) -> None:
+        """Count why a text or a part is not held."""
+        self._refusals[reason] += 1
+
+    def _follow(self, walk: Walk) -> None:
+        text, p = walk.text, 0
+        while p < len(text):
+            end, variant = self._chunk_end(text, p), self._variant_at(text, p)
+            key = (text[p:end], walk.scope, variant)
+            ids = self._held.get(key)
+            if ids is not None:
+                walk.counts["chunk_hits"] += 1
+                walk.chunks.append(ids)
+            else:
+                walk.counts["chunk_miss_chars"] += end - p
+                missed = _Missed(key)
+                for part in self._parts(text, p, end, variant):
+                    missed.pieces.append(self._piece(walk, part))
+                walk.chunks.append(missed)
+            p = end
+
+    def _piece(self, walk: Walk, part: Part) -> _Ids | _Unit:
+        if part.token is not None:
+            return (part.token.id,)
+        text = walk.text[part.start : part.stop]
+        key = (text, walk.scope, part.variant)
+        ids = self._held.get(key) if len(text) <= SHORT_CHARS else None
+        if ids is not None:
+            walk.counts["short_hits"] += 1
+            return ids
+        walk.counts["short_misses"] += key not in walk.units
+        return walk.units.setdefault(key, _Unit(text, part.variant))
+
+    def _parts(self, text: str, start: int, stop: int, variant: int) -> Any:
+        return parts_of(
+            self._plan, self._scanner, text, (start, stop), variant, fine=self.uses_shorts
+        )
+
+    def _variant_at(self, text: str, p: int) -> int:
+        if self._scanner.opens(text, p):
+            return self._plan.variant_of[1]
+        return self._plan.variant_of[0 if p == 0 else 2]
+
+    def _chunk_end(self, text: str, p: int) -> int:
+        """Return where the chunk that begins at `p` ends; `Unsure` if a token can't be judged."""
+        i = piece = cut = p
+        left, last, best = CharClass.LETTER if p else self._plan.piece_left, 0, 1 << 32
+        while i < len(text):
+            match = self._scanner.match(text, i, piece)
+            if match is not None and not match.is_text:
+                if match.token.opens and i >= p + OPENING_CHARS:
+                    return i
+                if last and i > p + MAX_CHARS:
+                    return last
+                piece, i, left = match.stop, match.end, CharClass.TOKEN_END
+                continue
+            if i < piece:
+                i += 1
+                continue
+            if i == piece and i > p:
+                left, cut = self._plan.piece_left, i
+            own = class_behind(text[i], left)
+            if match is None and i > piece and self._is_coarse(left, own):
+                if i >= p + MIN_CHARS:
+                    is_late = i > p + MAX_CHARS
+                    rank = 0 if is_late else self._rank(text, i, i - cut)
+                    if rank < CHOSEN:
+                        return (is_late and last) or i
+                    best, last = min((best, last), (rank, i))
+                cut = i
+            left = own
+            i += 1
+        return len(text) if last == 0 or len(text) - p <= MAX_CHARS else last
+
+    def _is_coarse(self, left: CharClass, right: CharClass) -> bool:
+        return self._plan.allows(left, right, fine=False)
+
+    def _rank(self, text: str, i: int, gap: int) -> int:
+        """Return the rank of a coarse cut; the lowest one ends a chunk.
+
+        What stands before it decides; `gap`, the characters since the coarse cut before, is its
+        weight, so that texts with few places have chunks of the same length. Characters beyond
+        Latin-1, which say more each, weigh four times.
+        """
+        window = text[i - WINDOW : i]
+        digest = zlib.crc32(window.encode("utf-8", "surrogatepass"), self._seed)
+        return digest // (min(gap, GAP_CHARS) * (4 if max(window) > "\xff" else 1))
+
+    def _keep(self, key: _Key, ids: _Ids) -> None:
+        n_bytes = _n_bytes(key, ids)
+        if len(key[0]) > STORED_CHARS:
+            self._refuse("no_cut")
+            return
+        if n_bytes > self.max_bytes:
+            self._refuse("oversize")
+            return
+        if key in self._held:
+            return
+        while self._n_bytes + n_bytes > self.max_bytes:
+            gone, gone_ids = self._held.popitem()
+            self._n_bytes -= _n_bytes(gone, gone_ids)
+            self._counts["evictions"] += 1
+        self._held[key] = ids
+        self._n_bytes += n_bytes
+        self._counts["insertions"] += 1
+
+    def _after_fork(self) -> None:
+        self._lock = threading.RLock()
+
+
+class CodePoints:
+    """A set of code points, given as inclusive (first, last) ranges."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        spans = "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in ranges)
+        self._all = re.compile(f"[{spans}]*")
+
+    def cover(self, text: str) -> bool:
+        """Return whether every character of `text` is one of them."""
+        return self._all.fullmatch(text) is not None
+
+
+def _n_bytes(key: _Key, ids: _Ids) -> int:
+    return 4 * len(key[0]) + 40 * len(ids) + _ENTRY_BYTES  # at most four bytes a character
+
+
+def _listed(ids: Any) -> list[int]:
+    if isinstance(ids, list):
+        return ids
+    found: list[int] = memoryview(ids).cast("B").cast("i").tolist()
+    return found
+
+
+def _split(ids: list[int], separator: int) -> list[_Ids]:
+    parts: list[list[int]] = [[]]
+    for index in ids:
+        if index == separator:
+            parts.append([])
+        else:
+            parts[-1].append(index)
+    return [tuple(part) for part in parts]
+
+
+_ALL: weakref.WeakSet[SegmentCache] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for cache in list(_ALL):
+        cache._after_fork()  # noqa: SLF001
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

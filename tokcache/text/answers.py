@@ -1,0 +1,372 @@
+"""What a transformers call returns, made from token ids: truncated, padded, with masks, as arrays.
+
+`read` says what a call asks for, or why ids can't answer it; `make_rows` and `make_fields` make
+it. tests/text/test_wrap_matrix.py compares it with what the plain tokenizer makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from tokcache.text.layout import Run
+from tokcache.text.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from tokcache.text.layout import Layout, Segment, Segments
+
+_SIDES = ("left", "right")
+_FLAGS = (None, True, False)
+
+# What a call may say beside its texts, truncation and padding, and still be answered from ids.
+_ANSWERED: dict[str, tuple[object, ...]] = {
+    "add_special_tokens": (True, False),
+    "stride": (0,),
+    "is_split_into_words": (False,),
+    "return_overflowing_tokens": (False,),
+    "return_offsets_mapping": (False,),
+    "sanitize_control_tokens": (False,),
+    "verbose": _FLAGS,
+    "return_token_type_ids": _FLAGS,
+    "return_attention_mask": _FLAGS,
+    "return_special_tokens_mask": _FLAGS,
+    "return_length": _FLAGS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """Leave at most `max_length` tokens of a row: of its texts and what is put around them."""
+
+    max_length: int
+    strategy: str
+    side: str
+
+    def lengths(self, layout: Layout, lengths: Sequence[int]) -> Sequence[int] | None:
+        """Return how many tokens of each text stay; None where tokenizers refuses."""
+        room = self.max_length - layout.n_special
+        n_over = sum(lengths) - room
+        if room <= 0:
+            return None
+        if n_over <= 0:
+            return lengths
+        if self.strategy == "longest_first":
+            return (room,) if len(lengths) == 1 else _both(lengths[0], lengths[1], room)
+        place = 0 if self.strategy == "only_first" else 1
+        if place >= len(lengths) or lengths[place] <= n_over:
+            return None
+        left = list(lengths)
+        left[place] -= n_over
+        return left
+
+    def cut(self, ids: TokenIds, length: int) -> TokenIds:
+        """Return what stays of the ids of one text."""
+        return ids[:length] if self.side == "right" else ids[len(ids) - length :]
+
+    def for_tokenizers(self) -> dict[str, Any]:
+        """Return the arguments of `enable_truncation`."""
+        return {
+            "max_length": self.max_length,
+            "stride": 0,
+            "strategy": self.strategy,
+            "direction": self.side,
+        }
+
+
+def _both(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return the lengths of two texts that are too long together: the longer one gives first."""
+    short, long = sorted((first, second))
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room // 2 + room % 2
+    return (long, short) if first > second else (short, long)
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Fill up to `length`, or to the longest row of a batch (None), and to a multiple."""
+
+    length: int | None
+    multiple_of: int | None
+    side: str
+    token: str
+    token_id: int
+    type_id: int
+
+    def width(self, n_longest: int) -> int:
+        """Return the length that shorter rows are filled up to."""
+        width = n_longest if self.length is None else self.length
+        multiple_of = self.multiple_of or 1
+        return -(-width // multiple_of) * multiple_of
+
+    def for_tokenizers(self) -> dict[str, Any]:
+        """Return the arguments of `enable_padding`."""
+        return {
+            "length": self.length,
+            "direction": self.side,
+            "pad_id": self.token_id,
+            "pad_token": self.token,
+            "pad_type_id": self.type_id,
+            "pad_to_multiple_of": self.multiple_of,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a call asks for.
+
+    `texts` are the first texts of all rows, and the second ones if rows have two; `is_batch` says
+    that the answer is a list of rows; `flags` are the fields asked for or declined by name.
+    """
+
+    texts: tuple[Sequence[str], ...]
+    is_batch: bool
+    add_special_tokens: bool
+    truncation: Truncation | None
+    padding: Padding | None
+    max_length: int | None
+    tensors: Any
+    flags: dict[str, Any]
+
+    @property
+    def settings(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Return the truncation and the padding that the tokenizer itself would be set to."""
+        return (
+            None if self.truncation is None else self.truncation.for_tokenizers(),
+            None if self.padding is None else self.padding.for_tokenizers(),
+        )
+
+    @property
+    def inputs(self) -> list[Any]:
+        """Return what the tokenizer itself would be given."""
+        return list(self.texts[0] if len(self.texts) == 1 else zip(*self.texts, strict=True))
+
+
+class _NotFromIdsError(Exception):
+    """Ids can't answer a call; the argument says why, as a counter's key."""
+
+
+def read(face: Any, asked: dict[str, Any]) -> Asked | str:
+    """Return what the arguments of `_encode_plus` ask for, or why ids can't answer it."""
+    try:
+        return _read(face, dict(asked))
+    except _NotFromIdsError as reason:
+        return str(reason)
+
+
+def _read(face: Any, asked: dict[str, Any]) -> Asked:
+    text, pair = asked.pop("text", None), asked.pop("text_pair", None)
+    splits = asked.pop("split_special_tokens", None)
+    if not (splits is None or splits is face.split_special_tokens):
+        raise _NotFromIdsError("split_special_tokens")
+    max_length, tensors = asked.pop("max_length", None), asked.pop("return_tensors", None)
+    truncation = _truncation(face, asked, max_length)
+    padding = _padding(face, asked, max_length)
+    for name, value in asked.items():
+        # By identity: 0 is no False to transformers.
+        if not any(value is one for one in _ANSWERED.get(name, ())):
+            raise _NotFromIdsError(name if name in _ANSWERED else "other_argument")
+    return Asked(
+        texts=_texts(text, pair),
+        is_batch=not isinstance(text, str),
+        add_special_tokens=asked.get("add_special_tokens", True),
+        truncation=truncation,
+        padding=padding,
+        max_length=max_length,
+        tensors=tensors,
+        flags=asked,
+    )
+
+
+def _texts(text: Any, pair: Any) -> tuple[Sequence[str], ...]:
+    if isinstance(text, str):
+        if pair is None or (isinstance(pair, str) and not pair):  # "" is no second text to it
+            return ([text],)
+        if isinstance(pair, str):
+            return [text], [pair]
+    elif isinstance(text, list | tuple) and text:
+        if pair is None:
+            return (text,) if _are_texts(text) else _pairs(text)
+        is_even = isinstance(pair, list | tuple) and len(pair) == len(text)
+        if is_even and _are_texts(text) and _are_texts(pair):
+            return text, pair
+    raise _NotFromIdsError("input_type")
+
+
+def _pairs(rows: Sequence[Any]) -> tuple[Sequence[str], ...]:
+    if all(isinstance(row, tuple) and len(row) == 2 and _are_texts(row) for row in rows):  # noqa: PLR2004 (a pair)
+        return tuple(zip(*rows, strict=True))
+    raise _NotFromIdsError("input_type")
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    return all(isinstance(one, str) for one in values)
+
+
+def _strategy(asked: dict[str, Any], name: str) -> str:
+    value = asked.pop(name, "do_not")
+    return str(getattr(value, "value", value))
+
+
+def _truncation(face: Any, asked: dict[str, Any], max_length: Any) -> Truncation | None:
+    strategy, side = _strategy(asked, "truncation_strategy"), face.truncation_side
+    if strategy.startswith("do_not"):
+        return None
+    if type(max_length) is not int or side not in _SIDES:
+        raise _NotFromIdsError("truncation")
+    return Truncation(max_length, strategy, side)
+
+
+def _padding(face: Any, asked: dict[str, Any], max_length: Any) -> Padding | None:
+    strategy = _strategy(asked, "padding_strategy")
+    multiple, side = asked.pop("pad_to_multiple_of", None), asked.pop("padding_side", None)
+    if strategy.startswith("do_not"):
+        return None
+    side = face.padding_side if side is None else side
+    length = max_length if strategy == "max_length" else None
+    token, token_id, type_id = face.pad_token, face.pad_token_id, face.pad_token_type_id
+    numbers = [one for one in (length, multiple) if one is not None]
+    is_plain = all(type(one) is int and one > 0 for one in numbers)
+    if side not in _SIDES or not is_plain or type(token_id) is not int or type(type_id) is not int:
+        raise _NotFromIdsError("padding")
+    return Padding(length, multiple, side, str(token), token_id, type_id)
+
+
+# ---- rows
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The ids of one row before padding, and how many of them each of its texts has."""
+
+    segments: Segments
+    lengths: Sequence[int]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.segments))
+
+
+def make_rows(asked: Asked, layout: Layout, found: Sequence[TokenIds]) -> list[Row] | None:
+    """Return the rows of an answer; None where tokenizers can't truncate as asked.
+
+    `found` are the ids of whole rows, or, where a row has two texts, of the first ones alone and
+    then of the second ones.
+    """
+    if len(asked.texts) == 1:
+        rows = [_one_text(asked.truncation, layout, ids) for ids in found]
+    else:
+        n_rows = len(asked.texts[0])
+        pairs = zip(found[:n_rows], found[n_rows:], strict=True)
+        rows = [_of_texts(asked.truncation, layout, pair) for pair in pairs]
+    return [row for row in rows if row is not None] if None not in rows else None
+
+
+def _one_text(truncation: Truncation | None, layout: Layout, ids: TokenIds) -> Row | None:
+    n_tokens = len(ids) - layout.n_special
+    if truncation is None or truncation.max_length >= len(ids) > layout.n_special:
+        return Row([ids], (n_tokens,))
+    content = ids[layout.n_before : layout.n_before + n_tokens]
+    return _of_texts(truncation, layout, (content,))
+
+
+def _of_texts(
+    truncation: Truncation | None, layout: Layout, texts: Sequence[TokenIds]
+) -> Row | None:
+    lengths: Sequence[int] | None = [len(ids) for ids in texts]
+    if truncation is not None and lengths is not None:
+        lengths = truncation.lengths(layout, lengths)
+        if lengths is None:
+            return None
+        texts = [truncation.cut(ids, n) for ids, n in zip(texts, lengths, strict=True)]
+    return Row(layout.segments(texts), lengths or ())
+
+
+# ---- fields
+
+
+def make_fields(
+    asked: Asked, layout: Layout, rows: Sequence[Row], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the fields of an answer, in the order of transformers: lists, or arrays if asked.
+
+    `names` are the fields that this tokenizer gives when nothing is said.
+    Shapes: [n_rows, n_tokens]; int64 arrays where all rows are equally long, else lists.
+    """
+    longest = max(map(len, rows))
+    width = 0 if asked.padding is None else asked.padding.width(longest)
+    is_even = width >= longest or all(len(row) == longest for row in rows)
+    is_left = asked.padding is not None and asked.padding.side == "left"
+    data: dict[str, Any] = {}
+    for name, lines, filler in _fields(asked, layout, rows, names):
+        filled = [_filled(line, Run(filler, width - _size(line)), is_left) for line in lines]
+        as_arrays = asked.tensors is not None and is_even
+        data[name] = (
+            _as_array(filled, max(width, longest))
+            if as_arrays
+            else [_as_list(line) for line in filled]
+        )
+    if asked.flags.get("return_length"):
+        data["length"] = [len(ids) for ids in data["input_ids"]]
+    return data
+
+
+def _fields(
+    asked: Asked, layout: Layout, rows: Sequence[Row], names: Sequence[str]
+) -> Iterator[tuple[str, Sequence[Segments], int]]:
+    """Yield name, rows and the value that fills rows up."""
+    padding = asked.padding
+    yield "input_ids", [row.segments for row in rows], padding.token_id if padding else 0
+    if _is_wanted("token_type_ids", asked.flags, names):
+        types = [layout.type_ids(row.lengths) for row in rows]
+        yield "token_type_ids", types, padding.type_id if padding else 0
+    if _is_wanted("attention_mask", asked.flags, names):
+        yield "attention_mask", [[Run(1, len(row))] for row in rows], 0
+    if asked.flags.get("return_special_tokens_mask"):
+        yield "special_tokens_mask", [layout.special_tokens_mask(row.lengths) for row in rows], 1
+
+
+def _is_wanted(name: str, flags: dict[str, Any], names: Sequence[str]) -> bool:
+    flag = flags.get(f"return_{name}")
+    return name in names if flag is None else bool(flag)
+
+
+def _size(line: Segments) -> int:
+    return sum(map(len, line))
+
+
+def _filled(line: Segments, filling: Run, is_left: bool) -> Segments:
+    if filling.n_times <= 0:
+        return line
+    return [filling, *line] if is_left else [*line, filling]
+
+
+def _as_list(line: Segments) -> list[int]:
+    parts = [_plain(segment) for segment in line]
+    return parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
+
+
+def _plain(segment: Segment) -> list[int]:
+    if isinstance(segment, TokenIds):
+        return segment.tolist()
+    return [segment.value] * segment.n_times if isinstance(segment, Run) else list(segment)
+
+
+def _filling(segment: Segment) -> Any:
+    if isinstance(segment, TokenIds):
+        return segment.numpy()
+    return segment.value if isinstance(segment, Run) else segment
+
+
+def _as_array(lines: Sequence[Segments], width: int) -> Any:
+    import numpy as np  # noqa: PLC0415 (60 ms of `import tokcache`)
+
+    array = np.empty((len(lines), width), np.int64)
+    for row, line in zip(array, lines, strict=True):
+        start = 0
+        for segment in line:
+            stop = start + len(segment)
+            row[start:stop] = _filling(segment)
+            start = stop
+    return array
