@@ -27,7 +27,7 @@ GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
 SETTINGS: dict[str, Any] = {"n_ctx": 1024, "n_batch": 512, "n_threads": 1, "n_threads_batch": 1}
 
 
-def store(**settings: int) -> PrefixStateCache:
+def store(**settings: Any) -> PrefixStateCache:
     return PrefixStateCache(**{"max_entries": 1000, "block_tokens": BLOCK, **settings})
 
 

@@ -58,7 +58,7 @@ class Wrapped:
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[ServerProcess]:
-    settings = {"n_ctx": 2048, "n_slots": 2, "block_tokens": BLOCK, "n_threads": 2}
+    settings: dict[str, Any] = {"n_ctx": 2048, "n_slots": 2, "block_tokens": BLOCK, "n_threads": 2}
     with ServerProcess(samples.tiny_model(), **settings) as running:
         yield running
 

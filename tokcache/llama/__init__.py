@@ -11,10 +11,18 @@ if TYPE_CHECKING:
     from tokcache.llama.inprocess import Llama as Llama
     from tokcache.llama.inprocess import Reuse as Reuse
     from tokcache.llama.server import LlamaServer as LlamaServer
+    from tokcache.llama.server import SlotSettings as SlotSettings
+    from tokcache.llama.server import kv_report as kv_report
 
-__all__ = ["Llama", "LlamaServer", "Reuse"]
+__all__ = ["Llama", "LlamaServer", "Reuse", "SlotSettings", "kv_report"]
 
-_MODULES = {"Llama": "inprocess", "Reuse": "inprocess", "LlamaServer": "server"}
+_MODULES = {
+    "Llama": "inprocess",
+    "Reuse": "inprocess",
+    "LlamaServer": "server",
+    "SlotSettings": "server",
+    "kv_report": "server",
+}
 
 
 def __getattr__(name: str) -> Any:

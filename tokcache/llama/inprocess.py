@@ -475,7 +475,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         start = plan.start_beyond(n_in_context)
         if plan.n_tokens <= n_in_context or self._sequence is None or not self._cut(start):
             return n_in_context
-        reached = plan.restore(self._sequence.write_block, start=start)
+        reached = plan.restore(self._sequence.write_block, start=start, trim=self._sequence.trim)
         self._sequence.trim(reached)
         if self._sequence.end() != reached:
             self._sequence.clear()

@@ -20,10 +20,12 @@ from tokcache.config import require_int
 from tokcache.errors import MissingExtra, MissingFile, ServerError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
 _STOP_S = 10.0
 _LOG_TAIL = 5
+_MAX_PORT = 65_535
 _ERROR_LINE = re.compile(r"[\d.]+ E ")
 
 
@@ -32,6 +34,9 @@ class ServerProcess:
 
     Prompts are decoded in pieces of `block_tokens`, so that a slot saved at a multiple of it and
     restored gives exactly what an uncached run gives; all of llama-server's own caches are off.
+    `overrides` are xllamacpp's parameters by name ("cache_ram_mib", "cpuparams.n_threads"). A
+    `slot_folder` of one's own outlives the server, as its files must for another start; a `port`
+    of one's own is then the same again.
 
     Units:  `n_ctx` tokens a slot.
     Errors: MissingFile; MissingExtra without xllamacpp; ServerError with the end of the server's
@@ -47,20 +52,25 @@ class ServerProcess:
         block_tokens: int = 256,
         n_threads: int | None = None,
         timeout_s: float = 120.0,
+        port: int = 0,
+        slot_folder: str | os.PathLike[str] | None = None,
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
         if not Path(model).is_file():
             raise MissingFile(f"no such model file: {os.fspath(model)}")
         for name, value in (("n_ctx", n_ctx), ("n_slots", n_slots), ("block_tokens", block_tokens)):
             require_int(name, value, minimum=1)
+        require_int("port", port, 0, _MAX_PORT)
         self._files = contextlib.ExitStack()
         folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="tokcache-server-"))
-        self.slot_folder = Path(folder, "slots")
-        self.slot_folder.mkdir(mode=0o700)
+        self.slot_folder = Path(folder, "slots") if slot_folder is None else Path(slot_folder)
+        self.slot_folder.mkdir(mode=0o700, exist_ok=True)
         self.log_path = Path(folder, "log")
         self.block_tokens = block_tokens
         settings = _settings(str(model), self.slot_folder, n_ctx, n_slots, block_tokens)
         if n_threads is not None:
             settings["cpuparams.n_threads"] = require_int("n_threads", n_threads, minimum=1)
+        settings |= {"port": port, **(overrides or {})}
         try:
             self._process = _start(self.log_path)
             self._files.callback(_stop, self._process)
@@ -84,6 +94,11 @@ class ServerProcess:
     def pid(self) -> int:
         """The server's process id."""
         return self._process.pid
+
+    def kill(self) -> None:
+        """End the server as a crash would, in the middle of whatever it does."""
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> None:
         """End the server and remove its folder; twice does no harm."""

@@ -1,0 +1,328 @@
+"""Clients that abort at random, on a llama-server that is killed again and again.
+
+Eight clients hold chats through one LlamaServer on two slots, and eight more through another in
+reproducible mode on two other slots of the same server: whole completions, streams, from
+threads and from event loops; a third of the streams are closed early, some requests are cancelled.
+Every minute the server is killed and started again on its slot folder. A chat that meets an error
+of the server goes on when it is back.
+
+What must hold: every answer is the one a server that nobody else uses gives (two tokens that are
+almost equally likely may change places, for the server decodes tokens of several slots in one
+batch), no slot is lost, the slot folder stays within its budget, and no error comes that is not one
+of a server that was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import _report
+from tokcache import samples
+from tokcache.errors import ServerError, ServerFailed, ServerTimeout, ServerUnreachable
+from tokcache.llama.server import Completion, LlamaServer, SlotSettings
+from tokcache.llama.server.table import Condition
+from tokcache.llama.server_process import ServerProcess
+
+BLOCK, N_CTX, N_SLOTS, N_ANSWER = 64, 1024, 4, 6
+MAX_BYTES = 4_000_000
+NEAR_TIE = 0.05
+# What a server that was killed, or is just starting, may bring.
+EXPECTED = (ServerUnreachable, ServerTimeout, ServerFailed)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, gap: float) -> None:
+        """Note an answer that differs."""
+        with self.lock:
+            self.gaps.append(gap)
+
+    def add(self, what: str) -> None:
+        """Count one."""
+        with self.lock:
+            self.counts[what] += 1
+
+    def blame(self, what: str) -> None:
+        """Note what must not happen."""
+        with self.lock:
+            self.wrong.append(what)
+
+
+class Reference:
+    """A server that nobody else uses: what is right."""
+
+    def __init__(self, server: LlamaServer) -> None:
+        self._server = server
+        self._lock = threading.Lock()
+        self._known: dict[tuple[int, ...], Completion] = {}
+
+    def answer(self, tokens: list[int]) -> Completion:
+        """Return the answer to a prompt that is decoded from nothing."""
+        key = tuple(tokens)
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = self._server.completion(
+                    tokens, n_predict=N_ANSWER, n_probs=4, id_slot=0, cache_prompt=False
+                )
+            return self._known[key]
+
+
+def gap(given: Completion, expected: Completion) -> float | None:
+    """Return how much likelier the right token was where the answers part, 0 if they don't.
+
+    None where the server does not tell: it leaves out what lies within an unfinished character.
+    """
+    n_told = 0
+    for ours, theirs in zip(given.token_ids, expected.token_ids, strict=False):
+        told = expected.probabilities[n_told] if n_told < len(expected.probabilities) else None
+        is_told = told is not None and told.token_ids[0] == theirs
+        n_told += is_told
+        if ours != theirs:
+            if told is None or not is_told:
+                return None
+            likely = dict(zip(told.token_ids, told.logprobs, strict=True))
+            return likely[theirs] - likely.get(ours, -99.0)
+    # A stream leaves out ids behind an unfinished character.
+    return 0.0 if len(given.token_ids) <= len(expected.token_ids) else 99.0
+
+
+class Client:
+    """One chat after the other, until the time is up."""
+
+    def __init__(
+        self, number: int, server: LlamaServer, reference: Reference, tally: Tally, deadline: float
+    ) -> None:
+        self._rng = random.Random(number)
+        self._server = server
+        self._reference = reference
+        self._tally = tally
+        self._deadline = deadline
+        self._scope = self._rng.choice([None, "a", "b"])
+        self._is_exact = server._manager.settings.reproducible
+
+    def run(self) -> None:
+        """Chat; anything but a killed server's errors is noted."""
+        try:
+            while time.monotonic() < self._deadline:
+                tokens = _tokens(random.Random(self._rng.randrange(12)), 150)
+                for _ in range(self._rng.randrange(2, 6)):
+                    tokens = self._turn(tokens)
+        except Exception as error:  # noqa: BLE001 (the soak must end and tell)
+            self._tally.blame(f"{type(error).__name__}: {error}")
+
+    def _turn(self, tokens: list[int]) -> list[int]:
+        if time.monotonic() > self._deadline or len(tokens) > N_CTX - 100:
+            return tokens
+        ask = self._rng.choice([self._whole, self._streamed, self._in_a_loop])
+        try:
+            given = ask(tokens)
+        except EXPECTED as error:
+            self._tally.add(type(error).__name__)
+            time.sleep(0.2 * self._rng.random())
+            return tokens
+        if given is None:
+            self._tally.add("aborted")
+            return tokens
+        self._tally.add("answered")
+        expected = self._reference.answer(tokens)
+        found = gap(given, expected)
+        if found is None:
+            self._tally.add("not judged")
+            found = 0.0
+        if found > 0:
+            self._tally.note(found)
+        if found > NEAR_TIE:
+            self._tally.blame(
+                f"{len(tokens)} tokens, {self._is_exact=}: {given.token_ids} not"
+                f" {expected.token_ids}, {found:.3f}"
+            )
+        return [*tokens, *given.token_ids, *_tokens(self._rng, 25)]
+
+    def _whole(self, tokens: list[int]) -> Completion:
+        return self._server.complete(tokens, n_predict=N_ANSWER, scope=self._scope).completion
+
+    def _streamed(self, tokens: list[int]) -> Completion | None:
+        n_read = self._rng.randrange(1, 4) if self._rng.random() < 1 / 3 else None
+        n_predict = N_ANSWER if n_read is None else 400
+        pieces = self._server.stream(tokens, n_predict=n_predict, scope=self._scope)
+        with contextlib.closing(pieces):  # type: ignore[type-var]
+            for n_pieces, piece in enumerate(pieces, start=1):
+                if n_pieces == n_read:
+                    return None
+                if piece.completion is not None:
+                    return piece.completion
+        return None
+
+    def _in_a_loop(self, tokens: list[int]) -> Completion | None:
+        is_aborted = self._rng.random() < 1 / 3
+        limit_s = self._rng.random() * 0.2 if is_aborted else None
+        n_predict = 400 if is_aborted else N_ANSWER
+
+        async def ask() -> Completion | None:
+            asked = self._server.acomplete(tokens, n_predict=n_predict, scope=self._scope)
+            try:
+                found = await asyncio.wait_for(asked, limit_s)
+            except TimeoutError:
+                return None
+            finally:
+                await self._server._connection.aclose()
+            return found.completion if not is_aborted else None
+
+        return asyncio.run(ask())
+
+
+def _tokens(rng: random.Random, n_tokens: int) -> list[int]:
+    return [rng.randrange(3, 2048) for _ in range(n_tokens)]
+
+
+class Killer:
+    """Kills the server again and again, and starts it again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.process = self._start(0)
+        self.port = int(self.process.url.rpartition(":")[2])
+
+    def _start(self, port: int) -> ServerProcess:
+        return ServerProcess(
+            samples.tiny_model(),
+            n_ctx=N_CTX,
+            n_slots=N_SLOTS,
+            block_tokens=BLOCK,
+            n_threads=1,
+            port=port,
+            slot_folder=self._folder,
+        )
+
+    def run(self, every_s: float, deadline: float, tally: Tally) -> None:
+        """Kill until the time is up."""
+        while time.monotonic() + every_s < deadline:
+            time.sleep(every_s)
+            self.process.kill()
+            self.process.close()
+            self.process = self._start(self.port)
+            tally.add("killed")
+
+    def close(self) -> None:
+        """End the server that runs now."""
+        self.process.close()
+
+
+def watch(folder: Path, deadline: float) -> int:
+    """Return the most bytes that lay in the folder."""
+    most = 0
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):  # a file that was deleted while we looked
+            most = max(most, sum(file.stat().st_size for file in folder.iterdir()))
+        time.sleep(0.1)
+    return most
+
+
+@contextlib.contextmanager
+def servers(folder: Path) -> Iterator[tuple[Killer, list[LlamaServer], Reference]]:
+    """Yield a server to kill, its two clients, and one that knows what is right."""
+    killer = Killer(folder)
+    with contextlib.ExitStack() as opened:
+        opened.callback(killer.close)
+        url = killer.process.url
+        managed = [
+            SlotSettings(
+                slot_folder=folder,
+                max_bytes=MAX_BYTES,
+                slot_ids=slot_ids,
+                reproducible=is_exact,
+                block_tokens=BLOCK,
+            )
+            for slot_ids, is_exact in (((0, 1), False), ((2, 3), True))
+        ]
+        clients = [
+            opened.enter_context(LlamaServer(url, timeout_s=60, slot_settings=each))
+            for each in managed
+        ]
+        right = opened.enter_context(
+            ServerProcess(
+                samples.tiny_model(), n_ctx=N_CTX, n_slots=1, block_tokens=BLOCK, n_threads=1
+            )
+        )
+        yield killer, clients, Reference(opened.enter_context(LlamaServer(right.url)))
+
+
+def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[str, Any]]:
+    """Run, and return what happened and the figures."""
+    tally = Tally()
+    with (
+        tempfile.TemporaryDirectory(prefix="tokcache-soak-") as folder,
+        servers(Path(folder)) as (killer, clients, reference),
+        ThreadPoolExecutor(n_clients + 2) as pool,
+    ):
+        deadline = time.monotonic() + seconds
+        most = pool.submit(watch, Path(folder), deadline)
+        killing = pool.submit(killer.run, every_s, deadline, tally)
+        chats = [
+            pool.submit(Client(n, clients[n % 2], reference, tally, deadline).run)
+            for n in range(n_clients)
+        ]
+        for task in (*chats, killing):
+            task.result()
+        for client in clients:
+            client.flush(60)
+            slots = client._manager.table.slots.values()
+            for slot in slots:
+                if slot.condition is not Condition.FREE:
+                    tally.blame(f"slot {slot.id} is {slot.condition.name}")
+        for listed in clients[0].slots():
+            if listed.is_processing:
+                tally.blame(f"slot {listed.id} is still decoding")
+        figures: dict[str, Any] = {
+            "counts": dict(tally.counts),
+            "wrong": tally.wrong[:20],
+            "answers that differ": len(tally.gaps),
+            "largest gap": max(tally.gaps, default=0.0),
+            "most bytes": most.result(),
+            # A file is deleted after the one that takes its place was written.
+            "byte bound": 2 * (MAX_BYTES + N_SLOTS * N_CTX * 1100),
+            "stats": [repr(client.reuse_stats()) for client in clients],
+        }
+    if figures["most bytes"] > figures["byte bound"]:
+        tally.blame(f"{figures['most bytes']:,} bytes in the slot folder")
+    return tally, figures
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 1 if anything was wrong."""
+    options = _report.parser(__doc__ or "")
+    options.add_argument("--seconds", type=float, default=600.0)
+    options.add_argument("--clients", type=int, default=16, help="half of them in either mode")
+    options.add_argument("--kill-every", type=float, default=60.0, metavar="SECONDS")
+    args = options.parse_args(argv)
+    try:
+        tally, figures = soak(args.seconds, args.clients, args.kill_every)
+    except ServerError as error:
+        print(f"the soak could not be held: {error}")
+        return 1
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    for each in tally.wrong[:20]:
+        print(f"WRONG: {each}")
+    print("no wrong text, no lost slot, no unbounded file" if not tally.wrong else "FAILED")
+    environment = _report.environment("xllamacpp", "httpx")
+    _report.finish({"environment": environment, **figures}, args.json)
+    return 1 if tally.wrong else 0

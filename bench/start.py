@@ -1,0 +1,79 @@
+"""`import tokcache` in fresh processes: how long it takes, beside what it stands on.
+
+Each sample is an interpreter of its own that times one import; they take turns in random order.
+The least of each is reported, because all that a busy machine can do is add. That no optional
+library comes along is checked first.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from statistics import median
+
+from bench import _report
+
+MODULES = ("tokcache", "tokenizers", "numpy", "transformers")
+MUST_STAY_AWAY = ("transformers", "numpy", "llama_cpp", "redis", "prometheus_client", "httpx")
+MAX_IMPORT_MS = 150
+
+
+def run(code: str) -> str:
+    """Return what `code` prints in an interpreter of its own."""
+    done = subprocess.run(  # noqa: S603 (our own code)
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def import_ms(module: str) -> float:
+    """Return the milliseconds that an import takes, the interpreter's own start left out."""
+    return float(
+        run(
+            "from time import perf_counter as now\n"
+            f"began = now()\nimport {module}\nprint(1000 * (now() - began))"
+        )
+    )
+
+
+def uninvited() -> list[str]:
+    """Return the optional libraries that `import tokcache` brings along."""
+    return [
+        one
+        for one in run("import sys, tokcache; print(*sys.modules)").split()
+        if one in MUST_STAY_AWAY
+    ]
+
+
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """Return the least and the median milliseconds of every import."""
+    order, rng = list(MODULES), random.Random(7)
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for name in order:
+        import_ms(name)  # the first one reads from disk
+    for _ in range(rounds):
+        rng.shuffle(order)
+        for name in order:
+            times[name].append(import_ms(name))
+    return {name: {"least": min(ms), "median": median(ms)} for name, ms in times.items()}
+
+
+def main(argv: list[str]) -> int:
+    """Measure and report; 1 if a bar is missed."""
+    parser = _report.parser(str(__doc__))
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args(argv)
+    found = uninvited()
+    print(f"optional libraries that come along: {', '.join(found) or 'none'}")
+    ms = measure(options.rounds)
+    for name, one in ms.items():
+        print(f"  import {name:13} {one['least']:8.1f} ms at least, median {one['median']:8.1f} ms")
+    least = ms["tokcache"]["least"]
+    bars = [
+        _report.Bar("import tokcache", least, MAX_IMPORT_MS, "ms", is_ceiling=True),
+        _report.Bar("optional libraries along", len(found), 0, "", is_ceiling=True),
+    ]
+    figures = {"uninvited": found, "ms": ms, "bars": _report.show_bars(bars)}
+    _report.finish({"environment": _report.environment(*MODULES[1:]), **figures}, options.json)
+    return 0 if all(bar.is_met for bar in bars) else 1

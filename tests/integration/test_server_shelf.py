@@ -1,0 +1,240 @@
+"""The shelf of saved slots and the table of slots against plain models, without a server."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokcache import TokenIds
+from tokcache.llama.server.model import KvShape, kv_shape
+from tokcache.llama.server.results import ModelMeta, SlotFile
+from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common, space_of
+from tokcache.llama.server.table import Condition, SlotTable, Wish
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+STEP = 4
+A, B = space_of(("a",)), space_of(("b",))
+
+
+def shelf(folder: Path | None = None, max_bytes: int = 10_000) -> Shelf:
+    return Shelf(max_bytes=max_bytes, max_age_s=1000.0, folder=folder, secret=b"secret", step=STEP)
+
+
+def add(
+    on: Shelf,
+    space: bytes,
+    tokens: Iterable[int],
+    *,
+    folder: Path | None = None,
+    n_prompt: int | None = None,
+    conversation: str | None = None,
+    is_pinned: bool = False,
+    is_superseding: bool = False,
+) -> SavedSlot | None:
+    ids = TokenIds(tokens)
+    name = on.name_for(space, ids, len(ids))
+    if folder is not None:
+        (folder / name).write_bytes(bytes(10 * len(ids)))
+    return on.add(
+        SlotFile(name, len(ids), 10 * len(ids)),
+        space,
+        ids,
+        n_prompt=len(ids) if n_prompt is None else n_prompt,
+        conversation=conversation,
+        is_pinned=is_pinned,
+        is_superseding=is_superseding,
+    )
+
+
+def check(on: Shelf) -> None:
+    """Assert what must hold after every step."""
+    assert on.n_bytes == sum(file.n_bytes for file in on) <= on._max_bytes
+    listed = {file for files in on._by_chain.values() for file in files}
+    assert listed == {file for file in on if len(file.tokens) >= STEP}
+    assert all(files for files in on._by_chain.values())
+
+
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=24)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.tuples(st.sampled_from([A, B]), TOKENS, st.booleans()), max_size=12),
+    st.lists(st.tuples(st.sampled_from([A, B]), TOKENS, st.booleans()), max_size=6),
+    st.integers(0, 2**32),
+)
+def test_the_longest_usable_file_is_found(
+    stored: list[tuple[bytes, list[int], bool]],
+    asked: list[tuple[bytes, list[int], bool]],
+    seed: int,
+) -> None:
+    on = shelf(max_bytes=1200)
+    rng = random.Random(seed)
+    for space, tokens, is_superseding in stored:
+        add(on, space, tokens, is_superseding=is_superseding, is_pinned=rng.random() < 0.1)
+        check(on)
+        if len(on) and rng.random() < 0.2:
+            on.drop(rng.choice(list(on)))
+            check(on)
+    for space, prompt, is_whole_only in asked:
+        ids = TokenIds(prompt)
+        found = on.find(space, ids, is_whole_only=is_whole_only)
+        usable = [0]
+        for file in on:
+            n_same = min(n_common(file.tokens, ids), len(ids) - 1)
+            # Files are looked up by whole steps.
+            is_listed = n_common(file.tokens, ids) >= STEP
+            is_usable = n_same == len(file.tokens) or not is_whole_only
+            if file.space == space and is_listed and is_usable:
+                usable.append(n_same)
+        assert (found.n_tokens if found else 0) == max(usable)
+
+
+def test_a_longer_file_takes_the_place_of_its_beginning() -> None:
+    on = shelf()
+    add(on, A, range(10), is_superseding=True)
+    add(on, B, range(10), is_superseding=True)
+    add(on, A, range(20), is_superseding=True)
+    assert sorted((file.space, len(file.tokens)) for file in on) == [(A, 20), (B, 10)]
+    add(on, A, [*range(10), 99, 98, 97], is_superseding=True)
+    assert len(on) == 3
+
+
+def test_a_turn_takes_the_place_of_the_one_before_whatever_was_answered() -> None:
+    on = shelf()
+    add(on, A, [*range(12), 50, 51], n_prompt=12, conversation="c", is_superseding=True)
+    add(on, A, [*range(12), 60, 61], n_prompt=12, conversation="d", is_superseding=True)
+    add(on, A, [*range(12), *range(70, 80)], n_prompt=20, conversation="c", is_superseding=True)
+    assert sorted(len(file.tokens) for file in on) == [14, 22]
+
+
+def test_what_is_read_or_pinned_stays(tmp_path: Path) -> None:
+    on = shelf(tmp_path, max_bytes=300)
+    read, pinned = add(on, A, range(10), folder=tmp_path), add(on, B, range(10), folder=tmp_path)
+    assert read is not None
+    assert pinned is not None
+    read.n_readers, pinned.is_pinned = 1, True
+    assert not on.make_room(200)
+    assert add(on, A, range(30, 50), folder=tmp_path) is None
+    assert on.refusals == {"file_over_budget": 1}
+    assert {file.name for file in tmp_path.iterdir()} == {read.name, pinned.name}
+    read.n_readers = 0
+    assert on.make_room(200)
+    assert [file.name for file in tmp_path.iterdir()] == [pinned.name]
+
+
+def test_stale_names_are_used_first_and_counted() -> None:
+    on = shelf(max_bytes=250)
+    first = add(on, A, range(10))
+    assert on.is_folder_reachable is False
+    add(on, A, range(20, 40))  # the first one has to go
+    assert first is not None
+    assert (on.n_stale_files, on.n_stale_bytes) == (1, 100)
+    assert on.name_for(B, TokenIds(range(5)), 5) == first.name
+    assert on.n_stale_files == 0
+    on.note_stale(first.name)
+    assert on.n_stale_files == 1
+
+
+def table(n_slots: int) -> SlotTable:
+    return SlotTable(range(n_slots), shelf())
+
+
+def wish(tokens: Iterable[int], space: bytes = A) -> Wish:
+    return Wish(space, TokenIds(tokens), None, False, False, True)
+
+
+def test_a_slot_goes_to_whoever_waits_longest() -> None:
+    of = table(1)
+    first, second, third = (of.acquire(wish(range(n))) for n in (5, 6, 7))
+    assert (first.done(), second.done(), third.done()) == (True, False, False)
+    of.release(first.result().slot)
+    assert second.done()
+    of.cancel(third)
+    of.cancel(second)  # it had its slot: that is free again
+    assert of.slots[0].condition is Condition.FREE
+    with pytest.raises(CancelledError):
+        third.result(0)
+
+
+def test_a_waiter_that_gave_up_is_passed_over() -> None:
+    of = table(1)
+    first, second, third = (of.acquire(wish(range(5))) for _ in range(3))
+    assert second.cancel()
+    of.release(first.result().slot)
+    assert third.done()
+
+
+def test_who_profits_from_a_settling_slot_waits_and_others_pass() -> None:
+    of = table(2)
+    held = of.acquire(wish(range(50))).result().slot
+    held.space, held.tokens, held.n_held = A, TokenIds(range(50)), 50
+    of.settle(held)
+    follower = of.acquire(wish(range(60)))
+    passer = of.acquire(wish(range(100, 110)))
+    assert not follower.done()
+    assert passer.result().slot is not held
+    of.release(held)
+    assert follower.result().slot is held
+    assert follower.result().n_live == 50
+
+
+def test_the_least_valuable_slot_is_taken() -> None:
+    of = table(3)
+    for number, (used_at, is_saved) in enumerate([(1.0, False), (2.0, True), (3.0, True)]):
+        slot = of.slots[number]
+        slot.space, slot.tokens, slot.n_held = A, TokenIds(range(number * 100, 20)), 20
+        slot.used_at, slot.is_saved = used_at, is_saved
+    of.slots[1].conversation = (A, "pinned")
+    of.pinned.add((A, "pinned"))
+    taken = [of.acquire(wish(range(900, 910))).result().slot.id for _ in range(3)]
+    assert taken == [2, 0, 1]
+
+
+def test_one_at_a_time_is_one_at_a_time() -> None:
+    of = SlotTable(range(3), shelf(), is_one_at_a_time=True)
+    first, second = of.acquire(wish(range(5))), of.acquire(wish(range(6)))
+    assert not second.done()
+    of.settle(first.result().slot)
+    assert not second.done()
+    of.release(first.result().slot)
+    assert second.done()
+
+
+def test_a_model_file_that_cannot_be_read_is_said_to_be_unknown(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF" + bytes(20))
+    for path, why in (
+        ("", "can't be reached"),
+        ("/no/such.gguf", "can't be reached"),
+        (str(damaged), "can't be read"),
+        (str(tmp_path), "can't be reached"),
+    ):
+        shape = kv_shape(path, ModelMeta())
+        assert (shape.n_layers, shape.n_kv_dim, shape.memory) == (0, 0, "")
+        assert why in shape.unknown[0]
+        assert shape.token_bytes("f16") is None
+
+
+def test_a_file_that_is_another_model_is_not_taken_for_the_servers() -> None:
+    pytest.importorskip("gguf", reason="needs tokcache[demo]")
+    from tokcache import samples  # noqa: PLC0415 (needs gguf)
+
+    path = str(samples.tiny_model())
+    assert kv_shape(path, ModelMeta(n_embd=128)).n_kv_heads == (2, 2, 2, 2)
+    assert "another model" in kv_shape(path, ModelMeta(n_embd=64)).unknown[0]
+
+
+def test_bytes_follow_the_types_of_keys_and_values() -> None:
+    shape = KvShape(n_layers=2, n_kv_heads=(1, 1), n_kv_dim=128)
+    assert shape.token_bytes("f16") == 256
+    assert shape.token_bytes("f32") == 512
+    assert shape.token_bytes("q8_0") == 136

@@ -1,0 +1,318 @@
+"""What can be asked of a llama-server: each request with how its answer is read.
+
+Answers are read tolerantly where servers of different age differ, and refused with what was
+found where they make no sense. Nothing here talks to a network.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from tokcache.errors import InvalidAnswer, InvalidFilename, InvalidTokens
+from tokcache.llama.server.results import (
+    Completion,
+    ModelMeta,
+    ServerProps,
+    Slot,
+    SlotFile,
+    TokenProbabilities,
+)
+from tokcache.text.token_ids import TokenIds
+
+T = TypeVar("T")
+_MAX_SLOTS = 4096
+_MAX_COUNT = 2**62
+_SHOWN = 80
+_FILENAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
+COMPLETION_FIELDS = (
+    "content",
+    "tokens",
+    "stop",
+    "stop_type",
+    "timings",
+    "tokens_evaluated",
+    "tokens_predicted",
+    "tokens_cached",
+    "truncated",
+    "completion_probabilities",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request. `is_repeatable`: asking twice does no harm."""
+
+    method: str
+    path: str
+    read: Callable[[Any], T]
+    body: dict[str, Any] | None = None
+    is_repeatable: bool = False
+    is_text: bool = False
+
+
+def health() -> Call[str]:
+    """Ask whether the server can serve."""
+    return Call("GET", "/health", lambda found: text(found, "status"), is_repeatable=True)
+
+
+def props() -> Call[ServerProps]:
+    """Ask what the server is."""
+    return Call("GET", "/props", _props, is_repeatable=True)
+
+
+def slots() -> Call[tuple[Slot, ...]]:
+    """Ask for the slots."""
+    return Call("GET", "/slots", _slots, is_repeatable=True)
+
+
+def model_meta() -> Call[ModelMeta]:
+    """Ask for the model's figures."""
+    return Call("GET", "/v1/models", _model_meta, is_repeatable=True)
+
+
+def lora_adapters() -> Call[str]:
+    """Ask which adapters are applied, and how strongly; they change every state."""
+    return Call("GET", "/lora-adapters", repr, is_repeatable=True)
+
+
+def metrics() -> Call[dict[str, float]]:
+    """Ask for the counters of a server that was started with --metrics."""
+    return Call("GET", "/metrics", _metrics, is_repeatable=True, is_text=True)
+
+
+def tokenize(content: str, *, add_special: bool) -> Call[TokenIds]:
+    """Ask for the ids of a text."""
+    asked = {"content": content, "add_special": add_special, "parse_special": True}
+    return Call("POST", "/tokenize", lambda found: _ids(found, "tokens"), asked, True)
+
+
+def detokenize(tokens: Iterable[int]) -> Call[str]:
+    """Ask for the text of ids."""
+    asked = {"tokens": plain(tokens)}
+    return Call("POST", "/detokenize", lambda found: text(found, "content"), asked, True)
+
+
+def completion(
+    tokens: Iterable[int], settings: Mapping[str, Any], is_stream: bool = False
+) -> Call[Completion]:
+    """Ask for a completion. A stream leaves out the ids of tokens that end within a character."""
+    asked = {
+        "prompt": plain(tokens),
+        "return_tokens": True,
+        "response_fields": list(COMPLETION_FIELDS),
+        **({"stream": True, "timings_per_token": False} if is_stream else {}),
+        **settings,
+    }
+    return Call("POST", "/completion", read_completion, asked)
+
+
+def save_slot(id_slot: int, filename: str) -> Call[SlotFile]:
+    """Ask for a slot to be written to a file."""
+    return _slot_action(id_slot, "save", filename, "n_saved", "n_written")
+
+
+def restore_slot(id_slot: int, filename: str) -> Call[SlotFile]:
+    """Ask for a slot to be read from a file."""
+    return _slot_action(id_slot, "restore", filename, "n_restored", "n_read")
+
+
+def erase_slot(id_slot: int) -> Call[None]:
+    """Ask for a slot to be emptied."""
+    return Call("POST", f"/slots/{id_slot}?action=erase", lambda _: None, {})
+
+
+def _slot_action(
+    id_slot: int, action: str, filename: str, n_tokens: str, n_bytes: str
+) -> Call[SlotFile]:
+    require_filename(filename)
+
+    def read(found: Any) -> SlotFile:
+        return SlotFile(filename, integer(found, n_tokens), integer(found, n_bytes))
+
+    return Call("POST", f"/slots/{id_slot}?action={action}", read, {"filename": filename})
+
+
+def require_filename(name: str) -> str:
+    """Return `name` if it is one plain file name, else raise InvalidFilename."""
+    if isinstance(name, str) and _FILENAME.fullmatch(name) and ".." not in name:
+        return name
+    raise InvalidFilename(
+        f"{name!r} is no name of a slot file: 1 to 128 letters, digits, '.', '_' and '-', no folder"
+    )
+
+
+def plain(tokens: Iterable[int]) -> list[int]:
+    """Return `tokens` as a list, or raise InvalidTokens."""
+    if isinstance(tokens, str | bytes):
+        raise InvalidTokens(f"token ids were expected, not {type(tokens).__name__}")
+    return (tokens if isinstance(tokens, TokenIds) else TokenIds(tokens)).tolist()
+
+
+def member(found: Any, name: str) -> Any:
+    """Return what is called `name` in a JSON object."""
+    if not isinstance(found, dict):
+        raise InvalidAnswer(f"an object with {name!r} was expected, not {_short(found)}")
+    if name not in found:
+        raise InvalidAnswer(f"there is no {name!r} in {_short(found)}")
+    return found[name]
+
+
+def integer(found: Any, name: str, maximum: int = _MAX_COUNT, minimum: int = 0) -> int:
+    """Return an integer that makes sense."""
+    value = member(found, name)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not minimum <= value <= maximum:
+        raise InvalidAnswer(
+            f"{name!r} must be an integer from {minimum} to {maximum:,}, not {_short(value)}"
+        )
+    return int(value)
+
+
+def optional_integer(found: Any, *names: str) -> int | None:
+    """Return the first of `names` that is there, None if none is."""
+    for name in names:
+        if isinstance(found, dict) and found.get(name) is not None:
+            return integer(found, name)
+    return None
+
+
+def number(found: Any, name: str) -> float:
+    """Return a number; llama-server writes null for minus infinity."""
+    value = member(found, name)
+    if value is None:
+        return -math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidAnswer(f"{name!r} must be a number, not {_short(value)}")
+    return float(value)
+
+
+def text(found: Any, name: str, default: str | None = None) -> str:
+    """Return a string."""
+    if default is not None and isinstance(found, dict) and found.get(name) is None:
+        return default
+    value = member(found, name)
+    if not isinstance(value, str):
+        raise InvalidAnswer(f"{name!r} must be a string, not {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+
+
+def _list(found: Any, what: str) -> list[Any]:
+    if not isinstance(found, list):
+        raise InvalidAnswer(f"{what} must be a list, not {_short(found)}")
+    return found
+
+
+def _ids(found: Any, name: str) -> TokenIds:
+    value = _list(member(found, name), repr(name))
+    try:
+        return TokenIds(value)
+    except (InvalidTokens, TypeError, ValueError) as error:
+        raise InvalidAnswer(f"{name!r} must hold token ids: {error}") from None
+
+
+def _props(found: Any) -> ServerProps:
+    return ServerProps(
+        n_slots=integer(found, "total_slots", _MAX_SLOTS, minimum=1),
+        n_ctx=integer(member(found, "default_generation_settings"), "n_ctx", minimum=1),
+        model_path=text(found, "model_path", ""),
+        build=text(found, "build_info", ""),
+        chat_template=text(found, "chat_template", ""),
+        # Drawn at random when the server starts; it stands for images in a prompt.
+        boot=text(found, "media_marker", ""),
+    )
+
+
+def _slots(found: Any) -> tuple[Slot, ...]:
+    listed = tuple(_slot(entry) for entry in _list(found, "the list of slots"))
+    if len({slot.id for slot in listed}) != len(listed):
+        raise InvalidAnswer("two slots have the same id")
+    return listed
+
+
+def _slot(found: Any) -> Slot:
+    number = integer(found, "id", _MAX_SLOTS)
+    is_processing = found["state"] if "state" in found else member(found, "is_processing")
+    return Slot(
+        id=number,
+        n_ctx=integer(found, "n_ctx"),
+        is_processing=bool(is_processing),
+        # n_past: until 2025, and not when idle; n_prompt_tokens: since, once it has served
+        n_tokens=optional_integer(found, "n_past", "n_prompt_tokens"),
+    )
+
+
+def _model_meta(found: Any) -> ModelMeta:
+    models = _list(found.get("data") or [] if isinstance(found, dict) else found, "'data'")
+    meta = (models[0].get("meta") if models and isinstance(models[0], dict) else None) or {}
+    return ModelMeta(
+        n_vocab=optional_integer(meta, "n_vocab"),
+        n_ctx_train=optional_integer(meta, "n_ctx_train"),
+        n_embd=optional_integer(meta, "n_embd"),
+        n_params=optional_integer(meta, "n_params"),
+        n_bytes=optional_integer(meta, "size"),
+    )
+
+
+def _metrics(found: str) -> dict[str, float]:
+    figures = {}
+    for line in found.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        name, _, value = line.rpartition(" ")
+        try:
+            figures[name] = float(value)
+        except ValueError:
+            raise InvalidAnswer(f"a metric must be a number, not {_short(line)}") from None
+    return figures
+
+
+def read_completion(found: Any) -> Completion:
+    """Read an answer; its times are the connection's to fill in."""
+    timings = member(found, "timings")
+    n_prompt = integer(found, "tokens_evaluated")
+    n_prefilled = integer(timings, "prompt_n", minimum=-1)
+    n_cached = optional_integer(timings, "cache_n")
+    if n_cached is None:  # servers of 2024
+        n_cached = max(0, n_prompt - n_prefilled)
+    if n_cached > n_prompt:
+        raise InvalidAnswer(f"'cache_n' is {n_cached:,} for a prompt of {n_prompt:,} tokens")
+    positions = found.get("completion_probabilities") or []
+    ids = _ids(found, "tokens") if "tokens" in found else TokenIds()
+    return Completion(
+        token_ids=ids,
+        text=text(found, "content"),
+        n_prompt=n_prompt,
+        n_cached=n_cached,
+        stop=text(found, "stop_type", ""),
+        seconds=0.0,
+        first_token_s=0.0,
+        probabilities=tuple(map(_probabilities, _list(positions, "probabilities"))),
+        n_prefilled=max(0, n_prefilled),
+        n_predicted=optional_integer(found, "tokens_predicted") or 0,
+        n_held=optional_integer(found, "tokens_cached"),
+        is_truncated=bool(found.get("truncated")),
+    )
+
+
+def predicted_seconds(found: Any) -> float:
+    """Return what the server needed for the tokens after the first."""
+    value = member(found, "timings").get("predicted_ms")
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return max(float(value), 0.0) / 1000 if is_number else 0.0
+
+
+def _probabilities(position: Any) -> TokenProbabilities:
+    top = _list(member(position, "top_logprobs"), "'top_logprobs'")
+    return TokenProbabilities(
+        tuple(integer(entry, "id") for entry in top),
+        tuple(number(entry, "logprob") for entry in top),
+    )

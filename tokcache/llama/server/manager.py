@@ -1,0 +1,474 @@
+"""The slot manager: every prompt begins from the slot or the saved file that holds most of it.
+
+What a server was promised to hold is compared with `timings.cache_n` after each completion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from cachetools import LRUCache
+
+from tokcache.errors import (
+    InvalidConfig,
+    PromptTooLong,
+    RequestRejected,
+    ServerError,
+    ServerRefused,
+    ServerUnreachable,
+)
+from tokcache.llama.server import calls
+from tokcache.llama.server.results import Reused, ReuseStats
+from tokcache.llama.server.saver import Saver
+from tokcache.llama.server.settings import PART_TOKENS, SlotSettings
+from tokcache.llama.server.shelf import SavedSlot, Shelf, space_of
+from tokcache.llama.server.steps import Steps, drive
+from tokcache.llama.server.table import SlotRecord, SlotTable, Start, Wish
+from tokcache.llama.server.trust import Trust
+from tokcache.llama.server.watch import Watch
+from tokcache.text.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from tokcache.llama.server.calls import Call
+    from tokcache.llama.server.connection import Connection
+    from tokcache.llama.server.results import Completion
+
+_MAX_SEEN = 65_536
+_RESERVED = {"prompt", "stream", "id_slot", "cache_prompt", "n_cache_reuse", "response_fields"}
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request: where it begins, and what was promised. `start` None: without reuse."""
+
+    prompt: TokenIds
+    settings: dict[str, Any]
+    wish: Wish
+    started: float = field(default_factory=perf_counter)
+    start: Start | None = None
+    n_restored: int = 0
+    is_whole: bool = False
+    # What the server used in the first of several completions, None if there is but one.
+    n_used: int | None = None
+    received: list[int] = field(default_factory=list)
+    is_over: bool = False
+    epoch: int = 0
+
+    @property
+    def n_promised(self) -> int:
+        """Tokens that the slot holds by our own record."""
+        if self.start is None:
+            return 0
+        return self.n_restored or self.start.n_live
+
+    def call(self, *, is_stream: bool = False) -> Call[Completion]:
+        """Return the request for the server."""
+        own: dict[str, Any] = {
+            "cache_prompt": self.n_used is not None or self.n_promised > 0,
+            "n_cache_reuse": 0,  # shifted states are not those of the prompt
+        }
+        if self.start is not None:
+            own["id_slot"] = self.start.slot.id
+        return calls.completion(self.prompt, {**self.settings, **own}, is_stream)
+
+
+class SlotManager:
+    """Routes prompts to slots, saves, restores and erases them, and keeps count.
+
+    Errors: those of the server; PromptTooLong before anything is touched.
+    Threads: safe, and in event loops; after a fork the child begins with nothing known.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        settings: SlotSettings,
+        check_model: Callable[[], Steps[None]],
+    ) -> None:
+        self._connection = connection
+        self.settings = settings
+        self._pid = os.getpid()
+        self._shelf = _shelf(settings)
+        # The server decodes tokens of several slots in one batch, and so in other pieces.
+        self.table = SlotTable((), self._shelf, is_one_at_a_time=settings.reproducible)
+        is_strict = settings.on_error == "raise"
+        self.trust = Trust(connection.url, self._shelf.refusals, is_strict=is_strict)
+        self._saver = Saver(connection, settings, self.table, self._shelf, self.trust)
+        self.watch = Watch(settings, self.table, self._shelf, self.trust, check_model)
+        self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
+
+    @property
+    def refusals(self) -> Counter[str]:
+        """What was not reused, saved or kept, by reason."""
+        return self.trust.refusals
+
+    # -- one request --------------------------------------------------------------------------
+
+    def complete(
+        self,
+        prompt: TokenIds,
+        settings: Mapping[str, Any],
+        scope: str | None,
+        conversation: str | None,
+    ) -> Steps[Reused]:
+        """Complete a prompt."""
+        job = yield from self.begin(prompt, settings, scope, conversation)
+        try:
+            completion = yield job.call()
+        except BaseException as error:
+            self.fail(job, error)
+            raise
+        return self.finish(job, completion)
+
+    def begin(
+        self,
+        prompt: TokenIds,
+        settings: Mapping[str, Any],
+        scope: str | None,
+        conversation: str | None,
+    ) -> Steps[Job]:
+        """Find a slot and bring it to where the prompt begins."""
+        self._after_fork()
+        job = self._job(prompt, settings, scope, conversation)
+        if not (yield from self.watch.connect()):
+            return job
+        self._require_fit(prompt)
+        job.epoch = self.watch.epoch
+        future = self.table.acquire(job.wish)
+        try:
+            job.start = yield future
+        except BaseException:
+            self.table.cancel(future)
+            raise
+        try:
+            yield from self._prepare(job)
+        except BaseException as error:
+            self.fail(job, error)
+            raise
+        return job
+
+    def finish(self, job: Job, completion: Completion) -> Reused:
+        """Note what an answer tells of the slot, and have the slot saved."""
+        job.is_over = True
+        later_s = completion.seconds - completion.first_token_s
+        first_token_s = perf_counter() - job.started - later_s
+        n_used = completion.n_cached if job.n_used is None else job.n_used
+        self._count(completion, n_used)
+        if job.start is None:
+            return Reused(completion, 0, first_token_s)
+        slot, n_live = job.start.slot, job.start.n_live
+        self._verify(job, n_used)
+        with self.table.lock:
+            self._record(job, completion, n_used)
+        reused = Reused(completion, min(job.n_restored, n_used), first_token_s, n_live, slot.id)
+        if slot.is_saved or self.settings.save_when != "answered":
+            self.table.release(slot)
+        else:
+            self._saver.in_background(slot, self._saver.save(slot))
+        return reused
+
+    def fail(self, job: Job, error: BaseException) -> None:
+        """Give a slot back after an error or an abort, when the server is done with it."""
+        if job.start is None or job.is_over:
+            return
+        job.is_over = True
+        slot = job.start.slot
+        if job.start.found is not None:
+            self.table.read(job.start.found.file)
+        if isinstance(error, ServerRefused):
+            slot.forget()
+        if isinstance(error, ServerRefused | RequestRejected):
+            self.table.release(slot)
+            return
+        # Before the first token it is not known whether the server has begun.
+        is_known = bool(job.received) and not isinstance(error, ServerUnreachable)
+        if is_known:
+            slot.space, slot.conversation = job.wish.space, job.wish.conversation
+            slot.tokens, slot.n_prompt = _joined(job.prompt, job.received), len(job.prompt)
+        self._saver.in_background(slot, self._saver.settle(slot, is_known=is_known))
+
+    # -- before the completion ----------------------------------------------------------------
+
+    def _job(
+        self,
+        prompt: TokenIds,
+        settings: Mapping[str, Any],
+        scope: str | None,
+        conversation: str | None,
+    ) -> Job:
+        reserved = _RESERVED & set(settings)
+        if reserved:
+            raise InvalidConfig(
+                f"{', '.join(sorted(reserved))}: the slot manager's own; completion() takes them"
+            )
+        space = _space(scope, settings.get("lora"))
+        wish = Wish(
+            space=space,
+            prompt=prompt,
+            conversation=(space, conversation) if conversation is not None else None,
+            is_whole_only=self.settings.reproducible or self.trust.is_whole_only,
+            is_file_only=self.settings.reproducible,
+            may_restore=self.trust.may_restore,
+        )
+        return Job(prompt, dict(settings), wish)
+
+    def _require_fit(self, prompt: TokenIds) -> None:
+        n_ctx = self.watch.props.n_ctx if self.watch.props else 0
+        if len(prompt) >= n_ctx > 0:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt):,} tokens, a slot of {self._connection.url} has room"
+                f" for {n_ctx:,} with the answer; shorten it, or start the server with more"
+                " context"
+            )
+
+    def _prepare(self, job: Job) -> Steps[None]:
+        start = yield from self._checked(job)
+        slot = start.slot
+        if not slot.is_saved and len(slot.tokens) > start.n_live:
+            yield from self._saver.save(slot)
+        is_kept = start.n_live > 0 or (start.found is not None and slot.space == job.wish.space)
+        if self.settings.reproducible or (slot.n_held and not is_kept):
+            yield from self._saver.erase(slot)
+        if start.found is not None:
+            yield from self._restore(job, start)
+        if self.settings.reproducible:
+            yield from self._stage(job, slot)
+
+    def _checked(self, job: Job) -> Steps[Start]:
+        """Ask, before ids are sent or anything is promised, whether the server is the same."""
+        start = _started(job)
+        try:
+            props = yield from self.watch.refresh()
+            is_as_recorded = job.epoch == self.watch.epoch
+            if is_as_recorded and not props.boot and start.n_live:
+                is_as_recorded = yield from self._is_as_full_as_recorded(start.slot)
+        except ServerUnreachable:
+            raise
+        except ServerError as error:
+            # Nothing is restored into a server that may be another one.
+            start.slot.forget()
+            job.start = self.table.from_nothing(start)
+            self.trust.degrade("server_not_understood", error)
+            return job.start
+        if not is_as_recorded:
+            job.epoch = self.watch.epoch
+            job.start = self.table.again(start, job.wish)
+        return _started(job)
+
+    def _is_as_full_as_recorded(self, slot: SlotRecord) -> Steps[bool]:
+        """For servers that don't tell when they were started."""
+        listed = {each.id: each for each in (yield calls.slots())}
+        seen = listed.get(slot.id)
+        if seen is not None and seen.n_tokens in (None, slot.n_held):
+            return True
+        self.trust.refuse("slot_changed_by_others")
+        slot.forget()
+        return False
+
+    def _restore(self, job: Job, start: Start) -> Steps[None]:
+        if start.found is None:
+            return
+        slot, found, began = start.slot, start.found, perf_counter()
+        job.start = Start(slot, 0, None)
+        slot.forget()
+        try:
+            restored = yield calls.restore_slot(slot.id, found.file.name)
+        except ServerUnreachable:
+            raise
+        except ServerError as error:
+            self._drop(found.file)
+            self.trust.degrade("restore_failed", error)
+            return
+        finally:
+            self.table.read(found.file)
+        if restored.n_tokens != found.file.n_saved:
+            self._drop(found.file)
+            self.trust.refuse("restore_failed")
+            yield from self._saver.erase(slot)
+            return
+        self.trust.count("restore", seconds=perf_counter() - began)
+        job.n_restored, job.is_whole = found.n_tokens, found.is_whole
+        with self.table.lock:
+            self._shelf.touch(found.file)
+            slot.space, slot.tokens = found.file.space, found.file.tokens
+            slot.n_held, slot.n_prompt = found.file.n_saved, found.file.n_prompt
+
+    def _stage(self, job: Job, slot: SlotRecord) -> Steps[None]:
+        """Decode a prompt's whole blocks alone and save them: no bit depends on what follows.
+
+        A file can't be cut shorter and stay exact, so what prompts share gets one of its own.
+        """
+        for head in self._heads(job.prompt, job.n_restored):
+            asked = Job(head, {"n_predict": 0}, job.wish, job.started, job.start, job.n_restored)
+            asked.n_used = job.n_used
+            completion = yield asked.call()
+            job.n_used = completion.n_cached if job.n_used is None else job.n_used
+            slot.space, slot.tokens = job.wish.space, head
+            slot.n_held = slot.n_prompt = len(head)
+            slot.conversation = job.wish.conversation
+            yield from self._saver.save(slot)
+
+    def _heads(self, prompt: TokenIds, n_restored: int) -> list[TokenIds]:
+        if not self.trust.may_restore:
+            return []
+        step = self.settings.block_tokens
+        heads = [prompt[:n] for n in range(n_restored + step, len(prompt), step)]
+        digests = [hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads]
+        with self.table.lock:
+            shared = [head for head, key in zip(heads, digests, strict=True) if key in self._seen]
+            self._seen.update(dict.fromkeys(digests))
+        return sorted({*shared[-1:], *heads[-1:]}, key=len)
+
+    # -- after it -----------------------------------------------------------------------------
+
+    def _count(self, completion: Completion, n_used: int) -> None:
+        self.trust.count("request")
+        self.trust.count("prompt_tokens", completion.n_prompt)
+        self.trust.count("reused_tokens", n_used)
+        self.trust.count("hit", int(n_used > 0))
+
+    def _verify(self, job: Job, n_used: int) -> None:
+        if job.n_restored:
+            kind = "whole" if job.is_whole else "partial"
+            if self.trust.verify(kind, job.n_restored, n_used):
+                with self.table.lock:
+                    self._shelf.clear()
+        elif n_used < job.n_promised:
+            self.trust.refuse("slot_not_used_by_server")
+
+    def _record(self, job: Job, completion: Completion, n_used: int) -> None:
+        slot = _started(job).slot
+        n_expected = completion.n_prompt + max(0, completion.n_predicted - 1)
+        n_held = n_expected if completion.n_held is None else completion.n_held
+        reuse, n_uses = (slot.reuse, slot.n_uses) if n_used else ([], 0)
+        slot.forget()
+        if completion.is_truncated and n_held != n_expected:
+            return  # the context was shifted: what is held is not what was sent
+        slot.space, slot.conversation = job.wish.space, job.wish.conversation
+        slot.tokens = _joined(job.prompt, completion.token_ids)[:n_held]
+        slot.n_prompt = min(len(job.prompt), len(slot.tokens))
+        slot.n_held, slot.n_uses = n_held, n_uses + (n_used > 0)
+        slot.reuse = _counted(reuse, n_used, n_held)
+        # What ends in an answer is not what reproducible mode restores.
+        slot.is_saved = self.settings.reproducible or not self._saver.is_worth_saving(slot)
+
+    def _drop(self, file: SavedSlot) -> None:
+        with self.table.lock:
+            self._shelf.drop(file)
+
+    # -- for the one who serves ---------------------------------------------------------------
+
+    def pin(self, conversation: str, scope: str | None, *, is_pinned: bool) -> None:
+        """Keep a conversation's slot and files from eviction, or no longer."""
+        key = (_space(scope, None), conversation)
+        with self.table.lock:
+            (self.table.pinned.add if is_pinned else self.table.pinned.discard)(key)
+            for file in self._shelf:
+                if (file.space, file.conversation) == key:
+                    file.is_pinned = is_pinned
+
+    def forget(self, scope: str | None) -> Steps[None]:
+        """Drop a scope's files and erase the slots that hold its prompts and are idle."""
+        space = _space(scope, None)
+        with self.table.lock:
+            for file in [file for file in self._shelf if file.space == space]:
+                self._shelf.drop(file)
+            held = [slot for slot in self.table.slots.values() if slot.space == space]
+        for slot in held:
+            yield from self._erase_when_idle(slot, space)
+
+    def _erase_when_idle(self, slot: SlotRecord, space: bytes) -> Steps[None]:
+        if not self.table.take(slot):
+            return
+        try:
+            if slot.space == space:
+                yield from self._saver.erase(slot)
+        finally:
+            self.table.release(slot)
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Wait until all that is being saved is saved."""
+        self._saver.flush(timeout_s)
+
+    def close(self) -> None:
+        """Wait for what is being saved; the files stay."""
+        self._saver.close()
+
+    def drive(self, steps: Steps[Reused]) -> Reused:
+        """Perform a request's steps in this thread."""
+        return drive(steps, self._connection)
+
+    def stats(self) -> ReuseStats:
+        """Return the counters."""
+        with self.table.lock:
+            counts, shelf = self.trust.counts, self._shelf
+            return ReuseStats(
+                requests=counts["request"],
+                hits=counts["hit"],
+                prompt_tokens=counts["prompt_tokens"],
+                reused_tokens=counts["reused_tokens"],
+                restores=counts["restore"],
+                saves=counts["save"],
+                erases=counts["erase"],
+                restarts=counts["restart"],
+                evictions=shelf.n_evictions,
+                restore_seconds=self.trust.seconds["restore"],
+                save_seconds=self.trust.seconds["save"],
+                n_files=len(shelf),
+                n_bytes=shelf.n_bytes,
+                n_stale_files=shelf.n_stale_files,
+                n_stale_bytes=shelf.n_stale_bytes,
+                is_folder_reachable=shelf.is_folder_reachable,
+                refusals=dict(self.refusals),
+            )
+
+    def _after_fork(self) -> None:
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        self._shelf.abandon()  # the parent's files
+        self.table.abandon()
+        self.watch.forget()
+        self._saver.after_fork()
+
+
+def _started(job: Job) -> Start:
+    if job.start is None:
+        raise ServerError("a request without a slot can't be prepared")
+    return job.start
+
+
+def _space(scope: str | None, lora: Any) -> bytes:
+    return space_of((scope, json.dumps(lora)))
+
+
+def _shelf(settings: SlotSettings) -> Shelf:
+    step = min(PART_TOKENS, settings.block_tokens) if settings.reproducible else PART_TOKENS
+    return Shelf(
+        max_bytes=settings.max_bytes,
+        max_age_s=settings.max_age_s,
+        folder=Path(settings.slot_folder) if settings.slot_folder is not None else None,
+        secret=settings.secret or secrets.token_bytes(32),
+        step=step,
+    )
+
+
+def _joined(prompt: TokenIds, answer: Iterable[int]) -> TokenIds:
+    return TokenIds(np.concatenate([prompt.numpy(), np.fromiter(answer, np.int32)]))
+
+
+def _counted(reuse: list[int], n_used: int, n_held: int) -> list[int]:
+    """Return how often each part was reused, after `n_used` tokens were once more."""
+    n_parts = -(-n_held // PART_TOKENS)
+    counts = (reuse + [0] * n_parts)[:n_parts]
+    return [n + (part < n_used // PART_TOKENS) for part, n in enumerate(counts)]

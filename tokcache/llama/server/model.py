@@ -1,0 +1,127 @@
+"""How much memory a model's KV state takes: from its own metadata, or from what a save wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokcache.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from tokcache.llama.server.results import ModelMeta
+
+# Bytes of one value. Source: block sizes in ggml-common.h (a block of 32 values and its scales).
+KV_TYPES = {
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+    "iq4_nl": 18 / 32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """The sizes of a model's attention, a layer at a time; `unknown` says what is missing, and why.
+
+    Units: `n_kv_heads` heads of each layer (0: a layer without attention), `n_kv_dim` values that
+    one token has in all layers, `window` tokens (0: none).
+    """
+
+    architecture: str = ""
+    n_layers: int = 0
+    n_heads: int = 0
+    n_kv_heads: tuple[int, ...] = ()
+    n_kv_dim: int = 0
+    window: int = 0
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def memory(self) -> str:
+        """Return "attention", "sliding window", "hybrid", "recurrent", or "" if not known."""
+        if not self.n_layers:
+            return ""
+        if not any(self.n_kv_heads):
+            return "recurrent"
+        if not all(self.n_kv_heads):
+            return "hybrid"
+        return "sliding window" if self.window else "attention"
+
+    def token_bytes(self, kv_type: str) -> float | None:
+        """Return the bytes that one token takes in full attention, None if not known."""
+        return self.n_kv_dim * KV_TYPES[kv_type] if self.n_kv_dim else None
+
+
+def require_kv_type(kv_type: str) -> str:
+    """Return `kv_type`, or raise InvalidConfig."""
+    if kv_type not in KV_TYPES:
+        raise InvalidConfig(f"kv_type must be one of {', '.join(KV_TYPES)}, not {kv_type!r}")
+    return kv_type
+
+
+def kv_shape(model_path: str, meta: ModelMeta) -> KvShape:
+    """Return what the model file says, if it can be reached and is the one that is served.
+
+    Cost: reads the metadata, a second for a vocabulary of 150,000 tokens.
+    """
+    path = Path(model_path)
+    if not model_path or not path.is_file():
+        return _unknown(f"the model file {model_path!r} can't be reached from here")
+    try:
+        import gguf  # noqa: PLC0415 (an extra)
+    except ImportError:
+        return _unknown("reading the model file needs gguf: pip install 'tokcache[demo]'")
+    try:
+        fields = gguf.GGUFReader(str(path)).fields
+        found = {name: part.contents() for name, part in fields.items() if "tokenizer" not in name}
+        return _read(found, meta)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        return _unknown(f"{model_path} can't be read as a GGUF: {error}")
+
+
+def model_identity(model_path: str, meta: ModelMeta) -> tuple[Any, ...]:
+    """Return what tells the served model from another one that takes its place."""
+    try:
+        stat = Path(model_path).stat() if model_path else None
+    except (OSError, ValueError):
+        stat = None
+    file = (stat.st_size, stat.st_mtime_ns, stat.st_ino) if stat else ()
+    return (model_path, meta, file)
+
+
+def _unknown(reason: str) -> KvShape:
+    return KvShape(unknown=(reason,))
+
+
+def _read(found: dict[str, Any], meta: ModelMeta) -> KvShape:
+    architecture = str(found["general.architecture"])
+
+    def figure(name: str, default: Any = None) -> Any:
+        value = found.get(f"{architecture}.{name}", default)
+        if value is None:
+            raise KeyError(f"{architecture}.{name}")
+        return value
+
+    n_embd, n_layers = int(figure("embedding_length")), int(figure("block_count"))
+    if meta.n_embd is not None and meta.n_embd != n_embd:
+        return _unknown("the file at the server's model path is another model here")
+    n_heads = figure("attention.head_count", 0)
+    n_heads = max(n_heads) if isinstance(n_heads, list) else int(n_heads)
+    kv_heads = figure("attention.head_count_kv", n_heads)
+    kv_heads = kv_heads if isinstance(kv_heads, list) else [kv_heads] * n_layers
+    head_dim = n_embd // n_heads if n_heads else 0
+    width = int(figure("attention.key_length", head_dim))
+    width += int(figure("attention.value_length", head_dim))
+    return KvShape(
+        architecture=architecture,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=tuple(map(int, kv_heads)),
+        n_kv_dim=sum(map(int, kv_heads)) * width,
+        window=int(figure("attention.sliding_window", 0)),
+    )

@@ -1,0 +1,192 @@
+"""Saving, erasing and settling slots, on the request's path or off it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tokcache.errors import ServerError, ServerUnreachable
+from tokcache.llama.server import calls
+from tokcache.llama.server.steps import Steps, drive
+
+if TYPE_CHECKING:
+    from tokcache.llama.server.connection import Connection
+    from tokcache.llama.server.results import SlotFile
+    from tokcache.llama.server.settings import SlotSettings
+    from tokcache.llama.server.shelf import Shelf
+    from tokcache.llama.server.table import SlotRecord, SlotTable
+    from tokcache.llama.server.trust import Trust
+
+_N_WORKERS = 4
+_LOOK_AGAIN_S = 0.05
+_log = logging.getLogger(__name__)
+
+
+class Saver:
+    """What is done to a slot that one has.
+
+    Threads: safe; the slot is the caller's until it is released.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        settings: SlotSettings,
+        table: SlotTable,
+        shelf: Shelf,
+        trust: Trust,
+    ) -> None:
+        self._connection = connection
+        self._settings = settings
+        self._table = table
+        self._shelf = shelf
+        self._trust = trust
+        self._pending: set[Future[None]] = set()
+        self._workers = self._new_workers()
+
+    def is_worth_saving(self, slot: SlotRecord) -> bool:
+        """Return whether what a slot holds should be kept."""
+        return len(slot.tokens) >= self._settings.min_save_tokens and self._trust.may_restore
+
+    def save(self, slot: SlotRecord, *, is_count_known: bool = True) -> Steps[None]:
+        """Write a slot to a file, unless one has just that, or it does not fit the budget."""
+        name = self._name_for(slot)
+        if name is None:
+            return
+        began = perf_counter()
+        try:
+            saved = yield calls.save_slot(slot.id, name)
+        except ServerError as error:
+            with self._table.lock:
+                self._shelf.note_stale(name)
+            self._trust.degrade("save_failed", error)
+            return
+        is_as_recorded = saved.n_tokens == slot.n_held or not is_count_known
+        if not is_as_recorded or saved.n_tokens < self._settings.min_save_tokens:
+            self._trust.refuse("slot_changed_by_others")
+            with self._table.lock:
+                self._shelf.note_stale(name)
+            slot.forget()
+            return
+        self._trust.count("save", seconds=perf_counter() - began)
+        self._keep(slot, saved)
+
+    def _keep(self, slot: SlotRecord, saved: SlotFile) -> None:
+        if slot.space is None:
+            return
+        if saved.n_tokens:
+            self._trust.token_bytes = saved.n_bytes / saved.n_tokens
+        with self._table.lock:
+            slot.n_held, slot.tokens = saved.n_tokens, slot.tokens[: saved.n_tokens]
+            self._shelf.add(
+                saved,
+                slot.space,
+                slot.tokens,
+                n_prompt=slot.n_prompt,
+                conversation=slot.conversation[1] if slot.conversation else None,
+                is_pinned=self._table.is_pinned(slot),
+                is_superseding=not self._is_whole_only,
+            )
+
+    @property
+    def _is_whole_only(self) -> bool:
+        # Where a file can't be used in part, a longer one does not replace it.
+        return self._settings.reproducible or self._trust.is_whole_only
+
+    def _name_for(self, slot: SlotRecord) -> str | None:
+        with self._table.lock:
+            slot.is_saved = True
+            if slot.space is None or not self.is_worth_saving(slot):
+                return None
+            is_whole_only = self._is_whole_only
+            if self._shelf.covers(
+                slot.space, slot.tokens, slot.n_held, is_whole_only=is_whole_only
+            ):
+                return None
+            if not self._shelf.make_room(int((self._trust.token_bytes or 0) * slot.n_held)):
+                self._trust.refuse("file_over_budget")
+                return None
+            return self._shelf.name_for(slot.space, slot.tokens, slot.n_held)
+
+    def erase(self, slot: SlotRecord) -> Steps[None]:
+        """Empty a slot."""
+        slot.forget()
+        if not self._trust.can_save:
+            return  # "cache_prompt": false drops what the slot holds, too
+        try:
+            yield calls.erase_slot(slot.id)
+            self._trust.count("erase")
+        except ServerUnreachable:
+            raise
+        except ServerError as error:
+            self._trust.degrade("erase_failed", error)
+
+    def settle(self, slot: SlotRecord, *, is_known: bool) -> Steps[None]:
+        """Wait until the server has noticed that a request is over; keep what is known.
+
+        Saving and erasing wait for the slot; a completion sent to a busy slot would not be safe.
+        """
+        if is_known and self.is_worth_saving(slot):
+            yield from self.save(slot, is_count_known=False)
+            if slot.n_held:
+                return
+        yield from self.erase(slot)
+        if not self._trust.can_save:
+            yield from self._until_idle(slot)
+
+    def _until_idle(self, slot: SlotRecord) -> Steps[None]:
+        deadline = perf_counter() + self._connection.timeout_s
+        while perf_counter() < deadline:
+            try:
+                listed = yield calls.slots()
+            except ServerError:
+                return
+            if not any(each.id == slot.id and each.is_processing for each in listed):
+                return
+            threading.Event().wait(_LOOK_AGAIN_S)
+
+    def in_background(self, slot: SlotRecord, steps: Steps[None]) -> None:
+        """Perform steps off the request's path; then the slot is free again."""
+        self._table.settle(slot)
+        with self._table.lock:
+            workers = self._workers
+        try:
+            task = workers.submit(self._work, slot, steps)
+        except RuntimeError:  # closed meanwhile
+            self._work(slot, steps)
+            return
+        with self._table.lock:
+            self._pending = {each for each in self._pending if not each.done()} | {task}
+
+    def _work(self, slot: SlotRecord, steps: Steps[Any]) -> None:
+        try:
+            drive(steps, self._connection)
+        except ServerError as error:
+            slot.forget()
+            self._trust.refuse("settling_failed")
+            _log.debug("slot %d: %s", slot.id, error)
+        finally:
+            self._table.release(slot)
+
+    def flush(self, timeout_s: float | None) -> None:
+        """Wait until all that is being saved is saved."""
+        with self._table.lock:
+            pending = list(self._pending)
+        for task in pending:
+            task.result(timeout_s)
+
+    def close(self) -> None:
+        """Wait for what is being saved."""
+        self._workers.shutdown(wait=True)
+
+    def after_fork(self) -> None:
+        """Begin anew: threads do not live on in a child."""
+        self._pending = set()
+        self._workers = self._new_workers()
+
+    @staticmethod
+    def _new_workers() -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_N_WORKERS, thread_name_prefix="tokcache-slots")

@@ -1,0 +1,345 @@
+"""The saved slots of one server: which file holds which tokens, and which must go.
+
+Files are named by a keyed digest of what they hold, so that nobody can guess a name. Where the
+slot folder can be reached, what is evicted is deleted; where it can't, its name is the first to be
+used again, so that the folder grows no further, and the figures say how much lies there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tokcache.llama.server.results import SlotFile
+    from tokcache.text.token_ids import TokenIds
+
+_DIGEST_BYTES = 20
+_PREFIX = "tokcache-"
+_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{2 * _DIGEST_BYTES}}}\.bin")
+
+
+@dataclass(eq=False, slots=True)
+class SavedSlot:
+    """One file.
+
+    Units: `n_saved` tokens in it, of which `tokens` are known, the first `n_prompt` a prompt's.
+    """
+
+    name: str
+    space: bytes
+    tokens: TokenIds
+    n_prompt: int
+    n_saved: int
+    n_bytes: int
+    conversation: str | None
+    used_at: float = field(default_factory=time.monotonic)
+    n_uses: int = 0
+    is_pinned: bool = False
+    n_readers: int = 0
+    chain: tuple[bytes, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file and how many of a prompt's first tokens it holds. `is_whole`: all of the file's."""
+
+    file: SavedSlot
+    n_tokens: int
+    is_whole: bool
+
+
+def n_common(one: TokenIds, other: TokenIds) -> int:
+    """Return how many first tokens are the same."""
+    n_both = min(len(one), len(other))
+    is_different = one.numpy()[:n_both] != other.numpy()[:n_both]
+    first = int(is_different.argmax()) if n_both else 0
+    return first if n_both and is_different[first] else n_both
+
+
+class Shelf:
+    """The files of one server, within a budget of bytes and of age.
+
+    Units: `max_bytes` of all files; `max_age_s` since a file was last used; prefixes are looked
+           up in steps of `step` tokens, shorter ones are not found.
+    Threads: not safe; the slot manager's lock is around it.
+    """
+
+    def __init__(
+        self, *, max_bytes: int, max_age_s: float, folder: Path | None, secret: bytes, step: int
+    ) -> None:
+        self._step = step
+        self._max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        self._folder = folder
+        self._secret = secret
+        self._files: dict[str, SavedSlot] = {}
+        self._by_chain: dict[bytes, dict[SavedSlot, None]] = {}
+        self._stale: dict[str, int] = {}
+        self.is_folder_reachable: bool | None = None
+        self.n_bytes = 0
+        self.n_evictions = 0
+        self.refusals: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __iter__(self) -> Iterator[SavedSlot]:
+        return iter(self._files.values())
+
+    @property
+    def n_stale_files(self) -> int:
+        """Evicted files that lie on, for the folder can't be reached."""
+        return len(self._stale)
+
+    @property
+    def n_stale_bytes(self) -> int:
+        """Bytes of those."""
+        return sum(self._stale.values())
+
+    def find(self, space: bytes, prompt: TokenIds, *, is_whole_only: bool) -> Found | None:
+        """Return the file that holds the most of `prompt`; the last token is always decoded.
+
+        Cost: the prompt's length, and the files that share as much of it as the best one.
+        """
+        best: Found | None = None
+        seen: set[str] = set()
+        for link in reversed(self._chain(space, prompt)):
+            for file in self._by_chain.get(link, ()):
+                if file.name not in seen:
+                    seen.add(file.name)
+                    best = _better(best, _match(file, prompt, is_whole_only=is_whole_only))
+            if best is not None and not is_whole_only:
+                break  # files found at an earlier link share less
+        return best
+
+    def name_for(self, space: bytes, tokens: TokenIds, n_held: int) -> str:
+        """Return the name for a slot that holds `n_held` tokens, `tokens` the first of them."""
+        if self._stale and self.is_folder_reachable is False:
+            return self._stale.popitem()[0]
+        digest = hashlib.blake2b(key=self._secret[:64], digest_size=_DIGEST_BYTES)
+        digest.update(len(space).to_bytes(8, "little") + space)
+        digest.update(n_held.to_bytes(8, "little"))
+        digest.update(memoryview(tokens))
+        return f"{_PREFIX}{digest.hexdigest()}.bin"
+
+    def covers(self, space: bytes, tokens: TokenIds, n_held: int, *, is_whole_only: bool) -> bool:
+        """Return whether a file serves all that a slot of `n_held` tokens would."""
+        chain = self._chain(space, tokens)
+        return any(
+            _is_prefix(tokens, file.tokens)
+            and (file.n_saved == n_held if is_whole_only else file.n_saved >= n_held)
+            for file in (self._by_chain.get(chain[-1], ()) if chain else ())
+        )
+
+    def make_room(self, n_bytes: int) -> bool:
+        """Evict until `n_bytes` more fit; return whether they do."""
+        if n_bytes > self._max_bytes:
+            return False
+        for file in sorted(self, key=_value):
+            if self.n_bytes + n_bytes <= self._max_bytes:
+                break
+            if file.n_readers == 0 and not file.is_pinned:
+                self.n_evictions += 1
+                self.drop(file)
+        return self.n_bytes + n_bytes <= self._max_bytes
+
+    def add(
+        self,
+        saved: SlotFile,
+        space: bytes,
+        tokens: TokenIds,
+        *,
+        n_prompt: int,
+        conversation: str | None,
+        is_pinned: bool,
+        is_superseding: bool,
+    ) -> SavedSlot | None:
+        """Note a file that was written; None if it does not fit the budget, and is dropped."""
+        replaced = self._files.get(saved.filename)
+        if replaced is not None:
+            self._unlist(replaced)
+        self._stale.pop(saved.filename, None)
+        file = SavedSlot(
+            name=saved.filename,
+            space=space,
+            tokens=tokens,
+            n_prompt=n_prompt,
+            n_saved=saved.n_tokens,
+            n_bytes=saved.n_bytes,
+            conversation=conversation,
+            is_pinned=is_pinned,
+            chain=tuple(self._chain(space, tokens)),
+        )
+        if self.is_folder_reachable is None:
+            self.is_folder_reachable = self._is_there(saved)
+        if is_superseding:
+            self._drop_older_than(file)
+        fits = self.make_room(file.n_bytes)
+        self._list(file)
+        if not fits:
+            self.refusals["file_over_budget"] += 1
+            self.drop(file)
+            return None
+        return file
+
+    def drop(self, file: SavedSlot) -> None:
+        """Forget a file, and delete it where that is possible."""
+        if self._files.get(file.name) is not file:
+            return
+        self._unlist(file)
+        self._remove(file.name, file.n_bytes)
+
+    def clear(self) -> None:
+        """Forget all files, and delete them where that is possible."""
+        for file in list(self):
+            self.drop(file)
+
+    def abandon(self) -> None:
+        """Forget all files without deleting one: they are another process's."""
+        self._files.clear()
+        self._by_chain.clear()
+        self._stale.clear()
+        self.n_bytes = 0
+
+    def note_stale(self, name: str) -> None:
+        """Note that a file may lie under `name`, half written, say."""
+        if name not in self._files:
+            self._remove(name, 0)
+
+    def touch(self, file: SavedSlot) -> None:
+        """Note that a file was used."""
+        file.used_at = time.monotonic()
+        file.n_uses += 1
+        if self._folder is not None and self.is_folder_reachable:
+            with contextlib.suppress(OSError):  # pruned by its age meanwhile: found out on restore
+                os.utime(self._folder / file.name)
+
+    def sweep(self) -> None:
+        """Drop what is too old, the files of others who are gone included."""
+        oldest = time.monotonic() - self._max_age_s
+        for file in list(self):
+            if file.used_at < oldest and file.n_readers == 0 and not file.is_pinned:
+                self.n_evictions += 1
+                self.drop(file)
+        if self._folder is not None:
+            self._sweep_folder(time.time() - self._max_age_s)
+
+    def _sweep_folder(self, oldest: float) -> None:
+        if self._folder is None:
+            return
+        try:
+            for entry in os.scandir(self._folder):
+                is_others = _NAME.fullmatch(entry.name) and entry.name not in self._files
+                with contextlib.suppress(FileNotFoundError):  # its owner was faster
+                    if is_others and entry.stat().st_mtime < oldest:
+                        Path(entry.path).unlink()
+        except OSError:
+            self.refusals["folder_not_readable"] += 1
+
+    def _list(self, file: SavedSlot) -> None:
+        self._files[file.name] = file
+        self.n_bytes += file.n_bytes
+        for link in file.chain:
+            self._by_chain.setdefault(link, {})[file] = None
+
+    def _unlist(self, file: SavedSlot) -> None:
+        del self._files[file.name]
+        self.n_bytes -= file.n_bytes
+        for link in file.chain:
+            files = self._by_chain[link]
+            del files[file]
+            if not files:
+                del self._by_chain[link]
+
+    def _remove(self, name: str, n_bytes: int) -> None:
+        if self._folder is not None and self.is_folder_reachable is not False:
+            try:
+                (self._folder / name).unlink(missing_ok=True)
+            except OSError:
+                self.refusals["file_not_deleted"] += 1
+            else:
+                return
+        self._stale[name] = max(n_bytes, self._stale.get(name, 0))
+
+    def _is_there(self, saved: SlotFile) -> bool:
+        if self._folder is None:
+            return False
+        try:
+            return (self._folder / saved.filename).stat().st_size == saved.n_bytes
+        except OSError:
+            return False
+
+    def _drop_older_than(self, newer: SavedSlot) -> None:
+        """Drop what a newer file holds, too.
+
+        Of an earlier turn of the same conversation the answer may differ: the conversation went on
+        with another one, as far as it was edited, or sampled again.
+        """
+        ending = [
+            file
+            for n_links, link in enumerate(newer.chain, start=1)
+            for file in self._by_chain.get(link, ())
+            if file.n_prompt // self._step <= n_links <= len(file.chain)
+        ]
+        for file in dict.fromkeys(ending):
+            is_idle = file.n_readers == 0 and file.name != newer.name
+            is_kept = file.is_pinned and not newer.is_pinned
+            if is_idle and not is_kept and _is_replaced(file, newer):
+                self.drop(file)
+
+    def _chain(self, space: bytes, tokens: TokenIds) -> list[bytes]:
+        digest = hashlib.blake2b(space, key=self._secret[:64], digest_size=16)
+        links = []
+        view = memoryview(tokens).cast("B")
+        n_bytes = self._step * memoryview(tokens).itemsize
+        for stop in range(n_bytes, len(view) + 1, n_bytes):
+            digest.update(view[stop - n_bytes : stop])
+            links.append(digest.digest())
+        return links
+
+
+def _match(file: SavedSlot, prompt: TokenIds, *, is_whole_only: bool) -> Found | None:
+    n_same = n_common(file.tokens, prompt)
+    # Tokens of the file that are not known come after the known ones: then it is not whole.
+    is_whole = n_same == len(file.tokens) == file.n_saved
+    n_tokens = min(n_same, len(prompt) - 1)
+    if is_whole_only and (not is_whole or n_tokens < n_same):
+        return None
+    return Found(file, n_tokens, is_whole) if n_tokens > 0 else None
+
+
+def _better(one: Found | None, other: Found | None) -> Found | None:
+    if one is None or other is None:
+        return one or other
+    # Of equals the smaller file is read faster.
+    ours, theirs = ((it.n_tokens, -it.file.n_bytes) for it in (one, other))
+    return other if theirs > ours else one
+
+
+def _is_replaced(older: SavedSlot, newer: SavedSlot) -> bool:
+    is_same = older.conversation is not None and older.conversation == newer.conversation
+    n_needed = older.n_prompt if is_same else len(older.tokens)
+    return n_common(older.tokens, newer.tokens) >= n_needed
+
+
+def _is_prefix(shorter: TokenIds, longer: TokenIds) -> bool:
+    return n_common(shorter, longer) == len(shorter)
+
+
+def _value(file: SavedSlot) -> tuple[bool, float]:
+    return file.is_pinned, file.used_at
+
+
+def space_of(parts: Iterable[str | None]) -> bytes:
+    """Return the name of the space that prompts share only among themselves."""
+    return repr(tuple(parts)).encode()

@@ -1,0 +1,261 @@
+"""What each slot holds, who has it, and which slot or file a prompt had best begin from.
+
+Nothing here talks to the server. Requests that find no slot wait in line; a slot that is being
+saved or settles after an abort is waited for only by those that profit from what it holds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common
+from tokcache.text.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Condition(Enum):
+    """Who has a slot."""
+
+    FREE = auto()
+    BUSY = auto()
+    SETTLING = auto()
+
+
+@dataclass(eq=False, slots=True)
+class SlotRecord:
+    """What one slot holds: the first `tokens` of `n_held`, for `space`.
+
+    Units: `n_prompt` tokens that were a prompt's, before those of an answer.
+    """
+
+    id: int
+    condition: Condition = Condition.FREE
+    space: bytes | None = None
+    tokens: TokenIds = field(default_factory=TokenIds)
+    n_held: int = 0
+    n_prompt: int = 0
+    conversation: tuple[bytes, str] | None = None
+    since: float = field(default_factory=time.monotonic)
+    used_at: float = 0.0
+    n_uses: int = 0
+    # How often each part of 64 tokens was reused: the report's.
+    reuse: list[int] = field(default_factory=list)
+    is_saved: bool = True
+
+    def forget(self) -> None:
+        """Note that the slot is empty, or that what it holds is not known."""
+        self.space, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
+        self.conversation, self.reuse, self.n_uses = None, [], 0
+        self.since, self.is_saved = time.monotonic(), True
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a request needs of a slot. `is_file_only`: live contents are not good enough."""
+
+    space: bytes
+    prompt: TokenIds
+    conversation: tuple[bytes, str] | None
+    is_whole_only: bool
+    is_file_only: bool
+    may_restore: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a prompt begins: in `slot`, with `n_live` tokens there, or with those of a file."""
+
+    slot: SlotRecord
+    n_live: int
+    found: Found | None
+
+    @property
+    def n_promised(self) -> int:
+        """Tokens that need not be decoded."""
+        return self.found.n_tokens if self.found else self.n_live
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    wish: Wish
+    future: Future[Start]
+
+
+class SlotTable:
+    """The slots of one server, and the requests that wait for one.
+
+    Threads: safe, by `lock`, which also guards the shelf and is never held over a request.
+    """
+
+    def __init__(self, ids: Iterable[int], shelf: Shelf, *, is_one_at_a_time: bool = False) -> None:
+        self._is_one_at_a_time = is_one_at_a_time
+        self.lock = threading.RLock()
+        self.shelf = shelf
+        self.slots = {number: SlotRecord(number) for number in ids}
+        self.pinned: set[tuple[bytes, str]] = set()
+        self._waiters: deque[_Waiter] = deque()
+
+    def acquire(self, wish: Wish) -> Future[Start]:
+        """Return where `wish` begins, now or when a slot becomes free."""
+        waiter = _Waiter(wish, Future())
+        with self.lock:
+            self._waiters.append(waiter)
+            self._wake()
+        return waiter.future
+
+    def cancel(self, future: Future[Start]) -> None:
+        """Leave the line, and free the slot if one was given."""
+        with self.lock:
+            self._waiters = deque(each for each in self._waiters if each.future is not future)
+            if not future.cancel():
+                self._unread(future.result())
+                self.release(future.result().slot)
+
+    def again(self, start: Start, wish: Wish) -> Start:
+        """Return where `wish` begins in the slot it has, after something was forgotten."""
+        with self.lock:
+            self._unread(start)
+            return self._begin(start.slot, wish)
+
+    def take(self, slot: SlotRecord) -> bool:
+        """Take one slot, past the line, if it is free."""
+        with self.lock:
+            is_free = slot.condition is Condition.FREE
+            if is_free:
+                slot.condition = Condition.BUSY
+            return is_free
+
+    def abandon(self) -> None:
+        """Begin anew in the child of a fork, where other threads' requests are not."""
+        self.lock = threading.RLock()
+        self.slots.clear()
+        self._waiters.clear()
+
+    def from_nothing(self, start: Start) -> Start:
+        """Return a start in the same slot that promises nothing."""
+        with self.lock:
+            self._unread(start)
+            return Start(start.slot, 0, None)
+
+    def settle(self, slot: SlotRecord) -> None:
+        """Note that a slot is being saved, or waited for."""
+        with self.lock:
+            slot.condition = Condition.SETTLING
+            self._wake()
+
+    def release(self, slot: SlotRecord) -> None:
+        """Give a slot back."""
+        with self.lock:
+            slot.condition = Condition.FREE
+            slot.used_at = time.monotonic()
+            self._wake()
+
+    def read(self, file: SavedSlot) -> None:
+        """Note that a file is no longer being read."""
+        with self.lock:
+            file.n_readers -= 1
+
+    def resize(self, ids: Iterable[int]) -> None:
+        """Note that the server has other slots now."""
+        with self.lock:
+            wanted = set(ids)
+            for number in wanted - set(self.slots):
+                self.slots[number] = SlotRecord(number)
+            for number in set(self.slots) - wanted:
+                del self.slots[number]
+            self._wake()
+
+    def forget_contents(self) -> None:
+        """Note that no slot holds what it held: the server was started again."""
+        with self.lock:
+            for slot in self.slots.values():
+                slot.forget()
+
+    def is_pinned(self, slot: SlotRecord) -> bool:
+        """Return whether a slot's conversation is pinned."""
+        return slot.conversation in self.pinned
+
+    def _wake(self) -> None:
+        waiting: deque[_Waiter] = deque()
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            start = self._choose(waiter.wish)
+            if start is None:
+                waiting.append(waiter)
+            elif waiter.future.set_running_or_notify_cancel():
+                start.slot.condition = Condition.BUSY
+                waiter.future.set_result(start)
+            else:
+                self._unread(start)
+        self._waiters = waiting
+
+    def _unread(self, start: Start) -> None:
+        if start.found is not None:
+            start.found.file.n_readers -= 1
+
+    def _choose(self, wish: Wish) -> Start | None:
+        free = [slot for slot in self.slots.values() if slot.condition is Condition.FREE]
+        if self._is_one_at_a_time and len(free) < len(self.slots):
+            return None
+        found = self._found(wish)
+        n_file = found.n_tokens if found else 0
+        live = self._live(wish, free)
+        settling = self._live(wish, self.slots.values(), Condition.SETTLING)
+        if settling and settling[1] > max(n_file, live[1] if live else 0):
+            return None  # what it holds is worth the moment
+        if not free:
+            return None
+        if live is not None and live[1] > 0 and self._is_better(live, n_file):
+            return Start(live[0], live[1], None)
+        return self._with_file(min(free, key=self._loss), found, 0)
+
+    def _begin(self, slot: SlotRecord, wish: Wish) -> Start:
+        found = self._found(wish)
+        live = self._live(wish, [slot], slot.condition)
+        n_live = live[1] if live else 0
+        if n_live and n_live >= (found.n_tokens if found else 0):
+            return Start(slot, n_live, None)
+        return self._with_file(slot, found, 0)
+
+    def _with_file(self, slot: SlotRecord, found: Found | None, n_live: int) -> Start:
+        if found is not None:
+            found.file.n_readers += 1
+        return Start(slot, n_live, found)
+
+    def _found(self, wish: Wish) -> Found | None:
+        if not wish.may_restore:
+            return None
+        return self.shelf.find(wish.space, wish.prompt, is_whole_only=wish.is_whole_only)
+
+    def _live(
+        self, wish: Wish, slots: Iterable[SlotRecord], condition: Condition = Condition.FREE
+    ) -> tuple[SlotRecord, int] | None:
+        """Return the slot that holds the most of a prompt, and how much of it."""
+        if wish.is_file_only:
+            return None
+        matches = [
+            (slot, min(n_common(slot.tokens, wish.prompt), len(wish.prompt) - 1))
+            for slot in slots
+            if slot.space == wish.space and slot.condition is condition
+        ]
+        # Of equals the one that loses least.
+        return max(matches, key=lambda match: (match[1], -match[0].n_held), default=None)
+
+    def _is_better(self, live: tuple[SlotRecord, int], n_file: int) -> bool:
+        slot, n_live = live
+        if n_live != n_file:
+            return n_live > n_file
+        # A slot that would lose most of what it holds is left alone where a file does as well.
+        return 2 * n_live >= slot.n_held
+
+    def _loss(self, slot: SlotRecord) -> tuple[bool, bool, bool, float]:
+        is_empty = slot.n_held == 0
+        return (not is_empty, self.is_pinned(slot), not slot.is_saved, slot.used_at)

@@ -1,0 +1,78 @@
+"""Whether a tokenizer's ids mean the same text to a server's model."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tokcache.errors import VocabularyMismatch
+from tokcache.llama.server import calls
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from tokcache.text.token_ids import TokenIds
+
+# Every id is compared up to this many, then ids evenly spread over the vocabulary.
+_PROBED_IDS = 4096
+
+
+class ServerTokenizer(Protocol):
+    """What LlamaServer asks of a wrapped tokenizer."""
+
+    def token_ids(self, text: str, add_special_tokens: bool = True) -> TokenIds:
+        """Return the ids of `text`."""
+
+    def unwrap(self) -> Any:
+        """Return the plain tokenizer."""
+
+
+def check(wrapped: ServerTokenizer, url: str) -> Generator[Any, Any, None]:
+    """Raise VocabularyMismatch unless ids mean the same text on both sides.
+
+    Decoding is compared, not encoding: ids are all that is sent, and llama.cpp splits some
+    texts in its own way with the very same vocabulary.
+    """
+    tokenizer = _backend(wrapped)
+    n_ours, n_theirs = tokenizer.get_vocab_size(), (yield calls.model_meta()).n_vocab
+    if n_theirs is not None and n_ours > n_theirs:
+        raise VocabularyMismatch(
+            f"the tokenizer has {n_ours:,} tokens, the model of {url} has {n_theirs:,};"
+            " pass the model's own tokenizer"
+        )
+    ids = _probe_ids(tokenizer)
+    theirs = yield calls.detokenize(ids)
+    if _is_alike(_decode(tokenizer, ids), theirs):
+        return
+    for number in ids:
+        ours, theirs = _decode(tokenizer, [number]), (yield calls.detokenize([number]))
+        if not _is_alike(ours, theirs):
+            break
+    raise VocabularyMismatch(
+        f"token {number} is {ours!r} for the tokenizer and {theirs!r} for the model of {url};"
+        " pass the model's own tokenizer"
+    )
+
+
+def _is_alike(ours: str, theirs: str) -> bool:
+    # SentencePiece decoders differ in the one space they put before a text.
+    return ours.removeprefix(" ") == theirs.removeprefix(" ")
+
+
+def _backend(tokenizer: ServerTokenizer) -> Tokenizer:
+    plain = tokenizer.unwrap()
+    backend: Tokenizer = getattr(plain, "backend_tokenizer", plain)
+    return backend
+
+
+def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _probe_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return ids whose text can be compared: added tokens, and others evenly spread."""
+    n_vocab = tokenizer.get_vocab_size()
+    spread = range(0, n_vocab, max(1, n_vocab // _PROBED_IDS))
+    ids = sorted({*spread, *tokenizer.get_added_tokens_decoder()})
+    # A lone byte of a longer character has no text of its own.
+    return [i for i in ids if (text := _decode(tokenizer, [i])) and "\ufffd" not in text]

@@ -1,0 +1,341 @@
+"""Collector: the counters of every layer as Prometheus metrics, labelled by model.
+
+README.md beside this file lists the names. A scrape reads each cache's own counters once, so that
+nothing is counted twice and the request path knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from tokcache._version import __version__
+from tokcache.errors import InvalidConfig, MissingExtra
+from tokcache.state.cache import PrefixStateCache
+from tokcache.text import patch
+from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
+
+if TYPE_CHECKING:
+    from tokcache.config import CacheConfig
+    from tokcache.stats import CacheStats, StateStats
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry
+    from prometheus_client.metrics_core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        InfoMetricFamily,
+        Metric,
+    )
+    from prometheus_client.registry import Collector as _Base
+except ImportError as error:
+    raise MissingExtra(
+        f"tokcache.observe.prometheus needs prometheus_client ({error}): "
+        "pip install 'tokcache[metrics]'"
+    ) from error
+
+_Observed = CachedTokenizer | PrefixStateCache
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What a scrape sees of one wrapped tokenizer."""
+
+    stats: CacheStats
+    config: CacheConfig
+
+
+@dataclass(frozen=True, slots=True)
+class _States:
+    """What a scrape sees of one prefix-state cache."""
+
+    stats: StateStats
+    max_entries: int
+    blocks: Mapping[str, int]
+    bytes: Mapping[str, int]
+    max_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """One metric: its name, where its value lies, and what it means.
+
+    `label` is the second label of a metric whose value is a mapping.
+    """
+
+    name: str
+    path: str
+    meaning: str
+    label: str | None = None
+
+    def describe(self) -> Metric:
+        """Return the metric without samples."""
+        labels = ["model", self.label] if self.label else ["model"]
+        name = f"tokcache_{self.name}"
+        if name.endswith("_total"):
+            return CounterMetricFamily(name, self.meaning, labels=labels)
+        return GaugeMetricFamily(name, self.meaning, labels=labels)
+
+    def collect(self, seen: Iterable[tuple[str, Any]]) -> Metric:
+        """Return the metric with a sample a model, or one a model and value of `label`."""
+        family: Any = self.describe()
+        for model, view in seen:
+            value = attrgetter(self.path)(view)
+            if self.label is None:
+                family.add_metric([model], value)
+            else:
+                for key, one in value.items():
+                    family.add_metric([model, key], one)
+        return family  # type: ignore[no-any-return]  # add_metric is not in Metric
+
+
+TEXT = (
+    _Family("l0_hits_total", "stats.l0.hits", "Look-ups of whole texts that hit."),
+    _Family("l0_misses_total", "stats.l0.misses", "Look-ups of whole texts that missed."),
+    _Family("l0_hit_tokens_total", "stats.l0.hit_tokens", "Token ids served from L0 hits."),
+    _Family("l0_insertions_total", "stats.l0.insertions", "Texts put into L0."),
+    _Family("l0_evictions_total", "stats.l0.evictions", "Texts evicted from L0."),
+    _Family("l0_refusals_total", "stats.l0.refusals", "Texts not put into L0.", "reason"),
+    _Family("l0_entries", "stats.l0.n_entries", "Texts in L0."),
+    _Family("l0_max_entries", "config.l0_max_entries", "Texts that L0 may hold."),
+    _Family("l0_bytes", "stats.l0.n_bytes", "Bytes L0 holds: keys, ids and overhead."),
+    _Family("l0_max_bytes", "config.l0_max_bytes", "Bytes that L0 may hold."),
+    _Family("l1_hits_total", "stats.l1.hits", "Texts of which every chunk was known."),
+    _Family("l1_misses_total", "stats.l1.misses", "Texts of which some chunk was not known."),
+    _Family("l1_chunk_hits_total", "stats.l1.chunk_hits", "Chunks looked up that were known."),
+    _Family("l1_chunk_misses_total", "stats.l1.chunk_misses", "Chunks looked up in vain."),
+    _Family("l1_short_hits_total", "stats.l1.short_hits", "Short segments that were known."),
+    _Family("l1_short_misses_total", "stats.l1.short_misses", "Short segments not known."),
+    _Family("l1_lookup_characters_total", "stats.l1.lookup_chars", "Characters looked up in L1."),
+    _Family(
+        "l1_chunk_miss_characters_total",
+        "stats.l1.chunk_miss_chars",
+        "Characters of chunks that were not known.",
+    ),
+    _Family(
+        "l1_engine_characters_total",
+        "stats.l1.engine_chars",
+        "Characters of parts that the engine encoded.",
+    ),
+    _Family("l1_tokens_total", "stats.l1.tokens", "Token ids of texts put together from parts."),
+    _Family(
+        "l1_engine_tokens_total", "stats.l1.engine_tokens", "Those of them that the engine made."
+    ),
+    _Family("l1_insertions_total", "stats.l1.insertions", "Parts put into L1."),
+    _Family("l1_evictions_total", "stats.l1.evictions", "Parts evicted from L1."),
+    _Family(
+        "l1_refusals_total", "stats.l1.refusals", "Texts not cut and parts not kept.", "reason"
+    ),
+    _Family("l1_chunks", "stats.l1.n_chunks", "Chunks in L1."),
+    _Family("l1_shorts", "stats.l1.n_shorts", "Short segments in L1."),
+    _Family("l1_bytes", "stats.l1.n_bytes", "Bytes L1 holds."),
+    _Family("l1_max_bytes", "config.l1_max_bytes", "Bytes that L1 may hold."),
+    _Family("encode_texts_total", "stats.encoded_texts", "Texts encoded, all or parts of them."),
+    _Family("encode_tokens_total", "stats.encoded_tokens", "Token ids of the texts encoded."),
+    _Family("encode_seconds_total", "stats.encode_seconds", "Seconds spent encoding them."),
+    _Family("encode_shared_total", "stats.shared", "Callers that waited for another's encoding."),
+    _Family("invalidations_total", "stats.invalidations", "Changes that emptied the cache."),
+    _Family("bypasses_total", "stats.bypasses", "Calls answered by the plain tokenizer.", "reason"),
+)
+
+STATES = (
+    _Family("state_lookups_total", "stats.lookups", "Look-ups of prefixes."),
+    _Family("state_hits_total", "stats.hits", "Look-ups that found a usable prefix."),
+    _Family("state_lookup_tokens_total", "stats.lookup_tokens", "Tokens of prompts looked up."),
+    _Family(
+        "state_reused_tokens_total",
+        "stats.reused_tokens",
+        "Positions restored instead of decoded.",
+    ),
+    _Family("state_saved_tokens_total", "stats.saved_tokens", "Positions stored."),
+    _Family("state_saved_blocks_total", "stats.saved_blocks", "Blocks stored."),
+    _Family("state_restore_seconds_total", "stats.restore_seconds", "Seconds spent restoring."),
+    _Family("state_save_seconds_total", "stats.save_seconds", "Seconds spent saving."),
+    _Family("state_evictions_total", "stats.evictions", "Blocks evicted."),
+    _Family("state_refusals_total", "stats.refusals", "States not stored or not used.", "reason"),
+    _Family("state_entries", "stats.n_entries", "Stored prefixes."),
+    _Family("state_max_entries", "max_entries", "Prefixes that may be stored."),
+    _Family("state_blocks", "blocks", "Blocks stored, by tier.", "tier"),
+    _Family("state_bytes", "bytes", "Bytes held, by tier.", "tier"),
+    _Family("state_max_bytes", "max_bytes", "Bytes that may be held, by tier.", "tier"),
+    _Family("state_whole_states", "stats.n_states", "Whole states in memory."),
+    _Family("state_promoted_tokens_total", "stats.promoted_tokens", "Positions from a lower tier."),
+    _Family("state_expirations_total", "stats.expirations", "States that expired."),
+    _Family("state_disk_hits_total", "stats.disk.hits", "States found on disk."),
+    _Family("state_disk_misses_total", "stats.disk.misses", "States looked up there in vain."),
+    _Family("state_disk_writes_total", "stats.disk.writes", "States written to disk."),
+    _Family("state_disk_evictions_total", "stats.disk.evictions", "States pruned from disk."),
+    _Family("state_disk_read_bytes_total", "stats.disk.read_bytes", "Bytes read from disk."),
+    _Family("state_disk_written_bytes_total", "stats.disk.written_bytes", "Bytes written there."),
+    _Family(
+        "state_disk_refusals_total",
+        "stats.disk.refusals",
+        "States that the disk did not store or use.",
+        "reason",
+    ),
+    _Family("state_disk_bytes", "stats.disk.n_bytes", "Bytes of files on disk."),
+)
+
+
+class Collector(_Base):
+    """The metrics of the tokenizers and state caches that are added, under one name each.
+
+    They are held by weak references: what nobody else holds any more disappears from the next
+    scrape on. `registry` is where the collector registers, prometheus_client's own if not given,
+    and None for nowhere.
+
+    Errors:  InvalidConfig where the registry has a Collector already.
+    Cost:    a scrape asks each cache for its counters once, under that cache's own short lock.
+    Threads: safe.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = REGISTRY) -> None:
+        self._lock = threading.Lock()
+        self._observed: dict[tuple[type[_Observed], str], weakref.ref[_Observed]] = {}
+        self._shows_loaded = False
+        if registry is not None:
+            _register(self, registry)
+
+    def add(self, model: str, cache: WrappedTokenizer | PrefixStateCache) -> None:
+        """Show a wrapped tokenizer or a state cache under the label `model`.
+
+        A tokenizer and a state cache may share a label. Adding one again gives it a new label;
+        views of one tokenizer (`scoped`) are one.
+
+        Errors: InvalidConfig for a label that is empty or taken by another of the kind, and for
+                anything else than a wrapped tokenizer or PrefixStateCache.
+        """
+        if not isinstance(model, str) or not model:
+            raise InvalidConfig(f"model must be a str that is not empty, not {model!r}")
+        observed = _observed(cache)
+        with self._lock:
+            holder = self._living().get((type(observed), model))
+            if holder is not None and holder is not observed:
+                raise InvalidConfig(
+                    f"another {_kind(observed)} is shown as {model!r} already; remove({model!r}) "
+                    "it first, or give this one another label"
+                )
+            self._show(model, observed)
+
+    def add_loaded(self) -> None:
+        """Show every tokenizer that `patch_transformers` wraps, too, those to come included.
+
+        Each is labelled by the name or path that it was loaded by, with `#2` and so on where
+        several were loaded by one name; `add` gives it another label.
+        """
+        self._shows_loaded = True
+
+    def remove(self, model: str) -> None:
+        """Show nothing under the label `model` any more; where nothing is shown, do nothing."""
+        with self._lock:
+            self._observed = {key: ref for key, ref in self._observed.items() if key[1] != model}
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield every metric without samples: what a registry knows the names by."""
+        yield _build()
+        yield from _loads(patch.LoadStats(0, {}))
+        for family in (*TEXT, *STATES):
+            yield family.describe()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric with a sample for each cache that lives."""
+        if self._shows_loaded:
+            self._show_loaded()
+        living = list(self._living().items())
+        yield _build()
+        yield from _loads(patch.load_stats())
+        # All caches before the first metric: the values of one scrape belong together.
+        text = [(key[1], _text(one)) for key, one in living if isinstance(one, CachedTokenizer)]
+        states = [
+            (key[1], _states(one)) for key, one in living if isinstance(one, PrefixStateCache)
+        ]
+        for families, seen in ((TEXT, text), (STATES, states)):
+            for family in families:
+                yield family.collect(seen)
+
+    def _living(self) -> dict[tuple[type[_Observed], str], _Observed]:
+        found = ((key, ref()) for key, ref in self._observed.items())
+        return {key: one for key, one in found if one is not None}
+
+    def _show(self, model: str, observed: _Observed) -> None:
+        living = {key: one for key, one in self._living().items() if one is not observed}
+        living[type(observed), model] = observed
+        # A new dict: a scrape reads the old one meanwhile, without the lock.
+        self._observed = {key: weakref.ref(one) for key, one in living.items()}
+
+    def _show_loaded(self) -> None:
+        with self._lock:
+            shown = {id(one) for one in self._living().values()}
+            for name, core in patch.loaded():
+                if id(core) not in shown:
+                    self._show(self._free_label(name or "unnamed"), core)
+
+    def _free_label(self, name: str) -> str:
+        taken = {label for kind, label in self._living() if kind is CachedTokenizer}
+        label, n = name, 1
+        while label in taken:
+            n += 1
+            label = f"{name}#{n}"
+        return label
+
+
+def _register(collector: Collector, registry: CollectorRegistry) -> None:
+    try:
+        registry.register(collector)
+    except ValueError as error:
+        raise InvalidConfig(
+            f"this registry has tokcache's metrics already ({error}); keep one Collector a "
+            "registry and add() to it"
+        ) from error
+
+
+def _observed(cache: object) -> _Observed:
+    if isinstance(cache, WrappedTokenizer):
+        return cache._tokcache  # noqa: SLF001 (ours)
+    if isinstance(cache, PrefixStateCache):
+        return cache
+    raise InvalidConfig(
+        f"a {type(cache).__qualname__} has no metrics; pass what tokcache.wrap returns, or a "
+        "PrefixStateCache"
+    )
+
+
+def _kind(observed: _Observed) -> str:
+    return "tokenizer" if isinstance(observed, CachedTokenizer) else "state cache"
+
+
+def _text(core: CachedTokenizer) -> _Text:
+    return _Text(core.stats(), core.config)
+
+
+def _states(cache: PrefixStateCache) -> _States:
+    stats = cache.stats()
+    return _States(
+        stats,
+        cache.max_entries,
+        blocks={"ram": stats.n_blocks},
+        bytes={"ram": stats.n_bytes},
+        max_bytes={"ram": cache.ram_bytes},
+    )
+
+
+def _build() -> Metric:
+    return InfoMetricFamily("tokcache_build", "The version.", value={"version": __version__})
+
+
+def _loads(stats: patch.LoadStats) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "tokcache_patch_wrapped_total", "Tokenizers wrapped as they were loaded.", stats.n_wrapped
+    )
+    unwrapped = CounterMetricFamily(
+        "tokcache_patch_unwrapped_total",
+        "Tokenizers loaded that could not be wrapped, by class.",
+        labels=["class"],
+    )
+    for name, n in stats.unwrapped.items():
+        unwrapped.add_metric([name], n)
+    yield unwrapped
