@@ -13,7 +13,8 @@ import bench
 def names() -> list[str]:
     """Return the benchmarks there are."""
     found = pkgutil.iter_modules([str(Path(bench.__file__).parent)])
-    return sorted(m.name for m in found if not m.ispkg and not m.name.startswith("_"))
+    shown = [m.name for m in found if not m.ispkg and not m.name.startswith("_")]
+    return sorted(name.replace("_", "-") for name in shown)
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +22,8 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in names():
         print(f"usage: python -m bench NAME [--json FILE]; NAME: {', '.join(names())}")
         return 2
-    return int(importlib.import_module(f"bench.{argv[0]}").main(argv[1:]))
+    module = importlib.import_module(f"bench.{argv[0].replace('-', '_')}")
+    return int(module.main(argv[1:]))
 
 
 sys.exit(main(sys.argv[1:]))
