@@ -25,7 +25,7 @@ N_PREFIX, N_TAIL, BLOCK, N_CTX = 1024, 200, 256, 4096
 BARS = {"restore": 2.0, "save": 2.5}
 
 
-def big_model(**sizes: int) -> str:
+def big_model(**sizes: Any) -> str:
     """Return the path of a random model of the size that the bars are stated for."""
     shape: dict[str, Any] = {
         "n_layers": 12,

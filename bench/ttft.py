@@ -1,0 +1,283 @@
+"""Six interleaved chats: tokens prefilled and time to the first token, tokcache and its peers.
+
+The first turns of tau-bench chats (chats of our own where those are absent) take turns round
+robin, so that a context of one sequence never holds what a prompt continues. Each system is a
+process of its own, all with the same random model, pieces of 256 tokens and one thread (two on a
+busy machine wait for each other); every prompt goes to all of them, one at a time, in random
+order. Half-way the disk systems are ended and started again on their folder, and the Redis ones
+are followed by another process.
+
+First the texts are compared with those of prompts that are decoded whole: reproducible mode must
+give them all, token for token, in every tier; prompts whose first 256 tokens are others must give
+other texts, or the comparison shows nothing. llama-server has other kernels: it is compared by
+prefilled tokens only. Then come, for each system, the prompt tokens decoded over the least
+possible (what is beyond the longest prefix in common with any earlier prompt and its answer; at
+least one), the time to the first token, and that of whole requests, saving included.
+
+The bars are meant for the default mode, which reuses to the token; LlamaRAMCache does so, too.
+Reproducible mode reuses whole blocks of 256, so that its least possible is counted in those; its
+figures are printed beside. `unseen alone` has what was seen before put into its context while no
+clock runs: the time that decoding the unseen tokens takes. `--large` takes a model of 12 layers x
+768, where decoding is nearly all of the time and no cache can be much faster than another that
+finds as much; without it 4 layers x 384.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from bench import _report
+from bench.adapters.answering import (
+    BLOCK,
+    N_ANSWER,
+    N_CTX,
+    SYSTEMS,
+    Answer,
+    Setting,
+    Worker,
+    redis_server,
+    why_without,
+)
+from bench.restore import big_model
+from bench.workloads import chats
+from bench.workloads.data import default_tokenizers, tokenizer_file
+from tokcache import TokenIds
+from tokcache.llama.server.shelf import n_common
+
+N_SESSIONS = 6
+SMALL = {"n_layers": 4, "n_embd": 384, "n_heads": 6, "n_kv_heads": 2, "n_ff": 1024}
+EXPECTED, IDEAL, PEER, SERVER = "nothing kept", "unseen alone", "LlamaRAMCache", "llama-server"
+RAM, DISK, REDIS = "tokcache RAM", "tokcache disk", "tokcache Redis"
+REPRODUCIBLE = ", reproducible"
+MAX_OVER_LEAST, MAX_OVER_PEER, MAX_OVER_IDEAL, MAX_OVER_RAM = 1.02, 0.42, 1.1, 1.3
+
+Prompts = list[list[int]]
+
+
+@dataclass(slots=True)
+class Run:
+    """What one system answered, and where its process was followed by another one."""
+
+    answers: list[Answer] = field(default_factory=list)
+    least: list[int] = field(default_factory=list)
+
+
+def prompts(tokenizer: Any, n_turns: int) -> tuple[str, Prompts]:
+    """Return where they are from, and the sessions' prompts, taking turns."""
+    source, found = chats.load()
+    sessions = [chats.prompts([chat], tokenizer)[:n_turns] for chat in found]
+    sessions = [one for one in sessions if len(one) == n_turns][:N_SESSIONS]
+    texts = [session[turn] for turn in range(n_turns) for session in sessions]
+    encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    longest = max(map(len, encoded)) + N_ANSWER
+    if longest > N_CTX:
+        raise SystemExit(f"a prompt has {longest} tokens, more than {N_CTX}: take fewer --turns")
+    return source, encoded
+
+
+def least(asked: Prompts, answers: list[Answer], grain: int) -> Iterator[int]:
+    """Yield the least tokens to prefill with all earlier states at hand, in whole `grain`s."""
+    held: list[TokenIds] = []
+    for prompt, answer in zip(asked, answers, strict=True):
+        ids = TokenIds(prompt)
+        known = max((n_common(state, ids) for state in held), default=0)
+        yield len(prompt) - min(known, len(prompt) - 1) // grain * grain
+        held.append(TokenIds([*prompt, *answer.token_ids]))
+
+
+def play(
+    workers: list[Worker], asked: Prompts, progress: Progress
+) -> tuple[dict[str, Run], list[Answer]]:
+    """Send every prompt to every system; half-way, some go on in another process.
+
+    Return the answers, and those to the last prompts with another beginning, decoded whole.
+    """
+    rng = random.Random(3)
+    runs = {worker.name: Run() for worker in workers}
+    task = progress.add_task("asking", total=len(asked) * len(workers))
+    for number, prompt in enumerate(asked):
+        if number == half(asked):
+            for worker in workers:
+                if worker.name.startswith((DISK, REDIS)):
+                    worker.restart()
+        for worker in rng.sample(workers, len(workers)):
+            runs[worker.name].answers.append(worker.ask(prompt))
+            progress.advance(task)
+    for name, run in runs.items():
+        run.least = list(least(asked, run.answers, BLOCK if REPRODUCIBLE in name else 1))
+    (whole,) = (worker for worker in workers if worker.name == EXPECTED)
+    others = [[*rng.choices(range(3, 2000), k=BLOCK), *prompt[BLOCK:]] for prompt in last(asked)]
+    return runs, [whole.ask(prompt) for prompt in others]
+
+
+def last(each: list[Any]) -> list[Any]:
+    """Return those of the last turn."""
+    return each[-N_SESSIONS:]
+
+
+def half(asked: Prompts) -> int:
+    """Return how many prompts come before the restart: whole turns."""
+    return len(asked) // (2 * N_SESSIONS) * N_SESSIONS
+
+
+def figures(run: Run, part: slice) -> dict[str, float]:
+    """Return a system's figures for a part of the prompts."""
+    answers, n_least = run.answers[part], sum(run.least[part])
+    first = sorted(answer.first_token_s * 1000 for answer in answers)
+    n_prefilled = sum(answer.n_prefilled for answer in answers)
+    return {
+        "prefilled": n_prefilled,
+        "over least": n_prefilled / n_least,
+        "ttft median ms": median(first),
+        "ttft p95 ms": first[min(len(first) - 1, int(0.95 * len(first)))],
+        "ttft sum ms": sum(first),
+        "requests sum ms": sum(answer.whole_s * 1000 for answer in answers),
+    }
+
+
+def n_equal(runs: dict[str, Run]) -> dict[str, int]:
+    """Return how many texts of each system are those of prompts decoded whole."""
+    right = [answer.token_ids for answer in runs[EXPECTED].answers]
+    return {
+        name: sum(answer.token_ids == one for answer, one in zip(run.answers, right, strict=True))
+        for name, run in runs.items()
+        if name != SERVER
+    }
+
+
+def show(console: Console, title: str, found: dict[str, dict[str, float]]) -> None:
+    """Print a table: a line a system."""
+    table = Table("system", title=title)
+    for name in ("prefilled", "x least", "median", "p95", "sum", "x peer", "x ideal", "requests"):
+        table.add_column(name, justify="right")
+    peer, ideal = found[PEER]["ttft sum ms"], found[IDEAL]["ttft sum ms"]
+    for name, row in found.items():
+        total = row["ttft sum ms"]
+        ratios = (f"{total / each:.2f}" for each in (peer, ideal))
+        table.add_row(
+            name,
+            f"{row['prefilled']:,.0f}",
+            f"{row['over least']:.3f}",
+            f"{row['ttft median ms']:,.0f}",
+            f"{row['ttft p95 ms']:,.0f}",
+            f"{total:,.0f}",
+            *ratios,
+            f"{row['requests sum ms']:,.0f}",
+        )
+    console.print(table)
+
+
+def bars(parts: dict[str, dict[str, dict[str, float]]]) -> list[_report.Bar]:
+    """Return what the default mode must reach, then the same figures of reproducible mode."""
+    every, after, first = parts.values()
+    made = []
+    for mode in ("", REPRODUCIBLE):
+        ram = RAM + mode
+
+        def ceiling(what: str, value: float, limit: float, mode: str = mode) -> None:
+            made.append(_report.Bar(what + mode, value, limit, is_ceiling=True))
+
+        def over(rows: dict[str, dict[str, float]], name: str, other: str) -> float:
+            return rows[name]["ttft sum ms"] / rows[other]["ttft sum ms"]
+
+        ceiling("prefilled over the least possible", every[ram]["over least"], MAX_OVER_LEAST)
+        ceiling("sum of TTFT over LlamaRAMCache's", over(every, ram, PEER), MAX_OVER_PEER)
+        ceiling("sum of TTFT over the unseen tokens'", over(every, ram, IDEAL), MAX_OVER_IDEAL)
+        for name, what in ((DISK, "disk after a restart"), (REDIS, "Redis in a second process")):
+            if name + mode in every:
+                ceiling(f"{what} over RAM", over(after, name + mode, ram), MAX_OVER_RAM)
+                ratio = over(first, name + mode, ram)
+                ceiling(f"{what} over RAM, first prompts", ratio, MAX_OVER_RAM)
+    return made
+
+
+def chosen() -> list[str]:
+    """Return the systems that can be measured; say why the others are left out."""
+    found = []
+    for name in SYSTEMS:
+        why = why_without(name)
+        if why is None:
+            found.append(name)
+        else:
+            print(f"left out: {name}: {why}")
+    return found
+
+
+def run_all(
+    args: Any, model: str, asked: Prompts, names: list[str], progress: Progress
+) -> tuple[dict[str, Run], list[Answer]]:
+    """Start every system, ask, and end them."""
+    with contextlib.ExitStack() as opened:
+        folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="tokcache-bench-"))
+        uses_redis = any(name.startswith(REDIS) for name in names)
+        url = opened.enter_context(redis_server()) if uses_redis else ""
+        workers = []
+        for number, name in enumerate(progress.track(names, description="starting")):
+            own = Path(folder, str(number))
+            own.mkdir()
+            workers.append(Worker(name, Setting(model, args.threads, str(own), url)))
+            opened.callback(workers[-1].close)
+        return play(workers, asked, progress)
+
+
+def main(argv: list[str]) -> int:
+    """Compare, then measure; exit code 1 if texts are wrong or a bar of the default mode missed."""
+    options = _report.parser(__doc__ or "")
+    options.add_argument("--turns", type=int, default=6, help="so many prompts a session")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--large", action="store_true", help="12 layers x 768 instead of 4 x 384")
+    options.add_argument("--tokenizer", help="default: qwen2.5 where it is, else the tiny one")
+    args = options.parse_args(argv)
+    (name,) = [args.tokenizer] if args.tokenizer else default_tokenizers("qwen2.5")
+    file = tokenizer_file(name)
+    source, asked = prompts(Tokenizer.from_file(str(file)), args.turns)
+    model = big_model(tokenizer_json=file, **({} if args.large else SMALL))
+    names = chosen()
+    console = Console(width=112)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        runs, others = run_all(args, model, asked, names, progress)
+    equal = n_equal(runs)
+    right = [answer.token_ids for answer in last(runs[EXPECTED].answers)]
+    n_told = sum(a.token_ids != b for a, b in zip(others, right, strict=True))
+    print(f"{source}: {len(asked)} prompts, {sum(map(len, asked)):,} tokens of {name}")
+    for system, n in equal.items():
+        print(f"  {system:30} {n} of {len(asked)} texts equal")
+    cut = half(asked)
+    parts = {
+        "all prompts": slice(None),
+        "after the restart": slice(cut, None),
+        "the first prompts after it": slice(cut, cut + N_SESSIONS),
+    }
+    found = {
+        title: {system: figures(run, part) for system, run in runs.items()}
+        for title, part in parts.items()
+    }
+    for title, rows in found.items():
+        show(console, f"{title}; ms", rows)
+    is_right = all(n == len(asked) for system, n in equal.items() if REPRODUCIBLE in system)
+    is_right = is_right and n_told == len(others)
+    print(f"another beginning, another text: {n_told} of {len(others)}")
+    print(f"reproducible mode: {'all texts equal' if is_right else 'WRONG'}")
+    made = bars(found)
+    figures_made = {
+        "environment": _report.environment("llama-cpp-python", "xllamacpp", "numpy", "redis"),
+        "workload": {"source": source, "tokenizer": name, "large": args.large, "turns": args.turns},
+        "equal texts": equal,
+        "control differs": n_told == len(others),
+        "figures": found,
+        "bars": _report.show_bars(made),
+    }
+    _report.finish(figures_made, args.json)
+    return 0 if is_right and all(b.is_met for b in made if REPRODUCIBLE not in b.name) else 1
