@@ -115,9 +115,9 @@ def test_a_longer_block_takes_the_place_of_the_shorter_and_keeps_what_follows(
     writer.close()
     # Saved by a process that had not looked: the block [1, 2, 3, 4, 5].
     blind = cache_on(tmp_path)
-    blind._disk, disk = None, blind._disk
+    blind._below, below = (), blind._below
     Engine().save(blind, [1, 2, 3, 4, 5])
-    blind._disk = disk
+    blind._below = below
     Engine().save(blind, [1, 2, 3, 4, 5])  # what is not there yet is written now
     blind.close()
     fresh = cache_on(tmp_path)
@@ -200,8 +200,7 @@ def test_removing_a_scope_takes_its_bytes_off_the_disk(tmp_path: Path, keys: Any
 def test_what_waits_to_be_written_is_not_written_after_its_removal(tmp_path: Path) -> None:
     cache = cache_on(DiskTier.open(tmp_path))
     gate = threading.Event()
-    assert cache._writer is not None
-    cache._writer.put(Job("other", 0, lambda: gate.wait(10)))
+    cache._below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
     Engine().save(cache, SECRET, scope="a")
     assert cache.remove(scope="a") == 5
     gate.set()
@@ -341,8 +340,7 @@ def test_a_full_queue_drops_and_counts_and_the_next_save_writes_what_is_missing(
 ) -> None:
     cache = cache_on(tmp_path, queue_bytes=100)
     gate = threading.Event()
-    assert cache._writer is not None
-    cache._writer.put(Job(None, 0, lambda: gate.wait(10)))
+    cache._below[0].writer.put(Job(None, 0, lambda: gate.wait(10)))
     assert Engine().save(cache, SECRET) == 40  # 32 bytes a block: three wait, two are dropped
     assert cache.stats().refusals == {"disk: queue_full": 1}
     gate.set()
@@ -357,8 +355,7 @@ def test_a_full_queue_drops_and_counts_and_the_next_save_writes_what_is_missing(
 
 def test_a_cache_that_nobody_closed_is_written_all_the_same(tmp_path: Path) -> None:
     cache = cache_on(tmp_path)
-    writer = cache._writer
-    assert writer is not None
+    writer = cache._below[0].writer
     writer.put(Job(None, 0, lambda: time.sleep(0.2)))
     Engine().save(cache, SECRET)
     began = time.perf_counter()
