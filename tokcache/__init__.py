@@ -14,17 +14,16 @@ from tokcache.text.patch import patch_transformers, unpatch_transformers
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
-    from tokcache.state.tiers.disk import DiskTier
-    from tokcache.state.tiers.redis import RedisTier
+    from tokcache.state.tiers.disk import DiskTier as DiskTier
+    from tokcache.state.tiers.redis import RedisTier as RedisTier
 
+# The tiers are not among them: `import *` must not need what a tier needs.
 __all__ = [
     "CacheConfig",
     "CacheStats",
-    "DiskTier",
     "L0Cache",
     "L0Stats",
     "PrefixStateCache",
-    "RedisTier",
     "StateStats",
     "TokcacheError",
     "TokenIds",

@@ -21,7 +21,6 @@ import struct
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import InvalidConfig, MissingExtra
@@ -168,8 +167,9 @@ class Sealer:
             _xxhash()  # missing, it should be missed now
 
     def _derived_name_key(self) -> bytes:
-        secret = (self._hmac_key or b"") + (self._aes_key or b"")
-        return blake2b(secret, person=b"tokcache.names.2").digest()[:32] if secret else b""
+        if self._hmac_key is None and self._aes_key is None:
+            return b""
+        return digest(b"tokcache.names.3", b"", self._hmac_key or b"", self._aes_key or b"")
 
     @cached_property
     def _aes(self) -> AESGCM:
