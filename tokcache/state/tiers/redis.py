@@ -21,6 +21,7 @@ import logging
 import re
 import secrets
 import time
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
@@ -34,7 +35,7 @@ from tokcache.state.tiers.counting import Counting
 from tokcache.state.tiers.redis_link import Command, Link, LinkFailed, Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from tokcache.state.blocks import Owner
@@ -45,8 +46,7 @@ _log = logging.getLogger("tokcache")
 LAYOUT, HEAD = 1, b"head"
 WAYS = (0, 1)
 CHUNK_BYTES = 1 << 20  # what every server takes: its proto-max-bulk-len is at least that
-_READ_CHUNKS = 2  # a call; more wait in fresh memory, which costs more than another round trip
-_WRITTEN_CHUNKS = 8
+_CHUNKS_A_CALL = 8
 _FIRST_ASKED, _ASKED = 16, 64  # places looked up in one call: most prompts are new, or short
 _SLOWEST = 32 << 20  # bytes a second: what comes slower was not worth waiting for
 _NEW_S = 60  # what a writer that died has left lives that long
@@ -226,7 +226,10 @@ class RedisTier(Counting):
 
     # Asking
 
-    def _ask(self, commands: Sequence[Command], patience: _Patience) -> list[Any]:
+    def _replies(self, commands: Sequence[Command], patience: _Patience) -> list[Any]:
+        return self._ask(partial(self._link.ask, commands), patience)
+
+    def _ask(self, ask: Callable[[float], list[Any]], patience: _Patience) -> list[Any]:
         """Return the replies.
 
         Errors: StateRefused where there were none, or the circuit is open.
@@ -234,12 +237,12 @@ class RedisTier(Counting):
         with self._lock:
             if not self._asking.lets_through():
                 raise StateRefused("circuit_open")
-        return self._asked(commands, patience.until)
+        return self._asked(ask, patience)
 
-    def _asked(self, commands: Sequence[Command], until: float) -> list[Any]:
+    def _asked(self, ask: Callable[[float], list[Any]], patience: _Patience) -> list[Any]:
         is_good = False
         try:
-            replies = self._link.ask(commands, until)
+            replies = ask(patience.until)
             is_good = True
         except LinkFailed as failure:
             raise StateRefused(str(failure)) from failure
@@ -268,7 +271,7 @@ class RedisTier(Counting):
                 yield self._best(address, rest, values, patience)
 
     def _heads(self, keys: Sequence[str], patience: _Patience) -> list[Any]:
-        return self._ask([("HGET", key, HEAD) for key in keys], patience)
+        return self._replies([("HGET", key, HEAD) for key in keys], patience)
 
     def _best(
         self, address: Address, rest: bytes, values: dict[str, Any], patience: _Patience
@@ -305,18 +308,17 @@ class RedisTier(Counting):
         """
         patience.moving(target.nbytes)
         rooms = enumerate(_chunks(target))
-        while group := list(islice(rooms, _READ_CHUNKS)):
-            replies = self._ask([("HGET", key, n) for n, _ in group], patience)
-            for (_, room), chunk in zip(group, replies, strict=True):
-                room[:] = _checked_chunk(chunk, room.nbytes)
+        while group := list(islice(rooms, _CHUNKS_A_CALL)):
+            commands: list[Command] = [("HGET", key, n) for n, _ in group]
+            ask = partial(self._link.fill, commands, [room for _, room in group])
+            for (_, room), reply in zip(group, self._ask(ask, patience), strict=True):
+                _require_filled(reply, room.nbytes)
 
     def lengths(self, owner: Owner) -> set[int]:
         """Return the numbers of tokens of this owner's whole states."""
         try:
-            (reply,) = self._ask(
-                [("SMEMBERS", self._lengths_key(owner))], _Patience(self.timeout_s)
-            )
-            return _checked_lengths(reply)
+            ask = [("SMEMBERS", self._lengths_key(owner))]
+            return _checked_lengths(self._replies(ask, _Patience(self.timeout_s))[0])
         except StateRefused as refusal:
             self.refuse(str(refusal))
             return set()
@@ -324,7 +326,7 @@ class RedisTier(Counting):
     def discard(self, key: str, value: Any, patience: _Patience) -> None:
         """Remove a state that is damaged, unless another has taken its place meanwhile."""
         try:
-            self._ask([("EVAL", _DISCARD, 1, key, value)], patience)
+            self._replies([("EVAL", _DISCARD, 1, key, value)], patience)
         except StateRefused as refusal:
             self.refuse(str(refusal))
 
@@ -381,7 +383,7 @@ class RedisTier(Counting):
         commands.append(("EVAL", _BEGIN, 1, place.new, first + seal, _NEW_S))
         for n, chunk in enumerate(chunks):
             commands.append(("HSET", place.new, n, chunk))
-            if len(commands) > _WRITTEN_CHUNKS:
+            if len(commands) > _CHUNKS_A_CALL:
                 yield commands
                 commands = [("EXPIRE", place.new, _NEW_S)]
         end = (len(chunks) + 1, place.replaced, 0 if self.ttl_s is None else _ms(self.ttl_s))
@@ -412,11 +414,11 @@ class RedisTier(Counting):
         return said == b"published"
 
     def _last_reply(self, place: _Place, commands: list[Command], patience: _Patience) -> Any:
-        replies = self._ask(commands, patience)
+        replies = self._replies(commands, patience)
         for reply in replies:
             if isinstance(reply, Refused):
                 with contextlib.suppress(StateRefused):
-                    self._ask([("UNLINK", place.new)], patience)
+                    self._replies([("UNLINK", place.new)], patience)
                 raise StateRefused(reply.reason)
         return replies[-1]
 
@@ -437,7 +439,7 @@ class RedisTier(Counting):
             commands += [self._used(key) for key in self._keys(address)]
             commands += self._lengths_used(address)
         try:
-            self._ask(commands, _Patience(self.timeout_s))
+            self._replies(commands, _Patience(self.timeout_s))
         except StateRefused as refusal:
             self.refuse(str(refusal))
 
@@ -472,8 +474,8 @@ class RedisTier(Counting):
 
         Errors: StateRefused.
         """
-        until = _Patience(self.timeout_s).until
-        replies = self._asked([("UNLINK", key) for key in keys], until) if keys else []
+        ask = partial(self._link.ask, [("UNLINK", key) for key in keys])
+        replies = self._asked(ask, _Patience(self.timeout_s)) if keys else []
         for reply in replies:
             if isinstance(reply, Refused):
                 raise StateRefused(reply.reason)
@@ -516,14 +518,13 @@ def _chunks(data: memoryview) -> Iterator[memoryview]:
         yield data[at : at + CHUNK_BYTES]
 
 
-def _checked_chunk(chunk: Any, n_bytes: int) -> bytes:
-    if chunk is None:
+def _require_filled(reply: Any, n_bytes: int) -> None:
+    if reply is None:
         raise StateRefused("missing")
-    if isinstance(chunk, Refused):
-        raise StateRefused(chunk.reason)
-    if not isinstance(chunk, bytes) or len(chunk) != n_bytes:
+    if isinstance(reply, Refused):
+        raise StateRefused(reply.reason)
+    if reply != n_bytes:
         raise StateRefused("damaged")
-    return chunk
 
 
 def _checked_lengths(reply: Any) -> set[int]:
