@@ -38,6 +38,7 @@ _log = logging.getLogger("tokcache")
 
 UNKNOWN = -1  # stands in input_ids where a position was written by no token (images): no id is -1
 BLOCK_TOKENS = 256  # the grid of reproducible mode without a prefix cache, as with one by default
+_PREFILL_TOKENS = 16  # fewer in one call say little of what a prompt takes
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
@@ -287,8 +288,18 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def eval(self, tokens: Any) -> None:
         """Decode `tokens` after what the context holds; in reproducible mode, cut on the grid."""
         with self._open_gate().step():
+            began = time.perf_counter()
             for piece in self._pieces(tokens):
                 self._eval_piece(piece)
+            self._note_prefill(len(tokens), began)
+
+    def _note_prefill(self, n_tokens: int, began: float) -> None:
+        """Tell the cache what decoding takes: slower tiers are then left alone."""
+        cache = self.prefix_cache
+        if cache is None or n_tokens < _PREFILL_TOKENS or not (key := self._key()):
+            return
+        llama_cpp.llama_synchronize(self.ctx)  # a GPU may still be at work
+        cache.note_prefill(n_tokens, time.perf_counter() - began, fingerprint=key)
 
     def _pieces(self, tokens: Any) -> Iterator[Any]:
         if not self.reproducible or not len(tokens):

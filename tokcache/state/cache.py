@@ -208,7 +208,8 @@ class PrefixStateCache(WholeStates):
         """Add what the tiers below hold beyond what memory does; the lock is not held."""
         before = path.n_tokens
         ended: dict[Below, int] = {}
-        while any(self._extend_from(below, path, wanted, ended) for below in self._below):
+        asked = self._worth_asking(path.owner)
+        while any(self._extend_from(below, path, wanted, ended) for below in asked):
             pass
         with self._lock:
             self._memory.counts["promoted_tokens"] += path.n_tokens - before
@@ -221,14 +222,19 @@ class PrefixStateCache(WholeStates):
         `ended` tells at which position each tier is known to hold nothing more.
         """
         before = path.n_tokens
-        if before * TOKEN_BYTES >= len(wanted) or ended.get(below) == before:
+        if before * TOKEN_BYTES >= len(wanted) or ended.get(below, -1) >= before:
             return False
         found = below.tier.find_each(self._ahead(path, wanted))
         foreseen = before
         while path.n_tokens == foreseen:
             foreseen += self.block_tokens
-            if not self._extend_by_one(path, below, found, wanted):
-                ended[below] = path.n_tokens
+            began, start = time.perf_counter(), path.n_tokens
+            is_more = self._extend_by_one(path, below, found, wanted)
+            seconds = time.perf_counter() - began
+            goes_on = self._note_read(below, path.owner, path.n_tokens - start, seconds)
+            if not (is_more and goes_on):
+                # It holds nothing more, or it rests from now on, whatever others still bring.
+                ended[below] = path.n_tokens if goes_on else len(wanted)
                 break
         return path.n_tokens > before
 

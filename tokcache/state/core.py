@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from tokcache.config import require_int, require_seconds
 from tokcache.errors import InvalidConfig, InvalidText
 from tokcache.state.behind import Job, WriteBehind
 from tokcache.state.blocks import Owner, child_name
+from tokcache.state.cost import Speed, Worth
 from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.state.memory import StateMemory
 from tokcache.state.tiers import Address, LowerTier, Record
@@ -45,12 +47,16 @@ _COUNTED = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Below:
-    """A tier below memory, what writes to it, and its bit in `written` of a block."""
+    """A tier below memory, what writes to it, and its bit in `written` of a block.
+
+    `worth`: for which models it is left alone, because prefilling is faster.
+    """
 
     tier: LowerTier
     writer: WriteBehind
     bit: int
     is_owned: bool
+    worth: Worth = field(default_factory=Worth)
 
     def write(self, held: Node | Whole, job: Job) -> bool:
         """Queue the write of a payload; False, and nothing changed, if the queue is full."""
@@ -110,6 +116,7 @@ class StateCore(Forkable):
         self._is_closed = False
         self._removals = 0
         self._seconds = {"restore": 0.0, "save": 0.0}
+        self._prefill: dict[bytes, Speed] = {}
         self._loose: weakref.WeakSet[Whole] = weakref.WeakSet()
         self._below: tuple[Below, ...] = ()
         if enabled:
@@ -137,6 +144,38 @@ class StateCore(Forkable):
     def redis(self) -> RedisTier | None:
         """The Redis tier, None without one."""
         return self._tier_below("redis")  # type: ignore[return-value]
+
+    def note_prefill(self, n_tokens: int, seconds: float, *, fingerprint: bytes) -> None:
+        """Tell how long the engine took to prefill `n_tokens` of the model `fingerprint`.
+
+        What a lower tier took longer for than that is counted; once it has cost a quarter of a
+        second it is not asked for this model's states for half a minute, then it is tried anew.
+        Without this nothing is known, and every tier is asked.
+
+        Errors: InvalidConfig.
+        """
+        require_int("n_tokens", n_tokens, minimum=1)
+        if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+            raise InvalidConfig(f"seconds must be a number from 0 on, not {seconds!r}")
+        fingerprint = checked_fingerprint(fingerprint)
+        with self._lock:
+            self._prefill.setdefault(fingerprint, Speed()).note(n_tokens, seconds)
+
+    def _worth_asking(self, owner: Owner) -> list[Below]:
+        """Return the tiers that may be faster than prefilling; count the others."""
+        with self._lock:
+            resting = [each for each in self._below if each.worth.rests(owner.fingerprint)]
+        for below in resting:
+            below.tier.refuse("slower_than_prefill")
+        return [each for each in self._below if each not in resting]
+
+    def _note_read(self, below: Below, owner: Owner, n_tokens: int, seconds: float) -> bool:
+        """Note what a tier took to bring `n_tokens`; return whether to go on asking it."""
+        with self._lock:
+            speed = self._prefill.get(owner.fingerprint)
+            if speed is not None and n_tokens:
+                below.worth.note(owner.fingerprint, seconds, speed.seconds(n_tokens))
+            return not below.worth.rests(owner.fingerprint)
 
     def _address(self, node: Node, owner: Owner) -> Address:
         head = node.tokens[: self._index.grain(owner)]

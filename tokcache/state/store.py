@@ -142,7 +142,8 @@ class WholeStates(StateCore):
         return None
 
     def _find(self, owner: Owner, wanted: bytes) -> StateHandle | None:
-        lengths = [below.tier.lengths(owner) for below in self._below]
+        worth = self._worth_asking(owner)
+        lengths = [below.tier.lengths(owner) for below in worth]
         with self._lock:
             self._settle()
             if self._is_closed:
@@ -153,7 +154,7 @@ class WholeStates(StateCore):
         usable.reverse()
         asked = [
             (below, held, _ask(below, owner, wanted, {n: names[n] for n in usable if n in held}))
-            for below, held in zip(self._below, lengths, strict=True)
+            for below, held in zip(worth, lengths, strict=True)
         ]
         for n_tokens in usable:
             tokens = wanted[: n_tokens * TOKEN_BYTES]
@@ -199,19 +200,22 @@ class WholeStates(StateCore):
         self, below: Below, found: Iterator[Stored | None], owner: Owner, tokens: bytes
     ) -> StateHandle | None:
         """Return the next that a tier found, if it is of `tokens`."""
+        began, handle = time.perf_counter(), None
         try:
             stored = next(found, None)
             if stored is None:
                 return None
             with stored:
-                is_it = stored.record.tokens == tokens
-                return self._promoted(below, owner, stored) if is_it else None
+                if stored.record.tokens == tokens:
+                    handle = self._promoted(below, owner, stored)
         except StateRefused as refusal:
             below.tier.refuse(str(refusal))
         except Exception:  # noqa: BLE001  (whatever it is, it is a miss)
             _log.warning("the %s tier failed", below.tier.label, exc_info=True)
             below.tier.refuse("error")
-        return None
+        if handle is not None:
+            self._note_read(below, owner, handle.n_tokens, time.perf_counter() - began)
+        return handle
 
     def _promoted(self, below: Below, owner: Owner, stored: Stored) -> StateHandle | None:
         record = stored.record

@@ -1,0 +1,50 @@
+"""Llama tells its cache what prefilling takes; a disk that is slower is left alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.models import BLOCK, GREEDY, llama, store, text
+from tests.state.test_cost import SlowDisk
+
+RNG = random.Random(6)
+LONG, OTHER = RNG.choices(range(3, 500), k=5 * BLOCK + 7), RNG.choices(range(3, 500), k=100)
+
+
+@pytest.mark.parametrize(("delay_s", "n_blocks"), [(0.0, 5), (0.5, 1)], ids=["fast", "slow"])
+def test_a_disk_is_used_if_it_is_faster_than_prefilling(
+    tmp_path: Path, delay_s: float, n_blocks: int
+) -> None:
+    def made() -> tuple[SlowDisk, Any, Any]:
+        disk = SlowDisk.open(tmp_path)
+        disk.delay_s = 0.0
+        cache = store(disk=disk)
+        return disk, cache, llama(cache, reproducible=True)
+
+    _, cache, llm = made()
+    expected = text(llm.create_completion(LONG, **GREEDY))
+    llm.close()
+    cache.close()
+    disk, cache, llm = made()
+    llm.create_completion(OTHER, **GREEDY)
+    disk.delay_s = delay_s
+    assert text(llm.create_completion(LONG, **GREEDY)) == expected
+    assert llm.last_reuse.n_restored == n_blocks * BLOCK
+    assert disk.n_reads == n_blocks
+    llm.close()
+    cache.close()
+
+
+def test_what_prefilling_takes_is_told_in_tokens_of_this_model() -> None:
+    cache = store()
+    llm = llama(cache)
+    llm.create_completion(OTHER, **GREEDY)
+    ((fingerprint, speed),) = cache._prefill.items()
+    assert fingerprint == llm._key()
+    assert speed._n_tokens == len(OTHER)  # the answer's tokens, one by one, are not counted
+    assert 0 < speed.seconds(1) < 1
+    llm.close()

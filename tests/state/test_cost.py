@@ -1,0 +1,170 @@
+"""A tier that is slower than prefilling is left alone; it is tried again now and then."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.state.engine import Engine, restored
+from tokcache.errors import InvalidConfig
+from tokcache.state.cache import PrefixStateCache
+from tokcache.state.cost import Speed, Worth
+from tokcache.state.tiers.disk import DiskTier
+
+N, BLOCK = 80, 8
+
+
+class SlowDisk(DiskTier):
+    """Files whose reads take `delay_s` longer."""
+
+    delay_s = 0.1
+    n_reads = 0
+
+    def find_each(self, wanted: Iterable[Any]) -> Iterator[Any]:
+        for stored in super().find_each(wanted):
+            if stored is not None:
+                self.n_reads += 1
+                time.sleep(self.delay_s)
+            yield stored
+
+
+def prompt(first: int) -> list[int]:
+    return list(range(first, first + N))
+
+
+def filled(path: Path, n_prompts: int) -> SlowDisk:
+    cache = PrefixStateCache(disk=DiskTier.open(path), block_tokens=BLOCK)
+    for first in range(n_prompts):
+        Engine().save(cache, prompt(1000 * first))
+        cache.store(prompt(1000 * first), b"whole", fingerprint=b"m")
+    cache.close()
+    return SlowDisk.open(path)
+
+
+def on(tier: DiskTier, prefill_s: float | None, fingerprint: bytes = b"m") -> PrefixStateCache:
+    """Return a cache that knows what a token takes to prefill."""
+    cache = PrefixStateCache(disk=tier, block_tokens=BLOCK)
+    if prefill_s is not None:
+        cache.note_prefill(100, 100 * prefill_s, fingerprint=fingerprint)
+    return cache
+
+
+def found(cache: PrefixStateCache, tokens: list[int]) -> int:
+    with cache.plan(tokens, fingerprint=b"m") as plan:
+        return restored(plan, tokens) if plan.blocks else 0
+
+
+def test_a_slow_tier_is_left_alone_after_a_quarter_of_a_second(tmp_path: Path) -> None:
+    tier = filled(tmp_path, 3)
+    cache = on(tier, 0.001)
+    assert found(cache, prompt(0)) == 3 * BLOCK  # each read 0.09 s slower: the third was too much
+    assert found(cache, prompt(1000)) == 0
+    assert found(cache, prompt(2000)) == 0
+    assert tier.n_reads == 3
+    assert found(cache, prompt(0)) == 3 * BLOCK  # from memory
+    assert cache.stats().refusals == {"disk: slower_than_prefill": 3}
+    Engine().save(cache, prompt(1000))  # nor are others' blocks read before a save
+    assert tier.n_reads == 3
+    assert found(cache, prompt(1000)) == N
+    cache._check()
+    cache.close()
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "prefill_s"),
+    [(0.0, 0.001), (0.02, 0.01), (0.04, None)],
+    ids=["fast", "faster than prefill", "prefill not known"],
+)
+def test_a_tier_that_is_faster_is_used(
+    tmp_path: Path, delay_s: float, prefill_s: float | None
+) -> None:
+    tier = filled(tmp_path, 2)
+    tier.delay_s = delay_s
+    cache = on(tier, prefill_s)
+    assert [found(cache, prompt(first)) for first in (0, 1000)] == [N, N]
+    assert cache.stats().refusals == {}
+    cache.close()
+
+
+def test_one_slow_read_is_forgiven(tmp_path: Path) -> None:
+    tier = filled(tmp_path, 3)
+    cache = on(tier, 0.001)
+    tier.delay_s = 0.2
+    assert found(cache, prompt(0)[:BLOCK]) == BLOCK
+    tier.delay_s = 0.0
+    assert [found(cache, prompt(first)) for first in (0, 1000, 2000)] == [N, N, N]
+    assert cache.stats().refusals == {}
+    cache.close()
+
+
+def test_after_a_rest_it_is_tried_again(tmp_path: Path) -> None:
+    tier = filled(tmp_path, 4)
+    cache = on(tier, 0.001)
+    (below,) = cache._below
+    below.worth.rest_s = 0.3
+    tier.delay_s = 0.3
+    assert found(cache, prompt(0)) == BLOCK
+    assert found(cache, prompt(1000)) == 0
+    time.sleep(0.35)
+    assert found(cache, prompt(1000)) == BLOCK  # still slow: one read, and it rests again
+    assert found(cache, prompt(2000)) == 0
+    tier.delay_s = 0.0
+    time.sleep(0.35)
+    assert [found(cache, prompt(first)) for first in (2000, 3000)] == [N, N]
+    cache.close()
+
+
+def test_each_model_has_its_own_measure(tmp_path: Path) -> None:
+    tier = filled(tmp_path, 2)
+    tier.delay_s = 0.04
+    cache = on(tier, 0.001, fingerprint=b"a fast model")
+    cache.note_prefill(10, 100.0, fingerprint=b"m")
+    assert [found(cache, prompt(first)) for first in (0, 1000)] == [N, N]
+    assert cache.stats().refusals == {}
+    cache.close()
+
+
+def test_whole_states_are_left_alone_too(tmp_path: Path) -> None:
+    tier = filled(tmp_path, 3)
+    cache = on(tier, 0.001)
+    tier.delay_s = 0.5
+    assert cache.find(prompt(0), fingerprint=b"m") is not None  # 0.42 s slower
+    assert cache.find(prompt(1000), fingerprint=b"m") is None
+    assert cache.find(prompt(0), fingerprint=b"m") is not None
+    assert tier.n_reads == 1
+    assert cache.stats().refusals == {"disk: slower_than_prefill": 2}
+    cache.close()
+
+
+def test_what_was_measured_last_counts_most() -> None:
+    speed = Speed()
+    speed.note(100, 1.0)
+    assert speed.seconds(200) == pytest.approx(2.0)
+    for _ in range(30):
+        speed.note(100, 10.0)
+    assert speed.seconds(100) == pytest.approx(10.0, rel=0.01)
+
+
+def test_fast_reads_give_no_credit() -> None:
+    worth = Worth()
+    for _ in range(100):
+        worth.note(b"m", 0.001, 1.0)
+    worth.note(b"m", 0.2, 0.0)
+    assert not worth.rests(b"m")
+    worth.note(b"m", 0.1, 0.0)
+    assert worth.rests(b"m")
+    assert not worth.rests(b"n")
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "seconds"),
+    [(0, 1.0), (-1, 1.0), (1.5, 1.0), (10, -1.0), (10, math.nan), (10, math.inf), (10, "1")],
+)
+def test_a_measure_that_can_not_be_is_refused(n_tokens: Any, seconds: Any) -> None:
+    with pytest.raises(InvalidConfig):
+        PrefixStateCache().note_prefill(n_tokens, seconds, fingerprint=b"m")
