@@ -37,6 +37,7 @@ class Engine:
         scope: str | None = None,
         *,
         aligned: bool = False,
+        public_tokens: int = 0,
     ) -> int:
         def read(start: int, stop: int, buffer: memoryview) -> None:
             if self.fail_at is not None and start <= self.fail_at < stop:
@@ -48,7 +49,13 @@ class Engine:
             return (stop - start) * POSITION_BYTES
 
         return cache.save(
-            tokens, read, n_bytes, fingerprint=fingerprint, scope=scope, aligned=aligned
+            tokens,
+            read,
+            n_bytes,
+            fingerprint=fingerprint,
+            scope=scope,
+            aligned=aligned,
+            public_tokens=public_tokens,
         )
 
 

@@ -56,7 +56,8 @@ def on(tier: DiskTier, prefill_s: float | None, fingerprint: bytes = b"m") -> Pr
 
 def found(cache: PrefixStateCache, tokens: list[int]) -> int:
     with cache.plan(tokens, fingerprint=b"m") as plan:
-        return restored(plan, tokens) if plan.blocks else 0
+        assert restored(plan, tokens) == plan.n_tokens
+        return plan.n_tokens
 
 
 def test_a_slow_tier_is_left_alone_after_a_quarter_of_a_second(tmp_path: Path) -> None:

@@ -18,17 +18,24 @@ from tokcache.errors import InvalidTokens
 TOKEN_BYTES = 4
 DIGEST_BYTES = 32
 _ROOT, _CHILD, _SCOPE = b"tokcache.root.2", b"tokcache.block.2", b"tokcache.scope.2"
+_PUBLIC = b"tokcache.public2"
 
 Kind = Literal["free", "grid", "whole"]
 """Blocks of any length; blocks that were decoded on a grid; states of whole prefixes."""
 
 
 class Owner(NamedTuple):
-    """Whose states these are: what makes two interchangeable, and who may see them."""
+    """Whose states these are: what makes two interchangeable, and who may see them.
+
+    Where a prompt begins with tokens that are public, the chain of the rest starts at position
+    `start`, after the prefix whose name is `after`.
+    """
 
     fingerprint: bytes
     scope: str | None
     kind: Kind
+    start: int = 0
+    after: bytes = b""
 
 
 def digest(kind: bytes, key: bytes, *fields: bytes) -> bytes:
@@ -50,8 +57,16 @@ def scope_name(scope: str | None, key: bytes = b"") -> bytes:
 
 def root_name(owner: Owner, key: bytes = b"") -> bytes:
     """Return the name that the chains of this owner start from."""
-    fields = (owner.fingerprint, owner.kind.encode(), scope_name(owner.scope))
+    fields = [owner.fingerprint, owner.kind.encode(), scope_name(owner.scope)]
+    if owner.after:
+        fields.append(owner.after)
     return digest(_ROOT, key, *fields)
+
+
+def rest_owner(owner: Owner, public: bytes) -> Owner:
+    """Return the owner of what follows the tokens `public`, which all may see, in a prompt."""
+    start = len(public) // TOKEN_BYTES
+    return owner._replace(start=start, after=digest(_PUBLIC, b"", public)) if public else owner
 
 
 def child_name(point: bytes, tokens: bytes, key: bytes = b"") -> bytes:

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import index
@@ -19,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.config import MAX_INT, require_int
 from tokcache.errors import InvalidConfig
-from tokcache.state.blocks import TOKEN_BYTES, Kind, Owner, child_name, common_tokens, token_bytes
+from tokcache.state.blocks import (
+    TOKEN_BYTES,
+    Kind,
+    Owner,
+    child_name,
+    common_tokens,
+    rest_owner,
+    token_bytes,
+)
 from tokcache.state.core import Below, checked_fingerprint, checked_scope
 from tokcache.state.index import Node, Root, root_bytes
 from tokcache.state.memory import NODE_BYTES
@@ -137,28 +146,56 @@ class PrefixStateCache(WholeStates):
         *,
         fingerprint: bytes,
         scope: str | None = None,
+        public_tokens: int = 0,
         max_tokens: int | None = None,
         aligned: bool = False,
     ) -> RestorePlan:
         """Return the blocks of the longest stored prefix of `tokens`; empty on a miss.
 
-        `max_tokens` bounds the prefix (an engine must decode at least the last token itself);
-        `aligned` finds what was saved `aligned`, and nothing else: whole blocks, so that the
-        prefix ends at a multiple of `block_tokens`.
+        The first `public_tokens` are looked for in the shared scope, what follows them in
+        `scope`. `max_tokens` bounds the prefix (an engine must decode at least the last token
+        itself); `aligned` finds what was saved `aligned`, and nothing else: whole blocks, so that
+        the prefix ends at a multiple of `block_tokens`.
         """
         owner = _owner(fingerprint, scope, aligned)
+        n_public = require_int("public_tokens", public_tokens, minimum=0)
         wanted = token_bytes(tokens)
         n_tokens = len(wanted) // TOKEN_BYTES
         if max_tokens is not None:
             wanted = wanted[: _checked_bound(max_tokens) * TOKEN_BYTES]
-        wanted = self._on_the_grid(wanted, owner)
         with self._lock:
             self._settle()
             self._memory.counts["lookups"] += 1
             self._memory.counts["lookup_tokens"] += n_tokens
+        paths: list[_Path] = []
+        try:
+            for each, part in self._parts(owner, self._on_the_grid(wanted, owner), n_public):
+                paths.append(self._found_anywhere(each, part))
+                if paths[-1].n_tokens * TOKEN_BYTES < len(part):
+                    break
+        except BaseException:
+            for path in paths:
+                self.release_later(path.pinned())
+            raise
+        with self._lock:
+            return self._planned(paths)
+
+    def _parts(self, owner: Owner, wanted: bytes, n_public: int) -> Iterator[tuple[Owner, bytes]]:
+        """Yield who owns which beginning of a prompt: first what is public, then all of it."""
+        public = self._on_the_grid(wanted[: n_public * TOKEN_BYTES], owner)
+        if owner.scope is None or not public:
+            yield owner, wanted
+            return
+        yield owner._replace(scope=None), public
+        if len(public) < len(wanted):
+            yield rest_owner(owner, public), wanted
+
+    def _found_anywhere(self, owner: Owner, wanted: bytes) -> _Path:
+        """Return what memory and the tiers below hold of a part."""
+        with self._lock:
             path = self._found(owner, wanted)
             if not self._below or path.n_tokens * TOKEN_BYTES >= len(wanted) or self._is_closed:
-                return self._planned(path)
+                return path
         try:
             self._extend(path, wanted)
         except BaseException:
@@ -166,7 +203,7 @@ class PrefixStateCache(WholeStates):
             raise
         with self._lock:
             self._queue_blocks(path.nodes, owner)
-            return self._planned(path)
+        return path
 
     def _on_the_grid(self, wanted: bytes, owner: Owner) -> bytes:
         if owner.kind != "grid":
@@ -181,22 +218,36 @@ class PrefixStateCache(WholeStates):
             node.pins += 1
         return path
 
-    def _planned(self, path: _Path) -> RestorePlan:
+    def _planned(self, paths: list[_Path]) -> RestorePlan:
         blocks: list[tuple[int, int, memoryview]] = []
+        n_tokens = 0
+        for path in paths:
+            is_whole = self._collect(path, blocks)
+            n_tokens = path.n_tokens
+            if not is_whole:
+                break
+        if n_tokens < self.min_tokens:
+            blocks, n_tokens = [], 0
+        self._memory.counts["hits"] += bool(blocks)
+        for path in paths:
+            self._touch(path)
+        if len(paths) > 1:  # what is public is never older than what can't be used without it
+            self._memory.use(paths[0].nodes, time.monotonic())
+        pinned = [node for path in paths for node in path.pinned()]
+        return RestorePlan(self, pinned, _served(blocks, n_tokens), n_tokens)
+
+    def _collect(self, path: _Path, blocks: list[tuple[int, int, memoryview]]) -> bool:
+        """Add a path's blocks; False if one was lost: then what comes before is served."""
         get = self._tier.get
         for node in path.nodes:
             payload = get(node)
-            if payload is None:  # it was lost: serve what comes before
+            if payload is None:
                 self._memory.refusals["payload_lost"] += 1
                 path.n_tokens, path.loose = min(path.n_tokens, node.start), []
-                break
+                return False
             blocks.append((node.start, node.stop, payload))
         blocks += path.loose
-        if path.n_tokens < self.min_tokens:
-            blocks, path.n_tokens = [], 0
-        self._memory.counts["hits"] += bool(blocks)
-        self._touch(path)
-        return RestorePlan(self, path.pinned(), _served(blocks, path.n_tokens), path.n_tokens)
+        return True
 
     def _touch(self, path: _Path) -> None:
         nodes = self._untouched(path.nodes)
@@ -336,30 +387,63 @@ class PrefixStateCache(WholeStates):
         *,
         fingerprint: bytes,
         scope: str | None = None,
+        public_tokens: int = 0,
         aligned: bool = False,
         priority: int = 0,
     ) -> int:
         """Store the state of `tokens` where it is not stored yet; return the new positions.
 
         `n_bytes(start, stop)` tells the size of the state of these positions, `read(start, stop,
-        buffer)` copies it into a buffer of that size: only the new blocks are read. `aligned`
-        leaves out the tokens beyond the last multiple of `block_tokens`, and is for states that
-        were decoded in such pieces. Of lower `priority` goes first.
+        buffer)` copies it into a buffer of that size: only the new blocks are read. The first
+        `public_tokens` are stored in the shared scope, what follows them in `scope`: it is of use
+        only with them, and evicted first. `aligned` leaves out the tokens beyond the last multiple
+        of `block_tokens`, and is for states that were decoded in such pieces. Of lower `priority`
+        goes first.
         """
         started = time.perf_counter()
         owner = _owner(fingerprint, scope, aligned)
         wanted = self._on_the_grid(token_bytes(tokens), owner)
         require_int("priority", priority, -MAX_INT)
+        n_public = require_int("public_tokens", public_tokens, minimum=0)
         n_saved = 0
         if self.enabled and len(wanted) >= self.min_tokens * TOKEN_BYTES:
-            for _ in range(_TRIES):
-                n_new, is_overtaken = self._save(wanted, owner, read, n_bytes, priority)
-                n_saved += n_new
-                if not is_overtaken:
-                    break
+            (first, part), *rest = self._parts(owner, wanted, n_public)
+            n_saved = self._save_part(part, first, read, n_bytes, priority)
+            for each, whole in rest:
+                with self._kept(first, part) as is_there:
+                    if is_there:  # without it, what follows could not be found
+                        n_saved += self._save_part(whole, each, read, n_bytes, priority)
         with self._lock:
             self._settle()
             self._seconds["save"] += time.perf_counter() - started
+        return n_saved
+
+    @contextmanager
+    def _kept(self, owner: Owner, public: bytes) -> Iterator[bool]:
+        """Keep what is public, if it is there, while what follows it is saved, and beyond."""
+        with self._lock:
+            path = self._found(owner, public)
+        try:
+            yield path.n_tokens * TOKEN_BYTES == len(public)
+        finally:
+            with self._lock:
+                self._memory.use(path.nodes, time.monotonic())
+            self.release_later(path.pinned())
+
+    def _save_part(
+        self,
+        wanted: bytes,
+        owner: Owner,
+        read: BlockIO,
+        n_bytes: Callable[[int, int], int],
+        priority: int,
+    ) -> int:
+        n_saved = 0
+        for _ in range(_TRIES):
+            n_new, is_overtaken = self._save(wanted, owner, read, n_bytes, priority)
+            n_saved += n_new
+            if not is_overtaken:
+                break
         return n_saved
 
     def _save(

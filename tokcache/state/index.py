@@ -106,19 +106,21 @@ ROOT_BYTES = 560
 
 def root_bytes(owner: Owner) -> int:
     """Return what the root of this owner costs; the caller chooses both names."""
-    return ROOT_BYTES + getsizeof(owner.fingerprint) + getsizeof(owner.scope)
+    n_after = getsizeof(owner.after) if owner.after else 0  # b"" is there in any case
+    return ROOT_BYTES + getsizeof(owner.fingerprint) + getsizeof(owner.scope) + n_after
 
 
 class Root(Node):
     """The start of all chains of one owner; in use while a save extends it.
 
-    Units: children are told apart by the first `grain` bytes of their tokens.
+    Units: children are told apart by the first `grain` bytes of their tokens; `start` positions
+           before the first are public, and held elsewhere.
     """
 
     __slots__ = ("grain", "owner")
 
     def __init__(self, owner: Owner, grain: int) -> None:
-        super().__init__(None, 0, b"", root_bytes(owner))
+        super().__init__(None, owner.start, b"", root_bytes(owner))
         self.owner = owner
         self.grain = grain
 
@@ -132,7 +134,7 @@ class Root(Node):
 
 @dataclass(slots=True)
 class Match:
-    """The blocks of the longest stored prefix, from position 0 on.
+    """The blocks of the longest stored prefix, from the owner's first position on.
 
     Units: `n_tokens` positions that match. A block may reach beyond the start of the next one, the
            last one beyond `n_tokens`: what lies there belongs to other tokens.
@@ -179,7 +181,7 @@ class BlockIndex:
         """Return the longest stored prefix of `tokens`."""
         nodes: list[Node] = []
         node: Node | None = root
-        at, grain = 0, root.grain
+        at, grain = root.start, root.grain
         while node is not None:
             offset = at * TOKEN_BYTES
             node = node.children.get((at, tokens[offset : offset + grain]))
@@ -275,7 +277,7 @@ class BlockIndex:
         for (at, head), child in node.children.items():
             if child.start != at or child.tokens[: root.grain] != head or child.parent is not node:
                 raise AssertionError("a block is filed in another's place")
-            if not (node.start < at <= node.stop or at == node.stop == 0):
+            if not (node.start < at <= node.stop or (node is root and at == root.start)):
                 raise AssertionError("a block follows a point that its parent does not hold")
             self._check_place(root, node, child)
 

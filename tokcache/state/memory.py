@@ -52,7 +52,7 @@ class StateMemory:
         self._sweep(now)
         root = self.index.root(owner)
         if root is None:
-            return None, Match()
+            return None, Match(n_tokens=owner.start)
         match = self.index.longest(root, tokens)
         if self.ttl_s is not None:
             self._cut_expired(match, now)

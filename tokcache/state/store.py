@@ -34,6 +34,7 @@ class WholeStates(StateCore):
         fingerprint: bytes,
         n_past: int | None = None,
         scope: str | None = None,
+        public_tokens: int = 0,
         priority: int = 0,
         pin: bool = False,
     ) -> bool:
@@ -42,7 +43,8 @@ class WholeStates(StateCore):
         The bytes are copied. What was stored for the same tokens with the same priority is
         replaced. `n_past` is the engine's own count of positions, by default the number of
         tokens. Of lower `priority` goes first; `pin` keeps the state from being evicted or
-        expiring, until `remove`.
+        expiring, until `remove`. A state of at most `public_tokens` tokens goes to the shared
+        scope, whatever `scope` is.
 
         Errors: InvalidTokens for no tokens; InvalidConfig for a state that is no bytes-like
                 object, and for numbers out of range.
@@ -51,6 +53,8 @@ class WholeStates(StateCore):
         held = token_bytes(tokens)
         if not held:
             raise InvalidTokens("a state is of at least one token; these are none")
+        if len(held) <= require_int("public_tokens", public_tokens, 0) * TOKEN_BYTES:
+            owner = owner._replace(scope=None)
         n_past = len(held) // TOKEN_BYTES if n_past is None else n_past
         require_int("n_past", n_past, 0)
         require_int("priority", priority, -MAX_INT)
@@ -112,18 +116,29 @@ class WholeStates(StateCore):
     # Finding
 
     def find(
-        self, tokens: object, *, fingerprint: bytes, scope: str | None = None
+        self,
+        tokens: object,
+        *,
+        fingerprint: bytes,
+        scope: str | None = None,
+        public_tokens: int = 0,
     ) -> StateHandle | None:
         """Return the state of the longest stored prefix of `tokens`, None if there is none.
 
-        Of equal length the one of the highest priority is returned. Close the handle, or use it
-        in a `with`: until then its state is not evicted.
+        Of equal length the one of the highest priority is returned. States of at most
+        `public_tokens` tokens are looked for in the shared scope, too. Close the handle, or use
+        it in a `with`: until then its state is not evicted.
         """
         owner, wanted = _owner(fingerprint, scope), token_bytes(tokens)
+        n_public = require_int("public_tokens", public_tokens, 0)
         with self._lock:
             self._memory.counts["lookups"] += 1
             self._memory.counts["lookup_tokens"] += len(wanted) // TOKEN_BYTES
         found = self._find(owner, wanted)
+        n_found = 0 if found is None else found.n_tokens
+        if n_found < n_public and scope is not None:
+            shared = self._find(owner._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
+            found = shared if shared is not None and shared.n_tokens > n_found else found
         with self._lock:
             self._memory.counts["hits"] += found is not None
         return found

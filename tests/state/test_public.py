@@ -1,0 +1,260 @@
+"""Prompts with a public part: all share that, and nobody meets another's rest."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.state.engine import Engine, restored
+from tests.state.test_disk import all_bytes, files, int32
+from tokcache.errors import InvalidConfig
+from tokcache.state.cache import PrefixStateCache
+from tokcache.state.tiers.disk import DiskTier
+
+BLOCK = 8
+PUBLIC, REST, OTHER = list(range(100, 120)), list(range(7001, 7021)), list(range(8001, 8021))
+PROMPT = PUBLIC + REST
+N_PUBLIC = len(PUBLIC)
+
+
+def made(**settings: Any) -> PrefixStateCache:
+    return PrefixStateCache(**{"block_tokens": BLOCK, "max_entries": 1000, **settings})
+
+
+def save(
+    cache: PrefixStateCache, tokens: list[int], scope: str | None, n_public: int, **key: Any
+) -> int:
+    return Engine().save(cache, tokens, scope=scope, public_tokens=n_public, **key)
+
+
+def found(
+    cache: PrefixStateCache, tokens: list[int], scope: str | None, n_public: int, **key: Any
+) -> int:
+    with cache.plan(tokens, fingerprint=b"m", scope=scope, public_tokens=n_public, **key) as plan:
+        assert restored(plan, tokens) == plan.n_tokens  # what is wrong is not restored
+        return plan.n_tokens
+
+
+def look_ups(cache: PrefixStateCache) -> dict[str, int]:
+    """Ask for what tenant a has saved, as itself and in every other way."""
+    return {
+        "a": found(cache, PROMPT, "a", N_PUBLIC),
+        "b": found(cache, PROMPT, "b", N_PUBLIC),
+        "nobody": found(cache, PROMPT, None, 0),
+        "b, all public": found(cache, PROMPT, "b", len(PROMPT)),
+        "b, less public": found(cache, PROMPT, "b", N_PUBLIC - 3),
+        "b, nothing public": found(cache, PROMPT, "b", 0),
+        "a, nothing public": found(cache, PROMPT, "a", 0),
+        "a, less public": found(cache, PROMPT, "a", N_PUBLIC - 3),
+        "a, another rest": found(cache, PUBLIC + OTHER, "a", N_PUBLIC),
+        "a, another beginning": found(cache, [1, *PROMPT[1:]], "a", N_PUBLIC),
+    }
+
+
+EXPECTED = {
+    "a": 40,
+    "b": 20,
+    "nobody": 20,
+    "b, all public": 20,
+    "b, less public": 17,
+    "b, nothing public": 0,
+    "a, nothing public": 0,
+    "a, less public": 17,
+    "a, another rest": 20,
+    "a, another beginning": 0,
+}
+
+
+def test_what_is_public_is_shared_and_the_rest_is_not(tmp_path: Path) -> None:
+    cache = made(disk=tmp_path)
+    assert save(cache, PROMPT, "a", N_PUBLIC) == 40
+    assert look_ups(cache) == EXPECTED
+    cache._check()
+    assert save(cache, PUBLIC + OTHER, "b", N_PUBLIC) == 20  # what is public was there
+    assert found(cache, PUBLIC + OTHER, "b", N_PUBLIC) == 40
+    assert look_ups(cache) == EXPECTED
+    cache._check()
+    cache.close()
+
+
+def test_the_same_holds_on_the_disk(tmp_path: Path) -> None:
+    first = made(disk=tmp_path)
+    save(first, PROMPT, "a", N_PUBLIC)
+    first.close()
+    for name, n_tokens in EXPECTED.items():
+        cache = made(disk=tmp_path)  # nothing in memory
+        assert look_ups(cache)[name] == n_tokens
+        cache._check()
+        cache.close()
+    second = made(disk=tmp_path)
+    assert save(second, PUBLIC + OTHER, "b", N_PUBLIC) == 20
+    second.close()
+    tier = DiskTier.open(tmp_path)
+    held = {file.place: (tmp_path / file.place).read_bytes() for file in tier.files()}
+    for tokens, scope in ((PUBLIC[:8], None), (REST[:8], "a"), (OTHER[:8], "b")):
+        (place,) = (each for each, data in held.items() if int32(tokens) in data)
+        assert place.startswith(f"1/{tier.sealer.scope(scope).hex()}/")
+
+
+def test_removing_a_scope_removes_its_rest_and_leaves_what_is_public(tmp_path: Path) -> None:
+    cache = made(disk=tmp_path)
+    save(cache, PROMPT, "a", N_PUBLIC)
+    save(cache, PUBLIC + OTHER, "b", N_PUBLIC)
+    cache.flush()
+    assert int32(REST[:8]) in all_bytes(tmp_path)
+    assert cache.remove(scope="a") > 0
+    assert int32(REST[:8]) not in all_bytes(tmp_path)
+    for each in (cache, made(disk=tmp_path)):
+        assert found(each, PROMPT, "a", N_PUBLIC) == N_PUBLIC
+        assert found(each, PUBLIC + OTHER, "b", N_PUBLIC) == 40
+        each._check()
+    assert cache.remove(scope=None) > 0
+    assert found(cache, PUBLIC + OTHER, "b", N_PUBLIC) == 0  # without its beginning it is nothing
+    assert save(cache, PUBLIC, None, 0) == N_PUBLIC
+    assert found(cache, PUBLIC + OTHER, "b", N_PUBLIC) == 40
+    cache.close()
+
+
+def test_on_the_grid_what_is_public_ends_at_a_whole_block(tmp_path: Path) -> None:
+    cache = made(disk=tmp_path)
+    assert save(cache, PROMPT, "a", N_PUBLIC, aligned=True) == 40
+    assert found(cache, PROMPT, "a", N_PUBLIC, aligned=True) == 40
+    assert found(cache, PROMPT, "b", N_PUBLIC, aligned=True) == 16
+    assert found(cache, PROMPT, "a", N_PUBLIC) == 0
+    assert save(cache, PROMPT, "c", 7, aligned=True) == 40  # no whole block of it is public
+    assert found(cache, PROMPT, "d", 7, aligned=True) == 0
+    cache._check()
+    cache.close()
+    again = made(disk=tmp_path)
+    assert found(again, PROMPT, "a", N_PUBLIC, aligned=True) == 40
+    again.close()
+
+
+def test_for_the_shared_scope_all_is_public() -> None:
+    cache = made()
+    save(cache, PROMPT, None, N_PUBLIC)
+    assert [found(cache, PROMPT, None, n) for n in (0, 5, 40)] == [40, 40, 40]
+    assert found(cache, PROMPT, "a", 30) == 30
+
+
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_what_is_public_is_evicted_after_what_follows_it(is_planned: bool) -> None:
+    cache = made(ram_bytes=12_000)
+    save(cache, PROMPT, "a", N_PUBLIC)
+    if is_planned:
+        assert found(cache, PROMPT, "a", N_PUBLIC) == 40
+    seen = []
+    for n in range(12):
+        save(cache, [9000 + n], None, 0)
+        held = {node.tokens for node in cache._index.nodes()}
+        public = [int32(PUBLIC[at : at + BLOCK]) in held for at in (0, 8, 16)]
+        rest = [int32(REST[at : at + BLOCK]) in held for at in (0, 8, 16)]
+        assert all(public) or not any(rest)
+        seen.append((all(public), any(rest)))
+    assert seen[0] == (True, True)
+    assert (True, False) in seen
+    assert seen[-1] == (False, False)
+
+
+def test_the_same_rest_after_another_beginning_is_another_state(tmp_path: Path) -> None:
+    cache, beginning = made(disk=tmp_path), list(range(200, 220))
+    save(cache, PROMPT, "a", N_PUBLIC)
+    save(cache, beginning, None, 0)
+    cache.flush()
+    for each in (cache, made(disk=tmp_path)):
+        assert found(each, beginning + REST, "a", N_PUBLIC) == N_PUBLIC
+        assert found(each, PROMPT, "a", N_PUBLIC) == 40
+        each.close()
+
+
+def test_what_is_public_outlives_what_follows_it() -> None:
+    cache = made(ram_bytes=30_000, max_entries=1000)
+    rng = random.Random(3)
+    for n in range(60):
+        tokens = PUBLIC + rng.choices(range(9000, 9999), k=30)
+        save(cache, tokens, f"tenant {n % 7}", N_PUBLIC)
+        assert found(cache, tokens, f"tenant {n % 7}", N_PUBLIC) == len(tokens)
+        assert found(cache, PUBLIC, None, 0) == N_PUBLIC or n == 0
+        cache._check()
+    assert cache.stats().evictions > 50
+    assert cache.stats().refusals == {}
+
+
+def test_a_rest_is_not_saved_where_its_beginning_has_no_room() -> None:
+    cache = made(ram_bytes=4000)
+    assert save(cache, list(range(900)), "a", 860) == 0
+    assert cache.is_empty
+    assert cache.stats().refusals == {"over_budget": 1}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_prompts_against_a_plain_model(tmp_path: Path, seed: int) -> None:
+    rng, cache = random.Random(seed), made(disk=tmp_path)
+    public: set[tuple[int, ...]] = set()
+    private: dict[tuple[str, tuple[int, ...]], set[tuple[int, ...]]] = {}
+
+    def expected(tokens: list[int], scope: str | None, n_public: int) -> int:
+        n = n_public if scope is not None else len(tokens)
+        held = max((k for k in range(n + 1) if tuple(tokens[:k]) in public), default=0)
+        if scope is None or held < n:
+            return held
+        rest = private.get((scope, tuple(tokens[:n])), set())
+        return max((k for k in range(n, len(tokens) + 1) if tuple(tokens[:k]) in rest), default=n)
+
+    for step in range(100):
+        tokens = [rng.randrange(2) for _ in range(rng.randint(1, 30))]
+        scope = rng.choice([None, "a", "b"])
+        n_public = rng.randint(0, len(tokens))
+        assert found(cache, tokens, scope, n_public) == expected(tokens, scope, n_public)
+        if rng.random() < 0.5:
+            save(cache, tokens, scope, n_public)
+            n = n_public if scope is not None else len(tokens)
+            public.update(tuple(tokens[:k]) for k in range(1, n + 1))
+            if scope is not None:
+                rest = private.setdefault((scope, tuple(tokens[:n])), set())
+                rest.update(tuple(tokens[:k]) for k in range(n, len(tokens) + 1))
+        cache._check()
+        if step == 60:
+            cache.close()
+            cache = made(disk=tmp_path)
+    cache.close()
+
+
+def test_whole_states(tmp_path: Path) -> None:
+    cache = made(disk=tmp_path)
+    key: dict[str, Any] = {"fingerprint": b"m", "public_tokens": N_PUBLIC}
+    assert cache.store(PUBLIC, b"shared", scope="a", **key)
+    assert cache.store(PROMPT, b"of a", scope="a", **key)
+
+    def state(cache: PrefixStateCache, tokens: list[int], scope: str | None, **more: Any) -> Any:
+        with cache.find(tokens, scope=scope, **{**key, **more}) or memoryview(b"") as handle:
+            return bytes(handle if isinstance(handle, memoryview) else handle.state)
+
+    cache.flush()
+    for each in (cache, made(disk=tmp_path)):
+        assert state(each, [*PROMPT, 1], "a") == b"of a"
+        assert state(each, [*PROMPT, 1], "b") == b"shared"
+        assert state(each, PROMPT, "b", public_tokens=len(PROMPT)) == b"shared"
+        assert state(each, PROMPT, None) == b"shared"
+        assert state(each, PROMPT, "b", public_tokens=0) == b""
+        assert state(each, PROMPT, "b", public_tokens=N_PUBLIC - 1) == b""
+    assert cache.remove(scope="a") == 1
+    assert state(cache, PROMPT, "a") == b"shared"
+    assert len(files(tmp_path)) == 1
+    cache.close()
+
+
+@pytest.mark.parametrize("n_public", [-1, 1.0, True, "1"])
+def test_a_number_that_can_not_be_is_refused(n_public: Any) -> None:
+    cache = made()
+    with pytest.raises(InvalidConfig):
+        cache.plan(PROMPT, fingerprint=b"m", scope="a", public_tokens=n_public)
+    with pytest.raises(InvalidConfig):
+        save(cache, PROMPT, "a", n_public)
+    with pytest.raises(InvalidConfig):
+        cache.store(PROMPT, b"", fingerprint=b"m", scope="a", public_tokens=n_public)
+    with pytest.raises(InvalidConfig):
+        cache.find(PROMPT, fingerprint=b"m", scope="a", public_tokens=n_public)
