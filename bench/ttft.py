@@ -2,17 +2,17 @@
 
 The first turns of tau-bench chats (chats of our own where those are absent) take turns round
 robin, so that a context of one sequence never holds what a prompt continues. Each system is a
-process of its own, all with the same random model, pieces of 256 tokens and one thread (two on a
-busy machine wait for each other); every prompt goes to all of them, one at a time, in random
-order. Half-way the disk systems are ended and started again on their folder, and the Redis ones
-are followed by another process.
+process of its own, all with the same random model, llama_cpp's default n_batch of 512 and one
+thread (two on a busy machine wait for each other); every prompt goes to all of them, one at a
+time, in random order. Half-way the disk systems are ended and started again on their folder, and
+the Redis ones are followed by another process.
 
-First the texts are compared with those of prompts that are decoded whole: reproducible mode must
-give them all, token for token, in every tier; prompts whose first 256 tokens are others must give
-other texts, or the comparison shows nothing. llama-server has other kernels: it is compared by
-prefilled tokens only. Then come, for each system, the prompt tokens decoded over the least
-possible (what is beyond the longest prefix in common with any earlier prompt and its answer; at
-least one), the time to the first token, and that of whole requests, saving included.
+First the texts are compared with those of prompts decoded whole in pieces of 256: reproducible
+mode must give them all, token for token, in every tier; prompts whose first 256 tokens are others
+must give other texts, or the comparison shows nothing. llama-server has other kernels: it is
+compared by prefilled tokens only. Then come, for each system, the prompt tokens decoded over the
+least possible (what is beyond the longest prefix in common with any earlier prompt and its answer;
+at least one), the time to the first token, and that of whole requests, saving included.
 
 The bars are meant for the default mode, which reuses to the token; LlamaRAMCache does so, too.
 Reproducible mode reuses whole blocks of 256, so that its least possible is counted in those; its

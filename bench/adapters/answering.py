@@ -194,11 +194,9 @@ class Server:
 
 
 def llama_settings(setting: Setting) -> dict[str, Any]:
-    """Return the arguments of every llama_cpp.Llama: pieces of 256, as in reproducible mode."""
+    """Return the arguments of every llama_cpp.Llama; n_batch is its own default."""
     return {
         "n_ctx": N_CTX,
-        "n_batch": BLOCK,
-        "n_ubatch": BLOCK,
         "n_threads": setting.n_threads,
         "n_threads_batch": setting.n_threads,
         "verbose": False,
@@ -206,13 +204,13 @@ def llama_settings(setting: Setting) -> dict[str, Any]:
 
 
 def _with_cache(setting: Setting, cache: Any) -> InProcess:
-    llm = llama_cpp.Llama(setting.model, **llama_settings(setting))
+    llm = _plain(setting)
     llm.set_cache(cache)
     return InProcess(llm)
 
 
-def _plain(setting: Setting) -> Any:
-    return llama_cpp.Llama(setting.model, **llama_settings(setting))
+def _plain(setting: Setting, **settings: Any) -> Any:
+    return llama_cpp.Llama(setting.model, **{**llama_settings(setting), **settings})
 
 
 def _disk(setting: Setting) -> str:
@@ -220,7 +218,8 @@ def _disk(setting: Setting) -> str:
 
 
 SYSTEMS: dict[str, Callable[[Setting], System]] = {
-    "nothing kept": lambda s: NothingKept(_plain(s)),
+    # In pieces of 256, as in reproducible mode.
+    "nothing kept": lambda s: NothingKept(_plain(s, n_batch=BLOCK)),
     "unseen alone": lambda s: UnseenAlone(_plain(s)),
     "llama_cpp.Llama": lambda s: InProcess(_plain(s)),
     "LlamaRAMCache": lambda s: _with_cache(s, llama_cpp.LlamaRAMCache(ROOM_BYTES)),
