@@ -26,6 +26,7 @@ from tokcache.llama.fingerprint import FileChanged, LoadedFiles, fingerprint, me
 from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary, int32_ids
+from tokcache.state.blocks import token_bytes
 from tokcache.state.cache import PrefixStateCache
 from tokcache.text.huggingface import wrap
 
@@ -82,6 +83,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     `tokenizer` is a tokenizer that tokcache wraps, or one that it can wrap; without it the
     model's own stands behind an L0 cache. `prefix_cache` may be shared by any number of models
     and processes' threads; `scope` keeps what this object stores apart from other scopes'.
+    `public_prefix` are the ids that prompts may begin with and that are no scope's secret (a system
+    prompt, BOS included): as far as a prompt begins with them, its states are shared by all scopes.
 
     llama.cpp's results depend, in their last bits, on how a prompt is split into batches. With
     `reproducible=True` prompts are decoded in pieces that end at multiples of the cache's
@@ -118,10 +121,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         tokenizer: Any = None,
         prefix_cache: PrefixStateCache | None = None,
         scope: str | None = None,
+        public_prefix: Any = (),
         reproducible: bool = False,
         **llama_cpp_kwargs: Any,
     ) -> None:
         self._scope = _checked_scope(scope)
+        self._public_prefix = np.frombuffer(token_bytes(public_prefix), np.int32)
         self._prefix_cache = None if prefix_cache is None else _checked_cache(prefix_cache)
         self._reproducible = _checked_bool("reproducible", reproducible)
         cache = self._prefix_cache
@@ -152,6 +157,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def scope(self) -> str | None:
         """Whose states these are; it can't be changed, make a Llama for each scope."""
         return self._scope
+
+    @property
+    def public_prefix(self) -> NDArray[np.int32]:
+        """What prompts may begin with that is shared by all scopes; read-only."""
+        return self._public_prefix
+
+    def _n_public(self, ids: NDArray[np.int32]) -> int:
+        return _n_shared(self._public_prefix, ids)
 
     @property
     def prefix_cache(self) -> PrefixStateCache | None:
@@ -477,6 +490,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             ids,
             fingerprint=key,
             scope=self.scope,
+            public_tokens=self._n_public(ids),
             max_tokens=len(ids) - 1,
             aligned=self.reproducible,
         ) as plan:
@@ -537,6 +551,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._sequence.block_bytes,
             fingerprint=key,
             scope=self.scope,
+            public_tokens=self._n_public(self.input_ids[:n_tokens]),
             aligned=self.reproducible,
         )
 
@@ -613,7 +628,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings, without tokenizer and cache: a pickle has neither."""
         state: dict[str, Any] = super().__getstate__()
-        return state | {"scope": self.scope, "reproducible": self.reproducible}
+        own = ("scope", "public_prefix", "reproducible")
+        return state | {name: getattr(self, name) for name in own}
 
 
 def _n_shared(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:

@@ -1,0 +1,72 @@
+"""A system prompt that all tenants share, and the rest that none of them does."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.integration.models import BLOCK, GREEDY, llama, store, text
+from tokcache.errors import InvalidTokens
+
+RNG = random.Random(8)
+PUBLIC, REST, OTHER = (RNG.choices(range(3, 500), k=n) for n in (100, 77, 40))
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_tenants_share_the_system_prompt_and_nothing_else(
+    tmp_path: Path, reproducible: bool, has_disk: bool
+) -> None:
+    caches: list[Any] = [store(disk=tmp_path if has_disk else None)]
+
+    def asked(prompt: list[int], scope: str | None, public: Any = PUBLIC) -> tuple[int, str]:
+        llm = llama(caches[-1], scope=scope, public_prefix=public, reproducible=reproducible)
+        answer = text(llm.create_completion(prompt, **GREEDY))
+        llm.close()
+        return llm.last_reuse.n_restored, answer
+
+    def whole(n_tokens: int) -> int:
+        return n_tokens // BLOCK * BLOCK if reproducible else n_tokens
+
+    uncached = llama(reproducible=True)
+    expected = text(uncached.create_completion(PUBLIC + REST, **GREEDY))
+    assert asked(PUBLIC + REST, "a")[0] == 0
+    if has_disk:
+        caches[-1].close()
+        caches.append(store(disk=tmp_path))
+    n_all = len(PUBLIC + REST)
+    found = {
+        "b": asked(PUBLIC + REST, "b"),
+        "a": asked(PUBLIC + REST, "a"),
+        "c, without": asked(PUBLIC + REST, "c", ()),
+        "d, half of it": asked(PUBLIC[:50] + OTHER, "d"),
+        "e, all of it": asked(PUBLIC + REST, "e", PUBLIC + REST),
+    }
+    assert {name: n_restored for name, (n_restored, _) in found.items()} == {
+        "b": whole(100),
+        "a": whole(n_all - 1),
+        "c, without": 0,
+        "d, half of it": whole(50),
+        "e, all of it": whole(100),
+    }
+    if reproducible:
+        assert {name: answer for name, (_, answer) in found.items() if "d" not in name} == (
+            dict.fromkeys(("b", "a", "c, without", "e, all of it"), expected)
+        )
+    assert caches[-1].stats().refusals == {}
+    caches[-1]._check()
+    caches[-1].close()
+    uncached.close()
+
+
+def test_what_is_public_is_told_in_ids() -> None:
+    llm = llama(store(), public_prefix=np.array(PUBLIC, np.int32))
+    assert llm.public_prefix.tolist() == PUBLIC
+    assert llm.__getstate__()["public_prefix"].tolist() == PUBLIC
+    llm.close()
+    with pytest.raises(InvalidTokens):
+        llama(store(), public_prefix="You are a helpful assistant.")
