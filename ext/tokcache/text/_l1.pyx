@@ -15,8 +15,8 @@ from tokcache.stats import L1Stats
 from tokcache.text._digest cimport N_SECRETS, fold, full_digest
 from tokcache.text._scan cimport (
     AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, OPENS, OTHER, RSTRIP,
-    SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, class_behind,
-    class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
+    SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, child_slot,
+    class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
 )
 from tokcache.text._segments cimport (
     NO_CHUNK, PENDING, SHORT_BYTES, SHORT_IDS, WAYS, MIN_SETS, Chunk, Chunks, Link, Short, Shorts,
@@ -48,6 +48,7 @@ cdef enum:
     N_SEEDS = 6            # 64-bit words of the secret that decides with them
     LOOK_UNITS = 512       # that are searched for a token at a time
     STORED_UNITS = 1 << 16  # a longer part, in which no place was found, is not kept
+    SPARE_BYTES = 1 << 17  # a walk with larger arrays is not kept for the next text
     N_DRAWS = 8
     SHORT_SHARE = 4        # of the budget, one part in so many is for short segments
     NO_UNIT = 0xFFFFFFFF
@@ -138,6 +139,14 @@ cdef class Walk:
         free(self.ops)
         free(self.units)
         free(self.missed)
+
+    cdef size_t n_bytes(self) noexcept:
+        """Return the bytes of the arrays."""
+        return (
+            self.run_capacity * sizeof(uint32_t) + self.op_capacity * sizeof(Op)
+            + (self.known.capacity + self.made.capacity) * sizeof(int32_t)
+            + self.unit_capacity * sizeof(Unit) + self.missed_capacity * sizeof(Missed)
+        )
 
     @property
     def n_chars(self):
@@ -424,6 +433,7 @@ cdef class SegmentCache:
         release_chunks(&self.chunks)
         release_shorts(&self.shorts)
         free(self.plan.nodes)
+        free(self.plan.children)
         free(self.plan.tokens)
         free(self.scratch)
 
@@ -447,8 +457,7 @@ cdef class SegmentCache:
         walk.begin(text, scope, add_special_tokens, self.serial)
         walk.epoch = self.epoch
         if not self.follow(walk):
-            walk.text = None
-            self.spare = walk
+            self.put_by(walk)
             return None
         if walk.n_units or walk.n_missed:
             if walk.n_units == 0:
@@ -1269,9 +1278,14 @@ cdef class SegmentCache:
             into += chunk.n_ids
         memcpy(into, ids_data(behind), behind.n_tokens * sizeof(int32_t))
         self.count(walk, n)
-        walk.text = None
-        self.spare = walk
+        self.put_by(walk)
         return ids
+
+    cdef void put_by(self, Walk walk):
+        """Keep a walk for the next text, unless this one made it large."""
+        walk.text = None
+        if walk.n_bytes() <= SPARE_BYTES:
+            self.spare = walk
 
     cdef void count(self, Walk walk, size_t n_ids):
         if walk.n_missed:
@@ -1384,10 +1398,16 @@ cdef int read_plan(Plan* plan, source) except -1:
 
 cdef int read_tokens(Plan* plan, separators) except -1:
     cdef size_t n_nodes = 1 + sum([len(one.content) for one in separators])
-    cdef uint32_t node, child, n = 1
+    cdef size_t n_slots = 2
+    cdef uint32_t node, n = 1
+    cdef uint32_t* slot
+    while n_slots < 2 * n_nodes:
+        n_slots *= 2
+    plan.last_slot = n_slots - 1
     plan.nodes = <Node*> calloc(n_nodes, sizeof(Node))
+    plan.children = <uint32_t*> calloc(n_slots, sizeof(uint32_t))
     plan.tokens = <Token*> calloc(len(separators) + 1, sizeof(Token))
-    if plan.nodes == NULL or plan.tokens == NULL:
+    if plan.nodes == NULL or plan.children == NULL or plan.tokens == NULL:
         raise MemoryError
     plan.nodes[0].token = -1
     plan.n_tokens = len(separators)
@@ -1402,17 +1422,14 @@ cdef int read_tokens(Plan* plan, separators) except -1:
     for i, one in enumerate(separators):
         node = 0
         for char in one.content:
-            child = plan.nodes[node].child
-            while child and plan.nodes[child].unit != <uint32_t> ord(char):
-                child = plan.nodes[child].sibling
-            if child == 0:
-                child = n
+            slot = child_slot(plan, node, ord(char))
+            if slot[0] == 0:
+                slot[0] = n
+                plan.nodes[n].unit = ord(char)
+                plan.nodes[n].parent = node
+                plan.nodes[n].token = -1
                 n += 1
-                plan.nodes[child].unit = ord(char)
-                plan.nodes[child].token = -1
-                plan.nodes[child].sibling = plan.nodes[node].child
-                plan.nodes[node].child = child
-            node = child
+            node = slot[0]
         plan.nodes[node].token = i
         plan.tokens[i].id = one.id
         plan.tokens[i].flags = (
