@@ -78,7 +78,8 @@ class HuggingFaceEngine:
     """A private copy of a tokenizer.
 
     Errors: CopyError where no copy can be proven equal.
-    Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock.
+    Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock. As many
+             copies as ever made `encodings` at once are kept; they share the model.
     """
 
     reason: str | None = None
@@ -90,6 +91,7 @@ class HuggingFaceEngine:
         own.encode_special_tokens = encode_special_tokens
         self._tokenizer = own
         self._layouts: dict[tuple[int, bool], Layout | None] = {}
+        self._spares: list[Tokenizer] = []
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Return the ids of every text."""
@@ -111,14 +113,18 @@ class HuggingFaceEngine:
         padding: dict[str, Any] | None,
     ) -> list[Encoding]:
         """Return the Encoding objects of texts or pairs, truncated and padded."""
-        own = self._tokenizer
-        if truncation is not None or padding is not None:
-            own = _same_model(own)
+        # One call at a time has it to itself: truncation and padding are settings of a tokenizer.
+        own = self._spares.pop() if self._spares else copy_tokenizer(self._tokenizer)
+        try:
             if truncation is not None:
                 own.enable_truncation(**truncation)
             if padding is not None:
                 own.enable_padding(**padding)
-        return own.encode_batch(inputs, add_special_tokens=add_special_tokens)
+            return own.encode_batch(inputs, add_special_tokens=add_special_tokens)
+        finally:
+            own.no_truncation()
+            own.no_padding()
+            self._spares.append(own)
 
     @property
     def tokenizer(self) -> Tokenizer:
