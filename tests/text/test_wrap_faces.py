@@ -551,3 +551,13 @@ def test_a_slow_tokenizer_is_refused() -> None:
     slow: Any = transformers.CanineTokenizer
     with pytest.raises(UnsupportedTokenizer, match=r"CanineTokenizer.*fast transformers"):
         tokcache.wrap(slow())
+
+
+def test_a_tokenizer_of_mistral_common_is_refused() -> None:
+    from transformers.tokenization_mistral_common import (  # noqa: PLC0415 (seconds to import)
+        MistralCommonBackend,
+    )
+
+    made = MistralCommonBackend.__new__(MistralCommonBackend)  # its library need not be there
+    with pytest.raises(UnsupportedTokenizer, match=r"MistralCommonBackend.*fast transformers"):
+        tokcache.wrap(made)
