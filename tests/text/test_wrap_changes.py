@@ -334,7 +334,7 @@ def call_laid_out(tok: Any) -> list[dict[str, Any]]:
 def test_truncated_and_padded_calls_of_a_changed_tokenizer_are_as_changed(name: str) -> None:
     plain, wrapped = fast(MADE["byte_level_bpe"]()), tokcache.wrap(fast(MADE["byte_level_bpe"]()))
     for tok in (plain, wrapped):
-        tok.pad_token = "<mask>"
+        tok.pad_token = "<mask>"  # noqa: S105 (no password)
     before = call_laid_out(plain)
     assert [call_laid_out(wrapped) for _ in range(2)] == [before] * 2
     LAYOUT_CHANGES[name](plain)

@@ -321,8 +321,14 @@ def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
         _added_states(own) == _added_states(source)
         and own.get_vocab_size() == source.get_vocab_size()
         and all(signature(own, part) == signature(source, part) for part in ENCODING_PARTS)
+        and _n_added(own) == _n_added(source)
         and _encodes_equal(own, source)
     )
+
+
+def _n_added(tokenizer: Tokenizer) -> list[int]:
+    """Return what truncation leaves room for: of a template changed in place, what it was."""
+    return [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
 
 def _encodes_equal(own: Tokenizer, source: Tokenizer) -> bool:
