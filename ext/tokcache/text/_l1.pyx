@@ -19,10 +19,10 @@ from tokcache.text._scan cimport (
     class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
 )
 from tokcache.text._segments cimport (
-    NO_CHUNK, PENDING, SHORT_BYTES, SHORT_IDS, WAYS, MIN_SETS, Chunk, Chunks, Link, Short, Shorts,
-    add_chunk, chunk_item_bytes, chunks_bytes, find_behind, find_chunk, find_short, grow_chunks,
-    is_chunk, key_of, link_to, narrow, no_link, oldest_chunk, place_of, place_short, put_behind,
-    release_chunks, release_shorts, remove_chunk, shorts_bytes, width_of,
+    NO_CHUNK, N_FORKS, PENDING, SHORT_BYTES, SHORT_IDS, WAYS, MIN_SETS, Chunk, Chunks, Fork, Link,
+    Short, Shorts, add_chunk, chunk_item_bytes, chunks_bytes, find_behind, find_chunk, find_short,
+    fork_at, grow_chunks, is_chunk, key_of, link_to, narrow, no_link, oldest_chunk, place_of,
+    place_short, put_behind, release_chunks, release_shorts, remove_chunk, shorts_bytes, width_of,
 )
 from tokcache.text._token_ids cimport TokenIds, ids_data, new_owner, owner_data
 
@@ -399,6 +399,7 @@ cdef class SegmentCache:
     cdef uint64_t rng
     cdef uint32_t clock
     cdef Link head             # the chunk that a text began with last
+    cdef Fork[N_FORKS] forks
     cdef uint64_t epoch        # changes when all chunks go
     cdef int32_t serial
     cdef object prefixes       # by add_special_tokens: TokenIds or None
@@ -703,6 +704,7 @@ cdef class SegmentCache:
 
     cdef void forget_chunks(self) noexcept:
         release_chunks(&self.chunks)
+        memset(&self.forks[0], 0, sizeof(self.forks))
         self.head = no_link()
         self.epoch += 1
 
@@ -764,6 +766,8 @@ cdef class SegmentCache:
                     self.refuse("beside_single_word")
                     return False
                 place = self.find(walk, p, end, variant)
+                if place != NO_CHUNK and before != NO_CHUNK:
+                    self.remember(t, before, p, place)
                 if place != NO_CHUNK and end < t.n_units:
                     self.chunks.all[place].is_tail = False
                     ahead = self.find_ahead(walk, place, end)
@@ -791,7 +795,26 @@ cdef class SegmentCache:
     cdef inline uint32_t find_ahead(self, Walk walk, uint32_t place, size_t end) noexcept:
         if end == walk.view.n_units:
             return NO_CHUNK
-        return find_behind(&self.chunks, place, &walk.view, end, walk.scope)
+        cdef uint32_t found = find_behind(&self.chunks, place, &walk.view, end, walk.scope)
+        cdef const Fork* fork
+        if found == NO_CHUNK:
+            fork = fork_at(&self.forks[0], &self.chunks, place, &walk.view, end, self.secret)
+            if fork.serial == self.chunks.all[place].serial:
+                found = place_of(&self.chunks, fork.ahead)
+                if found != NO_CHUNK and not (
+                    self.chunks.all[found].scope == walk.scope
+                    and is_chunk(&self.chunks.all[found], &walk.view, end)
+                ):
+                    found = NO_CHUNK
+        return found
+
+    cdef inline void remember(
+        self, const Text* t, uint32_t before, size_t p, uint32_t place
+    ) noexcept:
+        """Remember the chunk at `p` as one that comes behind `before`."""
+        cdef Fork* fork = fork_at(&self.forks[0], &self.chunks, before, t, p, self.secret)
+        fork.serial = self.chunks.all[before].serial
+        fork.ahead = link_to(&self.chunks, place)
 
     cdef inline int hit(self, Walk walk, size_t p, uint32_t place, uint32_t before) except -1:
         cdef Chunk* chunk = &self.chunks.all[place]
