@@ -25,17 +25,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tokenizers.models import BPE
 
-from tokcache.text.char_classes import (
-    BLANK,
-    BMP_CLASSES,
-    N_CLASSES,
-    VISIBLE,
-    CharClass,
-    class_of,
-)
+from tokcache.text.char_classes import BLANK, N_CLASSES, VISIBLE, CharClass, class_of
 from tokcache.text.engines import (
     CopyError,
     added_tokens,
@@ -867,17 +859,10 @@ def _spanned_pairs(vocabulary: Iterable[str], space: str) -> set[Pair]:
     """Return the pairs of classes that stand side by side in some token."""
     all_chars = "".join(vocabulary)
     between = next(char for char in map(chr, range(0xE000, 0x110000)) if char not in all_chars)
-    joined = between.join(vocabulary).replace(space, " ").replace(_MARKER, " ")
-    points = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
-    table = np.frombuffer(BMP_CLASSES, np.uint8)
-    classes = np.where(points < len(table), table[points % len(table)], C.OTHER)
-    is_token = points != ord(between)
-    pairs = (classes[:-1] * N_CLASSES + classes[1:])[is_token[:-1] & is_token[1:]]
-    return {
-        pair
-        for number in np.flatnonzero(np.bincount(pairs, minlength=1)).tolist()
-        for pair in _with_runs(C(number // N_CLASSES), C(number % N_CLASSES))
-    }
+    joined = between.join(vocabulary).replace(space, " ")
+    shape = re.sub("[A-Za-z]+", "aa", joined)  # most of it
+    inside = (pair for pair in set(pairwise(shape)) if between not in pair)
+    return {pair for left, right in inside for pair in _pairs_in(left + right)}
 
 
 # ---- added tokens
@@ -891,15 +876,11 @@ def _may_appear(normalizer: Any, normalized: list[Any]) -> bool:
 def _pairs_in(text: str) -> Iterator[Pair]:
     """Yield the pairs of classes inside a text, with every class its left one may have."""
     for left, right in pairwise(map(class_of, text.replace(_MARKER, " "))):
-        yield from _with_runs(left, right)
-
-
-def _with_runs(left: CharClass, right: CharClass) -> Iterator[Pair]:
-    yield left, right
-    if left is C.NEWLINE:
-        yield C.NEWLINE_RUN, right
-    if right is C.NEWLINE_RUN:
-        yield left, C.NEWLINE
+        yield left, right
+        if left is C.NEWLINE:
+            yield C.NEWLINE_RUN, right
+        if right is C.NEWLINE_RUN:
+            yield left, C.NEWLINE
 
 
 def _are_many(contents: Iterable[str]) -> bool:
