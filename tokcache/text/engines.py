@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from tokenizers import AddedToken, Encoding, Tokenizer
@@ -79,7 +80,7 @@ class HuggingFaceEngine:
 
     Errors: CopyError where no copy can be proven equal.
     Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock. As many
-             copies as ever made `encodings` at once are kept; they share the model.
+             copies as were ever lent at once are kept; they share the model.
     """
 
     reason: str | None = None
@@ -113,17 +114,23 @@ class HuggingFaceEngine:
         padding: dict[str, Any] | None,
     ) -> list[Encoding]:
         """Return the Encoding objects of texts or pairs, truncated and padded."""
-        # One call at a time has it to itself: truncation and padding are settings of a tokenizer.
-        own = self._spares.pop() if self._spares else copy_tokenizer(self._tokenizer)
-        try:
+        with self.borrowed() as own:
             if truncation is not None:
                 own.enable_truncation(**truncation)
             if padding is not None:
                 own.enable_padding(**padding)
             return own.encode_batch(inputs, add_special_tokens=add_special_tokens)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[Tokenizer]:
+        """Lend a copy whose settings may be changed: nobody else has it meanwhile."""
+        own = self._spares.pop() if self._spares else copy_tokenizer(self._tokenizer)
+        try:
+            yield own
         finally:
             own.no_truncation()
             own.no_padding()
+            own.encode_special_tokens = self._tokenizer.encode_special_tokens
             self._spares.append(own)
 
     @property
@@ -251,9 +258,11 @@ def component_state(component: Any) -> bytes:
     if component is None:
         return b"null"
     try:
-        state: bytes = component.__getstate__()
+        state = component.__getstate__()
     except Exception as error:  # the library raises no narrower class
         raise CopyError("python_component") from error
+    if not isinstance(state, bytes):
+        raise CopyError("python_component")
     return state
 
 
