@@ -299,10 +299,11 @@ class PrefixStateCache(WholeStates):
                 node = self._file(path, block) if is_read else None
                 if node is None:
                     self._memory.drop(block.buffer, block.overhead)
-                else:
+                    node = self._filed_meanwhile(path, block) if is_read else None
+                if node is not None:
                     node.pins += 1
                     node.written |= below.bit
-                    node.priority = stored.record.priority
+                    node.priority = max(node.priority, stored.record.priority)
                     self._memory.watch(node)
                     path.nodes.append(node)
                     path.n_tokens += n_shared
@@ -319,6 +320,13 @@ class PrefixStateCache(WholeStates):
             memory.refusals["entries_in_use"] += 1
             return None
         return memory.file(root, parent, block.start, block.tokens, block.buffer)
+
+    def _filed_meanwhile(self, path: _Path, block: _NewBlock) -> Node | None:
+        """Return the same block where another thread was faster to file it."""
+        if path.root is None or path.root.is_dead or path.last.is_dead:
+            return None
+        node = self._index.child(path.root, path.last, block.start, block.tokens)
+        return node if node is not None and node.tokens == block.tokens else None
 
     # Saving
 

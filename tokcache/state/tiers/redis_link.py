@@ -13,7 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,8 +253,9 @@ class Link:
     """
 
     def __init__(self, url: str, timeout_s: float, *, is_cluster: bool) -> None:
-        self._url, self._timeout_s, self._is_cluster = url, timeout_s, is_cluster
         self.place = _checked(url, is_cluster=is_cluster)
+        self._url = re.sub(r"(?<=[?&])protocol=[^&]*", "", url)  # ours is RESP2
+        self._timeout_s, self._is_cluster = timeout_s, is_cluster
         self.forget()
 
     def forget(self) -> None:
@@ -342,6 +343,7 @@ class Link:
                 self._cluster = RedisCluster.from_url(
                     self._url,
                     connection_pool_class=_Pool,
+                    protocol=2,
                     socket_timeout=self._timeout_s,
                     require_full_coverage=False,
                 )
@@ -357,10 +359,14 @@ class Link:
         for place, command in enumerate(commands):
             places[self._node_pool(command)].append(place)
         replies: list[Any] = [None] * len(commands)
-        for pool, own in places.items():
-            found = _exchange(pool, [commands[place] for place in own])
-            for place, reply in zip(own, found, strict=True):
-                replies[place] = reply
+        with ExitStack() as stack:  # all are asked before the first answers
+            asked = [
+                (stack.enter_context(_sent(pool, [commands[place] for place in own])), own)
+                for pool, own in places.items()
+            ]
+            for connection, own in asked:
+                for place in own:
+                    replies[place] = _reply(connection.read_response)
         self._is_stale |= Refused("moved") in replies
         return replies
 
