@@ -359,3 +359,24 @@ def test_names_depend_on_all_that_makes_states_differ(medium: Medium) -> None:
         Owner(b"m", "a", "whole"),
     ]
     assert len({tier.sealer.owner(owner) for owner in owners}) == len(owners)
+
+
+def test_what_a_tier_has_lost_is_written_again(medium: Medium) -> None:
+    cache = medium.cache()
+    cache._touch_s = 0.0
+    Engine().save(cache, SECRET)
+    cache.store([1], b"x", fingerprint=b"m")
+    cache.flush()
+    medium.cache().clear()
+    assert medium.states() == {}
+    Engine().save(cache, SECRET)
+    assert cache.flush()
+    assert medium.states() == {}  # it was told so, and does not know better
+    assert found(cache, SECRET) == 40  # it is used, of which the tier is told
+    assert cache.flush()
+    Engine().save(cache, SECRET)
+    cache.store([1], b"x", fingerprint=b"m")
+    assert cache.flush()
+    assert len(medium.states()) == 6
+    cache._check()
+    cache.close()

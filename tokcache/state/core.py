@@ -22,7 +22,7 @@ from tokcache.state.tiers import Address, LowerTier, Record
 from tokcache.stats import StateStats, TierStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from tokcache.state.index import Node
     from tokcache.state.tiers.disk import DiskTier
@@ -176,7 +176,7 @@ class StateCore(Forkable):
         self._memory.refusals[f"{tier.label}: queue_full"] += 1
         return False
 
-    def _touch_later(self, held: Iterable[Node | Whole], addresses: list[Address]) -> None:
+    def _touch_later(self, held: Sequence[Node | Whole], addresses: list[Address]) -> None:
         """Tell the tiers, off the request path, that these are in use; the lock is held."""
         if not self._below or not addresses:
             return
@@ -184,7 +184,7 @@ class StateCore(Forkable):
         for each in held:
             each.touched_s = now
         for below in self._below:
-            touch = partial(below.tier.touch, addresses)
+            touch = partial(_touch, below, addresses, held, self._unwritten)
             below.writer.put(Job(addresses[0].owner.scope, 0, touch))
 
     def _untouched(self, nodes: list[Node]) -> list[Node]:
@@ -352,6 +352,16 @@ class StateCore(Forkable):
         self._released.clear()
         self._unwritten.clear()
         self._memory.forget_users()
+
+
+def _touch(
+    below: Below,
+    addresses: list[Address],
+    held: Sequence[Node | Whole],
+    unwritten: deque[tuple[Node | Whole, int]],
+) -> None:
+    # What a tier has lost meanwhile is written again with the next save that passes by.
+    unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))
 
 
 def _left(until: float | None) -> float | None:

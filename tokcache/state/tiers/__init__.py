@@ -95,8 +95,8 @@ class LowerTier(Protocol):
     def write(self, address: Address, record: Record, payload: memoryview) -> bool:
         """Store a payload; True if it is there now."""
 
-    def touch(self, addresses: Sequence[Address]) -> None:
-        """Note that these are in use."""
+    def touch(self, addresses: Sequence[Address]) -> list[int]:
+        """Note that these are in use; return the places in `addresses` of those that are gone."""
 
     def remove(self, address: Address) -> None:
         """Remove one state."""

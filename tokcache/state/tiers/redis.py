@@ -432,16 +432,21 @@ class RedisTier(Counting):
     def _used(self, key: str) -> Command:
         return ("TOUCH", key) if self.ttl_s is None else ("PEXPIRE", key, _ms(self.ttl_s))
 
-    def touch(self, addresses: Sequence[Address]) -> None:
-        """Note that these are in use: their time begins anew."""
-        commands: list[Command] = []
+    def touch(self, addresses: Sequence[Address]) -> list[int]:
+        """Note that these are in use: their time begins anew.
+
+        Return the places in `addresses` of those that are gone.
+        """
+        keys = [key for address in addresses for key in self._keys(address)]
+        commands = [self._used(key) for key in keys]
         for address in addresses:
-            commands += [self._used(key) for key in self._keys(address)]
             commands += self._lengths_used(address)
         try:
-            self._replies(commands, _Patience(self.timeout_s))
+            replies = iter(self._replies(commands, _Patience(self.timeout_s)))
         except StateRefused as refusal:
             self.refuse(str(refusal))
+            return []
+        return [n for n in range(len(addresses)) if not any(islice(replies, len(WAYS)))]
 
     # Removing
 
