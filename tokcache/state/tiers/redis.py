@@ -3,7 +3,7 @@
     NAMESPACE:1:SCOPE:OWNER:{POSITION-SLOT}:WAY   a hash, one state; names are digests
         head                                      what a file of the disk tier has, but its payload
         0, 1, 2, …                                the payload, in chunks
-    … :WAY.new-RANDOM                             the same while it is written; expires soon
+    … :WAY.new-RANDOM                             the same while it is written; expires, too
     NAMESPACE:1:SCOPE:{OWNER}:lengths             a set: of how many tokens the whole states are
 
 A state is one key: it is evicted, expires and is removed whole, and a script gives it its name if
@@ -49,7 +49,7 @@ CHUNK_BYTES = 1 << 20  # what every server takes: its proto-max-bulk-len is at l
 _CHUNKS_A_CALL = 8
 _FIRST_ASKED, _ASKED = 8, 64  # places looked up in one call: most prompts are new, or short
 _SLOWEST = 32 << 20  # bytes a second: what comes slower was not worth waiting for
-_NEW_S = 60  # what a writer that died has left lives that long
+_NEW_S = 60.0  # what is being written lives that long at least
 _TRIES = 3
 _LENGTH = re.compile(rb"[1-9][0-9]{0,8}")
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -58,7 +58,7 @@ _BROKEN = {"damaged", "forged", "missing"}
 
 _BEGIN = """
 redis.call('HSET', KEYS[1], 'head', ARGV[1])
-redis.call('EXPIRE', KEYS[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 'begun'"""
 _PUBLISH = """
 if redis.call('HLEN', KEYS[1]) ~= tonumber(ARGV[1]) then
@@ -379,13 +379,15 @@ class RedisTier(Counting):
         """Yield what is to be sent at once; the last reply tells what became of it."""
         first, stored, seal = self.sealer.packed(address, record, payload)
         chunks = list(_chunks(memoryview(stored)))
-        commands = self._lengths_used(address)
-        commands.append(("EVAL", _BEGIN, 1, place.new, first + seal, _NEW_S))
+        # Not less than a state: a server that is full may evict first what expires first.
+        new_ms = _ms(max(self.ttl_s or 0.0, _NEW_S))
+        commands: list[Command] = [("EVAL", _BEGIN, 1, place.new, first + seal, new_ms)]
         for n, chunk in enumerate(chunks):
             commands.append(("HSET", place.new, n, chunk))
             if len(commands) > _CHUNKS_A_CALL:
                 yield commands
-                commands = [("EXPIRE", place.new, _NEW_S)]
+                commands = [("PEXPIRE", place.new, new_ms)]
+        commands += self._lengths_used(address)  # after the payload, which may evict what is old
         end = (len(chunks) + 1, place.replaced, 0 if self.ttl_s is None else _ms(self.ttl_s))
         yield [*commands, ("EVAL", _PUBLISH, 2, place.new, place.key, *end)]
         self.count("written_bytes", sum(chunk.nbytes for chunk in chunks))

@@ -43,7 +43,7 @@ Command = tuple[Any, ...]
 
 _PAGE = 1000  # keys that one SCAN looks at
 _LINE, _LONGEST_LINE = 32, 4096  # bytes read for a reply's first line, and what it may have
-_LARGEST_WRONG = 4 << 20  # bytes of a wrong reply that are read to get to the next
+_LARGEST_REPLY = 1 << 30  # bytes; a server's own limit is half of that
 _MAX_CONNECTIONS = 1 << 20  # each thread that asks has one
 _REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (errors.AuthenticationError, "auth"),
@@ -170,9 +170,11 @@ class _Payloads:
         if line.startswith(b"-"):
             return _refused(errors.ResponseError(line[1:].decode("utf-8", "replace")))
         length = line[1:]
-        if line[:1] != b"$" or not length.isdigit() or int(length) > _LARGEST_WRONG:
+        if line[:1] != b"$" or not length.isdigit() or int(length) > _LARGEST_REPLY:
             raise LinkFailed("garbage")
-        self._fill(memoryview(bytearray(int(length))))
+        scratch = memoryview(bytearray(min(int(length), 1 << 16)))
+        for done in range(0, int(length), 1 << 16):
+            self._fill(scratch[: int(length) - done])
         return self._ended(int(length))
 
     def _ended(self, n_bytes: int) -> int:
