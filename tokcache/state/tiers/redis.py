@@ -45,6 +45,7 @@ _log = logging.getLogger("tokcache")
 
 LAYOUT, HEAD = 1, b"head"
 WAYS = (0, 1)
+DEFAULT_STATE_BYTES, DEFAULT_TTL_S = 512 << 20, 86_400.0
 CHUNK_BYTES = 1 << 20  # what every server takes: its proto-max-bulk-len is at least that
 _CHUNKS_A_CALL = 8
 _FIRST_ASKED, _ASKED = 8, 64  # places looked up in one call: most prompts are new, or short
@@ -178,8 +179,8 @@ class RedisTier(Counting):
         self,
         url: str,
         *,
-        max_state_bytes: int = 512 << 20,
-        ttl_s: float | None = 86_400.0,
+        max_state_bytes: int = DEFAULT_STATE_BYTES,
+        ttl_s: float | None = DEFAULT_TTL_S,
         timeout_s: float = 1.0,
         namespace: str = "tokcache",
         hmac_key: bytes | None = None,
@@ -203,9 +204,39 @@ class RedisTier(Counting):
         super().__init__()
 
     @classmethod
-    def open(cls, url: str, **settings: Any) -> Self:
-        """Return the tier of a server; nothing is asked of it yet, it may come up later."""
-        return cls(url, **settings)
+    def open(
+        cls,
+        url: str,
+        *,
+        max_state_bytes: int = DEFAULT_STATE_BYTES,
+        ttl_s: float | None = DEFAULT_TTL_S,
+        timeout_s: float = 1.0,
+        namespace: str = "tokcache",
+        hmac_key: bytes | None = None,
+        encryption_key: bytes | None = None,
+        is_cluster: bool = False,
+        n_failures: int = 3,
+        retry_s: float = 1.0,
+    ) -> Self:
+        """Return the tier of a server; nothing is asked of it yet, it may come up later.
+
+        The URL is redis-py's: `redis://[[user]:[password]@]host[:port][/db]`, `rediss://…` with
+        TLS, `unix://…`; any node's for a cluster. With `hmac_key` states are sealed against
+        forgery and names can't be guessed; with `encryption_key` (16, 24 or 32 bytes, AES-GCM)
+        tokens and states are unreadable without it.
+        """
+        return cls(
+            url,
+            max_state_bytes=max_state_bytes,
+            ttl_s=ttl_s,
+            timeout_s=timeout_s,
+            namespace=namespace,
+            hmac_key=hmac_key,
+            encryption_key=encryption_key,
+            is_cluster=is_cluster,
+            n_failures=n_failures,
+            retry_s=retry_s,
+        )
 
     # Names
 
