@@ -438,6 +438,63 @@ def test_keys_of_somebody_else_are_left_alone(server: RedisServer) -> None:
     one.close()
 
 
+class Meddling:
+    """Does something else just before a tier's n-th call."""
+
+    def __init__(self, tier: RedisTier, n_call: int, meddle: Callable[[], object]) -> None:
+        self._link, self._left, self._meddle = tier._link, n_call, meddle
+        tier._link = self  # type: ignore[assignment]
+
+    def ask(self, commands: Any, until: float) -> list[Any]:
+        self._left -= 1
+        if self._left == 0:
+            self._meddle()
+        return self._link.ask(commands, until)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+
+@pytest.mark.parametrize("n_call", [1, 2, 3, 4])
+def test_what_is_removed_while_it_is_written_never_appears_by_half(
+    server: RedisServer, n_call: int
+) -> None:
+    tier = RedisTier.open(server.url, timeout_s=5.0)
+    one = cache_on(None, redis=tier)
+    state = os.urandom(20 * CHUNK_BYTES)
+    Meddling(tier, n_call, lambda: cache(server.url).remove(scope=None))
+    assert one.store([1], state, fingerprint=b"m")
+    one.flush()
+    is_whole = n_call <= 2  # it went before anything was written
+    assert reasons(one) == (set() if is_whole else {"removed"})
+    handle = cache(server.url).find([1], fingerprint=b"m")
+    assert (handle is not None) == is_whole
+    assert handle is None or handle.state == state
+    with server.client() as client:
+        assert not [key for key in client.scan_iter() if b".new-" in key]
+    one.close()
+
+
+def test_of_writers_at_once_each_finds_a_place(server: RedisServer) -> None:
+    """Both have seen that the first way is free; the second then sees that it is not any more."""
+    prompts = [[1, 2, 3, 4], [1, 7, 8, 9]]
+    tier = RedisTier.open(server.url, timeout_s=5.0)
+    one, other = cache_on(None, redis=tier), cache(server.url)
+
+    def meddle() -> None:
+        Engine().save(other, prompts[1])
+        other.flush()
+
+    Meddling(tier, 3, meddle)  # look-up, heads, and now the write
+    Engine().save(one, prompts[0])
+    one.flush()
+    assert len(server.states()) == 2
+    assert [found(cache(server.url), tokens) for tokens in prompts] == [4, 4]
+    assert reasons(one) == reasons(other) == set()
+    for each in (one, other):
+        each.close()
+
+
 # What is no Redis
 
 

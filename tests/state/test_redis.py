@@ -535,7 +535,7 @@ def test_a_node_of_a_cluster_that_stops_costs_what_it_holds(cluster: Cluster) ->
     for n in range(12):
         Engine().save(ours, [n] * 8)
     ours.flush()
-    theirs = on_cluster(cluster, timeout_s=0.3, n_failures=100)
+    theirs = on_cluster(cluster, timeout_s=0.5, n_failures=100)
     victim = cluster.servers[2]
     n_lost = len(victim.states())
     assert 0 < n_lost < 12

@@ -350,11 +350,22 @@ class Link:
                     require_full_coverage=False,
                 )
             elif self._is_stale:
-                self._cluster.nodes_manager.initialize()
-            self._is_stale = False
+                self._redraw()
             return self._cluster
         finally:
             self._lock.release()
+
+    def _redraw(self) -> None:
+        """Draw the map anew, in half of the time there is; if that fails the old one is used."""
+        self._is_stale = False
+        try:
+            with _ending(time.monotonic() + _left_s() / 2):
+                self._cluster.nodes_manager.initialize()
+        except Exception as error:  # noqa: BLE001  (whatever it is, the next call tries again)
+            _log.debug(
+                "the map of the cluster at %s could not be drawn", self.place, exc_info=error
+            )
+            self._is_stale = True
 
     def _ask_nodes(self, commands: Sequence[Command]) -> list[Any]:
         places: dict[Any, list[int]] = defaultdict(list)
