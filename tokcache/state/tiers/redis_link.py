@@ -131,8 +131,8 @@ class _TimedSocket:
         self._socket.settimeout(left if self._timeout is None else min(left, self._timeout))
         return self._socket
 
-    def recv(self, n_bytes: int) -> Any:
-        return self._timed().recv(n_bytes)
+    def recv(self, *args: int) -> Any:
+        return self._timed().recv(*args)
 
     def recv_into(self, *args: Any) -> Any:
         return self._timed().recv_into(*args)
