@@ -265,6 +265,10 @@ class PrefixStateCache(WholeStates):
         with self._lock:
             buffer = None if path.loose else self._buffer_below(path, stored)
         if buffer is None:
+            n_loose = sum(payload.nbytes for _, _, payload in path.loose)
+            if not below.tier.is_mapped and n_loose + stored.n_bytes > self.ram_bytes:
+                below.tier.refuse("no_room")
+                return False
             start, point = path.n_tokens, path.point()
             stop = start + len(tokens) // TOKEN_BYTES
             path.loose.append((start, stop, stored.view()))

@@ -86,6 +86,7 @@ class DiskTier(Counting):
         self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
         self.sealer = Sealer(hmac_key, encryption_key)
         self.sealer.require_libraries()
+        self.is_mapped = encryption_key is None
         self._is_synced = is_synced
         self._listed: dict[str, tuple[tuple[int, int], set[int]]] = {}
         self._cleanup: Callable[[], object] | None = None

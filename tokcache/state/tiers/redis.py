@@ -174,6 +174,7 @@ class RedisTier(Counting):
     """
 
     label = "redis"
+    is_mapped = False
 
     def __init__(
         self,
