@@ -166,9 +166,12 @@ class StateCore(Forkable):
         released, unwritten = self._released, self._unwritten
 
         def run() -> None:
-            # Not there: it is tried again with the next save that passes by.
-            if not tier.write(address, record, payload):
-                unwritten.append((held, bit))
+            is_there = False
+            try:
+                is_there = tier.write(address, record, payload)
+            finally:
+                if not is_there:  # it is tried again with the next save that passes by
+                    unwritten.append((held, bit))
 
         done = lambda: released.append([held])  # type: ignore[arg-type]  # noqa: E731
         if below.write(held, Job(address.owner.scope, payload.nbytes, run, done)):
