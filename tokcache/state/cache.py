@@ -500,7 +500,8 @@ class PrefixStateCache(WholeStates):
         """Remove one state, or all that is stored for `scope`; return the states removed.
 
         Every tier is emptied of it. What another process holds in its memory stays there until
-        that process removes it, too.
+        that process removes it, too. Where a tier fails to remove it, a counter and a line in the
+        log say so.
         """
         if (handle is None) == (scope is _UNSET):
             raise InvalidConfig("remove takes a handle or a scope (scope=None: the shared one)")

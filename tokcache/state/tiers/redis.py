@@ -394,10 +394,13 @@ class RedisTier(Counting):
             try:
                 state = self._opened(key, value, address, patience)
             except StateRefused as refusal:
-                self.refuse(str(refusal))
                 if isinstance(value, bytes):
+                    self.refuse(str(refusal))
                     return _Place(key, value)
-                continue  # of another type: it is somebody else's
+                if str(refusal) != "wrong_type":
+                    raise
+                self.refuse("wrong_type")
+                continue  # it is somebody else's
             if state is None:
                 return _Place(key, b"")
             is_held = is_in_place(state.record, record, address.owner.kind)
