@@ -8,12 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import redis
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from redis.crc import key_slot
 
 import tokcache
@@ -396,19 +401,24 @@ def test_a_unix_socket(tmp_path: Path) -> None:
         assert found(PrefixStateCache(redis=url, block_tokens=8), SECRET) == 40
 
 
-def openssl(*arguments: object) -> None:
-    command = ["openssl", *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)  # noqa: S603
-
-
 def certificate(folder: Path) -> tuple[Path, Path]:
     """Make a certificate of this host that signs itself."""
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    subject = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
-    openssl(
-        *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
-        *("-keyout", key, "-out", cert, "-days", "2", *subject),
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    host = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    secret, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(host, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(secret, hashes.SHA256())
     )
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    plain = serialization.NoEncryption()
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    key.write_bytes(secret.private_bytes(pem, pkcs8, plain))
+    cert.write_bytes(made.public_bytes(pem))
     return key, cert
 
 
