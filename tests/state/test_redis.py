@@ -155,8 +155,9 @@ def test_a_long_prompt_takes_few_round_trips(redis_server: RedisServer) -> None:
     theirs = cache_on(None, redis=tier(redis_server), block_tokens=256)
     link = counted(theirs)
     assert found(theirs, tokens) == 8192
-    # Heads of 8 blocks, then of 24, two ways each; the payload of each of 32 blocks.
-    assert sorted(link.n_commands, reverse=True) == [48, 16, *[-1] * 32]
+    # Heads of 8 blocks, two ways each, and their payloads; then those of 24.
+    assert link.n_commands == [16, -8, 48, -24]
+    assert theirs.stats().redis.hits == 32
     link.n_commands.clear()
     assert found(theirs, [*tokens[:300], *range(50_000, 58_000)]) == 300  # memory has it
     assert link.n_commands == [16]
@@ -164,6 +165,41 @@ def test_a_long_prompt_takes_few_round_trips(redis_server: RedisServer) -> None:
     assert found(theirs, list(range(60_000, 68_000))) == 0
     assert link.n_commands == [16]
     theirs.close()
+
+
+@pytest.mark.parametrize(
+    ("block_bytes", "n_commands"),
+    [(100_000, [16, -8, 24, -12]), (300_000, [16, *[-1] * 8, 24, *[-1] * 12])],
+)
+def test_small_payloads_are_fetched_together(
+    redis_server: RedisServer, block_bytes: int, n_commands: list[int]
+) -> None:
+    tokens, payloads = list(range(160)), [os.urandom(block_bytes) for _ in range(20)]
+
+    def read(start: int, _stop: int, buffer: memoryview) -> None:
+        buffer[:] = payloads[start // 8]
+
+    ours = cache(redis_server)
+    ours.save(tokens, read, lambda *_: block_bytes, fingerprint=b"m")
+    ours.close()
+    theirs = cache(redis_server)
+    link = counted(theirs)
+    with theirs.plan(tokens, fingerprint=b"m") as plan:
+        assert [block.payload for block in plan.blocks] == payloads
+    assert link.n_commands == n_commands
+    assert theirs.stats().redis.read_bytes == 20 * block_bytes
+    # One that is damaged is told when it is its turn; what stands before it is used.
+    states = {int(key.partition("{")[2].partition("-")[0], 16): key for key in keys(redis_server)}
+    with redis_server.client() as client:
+        client.hset(states[40], "0", bytes(block_bytes))
+        client.hdel(states[104], "0")
+    harmed = cache(redis_server)
+    with harmed.plan(tokens, fingerprint=b"m") as plan:
+        assert [block.payload for block in plan.blocks] == payloads[:5]
+    assert harmed.stats().refusals == {"redis: damaged": 1}
+    for each in (theirs, harmed):
+        each._check()
+        each.close()
 
 
 def test_a_write_takes_two_round_trips_and_none_where_it_is_there(

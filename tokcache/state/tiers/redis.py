@@ -22,7 +22,7 @@ import re
 import secrets
 import time
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 from tokcache.config import require_int, require_seconds
@@ -48,6 +48,7 @@ WAYS = (0, 1)
 DEFAULT_STATE_BYTES, DEFAULT_TTL_S = 512 << 20, 86_400.0
 CHUNK_BYTES = 1 << 20  # what every server takes: its proto-max-bulk-len is at least that
 _CHUNKS_A_CALL = 8
+_SMALL, _SMALL_AT_ONCE = 256 << 10, 2 << 20  # bytes that take less time than a round trip
 _FIRST_ASKED, _ASKED = 8, 64  # places looked up in one call: most prompts are new, or short
 _SLOWEST = 32 << 20  # bytes a second: what comes slower was not worth waiting for
 _NEW_S = 60.0  # what is being written lives that long at least
@@ -105,7 +106,10 @@ class RedisState:
     def __init__(
         self, tier: RedisTier, key: str, value: bytes, address: Address, patience: _Patience
     ) -> None:
-        self._tier, self._key, self._value, self._patience = tier, key, value, patience
+        self._tier, self._value, self._patience = tier, value, patience
+        self.key, self._base = key, address.base
+        self.next: RedisState | None = None
+        self._fetched: bytearray | None = None
         self._head = Head.read(value)
         self._first = value[: self._head.head_bytes]
         self._seal = value[self._head.head_bytes :]
@@ -113,6 +117,22 @@ class RedisState:
             raise StateRefused("damaged")
         self.record = tier.sealer.record(self._head, self._first, address)
         self.n_bytes = self._head.payload_bytes - self._head.tag_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """How long the payload is as it is stored."""
+        return self._head.payload_bytes
+
+    def followers(self) -> Iterator[RedisState]:
+        """Yield the blocks that go on where this one ends."""
+        state = self
+        while state.next is not None and state.next._base == state.record.name:  # noqa: SLF001
+            state = state.next
+            yield state
+
+    def fetched(self, payload: bytearray) -> None:
+        """Take a payload that came together with another's."""
+        self._fetched = payload
 
     def read_into(self, buffer: memoryview) -> None:
         """Read the payload into `buffer` and verify it there.
@@ -143,7 +163,10 @@ class RedisState:
             raise StateRefused("no_memory") from error
 
     def _payload(self, target: memoryview) -> Any:
-        self._tier.read_chunks(self._key, target, self._patience)
+        if self._fetched is None:
+            self._tier.fetch(self, target, self._patience)
+        else:
+            target[:], self._fetched = self._fetched, None
         return self._tier.sealer.opened_payload(self._head, self._first, target, self._seal)
 
     def __enter__(self) -> Self:
@@ -156,7 +179,7 @@ class RedisState:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, StateRefused) and error.args[0] in _BROKEN:
-            self._tier.discard(self._key, self._value, self._patience)
+            self._tier.discard(self.key, self._value, self._patience)
 
 
 class RedisTier(Counting):
@@ -200,6 +223,7 @@ class RedisTier(Counting):
         require_seconds("retry_s", retry_s)
         if not isinstance(url, str):
             raise InvalidConfig(f"url must be a str, not {type(url).__name__}")
+        self._is_cluster = is_cluster
         self._link = Link(url, self.timeout_s, is_cluster=is_cluster)
         self._asking, self._writing = Circuit(n_failures, retry_s), Circuit(n_failures, retry_s)
         super().__init__()
@@ -298,9 +322,16 @@ class RedisTier(Counting):
                 self.refuse(str(refusal))
                 self.count("misses")
                 return
-            for (address, rest), pair in zip(batch, keys, strict=True):
-                values = {key: next(heads) for key in pair}
-                yield self._best(address, rest, values, patience)
+            found = [
+                self._best(address, rest, {key: next(heads) for key in pair}, patience)
+                for (address, rest), pair in zip(batch, keys, strict=True)
+            ]
+            for state, follower in pairwise(found):
+                if state is not None:
+                    state.next = follower
+            for state in found:
+                self.count("misses" if state is None else "hits")
+                yield state
 
     def _heads(self, keys: Sequence[str], patience: _Patience) -> list[Any]:
         return self._replies([("HGET", key, HEAD) for key in keys], patience)
@@ -319,7 +350,6 @@ class RedisTier(Counting):
                     self.discard(key, value, patience)
             else:
                 found += [state] if state else []
-        self.count("hits" if found else "misses")
         return max(found, key=lambda s: common_tokens(s.record.tokens, rest), default=None)
 
     def _opened(
@@ -333,18 +363,37 @@ class RedisTier(Counting):
             raise StateRefused("garbage")
         return RedisState(self, key, value, address, patience)
 
-    def read_chunks(self, key: str, target: memoryview, patience: _Patience) -> None:
-        """Fill `target` with a payload as it is stored.
+    def fetch(self, state: RedisState, target: memoryview, patience: _Patience) -> None:
+        """Fill `target` with a payload as it is stored; small ones that follow come along.
 
         Errors: StateRefused.
         """
-        patience.moving(target.nbytes)
-        rooms = enumerate(_chunks(target))
+        rooms, along = enumerate(_chunks(target)), self._small_followers(state)
+        patience.moving(target.nbytes + sum(len(payload) for _, payload in along))
         while group := list(islice(rooms, _CHUNKS_A_CALL)):
-            commands: list[Command] = [("HGET", key, n) for n, _ in group]
-            ask = partial(self._link.fill, commands, [room for _, room in group])
-            for (_, room), reply in zip(group, self._ask(ask, patience), strict=True):
+            commands: list[Command] = [("HGET", state.key, n) for n, _ in group]
+            commands += [("HGET", each.key, 0) for each, _ in along]
+            targets = [room for _, room in group] + [memoryview(payload) for _, payload in along]
+            replies = self._ask(partial(self._link.fill, commands, targets), patience)
+            for (_, room), reply in zip(group, replies, strict=False):
                 _require_filled(reply, room.nbytes)
+            for (each, payload), reply in zip(along, replies[len(group) :], strict=True):
+                if reply == len(payload):
+                    each.fetched(payload)
+            along = []
+
+    def _small_followers(self, state: RedisState) -> list[tuple[RedisState, bytearray]]:
+        """Return the states to fetch together with this one, and room for them."""
+        along: list[tuple[RedisState, bytearray]] = []
+        if self._is_cluster:  # they are elsewhere
+            return along
+        n_bytes = 0
+        for each in state.followers():
+            n_bytes += each.stored_bytes
+            if each.stored_bytes > _SMALL or n_bytes > _SMALL_AT_ONCE:
+                break
+            along.append((each, bytearray(each.stored_bytes)))
+        return along
 
     def lengths(self, owner: Owner) -> set[int]:
         """Return the numbers of tokens of this owner's whole states."""
