@@ -127,10 +127,10 @@ def test_a_server_that_is_killed_and_restarted_empty(server: RedisServer) -> Non
 
 
 def test_a_paused_server_is_waited_for_a_few_times_only(server: RedisServer) -> None:
-    one = cache(server.url, timeout_s=0.2, retry_s=0.5)
+    one = cache(server.url, timeout_s=0.5, retry_s=1.0)
     Engine().save(one, SECRET)
     one.flush()
-    fresh = cache(server.url, timeout_s=0.2, retry_s=0.5)
+    fresh = cache(server.url, timeout_s=0.5, retry_s=1.0)
     fresh._touch_s = 1e9  # in the background it would fail, too
     assert found(fresh, SECRET[:8]) == 8
     server.pause()
@@ -138,16 +138,16 @@ def test_a_paused_server_is_waited_for_a_few_times_only(server: RedisServer) -> 
         for n_failure in range(3):
             began = time.perf_counter()
             assert found(fresh, SECRET) == 8
-            assert 0.1 < time.perf_counter() - began < 2, n_failure
+            assert 0.3 < time.perf_counter() - began < 5, n_failure
         began = time.perf_counter()
         assert found(fresh, SECRET) == 8
         assert fresh.find([1], fingerprint=b"m") is None
-        assert time.perf_counter() - began < 0.15
+        assert time.perf_counter() - began < 0.4
         began = time.perf_counter()
         Engine().save(one, [1] * 8)
         Engine().save(one, [2] * 8)
         one.close()  # what waits is tried, and given up
-        assert time.perf_counter() - began < 5
+        assert time.perf_counter() - began < 8
         assert reasons(fresh) == {"timeout", "circuit_open"}
     finally:
         server.resume()

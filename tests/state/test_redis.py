@@ -230,6 +230,10 @@ def test_whole_states_of_many_lengths_take_few_round_trips(redis_server: RedisSe
     with theirs.find(SECRET * 2, fingerprint=b"m") as handle:  # type: ignore[union-attr]
         assert bytes(handle.state) == b"the one"
     assert link.n_commands == [1, 16, 104, -1]  # lengths; heads of 8, of 52; one payload
+    link.n_commands.clear()
+    with theirs.find(SECRET[:1], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        assert bytes(handle.state) == b"the one"
+    assert link.n_commands == []  # memory has all of it
     theirs.close()
 
 

@@ -142,6 +142,9 @@ class WholeStates(StateCore):
         return None
 
     def _find(self, owner: Owner, wanted: bytes) -> StateHandle | None:
+        whole_of_it = self._all_of_it(owner, wanted) if self._below else None
+        if whole_of_it is not None:  # nothing below is longer
+            return whole_of_it
         lengths = [below.tier.lengths(owner) for below in self._below]
         with self._lock:
             self._settle()
@@ -166,6 +169,18 @@ class WholeStates(StateCore):
                 if handle is not None:
                     return handle
         return None
+
+    def _all_of_it(self, owner: Owner, wanted: bytes) -> StateHandle | None:
+        """Return the state in memory of exactly these tokens."""
+        n_tokens = len(wanted) // TOKEN_BYTES
+        with self._lock:
+            self._settle()
+            if self._is_closed or n_tokens not in self._memory.wholes.lengths(owner):
+                return None
+        ((_, name),) = prefix_names(owner, wanted, [n_tokens])
+        with self._lock:
+            whole = self._live(owner, name, wanted) if n_tokens >= self.min_tokens else None
+            return self._used(whole) if whole is not None else None
 
     def _live(self, owner: Owner, name: bytes, tokens: bytes) -> Whole | None:
         whole = self._memory.wholes.get(owner, name, tokens)
