@@ -604,6 +604,40 @@ def test_a_node_of_a_cluster_that_stops_costs_what_it_holds(cluster: Cluster) ->
         each.close()
 
 
+def test_slots_that_move_to_another_node_are_followed(cluster: Cluster) -> None:
+    ours = on_cluster(cluster)
+    tokens = [77] * 8
+    Engine().save(ours, tokens)
+    ours.flush()
+    (source,) = (server for server in cluster.servers if server.states())
+    target = next(server for server in cluster.servers if server is not source)
+    (key,) = source.states()
+    slot = key_slot(key.encode())
+    with source.client() as client:
+        client.delete(key)
+    with target.client() as client:
+        new = client.execute_command("CLUSTER MYID")
+    for server in (target, source, *cluster.servers):
+        with server.client() as client:
+            client.execute_command("CLUSTER SETSLOT", slot, "NODE", new)
+    theirs = on_cluster(cluster)
+    ours._touch_s = 0.0
+    assert found(ours, tokens) == 8  # it tells the node that had it, which sends it elsewhere
+    assert ours.flush()
+    until = time.monotonic() + 10
+    while not target.states():
+        assert time.monotonic() < until
+        found(ours, tokens)
+        ours.flush()
+        Engine().save(ours, tokens)
+        ours.flush()
+    assert set(ours.stats().refusals) <= {"redis: moved"}
+    assert found(theirs, tokens) == 8
+    for each in (ours, theirs):
+        each.clear()
+        each.close()
+
+
 def test_a_server_that_is_no_cluster_costs_a_miss(redis_server: RedisServer) -> None:
     one = cache_on(None, redis=tier(redis_server, is_cluster=True))
     assert found(one, SECRET) == 0
