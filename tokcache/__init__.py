@@ -1,5 +1,7 @@
 """Exact caches for language-model serving: tokenization results and prefix states."""
 
+from typing import TYPE_CHECKING, Any
+
 from tokcache import llama
 from tokcache._version import __version__
 from tokcache.config import CacheConfig
@@ -11,6 +13,11 @@ from tokcache.text.l0 import L0Cache
 from tokcache.text.patch import patch_transformers, unpatch_transformers
 from tokcache.text.token_ids import TokenIds
 
+if TYPE_CHECKING:
+    from tokcache.state.tiers.disk import DiskTier as DiskTier
+    from tokcache.state.tiers.redis import RedisTier as RedisTier
+
+# The tiers are not among them: `import *` must not need what a tier needs.
 __all__ = [
     "CacheConfig",
     "CacheStats",
@@ -26,3 +33,16 @@ __all__ = [
     "unpatch_transformers",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a tier when it is first named: a tier needs more than `import tokcache` may."""
+    if name == "DiskTier":
+        from tokcache.state.tiers.disk import DiskTier  # noqa: PLC0415
+
+        return DiskTier
+    if name == "RedisTier":
+        from tokcache.state.tiers.redis import RedisTier  # noqa: PLC0415
+
+        return RedisTier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

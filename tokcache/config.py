@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tokcache.errors import InvalidConfig
 
 MAX_INT = 2**62  # what the native modules hold, with room to add
+MAX_SECONDS = 10**9  # thirty years
 MAX_SAMPLE_SIZE = 1024  # draws an eviction; the 8 of the default come close to exact LRU
 
 
@@ -27,6 +28,16 @@ def require_int(name: str, value: object, minimum: int, maximum: int = MAX_INT) 
     if value > maximum:
         raise InvalidConfig(f"{name} must be at most {maximum:,}, not {value:,}")
     return value
+
+
+def require_seconds(name: str, value: object) -> float:
+    """Return `value` if it is a number of seconds, else raise `InvalidConfig`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= MAX_SECONDS:  # type: ignore[operator]
+        raise InvalidConfig(
+            f"{name} must be a number of seconds above 0, at most {MAX_SECONDS:,}, not {value!r}"
+        )
+    return float(value)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,7 +103,8 @@ class TierStats:
     """Counters of a tier below memory: its own look-ups, not those that memory answered.
 
     Units: `hits` and `misses` states asked for; `n_bytes` held now, by all processes that share
-    the tier; `refusals` states not stored or not used, by reason.
+    the tier; `refusals` states not stored or not used, by reason. What a Redis evicts and holds
+    is its own to tell (INFO): `evictions` and `n_bytes` are 0 there.
     """
 
     hits: int = 0
@@ -122,7 +123,8 @@ class StateStats:
 
     Units: `reused_tokens` positions restored instead of decoded, `saved_tokens` positions stored;
     `n_bytes` bytes held in memory; `promoted_tokens` positions that came from a lower tier;
-    `refusals` states not stored or not used, by reason, those of a lower tier as "disk: reason".
+    `refusals` states not stored or not used, by reason, those of a lower tier as "disk: reason" or
+    "redis: reason".
     """
 
     lookups: int
@@ -142,6 +144,7 @@ class StateStats:
     promoted_tokens: int = 0
     expirations: int = 0
     disk: TierStats = field(default_factory=TierStats)
+    redis: TierStats = field(default_factory=TierStats)
 
     @property
     def hit_rate(self) -> float:

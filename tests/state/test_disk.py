@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.state.engine import Engine, restored, state_of
+from tests.state.engine import Engine, restored
 from tokcache.errors import InvalidConfig, MissingExtra
 from tokcache.state.behind import Job, WriteBehind
-from tokcache.state.blocks import Owner
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.tiers.disk import DiskTier
 
@@ -47,108 +46,6 @@ def files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.suffix in (".0", ".1"))
 
 
-@pytest.mark.parametrize("keys", KEYS, ids=IDS)
-@pytest.mark.parametrize("aligned", [False, True])
-def test_after_a_restart_the_first_prompt_comes_from_the_disk(
-    tmp_path: Path, keys: Any, aligned: bool
-) -> None:
-    first = cache_on(DiskTier.open(tmp_path, **keys))
-    Engine().save(first, SECRET, aligned=aligned)
-    branch = [*SECRET[:21], *range(20)]
-    Engine().save(first, branch, aligned=aligned)
-    first.close()
-    second = cache_on(DiskTier.open(tmp_path, **keys))
-    for tokens in (SECRET, branch):
-        expected = len(tokens) // 8 * 8 if aligned else len(tokens)
-        assert found(second, tokens, aligned=aligned) == expected
-    second._check()
-    assert second.stats().promoted_tokens == (40 + 24 if aligned else 40 + 20)
-    assert found(second, SECRET, scope="a", aligned=aligned) == 0
-    assert found(second, SECRET, fingerprint=b"n", aligned=aligned) == 0
-    assert found(second, SECRET, aligned=not aligned) == 0
-    assert second.stats().refusals == {}
-    second.close()
-
-
-def test_another_process_finds_short_blocks_and_points_inside_blocks(tmp_path: Path) -> None:
-    ours, theirs = cache_on(tmp_path), cache_on(tmp_path)
-    Engine().save(ours, [1, 2, 3])
-    Engine().save(ours, [1, 2, 3, 4, 5, 6])
-    Engine().save(ours, [1, 2, 3, 4, 9, 9, 9])
-    assert ours.flush()
-    assert found(theirs, [1, 2, 3, 4, 9, 9, 9]) == 7
-    assert found(theirs, [1, 2, 3, 4, 5, 6]) == 6
-    # What it found there it extends there, and the first finds that.
-    Engine().save(theirs, [1, 2, 3, 4, 9, 9, 9, 8, 8])
-    assert theirs.flush()
-    assert found(ours, [1, 2, 3, 4, 9, 9, 9, 8, 8]) == 9
-    assert ours.stats().disk.hits > 0
-    for cache in (ours, theirs):
-        cache._check()
-        cache.close()
-
-
-def test_blocks_that_two_processes_stored_at_once_both_find_a_place(tmp_path: Path) -> None:
-    caches = [cache_on(DiskTier.open(tmp_path)) for _ in range(2)]
-    prompts = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 7, 7]]
-    for cache, tokens in zip(caches, prompts, strict=True):
-        Engine().save(cache, tokens)
-    for cache in caches:
-        cache.close()
-    assert [found(cache_on(tmp_path), tokens) for tokens in prompts] == [6, 6]
-    # One that has the first in memory builds on that.
-    both = cache_on(tmp_path)
-    assert [found(both, tokens) for tokens in prompts] == [6, 3]
-    Engine().save(both, prompts[1])
-    both.close()
-    fresh = cache_on(tmp_path)
-    assert [found(fresh, tokens) for tokens in prompts] == [6, 6]
-    fresh._check()
-
-
-def test_a_longer_block_takes_the_place_of_the_shorter_and_keeps_what_follows(
-    tmp_path: Path,
-) -> None:
-    writer = cache_on(tmp_path)
-    Engine().save(writer, [1, 2, 3])
-    Engine().save(writer, [1, 2, 3, 9, 9])
-    writer.close()
-    # Saved by a process that had not looked: the block [1, 2, 3, 4, 5].
-    blind = cache_on(tmp_path)
-    blind._disk, disk = None, blind._disk
-    Engine().save(blind, [1, 2, 3, 4, 5])
-    blind._disk = disk
-    Engine().save(blind, [1, 2, 3, 4, 5])  # what is not there yet is written now
-    blind.close()
-    fresh = cache_on(tmp_path)
-    assert found(fresh, [1, 2, 3, 4, 5]) == 5
-    assert found(fresh, [1, 2, 3, 9, 9]) == 5
-    fresh.close()
-
-
-def test_what_memory_evicted_is_served_by_the_disk(tmp_path: Path) -> None:
-    cache = cache_on(tmp_path, max_entries=2)
-    prompts = [[first] * 20 for first in range(10)]
-    for tokens in prompts:
-        Engine().save(cache, tokens)
-        cache.flush()
-    assert [found(cache, tokens) for tokens in prompts] == [20] * 10
-    assert cache.stats().evictions > 0
-    cache._check()
-    cache.close()
-
-
-def test_what_memory_has_no_room_for_is_served_from_the_file(tmp_path: Path) -> None:
-    writer = cache_on(tmp_path)
-    Engine().save(writer, SECRET)
-    writer.close()
-    tiny = cache_on(tmp_path, ram_bytes=3000)
-    assert found(tiny, SECRET) == 40
-    tiny._check()
-    assert tiny.memory_usage() <= 3000
-    tiny.close()
-
-
 def test_files_are_private_and_named_by_digests(tmp_path: Path) -> None:
     cache = cache_on(tmp_path / "d")
     Engine().save(cache, SECRET, scope="tenant-a")
@@ -160,105 +57,6 @@ def test_files_are_private_and_named_by_digests(tmp_path: Path) -> None:
         if path.is_file():
             assert b"tenant" not in path.read_bytes()
     assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o700
-
-
-def test_encrypted_files_show_neither_tokens_nor_states(tmp_path: Path) -> None:
-    secrets = int32(SECRET[:8]), state_of(SECRET, 0, 8)
-    for name, keys, shows in (("a", {}, True), ("b", {"encryption_key": b"e" * 32}, False)):
-        cache = cache_on(DiskTier.open(tmp_path / name, **keys))  # type: ignore[arg-type]
-        Engine().save(cache, SECRET)
-        cache.close()
-        held = all_bytes(tmp_path / name)
-        assert [secret in held for secret in secrets] == [shows, shows]
-
-
-@pytest.mark.parametrize("keys", KEYS, ids=IDS)
-def test_removing_a_scope_takes_its_bytes_off_the_disk(tmp_path: Path, keys: Any) -> None:
-    cache = cache_on(DiskTier.open(tmp_path, **keys))
-    other = list(range(9001, 9041))
-    Engine().save(cache, SECRET, scope="a")
-    Engine().save(cache, other, scope="b")
-    Engine().save(cache, other)
-    cache.store(SECRET, b"the state of a", fingerprint=b"m", scope="a")
-    cache.flush()
-    n_before = len(files(tmp_path))
-    assert cache.remove(scope="a") == 6
-    assert len(files(tmp_path)) == n_before - 6
-    held = all_bytes(tmp_path)
-    for secret in (int32(SECRET[:8]), state_of(SECRET, 8, 16), b"the state of a"):
-        assert secret not in held
-    assert found(cache, SECRET, scope="a") == 0
-    assert cache.find(SECRET, fingerprint=b"m", scope="a") is None
-    assert found(cache, other, scope="b") == found(cache, other) == 40
-    assert cache.remove(scope="a") == 0
-    cache.clear()
-    assert files(tmp_path) == []
-    assert found(cache, other) == 0
-    cache.close()
-
-
-def test_what_waits_to_be_written_is_not_written_after_its_removal(tmp_path: Path) -> None:
-    cache = cache_on(DiskTier.open(tmp_path))
-    gate = threading.Event()
-    assert cache._writer is not None
-    cache._writer.put(Job("other", 0, lambda: gate.wait(10)))
-    Engine().save(cache, SECRET, scope="a")
-    assert cache.remove(scope="a") == 5
-    gate.set()
-    assert cache.flush()
-    assert files(tmp_path) == []
-    cache._check()
-    cache.close()
-
-
-def test_another_key_finds_nothing_and_destroys_nothing(tmp_path: Path) -> None:
-    good = cache_on(DiskTier.open(tmp_path, hmac_key=b"a" * 32))
-    Engine().save(good, SECRET)
-    good.close()
-    n_files = len(files(tmp_path))
-    for keys in ({"hmac_key": b"b" * 32}, {}, {"encryption_key": b"a" * 32}):
-        bad = cache_on(DiskTier.open(tmp_path, **keys))  # type: ignore[arg-type]
-        assert found(bad, SECRET) == 0
-        bad.close()
-    assert len(files(tmp_path)) == n_files
-    assert found(cache_on(DiskTier.open(tmp_path, hmac_key=b"a" * 32)), SECRET) == 40
-
-
-def test_a_file_sealed_with_another_key_is_refused_where_it_is_put(tmp_path: Path) -> None:
-    for name, key in (("a", b"a" * 32), ("b", b"b" * 32)):
-        cache = cache_on(DiskTier.open(tmp_path / name, hmac_key=key))
-        Engine().save(cache, [1, 2, 3])
-        cache.close()
-    (ours,), (forged,) = files(tmp_path / "a"), files(tmp_path / "b")
-    ours.write_bytes(forged.read_bytes())
-    cache = cache_on(DiskTier.open(tmp_path / "a", hmac_key=b"a" * 32))
-    assert found(cache, [1, 2, 3]) == 0
-    assert cache.stats().refusals == {"disk: forged": 1}
-    assert not ours.exists()
-    cache.close()
-
-
-def test_a_file_of_another_scope_is_refused_where_it_is_put(tmp_path: Path) -> None:
-    cache = cache_on(tmp_path)
-    Engine().save(cache, [1, 2, 3], scope="a")
-    Engine().save(cache, [1, 2, 3], scope="b")
-    Engine().save(cache, [1, 2, 3], fingerprint=b"n", scope="a")
-    cache.close()
-    paths = files(tmp_path)
-    assert len(paths) == 3
-    everyone = [path.read_bytes() for path in paths]
-    cache = cache_on(tmp_path)
-    for path in paths:
-        for content in everyone:
-            if content == path.read_bytes():
-                continue
-            own = path.read_bytes()
-            path.write_bytes(content)
-            owners = (b"m", "a"), (b"m", "b"), (b"n", "a")
-            hits = [found(cache_on(tmp_path), [1, 2, 3], fingerprint=f, scope=s) for f, s in owners]
-            assert sorted(hits) == [0, 3, 3]
-            path.write_bytes(own)
-    cache.close()
 
 
 @pytest.mark.parametrize("scope", ["../../x", "a/b", "\0", "", ".", "a" * 5000, "\ud800"])
@@ -336,39 +134,6 @@ def test_states_expire_on_disk(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_a_full_queue_drops_and_counts_and_the_next_save_writes_what_is_missing(
-    tmp_path: Path,
-) -> None:
-    cache = cache_on(tmp_path, queue_bytes=100)
-    gate = threading.Event()
-    assert cache._writer is not None
-    cache._writer.put(Job(None, 0, lambda: gate.wait(10)))
-    assert Engine().save(cache, SECRET) == 40  # 32 bytes a block: three wait, two are dropped
-    assert cache.stats().refusals == {"disk: queue_full": 1}
-    gate.set()
-    assert cache.flush()
-    assert len(files(tmp_path)) == 3
-    Engine().save(cache, SECRET)
-    assert cache.flush()
-    assert len(files(tmp_path)) == 5
-    cache._check()
-    cache.close()
-
-
-def test_a_cache_that_nobody_closed_is_written_all_the_same(tmp_path: Path) -> None:
-    cache = cache_on(tmp_path)
-    writer = cache._writer
-    assert writer is not None
-    writer.put(Job(None, 0, lambda: time.sleep(0.2)))
-    Engine().save(cache, SECRET)
-    began = time.perf_counter()
-    del cache
-    assert time.perf_counter() - began < 0.15  # nothing waits where a cache is let go
-    assert writer.flush(10)
-    assert not writer.put(Job(None, 0, list))
-    assert found(cache_on(tmp_path), SECRET) == 40
-
-
 def test_a_writer_ends_its_thread_and_takes_nothing_afterwards() -> None:
     writer = WriteBehind("test", 100)
     ran: list[int] = []
@@ -377,27 +142,6 @@ def test_a_writer_ends_its_thread_and_takes_nothing_afterwards() -> None:
     assert ran == [1]
     assert not writer.put(Job(None, 1, lambda: ran.append(2)))
     assert not any(t.name == "tokcache-test" for t in threading.enumerate())
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_writes_and_the_parent_goes_on(tmp_path: Path) -> None:
-    cache = cache_on(tmp_path)
-    Engine().save(cache, [1] * 8)
-    cache.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            Engine().save(cache, [2] * 8)
-            code = 0 if cache.flush(10) and found(cache, [1] * 8) == 8 else 2
-        finally:
-            os._exit(code)
-    Engine().save(cache, [3] * 8)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert cache.flush(10)
-    fresh = cache_on(tmp_path)
-    assert [found(fresh, [first] * 8) for first in (1, 2, 3)] == [8, 8, 8]
-    cache.close()
 
 
 def test_the_end_of_the_interpreter_writes_what_waits(tmp_path: Path) -> None:
@@ -486,16 +230,3 @@ def test_an_unfinished_removal_is_finished_by_the_next_open(tmp_path: Path) -> N
     assert int32(SECRET[:8]) in all_bytes(tmp_path)
     DiskTier.open(tmp_path)
     assert int32(SECRET[:8]) not in all_bytes(tmp_path)
-
-
-def test_names_depend_on_all_that_makes_states_differ(tmp_path: Path) -> None:
-    tier = DiskTier.open(tmp_path, hmac_key=b"k" * 32)
-    owners = [
-        Owner(b"m", None, "free"),
-        Owner(b"m", "", "free"),
-        Owner(b"m", "a", "free"),
-        Owner(b"ma", "", "free"),
-        Owner(b"m", "a", "grid"),
-        Owner(b"m", "a", "whole"),
-    ]
-    assert len({tier.sealer.owner(owner) for owner in owners}) == len(owners)

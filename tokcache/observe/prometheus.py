@@ -178,6 +178,17 @@ STATES = (
         "reason",
     ),
     _Family("state_disk_bytes", "stats.disk.n_bytes", "Bytes of files on disk."),
+    _Family("state_redis_hits_total", "stats.redis.hits", "States found in Redis."),
+    _Family("state_redis_misses_total", "stats.redis.misses", "States looked up there in vain."),
+    _Family("state_redis_writes_total", "stats.redis.writes", "States written to Redis."),
+    _Family("state_redis_read_bytes_total", "stats.redis.read_bytes", "Bytes read from Redis."),
+    _Family("state_redis_written_bytes_total", "stats.redis.written_bytes", "Bytes written there."),
+    _Family(
+        "state_redis_refusals_total",
+        "stats.redis.refusals",
+        "States that Redis did not store or give.",
+        "reason",
+    ),
 )
 
 

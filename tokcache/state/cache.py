@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tokcache.config import MAX_INT, require_int
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import TOKEN_BYTES, Kind, Owner, child_name, common_tokens, token_bytes
-from tokcache.state.core import DISK_BIT, checked_fingerprint, checked_scope
+from tokcache.state.core import Below, checked_fingerprint, checked_scope
 from tokcache.state.index import Node, Root, root_bytes
 from tokcache.state.memory import NODE_BYTES
 from tokcache.state.plan import BlockIO, RestorePlan, StoredBlock
@@ -29,6 +29,7 @@ from tokcache.state.tiers import Address, StateRefused, Stored
 
 if TYPE_CHECKING:
     from tokcache.state.tiers.disk import DiskTier
+    from tokcache.state.tiers.redis import RedisTier
     from tokcache.state.whole import StateHandle
 
 __all__ = ["NODE_BYTES", "BlockIO", "PrefixStateCache", "RestorePlan", "StoredBlock"]
@@ -83,18 +84,19 @@ class _NewBlock:
 
 
 class PrefixStateCache(WholeStates):
-    """States of token prefixes: in memory, and on a disk that outlives the process.
+    """States of token prefixes: in memory, on a disk that outlives the process, in Redis.
 
     Blocks (`plan`, `save`) share what prefixes have in common, to the token; whole states
-    (`store`, `find`) are any engine's bytes. `disk` is a folder or a DiskTier: what is saved is
-    written there by a thread of the cache's own, what memory has not is looked up there.
+    (`store`, `find`) are any engine's bytes. `disk` is a folder or a DiskTier, `redis` a URL or a
+    RedisTier: what is saved is written to each of them by a thread of its own, what memory has
+    not is looked up on the disk, then in Redis.
 
     Units:  `ram_bytes` bytes of all that is retained in memory (states, tokens, overhead, buffers
             waiting for their next use); `max_entries` stored prefixes (chains that nothing
             continues, and whole states); `block_tokens` positions a block at most; prefixes below
             `min_tokens` are neither saved nor used; `ttl_s` seconds after its last use a state is
-            removed; `queue_bytes` bytes that may wait to be written, by default a quarter of
-            `ram_bytes`: what comes on top is not written, and counted.
+            removed; `queue_bytes` bytes that may wait to be written to a tier, by default a quarter
+            of `ram_bytes`: what comes on top is not written, and counted.
     Errors: InvalidConfig for anything below 1, and for a fingerprint or max_tokens of another
             type; InvalidTokens for what are no int32 ids. A state that can't be stored or read
             costs a miss and a counter, never an exception.
@@ -109,6 +111,7 @@ class PrefixStateCache(WholeStates):
         max_entries: int = 32,
         block_tokens: int = 256,
         disk: str | os.PathLike[str] | DiskTier | None = None,
+        redis: str | RedisTier | None = None,
         min_tokens: int = 1,
         ttl_s: float | None = None,
         queue_bytes: int | None = None,
@@ -121,6 +124,7 @@ class PrefixStateCache(WholeStates):
             min_tokens=min_tokens,
             ttl_s=ttl_s,
             disk=disk,
+            redis=redis,
             queue_bytes=queue_bytes,
             enabled=enabled,
         )
@@ -153,7 +157,7 @@ class PrefixStateCache(WholeStates):
             self._memory.counts["lookups"] += 1
             self._memory.counts["lookup_tokens"] += n_tokens
             path = self._found(owner, wanted)
-            if self._disk is None or path.n_tokens * TOKEN_BYTES >= len(wanted) or self._is_closed:
+            if not self._below or path.n_tokens * TOKEN_BYTES >= len(wanted) or self._is_closed:
                 return self._planned(path)
         try:
             self._extend(path, wanted)
@@ -161,6 +165,7 @@ class PrefixStateCache(WholeStates):
             self.release_later(path.pinned())
             raise
         with self._lock:
+            self._queue_blocks(path.nodes, owner)
             return self._planned(path)
 
     def _on_the_grid(self, wanted: bytes, owner: Owner) -> bytes:
@@ -200,33 +205,58 @@ class PrefixStateCache(WholeStates):
     # Restoring from below
 
     def _extend(self, path: _Path, wanted: bytes) -> None:
-        """Add what the disk holds beyond what memory does; the lock is not held."""
-        disk, grain = self._disk, self._index.grain(path.owner)
+        """Add what the tiers below hold beyond what memory does; the lock is not held."""
         before = path.n_tokens
-        while disk is not None and path.n_tokens * TOKEN_BYTES < len(wanted):
-            rest = wanted[path.n_tokens * TOKEN_BYTES :]
-            point = path.point()
-            address = Address(path.owner, path.n_tokens, point, child_name(point, rest[:grain]))
-            if not self._extend_by_one(path, disk, address, rest):
-                break
+        ended: dict[Below, int] = {}
+        while any(self._extend_from(below, path, wanted, ended) for below in self._below):
+            pass
         with self._lock:
             self._memory.counts["promoted_tokens"] += path.n_tokens - before
 
-    def _extend_by_one(self, path: _Path, disk: DiskTier, address: Address, rest: bytes) -> bool:
+    def _extend_from(
+        self, below: Below, path: _Path, wanted: bytes, ended: dict[Below, int]
+    ) -> bool:
+        """Add what one tier holds as far as its blocks are whole; False if it held nothing.
+
+        `ended` tells at which position each tier is known to hold nothing more.
+        """
+        before = path.n_tokens
+        if before * TOKEN_BYTES >= len(wanted) or ended.get(below) == before:
+            return False
+        found = below.tier.find_each(self._ahead(path, wanted))
+        foreseen = before
+        while path.n_tokens == foreseen:
+            foreseen += self.block_tokens
+            if not self._extend_by_one(path, below, found, wanted):
+                ended[below] = path.n_tokens
+                break
+        return path.n_tokens > before
+
+    def _ahead(self, path: _Path, wanted: bytes) -> Iterator[tuple[Address, bytes]]:
+        """Yield where the next blocks are if each is whole, and the tokens from there on."""
+        at, point = path.n_tokens, path.point()
+        grain, block = self._index.grain(path.owner), self.block_tokens * TOKEN_BYTES
+        while rest := wanted[at * TOKEN_BYTES :]:
+            yield Address(path.owner, at, point, child_name(point, rest[:grain])), rest
+            at, point = at + self.block_tokens, child_name(point, rest[:block])
+
+    def _extend_by_one(
+        self, path: _Path, below: Below, found: Iterator[Stored | None], wanted: bytes
+    ) -> bool:
         try:
-            stored = disk.find(address, rest)
+            stored = next(found, None)
             if stored is None:
                 return False
             with stored:
-                return self._promote(path, stored, address.base, rest)
+                return self._promote(path, below, stored, wanted[path.n_tokens * TOKEN_BYTES :])
         except StateRefused as refusal:
-            disk.refuse(str(refusal))
+            below.tier.refuse(str(refusal))
         except Exception:  # noqa: BLE001  (whatever it is, the prompt can be decoded instead)
-            _log.warning("the disk tier failed", exc_info=True)
-            disk.refuse("error")
+            _log.warning("the %s tier failed", below.tier.label, exc_info=True)
+            below.tier.refuse("error")
         return False
 
-    def _promote(self, path: _Path, stored: Stored, point: bytes, rest: bytes) -> bool:
+    def _promote(self, path: _Path, below: Below, stored: Stored, rest: bytes) -> bool:
         """Add a block that was found below; False if it brings nothing."""
         tokens = stored.record.tokens
         n_shared = common_tokens(tokens, rest)
@@ -235,14 +265,18 @@ class PrefixStateCache(WholeStates):
         with self._lock:
             buffer = None if path.loose else self._buffer_below(path, stored)
         if buffer is None:
-            start = path.n_tokens
+            n_loose = sum(payload.nbytes for _, _, payload in path.loose)
+            if not below.tier.is_mapped and n_loose + stored.n_bytes > self.ram_bytes:
+                below.tier.refuse("no_room")
+                return False
+            start, point = path.n_tokens, path.point()
             stop = start + len(tokens) // TOKEN_BYTES
             path.loose.append((start, stop, stored.view()))
             path.loose_point = child_name(point, tokens[: n_shared * TOKEN_BYTES])
             path.n_tokens += n_shared
             return True
         block = _NewBlock(tokens, path.n_tokens, path.n_tokens + len(tokens) // TOKEN_BYTES, buffer)
-        return self._fill_promoted(path, block, stored, n_shared)
+        return self._fill_promoted(path, below, block, stored, n_shared)
 
     def _buffer_below(self, path: _Path, stored: Stored) -> memoryview | None:
         """Return a buffer for a block from below; None where it has to be served from there."""
@@ -257,7 +291,9 @@ class PrefixStateCache(WholeStates):
             return None
         return memory.take(stored.n_bytes, overhead)
 
-    def _fill_promoted(self, path: _Path, block: _NewBlock, stored: Stored, n_shared: int) -> bool:
+    def _fill_promoted(
+        self, path: _Path, below: Below, block: _NewBlock, stored: Stored, n_shared: int
+    ) -> bool:
         is_read = False
         try:
             stored.read_into(block.buffer)
@@ -267,10 +303,11 @@ class PrefixStateCache(WholeStates):
                 node = self._file(path, block) if is_read else None
                 if node is None:
                     self._memory.drop(block.buffer, block.overhead)
-                else:
+                    node = self._filed_meanwhile(path, block) if is_read else None
+                if node is not None:
                     node.pins += 1
-                    node.written |= DISK_BIT
-                    node.priority = stored.record.priority
+                    node.written |= below.bit
+                    node.priority = max(node.priority, stored.record.priority)
                     self._memory.watch(node)
                     path.nodes.append(node)
                     path.n_tokens += n_shared
@@ -287,6 +324,13 @@ class PrefixStateCache(WholeStates):
             memory.refusals["entries_in_use"] += 1
             return None
         return memory.file(root, parent, block.start, block.tokens, block.buffer)
+
+    def _filed_meanwhile(self, path: _Path, block: _NewBlock) -> Node | None:
+        """Return the same block where another thread was faster to file it."""
+        if path.root is None or path.root.is_dead or path.last.is_dead:
+            return None
+        node = self._index.child(path.root, path.last, block.start, block.tokens)
+        return node if node is not None and node.tokens == block.tokens else None
 
     # Saving
 
@@ -340,16 +384,16 @@ class PrefixStateCache(WholeStates):
             for node in path.nodes:
                 node.priority = max(node.priority, priority)
         try:
-            self._learn_from_disk(path, wanted)
+            self._learn_from_below(path, wanted)
             pieces = self._cut(path.n_tokens, len(wanted) // TOKEN_BYTES)
             blocks = self._reserve(path, wanted, pieces, n_bytes) if pieces else []
             return self._fill_and_file(path, blocks, read, priority)
         finally:
             self.release_later(path.pinned())
 
-    def _learn_from_disk(self, path: _Path, wanted: bytes) -> None:
+    def _learn_from_below(self, path: _Path, wanted: bytes) -> None:
         """Take over what others have stored meanwhile, so that new blocks follow theirs."""
-        if self._disk is None:
+        if not self._below:
             return
         self._extend(path, wanted)
         if path.loose:  # memory had no room for it: nothing can follow it there
@@ -456,7 +500,8 @@ class PrefixStateCache(WholeStates):
         """Remove one state, or all that is stored for `scope`; return the states removed.
 
         Every tier is emptied of it. What another process holds in its memory stays there until
-        that process removes it, too.
+        that process removes it, too. Where a tier fails to remove it, a counter and a line in the
+        log say so.
         """
         if (handle is None) == (scope is _UNSET):
             raise InvalidConfig("remove takes a handle or a scope (scope=None: the shared one)")

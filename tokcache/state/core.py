@@ -8,25 +8,27 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from tokcache.config import require_int
+from tokcache.config import require_int, require_seconds
 from tokcache.errors import InvalidConfig, InvalidText
 from tokcache.state.behind import Job, WriteBehind
 from tokcache.state.blocks import Owner, child_name
 from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.state.memory import StateMemory
-from tokcache.state.tiers import Address, Record
+from tokcache.state.tiers import Address, LowerTier, Record
 from tokcache.stats import StateStats, TierStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from tokcache.state.index import Node
     from tokcache.state.tiers.disk import DiskTier
+    from tokcache.state.tiers.redis import RedisTier
     from tokcache.state.whole import Whole
 
-DISK_BIT = 1
 _MIN_QUEUE = 1 << 20
 _COUNTED = (
     "lookups",
@@ -41,8 +43,29 @@ _COUNTED = (
 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Below:
+    """A tier below memory, what writes to it, and its bit in `written` of a block."""
+
+    tier: LowerTier
+    writer: WriteBehind
+    bit: int
+    is_owned: bool
+
+    def write(self, held: Node | Whole, job: Job) -> bool:
+        """Queue the write of a payload; False, and nothing changed, if the queue is full."""
+        held.pins += 1
+        held.written |= self.bit
+        held.touched_s = time.monotonic()
+        if self.writer.put(job):
+            return True
+        held.pins -= 1
+        held.written &= ~self.bit
+        return False
+
+
 class StateCore(Forkable):
-    """The lock, what is held in memory, the tier below and its queue.
+    """The lock, what is held in memory, the tiers below, nearest first, and their queues.
 
     Units:   `_touch_s` seconds that the time of last use which other processes see may be old.
 
@@ -60,6 +83,7 @@ class StateCore(Forkable):
         min_tokens: int,
         ttl_s: float | None,
         disk: str | os.PathLike[str] | DiskTier | None,
+        redis: str | RedisTier | None,
         queue_bytes: int | None,
         enabled: bool,
     ) -> None:
@@ -74,79 +98,100 @@ class StateCore(Forkable):
         queue = max(self.ram_bytes // 4, _MIN_QUEUE) if queue_bytes is None else queue_bytes
         require_int("queue_bytes", queue, minimum=1)
         self._memory = StateMemory(
-            self.ram_bytes, self.max_entries, self.block_tokens, checked_ttl(ttl_s)
+            self.ram_bytes,
+            self.max_entries,
+            self.block_tokens,
+            None if ttl_s is None else require_seconds("ttl_s", ttl_s),
         )
         self._index, self._tier = self._memory.index, self._memory.tier
         self._lock = threading.Lock()
         self._released: deque[list[Node] | list[Whole]] = deque()
+        self._unwritten: deque[tuple[Node | Whole, int]] = deque()
         self._is_closed = False
         self._removals = 0
         self._seconds = {"restore": 0.0, "save": 0.0}
         self._loose: weakref.WeakSet[Whole] = weakref.WeakSet()
-        self._disk, self._owns_disk = _opened(disk if enabled else None)
-        self._writer: WriteBehind | None = None
-        if self._disk is not None:
-            self._writer = WriteBehind(self._disk.label, queue)
+        self._below: tuple[Below, ...] = ()
+        if enabled:
+            tiers = (each for each in (_opened_disk(disk), _opened_redis(redis)) if each)
+            self._below = tuple(
+                Below(tier, WriteBehind(tier.label, queue), 1 << n, is_owned)
+                for n, (tier, is_owned) in enumerate(tiers)
+            )
+        for below in self._below:
             # Not waited for here: the garbage collector may run this under any lock.
-            weakref.finalize(self, self._writer.end).atexit = False
+            weakref.finalize(self, below.writer.end).atexit = False
         tell_of_forks(self)
 
     # Lower tiers
 
+    def _tier_below(self, label: str) -> LowerTier | None:
+        return next((each.tier for each in self._below if each.tier.label == label), None)
+
     @property
     def disk(self) -> DiskTier | None:
         """The disk tier, None without one."""
-        return self._disk
+        return self._tier_below("disk")  # type: ignore[return-value]
+
+    @property
+    def redis(self) -> RedisTier | None:
+        """The Redis tier, None without one."""
+        return self._tier_below("redis")  # type: ignore[return-value]
 
     def _address(self, node: Node, owner: Owner) -> Address:
         head = node.tokens[: self._index.grain(owner)]
         return Address(owner, node.start, node.base, child_name(node.base, head))
 
     def _queue_blocks(self, nodes: list[Node], owner: Owner) -> None:
-        """Queue what the disk does not have yet, parents first; the lock is held."""
-        if self._disk is None:
-            return
-        for node in nodes:
-            if node.written & DISK_BIT or node.is_dead:
-                continue
-            record = Record(node.name, node.tokens, priority=node.priority)
-            if not self._queue(node, self._address(node, owner), record):
-                self._memory.refusals["disk: queue_full"] += 1
-                return  # without it, what follows would not be found
+        """Queue what each tier does not have yet, parents first; the lock is held."""
+        for below in self._below:
+            for node in nodes:
+                if node.written & below.bit or node.is_dead:
+                    continue
+                record = Record(node.name, node.tokens, priority=node.priority)
+                if not self._queue(below, node, self._address(node, owner), record):
+                    break  # without it, what follows would not be found
 
-    def _queue(self, held: Node | Whole, address: Address, record: Record) -> bool:
-        disk, writer = self._disk, self._writer
-        payload = self._tier.get(held)
-        if disk is None or writer is None or payload is None:
+    def _queue_whole(self, whole: Whole, address: Address) -> None:
+        """Queue a whole state for each tier that does not have it yet; the lock is held."""
+        record = Record(whole.name, whole.tokens, whole.n_past, whole.priority)
+        for below in self._below:
+            if not whole.written & below.bit:
+                self._queue(below, whole, address, record)
+
+    def _queue(self, below: Below, held: Node | Whole, address: Address, record: Record) -> bool:
+        tier, bit, payload = below.tier, below.bit, self._tier.get(held)
+        if payload is None:
             return True
-        released = self._released
+        released, unwritten = self._released, self._unwritten
 
         def run() -> None:
-            # Not there: it is tried again with the next save that passes by.
-            if not disk.write(address, record, payload):
-                held.written &= ~DISK_BIT
+            is_there = False
+            try:
+                is_there = tier.write(address, record, payload)
+            finally:
+                if not is_there:  # it is tried again with the next save that passes by
+                    unwritten.append((held, bit))
 
-        held.pins += 1
-        held.written |= DISK_BIT
-        held.touched_s = time.monotonic()
-        job = Job(address.owner.scope, payload.nbytes, run, lambda: released.append([held]))  # type: ignore[arg-type]
-        if writer.put(job):
+        done = lambda: released.append([held])  # type: ignore[arg-type]  # noqa: E731
+        if below.write(held, Job(address.owner.scope, payload.nbytes, run, done)):
             return True
-        held.pins -= 1
-        held.written &= ~DISK_BIT
+        self._memory.refusals[f"{tier.label}: queue_full"] += 1
         return False
 
-    def _touch_later(self, held: Iterable[Node | Whole], addresses: list[Address]) -> None:
-        """Tell the disk, off the request path, that these are in use; the lock is held."""
-        if self._disk is None or self._writer is None or not addresses:
+    def _touch_later(self, held: Sequence[Node | Whole], addresses: list[Address]) -> None:
+        """Tell the tiers, off the request path, that these are in use; the lock is held."""
+        if not self._below or not addresses:
             return
-        disk, now = self._disk, time.monotonic()
+        now = time.monotonic()
         for each in held:
             each.touched_s = now
-        self._writer.put(Job(addresses[0].owner.scope, 0, lambda: disk.touch(addresses)))
+        for below in self._below:
+            touch = partial(_touch, below, addresses, held, self._unwritten)
+            below.writer.put(Job(addresses[0].owner.scope, 0, touch))
 
     def _untouched(self, nodes: list[Node]) -> list[Node]:
-        if self._disk is None:
+        if not self._below:
             return []
         old = time.monotonic() - self._touch_s
         return [node for node in nodes if node.touched_s < old and node.written]
@@ -156,7 +201,8 @@ class StateCore(Forkable):
 
         What a tier refused is counted, not waited for.
         """
-        return self._writer is None or self._writer.flush(timeout_s)
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        return all(each.writer.flush(_left(until)) for each in self._below)
 
     # Counting
 
@@ -176,17 +222,21 @@ class StateCore(Forkable):
         self._released.append(held)
 
     def _settle(self) -> None:
+        while self._unwritten:
+            held, bit = self._unwritten.popleft()
+            held.written &= ~bit
         while self._released:
             for each in self._released.popleft():
                 self._memory.release(each)
 
     def stats(self) -> StateStats:
         """Return the counters and what is held now."""
-        disk = self._disk.stats() if self._disk is not None else TierStats()
+        below = {each.tier.label: each.tier.stats() for each in self._below}
         with self._lock:
             self._settle()
             counts, refusals = self._memory.counts, dict(self._memory.refusals)
-            refusals |= {f"disk: {reason}": n for reason, n in disk.refusals.items()}
+            for label, tier in below.items():
+                refusals |= {f"{label}: {reason}": n for reason, n in tier.refusals.items()}
             return StateStats(
                 **{name: counts[name] for name in _COUNTED},
                 refusals=refusals,
@@ -196,7 +246,8 @@ class StateCore(Forkable):
                 n_blocks=self._index.n_nodes,
                 n_bytes=self._memory.held_bytes(),
                 n_states=self._memory.wholes.n_states,
-                disk=disk,
+                disk=below.get("disk", TierStats()),
+                redis=below.get("redis", TierStats()),
             )
 
     def memory_usage(self) -> int:
@@ -227,19 +278,20 @@ class StateCore(Forkable):
         What another process holds in its memory is that process's to remove.
         """
         scope = checked_scope(scope)
-        if self._writer is not None:
-            self._writer.discard(lambda each: each == scope)
+        self._discard_queued(lambda each: each == scope)
         with self._lock:
             self._settle()
             self._removals += 1
             owners = [owner for owner in self._memory.owners() if owner.scope == scope]
             n_removed = self._memory.remove_all(owners)
             self._forget_loose(lambda whole: whole.owner.scope == scope)
-        if self._writer is None or self._disk is None:
-            return n_removed
         # What was saved between the two steps was filed before the lock was had.
-        self._writer.discard(lambda each: each == scope)
-        return max(n_removed, self._disk.remove_scope(scope))
+        self._discard_queued(lambda each: each == scope)
+        return max([n_removed, *(each.tier.remove_scope(scope) for each in self._below)])
+
+    def _discard_queued(self, is_doomed: Callable[[str | None], bool]) -> None:
+        for below in self._below:
+            below.writer.discard(is_doomed)
 
     def _forget_loose(self, is_doomed: Callable[[Whole], bool]) -> None:
         for whole in list(self._loose):
@@ -248,15 +300,14 @@ class StateCore(Forkable):
     def clear(self) -> None:
         """Remove everything from every tier, counters too.
 
-        A disk tier's folder is emptied for all processes that share it.
+        A disk tier's folder and a Redis tier's namespace are emptied for all that share them.
         """
-        if self._writer is not None:
-            self._writer.discard(lambda _: True)
+        self._discard_queued(lambda _: True)
         with self._lock:
             self._clear()
-        if self._writer is not None and self._disk is not None:
-            self._writer.discard(lambda _: True)
-            self._disk.clear()
+        self._discard_queued(lambda _: True)
+        for below in self._below:
+            below.tier.clear()
 
     def _clear(self) -> None:
         self._settle()
@@ -270,16 +321,17 @@ class StateCore(Forkable):
     def close(self) -> None:
         """Write what waits, then empty memory; from now on nothing is found and nothing stored.
 
-        What the disk holds stays there; an ephemeral tier's folder goes with its tier.
+        What the tiers below hold stays there; an ephemeral tier's folder goes with its tier.
         """
         with self._lock:
             self._is_closed = True
-        if self._writer is not None:
-            self._writer.close()
+        for below in self._below:
+            below.writer.close()
         with self._lock:
             self._clear()
-        if self._owns_disk and self._disk is not None:
-            self._disk.close()
+        for below in self._below:
+            if below.is_owned:
+                below.tier.close()
 
     def _check(self) -> None:
         """Verify every invariant; for tests."""
@@ -301,12 +353,27 @@ class StateCore(Forkable):
         """Forget what the parent's threads use; they run on there only."""
         self._lock = threading.Lock()
         self._released.clear()
+        self._unwritten.clear()
         self._memory.forget_users()
 
 
-def _opened(disk: str | os.PathLike[str] | DiskTier | None) -> tuple[DiskTier | None, bool]:
+def _touch(
+    below: Below,
+    addresses: list[Address],
+    held: Sequence[Node | Whole],
+    unwritten: deque[tuple[Node | Whole, int]],
+) -> None:
+    # What a tier has lost meanwhile is written again with the next save that passes by.
+    unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))
+
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(until - time.monotonic(), 0.0)
+
+
+def _opened_disk(disk: object) -> tuple[LowerTier, bool] | None:
     if disk is None:
-        return None, False
+        return None
     from tokcache.state.tiers.disk import DiskTier  # noqa: PLC0415 (only where it is used)
 
     if isinstance(disk, DiskTier):
@@ -314,6 +381,18 @@ def _opened(disk: str | os.PathLike[str] | DiskTier | None) -> tuple[DiskTier | 
     if isinstance(disk, str | os.PathLike):
         return DiskTier.open(disk), True
     raise InvalidConfig(f"disk must be a path, a DiskTier or None, not {type(disk).__name__}")
+
+
+def _opened_redis(redis: object) -> tuple[LowerTier, bool] | None:
+    if redis is None:
+        return None
+    from tokcache.state.tiers.redis import RedisTier  # noqa: PLC0415 (only where it is used)
+
+    if isinstance(redis, RedisTier):
+        return redis, False
+    if isinstance(redis, str):
+        return RedisTier.open(redis), True
+    raise InvalidConfig(f"redis must be a URL, a RedisTier or None, not {type(redis).__name__}")
 
 
 def checked_scope(scope: object) -> str | None:
@@ -334,15 +413,3 @@ def checked_fingerprint(fingerprint: object) -> bytes:
     if not isinstance(fingerprint, bytes):
         raise InvalidConfig(f"fingerprint must be bytes, not {type(fingerprint).__name__}")
     return fingerprint
-
-
-def checked_ttl(ttl_s: object) -> float | None:
-    """Return `ttl_s` if it can be one.
-
-    Errors: InvalidConfig.
-    """
-    if ttl_s is None:
-        return None
-    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not ttl_s > 0:
-        raise InvalidConfig(f"ttl_s must be a number of seconds above 0 or None, not {ttl_s!r}")
-    return float(ttl_s)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from tokcache.config import MAX_INT, require_int
 from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.blocks import TOKEN_BYTES, Owner, root_name, token_bytes
-from tokcache.state.core import DISK_BIT, StateCore, checked_fingerprint, checked_scope
+from tokcache.state.core import Below, StateCore, checked_fingerprint, checked_scope
 from tokcache.state.memory import whole_overhead
-from tokcache.state.tiers import Address, Record, StateRefused, Stored
+from tokcache.state.tiers import Address, StateRefused, Stored
 from tokcache.state.whole import StateHandle, Whole, prefix_names
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ class WholeStates(StateCore):
         self._set_kept(whole, is_kept=is_kept)
         self._memory.counts["saved_blocks"] += 1
         self._memory.counts["saved_tokens"] += whole.n_tokens
-        record = Record(whole.name, whole.tokens, whole.n_past, whole.priority)
-        if not self._queue(whole, _address(whole.owner, whole.name, whole.n_tokens), record):
-            self._memory.refusals["disk: queue_full"] += 1
+        self._queue_whole(whole, _address(whole.owner, whole.name, whole.n_tokens))
 
     # Finding
 
@@ -144,29 +142,45 @@ class WholeStates(StateCore):
         return None
 
     def _find(self, owner: Owner, wanted: bytes) -> StateHandle | None:
-        below = self._disk.lengths(owner) if self._disk is not None else set()
+        whole_of_it = self._all_of_it(owner, wanted) if self._below else None
+        if whole_of_it is not None:  # nothing below is longer
+            return whole_of_it
+        lengths = [below.tier.lengths(owner) for below in self._below]
         with self._lock:
             self._settle()
             if self._is_closed:
                 return None
-            lengths = self._memory.wholes.lengths(owner) | below
-        usable = sorted(n for n in lengths if self.min_tokens <= n <= len(wanted) // TOKEN_BYTES)
+            everywhere = self._memory.wholes.lengths(owner).union(*lengths)
+        usable = sorted(n for n in everywhere if self.min_tokens <= n <= len(wanted) // TOKEN_BYTES)
         names = dict(prefix_names(owner, wanted, usable))
-        for n_tokens in reversed(usable):
+        usable.reverse()
+        asked = [
+            (below, held, _ask(below, owner, wanted, {n: names[n] for n in usable if n in held}))
+            for below, held in zip(self._below, lengths, strict=True)
+        ]
+        for n_tokens in usable:
             tokens = wanted[: n_tokens * TOKEN_BYTES]
-            found = self._find_exact(owner, names[n_tokens], tokens, has_file=n_tokens in below)
-            if found is not None:
-                return found
+            with self._lock:
+                whole = self._live(owner, names[n_tokens], tokens)
+                if whole is not None:
+                    return self._used(whole)
+            for below, held, found in asked:
+                handle = self._from_below(below, found, owner, tokens) if n_tokens in held else None
+                if handle is not None:
+                    return handle
         return None
 
-    def _find_exact(
-        self, owner: Owner, name: bytes, tokens: bytes, *, has_file: bool
-    ) -> StateHandle | None:
+    def _all_of_it(self, owner: Owner, wanted: bytes) -> StateHandle | None:
+        """Return the state in memory of exactly these tokens."""
+        n_tokens = len(wanted) // TOKEN_BYTES
         with self._lock:
-            whole = self._live(owner, name, tokens)
-            if whole is not None:
-                return self._used(whole)
-        return self._from_disk(owner, name, tokens) if has_file else None
+            self._settle()
+            if self._is_closed or n_tokens not in self._memory.wholes.lengths(owner):
+                return None
+        ((_, name),) = prefix_names(owner, wanted, [n_tokens])
+        with self._lock:
+            whole = self._live(owner, name, wanted) if n_tokens >= self.min_tokens else None
+            return self._used(whole) if whole is not None else None
 
     def _live(self, owner: Owner, name: bytes, tokens: bytes) -> Whole | None:
         whole = self._memory.wholes.get(owner, name, tokens)
@@ -196,26 +210,25 @@ class WholeStates(StateCore):
 
     # Finding below
 
-    def _from_disk(self, owner: Owner, name: bytes, tokens: bytes) -> StateHandle | None:
-        disk = self._disk
-        address = _address(owner, name, len(tokens) // TOKEN_BYTES)
-        if disk is None:
-            return None
+    def _from_below(
+        self, below: Below, found: Iterator[Stored | None], owner: Owner, tokens: bytes
+    ) -> StateHandle | None:
+        """Return the next that a tier found, if it is of `tokens`."""
         try:
-            stored = disk.find(address, tokens)
+            stored = next(found, None)
             if stored is None:
                 return None
             with stored:
                 is_it = stored.record.tokens == tokens
-                return self._promoted(owner, stored) if is_it else None
+                return self._promoted(below, owner, stored) if is_it else None
         except StateRefused as refusal:
-            disk.refuse(str(refusal))
+            below.tier.refuse(str(refusal))
         except Exception:  # noqa: BLE001  (whatever it is, it is a miss)
-            _log.warning("the disk tier failed", exc_info=True)
-            disk.refuse("error")
+            _log.warning("the %s tier failed", below.tier.label, exc_info=True)
+            below.tier.refuse("error")
         return None
 
-    def _promoted(self, owner: Owner, stored: Stored) -> StateHandle | None:
+    def _promoted(self, below: Below, owner: Owner, stored: Stored) -> StateHandle | None:
         record = stored.record
         whole = Whole(owner, record.name, record.tokens, record.n_past, record.priority)
         with self._lock:
@@ -235,15 +248,16 @@ class WholeStates(StateCore):
                 is_filed = is_filed and self._memory.has_whole_room(self._n_replaced(whole))
                 if is_filed:
                     self._memory.file_whole(whole, buffer)
-                    whole.written |= DISK_BIT
+                    whole.written |= below.bit
                     self._memory.counts["promoted_tokens"] += whole.n_tokens
                     handle = self._used(whole)
+                    self._queue_whole(whole, _address(owner, whole.name, whole.n_tokens))
                 else:
                     self._memory.drop(buffer, whole_overhead(whole))
         return handle
 
     def _loose_handle(self, whole: Whole, payload: memoryview) -> StateHandle:
-        """Return the handle of a state that stays in its file: memory has no room for it."""
+        """Return the handle of a state that memory has no room for."""
         whole.pins, whole.used_at, whole.hits = 1, time.time(), 1
         with self._lock:
             self._loose.add(whole)
@@ -276,8 +290,7 @@ class WholeStates(StateCore):
 
     def _remove_state(self, handle: StateHandle) -> int:
         whole = handle.whole
-        if self._writer is not None:
-            self._writer.flush()  # what waits would come back to the disk after its removal
+        self.flush()  # what waits would come back to the tiers after its removal
         with self._lock:
             self._settle()
             is_there = not whole.is_dead
@@ -285,8 +298,9 @@ class WholeStates(StateCore):
                 self._set_kept(whole, is_kept=False)
                 self._memory.remove_whole(whole)
             whole.is_dead = True
-        if is_there and self._disk is not None:
-            self._disk.remove(_address(whole.owner, whole.name, whole.n_tokens))
+        for below in self._below:
+            if is_there:
+                below.tier.remove(_address(whole.owner, whole.name, whole.n_tokens))
         return int(is_there)
 
     def whole_states(self) -> Iterator[StateHandle]:
@@ -295,6 +309,16 @@ class WholeStates(StateCore):
             self._settle()
             handles = [self._handle(whole) for whole in self._memory.wholes]
         yield from (handle for handle in handles if handle is not None)
+
+
+def _ask(
+    below: Below, owner: Owner, wanted: bytes, names: dict[int, bytes]
+) -> Iterator[Stored | None]:
+    """Ask a tier for the states of these lengths, in this order, when it is their turn."""
+    return below.tier.find_each(
+        (_address(owner, name, n_tokens), wanted[: n_tokens * TOKEN_BYTES])
+        for n_tokens, name in names.items()
+    )
 
 
 def _address(owner: Owner, name: bytes, n_tokens: int) -> Address:

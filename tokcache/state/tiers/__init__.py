@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 from tokcache.errors import TokcacheError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
-    from tokcache.state.blocks import Owner
+    from tokcache.state.blocks import Kind, Owner
     from tokcache.stats import TierStats
 
 
@@ -74,15 +74,23 @@ class Stored(Protocol):
 class LowerTier(Protocol):
     """A store of states below memory, shared with other processes.
 
+    `is_mapped` tells whether the views of what is found take no memory of this process.
+
     Errors: whatever goes wrong costs a miss and a counter by reason; only `read_into` and `view`
             of what was found raise.
     Threads: safe; after a fork, too.
     """
 
     label: str
+    is_mapped: bool
 
-    def find(self, address: Address, rest: bytes) -> Stored | None:
-        """Return what is stored there; of several blocks, the one that shares most with `rest`."""
+    def find_each(self, wanted: Iterable[tuple[Address, bytes]]) -> Iterator[Stored | None]:
+        """Yield what is stored at each address, in order, until it can't be told.
+
+        Of several blocks in one place it is the one that shares most with the tokens beside the
+        address. A tier that is far away asks for several at once; what nobody takes from the
+        iterator is not counted.
+        """
 
     def lengths(self, owner: Owner) -> set[int]:
         """Return the numbers of tokens of this owner's whole states."""
@@ -90,8 +98,8 @@ class LowerTier(Protocol):
     def write(self, address: Address, record: Record, payload: memoryview) -> bool:
         """Store a payload; True if it is there now."""
 
-    def touch(self, addresses: Sequence[Address]) -> None:
-        """Note that these are in use."""
+    def touch(self, addresses: Sequence[Address]) -> list[int]:
+        """Note that these are in use; return the places in `addresses` of those that are gone."""
 
     def remove(self, address: Address) -> None:
         """Remove one state."""
@@ -110,6 +118,19 @@ class LowerTier(Protocol):
 
     def close(self) -> None:
         """Let resources go; what is stored stays."""
+
+
+def is_in_place(held: Record, new: Record, kind: Kind) -> bool | None:
+    """Return whether `held` serves in the place of `new`; None if both need one of their own.
+
+    False: `new` is to take the place of `held`. Of whole states of the same tokens the one of the
+    higher priority stays. What follows a block that was replaced follows a point of the longer.
+    """
+    if kind == "whole" and held.tokens == new.tokens:
+        return held.priority > new.priority
+    if held.tokens.startswith(new.tokens):
+        return True
+    return False if new.tokens.startswith(held.tokens) else None
 
 
 class StateRefused(TokcacheError):

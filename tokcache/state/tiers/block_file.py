@@ -21,11 +21,18 @@ import struct
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import InvalidConfig, MissingExtra
-from tokcache.state.blocks import DIGEST_BYTES, TOKEN_BYTES, Owner, digest, root_name, scope_name
+from tokcache.state.blocks import (
+    DIGEST_BYTES,
+    TOKEN_BYTES,
+    Owner,
+    child_name,
+    digest,
+    root_name,
+    scope_name,
+)
 from tokcache.state.tiers import Address, Record, StateRefused
 
 if TYPE_CHECKING:
@@ -89,10 +96,10 @@ class Head:
         )
 
     @staticmethod
-    def read(data: bytes, n_file_bytes: int) -> Head:
+    def read(data: bytes, n_file_bytes: int | None = None) -> Head:
         """Return the head that `data` begins with.
 
-        Errors: StateRefused where it can't be the head of a file of that size.
+        Errors: StateRefused where it can't be the head of a file of that size, if that is known.
         """
         if len(data) < HEAD_BYTES:
             raise StateRefused("damaged")
@@ -107,7 +114,8 @@ class Head:
         is_absurd = head.n_tokens > MAX_TOKENS or head.flags & ~(HMAC_FLAG | ENCRYPTED_FLAG)
         if is_absurd or head.head_bytes != HEAD_BYTES + n_tokens + seal:
             raise StateRefused("damaged")
-        if n_file_bytes != head.head_bytes + head.payload_bytes + seal:
+        n_bytes = head.head_bytes + head.payload_bytes + seal
+        if n_file_bytes not in (None, n_bytes) or head.payload_bytes < head.tag_bytes:
             raise StateRefused("damaged")
         return head
 
@@ -159,8 +167,9 @@ class Sealer:
             _xxhash()  # missing, it should be missed now
 
     def _derived_name_key(self) -> bytes:
-        secret = (self._hmac_key or b"") + (self._aes_key or b"")
-        return blake2b(secret, person=b"tokcache.names.2").digest()[:32] if secret else b""
+        if self._hmac_key is None and self._aes_key is None:
+            return b""
+        return digest(b"tokcache.names.3", b"", self._hmac_key or b"", self._aes_key or b"")
 
     @cached_property
     def _aes(self) -> AESGCM:
@@ -262,11 +271,19 @@ class Sealer:
 
     # Reading
 
-    def opened(self, head: Head, first: bytes, address: Address) -> bytes:
-        """Verify what a file has before its payload; return its tokens.
+    def record(self, head: Head, first: bytes, address: Address) -> Record:
+        """Verify what a file has before its payload; return what it says of that.
 
         Errors: StateRefused.
         """
+        tokens = self._opened(head, first, address)
+        is_whole = address.owner.kind == "whole"
+        name = address.slot if is_whole else child_name(address.base, tokens)
+        if not hmac.compare_digest(self.keyed(name), head.name):
+            raise StateRefused("misfiled")
+        return Record(name, tokens, head.n_past, head.priority)
+
+    def _opened(self, head: Head, first: bytes, address: Address) -> bytes:
         if head.flags != self.flags:
             raise StateRefused("other_keys")
         end = head.head_bytes - head.seal_bytes
@@ -309,5 +326,5 @@ def _xxhash() -> Any:
     try:
         import xxhash  # noqa: PLC0415 (where a disk is used)
     except ImportError:
-        raise MissingExtra("the disk tier needs xxhash: pip install xxhash") from None
+        raise MissingExtra("tiers below memory need xxhash: pip install xxhash") from None
     return xxhash

@@ -15,31 +15,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hmac
 import logging
 import os
 import secrets
 import shutil
 import stat
 import tempfile
-import threading
 import time
 import weakref
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tokcache.config import require_int
+from tokcache.config import require_int, require_seconds
 from tokcache.errors import InvalidConfig
-from tokcache.state.blocks import Owner, child_name, common_tokens
-from tokcache.state.forks import Forkable, tell_of_forks
-from tokcache.state.tiers import Address, Record, StateRefused
+from tokcache.state.blocks import Owner, common_tokens
+from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
 from tokcache.state.tiers.block_file import Sealer
+from tokcache.state.tiers.counting import Counting
 from tokcache.state.tiers.disk_file import LAYOUT, READ, REASONS, DiskFile, File, read_head
-from tokcache.stats import TierStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from tokcache.stats import TierStats
 
 _log = logging.getLogger("tokcache")
 
@@ -60,7 +58,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class DiskTier(Forkable):
+class DiskTier(Counting):
     """States in the files of one folder; see the module for its layout.
 
     Units:  `max_bytes` bytes of files, over all processes that use the folder; blocks that are
@@ -72,7 +70,6 @@ class DiskTier(Forkable):
     """
 
     label = "disk"
-    fork_rank = 2
 
     def __init__(
         self,
@@ -86,16 +83,14 @@ class DiskTier(Forkable):
     ) -> None:
         self.path = path
         self.max_bytes = require_int("max_bytes", max_bytes, minimum=1)
-        self.ttl_s = _checked_ttl(ttl_s)
+        self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
         self.sealer = Sealer(hmac_key, encryption_key)
         self.sealer.require_libraries()
+        self.is_mapped = encryption_key is None
         self._is_synced = is_synced
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._refusals: Counter[str] = Counter()
         self._listed: dict[str, tuple[tuple[int, int], set[int]]] = {}
         self._cleanup: Callable[[], object] | None = None
-        tell_of_forks(self)
+        super().__init__()
 
     @classmethod
     def open(
@@ -197,6 +192,11 @@ class DiskTier(Forkable):
 
     # Reading
 
+    def find_each(self, wanted: Iterable[tuple[Address, bytes]]) -> Iterator[DiskFile | None]:
+        """Yield what is stored at each address, in order; each is opened when it is its turn."""
+        for address, rest in wanted:
+            yield self.find(address, rest)
+
     def find(self, address: Address, rest: bytes) -> DiskFile | None:
         """Return what is stored there; of two blocks, the one that shares most with `rest`."""
         found: list[DiskFile] = []
@@ -217,11 +217,11 @@ class DiskTier(Forkable):
         found.sort(key=lambda file: common_tokens(file.record.tokens, rest))
         for worse in found[:-1]:
             worse.close()
-        self._count("hits" if found else "misses")
+        self.count("hits" if found else "misses")
         return found[-1] if found else None
 
     def _missed(self, error: OSError) -> None:
-        self._count("misses")
+        self.count("misses")
         if error.errno != errno.ENOENT:
             self.refuse_error(error)
 
@@ -250,12 +250,7 @@ class DiskTier(Forkable):
 
     def _verified(self, fd: int, address: Address) -> DiskFile:
         head, first = read_head(fd, self._require_fresh(fd))
-        tokens = bytes(self.sealer.opened(head, first, address))
-        is_whole = address.owner.kind == "whole"
-        name = address.slot if is_whole else child_name(address.base, tokens)
-        if not hmac.compare_digest(self.sealer.keyed(name), head.name):
-            raise StateRefused("misfiled")
-        record = Record(name, tokens, head.n_past, head.priority)
+        record = self.sealer.record(head, first, address)
         return DiskFile(fd, head, first, record, sealer=self.sealer, count=self.count_read)
 
     def _require_fresh(self, fd: int) -> int:
@@ -337,9 +332,8 @@ class DiskTier(Forkable):
                     self._reserve(-n_spare)
         finally:
             os.close(folder)
-        with self._lock:
-            self._counts["writes"] += 1
-            self._counts["written_bytes"] += n_bytes
+        self.count("writes")
+        self.count("written_bytes", n_bytes)
         return True
 
     def _free_way(self, folder: int, address: Address, record: Record) -> int | None:
@@ -352,14 +346,9 @@ class DiskTier(Forkable):
             if file is None:
                 return way
             with file:
-                held = file.record
-            is_same = held.tokens == record.tokens
-            if address.owner.kind == "whole" and is_same:
-                return way if held.priority <= record.priority else None
-            if held.tokens.startswith(record.tokens):
-                return None
-            if record.tokens.startswith(held.tokens):
-                return way  # what follows the shorter one follows a point of the longer one
+                is_held = is_in_place(file.record, record, address.owner.kind)
+            if is_held is not None:
+                return None if is_held else way
         raise StateRefused("place_taken")
 
     def _put(self, folder: int, parts: tuple[bytes | memoryview, ...]) -> str:
@@ -395,21 +384,33 @@ class DiskTier(Forkable):
             os.fsync(folder)
         return n_spare
 
-    def touch(self, addresses: Sequence[Address]) -> None:
-        """Note that these are in use, all at one time: parents never look older than children."""
-        now = time.time_ns()
-        for address in addresses:
-            with contextlib.suppress(OSError):
-                folder = self._open_folder(address.owner)
-                try:
-                    self._touch_in(folder, self._stem(address), now)
-                finally:
-                    os.close(folder)
+    def touch(self, addresses: Sequence[Address]) -> list[int]:
+        """Note that these are in use, all at one time: parents never look older than children.
 
-    def _touch_in(self, folder: int, stem: str, now: int) -> None:
+        Return the places in `addresses` of those that are gone.
+        """
+        now = time.time_ns()
+        return [n for n, address in enumerate(addresses) if not self._is_touched(address, now)]
+
+    def _is_touched(self, address: Address, now: int) -> bool:
+        try:
+            folder = self._open_folder(address.owner)
+        except OSError as error:
+            return error.errno != errno.ENOENT
+        try:
+            return self._touch_in(folder, self._stem(address), now)
+        except OSError:
+            return True  # it can't be told
+        finally:
+            os.close(folder)
+
+    def _touch_in(self, folder: int, stem: str, now: int) -> bool:
+        is_there = False
         for way in WAYS:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(f"{stem}.{way}", ns=(now, now), dir_fd=folder, follow_symlinks=False)
+                is_there = True
+        return is_there
 
     # Room
 
@@ -470,7 +471,7 @@ class DiskTier(Forkable):
                 continue
             if self.unlink(file):
                 total -= file.n_bytes
-                self._count("evictions")
+                self.count("evictions")
         return total
 
     def unlink(self, file: File) -> bool:
@@ -575,19 +576,6 @@ class DiskTier(Forkable):
 
     # Counting
 
-    def _count(self, name: str, n: int = 1) -> None:
-        with self._lock:
-            self._counts[name] += n
-
-    def count_read(self, n_bytes: int) -> None:
-        """Count a payload that was read."""
-        self._count("read_bytes", n_bytes)
-
-    def refuse(self, reason: str) -> None:
-        """Count a state that was not stored or not used."""
-        with self._lock:
-            self._refusals[reason] += 1
-
     def refuse_error(self, error: OSError) -> None:
         """Count what the system refused."""
         _log.debug("the disk tier at %s failed", self.path, exc_info=error)
@@ -604,34 +592,13 @@ class DiskTier(Forkable):
 
         What was removed otherwise than by pruning is counted until the next one; `files` scans.
         """
-        n_bytes = self._counted_bytes()
-        with self._lock:
-            names = ("hits", "misses", "writes", "evictions", "read_bytes", "written_bytes")
-            return TierStats(
-                **{name: self._counts[name] for name in names},
-                refusals=dict(self._refusals),
-                n_bytes=n_bytes,
-            )
+        return self.counted(self._counted_bytes())
 
     def close(self) -> None:
         """Let the tier go; the files stay, an ephemeral tier's do not."""
         cleanup, self._cleanup = self._cleanup, None
         if cleanup is not None:
             cleanup()
-
-    # Forks
-
-    def before_fork(self) -> None:
-        """Wait until no counter is half changed."""
-        self._lock.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        """Go on."""
-        self._lock.release()
-
-    def after_fork_in_child(self) -> None:
-        """Make the lock anew."""
-        self._lock = threading.Lock()
 
 
 def _write_exactly(fd: int, parts: tuple[bytes | memoryview, ...]) -> None:
@@ -690,14 +657,6 @@ def _position(name: str) -> int:
         return int(position, 16)
     except ValueError:
         return -1
-
-
-def _checked_ttl(ttl_s: object) -> float | None:
-    if ttl_s is None:
-        return None
-    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not ttl_s > 0:
-        raise InvalidConfig(f"ttl_s must be a number of seconds above 0 or None, not {ttl_s!r}")
-    return float(ttl_s)
 
 
 def _remove_own(path: str, pid: int) -> None:

@@ -1,40 +1,45 @@
-"""Two caches that share a folder, restarts and damage included, against a plain set of prefixes."""
+"""Two caches that share a tier, restarts and damage included, against a plain set of prefixes."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.state.engine import Engine, restored
-from tests.state.test_disk import files
-from tokcache.state.cache import PrefixStateCache
-from tokcache.state.tiers.disk import DiskTier
+from tests.state.media import DiskMedium, Medium, RedisMedium
+
+if TYPE_CHECKING:
+    from tests.state.redis_server import RedisServer
+    from tokcache.state.cache import PrefixStateCache
 
 TOKENS = st.lists(st.integers(0, 2), max_size=12)
 WHO = st.integers(0, 1)
 SCOPES = st.sampled_from([None, "a"])
 
 
-class SharedDisk(RuleBasedStateMachine):
-    """Every save reaches the disk before the next step: then nothing may be missing anywhere."""
+class SharedTier(RuleBasedStateMachine):
+    """Every save reaches the tier before the next step: then nothing may be missing anywhere."""
+
+    medium: Medium
+    settings: dict[str, Any]
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
         self.stored: dict[str | None, set[tuple[int, ...]]] = {None: set(), "a": set()}
         self.whole: dict[str | None, dict[tuple[int, ...], bytes]] = {None: {}, "a": {}}
         self.is_damaged = False
         self.caches = [self.opened(max_entries) for max_entries in (1000, 2)]
 
     def opened(self, max_entries: int) -> PrefixStateCache:
-        tier = DiskTier.open(self.folder, is_synced=False, hmac_key=b"k" * 32)
-        return PrefixStateCache(disk=tier, block_tokens=4, max_entries=max_entries)
+        tier = self.medium.tier(hmac_key=b"k" * 32, **self.settings)
+        return self.medium.cache(tier, block_tokens=4, max_entries=max_entries)
 
     @rule(who=WHO, scope=SCOPES, tokens=TOKENS)
     def save(self, who: int, scope: str | None, tokens: list[int]) -> None:
@@ -87,14 +92,18 @@ class SharedDisk(RuleBasedStateMachine):
         self.stored[scope].clear()
         self.whole[scope].clear()
 
-    @precondition(lambda self: bool(files(self.folder)))
+    @precondition(lambda self: bool(self.medium.states()))
     @rule(data=st.data())
     def damage(self, data: st.DataObject) -> None:
-        path = data.draw(st.sampled_from(files(self.folder)))
-        content = bytearray(path.read_bytes())
-        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-        path.write_bytes(content)
+        states = self.medium.states()
+        name = data.draw(st.sampled_from(sorted(states)))
+        self.medium.put(name, self.damaged(states[name], data))
         self.is_damaged = True
+
+    def damaged(self, state: Any, data: st.DataObject) -> Any:
+        content = bytearray(state)
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        return bytes(content)
 
     @invariant()
     def holds(self) -> None:
@@ -107,8 +116,44 @@ class SharedDisk(RuleBasedStateMachine):
     def teardown(self) -> None:
         for cache in self.caches:
             cache.close()
+
+
+class SharedDisk(SharedTier):
+    settings = {"is_synced": False}  # noqa: RUF012 (never changed)
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.medium = DiskMedium(self.folder)
+        super().__init__()
+
+    def teardown(self) -> None:
+        super().teardown()
         shutil.rmtree(self.folder)
+
+
+class SharedRedis(SharedTier):
+    settings = {}  # noqa: RUF012 (never changed)
+    server: RedisServer
+
+    def __init__(self) -> None:
+        with self.server.client() as client:
+            client.flushall()
+        self.medium = RedisMedium(self.server)
+        super().__init__()
+
+    def damaged(self, state: Any, data: st.DataObject) -> Any:
+        field = data.draw(st.sampled_from(sorted(state)))
+        if data.draw(st.booleans()) or not state[field]:
+            return {name: value for name, value in state.items() if name != field} or {b"a": b""}
+        return state | {field: super().damaged(state[field], data)}
 
 
 TestSharedDisk = SharedDisk.TestCase
 TestSharedDisk.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestSharedRedis = pytest.mark.usefixtures("machines_redis")(SharedRedis.TestCase)
+TestSharedRedis.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+@pytest.fixture
+def machines_redis(redis_server: RedisServer) -> None:
+    SharedRedis.server = redis_server

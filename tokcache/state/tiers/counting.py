@@ -1,0 +1,61 @@
+"""Counting: what every tier counts."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+from tokcache.state.forks import Forkable, tell_of_forks
+from tokcache.stats import TierStats
+
+_NAMES = ("hits", "misses", "writes", "evictions", "read_bytes", "written_bytes")
+
+
+class Counting(Forkable):
+    """The counters of a tier and their lock.
+
+    Threads: safe, after a fork, too.
+    """
+
+    fork_rank = 2
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+        tell_of_forks(self)
+
+    def count(self, name: str, n: int = 1) -> None:
+        """Count one of what `TierStats` has."""
+        with self._lock:
+            self._counts[name] += n
+
+    def count_read(self, n_bytes: int) -> None:
+        """Count a payload that was read."""
+        self.count("read_bytes", n_bytes)
+
+    def refuse(self, reason: str) -> None:
+        """Count a state that was not stored or not used."""
+        with self._lock:
+            self._refusals[reason] += 1
+
+    def counted(self, n_bytes: int = 0) -> TierStats:
+        """Return the counters, and that so many bytes are held."""
+        with self._lock:
+            return TierStats(
+                **{name: self._counts[name] for name in _NAMES},
+                refusals=dict(self._refusals),
+                n_bytes=n_bytes,
+            )
+
+    def before_fork(self) -> None:
+        """Wait until no counter is half changed."""
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Make the lock anew."""
+        self._lock = threading.Lock()
