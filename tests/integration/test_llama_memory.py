@@ -187,11 +187,12 @@ def test_blocks_restored_after_a_foreign_state_make_nothing_savable() -> None:
 
 def test_blocks_are_refused_where_seq_cp_would_end_the_process() -> None:
     from tokcache.errors import StateError  # noqa: PLC0415
+    from tokcache.llama.memories import Memory  # noqa: PLC0415
     from tokcache.llama.sequence import Sequence  # noqa: PLC0415
 
     single = plain()
     single.eval([5] * BLOCK)
-    sequence = Sequence(single.ctx, is_unified=False)
+    sequence = Sequence(single.ctx, Memory.of(single.ctx), is_unified=False)
     for use in (
         lambda: sequence.read_block(0, BLOCK, memoryview(bytearray(9))),
         lambda: sequence.write_block(0, BLOCK, memoryview(bytearray(9))),

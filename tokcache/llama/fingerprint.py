@@ -171,20 +171,3 @@ def _build() -> list[Any]:
         llama_cpp.LLAMA_STATE_SEQ_VERSION,
         llama_cpp.LLAMA_SESSION_VERSION,
     ]
-
-
-def memory_kind(llm: Any) -> str:
-    """Return what this model remembers with, as the model itself says.
-
-    "attention" alone is cached so far; "sliding window", "recurrent", "hybrid" and "none" are not.
-    """
-    model = llm.model
-    if llama_cpp.llama_get_memory(llm.ctx) is None:
-        return "none"
-    if llama_cpp.llama_model_is_recurrent(model):
-        return "recurrent"
-    if llama_cpp.llama_model_is_hybrid(model):
-        return "hybrid"
-    if llama_cpp.llama_model_n_swa(model) > 0:
-        return "sliding window"
-    return "attention"
