@@ -11,6 +11,7 @@ by default each memory runs in the two combinations that differ most.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,8 @@ def conversations(ask: Callable[[list[int], int], list[int]], seed: int = 0) -> 
     ask(a[: 3 * BLOCK] + fresh(rng, 1), 2)
     ask(b[: 4 * BLOCK], 2)  # ends with a block
     ask(b[: 4 * BLOCK - 1], 2)
-    ask(fresh(rng, 3), 2)
+    for n in (1, 2, 3):
+        ask(fresh(rng, n), 2)
     far = a + fresh(rng, (18 if IS_ALL else 4) * BLOCK)  # windows have forgotten the first cells
     ask(far, 2)
     ask(b + fresh(rng, 5), 2)
@@ -527,7 +529,7 @@ def test_control_blocks_that_are_saved_later_are_seen(
     cached.reset()
     twins.ask(prompt)  # the state's position is not the blocks': it is found out
     assert cached.prefix_cache.stats().refusals == {"restore_incomplete": 1}
-    monkeypatch.setattr(Keeper, "_checked", lambda _, __, start, reached: Restored(start, reached))
+    monkeypatch.setattr(Keeper, "_checked", lambda _, __, start, stop, ___: Restored(start, stop))
     cached.reset()
     with pytest.raises((AssertionError, RuntimeError)):
         twins.ask(prompt)
@@ -560,7 +562,10 @@ def test_a_window_that_would_come_to_lie_elsewhere_is_refused(
         assert llm.last_reuse.n_decoded == (200 if is_exact else 1)
 
 
-def test_an_unknown_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_architecture_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tokcache")
     known = tokcache.llama.memories.ARCHITECTURES
     monkeypatch.setattr(tokcache.llama.memories, "ARCHITECTURES", known - {"lfm2"})
     llm = model("lfm2", store())
@@ -569,6 +574,7 @@ def test_an_unknown_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     stats = llm.prefix_cache.stats()
     assert stats.refusals == {"architecture: lfm2": 2}
     assert (stats.lookups, stats.saved_blocks) == (0, 0)
+    assert [record.message for record in caplog.records if "architecture: lfm2" in record.message]
 
 
 def test_a_memory_that_behaves_unlike_its_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,8 @@ class Keeper:
 
         The sequence may hold more, where its memory keeps every position.
         """
-        if not len(ids) or not self._is_proven(place):
+        # What can't go back can give up all of one position: that proves nothing.
+        if len(ids) <= 1 or not self._is_proven(place):
             return 0
         if self._memory.is_recurrent and len(ids) % place.cache.block_tokens:
             return self._save_tail(place, ids)
@@ -141,16 +142,23 @@ class Keeper:
             self._sequence.clear()
             start = 0
         reached = plan.restore(self._sequence.write_block, start=start, trim=self._trim)
-        return self._checked(place, start, reached)
+        return self._checked(place, start, reached, plan.n_tokens)
 
     def _trim(self, n_tokens: int) -> bool:
         return self._sequence.trim(n_tokens)
 
-    def _checked(self, place: Place, start: int, reached: int) -> Restored:
-        if self._sequence.trim(reached) and self._sequence.is_at(reached):
+    def _checked(self, place: Place, start: int, reached: int, goal: int) -> Restored:
+        """Return what was restored, if the sequence tells the same; else it is emptied.
+
+        What came before a block that failed is good; but if that was for want of room, it would
+        take away the rest of it from other sequences.
+        """
+        is_right = self._sequence.trim(reached) and self._sequence.is_at(reached)
+        if is_right and (reached == goal or self._sequence.is_alone):
             return Restored(start, reached)
         self._sequence.clear()
-        place.cache.refuse("restore_incomplete")
+        if not is_right:
+            place.cache.refuse("restore_incomplete")
         return Restored(0, 0)
 
     def _load_states(self, place: Place, plan: RestorePlan, n_held: int) -> Restored:
@@ -167,7 +175,7 @@ class Keeper:
                 reached = 0
             else:
                 place.cache.count_restored(last, 0.0)
-        return self._checked(place, start, reached)
+        return self._checked(place, start, reached, plan.n_tokens)
 
     def _start_of_states(self, place: Place, n_held: int) -> int:
         """Return where blocks can follow what is held; 0, and nothing is held, if nowhere."""
@@ -216,7 +224,7 @@ class Keeper:
                 reached = tail.n_tokens
             elif not self._memory.has_attention:
                 return self._load_states(place, plan, 0)
-        return self._checked(place, start, reached)
+        return self._checked(place, start, reached, tail.n_tokens)
 
     def _load_tail(self, place: Place, tail: StateHandle, base: int) -> bool:
         try:

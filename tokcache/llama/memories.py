@@ -22,13 +22,13 @@ import llama_cpp
 ARCHITECTURES = frozenset(
     """
     afmoe apertus arcee arctic baichuan bailingmoe bailingmoe2 bitnet bloom chatglm codeshell
-    cohere2 cohere2moe command-r dbrx deci deepseek dots1 ernie4_5 ernie4_5-moe exaone exaone-moe
-    exaone4 falcon falcon-h1 gemma gemma2 gemma3 glm4 glm4moe gpt-oss gpt2 gptj gptneox granite
+    cohere2 command-r dbrx deci deepseek dots1 ernie4_5 ernie4_5-moe exaone exaone-moe exaone4
+    falcon falcon-h1 gemma gemma2 gemma3 glm4 glm4moe gpt-oss gpt2 gptj gptneox granite
     granitehybrid granitemoe grok grovemoe hunyuan-dense hunyuan-moe internlm2 jais jais2 jamba
-    laguna lfm2 lfm2moe llama maincoder mamba mamba2 mellum mimo2 minicpm minicpm3 minimax-m2
-    mistral3 mpt nemotron nemotron_h nemotron_h_moe olmo olmo2 olmoe openelm orion pangu-embedded
-    phi2 phi3 phimoe plamo plamo2 plamo3 plm qwen qwen2 qwen2moe qwen3 qwen3moe qwen3next refact
-    seed_oss smallthinker smollm3 stablelm starcoder starcoder2 step35 talkie xverse
+    lfm2 lfm2moe llama mamba mamba2 minicpm minicpm3 minimax-m2 mistral3 mpt nemotron nemotron_h
+    nemotron_h_moe olmo olmo2 olmoe openelm orion pangu-embedded phi2 phi3 phimoe plamo plamo2
+    plm qwen qwen2 qwen2moe qwen3 qwen3moe qwen3next refact seed_oss smallthinker smollm3
+    stablelm starcoder starcoder2 xverse
     """.split()  # noqa: SIM905 (ninety names read best so)
 )
 _ONE_POSITION = {

@@ -50,7 +50,7 @@ class Sequence:
         self._ctx = ctx
         self._kind = memory
         self._memory = llama_cpp.llama_get_memory(ctx)
-        self._seq_id, self._scratch, self._is_alone = seq_id, scratch, is_alone
+        self._seq_id, self._scratch, self.is_alone = seq_id, scratch, is_alone
         self.has_blocks = is_unified and llama_cpp.llama_n_seq_max(ctx) > max(scratch, seq_id)
         self._sizes: dict[int, int] = {}
 
@@ -99,7 +99,7 @@ class Sequence:
 
     def clear(self) -> None:
         """Remove all positions; the next ones come to lie where the first ever did."""
-        if self._is_alone:
+        if self.is_alone:
             llama_cpp.llama_memory_clear(self._memory, False)
         else:
             llama_cpp.llama_memory_seq_rm(self._memory, self._seq_id, -1, -1)
