@@ -88,13 +88,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     `reproducible=True` prompts are decoded in pieces that end at multiples of the cache's
     `block_tokens` (256 without a cache), and only such pieces are reused: the same prompt gives
     the same logits, bit for bit, whatever was cached. In the default mode the longest prefix is
-    reused to the token, and logits differ as far as those of different batch sizes do: by less
-    than 0.1 on the tiny test models, whose logits have a standard deviation of 1.5; measured are
-    0.005 without and 0.045 with flash attention
+    reused, and logits differ as far as those of different batch sizes do: on the tiny test
+    model, whose logits have a standard deviation of 1.5, by up to 0.002 without and 0.09 with
+    flash attention, where uncached runs in other batches differ by 0.001 and 0.095
     (`python -m pytest tests/integration/test_llama_exact.py -k tolerance -s`).
 
-    Only full-attention models are cached; others, embedding contexts, `logits_all` and draft
-    models run uncached, counted by reason in `prefix_cache.stats().refusals`.
+    Full attention and sliding windows are reused to the token. Recurrent models and hybrids are
+    reused up to a multiple of `block_tokens`, a whole prompt's last token but one, or the end of
+    an answer: the states that they pass are not to be had later. Windows, recurrent models and
+    hybrids are therefore decoded in pieces, and saved as they are reached. In reproducible mode
+    `block_tokens` must not be larger than the window.
+
+    Architectures that llama.cpp may give another memory (tokcache.llama.memories names those
+    that are known), embedding contexts, `logits_all` and draft models run uncached, counted by
+    reason in `prefix_cache.stats().refusals`.
 
     Errors: MissingFile, InvalidModel; VocabularyMismatch; ModelClosed after close() or a fork;
             llama_cpp's own otherwise. A cache that fails costs a decode, never an exception.
