@@ -20,7 +20,14 @@ import numpy as np
 import pytest
 
 import tokcache.llama.memories
-from tests.integration.models import BLOCK, keep_logits, llama, llama_cpp, store
+from tests.integration.models import (
+    BLOCK,
+    keep_logits,
+    llama,
+    llama_cpp,
+    random_prompts,
+    store,
+)
 from tokcache import samples
 from tokcache.llama.keeper import Keeper, Restored
 from tokcache.llama.sequence import Sequence
@@ -393,6 +400,82 @@ def test_interleaved_generations_are_those_of_each_alone(memory: str, has_cache:
         assert taken == answer(alone, prompt, len(taken))
         assert differences(cached, alone, len(prompt) - 1) == 0.0
         stream.close()
+
+
+@every_memory
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_whatever_happens_in_between(
+    memory: str, reproducible: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that branch anywhere, among failures, pauses, evictions and restarts."""
+    n_prompts = 60 if IS_ALL else 12
+    for seed in range(6 if IS_ALL else 1):
+        rng = random.Random(seed)
+        settings: dict[str, Any] = {"flash_attn": seed % 2 == 0, "n_ubatch": rng.choice([64, 512])}
+        uncached = model(memory, reproducible=reproducible, **settings)
+
+        def started(seed: int = seed, settings: dict[str, Any] = settings) -> Any:
+            folder = tmp_path / str(seed)
+            cache = store(ram_bytes=3_000_000, max_entries=12, disk=folder)
+            return model(memory, cache, reproducible=reproducible, **settings)
+
+        cached = started()
+        for prompt in random_prompts(n_prompts, cached.n_vocab(), seed):
+            event = rng.choice(("none", "none", "restart", "fail", "cancel", "pause", "by hand"))
+            if event == "restart":
+                cached.prefix_cache.flush()
+                cached.close()
+                cached.prefix_cache.close()
+                cached = started()
+            paused = disturb(cached, event, prompt, rng, monkeypatch)
+            uncached.reset()
+            answers = [answer(llm, prompt, 5) for llm in (cached, uncached)]
+            first = len(prompt) - cached.last_reuse.n_decoded
+            worst = differences(cached, uncached, first)
+            assert worst <= (0.0 if reproducible else 3 * TOLERANCE), (seed, event)
+            assert answers[0] == answers[1] or not reproducible
+            for each in paused:
+                next(each)
+                each.close()
+            cached.prefix_cache._check()
+        assert set(cached.prefix_cache.stats().refusals) <= {"tail_without_blocks", "save_failed"}
+        cached.close()
+
+
+def disturb(
+    llm: Any, event: str, prompt: list[int], rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> list[Any]:
+    """Let something happen; return the generations that it leaves open."""
+    decode = llm._ctx.decode
+    if event == "fail":
+        left = rng.randrange(1, 6)
+
+        def failing(batch: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left >= 0 or rng.random() < 0.5:
+                decode(batch)
+            if left <= 0:
+                raise RuntimeError("llama_decode returned -3")
+
+        monkeypatch.setattr(llm._ctx, "decode", failing)
+        with pytest.raises(RuntimeError, match="returned -3"):
+            answer(llm, prompt[: rng.randint(1, len(prompt))] + fresh(rng, 9), 9)
+        monkeypatch.setattr(llm._ctx, "decode", decode)
+    if event in ("cancel", "pause"):
+        steps = llm.generate(prompt[: rng.randint(1, len(prompt))] + fresh(rng, 9), temp=0.0)
+        for _ in range(rng.randrange(1, 2 * BLOCK)):
+            next(steps)
+        if event == "pause":
+            return [steps]
+        steps.close()
+    if event == "by hand":
+        llm.reset()
+        llm.eval(prompt[: len(prompt) // 2 + 1])
+        llm.n_tokens = llm.n_tokens // 2
+        if llm._memory.is_plain:
+            llm.eval(fresh(rng, 20))
+    return []
 
 
 @every_memory

@@ -31,7 +31,9 @@ _lock = threading.Lock()
 _CONTEXT = (
     "n_ctx",
     "n_seq_max",
+    "n_rs_seq",
     "kv_unified",
+    "ctx_type",
     "rope_scaling_type",
     "attention_type",
     "pooling_type",
