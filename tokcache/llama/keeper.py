@@ -73,6 +73,17 @@ class Keeper:
             return 0
         if self._memory.is_recurrent and len(ids) % place.cache.block_tokens:
             return self._save_tail(place, ids)
+        return sum(self._save_blocks(place, ids[:stop]) for stop in self._block_stops(place, ids))
+
+    def _block_stops(self, place: Place, ids: Ids) -> list[int]:
+        """Return where blocks must end, so that none since the last stop is too long."""
+        n_tokens, n_block = len(ids), place.cache.block_tokens
+        step = self._memory.block_tokens(n_block)
+        if step == n_block:
+            return [n_tokens]
+        return [*range((n_tokens - 1) // n_block * n_block + step, n_tokens, step), n_tokens]
+
+    def _save_blocks(self, place: Place, ids: Ids) -> int:
         return place.cache.save(
             ids,
             self._sequence.read_block,

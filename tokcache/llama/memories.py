@@ -44,12 +44,14 @@ class Memory:
     """What the sequences of a context are kept in.
 
     Units: `window` positions that windowed layers look back, 0 where all are seen; `n_cells`
-           positions that they keep, of all sequences together, before they forget.
+           positions that they keep, of all sequences together, before they forget; `n_fresh`
+           positions that one sequence can be sure to find there after it has decoded them.
     """
 
     kind: str
     window: int = 0
     n_cells: int = 0
+    n_fresh: int = 0
     has_attention: bool = True
     is_recurrent: bool = False
     refusal: str | None = None  # why its states are neither saved nor restored
@@ -63,13 +65,15 @@ class Memory:
         window = 0 if is_recurrent else int(llama_cpp.llama_model_n_swa(model))
         if llama_cpp.llama_get_memory(ctx) is None:
             return cls("none", refusal="memory: none")
+        n_cells = _n_window_cells(ctx, window, swa_full=swa_full)
         kind = "recurrent" if is_recurrent else "hybrid" if is_hybrid else "attention"
         if window:
             kind = "hybrid with a window" if is_hybrid else "sliding window"
         return cls(
             kind,
             window,
-            _n_window_cells(ctx, window, swa_full=swa_full),
+            n_cells,
+            n_cells - window * int(llama_cpp.llama_n_seq_max(ctx)),
             has_attention=not is_recurrent,
             is_recurrent=is_recurrent or is_hybrid,
             refusal=_why_unknown(model),
@@ -81,15 +85,20 @@ class Memory:
         return self.has_attention and not (self.window or self.is_recurrent)
 
     def stops(self, block_tokens: int, *, is_exact: bool) -> int:
-        """Return the step of the positions at which a decode has to stop and save; 0: none has.
-
-        A windowed block must not be longer than the window: llama.cpp leaves out of a state what
-        the window does not see, and the hole would not be noticed.
-        """
+        """Return the step of the positions at which a decode has to stop and save; 0: none has."""
         if self.is_plain:
             return 0
-        is_windowed = self.window and not (self.is_recurrent or is_exact)
-        return min(block_tokens, self.window) if is_windowed else block_tokens
+        if is_exact or self.is_recurrent or block_tokens <= self.n_fresh:
+            return block_tokens
+        return self.block_tokens(block_tokens)
+
+    def block_tokens(self, at_most: int) -> int:
+        """Return how many positions a block may have, if any number may have been decoded.
+
+        A window's must not be longer than it is: llama.cpp leaves out of a state what the window
+        does not see any more, and the hole would not be noticed.
+        """
+        return at_most if self.is_recurrent or not self.window else min(at_most, self.window)
 
     def why_inexact(self, block_tokens: int, n_ctx: int) -> str | None:
         """Return why blocks on the grid would not give the last bits of an uncached run.
