@@ -57,7 +57,7 @@ MEMORIES = {
 RECURRENT = {"mamba", "mamba2", "lfm2", "granitehybrid", "falcon-h1", "hybrid with a window"}
 WINDOWED = {"window", "window, full", "hybrid with a window"}
 # What a small memory, a full queue and evictions may cost.
-ALLOWED = {"tail_without_blocks", "save_failed", "disk: queue_full"}
+ALLOWED = {"tail_without_blocks", "save_failed", "entries_in_use", "disk: queue_full"}
 IS_ALL = os.environ.get("TOKCACHE_MEMORIES") == "1"
 # flash attention, type of K and V, tokens a micro-batch
 SETTINGS = [
@@ -399,9 +399,11 @@ def test_cancelled_and_failed_generations_leave_the_context_right(
 
 
 @every_memory
-@pytest.mark.parametrize("has_cache", [True, False])
-def test_interleaved_generations_are_those_of_each_alone(memory: str, has_cache: bool) -> None:
-    settings: dict[str, Any] = {"flash_attn": True, "n_ubatch": 64, "reproducible": True}
+@pytest.mark.parametrize(("has_cache", "is_exact"), [(True, True), (False, True), (True, False)])
+def test_interleaved_generations_are_those_of_each_alone(
+    memory: str, has_cache: bool, is_exact: bool
+) -> None:
+    settings: dict[str, Any] = {"flash_attn": is_exact, "n_ubatch": 64, "reproducible": is_exact}
     cached = model(memory, store() if has_cache else None, **settings)
     alone = model(memory, **settings)
     rng = random.Random(5)
@@ -415,7 +417,7 @@ def test_interleaved_generations_are_those_of_each_alone(memory: str, has_cache:
         taken.append(next(stream))
         alone.reset()
         assert taken == answer(alone, prompt, len(taken))
-        assert differences(cached, alone, len(prompt) - 1) == 0.0
+        assert differences(cached, alone, len(prompt) - 1) <= (0.0 if is_exact else TOLERANCE)
         stream.close()
 
 
@@ -504,6 +506,7 @@ def test_positions_that_a_user_goes_back_on_are_saved_where_that_is_sound(memory
     llm.n_tokens = BLOCK + 3  # as llama_cpp does with drafts; it goes on with any state
     if memory in RECURRENT:
         assert llm._n_own == 0
+        assert answer(llm, ids[: BLOCK + 3]) == answer(model(memory), ids[: BLOCK + 3])
         return
     llm.eval(other)
     expected = model(memory)

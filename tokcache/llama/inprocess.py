@@ -118,6 +118,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     _n_grid = 0  # of these, the ones decoded in pieces that end at multiples of block_tokens
     _last_batch = 0  # where the batch decoded last begins
     _n_prompt = 0  # how long the present prompt is
+    _requires_eval = True
     _is_decoding = False
     _is_embedding = False
 
@@ -287,6 +288,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._n_own = min(self._n_own, value) if can_go_back else 0
             self._n_grid = min(self._n_grid, self._n_own)
             self._batches = [start for start in self._batches if start < value]
+            self._requires_eval |= value < before  # the logits are of a position that is gone
         elif self._is_decoding:
             self._n_own = value if self._n_own == before else self._n_own
         else:
@@ -491,8 +493,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         shared = min(_n_shared(self.input_ids[: self._n_tokens], ids), max(len(ids) - 1, 0))
         if self.reproducible:
             shared = min(shared, self._n_grid) // self.block_tokens * self.block_tokens
-        if shared == self._n_tokens:
-            return shared
         return shared if self._cut(shared) else 0
 
     def _cut(self, n_tokens: int) -> bool:
