@@ -45,6 +45,7 @@ TOLERANCE = 0.05
 # name: architecture, whether its window forgets nothing (swa_full)
 MEMORIES = {
     "attention": ("llama", False),
+    "several positions": ("qwen2vl", False),
     "window": ("gemma3", False),
     "window, full": ("gemma3", True),
     "mamba": ("mamba", False),
@@ -523,6 +524,7 @@ def test_positions_that_a_user_goes_back_on_are_saved_where_that_is_sound(memory
 def test_control_covers_every_memory() -> None:
     assert {memory for memory in MEMORIES if memory not in RECURRENT} == {
         "attention",
+        "several positions",
         "window",
         "window, full",
     }
@@ -562,7 +564,7 @@ def test_control_a_tail_of_another_prompt_is_seen(memory: str) -> None:
     if memory in RECURRENT:
         swap_tails(recorded.cached.prefix_cache)
     else:
-        swap_last_blocks(recorded.cached.prefix_cache, BLOCK if memory == "attention" else 32)
+        swap_last_blocks(recorded.cached.prefix_cache, BLOCK)
     recorded.cached.reset()
     recorded.ask(prompts[0], 1)
     assert recorded.cached.last_reuse.n_restored == BLOCK + 1

@@ -65,6 +65,7 @@ class Reuse:
 class _Aside:
     state: list[memoryview] | None  # None: could not be taken, the generation can't go on
     n_tokens: int
+    end: int  # the position after the last one: an image may have fewer positions than tokens
     n_own: int
     n_grid: int
     grid: tuple[bool, int]  # what n_grid was counted with
@@ -577,6 +578,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             state=self._snapshot() if batches is None else [],
             batches=batches,
             n_tokens=n_tokens,
+            end=0 if self._sequence is None else self._sequence.end(),
             n_own=self._n_own,
             n_grid=self._n_grid,
             grid=self._grid(),
@@ -614,7 +616,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._n_tokens = self._n_own = self._n_grid = 0
         n_tokens = aside.n_tokens
         if aside.batches is None:
-            self._sequence.load_snapshot(aside.state, n_tokens)
+            self._sequence.load_snapshot(aside.state, aside.end)
         else:
             self._decode_anew(aside.input_ids, aside.n_grid, aside.batches)
         self._n_tokens = n_tokens

@@ -15,9 +15,9 @@ from typing import Any
 import llama_cpp
 
 # The architectures that llama.cpp gives the memories that were shown exact here (llama_kv_cache,
-# its windowed, recurrent and hybrid relatives) with one position a token. What is not in it may
-# have another: latent or indexed attention, windows in chunks, rows that layers share. It runs
-# uncached until it was shown exact, too.
+# its windowed, recurrent and hybrid relatives). What is not in it may have another: latent or
+# indexed attention, windows in chunks, rows that layers share. It runs uncached until it was
+# shown exact, too.
 # Source: llama_model::create_memory and LLM_ARCH_NAMES of llama.cpp.
 ARCHITECTURES = frozenset(
     """
@@ -27,15 +27,10 @@ ARCHITECTURES = frozenset(
     granitehybrid granitemoe grok grovemoe hunyuan-dense hunyuan-moe internlm2 jais jais2 jamba
     lfm2 lfm2moe llama mamba mamba2 minicpm minicpm3 minimax-m2 mistral3 mpt nemotron nemotron_h
     nemotron_h_moe olmo olmo2 olmoe openelm orion pangu-embedded phi2 phi3 phimoe plamo plamo2
-    plm qwen qwen2 qwen2moe qwen3 qwen3moe qwen3next refact seed_oss smallthinker smollm3
-    stablelm starcoder starcoder2 xverse
+    plm qwen qwen2 qwen2moe qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3vl qwen3vlmoe
+    refact seed_oss smallthinker smollm3 stablelm starcoder starcoder2 xverse
     """.split()  # noqa: SIM905 (ninety names read best so)
 )
-_ONE_POSITION = {
-    llama_cpp.LLAMA_ROPE_TYPE_NONE,
-    llama_cpp.LLAMA_ROPE_TYPE_NORM,
-    llama_cpp.LLAMA_ROPE_TYPE_NEOX,
-}
 _CELLS = 256  # llama.cpp rounds the number of a window's cells up to a multiple of it
 
 
@@ -127,11 +122,7 @@ def _n_window_cells(ctx: Any, window: int, *, swa_full: bool) -> int:
 
 def _why_unknown(model: Any) -> str | None:
     name = architecture(model)
-    if name not in ARCHITECTURES:
-        return f"architecture: {name}"
-    if llama_cpp.llama_model_rope_type(model) not in _ONE_POSITION:
-        return "several_positions_a_token"
-    return None
+    return None if name in ARCHITECTURES else f"architecture: {name}"
 
 
 def architecture(model: Any) -> str:

@@ -114,6 +114,16 @@ def _llama_block(draw: Draw, block: str, _layer: int) -> Tensors:
     yield from _feed_forward(draw, block)
 
 
+def _qwen2vl_block(draw: Draw, block: str, _layer: int) -> Tensors:
+    shape = draw.shape
+    yield from _attention(draw, block)
+    yield f"{block}.attn_q.bias", np.zeros(shape.n_embd, np.float32)
+    for name in ("k", "v"):
+        n_kv = shape.n_kv_heads * shape.n_head_dim
+        yield f"{block}.attn_{name}.bias", np.zeros(n_kv, np.float32)
+    yield from _feed_forward(draw, block)
+
+
 def _gemma3_block(draw: Draw, block: str, _layer: int) -> Tensors:
     yield from _attention(draw, block)
     yield from _attention_norms(draw, block)
@@ -191,6 +201,13 @@ def _attention_keys(writer: Any, shape: Shape) -> None:
     writer.add_head_count_kv(shape.n_kv_heads)
 
 
+def _qwen2vl_keys(writer: Any, shape: Shape) -> None:
+    _attention_keys(writer, shape)
+    n_pairs = shape.n_head_dim // 2  # of which a part turns with time, height and width each
+    n_time = n_pairs - 2 * (n_pairs // 3)
+    writer.add_rope_dimension_sections([n_time, n_pairs // 3, n_pairs // 3, 0])
+
+
 def _gemma3_keys(writer: Any, shape: Shape) -> None:
     _attention_keys(writer, shape)
     writer.add_sliding_window(_WINDOW)
@@ -262,6 +279,8 @@ class Architecture:
 
 ARCHITECTURES = {
     "llama": Architecture("attention", _attention_keys, _llama_block),
+    # Several positions a token: of text they are the same.
+    "qwen2vl": Architecture("attention", _qwen2vl_keys, _qwen2vl_block),
     # gemma3 multiplies the embedding by sqrt(n_embd) itself
     "gemma3": Architecture("sliding window", _gemma3_keys, _gemma3_block, embedding_gain=0.25),
     "mamba": Architecture("recurrent", _mamba_keys, _mamba_block),
