@@ -128,9 +128,10 @@ def conversations(ask: Callable[[list[int], int], list[int]], seed: int = 0) -> 
     ask(far + fresh(rng, 50), 2)
 
 
-def differences(cached: Any, expected: Any, first: int) -> float:
+def differences(cached: Any, expected: Any, first: int, stop: int | None = None) -> float:
     """Return the largest difference of the logits from position `first` on."""
-    ours, theirs = (llm.scores[first : cached.n_tokens] for llm in (cached, expected))
+    stop = cached.n_tokens if stop is None else stop
+    ours, theirs = (llm.scores[first:stop] for llm in (cached, expected))
     if np.array_equal(ours.view(np.int32), theirs.view(np.int32)):
         return 0.0
     return float(np.abs(ours - theirs).max()) or float("inf")
@@ -451,7 +452,9 @@ def test_whatever_happens_in_between(
             uncached.reset()
             answers = [answer(llm, prompt, 5) for llm in (cached, uncached)]
             first = len(prompt) - cached.last_reuse.n_decoded
-            worst = differences(cached, uncached, first)
+            # What follows may be other tokens, where two are all but equally likely.
+            stop = None if reproducible else len(prompt)
+            worst = differences(cached, uncached, first, stop)
             assert worst <= (0.0 if reproducible else 3 * TOLERANCE), (seed, event)
             assert answers[0] == answers[1] or not reproducible
             for each in paused:
