@@ -302,11 +302,13 @@ def test_only_what_is_new_is_decoded(memory: str) -> None:
     llm = model(memory, store())
     rng = random.Random(1)
     a, b = fresh(rng, 2 * BLOCK + 6), fresh(rng, 3 * BLOCK + 17)
-    n_decoded = []
+    n_decoded, n_restored = [], 0
 
     def ask(prompt: list[int]) -> list[int]:
+        nonlocal n_restored
         tokens = answer(llm, prompt, 6)
         n_decoded.append(llm.last_reuse.n_decoded)
+        n_restored += llm.last_reuse.n_restored
         return tokens
 
     first = ask(a)
@@ -321,7 +323,13 @@ def test_only_what_is_new_is_decoded(memory: str) -> None:
     assert n_decoded == [len(a), len(b), 1, 1, 1 + 9, 1, 1 + 2 * BLOCK]
     ask(b[: 2 * BLOCK + 9] + [7] * 5)  # it leaves b in the middle of a block
     assert n_decoded[-1] == 5 + 9 * (memory in RECURRENT)
-    assert llm.prefix_cache.stats().refusals == {}
+    short = fresh(rng, 9)
+    for prompt in (short, b, short):
+        ask(prompt)
+    assert n_decoded[-3:] == [9, 1, 1]
+    stats = llm.prefix_cache.stats()
+    assert stats.refusals == {}
+    assert (stats.lookups, stats.hits, stats.reused_tokens) == (11, 8, n_restored)
 
 
 @every_memory

@@ -230,8 +230,9 @@ class Keeper:
         if reached == base or not self._memory.has_attention:
             began = perf_counter()
             if self._load_tail(place, tail, base):
-                counted_from = base if self._memory.has_attention else 0
-                place.cache.count_restored(tail.n_tokens - counted_from, perf_counter() - began)
+                n_loaded = tail.n_tokens - (base if self._memory.has_attention else 0)
+                seconds, is_hit = perf_counter() - began, not plan.blocks
+                place.cache.count_restored(n_loaded, seconds, is_hit=is_hit)
                 reached = tail.n_tokens
             elif not self._memory.has_attention:
                 return self._load_states(place, plan, 0)
