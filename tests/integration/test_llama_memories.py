@@ -22,11 +22,13 @@ import pytest
 import tokcache.llama.memories
 from tests.integration.models import (
     BLOCK,
+    GREEDY,
     keep_logits,
     llama,
     llama_cpp,
     random_prompts,
     store,
+    text,
 )
 from tokcache import samples
 from tokcache.llama.keeper import Keeper, Restored
@@ -178,6 +180,23 @@ def test_reproducible_logits_are_equal_bit_for_bit(
     assert stats.reused_tokens > 40 * BLOCK
     assert twins.n_compared > 1000
     twins.cached.prefix_cache._check()
+    twins.close()
+
+
+@every_memory
+def test_completions_and_streams_give_the_uncached_text(memory: str) -> None:
+    twins = Twins(memory)
+    prompts = ["The import system of Python: " * 12, "Hello " * 40, "The import system " * 20]
+    n_restored = 0
+    for prompt in (*prompts, *prompts):
+        twins.uncached.reset()
+        texts = [
+            text(llm.create_completion(prompt, **GREEDY)) for llm in (twins.cached, twins.uncached)
+        ]
+        n_restored += twins.restored()
+        parts = twins.cached.create_completion(prompt, stream=True, **GREEDY)
+        assert texts == ["".join(text(part) for part in parts)] * 2
+    assert n_restored >= 3 * 2 * BLOCK
     twins.close()
 
 
