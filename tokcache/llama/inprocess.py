@@ -594,7 +594,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Return whether a snapshot would not give the last bits: it moves a window's cells."""
         if not self.reproducible or self._sequence is None or self._sequence.is_movable():
             return False
-        return self._n_own == self._n_tokens  # what a handler put there can't be decoded
+        # What a handler put there can't be decoded, nor what a draft model has sampled from.
+        return self._n_own == self._n_tokens and self.draft_model is None
 
     def _snapshot(self) -> list[memoryview] | None:
         # A draft model samples several tokens from one decode: its logits are in no snapshot.
