@@ -71,6 +71,7 @@ COMBINATIONS = [
     for setting in SETTINGS
     if IS_ALL or setting == (True, F16, 64) or (memory in FEW and setting == (False, Q8_0, 512))
 ]
+COMBINATIONS_WITH_FLASH = [each for each in COMBINATIONS if each.values[1]]
 
 every_memory = pytest.mark.parametrize("memory", MEMORIES)
 every_combination = pytest.mark.parametrize(("memory", "flash", "kind", "n_ubatch"), COMBINATIONS)
@@ -282,7 +283,9 @@ def cut(batches: list[tuple[list[int], int]], n_tokens: int) -> list[tuple[list[
     return kept
 
 
-@every_combination
+@pytest.mark.parametrize(
+    ("memory", "flash", "kind", "n_ubatch"), COMBINATIONS if IS_ALL else COMBINATIONS_WITH_FLASH
+)
 def test_default_logits_are_those_of_the_same_batches(
     memory: str, flash: bool, kind: int, n_ubatch: int
 ) -> None:
