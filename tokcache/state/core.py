@@ -211,10 +211,11 @@ class StateCore(Forkable):
         with self._lock:
             self._memory.refusals[reason] += 1
 
-    def count_restored(self, n_tokens: int, seconds: float) -> None:
-        """Count positions that were restored instead of decoded."""
+    def count_restored(self, n_tokens: int, seconds: float, *, is_hit: bool = False) -> None:
+        """Count positions that were restored instead of decoded, and a hit not counted yet."""
         with self._lock:
             self._memory.counts["reused_tokens"] += n_tokens
+            self._memory.counts["hits"] += is_hit
             self._seconds["restore"] += seconds
 
     def release_later(self, held: list[Node] | list[Whole]) -> None:

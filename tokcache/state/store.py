@@ -15,7 +15,7 @@ from tokcache.state.tiers import Address, StateRefused, Stored
 from tokcache.state.whole import StateHandle, Whole, prefix_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 _log = logging.getLogger("tokcache")
@@ -47,29 +47,49 @@ class WholeStates(StateCore):
         Errors: InvalidTokens for no tokens; InvalidConfig for a state that is no bytes-like
                 object, and for numbers out of range.
         """
-        owner = _owner(fingerprint, scope)
-        held = token_bytes(tokens)
-        if not held:
-            raise InvalidTokens("a state is of at least one token; these are none")
-        n_past = len(held) // TOKEN_BYTES if n_past is None else n_past
-        require_int("n_past", n_past, 0)
-        require_int("priority", priority, -MAX_INT)
+        whole = _whole(tokens, fingerprint, n_past, scope, priority)
         view = _checked_state(state)
+
+        def copy(buffer: memoryview) -> None:
+            buffer[:] = view
+
+        return self._store(whole, view.nbytes, copy, pin=pin)
+
+    def fill(
+        self,
+        tokens: object,
+        n_bytes: int,
+        read: Callable[[memoryview], object],
+        *,
+        fingerprint: bytes,
+        scope: str | None = None,
+    ) -> bool:
+        """Store as `store` does what `read` copies into a buffer of `n_bytes`.
+
+        If it raises, nothing is stored, and a counter tells.
+        """
+        whole = _whole(tokens, fingerprint, None, scope, 0)
+        try:
+            return self._store(whole, require_int("n_bytes", n_bytes, 0), read, pin=False)
+        except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
+            _log.debug("a state could not be read", exc_info=True)
+            self.refuse("save_failed")
+            return False
+
+    def _store(
+        self, whole: Whole, n_bytes: int, read: Callable[[memoryview], object], *, pin: bool
+    ) -> bool:
         if not self.enabled:
             return False
-        ((_, name),) = prefix_names(owner, held, [len(held) // TOKEN_BYTES])
-        return self._store(Whole(owner, name, held, n_past, priority), view, pin=pin)
-
-    def _store(self, whole: Whole, view: memoryview, *, pin: bool) -> bool:
         with self._lock:
             self._settle()
-            buffer = self._buffer_for(whole, view.nbytes)
+            buffer = self._buffer_for(whole, n_bytes)
             n_removals = self._removals
         if buffer is None:
             return False
         is_filed = False
         try:
-            buffer[:] = view
+            read(buffer)
             is_filed = True
         finally:
             with self._lock:
@@ -112,14 +132,22 @@ class WholeStates(StateCore):
     # Finding
 
     def find(
-        self, tokens: object, *, fingerprint: bytes, scope: str | None = None
+        self,
+        tokens: object,
+        *,
+        fingerprint: bytes,
+        scope: str | None = None,
+        is_counted: bool = True,
     ) -> StateHandle | None:
         """Return the state of the longest stored prefix of `tokens`, None if there is none.
 
         Of equal length the one of the highest priority is returned. Close the handle, or use it
-        in a `with`: until then its state is not evicted.
+        in a `with`: until then its state is not evicted. `is_counted=False` is for a part of a
+        look-up that is counted elsewhere.
         """
         owner, wanted = _owner(fingerprint, scope), token_bytes(tokens)
+        if not is_counted:
+            return self._find(owner, wanted)
         with self._lock:
             self._memory.counts["lookups"] += 1
             self._memory.counts["lookup_tokens"] += len(wanted) // TOKEN_BYTES
@@ -323,6 +351,19 @@ def _ask(
 
 def _address(owner: Owner, name: bytes, n_tokens: int) -> Address:
     return Address(owner, n_tokens, root_name(owner), name)
+
+
+def _whole(
+    tokens: object, fingerprint: object, n_past: int | None, scope: object, priority: int
+) -> Whole:
+    owner, held = _owner(fingerprint, scope), token_bytes(tokens)
+    if not held:
+        raise InvalidTokens("a state is of at least one token; these are none")
+    n_past = len(held) // TOKEN_BYTES if n_past is None else n_past
+    require_int("n_past", n_past, 0)
+    require_int("priority", priority, -MAX_INT)
+    ((_, name),) = prefix_names(owner, held, [len(held) // TOKEN_BYTES])
+    return Whole(owner, name, held, n_past, priority)
 
 
 def _owner(fingerprint: object, scope: object) -> Owner:
