@@ -426,6 +426,7 @@ def test_bad_input_ends_with_exit_code_2_and_one_line(tmp_path: Path) -> None:
     for arguments, message in (
         ((tmp_path / "absent.json",), "no such tokenizer file"),
         ((tmp_path,), "no such tokenizer file"),
+        (("",), "has no name"),
         ((tmp_path / "broken.json",), "holds no tokenizer"),
         ((tmp_path / "other.json",), "holds no tokenizer"),
         ((tiny, "--text", tmp_path / "absent"), "no such text file"),

@@ -117,6 +117,7 @@ def test_every_memory_kind_loads_and_its_text_depends_on_the_whole_state(
         "sliding window": (False, False, True),
         "recurrent": (True, False, False),
         "hybrid": (False, True, False),
+        "hybrid with a window": (False, True, True),
     }
     found = (
         llama_cpp.llama_model_is_recurrent(model),
@@ -126,7 +127,9 @@ def test_every_memory_kind_loads_and_its_text_depends_on_the_whole_state(
     assert found == kinds[samples.ARCHITECTURES[architecture].memory]
     rng = random.Random(5)
     prompt = [rng.randrange(3, 2048) for _ in range(400)]
-    wrong = [rng.randrange(3, 2048) for _ in range(300)] + prompt[300:]
+    # What two layers with windows of 32 tokens see reaches no further back.
+    n_wrong = 380 if architecture == "lfm2-windowed" else 300
+    wrong = [rng.randrange(3, 2048) for _ in range(n_wrong)] + prompt[n_wrong:]
     expected = greedy(llm, prompt)
     assert expected == greedy(llm, prompt)
     assert expected != greedy(llm, wrong)

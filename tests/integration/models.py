@@ -35,7 +35,8 @@ def llama(cache: PrefixStateCache | None = None, **settings: Any) -> Any:
     """Return a Llama on the grid of `store()`, with a cache or without."""
     model = settings.pop("model", None) or samples.tiny_model()
     llm = Llama(model, prefix_cache=cache, **{"verbose": False, **SETTINGS, **settings})
-    llm.block_tokens = BLOCK
+    if cache is None:
+        llm.block_tokens = BLOCK
     return llm
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -17,58 +16,6 @@ from tests.integration.models import (
     store,
     text,
 )
-from tokcache import samples
-
-PROMPTS = [
-    "The import system of Python: " * 12,
-    "Hello " * 40,
-    "The import system of Python: " * 10,
-]
-
-
-@pytest.mark.parametrize("swa_full", [True, False])
-@pytest.mark.parametrize(
-    ("architecture", "reason"),
-    [
-        ("gemma3", "memory: sliding window"),
-        ("mamba", "memory: recurrent"),
-        ("lfm2", "memory: hybrid"),
-    ],
-)
-def test_other_memories_run_uncached_and_right(
-    architecture: str, reason: str, swa_full: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = samples.tiny_model(architecture=architecture)
-    caplog.set_level(logging.INFO, "tokcache")
-    ours = llama(store(), model=model, reproducible=True, swa_full=swa_full)
-    uncached = llama(model=model, reproducible=True, swa_full=swa_full)
-    for prompt in (*PROMPTS, PROMPTS[0], PROMPTS[2]):
-        uncached.reset()
-        uncached._ctx.kv_cache_clear()
-        answers = [text(x.create_completion(prompt, **GREEDY)) for x in (ours, uncached)]
-        assert answers[0] == answers[1]
-        assert ours.last_reuse.n_restored == 0
-    stats = ours.prefix_cache.stats()
-    assert (stats.lookups, stats.saved_blocks) == (0, 0)
-    assert stats.refusals == {reason: 5}
-    assert [record.message for record in caplog.records if reason in record.message] != []
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
-def test_other_memories_in_default_mode_carry_on_and_never_go_back(architecture: str) -> None:
-    model = samples.tiny_model(architecture=architecture)
-    ours = llama(store(), model=model, swa_full=False)
-    prompt = list(range(100, 300))
-    next(ours.generate(prompt, temp=0.0))
-    next(ours.generate([*prompt, 5, 6], temp=0.0))
-    assert ours.last_reuse.n_in_context == 200
-    next(ours.generate([*prompt[:100], 9], temp=0.0))
-    assert ours.last_reuse.n_in_context == 0
-    uncached = plain(model=model, swa_full=False)
-    branch = [*prompt[:100], 9]
-    ours_next, theirs = (next(x.generate(branch, temp=0.0)) for x in (ours, uncached))
-    assert ours_next == theirs
 
 
 @pytest.mark.parametrize(
@@ -187,11 +134,12 @@ def test_blocks_restored_after_a_foreign_state_make_nothing_savable() -> None:
 
 def test_blocks_are_refused_where_seq_cp_would_end_the_process() -> None:
     from tokcache.errors import StateError  # noqa: PLC0415
+    from tokcache.llama.memories import Memory  # noqa: PLC0415
     from tokcache.llama.sequence import Sequence  # noqa: PLC0415
 
     single = plain()
     single.eval([5] * BLOCK)
-    sequence = Sequence(single.ctx, is_unified=False)
+    sequence = Sequence(single.ctx, Memory.of(single.ctx), is_unified=False)
     for use in (
         lambda: sequence.read_block(0, BLOCK, memoryview(bytearray(9))),
         lambda: sequence.write_block(0, BLOCK, memoryview(bytearray(9))),

@@ -129,6 +129,29 @@ def test_what_memory_has_no_room_for_is_served_from_below(medium: Medium, keys: 
     tiny.close()
 
 
+@pytest.mark.parametrize("keys", [{}, {"encryption_key": b"e" * 16}], ids=["plain", "encrypted"])
+def test_views_of_blocks_take_no_more_memory_than_there_may_be(medium: Medium, keys: Any) -> None:
+    block_bytes = 3000
+
+    def read(start: int, _stop: int, buffer: memoryview) -> None:
+        buffer[:] = bytes([start]) * len(buffer)
+
+    writer = medium.cache(medium.tier(**keys))
+    writer.save(SECRET, read, lambda *_: block_bytes, fingerprint=b"m")
+    writer.close()
+    tiny = medium.cache(medium.tier(**keys), ram_bytes=7000)
+    user = tiny.plan(SECRET[:1], fingerprint=b"m")  # what is in use leaves no room
+    with user, tiny.plan(SECRET, fingerprint=b"m") as plan:
+        for block in plan.blocks:
+            assert block.payload == bytes([block.start]) * block_bytes
+        is_mapped = medium.label == "disk" and not keys
+        assert plan.n_tokens == (40 if is_mapped else 24)
+    label = medium.label
+    assert tiny.stats().refusals.get(f"{label}: no_room") == (None if is_mapped else 1)
+    tiny._check()
+    tiny.close()
+
+
 def test_encrypted_states_show_neither_tokens_nor_states(medium: Medium) -> None:
     secrets = int32(SECRET[:8]), state_of(SECRET, 0, 8)
     for keys, shows in (({"encryption_key": b"e" * 32}, False), ({}, True)):
@@ -359,3 +382,24 @@ def test_names_depend_on_all_that_makes_states_differ(medium: Medium) -> None:
         Owner(b"m", "a", "whole"),
     ]
     assert len({tier.sealer.owner(owner) for owner in owners}) == len(owners)
+
+
+def test_what_a_tier_has_lost_is_written_again(medium: Medium) -> None:
+    cache = medium.cache()
+    cache._touch_s = 0.0
+    Engine().save(cache, SECRET)
+    cache.store([1], b"x", fingerprint=b"m")
+    cache.flush()
+    medium.cache().clear()
+    assert medium.states() == {}
+    Engine().save(cache, SECRET)
+    assert cache.flush()
+    assert medium.states() == {}  # it was told so, and does not know better
+    assert found(cache, SECRET) == 40  # it is used, of which the tier is told
+    assert cache.flush()
+    Engine().save(cache, SECRET)
+    cache.store([1], b"x", fingerprint=b"m")
+    assert cache.flush()
+    assert len(medium.states()) == 6
+    cache._check()
+    cache.close()

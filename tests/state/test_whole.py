@@ -276,3 +276,38 @@ def test_overhead_is_counted() -> None:
     tracemalloc.stop()
     grown, counted = after - before, cache.memory_usage()
     assert 0.7 * counted < grown < 1.05 * counted
+
+
+def test_a_state_is_filled_by_who_has_it() -> None:
+    cache = PrefixStateCache()
+
+    def read(buffer: memoryview) -> None:
+        buffer[:] = b"abc"
+
+    assert cache.fill([1, 2], 3, read, fingerprint=b"m", scope="a")
+    assert hit(cache, [1, 2, 3], scope="a") == b"abc"
+    assert hit(cache, [1, 2, 3]) is None
+    for wrong in (lambda _: 1 / 0, lambda buffer: buffer.__setitem__(slice(0, 9), b"x" * 9)):
+        assert not cache.fill([4, 5], 3, wrong, fingerprint=b"m")
+    assert not cache.fill([4, 5], 1 << 40, read, fingerprint=b"m")
+    assert not cache.fill([4, 5], -1, read, fingerprint=b"m")
+    assert cache.stats().refusals == {"save_failed": 3, "over_budget": 1}
+    assert hit(cache, [4, 5]) is None
+    with pytest.raises(InvalidTokens):
+        cache.fill([], 3, read, fingerprint=b"m")
+    assert not PrefixStateCache(enabled=False).fill([1], 3, read, fingerprint=b"m")
+    cache._check()
+
+
+def test_a_part_of_a_lookup_is_not_counted_twice() -> None:
+    cache = PrefixStateCache()
+    cache.store([1, 2], b"abc", fingerprint=b"m")
+    with cache.find([1, 2, 3], fingerprint=b"m", is_counted=False) as handle:  # type: ignore[union-attr]
+        assert handle.payload() == b"abc"
+    with pytest.raises(StateError, match="closed"):
+        handle.payload()
+    stats = cache.stats()
+    assert (stats.lookups, stats.hits, stats.lookup_tokens, stats.reused_tokens) == (0, 0, 0, 0)
+    cache.count_restored(2, 0.5, is_hit=True)
+    stats = cache.stats()
+    assert (stats.hits, stats.reused_tokens, stats.restore_seconds) == (1, 2, 0.5)

@@ -214,19 +214,34 @@ def _wrapped(verify_rate: float) -> Any:
     return tokcache.wrap(SYNTHETIC["gpt2"](), config)
 
 
+def _spoil_parts(wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have tokenizers itself encode parts wrongly, as if they had been cut in the wrong places."""
+    for sure in _l1(wrapped)._sure:
+        right = sure.encode
+        monkeypatch.setattr(
+            sure, "encode", lambda parts, right=right: [_other_first(ids) for ids in right(parts)]
+        )
+
+
 TEXT = LINE * 60
 CHATS = [TEXT, TEXT + "Hello", "<s>" + TEXT, TEXT + "\n\n" + TEXT, TEXT]
 
 
-def test_verification_finds_a_wrong_answer_and_ends_l1(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("has_fast_encoder", [False, True])
+def test_verification_finds_a_wrong_answer_and_ends_l1(
+    has_fast_encoder: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrapped = _wrapped(verify_rate=1.0)
-    _use(wrapped, _other_first)
+    _spoil_parts(wrapped, monkeypatch)
+    if has_fast_encoder:
+        _use(wrapped, _other_first)
+    engine = _l1(wrapped).engine
     with caplog.at_level("ERROR", logger="tokcache"):
         assert _ids(wrapped, TEXT) == _right(SYNTHETIC["gpt2"](), TEXT)
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert "first difference at token 0 of" in record.getMessage()
-    assert "engine spoilt" in record.getMessage()
+    assert f"engine {engine}" in record.getMessage()
     assert "quick brown fox" not in record.getMessage()
     stats = wrapped.cache_stats().l1
     assert stats.refusals["differences"] == stats.refusals["verified"] == 1
@@ -237,10 +252,36 @@ def test_verification_finds_a_wrong_answer_and_ends_l1(caplog: pytest.LogCapture
     assert wrapped.cache_stats().l1.lookup_chars == stats.lookup_chars  # nobody asked it again
 
 
-def test_verification_finds_a_wrong_answer_that_was_kept(caplog: pytest.LogCaptureFixture) -> None:
+@both
+def test_verification_drops_the_fast_encoder_whose_answer_was_wrong(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin(name).use_for_parts(monkeypatch)
+    wrapped = _wrapped(verify_rate=1.0)
+    _use(wrapped, _other_first)
+    secret = wrapped.scoped("a")
+    with caplog.at_level("ERROR", logger="tokcache"):
+        assert secret.token_ids(TEXT).tolist() == _right(SYNTHETIC["gpt2"](), TEXT)
+    (record,) = caplog.records
+    assert "engine spoilt is dropped" in record.getMessage()
+    assert "first difference at token 0 of" in record.getMessage()
+    assert "quick brown fox" not in record.getMessage()
+    assert (_l1(wrapped).engine, _l1(wrapped).off) == ("tokenizers", None)
+    stats = wrapped.cache_stats().l1
+    assert stats.refusals == {"differences": 1, "verified": 1, "engine_dropped": 1}
+    assert stats.n_chunks == stats.n_shorts == 0
+    for text in CHATS:
+        assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
+    assert wrapped.cache_stats().l1.hits > 0
+    assert len(caplog.records) == 1
+
+
+def test_verification_finds_a_wrong_answer_that_was_kept(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrapped = _wrapped(verify_rate=0.5)
     _l1(wrapped)._is_drawn = lambda: False  # type: ignore[method-assign]  # as by chance
-    _use(wrapped, _other_first)
+    _spoil_parts(wrapped, monkeypatch)
     right = _right(SYNTHETIC["gpt2"](), TEXT)
     assert _ids(wrapped, TEXT) != right
     wrapped.token_ids("another")

@@ -301,6 +301,49 @@ def test_a_changed_transformers_tokenizer_answers_as_changed(name: str) -> None:
     assert wrapped.cache_stats().bypasses == {}
 
 
+NO_LAYOUT = ("split_special_tokens", "another backend")  # shows nothing; has no padding token
+LAYOUT_CHANGES: dict[str, Change] = {
+    **{name: change for name, change in FAST_CHANGES.items() if name not in NO_LAYOUT},
+    "padding_side": assign("padding_side", "left"),
+    "truncation_side": assign("truncation_side", "left"),
+    "pad_token": assign("pad_token", "</s>"),
+    "pad_token_type_id": assign("_pad_token_type_id", 1),
+    "model_max_length": assign("model_max_length", 6),
+    "model_input_names with types": assign("model_input_names", ["input_ids", "token_type_ids"]),
+    "backend post_processor": lambda tok: setattr(
+        tok.backend_tokenizer, "post_processor", template("$A </s>")
+    ),
+    "backend post_processor in place": lambda tok: setattr(
+        tok.backend_tokenizer.post_processor, "single", ["$A", "</s>"]
+    ),
+}
+
+
+def call_laid_out(tok: Any) -> list[dict[str, Any]]:
+    first, second = TEXTS[2:5], TEXTS[3:6]
+    return [
+        dict(tok(first, padding=True, truncation=True, max_length=7)),
+        dict(tok(first, padding="max_length", max_length=9, pad_to_multiple_of=4)),
+        dict(tok(first, second, padding=True, truncation="longest_first", max_length=8)),
+        dict(tok(first[0], second[0], return_length=True, return_special_tokens_mask=True)),
+        dict(tok(first, truncation=True, padding=True, return_token_type_ids=True)),
+    ]
+
+
+@pytest.mark.parametrize("name", LAYOUT_CHANGES)
+def test_truncated_and_padded_calls_of_a_changed_tokenizer_are_as_changed(name: str) -> None:
+    plain, wrapped = fast(MADE["byte_level_bpe"]()), tokcache.wrap(fast(MADE["byte_level_bpe"]()))
+    for tok in (plain, wrapped):
+        tok.pad_token = "<mask>"  # noqa: S105 (no password)
+    before = call_laid_out(plain)
+    assert [call_laid_out(wrapped) for _ in range(2)] == [before] * 2
+    LAYOUT_CHANGES[name](plain)
+    LAYOUT_CHANGES[name](wrapped)
+    after = call_laid_out(plain)
+    assert after != before, "this change changes nothing and shows nothing"
+    assert [call_laid_out(wrapped) for _ in range(2)] == [after] * 2
+
+
 def test_one_call_that_splits_special_tokens_changes_no_other() -> None:
     plain, wrapped = fast(MADE["byte_level_bpe"]()), tokcache.wrap(fast(MADE["byte_level_bpe"]()))
     text = "<s> hello <mask>"

@@ -551,3 +551,80 @@ def test_a_slow_tokenizer_is_refused() -> None:
     slow: Any = transformers.CanineTokenizer
     with pytest.raises(UnsupportedTokenizer, match=r"CanineTokenizer.*fast transformers"):
         tokcache.wrap(slow())
+
+
+def test_a_tokenizer_of_mistral_common_is_refused() -> None:
+    from transformers.tokenization_mistral_common import (  # noqa: PLC0415 (seconds to import)
+        MistralCommonBackend,
+    )
+
+    made = MistralCommonBackend.__new__(MistralCommonBackend)  # its library need not be there
+    with pytest.raises(UnsupportedTokenizer, match=r"MistralCommonBackend.*fast transformers"):
+        tokcache.wrap(made)
+
+
+def _chat_ids(tok: Any) -> list[int]:
+    tok.chat_template = "{{ messages[0].content }}"
+    found = tok.apply_chat_template([{"role": "user", "content": "hello a"}], return_dict=False)
+    assert isinstance(found, list)
+    return found
+
+
+def _begins_with_seven(plain: type[Any]) -> type[Any]:
+    class Own(plain):  # type: ignore[misc]
+        def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+            return [7, *super().encode(*args, **kwargs)]
+
+    return Own
+
+
+def _shouts(plain: type[Any]) -> type[Any]:
+    class Own(plain):  # type: ignore[misc]
+        def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(text.upper(), *args, **kwargs)
+
+    return Own
+
+
+@pytest.mark.parametrize("make", [_begins_with_seven, _shouts])
+def test_a_chat_goes_the_way_that_a_class_of_ones_own_goes(
+    make: Callable[[type[Any]], type[Any]],
+) -> None:
+    plain = fast(MADE["byte_level_bpe"]())
+    plain.__class__ = make(type(plain))
+    wrapped = tokcache.wrap(plain)
+    assert _chat_ids(wrapped) == _chat_ids(plain)
+    assert wrapped.encode("hello a") == plain.encode("hello a")
+
+
+@pytest.mark.parametrize("is_set_before", [True, False])
+@pytest.mark.parametrize("name", ["_encode_plus", "_convert_encoding"])
+def test_a_method_replaced_on_the_object_is_the_one_that_is_called(
+    name: str, is_set_before: bool
+) -> None:
+    def replace(tok: Any) -> None:
+        before = getattr(tok, name)
+
+        def own(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return before(*args, **kwargs)
+
+        setattr(tok, name, own)
+
+    called: list[str] = []
+    tok = fast(MADE["byte_level_bpe"]())
+    if is_set_before:
+        replace(tok)
+    wrapped = tokcache.wrap(tok)
+    right = wrapped("hello a")["input_ids"]
+    if not is_set_before:
+        replace(wrapped)
+    called.clear()
+    for _ in range(2):
+        assert wrapped("hello a")["input_ids"] == right
+    assert called == [name] * 2
+    delattr(wrapped, name)
+    assert wrapped("hello a")["input_ids"] == right
+    assert called == [name] * 2
+    wrapped("hello a")
+    assert wrapped.cache_stats().l0.hits > 0

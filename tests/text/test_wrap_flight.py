@@ -324,6 +324,54 @@ def test_a_forked_child_encodes_with_the_real_thing() -> None:
     assert in_child(lambda: wrapped.token_ids("another hello").tolist() == expected)
 
 
+def test_a_child_forked_beside_calls_past_the_cache_waits_for_none_of_them() -> None:
+    wrapped = tokcache.wrap(fast(MADE["byte_level_bpe"]()))
+    expected = fast(MADE["byte_level_bpe"]())("hello world")["input_ids"]
+    is_over = threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            wrapped(TEXTS * 50, return_offsets_mapping=True)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        for _ in range(8):
+            assert in_child(lambda: wrapped("hello world")["input_ids"] == expected)
+    finally:
+        is_over.set()
+        asker.join()
+
+
+@pytest.mark.parametrize("face", ["transformers", "tokenizers"])
+def test_a_short_call_past_the_cache_does_not_wait_for_a_long_one(face: str) -> None:
+    plain = MADE["byte_level_bpe"]()
+    wrapped: Any = tokcache.wrap(plain if face == "tokenizers" else fast(plain))
+
+    def ask(text: str) -> object:
+        if face == "tokenizers":
+            return wrapped.encode_batch([text])[0].offsets
+        return wrapped([text], return_offsets_mapping=True)["offset_mapping"][0]
+
+    right = ask("hello world")
+    long = " ".join(f"w{number}" for number in range(300_000))
+    asker = threading.Thread(target=ask, args=(long,))
+    asker.start()
+    while asker.is_alive() and not _is_taken(wrapped):
+        time.sleep(0.001)
+    assert ask("hello world") == right
+    assert _is_taken(wrapped)
+    asker.join()
+
+
+def _is_taken(wrapped: Any) -> bool:
+    lock = wrapped._tokcache.plain_lock
+    if not lock.acquire(blocking=False):
+        return True
+    lock.release()
+    return False
+
+
 def test_threads_that_mix_settings_get_what_they_asked_for() -> None:
     plain = fast(MADE["byte_level_bpe"](), pad_token="</s>")  # noqa: S106 (no password)
     wrapped = tokcache.wrap(plain)

@@ -42,6 +42,8 @@ def find_tokenizer(named: str | None) -> TokenizerSource:
     """
     if named is None:
         return _from_file(tiny_tokenizer(), "tokcache's tiny one, 2,048 tokens")
+    if not named:
+        raise MissingFile("the tokenizer has no name; give a file, a folder or a hub name")
     path = Path(named)
     if path.is_dir():
         return _from_file(path / "tokenizer.json", named)

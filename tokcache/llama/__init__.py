@@ -8,27 +8,40 @@ from typing import TYPE_CHECKING, Any
 from tokcache.errors import MissingExtra
 
 if TYPE_CHECKING:
+    from tokcache.llama.fingerprint import state_fingerprint as state_fingerprint
     from tokcache.llama.inprocess import Llama as Llama
     from tokcache.llama.inprocess import Reuse as Reuse
+    from tokcache.llama.sequence_states import SequenceStates as SequenceStates
     from tokcache.llama.server import LlamaServer as LlamaServer
     from tokcache.llama.server import SlotSettings as SlotSettings
     from tokcache.llama.server import kv_report as kv_report
 
-__all__ = ["Llama", "LlamaServer", "Reuse", "SlotSettings", "kv_report"]
+__all__ = [
+    "Llama",
+    "LlamaServer",
+    "Reuse",
+    "SequenceStates",
+    "SlotSettings",
+    "kv_report",
+    "state_fingerprint",
+]
 
 _MODULES = {
     "Llama": "inprocess",
     "Reuse": "inprocess",
+    "SequenceStates": "sequence_states",
+    "state_fingerprint": "fingerprint",
     "LlamaServer": "server",
     "SlotSettings": "server",
     "kv_report": "server",
 }
+_IN_PROCESS = {"inprocess", "sequence_states", "fingerprint"}  # they need llama_cpp
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _MODULES[name] == "inprocess":
+    if _MODULES[name] in _IN_PROCESS:
         _require_llama_cpp(name)
     return getattr(import_module(f"tokcache.llama.{_MODULES[name]}"), name)
 

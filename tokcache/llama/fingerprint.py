@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
+from tokcache.errors import MissingFile
+
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping, Sequence
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _known: dict[_File, bytes] = {}
@@ -28,7 +31,9 @@ _lock = threading.Lock()
 _CONTEXT = (
     "n_ctx",
     "n_seq_max",
+    "n_rs_seq",
     "kv_unified",
+    "ctx_type",
     "rope_scaling_type",
     "attention_type",
     "pooling_type",
@@ -120,6 +125,42 @@ def model_files(path: str) -> list[str]:
     return [f"{stem}-{part:05d}-of-{found[2]}.gguf" for part in range(1, n_parts + 1)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What `describe` asks of a llama_cpp.Llama."""
+
+    context_params: Any
+    model_params: Any
+    kv_overrides: Any
+    lora_scale: float
+    tensor_split: Sequence[float] | None
+    metadata: Mapping[str, str]
+
+
+def state_fingerprint(
+    model_path: str | os.PathLike[str],
+    context_params: Any,
+    model_params: Any,
+    *,
+    kv_overrides: Mapping[str, Any] | None = None,
+    tensor_split: Sequence[float] | None = None,
+    lora_path: str | os.PathLike[str] | None = None,
+    lora_scale: float = 1.0,
+) -> bytes:
+    """Return the fingerprint of the states of a model that was loaded with these settings.
+
+    `context_params` and `model_params` are llama.cpp's own structures, as they were handed to it.
+
+    Errors: MissingFile for a file that is not there.
+    Cost:   reads the model once a process, about a second a gigabyte.
+    """
+    files = LoadedFiles.at(str(model_path), lora_path)
+    if files is None:
+        raise MissingFile(f"{model_path}, a part of it or the LoRA file {lora_path} is not there")
+    loaded = _Loaded(context_params, model_params, kv_overrides, lora_scale, tensor_split, {})
+    return fingerprint(loaded, files, None)
+
+
 def fingerprint(llm: Any, files: LoadedFiles, block_tokens: int | None) -> bytes:
     """Return the digest of all that decides the numbers in a state of this model and context.
 
@@ -171,20 +212,3 @@ def _build() -> list[Any]:
         llama_cpp.LLAMA_STATE_SEQ_VERSION,
         llama_cpp.LLAMA_SESSION_VERSION,
     ]
-
-
-def memory_kind(llm: Any) -> str:
-    """Return what this model remembers with, as the model itself says.
-
-    "attention" alone is cached so far; "sliding window", "recurrent", "hybrid" and "none" are not.
-    """
-    model = llm.model
-    if llama_cpp.llama_get_memory(llm.ctx) is None:
-        return "none"
-    if llama_cpp.llama_model_is_recurrent(model):
-        return "recurrent"
-    if llama_cpp.llama_model_is_hybrid(model):
-        return "hybrid"
-    if llama_cpp.llama_model_n_swa(model) > 0:
-        return "sliding window"
-    return "attention"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ import numpy as np
 
 from tokcache.config import require_int
 from tokcache.errors import InvalidConfig, InvalidModel, MissingFile, ModelClosed, StateError
-from tokcache.llama.fingerprint import FileChanged, LoadedFiles, fingerprint, memory_kind
+from tokcache.llama.fingerprint import FileChanged, LoadedFiles, fingerprint
 from tokcache.llama.gate import Gate, Steps
+from tokcache.llama.keeper import Keeper, Place
+from tokcache.llama.memories import Memory
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary, int32_ids
 from tokcache.state.blocks import token_bytes
@@ -32,8 +35,6 @@ from tokcache.text.huggingface import wrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from tokcache.state.cache import RestorePlan
 
 _log = logging.getLogger("tokcache")
 
@@ -64,11 +65,13 @@ class Reuse:
 
 @dataclass(slots=True)
 class _Aside:
-    state: memoryview | None  # None: could not be taken, the generation can't go on
+    state: list[memoryview] | None  # None: could not be taken, the generation can't go on
     n_tokens: int
+    end: int  # the position after the last one: an image may have fewer positions than tokens
     n_own: int
     n_grid: int
     grid: tuple[bool, int]  # what n_grid was counted with
+    batches: list[int] | None  # where batches begin after the grid, if they must be decoded again
     input_ids: NDArray[np.int32]
     scores: NDArray[np.float32] | None
     requires_eval: bool
@@ -90,13 +93,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     `reproducible=True` prompts are decoded in pieces that end at multiples of the cache's
     `block_tokens` (256 without a cache), and only such pieces are reused: the same prompt gives
     the same logits, bit for bit, whatever was cached. In the default mode the longest prefix is
-    reused to the token, and logits differ as far as those of different batch sizes do: by less
-    than 0.1 on the tiny test models, whose logits have a standard deviation of 1.5; measured are
-    0.005 without and 0.045 with flash attention
+    reused, and logits differ as far as those of different batch sizes do: on the tiny test
+    model, whose logits have a standard deviation of 1.5, by up to 0.002 without and 0.09 with
+    flash attention, where uncached runs in other batches differ by 0.001 and 0.095
     (`python -m pytest tests/integration/test_llama_exact.py -k tolerance -s`).
 
-    Only full-attention models are cached; others, embedding contexts, `logits_all` and draft
-    models run uncached, counted by reason in `prefix_cache.stats().refusals`.
+    Full attention and sliding windows are reused to the token. Recurrent models and hybrids are
+    reused up to a multiple of `block_tokens`, a whole prompt's last token but one, or the end of
+    an answer: the states that they pass are not to be had later. Windows, recurrent models and
+    hybrids are therefore decoded in pieces, and saved as they are reached. In reproducible mode
+    `block_tokens` must not be larger than the window.
+
+    Architectures that llama.cpp may give another memory (tokcache.llama.memories names those
+    that are known), embedding contexts, `logits_all` and draft models run uncached, counted by
+    reason in `prefix_cache.stats().refusals`.
 
     Errors: MissingFile, InvalidModel; VocabularyMismatch; ModelClosed after close() or a fork;
             llama_cpp's own otherwise. A cache that fails costs a decode, never an exception.
@@ -107,10 +117,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     # What llama_cpp's __init__ and __del__ may meet before ours has run.
     _gate: Gate | None = None
+    _sequence: Sequence | None = None
     _n_tokens = 0
     _n_own = 0  # leading positions that a decode of known tokens, or a restore, has written
     _n_grid = 0  # of these, the ones decoded in pieces that end at multiples of block_tokens
     _last_batch = 0  # where the batch decoded last begins
+    _n_prompt = 0  # how long the present prompt is
+    _requires_eval = True
     _is_decoding = False
     _is_embedding = False
 
@@ -131,6 +144,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._reproducible = _checked_bool("reproducible", reproducible)
         cache = self._prefix_cache
         self._block_tokens = BLOCK_TOKENS if cache is None else cache.block_tokens
+        self._batches: list[int] = []  # where those begin that were decoded after the grid
         path = _checked_model(model_path)
         _check_lora(llama_cpp_kwargs.get("lora_path"))
         self._is_embedding = bool(llama_cpp_kwargs.get("embedding"))
@@ -138,8 +152,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._files = LoadedFiles.at(path, llama_cpp_kwargs.get("lora_path"))
         self._load(path, llama_cpp_kwargs)
         self.last_reuse = Reuse(0, 0, 0, 0.0)
-        self._memory_kind = memory_kind(self)
+        self._memory = Memory.of(self.ctx, swa_full=bool(self.context_params.swa_full))
         self._sequence = self._own_sequence()
+        self._keeper = None if self._sequence is None else Keeper(self._sequence, self._memory)
         self._uncached = self._why_uncached()
         self._fingerprint = b""
         self._gate = Gate(self)
@@ -162,9 +177,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def public_prefix(self) -> NDArray[np.int32]:
         """What prompts may begin with that is shared by all scopes; read-only."""
         return self._public_prefix
-
-    def _n_public(self, ids: NDArray[np.int32]) -> int:
-        return _n_shared(self._public_prefix, ids)
 
     @property
     def prefix_cache(self) -> PrefixStateCache | None:
@@ -231,16 +243,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise InvalidModel(f"llama.cpp can't load the LoRA adapter {self.lora_path}")
 
     def _own_sequence(self) -> Sequence | None:
-        if self._memory_kind == "none":
+        if self._memory.kind == "none":
             return None
-        return Sequence(self.ctx, is_unified=bool(self.context_params.kv_unified))
+        is_unified = bool(self.context_params.kv_unified)
+        return Sequence(self.ctx, self._memory, is_unified=is_unified)
 
     def _why_uncached(self) -> str | None:
         """Return the reason why states are neither saved nor restored, None if they are."""
         if self._is_embedding:
             return "embedding_context"
-        if self._memory_kind != "attention":
-            return f"memory: {self._memory_kind}"
+        if self._memory.refusal is not None:
+            return self._memory.refusal
         if self.draft_model is not None:
             return "draft_model"
         if self._logits_all:  # the score rows of restored positions would be missing
@@ -282,8 +295,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def n_tokens(self, value: int) -> None:
         before, self._n_tokens = self._n_tokens, value
         if value <= before:
-            self._n_own = min(self._n_own, value)
-            self._n_grid = min(self._n_grid, value)
+            # llama_cpp goes back on any memory, and goes on with a state that is of none.
+            can_go_back = self._sequence is None or self._sequence.holds(value)
+            self._n_own = min(self._n_own, value) if can_go_back else 0
+            self._n_grid = min(self._n_grid, self._n_own)
+            self._batches = [start for start in self._batches if start < value]
+            self._requires_eval |= value < before  # the logits are of a position that is gone
         elif self._is_decoding:
             self._n_own = value if self._n_own == before else self._n_own
         else:
@@ -315,14 +332,34 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         cache.note_prefill(n_tokens, time.perf_counter() - began, fingerprint=key)
 
     def _pieces(self, tokens: Any) -> Iterator[Any]:
-        if not self.reproducible or not len(tokens):
+        step = self.block_tokens if self.reproducible else self._save_step()
+        if not step or not len(tokens):
             yield tokens
             return
         done = 0
         while done < len(tokens):
-            end = done + self.block_tokens - self._n_tokens % self.block_tokens
-            yield tokens[done:end]
-            done = end
+            n_tokens = self._n_tokens
+            n_piece = step - n_tokens % step
+            if self._saves_tails() and n_tokens < self._n_prompt - 1 < n_tokens + n_piece:
+                n_piece = self._n_prompt - 1 - n_tokens
+            yield tokens[done : done + n_piece]
+            done += n_piece
+
+    def _save_step(self) -> int:
+        """Return the step of the positions at which states are saved as they are reached."""
+        if self.prefix_cache is None or self._why_not_cached() is not None:
+            return 0
+        return self._memory.stops(self.block_tokens, is_exact=self.reproducible)
+
+    def _saves_tails(self) -> bool:
+        """Return whether a state is saved before a prompt's last token: it can't be cut later."""
+        return self._memory.is_recurrent and not self.reproducible and self._save_step() > 0
+
+    def _why_not_cached(self) -> str | None:
+        """Return the reason why states are neither saved nor restored with these settings."""
+        if self._uncached is None and self.reproducible:
+            return self._memory.why_inexact(self.block_tokens, self.n_ctx())
+        return self._uncached
 
     def _eval_piece(self, piece: Any) -> None:
         start = self._n_tokens
@@ -336,12 +373,25 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._is_decoding = False
         if self._n_tokens > start:  # llama_cpp cuts a piece into batches of n_batch
             self._last_batch = start + (self._n_tokens - start - 1) // self.n_batch * self.n_batch
+            self._batches.append(start)
         if start == self._n_grid and self._n_tokens % self.block_tokens == 0:
             self._n_grid = self._n_own
+            self._batches.clear()
+        self._save_as_reached()
+
+    def _save_as_reached(self) -> None:
+        """Save what could not be saved later."""
+        step, n_tokens = self._save_step(), self._n_tokens
+        is_known = n_tokens == (self._n_grid if self.reproducible else self._n_own)
+        is_tail = n_tokens == self._n_prompt - 1 and self._saves_tails()
+        if step and is_known and (n_tokens % step == 0 or is_tail):
+            self._save(n_tokens)
 
     def _after_failed_decode(self) -> None:
         """Take out what a failed batch may have left in the context."""
-        if self._sequence is None or not self._sequence.trim(self._n_tokens):
+        # Only of attention is it known that a batch that failed has changed nothing before it.
+        is_plain = self._memory.is_plain and self._sequence is not None
+        if not (is_plain and self._cut(self._n_tokens)):
             self._ctx.kv_cache_clear()
             self.n_tokens = 0
         self._requires_eval = True
@@ -349,6 +399,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget what the context holds."""
         with self._open_gate().step():
+            if self._sequence is not None:
+                self._sequence.clear()
             super().reset()
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
@@ -440,6 +492,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if not n_held:
             self.reset()
         self._requires_eval = True
+        self._n_prompt = len(ids)
         seconds = time.perf_counter() - began
         self.last_reuse = Reuse(len(ids), n_in_context, n_held - n_in_context, seconds)
         return tokens[n_held:]
@@ -462,55 +515,46 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         shared = min(_n_shared(self.input_ids[: self._n_tokens], ids), max(len(ids) - 1, 0))
         if self.reproducible:
             shared = min(shared, self._n_grid) // self.block_tokens * self.block_tokens
-        if shared == self._n_tokens:
-            return shared
-        # Other memories than full attention can't go back, though some say they did.
-        can_trim = self._memory_kind == "attention" and self._sequence is not None
-        return shared if can_trim and self._cut(shared) else 0
+        return shared if self._cut(shared) else 0
 
     def _cut(self, n_tokens: int) -> bool:
-        if self._sequence is None or not self._sequence.trim(n_tokens):
+        """Take out the positions from `n_tokens` on; False if this memory can't."""
+        sequence = self._sequence
+        if sequence is None or not sequence.trim(n_tokens, in_place=self.reproducible):
             return False
         self.n_tokens = n_tokens
         return True
 
     def _restored(self, ids: NDArray[np.int32], n_in_context: int) -> int:
         """Restore what reaches beyond `n_in_context`; return how many positions are held."""
-        cache = self.prefix_cache
-        if cache is None:
+        if self.prefix_cache is None:
             return n_in_context
-        key = self._key()
-        if self._uncached:
-            cache.refuse(self._uncached)
+        place = self._place()
+        if place is None or self._keeper is None:
+            self._refuse(self._why_not_cached() or "context_without_blocks")
             return n_in_context
         if (ids < 0).any():
-            cache.refuse("unknown_positions")
+            self._refuse("unknown_positions")
             return n_in_context
-        with cache.plan(
-            ids,
-            fingerprint=key,
-            scope=self.scope,
-            public_tokens=self._n_public(ids),
-            max_tokens=len(ids) - 1,
-            aligned=self.reproducible,
-        ) as plan:
-            return self._carry_out(plan, ids, n_in_context)
-
-    def _carry_out(self, plan: RestorePlan, ids: NDArray[np.int32], n_in_context: int) -> int:
-        start = plan.start_beyond(n_in_context)
-        if plan.n_tokens <= n_in_context or self._sequence is None or not self._cut(start):
+        start, reached = self._keeper.restore(place, ids, n_in_context)
+        if (start, reached) == (n_in_context, n_in_context):
             return n_in_context
-        reached = plan.restore(self._sequence.write_block, start=start, trim=self._sequence.trim)
-        self._sequence.trim(reached)
-        if self._sequence.end() != reached:
-            self._sequence.clear()
-            reached = 0
-            self._refuse("restore_incomplete")
         self.input_ids[start:reached] = ids[start:reached]
         self._n_tokens = reached
         self._n_own = reached if self._n_own >= start else min(self._n_own, reached)
         self._n_grid = reached if self.reproducible else 0
+        self._batches.clear()
         return reached
+
+    def _place(self) -> Place | None:
+        """Return where the states of this model go, None if they are not cached."""
+        if self.prefix_cache is None or self._why_not_cached() is not None:
+            return None
+        key = self._key()
+        if not key:
+            return None
+        public = self._public_prefix
+        return Place(self.prefix_cache, key, self.scope, self.reproducible, public)
 
     def _key(self) -> bytes:
         """Return the fingerprint; if there is none, an empty one, and `_uncached` says why."""
@@ -540,28 +584,25 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def end_generation(self) -> None:
         """Save the state of what was decoded; the answer's tokens too, in the default mode."""
         n_tokens = self._n_grid if self.reproducible else self._n_own
-        if self.prefix_cache is None or self._sequence is None or not n_tokens:
-            return
-        key = self._key()
-        if self._uncached:
-            return
-        self.prefix_cache.save(
-            self.input_ids[:n_tokens],
-            self._sequence.read_block,
-            self._sequence.block_bytes,
-            fingerprint=key,
-            scope=self.scope,
-            public_tokens=self._n_public(self.input_ids[:n_tokens]),
-            aligned=self.reproducible,
-        )
+        if self._memory.is_plain or (n_tokens == self._n_tokens and not self.reproducible):
+            self._save(n_tokens)
+
+    def _save(self, n_tokens: int) -> None:
+        place = self._place()
+        if place is not None and self._keeper is not None:
+            self._keeper.save(place, self.input_ids[:n_tokens])
 
     def put_aside(self, *, has_started: bool) -> _Aside:
         """Return all that the present generation needs to go on later."""
-        self.end_generation()
+        if not self._memory.is_recurrent:  # a tail for each pause would be too many
+            self.end_generation()
         n_tokens = self._n_tokens
+        batches = self._batches.copy() if self._must_decode_again() else None
         return _Aside(
-            state=self._snapshot(),
+            state=self._snapshot() if batches is None else [],
+            batches=batches,
             n_tokens=n_tokens,
+            end=0 if self._sequence is None else self._sequence.end(),
             n_own=self._n_own,
             n_grid=self._n_grid,
             grid=self._grid(),
@@ -573,7 +614,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             mirostat_mu=self._mirostat_mu,
         )
 
-    def _snapshot(self) -> memoryview | None:
+    def _must_decode_again(self) -> bool:
+        """Return whether a snapshot would not give the last bits: it moves a window's cells."""
+        if not self.reproducible or self._sequence is None or self._sequence.is_movable():
+            return False
+        # What a handler put there can't be decoded, nor what a draft model has sampled from.
+        return self._n_own == self._n_tokens and self.draft_model is None
+
+    def _snapshot(self) -> list[memoryview] | None:
         # A draft model samples several tokens from one decode: its logits are in no snapshot.
         if self.draft_model is not None or self._sequence is None:
             return None
@@ -591,8 +639,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 "aside; end a stream before the next request, or use a Llama for each"
             )
         self._n_tokens = self._n_own = self._n_grid = 0
-        self._sequence.load_snapshot(aside.state)
-        n_tokens = self._n_tokens = aside.n_tokens
+        n_tokens = aside.n_tokens
+        if aside.batches is None:
+            self._sequence.load_snapshot(aside.state, aside.end)
+        else:
+            self._decode_anew(aside.input_ids, aside.n_grid, aside.batches)
+        self._n_tokens = n_tokens
         self._n_own = aside.n_own
         self._n_grid = aside.n_grid if aside.grid == self._grid() else 0
         self.input_ids[:n_tokens] = aside.input_ids
@@ -600,8 +652,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self.scores[:n_tokens] = aside.scores
         self._requires_eval = aside.requires_eval
         self._sampler, self._mirostat_mu = aside.sampler, aside.mirostat_mu
-        if aside.logits_from is not None:
+        if aside.logits_from is not None and aside.batches is None:
             self._decode_again(aside.logits_from)
+
+    def _decode_anew(self, ids: NDArray[np.int32], n_grid: int, batches: list[int]) -> None:
+        """Decode `ids` in the same batches as before, but for what the cache has of the grid."""
+        self.reset()
+        reached = self._restored(ids[: n_grid + 1], 0) if n_grid else 0
+        self.eval(ids[reached:n_grid])
+        for start, stop in pairwise([*batches, len(ids)]):
+            self.eval(ids[start:stop])
 
     def _decode_again(self, start: int) -> None:
         """Decode the last batch as it was decoded before: a snapshot holds no logits."""

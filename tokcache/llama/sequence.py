@@ -8,14 +8,18 @@ llama_memory_seq_cp ends the process, so it is asked before.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
 
 from tokcache.errors import StateError
 
+if TYPE_CHECKING:
+    from tokcache.llama.memories import Memory
+
 SCRATCH = 1  # the id is written into the bytes: always the same one
+_PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: what is not full attention
 _BytePointer = ctypes.POINTER(ctypes.c_uint8)
 
 
@@ -27,34 +31,102 @@ def _pointer(buffer: Any) -> Any:
 class Sequence:
     """One sequence of a context: its blocks and its snapshots.
 
+    `is_alone`: no other sequence holds anything, but for the scratch one between two calls.
+
     Errors: StateError where llama.cpp refuses; the sequence is then as it was before.
     Threads: the context's: one at a time.
     """
 
-    def __init__(self, ctx: Any, *, is_unified: bool, seq_id: int = 0) -> None:
+    def __init__(
+        self,
+        ctx: Any,
+        memory: Memory,
+        *,
+        is_unified: bool,
+        seq_id: int = 0,
+        scratch: int = SCRATCH,
+        is_alone: bool = True,
+    ) -> None:
         self._ctx = ctx
+        self._kind = memory
         self._memory = llama_cpp.llama_get_memory(ctx)
-        self._seq_id = seq_id
-        self.has_blocks = is_unified and llama_cpp.llama_n_seq_max(ctx) > SCRATCH
+        self._seq_id, self._scratch, self.is_alone = seq_id, scratch, is_alone
+        self.has_blocks = is_unified and llama_cpp.llama_n_seq_max(ctx) > max(scratch, seq_id)
         self._sizes: dict[int, int] = {}
+
+    # Where it is
 
     def end(self) -> int:
         """Return the position after the last one held, 0 if none is."""
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, self._seq_id)) + 1
 
-    def trim(self, n_tokens: int) -> bool:
+    def _first(self) -> int:
+        return int(llama_cpp.llama_memory_seq_pos_min(self._memory, self._seq_id))
+
+    def is_at(self, n_tokens: int) -> bool:
+        """Return whether it holds `n_tokens` positions, and all that the next one needs."""
+        if not n_tokens:
+            return self.end() == 0
+        return self.end() == n_tokens and self._has_before(n_tokens, is_cut=False)
+
+    def holds(self, n_tokens: int, *, in_place: bool = False) -> bool:
+        """Return whether the first `n_tokens` positions are there, as before the rest came.
+
+        `in_place`: in the same cells, too.
+        """
+        end = self.end()
+        if n_tokens in (0, end):
+            return True
+        if in_place and self._kind.window and self._first() > 0:
+            return False
+        return n_tokens < end and self._has_before(n_tokens, is_cut=True)
+
+    def _has_before(self, n_tokens: int, *, is_cut: bool) -> bool:
+        """Return whether what position `n_tokens` looks back at is there.
+
+        llama.cpp says that it cut a window even where it forgot what lies before the cut.
+        """
+        if self._kind.is_recurrent:
+            return not is_cut and self._first() == n_tokens - 1
+        first = self._first()
+        return not self._kind.window or first == 0 or first <= n_tokens - self._kind.window + 1
+
+    def trim(self, n_tokens: int, *, in_place: bool = False) -> bool:
         """Remove the positions from `n_tokens` on; False if this memory can't (nothing changed)."""
+        if not self.holds(n_tokens, in_place=in_place):
+            return False
         return bool(llama_cpp.llama_memory_seq_rm(self._memory, self._seq_id, n_tokens, -1))
 
     def clear(self) -> None:
-        """Remove all positions."""
-        llama_cpp.llama_memory_seq_rm(self._memory, self._seq_id, -1, -1)
+        """Remove all positions; the next ones come to lie where the first ever did."""
+        if self.is_alone:
+            llama_cpp.llama_memory_clear(self._memory, False)
+        else:
+            llama_cpp.llama_memory_seq_rm(self._memory, self._seq_id, -1, -1)
+
+    def behaves(self) -> bool:
+        """Return whether this memory, which holds something, does what its kind does."""
+        self._require_blocks()
+        sizes = [
+            llama_cpp.llama_state_seq_get_size_ext(self._ctx, self._seq_id, flags)
+            for flags in (0, _PARTIAL)
+        ]
+        end = self.end()
+        self._lend(0, end)
+        can_go_back = llama_cpp.llama_memory_seq_rm(self._memory, self._scratch, end - 1, -1)
+        self._free_scratch()
+        kind = self._kind
+        has_two_parts = kind.has_attention and not kind.is_plain
+        return has_two_parts == (sizes[1] < sizes[0]) and kind.is_recurrent != bool(can_go_back)
+
+    # Blocks
 
     def _require_blocks(self) -> None:
         if not self.has_blocks:
             raise StateError(
                 "blocks need a context with kv_unified=True and n_seq_max of at least "
-                f"{SCRATCH + 1}; this one has n_seq_max={llama_cpp.llama_n_seq_max(self._ctx)}"
+                f"{self._scratch + 1}; this one has n_seq_max="
+                f"{llama_cpp.llama_n_seq_max(self._ctx)}"
             )
 
     def block_bytes(self, start: int, stop: int) -> int:
@@ -66,19 +138,22 @@ class Sequence:
         if n_tokens not in self._sizes:
             self._require_blocks()
             self._lend(start, stop)
-            size = int(llama_cpp.llama_state_seq_get_size(self._ctx, SCRATCH))
+            size = int(llama_cpp.llama_state_seq_get_size(self._ctx, self._scratch))
             self._free_scratch()
             self._sizes[n_tokens] = size
         return self._sizes[n_tokens]
 
     def read_block(self, start: int, stop: int, buffer: memoryview) -> None:
-        """Copy the state of positions [start, stop) into a buffer of exactly its size."""
+        """Copy the state of positions [start, stop) into a buffer of exactly its size.
+
+        Of a recurrent memory that is the present state, and `stop` must be its end.
+        """
         self._require_blocks()
         self._lend(start, stop)
         try:
             self._require_span(start, stop)
             written = llama_cpp.llama_state_seq_get_data(
-                self._ctx, _pointer(buffer), buffer.nbytes, SCRATCH
+                self._ctx, _pointer(buffer), buffer.nbytes, self._scratch
             )
         finally:
             self._free_scratch()
@@ -86,18 +161,21 @@ class Sequence:
             raise StateError(f"block [{start}, {stop}) has {written} bytes, not {buffer.nbytes}")
 
     def write_block(self, start: int, stop: int, buffer: memoryview) -> None:
-        """Set positions [start, stop), the next of this sequence, from what `read_block` gave."""
+        """Set positions [start, stop), the next of this sequence, from what `read_block` gave.
+
+        Without attention there are no positions before `stop`: whatever was there is replaced.
+        """
         self._require_blocks()
-        if self.end() != start:
+        if self._kind.has_attention and self.end() != start:
             raise StateError(f"block [{start}, {stop}) can't follow position {self.end() - 1}")
         read = llama_cpp.llama_state_seq_set_data(
-            self._ctx, _pointer(buffer), buffer.nbytes, SCRATCH
+            self._ctx, _pointer(buffer), buffer.nbytes, self._scratch
         )
         try:
             if read != buffer.nbytes:
                 raise StateError(f"llama.cpp took {read} of a block's {buffer.nbytes} bytes")
             self._require_span(start, stop)
-            llama_cpp.llama_memory_seq_cp(self._memory, SCRATCH, self._seq_id, start, stop)
+            llama_cpp.llama_memory_seq_cp(self._memory, self._scratch, self._seq_id, start, stop)
         finally:
             self._free_scratch()
         if self.end() != stop:
@@ -105,19 +183,41 @@ class Sequence:
 
     def _lend(self, start: int, stop: int) -> None:
         self._free_scratch()
-        llama_cpp.llama_memory_seq_cp(self._memory, self._seq_id, SCRATCH, start, stop)
+        llama_cpp.llama_memory_seq_cp(self._memory, self._seq_id, self._scratch, start, stop)
 
     def _free_scratch(self) -> None:
-        llama_cpp.llama_memory_seq_rm(self._memory, SCRATCH, -1, -1)
+        llama_cpp.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
 
     def _require_span(self, start: int, stop: int) -> None:
-        first = llama_cpp.llama_memory_seq_pos_min(self._memory, SCRATCH)
-        last = llama_cpp.llama_memory_seq_pos_max(self._memory, SCRATCH)
-        if (first, last) != (start, stop - 1):
+        first = llama_cpp.llama_memory_seq_pos_min(self._memory, self._scratch)
+        last = llama_cpp.llama_memory_seq_pos_max(self._memory, self._scratch)
+        if (first, last) != (stop - 1 if self._kind.is_recurrent else start, stop - 1):
             raise StateError(f"positions {first} to {last} came for block [{start}, {stop})")
 
-    def snapshot(self) -> memoryview:
-        """Return the state of the whole sequence."""
+    # Snapshots
+
+    def is_movable(self) -> bool:
+        """Return whether a snapshot puts every position into the cell where it was."""
+        window = self._kind.window
+        return not window or self.end() <= window or len(self._pieces()) > 1
+
+    def snapshot(self) -> list[memoryview]:
+        """Return the state of the whole sequence, in pieces."""
+        return [self._read_piece(start, stop) for start, stop in self._pieces()]
+
+    def _pieces(self) -> list[tuple[int, int]]:
+        """Return what to read in pieces: a window that has forgotten nothing, as it lies there."""
+        end, step = self.end(), self._kind.window
+        is_windowed = step and not self._kind.is_recurrent and self.has_blocks
+        if not is_windowed or end <= step or self._first() > 0:
+            return [(0, end)]
+        return [(start, min(start + step, end)) for start in range(0, end, step)]
+
+    def _read_piece(self, start: int, stop: int) -> memoryview:
+        if stop - start < self.end():
+            buffer = np.empty(self.block_bytes(start, stop), np.uint8).data
+            self.read_block(start, stop, buffer)
+            return buffer
         size = int(llama_cpp.llama_state_seq_get_size(self._ctx, self._seq_id))
         buffer = np.empty(size, np.uint8).data
         written = llama_cpp.llama_state_seq_get_data(
@@ -127,12 +227,31 @@ class Sequence:
             raise StateError(f"a snapshot has {written} bytes, not {size}")
         return buffer
 
-    def load_snapshot(self, buffer: memoryview) -> None:
-        """Put the sequence back to what it was at a snapshot."""
+    def load_snapshot(self, pieces: list[memoryview], n_tokens: int) -> None:
+        """Put the sequence back to what it was, of `n_tokens` positions, at a snapshot.
+
+        Errors: StateError; the sequence is then empty.
+        """
         self.clear()
+        try:
+            if len(pieces) == 1:
+                self._load_whole(pieces[0])
+            else:
+                step = self._kind.window
+                for start, piece in zip(range(0, n_tokens, step), pieces, strict=True):
+                    self.write_block(start, min(start + step, n_tokens), piece)
+            self._require_at(n_tokens)
+        except StateError:
+            self.clear()
+            raise
+
+    def _require_at(self, n_tokens: int) -> None:
+        if not self.is_at(n_tokens):
+            raise StateError(f"a snapshot of {n_tokens} positions ends at {self.end()}")
+
+    def _load_whole(self, buffer: memoryview) -> None:
         read = llama_cpp.llama_state_seq_set_data(
             self._ctx, _pointer(buffer), buffer.nbytes, self._seq_id
         )
         if read != buffer.nbytes:
-            self.clear()
             raise StateError(f"llama.cpp took {read} of a snapshot's {buffer.nbytes} bytes")

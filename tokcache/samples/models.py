@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     Tensors = Iterator[tuple[str, NDArray[Any]]]
 
 _CONV_KERNEL = 4
+_SSM_HEADS = 4
 _STATE_SIZE = 16
 _TIME_STEP_RANK = 8
 # softplus(-5) is a time step of 0.007: the state remembers a thousand tokens, not ten.
@@ -113,6 +114,16 @@ def _llama_block(draw: Draw, block: str, _layer: int) -> Tensors:
     yield from _feed_forward(draw, block)
 
 
+def _qwen2vl_block(draw: Draw, block: str, _layer: int) -> Tensors:
+    shape = draw.shape
+    yield from _attention(draw, block)
+    yield f"{block}.attn_q.bias", np.zeros(shape.n_embd, np.float32)
+    for name in ("k", "v"):
+        n_kv = shape.n_kv_heads * shape.n_head_dim
+        yield f"{block}.attn_{name}.bias", np.zeros(n_kv, np.float32)
+    yield from _feed_forward(draw, block)
+
+
 def _gemma3_block(draw: Draw, block: str, _layer: int) -> Tensors:
     yield from _attention(draw, block)
     yield from _attention_norms(draw, block)
@@ -137,9 +148,40 @@ def _mamba_block(draw: Draw, block: str, _layer: int) -> Tensors:
     yield f"{block}.ssm_out.weight", draw.matrix(n_embd, inner)
 
 
+def _mamba2_mixer(draw: Draw, block: str) -> Tensors:
+    n_embd = draw.shape.n_embd
+    inner = 2 * n_embd
+    mixed = inner + 2 * _STATE_SIZE
+    yield f"{block}.ssm_in.weight", draw.matrix(inner + mixed + _SSM_HEADS, n_embd)
+    yield f"{block}.ssm_conv1d.weight", draw.float_matrix(mixed, _CONV_KERNEL)
+    yield f"{block}.ssm_conv1d.bias", np.zeros(mixed, np.float32)
+    yield f"{block}.ssm_dt.bias", np.full(_SSM_HEADS, _SLOW, np.float32)
+    decay = np.arange(1, _SSM_HEADS + 1, dtype=np.float32) / _SSM_HEADS
+    yield f"{block}.ssm_a", -decay[:, None]
+    yield f"{block}.ssm_d", np.ones((_SSM_HEADS, 1), np.float32)
+    yield f"{block}.ssm_norm.weight", np.ones((1, inner), np.float32)
+    yield f"{block}.ssm_out.weight", draw.matrix(n_embd, inner)
+
+
+def _mamba2_block(draw: Draw, block: str, _layer: int) -> Tensors:
+    yield from _mamba2_mixer(draw, block)
+
+
+def _granite_block(draw: Draw, block: str, layer: int) -> Tensors:
+    yield from (_attention if _has_attention(layer) else _mamba2_mixer)(draw, block)
+    yield from _feed_forward(draw, block)
+
+
+def _falcon_block(draw: Draw, block: str, _layer: int) -> Tensors:
+    yield from _attention(draw, block)
+    yield from _mamba2_mixer(draw, block)
+    for name, tensor in _feed_forward(draw, block):
+        yield name.replace("ffn_norm.weight", "ffn_norm"), tensor
+
+
 def _lfm2_block(draw: Draw, block: str, layer: int) -> Tensors:
     n_embd = draw.shape.n_embd
-    if _lfm2_has_attention(layer):
+    if _has_attention(layer):
         yield from _attention(draw, block)
         yield from _attention_norms(draw, block)
     else:
@@ -149,7 +191,7 @@ def _lfm2_block(draw: Draw, block: str, layer: int) -> Tensors:
     yield from _feed_forward(draw, block)
 
 
-def _lfm2_has_attention(layer: int) -> bool:
+def _has_attention(layer: int) -> bool:
     return layer % 2 == 1
 
 
@@ -157,6 +199,13 @@ def _attention_keys(writer: Any, shape: Shape) -> None:
     writer.add_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_heads)
     writer.add_head_count_kv(shape.n_kv_heads)
+
+
+def _qwen2vl_keys(writer: Any, shape: Shape) -> None:
+    _attention_keys(writer, shape)
+    n_pairs = shape.n_head_dim // 2  # of which a part turns with time, height and width each
+    n_time = n_pairs - 2 * (n_pairs // 3)
+    writer.add_rope_dimension_sections([n_time, n_pairs // 3, n_pairs // 3, 0])
 
 
 def _gemma3_keys(writer: Any, shape: Shape) -> None:
@@ -174,12 +223,45 @@ def _mamba_keys(writer: Any, shape: Shape) -> None:
     writer.add_ssm_time_step_rank(_TIME_STEP_RANK)
 
 
-def _lfm2_keys(writer: Any, shape: Shape) -> None:
+def _mamba2_keys(writer: Any, shape: Shape) -> None:
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    _mamba2_sizes(writer, shape)
+
+
+def _mamba2_sizes(writer: Any, shape: Shape) -> None:
+    writer.add_ssm_conv_kernel(_CONV_KERNEL)
+    writer.add_ssm_inner_size(2 * shape.n_embd)
+    writer.add_ssm_state_size(_STATE_SIZE)
+    writer.add_ssm_time_step_rank(_SSM_HEADS)
+    writer.add_ssm_group_count(1)
+
+
+def _hybrid_keys(writer: Any, shape: Shape) -> None:
     writer.add_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_heads)
-    heads = [shape.n_kv_heads * _lfm2_has_attention(layer) for layer in range(shape.n_layers)]
+    heads = [shape.n_kv_heads * _has_attention(layer) for layer in range(shape.n_layers)]
     writer.add_head_count_kv(heads)
+
+
+def _granite_keys(writer: Any, shape: Shape) -> None:
+    _hybrid_keys(writer, shape)
+    _mamba2_sizes(writer, shape)
+
+
+def _falcon_keys(writer: Any, shape: Shape) -> None:
+    _attention_keys(writer, shape)
+    _mamba2_sizes(writer, shape)
+
+
+def _lfm2_keys(writer: Any, shape: Shape) -> None:
+    _hybrid_keys(writer, shape)
     writer.add_shortconv_l_cache(_SHORTCONV)
+
+
+def _windowed_lfm2_keys(writer: Any, shape: Shape) -> None:
+    _lfm2_keys(writer, shape)
+    writer.add_sliding_window(_WINDOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,14 +274,27 @@ class Architecture:
     output_norm: str = "output_norm.weight"
     # Small, so that the last token does not outweigh what the state holds.
     embedding_gain: float = 1.5
+    llama_cpp: str = ""  # llama.cpp's own name, where ours is another
 
 
 ARCHITECTURES = {
     "llama": Architecture("attention", _attention_keys, _llama_block),
+    # Several positions a token: of text they are the same.
+    "qwen2vl": Architecture("attention", _qwen2vl_keys, _qwen2vl_block),
     # gemma3 multiplies the embedding by sqrt(n_embd) itself
     "gemma3": Architecture("sliding window", _gemma3_keys, _gemma3_block, embedding_gain=0.25),
     "mamba": Architecture("recurrent", _mamba_keys, _mamba_block),
+    "mamba2": Architecture("recurrent", _mamba2_keys, _mamba2_block),
     "lfm2": Architecture("hybrid", _lfm2_keys, _lfm2_block, output_norm="token_embd_norm.weight"),
+    "granitehybrid": Architecture("hybrid", _granite_keys, _granite_block),
+    "falcon-h1": Architecture("hybrid", _falcon_keys, _falcon_block),
+    "lfm2-windowed": Architecture(
+        "hybrid with a window",
+        _windowed_lfm2_keys,
+        _lfm2_block,
+        output_norm="token_embd_norm.weight",
+        llama_cpp="lfm2",
+    ),
 }
 
 
@@ -289,7 +384,7 @@ def _write_model(
     path: Path, architecture: str, vocabulary: Vocabulary, shape: Shape, seed: int
 ) -> None:
     gguf = _gguf()
-    writer = gguf.GGUFWriter(str(path), architecture)
+    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[architecture].llama_cpp or architecture)
     writer.add_name(f"tokcache tiny {architecture}, random weights, seed {seed}")
     writer.add_context_length(shape.n_ctx_train)
     writer.add_embedding_length(shape.n_embd)

@@ -322,6 +322,10 @@ class PrefixStateCache(WholeStates):
         with self._lock:
             buffer = None if path.loose else self._buffer_below(path, stored)
         if buffer is None:
+            n_loose = sum(payload.nbytes for _, _, payload in path.loose)
+            if not below.tier.is_mapped and n_loose + stored.n_bytes > self.ram_bytes:
+                below.tier.refuse("no_room")
+                return False
             start, point = path.n_tokens, path.point()
             stop = start + len(tokens) // TOKEN_BYTES
             path.loose.append((start, stop, stored.view()))
@@ -356,10 +360,11 @@ class PrefixStateCache(WholeStates):
                 node = self._file(path, block) if is_read else None
                 if node is None:
                     self._memory.drop(block.buffer, block.overhead)
-                else:
+                    node = self._filed_meanwhile(path, block) if is_read else None
+                if node is not None:
                     node.pins += 1
                     node.written |= below.bit
-                    node.priority = stored.record.priority
+                    node.priority = max(node.priority, stored.record.priority)
                     self._memory.watch(node)
                     path.nodes.append(node)
                     path.n_tokens += n_shared
@@ -376,6 +381,13 @@ class PrefixStateCache(WholeStates):
             memory.refusals["entries_in_use"] += 1
             return None
         return memory.file(root, parent, block.start, block.tokens, block.buffer)
+
+    def _filed_meanwhile(self, path: _Path, block: _NewBlock) -> Node | None:
+        """Return the same block where another thread was faster to file it."""
+        if path.root is None or path.root.is_dead or path.last.is_dead:
+            return None
+        node = self._index.child(path.root, path.last, block.start, block.tokens)
+        return node if node is not None and node.tokens == block.tokens else None
 
     # Saving
 
@@ -578,7 +590,8 @@ class PrefixStateCache(WholeStates):
         """Remove one state, or all that is stored for `scope`; return the states removed.
 
         Every tier is emptied of it. What another process holds in its memory stays there until
-        that process removes it, too.
+        that process removes it, too. Where a tier fails to remove it, a counter and a line in the
+        log say so.
         """
         if (handle is None) == (scope is _UNSET):
             raise InvalidConfig("remove takes a handle or a scope (scope=None: the shared one)")

@@ -24,7 +24,7 @@ from tokcache.state.tiers import Address, LowerTier, Record
 from tokcache.stats import StateStats, TierStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from tokcache.state.index import Node
     from tokcache.state.tiers.disk import DiskTier
@@ -205,9 +205,12 @@ class StateCore(Forkable):
         released, unwritten = self._released, self._unwritten
 
         def run() -> None:
-            # Not there: it is tried again with the next save that passes by.
-            if not tier.write(address, record, payload):
-                unwritten.append((held, bit))
+            is_there = False
+            try:
+                is_there = tier.write(address, record, payload)
+            finally:
+                if not is_there:  # it is tried again with the next save that passes by
+                    unwritten.append((held, bit))
 
         done = lambda: released.append([held])  # type: ignore[arg-type]  # noqa: E731
         if below.write(held, Job(address.owner.scope, payload.nbytes, run, done)):
@@ -215,7 +218,7 @@ class StateCore(Forkable):
         self._memory.refusals[f"{tier.label}: queue_full"] += 1
         return False
 
-    def _touch_later(self, held: Iterable[Node | Whole], addresses: list[Address]) -> None:
+    def _touch_later(self, held: Sequence[Node | Whole], addresses: list[Address]) -> None:
         """Tell the tiers, off the request path, that these are in use; the lock is held."""
         if not self._below or not addresses:
             return
@@ -223,7 +226,7 @@ class StateCore(Forkable):
         for each in held:
             each.touched_s = now
         for below in self._below:
-            touch = partial(below.tier.touch, addresses)
+            touch = partial(_touch, below, addresses, held, self._unwritten)
             below.writer.put(Job(addresses[0].owner.scope, 0, touch))
 
     def _untouched(self, nodes: list[Node]) -> list[Node]:
@@ -247,10 +250,11 @@ class StateCore(Forkable):
         with self._lock:
             self._memory.refusals[reason] += 1
 
-    def count_restored(self, n_tokens: int, seconds: float) -> None:
-        """Count positions that were restored instead of decoded."""
+    def count_restored(self, n_tokens: int, seconds: float, *, is_hit: bool = False) -> None:
+        """Count positions that were restored instead of decoded, and a hit not counted yet."""
         with self._lock:
             self._memory.counts["reused_tokens"] += n_tokens
+            self._memory.counts["hits"] += is_hit
             self._seconds["restore"] += seconds
 
     def release_later(self, held: list[Node] | list[Whole]) -> None:
@@ -391,6 +395,16 @@ class StateCore(Forkable):
         self._released.clear()
         self._unwritten.clear()
         self._memory.forget_users()
+
+
+def _touch(
+    below: Below,
+    addresses: list[Address],
+    held: Sequence[Node | Whole],
+    unwritten: deque[tuple[Node | Whole, int]],
+) -> None:
+    # What a tier has lost meanwhile is written again with the next save that passes by.
+    unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))
 
 
 def _left(until: float | None) -> float | None:

@@ -15,7 +15,7 @@ from tokcache.state.tiers import Address, StateRefused, Stored
 from tokcache.state.whole import StateHandle, Whole, prefix_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 _log = logging.getLogger("tokcache")
@@ -49,31 +49,49 @@ class WholeStates(StateCore):
         Errors: InvalidTokens for no tokens; InvalidConfig for a state that is no bytes-like
                 object, and for numbers out of range.
         """
-        owner = _owner(fingerprint, scope)
-        held = token_bytes(tokens)
-        if not held:
-            raise InvalidTokens("a state is of at least one token; these are none")
-        if len(held) <= require_int("public_tokens", public_tokens, 0) * TOKEN_BYTES:
-            owner = owner._replace(scope=None)
-        n_past = len(held) // TOKEN_BYTES if n_past is None else n_past
-        require_int("n_past", n_past, 0)
-        require_int("priority", priority, -MAX_INT)
+        whole = _whole(tokens, fingerprint, n_past, scope, priority, n_public=public_tokens)
         view = _checked_state(state)
+
+        def copy(buffer: memoryview) -> None:
+            buffer[:] = view
+
+        return self._store(whole, view.nbytes, copy, pin=pin)
+
+    def fill(
+        self,
+        tokens: object,
+        n_bytes: int,
+        read: Callable[[memoryview], object],
+        *,
+        fingerprint: bytes,
+        scope: str | None = None,
+    ) -> bool:
+        """Store as `store` does what `read` copies into a buffer of `n_bytes`.
+
+        If it raises, nothing is stored, and a counter tells.
+        """
+        whole = _whole(tokens, fingerprint, None, scope, 0)
+        try:
+            return self._store(whole, require_int("n_bytes", n_bytes, 0), read, pin=False)
+        except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
+            _log.debug("a state could not be read", exc_info=True)
+            self.refuse("save_failed")
+            return False
+
+    def _store(
+        self, whole: Whole, n_bytes: int, read: Callable[[memoryview], object], *, pin: bool
+    ) -> bool:
         if not self.enabled:
             return False
-        ((_, name),) = prefix_names(owner, held, [len(held) // TOKEN_BYTES])
-        return self._store(Whole(owner, name, held, n_past, priority), view, pin=pin)
-
-    def _store(self, whole: Whole, view: memoryview, *, pin: bool) -> bool:
         with self._lock:
             self._settle()
-            buffer = self._buffer_for(whole, view.nbytes)
+            buffer = self._buffer_for(whole, n_bytes)
             n_removals = self._removals
         if buffer is None:
             return False
         is_filed = False
         try:
-            buffer[:] = view
+            read(buffer)
             is_filed = True
         finally:
             with self._lock:
@@ -122,26 +140,34 @@ class WholeStates(StateCore):
         fingerprint: bytes,
         scope: str | None = None,
         public_tokens: int = 0,
+        is_counted: bool = True,
     ) -> StateHandle | None:
         """Return the state of the longest stored prefix of `tokens`, None if there is none.
 
         Of equal length the one of the highest priority is returned. States of at most
         `public_tokens` tokens are looked for in the shared scope, too. Close the handle, or use
-        it in a `with`: until then its state is not evicted.
+        it in a `with`: until then its state is not evicted. `is_counted=False` is for a part of
+        a look-up that is counted elsewhere.
         """
         owner, wanted = _owner(fingerprint, scope), token_bytes(tokens)
         n_public = require_int("public_tokens", public_tokens, 0)
+        if not is_counted:
+            return self._find_both(owner, wanted, n_public)
         with self._lock:
             self._memory.counts["lookups"] += 1
             self._memory.counts["lookup_tokens"] += len(wanted) // TOKEN_BYTES
-        found = self._find(owner, wanted)
-        n_found = 0 if found is None else found.n_tokens
-        if n_found < n_public and scope is not None:
-            shared = self._find(owner._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
-            found = shared if shared is not None and shared.n_tokens > n_found else found
+        found = self._find_both(owner, wanted, n_public)
         with self._lock:
             self._memory.counts["hits"] += found is not None
         return found
+
+    def _find_both(self, owner: Owner, wanted: bytes, n_public: int) -> StateHandle | None:
+        found = self._find(owner, wanted)
+        n_found = 0 if found is None else found.n_tokens
+        if n_found >= n_public or owner.scope is None:
+            return found
+        shared = self._find(owner._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
+        return shared if shared is not None and shared.n_tokens > n_found else found
 
     def handle(
         self, tokens: object, *, fingerprint: bytes, scope: str | None = None
@@ -157,6 +183,9 @@ class WholeStates(StateCore):
         return None
 
     def _find(self, owner: Owner, wanted: bytes) -> StateHandle | None:
+        whole_of_it = self._all_of_it(owner, wanted) if self._below else None
+        if whole_of_it is not None:  # nothing below is longer
+            return whole_of_it
         worth = self._worth_asking(owner)
         lengths = [below.tier.lengths(owner) for below in worth]
         with self._lock:
@@ -182,6 +211,18 @@ class WholeStates(StateCore):
                 if handle is not None:
                     return handle
         return None
+
+    def _all_of_it(self, owner: Owner, wanted: bytes) -> StateHandle | None:
+        """Return the state in memory of exactly these tokens."""
+        n_tokens = len(wanted) // TOKEN_BYTES
+        with self._lock:
+            self._settle()
+            if self._is_closed or n_tokens not in self._memory.wholes.lengths(owner):
+                return None
+        ((_, name),) = prefix_names(owner, wanted, [n_tokens])
+        with self._lock:
+            whole = self._live(owner, name, wanted) if n_tokens >= self.min_tokens else None
+            return self._used(whole) if whole is not None else None
 
     def _live(self, owner: Owner, name: bytes, tokens: bytes) -> Whole | None:
         whole = self._memory.wholes.get(owner, name, tokens)
@@ -327,6 +368,27 @@ def _ask(
 
 def _address(owner: Owner, name: bytes, n_tokens: int) -> Address:
     return Address(owner, n_tokens, root_name(owner), name)
+
+
+def _whole(
+    tokens: object,
+    fingerprint: object,
+    n_past: int | None,
+    scope: object,
+    priority: int,
+    *,
+    n_public: int = 0,
+) -> Whole:
+    owner, held = _owner(fingerprint, scope), token_bytes(tokens)
+    if not held:
+        raise InvalidTokens("a state is of at least one token; these are none")
+    if len(held) <= require_int("public_tokens", n_public, 0) * TOKEN_BYTES:
+        owner = owner._replace(scope=None)
+    n_past = len(held) // TOKEN_BYTES if n_past is None else n_past
+    require_int("n_past", n_past, 0)
+    require_int("priority", priority, -MAX_INT)
+    ((_, name),) = prefix_names(owner, held, [len(held) // TOKEN_BYTES])
+    return Whole(owner, name, held, n_past, priority)
 
 
 def _owner(fingerprint: object, scope: object) -> Owner:

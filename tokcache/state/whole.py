@@ -178,12 +178,17 @@ class StateHandle:
     @property
     def state(self) -> memoryview:
         """The bytes that were stored, read-only, not a copy; valid while the handle is open."""
-        if self._payload is None or self.whole.is_dead:
-            why = "its handle was closed" if self._payload is None else "it was removed"
-            raise StateError(f"this state is gone: {why}; ask find() again")
+        payload = self.payload()
         if not self._is_counted:
             self._is_counted = True
             self._cache.count_restored(self.n_tokens, 0.0)
+        return payload
+
+    def payload(self) -> memoryview:
+        """Return `state` without counting its tokens as reused."""
+        if self._payload is None or self.whole.is_dead:
+            why = "its handle was closed" if self._payload is None else "it was removed"
+            raise StateError(f"this state is gone: {why}; ask find() again")
         return self._payload
 
     def close(self) -> None:

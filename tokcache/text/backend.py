@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +51,8 @@ class Backend:
     `settled` are the truncation and padding that the last call of transformers left in it, None
     if others may have changed them, or `encode_special_tokens`, since.
 
-    Threads: safe; `core.plain_lock` is held while it encodes or changes.
+    Threads: safe; `core.plain_lock` is held while it encodes or changes. A call that finds it taken
+             encodes with a copy.
     """
 
     def __init__(
@@ -60,7 +63,8 @@ class Backend:
         splits_special_tokens: Callable[[], bool] | None = None,
         own_engine: Engine | None = None,
     ) -> None:
-        self.raw = own_copy(source)
+        self._raw = own_copy(source)
+        self._lent = threading.local()
         self.settled: Settings | None = None
         self.counts_encodings = splits_special_tokens is None
         self._splits = splits_special_tokens or (lambda: self.raw.encode_special_tokens)
@@ -68,6 +72,47 @@ class Backend:
         self._handed_out: dict[str, _HandedOut] = {}
         self._has_stale_matcher = False
         self.core = CachedTokenizer(config, self._build_engine)
+
+    @property
+    def raw(self) -> Tokenizer:
+        """The plain tokenizer, or the copy of it that this thread encodes with."""
+        return self._lent_copy or self._raw
+
+    @property
+    def _lent_copy(self) -> Tokenizer | None:
+        return getattr(self._lent, "copy", None)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Encode, and set how: with the tokenizer itself, or with a copy while others use it.
+
+        What is set on a copy counts as having been set before the others came.
+        """
+        if self._lent_copy is not None:
+            yield
+        elif self.core.plain_lock.acquire(blocking=False):
+            try:
+                yield
+            finally:
+                self.core.plain_lock.release()
+        else:
+            with self._copy_or_wait():
+                yield
+
+    @contextmanager
+    def _copy_or_wait(self) -> Iterator[None]:
+        engine = self.core.engine(self.core.fresh())
+        if not isinstance(engine, HuggingFaceEngine):  # there is no copy that could be trusted
+            with self.core.plain_lock:
+                yield
+            return
+        with engine.borrowed() as copy:
+            _set(copy, self._raw.truncation, self._raw.padding, self._raw.encode_special_tokens)
+            self._lent.copy = copy
+            try:
+                yield
+            finally:
+                self._lent.copy = None
 
     def _build_engine(self) -> Engine:
         if self._own_engine is not None:
@@ -86,29 +131,28 @@ class Backend:
         self, reason: str, texts: Sequence[str], add_special_tokens: bool
     ) -> list[list[int]]:
         """Encode whole texts with the tokenizer itself, and leave its settings as they were."""
-        raw = self.raw
+        raw = self._raw
         with self.core.plain_lock:
             saved = raw.truncation, raw.padding, raw.encode_special_tokens
             self.settle()
             try:
                 found = raw.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
             finally:
-                self._restore(*saved)
+                _set(raw, *saved)
+                self.settled = None
         self.core.count_bypass(reason, len(texts))
         return [encoding.ids for encoding in found]
-
-    def _restore(self, truncation: Any, padding: Any, encode_special_tokens: bool) -> None:
-        if truncation is not None:
-            self.raw.enable_truncation(**truncation)
-        if padding is not None:
-            self.raw.enable_padding(**padding)
-        self.raw.encode_special_tokens = encode_special_tokens
-        self.settled = None
 
     @property
     def has_own_engine(self) -> bool:
         """Whether the tokenizer encodes in a way of its own, through the engine given."""
         return self._own_engine is not None
+
+    def set_own_engine(self, engine: Engine | None) -> None:
+        """Encode through this engine from now on, None: through one of ours."""
+        with self.core.plain_lock:
+            self._own_engine = engine
+            self.core.invalidate()
 
     def settle(
         self, truncation: dict[str, Any] | None = None, padding: dict[str, Any] | None = None
@@ -121,9 +165,7 @@ class Backend:
             return
         if self.core.plain_lock.acquire(blocking=False):
             try:
-                self.raw.no_truncation()
-                self.raw.no_padding()
-                self._restore(truncation, padding, self._splits())
+                _set(self._raw, truncation, padding, self._splits())
                 is_neutral = truncation is None and padding is None
                 self.settled = NOTHING_SET if is_neutral else (truncation, padding)
             finally:
@@ -142,27 +184,31 @@ class Backend:
     def train(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Train a model of our own: training happens in place, and the original shares ours."""
         with self.core.plain_lock:
-            self.raw.model = pickle.loads(pickle.dumps(self.raw.model))  # noqa: S301 (own object)
+            self._raw.model = pickle.loads(pickle.dumps(self.raw.model))  # noqa: S301 (own object)
             return self.change(method, *args, **kwargs)
 
     def configure(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method that sets truncation or padding: the cache's own copy has neither."""
-        with self.core.plain_lock:
-            self.settled = None
+        with self.turn():
+            if self._lent_copy is None:
+                self.settled = None
             return getattr(self.raw, method)(*args, **kwargs)
 
     def encode(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method that returns Encoding objects, which can't be made from ids."""
         if self.counts_encodings:
             self.core.count_bypass("encoding_objects")
-        with self.core.plain_lock:
+        with self.turn():
             return getattr(self.raw, method)(*args, **kwargs)
 
     def set_encode_special_tokens(self, value: bool) -> None:
         """Set what no serialisation of a tokenizer shows."""
+        if self._lent_copy is not None:
+            self._lent_copy.encode_special_tokens = value
+            return
         with self.core.plain_lock:
             before = self._splits()
-            self.raw.encode_special_tokens = value
+            self._raw.encode_special_tokens = value
             self.settled = None
             if self._splits() != before:
                 self.core.invalidate()
@@ -170,7 +216,7 @@ class Backend:
     def replace(self, source: Tokenizer) -> None:
         """Take a copy of another tokenizer in place of this one."""
         with self.core.plain_lock:
-            self.raw = own_copy(source)
+            self._raw = own_copy(source)
             self.settled = None
             self._has_stale_matcher = False
             self._handed_out.clear()
@@ -231,6 +277,25 @@ class Backend:
             # The matcher of normalized added tokens was made with the normalizer as it was.
             self._has_stale_matcher = any(token.normalized for token in added_tokens(self.raw))
         return changed
+
+
+def _set(
+    tokenizer: Tokenizer,
+    truncation: dict[str, Any] | None,
+    padding: dict[str, Any] | None,
+    encode_special_tokens: bool,
+) -> None:
+    """Set what differs: where a child was forked while others encode, setting would hang."""
+    if truncation is None and tokenizer.truncation is not None:
+        tokenizer.no_truncation()
+    elif truncation != tokenizer.truncation:
+        tokenizer.enable_truncation(**(truncation or {}))
+    if padding is None and tokenizer.padding is not None:
+        tokenizer.no_padding()
+    elif padding != tokenizer.padding:
+        tokenizer.enable_padding(**(padding or {}))
+    if tokenizer.encode_special_tokens != encode_special_tokens:
+        tokenizer.encode_special_tokens = encode_special_tokens
 
 
 def own_copy(source: Tokenizer) -> Tokenizer:

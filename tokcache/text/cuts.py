@@ -851,16 +851,18 @@ def _known_classes(
 def _has_plain_bytes(vocabulary: dict[str, int]) -> bool:
     """Return whether every byte has a token, and no merge goes by the name of one."""
     names = {f"<0x{byte:02X}>" for byte in range(256)}
-    return names <= vocabulary.keys() and not any(
-        token not in names and _BYTE.search(token) for token in vocabulary
-    )
+    others = "\n".join(vocabulary.keys() - names)
+    return names <= vocabulary.keys() and not _BYTE.search(others)
 
 
 def _spanned_pairs(vocabulary: Iterable[str], space: str) -> set[Pair]:
     """Return the pairs of classes that stand side by side in some token."""
-    letters = re.compile("[A-Za-z]+")
-    shapes = {letters.sub("aa", token.replace(space, " ")) for token in vocabulary}
-    return {pair for shape in shapes for pair in _pairs_in(shape)}
+    all_chars = "".join(vocabulary)
+    between = next(char for char in map(chr, range(0xE000, 0x110000)) if char not in all_chars)
+    joined = between.join(vocabulary).replace(space, " ")
+    shape = re.sub("[A-Za-z]+", "aa", joined)  # most of it
+    inside = (pair for pair in set(pairwise(shape)) if between not in pair)
+    return {pair for left, right in inside for pair in _pairs_in(left + right)}
 
 
 # ---- added tokens

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from tokenizers import AddedToken, Encoding, Tokenizer
@@ -78,7 +79,8 @@ class HuggingFaceEngine:
     """A private copy of a tokenizer.
 
     Errors: CopyError where no copy can be proven equal.
-    Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock.
+    Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock. As many
+             copies as were ever lent at once are kept; they share the model.
     """
 
     reason: str | None = None
@@ -90,6 +92,7 @@ class HuggingFaceEngine:
         own.encode_special_tokens = encode_special_tokens
         self._tokenizer = own
         self._layouts: dict[tuple[int, bool], Layout | None] = {}
+        self._spares: list[Tokenizer] = []
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Return the ids of every text."""
@@ -111,14 +114,24 @@ class HuggingFaceEngine:
         padding: dict[str, Any] | None,
     ) -> list[Encoding]:
         """Return the Encoding objects of texts or pairs, truncated and padded."""
-        own = self._tokenizer
-        if truncation is not None or padding is not None:
-            own = _same_model(own)
+        with self.borrowed() as own:
             if truncation is not None:
                 own.enable_truncation(**truncation)
             if padding is not None:
                 own.enable_padding(**padding)
-        return own.encode_batch(inputs, add_special_tokens=add_special_tokens)
+            return own.encode_batch(inputs, add_special_tokens=add_special_tokens)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[Tokenizer]:
+        """Lend a copy whose settings may be changed: nobody else has it meanwhile."""
+        own = self._spares.pop() if self._spares else copy_tokenizer(self._tokenizer)
+        try:
+            yield own
+        finally:
+            own.no_truncation()
+            own.no_padding()
+            own.encode_special_tokens = self._tokenizer.encode_special_tokens
+            self._spares.append(own)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -245,9 +258,11 @@ def component_state(component: Any) -> bytes:
     if component is None:
         return b"null"
     try:
-        state: bytes = component.__getstate__()
+        state = component.__getstate__()
     except Exception as error:  # the library raises no narrower class
         raise CopyError("python_component") from error
+    if not isinstance(state, bytes):
+        raise CopyError("python_component")
     return state
 
 
@@ -315,8 +330,14 @@ def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
         _added_states(own) == _added_states(source)
         and own.get_vocab_size() == source.get_vocab_size()
         and all(signature(own, part) == signature(source, part) for part in ENCODING_PARTS)
+        and _n_added(own) == _n_added(source)
         and _encodes_equal(own, source)
     )
+
+
+def _n_added(tokenizer: Tokenizer) -> list[int]:
+    """Return what truncation leaves room for: of a template changed in place, what it was."""
+    return [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
 
 def _encodes_equal(own: Tokenizer, source: Tokenizer) -> bool:

@@ -113,9 +113,8 @@ class TransformersFace(WrappedTokenizer):
         if args or kwargs.get("return_dict") is not False or not _OF_TOKENIZING.isdisjoint(kwargs):
             return super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
         text = super().apply_chat_template(conversation, tokenize=False, **kwargs)  # type: ignore[misc]
-        if isinstance(text, str):
-            return self.encode(text, add_special_tokens=False)
-        return self(text, add_special_tokens=False)["input_ids"]
+        ids = self._whole_text(text, False, _ids_alone)
+        return self(text, add_special_tokens=False)["input_ids"] if ids is None else ids
 
     def _whole_text(self, text: Any, add_special_tokens: bool, answer: Callable[..., Any]) -> Any:
         """Return what `answer` makes of one text's ids; None: the long way is to be taken."""
@@ -141,7 +140,7 @@ class TransformersFace(WrappedTokenizer):
         if not isinstance(answer, str):
             return answer
         core.count_bypass(answer)
-        with core.plain_lock:
+        with self._tokcache_backend.turn():
             return super()._encode_plus(*args, **kwargs)  # type: ignore[misc]
 
     def _from_ids(self, asked: Asked) -> Any:
@@ -198,6 +197,13 @@ class TransformersFace(WrappedTokenizer):
         if name == "split_special_tokens":
             self._tokcache_backend.settled = None
             self._tokcache.invalidate()
+        elif name in _STANDARD:
+            self._tokcache_backend.set_own_engine(_own_engine(self))
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name in _STANDARD:
+            self._tokcache_backend.set_own_engine(_own_engine(self))
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         # The older form: pickle insists that the newer one names the class of this very object.
@@ -220,14 +226,13 @@ def wrap_transformers(tokenizer: Any, config: CacheConfig | None) -> Any:
     """Return a wrapped copy of a tokenizer of transformers."""
     face_class = _face_class(type(tokenizer))  # type: ignore[arg-type]  # every type is Hashable
     face = object.__new__(face_class)
-    own_engine = _own_engine(face)
     state = _copied_state(tokenizer)
     set_slots(face, __dict__=state, _tokcache_scope=None)
     backend = Backend(
         tokenizer._tokenizer,  # noqa: SLF001 (transformers' name for it)
         config,
         splits_special_tokens=lambda: bool(state["split_special_tokens"]),
-        own_engine=own_engine,
+        own_engine=_own_engine(face),
     )
     state["_tokenizer"] = TokenizerFace(backend, None)
     set_slots(face, _tokcache=backend.core, _tokcache_backend=backend)
@@ -282,9 +287,10 @@ def _signed_like(plain: Any, own: Any) -> Any:
 
 
 def _own_engine(face: Any) -> Engine | None:
-    """Return the engine of a class that encodes in a way of its own: its plain call."""
-    own = [name for name in _STANDARD if _is_overridden(face._tokcache_plain, name)]  # noqa: SLF001
-    if hasattr(face._tokcache_plain, "_switch_to_input_mode"):  # noqa: SLF001
+    """Return the engine of a tokenizer that encodes in a way of its own: its plain call."""
+    plain = face._tokcache_plain  # noqa: SLF001 (ours)
+    own = [name for name in _STANDARD if name in vars(face) or _is_overridden(plain, name)]
+    if hasattr(plain, "_switch_to_input_mode"):
         own.append("_switch_to_input_mode")
     if not own:
         return None

@@ -15,14 +15,14 @@ from tokcache.stats import L1Stats
 from tokcache.text._digest cimport N_SECRETS, fold, full_digest
 from tokcache.text._scan cimport (
     AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, OPENS, OTHER, RSTRIP,
-    SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, class_behind,
-    class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
+    SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, child_slot,
+    class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
 )
 from tokcache.text._segments cimport (
-    NO_CHUNK, PENDING, SHORT_BYTES, SHORT_IDS, WAYS, MIN_SETS, Chunk, Chunks, Link, Short, Shorts,
-    add_chunk, chunk_item_bytes, chunks_bytes, find_behind, find_chunk, find_short, grow_chunks,
-    is_chunk, key_of, link_to, narrow, no_link, oldest_chunk, place_of, place_short, put_behind,
-    release_chunks, release_shorts, remove_chunk, shorts_bytes, width_of,
+    NO_CHUNK, N_FORKS, PENDING, SHORT_BYTES, SHORT_IDS, WAYS, MIN_SETS, Chunk, Chunks, Fork, Link,
+    Short, Shorts, add_chunk, chunk_item_bytes, chunks_bytes, find_behind, find_chunk, find_short,
+    fork_at, grow_chunks, is_chunk, key_of, link_to, narrow, no_link, oldest_chunk, place_of,
+    place_short, put_behind, release_chunks, release_shorts, remove_chunk, shorts_bytes, width_of,
 )
 from tokcache.text._token_ids cimport TokenIds, ids_data, new_owner, owner_data
 
@@ -48,6 +48,7 @@ cdef enum:
     N_SEEDS = 6            # 64-bit words of the secret that decides with them
     LOOK_UNITS = 512       # that are searched for a token at a time
     STORED_UNITS = 1 << 16  # a longer part, in which no place was found, is not kept
+    SPARE_BYTES = 1 << 17  # a walk with larger arrays is not kept for the next text
     N_DRAWS = 8
     SHORT_SHARE = 4        # of the budget, one part in so many is for short segments
     NO_UNIT = 0xFFFFFFFF
@@ -138,6 +139,14 @@ cdef class Walk:
         free(self.ops)
         free(self.units)
         free(self.missed)
+
+    cdef size_t n_bytes(self) noexcept:
+        """Return the bytes of the arrays."""
+        return (
+            self.run_capacity * sizeof(uint32_t) + self.op_capacity * sizeof(Op)
+            + (self.known.capacity + self.made.capacity) * sizeof(int32_t)
+            + self.unit_capacity * sizeof(Unit) + self.missed_capacity * sizeof(Missed)
+        )
 
     @property
     def n_chars(self):
@@ -390,6 +399,7 @@ cdef class SegmentCache:
     cdef uint64_t rng
     cdef uint32_t clock
     cdef Link head             # the chunk that a text began with last
+    cdef Fork[N_FORKS] forks
     cdef uint64_t epoch        # changes when all chunks go
     cdef int32_t serial
     cdef object prefixes       # by add_special_tokens: TokenIds or None
@@ -424,6 +434,7 @@ cdef class SegmentCache:
         release_chunks(&self.chunks)
         release_shorts(&self.shorts)
         free(self.plan.nodes)
+        free(self.plan.children)
         free(self.plan.tokens)
         free(self.scratch)
 
@@ -447,8 +458,7 @@ cdef class SegmentCache:
         walk.begin(text, scope, add_special_tokens, self.serial)
         walk.epoch = self.epoch
         if not self.follow(walk):
-            walk.text = None
-            self.spare = walk
+            self.put_by(walk)
             return None
         if walk.n_units or walk.n_missed:
             if walk.n_units == 0:
@@ -694,6 +704,7 @@ cdef class SegmentCache:
 
     cdef void forget_chunks(self) noexcept:
         release_chunks(&self.chunks)
+        memset(&self.forks[0], 0, sizeof(self.forks))
         self.head = no_link()
         self.epoch += 1
 
@@ -755,6 +766,8 @@ cdef class SegmentCache:
                     self.refuse("beside_single_word")
                     return False
                 place = self.find(walk, p, end, variant)
+                if place != NO_CHUNK and before != NO_CHUNK:
+                    self.remember(t, before, p, place)
                 if place != NO_CHUNK and end < t.n_units:
                     self.chunks.all[place].is_tail = False
                     ahead = self.find_ahead(walk, place, end)
@@ -782,7 +795,26 @@ cdef class SegmentCache:
     cdef inline uint32_t find_ahead(self, Walk walk, uint32_t place, size_t end) noexcept:
         if end == walk.view.n_units:
             return NO_CHUNK
-        return find_behind(&self.chunks, place, &walk.view, end, walk.scope)
+        cdef uint32_t found = find_behind(&self.chunks, place, &walk.view, end, walk.scope)
+        cdef const Fork* fork
+        if found == NO_CHUNK:
+            fork = fork_at(&self.forks[0], &self.chunks, place, &walk.view, end, self.secret)
+            if fork.serial == self.chunks.all[place].serial:
+                found = place_of(&self.chunks, fork.ahead)
+                if found != NO_CHUNK and not (
+                    self.chunks.all[found].scope == walk.scope
+                    and is_chunk(&self.chunks.all[found], &walk.view, end)
+                ):
+                    found = NO_CHUNK
+        return found
+
+    cdef inline void remember(
+        self, const Text* t, uint32_t before, size_t p, uint32_t place
+    ) noexcept:
+        """Remember the chunk at `p` as one that comes behind `before`."""
+        cdef Fork* fork = fork_at(&self.forks[0], &self.chunks, before, t, p, self.secret)
+        fork.serial = self.chunks.all[before].serial
+        fork.ahead = link_to(&self.chunks, place)
 
     cdef inline int hit(self, Walk walk, size_t p, uint32_t place, uint32_t before) except -1:
         cdef Chunk* chunk = &self.chunks.all[place]
@@ -1269,9 +1301,14 @@ cdef class SegmentCache:
             into += chunk.n_ids
         memcpy(into, ids_data(behind), behind.n_tokens * sizeof(int32_t))
         self.count(walk, n)
-        walk.text = None
-        self.spare = walk
+        self.put_by(walk)
         return ids
+
+    cdef void put_by(self, Walk walk):
+        """Keep a walk for the next text, unless this one made it large."""
+        walk.text = None
+        if walk.n_bytes() <= SPARE_BYTES:
+            self.spare = walk
 
     cdef void count(self, Walk walk, size_t n_ids):
         if walk.n_missed:
@@ -1384,10 +1421,16 @@ cdef int read_plan(Plan* plan, source) except -1:
 
 cdef int read_tokens(Plan* plan, separators) except -1:
     cdef size_t n_nodes = 1 + sum([len(one.content) for one in separators])
-    cdef uint32_t node, child, n = 1
+    cdef size_t n_slots = 2
+    cdef uint32_t node, n = 1
+    cdef uint32_t* slot
+    while n_slots < 2 * n_nodes:
+        n_slots *= 2
+    plan.last_slot = n_slots - 1
     plan.nodes = <Node*> calloc(n_nodes, sizeof(Node))
+    plan.children = <uint32_t*> calloc(n_slots, sizeof(uint32_t))
     plan.tokens = <Token*> calloc(len(separators) + 1, sizeof(Token))
-    if plan.nodes == NULL or plan.tokens == NULL:
+    if plan.nodes == NULL or plan.children == NULL or plan.tokens == NULL:
         raise MemoryError
     plan.nodes[0].token = -1
     plan.n_tokens = len(separators)
@@ -1402,17 +1445,14 @@ cdef int read_tokens(Plan* plan, separators) except -1:
     for i, one in enumerate(separators):
         node = 0
         for char in one.content:
-            child = plan.nodes[node].child
-            while child and plan.nodes[child].unit != <uint32_t> ord(char):
-                child = plan.nodes[child].sibling
-            if child == 0:
-                child = n
+            slot = child_slot(plan, node, ord(char))
+            if slot[0] == 0:
+                slot[0] = n
+                plan.nodes[n].unit = ord(char)
+                plan.nodes[n].parent = node
+                plan.nodes[n].token = -1
                 n += 1
-                plan.nodes[child].unit = ord(char)
-                plan.nodes[child].token = -1
-                plan.nodes[child].sibling = plan.nodes[node].child
-                plan.nodes[node].child = child
-            node = child
+            node = slot[0]
         plan.nodes[node].token = i
         plan.tokens[i].id = one.id
         plan.tokens[i].flags = (

@@ -38,8 +38,7 @@ ctypedef struct Text:
 
 ctypedef struct Node:    # of the trie of added tokens; node 0 is the root
     uint32_t unit
-    uint32_t child       # 0: none
-    uint32_t sibling     # 0: none
+    uint32_t parent
     int32_t token        # the token that ends here, or -1
 
 ctypedef struct Token:
@@ -54,6 +53,8 @@ ctypedef struct Plan:
     uint32_t only_start  # the one character that all tokens begin with, or 0
     uint32_t starts_beyond  # 1: some token begins beyond ASCII
     Node* nodes
+    uint32_t* children   # nodes by parent and unit: open addressing, 0 where none is
+    uint32_t last_slot   # of `children`, whose slots are a power of two
     Token* tokens
     uint32_t n_tokens
     uint32_t[3] variant_of
@@ -151,6 +152,16 @@ cdef inline bint is_word(const Plan* plan, uint32_t unit) noexcept nogil:
         or plan.classes[unit] == UNDERSCORE
     )
 
+cdef inline uint32_t* child_slot(const Plan* plan, uint32_t node, uint32_t unit) noexcept nogil:
+    """Return where the child of a node is held, or the empty slot where it would be."""
+    cdef uint32_t mixed = (node * <uint32_t> 0x9E3779B1) ^ (unit * <uint32_t> 0x85EBCA6B)
+    cdef uint32_t slot = (mixed ^ (mixed >> 15)) & plan.last_slot
+    cdef uint32_t child = plan.children[slot]
+    while child and (plan.nodes[child].unit != unit or plan.nodes[child].parent != node):
+        slot = (slot + 1) & plan.last_slot
+        child = plan.children[slot]
+    return &plan.children[slot]
+
 cdef inline int32_t longest_token(
     const Plan* plan, const Text* t, size_t i, size_t* end
 ) noexcept nogil:
@@ -159,9 +170,7 @@ cdef inline int32_t longest_token(
     cdef int32_t found = -1
     while i < t.n_units:
         unit = unit_at(t, i)
-        node = plan.nodes[node].child
-        while node and plan.nodes[node].unit != unit:
-            node = plan.nodes[node].sibling
+        node = child_slot(plan, node, unit)[0]
         if node == 0:
             break
         i += 1

@@ -6,6 +6,7 @@
 # - Chunks lie dense in one array: a random draw for eviction is one index. What is removed is
 #   replaced by the last. Each remembers the two chunks that came behind it last, by place and
 #   serial number: that two chunks are linked proves that a text may be cut where they meet.
+#   A fork is such a link for a chunk behind which many come, chosen by what comes.
 # - Short segments lie in sets of WAYS entries of one cache line each; the oldest of a set goes.
 #
 # Knows no Python object and takes no lock.
@@ -21,6 +22,9 @@ cdef enum:
     NO_CHUNK = 0xFFFFFFFF
     MIN_CHUNKS = 64
     N_LINKS = 2
+    N_FORKS = 1024       # a power of two
+    FORK_BYTES = 96      # no chunk is shorter but the last of a text
+    FORK_UNITS = 1025    # nor longer, but where no cut is found
     WAYS = 4
     MIN_SETS = 64
     SHORT_BYTES = 24     # of a short segment's key
@@ -45,6 +49,10 @@ ctypedef struct Chunk:   # one cache line
     uint8_t variant
     uint8_t end_class
     uint8_t is_tail       # seen at the end of a text alone: it may go on elsewhere
+
+ctypedef struct Fork:    # what came behind a chunk behind which many come
+    uint32_t serial      # of the chunk before
+    Link ahead
 
 ctypedef struct Chunks:
     Chunk* all
@@ -183,6 +191,20 @@ cdef inline void put_behind(Chunks* c, uint32_t place, Link link) noexcept nogil
         links[i] = links[i - 1]
         i -= 1
     links[0] = link
+
+cdef inline Fork* fork_at(
+    Fork* forks, const Chunks* c, uint32_t place, const Text* t, size_t end,
+    const uint64_t* secret,
+) noexcept nogil:
+    """Return where it is remembered how this text goes on behind a chunk that ends at `end`.
+
+    The bytes that come first and, near the end of a text, how many do tell the ways apart.
+    """
+    cdef size_t n_left = t.n_units - end
+    cdef size_t n_bytes = min(<size_t> FORK_BYTES, n_left * t.kind)
+    cdef uint64_t before = <uint64_t> c.all[place].serial << 32
+    before |= min(n_left, <size_t> FORK_UNITS)
+    return &forks[full_digest(t.data + end * t.kind, n_bytes, before, secret) & (N_FORKS - 1)]
 
 cdef extern from *:
     void prefetch "__builtin_prefetch" (const void* at) noexcept nogil

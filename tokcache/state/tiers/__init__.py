@@ -74,12 +74,15 @@ class Stored(Protocol):
 class LowerTier(Protocol):
     """A store of states below memory, shared with other processes.
 
+    `is_mapped` tells whether the views of what is found take no memory of this process.
+
     Errors: whatever goes wrong costs a miss and a counter by reason; only `read_into` and `view`
             of what was found raise.
     Threads: safe; after a fork, too.
     """
 
     label: str
+    is_mapped: bool
 
     def find_each(self, wanted: Iterable[tuple[Address, bytes]]) -> Iterator[Stored | None]:
         """Yield what is stored at each address, in order, until it can't be told.
@@ -95,8 +98,8 @@ class LowerTier(Protocol):
     def write(self, address: Address, record: Record, payload: memoryview) -> bool:
         """Store a payload; True if it is there now."""
 
-    def touch(self, addresses: Sequence[Address]) -> None:
-        """Note that these are in use."""
+    def touch(self, addresses: Sequence[Address]) -> list[int]:
+        """Note that these are in use; return the places in `addresses` of those that are gone."""
 
     def remove(self, address: Address) -> None:
         """Remove one state."""

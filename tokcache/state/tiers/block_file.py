@@ -326,5 +326,5 @@ def _xxhash() -> Any:
     try:
         import xxhash  # noqa: PLC0415 (where a disk is used)
     except ImportError:
-        raise MissingExtra("the disk tier needs xxhash: pip install xxhash") from None
+        raise MissingExtra("tiers below memory need xxhash: pip install xxhash") from None
     return xxhash

@@ -86,6 +86,7 @@ class DiskTier(Counting):
         self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
         self.sealer = Sealer(hmac_key, encryption_key)
         self.sealer.require_libraries()
+        self.is_mapped = encryption_key is None
         self._is_synced = is_synced
         self._listed: dict[str, tuple[tuple[int, int], set[int]]] = {}
         self._cleanup: Callable[[], object] | None = None
@@ -383,21 +384,33 @@ class DiskTier(Counting):
             os.fsync(folder)
         return n_spare
 
-    def touch(self, addresses: Sequence[Address]) -> None:
-        """Note that these are in use, all at one time: parents never look older than children."""
-        now = time.time_ns()
-        for address in addresses:
-            with contextlib.suppress(OSError):
-                folder = self._open_folder(address.owner)
-                try:
-                    self._touch_in(folder, self._stem(address), now)
-                finally:
-                    os.close(folder)
+    def touch(self, addresses: Sequence[Address]) -> list[int]:
+        """Note that these are in use, all at one time: parents never look older than children.
 
-    def _touch_in(self, folder: int, stem: str, now: int) -> None:
+        Return the places in `addresses` of those that are gone.
+        """
+        now = time.time_ns()
+        return [n for n, address in enumerate(addresses) if not self._is_touched(address, now)]
+
+    def _is_touched(self, address: Address, now: int) -> bool:
+        try:
+            folder = self._open_folder(address.owner)
+        except OSError as error:
+            return error.errno != errno.ENOENT
+        try:
+            return self._touch_in(folder, self._stem(address), now)
+        except OSError:
+            return True  # it can't be told
+        finally:
+            os.close(folder)
+
+    def _touch_in(self, folder: int, stem: str, now: int) -> bool:
+        is_there = False
         for way in WAYS:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(f"{stem}.{way}", ns=(now, now), dir_fd=folder, follow_symlinks=False)
+                is_there = True
+        return is_there
 
     # Room
 

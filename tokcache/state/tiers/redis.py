@@ -3,7 +3,7 @@
     NAMESPACE:1:SCOPE:OWNER:{POSITION-SLOT}:WAY   a hash, one state; names are digests
         head                                      what a file of the disk tier has, but its payload
         0, 1, 2, …                                the payload, in chunks
-    … :WAY.new-RANDOM                             the same while it is written; expires soon
+    … :WAY.new-RANDOM                             the same while it is written; expires, too
     NAMESPACE:1:SCOPE:{OWNER}:lengths             a set: of how many tokens the whole states are
 
 A state is one key: it is evicted, expires and is removed whole, and a script gives it its name if
@@ -22,7 +22,7 @@ import re
 import secrets
 import time
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 from tokcache.config import require_int, require_seconds
@@ -45,11 +45,13 @@ _log = logging.getLogger("tokcache")
 
 LAYOUT, HEAD = 1, b"head"
 WAYS = (0, 1)
+DEFAULT_STATE_BYTES, DEFAULT_TTL_S = 512 << 20, 86_400.0
 CHUNK_BYTES = 1 << 20  # what every server takes: its proto-max-bulk-len is at least that
 _CHUNKS_A_CALL = 8
+_SMALL, _SMALL_AT_ONCE = 256 << 10, 2 << 20  # bytes that take less time than a round trip
 _FIRST_ASKED, _ASKED = 8, 64  # places looked up in one call: most prompts are new, or short
 _SLOWEST = 32 << 20  # bytes a second: what comes slower was not worth waiting for
-_NEW_S = 60  # what a writer that died has left lives that long
+_NEW_S = 60.0  # what is being written lives that long at least
 _TRIES = 3
 _LENGTH = re.compile(rb"[1-9][0-9]{0,8}")
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -58,7 +60,7 @@ _BROKEN = {"damaged", "forged", "missing"}
 
 _BEGIN = """
 redis.call('HSET', KEYS[1], 'head', ARGV[1])
-redis.call('EXPIRE', KEYS[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 'begun'"""
 _PUBLISH = """
 if redis.call('HLEN', KEYS[1]) ~= tonumber(ARGV[1]) then
@@ -104,7 +106,10 @@ class RedisState:
     def __init__(
         self, tier: RedisTier, key: str, value: bytes, address: Address, patience: _Patience
     ) -> None:
-        self._tier, self._key, self._value, self._patience = tier, key, value, patience
+        self._tier, self._value, self._patience = tier, value, patience
+        self.key, self._base = key, address.base
+        self.next: RedisState | None = None
+        self._fetched: bytearray | None = None
         self._head = Head.read(value)
         self._first = value[: self._head.head_bytes]
         self._seal = value[self._head.head_bytes :]
@@ -112,6 +117,22 @@ class RedisState:
             raise StateRefused("damaged")
         self.record = tier.sealer.record(self._head, self._first, address)
         self.n_bytes = self._head.payload_bytes - self._head.tag_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """How long the payload is as it is stored."""
+        return self._head.payload_bytes
+
+    def followers(self) -> Iterator[RedisState]:
+        """Yield the blocks that go on where this one ends."""
+        state = self
+        while state.next is not None and state.next._base == state.record.name:  # noqa: SLF001
+            state = state.next
+            yield state
+
+    def fetched(self, payload: bytearray) -> None:
+        """Take a payload that came together with another's."""
+        self._fetched = payload
 
     def read_into(self, buffer: memoryview) -> None:
         """Read the payload into `buffer` and verify it there.
@@ -142,7 +163,10 @@ class RedisState:
             raise StateRefused("no_memory") from error
 
     def _payload(self, target: memoryview) -> Any:
-        self._tier.read_chunks(self._key, target, self._patience)
+        if self._fetched is None:
+            self._tier.fetch(self, target, self._patience)
+        else:
+            target[:], self._fetched = self._fetched, None
         return self._tier.sealer.opened_payload(self._head, self._first, target, self._seal)
 
     def __enter__(self) -> Self:
@@ -155,7 +179,7 @@ class RedisState:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, StateRefused) and error.args[0] in _BROKEN:
-            self._tier.discard(self._key, self._value, self._patience)
+            self._tier.discard(self.key, self._value, self._patience)
 
 
 class RedisTier(Counting):
@@ -173,13 +197,14 @@ class RedisTier(Counting):
     """
 
     label = "redis"
+    is_mapped = False
 
     def __init__(
         self,
         url: str,
         *,
-        max_state_bytes: int = 512 << 20,
-        ttl_s: float | None = 86_400.0,
+        max_state_bytes: int = DEFAULT_STATE_BYTES,
+        ttl_s: float | None = DEFAULT_TTL_S,
         timeout_s: float = 1.0,
         namespace: str = "tokcache",
         hmac_key: bytes | None = None,
@@ -198,14 +223,45 @@ class RedisTier(Counting):
         require_seconds("retry_s", retry_s)
         if not isinstance(url, str):
             raise InvalidConfig(f"url must be a str, not {type(url).__name__}")
+        self._is_cluster = is_cluster
         self._link = Link(url, self.timeout_s, is_cluster=is_cluster)
         self._asking, self._writing = Circuit(n_failures, retry_s), Circuit(n_failures, retry_s)
         super().__init__()
 
     @classmethod
-    def open(cls, url: str, **settings: Any) -> Self:
-        """Return the tier of a server; nothing is asked of it yet, it may come up later."""
-        return cls(url, **settings)
+    def open(
+        cls,
+        url: str,
+        *,
+        max_state_bytes: int = DEFAULT_STATE_BYTES,
+        ttl_s: float | None = DEFAULT_TTL_S,
+        timeout_s: float = 1.0,
+        namespace: str = "tokcache",
+        hmac_key: bytes | None = None,
+        encryption_key: bytes | None = None,
+        is_cluster: bool = False,
+        n_failures: int = 3,
+        retry_s: float = 1.0,
+    ) -> Self:
+        """Return the tier of a server; nothing is asked of it yet, it may come up later.
+
+        The URL is redis-py's: `redis://[[user]:[password]@]host[:port][/db]`, `rediss://…` with
+        TLS, `unix://…`; any node's for a cluster. With `hmac_key` states are sealed against
+        forgery and names can't be guessed; with `encryption_key` (16, 24 or 32 bytes, AES-GCM)
+        tokens and states are unreadable without it.
+        """
+        return cls(
+            url,
+            max_state_bytes=max_state_bytes,
+            ttl_s=ttl_s,
+            timeout_s=timeout_s,
+            namespace=namespace,
+            hmac_key=hmac_key,
+            encryption_key=encryption_key,
+            is_cluster=is_cluster,
+            n_failures=n_failures,
+            retry_s=retry_s,
+        )
 
     # Names
 
@@ -266,9 +322,16 @@ class RedisTier(Counting):
                 self.refuse(str(refusal))
                 self.count("misses")
                 return
-            for (address, rest), pair in zip(batch, keys, strict=True):
-                values = {key: next(heads) for key in pair}
-                yield self._best(address, rest, values, patience)
+            found = [
+                self._best(address, rest, {key: next(heads) for key in pair}, patience)
+                for (address, rest), pair in zip(batch, keys, strict=True)
+            ]
+            for state, follower in pairwise(found):
+                if state is not None:
+                    state.next = follower
+            for state in found:
+                self.count("misses" if state is None else "hits")
+                yield state
 
     def _heads(self, keys: Sequence[str], patience: _Patience) -> list[Any]:
         return self._replies([("HGET", key, HEAD) for key in keys], patience)
@@ -287,7 +350,6 @@ class RedisTier(Counting):
                     self.discard(key, value, patience)
             else:
                 found += [state] if state else []
-        self.count("hits" if found else "misses")
         return max(found, key=lambda s: common_tokens(s.record.tokens, rest), default=None)
 
     def _opened(
@@ -301,18 +363,37 @@ class RedisTier(Counting):
             raise StateRefused("garbage")
         return RedisState(self, key, value, address, patience)
 
-    def read_chunks(self, key: str, target: memoryview, patience: _Patience) -> None:
-        """Fill `target` with a payload as it is stored.
+    def fetch(self, state: RedisState, target: memoryview, patience: _Patience) -> None:
+        """Fill `target` with a payload as it is stored; small ones that follow come along.
 
         Errors: StateRefused.
         """
-        patience.moving(target.nbytes)
-        rooms = enumerate(_chunks(target))
+        rooms, along = enumerate(_chunks(target)), self._small_followers(state)
+        patience.moving(target.nbytes + sum(len(payload) for _, payload in along))
         while group := list(islice(rooms, _CHUNKS_A_CALL)):
-            commands: list[Command] = [("HGET", key, n) for n, _ in group]
-            ask = partial(self._link.fill, commands, [room for _, room in group])
-            for (_, room), reply in zip(group, self._ask(ask, patience), strict=True):
+            commands: list[Command] = [("HGET", state.key, n) for n, _ in group]
+            commands += [("HGET", each.key, 0) for each, _ in along]
+            targets = [room for _, room in group] + [memoryview(payload) for _, payload in along]
+            replies = self._ask(partial(self._link.fill, commands, targets), patience)
+            for (_, room), reply in zip(group, replies, strict=False):
                 _require_filled(reply, room.nbytes)
+            for (each, payload), reply in zip(along, replies[len(group) :], strict=True):
+                if reply == len(payload):
+                    each.fetched(payload)
+            along = []
+
+    def _small_followers(self, state: RedisState) -> list[tuple[RedisState, bytearray]]:
+        """Return the states to fetch together with this one, and room for them."""
+        along: list[tuple[RedisState, bytearray]] = []
+        if self._is_cluster:  # they are elsewhere
+            return along
+        n_bytes = 0
+        for each in state.followers():
+            n_bytes += each.stored_bytes
+            if each.stored_bytes > _SMALL or n_bytes > _SMALL_AT_ONCE:
+                break
+            along.append((each, bytearray(each.stored_bytes)))
+        return along
 
     def lengths(self, owner: Owner) -> set[int]:
         """Return the numbers of tokens of this owner's whole states."""
@@ -362,10 +443,13 @@ class RedisTier(Counting):
             try:
                 state = self._opened(key, value, address, patience)
             except StateRefused as refusal:
-                self.refuse(str(refusal))
                 if isinstance(value, bytes):
+                    self.refuse(str(refusal))
                     return _Place(key, value)
-                continue  # of another type: it is somebody else's
+                if str(refusal) != "wrong_type":
+                    raise
+                self.refuse("wrong_type")
+                continue  # it is somebody else's
             if state is None:
                 return _Place(key, b"")
             is_held = is_in_place(state.record, record, address.owner.kind)
@@ -379,13 +463,15 @@ class RedisTier(Counting):
         """Yield what is to be sent at once; the last reply tells what became of it."""
         first, stored, seal = self.sealer.packed(address, record, payload)
         chunks = list(_chunks(memoryview(stored)))
-        commands = self._lengths_used(address)
-        commands.append(("EVAL", _BEGIN, 1, place.new, first + seal, _NEW_S))
+        # Not less than a state: a server that is full may evict first what expires first.
+        new_ms = _ms(max(self.ttl_s or 0.0, _NEW_S))
+        commands: list[Command] = [("EVAL", _BEGIN, 1, place.new, first + seal, new_ms)]
         for n, chunk in enumerate(chunks):
             commands.append(("HSET", place.new, n, chunk))
             if len(commands) > _CHUNKS_A_CALL:
                 yield commands
-                commands = [("EXPIRE", place.new, _NEW_S)]
+                commands = [("PEXPIRE", place.new, new_ms)]
+        commands += self._lengths_used(address)  # after the payload, which may evict what is old
         end = (len(chunks) + 1, place.replaced, 0 if self.ttl_s is None else _ms(self.ttl_s))
         yield [*commands, ("EVAL", _PUBLISH, 2, place.new, place.key, *end)]
         self.count("written_bytes", sum(chunk.nbytes for chunk in chunks))
@@ -432,16 +518,21 @@ class RedisTier(Counting):
     def _used(self, key: str) -> Command:
         return ("TOUCH", key) if self.ttl_s is None else ("PEXPIRE", key, _ms(self.ttl_s))
 
-    def touch(self, addresses: Sequence[Address]) -> None:
-        """Note that these are in use: their time begins anew."""
-        commands: list[Command] = []
+    def touch(self, addresses: Sequence[Address]) -> list[int]:
+        """Note that these are in use: their time begins anew.
+
+        Return the places in `addresses` of those that are gone.
+        """
+        keys = [key for address in addresses for key in self._keys(address)]
+        commands = [self._used(key) for key in keys]
         for address in addresses:
-            commands += [self._used(key) for key in self._keys(address)]
             commands += self._lengths_used(address)
         try:
-            self._replies(commands, _Patience(self.timeout_s))
+            replies = iter(self._replies(commands, _Patience(self.timeout_s)))
         except StateRefused as refusal:
             self.refuse(str(refusal))
+            return []
+        return [n for n in range(len(addresses)) if not any(islice(replies, len(WAYS)))]
 
     # Removing
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ Command = tuple[Any, ...]
 
 _PAGE = 1000  # keys that one SCAN looks at
 _LINE, _LONGEST_LINE = 32, 4096  # bytes read for a reply's first line, and what it may have
-_LARGEST_WRONG = 4 << 20  # bytes of a wrong reply that are read to get to the next
+_LARGEST_REPLY = 1 << 30  # bytes; a server's own limit is half of that
 _MAX_CONNECTIONS = 1 << 20  # each thread that asks has one
 _REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (errors.AuthenticationError, "auth"),
@@ -131,8 +131,8 @@ class _TimedSocket:
         self._socket.settimeout(left if self._timeout is None else min(left, self._timeout))
         return self._socket
 
-    def recv(self, n_bytes: int) -> Any:
-        return self._timed().recv(n_bytes)
+    def recv(self, *args: int) -> Any:
+        return self._timed().recv(*args)
 
     def recv_into(self, *args: Any) -> Any:
         return self._timed().recv_into(*args)
@@ -170,9 +170,11 @@ class _Payloads:
         if line.startswith(b"-"):
             return _refused(errors.ResponseError(line[1:].decode("utf-8", "replace")))
         length = line[1:]
-        if line[:1] != b"$" or not length.isdigit() or int(length) > _LARGEST_WRONG:
+        if line[:1] != b"$" or not length.isdigit() or int(length) > _LARGEST_REPLY:
             raise LinkFailed("garbage")
-        self._fill(memoryview(bytearray(int(length))))
+        scratch = memoryview(bytearray(min(int(length), 1 << 16)))
+        for done in range(0, int(length), 1 << 16):
+            self._fill(scratch[: int(length) - done])
         return self._ended(int(length))
 
     def _ended(self, n_bytes: int) -> int:
@@ -253,8 +255,9 @@ class Link:
     """
 
     def __init__(self, url: str, timeout_s: float, *, is_cluster: bool) -> None:
-        self._url, self._timeout_s, self._is_cluster = url, timeout_s, is_cluster
         self.place = _checked(url, is_cluster=is_cluster)
+        self._url = re.sub(r"(?<=[?&])protocol=[^&]*", "", url)  # ours is RESP2
+        self._timeout_s, self._is_cluster = timeout_s, is_cluster
         self.forget()
 
     def forget(self) -> None:
@@ -342,25 +345,41 @@ class Link:
                 self._cluster = RedisCluster.from_url(
                     self._url,
                     connection_pool_class=_Pool,
+                    protocol=2,
                     socket_timeout=self._timeout_s,
                     require_full_coverage=False,
                 )
             elif self._is_stale:
-                self._cluster.nodes_manager.initialize()
-            self._is_stale = False
+                self._redraw()
             return self._cluster
         finally:
             self._lock.release()
+
+    def _redraw(self) -> None:
+        """Draw the map anew, in half of the time there is; if that fails the old one is used."""
+        self._is_stale = False
+        try:
+            with _ending(time.monotonic() + _left_s() / 2):
+                self._cluster.nodes_manager.initialize()
+        except Exception as error:  # noqa: BLE001  (whatever it is, the next call tries again)
+            _log.debug(
+                "the map of the cluster at %s could not be drawn", self.place, exc_info=error
+            )
+            self._is_stale = True
 
     def _ask_nodes(self, commands: Sequence[Command]) -> list[Any]:
         places: dict[Any, list[int]] = defaultdict(list)
         for place, command in enumerate(commands):
             places[self._node_pool(command)].append(place)
         replies: list[Any] = [None] * len(commands)
-        for pool, own in places.items():
-            found = _exchange(pool, [commands[place] for place in own])
-            for place, reply in zip(own, found, strict=True):
-                replies[place] = reply
+        with ExitStack() as stack:  # all are asked before the first answers
+            asked = [
+                (stack.enter_context(_sent(pool, [commands[place] for place in own])), own)
+                for pool, own in places.items()
+            ]
+            for connection, own in asked:
+                for place in own:
+                    replies[place] = _reply(connection.read_response)
         self._is_stale |= Refused("moved") in replies
         return replies
 

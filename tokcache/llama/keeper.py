@@ -1,0 +1,262 @@
+"""Keeper: one sequence's states, saved and restored in the way that its memory allows.
+
+Attention and windows: blocks of any length, or on the grid; the last one may be cut. Recurrent
+memories and hybrids: blocks on the grid, each saved as it is reached, for each holds the recurrent
+state at its end and no other. What follows the last of them (up to a prompt's last token but one,
+or to the end of an answer) is a tail: one opaque state that is loaded after its blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+from hashlib import blake2b
+from time import perf_counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokcache.errors import StateError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tokcache.llama.memories import Memory
+    from tokcache.llama.sequence import Sequence
+    from tokcache.state.cache import PrefixStateCache, RestorePlan
+    from tokcache.state.whole import StateHandle
+
+    Ids = NDArray[np.int32]
+
+_log = logging.getLogger("tokcache")
+
+
+class Place(NamedTuple):
+    """Where states go: a cache, whose they are, and whether they are decoded on its grid only.
+
+    `public` are tokens that prompts may begin with and that are no scope's secret.
+    """
+
+    cache: PrefixStateCache
+    fingerprint: bytes
+    scope: str | None
+    is_exact: bool
+    public: Ids | None = None
+
+    def n_public(self, ids: Ids) -> int:
+        """Return with how many of the tokens that are no scope's secret `ids` begin."""
+        if self.public is None:
+            return 0
+        n_both = min(len(self.public), len(ids))
+        differs = self.public[:n_both] != ids[:n_both]
+        return int(differs.argmax()) if differs.any() else n_both
+
+    def tail_fingerprint(self) -> bytes:
+        """Return what tails are filed under: they follow blocks of this cache's length."""
+        fields = (self.fingerprint, self.cache.block_tokens.to_bytes(8, "little"))
+        return blake2b(b"".join(fields), digest_size=32, person=b"tokcache.tail.1").digest()
+
+
+class Restored(NamedTuple):
+    """What a restore did: positions [start, stop) were loaded, `stop` are held."""
+
+    start: int
+    stop: int
+
+
+class Keeper:
+    """Saves and restores the states of one sequence.
+
+    Errors: none; a state that can't be saved or restored is counted by reason in the cache.
+    Threads: the context's: one at a time.
+    """
+
+    def __init__(self, sequence: Sequence, memory: Memory) -> None:
+        self._sequence, self._memory = sequence, memory
+        self._has_proven = False
+
+    # Saving
+
+    def save(self, place: Place, ids: Ids) -> int:
+        """Save the state of `ids`, which the sequence holds; return the new positions.
+
+        The sequence may hold more, where its memory keeps every position.
+        """
+        # What can't go back can give up all of one position: that proves nothing.
+        if len(ids) <= 1 or not self._is_proven(place):
+            return 0
+        if self._memory.is_recurrent and len(ids) % place.cache.block_tokens:
+            return self._save_tail(place, ids)
+        return sum(self._save_blocks(place, ids[:stop]) for stop in self._block_stops(place, ids))
+
+    def _block_stops(self, place: Place, ids: Ids) -> list[int]:
+        """Return where blocks must end, so that none since the last stop is too long."""
+        n_tokens, n_block = len(ids), place.cache.block_tokens
+        step = self._memory.block_tokens(n_block)
+        if step == n_block:
+            return [n_tokens]
+        return [*range((n_tokens - 1) // n_block * n_block + step, n_tokens, step), n_tokens]
+
+    def _save_blocks(self, place: Place, ids: Ids) -> int:
+        return place.cache.save(
+            ids,
+            self._sequence.read_block,
+            self._sequence.block_bytes,
+            fingerprint=place.fingerprint,
+            scope=place.scope,
+            public_tokens=place.n_public(ids),
+            aligned=place.is_exact or self._memory.is_recurrent,
+        )
+
+    def _is_proven(self, place: Place) -> bool:
+        """Return whether the memory, now that it holds something, behaves as its kind does."""
+        if not self._has_proven:
+            self._has_proven = self._sequence.behaves()
+        if not self._has_proven:
+            place.cache.refuse("memory_of_unknown_behaviour")
+        return self._has_proven
+
+    def _save_tail(self, place: Place, ids: Ids) -> int:
+        n_block = place.cache.block_tokens
+        start, stop = len(ids) // n_block * n_block, len(ids)
+        if place.is_exact or stop < place.cache.min_tokens or self._has_tail(place, ids):
+            return 0
+        is_saved = place.cache.fill(
+            ids,
+            self._sequence.block_bytes(start, stop),
+            lambda buffer: self._sequence.read_block(start, stop, buffer),
+            fingerprint=place.tail_fingerprint(),
+            scope=place.scope,
+        )
+        return (stop - start) * is_saved
+
+    def _has_tail(self, place: Place, ids: Ids) -> bool:
+        handle = place.cache.handle(ids, fingerprint=place.tail_fingerprint(), scope=place.scope)
+        if handle is None:
+            return False
+        handle.close()
+        return True
+
+    # Restoring
+
+    def restore(self, place: Place, ids: Ids, n_held: int) -> Restored:
+        """Bring the longest known prefix of `ids`, without the last, into the sequence.
+
+        It holds `n_held` of them already, and nothing else that matters. Afterwards it holds
+        `stop` of them; where that is not above `start`, nothing was loaded.
+        """
+        with place.cache.plan(
+            ids,
+            fingerprint=place.fingerprint,
+            scope=place.scope,
+            public_tokens=place.n_public(ids),
+            max_tokens=len(ids) - 1,
+            aligned=place.is_exact or self._memory.is_recurrent,
+        ) as plan:
+            if not self._memory.is_recurrent:
+                return self._load_blocks(place, plan, n_held)
+            tail = self._find_tail(place, plan, ids[:-1])
+            if tail is None:
+                return self._load_states(place, plan, n_held)
+            with tail:
+                return self._load_with_tail(place, plan, tail, n_held)
+
+    def _load_blocks(self, place: Place, plan: RestorePlan, n_held: int) -> Restored:
+        if plan.n_tokens <= n_held:
+            return Restored(n_held, n_held)
+        start = plan.start_beyond(n_held)
+        if not self._sequence.trim(start, in_place=place.is_exact):
+            self._sequence.clear()
+            start = 0
+        reached = plan.restore(self._sequence.write_block, start=start, trim=self._trim)
+        return self._checked(place, start, reached, plan.n_tokens)
+
+    def _trim(self, n_tokens: int) -> bool:
+        return self._sequence.trim(n_tokens)
+
+    def _checked(self, place: Place, start: int, reached: int, goal: int) -> Restored:
+        """Return what was restored, if the sequence tells the same; else it is emptied.
+
+        What came before a block that failed is good; but if that was for want of room, it would
+        take away the rest of it from other sequences.
+        """
+        is_right = self._sequence.trim(reached) and self._sequence.is_at(reached)
+        if is_right and (reached == goal or self._sequence.is_alone):
+            return Restored(start, reached)
+        self._sequence.clear()
+        if not is_right:
+            place.cache.refuse("restore_incomplete")
+        return Restored(0, 0)
+
+    def _load_states(self, place: Place, plan: RestorePlan, n_held: int) -> Restored:
+        """Load blocks that end in a recurrent state; without attention the last one is all."""
+        if plan.n_tokens <= n_held:
+            return Restored(n_held, n_held)
+        start = self._start_of_states(place, n_held)
+        if self._memory.has_attention:
+            reached = plan.restore(self._sequence.write_block, start=start)
+        else:
+            last = plan.blocks[-1].start
+            reached = plan.restore(self._sequence.write_block, start=last)
+            if reached == last:  # it failed, and nothing came before it
+                reached = 0
+            else:
+                place.cache.count_restored(last, 0.0)
+        return self._checked(place, start, reached, plan.n_tokens)
+
+    def _start_of_states(self, place: Place, n_held: int) -> int:
+        """Return where blocks can follow what is held; 0, and nothing is held, if nowhere."""
+        is_on_grid = self._memory.has_attention and n_held % place.cache.block_tokens == 0
+        if is_on_grid and self._sequence.end() == n_held:
+            return n_held
+        self._sequence.clear()
+        return 0
+
+    # Tails
+
+    def _find_tail(self, place: Place, plan: RestorePlan, ids: Ids) -> StateHandle | None:
+        """Return the tail that reaches beyond the blocks, if all it follows are there."""
+        if place.is_exact or len(ids) <= plan.n_tokens:
+            return None
+        tail = place.cache.find(
+            ids, fingerprint=place.tail_fingerprint(), scope=place.scope, is_counted=False
+        )
+        if tail is None:
+            return None
+        needed = self._base(place, tail) if self._memory.has_attention else 0
+        if plan.n_tokens < tail.n_tokens and plan.n_tokens >= needed:
+            return tail
+        if plan.n_tokens < needed:
+            place.cache.refuse("tail_without_blocks")
+        tail.close()
+        return None
+
+    def _base(self, place: Place, tail: StateHandle) -> int:
+        return tail.n_tokens // place.cache.block_tokens * place.cache.block_tokens
+
+    def _load_with_tail(
+        self, place: Place, plan: RestorePlan, tail: StateHandle, n_held: int
+    ) -> Restored:
+        if tail.n_tokens <= n_held:
+            return Restored(n_held, n_held)
+        base = self._base(place, tail)
+        start = reached = self._start_of_states(place, n_held)
+        if self._memory.has_attention:
+            reached = plan.restore(self._sequence.write_block, start=start)
+        if reached == base or not self._memory.has_attention:
+            began = perf_counter()
+            if self._load_tail(place, tail, base):
+                n_loaded = tail.n_tokens - (base if self._memory.has_attention else 0)
+                seconds, is_hit = perf_counter() - began, not plan.blocks
+                place.cache.count_restored(n_loaded, seconds, is_hit=is_hit)
+                reached = tail.n_tokens
+            elif not self._memory.has_attention:
+                return self._load_states(place, plan, 0)
+        return self._checked(place, start, reached, tail.n_tokens)
+
+    def _load_tail(self, place: Place, tail: StateHandle, base: int) -> bool:
+        try:
+            self._sequence.write_block(base, tail.n_tokens, tail.payload())
+        except StateError:
+            _log.debug("a tail could not be restored", exc_info=True)
+            place.cache.refuse("restore_failed")
+            return False
+        return True

@@ -1,0 +1,216 @@
+"""SequenceStates: prefix states for code that drives llama.cpp itself, with many sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+import numpy as np
+
+from tokcache.config import require_int
+from tokcache.errors import InvalidConfig, StateError
+from tokcache.llama.keeper import Keeper, Place
+from tokcache.llama.memories import Memory
+from tokcache.llama.sequence import Sequence
+from tokcache.state.blocks import token_bytes
+from tokcache.state.cache import PrefixStateCache
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(slots=True)
+class _Own:
+    """One sequence of the caller's; `generation` counts what has replaced its positions."""
+
+    sequence: Sequence
+    keeper: Keeper
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A save to be taken later: of these tokens, if the sequence is still what it was."""
+
+    seq_id: int
+    generation: int
+    ids: NDArray[np.int32]
+    mark: bytes
+
+
+class SequenceStates:
+    """The states of a context's sequences: restored before a prompt, saved after a decode.
+
+    ```python
+    n_past = sequences.restore(tokens, seq_id)
+    for stop in sequences.stops(n_past, len(tokens)):
+        decode(tokens[n_past:stop], seq_id, first_position=n_past)
+        sequences.save(tokens[:stop], seq_id)
+        n_past = stop
+    ```
+
+    `ctx` is a llama_context_p with `kv_unified=True` and one sequence more than are used: the
+    last id is what blocks are copied through. `fingerprint` tells apart all that decides the
+    numbers in a state (`tokcache.llama.state_fingerprint` makes one). Logits differ from those of
+    an uncached run as far as those of other batches and other cells do.
+
+    Errors: StateError for a context that can't do it, before llama.cpp ends the process;
+            InvalidConfig for an argument that can't be one; InvalidTokens. What can't be saved or
+            restored costs a decode and counts in `states.stats().refusals`, by reason.
+    Threads: those that may use the context: one at a time.
+    """
+
+    def __init__(
+        self,
+        ctx: Any,
+        *,
+        states: PrefixStateCache,
+        fingerprint: bytes,
+        scope: str | None = None,
+    ) -> None:
+        if not isinstance(states, PrefixStateCache):
+            raise InvalidConfig(f"states must be a PrefixStateCache, not {states!r}")
+        if not isinstance(fingerprint, bytes) or not fingerprint:
+            raise InvalidConfig(f"fingerprint must be bytes, at least one, not {fingerprint!r}")
+        if scope is not None and not isinstance(scope, str):
+            raise InvalidConfig(f"scope must be a str or None, not {scope!r}")
+        _require_blocks(ctx)
+        self._ctx = ctx
+        self._place = Place(states, fingerprint, scope, is_exact=False)
+        self._memory = Memory.of(ctx)
+        self._scratch = int(llama_cpp.llama_n_seq_max(ctx)) - 1
+        self._n_vocab = int(
+            llama_cpp.llama_vocab_n_tokens(
+                llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(ctx))
+            )
+        )
+        self._own: dict[int, _Own] = {}
+        self._pending: list[_Pending] = []
+
+    @property
+    def n_sequences(self) -> int:
+        """How many sequences may be used: ids from 0 on."""
+        return self._scratch
+
+    def stops(self, n_past: int, n_tokens: int) -> list[int]:
+        """Return where to stop decoding, and save, on the way from `n_past` to `n_tokens`.
+
+        Windows and recurrent memories can't be saved later than when they are reached; the last
+        token of a prompt is decoded alone where that lets the same prompt begin there.
+        """
+        require_int("n_past", n_past, 0)
+        require_int("n_tokens", n_tokens, n_past)
+        step = self._memory.stops(self._place.cache.block_tokens, is_exact=False)
+        stops = set(range(n_past // step * step + step, n_tokens, step) if step else ())
+        if self._memory.is_recurrent:
+            stops.add(n_tokens - 1)
+        return sorted(stop for stop in {*stops, n_tokens} if stop > n_past)
+
+    def restore(self, tokens: object, seq_id: int) -> int:
+        """Put the longest known prefix of `tokens`, without the last, in place of the sequence.
+
+        Return its length: decode the tokens from there on. What the sequence held is removed.
+        """
+        own, ids = self._sequence(seq_id), self._ids(tokens)
+        own.generation += 1
+        own.sequence.clear()
+        if not len(ids) or not self._is_usable(ids):
+            return 0
+        return own.keeper.restore(self._place, ids, 0).stop
+
+    def save(self, tokens: object, seq_id: int) -> int:
+        """Save the state of `tokens`, all that the sequence holds; return the new positions."""
+        own, ids = self._sequence(seq_id), self._ids(tokens)
+        if not len(ids) or not self._is_usable(ids):
+            return 0
+        if not own.sequence.is_at(len(ids)):
+            self._place.cache.refuse("sequence_is_elsewhere")
+            return 0
+        return own.keeper.save(self._place, ids)
+
+    def reset(self, seq_id: int) -> None:
+        """Note that the caller removed or replaced positions of the sequence."""
+        self._sequence(seq_id).generation += 1
+
+    # Saves that are taken later
+
+    def save_later(self, tokens: object, seq_id: int) -> None:
+        """Save the state of `tokens` at the next `take_pending`, if it is still there then.
+
+        Cost: reads the state of the last position; of a recurrent memory all there is.
+        """
+        own, ids = self._sequence(seq_id), self._ids(tokens)
+        if not len(ids) or not self._is_usable(ids):
+            return
+        if not own.sequence.is_at(len(ids)):
+            self._place.cache.refuse("sequence_is_elsewhere")
+            return
+        mark = _mark(own.sequence, len(ids))
+        self._pending.append(_Pending(seq_id, own.generation, ids, mark))
+
+    def take_pending(self) -> int:
+        """Take the saves that wait; return the new positions.
+
+        One whose sequence has moved on, or was reset or used for another prompt, is dropped and
+        counted: its tokens are not those of the state that is there now.
+        """
+        pending, self._pending = self._pending, []
+        return sum(self._taken(each) for each in pending)
+
+    def _taken(self, pending: _Pending) -> int:
+        own = self._sequence(pending.seq_id)
+        n_tokens = len(pending.ids)
+        is_same = own.generation == pending.generation and own.sequence.is_at(n_tokens)
+        if not is_same or _mark(own.sequence, n_tokens) != pending.mark:
+            self._place.cache.refuse("pending_save_overtaken")
+            return 0
+        return own.keeper.save(self._place, pending.ids)
+
+    # Arguments
+
+    def _sequence(self, seq_id: int) -> _Own:
+        require_int("seq_id", seq_id, 0, self._scratch - 1)
+        if seq_id not in self._own:
+            sequence = Sequence(
+                self._ctx,
+                self._memory,
+                is_unified=True,
+                seq_id=seq_id,
+                scratch=self._scratch,
+                is_alone=False,
+            )
+            self._own[seq_id] = _Own(sequence, Keeper(sequence, self._memory))
+        return self._own[seq_id]
+
+    def _ids(self, tokens: object) -> NDArray[np.int32]:
+        return np.frombuffer(token_bytes(tokens), np.int32)
+
+    def _is_usable(self, ids: NDArray[np.int32]) -> bool:
+        reason = self._memory.refusal
+        if reason is None and ((ids < 0) | (ids >= self._n_vocab)).any():
+            reason = "tokens_outside_the_vocabulary"
+        if reason is not None:
+            self._place.cache.refuse(reason)
+        return reason is None
+
+
+def _require_blocks(ctx: Any) -> None:
+    n_seq_max = int(llama_cpp.llama_n_seq_max(ctx))
+    # A pool of its own for each sequence: then they share the context's positions out.
+    is_unified = llama_cpp.llama_n_ctx_seq(ctx) == llama_cpp.llama_n_ctx(ctx)
+    if n_seq_max < 2 or not is_unified:  # noqa: PLR2004 (one, and the one to copy through)
+        raise StateError(
+            "states of sequences need a context with kv_unified=True and n_seq_max of one more "
+            f"than are used; this one has n_seq_max={n_seq_max}, "
+            f"{'one pool' if is_unified else 'a pool for each sequence'}"
+        )
+
+
+def _mark(sequence: Sequence, n_tokens: int) -> bytes:
+    """Return what tells the state after these positions from another one of the same length."""
+    start = n_tokens - 1
+    buffer = np.empty(sequence.block_bytes(start, n_tokens), np.uint8).data
+    sequence.read_block(start, n_tokens, buffer)
+    return blake2b(buffer, digest_size=32).digest()
