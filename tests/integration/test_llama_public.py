@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.integration.models import BLOCK, GREEDY, llama, store, text
+from tokcache import samples
 from tokcache.errors import InvalidTokens
 
 RNG = random.Random(8)
@@ -70,3 +71,30 @@ def test_what_is_public_is_told_in_ids() -> None:
     llm.close()
     with pytest.raises(InvalidTokens):
         llama(store(), public_prefix="You are a helpful assistant.")
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
+def test_other_memories_share_it_as_far_as_they_can(architecture: str, reproducible: bool) -> None:
+    cache, model = store(), samples.tiny_model(architecture=architecture)
+
+    def asked(scope: str | None, public: Any = PUBLIC, **key: Any) -> tuple[int, str]:
+        llm = llama(
+            cache, model=model, scope=scope, public_prefix=public, reproducible=reproducible, **key
+        )
+        answer = text(llm.create_completion(PUBLIC + REST, **GREEDY))
+        llm.close()
+        return llm.last_reuse.n_restored, answer
+
+    uncached = llama(model=model, reproducible=True)
+    expected = text(uncached.create_completion(PUBLIC + REST, **GREEDY))
+    uncached.close()
+    found = {"first": asked("a"), "b": asked("b"), "a": asked("a"), "without": asked("c", ())}
+    n_shared = 100 if architecture == "gemma3" and not reproducible else 100 // BLOCK * BLOCK
+    n_restored = {name: n for name, (n, _) in found.items()}
+    assert (n_restored["first"], n_restored["b"], n_restored["without"]) == (0, n_shared, 0)
+    assert n_restored["a"] > n_shared
+    if reproducible:
+        assert {answer for _, answer in found.values()} == {expected}
+    assert cache.stats().refusals == {}
+    cache._check()
