@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.state.engine import Engine, restored
-from tests.state.test_disk import all_bytes, files, int32
+from tests.state.test_disk import int32
 from tokcache.errors import InvalidConfig
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.tiers.disk import DiskTier
+
+if TYPE_CHECKING:
+    from tests.state.media import Medium
 
 BLOCK = 8
 PUBLIC, REST, OTHER = list(range(100, 120)), list(range(7001, 7021)), list(range(8001, 8021))
@@ -36,6 +37,11 @@ def found(
     with cache.plan(tokens, fingerprint=b"m", scope=scope, public_tokens=n_public, **key) as plan:
         assert restored(plan, tokens) == plan.n_tokens  # what is wrong is not restored
         return plan.n_tokens
+
+
+def held(state: Any) -> bytes:
+    """Return a state's bytes: a file's, or all of a hash."""
+    return state if isinstance(state, bytes) else b"".join(state.values())
 
 
 def look_ups(cache: PrefixStateCache) -> dict[str, int]:
@@ -68,8 +74,8 @@ EXPECTED = {
 }
 
 
-def test_what_is_public_is_shared_and_the_rest_is_not(tmp_path: Path) -> None:
-    cache = made(disk=tmp_path)
+def test_what_is_public_is_shared_and_the_rest_is_not(medium: Medium) -> None:
+    cache = medium.cache()
     assert save(cache, PROMPT, "a", N_PUBLIC) == 40
     assert look_ups(cache) == EXPECTED
     cache._check()
@@ -80,34 +86,33 @@ def test_what_is_public_is_shared_and_the_rest_is_not(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_the_same_holds_on_the_disk(tmp_path: Path) -> None:
-    first = made(disk=tmp_path)
+def test_the_same_holds_below_memory(medium: Medium) -> None:
+    first = medium.cache()
     save(first, PROMPT, "a", N_PUBLIC)
     first.close()
     for name, n_tokens in EXPECTED.items():
-        cache = made(disk=tmp_path)  # nothing in memory
+        cache = medium.cache()  # nothing in memory
         assert look_ups(cache)[name] == n_tokens
         cache._check()
         cache.close()
-    second = made(disk=tmp_path)
+    second = medium.cache()
     assert save(second, PUBLIC + OTHER, "b", N_PUBLIC) == 20
     second.close()
-    tier = DiskTier.open(tmp_path)
-    held = {file.place: (tmp_path / file.place).read_bytes() for file in tier.files()}
+    scope_name = medium.tier().sealer.scope
     for tokens, scope in ((PUBLIC[:8], None), (REST[:8], "a"), (OTHER[:8], "b")):
-        (place,) = (each for each, data in held.items() if int32(tokens) in data)
-        assert place.startswith(f"1/{tier.sealer.scope(scope).hex()}/")
+        (name,) = (n for n, state in medium.states().items() if int32(tokens) in held(state))
+        assert scope_name(scope).hex() in name
 
 
-def test_removing_a_scope_removes_its_rest_and_leaves_what_is_public(tmp_path: Path) -> None:
-    cache = made(disk=tmp_path)
+def test_removing_a_scope_removes_its_rest_and_leaves_what_is_public(medium: Medium) -> None:
+    cache = medium.cache()
     save(cache, PROMPT, "a", N_PUBLIC)
     save(cache, PUBLIC + OTHER, "b", N_PUBLIC)
     cache.flush()
-    assert int32(REST[:8]) in all_bytes(tmp_path)
+    assert int32(REST[:8]) in medium.all_bytes()
     assert cache.remove(scope="a") > 0
-    assert int32(REST[:8]) not in all_bytes(tmp_path)
-    for each in (cache, made(disk=tmp_path)):
+    assert int32(REST[:8]) not in medium.all_bytes()
+    for each in (cache, medium.cache()):
         assert found(each, PROMPT, "a", N_PUBLIC) == N_PUBLIC
         assert found(each, PUBLIC + OTHER, "b", N_PUBLIC) == 40
         each._check()
@@ -118,8 +123,8 @@ def test_removing_a_scope_removes_its_rest_and_leaves_what_is_public(tmp_path: P
     cache.close()
 
 
-def test_on_the_grid_what_is_public_ends_at_a_whole_block(tmp_path: Path) -> None:
-    cache = made(disk=tmp_path)
+def test_on_the_grid_what_is_public_ends_at_a_whole_block(medium: Medium) -> None:
+    cache = medium.cache()
     assert save(cache, PROMPT, "a", N_PUBLIC, aligned=True) == 40
     assert found(cache, PROMPT, "a", N_PUBLIC, aligned=True) == 40
     assert found(cache, PROMPT, "b", N_PUBLIC, aligned=True) == 16
@@ -128,7 +133,7 @@ def test_on_the_grid_what_is_public_ends_at_a_whole_block(tmp_path: Path) -> Non
     assert found(cache, PROMPT, "d", 7, aligned=True) == 0
     cache._check()
     cache.close()
-    again = made(disk=tmp_path)
+    again = medium.cache()
     assert found(again, PROMPT, "a", N_PUBLIC, aligned=True) == 40
     again.close()
 
@@ -159,12 +164,12 @@ def test_what_is_public_is_evicted_after_what_follows_it(is_planned: bool) -> No
     assert seen[-1] == (False, False)
 
 
-def test_the_same_rest_after_another_beginning_is_another_state(tmp_path: Path) -> None:
-    cache, beginning = made(disk=tmp_path), list(range(200, 220))
+def test_the_same_rest_after_another_beginning_is_another_state(medium: Medium) -> None:
+    cache, beginning = medium.cache(), list(range(200, 220))
     save(cache, PROMPT, "a", N_PUBLIC)
     save(cache, beginning, None, 0)
     cache.flush()
-    for each in (cache, made(disk=tmp_path)):
+    for each in (cache, medium.cache()):
         assert found(each, beginning + REST, "a", N_PUBLIC) == N_PUBLIC
         assert found(each, PROMPT, "a", N_PUBLIC) == 40
         each.close()
@@ -191,8 +196,8 @@ def test_a_rest_is_not_saved_where_its_beginning_has_no_room() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_prompts_against_a_plain_model(tmp_path: Path, seed: int) -> None:
-    rng, cache = random.Random(seed), made(disk=tmp_path)
+def test_random_prompts_against_a_plain_model(medium: Medium, seed: int) -> None:
+    rng, cache = random.Random(seed), medium.cache()
     public: set[tuple[int, ...]] = set()
     private: dict[tuple[str, tuple[int, ...]], set[tuple[int, ...]]] = {}
 
@@ -219,12 +224,12 @@ def test_random_prompts_against_a_plain_model(tmp_path: Path, seed: int) -> None
         cache._check()
         if step == 60:
             cache.close()
-            cache = made(disk=tmp_path)
+            cache = medium.cache()
     cache.close()
 
 
-def test_whole_states(tmp_path: Path) -> None:
-    cache = made(disk=tmp_path)
+def test_whole_states(medium: Medium) -> None:
+    cache = medium.cache()
     key: dict[str, Any] = {"fingerprint": b"m", "public_tokens": N_PUBLIC}
     assert cache.store(PUBLIC, b"shared", scope="a", **key)
     assert cache.store(PROMPT, b"of a", scope="a", **key)
@@ -234,7 +239,7 @@ def test_whole_states(tmp_path: Path) -> None:
             return bytes(handle if isinstance(handle, memoryview) else handle.state)
 
     cache.flush()
-    for each in (cache, made(disk=tmp_path)):
+    for each in (cache, medium.cache()):
         assert state(each, [*PROMPT, 1], "a") == b"of a"
         assert state(each, [*PROMPT, 1], "b") == b"shared"
         assert state(each, PROMPT, "b", public_tokens=len(PROMPT)) == b"shared"
@@ -243,7 +248,7 @@ def test_whole_states(tmp_path: Path) -> None:
         assert state(each, PROMPT, "b", public_tokens=N_PUBLIC - 1) == b""
     assert cache.remove(scope="a") == 1
     assert state(cache, PROMPT, "a") == b"shared"
-    assert len(files(tmp_path)) == 1
+    assert len(medium.states()) == 1
     cache.close()
 
 
