@@ -76,7 +76,7 @@ def model_meta() -> Call[ModelMeta]:
 
 def lora_adapters() -> Call[str]:
     """Ask which adapters are applied, and how strongly; they change every state."""
-    return Call("GET", "/lora-adapters", repr, is_repeatable=True)
+    return Call("GET", "/lora-adapters", _adapters, is_repeatable=True)
 
 
 def metrics() -> Call[dict[str, float]]:
@@ -229,6 +229,10 @@ def _props(found: Any) -> ServerProps:
         # Drawn at random when the server starts; it stands for images in a prompt.
         boot=text(found, "media_marker", ""),
     )
+
+
+def _adapters(found: Any) -> str:
+    return repr(found) if _list(found, "the list of adapters") else ""
 
 
 def _slots(found: Any) -> tuple[Slot, ...]:

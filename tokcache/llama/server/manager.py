@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,20 +19,22 @@ import numpy as np
 from cachetools import LRUCache
 
 from tokcache.errors import (
+    InvalidAnswer,
     InvalidConfig,
     PromptTooLong,
     RequestRejected,
     ServerError,
     ServerRefused,
+    ServerTimeout,
     ServerUnreachable,
 )
 from tokcache.llama.server import calls
 from tokcache.llama.server.results import Reused, ReuseStats
 from tokcache.llama.server.saver import Saver
 from tokcache.llama.server.settings import PART_TOKENS, SlotSettings
-from tokcache.llama.server.shelf import SavedSlot, Shelf, space_of
+from tokcache.llama.server.shelf import SavedSlot, Shelf, scope_key, scope_of, space_of
 from tokcache.llama.server.steps import Steps, drive
-from tokcache.llama.server.table import SlotRecord, SlotTable, Start, Wish
+from tokcache.llama.server.table import Condition, SlotRecord, SlotTable, Start, Wish
 from tokcache.llama.server.trust import Trust
 from tokcache.llama.server.watch import Watch
 from tokcache.text.token_ids import TokenIds
@@ -159,7 +160,14 @@ class SlotManager:
 
     def finish(self, job: Job, completion: Completion) -> Reused:
         """Note what an answer tells of the slot, and have the slot saved."""
-        job.is_over = True
+        try:
+            return self._finished(job, completion)
+        except BaseException as error:
+            self.fail(job, error)
+            raise
+
+    def _finished(self, job: Job, completion: Completion) -> Reused:
+        self._require_sense(completion)
         later_s = completion.seconds - completion.first_token_s
         first_token_s = perf_counter() - job.started - later_s
         n_used = completion.n_cached if job.n_used is None else job.n_used
@@ -168,14 +176,22 @@ class SlotManager:
             return Reused(completion, 0, first_token_s)
         slot, n_live = job.start.slot, job.start.n_live
         self._verify(job, n_used)
-        with self.table.lock:
-            self._record(job, completion, n_used)
         reused = Reused(completion, min(job.n_restored, n_used), first_token_s, n_live, slot.id)
-        if slot.is_saved or self.settings.save_when != "answered":
-            self.table.release(slot)
-        else:
-            self._saver.in_background(slot, self._saver.save(slot))
+        with self.table.lock:
+            is_kept = self._is_kept(job)
+            if is_kept:
+                self._record(job, completion, n_used)
+            job.is_over = True
+            if is_kept and (slot.is_saved or self.settings.save_when != "answered"):
+                self.table.release(slot)
+                return reused
+        steps = self._saver.save(slot) if is_kept else self._saver.erase(slot)
+        self._saver.in_background(slot, steps)
         return reused
+
+    def _is_kept(self, job: Job) -> bool:
+        """Return whether what a request brought is of use: the model is the same, the scope too."""
+        return job.epoch == self.table.epoch and not _started(job).slot.is_condemned
 
     def fail(self, job: Job, error: BaseException) -> None:
         """Give a slot back after an error or an abort, when the server is done with it."""
@@ -187,11 +203,13 @@ class SlotManager:
             self.table.read(job.start.found.file)
         if isinstance(error, ServerRefused):
             slot.forget()
-        if isinstance(error, ServerRefused | RequestRejected):
+        is_kept = self._is_kept(job)
+        if isinstance(error, ServerRefused | RequestRejected) and is_kept:
             self.table.release(slot)
             return
         # Before the first token it is not known whether the server has begun.
-        is_known = bool(job.received) and not isinstance(error, ServerUnreachable)
+        is_lost = isinstance(error, ServerUnreachable | InvalidAnswer)
+        is_known = bool(job.received) and is_kept and not is_lost
         if is_known:
             slot.space, slot.conversation = job.wish.space, job.wish.conversation
             slot.tokens, slot.n_prompt = _joined(job.prompt, job.received), len(job.prompt)
@@ -211,11 +229,12 @@ class SlotManager:
             raise InvalidConfig(
                 f"{', '.join(sorted(reserved))}: the slot manager's own; completion() takes them"
             )
-        space = _space(scope, settings.get("lora"))
+        space = space_of(_require_name("scope", scope), json.dumps(settings.get("lora")))
+        _require_name("conversation", conversation)
         wish = Wish(
             space=space,
             prompt=prompt,
-            conversation=(space, conversation) if conversation is not None else None,
+            conversation=(scope_of(space), conversation) if conversation is not None else None,
             is_whole_only=self.settings.reproducible or self.trust.is_whole_only,
             is_file_only=self.settings.reproducible,
             may_restore=self.trust.may_restore,
@@ -229,6 +248,14 @@ class SlotManager:
                 f"the prompt has {len(prompt):,} tokens, a slot of {self._connection.url} has room"
                 f" for {n_ctx:,} with the answer; shorten it, or start the server with more"
                 " context"
+            )
+
+    def _require_sense(self, completion: Completion) -> None:
+        n_ctx = self.watch.props.n_ctx if self.watch.props else 0
+        if (completion.n_held or 0) > n_ctx > 0:
+            raise InvalidAnswer(
+                f"{self._connection.url} answered /completion: 'tokens_cached' is"
+                f" {completion.n_held:,} in a slot for {n_ctx:,} tokens"
             )
 
     def _prepare(self, job: Job) -> Steps[None]:
@@ -249,10 +276,11 @@ class SlotManager:
         start = _started(job)
         try:
             props = yield from self.watch.refresh()
-            is_as_recorded = job.epoch == self.watch.epoch
+            is_emptied = yield from self.watch.check_in(start.slot)
+            is_as_recorded = not is_emptied and job.epoch == self.watch.epoch
             if is_as_recorded and not props.boot and start.n_live:
                 is_as_recorded = yield from self._is_as_full_as_recorded(start.slot)
-        except ServerUnreachable:
+        except (ServerUnreachable, ServerTimeout):
             raise
         except ServerError as error:
             # Nothing is restored into a server that may be another one.
@@ -282,8 +310,14 @@ class SlotManager:
         job.start = Start(slot, 0, None)
         slot.forget()
         try:
+            if not self._shelf.is_intact(found.file):
+                self._drop(found.file)
+                self.trust.refuse("restore_failed")
+                return
             restored = yield calls.restore_slot(slot.id, found.file.name)
-        except ServerUnreachable:
+        except ServerUnreachable as error:
+            if not isinstance(error, ServerRefused):
+                self._drop(found.file)  # it may be what the server ended of
             raise
         except ServerError as error:
             self._drop(found.file)
@@ -370,28 +404,33 @@ class SlotManager:
 
     def pin(self, conversation: str, scope: str | None, *, is_pinned: bool) -> None:
         """Keep a conversation's slot and files from eviction, or no longer."""
-        key = (_space(scope, None), conversation)
+        key = (scope_key(_require_name("scope", scope)), conversation)
+        if not isinstance(conversation, str):
+            raise InvalidConfig(f"conversation must be a str, not {conversation!r}")
         with self.table.lock:
             (self.table.pinned.add if is_pinned else self.table.pinned.discard)(key)
             for file in self._shelf:
-                if (file.space, file.conversation) == key:
+                if (scope_of(file.space), file.conversation) == key:
                     file.is_pinned = is_pinned
 
     def forget(self, scope: str | None) -> Steps[None]:
-        """Drop a scope's files and erase the slots that hold its prompts and are idle."""
-        space = _space(scope, None)
+        """Drop a scope's files and erase its slots: those in use when their requests are over."""
+        key = scope_key(_require_name("scope", scope))
         with self.table.lock:
-            for file in [file for file in self._shelf if file.space == space]:
+            for file in [file for file in self._shelf if scope_of(file.space) == key]:
                 self._shelf.drop(file)
-            held = [slot for slot in self.table.slots.values() if slot.space == space]
+            held = self.table.condemn(key)
         for slot in held:
-            yield from self._erase_when_idle(slot, space)
+            saving = self._saver.pending(slot)
+            if saving is not None and slot.condition is Condition.SETTLING:
+                yield saving
+            yield from self._erase_when_idle(slot, key)
 
-    def _erase_when_idle(self, slot: SlotRecord, space: bytes) -> Steps[None]:
+    def _erase_when_idle(self, slot: SlotRecord, scope: bytes) -> Steps[None]:
         if not self.table.take(slot):
             return
         try:
-            if slot.space == space:
+            if slot.space is not None and scope_of(slot.space) == scope:
                 yield from self._saver.erase(slot)
         finally:
             self.table.release(slot)
@@ -448,8 +487,10 @@ def _started(job: Job) -> Start:
     return job.start
 
 
-def _space(scope: str | None, lora: Any) -> bytes:
-    return space_of((scope, json.dumps(lora)))
+def _require_name(what: str, name: Any) -> str | None:
+    if name is None or isinstance(name, str):
+        return name
+    raise InvalidConfig(f"{what} must be a str or None, not {name!r} ({type(name).__name__})")
 
 
 def _shelf(settings: SlotSettings) -> Shelf:
@@ -458,7 +499,6 @@ def _shelf(settings: SlotSettings) -> Shelf:
         max_bytes=settings.max_bytes,
         max_age_s=settings.max_age_s,
         folder=Path(settings.slot_folder) if settings.slot_folder is not None else None,
-        secret=settings.secret or secrets.token_bytes(32),
         step=step,
     )
 

@@ -1,6 +1,7 @@
 """The saved slots of one server: which file holds which tokens, and which must go.
 
-Files are named by a keyed digest of what they hold, so that nobody can guess a name. Where the
+Files are named by a keyed digest of what they hold: nobody can guess a name, and no two clients,
+which may serve other models, have one in common. Where the
 slot folder can be reached, what is evicted is deleted; where it can't, its name is the first to be
 used again, so that the folder grows no further, and the figures say how much lies there.
 """
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from tokcache.llama.server.results import SlotFile
     from tokcache.text.token_ids import TokenIds
 
 _DIGEST_BYTES = 20
+_SCOPE_BYTES = 16
 _PREFIX = "tokcache-"
 _NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{2 * _DIGEST_BYTES}}}\.bin")
 
@@ -74,14 +77,12 @@ class Shelf:
     Threads: not safe; the slot manager's lock is around it.
     """
 
-    def __init__(
-        self, *, max_bytes: int, max_age_s: float, folder: Path | None, secret: bytes, step: int
-    ) -> None:
+    def __init__(self, *, max_bytes: int, max_age_s: float, folder: Path | None, step: int) -> None:
         self._step = step
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._folder = folder
-        self._secret = secret
+        self._key = secrets.token_bytes(32)
         self._files: dict[str, SavedSlot] = {}
         self._by_chain: dict[bytes, dict[SavedSlot, None]] = {}
         self._stale: dict[str, int] = {}
@@ -126,7 +127,7 @@ class Shelf:
         """Return the name for a slot that holds `n_held` tokens, `tokens` the first of them."""
         if self._stale and self.is_folder_reachable is False:
             return self._stale.popitem()[0]
-        digest = hashlib.blake2b(key=self._secret[:64], digest_size=_DIGEST_BYTES)
+        digest = hashlib.blake2b(key=self._key, digest_size=_DIGEST_BYTES)
         digest.update(len(space).to_bytes(8, "little") + space)
         digest.update(n_held.to_bytes(8, "little"))
         digest.update(memoryview(tokens))
@@ -209,7 +210,20 @@ class Shelf:
         self._files.clear()
         self._by_chain.clear()
         self._stale.clear()
+        self._key = secrets.token_bytes(32)
         self.n_bytes = 0
+
+    def is_intact(self, file: SavedSlot) -> bool:
+        """Return whether a file is as long as it was, where that can be seen.
+
+        A server that reads a file that was cut off may end.
+        """
+        if not self.is_folder_reachable or self._folder is None:
+            return True
+        try:
+            return (self._folder / file.name).stat().st_size == file.n_bytes
+        except OSError:
+            return False
 
     def note_stale(self, name: str) -> None:
         """Note that a file may lie under `name`, half written, say."""
@@ -298,7 +312,7 @@ class Shelf:
                 self.drop(file)
 
     def _chain(self, space: bytes, tokens: TokenIds) -> list[bytes]:
-        digest = hashlib.blake2b(space, key=self._secret[:64], digest_size=16)
+        digest = hashlib.blake2b(space, key=self._key, digest_size=16)
         links = []
         view = memoryview(tokens).cast("B")
         n_bytes = self._step * memoryview(tokens).itemsize
@@ -340,6 +354,16 @@ def _value(file: SavedSlot) -> tuple[bool, float]:
     return file.is_pinned, file.used_at
 
 
-def space_of(parts: Iterable[str | None]) -> bytes:
+def scope_key(scope: str | None) -> bytes:
+    """Return what all spaces of a scope begin with."""
+    return hashlib.blake2b(repr(scope).encode(), digest_size=_SCOPE_BYTES).digest()
+
+
+def scope_of(space: bytes) -> bytes:
+    """Return the key of a space's scope."""
+    return space[:_SCOPE_BYTES]
+
+
+def space_of(scope: str | None, lora: str = "null") -> bytes:
     """Return the name of the space that prompts share only among themselves."""
-    return repr(tuple(parts)).encode()
+    return scope_key(scope) + lora.encode()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common
+from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common, scope_of
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class SlotRecord:
     # How often each part of 64 tokens was reused: the report's.
     reuse: list[int] = field(default_factory=list)
     is_saved: bool = True
+    # For whom it works, and whether what it then holds is to be erased.
+    user: bytes | None = None
+    is_condemned: bool = False
 
     def forget(self) -> None:
         """Note that the slot is empty, or that what it holds is not known."""
@@ -101,6 +104,7 @@ class SlotTable:
         self.shelf = shelf
         self.slots = {number: SlotRecord(number) for number in ids}
         self.pinned: set[tuple[bytes, str]] = set()
+        self.epoch = 0
         self._waiters: deque[_Waiter] = deque()
 
     def acquire(self, wish: Wish) -> Future[Start]:
@@ -130,7 +134,7 @@ class SlotTable:
         with self.lock:
             is_free = slot.condition is Condition.FREE
             if is_free:
-                slot.condition = Condition.BUSY
+                self._give(slot, None)
             return is_free
 
     def abandon(self) -> None:
@@ -154,7 +158,7 @@ class SlotTable:
     def release(self, slot: SlotRecord) -> None:
         """Give a slot back."""
         with self.lock:
-            slot.condition = Condition.FREE
+            slot.condition, slot.user = Condition.FREE, None
             slot.used_at = time.monotonic()
             self._wake()
 
@@ -176,8 +180,24 @@ class SlotTable:
     def forget_contents(self) -> None:
         """Note that no slot holds what it held: the server was started again."""
         with self.lock:
+            self.epoch += 1
             for slot in self.slots.values():
                 slot.forget()
+
+    def condemn(self, scope: bytes) -> list[SlotRecord]:
+        """Return the slots that hold a scope's prompts; what runs there is erased at its end."""
+        with self.lock:
+            held = [
+                slot
+                for slot in self.slots.values()
+                if any(space and scope_of(space) == scope for space in (slot.space, slot.user))
+            ]
+            for slot in held:
+                slot.is_condemned = slot.condition is not Condition.FREE
+            return held
+
+    def _give(self, slot: SlotRecord, user: bytes | None) -> None:
+        slot.condition, slot.user, slot.is_condemned = Condition.BUSY, user, False
 
     def is_pinned(self, slot: SlotRecord) -> bool:
         """Return whether a slot's conversation is pinned."""
@@ -191,7 +211,7 @@ class SlotTable:
             if start is None:
                 waiting.append(waiter)
             elif waiter.future.set_running_or_notify_cancel():
-                start.slot.condition = Condition.BUSY
+                self._give(start.slot, waiter.wish.space)
                 waiter.future.set_result(start)
             else:
                 self._unread(start)
