@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ class Pretender:
         self.asked: Counter[str] = Counter()
         self.bodies: list[Any] = []
         self.logprob = -0.5
+        self.headers: dict[str, str] = {}
+        self.drip_s = 0.0
         self.say: dict[str, Any] = {
             "/props": PROPS,
             "/slots": SLOTS,
@@ -89,8 +92,14 @@ class Pretender:
         content = said if isinstance(said, bytes) else json.dumps(said).encode()
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(content)))
+        for header in self.headers.items():
+            handler.send_header(*header)
         handler.end_headers()
-        handler.wfile.write(content)
+        with contextlib.suppress(ConnectionError):  # the client has had enough
+            step = 1 if self.drip_s else len(content) or 1
+            for start in range(0, len(content), step):
+                time.sleep(self.drip_s)
+                handler.wfile.write(content[start : start + step])
 
 
 @contextlib.contextmanager

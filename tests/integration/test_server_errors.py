@@ -566,7 +566,7 @@ def test_the_servers_own_limit_is_told_where_ours_is_not_known(tmp_path: Path) -
         with pytest.raises(PromptTooLong):
             server.completion(prompt(1, 3000), n_predict=1)
         with pytest.raises(RequestRejected, match="invalid tokens"):
-            server.complete([99_999], n_predict=1)
+            server.completion([99_999], n_predict=1)
         assert server.complete([5, 6], n_predict=1).completion.n_prompt == 2
 
 

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from tests.integration.pretended import PROPS, Pretender, answer, pretend
 from tests.integration.served import N_PREDICT, client, port_of, prompt, serve, uncached
 from tokcache import samples
-from tokcache.errors import InvalidAnswer, InvalidConfig, ServerUnreachable
-from tokcache.llama.server import LlamaServer
+from tokcache.errors import (
+    InvalidAnswer,
+    InvalidConfig,
+    InvalidTokens,
+    RequestRejected,
+    ServerFailed,
+    ServerTimeout,
+    ServerUnreachable,
+)
+from tokcache.llama.server import LlamaServer, connection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from tokcache.llama.server import Reused
+    from tokcache.llama.server_process import ServerProcess
 
 
 @pytest.fixture
@@ -33,6 +49,12 @@ def pretender() -> Pretender:
 def url(pretender: Pretender) -> Iterator[str]:
     with pretend(pretender) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with serve(tmp_path_factory.mktemp("slots")) as running:
+        yield running
 
 
 def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
@@ -247,3 +269,295 @@ def test_a_lie_about_what_a_slot_holds_costs_no_slot(url: str, pretender: Preten
         for thread in threads:
             thread.join(10)
         assert time.monotonic() - began < 4
+
+
+# -- connections ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", ["\\u2028", "\\u2029", "\\u0085"])
+def test_a_stream_is_cut_at_newlines_alone(separator: str, process: ServerProcess) -> None:
+    grammar = f'root ::= "a{separator}b"'
+    with client(process) as server:
+        expected = complete(server, prompt(1, 80), n_predict=20, grammar=grammar).completion.text
+        assert len(expected) == 3
+        pieces = server.stream(prompt(1, 80), n_predict=20, grammar=grammar)
+        assert "".join(piece.text for piece in pieces) == expected
+
+        async def streamed() -> str:
+            pieces = server.astream(prompt(1, 80), n_predict=20, grammar=grammar)
+            return "".join([piece.text async for piece in pieces])
+
+        assert asyncio.run(streamed()) == expected
+
+
+def test_event_loops_that_ended_leave_no_connection(process: ServerProcess) -> None:
+    def n_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    with client(process) as server:
+        asyncio.run(server.acomplete(prompt(1, 80), n_predict=1))
+        before = n_open()
+        for _ in range(10):
+            asyncio.run(server.acomplete(prompt(1, 80), n_predict=1))
+        assert n_open() <= before + 2
+        assert len(server._connection._loops) == 1
+
+
+def test_a_child_of_a_fork_waits_for_nothing_of_its_parent(process: ServerProcess) -> None:
+    with client(process) as server:
+        pieces = server.stream(prompt(1, 300), n_predict=500, ignore_eos=True)
+        next(pieces)
+        pieces.close()  # type: ignore[attr-defined]
+        statuses = [in_child(lambda: server.flush(5))]
+        is_over = threading.Event()
+
+        def busy() -> None:
+            while not is_over.is_set():
+                server.reuse_stats()
+                server.slots()
+
+        threads = [threading.Thread(target=busy) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        statuses += [in_child(partial(ask_in_child, server, seed)) for seed in range(8)]
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert statuses == [0] * 9
+
+
+def ask_in_child(server: LlamaServer, seed: int) -> None:
+    server.reuse_stats()
+    server.complete(prompt(seed, 40), n_predict=1)
+
+
+def in_child(do: Callable[[], object]) -> int:
+    """Return the exit status of a child; a signal ends it when it hangs."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(8)
+        try:
+            do()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 (a child must not run the parent's tests)
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_slow_saves_hold_up_no_other_slot(url: str, pretender: Pretender) -> None:
+    is_over = threading.Event()
+
+    def save(body: dict[str, Any], slot: str) -> Any:
+        if slot != "4":
+            is_over.wait(10)
+        return pretender.save(body, slot)
+
+    pretender.say["/props"] = {**PROPS, "total_slots": 8}
+    pretender.say["save"] = save
+    with LlamaServer(url, timeout_s=20) as server:
+        try:
+            for seed in range(5):
+                assert server.complete(prompt(seed, 99), n_predict=1).id_slot == seed
+            began = time.monotonic()
+            assert server.complete([*prompt(4, 99), 9], n_predict=1).n_live == 99
+            assert time.monotonic() - began < 2
+            with pytest.raises(ServerTimeout, match=r"4 slots .* within 0\.1 s"):
+                server.flush(0.1)
+        finally:
+            is_over.set()
+
+
+def test_a_dripping_answer_and_an_endless_one_are_ended(
+    url: str, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretender.drip_s = 0.1
+    pretender.say["/health"] = b" " * 100
+    with LlamaServer(url, timeout_s=0.5) as server:
+        for ask in (server.health, lambda: asyncio.run(server.ahealth())):
+            began = time.monotonic()
+            with pytest.raises(ServerTimeout, match="in full"):
+                ask()
+            assert time.monotonic() - began < 2
+        pretender.drip_s = 0.0
+        monkeypatch.setattr(connection, "_MAX_ANSWER_BYTES", 1000)
+        for path in ("/health", "/completion"):
+            pretender.say[path] = b" " * 2000
+        with pytest.raises(InvalidAnswer, match="more than 1,000 bytes"):
+            server.health()
+        with pytest.raises(InvalidAnswer, match="more than 1,000 bytes"):
+            list(server.stream([1, 2], n_predict=1))
+
+
+def test_a_paused_server_is_waited_for_once(url: str, pretender: Pretender) -> None:
+    with LlamaServer(url, timeout_s=0.5) as server:
+        for is_known in (False, True):
+            pretender.say["/props"] = lambda _: time.sleep(1)
+            n_prompts = pretender.asked["/completion"]
+            with pytest.raises(ServerTimeout, match="/props"):
+                server.complete(prompt(1, 100), n_predict=1)
+            assert pretender.asked["/completion"] == n_prompts
+            pretender.say["/props"] = PROPS
+            assert complete(server, prompt(1, 100)).completion.n_cached == 99 * is_known
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"status": "ok"}'.decode().encode("utf-16"),
+        b"9" * 10_000,
+        b'{"status": 1' + b"0" * 400 + b"}",
+    ],
+)
+def test_answers_of_any_shape_are_typed_errors(said: bytes, url: str, pretender: Pretender) -> None:
+    pretender.say["/health"] = said
+    with LlamaServer(url) as server:
+        with pytest.raises(InvalidAnswer):
+            server.health()
+        pretender.say["/health"] = (500, said)
+        with pytest.raises(ServerFailed):
+            server.health()
+
+
+@pytest.mark.parametrize("tokens", [["a"], [1.5], [2**40], [-1], {"a": 1}, "abc"])
+def test_ids_of_a_stream_are_checked(tokens: Any, url: str, pretender: Pretender) -> None:
+    piece = json.dumps({"content": "a", "tokens": tokens})
+    pretender.say["/completion"] = f"data: {piece}\n\n".encode()
+    with LlamaServer(url) as server, pytest.raises(InvalidAnswer, match="tokens"):
+        list(server.stream([1, 2], n_predict=1))
+
+
+def test_figures_that_are_too_large_are_typed_errors(url: str, pretender: Pretender) -> None:
+    with LlamaServer(url) as server:
+        for changes in (
+            {"completion_probabilities": [{"top_logprobs": [{"id": 1, "logprob": 10**400}]}]},
+            {"timings": {"cache_n": 0, "prompt_n": 2, "predicted_ms": 10**400}},
+        ):
+            pretender.say["/completion"] = answer(2, **changes)
+            with contextlib.suppress(InvalidAnswer):
+                assert server.completion([1, 2], n_predict=1).first_token_s > 0
+
+
+def test_a_charset_is_not_believed(url: str, pretender: Pretender) -> None:
+    pretender.headers = {"Content-Type": "text/html; charset=utf-16"}
+    pretender.say["/health"] = {"status": "ok"}
+    with LlamaServer(url) as server:
+        assert server.health() == "ok"
+
+
+def test_a_redirect_names_its_location(url: str, pretender: Pretender) -> None:
+    pretender.headers = {"Location": "https://elsewhere.example/props"}
+    pretender.say["/health"] = (302, b"")
+    with LlamaServer(url) as server, pytest.raises(RequestRejected, match=r"elsewhere\.example"):
+        server.health()
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timeout_s": None}, "timeout_s"),
+        ({"timeout_s": "5"}, "timeout_s"),
+        ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"connect_timeout_s": float("nan")}, "timeout_s"),
+        ({"api_key": "a\nb"}, "api_key"),
+        ({"api_key": "schlüssel"}, "api_key"),
+        ({"verify": "/no/such.pem"}, r"verify.*such\.pem"),
+        ({"verify": __file__}, "verify"),
+        ({"verify": 7}, "verify"),
+        ({"slot_settings": {"a": 1}}, "SlotSettings"),
+        ({"tokenizer": Tokenizer(BPE())}, r"tokcache\.wrap"),
+        *(
+            ({"url": url}, "URL")
+            for url in (
+                None,
+                "",
+                "localhost:8080",
+                "http://127.0.0.1:99999",
+                "ftp://x",
+                "http://user name@[::1",
+                "http://",
+            )
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        LlamaServer(**{"url": "https://127.0.0.1:9", **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": float("nan")},
+        {"stop": {"a"}},
+        {"lora": {1, 2}},
+        {"n_cmpl": 2},
+        {"post_sampling_probs": True},
+        {"stream": True},
+    ],
+)
+def test_settings_that_cannot_be_sent_or_read_are_refused_before_a_slot_is_touched(
+    settings: dict[str, Any], url: str, pretender: Pretender
+) -> None:
+    async def ask(call: Any) -> None:
+        await call([1, 2], n_predict=1, **settings)
+
+    with LlamaServer(url) as server:
+        for call in (
+            server.complete,
+            server.completion,
+            lambda *a, **k: list(server.stream(*a, **k)),
+        ):
+            with pytest.raises(InvalidConfig, match=next(iter(settings))):
+                call([1, 2], n_predict=1, **settings)
+        for acall in (server.acomplete, server.acompletion):
+            with pytest.raises(InvalidConfig, match=next(iter(settings))):
+                asyncio.run(ask(acall))
+    assert not pretender.asked
+
+
+def test_ids_outside_the_vocabulary_empty_no_slot(process: ServerProcess) -> None:
+    with client(process, slot_ids=(0,)) as server:
+        complete(server, prompt(1, 100))
+        for tokens in ([-1], [5, 2048], [2**31 - 1]):
+            with pytest.raises(InvalidTokens, match=str(tokens[-1])):
+                server.complete(tokens, n_predict=1)
+        assert complete(server, prompt(1, 100)).n_live == 99
+
+
+# -- after the end --------------------------------------------------------------------------------
+
+
+def test_what_is_closed_says_so_in_the_middle_too(process: ServerProcess) -> None:
+    server = client(process)
+    errors: list[BaseException] = []
+
+    def ask(*, is_stream: bool) -> None:
+        settings: dict[str, Any] = {"n_predict": 800, "ignore_eos": True}
+        try:
+            if is_stream:
+                list(server.stream(prompt(1, 100), **settings))
+            else:
+                server.complete(prompt(2, 100), **settings)
+        except BaseException as error:  # noqa: BLE001 (looked at below)
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask, kwargs={"is_stream": is_it}) for is_it in (True, False)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    server.close()
+    for thread in threads:
+        thread.join(30)
+    assert [type(error) for error in errors] == [ServerUnreachable] * len(errors)
+    for ask_again in (
+        lambda: server.complete([1, 2], n_predict=1),
+        lambda: asyncio.run(server.acomplete([1, 2], n_predict=1)),
+        server.health,
+    ):
+        with pytest.raises(ServerUnreachable, match="closed"):
+            ask_again()
+    server.close()

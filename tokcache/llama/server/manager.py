@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from cachetools import LRUCache
 from tokcache.errors import (
     InvalidAnswer,
     InvalidConfig,
+    InvalidTokens,
     PromptTooLong,
     RequestRejected,
     ServerError,
@@ -37,6 +37,7 @@ from tokcache.llama.server.steps import Steps, drive
 from tokcache.llama.server.table import Condition, SlotRecord, SlotTable, Start, Wish
 from tokcache.llama.server.trust import Trust
 from tokcache.llama.server.watch import Watch
+from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from tokcache.llama.server.results import Completion
 
 _MAX_SEEN = 65_536
-_RESERVED = {"prompt", "stream", "id_slot", "cache_prompt", "n_cache_reuse", "response_fields"}
+_RESERVED = {"id_slot", "cache_prompt", "n_cache_reuse"}
 
 
 @dataclass(eq=False, slots=True)
@@ -83,7 +84,7 @@ class Job:
         return calls.completion(self.prompt, {**self.settings, **own}, is_stream)
 
 
-class SlotManager:
+class SlotManager(Forkable):
     """Routes prompts to slots, saves, restores and erases them, and keeps count.
 
     Errors: those of the server; PromptTooLong before anything is touched.
@@ -98,7 +99,6 @@ class SlotManager:
     ) -> None:
         self._connection = connection
         self.settings = settings
-        self._pid = os.getpid()
         self._shelf = _shelf(settings)
         # The server decodes tokens of several slots in one batch, and so in other pieces.
         self.table = SlotTable((), self._shelf, is_one_at_a_time=settings.reproducible)
@@ -107,6 +107,7 @@ class SlotManager:
         self._saver = Saver(connection, settings, self.table, self._shelf, self.trust)
         self.watch = Watch(settings, self.table, self._shelf, self.trust, check_model)
         self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
+        tell_of_forks(self)
 
     @property
     def refusals(self) -> Counter[str]:
@@ -139,10 +140,10 @@ class SlotManager:
         conversation: str | None,
     ) -> Steps[Job]:
         """Find a slot and bring it to where the prompt begins."""
-        self._after_fork()
         job = self._job(prompt, settings, scope, conversation)
         if not (yield from self.watch.connect()):
             return job
+        self._require_known_ids(prompt)
         self._require_fit(prompt)
         job.epoch = self.watch.epoch
         future = self.table.acquire(job.wish)
@@ -197,6 +198,8 @@ class SlotManager:
         """Give a slot back after an error or an abort, when the server is done with it."""
         if job.start is None or job.is_over:
             return
+        if self.table.slots.get(job.start.slot.id) is not job.start.slot:
+            return  # the server has it no longer, or it is the parent's of a fork
         job.is_over = True
         slot = job.start.slot
         if job.start.found is not None:
@@ -229,6 +232,7 @@ class SlotManager:
             raise InvalidConfig(
                 f"{', '.join(sorted(reserved))}: the slot manager's own; completion() takes them"
             )
+        calls.require_settings(settings)
         space = space_of(_require_name("scope", scope), json.dumps(settings.get("lora")))
         _require_name("conversation", conversation)
         wish = Wish(
@@ -240,6 +244,17 @@ class SlotManager:
             may_restore=self.trust.may_restore,
         )
         return Job(prompt, dict(settings), wish)
+
+    def _require_known_ids(self, prompt: TokenIds) -> None:
+        if not prompt:
+            return
+        n_vocab = self.watch.meta.n_vocab
+        for number in (int(prompt.numpy().min()), int(prompt.numpy().max())):
+            if number < 0 or (n_vocab is not None and number >= n_vocab):
+                raise InvalidTokens(
+                    f"token {number} is none of the model of {self._connection.url}, which has"
+                    f" {n_vocab or 'some'}; is the prompt another tokenizer's?"
+                )
 
     def _require_fit(self, prompt: TokenIds) -> None:
         n_ctx = self.watch.props.n_ctx if self.watch.props else 0
@@ -471,13 +486,20 @@ class SlotManager:
                 refusals=dict(self.refusals),
             )
 
-    def _after_fork(self) -> None:
-        if self._pid == os.getpid():
-            return
-        self._pid = os.getpid()
-        self._shelf.abandon()  # the parent's files
+    def before_fork(self) -> None:
+        """Let nobody be inside."""
+        self.table.lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self.table.lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Begin with nothing known: the slots' contents and the files are the parent's."""
+        self._shelf.abandon()
         self.table.abandon()
         self.watch.forget()
+        self.trust.after_fork()
         self._saver.after_fork()
 
 

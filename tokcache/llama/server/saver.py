@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import ServerError, ServerUnreachable
+from tokcache.errors import ServerError, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import calls
 from tokcache.llama.server.steps import Steps, drive
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokcache.llama.server.table import SlotRecord, SlotTable
     from tokcache.llama.server.trust import Trust
 
-_N_WORKERS = 4
+_MAX_WORKERS = 4096  # one for each slot: none waits until another one is saved
 _LOOK_AGAIN_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -183,8 +183,11 @@ class Saver:
         """Wait until all that is being saved is saved."""
         with self._table.lock:
             pending = list(self._pending.values())
-        for task in pending:
-            task.result(timeout_s)
+        _, late = wait(pending, timeout_s)
+        if late:
+            raise ServerTimeout(
+                f"{len(late)} slots of {self._connection.url} were not saved within {timeout_s:g} s"
+            )
 
     def close(self) -> None:
         """Wait for what is being saved."""
@@ -197,4 +200,4 @@ class Saver:
 
     @staticmethod
     def _new_workers() -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_N_WORKERS, thread_name_prefix="tokcache-slots")
+        return ThreadPoolExecutor(_MAX_WORKERS, thread_name_prefix="tokcache-slots")

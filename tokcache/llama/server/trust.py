@@ -47,6 +47,10 @@ class Trust:
         """Whether only prompts that go on where a saved slot ended profit."""
         return "partial" in self._stopped
 
+    def after_fork(self) -> None:
+        """Renew the lock, which another thread may have held."""
+        self._lock = threading.Lock()
+
     def learn_anew(self) -> None:
         """Forget what holds for one model or one start of the server."""
         with self._lock:
