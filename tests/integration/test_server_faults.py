@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from tests.integration.pretended import PROPS, Pretender, answer, pretend
-from tests.integration.served import N_PREDICT, client, port_of, prompt, serve, uncached
+from tests.integration.served import N_PREDICT, Wrapped, client, port_of, prompt, serve, uncached
 from tokcache import samples
 from tokcache.errors import (
     InvalidAnswer,
@@ -30,6 +31,7 @@ from tokcache.errors import (
     ServerFailed,
     ServerTimeout,
     ServerUnreachable,
+    VocabularyMismatch,
 )
 from tokcache.llama.server import LlamaServer, connection
 
@@ -269,6 +271,142 @@ def test_a_lie_about_what_a_slot_holds_costs_no_slot(url: str, pretender: Preten
         for thread in threads:
             thread.join(10)
         assert time.monotonic() - began < 4
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def n_bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def test_names_are_used_again_where_files_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    budget = 500_000
+    with (
+        serve(tmp_path, n_slots=1) as running,
+        client(running, slot_folder=tmp_path, max_bytes=budget) as server,
+    ):
+        monkeypatch.setattr(Path, "unlink", refuse)
+        for seed in range(12):
+            complete(server, prompt(seed, 150))
+        stats = server.reuse_stats()
+        assert stats.is_folder_reachable
+        assert stats.refusals["file_not_deleted"] > 0
+        assert n_bytes_in(tmp_path) == stats.n_bytes + stats.n_stale_bytes < budget + 200_000
+        monkeypatch.undo()
+
+
+def test_what_earlier_clients_left_counts_as_ours(tmp_path: Path) -> None:
+    budget = 500_000
+    with serve(tmp_path, n_slots=1) as running:
+        for turn in range(4):
+            with client(running, slot_folder=tmp_path, max_bytes=budget) as server:
+                for seed in range(2):
+                    complete(server, prompt(10 * turn + seed, 150))
+                    assert n_bytes_in(tmp_path) <= budget
+                # What this client saved is worth more than what none can find.
+                assert complete(server, prompt(10 * turn, 150)).completion.n_cached == 149
+        with client(running, slot_folder=tmp_path, max_bytes=200_000) as server:
+            complete(server, prompt(1, 10))
+            assert 0 < n_bytes_in(tmp_path) <= 200_000
+
+
+def test_age_is_limited_while_a_client_runs(tmp_path: Path) -> None:
+    with (
+        serve(tmp_path) as running,
+        client(running, slot_folder=tmp_path, max_age_s=0.4) as server,
+    ):
+        complete(server, prompt(1, 150))
+        time.sleep(0.6)
+        complete(server, prompt(2, 150))
+        assert len(list(tmp_path.iterdir())) == server.reuse_stats().n_files == 1
+
+
+# -- vocabularies ---------------------------------------------------------------------------------
+
+
+def changed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Wrapped:
+    description = json.loads(samples.tiny_tokenizer().read_text())
+    change(description)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(description))
+    return Wrapped(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found.update(normalizer={"type": "Lowercase"}),
+        lambda found: found["model"].update(merges=[]),
+    ],
+)
+def test_the_same_pieces_cut_in_another_way_are_another_tokenizer(
+    change: Callable[[dict[str, Any]], object], process: ServerProcess, tmp_path: Path
+) -> None:
+    with pytest.raises(VocabularyMismatch, match="quick brown fox"):
+        LlamaServer(process.url, tokenizer=changed(tmp_path, change))
+
+
+def test_exotic_texts_cut_in_another_way_are_only_told(
+    process: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accents = {"type": "Replace", "pattern": {"String": "\u00e9"}, "content": "e"}
+    tokenizer = changed(tmp_path, lambda found: found.update(normalizer=accents))
+    with caplog.at_level(logging.WARNING):
+        LlamaServer(process.url, tokenizer=tokenizer).close()
+    assert "the tokenizer's ids are sent" in caplog.text
+    caplog.clear()
+    LlamaServer(process.url, tokenizer=Wrapped(samples.tiny_tokenizer())).close()
+    assert not caplog.text
+
+
+# -- figures --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "reason"),
+    [({"endpoint_slots": False}, None, "501"), ({"api_keys": ["right"]}, "wrong", "401")],
+)
+def test_a_server_that_tells_nothing_is_not_away(
+    settings: dict[str, Any], key: str | None, reason: str, tmp_path: Path
+) -> None:
+    with (
+        serve(tmp_path, **settings) as running,
+        LlamaServer(running.url, api_key=key) as server,
+    ):
+        (state, *_), (blocks, *_) = server.kv_state(), server.kv_report()
+        assert state.is_reachable
+        assert blocks.is_reachable
+        assert reason in state.unknown[0]
+        assert reason in blocks.unknown[0]
+        assert server.reuse_stats().refusals == {"slots_not_told": 2}
+        running.kill()
+        assert not server.kv_state()[0].is_reachable
+        assert "out of reach" in server.kv_state()[0].unknown[0]
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "lfm2"])
+def test_the_state_of_a_sequence_does_not_grow_with_its_tokens(
+    architecture: str, tmp_path: Path
+) -> None:
+    model = samples.tiny_model(architecture=architecture)
+    with (
+        serve(tmp_path, n_slots=1, model=model) as running,
+        client(running, slot_folder=tmp_path) as server,
+    ):
+        complete(server, prompt(1, 400))
+        complete(server, prompt(2, 10))  # too short to be saved, and measured
+        (state,) = server.kv_state()
+        written = server.save_slot(0, "measured.bin").n_bytes
+        assert state.n_tokens == 15
+        assert 0.9 * written <= state.n_bytes <= 1.1 * written
+        (slot,) = server.kv_report()
+        assert sum(block.n_bytes for block in slot.blocks) == state.n_bytes
 
 
 # -- connections ----------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Saver:
 
     def _keep(self, slot: SlotRecord, saved: SlotFile) -> None:
         if saved.n_tokens:
-            self._trust.token_bytes = saved.n_bytes / saved.n_tokens
+            self._trust.saved = saved
         with self._table.lock:
             if slot.space is None or slot.is_condemned:  # forgotten while it was written
                 self._shelf.note_stale(saved.filename)

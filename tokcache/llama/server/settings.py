@@ -28,7 +28,8 @@ class SlotSettings:
     "answered" saves a slot after each answer, off the request's path, so that a restart of the
     server loses nothing; "overwritten" saves it before another prompt takes the slot.
 
-    Units:  `max_bytes` of all files; `max_age_s` since a file was last used; prompts shorter than
+    Units:  `max_bytes` of all files, with those that earlier clients left in `slot_folder`;
+            `max_age_s` since a file was last used; prompts shorter than
             `min_save_tokens` are not saved.
     Errors: InvalidConfig.
     """

@@ -2,8 +2,9 @@
 
 Files are named by a keyed digest of what they hold: nobody can guess a name, and no two clients,
 which may serve other models, have one in common. Where the
-slot folder can be reached, what is evicted is deleted; where it can't, its name is the first to be
-used again, so that the folder grows no further, and the figures say how much lies there.
+slot folder can be reached, what is evicted is deleted, and before it what earlier clients left
+there; where it can't, its name is the first to be used again, so that the folder grows no further,
+and the figures say how much lies there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tokcache.llama.server.results import SlotFile
     from tokcache.text.token_ids import TokenIds
 
+_SWEEP_EVERY_S = 60.0
 _DIGEST_BYTES = 20
 _SCOPE_BYTES = 16
 _PREFIX = "tokcache-"
@@ -86,6 +88,9 @@ class Shelf:
         self._files: dict[str, SavedSlot] = {}
         self._by_chain: dict[bytes, dict[SavedSlot, None]] = {}
         self._stale: dict[str, int] = {}
+        # What clients before this one left in the folder, oldest first, with its bytes.
+        self._left: dict[str, int] = {}
+        self._swept_at = time.monotonic()
         self.is_folder_reachable: bool | None = None
         self.n_bytes = 0
         self.n_evictions = 0
@@ -112,6 +117,7 @@ class Shelf:
 
         Cost: the prompt's length, and the files that share as much of it as the best one.
         """
+        self._sweep_when_due()
         best: Found | None = None
         seen: set[str] = set()
         for link in reversed(self._chain(space, prompt)):
@@ -125,7 +131,7 @@ class Shelf:
 
     def name_for(self, space: bytes, tokens: TokenIds, n_held: int) -> str:
         """Return the name for a slot that holds `n_held` tokens, `tokens` the first of them."""
-        if self._stale and self.is_folder_reachable is False:
+        if self._stale:
             return self._stale.popitem()[0]
         digest = hashlib.blake2b(key=self._key, digest_size=_DIGEST_BYTES)
         digest.update(len(space).to_bytes(8, "little") + space)
@@ -146,6 +152,12 @@ class Shelf:
         """Evict until `n_bytes` more fit; return whether they do."""
         if n_bytes > self._max_bytes:
             return False
+        n_over = self.n_bytes + sum(self._left.values()) + n_bytes - self._max_bytes
+        for name, n_left in list(self._left.items()):
+            if n_over <= 0:
+                break
+            n_over -= n_left
+            self._unlink_left(name)
         for file in sorted(self, key=_value):
             if self.n_bytes + n_bytes <= self._max_bytes:
                 break
@@ -170,6 +182,7 @@ class Shelf:
         if replaced is not None:
             self._unlist(replaced)
         self._stale.pop(saved.filename, None)
+        self._sweep_when_due()
         file = SavedSlot(
             name=saved.filename,
             space=space,
@@ -210,6 +223,7 @@ class Shelf:
         self._files.clear()
         self._by_chain.clear()
         self._stale.clear()
+        self._left.clear()
         self._key = secrets.token_bytes(32)
         self.n_bytes = 0
 
@@ -238,27 +252,52 @@ class Shelf:
             with contextlib.suppress(OSError):  # pruned by its age meanwhile: found out on restore
                 os.utime(self._folder / file.name)
 
+    def take_stock(self) -> None:
+        """Count what earlier clients left in the folder: it is the first to go for the budget."""
+        if self._folder is None:
+            return
+        found = sorted(self._others(), key=lambda each: each[1].st_mtime)
+        self._left = {name: stat.st_size for name, stat in found}
+        self.make_room(0)
+
+    def _sweep_when_due(self) -> None:
+        if time.monotonic() - self._swept_at >= min(_SWEEP_EVERY_S, self._max_age_s / 4):
+            self.sweep()
+
     def sweep(self) -> None:
         """Drop what is too old, the files of others who are gone included."""
+        self._swept_at = time.monotonic()
         oldest = time.monotonic() - self._max_age_s
         for file in list(self):
             if file.used_at < oldest and file.n_readers == 0 and not file.is_pinned:
                 self.n_evictions += 1
                 self.drop(file)
-        if self._folder is not None:
-            self._sweep_folder(time.time() - self._max_age_s)
+        oldest_time = time.time() - self._max_age_s
+        for name, stat in self._others():
+            if stat.st_mtime < oldest_time:
+                self._unlink_left(name)
 
-    def _sweep_folder(self, oldest: float) -> None:
+    def _others(self) -> list[tuple[str, os.stat_result]]:
+        """Return the files in the folder that look like ours, and are not."""
+        found = []
+        try:
+            for entry in os.scandir(self._folder) if self._folder is not None else ():
+                is_ours = entry.name in self._files or entry.name in self._stale
+                if _NAME.fullmatch(entry.name) and not is_ours:
+                    with contextlib.suppress(FileNotFoundError):  # its owner was faster
+                        found.append((entry.name, entry.stat()))
+        except OSError:
+            self.refusals["folder_not_readable"] += 1
+        return found
+
+    def _unlink_left(self, name: str) -> None:
+        self._left.pop(name, None)
         if self._folder is None:
             return
         try:
-            for entry in os.scandir(self._folder):
-                is_others = _NAME.fullmatch(entry.name) and entry.name not in self._files
-                with contextlib.suppress(FileNotFoundError):  # its owner was faster
-                    if is_others and entry.stat().st_mtime < oldest:
-                        Path(entry.path).unlink()
+            (self._folder / name).unlink(missing_ok=True)
         except OSError:
-            self.refusals["folder_not_readable"] += 1
+            self.refusals["file_not_deleted"] += 1
 
     def _list(self, file: SavedSlot) -> None:
         self._files[file.name] = file

@@ -1,7 +1,7 @@
 """What each slot holds, who has it, and which slot or file a prompt had best begin from.
 
 Nothing here talks to the server. Requests that find no slot wait in line; a slot that is being
-saved or settles after an abort is waited for only by those that profit from what it holds.
+saved or settles after an abort is waited for only by those that gain by what it holds.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from tokcache.llama.server.settings import PART_TOKENS
 from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common, scope_of
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+# Tokens. A llama-server decodes nothing while it writes a slot: going past it gains little time.
+_WORTH_WAITING = PART_TOKENS
 
 
 class Condition(Enum):
@@ -228,10 +233,11 @@ class SlotTable:
         found = self._found(wish)
         n_file = found.n_tokens if found else 0
         live = self._live(wish, free)
-        settling = self._live(wish, self.slots.values(), Condition.SETTLING)
-        if settling and settling[1] > max(n_file, live[1] if live else 0):
-            return None  # what it holds is worth the moment
         if not free:
+            return None
+        settling = self._live(wish, self.slots.values(), Condition.SETTLING)
+        n_gained = (settling[1] if settling else 0) - max(n_file, live[1] if live else 0)
+        if n_gained >= _WORTH_WAITING:
             return None
         if live is not None and live[1] > 0 and self._is_better(live, n_file):
             return Start(live[0], live[1], None)

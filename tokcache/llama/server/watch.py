@@ -164,6 +164,8 @@ class Watch:
             self._drop_files()
         self._trust.can_save = True  # it may have been started with a slot folder now
         self._shelf.sweep()
+        if self.props is None:
+            self._shelf.take_stock()
         self.props, self.meta, self._identity = props, meta, identity
         self._table.forget_contents()
         self._table.resize(self._settings.slot_ids or range(props.n_slots))
