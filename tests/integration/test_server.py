@@ -227,11 +227,11 @@ def test_the_servers_own_words_come_through(server: LlamaServer) -> None:
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
-    for url in ("http://127.0.0.1:9", "no url"):
-        client = LlamaServer(url, timeout_s=2)
-        with pytest.raises(ServerError, match=f"{url} is out of reach"):
-            client.health()
-        client.close()
+    url = "http://127.0.0.1:9"
+    client = LlamaServer(url, timeout_s=2)
+    with pytest.raises(ServerError, match=f"{url} is out of reach"):
+        client.health()
+    client.close()
 
 
 def test_a_server_of_another_kind_is_told() -> None:

@@ -586,7 +586,8 @@ def test_other_memories_are_measured(architecture: str, memory: str, tmp_path: P
         state = {slot.id: slot for slot in server.kv_state()}[found.id_slot]
         (file,) = server._manager._shelf
         assert (state.memory, state.source) == (memory, "measured")
-        assert state.n_bytes == file.n_bytes
+        # A file has the ids and a header, too.
+        assert 0.95 * file.n_bytes <= state.n_bytes <= file.n_bytes
 
 
 def test_the_report_has_the_blocks_of_many_servers(

@@ -6,13 +6,14 @@ found where they make no sense. Nothing here talks to a network.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from tokcache.errors import InvalidAnswer, InvalidFilename, InvalidTokens
+from tokcache.errors import InvalidAnswer, InvalidConfig, InvalidFilename, InvalidTokens
 from tokcache.llama.server.results import (
     Completion,
     ModelMeta,
@@ -28,6 +29,8 @@ _MAX_SLOTS = 4096
 _MAX_COUNT = 2**62
 _SHOWN = 80
 _FILENAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
+# What makes several answers of one, or another one than is read here.
+_UNREADABLE = {"n", "n_cmpl", "post_sampling_probs", "prompt", "stream", "response_fields"}
 COMPLETION_FIELDS = (
     "content",
     "tokens",
@@ -76,7 +79,7 @@ def model_meta() -> Call[ModelMeta]:
 
 def lora_adapters() -> Call[str]:
     """Ask which adapters are applied, and how strongly; they change every state."""
-    return Call("GET", "/lora-adapters", repr, is_repeatable=True)
+    return Call("GET", "/lora-adapters", _adapters, is_repeatable=True)
 
 
 def metrics() -> Call[dict[str, float]]:
@@ -87,7 +90,7 @@ def metrics() -> Call[dict[str, float]]:
 def tokenize(content: str, *, add_special: bool) -> Call[TokenIds]:
     """Ask for the ids of a text."""
     asked = {"content": content, "add_special": add_special, "parse_special": True}
-    return Call("POST", "/tokenize", lambda found: _ids(found, "tokens"), asked, True)
+    return Call("POST", "/tokenize", lambda found: token_ids(found, "tokens"), asked, True)
 
 
 def detokenize(tokens: Iterable[int]) -> Call[str]:
@@ -108,6 +111,17 @@ def completion(
         **settings,
     }
     return Call("POST", "/completion", read_completion, asked)
+
+
+def require_settings(settings: Mapping[str, Any]) -> None:
+    """Raise InvalidConfig for settings that can't be sent, or whose answers can't be read."""
+    for name in _UNREADABLE & settings.keys():
+        raise InvalidConfig(f"{name} changes the form of the answer; leave it out")
+    for name, value in settings.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidConfig(f"{name}: {_short(value)} can't be sent: {error}") from None
 
 
 def save_slot(id_slot: int, filename: str) -> Call[SlotFile]:
@@ -187,7 +201,10 @@ def number(found: Any, name: str) -> float:
         return -math.inf
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidAnswer(f"{name!r} must be a number, not {_short(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise InvalidAnswer(f"{name!r} must be a number, not {_short(value)}") from None
 
 
 def text(found: Any, name: str, default: str | None = None) -> str:
@@ -211,12 +228,16 @@ def _list(found: Any, what: str) -> list[Any]:
     return found
 
 
-def _ids(found: Any, name: str) -> TokenIds:
+def token_ids(found: Any, name: str) -> TokenIds:
+    """Return a list of token ids."""
     value = _list(member(found, name), repr(name))
     try:
-        return TokenIds(value)
-    except (InvalidTokens, TypeError, ValueError) as error:
+        ids = TokenIds(value)
+    except (InvalidTokens, TypeError, ValueError, OverflowError) as error:
         raise InvalidAnswer(f"{name!r} must hold token ids: {error}") from None
+    if ids and int(ids.numpy().min()) < 0:
+        raise InvalidAnswer(f"{name!r} must hold token ids, not {_short(value)}")
+    return ids
 
 
 def _props(found: Any) -> ServerProps:
@@ -229,6 +250,10 @@ def _props(found: Any) -> ServerProps:
         # Drawn at random when the server starts; it stands for images in a prompt.
         boot=text(found, "media_marker", ""),
     )
+
+
+def _adapters(found: Any) -> str:
+    return repr(found) if _list(found, "the list of adapters") else ""
 
 
 def _slots(found: Any) -> tuple[Slot, ...]:
@@ -286,7 +311,7 @@ def read_completion(found: Any) -> Completion:
     if n_cached > n_prompt:
         raise InvalidAnswer(f"'cache_n' is {n_cached:,} for a prompt of {n_prompt:,} tokens")
     positions = found.get("completion_probabilities") or []
-    ids = _ids(found, "tokens") if "tokens" in found else TokenIds()
+    ids = token_ids(found, "tokens") if "tokens" in found else TokenIds()
     return Completion(
         token_ids=ids,
         text=text(found, "content"),
@@ -306,8 +331,9 @@ def read_completion(found: Any) -> Completion:
 def predicted_seconds(found: Any) -> float:
     """Return what the server needed for the tokens after the first."""
     value = member(found, "timings").get("predicted_ms")
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return max(float(value), 0.0) / 1000 if is_number else 0.0
+    if not isinstance(value, int | float) or not 0 <= value <= _MAX_COUNT:
+        return 0.0
+    return float(value) / 1000
 
 
 def _probabilities(position: Any) -> TokenProbabilities:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from tokcache.config import require_int
 from tokcache.errors import InvalidConfig
 from tokcache.llama.server import calls, vocabulary
-from tokcache.llama.server.connection import Connection
+from tokcache.llama.server.connection import Connection, require_seconds
 from tokcache.llama.server.manager import Job, SlotManager
 from tokcache.llama.server.report import KvReader, SlotBlocks, SlotKv
 from tokcache.llama.server.settings import SlotSettings
@@ -47,8 +47,9 @@ class LlamaServer:
     scopes.
 
     `verify` is the file of a certificate authority, an SSLContext, or False to trust any server.
-    Units:  `timeout_s` without an answer, `connect_timeout_s` without a connection; `retries` of
-            requests that were never sent, or that may be asked twice.
+    Units:  `timeout_s` without a whole answer or a stream's next piece, `connect_timeout_s`
+            without a connection; `retries` of requests that were never sent, or that may be asked
+            twice.
     Errors: ServerError and its kinds with the server's own words; VocabularyMismatch at once if
             `tokenizer` is not the model's; InvalidConfig; MissingExtra.
     Threads: safe, and in any number of event loops.
@@ -67,9 +68,9 @@ class LlamaServer:
         slot_settings: SlotSettings | None = None,
     ) -> None:
         require_int("retries", retries, minimum=0, maximum=10)
-        for name, value in (("timeout_s", timeout_s), ("connect_timeout_s", connect_timeout_s)):
-            if not value > 0:
-                raise InvalidConfig(f"{name} must be above 0, not {value!r}")
+        require_seconds("timeout_s", timeout_s)
+        require_seconds("connect_timeout_s", connect_timeout_s)
+        _require_wrapped(tokenizer)
         self.url = url
         self._connection = Connection(
             url,
@@ -202,6 +203,7 @@ class LlamaServer:
         """
         own = {"id_slot": id_slot, "cache_prompt": cache_prompt}
         asked = {**_asked(n_predict, temperature, n_probs), **own, **settings}
+        calls.require_settings(asked)
         return self._connection.do(calls.completion(tokens, asked))
 
     async def acompletion(
@@ -218,6 +220,7 @@ class LlamaServer:
         """Decode `tokens` in a slot and return what the model says after them."""
         own = {"id_slot": id_slot, "cache_prompt": cache_prompt}
         asked = {**_asked(n_predict, temperature, n_probs), **own, **settings}
+        calls.require_settings(asked)
         return await self._connection.ado(calls.completion(tokens, asked))
 
     def save_slot(self, id_slot: int, filename: str) -> SlotFile:
@@ -333,6 +336,8 @@ class LlamaServer:
 
     def manage(self, slot_settings: SlotSettings) -> SlotManager:
         """Return another manager on this server, for slots that no other one uses."""
+        if not isinstance(slot_settings, SlotSettings):
+            raise InvalidConfig(f"slot_settings must be SlotSettings, not {slot_settings!r}")
         return SlotManager(self._connection, slot_settings, self._checked_vocabulary)
 
     def pin(self, conversation: str, scope: str | None = None) -> None:
@@ -344,11 +349,14 @@ class LlamaServer:
         self._manager.pin(conversation, scope, is_pinned=False)
 
     def forget(self, scope: str | None) -> None:
-        """Drop a scope's saved files and erase its idle slots; running requests go on."""
+        """Drop a scope's saved files and erase its slots.
+
+        Requests that are running go on, and nothing of them is kept when they are over.
+        """
         self._drive(self._manager.forget(scope))
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Wait until all that is being saved is saved."""
+        """Wait until all that is being saved is saved; ServerTimeout if it takes too long."""
         self._manager.flush(timeout_s)
 
     def reuse_stats(self) -> ReuseStats:
@@ -403,6 +411,13 @@ class LlamaServer:
 def kv_report(*servers: LlamaServer) -> tuple[SlotBlocks, ...]:
     """Return the blocks of the slots of many servers."""
     return tuple(slot for server in servers for slot in server.kv_report())
+
+
+def _require_wrapped(tokenizer: Any) -> None:
+    if tokenizer is not None and not hasattr(tokenizer, "unwrap"):
+        raise InvalidConfig(
+            f"tokenizer must be a wrapped one: tokcache.wrap({type(tokenizer).__name__}(...))"
+        )
 
 
 def _asked(n_predict: int, temperature: float, n_probs: int) -> dict[str, Any]:

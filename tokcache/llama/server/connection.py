@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
+import math
 import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from tokcache.errors import (
     InvalidAnswer,
+    InvalidConfig,
     KeyRejected,
     MissingExtra,
     PromptTooLong,
@@ -36,6 +36,7 @@ from tokcache.errors import (
 )
 from tokcache.llama.server import calls
 from tokcache.llama.server.results import Completion, Piece
+from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 # llama-server closes idle connections after 5 s: one that is about to be closed is not used.
 _IDLE_S = 4.0
 _FIRST_SERVER_ERROR = 500
+_MAX_ANSWER_BYTES = 256 << 20
+_MAX_PORT = 65_535
 _STATUSES: dict[int, type[RequestRejected | ServerFailed]] = {
     401: KeyRejected,
     403: KeyRejected,
@@ -58,10 +61,10 @@ _STATUSES: dict[int, type[RequestRejected | ServerFailed]] = {
 }
 
 
-class Connection:
+class Connection(Forkable):
     """What sends calls to one server and reads its answers.
 
-    Errors: subclasses of ServerError; MissingExtra without httpx.
+    Errors: subclasses of ServerError; MissingExtra without httpx; InvalidConfig.
     Threads: safe, also after a fork and in any event loop.
     """
 
@@ -75,111 +78,157 @@ class Connection:
         verify: bool | str | ssl.SSLContext,
         retries: int,
     ) -> None:
-        self.url = url
+        self._httpx = _httpx()
+        self.url = _require_url(self._httpx, url)
         self.timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._verify = verify
+        self._headers = _headers(api_key)
+        self._verify = _trust(url, verify)
         self._retries = retries
-        self._httpx = _httpx()
         self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._is_closed = False
         self._sync: httpx.Client | None = None
-        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            WeakKeyDictionary()
-        )
+        self._loops: dict[asyncio.AbstractEventLoop, _LoopClient] = {}
+        self._parents: list[Any] = []
+        tell_of_forks(self)
+
+    def before_fork(self) -> None:
+        """Let nobody be inside."""
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Leave the parent's connections alone: what is sent there is the parent's."""
+        self._lock = threading.Lock()
+        self._parents.append((self._sync, self._loops))
+        self._sync, self._loops = None, {}
 
     def close(self) -> None:
-        """Close the threads' connections."""
+        """Close the threads' connections; those of an event loop close with it."""
         with self._lock:
+            self._is_closed = True
             client, self._sync = self._sync, None
         if client is not None:
             client.close()
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
-        client = self._loops.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            await client.aclose()
+        held = self._loops.pop(asyncio.get_running_loop(), None)
+        if held is not None:
+            await held.ending.aclose()
 
-    def do(self, call: Call[T], timeout_s: float | None = None) -> T:
+    def do(self, call: Call[T]) -> T:
         """Send a call and return its answer."""
-        started = perf_counter()
+        body = _Body(self.url, call.path, self.timeout_s)
         for attempt in range(self._retries + 1):
             try:
-                response = self._client.send(self._request(self._client, call, timeout_s))
-                return self._read(call, response, perf_counter() - started)
+                client = self._client
+                request = self._request(client, call)
+                with contextlib.closing(client.send(request, stream=True)) as response:
+                    for chunk in response.iter_bytes():
+                        body.add(chunk)
+                return self._read(call, response, body)
             except self._errors as error:
                 if not self._is_worth_repeating(call, error, attempt):
                     raise self._translated(error, call.path) from error
+                body.clear()
                 time.sleep(_pause_s(attempt))
         raise ServerUnreachable(self._out_of_reach("no attempt was made"))
 
-    async def ado(self, call: Call[T], timeout_s: float | None = None) -> T:
+    async def ado(self, call: Call[T]) -> T:
         """Send a call and return its answer."""
-        started = perf_counter()
-        client = self._async_client()
+        body = _Body(self.url, call.path, self.timeout_s)
         for attempt in range(self._retries + 1):
             try:
-                response = await client.send(self._request(client, call, timeout_s))
-                return self._read(call, response, perf_counter() - started)
+                client = await self._async_client()
+                request = self._request(client, call)
+                async with contextlib.aclosing(await client.send(request, stream=True)) as response:
+                    async for chunk in response.aiter_bytes():
+                        body.add(chunk)
+                return self._read(call, response, body)
             except self._errors as error:
                 if not self._is_worth_repeating(call, error, attempt):
                     raise self._translated(error, call.path) from error
+                body.clear()
                 await asyncio.sleep(_pause_s(attempt))
         raise ServerUnreachable(self._out_of_reach("no attempt was made"))
 
     def stream(self, call: Call[Completion]) -> Generator[Piece]:
         """Send a call and yield its answer as it comes; closing the iterator aborts it."""
-        reader = _StreamReader()
+        reader, lines = _StreamReader(), _Lines(self.url, call.path)
         try:
-            request = self._request(self._client, call)
-            with contextlib.closing(self._client.send(request, stream=True)) as response:
+            client = self._client
+            request = self._request(client, call)
+            with contextlib.closing(client.send(request, stream=True)) as response:
+                for chunk in response.iter_bytes():
+                    if not response.is_success:
+                        lines.add(chunk)
+                        continue
+                    for line in lines.feed(chunk):
+                        yield from self._pieces(reader, line, call.path)
                 if not response.is_success:
-                    response.read()
-                    raise self._rejection(response, call.path)
-                for line in response.iter_lines():
-                    yield from self._pieces(reader, line, call.path)
+                    raise self._rejection(response, lines, call.path)
         except self._errors as error:
             raise self._translated(error, call.path) from error
         self._require_end(reader)
 
     async def astream(self, call: Call[Completion]) -> AsyncGenerator[Piece]:
         """Send a call and yield its answer as it comes; closing the iterator aborts it."""
-        reader = _StreamReader()
-        client = self._async_client()
+        reader, lines = _StreamReader(), _Lines(self.url, call.path)
         try:
-            response = await client.send(self._request(client, call), stream=True)
-            async with contextlib.aclosing(response):
+            client = await self._async_client()
+            request = self._request(client, call)
+            async with contextlib.aclosing(await client.send(request, stream=True)) as response:
+                async for chunk in response.aiter_bytes():
+                    if not response.is_success:
+                        lines.add(chunk)
+                        continue
+                    for line in lines.feed(chunk):
+                        for piece in self._pieces(reader, line, call.path):
+                            yield piece
                 if not response.is_success:
-                    await response.aread()
-                    raise self._rejection(response, call.path)
-                async for line in response.aiter_lines():
-                    for piece in self._pieces(reader, line, call.path):
-                        yield piece
+                    raise self._rejection(response, lines, call.path)
         except self._errors as error:
             raise self._translated(error, call.path) from error
         self._require_end(reader)
 
     @property
     def _errors(self) -> tuple[type[Exception], ...]:
-        return (self._httpx.HTTPError, self._httpx.InvalidURL)
+        found = (self._httpx.HTTPError, self._httpx.InvalidURL, self._httpx.StreamError, OSError)
+        # What a connection brings that is closed in the middle of a request.
+        return (*found, RuntimeError, ValueError) if self._is_closed else found
 
     @property
     def _client(self) -> httpx.Client:
         with self._lock:
-            if self._sync is None or self._pid != os.getpid():
-                # A child of a fork must not read what was sent to its parent.
-                self._pid = os.getpid()
+            self._require_open()
+            if self._sync is None:
                 self._sync = self._httpx.Client(**self._settings)
             return self._sync
 
-    def _async_client(self) -> httpx.AsyncClient:
+    async def _async_client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
-        client = self._loops.get(loop)
-        if client is None:
-            client = self._loops[loop] = self._httpx.AsyncClient(**self._settings)
-        return client
+        with self._lock:
+            self._require_open()
+            for each in [each for each in self._loops if each.is_closed()]:
+                del self._loops[each]
+            held = self._loops.get(loop)
+            if held is None:
+                client = self._httpx.AsyncClient(**self._settings)
+                held = self._loops[loop] = _LoopClient(client, _until_the_end(client))
+                is_new = True
+            else:
+                is_new = False
+        if is_new:
+            await anext(held.ending)  # from here on the loop closes it when it ends
+        return held.client
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ServerUnreachable(self._out_of_reach("this LlamaServer was closed"))
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -190,21 +239,16 @@ class Connection:
             "timeout": timeout,
             "headers": self._headers,
             "limits": limits,
-            "verify": self._trust(),
+            "verify": self._verify,
         }
 
-    def _trust(self) -> bool | ssl.SSLContext:
-        if self.url.startswith("http://"):
-            return False  # nothing to verify, and reading all certificates takes 30 ms
-        if isinstance(self._verify, str):
-            return ssl.create_default_context(cafile=self._verify)
-        return self._verify
-
-    def _request(self, client: Any, call: Call[Any], timeout_s: float | None = None) -> Any:
-        settings = {}
-        if timeout_s is not None:
-            settings["timeout"] = self._httpx.Timeout(timeout_s, connect=self._connect_timeout_s)
-        return client.build_request(call.method, call.path, json=call.body, **settings)
+    @staticmethod
+    def _request(client: Any, call: Call[Any]) -> Any:
+        if call.body is None:
+            return client.build_request(call.method, call.path)
+        content = json.dumps(call.body, separators=(",", ":")).encode()
+        headers = {"Content-Type": "application/json"}
+        return client.build_request(call.method, call.path, content=content, headers=headers)
 
     def _is_worth_repeating(self, call: Call[Any], error: Exception, attempt: int) -> bool:
         if attempt >= self._retries:
@@ -214,22 +258,22 @@ class Connection:
         is_broken = isinstance(error, self._httpx.NetworkError | self._httpx.RemoteProtocolError)
         return call.is_repeatable and is_broken
 
-    def _read(self, call: Call[T], response: Any, seconds: float) -> T:
+    def _read(self, call: Call[T], response: Any, body: _Body) -> T:
         if not response.is_success:
-            raise self._rejection(response, call.path)
-        found = response.text if call.is_text else self._json(response.text)
+            raise self._rejection(response, body, call.path)
+        found = body.text if call.is_text else self._json(body.text)
         try:
             answer = call.read(found)
+            if isinstance(answer, Completion):
+                return _timed(answer, found, body.seconds)  # type: ignore[return-value]
         except InvalidAnswer as error:
             raise InvalidAnswer(f"{self.url} answered {call.path}: {error}") from None
-        if isinstance(answer, Completion):
-            return _timed(answer, found, seconds)  # type: ignore[return-value]
         return answer
 
     def _json(self, found: str) -> Any:
         try:
             return json.loads(found)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InvalidAnswer(
                 f"{self.url} did not answer in JSON; is a llama-server there?"
             ) from None
@@ -259,6 +303,8 @@ class Connection:
         return f"llama-server at {self.url} is out of reach: {reason}"
 
     def _translated(self, error: Exception, path: str) -> ServerError:
+        if self._is_closed:
+            return ServerUnreachable(self._out_of_reach("this LlamaServer was closed"))
         if isinstance(error, self._httpx.TimeoutException):
             what = "accept a connection" if "Connect" in type(error).__name__ else f"answer {path}"
             return ServerTimeout(
@@ -271,11 +317,14 @@ class Connection:
         is_refused = any(isinstance(cause, ConnectionRefusedError) for cause in _causes(error))
         return ServerRefused(reason) if is_refused else ServerUnreachable(reason)
 
-    def _rejection(self, response: Any, path: str) -> ServerError:
+    def _rejection(self, response: Any, body: _Body, path: str) -> ServerError:
         try:
-            found = response.json()
-        except ValueError:
-            found = {"error": {"message": response.text[:200] or "nothing"}}
+            found = json.loads(body.text)
+        except (ValueError, RecursionError):
+            found = {"error": {"message": body.text[:200] or "nothing"}}
+        if response.has_redirect_location:
+            where = response.headers["Location"][:200]
+            found = {"error": {"message": f"a redirect to {where}; give LlamaServer that address"}}
         return self._rejected(response.status_code, found, path)
 
     def _rejected(self, status: int, found: Any, path: str) -> ServerError:
@@ -291,6 +340,76 @@ class Connection:
         rejected = kind(message)
         rejected.status = status
         return rejected
+
+
+@dataclass(frozen=True, slots=True)
+class _LoopClient:
+    """The connections of one event loop, and what closes them."""
+
+    client: httpx.AsyncClient
+    ending: AsyncGenerator[None]
+
+
+async def _until_the_end(client: httpx.AsyncClient) -> AsyncGenerator[None]:
+    """Close a client with its event loop: a loop that ends closes the generators begun in it."""
+    try:
+        yield
+    finally:
+        await client.aclose()
+
+
+class _Body:
+    """An answer as it comes, within a limit of time and of size."""
+
+    def __init__(self, url: str, path: str, timeout_s: float) -> None:
+        self._url, self._path = url, path
+        self._timeout_s = timeout_s
+        self._began = perf_counter()
+        self._content = bytearray()
+
+    @property
+    def seconds(self) -> float:
+        """Return how long ago it was asked for."""
+        return perf_counter() - self._began
+
+    @property
+    def text(self) -> str:
+        """Return what came; a llama-server writes UTF-8 whatever is said of the content."""
+        return self._content.decode("utf-8", "replace")
+
+    def clear(self) -> None:
+        """Begin again, within the same time."""
+        self._content.clear()
+
+    def add(self, chunk: bytes) -> None:
+        """Add what came, or raise ServerTimeout or InvalidAnswer."""
+        if self.seconds > self._timeout_s:
+            raise ServerTimeout(
+                f"llama-server at {self._url} did not answer {self._path} in full in time; is it"
+                " overloaded, or is timeout_s too short?"
+            )
+        self._content += chunk
+        if len(self._content) > _MAX_ANSWER_BYTES:
+            raise InvalidAnswer(
+                f"{self._url} answered {self._path} with more than {_MAX_ANSWER_BYTES:,} bytes"
+            )
+
+
+class _Lines(_Body):
+    """A stream's lines, of a limited size each; nothing but a newline ends one."""
+
+    def __init__(self, url: str, path: str) -> None:
+        super().__init__(url, path, math.inf)  # whoever reads it may take any time
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        """Add what came and yield the lines that it ended."""
+        n_searched = len(self._content)
+        self.add(chunk)
+        while (end := self._content.find(b"\n", n_searched)) >= 0:
+            line = self._content[:end].removesuffix(b"\r").decode("utf-8", "replace")
+            del self._content[: end + 1]
+            n_searched = 0
+            yield line
 
 
 class _StreamReader:
@@ -313,10 +432,10 @@ class _StreamReader:
             self.is_complete = True
             yield Piece(content, TokenIds(), self._completion(found))
             return
-        ids = found.get("tokens") if isinstance(found.get("tokens"), list) else []
+        ids = calls.token_ids(found, "tokens") if found.get("tokens") else TokenIds()
         if self._first_token_s is None and ids:
             self._first_token_s = perf_counter() - self._started
-        yield Piece(content, self._noted(TokenIds(ids), found))
+        yield Piece(content, self._noted(ids, found))
 
     def _noted(self, ids: TokenIds, found: Any) -> TokenIds:
         n_predicted = calls.optional_integer(found, "tokens_predicted")
@@ -350,6 +469,48 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def require_seconds(name: str, value: Any) -> float:
+    """Return a number of seconds that one can wait, or raise InvalidConfig."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= threading.TIMEOUT_MAX or not math.isfinite(value):
+        raise InvalidConfig(f"{name} must be a number of seconds above 0, not {value!r}")
+    return float(value)
+
+
+def _require_url(httpx: ModuleType, url: Any) -> str:
+    try:
+        found = httpx.URL(url)
+        is_server = found.scheme in {"http", "https"} and found.host
+        is_port = found.port is None or 0 < found.port <= _MAX_PORT
+    except (httpx.InvalidURL, TypeError, ValueError) as error:
+        raise InvalidConfig(f"{url!r} is no URL: {error}") from None
+    if not is_server or not is_port:
+        raise InvalidConfig(
+            f"{url!r} is no URL of a server; a whole one is http://127.0.0.1:8080, say"
+        )
+    return str(url)
+
+
+def _headers(api_key: Any) -> dict[str, str]:
+    if not api_key:
+        return {}
+    if not isinstance(api_key, str) or not api_key.isascii() or not api_key.isprintable():
+        raise InvalidConfig("api_key must be a str of printable ASCII characters")
+    return {"Authorization": f"Bearer {api_key}"}
+
+
+def _trust(url: str, verify: Any) -> bool | ssl.SSLContext:
+    if not isinstance(verify, bool | str | ssl.SSLContext):
+        raise InvalidConfig(f"verify must be a bool, a file or an SSLContext, not {verify!r}")
+    if isinstance(verify, str):
+        try:
+            return ssl.create_default_context(cafile=verify)
+        except OSError as error:  # also what is no certificate
+            raise InvalidConfig(f"verify: {verify!r} can't be used: {error}") from None
+    # Without TLS there is nothing to verify, and reading all certificates takes 30 ms.
+    return False if url.startswith("http://") else verify
 
 
 def _httpx() -> ModuleType:

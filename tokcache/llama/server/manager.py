@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,22 +18,26 @@ import numpy as np
 from cachetools import LRUCache
 
 from tokcache.errors import (
+    InvalidAnswer,
     InvalidConfig,
+    InvalidTokens,
     PromptTooLong,
     RequestRejected,
     ServerError,
     ServerRefused,
+    ServerTimeout,
     ServerUnreachable,
 )
 from tokcache.llama.server import calls
 from tokcache.llama.server.results import Reused, ReuseStats
 from tokcache.llama.server.saver import Saver
 from tokcache.llama.server.settings import PART_TOKENS, SlotSettings
-from tokcache.llama.server.shelf import SavedSlot, Shelf, space_of
+from tokcache.llama.server.shelf import SavedSlot, Shelf, scope_key, scope_of, space_of
 from tokcache.llama.server.steps import Steps, drive
-from tokcache.llama.server.table import SlotRecord, SlotTable, Start, Wish
+from tokcache.llama.server.table import Condition, SlotRecord, SlotTable, Start, Wish
 from tokcache.llama.server.trust import Trust
 from tokcache.llama.server.watch import Watch
+from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from tokcache.llama.server.results import Completion
 
 _MAX_SEEN = 65_536
-_RESERVED = {"prompt", "stream", "id_slot", "cache_prompt", "n_cache_reuse", "response_fields"}
+_RESERVED = {"id_slot", "cache_prompt", "n_cache_reuse"}
 
 
 @dataclass(eq=False, slots=True)
@@ -82,7 +84,7 @@ class Job:
         return calls.completion(self.prompt, {**self.settings, **own}, is_stream)
 
 
-class SlotManager:
+class SlotManager(Forkable):
     """Routes prompts to slots, saves, restores and erases them, and keeps count.
 
     Errors: those of the server; PromptTooLong before anything is touched.
@@ -97,7 +99,6 @@ class SlotManager:
     ) -> None:
         self._connection = connection
         self.settings = settings
-        self._pid = os.getpid()
         self._shelf = _shelf(settings)
         # The server decodes tokens of several slots in one batch, and so in other pieces.
         self.table = SlotTable((), self._shelf, is_one_at_a_time=settings.reproducible)
@@ -106,6 +107,7 @@ class SlotManager:
         self._saver = Saver(connection, settings, self.table, self._shelf, self.trust)
         self.watch = Watch(settings, self.table, self._shelf, self.trust, check_model)
         self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
+        tell_of_forks(self)
 
     @property
     def refusals(self) -> Counter[str]:
@@ -138,10 +140,10 @@ class SlotManager:
         conversation: str | None,
     ) -> Steps[Job]:
         """Find a slot and bring it to where the prompt begins."""
-        self._after_fork()
         job = self._job(prompt, settings, scope, conversation)
         if not (yield from self.watch.connect()):
             return job
+        self._require_known_ids(prompt)
         self._require_fit(prompt)
         job.epoch = self.watch.epoch
         future = self.table.acquire(job.wish)
@@ -159,7 +161,14 @@ class SlotManager:
 
     def finish(self, job: Job, completion: Completion) -> Reused:
         """Note what an answer tells of the slot, and have the slot saved."""
-        job.is_over = True
+        try:
+            return self._finished(job, completion)
+        except BaseException as error:
+            self.fail(job, error)
+            raise
+
+    def _finished(self, job: Job, completion: Completion) -> Reused:
+        self._require_sense(completion)
         later_s = completion.seconds - completion.first_token_s
         first_token_s = perf_counter() - job.started - later_s
         n_used = completion.n_cached if job.n_used is None else job.n_used
@@ -168,30 +177,42 @@ class SlotManager:
             return Reused(completion, 0, first_token_s)
         slot, n_live = job.start.slot, job.start.n_live
         self._verify(job, n_used)
-        with self.table.lock:
-            self._record(job, completion, n_used)
         reused = Reused(completion, min(job.n_restored, n_used), first_token_s, n_live, slot.id)
-        if slot.is_saved or self.settings.save_when != "answered":
-            self.table.release(slot)
-        else:
-            self._saver.in_background(slot, self._saver.save(slot))
+        with self.table.lock:
+            is_kept = self._is_kept(job)
+            if is_kept:
+                self._record(job, completion, n_used)
+            job.is_over = True
+            if is_kept and (slot.is_saved or self.settings.save_when != "answered"):
+                self.table.release(slot)
+                return reused
+        steps = self._saver.save(slot) if is_kept else self._saver.erase(slot)
+        self._saver.in_background(slot, steps)
         return reused
+
+    def _is_kept(self, job: Job) -> bool:
+        """Return whether what a request brought is of use: the model is the same, the scope too."""
+        return job.epoch == self.table.epoch and not _started(job).slot.is_condemned
 
     def fail(self, job: Job, error: BaseException) -> None:
         """Give a slot back after an error or an abort, when the server is done with it."""
         if job.start is None or job.is_over:
             return
+        if self.table.slots.get(job.start.slot.id) is not job.start.slot:
+            return  # the server has it no longer, or it is the parent's of a fork
         job.is_over = True
         slot = job.start.slot
         if job.start.found is not None:
             self.table.read(job.start.found.file)
         if isinstance(error, ServerRefused):
             slot.forget()
-        if isinstance(error, ServerRefused | RequestRejected):
+        is_kept = self._is_kept(job)
+        if isinstance(error, ServerRefused | RequestRejected) and is_kept:
             self.table.release(slot)
             return
         # Before the first token it is not known whether the server has begun.
-        is_known = bool(job.received) and not isinstance(error, ServerUnreachable)
+        is_lost = isinstance(error, ServerUnreachable | InvalidAnswer)
+        is_known = bool(job.received) and is_kept and not is_lost
         if is_known:
             slot.space, slot.conversation = job.wish.space, job.wish.conversation
             slot.tokens, slot.n_prompt = _joined(job.prompt, job.received), len(job.prompt)
@@ -211,16 +232,29 @@ class SlotManager:
             raise InvalidConfig(
                 f"{', '.join(sorted(reserved))}: the slot manager's own; completion() takes them"
             )
-        space = _space(scope, settings.get("lora"))
+        calls.require_settings(settings)
+        space = space_of(_require_name("scope", scope), json.dumps(settings.get("lora")))
+        _require_name("conversation", conversation)
         wish = Wish(
             space=space,
             prompt=prompt,
-            conversation=(space, conversation) if conversation is not None else None,
+            conversation=(scope_of(space), conversation) if conversation is not None else None,
             is_whole_only=self.settings.reproducible or self.trust.is_whole_only,
             is_file_only=self.settings.reproducible,
             may_restore=self.trust.may_restore,
         )
         return Job(prompt, dict(settings), wish)
+
+    def _require_known_ids(self, prompt: TokenIds) -> None:
+        if not prompt:
+            return
+        n_vocab = self.watch.meta.n_vocab
+        for number in (int(prompt.numpy().min()), int(prompt.numpy().max())):
+            if number < 0 or (n_vocab is not None and number >= n_vocab):
+                raise InvalidTokens(
+                    f"token {number} is none of the model of {self._connection.url}, which has"
+                    f" {n_vocab or 'some'}; is the prompt another tokenizer's?"
+                )
 
     def _require_fit(self, prompt: TokenIds) -> None:
         n_ctx = self.watch.props.n_ctx if self.watch.props else 0
@@ -229,6 +263,14 @@ class SlotManager:
                 f"the prompt has {len(prompt):,} tokens, a slot of {self._connection.url} has room"
                 f" for {n_ctx:,} with the answer; shorten it, or start the server with more"
                 " context"
+            )
+
+    def _require_sense(self, completion: Completion) -> None:
+        n_ctx = self.watch.props.n_ctx if self.watch.props else 0
+        if (completion.n_held or 0) > n_ctx > 0:
+            raise InvalidAnswer(
+                f"{self._connection.url} answered /completion: 'tokens_cached' is"
+                f" {completion.n_held:,} in a slot for {n_ctx:,} tokens"
             )
 
     def _prepare(self, job: Job) -> Steps[None]:
@@ -249,10 +291,11 @@ class SlotManager:
         start = _started(job)
         try:
             props = yield from self.watch.refresh()
-            is_as_recorded = job.epoch == self.watch.epoch
+            is_emptied = yield from self.watch.check_in(start.slot)
+            is_as_recorded = not is_emptied and job.epoch == self.watch.epoch
             if is_as_recorded and not props.boot and start.n_live:
                 is_as_recorded = yield from self._is_as_full_as_recorded(start.slot)
-        except ServerUnreachable:
+        except (ServerUnreachable, ServerTimeout):
             raise
         except ServerError as error:
             # Nothing is restored into a server that may be another one.
@@ -282,8 +325,14 @@ class SlotManager:
         job.start = Start(slot, 0, None)
         slot.forget()
         try:
+            if not self._shelf.is_intact(found.file):
+                self._drop(found.file)
+                self.trust.refuse("restore_failed")
+                return
             restored = yield calls.restore_slot(slot.id, found.file.name)
-        except ServerUnreachable:
+        except ServerUnreachable as error:
+            if not isinstance(error, ServerRefused):
+                self._drop(found.file)  # it may be what the server ended of
             raise
         except ServerError as error:
             self._drop(found.file)
@@ -370,28 +419,33 @@ class SlotManager:
 
     def pin(self, conversation: str, scope: str | None, *, is_pinned: bool) -> None:
         """Keep a conversation's slot and files from eviction, or no longer."""
-        key = (_space(scope, None), conversation)
+        key = (scope_key(_require_name("scope", scope)), conversation)
+        if not isinstance(conversation, str):
+            raise InvalidConfig(f"conversation must be a str, not {conversation!r}")
         with self.table.lock:
             (self.table.pinned.add if is_pinned else self.table.pinned.discard)(key)
             for file in self._shelf:
-                if (file.space, file.conversation) == key:
+                if (scope_of(file.space), file.conversation) == key:
                     file.is_pinned = is_pinned
 
     def forget(self, scope: str | None) -> Steps[None]:
-        """Drop a scope's files and erase the slots that hold its prompts and are idle."""
-        space = _space(scope, None)
+        """Drop a scope's files and erase its slots: those in use when their requests are over."""
+        key = scope_key(_require_name("scope", scope))
         with self.table.lock:
-            for file in [file for file in self._shelf if file.space == space]:
+            for file in [file for file in self._shelf if scope_of(file.space) == key]:
                 self._shelf.drop(file)
-            held = [slot for slot in self.table.slots.values() if slot.space == space]
+            held = self.table.condemn(key)
         for slot in held:
-            yield from self._erase_when_idle(slot, space)
+            saving = self._saver.pending(slot)
+            if saving is not None and slot.condition is Condition.SETTLING:
+                yield saving
+            yield from self._erase_when_idle(slot, key)
 
-    def _erase_when_idle(self, slot: SlotRecord, space: bytes) -> Steps[None]:
+    def _erase_when_idle(self, slot: SlotRecord, scope: bytes) -> Steps[None]:
         if not self.table.take(slot):
             return
         try:
-            if slot.space == space:
+            if slot.space is not None and scope_of(slot.space) == scope:
                 yield from self._saver.erase(slot)
         finally:
             self.table.release(slot)
@@ -432,13 +486,20 @@ class SlotManager:
                 refusals=dict(self.refusals),
             )
 
-    def _after_fork(self) -> None:
-        if self._pid == os.getpid():
-            return
-        self._pid = os.getpid()
-        self._shelf.abandon()  # the parent's files
+    def before_fork(self) -> None:
+        """Let nobody be inside."""
+        self.table.lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self.table.lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Begin with nothing known: the slots' contents and the files are the parent's."""
+        self._shelf.abandon()
         self.table.abandon()
         self.watch.forget()
+        self.trust.after_fork()
         self._saver.after_fork()
 
 
@@ -448,8 +509,10 @@ def _started(job: Job) -> Start:
     return job.start
 
 
-def _space(scope: str | None, lora: Any) -> bytes:
-    return space_of((scope, json.dumps(lora)))
+def _require_name(what: str, name: Any) -> str | None:
+    if name is None or isinstance(name, str):
+        return name
+    raise InvalidConfig(f"{what} must be a str or None, not {name!r} ({type(name).__name__})")
 
 
 def _shelf(settings: SlotSettings) -> Shelf:
@@ -458,7 +521,6 @@ def _shelf(settings: SlotSettings) -> Shelf:
         max_bytes=settings.max_bytes,
         max_age_s=settings.max_age_s,
         folder=Path(settings.slot_folder) if settings.slot_folder is not None else None,
-        secret=settings.secret or secrets.token_bytes(32),
         step=step,
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokcache.errors import InvalidConfig
 
 if TYPE_CHECKING:
-    from tokcache.llama.server.results import ModelMeta
+    from tokcache.llama.server.results import ModelMeta, TokenProbabilities
 
 # Bytes of one value. Source: block sizes in ggml-common.h (a block of 32 values and its scales).
 KV_TYPES = {
@@ -23,6 +23,8 @@ KV_TYPES = {
     "q4_0": 18 / 32,
     "iq4_nl": 18 / 32,
 }
+_N_PROBE_TOKENS, _N_PROBE_IDS = 64, 256
+_PROBE_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,27 @@ def model_identity(model_path: str, meta: ModelMeta) -> tuple[Any, ...]:
         stat = None
     file = (stat.st_size, stat.st_mtime_ns, stat.st_ino) if stat else ()
     return (model_path, meta, file)
+
+
+def probe_tokens(n_vocab: int | None) -> list[int]:
+    """Return a prompt that every model can decode, long enough for positions to matter."""
+    n_ids = min(n_vocab or _N_PROBE_IDS, _N_PROBE_IDS)
+    return [37 * position % n_ids for position in range(_N_PROBE_TOKENS)]
+
+
+def is_same_model(one: TokenProbabilities | None, other: TokenProbabilities | None) -> bool:
+    """Return whether two answers to the same prompt are one model's; what is not known is not.
+
+    The same tokens decoded in another batch, on another device, differ in their last bits.
+    """
+    if one is None or other is None:
+        return False
+    ours, theirs = (dict(zip(it.token_ids, it.logprobs, strict=True)) for it in (one, other))
+    both = ours.keys() & theirs.keys()
+    return 2 * len(both) > len(ours) and all(
+        ours[token] == theirs[token] or abs(ours[token] - theirs[token]) <= _PROBE_TOLERANCE
+        for token in both
+    )
 
 
 def _unknown(reason: str) -> KvShape:

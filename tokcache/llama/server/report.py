@@ -7,7 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import ServerError
+from tokcache.errors import ServerError, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import calls
 from tokcache.llama.server.model import KvShape, kv_shape
 from tokcache.llama.server.settings import PART_TOKENS
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from tokcache.llama.server.manager import SlotManager
     from tokcache.llama.server.results import Slot
     from tokcache.llama.server.table import SlotRecord
+
+
+# What a file has of each token beside its state: the id, and where it stands in attention.
+# Source: files of 400 and of 15 tokens of a hybrid model of xllamacpp differ by that.
+_ID_BYTES, _CELL_BYTES = 4, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class KvBlock:
 
 @dataclass(frozen=True, slots=True)
 class SlotBlocks:
-    """The blocks of one slot, earliest first."""
+    """The blocks of one slot, earliest first; `unknown` says why there are none."""
 
     url: str
     id: int
@@ -70,6 +75,15 @@ class SlotBlocks:
     conversation: str | None = None
     is_pinned: bool = False
     blocks: tuple[KvBlock, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _NotSeen:
+    """Why a server's slots can't be read; it may well be up."""
+
+    is_reachable: bool
+    reason: str
 
 
 class KvReader:
@@ -83,43 +97,56 @@ class KvReader:
     def state(self) -> Generator[Any, Any, tuple[SlotKv, ...]]:
         """Return the KV state of each slot; figures are 0 when the server is away."""
         seen = yield from self._seen()
-        if seen is None:
-            return tuple(SlotKv(self._url, number, False) for number in self._known_ids())
+        if isinstance(seen, _NotSeen):
+            return tuple(
+                SlotKv(self._url, number, seen.is_reachable, unknown=(seen.reason,))
+                for number in self._known_ids()
+            )
         shape, slots = seen
         return tuple(self._kv(shape, slot) for slot in slots)
 
     def blocks(self) -> Generator[Any, Any, tuple[SlotBlocks, ...]]:
         """Return the blocks of each slot; none when the server is away."""
         seen = yield from self._seen()
-        if seen is None:
-            return tuple(SlotBlocks(self._url, number, False) for number in self._known_ids())
+        if isinstance(seen, _NotSeen):
+            return tuple(
+                SlotBlocks(self._url, number, seen.is_reachable, unknown=(seen.reason,))
+                for number in self._known_ids()
+            )
         shape, slots = seen
-        token_bytes = self._token_bytes(shape)[0]
-        return tuple(self._slot_blocks(slot.id, token_bytes) for slot in slots)
+        return tuple(self._slot_blocks(slot.id, shape) for slot in slots)
 
     def _known_ids(self) -> list[int]:
         return sorted(self._manager.table.slots) or [0]
 
-    def _seen(self) -> Generator[Any, Any, tuple[KvShape, tuple[Slot, ...]] | None]:
+    def _seen(self) -> Generator[Any, Any, tuple[KvShape, tuple[Slot, ...]] | _NotSeen]:
         try:
             yield from self._manager.watch.refresh()
             slots = yield calls.slots()
-        except ServerError:
-            self._manager.trust.refuse("server_away")
-            return None
+        except ServerError as error:
+            is_away = isinstance(error, ServerUnreachable | ServerTimeout)
+            self._manager.trust.refuse("server_away" if is_away else "slots_not_told")
+            return _NotSeen(not is_away, str(error))
         props, meta = self._manager.watch.props, self._manager.watch.meta
         key = (props.model_path if props else "", meta)
         if key not in self._shapes:
             self._shapes = {key: kv_shape(*key)}
         return self._shapes[key], slots
 
-    def _token_bytes(self, shape: KvShape) -> tuple[float, str]:
-        computed = shape.token_bytes(self._manager.settings.kv_type)
-        if computed is not None and shape.memory == "attention":
-            return computed, "model"
-        if self._manager.trust.token_bytes is not None:
-            return self._manager.trust.token_bytes, "measured"
-        return computed or 0.0, "model" if computed else "unknown"
+    def _bytes(self, shape: KvShape, n_tokens: int) -> tuple[int, str]:
+        """Return what `n_tokens` take in a slot, and where the figure comes from."""
+        token_bytes = shape.token_bytes(self._manager.settings.kv_type) or 0.0
+        saved = self._manager.trust.saved
+        if not n_tokens:
+            return 0, "model" if shape.n_layers else "unknown"
+        if saved is None or shape.memory == "attention":
+            return round(token_bytes * n_tokens), "model" if token_bytes else "unknown"
+        if shape.memory in {"recurrent", "hybrid"}:
+            # One state a sequence, whatever its length, beside what attention keeps of each token.
+            file_token_bytes = _ID_BYTES + (_CELL_BYTES + token_bytes if token_bytes else 0)
+            state_bytes = max(0.0, saved.n_bytes - file_token_bytes * saved.n_tokens)
+            return round(state_bytes + token_bytes * n_tokens), "measured"
+        return round(saved.n_bytes / saved.n_tokens * n_tokens), "measured"
 
     def _held(self, slot: Slot) -> int:
         if slot.n_tokens is not None:
@@ -129,7 +156,7 @@ class KvReader:
 
     def _kv(self, shape: KvShape, slot: Slot) -> SlotKv:
         n_tokens = self._held(slot)
-        token_bytes, source = self._token_bytes(shape)
+        n_bytes, source = self._bytes(shape, n_tokens)
         return SlotKv(
             url=self._url,
             id=slot.id,
@@ -140,25 +167,25 @@ class KvReader:
             n_kv_dim=shape.n_kv_dim,
             n_ctx=slot.n_ctx,
             n_tokens=n_tokens,
-            n_bytes=round(token_bytes * n_tokens),
+            n_bytes=n_bytes,
             share=n_tokens / slot.n_ctx if slot.n_ctx else 0.0,
             memory=shape.memory,
             source=source,
             unknown=shape.unknown,
         )
 
-    def _slot_blocks(self, number: int, token_bytes: float) -> SlotBlocks:
+    def _slot_blocks(self, number: int, shape: KvShape) -> SlotBlocks:
         record = self._manager.table.slots.get(number)
         if record is None:
             return SlotBlocks(self._url, number, True)
         with self._manager.table.lock:
             conversation = record.conversation[1] if record.conversation else None
             is_pinned = self._manager.table.is_pinned(record)
-            blocks = tuple(_blocks(record, token_bytes))
+            blocks = tuple(_blocks(record, self._bytes(shape, record.n_held)[0]))
         return SlotBlocks(self._url, number, True, conversation, is_pinned, blocks)
 
 
-def _blocks(record: SlotRecord, token_bytes: float) -> list[KvBlock]:
+def _blocks(record: SlotRecord, n_bytes: int) -> list[KvBlock]:
     idle_s = time.monotonic() - (record.used_at or record.since)
     blocks = []
     for part, start in enumerate(range(0, record.n_held, PART_TOKENS)):
@@ -166,7 +193,6 @@ def _blocks(record: SlotRecord, token_bytes: float) -> list[KvBlock]:
         n_uses = record.reuse[part] if part < len(record.reuse) else 0
         standing = (record.n_held - start) / record.n_held
         score = (1 + n_uses) * standing
-        blocks.append(
-            KvBlock(start, n_tokens, n_uses, score, idle_s, round(token_bytes * n_tokens))
-        )
+        share = round(n_bytes * n_tokens / record.n_held)
+        blocks.append(KvBlock(start, n_tokens, n_uses, score, idle_s, share))
     return blocks

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import ServerError, ServerUnreachable
+from tokcache.errors import ServerError, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import calls
 from tokcache.llama.server.steps import Steps, drive
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokcache.llama.server.table import SlotRecord, SlotTable
     from tokcache.llama.server.trust import Trust
 
-_N_WORKERS = 4
+_MAX_WORKERS = 4096  # one for each slot: none waits until another one is saved
 _LOOK_AGAIN_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Saver:
         self._table = table
         self._shelf = shelf
         self._trust = trust
-        self._pending: set[Future[None]] = set()
+        self._pending: dict[SlotRecord, Future[None]] = {}
         self._workers = self._new_workers()
 
     def is_worth_saving(self, slot: SlotRecord) -> bool:
@@ -64,7 +64,7 @@ class Saver:
                 self._shelf.note_stale(name)
             self._trust.degrade("save_failed", error)
             return
-        is_as_recorded = saved.n_tokens == slot.n_held or not is_count_known
+        is_as_recorded = saved.n_tokens == slot.n_held or not is_count_known or slot.space is None
         if not is_as_recorded or saved.n_tokens < self._settings.min_save_tokens:
             self._trust.refuse("slot_changed_by_others")
             with self._table.lock:
@@ -75,11 +75,12 @@ class Saver:
         self._keep(slot, saved)
 
     def _keep(self, slot: SlotRecord, saved: SlotFile) -> None:
-        if slot.space is None:
-            return
         if saved.n_tokens:
-            self._trust.token_bytes = saved.n_bytes / saved.n_tokens
+            self._trust.saved = saved
         with self._table.lock:
+            if slot.space is None or slot.is_condemned:  # forgotten while it was written
+                self._shelf.note_stale(saved.filename)
+                return
             slot.n_held, slot.tokens = saved.n_tokens, slot.tokens[: saved.n_tokens]
             self._shelf.add(
                 saved,
@@ -159,11 +160,18 @@ class Saver:
             self._work(slot, steps)
             return
         with self._table.lock:
-            self._pending = {each for each in self._pending if not each.done()} | {task}
+            self._pending[slot] = task
+
+    def pending(self, slot: SlotRecord) -> Future[None] | None:
+        """Return what ends when a slot is saved or has settled."""
+        with self._table.lock:
+            return self._pending.get(slot)
 
     def _work(self, slot: SlotRecord, steps: Steps[Any]) -> None:
         try:
             drive(steps, self._connection)
+            if slot.is_condemned:
+                drive(self.erase(slot), self._connection)
         except ServerError as error:
             slot.forget()
             self._trust.refuse("settling_failed")
@@ -174,9 +182,12 @@ class Saver:
     def flush(self, timeout_s: float | None) -> None:
         """Wait until all that is being saved is saved."""
         with self._table.lock:
-            pending = list(self._pending)
-        for task in pending:
-            task.result(timeout_s)
+            pending = list(self._pending.values())
+        _, late = wait(pending, timeout_s)
+        if late:
+            raise ServerTimeout(
+                f"{len(late)} slots of {self._connection.url} were not saved within {timeout_s:g} s"
+            )
 
     def close(self) -> None:
         """Wait for what is being saved."""
@@ -184,9 +195,9 @@ class Saver:
 
     def after_fork(self) -> None:
         """Begin anew: threads do not live on in a child."""
-        self._pending = set()
+        self._pending = {}
         self._workers = self._new_workers()
 
     @staticmethod
     def _new_workers() -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_N_WORKERS, thread_name_prefix="tokcache-slots")
+        return ThreadPoolExecutor(_MAX_WORKERS, thread_name_prefix="tokcache-slots")

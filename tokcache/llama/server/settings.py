@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tokcache.config import require_int
 from tokcache.errors import InvalidConfig
@@ -23,12 +23,13 @@ class SlotSettings:
     `block_tokens`, into an empty slot: texts are those of an uncached run, bit for bit. The
     server must decode in pieces of `block_tokens`, every slot in a stream of its own (--batch-size,
     --ubatch-size, --no-kv-unified), and serve nobody else, for it decodes tokens of several slots
-    in one batch; requests take turns. `secret` makes the names of files; at random by default.
+    in one batch; requests take turns.
     `kv_type` is the server's --cache-type-k and -v, which it does not tell. `save_when`
     "answered" saves a slot after each answer, off the request's path, so that a restart of the
     server loses nothing; "overwritten" saves it before another prompt takes the slot.
 
-    Units:  `max_bytes` of all files; `max_age_s` since a file was last used; prompts shorter than
+    Units:  `max_bytes` of all files, with those that earlier clients left in `slot_folder`;
+            `max_age_s` since a file was last used; prompts shorter than
             `min_save_tokens` are not saved.
     Errors: InvalidConfig.
     """
@@ -41,7 +42,6 @@ class SlotSettings:
     on_error: str = "degrade"
     reproducible: bool = False
     block_tokens: int = 256
-    secret: bytes | None = field(default=None, repr=False)
     kv_type: str = "f16"
     save_when: str = "answered"
 

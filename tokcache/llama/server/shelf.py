@@ -1,8 +1,10 @@
 """The saved slots of one server: which file holds which tokens, and which must go.
 
-Files are named by a keyed digest of what they hold, so that nobody can guess a name. Where the
-slot folder can be reached, what is evicted is deleted; where it can't, its name is the first to be
-used again, so that the folder grows no further, and the figures say how much lies there.
+Files are named by a keyed digest of what they hold: nobody can guess a name, and no two clients,
+which may serve other models, have one in common. Where the
+slot folder can be reached, what is evicted is deleted, and before it what earlier clients left
+there; where it can't, its name is the first to be used again, so that the folder grows no further,
+and the figures say how much lies there.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from tokcache.llama.server.results import SlotFile
     from tokcache.text.token_ids import TokenIds
 
+_SWEEP_EVERY_S = 60.0
 _DIGEST_BYTES = 20
+_SCOPE_BYTES = 16
 _PREFIX = "tokcache-"
 _NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{2 * _DIGEST_BYTES}}}\.bin")
 
@@ -74,17 +79,18 @@ class Shelf:
     Threads: not safe; the slot manager's lock is around it.
     """
 
-    def __init__(
-        self, *, max_bytes: int, max_age_s: float, folder: Path | None, secret: bytes, step: int
-    ) -> None:
+    def __init__(self, *, max_bytes: int, max_age_s: float, folder: Path | None, step: int) -> None:
         self._step = step
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._folder = folder
-        self._secret = secret
+        self._key = secrets.token_bytes(32)
         self._files: dict[str, SavedSlot] = {}
         self._by_chain: dict[bytes, dict[SavedSlot, None]] = {}
         self._stale: dict[str, int] = {}
+        # What clients before this one left in the folder, oldest first, with its bytes.
+        self._left: dict[str, int] = {}
+        self._swept_at = time.monotonic()
         self.is_folder_reachable: bool | None = None
         self.n_bytes = 0
         self.n_evictions = 0
@@ -111,6 +117,7 @@ class Shelf:
 
         Cost: the prompt's length, and the files that share as much of it as the best one.
         """
+        self._sweep_when_due()
         best: Found | None = None
         seen: set[str] = set()
         for link in reversed(self._chain(space, prompt)):
@@ -124,9 +131,9 @@ class Shelf:
 
     def name_for(self, space: bytes, tokens: TokenIds, n_held: int) -> str:
         """Return the name for a slot that holds `n_held` tokens, `tokens` the first of them."""
-        if self._stale and self.is_folder_reachable is False:
+        if self._stale:
             return self._stale.popitem()[0]
-        digest = hashlib.blake2b(key=self._secret[:64], digest_size=_DIGEST_BYTES)
+        digest = hashlib.blake2b(key=self._key, digest_size=_DIGEST_BYTES)
         digest.update(len(space).to_bytes(8, "little") + space)
         digest.update(n_held.to_bytes(8, "little"))
         digest.update(memoryview(tokens))
@@ -145,6 +152,12 @@ class Shelf:
         """Evict until `n_bytes` more fit; return whether they do."""
         if n_bytes > self._max_bytes:
             return False
+        n_over = self.n_bytes + sum(self._left.values()) + n_bytes - self._max_bytes
+        for name, n_left in list(self._left.items()):
+            if n_over <= 0:
+                break
+            n_over -= n_left
+            self._unlink_left(name)
         for file in sorted(self, key=_value):
             if self.n_bytes + n_bytes <= self._max_bytes:
                 break
@@ -169,6 +182,7 @@ class Shelf:
         if replaced is not None:
             self._unlist(replaced)
         self._stale.pop(saved.filename, None)
+        self._sweep_when_due()
         file = SavedSlot(
             name=saved.filename,
             space=space,
@@ -209,7 +223,21 @@ class Shelf:
         self._files.clear()
         self._by_chain.clear()
         self._stale.clear()
+        self._left.clear()
+        self._key = secrets.token_bytes(32)
         self.n_bytes = 0
+
+    def is_intact(self, file: SavedSlot) -> bool:
+        """Return whether a file is as long as it was, where that can be seen.
+
+        A server that reads a file that was cut off may end.
+        """
+        if not self.is_folder_reachable or self._folder is None:
+            return True
+        try:
+            return (self._folder / file.name).stat().st_size == file.n_bytes
+        except OSError:
+            return False
 
     def note_stale(self, name: str) -> None:
         """Note that a file may lie under `name`, half written, say."""
@@ -224,27 +252,52 @@ class Shelf:
             with contextlib.suppress(OSError):  # pruned by its age meanwhile: found out on restore
                 os.utime(self._folder / file.name)
 
+    def take_stock(self) -> None:
+        """Count what earlier clients left in the folder: it is the first to go for the budget."""
+        if self._folder is None:
+            return
+        found = sorted(self._others(), key=lambda each: each[1].st_mtime)
+        self._left = {name: stat.st_size for name, stat in found}
+        self.make_room(0)
+
+    def _sweep_when_due(self) -> None:
+        if time.monotonic() - self._swept_at >= min(_SWEEP_EVERY_S, self._max_age_s / 4):
+            self.sweep()
+
     def sweep(self) -> None:
         """Drop what is too old, the files of others who are gone included."""
+        self._swept_at = time.monotonic()
         oldest = time.monotonic() - self._max_age_s
         for file in list(self):
             if file.used_at < oldest and file.n_readers == 0 and not file.is_pinned:
                 self.n_evictions += 1
                 self.drop(file)
-        if self._folder is not None:
-            self._sweep_folder(time.time() - self._max_age_s)
+        oldest_time = time.time() - self._max_age_s
+        for name, stat in self._others():
+            if stat.st_mtime < oldest_time:
+                self._unlink_left(name)
 
-    def _sweep_folder(self, oldest: float) -> None:
+    def _others(self) -> list[tuple[str, os.stat_result]]:
+        """Return the files in the folder that look like ours, and are not."""
+        found = []
+        try:
+            for entry in os.scandir(self._folder) if self._folder is not None else ():
+                is_ours = entry.name in self._files or entry.name in self._stale
+                if _NAME.fullmatch(entry.name) and not is_ours:
+                    with contextlib.suppress(FileNotFoundError):  # its owner was faster
+                        found.append((entry.name, entry.stat()))
+        except OSError:
+            self.refusals["folder_not_readable"] += 1
+        return found
+
+    def _unlink_left(self, name: str) -> None:
+        self._left.pop(name, None)
         if self._folder is None:
             return
         try:
-            for entry in os.scandir(self._folder):
-                is_others = _NAME.fullmatch(entry.name) and entry.name not in self._files
-                with contextlib.suppress(FileNotFoundError):  # its owner was faster
-                    if is_others and entry.stat().st_mtime < oldest:
-                        Path(entry.path).unlink()
+            (self._folder / name).unlink(missing_ok=True)
         except OSError:
-            self.refusals["folder_not_readable"] += 1
+            self.refusals["file_not_deleted"] += 1
 
     def _list(self, file: SavedSlot) -> None:
         self._files[file.name] = file
@@ -298,7 +351,7 @@ class Shelf:
                 self.drop(file)
 
     def _chain(self, space: bytes, tokens: TokenIds) -> list[bytes]:
-        digest = hashlib.blake2b(space, key=self._secret[:64], digest_size=16)
+        digest = hashlib.blake2b(space, key=self._key, digest_size=16)
         links = []
         view = memoryview(tokens).cast("B")
         n_bytes = self._step * memoryview(tokens).itemsize
@@ -340,6 +393,16 @@ def _value(file: SavedSlot) -> tuple[bool, float]:
     return file.is_pinned, file.used_at
 
 
-def space_of(parts: Iterable[str | None]) -> bytes:
+def scope_key(scope: str | None) -> bytes:
+    """Return what all spaces of a scope begin with."""
+    return hashlib.blake2b(repr(scope).encode(), digest_size=_SCOPE_BYTES).digest()
+
+
+def scope_of(space: bytes) -> bytes:
+    """Return the key of a space's scope."""
+    return space[:_SCOPE_BYTES]
+
+
+def space_of(scope: str | None, lora: str = "null") -> bytes:
     """Return the name of the space that prompts share only among themselves."""
-    return repr(tuple(parts)).encode()
+    return scope_key(scope) + lora.encode()

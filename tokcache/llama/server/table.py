@@ -1,7 +1,7 @@
 """What each slot holds, who has it, and which slot or file a prompt had best begin from.
 
 Nothing here talks to the server. Requests that find no slot wait in line; a slot that is being
-saved or settles after an abort is waited for only by those that profit from what it holds.
+saved or settles after an abort is waited for only by those that gain by what it holds.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common
+from tokcache.llama.server.settings import PART_TOKENS
+from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common, scope_of
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+# Tokens. A llama-server decodes nothing while it writes a slot: going past it gains little time.
+_WORTH_WAITING = PART_TOKENS
 
 
 class Condition(Enum):
@@ -49,6 +54,9 @@ class SlotRecord:
     # How often each part of 64 tokens was reused: the report's.
     reuse: list[int] = field(default_factory=list)
     is_saved: bool = True
+    # For whom it works, and whether what it then holds is to be erased.
+    user: bytes | None = None
+    is_condemned: bool = False
 
     def forget(self) -> None:
         """Note that the slot is empty, or that what it holds is not known."""
@@ -101,6 +109,7 @@ class SlotTable:
         self.shelf = shelf
         self.slots = {number: SlotRecord(number) for number in ids}
         self.pinned: set[tuple[bytes, str]] = set()
+        self.epoch = 0
         self._waiters: deque[_Waiter] = deque()
 
     def acquire(self, wish: Wish) -> Future[Start]:
@@ -130,7 +139,7 @@ class SlotTable:
         with self.lock:
             is_free = slot.condition is Condition.FREE
             if is_free:
-                slot.condition = Condition.BUSY
+                self._give(slot, None)
             return is_free
 
     def abandon(self) -> None:
@@ -154,7 +163,7 @@ class SlotTable:
     def release(self, slot: SlotRecord) -> None:
         """Give a slot back."""
         with self.lock:
-            slot.condition = Condition.FREE
+            slot.condition, slot.user = Condition.FREE, None
             slot.used_at = time.monotonic()
             self._wake()
 
@@ -176,8 +185,24 @@ class SlotTable:
     def forget_contents(self) -> None:
         """Note that no slot holds what it held: the server was started again."""
         with self.lock:
+            self.epoch += 1
             for slot in self.slots.values():
                 slot.forget()
+
+    def condemn(self, scope: bytes) -> list[SlotRecord]:
+        """Return the slots that hold a scope's prompts; what runs there is erased at its end."""
+        with self.lock:
+            held = [
+                slot
+                for slot in self.slots.values()
+                if any(space and scope_of(space) == scope for space in (slot.space, slot.user))
+            ]
+            for slot in held:
+                slot.is_condemned = slot.condition is not Condition.FREE
+            return held
+
+    def _give(self, slot: SlotRecord, user: bytes | None) -> None:
+        slot.condition, slot.user, slot.is_condemned = Condition.BUSY, user, False
 
     def is_pinned(self, slot: SlotRecord) -> bool:
         """Return whether a slot's conversation is pinned."""
@@ -191,7 +216,7 @@ class SlotTable:
             if start is None:
                 waiting.append(waiter)
             elif waiter.future.set_running_or_notify_cancel():
-                start.slot.condition = Condition.BUSY
+                self._give(start.slot, waiter.wish.space)
                 waiter.future.set_result(start)
             else:
                 self._unread(start)
@@ -208,10 +233,11 @@ class SlotTable:
         found = self._found(wish)
         n_file = found.n_tokens if found else 0
         live = self._live(wish, free)
-        settling = self._live(wish, self.slots.values(), Condition.SETTLING)
-        if settling and settling[1] > max(n_file, live[1] if live else 0):
-            return None  # what it holds is worth the moment
         if not free:
+            return None
+        settling = self._live(wish, self.slots.values(), Condition.SETTLING)
+        n_gained = (settling[1] if settling else 0) - max(n_file, live[1] if live else 0)
+        if n_gained >= _WORTH_WAITING:
             return None
         if live is not None and live[1] > 0 and self._is_better(live, n_file):
             return Start(live[0], live[1], None)

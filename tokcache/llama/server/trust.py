@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from tokcache.errors import ServerError, ServerUnsupported
+
+if TYPE_CHECKING:
+    from tokcache.llama.server.results import SlotFile
 
 _log = logging.getLogger(__name__)
 _ADVICE = (
@@ -32,7 +36,8 @@ class Trust:
         self.counts: Counter[str] = Counter()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self.can_save = True
-        self.token_bytes: float | None = None
+        # What the last save wrote.
+        self.saved: SlotFile | None = None
         self._stopped: set[str] = set()
         self._helped: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
@@ -43,14 +48,23 @@ class Trust:
         return self.can_save and "whole" not in self._stopped
 
     @property
+    def token_bytes(self) -> float | None:
+        """What one token took in the last file, None before the first."""
+        return self.saved.n_bytes / self.saved.n_tokens if self.saved else None
+
+    @property
     def is_whole_only(self) -> bool:
         """Whether only prompts that go on where a saved slot ended profit."""
         return "partial" in self._stopped
 
+    def after_fork(self) -> None:
+        """Renew the lock, which another thread may have held."""
+        self._lock = threading.Lock()
+
     def learn_anew(self) -> None:
         """Forget what holds for one model or one start of the server."""
         with self._lock:
-            self.can_save, self.token_bytes = True, None
+            self.can_save, self.saved = True, None
             for learnt in (self._stopped, self._helped, self._failed):
                 learnt.clear()
 

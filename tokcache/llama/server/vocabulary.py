@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
     from tokcache.text.token_ids import TokenIds
 
+# Letters and single spaces: a tokenizer that splits these in its own way is another one.
+_PLAIN = "the quick brown fox jumps over the lazy dog The Quick Brown Fox HELLO WORLD"
+_ODD = "don't pay 31,415.92 in 2026: x = f(y) + 1;\n\n\tna\u00efve caf\u00e9, \u65e5\u672c\u8a9e"
+_log = logging.getLogger(__name__)
 # Every id is compared up to this many, then ids evenly spread over the vocabulary.
 _PROBED_IDS = 4096
 
@@ -28,10 +33,10 @@ class ServerTokenizer(Protocol):
 
 
 def check(wrapped: ServerTokenizer, url: str) -> Generator[Any, Any, None]:
-    """Raise VocabularyMismatch unless ids mean the same text on both sides.
+    """Raise VocabularyMismatch unless ids mean the same text, and plain words the same ids.
 
-    Decoding is compared, not encoding: ids are all that is sent, and llama.cpp splits some
-    texts in its own way with the very same vocabulary.
+    Of other texts it is only logged that they are split in another way: llama.cpp does so with
+    some, with the very same vocabulary, and ids are all that is sent.
     """
     tokenizer = _backend(wrapped)
     n_ours, n_theirs = tokenizer.get_vocab_size(), (yield calls.model_meta()).n_vocab
@@ -40,6 +45,26 @@ def check(wrapped: ServerTokenizer, url: str) -> Generator[Any, Any, None]:
             f"the tokenizer has {n_ours:,} tokens, the model of {url} has {n_theirs:,};"
             " pass the model's own tokenizer"
         )
+    yield from _check_decoding(tokenizer, url)
+    yield from _check_encoding(wrapped, url)
+
+
+def _check_encoding(wrapped: ServerTokenizer, url: str) -> Generator[Any, Any, None]:
+    for text in (_PLAIN, _ODD):
+        ours = wrapped.token_ids(text, add_special_tokens=False)
+        theirs = yield calls.tokenize(text, add_special=False)
+        if ours == theirs:
+            continue
+        message = (
+            f"{text!r} is {ours.tolist()} for the tokenizer and {theirs.tolist()} for the model of"
+            f" {url}"
+        )
+        if text == _PLAIN:
+            raise VocabularyMismatch(f"{message}; pass the model's own tokenizer, unchanged")
+        _log.warning("%s; the tokenizer's ids are sent", message)
+
+
+def _check_decoding(tokenizer: Tokenizer, url: str) -> Generator[Any, Any, None]:
     ids = _probe_ids(tokenizer)
     theirs = yield calls.detokenize(ids)
     if _is_alike(_decode(tokenizer, ids), theirs):

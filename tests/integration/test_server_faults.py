@@ -1,0 +1,701 @@
+"""What once brought wrong text, kept data or an outage, with real llama-servers and pretenders."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from tests.integration.pretended import PROPS, Pretender, answer, pretend
+from tests.integration.served import N_PREDICT, Wrapped, client, port_of, prompt, serve, uncached
+from tokcache import samples
+from tokcache.errors import (
+    InvalidAnswer,
+    InvalidConfig,
+    InvalidTokens,
+    RequestRejected,
+    ServerFailed,
+    ServerTimeout,
+    ServerUnreachable,
+    VocabularyMismatch,
+)
+from tokcache.llama.server import LlamaServer, connection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tokcache.llama.server import Reused
+    from tokcache.llama.server_process import ServerProcess
+
+
+@pytest.fixture
+def pretender() -> Pretender:
+    return Pretender()
+
+
+@pytest.fixture
+def url(pretender: Pretender) -> Iterator[str]:
+    with pretend(pretender) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with serve(tmp_path_factory.mktemp("slots")) as running:
+        yield running
+
+
+def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
+    found = server.complete(tokens, n_predict=settings.pop("n_predict", N_PREDICT), **settings)
+    server.flush(30)
+    return found
+
+
+# -- another model behind the same words ----------------------------------------------------------
+
+WITH_ADAPTER = """
+import sys, xllamacpp
+model, adapter, folder = sys.argv[1:]
+params = xllamacpp.CommonParams()
+params.model.path, params.hostnames, params.port = model, ["127.0.0.1"], 0
+params.n_ctx, params.n_parallel, params.kv_unified = 2048, 2, False
+params.slot_save_path, params.endpoint_slots, params.cache_ram_mib = folder + "/", True, 0
+params.fit_params, params.n_ctx_checkpoints, params.cache_idle_slots = False, 0, False
+params.ui, params.cpuparams.n_threads = False, 1
+lora = xllamacpp.CommonAdapterLoraInfo()
+lora.path, lora.scale = adapter, 1.0
+params.lora_adapters = [lora]
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_an_adapter_that_is_scaled_while_the_server_runs_is_another_model(tmp_path: Path) -> None:
+    import httpx  # noqa: PLC0415 (an extra)
+
+    model = samples.tiny_model()
+    command = [sys.executable, "-c", WITH_ADAPTER, str(model), str(samples.tiny_lora(model))]
+    with subprocess.Popen(  # noqa: S603 (fixed words)
+        [*command, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        with LlamaServer(address) as server:
+            tokens = prompt(1, 300)
+            with_adapter = complete(server, tokens).completion
+            running = server.stream(prompt(2, 200), n_predict=30)
+            next(running)
+            httpx.post(f"{address}/lora-adapters", json=[{"id": 0, "scale": 0.0}])
+            found = complete(server, tokens)
+            list(running)  # begun with the one, ended with the other
+            assert complete(server, prompt(2, 200)).n_restored == 0
+            right = uncached(server, tokens)
+            assert (found.n_live, found.n_restored) == (0, 0)
+            assert found.completion.token_ids == right.token_ids != with_adapter.token_ids
+            assert server.reuse_stats().restarts == 0
+            assert complete(server, tokens).completion.n_cached == 299
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_files_of_a_start_with_another_rope_base_are_not_restored(tmp_path: Path) -> None:
+    tokens = prompt(1, 200)
+    with serve(tmp_path) as running:
+        port = port_of(running)
+        server = client(running, slot_folder=tmp_path)
+        complete(server, tokens)
+    with serve(tmp_path, port=port):
+        assert complete(server, tokens).n_restored == 199
+    with serve(tmp_path, port=port, rope_freq_base=500_000.0):
+        found = complete(server, tokens)
+        assert found.completion.token_ids == uncached(server, tokens).token_ids
+        assert found.n_restored == 0
+        assert server.reuse_stats().refusals == {"files_of_another_model": 1}
+        assert complete(server, tokens).completion.n_cached == 199
+    server.close()
+
+
+def test_a_model_that_cannot_be_asked_is_not_trusted_after_a_restart(
+    url: str, pretender: Pretender
+) -> None:
+    with LlamaServer(url) as server:
+        complete(server, prompt(1, 100))
+        pretender.say["/props"] = {**PROPS, "media_marker": "two"}
+        pretender.say["/completion"] = lambda body: answer(len(body["prompt"]))
+        assert complete(server, prompt(1, 100)).n_restored == 0
+        assert server.reuse_stats().refusals == {"files_of_another_model": 1}
+
+
+@pytest.mark.parametrize("said", [(503, {"error": "loading"}), (429, b"")])
+def test_adapters_that_cannot_be_read_for_a_moment_cost_no_file(
+    said: Any, url: str, pretender: Pretender
+) -> None:
+    pretender.say["/lora-adapters"] = [{"id": 0, "scale": 1.0}]
+    with LlamaServer(url) as server:
+        complete(server, prompt(1, 100))
+        complete(server, prompt(2, 100))
+        adapters, pretender.say["/lora-adapters"] = pretender.say["/lora-adapters"], said
+        pretender.say["/props"] = {**PROPS, "media_marker": "two"}
+        assert complete(server, prompt(1, 100)).n_restored == 0
+        pretender.say["/lora-adapters"] = adapters
+        assert complete(server, prompt(2, 100)).n_restored == 99
+        assert server.reuse_stats().refusals == {"server_not_understood": 1}
+
+
+def test_two_models_in_one_folder_never_share_a_name(tmp_path: Path) -> None:
+    tokens = prompt(1, 200)
+    with (
+        serve(tmp_path) as one,
+        serve(tmp_path, model=samples.tiny_model(seed=7)) as other,
+        client(one, slot_folder=tmp_path, slot_ids=(0,)) as ours,
+        client(other, slot_folder=tmp_path) as theirs,
+    ):
+        complete(ours, tokens)
+        complete(theirs, tokens)
+        complete(ours, prompt(2, 200))
+        found = complete(ours, tokens)
+        assert found.n_restored == 199
+        assert found.completion.token_ids == uncached(ours, tokens).token_ids
+
+
+# -- what was forgotten ---------------------------------------------------------------------------
+
+
+def test_a_forgotten_scope_leaves_nothing_that_was_being_saved_or_served(tmp_path: Path) -> None:
+    with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
+        server.complete(prompt(1, 400), n_predict=2, scope="a")
+        server.forget("a")  # while it is being saved
+        assert list(tmp_path.iterdir()) == []
+        pieces = server.stream(prompt(2, 400), n_predict=20, scope="a")
+        next(pieces)
+        server.forget("a")  # while it is being served
+        assert list(pieces)[-1].completion is not None
+        server.flush(30)
+        assert list(tmp_path.iterdir()) == []
+        assert all(slot.space is None for slot in server._manager.table.slots.values())
+        assert complete(server, prompt(1, 400), scope="a").completion.n_cached == 0
+        assert complete(server, prompt(1, 400), scope="a").completion.n_cached == 399
+
+
+def test_scopes_and_pins_hold_whatever_the_adapters(url: str) -> None:
+    lora = [{"id": 0, "scale": 0.5}]
+    with LlamaServer(url) as server:
+        server.pin("c", "a")
+        complete(server, prompt(1, 100), scope="a", lora=lora, conversation="c")
+        complete(server, prompt(1, 100), scope="b", lora=lora)
+        shelf = server._manager._shelf
+        assert sorted(file.is_pinned for file in shelf) == [False, True]
+        server.forget("a")
+        assert [file.is_pinned for file in shelf] == [False]
+        assert complete(server, prompt(1, 100), scope="a", lora=lora).n_live == 0
+
+
+# -- one request's fault is not the next one's ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["scope", "conversation"])
+@pytest.mark.parametrize("value", [["a"], 7, b"a", {"a": 1}])
+def test_names_of_another_type_are_refused(name: str, value: Any, url: str) -> None:
+    with LlamaServer(url) as server:
+        for ask in (server.complete, lambda *a, **k: list(server.stream(*a, **k))):
+            with pytest.raises(InvalidConfig, match=name):
+                ask(prompt(1, 100), n_predict=1, **{name: value})
+        with pytest.raises(InvalidConfig, match=name):
+            server.pin(**{"conversation": "c", name: value})
+        assert complete(server, prompt(1, 100), conversation="c").completion.text == " it"
+        assert complete(server, prompt(1, 100), conversation="c").n_live == 99
+
+
+def test_a_file_that_was_cut_off_does_not_end_the_server(tmp_path: Path) -> None:
+    tokens = prompt(1, 300)
+    with serve(tmp_path, n_slots=1) as running, client(running, slot_folder=tmp_path) as server:
+        complete(server, tokens)
+        (file,) = tmp_path.iterdir()
+        complete(server, prompt(2, 300))
+        os.truncate(file, file.stat().st_size // 2)
+        found = complete(server, tokens)
+        assert found.completion.token_ids == uncached(server, tokens).token_ids
+        assert server.reuse_stats().refusals == {"restore_failed": 1}
+
+
+def test_a_file_the_server_ended_of_is_not_read_again(tmp_path: Path) -> None:
+    tokens = prompt(1, 300)
+    with serve(tmp_path, n_slots=1) as running:
+        port = port_of(running)
+        server = client(running)  # where the folder can't be reached
+        complete(server, tokens)
+        (file,) = tmp_path.iterdir()
+        complete(server, prompt(2, 300))
+        os.truncate(file, file.stat().st_size // 2)
+        with pytest.raises(ServerUnreachable):
+            server.complete(tokens, n_predict=1)
+    with serve(tmp_path, n_slots=1, port=port):
+        assert complete(server, tokens).completion.n_cached == 0
+    server.close()
+
+
+def test_a_lie_about_what_a_slot_holds_costs_no_slot(url: str, pretender: Pretender) -> None:
+    lie = {"tokens_cached": 2**34}
+    pretender.say["/completion"] = lambda body: answer(len(body["prompt"]), **lie)
+    with LlamaServer(url, timeout_s=5) as server:
+        for _ in range(3):
+            with pytest.raises(InvalidAnswer, match=r"tokens_cached.*17,179,869,184"):
+                complete(server, prompt(1, 100))
+            server.flush(10)
+        pretender.say["/completion"] = pretender.complete
+        threads = [
+            threading.Thread(target=complete, args=(server, prompt(seed, 100))) for seed in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        began = time.monotonic()
+        for thread in threads:
+            thread.join(10)
+        assert time.monotonic() - began < 4
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def n_bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def test_names_are_used_again_where_files_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    budget = 500_000
+    with (
+        serve(tmp_path, n_slots=1) as running,
+        client(running, slot_folder=tmp_path, max_bytes=budget) as server,
+    ):
+        monkeypatch.setattr(Path, "unlink", refuse)
+        for seed in range(12):
+            complete(server, prompt(seed, 150))
+        stats = server.reuse_stats()
+        assert stats.is_folder_reachable
+        assert stats.refusals["file_not_deleted"] > 0
+        assert n_bytes_in(tmp_path) == stats.n_bytes + stats.n_stale_bytes < budget + 200_000
+        monkeypatch.undo()
+
+
+def test_what_earlier_clients_left_counts_as_ours(tmp_path: Path) -> None:
+    budget = 500_000
+    with serve(tmp_path, n_slots=1) as running:
+        for turn in range(4):
+            with client(running, slot_folder=tmp_path, max_bytes=budget) as server:
+                for seed in range(2):
+                    complete(server, prompt(10 * turn + seed, 150))
+                    assert n_bytes_in(tmp_path) <= budget
+                # What this client saved is worth more than what none can find.
+                assert complete(server, prompt(10 * turn, 150)).completion.n_cached == 149
+        with client(running, slot_folder=tmp_path, max_bytes=200_000) as server:
+            complete(server, prompt(1, 10))
+            assert 0 < n_bytes_in(tmp_path) <= 200_000
+
+
+def test_age_is_limited_while_a_client_runs(tmp_path: Path) -> None:
+    with (
+        serve(tmp_path) as running,
+        client(running, slot_folder=tmp_path, max_age_s=0.4) as server,
+    ):
+        complete(server, prompt(1, 150))
+        time.sleep(0.6)
+        complete(server, prompt(2, 150))
+        assert len(list(tmp_path.iterdir())) == server.reuse_stats().n_files == 1
+
+
+# -- vocabularies ---------------------------------------------------------------------------------
+
+
+def changed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Wrapped:
+    description = json.loads(samples.tiny_tokenizer().read_text())
+    change(description)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(description))
+    return Wrapped(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found.update(normalizer={"type": "Lowercase"}),
+        lambda found: found["model"].update(merges=[]),
+    ],
+)
+def test_the_same_pieces_cut_in_another_way_are_another_tokenizer(
+    change: Callable[[dict[str, Any]], object], process: ServerProcess, tmp_path: Path
+) -> None:
+    with pytest.raises(VocabularyMismatch, match="quick brown fox"):
+        LlamaServer(process.url, tokenizer=changed(tmp_path, change))
+
+
+def test_exotic_texts_cut_in_another_way_are_only_told(
+    process: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accents = {"type": "Replace", "pattern": {"String": "\u00e9"}, "content": "e"}
+    tokenizer = changed(tmp_path, lambda found: found.update(normalizer=accents))
+    with caplog.at_level(logging.WARNING):
+        LlamaServer(process.url, tokenizer=tokenizer).close()
+    assert "the tokenizer's ids are sent" in caplog.text
+    caplog.clear()
+    LlamaServer(process.url, tokenizer=Wrapped(samples.tiny_tokenizer())).close()
+    assert not caplog.text
+
+
+# -- figures --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "reason"),
+    [({"endpoint_slots": False}, None, "501"), ({"api_keys": ["right"]}, "wrong", "401")],
+)
+def test_a_server_that_tells_nothing_is_not_away(
+    settings: dict[str, Any], key: str | None, reason: str, tmp_path: Path
+) -> None:
+    with (
+        serve(tmp_path, **settings) as running,
+        LlamaServer(running.url, api_key=key) as server,
+    ):
+        (state, *_), (blocks, *_) = server.kv_state(), server.kv_report()
+        assert state.is_reachable
+        assert blocks.is_reachable
+        assert reason in state.unknown[0]
+        assert reason in blocks.unknown[0]
+        assert server.reuse_stats().refusals == {"slots_not_told": 2}
+        running.kill()
+        assert not server.kv_state()[0].is_reachable
+        assert "out of reach" in server.kv_state()[0].unknown[0]
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "lfm2"])
+def test_the_state_of_a_sequence_does_not_grow_with_its_tokens(
+    architecture: str, tmp_path: Path
+) -> None:
+    model = samples.tiny_model(architecture=architecture)
+    with (
+        serve(tmp_path, n_slots=1, model=model) as running,
+        client(running, slot_folder=tmp_path) as server,
+    ):
+        complete(server, prompt(1, 400))
+        complete(server, prompt(2, 10))  # too short to be saved, and measured
+        (state,) = server.kv_state()
+        written = server.save_slot(0, "measured.bin").n_bytes
+        assert state.n_tokens == 15
+        assert 0.9 * written <= state.n_bytes <= 1.1 * written
+        (slot,) = server.kv_report()
+        assert sum(block.n_bytes for block in slot.blocks) == state.n_bytes
+
+
+# -- connections ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", ["\\u2028", "\\u2029", "\\u0085"])
+def test_a_stream_is_cut_at_newlines_alone(separator: str, process: ServerProcess) -> None:
+    grammar = f'root ::= "a{separator}b"'
+    with client(process) as server:
+        expected = complete(server, prompt(1, 80), n_predict=20, grammar=grammar).completion.text
+        assert len(expected) == 3
+        pieces = server.stream(prompt(1, 80), n_predict=20, grammar=grammar)
+        assert "".join(piece.text for piece in pieces) == expected
+
+        async def streamed() -> str:
+            pieces = server.astream(prompt(1, 80), n_predict=20, grammar=grammar)
+            return "".join([piece.text async for piece in pieces])
+
+        assert asyncio.run(streamed()) == expected
+
+
+def test_event_loops_that_ended_leave_no_connection(process: ServerProcess) -> None:
+    def n_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    with client(process) as server:
+        asyncio.run(server.acomplete(prompt(1, 80), n_predict=1))
+        before = n_open()
+        for _ in range(10):
+            asyncio.run(server.acomplete(prompt(1, 80), n_predict=1))
+        assert n_open() <= before + 2
+        assert len(server._connection._loops) == 1
+
+
+def test_a_child_of_a_fork_waits_for_nothing_of_its_parent(process: ServerProcess) -> None:
+    with client(process) as server:
+        pieces = server.stream(prompt(1, 300), n_predict=500, ignore_eos=True)
+        next(pieces)
+        pieces.close()  # type: ignore[attr-defined]
+        statuses = [in_child(lambda: server.flush(5))]
+        is_over = threading.Event()
+
+        def busy() -> None:
+            while not is_over.is_set():
+                server.reuse_stats()
+                server.slots()
+
+        threads = [threading.Thread(target=busy) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        statuses += [in_child(partial(ask_in_child, server, seed)) for seed in range(8)]
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert statuses == [0] * 9
+
+
+def ask_in_child(server: LlamaServer, seed: int) -> None:
+    server.reuse_stats()
+    server.complete(prompt(seed, 40), n_predict=1)
+
+
+def in_child(do: Callable[[], object]) -> int:
+    """Return the exit status of a child; a signal ends it when it hangs."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(8)
+        try:
+            do()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 (a child must not run the parent's tests)
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_slow_saves_hold_up_no_other_slot(url: str, pretender: Pretender) -> None:
+    is_over = threading.Event()
+
+    def save(body: dict[str, Any], slot: str) -> Any:
+        if slot != "4":
+            is_over.wait(10)
+        return pretender.save(body, slot)
+
+    pretender.say["/props"] = {**PROPS, "total_slots": 8}
+    pretender.say["save"] = save
+    with LlamaServer(url, timeout_s=20) as server:
+        try:
+            for seed in range(5):
+                assert server.complete(prompt(seed, 99), n_predict=1).id_slot == seed
+            began = time.monotonic()
+            assert server.complete([*prompt(4, 99), 9], n_predict=1).n_live == 99
+            assert time.monotonic() - began < 2
+            with pytest.raises(ServerTimeout, match=r"4 slots .* within 0\.1 s"):
+                server.flush(0.1)
+        finally:
+            is_over.set()
+
+
+def test_a_dripping_answer_and_an_endless_one_are_ended(
+    url: str, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretender.drip_s = 0.1
+    pretender.say["/health"] = b" " * 100
+    with LlamaServer(url, timeout_s=0.5) as server:
+        for ask in (server.health, lambda: asyncio.run(server.ahealth())):
+            began = time.monotonic()
+            with pytest.raises(ServerTimeout, match="in full"):
+                ask()
+            assert time.monotonic() - began < 2
+        pretender.drip_s = 0.0
+        monkeypatch.setattr(connection, "_MAX_ANSWER_BYTES", 1000)
+        for path in ("/health", "/completion"):
+            pretender.say[path] = b" " * 2000
+        with pytest.raises(InvalidAnswer, match="more than 1,000 bytes"):
+            server.health()
+        with pytest.raises(InvalidAnswer, match="more than 1,000 bytes"):
+            list(server.stream([1, 2], n_predict=1))
+
+
+def test_a_paused_server_is_waited_for_once(url: str, pretender: Pretender) -> None:
+    with LlamaServer(url, timeout_s=0.5) as server:
+        for is_known in (False, True):
+            pretender.say["/props"] = lambda _: time.sleep(1)
+            n_prompts = pretender.asked["/completion"]
+            with pytest.raises(ServerTimeout, match="/props"):
+                server.complete(prompt(1, 100), n_predict=1)
+            assert pretender.asked["/completion"] == n_prompts
+            pretender.say["/props"] = PROPS
+            assert complete(server, prompt(1, 100)).completion.n_cached == 99 * is_known
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"status": "ok"}'.decode().encode("utf-16"),
+        b"9" * 10_000,
+        b'{"status": 1' + b"0" * 400 + b"}",
+    ],
+)
+def test_answers_of_any_shape_are_typed_errors(said: bytes, url: str, pretender: Pretender) -> None:
+    pretender.say["/health"] = said
+    with LlamaServer(url) as server:
+        with pytest.raises(InvalidAnswer):
+            server.health()
+        pretender.say["/health"] = (500, said)
+        with pytest.raises(ServerFailed):
+            server.health()
+
+
+@pytest.mark.parametrize("tokens", [["a"], [1.5], [2**40], [-1], {"a": 1}, "abc"])
+def test_ids_of_a_stream_are_checked(tokens: Any, url: str, pretender: Pretender) -> None:
+    piece = json.dumps({"content": "a", "tokens": tokens})
+    pretender.say["/completion"] = f"data: {piece}\n\n".encode()
+    with LlamaServer(url) as server, pytest.raises(InvalidAnswer, match="tokens"):
+        list(server.stream([1, 2], n_predict=1))
+
+
+def test_figures_that_are_too_large_are_typed_errors(url: str, pretender: Pretender) -> None:
+    with LlamaServer(url) as server:
+        for changes in (
+            {"completion_probabilities": [{"top_logprobs": [{"id": 1, "logprob": 10**400}]}]},
+            {"timings": {"cache_n": 0, "prompt_n": 2, "predicted_ms": 10**400}},
+        ):
+            pretender.say["/completion"] = answer(2, **changes)
+            with contextlib.suppress(InvalidAnswer):
+                assert server.completion([1, 2], n_predict=1).first_token_s > 0
+
+
+def test_a_charset_is_not_believed(url: str, pretender: Pretender) -> None:
+    pretender.headers = {"Content-Type": "text/html; charset=utf-16"}
+    pretender.say["/health"] = {"status": "ok"}
+    with LlamaServer(url) as server:
+        assert server.health() == "ok"
+
+
+def test_a_redirect_names_its_location(url: str, pretender: Pretender) -> None:
+    pretender.headers = {"Location": "https://elsewhere.example/props"}
+    pretender.say["/health"] = (302, b"")
+    with LlamaServer(url) as server, pytest.raises(RequestRejected, match=r"elsewhere\.example"):
+        server.health()
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timeout_s": None}, "timeout_s"),
+        ({"timeout_s": "5"}, "timeout_s"),
+        ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"connect_timeout_s": float("nan")}, "timeout_s"),
+        ({"api_key": "a\nb"}, "api_key"),
+        ({"api_key": "schlüssel"}, "api_key"),
+        ({"verify": "/no/such.pem"}, r"verify.*such\.pem"),
+        ({"verify": __file__}, "verify"),
+        ({"verify": 7}, "verify"),
+        ({"slot_settings": {"a": 1}}, "SlotSettings"),
+        ({"tokenizer": Tokenizer(BPE())}, r"tokcache\.wrap"),
+        *(
+            ({"url": url}, "URL")
+            for url in (
+                None,
+                "",
+                "localhost:8080",
+                "http://127.0.0.1:99999",
+                "ftp://x",
+                "http://user name@[::1",
+                "http://",
+            )
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        LlamaServer(**{"url": "https://127.0.0.1:9", **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": float("nan")},
+        {"stop": {"a"}},
+        {"lora": {1, 2}},
+        {"n_cmpl": 2},
+        {"post_sampling_probs": True},
+        {"stream": True},
+    ],
+)
+def test_settings_that_cannot_be_sent_or_read_are_refused_before_a_slot_is_touched(
+    settings: dict[str, Any], url: str, pretender: Pretender
+) -> None:
+    async def ask(call: Any) -> None:
+        await call([1, 2], n_predict=1, **settings)
+
+    with LlamaServer(url) as server:
+        for call in (
+            server.complete,
+            server.completion,
+            lambda *a, **k: list(server.stream(*a, **k)),
+        ):
+            with pytest.raises(InvalidConfig, match=next(iter(settings))):
+                call([1, 2], n_predict=1, **settings)
+        for acall in (server.acomplete, server.acompletion):
+            with pytest.raises(InvalidConfig, match=next(iter(settings))):
+                asyncio.run(ask(acall))
+    assert not pretender.asked
+
+
+def test_ids_outside_the_vocabulary_empty_no_slot(process: ServerProcess) -> None:
+    with client(process, slot_ids=(0,)) as server:
+        complete(server, prompt(1, 100))
+        for tokens in ([-1], [5, 2048], [2**31 - 1]):
+            with pytest.raises(InvalidTokens, match=str(tokens[-1])):
+                server.complete(tokens, n_predict=1)
+        assert complete(server, prompt(1, 100)).n_live == 99
+
+
+# -- after the end --------------------------------------------------------------------------------
+
+
+def test_what_is_closed_says_so_in_the_middle_too(process: ServerProcess) -> None:
+    server = client(process)
+    errors: list[BaseException] = []
+
+    def ask(*, is_stream: bool) -> None:
+        settings: dict[str, Any] = {"n_predict": 800, "ignore_eos": True}
+        try:
+            if is_stream:
+                list(server.stream(prompt(1, 100), **settings))
+            else:
+                server.complete(prompt(2, 100), **settings)
+        except BaseException as error:  # noqa: BLE001 (looked at below)
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask, kwargs={"is_stream": is_it}) for is_it in (True, False)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    server.close()
+    for thread in threads:
+        thread.join(30)
+    assert [type(error) for error in errors] == [ServerUnreachable] * len(errors)
+    for ask_again in (
+        lambda: server.complete([1, 2], n_predict=1),
+        lambda: asyncio.run(server.acomplete([1, 2], n_predict=1)),
+        server.health,
+    ):
+        with pytest.raises(ServerUnreachable, match="closed"):
+            ask_again()
+    server.close()
