@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -471,9 +472,11 @@ def ask_in_child(server: LlamaServer, seed: int) -> None:
 
 def in_child(do: Callable[[], object]) -> int:
     """Return the exit status of a child; a signal ends it when it hangs."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads is the point
+        pid = os.fork()
     if pid == 0:
-        signal.alarm(8)
+        signal.alarm(20)
         try:
             do()
             os._exit(0)

@@ -377,8 +377,10 @@ def test_a_cancelled_request_frees_its_slot_and_fails_no_other(server: LlamaServ
         asked = [
             asyncio.create_task(server.acomplete(tokens, n_predict=n)) for n in (700, 700, 700, 4)
         ]
-        await asyncio.sleep(0.15)
-        for task in asked[:3]:  # two are decoding, one waits in line
+        slots = server._manager.table.slots
+        while not all(slot.condition is Condition.BUSY for slot in slots):
+            await asyncio.sleep(0.001)
+        for task in asked[:3]:  # two have a slot, one waits in line
             task.cancel()
         try:
             return await asyncio.gather(*asked, return_exceptions=True)
