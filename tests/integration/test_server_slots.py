@@ -377,9 +377,9 @@ def test_a_cancelled_request_frees_its_slot_and_fails_no_other(server: LlamaServ
         asked = [
             asyncio.create_task(server.acomplete(tokens, n_predict=n)) for n in (700, 700, 700, 4)
         ]
-        slots = server._manager.table.slots
-        while not all(slot.condition is Condition.BUSY for slot in slots):
-            await asyncio.sleep(0.001)
+        slots = server._manager.table.slots.values()
+        while not all(slot.condition is Condition.BUSY for slot in slots):  # noqa: ASYNC110
+            await asyncio.sleep(0)
         for task in asked[:3]:  # two have a slot, one waits in line
             task.cancel()
         try:

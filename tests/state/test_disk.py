@@ -230,3 +230,44 @@ def test_an_unfinished_removal_is_finished_by_the_next_open(tmp_path: Path) -> N
     assert int32(SECRET[:8]) in all_bytes(tmp_path)
     DiskTier.open(tmp_path)
     assert int32(SECRET[:8]) not in all_bytes(tmp_path)
+
+
+def put_junk(path: Path) -> None:
+    path.write_bytes(b"\xff" * 100)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        os.mkfifo,
+        os.mkdir,
+        put_junk,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(path.with_name("absent")),
+    ],
+    ids=["fifo", "folder", "junk", "link to a device", "dangling link"],
+)
+@pytest.mark.parametrize("is_told_first", [True, False])
+def test_whatever_stands_where_bytes_are_counted_the_tier_goes_on(
+    tmp_path: Path, put: Any, is_told_first: bool
+) -> None:
+    cache = cache_on(tmp_path / "d")
+    cache.store([1], b"x" * 3000, fingerprint=b"m")
+    cache.flush()
+    usage = tmp_path / "d" / "usage"
+    usage.unlink()
+    put(usage)
+    if is_told_first:
+        assert cache.stats().disk.n_bytes < 10_000
+    cache.store([2], b"y" * 3000, fingerprint=b"m")
+    cache.flush()
+    assert cache.stats().disk.refusals == {}
+    assert cache.stats().disk.n_bytes < 10_000
+    other = cache_on(tmp_path / "d")
+    assert other.find([2], fingerprint=b"m") is not None
+    assert not (tmp_path / "d" / "absent").exists()
+
+
+def test_a_path_that_can_be_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="can't be a path"):
+        PrefixStateCache(disk=f"{tmp_path}/a\0b")

@@ -311,3 +311,40 @@ def test_a_part_of_a_lookup_is_not_counted_twice() -> None:
     cache.count_restored(2, 0.5, is_hit=True)
     stats = cache.stats()
     assert (stats.hits, stats.reused_tokens, stats.restore_seconds) == (1, 2, 0.5)
+
+
+@pytest.mark.parametrize("keep", [lambda view: view, lambda view: view[10:20], np.frombuffer])
+def test_what_is_kept_of_a_state_never_shows_another(keep: Any) -> None:
+    cache = PrefixStateCache(ram_bytes=1 << 20, max_entries=4)
+    cache.store([1], b"A" * 100_000, fingerprint=b"m", scope="a")
+    with cache.find([1], fingerprint=b"m", scope="a") as handle:  # type: ignore[union-attr]
+        kept = keep(handle.state) if keep is not np.frombuffer else keep(handle.state, np.uint8)
+    for number in range(50):
+        cache.store([100 + number], b"B" * 100_000, fingerprint=b"m", scope="b")
+        assert set(bytes(kept)) == {ord("A")}
+        cache._check()
+    assert cache.memory_usage() <= 1 << 20
+
+
+def test_a_buffer_that_nobody_keeps_is_used_again() -> None:
+    cache = PrefixStateCache(ram_bytes=1 << 20, max_entries=1)
+    cache.store([0], b"A" * 100_000, fingerprint=b"m")
+    for number in range(1, 20):
+        hit(cache, [number - 1])
+        cache.store([number], b"B" * 100_000, fingerprint=b"m")
+    assert cache.memory_usage() < 250_000
+    cache._check()
+
+
+def test_a_handle_of_another_cache_changes_nothing() -> None:
+    one, other = PrefixStateCache(), PrefixStateCache()
+    for cache in (one, other):
+        cache.store([1], b"a", fingerprint=b"m")
+    handle = one.find([1], fingerprint=b"m")
+    assert handle is not None
+    assert not other.touch(handle)
+    assert not other.pin(handle)
+    with pytest.raises(InvalidConfig, match="another cache's"):
+        other.remove(handle)
+    assert (len(one), len(other), handle.is_stale) == (1, 1, False)
+    assert one.remove(handle) == 1

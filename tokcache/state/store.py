@@ -243,12 +243,12 @@ class WholeStates(StateCore):
         return self._handle(whole)
 
     def _handle(self, whole: Whole) -> StateHandle | None:
-        payload = self._tier.get(whole)
+        payload = self._tier.view(whole)
         if payload is None:
             self._memory.refusals["payload_lost"] += 1
             return None
         whole.pins += 1
-        return StateHandle(self, whole, payload.toreadonly())
+        return StateHandle(self, whole, payload)
 
     # Finding below
 
@@ -311,9 +311,9 @@ class WholeStates(StateCore):
     # Keeping and removing
 
     def touch(self, handle: StateHandle) -> bool:
-        """Note that a state is in use now; False if it is gone."""
+        """Note that a state is in use now; False if it is gone, or another cache's."""
         with self._lock:
-            if handle.is_stale:
+            if handle.is_stale or not handle.is_of(self):
                 return False
             handle.whole.used_at = time.time()
             self._memory.use([handle.whole], time.monotonic())
@@ -322,9 +322,9 @@ class WholeStates(StateCore):
             return True
 
     def pin(self, handle: StateHandle, *, is_pinned: bool = True) -> bool:
-        """Keep a state from being evicted or expiring, or let it go again; False if it is gone."""
+        """Keep a state from being evicted or expiring, or let it go again; False as `touch`."""
         with self._lock:
-            if handle.is_stale:
+            if handle.is_stale or not handle.is_of(self):
                 return False
             self._set_kept(handle.whole, is_kept=is_pinned)
             return True
@@ -334,6 +334,8 @@ class WholeStates(StateCore):
         whole.is_kept = is_kept
 
     def _remove_state(self, handle: StateHandle) -> int:
+        if not handle.is_of(self):
+            raise InvalidConfig("this handle is another cache's; ask that one to remove its state")
         whole = handle.whole
         self.flush()  # what waits would come back to the tiers after its removal
         with self._lock:

@@ -160,6 +160,10 @@ class StateHandle:
         """How many tokens the state is of."""
         return self.whole.n_tokens
 
+    def is_of(self, cache: StateCore) -> bool:
+        """Return whether this cache found it."""
+        return self._cache is cache
+
     @property
     def n_past(self) -> int:
         """The engine's own count of positions, as it was stored."""

@@ -53,6 +53,7 @@ _STEP_S = 0.1  # in which a folder's time may not move
 _MAX_LISTED = 1024
 _TRIES = 3
 _COUNT_BYTES = 8
+_MAX_COUNTED = 1 << 60
 _DIGITS = 64  # of a digest
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -140,6 +141,8 @@ class DiskTier(Counting):
                 f"{self.path} can't be a folder of states: {error.strerror}; name a folder that "
                 "this user may write to"
             ) from error
+        except ValueError as error:
+            raise InvalidConfig(f"{str(self.path)!r} can't be a path: {error}") from error
         self._refuse_foreign_folder()
         with contextlib.suppress(OSError):
             self._remove_gone()
@@ -417,13 +420,31 @@ class DiskTier(Counting):
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
         """Hold the writers' lock; yield the descriptor of the file that counts bytes."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(self.path / USAGE, flags, 0o600)
+        fd = self._open_usage(os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield fd
         finally:
             os.close(fd)  # lets the lock go
+
+    def _open_usage(self, flags: int) -> int:
+        """Open the file that counts bytes; what is none in its place is put aside.
+
+        Errors: OSError.
+        """
+        path = self.path / USAGE
+        for _ in range(_TRIES):
+            try:
+                fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                    raise
+            else:
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    return fd
+                os.close(fd)
+            path.rename(self.path / f"{_GONE}{USAGE}-{secrets.token_hex(8)}")
+        raise OSError(errno.EEXIST, "somebody else puts other things there", str(path))
 
     def _reserve(self, n_bytes: int) -> None:
         """Count bytes that are to be written, and prune if they are too many.
@@ -583,9 +604,16 @@ class DiskTier(Counting):
 
     def _counted_bytes(self) -> int:
         try:
-            return int.from_bytes((self.path / USAGE).read_bytes()[:_COUNT_BYTES], "little")
+            fd = self._open_usage(os.O_RDONLY)
         except OSError:
             return 0
+        try:
+            n_bytes = int.from_bytes(os.pread(fd, _COUNT_BYTES, 0), "little")
+        finally:
+            os.close(fd)
+        if n_bytes > _MAX_COUNTED:  # damaged: the next write counts anew
+            return sum(file.n_bytes for file in self.files())
+        return n_bytes
 
     def stats(self) -> TierStats:
         """Return the counters, and the bytes that all processes have written to the folder.

@@ -6,7 +6,9 @@ The buffers of evicted blocks therefore wait for the next block of their size; t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
+from typing import Any
 
 Buffer = memoryview
 
@@ -27,11 +29,28 @@ class RamTier:
         self._held: dict[Hashable, Buffer] = {}
         self._pool: dict[int, list[Buffer]] = {}
         self._lent: dict[int, Buffer] = {}
+        self._views: dict[int, list[weakref.ref[Any]]] = {}
         self._n_bytes = 0
 
     def get(self, key: Hashable) -> Buffer | None:
         """Return the payload itself, None if it is not held."""
         return self._held.get(key)
+
+    def view(self, key: Hashable) -> Buffer | None:
+        """Return the payload read-only, for as long as anybody keeps it or a part of it.
+
+        Its buffer is not used again while it is kept: others' bytes would show through.
+        """
+        payload = self._held.get(key)
+        if payload is None or not payload.nbytes:
+            return payload
+        import numpy as np  # noqa: PLC0415 (its array can be asked whether it is still in use)
+
+        array = np.frombuffer(payload, np.uint8)
+        array.flags.writeable = False
+        kept = [one for one in self._views.get(id(payload), ()) if one() is not None]
+        self._views[id(payload)] = [*kept, weakref.ref(array)]
+        return array.data
 
     def put(self, key: Hashable, payload: Buffer) -> None:
         """Hold a buffer that was taken here, filled meanwhile."""
@@ -64,8 +83,13 @@ class RamTier:
         return buffer
 
     def give_back(self, buffer: Buffer) -> None:
-        """Put a lent buffer into the pool."""
-        if self._lent.pop(id(buffer), None) is not None:
+        """Put a lent buffer into the pool, or leave it to those who keep a view of it."""
+        views = self._views.pop(id(buffer), ())
+        if self._lent.pop(id(buffer), None) is None:
+            return
+        if any(one() is not None for one in views):
+            self._n_bytes -= buffer.nbytes
+        else:
             self._pool.setdefault(buffer.nbytes, []).append(buffer)
 
     def has_pooled(self, n_bytes: int) -> bool:
@@ -86,6 +110,8 @@ class RamTier:
     def forget_lent(self) -> None:
         """Forget buffers whose users are gone: after a fork, the other threads."""
         self._n_bytes -= sum(buffer.nbytes for buffer in self._lent.values())
+        for lent in self._lent:
+            self._views.pop(lent, None)
         self._lent.clear()
 
     def memory_usage(self) -> int:
