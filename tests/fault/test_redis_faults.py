@@ -43,7 +43,7 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 def cache(url: str, **settings: Any) -> PrefixStateCache:
     own = {"timeout_s": 5.0, "retry_s": 0.05} | settings
-    return cache_on(None, redis=RedisTier.open(url, **own))
+    return cache_on(None, redis=RedisTier(url, **own))
 
 
 def reasons(one: PrefixStateCache) -> set[str]:
@@ -279,7 +279,7 @@ def test_a_replica_and_a_server_without_replicas_take_no_writes(server: RedisSer
 
 def one_state(server: RedisServer, n_bytes: int, **keys: Any) -> tuple[RedisTier, str, Any]:
     """Store one block; return its tier, its key, and what `find_each` is asked for it."""
-    tier = RedisTier.open(server.url, timeout_s=5.0, **keys)
+    tier = RedisTier(server.url, timeout_s=5.0, **keys)
     writer = PrefixStateCache(redis=tier, block_tokens=64)
     rng = random.Random(1)
     writer.save(
@@ -461,7 +461,7 @@ class Meddling:
 def test_what_is_removed_while_it_is_written_never_appears_by_half(
     server: RedisServer, n_call: int
 ) -> None:
-    tier = RedisTier.open(server.url, timeout_s=5.0)
+    tier = RedisTier(server.url, timeout_s=5.0)
     one = cache_on(None, redis=tier)
     state = os.urandom(20 * CHUNK_BYTES)
     Meddling(tier, n_call, lambda: cache(server.url).remove(scope=None))
@@ -480,7 +480,7 @@ def test_what_is_removed_while_it_is_written_never_appears_by_half(
 def test_of_writers_at_once_each_finds_a_place(server: RedisServer) -> None:
     """Both have seen that the first way is free; the second then sees that it is not any more."""
     prompts = [[1, 2, 3, 4], [1, 7, 8, 9]]
-    tier = RedisTier.open(server.url, timeout_s=5.0)
+    tier = RedisTier(server.url, timeout_s=5.0)
     one, other = cache_on(None, redis=tier), cache(server.url)
 
     def meddle() -> None:
@@ -662,7 +662,7 @@ def test_a_server_that_drips_is_not_waited_for(server: RedisServer) -> None:
     # The payload is waited for as long as its size allows, and no longer.
     tier, _, wanted = one_state(server, 2 * CHUNK_BYTES)
     with Proxy(server, pause_s=0.05, piece=1 << 10) as proxy:
-        slow = RedisTier.open(proxy.url, timeout_s=0.3)
+        slow = RedisTier(proxy.url, timeout_s=0.3)
         began = time.perf_counter()
         assert not is_served(slow, wanted)
         assert time.perf_counter() - began < 3
@@ -811,7 +811,7 @@ def growth_kib() -> Iterator[list[int]]:
 
 
 def test_memory_stays_flat_over_many_rounds(server: RedisServer) -> None:
-    own = RedisTier.open(server.url, timeout_s=5.0)
+    own = RedisTier(server.url, timeout_s=5.0)
     one = cache_on(None, redis=own, max_entries=20, ram_bytes=300_000)
     rng = random.Random(5)
 

@@ -69,7 +69,7 @@ class RedisMedium(Medium):
     def tier(self, **settings: Any) -> Any:
         from tokcache.state.tiers.redis import RedisTier  # noqa: PLC0415 (an extra)
 
-        return RedisTier.open(self.server.url, **{"timeout_s": 10.0, **settings})
+        return RedisTier(self.server.url, **{"timeout_s": 10.0, **settings})
 
     def states(self) -> dict[str, dict[bytes, bytes]]:
         return self.server.states()

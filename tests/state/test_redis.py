@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def tier(server: RedisServer, **settings: Any) -> RedisTier:
-    return RedisTier.open(server.url, **{"timeout_s": 10.0, **settings})
+    return RedisTier(server.url, **{"timeout_s": 10.0, **settings})
 
 
 def cache(server: RedisServer, **settings: Any) -> PrefixStateCache:
@@ -550,9 +550,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def on_cluster(cluster: Cluster, n: int = 0, **settings: Any) -> PrefixStateCache:
-    own = RedisTier.open(
-        cluster.servers[n].url, **{"timeout_s": 5.0, "is_cluster": True} | settings
-    )
+    own = RedisTier(cluster.servers[n].url, **{"timeout_s": 5.0, "is_cluster": True} | settings)
     return cache_on(None, redis=own)
 
 
@@ -754,7 +752,7 @@ Engine().save(cache, list(range(80)))
 )
 def test_settings_that_can_not_be_are_refused(settings: Any) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(settings))):
-        RedisTier.open("redis://127.0.0.1", **settings)
+        RedisTier("redis://127.0.0.1", **settings)
 
 
 @pytest.mark.parametrize(
@@ -773,7 +771,7 @@ def test_settings_that_can_not_be_are_refused(settings: Any) -> None:
 )
 def test_a_url_that_can_not_be_is_refused_and_its_password_not_told(url: str) -> None:
     with pytest.raises(InvalidConfig, match="URL of a Redis must be") as caught:
-        RedisTier.open(url)
+        RedisTier(url)
     assert "gehe" not in str(caught.value)
     assert caught.value.__cause__ is None
 
@@ -782,9 +780,9 @@ def test_what_is_no_url_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="redis must be a URL"):
         PrefixStateCache(redis=7)  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match="url must be a str"):
-        RedisTier.open(7)  # type: ignore[arg-type]
+        RedisTier(7)  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match="no databases"):
-        RedisTier.open("redis://127.0.0.1/3", is_cluster=True)
+        RedisTier("redis://127.0.0.1/3", is_cluster=True)
 
 
 def test_options_of_the_url_can_not_change_what_the_tier_needs(redis_server: RedisServer) -> None:

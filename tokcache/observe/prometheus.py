@@ -142,6 +142,26 @@ TEXT = (
     _Family("bypasses_total", "stats.bypasses", "Calls answered by the plain tokenizer.", "reason"),
 )
 
+
+def _of_tier(name: str, there: str, it: str) -> tuple[_Family, ...]:
+    """Return what every tier below memory counts."""
+    told = {
+        "hits": f"States found {there}.",
+        "misses": "States looked up there in vain.",
+        "writes": f"States written to {it}.",
+        "read_bytes": f"Bytes read from {it}.",
+        "written_bytes": "Bytes written there.",
+    }
+    refused = f"States that {it} did not store or give.", "reason"
+    return (
+        *(
+            _Family(f"state_{name}_{n}_total", f"stats.{name}.{n}", text)
+            for n, text in told.items()
+        ),
+        _Family(f"state_{name}_refusals_total", f"stats.{name}.refusals", *refused),
+    )
+
+
 STATES = (
     _Family("state_lookups_total", "stats.lookups", "Look-ups of prefixes."),
     _Family("state_hits_total", "stats.hits", "Look-ups that found a usable prefix."),
@@ -165,30 +185,10 @@ STATES = (
     _Family("state_whole_states", "stats.n_states", "Whole states in memory."),
     _Family("state_promoted_tokens_total", "stats.promoted_tokens", "Positions from a lower tier."),
     _Family("state_expirations_total", "stats.expirations", "States that expired."),
-    _Family("state_disk_hits_total", "stats.disk.hits", "States found on disk."),
-    _Family("state_disk_misses_total", "stats.disk.misses", "States looked up there in vain."),
-    _Family("state_disk_writes_total", "stats.disk.writes", "States written to disk."),
+    *_of_tier("disk", "on disk", "disk"),
     _Family("state_disk_evictions_total", "stats.disk.evictions", "States pruned from disk."),
-    _Family("state_disk_read_bytes_total", "stats.disk.read_bytes", "Bytes read from disk."),
-    _Family("state_disk_written_bytes_total", "stats.disk.written_bytes", "Bytes written there."),
-    _Family(
-        "state_disk_refusals_total",
-        "stats.disk.refusals",
-        "States that the disk did not store or use.",
-        "reason",
-    ),
     _Family("state_disk_bytes", "stats.disk.n_bytes", "Bytes of files on disk."),
-    _Family("state_redis_hits_total", "stats.redis.hits", "States found in Redis."),
-    _Family("state_redis_misses_total", "stats.redis.misses", "States looked up there in vain."),
-    _Family("state_redis_writes_total", "stats.redis.writes", "States written to Redis."),
-    _Family("state_redis_read_bytes_total", "stats.redis.read_bytes", "Bytes read from Redis."),
-    _Family("state_redis_written_bytes_total", "stats.redis.written_bytes", "Bytes written there."),
-    _Family(
-        "state_redis_refusals_total",
-        "stats.redis.refusals",
-        "States that Redis did not store or give.",
-        "reason",
-    ),
+    *_of_tier("redis", "in Redis", "Redis"),
 )
 
 

@@ -431,7 +431,7 @@ def _opened_redis(redis: object) -> tuple[LowerTier, bool] | None:
     if isinstance(redis, RedisTier):
         return redis, False
     if isinstance(redis, str):
-        return RedisTier.open(redis), True
+        return RedisTier(redis), True
     raise InvalidConfig(f"redis must be a URL, a RedisTier or None, not {type(redis).__name__}")
 
 

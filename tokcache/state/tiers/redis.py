@@ -185,6 +185,11 @@ class RedisState:
 class RedisTier(Counting):
     """States in one namespace of a Redis; see the module for its layout.
 
+    `url` is redis-py's: `redis://[[user]:[password]@]host[:port][/db]`, `rediss://…` with TLS,
+    `unix://…`; any node's for a cluster. Nothing is asked of it yet, it may come up later. With
+    `hmac_key` states are sealed against forgery and names can't be guessed; with `encryption_key`
+    (16, 24 or 32 bytes, AES-GCM) tokens and states are unreadable without it.
+
     Units:  `max_state_bytes` bytes of one state; how much all may take is the server's to limit
             (maxmemory). `ttl_s` seconds after its last use a state is removed by the server, None:
             never. A look-up with all it reads, and a write, take `timeout_s` seconds at most, and
@@ -227,41 +232,6 @@ class RedisTier(Counting):
         self._link = Link(url, self.timeout_s, is_cluster=is_cluster)
         self._asking, self._writing = Circuit(n_failures, retry_s), Circuit(n_failures, retry_s)
         super().__init__()
-
-    @classmethod
-    def open(
-        cls,
-        url: str,
-        *,
-        max_state_bytes: int = DEFAULT_STATE_BYTES,
-        ttl_s: float | None = DEFAULT_TTL_S,
-        timeout_s: float = 1.0,
-        namespace: str = "tokcache",
-        hmac_key: bytes | None = None,
-        encryption_key: bytes | None = None,
-        is_cluster: bool = False,
-        n_failures: int = 3,
-        retry_s: float = 1.0,
-    ) -> Self:
-        """Return the tier of a server; nothing is asked of it yet, it may come up later.
-
-        The URL is redis-py's: `redis://[[user]:[password]@]host[:port][/db]`, `rediss://…` with
-        TLS, `unix://…`; any node's for a cluster. With `hmac_key` states are sealed against
-        forgery and names can't be guessed; with `encryption_key` (16, 24 or 32 bytes, AES-GCM)
-        tokens and states are unreadable without it.
-        """
-        return cls(
-            url,
-            max_state_bytes=max_state_bytes,
-            ttl_s=ttl_s,
-            timeout_s=timeout_s,
-            namespace=namespace,
-            hmac_key=hmac_key,
-            encryption_key=encryption_key,
-            is_cluster=is_cluster,
-            n_failures=n_failures,
-            retry_s=retry_s,
-        )
 
     # Names
 
