@@ -518,7 +518,7 @@ class Stranger:
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with suppress(OSError):
+        with suppress(OSError), connection:  # one accepted while we end is in no list
             self._answer(connection)
 
     def __enter__(self) -> Self:
