@@ -159,7 +159,7 @@ class Splitter:
 
     def __call__(self, texts: Sequence[str], *, by_pieces: bool) -> dict[str, list[Any]]:
         distinct = list(dict.fromkeys(texts))
-        made = map(self._pieces, distinct) if by_pieces else self._encoder.encode_apart(distinct)
+        made = map(self._pieces, distinct) if by_pieces else self._encoder.encode(distinct)
         return dict(zip(distinct, made, strict=True))
 
     def _pieces(self, text: str) -> list[str]:

@@ -75,6 +75,9 @@ class Fixed:
         words = b"".join(index.to_bytes(4, "little") for index in self._answer(text))
         return memoryview(words).cast("I")
 
+    def vocabulary(self) -> dict[int, bytes]:
+        return {}
+
 
 @pytest.mark.parametrize("tokenizer", SUPPORTED)
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,7 @@ from tests.text.tokenizers_synthetic import SYNTHETIC, TRAINING, plain
 from tests.text.twins import both, twin
 from tokcache import CacheConfig
 from tokcache.errors import InvalidConfig
-from tokcache.text.fast_encoders import agreed_code_points
-from tokcache.text.l1 import CHARS_AT_ONCE, L1, FastParts
+from tokcache.text.l1 import CHARS_AT_ONCE, L1
 
 if TYPE_CHECKING:
     from tokcache.text.engines import PartEncoder
@@ -170,14 +168,15 @@ class Encoder:
         ids = self.sure.tokenizer.encode(text, add_special_tokens=False).ids
         return memoryview(array("I", self.spoil(ids)))
 
+    def vocabulary(self) -> dict[int, bytes]:
+        return {}
+
 
 def _use(wrapped: Any, spoil: Callable[[list[int]], list[int]] = list, **how: Any) -> Encoder:
     """Have L1 encode with such an encoder, as if it had proven equal."""
     l1 = _l1(wrapped)
-    twin_of_cache = sys.modules[type(l1._cache).__module__]
-    agreed = twin_of_cache.CodePoints(agreed_code_points())
     encoders = [Encoder(sure, spoil, **how) for sure in l1._sure]
-    l1._set_fast([FastParts(one, one.sure, agreed) for one in encoders])
+    l1._set_fast(encoders)
     return encoders[0]
 
 
@@ -194,7 +193,15 @@ def test_an_encoder_that_holds_the_lock_gets_a_long_text_in_turns() -> None:
 
 
 def _other_first(ids: list[int]) -> list[int]:
-    return [ids[0] + 1, *ids[1:]]
+    """Return ids with another token of as many bytes in the place of the first."""
+    tokenizer = SYNTHETIC["gpt2"]()
+    lengths = {index: len(token) for token, index in tokenizer.get_vocab().items()}
+    other = next(
+        index
+        for index, length in sorted(lengths.items())
+        if length == lengths[ids[0]] and index not in ids
+    )
+    return [other, *ids[1:]]
 
 
 def _fails(_: list[int]) -> list[int]:

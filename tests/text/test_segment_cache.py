@@ -19,6 +19,7 @@ from tokcache.text.char_classes import LETTERS_BEYOND, PUNCTUATION_BEYOND
 from tokcache.text.cuts import CutPlan, plan_cuts
 from tokcache.text.engines import PartEncoder
 from tokcache.text.l1 import L1
+from tokcache.text.token_bytes import token_bytes
 
 LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
 KINDS = ("gpt2", "qwen2", "bert_uncased", "llama2", "unigram_first_split")
@@ -38,9 +39,13 @@ class Cached:
     ) -> None:
         self.tokenizer, self.plan = _plan(kind)
         self.cache = twin(name).l1.SegmentCache(self.plan, max_bytes, uses_shorts)
-        self._encoders = [
+        self.encoders = [
             PartEncoder(self.tokenizer, one.normalizer, one.pre_tokenizer)
             for one in self.plan.variants
+        ]
+        self.sizes = [
+            token_bytes(one.tokenizer, variant, {})
+            for one, variant in zip(self.encoders, self.plan.variants, strict=True)
         ]
         first, later, _ = self.plan.variant_of
         self._apart = None if first == later else first
@@ -55,13 +60,12 @@ class Cached:
         ids: list[int] = walk.finish().tolist()
         return ids
 
-    def take(self, walk: Any) -> None:
-        for variant in walk.variants():
-            encoder, parts = self._encoders[variant], walk.parts(variant)
-            if variant == self._apart:
-                assert walk.take(variant, encoder.encode_apart(parts), -1)
-            else:
-                assert walk.take(variant, encoder.encode(parts), encoder.separator)
+    def take(self, walk: Any, variants: Sequence[int] | None = None) -> None:
+        for variant in walk.variants() if variants is None else variants:
+            encoder, sizes = self.encoders[variant], self.sizes[variant]
+            max_chars = 0 if variant == self._apart else 10_000
+            texts = walk.joined(variant, -1, encoder.between, sizes, None, max_chars, 64)
+            assert walk.take(encoder.encode(texts), encoder.separator, sizes)
 
     def right(self, text: str, special: bool = False) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
@@ -480,9 +484,9 @@ def test_finish_before_take_raises(name: str) -> None:
     walk = one.cache.look("hello <s> world", False, 0)
     with pytest.raises(RuntimeError, match="before every part was taken"):
         walk.finish()
-    variant = walk.variants()[0]
-    assert len(walk.variants()) == 1 or walk.take(variant, [[1]] * len(walk.parts(variant)), -1)
-    if len(walk.variants()) > 1:
+    first, *others = walk.variants()
+    one.take(walk, [first])
+    if others:
         with pytest.raises(RuntimeError, match="before every part was taken"):
             walk.finish()
     assert one.complete(walk) == one.right("hello <s> world")
@@ -504,6 +508,13 @@ TEXTS = {
 }
 
 
+def _joined(walk: Any, variant: int, between: str, **how: Any) -> list[str]:
+    settings = {"blank": -1, "sizes": None, "agreed": None, "chars": 10**9, "apart": 10**9} | how
+    blank, sizes, agreed, chars, apart = settings.values()
+    texts: list[str] = walk.joined(variant, blank, between, sizes, agreed, chars, apart)
+    return texts
+
+
 @both
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("between", ["", "|", "\x1cabc\x1c"])
@@ -514,29 +525,96 @@ def test_joined_is_the_parts_joined(name: str, text: str, between: str) -> None:
         assert walk.variants()
         for variant in walk.variants():
             wanted = between.join(walk.parts(variant))
-            found = walk.joined(variant, between, everything)
+            (found,) = _joined(walk, variant, between, agreed=everything)
             assert found == wanted
             assert (found.isascii(), max(found)) == (wanted.isascii(), max(wanted))
             assert hash(found) == hash(wanted)
-        assert walk.joined(30, between, everything) == ""
+            (found,) = _joined(walk, 30, between, blank=variant)
+            assert found == between.join(" " + part for part in walk.parts(variant))
+        assert _joined(walk, 30, between) == []
+
+
+@both
+def test_joined_texts_keep_their_limits(name: str) -> None:
+    _, walk = _walk(name, "".join(f"<s>{n:04d} {n * 7:09d}" for n in range(100)))
+    parts = walk.parts(0)
+    assert max(map(len, parts)) < 20
+    for chars in (0, 1, 20, 50, 1000):
+        for apart in (0, 1, 7, 10**9):
+            groups = [one.split("|") for one in _joined(walk, 0, "|", chars=chars, apart=apart)]
+            assert [part for group in groups for part in group] == parts
+            assert all(len(group) == 1 or sum(map(len, group)) <= chars for group in groups)
+            assert all(len(group) <= apart + 1 for group in groups)
+            assert len(groups) < len(parts) or chars < 50 or apart == 0
+    everything = twin(name).l1.CodePoints([(0, 0x10FFFF)])
+    short = [part for part in parts if len(part) <= 9]
+    texts = _joined(walk, 0, "|", agreed=everything, chars=9)
+    assert [part for one in texts for part in one.split("|")] == short
+    assert len(short) < len(parts)
 
 
 @both
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_joined_is_none_where_a_character_is_not_agreed(name: str, text: str) -> None:
+def test_joined_leaves_out_what_is_not_agreed(name: str, text: str) -> None:
     one, walk = _walk(name, text)
     (variant,) = walk.variants()
-    parts = set("".join(walk.parts(variant)))
-    for char in parts:
+    parts = walk.parts(variant)
+    chars = set("".join(parts))
+    for char in chars:
         point = ord(char)
         if char.isascii():
             continue  # what every encoder agrees on is not looked up
         ranges = [(0, point - 1)] + [(point + 1, 0x10FFFF)] * (point < 0x10FFFF)
         agreed = twin(name).l1.CodePoints(ranges)
         assert not agreed.cover(char)
-        assert walk.joined(variant, "|", agreed) is None, ascii(char)
-    of_parts = twin(name).l1.CodePoints([(ord(char), ord(char)) for char in sorted(parts)])
-    assert walk.joined(variant, "|", of_parts) == "|".join(walk.parts(variant))
+        texts = _joined(walk, variant, "|", agreed=agreed)
+        assert "".join(texts) == "|".join(part for part in parts if char not in part), ascii(char)
+    of_parts = twin(name).l1.CodePoints([(ord(char), ord(char)) for char in sorted(chars)])
+    assert _joined(walk, variant, "|", agreed=of_parts) == ["|".join(parts)]
+    assert one.complete(walk) == one.right(text)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama2"])
+def test_parts_that_may_stand_side_by_side_have_nothing_between_them(kind: str) -> None:
+    one = Cached("native", kind)
+    known = "alpha beta gamma delta epsilon "
+    for text in (known * 9, known * 9 + "<s>" + known * 9):
+        one.ids(text)
+    text = (known + "zeta eta theta " + known + "iota kappa ") * 9 + "<s>" + known + "lambda\n"
+    walk = one.cache.look(text, False, 0)
+    variant = one.plan.variant_of[2]
+    sizes = one.sizes[variant]
+    assert sizes is not None
+    (apart,) = _joined(walk, variant, "|")
+    (seamless,) = _joined(walk, variant, "|", sizes=sizes)
+    assert seamless.count("|") < apart.count("|") // 2
+    assert seamless.replace("|", "") == apart.replace("|", "")
+    encoder = one.encoders[variant]
+    (together,) = _joined(walk, variant, encoder.between, sizes=sizes)
+    (ids,) = encoder.encode([together])
+    for wrong in (ids[:-1], ids[1:], [*ids, ids[-1]], [ids[0], *ids], [], [10**6]):
+        assert not walk.take([wrong], encoder.separator, sizes)
+    assert not walk.take([], encoder.separator, sizes)
+    assert not walk.take([ids, ids], encoder.separator, sizes)
+    assert walk.take([ids], encoder.separator, sizes)
+    assert one.complete(walk) == one.right(text)
+    assert one.ids(text) == one.right(text)
+
+
+def test_ids_that_do_not_end_where_a_part_does_are_refused() -> None:
+    one = Cached("native", "gpt2", uses_shorts=False)
+    text = LINE * 100
+    walk = one.cache.look(text, False, 0)
+    encoder, sizes = one.encoders[0], one.sizes[0]
+    (found,) = _joined(walk, 0, encoder.between, sizes=sizes)
+    assert found is text
+    cut = len(walk.parts(0)[0])
+    tokens = {len(token): index for token, index in one.tokenizer.get_vocab().items()}
+    for left, right in ((cut - 1, cut + 1), (cut - 2, cut + 1)):
+        across = tokens[right - left]  # as many bytes as stand there, in one token
+        ids = [*one.right(text[:left]), across, *one.right(text[right:])]
+        assert not walk.take([ids], encoder.separator, sizes)
+    assert walk.take([one.right(text)], encoder.separator, sizes)
     assert one.complete(walk) == one.right(text)
 
 
@@ -580,10 +658,12 @@ def test_take_accepts_every_form_of_ids(name: str, form: Any) -> None:
     parts = walk.parts(0)
     assert len(parts) == 3
     ids = [11, 12, 99, 13, 99]  # the last part has none
-    assert walk.take(0, [form(ids)], 99)
+    assert len(_joined(walk, 0, "|")) == 1
+    assert walk.take([form(ids)], 99, None)
     assert walk.finish().tolist() == [11, 12, 13, 0]
     _, walk = _walk(name, "alpha beta<s>gamma")
-    assert walk.take(0, [form([11]), form([12, 99, 13])], 99)
+    assert len(_joined(walk, 0, "|", apart=1)) == 2
+    assert walk.take([form([11, 99, 12]), form([13])], 99, None)
     assert walk.finish().tolist() == [11, 12, 0, 13]
 
 
@@ -594,6 +674,7 @@ def test_take_accepts_every_form_of_ids(name: str, form: Any) -> None:
         [],
         [[1]],
         [[1, 99, 2]],
+        [[1, 99, 2, 99, 3], [1, 99, 2, 99, 3]],
         [[1], [2]],
         [[1, 99, 2, 99, 3, 99, 4]],
         [[1, 99, 2, 99, 3, 99]],
@@ -604,9 +685,9 @@ def test_take_accepts_every_form_of_ids(name: str, form: Any) -> None:
 )
 def test_take_refuses_too_few_or_too_many_parts(name: str, encoded: Sequence[list[int]]) -> None:
     one, walk = _walk(name, "alpha beta<s>gamma")
-    assert not walk.take(0, [array("i", ids) for ids in encoded], 99)
-    _, again = one, one.cache.look("alpha beta<s>gamma", False, 0)
-    assert not again.take(0, list(encoded), 99)
+    assert len(_joined(walk, 0, "|")) == 1
+    assert not walk.take([array("i", ids) for ids in encoded], 99, None)
+    assert not walk.take(list(encoded), 99, None)
     assert one.complete(walk) == one.right("alpha beta<s>gamma")  # and can be given right ones
     one.check()
     assert one.ids("alpha beta<s>gamma") == one.right("alpha beta<s>gamma")
@@ -616,10 +697,10 @@ def test_take_refuses_too_few_or_too_many_parts(name: str, encoded: Sequence[lis
 def test_take_gives_each_variant_its_own(name: str) -> None:
     one, walk = _walk(name, "alpha beta<s>gamma alpha", "llama2")
     first, inside = walk.variants()
-    n_parts = [len(walk.parts(variant)) for variant in (first, inside)]
-    assert all(n_parts)
-    assert walk.take(first, [[1]] * n_parts[0], -1)
-    assert not walk.take(inside, [[1]] * (n_parts[1] + 1), -1)
+    assert len(_joined(walk, inside, "", chars=0)) == len(walk.parts(inside)) > 0
+    assert not walk.take([[1]] * (len(walk.parts(inside)) + 1), -1, None)
+    one.take(walk, [first])
+    assert _joined(walk, first, "") == []
     assert one.complete(walk) == one.right("alpha beta<s>gamma alpha")
 
 

@@ -69,7 +69,6 @@ def engine_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for kind, method in (
         (HuggingFaceEngine, "encode"),
         (PartEncoder, "encode"),
-        (PartEncoder, "encode_apart"),
     ):
         plain = getattr(kind, method)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tokcache.text import _l0_py, _l1_py, _token_ids_py
+from tokcache.text.fast_encoders import agreed_code_points
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Twin:
         monkeypatch.setattr("tokcache.text.l1.TokenIds", self.token_ids)
         monkeypatch.setattr("tokcache.text.l1.SegmentCache", self.l1.SegmentCache)
         monkeypatch.setattr("tokcache.text.l1.Walk", self.l1.Walk)
+        monkeypatch.setattr("tokcache.text.token_bytes.TokenBytes", self.l1.TokenBytes)
+        agreed = self.l1.CodePoints(agreed_code_points())
+        monkeypatch.setattr("tokcache.text.l1._agreed", lambda: agreed)
         monkeypatch.setattr("tokcache.text.tokenizer.Walk", self.l1.Walk)
 
 

@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, final
 
 from tokcache.stats import L1Stats
@@ -14,8 +14,17 @@ class Walk:
     def n_chars(self) -> int: ...
     def variants(self) -> list[int]: ...
     def parts(self, variant: int) -> list[str]: ...
-    def joined(self, variant: int, between: str, agreed: CodePoints) -> str | None: ...
-    def take(self, variant: int, encoded: list[Any], separator: int) -> bool: ...
+    def joined(
+        self,
+        variant: int,
+        blank_variant: int,
+        between: str,
+        sizes: TokenBytes | None,
+        agreed: CodePoints | None,
+        max_chars: int,
+        max_apart: int,
+    ) -> list[str]: ...
+    def take(self, encoded: list[Any], separator: int, sizes: TokenBytes | None) -> bool: ...
     def finish(self) -> TokenIds: ...
 
 @final
@@ -39,3 +48,13 @@ class SegmentCache:
 class CodePoints:
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None: ...
     def cover(self, text: str) -> bool: ...
+
+@final
+class TokenBytes:
+    def __init__(
+        self,
+        n_ids: int,
+        length_of: Callable[[int], int],
+        exact: Callable[[], list[tuple[int, int]]] | None = None,
+    ) -> None: ...
+    def fill(self, sizes: bytes) -> None: ...

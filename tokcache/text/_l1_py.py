@@ -24,7 +24,7 @@ from tokcache.text._token_ids_py import TokenIds
 from tokcache.text.char_classes import CharClass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from tokcache.text.cuts import CutPlan
 
@@ -73,6 +73,7 @@ class Walk:
         self.chunks: list[_Ids | _Missed] = []
         self.units: dict[_Key, _Unit] = {}
         self.counts: Counter[str] = Counter(lookup_chars=len(text))
+        self._picked: list[list[_Unit]] = []
 
     @property
     def n_chars(self) -> int:
@@ -85,28 +86,61 @@ class Walk:
 
     def parts(self, variant: int) -> list[str]:
         """Return the texts that this variant must encode, in order."""
-        return [unit.part for unit in self._units(variant)]
+        return [unit.part for unit in self.units.values() if unit.variant == variant]
 
-    def joined(self, variant: int, between: str, agreed: CodePoints) -> str | None:
-        """Return `parts(variant)` as one string, `between`, which is ASCII, between two.
+    def joined(  # noqa: PLR0917 (by place, as the native one is called)
+        self,
+        variant: int,
+        blank_variant: int,
+        between: str,
+        sizes: TokenBytes | None,  # noqa: ARG002 (every two parts are kept apart)
+        agreed: CodePoints | None,
+        max_chars: int,
+        max_apart: int,
+    ) -> list[str]:
+        """Return texts that hold all parts which `variant` must encode and has not yet.
 
-        None if some part has a character that is none of `agreed`.
+        With them those of `blank_variant` (-1: none), a blank before each: `variant` encodes that
+        as the other one does the part. A text has up to `max_chars` characters, or one part, and
+        up to `max_apart` times `between`, which is ASCII, between two parts. With `agreed`, only
+        parts of these code points and of up to `max_chars` characters.
         """
-        parts = self.parts(variant)
-        return between.join(parts) if all(map(agreed.cover, parts)) else None
+        self._picked = []
+        n_chars = 0
+        for unit in self.units.values():
+            n = len(unit.part)
+            if unit.ids is not None or unit.variant not in (variant, blank_variant):
+                continue
+            if agreed is not None and (n > max_chars or not agreed.cover(unit.part)):
+                continue
+            is_full = self._picked and len(self._picked[-1]) > max_apart
+            if not self._picked or is_full or n_chars + n > max_chars:
+                self._picked.append([])
+                n_chars = 0
+            self._picked[-1].append(unit)
+            n_chars += n
+        blanks = {variant: "", blank_variant: " "}
+        return [
+            between.join(blanks[unit.variant] + unit.part for unit in units)
+            for units in self._picked
+        ]
 
-    def take(self, variant: int, encoded: Sequence[Any], separator: int) -> bool:
-        """Take the ids of `parts(variant)`; return False if they are not exactly those parts.
+    def take(
+        self,
+        encoded: Sequence[Any],
+        separator: int,
+        sizes: TokenBytes | None,  # noqa: ARG002 (every two parts were kept apart)
+    ) -> bool:
+        """Take the ids of the texts that `joined` returned; return False if they are not theirs.
 
-        Each of `encoded` holds some of the parts, in order, the id `separator` between two: a list
-        or a buffer of 32-bit integers.
+        Each of `encoded` is a list or a buffer of 32-bit integers.
         """
-        found = [part for ids in encoded for part in _split(_listed(ids), separator)]
-        units = self._units(variant)
-        if len(found) != len(units):
+        found = [_split(_listed(ids), separator) for ids in encoded]
+        if list(map(len, found)) != list(map(len, self._picked)):
             return False
-        for unit, ids in zip(units, found, strict=True):
-            unit.ids = ids
+        for units, parts in zip(self._picked, found, strict=True):
+            for unit, ids in zip(units, parts, strict=True):
+                unit.ids = ids
         return True
 
     def finish(self) -> TokenIds:
@@ -114,9 +148,6 @@ class Walk:
         if any(unit.ids is None for unit in self.units.values()):
             raise RuntimeError("finish() before every part was taken")
         return self._cache.finish(self)
-
-    def _units(self, variant: int) -> list[_Unit]:
-        return [unit for unit in self.units.values() if unit.variant == variant]
 
 
 class SegmentCache:
@@ -414,6 +445,21 @@ class CodePoints:
     def cover(self, text: str) -> bool:
         """Return whether every character of `text` is one of them."""
         return self._all.fullmatch(text) is not None
+
+
+class TokenBytes:
+    """How many bytes of a text each token id stands for; nothing here asks for it."""
+
+    def __init__(
+        self,
+        n_ids: int,
+        length_of: Callable[[int], int],
+        exact: Callable[[], list[tuple[int, int]]] | None = None,
+    ) -> None:
+        pass
+
+    def fill(self, sizes: bytes) -> None:
+        """Take the bytes of the first ids at once; 0 where they are unknown."""
 
 
 def _n_bytes(key: _Key, ids: _Ids) -> int:

@@ -140,7 +140,9 @@ class CutPlan:
     `off` is why nothing of it may be cut, else None. `coarse` and `fine` are rows of bytes,
     [left * N_CLASSES + right]; fine cuts are looked for only where added tokens were found, coarse
     ones hold beside any added token. `variants` encode a part that begins the text, one behind an
-    added token and one at a cut; equal ones are listed once, `variant_of` names each one's.
+    added token and one at a cut; equal ones are listed once, `variant_of` names each one's. Parts
+    that don't stand side by side may be joined at a pair of `seams`; the variant for cuts encodes
+    a blank and a part as `blank_variant` the part alone (-1: there is no such variant).
     `affixes` are the ids put before and behind a text, by add_special_tokens, or None if unknown.
     """
 
@@ -150,9 +152,11 @@ class CutPlan:
     recognised: tuple[tuple[str, str], ...] = ()
     coarse: bytes = bytes(N_CLASSES * N_CLASSES)
     fine: bytes = bytes(N_CLASSES * N_CLASSES)
+    seams: bytes = bytes(N_CLASSES * N_CLASSES)
     separators: tuple[Separator, ...] = ()
     variants: tuple[Variant, ...] = ()
     variant_of: tuple[int, int, int] = (0, 0, 0)
+    blank_variant: int = -1
     affixes: tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, ...] = (None, None)
 
     @property
@@ -221,7 +225,7 @@ class _Planner:
             )
             rules = []
         separators = self._separators(by_phase)
-        coarse, fine = self._matrices(rules, separators)
+        coarse, fine, seams = self._matrices(rules, separators, by_phase[1])
         distinct = tuple(dict.fromkeys(variants))
         return CutPlan(
             off=None,
@@ -230,9 +234,11 @@ class _Planner:
             recognised=tuple(self.recognised),
             coarse=coarse,
             fine=fine,
+            seams=seams,
             separators=tuple(separators),
             variants=distinct,
             variant_of=tuple(distinct.index(one) for one in variants),  # type: ignore[arg-type]
+            blank_variant=self._blank_variant(variants, tokens),
             affixes=affixes,
         )
 
@@ -431,8 +437,10 @@ class _Planner:
     def _ids(self) -> list[tuple[int, Any]]:
         return sorted(self.tokenizer.get_added_tokens_decoder().items())
 
-    def _matrices(self, rules: list[Rule], separators: list[Separator]) -> tuple[bytes, bytes]:
-        """Return the coarse and the fine pairs, less those that an added token makes unsafe."""
+    def _matrices(
+        self, rules: list[Rule], separators: list[Separator], normalized: list[Any]
+    ) -> tuple[bytes, bytes, bytes]:
+        """Return coarse pairs, fine ones and seams, less those that an added token makes unsafe."""
         pairs = {pair for rule in rules for pair in rule.pairs()}
         for one in separators:
             first, last = class_of(one.content[0]), class_of(one.content[-1])
@@ -446,7 +454,11 @@ class _Planner:
                 pairs -= set(_pairs_in(one.content))
         inside = {pair for one in separators for pair in _pairs_in(one.content)}
         coarse = {pair for pair in pairs - inside if _is_coarse(pair)}
-        return _matrix(coarse), _matrix(pairs)
+        names = [token.content for token in normalized]
+        if self.normalizer is not None:
+            names += [self.tokenizer.normalizer.normalize_str(name) for name in names]
+        seams = coarse.difference(*map(_pairs_in, names))
+        return _matrix(coarse), _matrix(pairs), _matrix(seams)
 
     # ---- what is put around
 
@@ -458,6 +470,11 @@ class _Planner:
             json.dumps(_without_prefix_space(_never_first(self.pre_tokenizer))),
         )
         return first, later, inside
+
+    def _blank_variant(self, variants: tuple[Variant, Variant, Variant], tokens: list[Any]) -> int:
+        # A token with a blank could be found where the blank was put.
+        is_free = not any(set(token.content) & {" ", _MARKER} for token in tokens)
+        return 0 if is_free and _puts_a_blank(*variants) else -1
 
     def _affixes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, ...]:
         try:
@@ -970,6 +987,18 @@ def _without_prefix(state: Any) -> Any:
     if state["type"] == "Sequence":
         return {**state, "normalizers": [_without_prefix(one) for one in state["normalizers"]]}
     return state
+
+
+def _puts_a_blank(first: Variant, later: Variant, inside: Variant) -> bool:
+    """Return whether `first` and `later` put a blank before a part, and nothing else is done."""
+    state = json.loads(first.normalizer)
+    parts = state["normalizers"] if state is not None and state["type"] == "Sequence" else []
+    marks = {"type": "Replace", "pattern": {"String": " "}, "content": _MARKER}
+    return (
+        first == later != inside
+        and first.pre_tokenizer == inside.pre_tokenizer
+        and parts == [{"type": "Prepend", "prepend": _MARKER}, marks]
+    )
 
 
 def read_affixes(state: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

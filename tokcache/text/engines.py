@@ -9,7 +9,6 @@ answers are not stored.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -142,8 +141,8 @@ class HuggingFaceEngine:
 class PartEncoder:
     """Encodes parts of texts with the components of one variant, many in one call.
 
-    Parts are joined by an added token of our own, which nobody can guess: what stands between two
-    of them is encoded by itself, and its ids are those between two separators.
+    Parts may be joined by an added token of our own, `between`, which nobody can guess: what
+    stands between two of them is encoded by itself, and its ids are those between two `separator`.
 
     Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock.
     """
@@ -161,15 +160,9 @@ class PartEncoder:
         """What encodes, with the separator among its added tokens; never changed."""
         return self._tokenizer
 
-    def encode(self, parts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of all parts, in order, in groups with `separator` between two parts."""
-        groups = [self.between.join(group) for group in _groups(parts)]
-        found = self._tokenizer.encode_batch_fast(groups, add_special_tokens=False)
-        return [encoding.ids for encoding in found]
-
-    def encode_apart(self, parts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of every part, each encoded as a text of its own."""
-        found = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of every text."""
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
 
@@ -192,29 +185,6 @@ def free_edge(added: list[Any]) -> str | None:
 
 
 _EDGES = "\x1c\x1d\x1e\x1f"  # neither a word's nor white space to the library
-_GROUP_CHARS = 4096  # below, a second thread costs more than it brings
-_GROUP_PARTS = 64  # more make tokenizers slower, on one core, too
-_N_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _groups(parts: Sequence[str]) -> list[Sequence[str]]:
-    """Share parts out to threads, about the same number of characters each."""
-    n_chars = sum(map(len, parts))
-    for_threads = min(4 * _N_CPUS, n_chars // _GROUP_CHARS) if _N_CPUS > 1 else 1
-    n_groups = min(len(parts), max(for_threads, len(parts) // _GROUP_PARTS))
-    if n_groups <= 1:
-        return [parts]
-    per_group = n_chars / n_groups
-    groups: list[Sequence[str]] = []
-    start, seen = 0, 0
-    for index, part in enumerate(parts):
-        seen += len(part)
-        if seen >= per_group * (len(groups) + 1):
-            groups.append(parts[start : index + 1])
-            start = index + 1
-    if start < len(parts):
-        groups.append(parts[start:])
-    return groups
 
 
 class PlainEngine:

@@ -168,6 +168,9 @@ class FastEncoder(Protocol):
         Errors: the library's own; TypeError or UnicodeEncodeError for lone surrogates.
         """
 
+    def vocabulary(self) -> dict[int, bytes]:
+        """Return the tokens by id, as far as that takes no longer than to ask for a few."""
+
 
 class Gigatoken:
     """gigatoken's encoder.
@@ -186,6 +189,7 @@ class Gigatoken:
 
     def _renew(self) -> None:
         made = importlib.import_module("gigatoken").Tokenizer.from_json(self._json)
+        self._backend: Any = made.backend
         self._encode: Callable[[str], npt.NDArray[np.uint32]] = made.backend.encode
         self._encode("")  # the first text is slow: it imports numpy
         self._n_chars_left = GIGATOKEN_MAX_CHARS
@@ -196,6 +200,11 @@ class Gigatoken:
         if self._n_chars_left < 0:
             self._renew()
         return self._encode(text)
+
+    def vocabulary(self) -> dict[int, bytes]:
+        """Return all tokens by id."""
+        found: dict[int, bytes] = self._backend.vocab
+        return found
 
 
 class Fastokens:
@@ -219,6 +228,10 @@ class Fastokens:
     def encode(self, text: str) -> Ids:
         """Return the ids of `text`."""
         return memoryview(self._encode_flat([text])[0]).cast("I")
+
+    def vocabulary(self) -> dict[int, bytes]:
+        """Return nothing: it has none to hand out."""
+        return {}
 
 
 _ENCODERS: dict[str, Callable[[str], FastEncoder]] = {

@@ -9,14 +9,16 @@ encoder that made it, or L1.
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import blake2b
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from os import urandom
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from tokcache.errors import MissingExtra
 from tokcache.text._native import is_native
@@ -31,6 +33,7 @@ from tokcache.text.fast_encoders import (
     probe_texts,
     prove,
 )
+from tokcache.text.token_bytes import TokenBytes, token_bytes
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
@@ -45,85 +48,31 @@ if TYPE_CHECKING or is_native():
 else:
     from tokcache.text._l1_py import CodePoints, SegmentCache, Walk
 
-__all__ = ["L1", "FastParts", "Walk", "first_difference"]
+__all__ = ["L1", "Walk", "first_difference"]
 
 _log = logging.getLogger("tokcache")
 _MAX_SCOPE_TAGS = 4096
 CHARS_AT_ONCE = 1 << 17  # what an encoder that holds the interpreter lock gets in one call
+_CHARS_FOR_A_THREAD = 4096  # below, a second thread costs more than it brings
+_MAX_APART = 64  # more separators in a text make tokenizers slower
+_NO_LIMIT = 1 << 40
+_N_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Parts(Protocol):
-    """Encodes the parts of texts that one variant of a tokenizer is for."""
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """What encodes the parts that one variant of a tokenizer is for.
 
-    separator: int
-
-    def encode(self, parts: Sequence[str]) -> list[Any]:
-        """Return ids in groups, `separator` between two parts."""
-
-    def encode_apart(self, parts: Sequence[str]) -> list[Any]:
-        """Return the ids of every part by itself."""
-
-
-class FastParts:
-    """Parts encoded by a faster encoder, as long as it answers; all others by tokenizers.
-
-    It gets only parts made of code points on which it and tokenizers agree.
+    With `blank` (a variant, or -1) also that one's, a blank before each. `is_apart` says that each
+    part must be a text of its own, `sizes` how many bytes of it an id stands for.
     """
 
-    def __init__(self, encoder: FastEncoder, sure: PartEncoder, agreed: CodePoints) -> None:
-        self.separator = sure.separator
-        self.encoder = encoder
-        self._sure = sure
-        self._agreed = agreed
-
-    def fill(self, walk: Walk, variant: int) -> bool:
-        """Encode what a walk misses in one call; False if it has other code points, or failed."""
-        joined = walk.joined(variant, self._sure.between, self._agreed)
-        if joined is None or (self.encoder.holds_lock and len(joined) > CHARS_AT_ONCE):
-            return False
-        return walk.take(variant, [self.encoder.encode(joined)], self.separator)
-
-    def encode(self, parts: Sequence[str]) -> list[Any]:
-        """Return ids in groups, `separator` between two parts."""
-        found: list[Any] = []
-        for is_agreed, group in groupby(parts, self._agreed.cover):
-            some = list(group)
-            if not is_agreed:
-                found += self._sure.encode(some)
-            elif self.encoder.holds_lock:
-                found += self._in_turns(some)
-            else:
-                found.append(self._encode_fast(some))
-        return found
-
-    def _in_turns(self, parts: Sequence[str]) -> list[Any]:
-        """Return ids in groups so small that other threads need not wait long between two."""
-        found: list[Any] = []
-        for group in _split(parts):
-            is_long = sum(map(len, group)) > CHARS_AT_ONCE
-            found += self._sure.encode(group) if is_long else [self._encode_fast(group)]
-        return found
-
-    def encode_apart(self, parts: Sequence[str]) -> list[Any]:
-        """Return the ids of every part by itself."""
-        return [ids for part in parts for ids in self.encode([part])]
-
-    def _encode_fast(self, parts: Sequence[str]) -> Any:
-        return self.encoder.encode(self._sure.between.join(parts))
-
-
-def _split(parts: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the parts in groups of up to CHARS_AT_ONCE characters, longer parts alone."""
-    group: list[str] = []
-    n_chars = 0
-    for part in parts:
-        if group and n_chars + len(part) > CHARS_AT_ONCE:
-            yield group
-            group, n_chars = [], 0
-        group.append(part)
-        n_chars += len(part)
-    if group:
-        yield group
+    number: int
+    blank: int
+    is_apart: bool
+    sure: PartEncoder
+    sizes: TokenBytes | None
+    fast: FastEncoder | None = None
 
 
 class L1:
@@ -156,8 +105,6 @@ class L1:
         self._sure = [
             PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer) for one in plan.variants
         ]
-        first, later, _ = plan.variant_of
-        self._apart = None if first == later else first
         self._secret = urandom(32)
         self._tags: dict[str, int] = {}
         self._rng = random.Random(urandom(16))  # noqa: S311 (a draw, not a secret)
@@ -176,10 +123,10 @@ class L1:
 
     def complete(self, walk: Walk, text: str, add_special_tokens: bool) -> TokenIds | None:
         """Encode what is missing and return the ids of the text; None: encode it whole."""
-        for variant in walk.variants():
-            if not self._take(walk, variant, self._encoders[variant]) and not self._take(
-                walk, variant, self._sure[variant]
-            ):
+        for one in self._variants:
+            if one.fast is not None:
+                self._encode_fast(walk, one, one.fast)
+            if not _encode_sure(walk, one):
                 self.counts["parts_differ"] += 1
                 return None
         ids = walk.finish()
@@ -233,31 +180,32 @@ class L1:
 
     def after_fork(self) -> None:
         """In a forked child: an encoder with threads of its own is no use here."""
-        fast = (one for one in self._encoders if isinstance(one, FastParts))
-        if not all(one.encoder.is_fork_safe for one in fast):
+        if not all(one.fast.is_fork_safe for one in self._variants if one.fast is not None):
             self._set_fast(None)
 
     # ---- engines
 
-    def _take(self, walk: Walk, variant: int, encoder: Parts) -> bool:
+    def _encode_fast(self, walk: Walk, one: _Variant, encoder: FastEncoder) -> None:
+        """Encode the parts made of code points on which the encoder and tokenizers agree.
+
+        An encoder that holds the interpreter lock does so in turns, and gets no longer part.
+        """
+        between, separator = one.sure.between, one.sure.separator
+        max_chars = CHARS_AT_ONCE if encoder.holds_lock else _NO_LIMIT
+        texts = walk.joined(
+            one.number, one.blank, between, one.sizes, _agreed(), max_chars, _NO_LIMIT
+        )
         try:
-            if variant == self._apart:
-                return walk.take(variant, encoder.encode_apart(walk.parts(variant)), -1)
-            if isinstance(encoder, FastParts) and encoder.fill(walk, variant):
-                return True
-            parts = walk.parts(variant)
-            if walk.take(variant, encoder.encode(parts), encoder.separator):
-                return True
+            is_right = walk.take([*map(encoder.encode, texts)], separator, one.sizes)
         except BaseException as error:
-            if isinstance(encoder, PartEncoder) or not is_of_library(error):
+            if not is_of_library(error):
                 raise
             self._drop_fast(f"it failed: {error}")
-            return False
-        if not isinstance(encoder, PartEncoder):
+            return
+        if not is_right:
             self._drop_fast("it did not keep the parts of a text apart")
-        return False
 
-    def _choose_fast(self, wanted: str) -> list[FastParts] | None:
+    def _choose_fast(self, wanted: str) -> list[FastEncoder] | None:
         if wanted == "tokenizers":
             return None
         present = installed()
@@ -274,19 +222,34 @@ class L1:
             _log.warning("%s", self.notes[-1])
         return None
 
-    def _prove_fast(self, name: str, sure: PartEncoder) -> FastParts:
+    def _prove_fast(self, name: str, sure: PartEncoder) -> FastEncoder:
         encoder = build(name, sure.tokenizer.to_str())
         reason = prove(encoder, sure.tokenizer, probe_texts(sure.tokenizer))
         if reason is not None:
             raise FastEncoderUnavailable(name, reason)
-        return FastParts(encoder, sure, CodePoints(agreed_code_points()))
+        return encoder
 
-    def _set_fast(self, fast: list[FastParts] | None) -> None:
-        self._encoders: Sequence[Parts] = fast or self._sure
-        self.holds_lock = fast is not None and fast[0].encoder.holds_lock
-        self.engine = fast[0].encoder.name if fast else "tokenizers"
+    def _set_fast(self, fast: Sequence[FastEncoder] | None) -> None:
+        self._variants = self._made_variants(fast or [None] * len(self._sure))
+        self.holds_lock = fast is not None and fast[0].holds_lock
+        self.engine = fast[0].name if fast else "tokenizers"
         # A fast encoder is done with a whole chunk before its segments are looked up.
         self._cache = SegmentCache(self.plan, self._max_bytes, fast is None)
+
+    def _made_variants(self, fast: Sequence[FastEncoder | None]) -> list[_Variant]:
+        plan = self.plan
+        first, later, inside = plan.variant_of
+        blank = plan.blank_variant
+        numbers = range(len(plan.variants)) if blank < 0 else [inside]
+        made = []
+        for number in numbers:
+            is_apart = number == first != later
+            sure = self._sure[number]
+            own = None if is_apart else fast[number]
+            known = {} if own is None else own.vocabulary()
+            sizes = token_bytes(sure.tokenizer, plan.variants[number], known)
+            made.append(_Variant(number, blank, is_apart, sure, sizes, own))
+        return made
 
     def _drop_fast(self, reason: str) -> None:
         _log.error("engine %s is dropped for this tokenizer, %s", self.engine, reason)
@@ -335,8 +298,7 @@ class L1:
         found = SegmentCache(self.plan, self._max_bytes, True).look(text, add_special_tokens, 0)
         if found is None or isinstance(found, TokenIds):
             return found
-        takes = (self._take(found, one, self._sure[one]) for one in found.variants())
-        return found.finish() if all(takes) else None
+        return found.finish() if all(_encode_sure(found, one) for one in self._variants) else None
 
     def _tag(self, scope: str) -> int:
         """Return the number that stands for a scope: a keyed digest of 64 bits."""
@@ -349,6 +311,25 @@ class L1:
                 self._tags.clear()
             self._tags[scope] = tag
         return tag
+
+
+@cache
+def _agreed() -> CodePoints:
+    return CodePoints(agreed_code_points())
+
+
+def _encode_sure(walk: Walk, one: _Variant) -> bool:
+    """Have tokenizers encode what is left of one variant's parts, shared out to threads."""
+    n_chars, max_chars = walk.n_chars, 0
+    if not one.is_apart:
+        n_texts = min(4 * _N_CPUS, n_chars // _CHARS_FOR_A_THREAD) if _N_CPUS > 1 else 1
+        max_chars = n_chars // n_texts + 1 if n_texts > 1 else _NO_LIMIT
+    texts = walk.joined(
+        one.number, one.blank, one.sure.between, one.sizes, None, max_chars, _MAX_APART
+    )
+    if not texts:
+        return True
+    return walk.take(one.sure.encode(texts), one.sure.separator, one.sizes)
 
 
 def first_difference(right: Sequence[int], found: Sequence[int]) -> int | None:

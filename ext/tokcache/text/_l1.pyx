@@ -14,7 +14,7 @@ from tokcache.stats import L1Stats
 
 from tokcache.text._digest cimport N_SECRETS, fold, full_digest
 from tokcache.text._scan cimport (
-    AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, OPENS, OTHER, RSTRIP,
+    AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, NEWLINE, OPENS, OTHER, RSTRIP,
     SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, child_slot,
     class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
 )
@@ -55,6 +55,10 @@ cdef enum:
     NO_ROOM = 0            # outcomes of filling in a part
     KEPT = 1
     THERE = 2
+    LAST = 0               # what stands behind a part in a joined text: nothing more
+    APART = 1              # a separator
+    SEAMLESS = 2           # the next part
+    UNLEARNT = 0xFF        # as the bytes of a token: not asked for yet
 
 
 ctypedef struct Op:       # a piece of the answer
@@ -70,6 +74,8 @@ ctypedef struct Unit:     # a part that the engine must encode
     bint is_made
     bint is_short
     bint may_grow         # its neighbour may become part of it
+    uint32_t n_bytes      # in UTF-8, with a blank before it; 0: ids don't tell
+    uint32_t behind       # it in the joined text
 
 ctypedef struct Missed:   # a chunk that was not there
     size_t start
@@ -128,6 +134,8 @@ cdef class Walk:
     cdef size_t barrier        # pieces before it belong to other chunks
     cdef Unit* units
     cdef size_t n_units, unit_capacity
+    cdef uint32_t* picked      # the units in the texts of `joined`
+    cdef size_t n_picked, pick_capacity
     cdef Missed* missed
     cdef size_t n_missed, missed_capacity
     cdef uint64_t chunk_hits, chunk_miss_chars, short_hits, short_misses
@@ -138,6 +146,7 @@ cdef class Walk:
         free(self.made.data)
         free(self.ops)
         free(self.units)
+        free(self.picked)
         free(self.missed)
 
     cdef size_t n_bytes(self) noexcept:
@@ -146,6 +155,7 @@ cdef class Walk:
             self.run_capacity * sizeof(uint32_t) + self.op_capacity * sizeof(Op)
             + (self.known.capacity + self.made.capacity) * sizeof(int32_t)
             + self.unit_capacity * sizeof(Unit) + self.missed_capacity * sizeof(Missed)
+            + self.pick_capacity * sizeof(uint32_t)
         )
 
     @property
@@ -172,61 +182,82 @@ cdef class Walk:
             for i in range(self.n_units) if self.units[i].variant == variant
         ]
 
-    def joined(self, uint32_t variant, str between, CodePoints agreed):
-        """Return `parts(variant)` as one string, `between`, which is ASCII, between two.
+    def joined(
+        self, uint32_t variant, int blank_variant, str between, TokenBytes sizes,
+        CodePoints agreed, size_t max_chars, size_t max_apart,
+    ):
+        """Return texts that hold all parts which `variant` must encode and has not yet.
 
-        None if some part has a character that is none of `agreed`.
+        With them those of `blank_variant` (-1: none), a blank before each: `variant` encodes that
+        as the other one does the part. A text has up to `max_chars` characters, or one part, and
+        up to `max_apart` times `between`, which is ASCII, between two parts; parts that may stand
+        side by side, and whose ids tell by `sizes` where each ends, have nothing between them.
+        With `agreed`, only parts of these code points and of up to `max_chars` characters.
         """
-        cdef uint32_t widest = 0x7F, max_char
-        cdef Py_ssize_t n_between = PyUnicode_GET_LENGTH(between), size = -n_between, at = 0
-        cdef size_t i
-        cdef uint32_t kind
-        cdef uint8_t* data
+        cdef size_t i, n, n_chars = 0, n_apart = 0, first = 0
+        cdef uint32_t bits
         cdef Unit* unit
+        cdef Unit* before = NULL
+        cdef bint has_blank, is_seamless
+        cdef list texts = []
+        self.n_picked = 0
         for i in range(self.n_units):
             unit = &self.units[i]
-            if unit.variant == variant:
-                if not agreed.cover_part(&self.view, unit.start, unit.stop, &max_char):
-                    return None
-                widest = max(widest, max_char)
-                size += unit.stop - unit.start + n_between
-        if size < 0:
-            return ""
-        joined = PyUnicode_New(size, widest)
-        kind = PyUnicode_KIND(joined)  # no wider than the text's own
-        data = <uint8_t*> PyUnicode_DATA(joined)
-        for i in range(self.n_units):
-            unit = &self.units[i]
-            if unit.variant == variant:
-                if at:
-                    PyUnicode_CopyCharacters(joined, at, between, 0, n_between)
-                    at += n_between
-                narrow(&self.view, unit.start, unit.stop, kind, data + at * kind)
-                at += unit.stop - unit.start
-        return joined
+            has_blank = <int> unit.variant == blank_variant
+            if unit.is_made or (unit.variant != variant and not has_blank):
+                continue
+            n = unit.stop - unit.start
+            if agreed is not None and (
+                n > max_chars or not agreed.cover_part(&self.view, unit.start, unit.stop, &bits)
+            ):
+                continue
+            unit.n_bytes = 0
+            if sizes is not None:
+                unit.n_bytes = sizes.of_part(&self.view, unit.start, unit.stop)
+                unit.n_bytes += unit.n_bytes and has_blank
+            if before != NULL:
+                is_seamless = self.is_seam(before, unit, variant, has_blank)
+                before.behind = SEAMLESS if is_seamless else APART
+                n_apart += before.behind == APART
+                if n_chars + n > max_chars or n_apart > max_apart:
+                    before.behind = LAST
+                    texts.append(self.text_of(first, self.n_picked, blank_variant, between))
+                    first = self.n_picked
+                    n_chars = n_apart = 0
+            n_chars += n
+            unit.behind = LAST
+            before = unit
+            self.pick(<uint32_t> i)
+        if self.n_picked:
+            texts.append(self.text_of(first, self.n_picked, blank_variant, between))
+        return texts
 
-    def take(self, uint32_t variant, list encoded, int separator):
-        """Take the ids of `parts(variant)`; return False if they are not exactly those parts.
+    def take(self, list encoded, int separator, TokenBytes sizes):
+        """Take the ids of the texts that `joined` returned; return False if they are not theirs.
 
-        Each of `encoded` holds some of the parts, in order, the id `separator` between two: a list
-        or a buffer of 32-bit integers.
+        Each of `encoded` is a list or a buffer of 32-bit integers.
         """
-        cdef size_t unit = 0
+        cdef size_t i, at = 0, n_made = self.made.n
         cdef TokenIds ids
         cdef Py_buffer view
         for one in encoded:
             if isinstance(one, list):
                 ids = TokenIds(one)
-                unit = self.take_group(unit, variant, ids_data(ids), ids.n_tokens, separator)
+                at = self.take_text(at, ids_data(ids), ids.n_tokens, separator, sizes)
                 continue
             PyObject_GetBuffer(one, &view, PyBUF_SIMPLE)
             try:
-                unit = self.take_group(
-                    unit, variant, <const int*> view.buf, view.len // sizeof(int), separator
+                at = self.take_text(
+                    at, <const int*> view.buf, view.len // sizeof(int), separator, sizes
                 )
             finally:
                 PyBuffer_Release(&view)
-        return self.next_unit(unit, variant) == self.n_units
+        if at != self.n_picked:
+            self.made.n = n_made
+            return False
+        for i in range(self.n_picked):
+            self.units[self.picked[i]].is_made = True
+        return True
 
     def finish(self):
         """Keep what was encoded and return the ids of the whole text."""
@@ -240,29 +271,104 @@ cdef class Walk:
 
     # ---- inside
 
-    cdef size_t next_unit(self, size_t unit, uint32_t variant) noexcept:
-        while unit < self.n_units and self.units[unit].variant != variant:
-            unit += 1
-        return unit
-
-    cdef size_t take_group(
-        self, size_t unit, uint32_t variant, const int* ids, size_t n, int separator
+    cdef size_t take_text(
+        self, size_t at, const int* ids, size_t n, int separator, TokenBytes sizes
     ) except? 0:
-        """Give the ids to the units from `unit` on; return the next, n_units + 1 if too many."""
-        cdef size_t i, start = 0
-        for i in range(n + 1):
-            if i < n and ids[i] != separator:
-                continue
-            unit = self.next_unit(unit, variant)
-            if unit >= self.n_units:
-                return self.n_units + 1
-            self.units[unit].first = <uint32_t> self.made.n
-            self.units[unit].n = <uint32_t> (i - start)
-            self.units[unit].is_made = True
-            push_ints(&self.made, <const int32_t*> ids + start, i - start)
-            start = i + 1
-            unit += 1
-        return unit
+        """Give the ids of one text to the parts from `at` on; return the next, n_picked + 1 if
+        they are not theirs.
+        """
+        cdef size_t first = self.made.n, start, i = 0, left, size
+        cdef bint is_seamless = False
+        cdef Unit* unit
+        push_ints(&self.made, <const int32_t*> ids, n)
+        while at < self.n_picked:
+            unit = &self.units[self.picked[at]]
+            start = i
+            if is_seamless or unit.behind == SEAMLESS:
+                left = unit.n_bytes
+                while left:
+                    size = sizes.of_id(ids[i]) if i < n else 0
+                    if size == 0 or size > left:
+                        return self.n_picked + 1
+                    left -= size
+                    i += 1
+            else:
+                while i < n and ids[i] != separator:
+                    i += 1
+            unit.first = <uint32_t> (first + start)
+            unit.n = <uint32_t> (i - start)
+            at += 1
+            is_seamless = unit.behind == SEAMLESS
+            if unit.behind == LAST:
+                return at if i == n else self.n_picked + 1
+            if unit.behind == APART:
+                if i == n or ids[i] != separator:
+                    return self.n_picked + 1
+                i += 1
+        return self.n_picked + 1
+
+    cdef bint is_seam(
+        self, const Unit* before, const Unit* unit, uint32_t variant, bint has_blank
+    ) noexcept:
+        """Return whether nothing need stand between two parts in a joined text.
+
+        They do so in the text, too, or a text may be cut between such characters and no added
+        token has them side by side.
+        """
+        cdef const Plan* plan = &self.cache.plan
+        cdef uint32_t left, last = unit_at(&self.view, before.stop - 1)
+        if not before.n_bytes or not unit.n_bytes or variant != plan.variant_of[2]:
+            return False
+        if before.stop == unit.start and not has_blank:
+            return True
+        left = class_of(plan, last)
+        if left == NEWLINE:
+            if before.stop - before.start == 1:
+                return False  # what stands before it decides
+            left = class_behind(plan, last, class_of(plan, unit_at(&self.view, before.stop - 2)))
+        last = 0x20 if has_blank else unit_at(&self.view, unit.start)
+        return plan.seams[left * N_CLASSES + class_behind(plan, last, left)]
+
+    cdef str text_of(self, size_t first, size_t stop, int blank_variant, str between):
+        """Return the text of the picked units from `first` to `stop`."""
+        cdef uint32_t bits = 0x7F, kind
+        cdef Py_ssize_t n_between = PyUnicode_GET_LENGTH(between), size = 0, own = 0, at = 0
+        cdef size_t i
+        cdef uint8_t* data
+        cdef const Unit* unit
+        for i in range(first, stop):
+            unit = &self.units[self.picked[i]]
+            bits |= bits_of(&self.view, unit.start, unit.stop)
+            own += unit.stop - unit.start
+            size += <int> unit.variant == blank_variant
+            size += n_between if unit.behind == APART else 0
+        if size == 0 and <size_t> own == self.view.n_units:
+            return self.text  # all of it, in one piece
+        size += own
+        joined = PyUnicode_New(size, min(bits, <uint32_t> 0x10FFFF))
+        kind = PyUnicode_KIND(joined)  # no wider than the text's own
+        data = <uint8_t*> PyUnicode_DATA(joined)
+        for i in range(first, stop):
+            unit = &self.units[self.picked[i]]
+            if <int> unit.variant == blank_variant:
+                PyUnicode_CopyCharacters(joined, at, " ", 0, 1)
+                at += 1
+            narrow(&self.view, unit.start, unit.stop, kind, data + at * kind)
+            at += unit.stop - unit.start
+            if unit.behind == APART:
+                PyUnicode_CopyCharacters(joined, at, between, 0, n_between)
+                at += n_between
+        return joined
+
+    cdef int pick(self, uint32_t unit) except -1:
+        if self.n_picked == self.pick_capacity:
+            self.pick_capacity = max(2 * self.pick_capacity, <size_t> 64)
+            self.picked = <uint32_t*> realloc_or_raise(
+                self.picked, self.pick_capacity * sizeof(uint32_t)
+            )
+        self.picked[self.n_picked] = unit
+        self.n_picked += 1
+        return 0
 
     cdef void begin(self, str text, uint64_t scope, bint add_special_tokens, int32_t serial):
         self.text = text
@@ -274,6 +380,7 @@ cdef class Walk:
         self.view.kind = PyUnicode_KIND(text)
         self.known.n = self.made.n = 0
         self.n_run = self.n_run_ids = self.n_ops = self.n_units = self.n_missed = self.barrier = 0
+        self.n_picked = 0
         self.chunk_hits = self.chunk_miss_chars = 0
         self.short_hits = self.short_misses = 0
 
@@ -1379,6 +1486,90 @@ cdef class CodePoints:
         return True
 
 
+@cython.final
+cdef class TokenBytes:
+    """How many bytes of a text each token id stands for.
+
+    `length_of` tells it of one of `n_ids`, 0 where it can't: asked once for each that is met.
+    `exact` returns the code points, as inclusive (first, last) ranges beyond Latin-1, that
+    are encoded as they are; without it all are.
+    """
+
+    cdef uint8_t* sizes
+    cdef uint32_t n_ids
+    cdef object length_of
+    cdef object exact
+    cdef CodePoints covered
+
+    def __cinit__(self, n_ids, length_of, exact=None):
+        self.n_ids = n_ids
+        self.length_of = length_of
+        self.exact = exact
+        self.sizes = <uint8_t*> malloc(self.n_ids + 1)
+        if self.sizes == NULL:
+            raise MemoryError
+        memset(self.sizes, UNLEARNT, self.n_ids)
+
+    def __init__(self, n_ids, length_of, exact=None):
+        pass
+
+    def __dealloc__(self):
+        free(self.sizes)
+
+    def fill(self, bytes sizes):
+        """Take the bytes of the first ids at once; 0 where they are unknown."""
+        memcpy(self.sizes, <const char*> sizes, min(<size_t> len(sizes), <size_t> self.n_ids))
+
+    cdef inline uint32_t of_id(self, int index) except? 0:
+        if index < 0 or <uint32_t> index >= self.n_ids:
+            return 0
+        if self.sizes[index] == UNLEARNT:
+            size = self.length_of(index)
+            self.sizes[index] = size if 0 <= size < UNLEARNT else 0
+        return self.sizes[index]
+
+    cdef uint32_t of_part(self, const Text* t, size_t start, size_t stop) except? 0:
+        """Return the bytes of a part in UTF-8, or 0 where the ids don't tell them."""
+        cdef size_t i, n = stop - start
+        cdef const uint16_t* two = <const uint16_t*> t.data
+        cdef const uint32_t* four = <const uint32_t*> t.data
+        cdef uint32_t bits = 0
+        if t.kind == 1:
+            for i in range(start, stop):
+                n += t.data[i] >> 7
+            return <uint32_t> n
+        if self.exact is not None and bits_of(t, start, stop) > 0xFF:
+            if self.covered is None:
+                self.covered = CodePoints([(0, 0xFF), *self.exact()])
+            if not self.covered.cover_part(t, start, stop, &bits):
+                return 0
+        if t.kind == 2:
+            for i in range(start, stop):
+                n += (two[i] > 0x7F) + (two[i] > 0x7FF)
+        else:
+            for i in range(start, stop):
+                n += (four[i] > 0x7F) + (four[i] > 0x7FF) + (four[i] > 0xFFFF)
+        return <uint32_t> n
+
+
+cdef uint32_t bits_of(const Text* t, size_t start, size_t stop) noexcept nogil:
+    """Return the bits that any unit of a part has."""
+    cdef const uint16_t* two = <const uint16_t*> t.data
+    cdef const uint32_t* four = <const uint32_t*> t.data
+    cdef uint32_t bits = 0
+    cdef size_t i
+    if t.kind == 1:
+        for i in range(start, stop):
+            bits |= t.data[i]
+    elif t.kind == 2:
+        for i in range(start, stop):
+            bits |= two[i]
+    else:
+        for i in range(start, stop):
+            bits |= four[i]
+    return bits
+
+
 cdef TokenIds ids_of(const int32_t* ids, size_t n):
     cdef TokenIds owner = new_owner(n)
     memcpy(owner_data(owner), ids, n * sizeof(int32_t))
@@ -1411,6 +1602,7 @@ cdef int read_plan(Plan* plan, source) except -1:
     plan.classes = <const uint8_t*> <const char*> <bytes> BMP_CLASSES  # lives as the module does
     memcpy(plan.coarse, <const char*> <bytes> source.coarse, 256)
     memcpy(plan.fine, <const char*> <bytes> source.fine, 256)
+    memcpy(plan.seams, <const char*> <bytes> source.seams, 256)
     for i in range(3):
         plan.variant_of[i] = source.variant_of[i]
     # A newline that begins a piece is like one behind a visible character, unless something is

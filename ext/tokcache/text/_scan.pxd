@@ -50,6 +50,7 @@ ctypedef struct Plan:
     uint8_t[128] starts  # 1: some token begins with it
     uint8_t[256] coarse  # [left * N_CLASSES + right]
     uint8_t[256] fine
+    uint8_t[256] seams
     uint32_t only_start  # the one character that all tokens begin with, or 0
     uint32_t starts_beyond  # 1: some token begins beyond ASCII
     Node* nodes

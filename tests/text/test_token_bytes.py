@@ -1,0 +1,129 @@
+"""How many bytes ids stand for: true for every text, or not claimed."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.text.fuzz_texts import random_text
+from tests.text.tokenizers_synthetic import SYNTHETIC, plain
+from tokcache.text import token_bytes as module
+from tokcache.text.cuts import plan_cuts
+from tokcache.text.engines import PartEncoder
+from tokcache.text.fast_encoders import agreed_code_points
+from tokcache.text.token_bytes import token_bytes
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CLAIMED = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcoder", "llama2"}
+CLAIMED |= {"phi3", "gemma", "mistral"}
+
+
+class Recorded:
+    """What the native class is told."""
+
+    def __init__(
+        self,
+        n_ids: int,
+        length_of: Callable[[int], int],
+        exact: Callable[[], list[tuple[int, int]]] | None = None,
+    ) -> None:
+        self.n_ids = n_ids
+        self.length_of = length_of
+        self.ranges = [(0, 0xFF), *exact()] if exact is not None else [(0, 0x10FFFF)]
+        self.filled: bytes | None = None
+
+    def fill(self, sizes: bytes) -> None:
+        self.filled = sizes
+
+    def is_exact(self, text: str) -> bool:
+        return all(any(a <= ord(char) <= b for a, b in self.ranges) for char in set(text))
+
+
+def _claims(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    monkeypatch.setattr(module, "TokenBytes", Recorded)
+    made = []
+    for one in plan_cuts(tokenizer).variants:
+        own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer)
+        made.append((own, token_bytes(own.tokenizer, one, {})))
+    return made
+
+
+@pytest.mark.parametrize("kind", SYNTHETIC)
+def test_the_bytes_of_ids_are_those_of_the_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = plain(SYNTHETIC[kind])
+    rng = random.Random(11)
+    texts = [random_text(rng, ["<s>", "</s>"], n_chars=60) for _ in range(150)]
+    texts += ["<0x41>", "\u2581", "a\u2581b", "e\u0301", "\u0439", "\uac00", "\u1100\u1161"]
+    n_checked = 0
+    for own, sizes in _claims(tokenizer, monkeypatch):
+        if sizes is None:
+            continue
+        for text in texts:
+            if any("\ud800" <= char <= "\udfff" for char in text) or not sizes.is_exact(text):
+                continue
+            (ids,) = own.encode([text])
+            lengths = [sizes.length_of(index) for index in ids]
+            if 0 in lengths:
+                continue  # a token that takes blanks: no part of a text holds one
+            if "<0x" in text and sum(lengths) < len(text.encode()):
+                continue  # the name of a byte is taken for the byte: too few, which is found
+            assert sum(lengths) == len(text.encode()), ascii(text)
+            n_checked += 1
+    assert n_checked > 50 or kind not in CLAIMED
+
+
+def test_common_kinds_claim_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CLAIMED - set(SYNTHETIC) == set()
+    for kind in CLAIMED:
+        claims = _claims(plain(SYNTHETIC[kind]), monkeypatch)
+        assert claims[-1][1] is not None, kind
+
+
+def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TokenBytes", Recorded)
+    tokenizer = plain(SYNTHETIC["gpt2"])
+    (one,) = plan_cuts(tokenizer).variants
+    own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
+    alphabet = {char: bytes([byte]) for byte, char in _byte_names().items()}
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = tokenizer.get_added_tokens_decoder()
+    known = {
+        index: name.encode() if index in added else b"".join(alphabet[char] for char in name)
+        for index, name in names.items()
+    }
+    sizes: Any = token_bytes(own, one, known)
+    assert sizes.filled == bytes(sizes.length_of(index) for index in range(max(known) + 1))
+    wrong: Any = token_bytes(own, one, {index: name + b"x" for index, name in known.items()})
+    assert wrong.filled is None
+
+
+def _byte_names() -> dict[int, str]:
+    """Return the character that stands for each byte (GPT-2's table)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    names = {byte: chr(byte) for byte in visible}
+    others = [byte for byte in range(256) if byte not in names]
+    return names | {byte: chr(0x100 + place) for place, byte in enumerate(others)}
+
+
+def test_what_nfc_leaves_alone_is_left_alone() -> None:
+    seconds = {
+        int(found.split()[1], 16)
+        for point in range(0x110000)
+        if (found := unicodedata.decomposition(chr(point)))
+        and found[0] != "<"
+        and len(found.split()) == 2
+    }
+    seconds |= {*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)}
+    points = {p for first, last in module._unchanged_by_nfc() for p in range(first, last + 1)}
+    agreed = {p for first, last in agreed_code_points() for p in range(first, last + 1)}
+    assert points <= agreed
+    assert not points & seconds
+    assert all(unicodedata.is_normalized("NFC", chr(point)) for point in points)
+    assert not any(unicodedata.combining(chr(point)) for point in points)
+    assert {0x439, 0x4E00, 0xAC00, 0x1F600, 0x2026} <= points

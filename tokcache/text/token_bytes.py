@@ -1,0 +1,170 @@
+"""How many bytes of a text each token id stands for, where that is certain.
+
+Parts of a text can then be encoded in one piece: their ids tell where each of them ends, and that
+they do so at every place where the text was cut shows once more that the cut was right.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from tokcache.text._native import is_native
+from tokcache.text.fast_encoders import agreed_code_points
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from tokcache.text.cuts import Variant
+
+if TYPE_CHECKING or is_native():
+    from tokcache.text._l1 import TokenBytes
+else:
+    from tokcache.text._l1_py import TokenBytes
+
+__all__ = ["TokenBytes", "token_bytes"]
+
+_MARKER = "\u2581"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_MARKS_BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": _MARKER}
+_BEYOND = 0x100
+_VOWELS = "\u09be\u09d7\u0bbe\u0bd7"  # all that are no marks and compose, of the agreed ones
+_N_SAMPLES = 500
+_TOO_LONG = 255  # bytes: no such size is kept
+Ranges = list[tuple[int, int]]
+
+
+def token_bytes(own: Tokenizer, variant: Variant, known: Mapping[int, bytes]) -> TokenBytes | None:
+    """Return the bytes of the ids that `own`, made of `variant`, encodes texts to.
+
+    None if a text's bytes are not all in its tokens, or not known to be. `known` are tokens that
+    another encoder tells; it is believed if a sample of them is right.
+
+    Cost: a pass over `known`; any other id is looked up when it is met.
+    """
+    model = own.model
+    if not isinstance(model, BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return None
+    normalizers = _flat(json.loads(variant.normalizer), "normalizers")
+    stages = _flat(json.loads(variant.pre_tokenizer), "pretokenizers")
+    if _is_byte_level(normalizers, stages):
+        if any(model.token_to_id(char) is None for char in ByteLevel.alphabet()):
+            return None
+        exact = _unchanged_by_nfc if normalizers else None
+        return _made(own, len, exact, known, len)
+    if _is_marked(normalizers, stages) and model.byte_fallback and _has_all_bytes(model):
+        return _made(own, _marked_length, _all_but_marker, known, _unmarked_length)
+    return None
+
+
+def _made(
+    own: Tokenizer,
+    length_of_token: Callable[[str], int],
+    exact: Callable[[], Ranges] | None,
+    known: Mapping[int, bytes],
+    length_of_bytes: Callable[[bytes], int],
+) -> TokenBytes | None:
+    in_model = own.model.id_to_token
+    added: dict[int, int] = {}
+    for index, one in own.get_added_tokens_decoder().items():
+        size, token = len(one.content.encode()), in_model(index)
+        if token is not None and length_of_token(token) != size:
+            return None  # one id for two strings
+        added[index] = 0 if one.lstrip or one.rstrip else size
+
+    def length_of(index: int) -> int:
+        if index in added:
+            return added[index]
+        token = in_model(index)
+        return 0 if token is None else length_of_token(token)
+
+    made = TokenBytes(2 * own.get_vocab_size(with_added_tokens=True), length_of, exact)
+    sizes = [length_of_bytes(known.get(index, b"")) for index in range(max(known, default=-1) + 1)]
+    for index in added.keys() & set(range(len(sizes))):
+        sizes[index] = length_of(index)
+    step = max(1, len(sizes) // _N_SAMPLES)
+    if all(length_of(index) == sizes[index] for index in range(0, len(sizes), step)):
+        made.fill(bytes(size if size < _TOO_LONG else 0 for size in sizes))
+    return made
+
+
+def _flat(state: Any, of_a_sequence: str) -> list[Any]:
+    if state is None:
+        return []
+    if state["type"] == "Sequence":
+        return [one for part in state[of_a_sequence] for one in _flat(part, of_a_sequence)]
+    return [state]
+
+
+def _is_byte_level(normalizers: list[Any], stages: list[Any]) -> bool:
+    """Return whether each character of a token is a byte of a text, which keeps all of its own."""
+    of_bytes = [one for one in stages if one["type"] == "ByteLevel"]
+    return (
+        all(one["type"] == "NFC" for one in normalizers)
+        and len(of_bytes) == 1
+        and not of_bytes[0]["add_prefix_space"]
+        and all(one in of_bytes or _keeps_all(one) for one in stages)
+    )
+
+
+def _is_marked(normalizers: list[Any], stages: list[Any]) -> bool:
+    """Return whether blanks become markers, and nothing else changes."""
+    if normalizers == [_MARKS_BLANKS]:
+        return all(map(_keeps_all, stages))
+    is_metaspace = len(stages) == 1 and stages[0]["type"] == "Metaspace"
+    return (
+        not normalizers
+        and is_metaspace
+        and stages[0]["replacement"] == _MARKER
+        and stages[0]["prepend_scheme"] == "never"
+    )
+
+
+def _keeps_all(stage: Any) -> bool:
+    is_split = stage["type"] in ("Split", "Punctuation")
+    return stage["type"] == "Digits" or (is_split and stage["behavior"] != "Removed")
+
+
+def _marked_length(token: str) -> int:
+    return 1 if _BYTE.fullmatch(token) else len(token.replace(_MARKER, " ").encode())
+
+
+def _unmarked_length(token: bytes) -> int:
+    return len(token.replace(_MARKER.encode(), b" "))
+
+
+def _has_all_bytes(model: BPE) -> bool:
+    return all(model.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
+
+
+def _all_but_marker() -> Ranges:
+    return [(_BEYOND, ord(_MARKER) - 1), (ord(_MARKER) + 1, sys.maxunicode)]
+
+
+@cache
+def _unchanged_by_nfc() -> Ranges:
+    """Return code points that NFC leaves as they are, whichever of them stand side by side.
+
+    Of those on which all versions of Unicode agree: no mark, no vowel sign that becomes one with
+    what stands before it, nothing that NFC replaces.
+    """
+    found: Ranges = []
+    for first, last in agreed_code_points():
+        for point in range(max(first, _BEYOND), last + 1):
+            char = chr(point)
+            is_fixed = char not in _VOWELS and not unicodedata.combining(char)
+            if not is_fixed or not unicodedata.is_normalized("NFC", char):
+                continue
+            if found and found[-1][1] == point - 1:
+                found[-1] = found[-1][0], point
+            else:
+                found.append((point, point))
+    return found
