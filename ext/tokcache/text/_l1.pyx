@@ -14,9 +14,9 @@ from tokcache.stats import L1Stats
 
 from tokcache.text._digest cimport N_SECRETS, fold, full_digest
 from tokcache.text._scan cimport (
-    AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, NEWLINE, OPENS, OTHER, RSTRIP,
+    AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, NEWLINE, NEWLINE_RUN, OPENS, OTHER, RSTRIP,
     SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, child_slot,
-    class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
+    class_after, class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
 )
 from tokcache.text._segments cimport (
     NO_CHUNK, N_FORKS, PENDING, SHORT_BYTES, SHORT_IDS, WAYS, MIN_SETS, Chunk, Chunks, Fork, Link,
@@ -37,6 +37,9 @@ cdef extern from "Python.h":
     Py_ssize_t PyUnicode_CopyCharacters(
         object to, Py_ssize_t to_start, object source, Py_ssize_t start, Py_ssize_t n
     ) except -1
+
+cdef extern from *:
+    int count_zeros "__builtin_ctzll" (unsigned long long bits) noexcept nogil
 
 cdef enum:
     MIN_UNITS = 128        # a chunk is not cut before, but where a message opens
@@ -195,7 +198,6 @@ cdef class Walk:
         With `agreed`, only parts of these code points and of up to `max_chars` characters.
         """
         cdef size_t i, n, n_chars = 0, n_apart = 0, first = 0
-        cdef uint32_t bits
         cdef Unit* unit
         cdef Unit* before = NULL
         cdef bint has_blank, is_seamless
@@ -208,7 +210,7 @@ cdef class Walk:
                 continue
             n = unit.stop - unit.start
             if agreed is not None and (
-                n > max_chars or not agreed.cover_part(&self.view, unit.start, unit.stop, &bits)
+                n > max_chars or not agreed.cover_part(&self.view, unit.start, unit.stop)
             ):
                 continue
             unit.n_bytes = 0
@@ -1002,11 +1004,10 @@ cdef class SegmentCache:
         next to it; else at the next coarse cut or the end of the text.
         """
         cdef const Plan* plan = &self.plan
-        cdef size_t i = p, piece = p, last = 0, cut = p, token_at = self.next_token(t, p)
-        cdef uint32_t left = LETTER if p else plan.piece_left, own, last_class = 0
-        cdef size_t stop
-        cdef uint32_t rank, best = 0
-        cdef bint is_found = False
+        cdef size_t i = p, piece = p, last = 0, cut = p, token_at = self.next_token(t, p), stop, at
+        cdef uint32_t last_class = 0, gap, best_gap = 1
+        cdef uint64_t digest, best = 0, places
+        cdef bint is_late
         cdef Match m
         while i < t.n_units:
             if i == token_at:
@@ -1016,63 +1017,119 @@ cdef class SegmentCache:
                 if m.outcome == FOUND:
                     if m.flags & OPENS and i >= p + OPENING_UNITS:
                         end[0] = i
-                        end_class[0] = left if i > piece else TOKEN_END
+                        end_class[0] = self.class_before(t, i, p, piece)
                         return True
                     if last and i > p + MAX_UNITS:
                         break
-                    piece = m.stop
-                    left = TOKEN_END
+                    piece = cut = m.stop
                     i = m.end
                     token_at = self.next_token(t, i)
                     continue
-                if m.outcome == AS_TEXT:
-                    while i < m.end:
-                        left = class_behind(plan, unit_at(t, i), left)
-                        i += 1
-                    token_at = self.next_token(t, i)
+                token_at = self.next_token(t, m.end if m.outcome == AS_TEXT else i + 1)
+                if m.outcome == AS_TEXT:  # nothing is cut in it, nor before it
+                    i = m.end
                     continue
-                token_at = self.next_token(t, i + 1)
             if i < piece:
                 i += 1
                 continue
-            if i == piece and i > p:
-                left = plan.piece_left
-                cut = i
-            stop = min(token_at, t.n_units) if i < token_at else i + 1
-            while i < stop:
-                own = class_behind(plan, unit_at(t, i), left)
-                if plan.coarse[left * N_CLASSES + own] and i > piece:
-                    if i >= p + MIN_UNITS:
-                        is_found = i > p + MAX_UNITS
-                        if is_found and last:
-                            break
-                        rank = self.rank(t, i, i - cut)
-                        if rank < best or last == 0:
-                            best = rank
-                            last = i
-                            last_class = left
-                        is_found = is_found or rank < CHOSEN
-                        if is_found:
-                            break
-                    cut = i
-                left = own
-                i += 1
-            if is_found:
-                break
+            stop = min(min(token_at, t.n_units), i + 64) if i < token_at else i + 1
+            places = self.coarse_places(t, i, stop, p, piece)
+            while places:
+                at = i + count_zeros(places)
+                places &= places - 1
+                if at >= p + MIN_UNITS:
+                    is_late = at > p + MAX_UNITS
+                    if is_late and last:
+                        return self.ends(t, last, last_class, end, end_class)
+                    digest = self.rank(t, at, at - cut, &gap)
+                    # The lowest rank, which is digest / gap, counts.
+                    if last == 0 or digest * best_gap < best * gap:
+                        best, best_gap, last = digest, gap, at
+                        last_class = self.class_before(t, at, p, piece)
+                    if is_late or digest < <uint64_t> CHOSEN * gap:
+                        last_class = self.class_before(t, at, p, piece)
+                        return self.ends(t, at, last_class, end, end_class)
+                cut = at
+            i = stop
         if i >= t.n_units and (last == 0 or t.n_units - p <= MAX_UNITS):
-            end[0] = t.n_units
-            end_class[0] = left if t.n_units > piece else TOKEN_END
-        else:
-            end[0] = last
-            end_class[0] = last_class
+            return self.ends(
+                t, t.n_units, self.class_before(t, t.n_units, p, piece), end, end_class
+            )
+        return self.ends(t, last, last_class, end, end_class)
+
+    cdef inline bint ends(
+        self, const Text* t, size_t at, uint32_t left, size_t* end, uint32_t* end_class
+    ) noexcept:
+        end[0] = at
+        end_class[0] = left
         return True
+
+    cdef uint32_t class_before(
+        self, const Text* t, size_t i, size_t p, size_t piece
+    ) noexcept:
+        """Return the class of the character before `i` in a chunk that begins at `p`.
+
+        What stands before the piece that begins at `piece` is not seen.
+        """
+        cdef const Plan* plan = &self.plan
+        if i <= piece:
+            return TOKEN_END if piece > p else LETTER if p else plan.piece_left
+        if i - 1 > piece:
+            return class_behind(
+                plan, unit_at(t, i - 1), class_of(plan, unit_at(t, i - 2))
+            )
+        return class_behind(
+            plan, unit_at(t, i - 1), LETTER if p and piece == p else plan.piece_left
+        )
+
+    cdef uint64_t coarse_places(
+        self, const Text* t, size_t i, size_t stop, size_t p, size_t piece
+    ) noexcept:
+        """Return a bit for each of up to 64 units from `i` on: whether it may be cut before it."""
+        cdef const Plan* plan = &self.plan
+        cdef const uint8_t* one = t.data
+        cdef const uint16_t* two = <const uint16_t*> t.data
+        cdef const uint32_t* four = <const uint32_t*> t.data
+        cdef const uint8_t* classes = plan.classes
+        cdef uint32_t left, own
+        cdef uint64_t places = 0, sure
+        cdef size_t j, at
+        left = class_of(plan, unit_at(t, i - 1)) if i > piece else OTHER
+        if t.kind == 1:
+            for j in range(stop - i):
+                own = classes[one[i + j]]
+                places |= <uint64_t> plan.places[left * N_CLASSES + own] << j
+                left = own
+        elif t.kind == 2:
+            for j in range(stop - i):
+                own = classes[two[i + j]]
+                places |= <uint64_t> plan.places[left * N_CLASSES + own] << j
+                left = own
+        else:
+            for j in range(stop - i):
+                own = class_of(plan, four[i + j])
+                places |= <uint64_t> plan.places[left * N_CLASSES + own] << j
+                left = own
+        if i <= piece:
+            places &= ~<uint64_t> 1  # a piece is not cut before its first character
+        sure = places
+        while sure:  # behind a newline, it depends on what stands before that
+            at = i + count_zeros(sure)
+            sure &= sure - 1
+            if class_of(plan, unit_at(t, at - 1)) == NEWLINE:
+                left = self.class_before(t, at, p, piece)
+                if not plan.coarse[left * N_CLASSES + class_behind(plan, unit_at(t, at), left)]:
+                    places &= ~(<uint64_t> 1 << (at - i))
+        return places
 
     cdef inline size_t next_token(self, const Text* t, size_t i) noexcept:
         """Return where a token may start, or a place up to which none does."""
         return next_start(&self.plan, t, i, min(t.n_units, i + LOOK_UNITS))
 
-    cdef inline uint32_t rank(self, const Text* t, size_t i, size_t gap) noexcept:
-        """Return the rank of a coarse cut; the lowest one ends a chunk.
+    cdef inline uint64_t rank(
+        self, const Text* t, size_t i, size_t gap, uint32_t* weight
+    ) noexcept:
+        """Return 32 bits that rank a coarse cut, divided by its weight; the lowest one ends a chunk.
 
         What stands before it decides; `gap`, the units since the coarse cut before, is its
         weight, so that texts with few places have chunks of the same length. Characters beyond
@@ -1107,7 +1164,8 @@ cdef class SegmentCache:
             digest ^= fold(words[2] ^ self.seed[2], words[3] ^ self.seed[3])
             digest ^= fold(words[4] ^ self.seed[4], words[5] ^ self.seed[5])
             gap *= 4
-        return <uint32_t> digest // <uint32_t> gap
+        weight[0] = <uint32_t> gap
+        return <uint32_t> digest
 
     cdef bint scan(
         self, Walk walk, size_t p, size_t end, uint32_t variant, list found
@@ -1435,18 +1493,23 @@ cdef class SegmentCache:
 cdef class CodePoints:
     """A set of code points, given as inclusive (first, last) ranges."""
 
-    cdef uint8_t[139264] bits  # one for each of 0x110000 code points
-    cdef bint has_text         # visible ASCII and white space are all there
+    cdef uint8_t[0x10000] basic   # 1 for each that is there
+    cdef uint8_t[0x20000] beyond  # one bit for each of the others
+    cdef bint has_text            # visible ASCII and white space are all there
 
     def __cinit__(self, ranges):
         cdef uint32_t first, last, point
-        memset(&self.bits[0], 0, sizeof(self.bits))
+        memset(&self.basic[0], 0, sizeof(self.basic))
+        memset(&self.beyond[0], 0, sizeof(self.beyond))
         for first, last in ranges:
             for point in range(first, last + 1):
-                self.bits[point >> 3] |= 1 << (point & 7)
+                if point < 0x10000:
+                    self.basic[point] = 1
+                else:
+                    self.beyond[(point - 0x10000) >> 3] |= 1 << (point & 7)
         self.has_text = True
         for point in range(9, 0x7F):
-            if (point <= 13 or point >= 0x20) and not self.bits[point >> 3] >> (point & 7) & 1:
+            if (point <= 13 or point >= 0x20) and not self.basic[point]:
                 self.has_text = False
 
     def __init__(self, ranges):
@@ -1455,35 +1518,40 @@ cdef class CodePoints:
     def cover(self, str text):
         """Return whether every character of `text` is one of them."""
         cdef Text t
-        cdef uint32_t max_char
         PyUnicode_READY(text)
         t.data = <const uint8_t*> PyUnicode_DATA(text)
         t.n_units = PyUnicode_GET_LENGTH(text)
         t.kind = PyUnicode_KIND(text)
-        return bool(self.cover_part(&t, 0, t.n_units, &max_char))
+        return bool(self.cover_part(&t, 0, t.n_units))
 
-    cdef bint cover_part(
-        self, const Text* t, size_t start, size_t stop, uint32_t* max_char
-    ) noexcept:
-        """Return whether every character of a part is one of them, and one not below any."""
+    cdef bint cover_part(self, const Text* t, size_t start, size_t stop) noexcept:
+        """Return whether every character of a part is one of them."""
+        cdef const uint16_t* two = <const uint16_t*> t.data
+        cdef const uint32_t* four = <const uint32_t*> t.data
         cdef size_t i
         cdef uint32_t unit, left = 0
-        max_char[0] = 0x7F
+        cdef uint8_t are_in = 1
+        # Without a branch for each unit: a part with another character is rare.
         if t.kind == 1 and self.has_text:
-            # Without a branch or a table for what most texts are: visible ASCII and white space.
             for i in range(start, stop):
                 unit = t.data[i]
                 left |= ((unit - 0x20 > 0x5E) & (unit - 9 > 4))
             if left == 0:
                 return True
-        for i in range(start, stop):
-            unit = unit_at(t, i)
-            max_char[0] |= unit
-            if not self.bits[unit >> 3] >> (unit & 7) & 1:
-                return False
-        if max_char[0] > 0x10FFFF:
-            max_char[0] = 0x10FFFF
-        return True
+        if t.kind == 1:
+            for i in range(start, stop):
+                are_in &= self.basic[t.data[i]]
+        elif t.kind == 2:
+            for i in range(start, stop):
+                are_in &= self.basic[two[i]]
+        else:
+            for i in range(start, stop):
+                unit = four[i]
+                if unit < 0x10000:
+                    are_in &= self.basic[unit]
+                elif not self.beyond[(unit - 0x10000) >> 3] >> (unit & 7) & 1:
+                    return False
+        return are_in
 
 
 @cython.final
@@ -1533,7 +1601,6 @@ cdef class TokenBytes:
         cdef size_t i, n = stop - start
         cdef const uint16_t* two = <const uint16_t*> t.data
         cdef const uint32_t* four = <const uint32_t*> t.data
-        cdef uint32_t bits = 0
         if t.kind == 1:
             for i in range(start, stop):
                 n += t.data[i] >> 7
@@ -1541,7 +1608,7 @@ cdef class TokenBytes:
         if self.exact is not None and bits_of(t, start, stop) > 0xFF:
             if self.covered is None:
                 self.covered = CodePoints([(0, 0xFF), *self.exact()])
-            if not self.covered.cover_part(t, start, stop, &bits):
+            if not self.covered.cover_part(t, start, stop):
                 return 0
         if t.kind == 2:
             for i in range(start, stop):
@@ -1603,6 +1670,12 @@ cdef int read_plan(Plan* plan, source) except -1:
     memcpy(plan.coarse, <const char*> <bytes> source.coarse, 256)
     memcpy(plan.fine, <const char*> <bytes> source.fine, 256)
     memcpy(plan.seams, <const char*> <bytes> source.seams, 256)
+    for left in range(N_CLASSES):
+        for right in range(N_CLASSES):
+            found = [source.coarse[one * N_CLASSES + class_after(right, one)] for one in (
+                (NEWLINE, NEWLINE_RUN) if left == NEWLINE else (left,)
+            )]
+            plan.places[left * N_CLASSES + right] = any(found)
     for i in range(3):
         plan.variant_of[i] = source.variant_of[i]
     # A newline that begins a piece is like one behind a visible character, unless something is

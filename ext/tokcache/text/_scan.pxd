@@ -51,6 +51,7 @@ ctypedef struct Plan:
     uint8_t[256] coarse  # [left * N_CLASSES + right]
     uint8_t[256] fine
     uint8_t[256] seams
+    uint8_t[256] places  # as `coarse`, for classes that don't tell runs of newlines
     uint32_t only_start  # the one character that all tokens begin with, or 0
     uint32_t starts_beyond  # 1: some token begins beyond ASCII
     Node* nodes
@@ -84,37 +85,45 @@ cdef inline bint is_blank_class(uint32_t char_class) noexcept nogil:
     """Return whether a newline behind it stands in a run of white space (or may: OTHER)."""
     return (SPACE <= char_class <= NEWLINE) or char_class == NEWLINE_RUN or char_class == OTHER
 
+cdef inline uint32_t class_after(uint32_t own, uint32_t left) noexcept nogil:
+    return NEWLINE_RUN if own == NEWLINE and is_blank_class(left) else own
+
 cdef inline uint32_t class_behind(
     const Plan* plan, uint32_t unit, uint32_t left
 ) noexcept nogil:
     """Return the class of a character whose left neighbour has the class `left`."""
-    cdef uint32_t own = class_of(plan, unit)
-    if own == NEWLINE and is_blank_class(left):
-        return NEWLINE_RUN
-    return own
+    return class_after(class_of(plan, unit), left)
 
 cdef inline bint may_start(const Plan* plan, uint32_t unit) noexcept nogil:
     return plan.starts[unit] if unit < 128 else plan.starts_beyond
+
+cdef inline bint stands_in_block(const Text* t, size_t i, uint32_t unit) noexcept nogil:
+    """Return whether one of 32 units beyond Latin-1's kind is this one: whole registers at once."""
+    cdef const uint16_t* two = <const uint16_t*> t.data + i
+    cdef const uint32_t* four = <const uint32_t*> t.data + i
+    cdef uint16_t found_two = 0, unit_two = <uint16_t> unit
+    cdef uint32_t found_four = 0
+    cdef size_t j
+    if t.kind == 2:
+        for j in range(32):
+            found_two |= <uint16_t> (two[j] == unit_two)
+        return found_two
+    for j in range(32):
+        found_four |= four[j] == unit
+    return found_four
 
 cdef inline size_t next_start(
     const Plan* plan, const Text* t, size_t i, size_t limit
 ) noexcept nogil:
     """Return the first position from `i` on where a token may start, or `limit`."""
     cdef const void* hit
-    cdef const uint16_t* two = <const uint16_t*> t.data
-    cdef uint32_t found, j
     if plan.n_tokens == 0 or i >= limit:
         return limit
     if t.kind == 1 and plan.only_start:
         hit = memchr(t.data + i, <int> plan.only_start, limit - i)
         return limit if hit == NULL else <size_t> (<const uint8_t*> hit - t.data)
-    if t.kind == 2 and plan.only_start:
-        while i + 32 <= limit:  # whole registers at a time
-            found = 0
-            for j in range(32):
-                found |= two[i + j] == plan.only_start
-            if found:
-                break
+    if plan.only_start:
+        while i + 32 <= limit and not stands_in_block(t, i, plan.only_start):
             i += 32
     while i < limit and not may_start(plan, unit_at(t, i)):
         i += 1
