@@ -72,7 +72,7 @@ ctypedef struct Unit:     # a part that the engine must encode
     size_t start
     size_t stop
     uint32_t variant
-    uint32_t first        # its ids in `made`
+    const int32_t* ids    # in what the engine returned
     uint32_t n
     bint is_made
     bint is_short
@@ -131,7 +131,7 @@ cdef class Walk:
     cdef uint32_t* run         # the chunks that the text begins with, until one is missed
     cdef size_t n_run, run_capacity, n_run_ids
     cdef Ints known
-    cdef Ints made
+    cdef list held             # what the engine returned
     cdef Op* ops
     cdef size_t n_ops, op_capacity
     cdef size_t barrier        # pieces before it belong to other chunks
@@ -146,7 +146,6 @@ cdef class Walk:
     def __dealloc__(self):
         free(self.run)
         free(self.known.data)
-        free(self.made.data)
         free(self.ops)
         free(self.units)
         free(self.picked)
@@ -156,7 +155,7 @@ cdef class Walk:
         """Return the bytes of the arrays."""
         return (
             self.run_capacity * sizeof(uint32_t) + self.op_capacity * sizeof(Op)
-            + (self.known.capacity + self.made.capacity) * sizeof(int32_t)
+            + self.known.capacity * sizeof(int32_t)
             + self.unit_capacity * sizeof(Unit) + self.missed_capacity * sizeof(Missed)
             + self.pick_capacity * sizeof(uint32_t)
         )
@@ -239,24 +238,27 @@ cdef class Walk:
 
         Each of `encoded` is a list or a buffer of 32-bit integers.
         """
-        cdef size_t i, at = 0, n_made = self.made.n
+        cdef size_t i, at = 0
+        cdef list held = []
         cdef TokenIds ids
         cdef Py_buffer view
         for one in encoded:
             if isinstance(one, list):
                 ids = TokenIds(one)
+                held.append(ids)
                 at = self.take_text(at, ids_data(ids), ids.n_tokens, separator, sizes)
                 continue
             PyObject_GetBuffer(one, &view, PyBUF_SIMPLE)
             try:
+                held.append(memoryview(one))  # it stays where it is
                 at = self.take_text(
                     at, <const int*> view.buf, view.len // sizeof(int), separator, sizes
                 )
             finally:
                 PyBuffer_Release(&view)
         if at != self.n_picked:
-            self.made.n = n_made
             return False
+        self.held = held if self.held is None else self.held + held
         for i in range(self.n_picked):
             self.units[self.picked[i]].is_made = True
         return True
@@ -279,10 +281,9 @@ cdef class Walk:
         """Give the ids of one text to the parts from `at` on; return the next, n_picked + 1 if
         they are not theirs.
         """
-        cdef size_t first = self.made.n, start, i = 0, left, size
+        cdef size_t start, i = 0, left, size
         cdef bint is_seamless = False
         cdef Unit* unit
-        push_ints(&self.made, <const int32_t*> ids, n)
         while at < self.n_picked:
             unit = &self.units[self.picked[at]]
             start = i
@@ -297,7 +298,7 @@ cdef class Walk:
             else:
                 while i < n and ids[i] != separator:
                     i += 1
-            unit.first = <uint32_t> (first + start)
+            unit.ids = <const int32_t*> ids + start
             unit.n = <uint32_t> (i - start)
             at += 1
             is_seamless = unit.behind == SEAMLESS
@@ -380,7 +381,7 @@ cdef class Walk:
         self.view.data = <const uint8_t*> PyUnicode_DATA(text)
         self.view.n_units = PyUnicode_GET_LENGTH(text)
         self.view.kind = PyUnicode_KIND(text)
-        self.known.n = self.made.n = 0
+        self.known.n = 0
         self.n_run = self.n_run_ids = self.n_ops = self.n_units = self.n_missed = self.barrier = 0
         self.n_picked = 0
         self.chunk_hits = self.chunk_miss_chars = 0
@@ -482,7 +483,7 @@ cdef class Walk:
                 into += self.ops[i].n
             else:
                 unit = &self.units[self.ops[i].unit]
-                memcpy(into, self.made.data + unit.first, unit.n * sizeof(int32_t))
+                memcpy(into, unit.ids, unit.n * sizeof(int32_t))
                 into += unit.n
 
 
@@ -1379,7 +1380,7 @@ cdef class SegmentCache:
             return 0
         at.tick = self.clock
         at.n_ids = <uint8_t> unit.n
-        memcpy(at.ids, walk.made.data + unit.first, unit.n * sizeof(int32_t))
+        memcpy(at.ids, unit.ids, unit.n * sizeof(int32_t))
         self.insertions += 1
         return 0
 
@@ -1472,6 +1473,7 @@ cdef class SegmentCache:
     cdef void put_by(self, Walk walk):
         """Keep a walk for the next text, unless this one made it large."""
         walk.text = None
+        walk.held = None
         if walk.n_bytes() <= SPARE_BYTES:
             self.spare = walk
 
@@ -1528,30 +1530,29 @@ cdef class CodePoints:
         """Return whether every character of a part is one of them."""
         cdef const uint16_t* two = <const uint16_t*> t.data
         cdef const uint32_t* four = <const uint32_t*> t.data
-        cdef size_t i
-        cdef uint32_t unit, left = 0
+        cdef size_t i, end
+        cdef uint32_t unit
         cdef uint8_t are_in = 1
-        # Without a branch for each unit: a part with another character is rare.
-        if t.kind == 1 and self.has_text:
-            for i in range(start, stop):
-                unit = t.data[i]
-                left |= ((unit - 0x20 > 0x5E) & (unit - 9 > 4))
-            if left == 0:
-                return True
-        if t.kind == 1:
-            for i in range(start, stop):
-                are_in &= self.basic[t.data[i]]
-        elif t.kind == 2:
-            for i in range(start, stop):
-                are_in &= self.basic[two[i]]
-        else:
-            for i in range(start, stop):
-                unit = four[i]
-                if unit < 0x10000:
-                    are_in &= self.basic[unit]
-                elif not self.beyond[(unit - 0x10000) >> 3] >> (unit & 7) & 1:
+        while start < stop:
+            end = min(start + 64, stop)
+            if not (self.has_text and is_plain(t, start, end)):
+                if t.kind == 1:
+                    for i in range(start, end):
+                        are_in &= self.basic[t.data[i]]
+                elif t.kind == 2:
+                    for i in range(start, end):
+                        are_in &= self.basic[two[i]]
+                else:
+                    for i in range(start, end):
+                        unit = four[i]
+                        if unit < 0x10000:
+                            are_in &= self.basic[unit]
+                        else:
+                            are_in &= self.beyond[(unit - 0x10000) >> 3] >> (unit & 7)
+                if not are_in:
                     return False
-        return are_in
+            start = end
+        return True
 
 
 @cython.final
@@ -1617,6 +1618,30 @@ cdef class TokenBytes:
             for i in range(start, stop):
                 n += (four[i] > 0x7F) + (four[i] > 0x7FF) + (four[i] > 0xFFFF)
         return <uint32_t> n
+
+
+cdef bint is_plain(const Text* t, size_t start, size_t stop) noexcept nogil:
+    """Return whether a part is visible ASCII and white space; by whole registers."""
+    cdef const uint16_t* two = <const uint16_t*> t.data
+    cdef const uint32_t* four = <const uint32_t*> t.data
+    cdef uint8_t one, others_one = 0
+    cdef uint16_t unit_two, others_two = 0
+    cdef uint32_t unit, others = 0
+    cdef size_t i
+    if t.kind == 1:
+        for i in range(start, stop):
+            one = t.data[i]
+            others_one |= (<uint8_t> (one - 0x20) > 0x5E) & (<uint8_t> (one - 9) > 4)
+        return others_one == 0
+    if t.kind == 2:
+        for i in range(start, stop):
+            unit_two = two[i]
+            others_two |= (<uint16_t> (unit_two - 0x20) > 0x5E) & (<uint16_t> (unit_two - 9) > 4)
+        return others_two == 0
+    for i in range(start, stop):
+        unit = four[i]
+        others |= (unit - 0x20 > 0x5E) & (unit - 9 > 4)
+    return others == 0
 
 
 cdef uint32_t bits_of(const Text* t, size_t start, size_t stop) noexcept nogil:
