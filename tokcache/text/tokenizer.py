@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tokcache.text.engines import Engine
     from tokcache.text.warm import CacheFileReport
 
-_LONG_CHARS = 2048  # a text that L1 puts together: kept whole one time in so many
+_LONG_CHARS = 2048
 _ADMIT_ONE_IN = 8
 
 _Key = tuple[str, bool, str | None]
@@ -116,7 +116,7 @@ class CachedTokenizer:
 
     def miss(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds:
         """Return the ids of a text that `get` did not have."""
-        return self._miss(self._generation, _key(text, add_special_tokens, scope))
+        return self._miss(self._generation, text, add_special_tokens, scope)
 
     def find(
         self, generation: _Generation, text: str, add_special_tokens: bool, scope: str | None
@@ -124,7 +124,7 @@ class CachedTokenizer:
         """Return the ids of a text under one generation, from `fresh`."""
         ids = generation.l0.get(text, add_special_tokens, scope)
         if ids is None:
-            ids = self._miss(generation, _key(text, add_special_tokens, scope))
+            ids = self._miss(generation, text, add_special_tokens, scope)
         return ids
 
     def find_batch(
@@ -218,30 +218,43 @@ class CachedTokenizer:
 
     # ---- one text is encoded once
 
-    def _miss(self, generation: _Generation, key: _Key) -> TokenIds:
-        """Return the ids of a text that L0 does not hold: from known parts, else encoded."""
+    def _miss(
+        self, generation: _Generation, text: str, add_special_tokens: bool, scope: str | None
+    ) -> TokenIds:
+        """Return the ids of a text that L0 does not hold: from known parts, else encoded.
+
+        L0 keeps no long text that was new, and of those that L1 had in parts one in a few: it is
+        put together again in microseconds, and most never come again.
+        """
+        if type(text) is not str or type(add_special_tokens) is not bool:
+            text, add_special_tokens, scope = _key(text, add_special_tokens, scope)
         if generation.engine is None:
             self.engine(generation)
         l1 = generation.l1
-        if l1 is None:
-            return self._encode_one(generation, key)
-        found = l1.look(*key)
-        if isinstance(found, Walk) and l1.holds_lock and len(key[0]) <= CHARS_AT_ONCE:
-            found = self._encode_parts(l1, key, found)
-        if not isinstance(found, TokenIds):
-            return self._encode_one(generation, key, found)
-        if len(key[0]) > _LONG_CHARS:
-            # L1 has it in parts, and few come again: not worth the room before it did so often.
-            self._n_long += 1
-            if self._n_long % _ADMIT_ONE_IN:
-                return found
-        generation.l0.put(key[0], key[1], found, key[2])
-        return found
+        found = None if l1 is None else l1.look(text, add_special_tokens, scope)
+        if isinstance(found, TokenIds):
+            if len(text) > _LONG_CHARS:
+                self._n_long += 1
+                if self._n_long % _ADMIT_ONE_IN:
+                    return found
+            generation.l0.put(text, add_special_tokens, found, scope)
+            return found
+        if l1 is not None and found is not None and l1.holds_lock and len(text) <= CHARS_AT_ONCE:
+            # Nobody else can ask for it meanwhile.
+            ids = self._encode_parts(l1, text, add_special_tokens, found)
+            if ids is not None:
+                if len(text) <= _LONG_CHARS:
+                    generation.l0.put(text, add_special_tokens, ids, scope)
+                return ids
+            found = None
+        return self._encode_one(generation, (text, add_special_tokens, scope), found)
 
-    def _encode_parts(self, l1: L1, key: _Key, walk: Walk) -> TokenIds | None:
-        """Encode the missing parts of a text that nobody else can ask for meanwhile."""
+    def _encode_parts(
+        self, l1: L1, text: str, add_special_tokens: bool, walk: Walk
+    ) -> TokenIds | None:
+        """Encode the missing parts of a text, and count."""
         start = perf_counter()
-        ids = l1.complete(walk, key[0], key[1])
+        ids = l1.complete(walk, text, add_special_tokens)
         if ids is not None:
             seconds = perf_counter() - start
             with self._lock:
@@ -461,8 +474,9 @@ class WrappedTokenizer:
         """
         if scope is None:
             scope = self._tokcache_scope
-        ids = self._tokcache.get(text, add_special_tokens, scope)
-        return self._tokcache.miss(text, add_special_tokens, scope) if ids is None else ids
+        core = self._tokcache  # each attribute of a face is asked for in Python
+        ids = core.get(text, add_special_tokens, scope)
+        return core.miss(text, add_special_tokens, scope) if ids is None else ids
 
     def token_ids_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True, scope: str | None = None

@@ -14,9 +14,10 @@ from tokcache.stats import L1Stats
 
 from tokcache.text._digest cimport N_SECRETS, fold, full_digest
 from tokcache.text._scan cimport (
-    AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, NEWLINE, NEWLINE_RUN, OPENS, OTHER, RSTRIP,
-    SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, child_slot,
-    class_after, class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start, next_start, unit_at,
+    AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, NEWLINE, NEWLINE_RUN, OPENS, OTHER,
+    RSTRIP, SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, child_slot,
+    class_after, class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start,
+    next_start, unit_at,
 )
 from tokcache.text._segments cimport (
     NO_CHUNK, N_FORKS, PENDING, SHORT_BYTES, SHORT_IDS, WAYS, MIN_SETS, Chunk, Chunks, Fork, Link,
@@ -46,7 +47,7 @@ cdef enum:
     MAX_UNITS = 1024       # nor later, where there is a place
     OPENING_UNITS = 96     # a chunk of so many ends where a message opens
     GAP_UNITS = 64         # the greatest weight of a place
-    CHOSEN = 1 << 24       # a place of a lower rank, as one unit in 256 has, ends a chunk
+    CHOSEN = 1 << 23       # a place of a lower rank, as one unit in 512 has, ends a chunk
     WINDOW = 16            # units before a place that decide
     N_SEEDS = 6            # 64-bit words of the secret that decides with them
     LOOK_UNITS = 512       # that are searched for a token at a time
@@ -1130,7 +1131,7 @@ cdef class SegmentCache:
     cdef inline uint64_t rank(
         self, const Text* t, size_t i, size_t gap, uint32_t* weight
     ) noexcept:
-        """Return 32 bits that rank a coarse cut, divided by its weight; the lowest one ends a chunk.
+        """Return 32 bits that, divided by their weight, rank a cut; the lowest ends a chunk.
 
         What stands before it decides; `gap`, the units since the coarse cut before, is its
         weight, so that texts with few places have chunks of the same length. Characters beyond

@@ -185,6 +185,8 @@ cdef inline void put_behind(Chunks* c, uint32_t place, Link link) noexcept nogil
     """Remember what came behind a chunk; what came longest ago is forgotten."""
     cdef Link* links = c.all[place].behind
     cdef int i = 0
+    if links[0].place == link.place and links[0].serial == link.serial:
+        return
     while i < N_LINKS - 1 and (links[i].place != link.place or links[i].serial != link.serial):
         i += 1
     while i > 0:
