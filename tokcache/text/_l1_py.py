@@ -77,8 +77,8 @@ class Walk:
 
     @property
     def n_chars(self) -> int:
-        """Characters that the engine must encode."""
-        return sum(len(unit.part) for unit in self.units.values())
+        """Characters that the engine must encode yet."""
+        return sum(len(unit.part) for unit in self.units.values() if unit.ids is None)
 
     def variants(self) -> list[int]:
         """Return which variants of the tokenizer have something to encode."""

@@ -321,6 +321,8 @@ def _agreed() -> CodePoints:
 def _encode_sure(walk: Walk, one: _Variant) -> bool:
     """Have tokenizers encode what is left of one variant's parts, shared out to threads."""
     n_chars, max_chars = walk.n_chars, 0
+    if n_chars == 0:
+        return True
     if not one.is_apart:
         n_texts = min(4 * _N_CPUS, n_chars // _CHARS_FOR_A_THREAD) if _N_CPUS > 1 else 1
         max_chars = n_chars // n_texts + 1 if n_texts > 1 else _NO_LIMIT

@@ -163,10 +163,11 @@ cdef class Walk:
 
     @property
     def n_chars(self):
-        """Characters that the engine must encode."""
+        """Characters that the engine must encode yet."""
         cdef size_t i, total = 0
         for i in range(self.n_units):
-            total += self.units[i].stop - self.units[i].start
+            if not self.units[i].is_made:
+                total += self.units[i].stop - self.units[i].start
         return total
 
     def variants(self):
@@ -360,7 +361,10 @@ cdef class Walk:
             narrow(&self.view, unit.start, unit.stop, kind, data + at * kind)
             at += unit.stop - unit.start
             if unit.behind == APART:
-                PyUnicode_CopyCharacters(joined, at, between, 0, n_between)
+                if kind == 1:
+                    memcpy(data + at, PyUnicode_DATA(between), n_between)
+                else:
+                    PyUnicode_CopyCharacters(joined, at, between, 0, n_between)
                 at += n_between
         return joined
 
@@ -1245,7 +1249,7 @@ cdef class SegmentCache:
         if found is not None:
             found.append((start, stop, False))
             return 0
-        if not self.uses_shorts or not short_key(&walk.view, start, stop, &key):
+        if not short_key(&walk.view, start, stop, &key):
             return walk.push_neighbour(start, stop, variant, False)
         key.scope = walk.scope
         key.variant = <uint8_t> variant
