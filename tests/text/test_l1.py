@@ -371,6 +371,24 @@ def test_an_encoder_that_fails_later_is_dropped_loudly(
     assert len(encoder.texts) == n_calls
 
 
+def test_an_encoder_of_two_variants_is_dropped_once(caplog: pytest.LogCaptureFixture) -> None:
+    config = CacheConfig(engine="tokenizers", l0_max_entries=1)
+    build = SYNTHETIC["gpt2_prefix_space"]
+    wrapped = tokcache.wrap(build(), config)
+    encoder = _use(wrapped)
+    assert [one.fast is not None for one in _l1(wrapped)._variants] == [True, True]
+    assert _ids(wrapped, TEXT) == _right(build(), TEXT)
+    assert encoder.texts
+    for one in _l1(wrapped)._variants:
+        one.fast.spoil = _fails
+    with caplog.at_level("ERROR", logger="tokcache"):
+        for text in ("New " + TEXT, "York " + TEXT):
+            assert _ids(wrapped, text) == _right(build(), text)
+    (record,) = caplog.records
+    assert "engine spoilt is dropped" in record.getMessage()
+    assert wrapped.cache_stats().l1.refusals == {"engine_dropped": 1}
+
+
 def test_an_interrupt_is_no_failure_of_an_encoder() -> None:
     def interrupted(_: list[int]) -> list[int]:
         raise KeyboardInterrupt

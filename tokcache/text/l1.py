@@ -123,8 +123,9 @@ class L1:
 
     def complete(self, walk: Walk, text: str, add_special_tokens: bool) -> TokenIds | None:
         """Encode what is missing and return the ids of the text; None: encode it whole."""
-        for one in self._variants:
-            if one.fast is not None:
+        variants = self._variants
+        for one in variants:
+            if one.fast is not None and self._variants is variants:  # else it was dropped
                 self._encode_fast(walk, one, one.fast)
             if not _encode_sure(walk, one):
                 self.counts["parts_differ"] += 1
