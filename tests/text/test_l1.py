@@ -376,10 +376,11 @@ def test_an_encoder_of_two_variants_is_dropped_once(caplog: pytest.LogCaptureFix
     build = SYNTHETIC["gpt2_prefix_space"]
     wrapped = tokcache.wrap(build(), config)
     encoder = _use(wrapped)
-    assert [one.fast is not None for one in _l1(wrapped)._variants] == [True, True]
+    variants: list[Any] = _l1(wrapped)._variants
+    assert [one.fast is not None for one in variants] == [True, True]
     assert _ids(wrapped, TEXT) == _right(build(), TEXT)
     assert encoder.texts
-    for one in _l1(wrapped)._variants:
+    for one in variants:
         one.fast.spoil = _fails
     with caplog.at_level("ERROR", logger="tokcache"):
         for text in ("New " + TEXT, "York " + TEXT):
