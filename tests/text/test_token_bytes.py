@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import random
 import unicodedata
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
+import tokcache
 from tests.text.fuzz_texts import random_text
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
+from tokcache.config import CacheConfig
 from tokcache.text import token_bytes as module
 from tokcache.text.cuts import plan_cuts
 from tokcache.text.engines import PartEncoder
 from tokcache.text.fast_encoders import agreed_code_points
 from tokcache.text.token_bytes import token_bytes
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 CLAIMED = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcoder", "llama2"}
 CLAIMED |= {"phi3", "gemma", "mistral"}
@@ -36,9 +37,9 @@ class Recorded:
         self.n_ids = n_ids
         self.length_of = length_of
         self.ranges = [(0, 0xFF), *exact()] if exact is not None else [(0, 0x10FFFF)]
-        self.filled: bytes | None = None
+        self.filled: list[int] | None = None
 
-    def fill(self, sizes: bytes) -> None:
+    def fill(self, sizes: list[int]) -> None:
         self.filled = sizes
 
     def is_exact(self, text: str) -> bool:
@@ -98,7 +99,7 @@ def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.Monk
         for index, name in names.items()
     }
     sizes: Any = token_bytes(own, one, known)
-    assert sizes.filled == bytes(sizes.length_of(index) for index in range(max(known) + 1))
+    assert sizes.filled == [sizes.length_of(index) for index in range(max(known) + 1)]
     wrong: Any = token_bytes(own, one, {index: name + b"x" for index, name in known.items()})
     assert wrong.filled is None
 
@@ -127,3 +128,28 @@ def test_what_nfc_leaves_alone_is_left_alone() -> None:
     assert all(unicodedata.is_normalized("NFC", chr(point)) for point in points)
     assert not any(unicodedata.combining(chr(point)) for point in points)
     assert {0x439, 0x4E00, 0xAC00, 0x1F600, 0x2026} <= points
+
+
+@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
+def test_tokens_of_any_length_and_with_flags_keep_the_engine(engine: str) -> None:
+    if engine != "tokenizers":
+        pytest.importorskip(engine)
+    tokenizer = plain(SYNTHETIC["gpt2"])
+    state = json.loads(tokenizer.to_str())
+    model, length = state["model"], 1
+    dash = "-"
+    while length < 2**17:  # a token of dashes for every power of two
+        model["vocab"].setdefault(dash * 2 * length, len(model["vocab"]))
+        model["merges"].append([dash * length, dash * length])
+        length *= 2
+    for one in state["added_tokens"]:
+        one["id"] += 10_000
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    wrapped: Any = tokcache.wrap(tokenizer, CacheConfig(engine=engine, l0_max_entries=1))
+    assert wrapped._tokcache.l1.engine == engine
+    rng = random.Random(4)
+    for n in range(12):
+        runs = [dash * rng.choice([1, 300, 1024, 2**16 + 9, 2**17 + 9]) for _ in range(3)]
+        text = f"alpha {runs[0]} beta {n} gamma {runs[1]} delta <s> epsilon {runs[2]} zeta {n}"
+        assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
+    assert wrapped.cache_stats().l1.refusals.keys() <= {"no_cut"}

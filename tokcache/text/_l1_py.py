@@ -130,7 +130,7 @@ class Walk:
         encoded: Sequence[Any],
         separator: int,
         sizes: TokenBytes | None,  # noqa: ARG002 (every two parts were kept apart)
-    ) -> bool:
+    ) -> bool | None:
         """Take the ids of the texts that `joined` returned; return False if they are not theirs.
 
         Each of `encoded` is a list or a buffer of 32-bit integers.
@@ -458,7 +458,7 @@ class TokenBytes:
     ) -> None:
         pass
 
-    def fill(self, sizes: bytes) -> None:
+    def fill(self, sizes: list[int]) -> None:
         """Take the bytes of the first ids at once; 0 where they are unknown."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from functools import cache
 from hashlib import blake2b
 from itertools import zip_longest
 from os import urandom
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import MissingExtra
 from tokcache.text._native import is_native
@@ -55,7 +56,7 @@ _MAX_SCOPE_TAGS = 4096
 CHARS_AT_ONCE = 1 << 17  # what an encoder that holds the interpreter lock gets in one call
 _CHARS_FOR_A_THREAD = 4096  # below, a second thread costs more than it brings
 _MAX_APART = 64  # more separators in a text make tokenizers slower
-_NO_LIMIT = 1 << 40
+_NO_LIMIT = sys.maxsize
 _N_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -191,13 +192,11 @@ class L1:
 
         An encoder that holds the interpreter lock does so in turns, and gets no longer part.
         """
-        between, separator = one.sure.between, one.sure.separator
         max_chars = CHARS_AT_ONCE if encoder.holds_lock else _NO_LIMIT
-        texts = walk.joined(
-            one.number, one.blank, between, one.sizes, _agreed(), max_chars, _NO_LIMIT
-        )
         try:
-            is_right = walk.take([*map(encoder.encode, texts)], separator, one.sizes)
+            is_right = _encode(
+                walk, one, lambda texts: [*map(encoder.encode, texts)], _agreed(), max_chars
+            )
         except BaseException as error:
             if not is_of_library(error):
                 raise
@@ -327,12 +326,28 @@ def _encode_sure(walk: Walk, one: _Variant) -> bool:
     if not one.is_apart:
         n_texts = min(4 * _N_CPUS, n_chars // _CHARS_FOR_A_THREAD) if _N_CPUS > 1 else 1
         max_chars = n_chars // n_texts + 1 if n_texts > 1 else _NO_LIMIT
-    texts = walk.joined(
-        one.number, one.blank, one.sure.between, one.sizes, None, max_chars, _MAX_APART
-    )
-    if not texts:
-        return True
-    return walk.take(one.sure.encode(texts), one.sure.separator, one.sizes)
+    return _encode(walk, one, one.sure.encode, None, max_chars, _MAX_APART)
+
+
+def _encode(  # noqa: PLR0917 (what `joined` takes)
+    walk: Walk,
+    one: _Variant,
+    encode: Callable[[list[str]], list[Any]],
+    agreed: CodePoints | None,
+    max_chars: int,
+    max_apart: int = _NO_LIMIT,
+) -> bool:
+    """Encode what is left of one variant's parts; False if they were not kept apart."""
+    for sizes in (one.sizes, None):  # the second if an id does not tell its bytes
+        texts = walk.joined(
+            one.number, one.blank, one.sure.between, sizes, agreed, max_chars, max_apart
+        )
+        if not texts:
+            return True
+        is_right = walk.take(encode(texts), one.sure.separator, sizes)
+        if is_right is not None:
+            return is_right
+    return False
 
 
 def first_difference(right: Sequence[int], found: Sequence[int]) -> int | None:

@@ -38,7 +38,6 @@ _MARKS_BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": _MARK
 _BEYOND = 0x100
 _VOWELS = "\u09be\u09d7\u0bbe\u0bd7"  # all that are no marks and compose, of the agreed ones
 _N_SAMPLES = 500
-_TOO_LONG = 255  # bytes: no such size is kept
 Ranges = list[tuple[int, int]]
 
 
@@ -92,7 +91,7 @@ def _made(
         sizes[index] = length_of(index)
     step = max(1, len(sizes) // _N_SAMPLES)
     if all(length_of(index) == sizes[index] for index in range(0, len(sizes), step)):
-        made.fill(bytes(size if size < _TOO_LONG else 0 for size in sizes))
+        made.fill(sizes)
     return made
 
 

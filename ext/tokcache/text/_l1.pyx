@@ -56,13 +56,14 @@ cdef enum:
     N_DRAWS = 8
     SHORT_SHARE = 4        # of the budget, one part in so many is for short segments
     NO_UNIT = 0xFFFFFFFF
+    UNTOLD = 0xFFFFFFFF    # in the place of a part: an id doesn't tell its bytes
     NO_ROOM = 0            # outcomes of filling in a part
     KEPT = 1
     THERE = 2
     LAST = 0               # what stands behind a part in a joined text: nothing more
     APART = 1              # a separator
     SEAMLESS = 2           # the next part
-    UNLEARNT = 0xFF        # as the bytes of a token: not asked for yet
+    LONGEST = 0xFFFE       # bytes of a token that are kept
 
 
 ctypedef struct Op:       # a piece of the answer
@@ -238,7 +239,8 @@ cdef class Walk:
     def take(self, list encoded, int separator, TokenBytes sizes):
         """Take the ids of the texts that `joined` returned; return False if they are not theirs.
 
-        Each of `encoded` is a list or a buffer of 32-bit integers.
+        None if an id doesn't tell its bytes. Each of `encoded` is a list or a buffer of 32-bit
+        integers.
         """
         cdef size_t i, at = 0
         cdef list held = []
@@ -259,7 +261,7 @@ cdef class Walk:
             finally:
                 PyBuffer_Release(&view)
         if at != self.n_picked:
-            return False
+            return None if at == UNTOLD else False
         self.held = held if self.held is None else self.held + held
         for i in range(self.n_picked):
             self.units[self.picked[i]].is_made = True
@@ -280,8 +282,9 @@ cdef class Walk:
     cdef size_t take_text(
         self, size_t at, const int* ids, size_t n, int separator, TokenBytes sizes
     ) except? 0:
-        """Give the ids of one text to the parts from `at` on; return the next, n_picked + 1 if
-        they are not theirs.
+        """Give the ids of one text to the parts from `at` on; return the next.
+
+        UNTOLD if an id doesn't tell its bytes, n_picked + 1 if they are not theirs.
         """
         cdef size_t start, i = 0, left, size
         cdef bint is_seamless = False
@@ -292,8 +295,12 @@ cdef class Walk:
             if is_seamless or unit.behind == SEAMLESS:
                 left = unit.n_bytes
                 while left:
-                    size = sizes.of_id(ids[i]) if i < n else 0
-                    if size == 0 or size > left:
+                    if i == n:
+                        return self.n_picked + 1
+                    size = sizes.of_id(ids[i])
+                    if size == 0:
+                        return UNTOLD
+                    if size > left:
                         return self.n_picked + 1
                     left -= size
                     i += 1
@@ -1569,7 +1576,7 @@ cdef class TokenBytes:
     are encoded as they are; without it all are.
     """
 
-    cdef uint8_t* sizes
+    cdef uint16_t* sizes   # one more than the bytes; 0 where it was not asked for yet
     cdef uint32_t n_ids
     cdef object length_of
     cdef object exact
@@ -1579,10 +1586,9 @@ cdef class TokenBytes:
         self.n_ids = n_ids
         self.length_of = length_of
         self.exact = exact
-        self.sizes = <uint8_t*> malloc(self.n_ids + 1)
+        self.sizes = <uint16_t*> calloc(self.n_ids + 1, sizeof(uint16_t))
         if self.sizes == NULL:
             raise MemoryError
-        memset(self.sizes, UNLEARNT, self.n_ids)
 
     def __init__(self, n_ids, length_of, exact=None):
         pass
@@ -1590,17 +1596,21 @@ cdef class TokenBytes:
     def __dealloc__(self):
         free(self.sizes)
 
-    def fill(self, bytes sizes):
+    def fill(self, list sizes):
         """Take the bytes of the first ids at once; 0 where they are unknown."""
-        memcpy(self.sizes, <const char*> sizes, min(<size_t> len(sizes), <size_t> self.n_ids))
+        cdef size_t i
+        for i in range(min(<size_t> len(sizes), <size_t> self.n_ids)):
+            self.keep(i, sizes[i])
 
     cdef inline uint32_t of_id(self, int index) except? 0:
         if index < 0 or <uint32_t> index >= self.n_ids:
             return 0
-        if self.sizes[index] == UNLEARNT:
-            size = self.length_of(index)
-            self.sizes[index] = size if 0 <= size < UNLEARNT else 0
-        return self.sizes[index]
+        if self.sizes[index] == 0:
+            self.keep(index, self.length_of(index))
+        return self.sizes[index] - 1
+
+    cdef inline void keep(self, size_t index, size_t size) noexcept:
+        self.sizes[index] = <uint16_t> (size + 1) if size <= LONGEST else 1
 
     cdef uint32_t of_part(self, const Text* t, size_t start, size_t stop) except? 0:
         """Return the bytes of a part in UTF-8, or 0 where the ids don't tell them."""
