@@ -146,7 +146,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer of the cache; `difference` is the first one from the plain tokenizer's."""
+    """One answer of the cache; `difference` is what is wrong with it or how it was made."""
 
     engine: str
     add_special_tokens: bool
@@ -447,7 +447,12 @@ def _answer(cache: WrappedTokenizer, text: str, special: bool, right: list[int])
         origin = Origin.WHOLE
     l1 = cache._tokcache.l1  # noqa: SLF001 (ours)
     engine = "tokenizers" if l1 is None else l1.engine
-    return Answer(engine, special, origin, len(found), _first_difference(right, found))
+    difference = _first_difference(right, found)
+    if difference is None and after.l1.refusals.get("parts_differ", 0) > before.l1.refusals.get(
+        "parts_differ", 0
+    ):
+        difference = "token ids run across a cut, so the text was encoded whole"
+    return Answer(engine, special, origin, len(found), difference)
 
 
 def _first_difference(right: list[int], found: list[int]) -> str | None:

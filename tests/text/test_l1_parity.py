@@ -173,6 +173,10 @@ class Histories:
             if rng.random() < 0.15:
                 self.compare_batch([text + " and", previous, "x" + text], rng.random() < 0.5)
             previous = text
+        # Wrong cuts that the ids themselves showed, so that the text was encoded whole.
+        for config, wrapped in self.wrapped:
+            refusals = wrapped.cache_stats().l1.refusals
+            assert "parts_differ" not in refusals, (config, SEED, self.asked[-3:])
 
     def compare(self, text: str, add_special_tokens: bool) -> None:
         self.asked.append((text, add_special_tokens))
