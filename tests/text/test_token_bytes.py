@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Replace
 
 import tokcache
 from tests.text.fuzz_texts import random_text
@@ -84,6 +86,21 @@ def test_common_kinds_claim_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in CLAIMED:
         claims = _claims(plain(SYNTHETIC[kind]), monkeypatch)
         assert claims[-1][1] is not None, kind
+
+
+@pytest.mark.parametrize("has_marker", [True, False])
+def test_a_marker_that_is_no_token_becomes_bytes(has_marker: bool) -> None:
+    names = [f"<0x{byte:02X}>" for byte in range(256)] + ["a", "b", *["\u2581"] * has_marker]
+    model = BPE({name: index for index, name in enumerate(names)}, [], byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = Replace(" ", "\u2581")
+    (one,) = plan_cuts(tokenizer).variants
+    own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
+    assert (token_bytes(own, one, {}) is not None) == has_marker
+    wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers"))
+    for text in ("a b", " a b a", "\u2581a b", "b a " * 100):
+        assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
+    assert "parts_differ" not in wrapped.cache_stats().l1.refusals
 
 
 def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,9 @@ def token_bytes(own: Tokenizer, variant: Variant, known: Mapping[int, bytes]) ->
             return None
         exact = _unchanged_by_nfc if normalizers else None
         return _made(own, len, exact, known, len)
-    if _is_marked(normalizers, stages) and model.byte_fallback and _has_all_bytes(model):
+    # A marker that is no token would become bytes itself.
+    has_all = model.byte_fallback and model.token_to_id(_MARKER) is not None
+    if _is_marked(normalizers, stages) and has_all and _has_all_bytes(model):
         return _made(own, _marked_length, _all_but_marker, known, _unmarked_length)
     return None
 
