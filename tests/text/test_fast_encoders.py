@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+import tokcache
 from tests.text.tokenizers_made import MADE
+from tests.text.tokenizers_synthetic import SYNTHETIC, plain
+from tokcache.config import CacheConfig
 from tokcache.text import fast_encoders
 from tokcache.text.fast_encoders import (
     FastEncoder,
@@ -256,6 +259,21 @@ def test_a_panic_is_a_difference_and_an_interrupt_passes() -> None:
     assert found == "'hello' is an error (index out of bounds) in fixed, [1] in tokenizers"
     with pytest.raises(KeyboardInterrupt):
         prove(Fixed(fail(KeyboardInterrupt())), reference, ["hello"])
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [("\u2260", "=\u0338"), ("\u03a9", "\u2126"), ("\u212b", "A\u030a")]
+)
+def test_an_added_token_that_nfc_may_make_is_left_to_tokenizers(content: str, text: str) -> None:
+    tokenizer = plain(SYNTHETIC["qwen2"])
+    assert b"NFC" in tokenizer.normalizer.__getstate__()
+    reason = "other characters may become an added token's once normalised"
+    fixed = Fixed(lambda _text: [])
+    assert prove(fixed, tokenizer, []) is None
+    tokenizer.add_tokens([AddedToken(content, normalized=False, special=False)])
+    assert prove(fixed, tokenizer, []) == reason
+    wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="auto"))
+    assert wrapped.token_ids(f"a {text} b").tolist() == tokenizer.encode(f"a {text} b").ids
 
 
 @pytest.mark.parametrize("kind", list(MADE))

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import ByteLevel
 
 import tokcache
 from tests.text.fuzz_texts import random_text
@@ -101,6 +102,36 @@ def test_a_marker_that_is_no_token_becomes_bytes(has_marker: bool) -> None:
     for text in ("a b", " a b a", "\u2581a b", "b a " * 100):
         assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
     assert "parts_differ" not in wrapped.cache_stats().l1.refusals
+
+
+@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
+def test_an_id_of_two_tokens_has_no_bytes(engine: str) -> None:
+    if engine != "tokenizers":
+        pytest.importorskip(engine)
+    bytes_of_gpt2 = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
+    vocabulary = bytes_of_gpt2 | {"bc": bytes_of_gpt2["x"], "gg": bytes_of_gpt2["z"]}
+    for _ in range(40):  # which of the two a model names is drawn anew for each
+        tokenizer = Tokenizer(BPE(vocabulary, [("b", "c"), ("g", "g")]))
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        wrapped = tokcache.wrap(tokenizer, CacheConfig(engine=engine, l0_max_entries=1))
+        for text in ("gg x", " x k", "bc z", " z gg", "x bc gg z", " gg x k"):
+            assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
+        assert "parts_differ" not in wrapped.cache_stats().l1.refusals
+
+
+@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
+def test_ids_far_apart_keep_the_engine(engine: str) -> None:
+    if engine != "tokenizers":
+        pytest.importorskip(engine)
+    vocabulary = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocabulary | {"ab": 5000}, [("a", "b")]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    wrapped: Any = tokcache.wrap(tokenizer, CacheConfig(engine=engine, l0_max_entries=1))
+    engine = wrapped._tokcache.l1.engine
+    for text in ("ab cd ab ef", "ab cd " * 300, "ef ab" * 100):
+        assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
+    assert wrapped.cache_stats().l1.refusals == {}
+    assert wrapped._tokcache.l1.engine == engine
 
 
 def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.MonkeyPatch) -> None:

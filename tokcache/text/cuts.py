@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 C = CharClass
+VOCABULARY_PROOF = ("model", "BPE without a pre-tokenizer, the vocabulary as proof")
 _LONGEST_TOKEN = 256  # of added ones; every place of a text may begin a long one in vain
 _MAX_PARTS = 2_000_000  # of added tokens that are compared with each other
 Pair = tuple[CharClass, CharClass]
@@ -340,7 +341,7 @@ class _Planner:
             return []
         known = _known_classes(vocabulary, byte_fallback=model.byte_fallback, normal=normal)
         spanned = _spanned_pairs(vocabulary, normal.space)
-        self.recognised.append(("model", "BPE without a pre-tokenizer, the vocabulary as proof"))
+        self.recognised.append(VOCABULARY_PROOF)
         rules = [
             Rule(
                 f"{left.name.lower()} | other",

@@ -16,8 +16,10 @@ import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any, Protocol
+from unicodedata import normalize
 
 from tokenizers.models import BPE
 
@@ -278,9 +280,26 @@ def _why_never(reference: Tokenizer) -> str | None:
     """Return what both libraries can get wrong in texts too rare to be found by probing."""
     if any(token.single_word for token in reference.get_added_tokens_decoder().values()):
         return "an added token must be a whole word (single_word)"
+    if reference.normalizer is not None and any(
+        _may_be_composed(token.content) for token in reference.get_added_tokens_decoder().values()
+    ):
+        return "other characters may become an added token's once normalised"
     if _splits_twice(reference.pre_tokenizer):
         return "a ByteLevel pre-tokenizer splits anew what another one has split"
     return _why_never_model(reference)
+
+
+def _may_be_composed(content: str) -> bool:
+    """Return whether a normalizer may make a character of this string of others."""
+    if content.isascii():
+        return False  # nothing that is agreed becomes ASCII
+    return any(normalize("NFD", char) != char or char in _made_of_others() for char in content)
+
+
+@cache
+def _made_of_others() -> frozenset[str]:
+    agreed = (chr(point) for first, last in _AGREED for point in range(first, last + 1))
+    return frozenset(made for char in agreed if (made := normalize("NFC", char)) != char)
 
 
 def _why_never_model(reference: Tokenizer) -> str | None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tokcache.errors import MissingExtra
 from tokcache.text._native import is_native
 from tokcache.text._scan_py import Scanner, Unsure, parts_of
+from tokcache.text.cuts import VOCABULARY_PROOF
 from tokcache.text.engines import PartEncoder, is_of_library
 from tokcache.text.fast_encoders import (
     FastEncoder,
@@ -247,11 +248,19 @@ class L1:
             sure = self._sure[number]
             own = None if is_apart else fast[number]
             known = {} if own is None else own.vocabulary()
-            sizes = token_bytes(sure.tokenizer, plan.variants[number], known)
+            # An id that stands for two tokens has no bytes of its own.
+            is_distinct = VOCABULARY_PROOF in plan.recognised or len(
+                known
+            ) == sure.tokenizer.get_vocab_size(with_added_tokens=True)
+            sizes = (
+                token_bytes(sure.tokenizer, plan.variants[number], known) if is_distinct else None
+            )
             made.append(_Variant(number, blank, is_apart, sure, sizes, own))
         return made
 
     def _drop_fast(self, reason: str) -> None:
+        if self.engine == "tokenizers":
+            return  # another thread was first
         _log.error("engine %s is dropped for this tokenizer, %s", self.engine, reason)
         self.counts["engine_dropped"] += 1
         self.notes.append(f"{self.engine} was dropped: {reason}")
