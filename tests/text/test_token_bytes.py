@@ -200,4 +200,8 @@ def test_tokens_of_any_length_and_with_flags_keep_the_engine(engine: str) -> Non
         runs = [dash * rng.choice([1, 300, 1024, 2**16 + 9, 2**17 + 9]) for _ in range(3)]
         text = f"alpha {runs[0]} beta {n} gamma {runs[1]} delta <s> epsilon {runs[2]} zeta {n}"
         assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
+    words = "".join(f"line {n:06d} of many\n" for n in range(10_000))  # several texts in one call
+    text = f"alpha{dash * (2**16 + 9)} beta {words}"
+    assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
     assert wrapped.cache_stats().l1.refusals.keys() <= {"no_cut"}
+    assert wrapped._tokcache.l1.engine == engine

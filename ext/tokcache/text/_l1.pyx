@@ -247,6 +247,8 @@ cdef class Walk:
         cdef TokenIds ids
         cdef Py_buffer view
         for one in encoded:
+            if at > self.n_picked:
+                break
             if isinstance(one, list):
                 ids = TokenIds(one)
                 held.append(ids)
