@@ -217,12 +217,22 @@ def test_a_plan_that_cuts_where_it_must_not_ends_with_exit_code_1(
     tokenizer = samples.tiny_tokenizer()
     done = run(tokenizer, "--engine", "tokenizers")
     assert done.exit_code == 1
-    assert "Identical:   NO: token ids run across a cut" in done.stdout
+    assert "Identical:   NO: id " in done.stdout
     done = run(tokenizer, "--engine", "tokenizers", "--json")
     assert done.exit_code == 1
     found = json.loads(done.stdout)
     assert found["identical"] is False
     assert any(one["difference"] for one in found["answers"])
+
+
+def test_ids_that_run_across_a_cut_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a text whose chunks are cut wherever it may be " * 99
+    assert not explained("llama2", text).is_different
+    monkeypatch.setattr(core, "plan_cuts", lambda tokenizer: spoil(plan_cuts(tokenizer)))
+    found = explained("llama2", text)
+    assert found.is_different
+    told = [one.difference for one in found.answers]
+    assert "token ids run across a cut, so the text was encoded whole" in told
 
 
 def test_a_wrong_id_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
