@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import unicodedata
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from tests.text.fuzz_texts import random_text
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
 from tokcache.text import token_bytes as module
+from tokcache.text._l1_py import TokenBytes
 from tokcache.text.cuts import plan_cuts
 from tokcache.text.engines import PartEncoder
 from tokcache.text.fast_encoders import agreed_code_points
@@ -28,29 +28,16 @@ CLAIMED = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcod
 CLAIMED |= {"phi3", "gemma", "mistral"}
 
 
-class Recorded:
-    """What the native class is told."""
-
-    def __init__(
-        self,
-        n_ids: int,
-        length_of: Callable[[int], int],
-        exact: Callable[[], list[tuple[int, int]]] | None = None,
-    ) -> None:
-        self.n_ids = n_ids
-        self.length_of = length_of
-        self.ranges = [(0, 0xFF), *exact()] if exact is not None else [(0, 0x10FFFF)]
-        self.filled: list[int] | None = None
-
-    def fill(self, sizes: list[int]) -> None:
-        self.filled = sizes
-
-    def is_exact(self, text: str) -> bool:
-        return all(any(a <= ord(char) <= b for a, b in self.ranges) for char in set(text))
+@pytest.fixture(params=["tokenizers", "gigatoken"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Name one of the engines that are installed."""
+    if request.param != "tokenizers":
+        pytest.importorskip(request.param)
+    return str(request.param)
 
 
 def _claims(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    monkeypatch.setattr(module, "TokenBytes", Recorded)
+    monkeypatch.setattr(module, "TokenBytes", TokenBytes)
     made = []
     for one in plan_cuts(tokenizer).variants:
         own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer)
@@ -69,10 +56,10 @@ def test_the_bytes_of_ids_are_those_of_the_text(kind: str, monkeypatch: pytest.M
         if sizes is None:
             continue
         for text in texts:
-            if any("\ud800" <= char <= "\udfff" for char in text) or not sizes.is_exact(text):
+            if any("\ud800" <= char <= "\udfff" for char in text) or not sizes.of_part(text):
                 continue
             (ids,) = own.encode([text])
-            lengths = [sizes.length_of(index) for index in ids]
+            lengths = [sizes.of_id(index) for index in ids]
             if 0 in lengths:
                 continue  # a token that takes blanks: no part of a text holds one
             if "<0x" in text and sum(lengths) < len(text.encode()):
@@ -104,10 +91,7 @@ def test_a_marker_that_is_no_token_becomes_bytes(has_marker: bool) -> None:
     assert "parts_differ" not in wrapped.cache_stats().l1.refusals
 
 
-@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
 def test_an_id_of_two_tokens_has_no_bytes(engine: str) -> None:
-    if engine != "tokenizers":
-        pytest.importorskip(engine)
     bytes_of_gpt2 = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary = bytes_of_gpt2 | {"bc": bytes_of_gpt2["x"], "gg": bytes_of_gpt2["z"]}
     for _ in range(40):  # which of the two a model names is drawn anew for each
@@ -119,10 +103,7 @@ def test_an_id_of_two_tokens_has_no_bytes(engine: str) -> None:
         assert "parts_differ" not in wrapped.cache_stats().l1.refusals
 
 
-@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
 def test_ids_far_apart_keep_the_engine(engine: str) -> None:
-    if engine != "tokenizers":
-        pytest.importorskip(engine)
     vocabulary = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(vocabulary | {"ab": 5000}, [("a", "b")]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -135,7 +116,7 @@ def test_ids_far_apart_keep_the_engine(engine: str) -> None:
 
 
 def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TokenBytes", Recorded)
+    monkeypatch.setattr(module, "TokenBytes", TokenBytes)
     tokenizer = plain(SYNTHETIC["gpt2"])
     (one,) = plan_cuts(tokenizer).variants
     own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
@@ -147,9 +128,10 @@ def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.Monk
         for index, name in names.items()
     }
     sizes: Any = token_bytes(own, one, known)
-    assert sizes.filled == [sizes.length_of(index) for index in range(max(known) + 1)]
+    asked: Any = token_bytes(own, one, {})
+    assert sizes._known == {index: asked.of_id(index) for index in range(max(known) + 1)}
     wrong: Any = token_bytes(own, one, {index: name + b"x" for index, name in known.items()})
-    assert wrong.filled is None
+    assert wrong._known == {}
 
 
 def _byte_names() -> dict[int, str]:
@@ -178,10 +160,7 @@ def test_what_nfc_leaves_alone_is_left_alone() -> None:
     assert {0x439, 0x4E00, 0xAC00, 0x1F600, 0x2026} <= points
 
 
-@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
 def test_tokens_of_any_length_and_with_flags_keep_the_engine(engine: str) -> None:
-    if engine != "tokenizers":
-        pytest.importorskip(engine)
     tokenizer = plain(SYNTHETIC["gpt2"])
     state = json.loads(tokenizer.to_str())
     model, length = state["model"], 1

@@ -14,6 +14,7 @@ import weakref
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import cachetools
@@ -21,7 +22,7 @@ import cachetools
 from tokcache.stats import L1Stats
 from tokcache.text._scan_py import Part, Scanner, Unsure, class_behind, parts_of
 from tokcache.text._token_ids_py import TokenIds
-from tokcache.text.char_classes import CharClass
+from tokcache.text.char_classes import N_CLASSES, CharClass, class_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -49,7 +50,11 @@ _Short = tuple[str, TokenIds, int, int]
 class _Unit:
     part: str
     variant: int
+    start: int  # where it stands first
     ids: _Ids | None = None
+    given: str = ""  # to the engine: with a blank before it, or without
+    n_bytes: int = 0  # of what is given; 0: ids don't tell
+    is_seamless: bool = False  # nothing stands between it and the next one given
 
 
 @dataclass(slots=True)
@@ -80,20 +85,12 @@ class Walk:
         """Characters that the engine must encode yet."""
         return sum(len(unit.part) for unit in self.units.values() if unit.ids is None)
 
-    def variants(self) -> list[int]:
-        """Return which variants of the tokenizer have something to encode."""
-        return sorted({unit.variant for unit in self.units.values()})
-
-    def parts(self, variant: int) -> list[str]:
-        """Return the texts that this variant must encode, in order."""
-        return [unit.part for unit in self.units.values() if unit.variant == variant]
-
     def joined(  # noqa: PLR0917 (by place, as the native one is called)
         self,
         variant: int,
         blank_variant: int,
         between: str,
-        sizes: TokenBytes | None,  # noqa: ARG002 (every two parts are kept apart)
+        sizes: TokenBytes | None,
         agreed: CodePoints | None,
         max_chars: int,
         max_apart: int,
@@ -102,46 +99,80 @@ class Walk:
 
         With them those of `blank_variant` (-1: none), a blank before each: `variant` encodes that
         as the other one does the part. A text has up to `max_chars` characters, or one part, and
-        up to `max_apart` times `between`, which is ASCII, between two parts. With `agreed`, only
-        parts of these code points and of up to `max_chars` characters.
+        up to `max_apart` times `between`, which is ASCII, between two parts; parts that may stand
+        side by side, and whose ids tell by `sizes` where each ends, have nothing between them.
+        With `agreed`, only parts of these code points and of up to `max_chars` characters.
         """
         self._picked = []
-        n_chars = 0
+        n_chars = n_apart = 0
         for unit in self.units.values():
             n = len(unit.part)
             if unit.ids is not None or unit.variant not in (variant, blank_variant):
                 continue
             if agreed is not None and (n > max_chars or not agreed.cover(unit.part)):
                 continue
-            is_full = self._picked and len(self._picked[-1]) > max_apart
-            if not self._picked or is_full or n_chars + n > max_chars:
+            unit.given = " " * (unit.variant == blank_variant) + unit.part
+            unit.n_bytes = sizes.of_part(unit.given) if sizes is not None else 0
+            before = self._picked[-1][-1] if self._picked else None
+            if before is not None:
+                before.is_seamless = self._is_seam(before, unit, variant)
+                n_apart += not before.is_seamless
+            if before is None or n_chars + n > max_chars or n_apart > max_apart:
+                if before is not None:
+                    before.is_seamless = False
                 self._picked.append([])
-                n_chars = 0
+                n_chars = n_apart = 0
+            unit.is_seamless = False
             self._picked[-1].append(unit)
             n_chars += n
-        blanks = {variant: "", blank_variant: " "}
-        return [
-            between.join(blanks[unit.variant] + unit.part for unit in units)
-            for units in self._picked
-        ]
+        return [self._text_of(units, between) for units in self._picked]
 
-    def take(
-        self,
-        encoded: Sequence[Any],
-        separator: int,
-        sizes: TokenBytes | None,  # noqa: ARG002 (every two parts were kept apart)
-    ) -> bool | None:
+    def take(self, encoded: Sequence[Any], separator: int, sizes: TokenBytes | None) -> bool | None:
         """Take the ids of the texts that `joined` returned; return False if they are not theirs.
 
-        Each of `encoded` is a list or a buffer of 32-bit integers.
+        None if an id doesn't tell its bytes. Each of `encoded` is a list or a buffer of 32-bit
+        integers.
         """
-        found = [_split(_listed(ids), separator) for ids in encoded]
-        if list(map(len, found)) != list(map(len, self._picked)):
+        if len(encoded) != len(self._picked):
             return False
-        for units, parts in zip(self._picked, found, strict=True):
-            for unit, ids in zip(units, parts, strict=True):
-                unit.ids = ids
+        found: list[_Ids] = []
+        for units, ids in zip(self._picked, map(_listed, encoded), strict=True):
+            try:
+                parts = _parted(units, ids, separator, sizes)
+            except _Untold:
+                return None
+            if parts is None:
+                return False
+            found += parts
+        for unit, part in zip(
+            (unit for units in self._picked for unit in units), found, strict=True
+        ):
+            unit.ids = part
         return True
+
+    def _is_seam(self, before: _Unit, unit: _Unit, variant: int) -> bool:
+        """Return whether nothing need stand between two parts in a joined text.
+
+        They do so in the text, too, or a text may be cut between such characters and no added
+        token has them side by side.
+        """
+        plan = self._cache._plan  # noqa: SLF001 (its own walk)
+        if not before.n_bytes or not unit.n_bytes or variant != plan.variant_of[2]:
+            return False
+        if before.start + len(before.part) == unit.start and unit.given == unit.part:
+            return True
+        left = class_of(before.part[-1])
+        if left is CharClass.NEWLINE:
+            if len(before.part) == 1:
+                return False  # what stands before it decides
+            left = class_behind(before.part[-1], class_of(before.part[-2]))
+        right = class_behind(unit.given[0], left)
+        return bool(plan.seams[left * N_CLASSES + right])
+
+    @staticmethod
+    def _text_of(units: list[_Unit], between: str) -> str:
+        pieces = [unit.given + between * (not unit.is_seamless) for unit in units[:-1]]
+        return "".join([*pieces, units[-1].given])
 
     def finish(self) -> TokenIds:
         """Keep what was encoded and return the ids of the whole text."""
@@ -159,9 +190,9 @@ class SegmentCache:
     Source:  content-defined chunks: FastCDC (Xia et al., USENIX ATC 2016).
     """
 
-    def __init__(self, plan: CutPlan, max_bytes: int, uses_shorts: bool = True) -> None:
+    def __init__(self, plan: CutPlan, max_bytes: int, cuts_fine: bool = True) -> None:
         self.max_bytes = max_bytes
-        self.uses_shorts = uses_shorts
+        self.cuts_fine = cuts_fine
         self._plan = plan
         self._scanner = Scanner(plan)
         self.cut_seed = os.urandom(SEED_BYTES)
@@ -356,11 +387,11 @@ class SegmentCache:
             walk.counts["short_hits"] += 1
             return ids
         walk.counts["short_misses"] += key not in walk.units
-        return walk.units.setdefault(key, _Unit(text, part.variant))
+        return walk.units.setdefault(key, _Unit(text, part.variant, part.start))
 
     def _parts(self, text: str, start: int, stop: int, variant: int) -> Any:
         return parts_of(
-            self._plan, self._scanner, text, (start, stop), variant, fine=self.uses_shorts
+            self._plan, self._scanner, text, (start, stop), variant, fine=self.cuts_fine
         )
 
     def _variant_at(self, text: str, p: int) -> int:
@@ -448,7 +479,12 @@ class CodePoints:
 
 
 class TokenBytes:
-    """How many bytes of a text each token id stands for; nothing here asks for it."""
+    """How many bytes of a text each token id stands for.
+
+    `length_of` tells it of one of `n_ids`, 0 where it can't: asked once for each that is met.
+    `exact` returns the code points, as inclusive (first, last) ranges beyond Latin-1, that
+    are encoded as they are; without it all are.
+    """
 
     def __init__(
         self,
@@ -456,10 +492,66 @@ class TokenBytes:
         length_of: Callable[[int], int],
         exact: Callable[[], list[tuple[int, int]]] | None = None,
     ) -> None:
-        pass
+        self._n_ids = n_ids
+        self._length_of = length_of
+        self._exact = exact
+        self._known: dict[int, int] = {}
 
     def fill(self, sizes: list[int]) -> None:
         """Take the bytes of the first ids at once; 0 where they are unknown."""
+        self._known.update(enumerate(sizes))
+
+    def of_id(self, index: int) -> int:
+        """Return the bytes of an id, 0 where they are unknown."""
+        if not 0 <= index < self._n_ids:
+            return 0
+        if index not in self._known:
+            self._known[index] = self._length_of(index)
+        return self._known[index]
+
+    def of_part(self, part: str) -> int:
+        """Return the bytes of a part in UTF-8, or 0 where the ids don't tell them."""
+        is_exact = self._exact is None or max(part) <= "\xff" or self._covered.cover(part)
+        return len(part.encode()) if is_exact else 0
+
+    @cached_property
+    def _covered(self) -> CodePoints:
+        return CodePoints([(0, 0xFF), *(self._exact() if self._exact is not None else ())])
+
+
+class _Untold(Exception):
+    """An id does not tell its bytes."""
+
+
+def _parted(
+    units: list[_Unit], ids: list[int], separator: int, sizes: TokenBytes | None
+) -> list[_Ids] | None:
+    """Return what of a text's ids is each unit's, None if they are not theirs."""
+    found: list[_Ids] = []
+    i, was_seamless = 0, False
+    for unit in units:
+        start, left = i, unit.n_bytes
+        if sizes is not None and (was_seamless or unit.is_seamless):
+            while left > 0:
+                if i == len(ids):
+                    return None
+                size = sizes.of_id(ids[i])
+                if size == 0:
+                    raise _Untold
+                left -= size
+                i += 1
+            if left < 0:
+                return None
+        else:
+            while i < len(ids) and ids[i] != separator:
+                i += 1
+        found.append(tuple(ids[start:i]))
+        was_seamless = unit.is_seamless
+        if unit is not units[-1] and not was_seamless:
+            if i == len(ids) or ids[i] != separator:
+                return None
+            i += 1
+    return found if i == len(ids) else None
 
 
 def _n_bytes(key: _Key, ids: _Ids) -> int:
@@ -471,16 +563,6 @@ def _listed(ids: Any) -> list[int]:
         return ids
     found: list[int] = memoryview(ids).cast("B").cast("i").tolist()
     return found
-
-
-def _split(ids: list[int], separator: int) -> list[_Ids]:
-    parts: list[list[int]] = [[]]
-    for index in ids:
-        if index == separator:
-            parts.append([])
-        else:
-            parts[-1].append(index)
-    return [tuple(part) for part in parts]
 
 
 _ALL: weakref.WeakSet[SegmentCache] = weakref.WeakSet()

@@ -412,7 +412,7 @@ class _Ids:
 def _fill_parts(l1: L1, rows: _Rows) -> dict[Kind, tuple[int, int]]:
     """Put parts into L1; chunks are of use only where texts are cut with the same secret."""
     parts = l1.parts
-    if not parts.uses_shorts:
+    if not parts.cuts_fine:
         rows.left_out["l1_off"] += len(rows.shorts)
         rows.shorts = []
     is_same = parts.cut_seed == rows.seed

@@ -16,7 +16,7 @@ from tokcache.text._digest cimport N_SECRETS, fold, full_digest
 from tokcache.text._scan cimport (
     AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, NEWLINE, NEWLINE_RUN, OPENS, OTHER,
     RSTRIP, SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, child_slot,
-    class_after, class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start,
+    bits_of, class_after, class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start,
     next_start, unit_at,
 )
 from tokcache.text._segments cimport (
@@ -32,7 +32,6 @@ cdef extern from "Python.h":
     void* PyUnicode_DATA(object o)
     int PyUnicode_KIND(object o)
     Py_ssize_t PyUnicode_GET_LENGTH(object o)
-    object PyUnicode_Substring(object text, Py_ssize_t start, Py_ssize_t stop)
     object PyUnicode_New(Py_ssize_t size, uint32_t max_char)
     object PyUnicode_FromKindAndData(int kind, const void* data, Py_ssize_t size)
     Py_ssize_t PyUnicode_CopyCharacters(
@@ -170,22 +169,6 @@ cdef class Walk:
             if not self.units[i].is_made:
                 total += self.units[i].stop - self.units[i].start
         return total
-
-    def variants(self):
-        """Return which variants of the tokenizer have something to encode."""
-        cdef size_t i
-        cdef uint32_t found = 0  # one bit each
-        for i in range(self.n_units):
-            found |= 1 << self.units[i].variant
-        return [variant for variant in range(32) if found >> variant & 1]
-
-    def parts(self, uint32_t variant):
-        """Return the texts that this variant must encode, in order."""
-        cdef size_t i
-        return [
-            PyUnicode_Substring(self.text, self.units[i].start, self.units[i].stop)
-            for i in range(self.n_units) if self.units[i].variant == variant
-        ]
 
     def joined(
         self, uint32_t variant, int blank_variant, str between, TokenBytes sizes,
@@ -370,10 +353,7 @@ cdef class Walk:
             narrow(&self.view, unit.start, unit.stop, kind, data + at * kind)
             at += unit.stop - unit.start
             if unit.behind == APART:
-                if kind == 1:
-                    memcpy(data + at, PyUnicode_DATA(between), n_between)
-                else:
-                    PyUnicode_CopyCharacters(joined, at, between, 0, n_between)
+                PyUnicode_CopyCharacters(joined, at, between, 0, n_between)
                 at += n_between
         return joined
 
@@ -501,6 +481,15 @@ cdef class Walk:
                 into += unit.n
 
 
+cdef inline bint ends(
+    size_t at, uint32_t left, size_t* end, uint32_t* end_class
+) noexcept nogil:
+    """Let a chunk end there, behind a character of that class."""
+    end[0] = at
+    end_class[0] = left
+    return True
+
+
 @cython.final
 cdef class SegmentCache:
     """The ids of the parts of texts, cut as `plan` (a CutPlan) says.
@@ -513,7 +502,7 @@ cdef class SegmentCache:
     """
 
     cdef readonly uint64_t max_bytes
-    cdef readonly bint uses_shorts
+    cdef readonly bint cuts_fine
     cdef Plan plan
     cdef uint32_t n_variants
     cdef Chunks chunks
@@ -536,10 +525,10 @@ cdef class SegmentCache:
     cdef uint64_t insertions, evictions
     cdef dict refusals
 
-    def __cinit__(self, plan, max_bytes, uses_shorts=True):
+    def __cinit__(self, plan, max_bytes, cuts_fine=True):
         cdef bytes random = urandom(8 * N_SECRETS + 8)
         self.max_bytes = max_bytes
-        self.uses_shorts = uses_shorts
+        self.cuts_fine = cuts_fine
         memcpy(&self.secret[0], <const char*> random, 8 * N_SECRETS)
         memcpy(&self.rng, <const char*> random + 8 * N_SECRETS, 8)
         self.cut_seed = urandom(8 * N_SEEDS)
@@ -551,7 +540,7 @@ cdef class SegmentCache:
         self.suffixes = tuple([a[1] for a in affixes])
         self.refusals = {}
 
-    def __init__(self, plan, max_bytes, uses_shorts=True):
+    def __init__(self, plan, max_bytes, cuts_fine=True):
         pass
 
     def __dealloc__(self):
@@ -722,7 +711,7 @@ cdef class SegmentCache:
         cdef Py_ssize_t[3] n  # by outcome
         cdef Walk walk = Walk.__new__(Walk)
         memset(n, 0, sizeof(n))
-        rows = list(rows) if self.uses_shorts else []
+        rows = list(rows) if self.cuts_fine else []
         while n_sets != self.shorts.n_sets:  # it doubles until they have room, or it may not
             n_sets = self.shorts.n_sets
             self.room_for_shorts(len(rows), False)
@@ -1031,9 +1020,7 @@ cdef class SegmentCache:
                     return False
                 if m.outcome == FOUND:
                     if m.flags & OPENS and i >= p + OPENING_UNITS:
-                        end[0] = i
-                        end_class[0] = self.class_before(t, i, p, piece)
-                        return True
+                        return ends(i, self.class_before(t, i, p, piece), end, end_class)
                     if last and i > p + MAX_UNITS:
                         break
                     piece = cut = m.stop
@@ -1055,33 +1042,21 @@ cdef class SegmentCache:
                 if at >= p + MIN_UNITS:
                     is_late = at > p + MAX_UNITS
                     if is_late and last:
-                        return self.ends(t, last, last_class, end, end_class)
+                        return ends(last, last_class, end, end_class)
                     digest = self.rank(t, at, at - cut, &gap)
                     # The lowest rank, which is digest / gap, counts.
                     if last == 0 or digest * best_gap < best * gap:
                         best, best_gap, last = digest, gap, at
                         last_class = self.class_before(t, at, p, piece)
-                    if is_late or digest < <uint64_t> CHOSEN * gap:
-                        last_class = self.class_before(t, at, p, piece)
-                        return self.ends(t, at, last_class, end, end_class)
+                    if is_late or digest < <uint64_t> CHOSEN * gap:  # then it is the lowest
+                        return ends(last, last_class, end, end_class)
                 cut = at
             i = stop
         if i >= t.n_units and (last == 0 or t.n_units - p <= MAX_UNITS):
-            return self.ends(
-                t, t.n_units, self.class_before(t, t.n_units, p, piece), end, end_class
-            )
-        return self.ends(t, last, last_class, end, end_class)
+            last, last_class = t.n_units, self.class_before(t, t.n_units, p, piece)
+        return ends(last, last_class, end, end_class)
 
-    cdef inline bint ends(
-        self, const Text* t, size_t at, uint32_t left, size_t* end, uint32_t* end_class
-    ) noexcept:
-        end[0] = at
-        end_class[0] = left
-        return True
-
-    cdef uint32_t class_before(
-        self, const Text* t, size_t i, size_t p, size_t piece
-    ) noexcept:
+    cdef uint32_t class_before(self, const Text* t, size_t i, size_t p, size_t piece) noexcept:
         """Return the class of the character before `i` in a chunk that begins at `p`.
 
         What stands before the piece that begins at `piece` is not seen.
@@ -1090,9 +1065,7 @@ cdef class SegmentCache:
         if i <= piece:
             return TOKEN_END if piece > p else LETTER if p else plan.piece_left
         if i - 1 > piece:
-            return class_behind(
-                plan, unit_at(t, i - 1), class_of(plan, unit_at(t, i - 2))
-            )
+            return class_behind(plan, unit_at(t, i - 1), class_of(plan, unit_at(t, i - 2)))
         return class_behind(
             plan, unit_at(t, i - 1), LETTER if p and piece == p else plan.piece_left
         )
@@ -1192,7 +1165,7 @@ cdef class SegmentCache:
         cdef Text* t = &walk.view
         cdef size_t i = p, start = p, token_at
         cdef uint32_t left = LETTER if p else plan.piece_left, own, unit
-        cdef bint fine = self.uses_shorts
+        cdef bint fine = self.cuts_fine
         cdef Match m
         token_at = next_start(plan, t, p, end)
         while i < end:
@@ -1659,24 +1632,6 @@ cdef bint is_plain(const Text* t, size_t start, size_t stop) noexcept nogil:
         unit = four[i]
         others |= (unit - 0x20 > 0x5E) & (unit - 9 > 4)
     return others == 0
-
-
-cdef uint32_t bits_of(const Text* t, size_t start, size_t stop) noexcept nogil:
-    """Return the bits that any unit of a part has."""
-    cdef const uint16_t* two = <const uint16_t*> t.data
-    cdef const uint32_t* four = <const uint32_t*> t.data
-    cdef uint32_t bits = 0
-    cdef size_t i
-    if t.kind == 1:
-        for i in range(start, stop):
-            bits |= t.data[i]
-    elif t.kind == 2:
-        for i in range(start, stop):
-            bits |= two[i]
-    else:
-        for i in range(start, stop):
-            bits |= four[i]
-    return bits
 
 
 cdef TokenIds ids_of(const int32_t* ids, size_t n):

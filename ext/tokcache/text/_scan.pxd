@@ -78,6 +78,23 @@ cdef inline uint32_t unit_at(const Text* t, size_t i) noexcept nogil:
         return (<const uint16_t*> t.data)[i]
     return (<const uint32_t*> t.data)[i]
 
+cdef inline uint32_t bits_of(const Text* t, size_t start, size_t stop) noexcept nogil:
+    """Return the bits that any unit of a part has."""
+    cdef const uint16_t* two = <const uint16_t*> t.data
+    cdef const uint32_t* four = <const uint32_t*> t.data
+    cdef uint32_t bits = 0
+    cdef size_t i
+    if t.kind == 1:
+        for i in range(start, stop):
+            bits |= t.data[i]
+    elif t.kind == 2:
+        for i in range(start, stop):
+            bits |= two[i]
+    else:
+        for i in range(start, stop):
+            bits |= four[i]
+    return bits
+
 cdef inline uint32_t class_of(const Plan* plan, uint32_t unit) noexcept nogil:
     return plan.classes[unit] if unit < 0x10000 else OTHER
 

@@ -16,7 +16,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from tokcache.text._digest cimport fold, full_digest
-from tokcache.text._scan cimport Text
+from tokcache.text._scan cimport Text, bits_of
 
 cdef enum:
     NO_CHUNK = 0xFFFFFFFF
@@ -83,16 +83,10 @@ ctypedef struct Shorts:
 
 cdef inline uint32_t width_of(const Text* t, size_t start, size_t stop) noexcept nogil:
     """Return the fewest bytes a unit that hold every unit of this part."""
-    cdef uint32_t together = 0
-    cdef size_t i
+    cdef uint32_t together
     if t.kind == 1:
         return 1
-    if t.kind == 2:
-        for i in range(start, stop):
-            together |= (<const uint16_t*> t.data)[i]
-    else:
-        for i in range(start, stop):
-            together |= (<const uint32_t*> t.data)[i]
+    together = bits_of(t, start, stop)
     return 1 if together < 0x100 else 2 if together < 0x10000 else 4
 
 cdef inline void narrow(
