@@ -621,6 +621,25 @@ def test_parts_that_may_stand_side_by_side_have_nothing_between_them(name: str, 
 
 
 @both
+def test_ids_without_what_keeps_parts_apart_are_refused(name: str) -> None:
+    one = Cached(name)
+    text = "alpha beta<s>gamma delta<s>epsilon zeta"
+    walk = one.cache.look(text, False, 0)
+    encoder, sizes = one.encoders[0], one.sizes[0]
+    (together,) = _joined(walk, 0, encoder.between, sizes=sizes)
+    assert together == text.replace("<s>", encoder.between)
+    (ids,) = encoder.encode([together])
+    at = [i for i, index in enumerate(ids) if index == encoder.separator]
+    assert len(at) == 2
+    for i in at:
+        for wrong in ([ids[0]], []):
+            assert walk.take([ids[:i] + wrong + ids[i + 1 :]], encoder.separator, sizes) is False
+    assert walk.take([[10**6, *ids[1:]]], encoder.separator, sizes) is None
+    assert walk.take([ids], encoder.separator, sizes)
+    assert one.complete(walk) == one.right(text)
+
+
+@both
 def test_ids_that_do_not_end_where_a_part_does_are_refused(name: str) -> None:
     one = Cached(name, "gpt2", cuts_fine=False)
     text = numbered(100)
