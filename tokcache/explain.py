@@ -448,9 +448,8 @@ def _answer(cache: WrappedTokenizer, text: str, special: bool, right: list[int])
     l1 = cache._tokcache.l1  # noqa: SLF001 (ours)
     engine = "tokenizers" if l1 is None else l1.engine
     difference = _first_difference(right, found)
-    if difference is None and after.l1.refusals.get("parts_differ", 0) > before.l1.refusals.get(
-        "parts_differ", 0
-    ):
+    n_whole = [stats.l1.refusals.get("parts_differ", 0) for stats in (before, after)]
+    if difference is None and n_whole[0] < n_whole[1]:
         difference = "token ids run across a cut, so the text was encoded whole"
     return Answer(engine, special, origin, len(found), difference)
 

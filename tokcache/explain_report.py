@@ -134,7 +134,7 @@ def _about_continuations(found: Explanation) -> Iterator[str]:
 
 
 def _about_engine(found: Explanation) -> Iterator[str]:
-    more = "; it encodes missing chunks whole, only --engine tokenizers looks up segments"
+    more = "; it encodes missing chunks whole, only --engine tokenizers looks for segments in them"
     yield f"{found.engine}{'' if found.looks_up_segments else more}"
     for note in found.engine_notes:
         # Where the engine stands at the head of a list, its error needs less of a sentence.

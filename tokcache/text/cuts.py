@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers.models import BPE
 
 from tokcache.text.char_classes import BLANK, N_CLASSES, VISIBLE, CharClass, class_of
+from tokcache.text.components import BYTE_NAME, BYTE_NAMES, MARKER, MARKS_BLANKS, stages_of
 from tokcache.text.engines import (
     CopyError,
     added_tokens,
@@ -89,8 +90,6 @@ _MAYBE_WORDS = _LETTERS | _DIGITS | {C.UNDERSCORE, C.PUNCTUATION_BEYOND, C.OTHER
 _NEWLINE = frozenset({C.NEWLINE})
 _ENDS_OF_LINES = frozenset({C.NEWLINE, C.NEWLINE_RUN, C.RETURN})
 _BLANK_LEFT = BLANK | {C.NEWLINE_RUN}
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
-_MARKER = "\u2581"
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,9 +306,9 @@ class _Planner:
         return replace(rule, left=left, right=right) if left and right else None
 
     def _pre_tokenizer_rules(self, normal: Normalizer) -> list[Rule]:
-        stages = _stages(self.pre_tokenizer)
+        stages = stages_of(self.pre_tokenizer)
         self.recognised.append(("pre_tokenizer", ", ".join(s["type"] for s in stages) or "none"))
-        if normal.space == _MARKER:
+        if normal.space == MARKER:
             stages = [stage for stage in stages if not _splits_at_blank_only(stage)]
             if stages and stages[0]["type"] != "Metaspace":
                 raise _Unrecognised(f"{stages[0]['type']} behind a normalizer that hides blanks")
@@ -474,7 +473,7 @@ class _Planner:
 
     def _blank_variant(self, variants: tuple[Variant, Variant, Variant], tokens: list[Any]) -> int:
         # A token with a blank could be found where the blank was put.
-        is_free = not any(set(token.content) & {" ", _MARKER} for token in tokens)
+        is_free = not any(set(token.content) & {" ", MARKER} for token in tokens)
         return 0 if is_free and _puts_a_blank(*variants) else -1
 
     def _affixes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, ...]:
@@ -581,11 +580,11 @@ _READ_NORMALIZER: dict[str, Callable[[str, Any], Normalizer]] = {
 
 def _read_replace(pattern: dict[str, str], content: str) -> Normalizer:
     string, regex = pattern.get("String"), pattern.get("Regex")
-    if string == " " and content == _MARKER:
-        return Normalizer("Replace", space=_MARKER, keeps_beyond=False)
-    if regex in (" {2,}", "  +") and content in (" ", _MARKER):
+    if string == " " and content == MARKER:
+        return Normalizer("Replace", space=MARKER, keeps_beyond=False)
+    if regex in (" {2,}", "  +") and content in (" ", MARKER):
         # A run becomes one: forced boundaries never cut it, what the vocabulary proves could.
-        return Normalizer("Replace", marks_runs=content == _MARKER, replaced=("  ",))
+        return Normalizer("Replace", marks_runs=content == MARKER, replaced=("  ",))
     if string in ("``", "''") and content == '"':
         return Normalizer("Replace", replaced=(string, '"'))
     raise _Unrecognised(f"Replace of {string or regex!r} by {content!r} is not known")
@@ -609,14 +608,6 @@ def _in_sequence(parts: list[Normalizer]) -> Normalizer:
 
 
 # ---- pre-tokenizers
-
-
-def _stages(state: Any) -> list[Any]:
-    if state is None:
-        return []
-    if state["type"] == "Sequence":
-        return [stage for one in state["pretokenizers"] for stage in _stages(one)]
-    return [state]
 
 
 def _splits_at_blank_only(stage: Any) -> bool:
@@ -713,7 +704,7 @@ _BY_NEIGHBOURS = {
 
 
 def _metaspace_rules(stage: Any) -> list[Rule]:
-    if stage.get("replacement", _MARKER) != _MARKER:
+    if stage.get("replacement", MARKER) != MARKER:
         raise _Unrecognised(f"Metaspace with {stage['replacement']!r} is not known")
     if not stage.get("split", True):
         raise _Unrecognised("Metaspace without split forces no boundary")
@@ -868,9 +859,8 @@ def _known_classes(
 
 def _has_plain_bytes(vocabulary: dict[str, int]) -> bool:
     """Return whether every byte has a token, and no merge goes by the name of one."""
-    names = {f"<0x{byte:02X}>" for byte in range(256)}
-    others = "\n".join(vocabulary.keys() - names)
-    return names <= vocabulary.keys() and not _BYTE.search(others)
+    others = "\n".join(vocabulary.keys() - BYTE_NAMES)
+    return vocabulary.keys() >= BYTE_NAMES and not BYTE_NAME.search(others)
 
 
 def _spanned_pairs(vocabulary: Iterable[str], space: str) -> set[Pair]:
@@ -893,7 +883,7 @@ def _may_appear(normalizer: Any, normalized: list[Any]) -> bool:
 
 def _pairs_in(text: str) -> Iterator[Pair]:
     """Yield the pairs of classes inside a text, with every class its left one may have."""
-    for left, right in pairwise(map(class_of, text.replace(_MARKER, " "))):
+    for left, right in pairwise(map(class_of, text.replace(MARKER, " "))):
         yield left, right
         if left is C.NEWLINE:
             yield C.NEWLINE_RUN, right
@@ -992,13 +982,11 @@ def _without_prefix(state: Any) -> Any:
 
 def _puts_a_blank(first: Variant, later: Variant, inside: Variant) -> bool:
     """Return whether `first` and `later` put a blank before a part, and nothing else is done."""
-    state = json.loads(first.normalizer)
-    parts = state["normalizers"] if state is not None and state["type"] == "Sequence" else []
-    marks = {"type": "Replace", "pattern": {"String": " "}, "content": _MARKER}
     return (
         first == later != inside
         and first.pre_tokenizer == inside.pre_tokenizer
-        and parts == [{"type": "Prepend", "prepend": _MARKER}, marks]
+        and stages_of(json.loads(first.normalizer))
+        == [{"type": "Prepend", "prepend": MARKER}, MARKS_BLANKS]
     )
 
 

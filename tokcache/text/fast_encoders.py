@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import json
 import random
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -24,6 +23,7 @@ from unicodedata import normalize
 from tokenizers.models import BPE
 
 from tokcache.errors import TokcacheError
+from tokcache.text.components import BYTE_NAME, has_all_bytes
 from tokcache.text.engines import is_of_library
 
 if TYPE_CHECKING:
@@ -135,7 +135,6 @@ _SAMPLES = (
     "=" * 70 + " " * 70 + "\n" * 9,
     "supercalifragilisticexpialidocious pneumonoultramicroscopicsilicovolcanoconiosis",
 )
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _DENSE = [*map(chr, range(0x21, 0x7F)), *[" "] * 8, "  ", "\n", "\n\n", "\t", "\r\n", "\u3000"]
 _DENSE += ["\u0301", "\u0338", "\xe9", "\u4f60", "\u2026", "\u2260", "\u0434"]
 _N_DENSE = 150
@@ -309,12 +308,12 @@ def _why_never_model(reference: Tokenizer) -> str | None:
     if model.end_of_word_suffix or model.continuing_subword_prefix:
         return "the ends of a word are marked"
     has_merged_bytes = model.byte_fallback and any(
-        len(token) > len("<0x00>") and _BYTE.search(token)
+        len(token) > len("<0x00>") and BYTE_NAME.search(token)
         for token in reference.get_vocab(with_added_tokens=False)
     )
     if has_merged_bytes:
         return "a byte's token may be merged with its neighbours"
-    if model.unk_token is None and not (_is_byte_level(reference) or _has_all_bytes(model)):
+    if model.unk_token is None and not (_is_byte_level(reference) or has_all_bytes(model)):
         return "unknown characters are dropped, and their neighbours may be merged"
     return None
 
@@ -322,12 +321,6 @@ def _why_never_model(reference: Tokenizer) -> str | None:
 def _is_byte_level(reference: Tokenizer) -> bool:
     parts = (reference.normalizer, reference.pre_tokenizer)
     return any(b'"ByteLevel"' in part.__getstate__() for part in parts if part is not None)
-
-
-def _has_all_bytes(model: BPE) -> bool:
-    return model.byte_fallback and all(
-        model.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256)
-    )
 
 
 def _splits_twice(pre_tokenizer: Any) -> bool:

@@ -7,7 +7,6 @@ they do so at every place where the text was cut shows once more that the cut wa
 from __future__ import annotations
 
 import json
-import re
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tokcache.text._native import is_native
+from tokcache.text.components import BYTE_NAME, MARKER, MARKS_BLANKS, has_all_bytes, stages_of
 from tokcache.text.fast_encoders import agreed_code_points
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ else:
 
 __all__ = ["TokenBytes", "token_bytes"]
 
-_MARKER = "\u2581"
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
-_MARKS_BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": _MARKER}
 _BEYOND = 0x100
 _VOWELS = "\u09be\u09d7\u0bbe\u0bd7"  # all that are no marks and compose, of the agreed ones
 _N_SAMPLES = 500
@@ -52,16 +49,16 @@ def token_bytes(own: Tokenizer, variant: Variant, known: Mapping[int, bytes]) ->
     model = own.model
     if not isinstance(model, BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
-    normalizers = _flat(json.loads(variant.normalizer), "normalizers")
-    stages = _flat(json.loads(variant.pre_tokenizer), "pretokenizers")
+    normalizers = stages_of(json.loads(variant.normalizer))
+    stages = stages_of(json.loads(variant.pre_tokenizer))
     if _is_byte_level(normalizers, stages):
         if any(model.token_to_id(char) is None for char in ByteLevel.alphabet()):
             return None
         exact = _unchanged_by_nfc if normalizers else None
         return _made(own, len, exact, known, len)
     # A marker that is no token would become bytes itself.
-    has_all = model.byte_fallback and model.token_to_id(_MARKER) is not None
-    if _is_marked(normalizers, stages) and has_all and _has_all_bytes(model):
+    has_marker = model.token_to_id(MARKER) is not None
+    if _is_marked(normalizers, stages) and has_marker and has_all_bytes(model):
         return _made(own, _marked_length, _all_but_marker, known, _unmarked_length)
     return None
 
@@ -97,14 +94,6 @@ def _made(
     return made
 
 
-def _flat(state: Any, of_a_sequence: str) -> list[Any]:
-    if state is None:
-        return []
-    if state["type"] == "Sequence":
-        return [one for part in state[of_a_sequence] for one in _flat(part, of_a_sequence)]
-    return [state]
-
-
 def _is_byte_level(normalizers: list[Any], stages: list[Any]) -> bool:
     """Return whether each character of a token is a byte of a text, which keeps all of its own."""
     of_bytes = [one for one in stages if one["type"] == "ByteLevel"]
@@ -118,13 +107,13 @@ def _is_byte_level(normalizers: list[Any], stages: list[Any]) -> bool:
 
 def _is_marked(normalizers: list[Any], stages: list[Any]) -> bool:
     """Return whether blanks become markers, and nothing else changes."""
-    if normalizers == [_MARKS_BLANKS]:
+    if normalizers == [MARKS_BLANKS]:
         return all(map(_keeps_all, stages))
     is_metaspace = len(stages) == 1 and stages[0]["type"] == "Metaspace"
     return (
         not normalizers
         and is_metaspace
-        and stages[0]["replacement"] == _MARKER
+        and stages[0]["replacement"] == MARKER
         and stages[0]["prepend_scheme"] == "never"
     )
 
@@ -135,19 +124,15 @@ def _keeps_all(stage: Any) -> bool:
 
 
 def _marked_length(token: str) -> int:
-    return 1 if _BYTE.fullmatch(token) else len(token.replace(_MARKER, " ").encode())
+    return 1 if BYTE_NAME.fullmatch(token) else len(token.replace(MARKER, " ").encode())
 
 
 def _unmarked_length(token: bytes) -> int:
-    return len(token.replace(_MARKER.encode(), b" "))
-
-
-def _has_all_bytes(model: BPE) -> bool:
-    return all(model.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
+    return len(token.replace(MARKER.encode(), b" "))
 
 
 def _all_but_marker() -> Ranges:
-    return [(_BEYOND, ord(_MARKER) - 1), (ord(_MARKER) + 1, sys.maxunicode)]
+    return [(_BEYOND, ord(MARKER) - 1), (ord(MARKER) + 1, sys.maxunicode)]
 
 
 @cache

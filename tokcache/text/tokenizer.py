@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from tokcache.text.engines import Engine
     from tokcache.text.warm import CacheFileReport
 
-_LONG_CHARS = 2048
-_ADMIT_ONE_IN = 8
+_LONG_CHARS = 2048  # L0 takes a longer text that L1 puts together
+_ADMIT_ONE_IN = 8  # one time in so many: most never come again
 
 _Key = tuple[str, bool, str | None]
 _NO_L0 = L0Stats(0, 0, 0, 0, {}, 0, 0, 0)
