@@ -40,6 +40,7 @@ cdef extern from "Python.h":
 
 cdef extern from *:
     int count_zeros "__builtin_ctzll" (unsigned long long bits) noexcept nogil
+    int count_leading_zeros "__builtin_clzll" (unsigned long long bits) noexcept nogil
 
 cdef enum:
     MIN_UNITS = 128        # a chunk is not cut before, but where a message opens
@@ -1034,22 +1035,28 @@ cdef class SegmentCache:
             if i < piece:
                 i += 1
                 continue
-            stop = min(min(token_at, t.n_units), i + 64) if i < token_at else i + 1
+            stop = min(token_at, t.n_units)
+            if i < p + MIN_UNITS:  # what is cut here only weighs the first place that counts
+                stop = min(stop, p + MIN_UNITS)
+                at = self.last_place(t, i, stop, p, piece)
+                cut = at if at else cut
+                i = stop
+                continue
+            stop = min(stop, i + 64)
             places = self.coarse_places(t, i, stop, p, piece)
             while places:
                 at = i + count_zeros(places)
                 places &= places - 1
-                if at >= p + MIN_UNITS:
-                    is_late = at > p + MAX_UNITS
-                    if is_late and last:
-                        return ends(last, last_class, end, end_class)
-                    digest = self.rank(t, at, at - cut, &gap)
-                    # The lowest rank, which is digest / gap, counts.
-                    if last == 0 or digest * best_gap < best * gap:
-                        best, best_gap, last = digest, gap, at
-                        last_class = self.class_before(t, at, p, piece)
-                    if is_late or digest < <uint64_t> CHOSEN * gap:  # then it is the lowest
-                        return ends(last, last_class, end, end_class)
+                is_late = at > p + MAX_UNITS
+                if is_late and last:
+                    return ends(last, last_class, end, end_class)
+                digest = self.rank(t, at, at - cut, &gap)
+                # The lowest rank, which is digest / gap, counts.
+                if last == 0 or digest * best_gap < best * gap:
+                    best, best_gap, last = digest, gap, at
+                    last_class = self.class_before(t, at, p, piece)
+                if is_late or digest < <uint64_t> CHOSEN * gap:  # then it is the lowest
+                    return ends(last, last_class, end, end_class)
                 cut = at
             i = stop
         if i >= t.n_units and (last == 0 or t.n_units - p <= MAX_UNITS):
@@ -1069,6 +1076,20 @@ cdef class SegmentCache:
         return class_behind(
             plan, unit_at(t, i - 1), LETTER if p and piece == p else plan.piece_left
         )
+
+    cdef inline size_t last_place(
+        self, const Text* t, size_t start, size_t stop, size_t p, size_t piece
+    ) noexcept:
+        """Return the last coarse place from `start` on and before `stop`, 0 if there is none."""
+        cdef size_t i
+        cdef uint64_t places
+        while stop > start:
+            i = stop - 64 if stop - start > 64 else start
+            places = self.coarse_places(t, i, stop, p, piece)
+            if places:
+                return i + 63 - count_leading_zeros(places)
+            stop = i
+        return 0
 
     cdef uint64_t coarse_places(
         self, const Text* t, size_t i, size_t stop, size_t p, size_t piece
