@@ -78,7 +78,7 @@ ctypedef struct Unit:     # a part that the engine must encode
     uint32_t n
     bint is_made
     bint is_short
-    bint may_grow         # its neighbour may become part of it
+    bint may_grow         # a long neighbour may become part of it
     uint32_t n_bytes      # in UTF-8, with a blank before it; 0: ids don't tell
     uint32_t behind       # it in the joined text
 
@@ -422,13 +422,10 @@ cdef class Walk:
         self.n_units += 1
         return 0
 
-    cdef int push_neighbour(
-        self, size_t start, size_t stop, uint32_t variant, bint is_short
-    ) except -1:
-        """Make a unit of a missing part that need not be known by itself, or of a neighbour and it.
+    cdef int push_long(self, size_t start, size_t stop, uint32_t variant) except -1:
+        """Make a unit of a part too long for the short segments, or of such a neighbour and it.
 
-        Those are long ones and words beyond Latin-1: few come again in a text, and between two
-        units the engine needs a separator.
+        Few come again in a text, and between two units the engine may need a separator.
         """
         cdef Unit* unit
         if (
@@ -438,9 +435,8 @@ cdef class Walk:
             unit = &self.units[self.n_units - 1]
             if unit.may_grow and unit.stop == start:
                 unit.stop = stop
-                unit.is_short = False
                 return 0
-        self.push_unit(start, stop, variant, is_short)
+        self.push_unit(start, stop, variant, False)
         self.units[self.n_units - 1].may_grow = True
         return 0
 
@@ -1253,14 +1249,11 @@ cdef class SegmentCache:
             found.append((start, stop, False))
             return 0
         if not short_key(&walk.view, start, stop, &key):
-            return walk.push_neighbour(start, stop, variant, False)
+            return walk.push_long(start, stop, variant)
         key.scope = walk.scope
         key.variant = <uint8_t> variant
         digest = self.short_digest(&key)
         at = find_short(&self.shorts, digest, &key)
-        if at == NULL and key.width > 1:
-            walk.short_misses += 1
-            return walk.push_neighbour(start, stop, variant, True)
         if at != NULL:
             at.tick = self.clock
             if at.n_ids != PENDING:
