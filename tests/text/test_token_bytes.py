@@ -91,6 +91,30 @@ def test_a_marker_that_is_no_token_becomes_bytes(has_marker: bool) -> None:
     assert "parts_differ" not in wrapped.cache_stats().l1.refusals
 
 
+@pytest.mark.parametrize("spells", [True, False])
+def test_a_byte_that_merges_may_spell_has_no_bytes(spells: bool) -> None:
+    names = [f"<0x{byte:02X}>" for byte in range(256)] + [*"<0x41>ab", "\u2581"]
+    merges, made = [], "<"
+    for char in "0x41>"[: 5 if spells else 4]:
+        merges.append((made, char))
+        made += char
+        names.append(made)
+    names = list(dict.fromkeys(names))
+    model = BPE({name: index for index, name in enumerate(names)}, merges, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = Replace(" ", "\u2581")
+    spelled = tokenizer.token_to_id("<0x41>")
+    assert (tokenizer.encode("<0x41>").ids == [spelled]) == spells
+    (one,) = plan_cuts(tokenizer).variants
+    own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
+    assert token_bytes(own, one, {}) is None
+    wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers", l0_max_entries=1))
+    for n in range(40):
+        text = f"{'a ' * n}<0x41> b{' <0x41>' * n} ab{' b' * n}"
+        assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
+    assert "parts_differ" not in wrapped.cache_stats().l1.refusals
+
+
 def test_an_id_of_two_tokens_has_no_bytes(engine: str) -> None:
     bytes_of_gpt2 = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary = bytes_of_gpt2 | {"bc": bytes_of_gpt2["x"], "gg": bytes_of_gpt2["z"]}

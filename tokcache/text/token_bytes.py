@@ -17,7 +17,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tokcache.text._native import is_native
-from tokcache.text.components import BYTE_NAME, MARKER, MARKS_BLANKS, has_all_bytes, stages_of
+from tokcache.text.components import (
+    BYTE_NAME,
+    BYTE_NAMES,
+    MARKER,
+    MARKS_BLANKS,
+    has_all_bytes,
+    stages_of,
+)
 from tokcache.text.fast_encoders import agreed_code_points
 
 if TYPE_CHECKING:
@@ -58,9 +65,17 @@ def token_bytes(own: Tokenizer, variant: Variant, known: Mapping[int, bytes]) ->
         return _made(own, len, exact, known, len)
     # A marker that is no token would become bytes itself.
     has_marker = model.token_to_id(MARKER) is not None
-    if _is_marked(normalizers, stages) and has_marker and has_all_bytes(model):
+    is_marked = _is_marked(normalizers, stages) and has_marker and has_all_bytes(model)
+    if is_marked and not _may_spell_a_byte(model):
         return _made(own, _marked_length, _all_but_marker, known, _unmarked_length)
     return None
+
+
+def _may_spell_a_byte(model: BPE) -> bool:
+    """Return whether merges may make the token of a byte of the characters of its name."""
+    has = model.token_to_id
+    halves = ((name[:at], name[at:]) for name in BYTE_NAMES for at in range(1, len(name)))
+    return any(has(left) is not None and has(right) is not None for left, right in halves)
 
 
 def _made(
