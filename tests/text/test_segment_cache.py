@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,13 @@ from tests.text.fuzz_texts import random_text
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tests.text.twins import both, twin
 from tokcache.config import CacheConfig
-from tokcache.text.char_classes import LETTERS_BEYOND, PUNCTUATION_BEYOND
+from tokcache.text._scan_py import class_behind
+from tokcache.text.char_classes import (
+    LETTERS_BEYOND,
+    N_CLASSES,
+    PUNCTUATION_BEYOND,
+    CharClass,
+)
 from tokcache.text.cuts import CutPlan, Variant, plan_cuts
 from tokcache.text.engines import PartEncoder
 from tokcache.text.l1 import L1
@@ -386,6 +393,60 @@ def test_both_twins_know_the_same_classes(kind: str) -> None:
 
 
 # ---- one content, many strings
+
+
+def _places(plan: CutPlan, text: str, start: int) -> Iterator[int]:
+    """Yield where a chunk that begins at `start` may end; no added token is in the text."""
+    left = CharClass.LETTER if start else CharClass(plan.piece_left)
+    for at in range(start + 1, len(text)):
+        left = class_behind(text[at - 1], left)
+        if plan.coarse[left * N_CLASSES + class_behind(text[at], left)]:
+            yield at
+
+
+def _rank(seed: bytes, text: str, at: int) -> int:
+    words = struct.unpack("<2Q", seed[:16])
+    one, other = struct.unpack("<2Q", text[at - 16 : at].encode())
+    product: int = (one ^ words[0]) * (other ^ words[1])
+    return (product ^ product >> 64) & 0xFFFFFFFF
+
+
+def _chunk_end(plan: CutPlan, seed: bytes, text: str, start: int) -> int:
+    """Return where a chunk of an ASCII text ends, found place by place."""
+    cut, best = start, None  # of the best: its rank, its weight, its place
+    for at in _places(plan, text, start):
+        is_late = at > start + 1024
+        if is_late and best is not None:
+            return best[2]
+        if at >= start + 128:
+            own = (_rank(seed, text, at), min(at - cut, 64), at)
+            if best is None or own[0] * best[1] < best[0] * own[1]:
+                best = own
+            if is_late or own[0] < (1 << 23) * own[1]:
+                return best[2]
+        cut = at
+    return len(text) if best is None or len(text) - start <= 1024 else best[2]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama2"])
+def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str) -> None:
+    _, plan = _plan(kind)
+    rng = random.Random(8)
+    cache: Any = twin("native").l1.SegmentCache(plan, 1 << 20)
+    for n in (1, 100, 129, 1000, 1200, 9000):
+        for gaps in ("  ", " \n", " \n\t.x9", "x" * 200 + " "):
+            text = "".join(rng.choice(gaps + "abcdefgh, 12") for _ in range(n))
+            cache.cut_seed = rng.randbytes(48)
+            for start, stop, _ in cache.cut(text, False):
+                assert stop == _chunk_end(plan, cache.cut_seed, text, start), (n, gaps)
+
+
+def test_long_neighbours_are_one_part_and_words_of_any_script_one_each() -> None:
+    _, walk = _walk("native", "a" * 30 + "1" * 30 + "!" * 30)
+    assert parts_of(walk, 0) == ["a" * 30 + "1" * 30 + "!" * 30]
+    for word in ("word", "\u0441\u043b\u043e\u0432\u043e"):
+        _, walk = _walk("native", f"{word} {word} {word}")
+        assert parts_of(walk, 0) == [word, f" {word}"]
 
 
 @both
