@@ -163,10 +163,13 @@ class Encoder:
         self.is_fork_safe = is_fork_safe
         self.texts: list[str] = []
 
-    def encode(self, text: str) -> Any:
-        self.texts.append(text)
-        ids = self.sure.tokenizer.encode(text, add_special_tokens=False).ids
-        return memoryview(array("I", self.spoil(ids)))
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        self.texts += texts
+        return [memoryview(array("I", self.spoil(ids))) for ids in map(self._sure_ids, texts)]
+
+    def _sure_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.sure.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def vocabulary(self) -> dict[int, bytes]:
         return {}

@@ -151,7 +151,7 @@ class FastEncoderUnavailable(TokcacheError, RuntimeError):
 
 
 class FastEncoder(Protocol):
-    """Encodes one text whole: no special tokens around it, no truncation, no padding.
+    """Encodes texts whole: no special tokens around them, no truncation, no padding.
 
     Added tokens in the text are recognised, special ones too, as tokenizers does.
     `holds_lock` says that no other thread runs Python while it encodes.
@@ -162,10 +162,10 @@ class FastEncoder(Protocol):
     holds_lock: bool
     is_fork_safe: bool
 
-    def encode(self, text: str) -> Ids:
-        """Return the ids of `text`.
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of every text.
 
-        Shapes: uint32[n_tokens], contiguous, owned by the caller.
+        Shapes: uint32[n_tokens] each, contiguous, owned by the caller.
         Errors: the library's own; TypeError or UnicodeEncodeError for lone surrogates.
         """
 
@@ -195,12 +195,12 @@ class Gigatoken:
         self._encode("")  # the first text is slow: it imports numpy
         self._n_chars_left = GIGATOKEN_MAX_CHARS
 
-    def encode(self, text: str) -> Ids:
-        """Return the ids of `text`."""
-        self._n_chars_left -= len(text)
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of every text."""
+        self._n_chars_left -= sum(map(len, texts))
         if self._n_chars_left < 0:
             self._renew()
-        return self._encode(text)
+        return [*map(self._encode, texts)]
 
     def vocabulary(self) -> dict[int, bytes]:
         """Return all tokens by id."""
@@ -226,9 +226,9 @@ class Fastokens:
         self._encode_flat: Callable[[list[str]], tuple[bytes, bytes]] = made.encode_batch_flat
         self._encode_flat([" "])  # the first text is slow: it fills tables
 
-    def encode(self, text: str) -> Ids:
-        """Return the ids of `text`."""
-        return memoryview(self._encode_flat([text])[0]).cast("I")
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of every text."""
+        return [memoryview(self._encode_flat([text])[0]).cast("I") for text in texts]
 
     def vocabulary(self) -> dict[int, bytes]:
         """Return nothing: it has none to hand out."""
@@ -335,7 +335,7 @@ def _first_difference(
 ) -> str | None:
     for text in probes:
         wanted = _outcome(lambda text: reference.encode(text, add_special_tokens=False).ids, text)
-        found = _outcome(lambda text: encoder.encode(text).tolist(), text)
+        found = _outcome(lambda text: encoder.encode([text])[0].tolist(), text)
         if found != wanted:
             return f"{text!r} is {found} in {encoder.name}, {wanted} in tokenizers"
     return None

@@ -195,9 +195,7 @@ class L1:
         """
         max_chars = CHARS_AT_ONCE if encoder.holds_lock else _NO_LIMIT
         try:
-            is_right = _encode(
-                walk, one, lambda texts: [*map(encoder.encode, texts)], _agreed(), max_chars
-            )
+            is_right = _encode(walk, one, encoder.encode, _agreed(), max_chars)
         except BaseException as error:
             if not is_of_library(error):
                 raise

@@ -2,7 +2,8 @@
 """SegmentCache: the token ids of the parts of texts, found by content wherever they stand."""
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBuffer_IsContiguous
+from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
@@ -229,7 +230,7 @@ cdef class Walk:
         cdef size_t i, at = 0
         cdef list held = []
         cdef TokenIds ids
-        cdef Py_buffer view
+        cdef Py_buffer* view
         for one in encoded:
             if at > self.n_picked:
                 break
@@ -238,14 +239,14 @@ cdef class Walk:
                 held.append(ids)
                 at = self.take_text(at, ids_data(ids), ids.n_tokens, separator, sizes)
                 continue
-            PyObject_GetBuffer(one, &view, PyBUF_SIMPLE)
-            try:
-                held.append(memoryview(one))  # it stays where it is
-                at = self.take_text(
-                    at, <const int*> view.buf, view.len // sizeof(int), separator, sizes
-                )
-            finally:
-                PyBuffer_Release(&view)
+            one = PyMemoryView_FromObject(one)
+            held.append(one)  # it stays where it is
+            view = PyMemoryView_GET_BUFFER(one)
+            if not PyBuffer_IsContiguous(view, b"C"):
+                raise BufferError("an encoder's ids must lie side by side")
+            at = self.take_text(
+                at, <const int*> view.buf, view.len // sizeof(int), separator, sizes
+            )
         if at != self.n_picked:
             return None if at == UNTOLD else False
         self.held = held if self.held is None else self.held + held
@@ -1703,7 +1704,7 @@ cdef int read_tokens(Plan* plan, separators) except -1:
     while n_slots < 2 * n_nodes:
         n_slots *= 2
     plan.last_slot = n_slots - 1
-    plan.nodes = <Node*> calloc(n_nodes, sizeof(Node))
+    plan.nodes = <Node*> calloc(n_nodes + 1, sizeof(Node))  # behind the last: no one's child
     plan.children = <uint32_t*> calloc(n_slots, sizeof(uint32_t))
     plan.tokens = <Token*> calloc(len(separators) + 1, sizeof(Token))
     if plan.nodes == NULL or plan.children == NULL or plan.tokens == NULL:

@@ -193,13 +193,16 @@ cdef inline int32_t longest_token(
     const Plan* plan, const Text* t, size_t i, size_t* end
 ) noexcept nogil:
     """Return the longest token that starts at `i`, or -1."""
-    cdef uint32_t node = 0, unit
+    cdef uint32_t node = 0, child, unit
     cdef int32_t found = -1
     while i < t.n_units:
         unit = unit_at(t, i)
-        node = child_slot(plan, node, unit)[0]
-        if node == 0:
+        child = node + 1  # most nodes have one child, made next
+        if plan.nodes[child].unit != unit or plan.nodes[child].parent != node:
+            child = child_slot(plan, node, unit)[0]
+        if child == 0:
             break
+        node = child
         i += 1
         if plan.nodes[node].token >= 0:
             found = plan.nodes[node].token
