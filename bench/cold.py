@@ -10,11 +10,8 @@ which is what a prompt of known words and new sentences meets. Systems take turn
 from __future__ import annotations
 
 import gc
-import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
@@ -23,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench import _report
+from bench._process import apart, settle
 from bench.adapters import tokenizing as peers
 from bench.workloads import texts
 from bench.workloads.data import default_tokenizers, fresh, tokenizer_file
@@ -36,15 +34,6 @@ MIN_RATIO = {
     2: {"English": 2.5, "code": 2.0, "JSON": 5.0, "Russian": 1.8, "Chinese": 1.8},
 }
 MAX_OF_GIGATOKEN = 1.15
-
-
-def settle() -> None:
-    """Have malloc sort now what the system before freed, not on the time of the next one.
-
-    A freed tokenizer leaves a million small blocks; glibc looks at 10,000 of them in each call.
-    """
-    for turn in range(5_000):
-        bytes(3_000 + 16 * (turn % 7))
 
 
 def encode_ms(system: peers.Encoder, text: str) -> float:
@@ -102,23 +91,18 @@ def measure_here(tokenizer: str, kind: str, rounds: int) -> dict[str, Any]:
 def measure(file: Path, kind: str, n_cores: int, rounds: int) -> dict[str, Any]:
     """Measure in a process of its own that has `n_cores`."""
     cores = sorted(os.sched_getaffinity(0))[:n_cores]
-    code = (
-        f"import os; os.sched_setaffinity(0, {cores})\n"
-        "import json, bench.cold\n"
-        f"print(json.dumps(bench.cold.measure_here({str(file)!r}, {kind!r}, {rounds})))"
+    found: dict[str, Any] = apart(
+        "bench.cold",
+        "measure_here",
+        str(file),
+        kind,
+        rounds,
+        first=f"import os; os.sched_setaffinity(0, {cores})",
+        settings={
+            "RAYON_NUM_THREADS": str(n_cores),
+            "TOKENIZERS_PARALLELISM": "true" if n_cores > 1 else "false",
+        },
     )
-    settings = {
-        "RAYON_NUM_THREADS": str(n_cores),
-        "TOKENIZERS_PARALLELISM": "true" if n_cores > 1 else "false",
-    }
-    done = subprocess.run(  # noqa: S603 (our own code)
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env=os.environ | settings,
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

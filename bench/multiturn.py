@@ -4,10 +4,12 @@ Prompts are rendered first. Ids of every system are compared with tokenizers' be
 timed: rivals that differ are timed all the same and marked, tokcache must not differ. In every
 round each system, new and with nothing cached, replays all prompts; order random; strings made
 fresh before each call, as a server gets them. Slow systems take every third round. Medians.
+What a system frees stays with the process, so that none waits for new pages but the first.
 
 "Every part known": prompts of about 12k characters of a replay that the segment cache has seen,
 with room for one whole prompt in L0, so that each is put together from its parts. Systems take
-turns of several replays, so that none is timed mostly on what the one before left in the CPU.
+turns of several replays, so that none is timed mostly on what the one before left in the CPU, in a
+process of their own: between what others freed, what is allocated lies scattered.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bench import _report
+from bench._process import apart, keep_freed, settle
 from bench.adapters import tokenizing as peers
 from bench.workloads import chats
 from bench.workloads.data import default_tokenizers, fresh, tokenizer_file
@@ -113,16 +116,20 @@ def measure(rows: list[Row], file: Path, prompts: list[str], rounds: int) -> Non
             if row.name in SLOW and turn % 3:
                 continue
             system = peers.build(row.name, file)
+            gc.collect()
+            settle()
             row.us.append(replay_us(system.encode, prompts))
 
 
-def known_parts(file: Path, prompts: list[str], rounds: int) -> dict[str, Any]:
+def known_parts(name: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
     """Time prompts whose parts all are known, in turn with gigatoken's array API."""
+    file = tokenizer_file(name)
+    prompts = chats.prompts(chats.load(n_chats)[1], Tokenizer.from_file(str(file)))
     ours = peers.over("tokenizers", file, l0_max_entries=1)
     systems: dict[str, peers.Encoder] = {"tokcache": ours}
-    for name in (ARRAY, "fastokens, segments, flat API"):
+    for peer in (ARRAY, "fastokens, segments, flat API"):
         try:
-            systems[name] = peers.build(name, file)
+            systems[peer] = peers.build(peer, file)
         except peers.Unavailable:
             continue
     unlike = dict.fromkeys(prompts)  # equal neighbours would be L0's hits
@@ -201,7 +208,9 @@ def run(name: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
     measure(rows, file, prompts, rounds)
     by_name = {row.name: row for row in rows}
     has_segments = by_name["tokcache over tokenizers"].unavailable is None
-    known = known_parts(file, prompts, 4 * rounds) if has_segments else None
+    known = (
+        apart("bench.multiturn", "known_parts", name, n_chats, 4 * rounds) if has_segments else None
+    )
     show(rows, known)
     return {
         "source": source,
@@ -236,6 +245,7 @@ def main(argv: list[str]) -> int:
     options.add_argument("--chats", type=int, help="the first so many chats alone")
     options.add_argument("--rounds", type=int, default=9)
     args = options.parse_args(argv)
+    keep_freed()
     names = args.tokenizer or default_tokenizers("qwen2.5", "phi-3-mini")
     found = {name: run(name, args.chats, args.rounds) for name in names}
     environment = _report.environment("tokenizers", "fastokens", "gigatoken", "numpy")
