@@ -121,15 +121,15 @@ def measure(rows: list[Row], file: Path, prompts: list[str], rounds: int) -> Non
             row.us.append(replay_us(system.encode, prompts))
 
 
-def known_parts(name: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
+def known_parts(tokenizer: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
     """Time prompts whose parts all are known, in turn with gigatoken's array API."""
-    file = tokenizer_file(name)
+    file = tokenizer_file(tokenizer)
     prompts = chats.prompts(chats.load(n_chats)[1], Tokenizer.from_file(str(file)))
     ours = peers.over("tokenizers", file, l0_max_entries=1)
     systems: dict[str, peers.Encoder] = {"tokcache": ours}
-    for peer in (ARRAY, "fastokens, segments, flat API"):
+    for name in (ARRAY, "fastokens, segments, flat API"):
         try:
-            systems[peer] = peers.build(peer, file)
+            systems[name] = peers.build(name, file)
         except peers.Unavailable:
             continue
     unlike = dict.fromkeys(prompts)  # equal neighbours would be L0's hits

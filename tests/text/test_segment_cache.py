@@ -406,13 +406,13 @@ def _places(plan: CutPlan, text: str, start: int) -> Iterator[int]:
 
 def _rank(seed: bytes, text: str, at: int) -> int:
     words = struct.unpack("<2Q", seed[:16])
-    one, other = struct.unpack("<2Q", text[at - 16 : at].encode())
+    one, other = struct.unpack("<2Q", text[at - 16 : at].encode("latin-1"))
     product: int = (one ^ words[0]) * (other ^ words[1])
     return (product ^ product >> 64) & 0xFFFFFFFF
 
 
 def _chunk_end(plan: CutPlan, seed: bytes, text: str, start: int) -> int:
-    """Return where a chunk of an ASCII text ends, found place by place."""
+    """Return where a chunk ends, found place by place; the text is Latin-1 but its last."""
     cut, best = start, None  # of the best: its rank, its weight, its place
     for at in _places(plan, text, start):
         is_late = at > start + 1024
@@ -428,14 +428,27 @@ def _chunk_end(plan: CutPlan, seed: bytes, text: str, start: int) -> int:
     return len(text) if best is None or len(text) - start <= 1024 else best[2]
 
 
+@pytest.fixture(params=[True, False], ids=["vectors", "no vectors"])
+def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With the CPU's vectors, and without."""
+    l1 = twin("native").l1
+    if l1.use_vectors(request.param) != request.param:
+        pytest.skip("this CPU has no AVX2")
+    yield
+    l1.use_vectors(True)
+
+
+@pytest.mark.usefixtures("_vectors")
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama2"])
-def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str) -> None:
+@pytest.mark.parametrize("last", ["", "\u201d", "\U0001f600"], ids=["one", "two", "four"])
+def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str, last: str) -> None:
     _, plan = _plan(kind)
     rng = random.Random(8)
     cache: Any = twin("native").l1.SegmentCache(plan, 1 << 20)
+    every = "".join(map(chr, range(256)))
     for n in (1, 100, 129, 1000, 1200, 9000):
-        for gaps in ("  ", " \n", " \n\t.x9", "x" * 200 + " "):
-            text = "".join(rng.choice(gaps + "abcdefgh, 12") for _ in range(n))
+        for gaps in ("  ", " \n", " \n\t.x9", "x" * 200 + " ", "\n" * 9 + "\r \xa0\xe9", every):
+            text = "".join(rng.choice(gaps + "abcdefgh, 12") for _ in range(n)) + last
             cache.cut_seed = rng.randbytes(48)
             for start, stop, _ in cache.cut(text, False):
                 assert stop == _chunk_end(plan, cache.cut_seed, text, start), (n, gaps)

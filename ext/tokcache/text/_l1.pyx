@@ -13,7 +13,8 @@ from os import urandom
 
 from tokcache.stats import L1Stats
 
-from tokcache.text._digest cimport N_SECRETS, fold, full_digest
+from tokcache.text._digest cimport N_SECRETS, fold, full_digest, read64
+from tokcache.text._places cimport fill_pairs, has_vectors, places_of
 from tokcache.text._scan cimport (
     AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, NEWLINE, NEWLINE_RUN, OPENS, OTHER,
     RSTRIP, SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, child_slot,
@@ -67,6 +68,16 @@ cdef enum:
     LONGEST = 0xFFFE       # bytes of a token that are kept
 
 
+cdef bint uses_vectors = has_vectors()
+
+
+def use_vectors(bint wanted):
+    """Use the CPU's vectors, if it has them, or not; return whether they are used. For tests."""
+    global uses_vectors
+    uses_vectors = wanted and has_vectors()
+    return uses_vectors
+
+
 ctypedef struct Op:       # a piece of the answer
     uint32_t unit         # the unit that will give the ids, or NO_UNIT: ids known already
     uint32_t n            # of known ids
@@ -84,6 +95,7 @@ ctypedef struct Unit:     # a part that the engine must encode
     uint32_t behind       # it in the joined text
 
 ctypedef struct Missed:   # a chunk that was not there
+    uint64_t digest
     size_t start
     size_t stop
     uint32_t first_op
@@ -730,6 +742,7 @@ cdef class SegmentCache:
         cdef uint64_t n_units = walk.view.n_units
         cdef Missed* missed = walk.push_missed()
         walk.push_known(<const int32_t*> ids_data(ids), ids.n_tokens)
+        missed.digest = self.digest(walk, 0, n_units, variant)
         missed.start = 0
         missed.stop = n_units
         missed.stop_op = <uint32_t> walk.n_ops
@@ -862,6 +875,7 @@ cdef class SegmentCache:
         cdef size_t p = 0, end = 0
         cdef uint32_t place, before = NO_CHUNK, ahead = self.find_head(walk)
         cdef uint32_t variant = 0, end_class = 0
+        cdef uint64_t digest = 0
         self.tick()
         while p < t.n_units:
             place = ahead
@@ -876,7 +890,8 @@ cdef class SegmentCache:
                 if not self.chunk_end(t, p, &end, &end_class):
                     self.refuse("beside_single_word")
                     return False
-                place = self.find(walk, p, end, variant)
+                digest = self.digest(walk, p, end, variant)
+                place = self.find(walk, digest, p, end, variant)
                 if place != NO_CHUNK and before != NO_CHUNK:
                     self.remember(t, before, p, place)
                 if place != NO_CHUNK and end < t.n_units:
@@ -884,7 +899,7 @@ cdef class SegmentCache:
                     ahead = self.find_ahead(walk, place, end)
             if place == NO_CHUNK:
                 self.flush_run(walk)
-                if not self.miss(walk, p, end, variant, end_class, before):
+                if not self.miss(walk, digest, p, end, variant, end_class, before):
                     return False
             else:
                 self.hit(walk, p, place, before)
@@ -953,11 +968,12 @@ cdef class SegmentCache:
         return 0
 
     cdef bint miss(
-        self, Walk walk, size_t p, size_t end, uint32_t variant, uint32_t end_class,
-        uint32_t before,
+        self, Walk walk, uint64_t digest, size_t p, size_t end, uint32_t variant,
+        uint32_t end_class, uint32_t before,
     ) except -1:
         """Take a chunk that is not there apart; 0, and counted, if a token can't be judged."""
         cdef Missed* missed = walk.push_missed()
+        missed.digest = digest
         missed.start = p
         missed.stop = end
         missed.variant = variant
@@ -971,13 +987,12 @@ cdef class SegmentCache:
         walk.chunk_miss_chars += end - p
         return True
 
-    cdef uint32_t find(self, Walk walk, size_t start, size_t stop, uint32_t variant) except? 0:
+    cdef uint32_t find(
+        self, Walk walk, uint64_t digest, size_t start, size_t stop, uint32_t variant
+    ) noexcept:
         if self.chunks.n == 0:
             return NO_CHUNK
-        return find_chunk(
-            &self.chunks, self.digest(walk, start, stop, variant), &walk.view, start, stop,
-            walk.scope, variant,
-        )
+        return find_chunk(&self.chunks, digest, &walk.view, start, stop, walk.scope, variant)
 
     cdef uint64_t digest(
         self, Walk walk, size_t start, size_t stop, uint32_t variant
@@ -1009,6 +1024,8 @@ cdef class SegmentCache:
         cdef size_t i = p, piece = p, last = 0, cut = p, token_at = self.next_token(t, p), stop, at
         cdef uint32_t last_class = 0, gap, best_gap = 1
         cdef uint64_t digest, best = 0, places
+        cdef uint8_t[WINDOW + 64] room
+        cdef const uint8_t* latin
         cdef bint is_late
         cdef Match m
         while i < t.n_units:
@@ -1040,14 +1057,15 @@ cdef class SegmentCache:
                 i = stop
                 continue
             stop = min(stop, i + 64)
-            places = self.coarse_places(t, i, stop, p, piece)
+            latin = latin_block(t, i, &room[0])
+            places = self.coarse_places(t, i, stop, p, piece, latin)
             while places:
                 at = i + count_zeros(places)
                 places &= places - 1
                 is_late = at > p + MAX_UNITS
                 if is_late and last:
                     return ends(last, last_class, end, end_class)
-                digest = self.rank(t, at, at - cut, &gap)
+                digest = self.rank(t, at, latin + (at - i) if latin else NULL, at - cut, &gap)
                 # The lowest rank, which is digest / gap, counts.
                 if last == 0 or digest * best_gap < best * gap:
                     best, best_gap, last = digest, gap, at
@@ -1080,28 +1098,35 @@ cdef class SegmentCache:
         """Return the last coarse place from `start` on and before `stop`, 0 if there is none."""
         cdef size_t i
         cdef uint64_t places
+        cdef uint8_t[WINDOW + 64] room
         while stop > start:
             i = stop - 64 if stop - start > 64 else start
-            places = self.coarse_places(t, i, stop, p, piece)
+            places = self.coarse_places(t, i, stop, p, piece, latin_block(t, i, &room[0]))
             if places:
                 return i + 63 - count_leading_zeros(places)
             stop = i
         return 0
 
     cdef uint64_t coarse_places(
-        self, const Text* t, size_t i, size_t stop, size_t p, size_t piece
+        self, const Text* t, size_t i, size_t stop, size_t p, size_t piece, const uint8_t* latin
     ) noexcept:
-        """Return a bit for each of up to 64 units from `i` on: whether it may be cut before it."""
+        """Return a bit for each of up to 64 units from `i` on: whether it may be cut before it.
+
+        `latin` are these units as bytes, or NULL.
+        """
         cdef const Plan* plan = &self.plan
         cdef const uint8_t* one = t.data
         cdef const uint16_t* two = <const uint16_t*> t.data
         cdef const uint32_t* four = <const uint32_t*> t.data
         cdef const uint8_t* classes = plan.classes
         cdef uint32_t left, own
-        cdef uint64_t places = 0, sure
+        cdef uint64_t places = 0, behind = ~<uint64_t> 0, sure
         cdef size_t j, at
         left = class_of(plan, unit_at(t, i - 1)) if i > piece else OTHER
-        if t.kind == 1:
+        if latin and uses_vectors:
+            places = places_of(latin, left, NEWLINE, classes, &plan.place_pairs, &behind)
+            places &= ~<uint64_t> 0 >> (64 - (stop - i))
+        elif t.kind == 1:
             for j in range(stop - i):
                 own = classes[one[i + j]]
                 places |= <uint64_t> plan.places[left * N_CLASSES + own] << j
@@ -1118,7 +1143,7 @@ cdef class SegmentCache:
                 left = own
         if i <= piece:
             places &= ~<uint64_t> 1  # a piece is not cut before its first character
-        sure = places
+        sure = places & behind
         while sure:  # behind a newline, it depends on what stands before that
             at = i + count_zeros(sure)
             sure &= sure - 1
@@ -1133,13 +1158,14 @@ cdef class SegmentCache:
         return next_start(&self.plan, t, i, min(t.n_units, i + LOOK_UNITS))
 
     cdef inline uint64_t rank(
-        self, const Text* t, size_t i, size_t gap, uint32_t* weight
+        self, const Text* t, size_t i, const uint8_t* latin, size_t gap, uint32_t* weight
     ) noexcept:
         """Return 32 bits that, divided by their weight, rank a cut; the lowest ends a chunk.
 
         What stands before it decides; `gap`, the units since the coarse cut before, is its
         weight, so that texts with few places have chunks of the same length. Characters beyond
-        Latin-1, which say more each, weigh four times.
+        Latin-1, which say more each, weigh four times. `latin` is the unit at `i` among others
+        as bytes, or NULL.
         """
         cdef const uint16_t* two = <const uint16_t*> t.data + i - WINDOW
         cdef const uint32_t* four = <const uint32_t*> t.data + i - WINDOW
@@ -1147,9 +1173,13 @@ cdef class SegmentCache:
         cdef uint64_t[6] words
         cdef uint64_t digest
         cdef size_t j
-        if t.kind == 1:
-            memcpy(&low[0], t.data + i - WINDOW, WINDOW)
-        elif t.kind == 2:
+        gap = min(gap, <size_t> GAP_UNITS)
+        if latin:
+            weight[0] = <uint32_t> gap
+            return <uint32_t> fold(
+                read64(latin - WINDOW) ^ self.seed[0], read64(latin - WINDOW + 8) ^ self.seed[1]
+            )
+        if t.kind == 2:
             for j in range(WINDOW):
                 low[j] = <uint8_t> two[j]
                 middle[j] = <uint8_t> (two[j] >> 8)
@@ -1160,12 +1190,10 @@ cdef class SegmentCache:
                 high[j] = <uint8_t> (four[j] >> 16)
         memset(&words[0], 0, sizeof(words))
         memcpy(&words[0], &low[0], WINDOW)
-        if t.kind > 1:
-            memcpy(&words[2], &middle[0], WINDOW)
+        memcpy(&words[2], &middle[0], WINDOW)
         if t.kind > 2:
             memcpy(&words[4], &high[0], WINDOW)
         digest = fold(words[0] ^ self.seed[0], words[1] ^ self.seed[1])
-        gap = min(gap, <size_t> GAP_UNITS)
         if words[2] | words[3] | words[4] | words[5]:
             digest ^= fold(words[2] ^ self.seed[2], words[3] ^ self.seed[3])
             digest ^= fold(words[4] ^ self.seed[4], words[5] ^ self.seed[5])
@@ -1396,11 +1424,8 @@ cdef class SegmentCache:
         if n_units > STORED_UNITS:
             self.refuse("no_cut")
             return NO_CHUNK
-        chunk.digest = self.digest(walk, missed.start, missed.stop, missed.variant)
-        index = find_chunk(
-            &self.chunks, chunk.digest, &walk.view, missed.start, missed.stop, walk.scope,
-            missed.variant,
-        )
+        chunk.digest = missed.digest
+        index = self.find(walk, chunk.digest, missed.start, missed.stop, missed.variant)
         if index == NO_CHUNK:
             chunk.width = <uint8_t> width_of(&walk.view, missed.start, missed.stop)
             n_bytes = chunk_item_bytes(n_ids, n_units, chunk.width)
@@ -1607,11 +1632,14 @@ cdef class TokenBytes:
         cdef size_t i, n = stop - start
         cdef const uint16_t* two = <const uint16_t*> t.data
         cdef const uint32_t* four = <const uint32_t*> t.data
+        cdef uint32_t together = bits_of(t, start, stop)
+        if together < 0x80:
+            return <uint32_t> n
         if t.kind == 1:
             for i in range(start, stop):
                 n += t.data[i] >> 7
             return <uint32_t> n
-        if self.exact is not None and bits_of(t, start, stop) > 0xFF:
+        if self.exact is not None and together > 0xFF:
             if self.covered is None:
                 self.covered = CodePoints([(0, 0xFF), *self.exact()])
             if not self.covered.cover_part(t, start, stop):
@@ -1647,6 +1675,32 @@ cdef bint is_plain(const Text* t, size_t start, size_t stop) noexcept nogil:
         unit = four[i]
         others |= (unit - 0x20 > 0x5E) & (unit - 9 > 4)
     return others == 0
+
+
+cdef inline const uint8_t* latin_block(const Text* t, size_t i, uint8_t* room) noexcept nogil:
+    """Return 64 units from `i` on as bytes, behind them the WINDOW before; NULL if one is wider.
+
+    Beyond the text they are anything. `room` has WINDOW + 64 bytes.
+    """
+    cdef size_t start = i - min(i, <size_t> WINDOW), stop = min(i + 64, t.n_units), j
+    cdef const uint16_t* two = <const uint16_t*> t.data + start
+    cdef const uint32_t* four = <const uint32_t*> t.data + start
+    cdef uint8_t* into = room + WINDOW - (i - start)
+    cdef uint32_t together = 0
+    if t.kind == 1:
+        if stop == i + 64:
+            return t.data + i
+        memcpy(into, t.data + start, stop - start)
+        return room + WINDOW
+    if t.kind == 2:
+        for j in range(stop - start):
+            into[j] = <uint8_t> two[j]
+            together |= two[j]
+    else:
+        for j in range(stop - start):
+            into[j] = <uint8_t> four[j]
+            together |= four[j]
+    return room + WINDOW if together < 0x100 else NULL
 
 
 cdef TokenIds ids_of(const int32_t* ids, size_t n):
@@ -1688,6 +1742,7 @@ cdef int read_plan(Plan* plan, source) except -1:
                 (NEWLINE, NEWLINE_RUN) if left == NEWLINE else (left,)
             )]
             plan.places[left * N_CLASSES + right] = any(found)
+    fill_pairs(&plan.place_pairs, plan.places)
     for i in range(3):
         plan.variant_of[i] = source.variant_of[i]
     # A newline that begins a piece is like one behind a visible character, unless something is

@@ -6,6 +6,8 @@
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr
 
+from tokcache.text._places cimport Pairs
+
 cdef enum:
     N_CLASSES = 16
     OTHER = 0            # the names of tokcache.text.char_classes.CharClass
@@ -52,6 +54,7 @@ ctypedef struct Plan:
     uint8_t[256] fine
     uint8_t[256] seams
     uint8_t[256] places  # as `coarse`, for classes that don't tell runs of newlines
+    Pairs place_pairs    # the same
     uint32_t only_start  # the one character that all tokens begin with, or 0
     uint32_t starts_beyond  # 1: some token begins beyond ASCII
     Node* nodes
