@@ -404,22 +404,29 @@ def _places(plan: CutPlan, text: str, start: int) -> Iterator[int]:
             yield at
 
 
-def _rank(seed: bytes, text: str, at: int) -> int:
-    words = struct.unpack("<2Q", seed[:16])
-    one, other = struct.unpack("<2Q", text[at - 16 : at].encode("latin-1"))
-    product: int = (one ^ words[0]) * (other ^ words[1])
-    return (product ^ product >> 64) & 0xFFFFFFFF
+def _rank(seed: bytes, window: str) -> int:
+    """Return the rank that the 16 characters before a place give it."""
+    found = 0
+    for byte in range(3 if max(window) > "\xff" else 1):
+        units = bytes(ord(char) >> 8 * byte & 0xFF for char in window)
+        one, other = struct.unpack("<2Q", units)
+        words = struct.unpack_from("<2Q", seed, 16 * byte)
+        product = (one ^ words[0]) * (other ^ words[1])
+        found ^= product ^ product >> 64
+    return found & 0xFFFFFFFF
 
 
 def _chunk_end(plan: CutPlan, seed: bytes, text: str, start: int) -> int:
-    """Return where a chunk ends, found place by place; the text is Latin-1 but its last."""
+    """Return where a chunk ends, found place by place."""
     cut, best = start, None  # of the best: its rank, its weight, its place
     for at in _places(plan, text, start):
         is_late = at > start + 1024
         if is_late and best is not None:
             return best[2]
         if at >= start + 128:
-            own = (_rank(seed, text, at), min(at - cut, 64), at)
+            window = text[at - 16 : at]
+            weight = min(at - cut, 64) * (4 if max(window) > "\xff" else 1)
+            own = (_rank(seed, window), weight, at)
             if best is None or own[0] * best[1] < best[0] * own[1]:
                 best = own
             if is_late or own[0] < (1 << 23) * own[1]:
@@ -440,15 +447,19 @@ def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_vectors")
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama2"])
-@pytest.mark.parametrize("last", ["", "\u201d", "\U0001f600"], ids=["one", "two", "four"])
-def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str, last: str) -> None:
+@pytest.mark.parametrize("wide", ["", "\u201d\u0434\u4f60", "\U0001f600\u0434"], ids="124")
+def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str, wide: str) -> None:
     _, plan = _plan(kind)
     rng = random.Random(8)
     cache: Any = twin("native").l1.SegmentCache(plan, 1 << 20)
     every = "".join(map(chr, range(256)))
     for n in (1, 100, 129, 1000, 1200, 9000):
         for gaps in ("  ", " \n", " \n\t.x9", "x" * 200 + " ", "\n" * 9 + "\r \xa0\xe9", every):
-            text = "".join(rng.choice(gaps + "abcdefgh, 12") for _ in range(n)) + last
+            narrow = gaps + "abcdefgh, 12"
+            places = [
+                narrow if rng.random() < 0.9 else narrow + 9 * wide for _ in range(n // 40 + 1)
+            ]
+            text = "".join(rng.choice(places[i // 40]) for i in range(n)) + wide
             cache.cut_seed = rng.randbytes(48)
             for start, stop, _ in cache.cut(text, False):
                 assert stop == _chunk_end(plan, cache.cut_seed, text, start), (n, gaps)
