@@ -19,6 +19,7 @@ from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
 from tokcache.text import token_bytes as module
 from tokcache.text._l1_py import TokenBytes
+from tokcache.text.components import BYTE_NAMES, MARKER
 from tokcache.text.cuts import plan_cuts
 from tokcache.text.engines import PartEncoder
 from tokcache.text.fast_encoders import agreed_code_points
@@ -115,6 +116,20 @@ def test_a_byte_that_merges_may_spell_has_no_bytes(spells: bool) -> None:
     assert "parts_differ" not in wrapped.cache_stats().l1.refusals
 
 
+def test_a_token_merged_with_a_byte_has_no_bytes() -> None:
+    names = [*BYTE_NAMES, "a", "b", MARKER, "a<0x5F>", "<0x5F>b"]
+    merges = [("a", "<0x5F>"), ("<0x5F>", "b")]
+    model = BPE({name: index for index, name in enumerate(names)}, merges, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = Replace(" ", MARKER)
+    assert tokenizer.encode("a_").tokens == ["a<0x5F>"]
+    wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers", l0_max_entries=1))
+    for n in range(40):
+        text = f"{'a ' * n}a_  b{' _b' * n} ab{' b' * n}a_ "
+        assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
+    assert "parts_differ" not in wrapped.cache_stats().l1.refusals
+
+
 def test_an_id_of_two_tokens_has_no_bytes(engine: str) -> None:
     bytes_of_gpt2 = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary = bytes_of_gpt2 | {"bc": bytes_of_gpt2["x"], "gg": bytes_of_gpt2["z"]}
@@ -175,7 +190,9 @@ def test_what_nfc_leaves_alone_is_left_alone() -> None:
         and len(found.split()) == 2
     }
     seconds |= {*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)}
-    points = {p for first, last in module._unchanged_by_nfc() for p in range(first, last + 1)}
+    unchanged = module._unchanged_by_nfc()
+    assert unchanged.cover("".join(map(chr, range(256))))
+    points = {point for point in range(256, 0x110000) if unchanged.cover(chr(point))}
     agreed = {p for first, last in agreed_code_points() for p in range(first, last + 1)}
     assert points <= agreed
     assert not points & seconds

@@ -55,6 +55,6 @@ class TokenBytes:
         self,
         n_ids: int,
         length_of: Callable[[int], int],
-        exact: Callable[[], list[tuple[int, int]]] | None = None,
+        exact: Callable[[], CodePoints] | None = None,
     ) -> None: ...
     def fill(self, sizes: list[int]) -> None: ...

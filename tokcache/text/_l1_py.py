@@ -14,7 +14,6 @@ import weakref
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import cachetools
@@ -482,15 +481,15 @@ class TokenBytes:
     """How many bytes of a text each token id stands for.
 
     `length_of` tells it of one of `n_ids`, 0 where it can't: asked once for each that is met.
-    `exact` returns the code points, as inclusive (first, last) ranges beyond Latin-1, that
-    are encoded as they are; without it all are.
+    `exact` returns the code points that are encoded as they are; without it all are, and all of
+    Latin-1 in any case.
     """
 
     def __init__(
         self,
         n_ids: int,
         length_of: Callable[[int], int],
-        exact: Callable[[], list[tuple[int, int]]] | None = None,
+        exact: Callable[[], CodePoints] | None = None,
     ) -> None:
         self._n_ids = n_ids
         self._length_of = length_of
@@ -511,12 +510,8 @@ class TokenBytes:
 
     def of_part(self, part: str) -> int:
         """Return the bytes of a part in UTF-8, or 0 where the ids don't tell them."""
-        is_exact = self._exact is None or max(part) <= "\xff" or self._covered.cover(part)
+        is_exact = self._exact is None or max(part) <= "\xff" or self._exact().cover(part)
         return len(part.encode()) if is_exact else 0
-
-    @cached_property
-    def _covered(self) -> CodePoints:
-        return CodePoints([(0, 0xFF), *(self._exact() if self._exact is not None else ())])
 
 
 class _Untold(Exception):

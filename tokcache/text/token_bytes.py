@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +33,15 @@ if TYPE_CHECKING:
     from tokcache.text.cuts import Variant
 
 if TYPE_CHECKING or is_native():
-    from tokcache.text._l1 import TokenBytes
+    from tokcache.text._l1 import CodePoints, TokenBytes
 else:
-    from tokcache.text._l1_py import TokenBytes
+    from tokcache.text._l1_py import CodePoints, TokenBytes
 
 __all__ = ["TokenBytes", "token_bytes"]
 
 _BEYOND = 0x100
 _VOWELS = "\u09be\u09d7\u0bbe\u0bd7"  # all that are no marks and compose, of the agreed ones
 _N_SAMPLES = 500
-Ranges = list[tuple[int, int]]
 
 
 def token_bytes(own: Tokenizer, variant: Variant, known: Mapping[int, bytes]) -> TokenBytes | None:
@@ -81,7 +80,7 @@ def _may_spell_a_byte(model: BPE) -> bool:
 def _made(
     own: Tokenizer,
     length_of_token: Callable[[str], int],
-    exact: Callable[[], Ranges] | None,
+    exact: Callable[[], CodePoints] | None,
     known: Mapping[int, bytes],
     length_of_bytes: Callable[[bytes], int],
 ) -> TokenBytes | None:
@@ -139,33 +138,42 @@ def _keeps_all(stage: Any) -> bool:
 
 
 def _marked_length(token: str) -> int:
-    return 1 if BYTE_NAME.fullmatch(token) else len(token.replace(MARKER, " ").encode())
+    if token in BYTE_NAMES:
+        return 1
+    # Merged with others, a name may stand for its byte or for itself.
+    return 0 if BYTE_NAME.search(token) else len(token.replace(MARKER, " ").encode())
 
 
 def _unmarked_length(token: bytes) -> int:
     return len(token.replace(MARKER.encode(), b" "))
 
 
-def _all_but_marker() -> Ranges:
-    return [(_BEYOND, ord(MARKER) - 1), (ord(MARKER) + 1, sys.maxunicode)]
+@cache
+def _all_but_marker() -> CodePoints:
+    return CodePoints([(0, ord(MARKER) - 1), (ord(MARKER) + 1, sys.maxunicode)])
 
 
 @cache
-def _unchanged_by_nfc() -> Ranges:
+def _unchanged_by_nfc() -> CodePoints:
     """Return code points that NFC leaves as they are, whichever of them stand side by side.
 
-    Of those on which all versions of Unicode agree: no mark, no vowel sign that becomes one with
-    what stands before it, nothing that NFC replaces.
+    Latin-1, and of those on which all versions of Unicode agree what is no mark, no vowel sign
+    that becomes one with what stands before it, and nothing that NFC replaces.
     """
-    found: Ranges = []
+    fixed = [(0, _BEYOND - 1)]
     for first, last in agreed_code_points():
-        for point in range(max(first, _BEYOND), last + 1):
-            char = chr(point)
-            is_fixed = char not in _VOWELS and not unicodedata.combining(char)
-            if not is_fixed or not unicodedata.is_normalized("NFC", char):
-                continue
-            if found and found[-1][1] == point - 1:
-                found[-1] = found[-1][0], point
-            else:
-                found.append((point, point))
-    return found
+        points = range(max(first, _BEYOND), last + 1)
+        if points and _are_fixed(points):
+            fixed.append((points[0], last))
+        else:
+            fixed += [(point, point) for point in points if _are_fixed([point])]
+    return CodePoints(fixed)
+
+
+def _are_fixed(points: Sequence[int]) -> bool:
+    chars = [*map(chr, points)]
+    return (
+        unicodedata.is_normalized("NFC", "\n".join(chars))  # none beside another
+        and not any(map(unicodedata.combining, chars))
+        and not any(map(_VOWELS.__contains__, chars))
+    )

@@ -1531,11 +1531,10 @@ cdef class CodePoints:
         memset(&self.basic[0], 0, sizeof(self.basic))
         memset(&self.beyond[0], 0, sizeof(self.beyond))
         for first, last in ranges:
-            for point in range(first, last + 1):
-                if point < 0x10000:
-                    self.basic[point] = 1
-                else:
-                    self.beyond[(point - 0x10000) >> 3] |= 1 << (point & 7)
+            if first < 0x10000:
+                memset(&self.basic[first], 1, min(last, <uint32_t> 0xFFFF) + 1 - first)
+            for point in range(max(first, <uint32_t> 0x10000), last + 1):
+                self.beyond[(point - 0x10000) >> 3] |= 1 << (point & 7)
         self.has_text = True
         for point in range(9, 0x7F):
             if (point <= 13 or point >= 0x20) and not self.basic[point]:
@@ -1587,8 +1586,8 @@ cdef class TokenBytes:
     """How many bytes of a text each token id stands for.
 
     `length_of` tells it of one of `n_ids`, 0 where it can't: asked once for each that is met.
-    `exact` returns the code points, as inclusive (first, last) ranges beyond Latin-1, that
-    are encoded as they are; without it all are.
+    `exact` returns the code points that are encoded as they are; without it all are, and all of
+    Latin-1 in any case.
     """
 
     cdef uint16_t* sizes   # one more than the bytes; 0 where it was not asked for yet
@@ -1641,7 +1640,7 @@ cdef class TokenBytes:
             return <uint32_t> n
         if self.exact is not None and together > 0xFF:
             if self.covered is None:
-                self.covered = CodePoints([(0, 0xFF), *self.exact()])
+                self.covered = self.exact()
             if not self.covered.cover_part(t, start, stop):
                 return 0
         if t.kind == 2:
