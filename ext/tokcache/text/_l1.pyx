@@ -65,7 +65,7 @@ cdef enum:
     LAST = 0               # what stands behind a part in a joined text: nothing more
     APART = 1              # a separator
     SEAMLESS = 2           # the next part
-    LONGEST = 0xFFFE       # bytes of a token that are kept
+    LONGEST = 0xFE         # bytes of a token that are kept
 
 
 cdef bint uses_vectors = has_vectors()
@@ -1590,7 +1590,7 @@ cdef class TokenBytes:
     Latin-1 in any case.
     """
 
-    cdef uint16_t* sizes   # one more than the bytes; 0 where it was not asked for yet
+    cdef uint8_t* sizes    # one more than the bytes; 0 where it was not asked for yet
     cdef uint32_t n_ids
     cdef object length_of
     cdef object exact
@@ -1600,7 +1600,7 @@ cdef class TokenBytes:
         self.n_ids = n_ids
         self.length_of = length_of
         self.exact = exact
-        self.sizes = <uint16_t*> calloc(self.n_ids + 1, sizeof(uint16_t))
+        self.sizes = <uint8_t*> calloc(self.n_ids + 1, 1)
         if self.sizes == NULL:
             raise MemoryError
 
@@ -1624,7 +1624,7 @@ cdef class TokenBytes:
         return self.sizes[index] - 1
 
     cdef inline void keep(self, size_t index, size_t size) noexcept:
-        self.sizes[index] = <uint16_t> (size + 1) if size <= LONGEST else 1
+        self.sizes[index] = <uint8_t> (size + 1) if size <= LONGEST else 1
 
     cdef uint32_t of_part(self, const Text* t, size_t start, size_t stop) except? 0:
         """Return the bytes of a part in UTF-8, or 0 where the ids don't tell them."""
