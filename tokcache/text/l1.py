@@ -129,7 +129,7 @@ class L1:
         for one in variants:
             if one.fast is not None and self._variants is variants:  # else it was dropped
                 self._encode_fast(walk, one, one.fast)
-            if not _encode_sure(walk, one):
+            if walk.n_chars and not _encode_sure(walk, one):
                 self.counts["parts_differ"] += 1
                 return None
         ids = walk.finish()
@@ -305,7 +305,8 @@ class L1:
         found = SegmentCache(self.plan, self._max_bytes, True).look(text, add_special_tokens, 0)
         if found is None or isinstance(found, TokenIds):
             return found
-        return found.finish() if all(_encode_sure(found, one) for one in self._variants) else None
+        are_right = all(_encode_sure(found, one) for one in self._variants if found.n_chars)
+        return found.finish() if are_right else None
 
     def _tag(self, scope: str) -> int:
         """Return the number that stands for a scope: a keyed digest of 64 bits."""
@@ -328,8 +329,6 @@ def _agreed() -> CodePoints:
 def _encode_sure(walk: Walk, one: _Variant) -> bool:
     """Have tokenizers encode what is left of one variant's parts, shared out to threads."""
     n_chars, max_chars = walk.n_chars, 0
-    if n_chars == 0:
-        return True
     if not one.is_apart:
         n_texts = min(4 * _N_CPUS, n_chars // _CHARS_FOR_A_THREAD) if _N_CPUS > 1 else 1
         max_chars = n_chars // n_texts + 1 if n_texts > 1 else _NO_LIMIT

@@ -73,6 +73,8 @@ class CachedTokenizer:
         "_config",
         "_counts",
         "_encode_seconds",
+        "_encoded_texts",
+        "_encoded_tokens",
         "_generation",
         "_guard",
         "_lock",
@@ -208,8 +210,8 @@ class CachedTokenizer:
             return CacheStats(
                 l0=_sum(self._retired, self._generation.l0.stats(), self._counts["rechecks"]),
                 l1=_sum_l1(self._retired_l1, self._generation.l1),
-                encoded_texts=self._counts["texts"],
-                encoded_tokens=self._counts["tokens"],
+                encoded_texts=self._encoded_texts,
+                encoded_tokens=self._encoded_tokens,
                 encode_seconds=self._encode_seconds,
                 shared=self._counts["shared"],
                 invalidations=self._counts["invalidations"],
@@ -258,8 +260,8 @@ class CachedTokenizer:
         if ids is not None:
             seconds = perf_counter() - start
             with self._lock:
-                self._counts["texts"] += 1
-                self._counts["tokens"] += len(ids)
+                self._encoded_texts += 1
+                self._encoded_tokens += len(ids)
                 self._encode_seconds += seconds
         return ids
 
@@ -376,8 +378,8 @@ class CachedTokenizer:
     ) -> None:
         with self._lock:
             waiting = [generation.flights.pop(key, None) for key in keys]
-            self._counts["texts"] += len(keys)
-            self._counts["tokens"] += sum(map(len, done))
+            self._encoded_texts += len(keys)
+            self._encoded_tokens += sum(map(len, done))
             self._encode_seconds += seconds
         for future, ids in zip(waiting, done, strict=True):
             if future is not None:
@@ -418,6 +420,7 @@ class CachedTokenizer:
     def _forget_counts(self) -> None:
         self._counts: Counter[str] = Counter()
         self._bypasses: Counter[str] = Counter()
+        self._encoded_texts = self._encoded_tokens = 0
         self._encode_seconds = 0.0
         self._retired = _NO_L0
         self._retired_l1 = _NO_L1
