@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 from array import array
@@ -461,6 +462,19 @@ def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str, wide: str
             cache.cut_seed = rng.randbytes(48)
             for start, stop, _ in cache.cut(text, False):
                 assert stop == _chunk_end(plan, cache.cut_seed, text, start), (n, gaps)
+
+
+@both
+def test_nothing_is_an_added_token_where_there_are_none(name: str) -> None:
+    state = json.loads(plain(SYNTHETIC["gpt2"]).to_str())
+    state["added_tokens"] = []
+    plan = plan_cuts(Tokenizer.from_str(json.dumps(state)))
+    assert not plan.separators
+    cache = twin(name).l1.SegmentCache(plan, 1 << 20)
+    for n in range(500, 530):  # a token is looked for up to so far
+        text = f"{'a' * n}\0\n{'b' * 600} x"
+        assert cache.cut(text, False) == cache.cut(text.replace("\0", "\1"), False)
+        assert not any(is_token for _, _, is_token in cache.cut(text, True))
 
 
 def test_long_neighbours_are_one_part_and_words_of_any_script_one_each() -> None:

@@ -1758,7 +1758,7 @@ cdef int read_tokens(Plan* plan, separators) except -1:
     while n_slots < 2 * n_nodes:
         n_slots *= 2
     plan.last_slot = n_slots - 1
-    plan.nodes = <Node*> calloc(n_nodes + 1, sizeof(Node))  # behind the last: no one's child
+    plan.nodes = <Node*> calloc(n_nodes + 1, sizeof(Node))
     plan.children = <uint32_t*> calloc(n_slots, sizeof(uint32_t))
     plan.tokens = <Token*> calloc(len(separators) + 1, sizeof(Token))
     if plan.nodes == NULL or plan.children == NULL or plan.tokens == NULL:
@@ -1791,4 +1791,5 @@ cdef int read_tokens(Plan* plan, separators) except -1:
             | (SINGLE_WORD if one.single_word else 0) | (IN_PIECE if one.in_piece else 0)
             | (SKIPS if one.skips else 0) | (OPENS if one.opens else 0)
         )
+    plan.nodes[n].parent = NO_UNIT  # behind the last: no one's child
     return 0
