@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # from glibc 2.35 on
 
 
 def apart(
@@ -33,12 +34,15 @@ def apart(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def keep_freed() -> None:
-    """Have malloc keep what is freed, where it is glibc's.
+def without_page_faults() -> None:
+    """Have malloc use huge pages and keep what is freed, where it is glibc's.
 
     Else whoever comes next waits for new pages, about 2 us each in a virtual machine, or does not:
-    by what the system before left where. Ten microseconds a prompt, by chance.
+    by what the system before left where. Ten microseconds a prompt, by chance. The command is
+    started anew if its environment does not say how malloc shall work.
     """
+    if os.environ.keys().isdisjoint(_HUGE_PAGES):
+        os.execve(sys.executable, sys.orig_argv, os.environ | _HUGE_PAGES)  # noqa: S606 (this one)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)

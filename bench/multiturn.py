@@ -4,7 +4,7 @@ Prompts are rendered first. Ids of every system are compared with tokenizers' be
 timed: rivals that differ are timed all the same and marked, tokcache must not differ. In every
 round each system, new and with nothing cached, replays all prompts; order random; strings made
 fresh before each call, as a server gets them. Slow systems take every third round. Medians.
-What a system frees stays with the process, so that none waits for new pages but the first.
+Memory is on huge pages and stays with the process once freed: no system waits for new pages.
 
 "Every part known": prompts of about 12k characters of a replay that the segment cache has seen,
 with room for one whole prompt in L0, so that each is put together from its parts. Systems take
@@ -27,7 +27,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bench import _report
-from bench._process import apart, keep_freed, settle
+from bench._process import apart, settle, without_page_faults
 from bench.adapters import tokenizing as peers
 from bench.workloads import chats
 from bench.workloads.data import default_tokenizers, fresh, tokenizer_file
@@ -245,7 +245,7 @@ def main(argv: list[str]) -> int:
     options.add_argument("--chats", type=int, help="the first so many chats alone")
     options.add_argument("--rounds", type=int, default=9)
     args = options.parse_args(argv)
-    keep_freed()
+    without_page_faults()
     names = args.tokenizer or default_tokenizers("qwen2.5", "phi-3-mini")
     found = {name: run(name, args.chats, args.rounds) for name in names}
     environment = _report.environment("tokenizers", "fastokens", "gigatoken", "numpy")
