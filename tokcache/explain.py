@@ -36,6 +36,7 @@ _REASONS = {
     "unigram_sampling": "sampling is on, so one text has many encodings",
     "python_model": "its model is of a kind that nothing is known of",
     "python_component": "a component is written in Python, and what it does can't be seen",
+    "empty_added_token": "an added token is empty once normalised, and may be found without end",
     "copy_differs": "a copy of it encodes otherwise than itself",
     "difference": "an answer put together from parts differed from the tokenizer's own",
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -462,6 +464,17 @@ def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str, wide: str
             cache.cut_seed = rng.randbytes(48)
             for start, stop, _ in cache.cut(text, False):
                 assert stop == _chunk_end(plan, cache.cut_seed, text, start), (n, gaps)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_a_long_part_leaves_no_room_behind_that_it_took() -> None:
+    cache = twin("native").l1.SegmentCache(_plan("gpt2")[1], 1 << 20)
+    before = _resident()
+    cache.look("a" * 40_000_000 + " \u4f60", False, 0)  # two bytes a character, one in a key
+    assert _resident() - before < 20 << 20
 
 
 @both

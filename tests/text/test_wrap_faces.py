@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Encoding, NormalizedString, PreTokenizedString, Tokenizer, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Encoding,
+    NormalizedString,
+    PreTokenizedString,
+    Tokenizer,
+    normalizers,
+    pre_tokenizers,
+)
 from tokenizers.models import BPE, Unigram
 
 import tokcache
@@ -170,10 +178,19 @@ def with_python_part() -> Tokenizer:
     return made  # type: ignore[no-any-return]
 
 
+def with_empty_token() -> Tokenizer:
+    """Return one that looks for nothing, behind a blank for ever: never to be asked for one."""
+    made: Any = MADE["word_level"]()
+    made.normalizer = normalizers.BertNormalizer()
+    made.add_tokens([AddedToken("\0", rstrip=True), AddedToken("\0\u4f60>")])
+    return made  # type: ignore[no-any-return]
+
+
 UNCACHED = {
     "bpe_dropout": with_dropout,
     "unigram_sampling": with_sampling,
     "python_component": with_python_part,
+    "empty_added_token": with_empty_token,
 }
 
 

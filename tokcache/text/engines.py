@@ -243,6 +243,8 @@ def copy_tokenizer(source: Tokenizer) -> Tokenizer:
     Cost:   about a millisecond, no memory for the vocabulary; the fallback reads it all anew.
     """
     own = _same_model(source)
+    if any(own.normalizer.normalize_str(content) == "" for content in _normalized_contents(own)):
+        raise CopyError("empty_added_token")  # a blank may keep the library busy for ever
     if not _is_equal(own, source):
         own = Tokenizer.from_str(source.to_str())
         own.encode_special_tokens = source.encode_special_tokens
@@ -342,14 +344,17 @@ def _probe_texts(tokenizer: Tokenizer) -> list[str]:
     around = [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in added[::step]]
     # All of them: one that was special once is skipped as long as special ones are.
     together = [" ".join(t.content for t in added)] if tokenizer.encode_special_tokens else []
-    return [*_PROBES, *around, *together, *_normalized_contents(tokenizer, added)]
+    return [*_PROBES, *around, *together, *_normalized_contents(tokenizer)]
 
 
-def _normalized_contents(tokenizer: Tokenizer, added: list[Any]) -> list[str]:
-    """Return the texts that show a matcher made before the normalizer was changed in place."""
+def _normalized_contents(tokenizer: Tokenizer) -> list[str]:
+    """Return the added tokens that are looked for in normalised text, where there is such.
+
+    As texts, they show a matcher made before the normalizer was changed in place.
+    """
     if tokenizer.normalizer is None:
         return []
-    return [token.content for token in added if token.normalized]
+    return [token.content for token in added_tokens(tokenizer) if token.normalized]
 
 
 def _learn(tokenizer: Tokenizer, n_texts: int, add_special_tokens: bool) -> Layout | None:

@@ -504,7 +504,7 @@ cdef inline bint ends(
 cdef class SegmentCache:
     """The ids of the parts of texts, cut as `plan` (a CutPlan) says.
 
-    Units:   `max_bytes` bytes: keys, ids and tables.
+    Units:   `max_bytes` bytes: keys, ids and tables; up to 300 KiB more to work with.
     Cost:    a known text is one compare and one copy of its ids a part; an unknown part is
              scanned once. Nothing is allocated but the answer.
     Threads: safe under the interpreter lock.
@@ -741,6 +741,8 @@ cdef class SegmentCache:
         cdef uint32_t place, n_held = self.chunks.n
         cdef uint64_t n_units = walk.view.n_units
         cdef Missed* missed = walk.push_missed()
+        if not 0 < n_units <= STORED_UNITS:
+            return NO_ROOM
         walk.push_known(<const int32_t*> ids_data(ids), ids.n_tokens)
         missed.digest = self.digest(walk, 0, n_units, variant)
         missed.start = 0
@@ -748,7 +750,7 @@ cdef class SegmentCache:
         missed.stop_op = <uint32_t> walk.n_ops
         missed.variant = variant
         missed.end_class = end_class
-        if n_units == 0 or not self.has_room(
+        if not self.has_room(
             chunk_item_bytes(ids.n_tokens, n_units, width_of(&walk.view, 0, n_units))
         ):
             return NO_ROOM
@@ -890,8 +892,9 @@ cdef class SegmentCache:
                 if not self.chunk_end(t, p, &end, &end_class):
                     self.refuse("beside_single_word")
                     return False
-                digest = self.digest(walk, p, end, variant)
-                place = self.find(walk, digest, p, end, variant)
+                if end - p <= STORED_UNITS:
+                    digest = self.digest(walk, p, end, variant)
+                    place = self.find(walk, digest, p, end, variant)
                 if place != NO_CHUNK and before != NO_CHUNK:
                     self.remember(t, before, p, place)
                 if place != NO_CHUNK and end < t.n_units:
