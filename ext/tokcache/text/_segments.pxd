@@ -24,7 +24,7 @@ cdef enum:
     N_LINKS = 2
     N_FORKS = 1024       # a power of two
     FORK_BYTES = 96      # no chunk is shorter but the last of a text
-    FORK_UNITS = 1025    # nor longer, but where no cut is found
+    FORK_UNITS = 1025    # few are longer
     WAYS = 4
     MIN_SETS = 64
     SHORT_BYTES = 24     # of a short segment's key
