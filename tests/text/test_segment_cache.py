@@ -768,6 +768,13 @@ def test_ids_that_do_not_end_where_a_part_does_are_refused(name: str) -> None:
     assert one.complete(walk) == one.right(text)
 
 
+def test_ids_that_do_not_lie_side_by_side_are_refused() -> None:
+    one, walk = _walk("native", "some text")
+    _joined(walk, 0, one.encoders[0].between)
+    with pytest.raises(BufferError, match="side by side"):
+        walk.take([memoryview(array("I", range(9)))[::2]], one.encoders[0].separator, None)
+
+
 @both
 def test_code_points_cover_exactly_their_ranges(name: str) -> None:
     ranges = [(9, 13), (0x20, 0x7E), (0xC0, 0xFF), (0x4E00, 0x9FA5), (0x1F600, 0x1F640)]

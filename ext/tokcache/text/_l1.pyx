@@ -744,7 +744,6 @@ cdef class SegmentCache:
         if not 0 < n_units <= STORED_UNITS:
             return NO_ROOM
         walk.push_known(<const int32_t*> ids_data(ids), ids.n_tokens)
-        missed.digest = self.digest(walk, 0, n_units, variant)
         missed.start = 0
         missed.stop = n_units
         missed.stop_op = <uint32_t> walk.n_ops
@@ -754,6 +753,7 @@ cdef class SegmentCache:
             chunk_item_bytes(ids.n_tokens, n_units, width_of(&walk.view, 0, n_units))
         ):
             return NO_ROOM
+        missed.digest = self.digest(walk, 0, n_units, variant)
         place = self.keep_chunk(walk, missed)
         if self.chunks.n == n_held:
             return NO_ROOM if place == NO_CHUNK else THERE
@@ -1680,7 +1680,7 @@ cdef bint is_plain(const Text* t, size_t start, size_t stop) noexcept nogil:
 
 
 cdef inline const uint8_t* latin_block(const Text* t, size_t i, uint8_t* room) noexcept nogil:
-    """Return 64 units from `i` on as bytes, behind them the WINDOW before; NULL if one is wider.
+    """Return 64 units from `i` on as bytes, after the WINDOW before them; NULL if one is wider.
 
     Beyond the text they are anything. `room` has WINDOW + 64 bytes.
     """
