@@ -16,6 +16,10 @@ class InvalidText(TokcacheError, TypeError):
     """A text was expected; the message names the type that came instead."""
 
 
+class InvalidScope(TokcacheError, TypeError):
+    """A scope is not a str or None; the message names the type that came instead."""
+
+
 class InvalidTokens(TokcacheError, ValueError):
     """Token ids were expected; the message names what can't be an int32 id."""
 

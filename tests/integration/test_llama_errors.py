@@ -15,7 +15,14 @@ from tokenizers import Tokenizer
 import tokcache.llama
 from tests.integration.models import BLOCK, GREEDY, SETTINGS, llama, plain, store, text
 from tokcache import samples
-from tokcache.errors import InvalidConfig, InvalidModel, InvalidTokens, MissingExtra, MissingFile
+from tokcache.errors import (
+    InvalidConfig,
+    InvalidModel,
+    InvalidScope,
+    InvalidTokens,
+    MissingExtra,
+    MissingFile,
+)
 from tokcache.llama.fingerprint import FileChanged, LoadedFiles
 
 LONG = "The import system of Python: " * 12
@@ -44,7 +51,7 @@ def test_another_files_model_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_a_scope_is_a_str_or_none() -> None:
-    with pytest.raises(InvalidConfig, match="scope"):
+    with pytest.raises(InvalidScope, match="scope"):
         llama(scope=7)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.text.twins import both, native, twin
-from tokcache.errors import InvalidConfig, InvalidText, InvalidTokens
+from tokcache.errors import InvalidConfig, InvalidScope, InvalidText, InvalidTokens
 
 
 def fresh(text: str) -> str:
@@ -97,7 +97,7 @@ def test_refuses_what_is_no_text(name: str, text: Any) -> None:
         cache.get(text, True)
     with pytest.raises(InvalidText):
         cache.put(text, True, [1])
-    with pytest.raises(InvalidText, match="scope"):
+    with pytest.raises(InvalidScope, match="scope"):
         cache.get("a", True, 7)
     with pytest.raises(InvalidTokens):
         cache.put("a", True, ["x"])

@@ -27,7 +27,7 @@ from tests.text.twins import both, twin
 from tokcache.errors import (
     InvalidCacheFile,
     InvalidConfig,
-    InvalidText,
+    InvalidScope,
     MissingFile,
     NothingCached,
     TokenizerChanged,
@@ -656,7 +656,7 @@ def test_scopes_that_are_none_are_refused(tmp_path: Path, scopes: Any) -> None:
     small_file(tmp_path / "cache")
     tok = wrapped()
     for method in (tok.cache_dump, tok.cache_load):
-        with pytest.raises(InvalidText, match="scope"):
+        with pytest.raises(InvalidScope, match="scope"):
             method(tmp_path / "cache", scopes=scopes)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 import numpy as np
 
-from tokcache.config import require_int
+from tokcache._validate import require_bool, require_int, require_scope
 from tokcache.errors import InvalidConfig, InvalidModel, MissingFile, ModelClosed, StateError
 from tokcache.llama.fingerprint import FileChanged, LoadedFiles, fingerprint
 from tokcache.llama.gate import Gate, Steps
@@ -138,10 +138,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         reproducible: bool = False,
         **llama_cpp_kwargs: Any,
     ) -> None:
-        self._scope = _checked_scope(scope)
+        self._scope = require_scope(scope)
         self._public_prefix = np.frombuffer(token_bytes(public_prefix), np.int32)
         self._prefix_cache = None if prefix_cache is None else _checked_cache(prefix_cache)
-        self._reproducible = _checked_bool("reproducible", reproducible)
+        self._reproducible = require_bool("reproducible", reproducible)
         cache = self._prefix_cache
         self._block_tokens = BLOCK_TOKENS if cache is None else cache.block_tokens
         self._batches: list[int] = []  # where those begin that were decoded after the grid
@@ -196,7 +196,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     @reproducible.setter
     def reproducible(self, value: bool) -> None:
-        value = _checked_bool("reproducible", value)
+        value = require_bool("reproducible", value)
         with self._off_the_grid():
             self._reproducible = value
 
@@ -699,22 +699,10 @@ def _n_shared(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
     return int(differs.argmax()) if differs.any() else n
 
 
-def _checked_scope(scope: Any) -> str | None:
-    if scope is None or isinstance(scope, str):
-        return scope
-    raise InvalidConfig(f"scope must be a str or None, not {scope!r}")
-
-
 def _checked_cache(cache: Any) -> PrefixStateCache:
     if isinstance(cache, PrefixStateCache):
         return cache
     raise InvalidConfig(f"prefix_cache must be a PrefixStateCache or None, not {cache!r}")
-
-
-def _checked_bool(name: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise InvalidConfig(f"{name} must be True or False, not {value!r}")
 
 
 def _checked_model(path: str | os.PathLike[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 import numpy as np
 
-from tokcache.config import require_int
+from tokcache._validate import require_int, require_scope
 from tokcache.errors import InvalidConfig, StateError
 from tokcache.llama.keeper import Keeper, Place
 from tokcache.llama.memories import Memory
@@ -74,11 +74,9 @@ class SequenceStates:
             raise InvalidConfig(f"states must be a PrefixStateCache, not {states!r}")
         if not isinstance(fingerprint, bytes) or not fingerprint:
             raise InvalidConfig(f"fingerprint must be bytes, at least one, not {fingerprint!r}")
-        if scope is not None and not isinstance(scope, str):
-            raise InvalidConfig(f"scope must be a str or None, not {scope!r}")
         _require_blocks(ctx)
         self._ctx = ctx
-        self._place = Place(states, fingerprint, scope, is_exact=False)
+        self._place = Place(states, fingerprint, require_scope(scope), is_exact=False)
         self._memory = Memory.of(ctx)
         self._scratch = int(llama_cpp.llama_n_seq_max(ctx)) - 1
         self._n_vocab = int(

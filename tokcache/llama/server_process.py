@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import tokcache
-from tokcache.config import require_int
+from tokcache._validate import require_int
 from tokcache.errors import MissingExtra, MissingFile, ServerError
 
 if TYPE_CHECKING:

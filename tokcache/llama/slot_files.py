@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokcache.config import require_int
+from tokcache._validate import require_int
 from tokcache.llama.server.settings import SlotSettings
 from tokcache.text.token_ids import TokenIds
 

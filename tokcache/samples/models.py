@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokcache.config import require_int
+from tokcache._validate import require_int
 from tokcache.errors import InvalidConfig, InvalidModel, MissingExtra, MissingFile
 from tokcache.samples.files import cache_folder, digest, write_once
 from tokcache.samples.tokenizer import tiny_tokenizer

@@ -18,7 +18,7 @@ from itertools import pairwise
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from tokcache.config import MAX_INT, require_int
+from tokcache._validate import MAX_INT, require_int, require_scope
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import (
     TOKEN_BYTES,
@@ -29,7 +29,7 @@ from tokcache.state.blocks import (
     rest_owner,
     token_bytes,
 )
-from tokcache.state.core import Below, checked_fingerprint, checked_scope
+from tokcache.state.core import Below, checked_fingerprint
 from tokcache.state.index import Node, Root, root_bytes
 from tokcache.state.memory import NODE_BYTES
 from tokcache.state.plan import BlockIO, RestorePlan, StoredBlock
@@ -612,7 +612,7 @@ def _served(blocks: list[tuple[int, int, memoryview]], n_tokens: int) -> list[St
 
 def _owner(fingerprint: object, scope: object, aligned: object) -> Owner:
     kind: Kind = "grid" if aligned else "free"
-    return Owner(checked_fingerprint(fingerprint), checked_scope(scope), kind)
+    return Owner(checked_fingerprint(fingerprint), require_scope(scope), kind)
 
 
 def _checked_bound(max_tokens: object) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tokcache.config import require_int, require_seconds
-from tokcache.errors import InvalidConfig, InvalidText
+from tokcache._validate import require_bool, require_int, require_scope, require_seconds
+from tokcache.errors import InvalidConfig
 from tokcache.state.behind import Job, WriteBehind
 from tokcache.state.blocks import Owner, child_name
 from tokcache.state.cost import Speed, Worth
@@ -97,9 +97,7 @@ class StateCore(Forkable):
         self.max_entries = require_int("max_entries", max_entries, minimum=1)
         self.block_tokens = require_int("block_tokens", block_tokens, minimum=1)
         self.min_tokens = require_int("min_tokens", min_tokens, minimum=1)
-        if not isinstance(enabled, bool):
-            raise InvalidConfig(f"enabled must be True or False, not {enabled!r}")
-        self.enabled = enabled
+        self.enabled = require_bool("enabled", enabled)
         # What waits can't be evicted: it must leave room for what is to be saved meanwhile.
         queue = max(self.ram_bytes // 4, _MIN_QUEUE) if queue_bytes is None else queue_bytes
         require_int("queue_bytes", queue, minimum=1)
@@ -317,7 +315,7 @@ class StateCore(Forkable):
 
         What another process holds in its memory is that process's to remove.
         """
-        scope = checked_scope(scope)
+        scope = require_scope(scope)
         self._discard_queued(lambda each: each == scope)
         with self._lock:
             self._settle()
@@ -433,16 +431,6 @@ def _opened_redis(redis: object) -> tuple[LowerTier, bool] | None:
     if isinstance(redis, str):
         return RedisTier(redis), True
     raise InvalidConfig(f"redis must be a URL, a RedisTier or None, not {type(redis).__name__}")
-
-
-def checked_scope(scope: object) -> str | None:
-    """Return `scope` if it can be one.
-
-    Errors: InvalidText.
-    """
-    if scope is not None and not isinstance(scope, str):
-        raise InvalidText(f"scope must be a str or None, not {type(scope).__name__}")
-    return scope
 
 
 def checked_fingerprint(fingerprint: object) -> bytes:

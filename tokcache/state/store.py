@@ -6,10 +6,10 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from tokcache.config import MAX_INT, require_int
+from tokcache._validate import MAX_INT, require_int, require_scope
 from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.blocks import TOKEN_BYTES, Owner, root_name, token_bytes
-from tokcache.state.core import Below, StateCore, checked_fingerprint, checked_scope
+from tokcache.state.core import Below, StateCore, checked_fingerprint
 from tokcache.state.memory import whole_overhead
 from tokcache.state.tiers import Address, StateRefused, Stored
 from tokcache.state.whole import StateHandle, Whole, prefix_names
@@ -394,7 +394,7 @@ def _whole(
 
 
 def _owner(fingerprint: object, scope: object) -> Owner:
-    return Owner(checked_fingerprint(fingerprint), checked_scope(scope), "whole")
+    return Owner(checked_fingerprint(fingerprint), require_scope(scope), "whole")
 
 
 def _checked_state(state: object) -> memoryview:

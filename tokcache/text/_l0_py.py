@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import cachetools
 
-from tokcache.config import MAX_SAMPLE_SIZE, require_int
+from tokcache._validate import require_int, require_scope
+from tokcache.config import MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 from tokcache.text._token_ids_py import TokenIds
@@ -75,12 +76,6 @@ def _exact_str(text: object) -> str:
     return str.__str__(text)  # a subclass is kept by its content alone
 
 
-def _exact_scope(scope: object) -> str | None:
-    if scope is not None and not isinstance(scope, str):
-        raise InvalidText(f"scope must be a str or None, not {type(scope).__name__}")
-    return scope if scope is None else str.__str__(scope)
-
-
 class L0Cache:
     """The token ids of whole strings seen before.
 
@@ -110,7 +105,7 @@ class L0Cache:
 
     def get(self, text: str, add_special_tokens: bool, scope: str | None = None) -> TokenIds | None:
         """Return the ids stored for `text` in `scope`, or None."""
-        key = (_exact_str(text), _exact_scope(scope))
+        key = (_exact_str(text), require_scope(scope))
         with self._lock:
             entry = self._maps[bool(add_special_tokens)].get(key)
             if entry is None:
@@ -130,7 +125,7 @@ class L0Cache:
         scope: str | None = None,
     ) -> bool:
         """Store `ids` for `text` in `scope`; return False if it is larger than the budget."""
-        key = (_exact_str(text), _exact_scope(scope))
+        key = (_exact_str(text), require_scope(scope))
         own = TokenIds(memoryview(TokenIds(ids)))  # a slice would keep all it was cut from
         n_bytes = _n_bytes(key, own)
         with self._lock:
@@ -177,7 +172,7 @@ class L0Cache:
             tick = min((entry.tick for one in self._maps for entry in one.values()), default=1)
             for text, add_special_tokens, ids, scope in rows:
                 tick -= 1
-                key = (_exact_str(text), _exact_scope(scope))
+                key = (_exact_str(text), require_scope(scope))
                 own = TokenIds(memoryview(TokenIds(ids)))
                 n_bytes = _n_bytes(key, own)
                 target = self._maps[bool(add_special_tokens)]

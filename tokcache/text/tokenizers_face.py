@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tokcache.errors import InvalidText
+from tokcache._validate import require_scope
 from tokcache.text.backend import COMPONENTS, Backend, own_copy
 from tokcache.text.tokenizer import WrappedTokenizer
 
@@ -43,7 +43,7 @@ class TokenizerFace(WrappedTokenizer):
 
     def scoped(self, scope: str | None) -> TokenizerFace:
         """Return the same tokenizer with `scope` for every call that names none."""
-        return TokenizerFace(self._backend, exact_scope(scope))
+        return TokenizerFace(self._backend, require_scope(scope))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend.raw, name)
@@ -110,10 +110,3 @@ def set_slots(instance: Any, **values: Any) -> None:
     """Set attributes past a face that hands them on."""
     for name, value in values.items():
         object.__setattr__(instance, name, value)
-
-
-def exact_scope(scope: object) -> str | None:
-    """Return a scope as it is; InvalidText for what is none."""
-    if scope is None or isinstance(scope, str):
-        return scope
-    raise InvalidText(f"scope must be a str or None, not {type(scope).__name__}")

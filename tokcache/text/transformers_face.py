@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from tokcache._validate import require_scope
 from tokcache.text.answers import Asked, make_fields, make_rows, read
 from tokcache.text.backend import NOTHING_SET, Backend, own_copy
 from tokcache.text.engines import Engine, PlainEngine
 from tokcache.text.tokenizer import WrappedTokenizer
-from tokcache.text.tokenizers_face import TokenizerFace, exact_scope, set_slots
+from tokcache.text.tokenizers_face import TokenizerFace, set_slots
 
 if TYPE_CHECKING:
     from tokcache.config import CacheConfig
@@ -185,7 +186,7 @@ class TransformersFace(WrappedTokenizer):
             __dict__=self.__dict__,
             _tokcache=self._tokcache,
             _tokcache_backend=self._tokcache_backend,
-            _tokcache_scope=exact_scope(scope),
+            _tokcache_scope=require_scope(scope),
         )
         return view
 

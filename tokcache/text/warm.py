@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from tokcache._validate import require_scope
 from tokcache.errors import (
     InvalidCacheFile,
     InvalidConfig,
-    InvalidText,
+    InvalidScope,
     NothingCached,
     TokenizerChanged,
 )
@@ -200,11 +201,8 @@ def _checked_scopes(scopes: Scopes | None) -> Scopes | None:
     if scopes is None:
         return None
     if isinstance(scopes, str | bytes) or not isinstance(scopes, Collection):
-        raise InvalidText(f"scopes must be a list of scopes or None, not {scopes!r}")
-    for one in scopes:
-        if one is not None and not isinstance(one, str):
-            raise InvalidText(f"a scope must be a str or None, not {type(one).__name__}")
-    return frozenset(one if one is None else str.__str__(one) for one in scopes)
+        raise InvalidScope(f"scopes must be a list of scopes or None, not {scopes!r}")
+    return frozenset(require_scope(one) for one in scopes)
 
 
 def _checked_key(key: bytes | None) -> bytes | None:

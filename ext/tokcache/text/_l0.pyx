@@ -11,7 +11,8 @@ from operator import itemgetter
 from os import urandom
 from sys import getsizeof
 
-from tokcache.config import MAX_SAMPLE_SIZE, require_int
+from tokcache._validate import require_int, require_scope
+from tokcache.config import MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 
@@ -506,11 +507,7 @@ cdef str exact_str(object text):
 
 
 cdef str exact_scope(object scope):
-    if PyUnicode_CheckExact(scope):
-        return scope
-    if not PyUnicode_Check(scope):
-        raise InvalidText(f"scope must be a str or None, not {type(scope).__name__}")
-    return str.__str__(scope)
+    return scope if PyUnicode_CheckExact(scope) else require_scope(scope)
 
 
 cdef int check_table(Table* table) except -1:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from tokcache.config import require_int
+from tokcache._validate import require_int
 from tokcache.errors import InvalidConfig
 from tokcache.llama.server import calls, vocabulary
 from tokcache.llama.server.connection import Connection, require_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from tokcache.config import require_int
+from tokcache._validate import require_int
 from tokcache.errors import InvalidConfig
 from tokcache.llama.server.model import require_kv_type
 

@@ -26,7 +26,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tokcache.config import require_int, require_seconds
+from tokcache._validate import require_int, require_seconds
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import Owner, common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place

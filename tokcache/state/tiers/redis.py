@@ -25,7 +25,7 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-from tokcache.config import require_int, require_seconds
+from tokcache._validate import require_int, require_seconds
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
