@@ -6,14 +6,19 @@ other; every way to change it leads through here, which tells the cache.
 
 from __future__ import annotations
 
+import copy
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
+from tokcache.text.attributes import carry_attributes, why_own
 from tokcache.text.engines import (
     CopyError,
     Engine,
@@ -27,8 +32,6 @@ from tokcache.text.engines import (
 from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from tokcache.config import CacheConfig
 
 Settings = tuple[dict[str, Any] | None, dict[str, Any] | None]
@@ -60,18 +63,29 @@ class Backend:
         source: Tokenizer,
         config: CacheConfig | None,
         *,
-        splits_special_tokens: Callable[[], bool] | None = None,
+        splits_special_tokens: bool | None = None,
         own_engine: Engine | None = None,
     ) -> None:
-        self._raw = own_copy(source)
+        self._raw, self._why_not_copied = _own_copy(source)
         self._lent = threading.local()
         self.settled: Settings | None = None
-        self.counts_encodings = splits_special_tokens is None
-        self._splits = splits_special_tokens or (lambda: self.raw.encode_special_tokens)
+        self.splits_special_tokens = splits_special_tokens
         self._own_engine = own_engine
+        # The transformers tokenizers that share this one: `copy.copy` shares the Rust object.
+        self.faces: list[weakref.ref[Any]] = []
         self._handed_out: dict[str, _HandedOut] = {}
         self._has_stale_matcher = False
         self.core = CachedTokenizer(config, self._build_engine)
+
+    def _splits(self) -> bool:
+        """Return whether special tokens are encoded as text.
+
+        transformers decides it for each call by an attribute of its tokenizer; the Rust tokenizer
+        has a flag, which no serialisation shows.
+        """
+        if self.splits_special_tokens is None:
+            return self.raw.encode_special_tokens
+        return self.splits_special_tokens
 
     @property
     def raw(self) -> Tokenizer:
@@ -117,7 +131,7 @@ class Backend:
     def _build_engine(self) -> Engine:
         if self._own_engine is not None:
             return self._own_engine
-        reason = why_random(self.raw.model)
+        reason = self._why_not_copied or why_own(self.raw) or why_random(self.raw.model)
         if reason is None and self._has_stale_matcher:
             reason = "normalizer_changed_in_place"
         try:
@@ -132,16 +146,39 @@ class Backend:
     ) -> list[list[int]]:
         """Encode whole texts with the tokenizer itself, and leave its settings as they were."""
         raw = self._raw
+        method = "encode_batch" if "encode_batch" in vars(raw) else "encode_batch_fast"
         with self.core.plain_lock:
             saved = raw.truncation, raw.padding, raw.encode_special_tokens
             self.settle()
             try:
-                found = raw.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+                found = getattr(raw, method)(texts, add_special_tokens=add_special_tokens)
             finally:
                 _set(raw, *saved)
                 self.settled = None
         self.core.count_bypass(reason, len(texts))
         return [encoding.ids for encoding in found]
+
+    def add_face(self, face: Any) -> None:
+        """Note one more transformers tokenizer that uses this backend."""
+        self.faces = [*(one for one in self.faces if one() is not None), weakref.ref(face)]
+
+    def is_shared(self, face: Any) -> bool:
+        """Return whether a tokenizer with other attributes than `face` uses this backend, too."""
+        others = (one() for one in self.faces)
+        return any(one is not None and vars(one) is not vars(face) for one in others)
+
+    def copied(self) -> Backend:
+        """Return a backend with a copy of the tokenizer and an empty cache, for a copied wrapper.
+
+        As in a copy that tokenizers makes, attributes that were set on the Rust object are gone,
+        and `encode_special_tokens` is off.
+        """
+        try:
+            raw = copy_tokenizer(self._raw)
+        except CopyError:
+            raw = copy.copy(self._raw)
+        raw.encode_special_tokens = False
+        return Backend(raw, self.core.config, splits_special_tokens=self.splits_special_tokens)
 
     @property
     def has_own_engine(self) -> bool:
@@ -177,29 +214,52 @@ class Backend:
         """Call a method that changes how the tokenizer encodes."""
         with self.core.plain_lock:
             try:
-                return getattr(self.raw, method)(*args, **kwargs)
+                return getattr(Tokenizer, method)(self.raw, *args, **kwargs)
             finally:
                 self.core.invalidate()
 
     def train(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Train a model of our own: training happens in place, and the original shares ours."""
+        return self.train_by(lambda raw: getattr(Tokenizer, method)(raw, *args, **kwargs))
+
+    def train_by(self, train: Callable[[Tokenizer], Any]) -> Any:
+        """Have `train` change the tokenizer that it is given."""
         with self.core.plain_lock:
             self._raw.model = pickle.loads(pickle.dumps(self.raw.model))  # noqa: S301 (own object)
-            return self.change(method, *args, **kwargs)
+            try:
+                return train(self.raw)
+            finally:
+                self.core.invalidate()
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        """Set an attribute of the Rust object; one that hides a method may change the ids."""
+        with self.core.plain_lock:
+            setattr(self._raw, name, value)
+            self._note_attribute(name)
+
+    def delete_attribute(self, name: str) -> None:
+        """Delete an attribute that was set on the Rust object."""
+        with self.core.plain_lock:
+            delattr(self._raw, name)
+            self._note_attribute(name)
+
+    def _note_attribute(self, name: str) -> None:
+        if callable(getattr(Tokenizer, name, None)):
+            self.core.invalidate()
 
     def configure(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method that sets truncation or padding: the cache's own copy has neither."""
         with self.turn():
             if self._lent_copy is None:
                 self.settled = None
-            return getattr(self.raw, method)(*args, **kwargs)
+            return getattr(Tokenizer, method)(self.raw, *args, **kwargs)
 
     def encode(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method that returns Encoding objects, which can't be made from ids."""
-        if self.counts_encodings:
+        if self.splits_special_tokens is None:  # else transformers' call has counted it
             self.core.count_bypass("encoding_objects")
         with self.turn():
-            return getattr(self.raw, method)(*args, **kwargs)
+            return getattr(Tokenizer, method)(self.raw, *args, **kwargs)
 
     def set_encode_special_tokens(self, value: bool) -> None:
         """Set what no serialisation of a tokenizer shows."""
@@ -216,7 +276,7 @@ class Backend:
     def replace(self, source: Tokenizer) -> None:
         """Take a copy of another tokenizer in place of this one."""
         with self.core.plain_lock:
-            self._raw = own_copy(source)
+            self._raw, self._why_not_copied = _own_copy(source)
             self.settled = None
             self._has_stale_matcher = False
             self._handed_out.clear()
@@ -300,16 +360,19 @@ def _set(
 
 def own_copy(source: Tokenizer) -> Tokenizer:
     """Return a plain tokenizer that shares nothing but the model with a plain or wrapped one."""
+    return _own_copy(source)[0]
+
+
+def _own_copy(source: Any) -> tuple[Tokenizer, str | None]:
+    """Return a copy; or the tokenizer itself, and why nothing of it may be cached."""
+    is_wrapped = isinstance(source, WrappedTokenizer)
+    plain: Tokenizer = source._backend.raw if is_wrapped else source  # noqa: SLF001 (ours)
     try:
-        return copy_tokenizer(_plain(source))
-    except CopyError:
-        return _plain(source)  # nothing of it is cached then, so nothing can be stale
-
-
-def _plain(tokenizer: Any) -> Tokenizer:
-    is_face = isinstance(tokenizer, WrappedTokenizer)
-    plain: Tokenizer = tokenizer._backend.raw if is_face else tokenizer  # noqa: SLF001 (ours)
-    return plain
+        made = copy_tokenizer(plain)
+        carry_attributes(plain, made)
+    except CopyError as error:
+        return plain, error.reason
+    return made, None
 
 
 def _signature_or_none(tokenizer: Tokenizer, name: str) -> object:

@@ -11,7 +11,7 @@ from tokcache.errors import InvalidConfig, UnsupportedTokenizer
 from tokcache.text._native import log_missing_extension
 from tokcache.text.backend import Backend
 from tokcache.text.tokenizer import WrappedTokenizer
-from tokcache.text.tokenizers_face import TokenizerFace
+from tokcache.text.tokenizers_face import TokenizerFace, accept_wrappers
 from tokcache.text.transformers_face import is_fast_transformers, wrap_transformers
 
 
@@ -32,6 +32,7 @@ def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
     if isinstance(tokenizer, WrappedTokenizer):
         return _wrapped_again(tokenizer, config)
     if isinstance(tokenizer, Tokenizer):
+        accept_wrappers()
         return TokenizerFace(Backend(tokenizer, config), None)
     if is_fast_transformers(tokenizer):
         face: WrappedTokenizer = wrap_transformers(tokenizer, config)

@@ -2,13 +2,16 @@
 
 Behind it stands a copy of the tokenizer; two limits: attributes of a model object
 (`model.dropout = …`) and training in place are shared with the original, and what is done to them
-there needs `cache_clear()`; and the Rust object itself is not handed out, for code that insists
-on it there is `unwrap()`.
+there needs `cache_clear()`; and the Rust object itself is not handed out. The methods of tokenizers
+that insist on it are taught to take a wrapped one (`accept_wrappers`); for other native code there
+is `unwrap()`.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -22,7 +25,8 @@ class TokenizerFace(WrappedTokenizer):
     """A `tokenizers.Tokenizer` with a cache; `isinstance` holds, though it can't be subclassed.
 
     `encode` and its kin return Encoding objects as before, uncached: the cached way to ids is
-    `token_ids`. Pickle and copy give a plain Tokenizer.
+    `token_ids`. A copy is wrapped too, with an empty cache of its own; pickle gives a plain
+    Tokenizer.
     """
 
     __slots__ = ("_backend", "_tokcache", "_tokcache_scope")
@@ -53,8 +57,13 @@ class TokenizerFace(WrappedTokenizer):
             self._backend.set_component(name, value)
         elif name == "encode_special_tokens":
             self._backend.set_encode_special_tokens(value)
-        else:
+        elif name in _DATA:
             setattr(self._backend.raw, name, value)
+        else:
+            self._backend.set_attribute(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._backend.delete_attribute(name)
 
     def __repr__(self) -> str:
         return repr(self._backend.raw)
@@ -68,21 +77,38 @@ class TokenizerFace(WrappedTokenizer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.unwrap().__reduce_ex__(protocol)
 
+    def __copy__(self) -> TokenizerFace:
+        return TokenizerFace(self._backend.copied(), self._tokcache_scope)
 
-def _forward(kind: str, method: str) -> Callable[..., Any]:
-    plain = getattr(Tokenizer, method)
+    def __deepcopy__(self, memo: Any) -> TokenizerFace:
+        return self.__copy__()
 
-    def forward(self: TokenizerFace, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._backend, kind)(method, *args, **kwargs)
 
-    forward.__name__, forward.__qualname__ = method, f"Tokenizer.{method}"
-    forward.__doc__ = plain.__doc__
-    return forward
+class _Forward:
+    """A method of the Rust class, called through the backend; one set on the object hides it."""
+
+    def __init__(self, kind: str, method: str) -> None:
+        def forward(self: TokenizerFace, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self._backend, kind)(method, *args, **kwargs)
+
+        forward.__name__, forward.__qualname__ = method, f"Tokenizer.{method}"
+        forward.__doc__ = getattr(Tokenizer, method).__doc__
+        self._forward = forward
+
+    def __get__(self, face: TokenizerFace | None, owner: type[Any]) -> Any:
+        if face is None:
+            return self._forward
+        raw = face._backend.raw  # noqa: SLF001 (ours)
+        own = vars(raw).get(self._forward.__name__)
+        return self._forward.__get__(face) if own is None else own
 
 
 def _forward_component(name: str) -> property:
     return property(lambda self: self._backend.component(name), doc=f"The {name}, watched.")
 
+
+# What can be set on the Rust class itself, beside the components.
+_DATA = frozenset({"decoder", "truncation", "padding"})
 
 _FORWARDED = {
     "change": ("add_tokens", "add_special_tokens"),
@@ -101,9 +127,44 @@ _FORWARDED = {
 for _kind, _methods in _FORWARDED.items():
     for _method in _methods:
         if hasattr(Tokenizer, _method):
-            setattr(TokenizerFace, _method, _forward(_kind, _method))
+            setattr(TokenizerFace, _method, _Forward(_kind, _method))
 for _name in COMPONENTS:
     setattr(TokenizerFace, _name, _forward_component(_name))
+
+
+# The methods of tokenizers that take a Tokenizer and insist on the Rust object. They are found by
+# tests/text/test_wrap_rust_object.py, which looks through the signatures of every class.
+_INSISTING = (
+    ("tokenizers.decoders", "DecodeStream", "step"),
+    ("tokenizers.trainers", "ParityBpeTrainer", "train_from_iterator"),
+)
+
+
+def accept_wrappers() -> None:
+    """Have the methods of tokenizers that insist on the Rust object take a wrapped one, too.
+
+    Code that streams tokens passes `tok._tokenizer` to `DecodeStream.step`, and does not know that
+    somebody else has wrapped `tok`. With any other argument these methods do what they always did.
+    """
+    for module_name, class_name, method in _INSISTING:
+        owner = getattr(importlib.import_module(module_name), class_name, None)
+        plain = getattr(owner, method, None)
+        if plain is not None and not hasattr(plain, "__wrapped__"):
+            setattr(owner, method, _accepting(plain, is_training=method.startswith("train")))
+
+
+def _accepting(plain: Any, *, is_training: bool) -> Callable[..., Any]:
+    def train(self: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(tokenizer) is not TokenizerFace:
+            return plain(self, tokenizer, *args, **kwargs)
+        return tokenizer._backend.train_by(lambda raw: plain(self, raw, *args, **kwargs))  # noqa: SLF001
+
+    def read(self: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(tokenizer) is TokenizerFace:
+            tokenizer = tokenizer._backend.raw  # noqa: SLF001 (ours)
+        return plain(self, tokenizer, *args, **kwargs)
+
+    return wraps(plain)(train if is_training else read)
 
 
 def set_slots(instance: Any, **values: Any) -> None:
