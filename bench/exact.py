@@ -77,7 +77,7 @@ def _loop_tokcache_get(cache: L0Cache) -> Timed:
 
     def run(pairs: list[tuple[str, str]]) -> None:
         for text, _ in pairs:
-            get(text, True)
+            get(text)
 
     return run
 
@@ -87,7 +87,7 @@ def _loop_tokcache_put(cache: L0Cache, ids: TokenIds) -> Timed:
 
     def run(pairs: list[tuple[str, str]]) -> None:
         for text, _ in pairs:
-            put(text, True, ids)
+            put(text, ids)
 
     return run
 
@@ -181,12 +181,12 @@ def collisions(n_keys: int, rounds: int) -> dict[str, float]:
     template = [body[:40] + f"{i:08d}" + body[48:] for i in range(n_keys)]
     ids = TokenIds(range(8))
     sets = {"unrelated": unrelated, "template": template}
-    caches = {name: L0Cache(n_keys, 1 << 40) for name in sets}
+    caches = {name: L0Cache(max_entries=n_keys, max_bytes=1 << 40) for name in sets}
     figures = {}
     for name, keys in sets.items():
         pairs = [(fresh(key), "") for key in keys]
         figures[f"put {name}"] = per_call(_loop_tokcache_put(caches[name], ids), pairs)
-        assert all(caches[name].get(fresh(key), True) == ids for key in keys)
+        assert all(caches[name].get(fresh(key)) == ids for key in keys)
         del pairs
     for name, keys in sets.items():
 
@@ -234,13 +234,13 @@ def resident_bytes() -> int:
 
 def memory_here(n_entries: int, n_chars: int, n_tokens: int) -> dict[str, float]:
     """Fill a cache with strings nobody else keeps; return bytes an entry, reported and resident."""
-    cache = L0Cache(n_entries, 1 << 40)
+    cache = L0Cache(max_entries=n_entries, max_bytes=1 << 40)
     template = list(range(n_tokens))
     TokenIds(template)
     gc.collect()
     before = resident_bytes()
     for i in range(n_entries):
-        cache.put(f"{i:0{n_chars}d}", True, TokenIds(template))
+        cache.put(f"{i:0{n_chars}d}", TokenIds(template))
     gc.collect()
     grown = resident_bytes() - before
     string = sys.getsizeof(f"{0:0{n_chars}d}")

@@ -80,7 +80,7 @@ def short_call(plain: Any, wrapped: Any) -> dict[str, float]:
     """Return the microseconds of everything a call of two characters is made of."""
     backend, ids = plain.backend_tokenizer, wrapped.token_ids(SHORT)
     alone = tokcache.L0Cache()
-    alone.put(SHORT, True, ids)
+    alone.put(SHORT, ids)
     n = len(ids)
     return interleaved_us(
         {
@@ -91,7 +91,7 @@ def short_call(plain: Any, wrapped: Any) -> dict[str, float]:
             "plain encode": lambda: plain.encode(SHORT),
             "tokcache encode": lambda: wrapped.encode(SHORT),
             "token_ids": lambda: wrapped.token_ids(SHORT),
-            "L0Cache.get": lambda: alone.get(SHORT, True),
+            "L0Cache.get": lambda: alone.get(SHORT),
         },
         N_BURSTS,
         BURST,

@@ -113,7 +113,7 @@ class WrongIds:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._right, name)
 
-    def token_ids(self, text: str, add_special_tokens: bool = True) -> TokenIds:
+    def token_ids(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
         ids: TokenIds = self._right.token_ids(text, add_special_tokens=add_special_tokens)
         self._left -= 1
         return ids if self._left else TokenIds([*ids.tolist()[:-1], 7])

@@ -27,8 +27,8 @@ class Tokcache:
         cache = L0Cache(max_entries=capacity, max_bytes=1 << 40)
         get, put = cache.get, cache.put
         self.cache = cache
-        self.hit = lambda text: get(text, True)
-        self.miss = lambda text: put(text, True, ids)
+        self.hit = get
+        self.miss = lambda text: put(text, ids)
 
 
 class Dict:

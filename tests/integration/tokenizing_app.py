@@ -67,7 +67,9 @@ class Chat(BaseModel):
 async def tokenize(ask: Ask) -> dict[str, Any]:
     """Return the ids of a text."""
     try:
-        ids = await tok.atoken_ids(ask.text, ask.add_special_tokens, ask.scope)
+        ids = await tok.atoken_ids(
+            ask.text, add_special_tokens=ask.add_special_tokens, scope=ask.scope
+        )
     except TypeError as error:
         raise HTTPException(400, str(error)) from error
     return {"ids": ids.tolist()}
@@ -77,7 +79,7 @@ async def tokenize(ask: Ask) -> dict[str, Any]:
 async def digest(ask: Ask) -> dict[str, Any]:
     """Return a digest of the ids of a long text, and how often the loop came round meanwhile."""
     before = n_ticks
-    ids = await tok.atoken_ids(ask.text, ask.add_special_tokens)
+    ids = await tok.atoken_ids(ask.text, add_special_tokens=ask.add_special_tokens)
     meanwhile = n_ticks - before
     return {"n": len(ids), "sha256": hashlib.sha256(ids).hexdigest(), "n_ticks": meanwhile}
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,13 +21,13 @@ def fresh(text: str) -> str:
 @both
 def test_gives_back_what_was_stored(name: str) -> None:
     cache = twin(name).l0_cache()
-    assert cache.get("hello", True) is None
-    assert cache.put("hello", True, [1, 2, 3]) is True
-    assert cache.get(fresh("hello"), True) == [1, 2, 3]
-    assert cache.get("hello", False) is None
-    assert cache.get("hello ", True) is None
-    assert cache.put("hello", True, [4]) is True
-    assert cache.get("hello", True) == [4]
+    assert cache.get("hello") is None
+    assert cache.put("hello", [1, 2, 3]) is True
+    assert cache.get(fresh("hello")) == [1, 2, 3]
+    assert cache.get("hello", add_special_tokens=False) is None
+    assert cache.get("hello ") is None
+    assert cache.put("hello", [4]) is True
+    assert cache.get("hello") == [4]
     assert len(cache) == 1
     cache._check()
 
@@ -34,10 +35,10 @@ def test_gives_back_what_was_stored(name: str) -> None:
 @both
 def test_counts_and_clears(name: str) -> None:
     cache = twin(name).l0_cache()
-    cache.put("a", True, [1, 2])
-    cache.put("a", False, [2])
+    cache.put("a", [1, 2])
+    cache.put("a", [2], add_special_tokens=False)
     for text in ("a", "a", "b"):
-        cache.get(text, True)
+        cache.get(text)
     stats = cache.stats()
     assert (stats.hits, stats.misses, stats.insertions, stats.evictions) == (2, 1, 2, 0)
     assert (stats.hit_tokens, stats.n_entries, stats.hit_rate) == (4, 2, 2 / 3)
@@ -46,7 +47,7 @@ def test_counts_and_clears(name: str) -> None:
     assert len(cache) == cache.memory_usage() == 0
     stats = cache.stats()
     assert (stats.hits, stats.misses, stats.insertions, stats.hit_rate) == (0, 0, 0, 0.0)
-    assert cache.get("a", True) is None
+    assert cache.get("a") is None
 
 
 TRICKY = [
@@ -60,11 +61,11 @@ TRICKY = [
 def test_every_kind_of_string_is_its_own_key(name: str) -> None:
     cache = twin(name).l0_cache()
     for number, text in enumerate(TRICKY):
-        assert cache.put(text, True, [number])
+        assert cache.put(text, [number])
     cache._check()
     for number, text in enumerate(TRICKY):
-        assert cache.get(text, True) == [number]
-        assert cache.get(fresh(text), True) == [number]
+        assert cache.get(text) == [number]
+        assert cache.get(fresh(text)) == [number]
     assert len(cache) == len(TRICKY)
 
 
@@ -82,11 +83,11 @@ def test_a_str_subclass_is_its_content(name: str) -> None:
         __hash__ = str.__hash__
 
     cache = twin(name).l0_cache()
-    cache.put(Prompt("hello"), True, [1])
-    assert cache.get("hello", True) == [1]
-    assert cache.get("something else", True) is None
-    assert cache.get(Prompt("hello"), True) == [1]
-    assert cache.get(Prompt("bye"), True) is None
+    cache.put(Prompt("hello"), [1])
+    assert cache.get("hello") == [1]
+    assert cache.get("something else") is None
+    assert cache.get(Prompt("hello")) == [1]
+    assert cache.get(Prompt("bye")) is None
 
 
 @both
@@ -94,21 +95,43 @@ def test_a_str_subclass_is_its_content(name: str) -> None:
 def test_refuses_what_is_no_text(name: str, text: Any) -> None:
     cache = twin(name).l0_cache()
     with pytest.raises(InvalidText, match=type(text).__name__):
-        cache.get(text, True)
+        cache.get(text)
     with pytest.raises(InvalidText):
-        cache.put(text, True, [1])
+        cache.put(text, [1])
     with pytest.raises(InvalidScope, match="scope"):
-        cache.get("a", True, 7)
+        cache.get("a", scope=7)
     with pytest.raises(InvalidTokens):
-        cache.put("a", True, ["x"])
+        cache.put("a", ["x"])
     assert len(cache) == 0
-    assert cache.put("a", True, [1])
-    assert cache.get("a", True) == [1]
+    assert cache.put("a", [1])
+    assert cache.get("a") == [1]
+
+
+@both
+def test_a_tenant_is_not_taken_for_the_flag(name: str) -> None:
+    cache = twin(name).l0_cache()
+    cache.put("secret", [1, 2], scope="tenant-a")
+    calls: list[Callable[[], Any]] = [
+        lambda: cache.get("secret", "tenant-a"),
+        lambda: cache.put("secret", [1, 2], "tenant-a"),
+        lambda: twin(name).l0_cache(10),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="positional"):
+            call()
+    flag: Any
+    for flag in ("tenant-a", 1, 0, None, []):
+        with pytest.raises(InvalidConfig, match="add_special_tokens must be True or False"):
+            cache.get("secret", add_special_tokens=flag)
+        with pytest.raises(InvalidConfig, match="add_special_tokens must be True or False"):
+            cache.put("secret", [1, 2], add_special_tokens=flag)
+    assert cache.get("secret") is None
+    assert len(cache) == 1
 
 
 @both
 @pytest.mark.parametrize("setting", ["max_entries", "max_bytes", "sample_size"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, "7", None, True])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "7x", None, True])
 def test_refuses_budgets_that_cannot_work(name: str, setting: str, value: Any) -> None:
     with pytest.raises(InvalidConfig, match=setting):
         twin(name).l0_cache(**{setting: value})
@@ -126,7 +149,7 @@ def test_refuses_settings_beyond_what_can_be_counted(name: str) -> None:
             twin(name).l0_cache(**{setting: value})
     cache = twin(name).l0_cache(max_entries=2, sample_size=1024)
     for i in range(20):
-        cache.put(str(i), True, [i])
+        cache.put(str(i), [i])
     cache._check()
 
 
@@ -134,10 +157,10 @@ def test_refuses_settings_beyond_what_can_be_counted(name: str) -> None:
 def test_names_of_scopes_count(name: str) -> None:
     cache = twin(name).l0_cache(max_bytes=1 << 20)
     for i in range(30):
-        assert cache.put("text", True, [i], f"{i:06d}" + "s" * 100_000)
+        assert cache.put("text", [i], scope=f"{i:06d}" + "s" * 100_000)
         cache._check()
     assert len(cache) <= 10
-    assert cache.put("text", True, [1], "s" * (1 << 20)) is False
+    assert cache.put("text", [1], scope="s" * (1 << 20)) is False
     cache._check()
     cache.clear()
     assert cache.memory_usage() == 0
@@ -153,9 +176,9 @@ def test_many_threads_at_once(name: str) -> None:
         try:
             for _ in range(2000):
                 number = rng.randrange(60)
-                ids = cache.get(f"text {number}", True)
+                ids = cache.get(f"text {number}")
                 assert ids is None or ids == [number]
-                cache.put(f"text {number}", True, [number])
+                cache.put(f"text {number}", [number])
         except BaseException as error:  # noqa: BLE001 (shown below)
             failures.append(error)
 
@@ -177,7 +200,7 @@ def test_many_threads_at_once(name: str) -> None:
 def test_the_entry_budget_holds_over_both_maps(name: str) -> None:
     cache = twin(name).l0_cache(max_entries=10)
     for i in range(100):
-        cache.put(f"text {i}", i % 2 == 0, [i])
+        cache.put(f"text {i}", [i], add_special_tokens=i % 2 == 0)
         assert len(cache) == min(i + 1, 10)
     cache._check()
     assert cache.stats().evictions == 90
@@ -187,22 +210,22 @@ def test_the_entry_budget_holds_over_both_maps(name: str) -> None:
 def test_the_victim_comes_from_the_larger_map(name: str) -> None:
     cache = twin(name).l0_cache(max_entries=10)
     for i in range(3):
-        cache.put(f"few {i}", True, [i])
+        cache.put(f"few {i}", [i])
     for i in range(200):
-        cache.put(f"many {i}", False, [i])
-    assert [cache.get(f"few {i}", True) for i in range(3)] == [[0], [1], [2]]
+        cache.put(f"many {i}", [i], add_special_tokens=False)
+    assert [cache.get(f"few {i}") for i in range(3)] == [[0], [1], [2]]
 
 
 @both
 def test_with_a_sample_of_all_the_least_recently_used_goes(name: str) -> None:
     cache = twin(name).l0_cache(max_entries=4, sample_size=200)
     for text in "abcd":
-        cache.put(text, True, [1])
-    cache.get("a", True)
-    cache.put("c", True, [1])
-    cache.put("e", True, [1])  # 200 draws from 4 entries miss the oldest once in 10**25
-    assert cache.get("b", True) is None
-    assert all(cache.get(text, True) for text in "acde")
+        cache.put(text, [1])
+    cache.get("a")
+    cache.put("c", [1])
+    cache.put("e", [1])  # 200 draws from 4 entries miss the oldest once in 10**25
+    assert cache.get("b") is None
+    assert all(cache.get(text) for text in "acde")
 
 
 @both
@@ -211,8 +234,8 @@ def test_draws_are_random_over_all_entries(name: str) -> None:
     for _ in range(60):
         cache = twin(name).l0_cache(max_entries=20, sample_size=1)
         for i in range(21):
-            cache.put(str(i), True, [i])
-        survivors |= {i for i in range(20) if cache.get(str(i), True) is None}
+            cache.put(str(i), [i])
+        survivors |= {i for i in range(20) if cache.get(str(i)) is None}
     # One of 20 goes each time: a place that is never drawn in 60 rounds has a chance of 5 %.
     assert len(survivors) >= 15
 
@@ -221,12 +244,12 @@ def test_draws_are_random_over_all_entries(name: str) -> None:
 def test_sampled_lru_keeps_what_is_used(name: str) -> None:
     cache = twin(name).l0_cache(max_entries=100)
     for i in range(50):
-        cache.put(f"hot {i}", True, [i])
+        cache.put(f"hot {i}", [i])
     kept = 0
     for i in range(1000):
-        cache.put(f"cold {i}", True, [i])
+        cache.put(f"cold {i}", [i])
         for j in range(50):
-            kept += cache.get(f"hot {j}", True) is not None
+            kept += cache.get(f"hot {j}") is not None
     assert kept > 0.8 * 50_000
 
 
@@ -235,13 +258,17 @@ def test_the_byte_budget_holds_and_a_giant_is_refused(name: str) -> None:
     cache = twin(name).l0_cache(max_bytes=100_000)
     rng = random.Random(1)
     for i in range(300):
-        cache.put(f"{i}" + "x" * rng.randrange(5000), i % 3 == 0, range(rng.randrange(500)))
+        cache.put(
+            f"{i}" + "x" * rng.randrange(5000),
+            range(rng.randrange(500)),
+            add_special_tokens=i % 3 == 0,
+        )
         assert cache.memory_usage() <= 100_000
         cache._check()
     held = len(cache)
     assert held > 5
-    assert cache.put("y" * 100_001, True, [1]) is False
-    assert cache.put("z", True, range(25_000)) is False
+    assert cache.put("y" * 100_001, [1]) is False
+    assert cache.put("z", range(25_000)) is False
     assert len(cache) == held
     assert cache.stats().refusals == {"oversize": 2}
 
@@ -249,16 +276,16 @@ def test_the_byte_budget_holds_and_a_giant_is_refused(name: str) -> None:
 @both
 def test_a_refused_put_leaves_no_older_answer(name: str) -> None:
     cache = twin(name).l0_cache(max_bytes=10_000)
-    cache.put("a", True, [1])
-    assert cache.put("a", True, range(10_000)) is False
-    assert cache.get("a", True) is None
+    cache.put("a", [1])
+    assert cache.put("a", range(10_000)) is False
+    assert cache.get("a") is None
 
 
 @both
 def test_a_budget_too_small_for_anything_refuses_everything(name: str) -> None:
     cache = twin(name).l0_cache(max_bytes=1)
-    assert cache.put("a", True, [1]) is False
-    assert cache.get("a", True) is None
+    assert cache.put("a", [1]) is False
+    assert cache.get("a") is None
     assert len(cache) == cache.memory_usage() == 0
 
 
@@ -267,11 +294,11 @@ def test_scopes_never_meet(name: str) -> None:
     cache = twin(name).l0_cache()
     scopes = [None, "", "a", "b", "None", "a\0", "\u4141", "AA"]
     for number, scope in enumerate(scopes):
-        assert all(cache.get("text", True, other) is None for other in scopes[number:])
-        cache.put("text", True, [number], scope)
+        assert all(cache.get("text", scope=other) is None for other in scopes[number:])
+        cache.put("text", [number], scope=scope)
     for number, scope in enumerate(scopes):
-        assert cache.get("text", True, scope) == [number]
-        assert cache.get("text", False, scope) is None
+        assert cache.get("text", scope=scope) == [number]
+        assert cache.get("text", add_special_tokens=False, scope=scope) is None
     cache._check()
 
 
@@ -279,8 +306,8 @@ def test_scopes_never_meet(name: str) -> None:
 def test_a_scope_without_entries_costs_nothing(name: str) -> None:
     cache = twin(name).l0_cache(max_entries=10)
     for i in range(1000):
-        cache.put("text", True, [i], f"tenant {i}")
-        cache.get("text", True, f"nobody {i}")
+        cache.put("text", [i], scope=f"tenant {i}")
+        cache.get("text", scope=f"nobody {i}")
     cache._check()
     assert len(cache) == 10
     assert cache.memory_usage() < 20_000
@@ -294,10 +321,10 @@ def template(i: int, position: int, n_chars: int = 4000) -> str:
 def test_texts_of_one_template_are_told_apart(position: int) -> None:
     cache = native().l0_cache()
     for i in range(500):
-        cache.put(template(i, position), True, [i])
+        cache.put(template(i, position), [i])
     cache._check()
-    assert all(cache.get(template(i, position), True) == [i] for i in range(500))
-    assert all(cache.get(template(i, position), True) is None for i in range(500, 600))
+    assert all(cache.get(template(i, position)) == [i] for i in range(500))
+    assert all(cache.get(template(i, position)) is None for i in range(500, 600))
 
 
 def test_texts_that_differ_each_in_another_place_are_told_apart() -> None:
@@ -305,10 +332,10 @@ def test_texts_that_differ_each_in_another_place_are_told_apart() -> None:
     positions = range(32, 3900, 7)
     for wide in ("", "\u6c49", "\U0001f600"):
         for p in positions:
-            cache.put("t" * p + "X" + "t" * (3999 - p) + wide, True, [p])
+            cache.put("t" * p + "X" + "t" * (3999 - p) + wide, [p])
         cache._check()
         for p in positions:
-            assert cache.get("t" * p + "X" + "t" * (3999 - p) + wide, True) == [p]
+            assert cache.get("t" * p + "X" + "t" * (3999 - p) + wide) == [p]
 
 
 def test_crowds_go_with_their_entries() -> None:
@@ -316,13 +343,13 @@ def test_crowds_go_with_their_entries() -> None:
     rng = random.Random(2)
     for step in range(5000):
         text = template(rng.randrange(100), rng.choice([33, 200, 1000]))
-        cache.put(text, True, [1])
+        cache.put(text, [1])
         if step % 100 == 0:
             cache._check()
     for i in range(50):
-        cache.put(str(i), True, [1])
+        cache.put(str(i), [1])
     for i in range(1000):  # nothing of the template is left by now
-        cache.put(f"{i}", True, [1])
+        cache.put(f"{i}", [1])
     cache._check()
 
 
@@ -331,12 +358,12 @@ def test_keys_of_the_native_cache_are_let_go(wide: str) -> None:
     cache = native().l0_cache(max_entries=3)
     text = fresh("y" * 1000 + wide)
     before = sys.getrefcount(text)
-    cache.put(text, True, [1])
+    cache.put(text, [1])
     assert sys.getrefcount(text) == before + (0 if wide else 1)
     cache.clear()
     assert sys.getrefcount(text) == before
     ids = native().token_ids([1, 2, 3])
-    cache.put(text, True, ids)
+    cache.put(text, ids)
     del cache
     assert sys.getrefcount(text) == before
 
@@ -344,17 +371,17 @@ def test_keys_of_the_native_cache_are_let_go(wide: str) -> None:
 def test_a_slice_does_not_keep_what_it_was_cut_from() -> None:
     whole = native().token_ids(range(100_000))
     cache = native().l0_cache(max_bytes=10_000)
-    assert cache.put("a", True, whole[5:8])
-    assert cache.get("a", True) == [5, 6, 7]
+    assert cache.put("a", whole[5:8])
+    assert cache.get("a") == [5, 6, 7]
     assert cache.memory_usage() < 1000
 
 
 def test_what_a_caller_does_later_changes_nothing() -> None:
     cache = native().l0_cache()
     values = [1, 2, 3]
-    cache.put("a", True, values)
+    cache.put("a", values)
     values[0] = 9
-    assert cache.get("a", True) == [1, 2, 3]
+    assert cache.get("a") == [1, 2, 3]
 
 
 @both
@@ -366,12 +393,12 @@ import gc, sys
 from tokcache import L0Cache, TokenIds
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
-cache = L0Cache(10**6, 1 << 40)
+cache = L0Cache(max_entries=10**6, max_bytes=1 << 40)
 TokenIds(range(300)).tolist()
 gc.collect()
 before = resident()
 for i in range(60_000):
-    cache.put(f"{i:0200d}", i % 2 == 0, TokenIds([i] * (i % 100)))
+    cache.put(f"{i:0200d}", TokenIds([i] * (i % 100)), add_special_tokens=i % 2 == 0)
 gc.collect()
 print(cache.memory_usage() / (resident() - before))
 """

@@ -35,18 +35,20 @@ class _Machine(RuleBasedStateMachine):
         sample_size=st.sampled_from([1, 8]),
     )
     def make(self, max_entries: int, max_bytes: int, sample_size: int) -> None:
-        self.cache = self.cache_class(max_entries, max_bytes, sample_size)
+        self.cache = self.cache_class(
+            max_entries=max_entries, max_bytes=max_bytes, sample_size=sample_size
+        )
         self.roomy = max_entries == 1000 and max_bytes == 1 << 30
         self.model: dict[tuple[str, bool, str | None], list[int]] = {}
         self.n_gets = 0
 
     @rule(text=TEXTS, flag=st.booleans(), scope=SCOPES, ids=IDS)
     def put(self, text: str, flag: bool, scope: str | None, ids: list[int]) -> None:
-        stored = self.cache.put(text, flag, ids, scope)
+        stored = self.cache.put(text, ids, add_special_tokens=flag, scope=scope)
         assert stored or not self.roomy
         if stored:
             self.model[text, flag, scope] = ids
-            assert self.cache.get(text, flag, scope) == ids
+            assert self.cache.get(text, add_special_tokens=flag, scope=scope) == ids
             self.n_gets += 1
         else:
             self.model.pop((text, flag, scope), None)
@@ -61,7 +63,7 @@ class _Machine(RuleBasedStateMachine):
             self._get(*data.draw(st.sampled_from(sorted(self.model, key=repr))))
 
     def _get(self, text: str, flag: bool, scope: str | None) -> None:
-        got = self.cache.get((text + "\0")[:-1], flag, scope)
+        got = self.cache.get((text + "\0")[:-1], add_special_tokens=flag, scope=scope)
         self.n_gets += 1
         expected = self.model.get((text, flag, scope))
         if got is not None or self.roomy:

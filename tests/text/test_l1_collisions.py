@@ -64,9 +64,9 @@ def test_texts_that_collide_under_a_known_seed(kind: str, monkeypatch: pytest.Mo
     start = time.process_time()
     for _ in range(2):  # encoded, then from L0
         for text, ids in zip(texts, right, strict=True):
-            assert cached.token_ids(text, False) == ids
+            assert cached.token_ids(text, add_special_tokens=False) == ids
     for one, other in zip(texts, reversed(texts), strict=True):  # chunks known, texts not
         ids = tokenizer.encode(one + other, add_special_tokens=False).ids
-        assert cached.token_ids(one + other, False) == ids
+        assert cached.token_ids(one + other, add_special_tokens=False) == ids
     assert time.process_time() - start < MAX_SECONDS
     assert cached.cache_stats().l1.chunk_hits > N_TEXTS

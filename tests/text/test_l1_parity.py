@@ -111,7 +111,7 @@ def expected(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Answe
 
 def cached(wrapped: Any, text: str, add_special_tokens: bool) -> Answer:
     fresh = "".join([text[:1], text[1:]])  # as from a request: an object nobody has seen
-    return answer(lambda: wrapped.token_ids(fresh, add_special_tokens))
+    return answer(lambda: wrapped.token_ids(fresh, add_special_tokens=add_special_tokens))
 
 
 class Tally:
@@ -200,7 +200,10 @@ class Histories:
         if any(isinstance(one, Failure) for one in right):
             return
         for config, wrapped in self.wrapped:
-            got = [list(ids) for ids in wrapped.token_ids_batch(texts, add_special_tokens)]
+            got = [
+                list(ids)
+                for ids in wrapped.token_ids_batch(texts, add_special_tokens=add_special_tokens)
+            ]
             for text, one, other in zip(texts, got, right, strict=True):
                 self.tally.add(text)
                 if one != other:

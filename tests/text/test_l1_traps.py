@@ -184,7 +184,7 @@ def test_a_trap_gets_the_ids_of_the_tokenizer(case: str, before: str) -> None:
         for whole in (before + text, before + text + " foo"):
             for _ in range(2):
                 assert (
-                    cached.token_ids(whole, False)
+                    cached.token_ids(whole, add_special_tokens=False)
                     == tokenizer.encode(whole, add_special_tokens=False).ids
                 )
 
@@ -192,13 +192,18 @@ def test_a_trap_gets_the_ids_of_the_tokenizer(case: str, before: str) -> None:
 def test_a_tokenizer_that_panics_on_a_probe_is_wrapped() -> None:
     tokenizer = gpt2(raw("ab", rstrip=True), raw(" ", lstrip=True))
     cached = tokcache.wrap(tokenizer)
-    assert cached.token_ids("foo", False) == tokenizer.encode("foo", add_special_tokens=False).ids
+    assert (
+        cached.token_ids("foo", add_special_tokens=False)
+        == tokenizer.encode("foo", add_special_tokens=False).ids
+    )
 
 
 def test_a_very_long_added_token_switches_parts_off() -> None:
     tokenizer = gpt2(raw("a" * 5000 + "b"))
     cached = tokcache.wrap(tokenizer)
-    assert cached.token_ids("a" * 9000, False) == tokenizer.encode("a" * 9000).ids
+    assert (
+        cached.token_ids("a" * 9000, add_special_tokens=False) == tokenizer.encode("a" * 9000).ids
+    )
     l1 = cached._tokcache.l1
     assert l1 is not None
     assert l1.off == "long_added_token"
@@ -209,7 +214,9 @@ def test_tokens_that_are_the_same_once_normalised_switch_parts_off() -> None:
     for _ in range(12):
         tokenizer = words(norm.Lowercase(), pre.WhitespaceSplit(), Added("Ba"), Added("BA"))
         cached = tokcache.wrap(tokenizer, tokcache.CacheConfig(engine="tokenizers"))
-        assert cached.token_ids("a ba 1", False) == tokenizer.encode("a ba 1").ids
+        assert (
+            cached.token_ids("a ba 1", add_special_tokens=False) == tokenizer.encode("a ba 1").ids
+        )
 
 
 def test_a_map_of_characters_that_makes_letters_of_blanks_cuts_nothing(shared_data: Path) -> None:
@@ -225,7 +232,7 @@ def test_a_map_of_characters_that_makes_letters_of_blanks_cuts_nothing(shared_da
     cached = tokcache.wrap(tokenizer, tokcache.CacheConfig(engine="tokenizers"))
     assert tokenizer.normalizer.normalize_str("a\tb") == "axb"
     for text in ("a\tb", "a\nb 1", "new\tyork"):
-        assert cached.token_ids(text, False) == tokenizer.encode(text).ids
+        assert cached.token_ids(text, add_special_tokens=False) == tokenizer.encode(text).ids
 
 
 ASCII = {chr(point): point for point in range(128)}
@@ -250,7 +257,7 @@ def test_a_trap_for_fast_encoders(case: str, engine: Any) -> None:
     cached = tokcache.wrap(tokenizer, tokcache.CacheConfig(engine=engine, l0_max_entries=1))
     for text in texts:
         for whole in (text, "b a " * 90 + text):
-            assert cached.token_ids(whole, False) == tokenizer.encode(whole).ids
+            assert cached.token_ids(whole, add_special_tokens=False) == tokenizer.encode(whole).ids
     l1 = cached._tokcache.l1
     assert l1 is not None
     assert l1.engine == "tokenizers"
@@ -258,7 +265,7 @@ def test_a_trap_for_fast_encoders(case: str, engine: Any) -> None:
 
 def test_ids_with_gaps_leave_a_separator() -> None:
     cached = tokcache.wrap(with_gaps(), tokcache.CacheConfig(engine="tokenizers"))
-    assert len(cached.token_ids("a lot, b foo " * 90, False)) == 450
+    assert len(cached.token_ids("a lot, b foo " * 90, add_special_tokens=False)) == 450
     assert "parts_differ" not in cached.cache_stats().l1.refusals
 
 

@@ -89,7 +89,7 @@ def filled(kind: str = "byte_level_bpe", texts: Any = (*TEXTS, *LONG), **setting
     tok = wrapped(kind, **settings)
     for text in texts:
         for special in (True, False):
-            tok.token_ids(text, special)
+            tok.token_ids(text, add_special_tokens=special)
     return tok
 
 
@@ -130,8 +130,8 @@ def test_what_was_known_is_known_again(
     engine_calls.clear()
     for text in (*TEXTS, *LONG):
         for special in (True, False):
-            ids = new.token_ids(text, special)
-            assert ids == tok.token_ids(text, special)
+            ids = new.token_ids(text, add_special_tokens=special)
+            assert ids == tok.token_ids(text, add_special_tokens=special)
             assert ids.tolist() == new.encode(text, add_special_tokens=special).ids
     assert engine_calls == {}
     stats = new.cache_stats()
@@ -208,7 +208,9 @@ def test_every_kind_of_string_comes_back(
     monkeypatch.setattr(warm, "_verify", lambda *_: None)  # no tokenizer takes half a pair
     tok, new = wrapped("word_level"), wrapped("word_level")
     for number, text in enumerate(TRICKY):
-        tok._tokcache._generation.l0.put(text, number % 2 == 0, [number % 4], "\ud800 scope")
+        tok._tokcache._generation.l0.put(
+            text, [number % 4], add_special_tokens=number % 2 == 0, scope="\ud800 scope"
+        )
     assert tok.cache_dump(tmp_path / "cache").n_texts == len(TRICKY)
     assert new.cache_load(tmp_path / "cache").n_texts == len(TRICKY)
     for number, text in enumerate(TRICKY):
@@ -739,7 +741,7 @@ def test_l0_fills_behind_what_it_holds(name: str) -> None:
     for n_own in range(6):
         cache = twin(name).l0_cache(max_entries=10, sample_size=200)
         for at in range(n_own):
-            cache.put(f"own {at}", True, [at])
+            cache.put(f"own {at}", [at])
         assert cache.fill([*rows, rows[0]]) == (min(8, 10 - n_own), 1)
         cache._check()
         assert [row[0] for row in cache.held()] == [
@@ -747,7 +749,7 @@ def test_l0_fills_behind_what_it_holds(name: str) -> None:
             *(row[0] for row in rows[: 10 - n_own]),
         ]
         for at in range(3):  # the oldest of the file go first
-            cache.put(f"new {at}", True, [at])
+            cache.put(f"new {at}", [at])
         cache._check()
         kept = [row[0] for row in cache.held() if row[0].startswith("text")]
         assert kept == [row[0] for row in rows[: len(kept)]]
@@ -763,7 +765,7 @@ def test_l0_holds_what_was_put(name: str) -> None:
     for step in range(2000):
         text = rng.choice(TRICKY) + str(rng.randrange(9))
         key = (text, rng.random() < 0.5, rng.choice([None, "a", "\ud800"]))
-        cache.put(key[0], key[1], [step], key[2])
+        cache.put(key[0], [step], add_special_tokens=key[1], scope=key[2])
         model[key] = [step]
     found = cache.held()
     assert len(found) == len(cache) == 60

@@ -26,7 +26,7 @@ from tokenizers.models import BPE, Unigram
 
 import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
-from tokcache.errors import InvalidConfig, InvalidText, UnsupportedTokenizer
+from tokcache.errors import InvalidConfig, InvalidScope, UnsupportedTokenizer
 from tokcache.text.tokenizer import WrappedTokenizer
 
 CHAT = [{"role": "user", "content": "hello <s> world"}, {"role": "assistant", "content": "fox"}]
@@ -145,7 +145,7 @@ def test_scopes_of_the_face() -> None:
     wrapped.token_ids("hello", scope="a")
     view.scoped(None).token_ids("hello")
     assert wrapped.cache_stats().encoded_texts == 2
-    with pytest.raises(InvalidText):
+    with pytest.raises(InvalidScope):
         wrapped.scoped(3)
 
 

@@ -17,7 +17,7 @@ from tokenizers import processors
 import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
 from tests.text.twins import twin
-from tokcache.errors import InvalidText
+from tokcache.errors import InvalidConfig, InvalidScope, InvalidText
 from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
 
 if TYPE_CHECKING:
@@ -250,6 +250,22 @@ def test_an_engine_with_a_reason_is_asked_each_time(tok: Wrapped, engine: Counti
     assert tok.cache_stats().l0.n_entries == 0
 
 
+def test_a_tenant_is_not_taken_for_the_flag(tok: Wrapped, engine: CountingEngine) -> None:
+    calls: list[Callable[..., Any]] = [
+        tok.token_ids,
+        lambda text, *args, **kwargs: tok.token_ids_batch([text], *args, **kwargs),
+        lambda _text, **kwargs: tok.token_ids_batch([], **kwargs),
+        lambda text, *args, **kwargs: asyncio.run(tok.atoken_ids(text, *args, **kwargs)),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="positional"):
+            call("secret", "tenant-a")
+        for flag in ("tenant-a", 1, None):
+            with pytest.raises(InvalidConfig, match="add_special_tokens must be True or False"):
+                call("secret", add_special_tokens=flag)
+    assert engine.calls == []
+
+
 def test_what_is_no_text_is_refused(tok: Wrapped, engine: CountingEngine) -> None:
     class Text(str):
         __slots__ = ()
@@ -266,8 +282,13 @@ def test_what_is_no_text_is_refused(tok: Wrapped, engine: CountingEngine) -> Non
     for bad in ("x", b"x"):
         with pytest.raises(InvalidText):
             tok.token_ids_batch(bad)
-    with pytest.raises(InvalidText):
-        tok.token_ids("x", scope=b"a")  # type: ignore[arg-type]
+    for call in (
+        tok.token_ids,
+        tok.token_ids_batch,
+        lambda *a, **k: asyncio.run(tok.atoken_ids(*a, **k)),
+    ):
+        with pytest.raises(InvalidScope):
+            call("x", scope=b"a")  # type: ignore[arg-type]
     assert engine.calls == []
     assert tok.token_ids(Text("x")) == tok.token_ids("x")
     assert tok.token_ids_batch([Text("x"), Text("y")]) == tok.token_ids_batch(["x", "y"])

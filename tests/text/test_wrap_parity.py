@@ -82,9 +82,12 @@ def test_real_tokenizers_give_equal_ids_on_a_miss_and_on_a_hit(
     for add_special_tokens in (True, False):
         expected = plain(texts, add_special_tokens=add_special_tokens)["input_ids"]
         for _ in range(2):
-            got = wrapped.token_ids_batch(texts, add_special_tokens)
+            got = wrapped.token_ids_batch(texts, add_special_tokens=add_special_tokens)
             assert [ids.tolist() for ids in got] == expected
-        single = [wrapped.token_ids(text, add_special_tokens).tolist() for text in texts]
+        single = [
+            wrapped.token_ids(text, add_special_tokens=add_special_tokens).tolist()
+            for text in texts
+        ]
         assert single == expected
     stats = wrapped.cache_stats()
     assert stats.encoded_texts == 2 * len(set(texts))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def test_l0_cache() -> None:
     cache = L0Cache(max_entries=10, max_bytes=1 << 20, sample_size=8)
-    assert_type(cache.put("a", True, [1, 2]), bool)
+    assert_type(cache.put("a", [1, 2]), bool)
     ids = cache.get("a", add_special_tokens=True)
     assert_type(ids, TokenIds | None)
     assert ids is not None

@@ -35,11 +35,11 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
         """Return what llama.cpp's tokenizer returns, from the cache where it is known."""
-        key, scope = text.decode("latin-1"), self._cache_scope(special)
-        ids = self._l0.get(key, add_bos, scope)
+        key, scope, add_bos = text.decode("latin-1"), self._cache_scope(special), bool(add_bos)
+        ids = self._l0.get(key, add_special_tokens=add_bos, scope=scope)
         if ids is None:
             ids = self._encode(text, add_bos, special)
-            self._l0.put(key, add_bos, ids, scope)
+            self._l0.put(key, ids, add_special_tokens=add_bos, scope=scope)
         return self._handed_on(ids)
 
     def _cache_scope(self, special: bool) -> str:

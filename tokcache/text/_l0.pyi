@@ -11,19 +11,21 @@ class L0Cache:
     sample_size: int
 
     def __new__(
-        cls, max_entries: int = 10_000, max_bytes: int = 67_108_864, sample_size: int = 8
+        cls, *, max_entries: int = 10_000, max_bytes: int | str = "64M", sample_size: int = 8
     ) -> L0Cache: ...
     def __init__(
-        self, max_entries: int = 10_000, max_bytes: int = 67_108_864, sample_size: int = 8
+        self, *, max_entries: int = 10_000, max_bytes: int | str = "64M", sample_size: int = 8
     ) -> None: ...
     def get(
-        self, text: str, add_special_tokens: bool, scope: str | None = None
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
     ) -> TokenIds | None: ...
+    def _get(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds | None: ...
     def put(
         self,
         text: str,
-        add_special_tokens: bool,
         ids: Iterable[int],
+        *,
+        add_special_tokens: bool = True,
         scope: str | None = None,
     ) -> bool: ...
     def held(self) -> list[tuple[str, bool, TokenIds, str | None]]: ...

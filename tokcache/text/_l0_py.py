@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import cachetools
 
-from tokcache._validate import require_int, require_scope
+from tokcache._validate import require_bool, require_int, require_scope, require_size
 from tokcache.config import MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
@@ -80,16 +80,19 @@ class L0Cache:
     """The token ids of whole strings seen before.
 
     Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps.
-    Errors:  InvalidConfig for a budget below 1; InvalidText for what is no str.
+    `max_bytes` may be a str such as "64M".
+
+    Errors:  InvalidConfig for a budget below 1 or a flag that is not a bool; InvalidText if the
+             text is not a str; InvalidScope.
     Cost:    a look-up is one hash and one compare.
     Threads: safe; the lock is made anew in a forked child.
     """
 
     def __init__(
-        self, max_entries: int = 10_000, max_bytes: int = 64 << 20, sample_size: int = 8
+        self, *, max_entries: int = 10_000, max_bytes: int | str = "64M", sample_size: int = 8
     ) -> None:
         self.max_entries = require_int("max_entries", max_entries, 1)
-        self.max_bytes = require_int("max_bytes", max_bytes, 1)
+        self.max_bytes = require_size("max_bytes", max_bytes)
         self.sample_size = require_int("sample_size", sample_size, 1, MAX_SAMPLE_SIZE)
         self._rng = random.Random(os.urandom(16))  # noqa: S311 (a draw, not a secret)
         self._lock = threading.RLock()
@@ -103,11 +106,18 @@ class L0Cache:
             self._clock = self._hits = self._misses = self._hit_tokens = 0
             self._insertions = self._evictions = self._oversize = 0
 
-    def get(self, text: str, add_special_tokens: bool, scope: str | None = None) -> TokenIds | None:
+    def get(
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
+    ) -> TokenIds | None:
         """Return the ids stored for `text` in `scope`, or None."""
+        return self._get(text, add_special_tokens, scope)
+
+    def _get(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds | None:
+        """Return what `get` does; for callers whose every hit would pay for keywords."""
+        which = require_bool("add_special_tokens", add_special_tokens)
         key = (_exact_str(text), require_scope(scope))
         with self._lock:
-            entry = self._maps[bool(add_special_tokens)].get(key)
+            entry = self._maps[which].get(key)
             if entry is None:
                 self._misses += 1
                 return None
@@ -120,16 +130,18 @@ class L0Cache:
     def put(
         self,
         text: str,
-        add_special_tokens: bool,
         ids: Iterable[int],
+        *,
+        add_special_tokens: bool = True,
         scope: str | None = None,
     ) -> bool:
         """Store `ids` for `text` in `scope`; return False if it is larger than the budget."""
+        which = require_bool("add_special_tokens", add_special_tokens)
         key = (_exact_str(text), require_scope(scope))
         own = TokenIds(memoryview(TokenIds(ids)))  # a slice would keep all it was cut from
         n_bytes = _n_bytes(key, own)
         with self._lock:
-            target = self._maps[bool(add_special_tokens)]
+            target = self._maps[which]
             if key in target:
                 del target[key]
             if n_bytes > self.max_bytes:

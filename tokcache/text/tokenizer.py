@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from tokcache._validate import require_bool, require_scope
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidText, TokcacheError
 from tokcache.stats import CacheStats, L0Stats, L1Stats
@@ -53,6 +54,10 @@ class _Generation:
     engine: Engine | None = None
     l1: L1 | None = None
     flights: dict[_Key, Future[TokenIds] | None] = field(default_factory=dict)
+    get: Callable[[str, bool, str | None], TokenIds | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.get = self.l0._get  # noqa: SLF001 (ours: a hit without the cost of keywords)
 
 
 class CachedTokenizer:
@@ -124,7 +129,7 @@ class CachedTokenizer:
         self, generation: _Generation, text: str, add_special_tokens: bool, scope: str | None
     ) -> TokenIds:
         """Return the ids of a text under one generation, from `fresh`."""
-        ids = generation.l0.get(text, add_special_tokens, scope)
+        ids = generation.get(text, add_special_tokens, scope)
         if ids is None:
             ids = self._miss(generation, text, add_special_tokens, scope)
         return ids
@@ -137,8 +142,10 @@ class CachedTokenizer:
         scope: str | None,
     ) -> list[TokenIds]:
         """Return the ids of every text; equal ones that miss are encoded once, all in one call."""
+        require_bool("add_special_tokens", add_special_tokens)
+        scope = require_scope(scope)
         keys = [_key(text, add_special_tokens, scope) for text in _texts(texts)]
-        found = [generation.l0.get(*key) for key in keys]
+        found = [generation.get(*key) for key in keys]
         missing = dict.fromkeys(key for key, ids in zip(keys, found, strict=True) if ids is None)
         if missing:
             made = self._encode_all(generation, list(missing))
@@ -228,7 +235,7 @@ class CachedTokenizer:
         L0 keeps no long text that was new, and of those that L1 had in parts one in a few: it is
         put together again in microseconds, and most never come again.
         """
-        if type(text) is not str or type(add_special_tokens) is not bool:
+        if type(text) is not str:
             text, add_special_tokens, scope = _key(text, add_special_tokens, scope)
         if generation.engine is None:
             self.engine(generation)
@@ -239,14 +246,14 @@ class CachedTokenizer:
                 self._n_long += 1
                 if self._n_long % _ADMIT_ONE_IN:
                     return found
-            generation.l0.put(text, add_special_tokens, found, scope)
+            _put(generation, (text, add_special_tokens, scope), found)
             return found
         if l1 is not None and found is not None and l1.holds_lock and len(text) <= CHARS_AT_ONCE:
             # Nobody else can ask for it meanwhile.
             ids = self._encode_parts(l1, text, add_special_tokens, found)
             if ids is not None:
                 if len(text) <= _LONG_CHARS:
-                    generation.l0.put(text, add_special_tokens, ids, scope)
+                    _put(generation, (text, add_special_tokens, scope), ids)
                 return ids
             found = None
         return self._encode_one(generation, (text, add_special_tokens, scope), found)
@@ -312,7 +319,7 @@ class CachedTokenizer:
                 flights[key] = flights[key] or _running()
                 return flights[key]
             self._counts["rechecks"] += 1  # a flight may have landed since the caller's look-up
-            ids = generation.l0.get(*key)
+            ids = generation.get(*key)
             if ids is None:
                 flights[key] = flight
             return ids
@@ -345,13 +352,12 @@ class CachedTokenizer:
 
         `walks` are what L1 knows of each already, as far as it was asked.
         """
-        _, add_special_tokens, scope = keys[0]
         start = perf_counter()
         try:
             self.engine(generation)
             done = self._encode_new(generation, keys, walks)
-            for (text, _, _), ids in zip(keys, done, strict=True):
-                generation.l0.put(text, add_special_tokens, ids, scope)
+            for key, ids in zip(keys, done, strict=True):
+                _put(generation, key, ids)
         except BaseException as error:
             self._land_failed(generation, keys, error)
             raise
@@ -399,7 +405,11 @@ class CachedTokenizer:
     def _renew(self) -> None:
         config = self._config
         self._generation = _Generation(
-            L0Cache(config.l0_max_entries, config.l0_max_bytes, config.l0_sample_size)
+            L0Cache(
+                max_entries=config.l0_max_entries,
+                max_bytes=config.l0_max_bytes,
+                sample_size=config.l0_sample_size,
+            )
         )
         self._set_get()
 
@@ -410,12 +420,12 @@ class CachedTokenizer:
         return L1(engine.tokenizer, plan, self._config, engine.encode)
 
     def _set_get(self) -> None:
-        self.get = self._generation.l0.get if self._guard is None else self._guarded_get
+        self.get = self._generation.get if self._guard is None else self._guarded_get
 
     def _guarded_get(
-        self, text: str, add_special_tokens: bool, scope: str | None = None
+        self, text: str, add_special_tokens: bool, scope: str | None
     ) -> TokenIds | None:
-        return self.fresh().l0.get(text, add_special_tokens, scope)
+        return self.fresh().get(text, add_special_tokens, scope)
 
     def _forget_counts(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -452,7 +462,8 @@ class WrappedTokenizer:
     `token_ids` and its batch and async forms give the ids of whole texts: truncation and padding
     switched on in a `tokenizers.Tokenizer` don't apply to them.
 
-    Errors:  InvalidText for what is no str; the tokenizer's own errors pass through.
+    Errors:  InvalidText if a text is not a str; InvalidScope; InvalidConfig if `add_special_tokens`
+             is not a bool; the tokenizer's own errors pass through.
     Threads: safe, from any thread or event loop, and after fork.
     """
 
@@ -468,7 +479,7 @@ class WrappedTokenizer:
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
 
     def token_ids(
-        self, text: str, add_special_tokens: bool = True, scope: str | None = None
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
     ) -> TokenIds:
         """Return the token ids of `text`, from the cache if it holds them.
 
@@ -482,7 +493,7 @@ class WrappedTokenizer:
         return core.miss(text, add_special_tokens, scope) if ids is None else ids
 
     def token_ids_batch(
-        self, texts: Sequence[str], add_special_tokens: bool = True, scope: str | None = None
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, scope: str | None = None
     ) -> list[TokenIds]:
         """Return the token ids of every text, in order.
 
@@ -493,7 +504,7 @@ class WrappedTokenizer:
         return core.find_batch(core.fresh(), texts, add_special_tokens, scope)
 
     async def atoken_ids(
-        self, text: str, add_special_tokens: bool = True, scope: str | None = None
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
     ) -> TokenIds:
         """Return the token ids of `text` without holding the event loop.
 
@@ -568,7 +579,12 @@ if hasattr(os, "register_at_fork"):
 def _key(text: str, add_special_tokens: bool, scope: str | None) -> _Key:
     if not isinstance(text, str):
         raise InvalidText(f"text must be a str, not {type(text).__name__}; decode bytes first")
-    return str.__str__(text), bool(add_special_tokens), scope
+    return str.__str__(text), add_special_tokens, scope
+
+
+def _put(generation: _Generation, key: _Key, ids: TokenIds) -> None:
+    text, add_special_tokens, scope = key
+    generation.l0.put(text, ids, add_special_tokens=add_special_tokens, scope=scope)
 
 
 def _scopes(

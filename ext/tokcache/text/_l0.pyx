@@ -11,7 +11,7 @@ from operator import itemgetter
 from os import urandom
 from sys import getsizeof
 
-from tokcache._validate import require_int, require_scope
+from tokcache._validate import require_bool, require_int, require_scope, require_size
 from tokcache.config import MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
@@ -80,7 +80,10 @@ cdef class L0Cache:
     """The token ids of whole strings seen before.
 
     Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps.
-    Errors:  InvalidConfig for a budget below 1; InvalidText for what is no str.
+    `max_bytes` may be a str such as "64M".
+
+    Errors:  InvalidConfig for a budget below 1 or a flag that is not a bool; InvalidText if the
+             text is not a str; InvalidScope.
     Cost:    a look-up is one digest and one memcmp; nothing is allocated.
     Threads: safe under the interpreter lock.
     """
@@ -99,11 +102,11 @@ cdef class L0Cache:
     cdef list free_scopes     # numbers to use again
     cdef uint64_t scope_bytes  # of all names and what is kept beside them
 
-    def __cinit__(self, max_entries=10_000, max_bytes=64 << 20, sample_size=8):
+    def __cinit__(self, *, max_entries=10_000, max_bytes="64M", sample_size=8):
         cdef bytes random = urandom(8 * N_SECRETS + 8)
         cdef const char* raw = random
         self.max_entries = require_int("max_entries", max_entries, 1)
-        self.max_bytes = require_int("max_bytes", max_bytes, 1)
+        self.max_bytes = require_size("max_bytes", max_bytes)
         self.sample_size = require_int("sample_size", sample_size, 1, MAX_SAMPLE_SIZE)
         memset(self.tables, 0, sizeof(self.tables))
         memcpy(self.tables[0].secret, raw, 8 * N_SECRETS)
@@ -113,17 +116,24 @@ cdef class L0Cache:
             self.tables[0].enough = self.tables[1].enough = self.max_entries * 3 // 2 + 2
         self.reset()
 
-    def __init__(self, max_entries=10_000, max_bytes=64 << 20, sample_size=8):
+    def __init__(self, *, max_entries=10_000, max_bytes="64M", sample_size=8):
         pass
 
     def __dealloc__(self):
         self.empty()
 
-    def get(self, text, bint add_special_tokens, scope=None):
+    def get(self, text, *, add_special_tokens=True, scope=None):
         """Return the ids stored for `text` in `scope`, or None."""
+        return self.look(text, add_special_tokens, scope)
+
+    def _get(self, text, add_special_tokens, scope):
+        """Return what `get` does; for callers whose every hit would pay for keywords."""
+        return self.look(text, add_special_tokens, scope)
+
+    cdef inline object look(self, object text, object add_special_tokens, object scope):
         cdef Key key
         cdef Entry* entry
-        cdef Table* table = &self.tables[add_special_tokens]
+        cdef Table* table = &self.tables[map_of(add_special_tokens)]
         if not PyUnicode_CheckExact(text):
             text = exact_str(text)
         key_from(text, &key)
@@ -143,10 +153,10 @@ cdef class L0Cache:
         self.hit_tokens += (<TokenIds> entry.value).n_tokens
         return <TokenIds> entry.value
 
-    def put(self, text, bint add_special_tokens, ids, scope=None):
+    def put(self, text, ids, *, add_special_tokens=True, scope=None):
         """Store `ids` for `text` in `scope`; return False if it can't be within the budget."""
         cdef TokenIds owner = owner_of(ids if type(ids) is TokenIds else TokenIds(ids))
-        cdef Table* table = &self.tables[add_special_tokens]
+        cdef Table* table = &self.tables[map_of(add_special_tokens)]
         cdef Key key
         cdef Entry entry
         cdef Entry* old
@@ -498,6 +508,15 @@ cdef inline int key_from(str text, Key* key) except -1:
     key.n_bytes = <size_t> PyUnicode_GET_LENGTH(text) * key.kind
     key.scope = 0
     return 0
+
+
+cdef inline int map_of(object add_special_tokens) except -1:
+    """Return which of the two maps has the texts encoded so."""
+    if add_special_tokens is True:
+        return 1
+    if add_special_tokens is False:
+        return 0
+    return require_bool("add_special_tokens", add_special_tokens)
 
 
 cdef str exact_str(object text):

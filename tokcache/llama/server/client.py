@@ -179,7 +179,7 @@ class LlamaServer:
         """Return the text of `tokens`, special tokens included."""
         return await self._connection.ado(calls.detokenize(tokens))
 
-    def token_ids(self, text: str, add_special_tokens: bool = True) -> TokenIds:
+    def token_ids(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
         """Return the ids of `text`: the wrapped tokenizer's, or the server's if there is none."""
         if self._tokenizer is None:
             return self.tokenize(text, add_special_tokens)
