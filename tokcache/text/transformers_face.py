@@ -27,6 +27,7 @@ from tokcache.text.tokenizers_face import TokenizerFace, accept_wrappers, set_sl
 
 if TYPE_CHECKING:
     from tokcache.config import CacheConfig
+    from tokcache.text.token_ids import TokenIds
     from tokcache.text.tokenizer import CachedTokenizer
 
 _log = logging.getLogger("tokcache")
@@ -131,6 +132,23 @@ class TransformersFace(_PlainLayout, WrappedTokenizer):
         if type(rust) is not TokenizerFace:  # put there by code that sets `__dict__` directly
             rust = _wrap_in_place(self, None)
         return rust._backend  # noqa: SLF001 (ours)
+
+    def token_ids(
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
+    ) -> TokenIds:
+        """Return the token ids of `text`, from the cache if it holds them.
+
+        Shapes: int32[n_tokens], read-only, shared with the cache.
+        Cost:   a hit is one look-up; a text that many ask for at once is encoded once.
+        """
+        try:  # the properties of this class would take longer than the look-up
+            core: CachedTokenizer = self._tokenizer._tokcache  # noqa: SLF001 (ours)
+        except AttributeError:
+            core = self._tokcache
+        if scope is None:
+            scope = self._tokcache_scope
+        ids = core.get(text, add_special_tokens, scope)
+        return core.miss(text, add_special_tokens, scope) if ids is None else ids
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Tokenize as the plain tokenizer does; from the cache where ids are enough for that."""
