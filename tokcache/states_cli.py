@@ -32,7 +32,7 @@ states = typer.Typer(
     rich_markup_mode=None,
 )
 Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The folder that `disk=` or DiskTier.open names.")
+    Path, typer.Argument(metavar="DIR", help="The folder that `disk=` or DiskTier names.")
 ]
 Key = Annotated[
     str | None,
@@ -164,7 +164,7 @@ def _prune(tier: DiskTier, max_bytes: int) -> None:
 def _tier(folder: Path, key_name: str | None = None, ttl_s: float | None = None) -> DiskTier:
     if not (folder / MARKER).is_file():
         raise MissingFile(f"{folder} is no folder of states: there is no {MARKER} in it")
-    return DiskTier.open(folder, hmac_key=_key(key_name), ttl_s=ttl_s)
+    return DiskTier(folder, hmac_key=_key(key_name), ttl_s=ttl_s)
 
 
 def _key(name: str | None) -> bytes | None:

@@ -37,7 +37,7 @@ def test_ls_shows_digests_and_no_names(folder: Path) -> None:
     done = run("ls", folder)
     assert done.exit_code == 0
     assert "tenant" not in done.output
-    digest = DiskTier.open(folder).sealer.scope("tenant-a").hex()
+    digest = DiskTier(folder).sealer.scope("tenant-a").hex()
     assert digest[:12] in done.output
     assert "seconds ago" in done.output
     assert len([line for line in done.output.splitlines() if "ago" in line]) == 3
@@ -72,7 +72,7 @@ def test_verify_finds_what_is_damaged_and_removes_it_when_told(folder: Path) -> 
 
 
 def test_verify_needs_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = cache_on(DiskTier.open(tmp_path, hmac_key=b"k" * 32))
+    cache = cache_on(DiskTier(tmp_path, hmac_key=b"k" * 32))
     Engine().save(cache, [1, 2, 3])
     cache.close()
     monkeypatch.setenv("GOOD", (b"k" * 32).hex())

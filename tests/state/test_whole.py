@@ -189,7 +189,7 @@ def test_states_expire_but_pinned_ones_do_not(monkeypatch: pytest.MonkeyPatch) -
 def test_after_a_restart_states_come_from_the_disk(
     tmp_path: Path, encryption_key: bytes | None
 ) -> None:
-    tier = DiskTier.open(tmp_path, encryption_key=encryption_key)
+    tier = DiskTier(tmp_path, encryption_key=encryption_key)
     first = PrefixStateCache(disk=tier)
     for n_tokens in (2, 4):
         first.store(list(range(n_tokens)), b"%d" % n_tokens, n_past=9, fingerprint=b"m")

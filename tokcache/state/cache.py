@@ -97,15 +97,17 @@ class PrefixStateCache(WholeStates):
 
     Blocks (`plan`, `save`) share what prefixes have in common, to the token; whole states
     (`store`, `find`) are any engine's bytes. `disk` is a folder or a DiskTier, `redis` a URL or a
-    RedisTier: what is saved is written to each of them by a thread of its own, what memory has
-    not is looked up on the disk, then in Redis.
+    RedisTier: saved states are written to each of them by a thread of its own, and states that are
+    not in memory are looked up on the disk, then in Redis. A tier that is made here from a path or
+    URL is closed with the cache; a DiskTier or RedisTier may serve several caches, and whoever made
+    it closes it.
 
-    Units:  `ram_bytes` bytes of all that is retained in memory (states, tokens, overhead, buffers
-            waiting for their next use); `max_entries` stored prefixes (chains that nothing
-            continues, and whole states); `block_tokens` positions a block at most; prefixes below
-            `min_tokens` are neither saved nor used; `ttl_s` seconds after its last use a state is
-            removed; `queue_bytes` bytes that may wait to be written to a tier, by default a quarter
-            of `ram_bytes`: what comes on top is not written, and counted.
+    Units:  `ram_bytes` bytes, or a size such as "4G", of all that is retained in memory (states,
+            tokens, overhead, buffers waiting for their next use); `max_entries` stored prefixes
+            (chains that nothing continues, and whole states); `block_tokens` positions a block at
+            most; prefixes below `min_tokens` are neither saved nor used; `ttl_s` seconds after its
+            last use a state is removed; `queue_bytes` bytes or a size that may wait to be written
+            to a tier, by default a quarter of `ram_bytes`: more is not written, and counted.
     Errors: InvalidConfig for anything below 1, and for a fingerprint or max_tokens of another
             type; InvalidTokens for what are no int32 ids. A state that can't be stored or read
             costs a miss and a counter, never an exception.
@@ -116,14 +118,14 @@ class PrefixStateCache(WholeStates):
     def __init__(
         self,
         *,
-        ram_bytes: int = 256 << 20,
+        ram_bytes: int | str = 256 << 20,
         max_entries: int = 32,
         block_tokens: int = 256,
         disk: str | os.PathLike[str] | DiskTier | None = None,
         redis: str | RedisTier | None = None,
         min_tokens: int = 1,
         ttl_s: float | None = None,
-        queue_bytes: int | None = None,
+        queue_bytes: int | str | None = None,
         enabled: bool = True,
     ) -> None:
         super().__init__(
@@ -136,6 +138,16 @@ class PrefixStateCache(WholeStates):
             redis=redis,
             queue_bytes=queue_bytes,
             enabled=enabled,
+        )
+
+    def __repr__(self) -> str:
+        """Say what it holds, its budgets and its tiers."""
+        with self._lock:
+            n_entries, n_bytes = self._memory.n_entries, self._memory.held_bytes()
+        below = "".join(f", {each.tier!r}" for each in self._below)
+        return (
+            f"<PrefixStateCache {n_entries:,} of {self.max_entries:,} entries, {n_bytes:,} of "
+            f"{self.ram_bytes:,} bytes, blocks of {self.block_tokens:,} tokens{below}>"
         )
 
     # Restoring

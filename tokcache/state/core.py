@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tokcache._validate import require_bool, require_int, require_scope, require_seconds
+from tokcache._validate import require_bool, require_int, require_scope, require_seconds, require_size
 from tokcache.errors import InvalidConfig
 from tokcache.state.behind import Job, WriteBehind
 from tokcache.state.blocks import Owner, child_name
@@ -83,24 +83,25 @@ class StateCore(Forkable):
     def __init__(
         self,
         *,
-        ram_bytes: int,
+        ram_bytes: int | str,
         max_entries: int,
         block_tokens: int,
         min_tokens: int,
         ttl_s: float | None,
         disk: str | os.PathLike[str] | DiskTier | None,
         redis: str | RedisTier | None,
-        queue_bytes: int | None,
+        queue_bytes: int | str | None,
         enabled: bool,
     ) -> None:
-        self.ram_bytes = require_int("ram_bytes", ram_bytes, minimum=1)
+        self.ram_bytes = require_size("ram_bytes", ram_bytes)
         self.max_entries = require_int("max_entries", max_entries, minimum=1)
         self.block_tokens = require_int("block_tokens", block_tokens, minimum=1)
         self.min_tokens = require_int("min_tokens", min_tokens, minimum=1)
         self.enabled = require_bool("enabled", enabled)
         # What waits can't be evicted: it must leave room for what is to be saved meanwhile.
-        queue = max(self.ram_bytes // 4, _MIN_QUEUE) if queue_bytes is None else queue_bytes
-        require_int("queue_bytes", queue, minimum=1)
+        queue = max(self.ram_bytes // 4, _MIN_QUEUE)
+        if queue_bytes is not None:
+            queue = require_size("queue_bytes", queue_bytes)
         self._memory = StateMemory(
             self.ram_bytes,
             self.max_entries,
@@ -417,7 +418,7 @@ def _opened_disk(disk: object) -> tuple[LowerTier, bool] | None:
     if isinstance(disk, DiskTier):
         return disk, False
     if isinstance(disk, str | os.PathLike):
-        return DiskTier.open(disk), True
+        return DiskTier(disk), True
     raise InvalidConfig(f"disk must be a path, a DiskTier or None, not {type(disk).__name__}")
 
 

@@ -26,7 +26,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tokcache._validate import require_int, require_seconds
+from tokcache._validate import require_bool, require_seconds, require_size
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import Owner, common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
@@ -60,11 +60,18 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class DiskTier(Counting):
-    """States in the files of one folder; see the module for its layout.
+    """States in the files of one folder, which is made if it is missing; the module has its layout.
 
-    Units:  `max_bytes` bytes of files, over all processes that use the folder; blocks that are
-            being written may come on top while another process prunes. `ttl_s` seconds after its
-            last use a state is not used any more, and removed by the next pruning.
+    `PrefixStateCache(disk=path)` makes one with the settings below. With `hmac_key` files are
+    sealed against forgery and names can't be guessed; with `encryption_key` (16, 24 or 32 bytes,
+    AES-GCM) tokens and states are unreadable without it. `is_synced=False` leaves it to the system
+    when files reach the disk: a crash of the machine, not of a process, may then lose or damage
+    (never silently) what was written last.
+
+    Units:  `max_bytes` bytes of files, or a size such as "4G", over all processes that use the
+            folder; blocks that are being written may come on top while another process prunes.
+            `ttl_s` seconds after its last use a state is not used any more, and removed by the
+            next pruning.
     Errors: InvalidConfig for settings and folders that can't be used; MissingExtra where a
             library is missing. After that nothing raises: reasons are counted.
     Threads: safe, for threads and processes; readers take no lock.
@@ -74,62 +81,45 @@ class DiskTier(Counting):
 
     def __init__(
         self,
-        path: Path,
+        path: str | os.PathLike[str],
         *,
-        max_bytes: int = DEFAULT_BYTES,
+        max_bytes: int | str = DEFAULT_BYTES,
         ttl_s: float | None = None,
         hmac_key: bytes | None = None,
         encryption_key: bytes | None = None,
         is_synced: bool = True,
     ) -> None:
-        self.path = path
-        self.max_bytes = require_int("max_bytes", max_bytes, minimum=1)
+        self.path = _checked_path(path)
+        self.max_bytes = require_size("max_bytes", max_bytes)
         self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
         self.sealer = Sealer(hmac_key, encryption_key)
         self.sealer.require_libraries()
         self.is_mapped = encryption_key is None
-        self._is_synced = is_synced
+        self._is_synced = require_bool("is_synced", is_synced)
         self._listed: dict[str, tuple[tuple[int, int], set[int]]] = {}
         self._cleanup: Callable[[], object] | None = None
+        self._is_removed = False
         super().__init__()
+        self._prepare()
 
     @classmethod
-    def open(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        max_bytes: int = DEFAULT_BYTES,
-        ttl_s: float | None = None,
-        hmac_key: bytes | None = None,
-        encryption_key: bytes | None = None,
-        is_synced: bool = True,
-    ) -> Self:
-        """Return the tier of a folder, made if there is none.
+    def ephemeral(cls, *, max_bytes: int | str = DEFAULT_BYTES) -> Self:
+        """Return the tier of a new temporary folder, removed when the tier is closed or collected.
 
-        With `hmac_key` files are sealed against forgery and names can't be guessed; with
-        `encryption_key` (16, 24 or 32 bytes, AES-GCM) tokens and states are unreadable without
-        it. `is_synced=False` leaves it to the system when files reach the disk: a crash of the
-        machine, not of a process, may then lose or damage (never silently) what was written last.
+        Errors: InvalidConfig.
         """
-        tier = cls(
-            Path(path).absolute(),
-            max_bytes=max_bytes,
-            ttl_s=ttl_s,
-            hmac_key=hmac_key,
-            encryption_key=encryption_key,
-            is_synced=is_synced,
-        )
-        tier._prepare()
-        return tier
-
-    @classmethod
-    def ephemeral(cls, *, max_bytes: int = DEFAULT_BYTES) -> Self:
-        """Return the tier of a new temporary folder, removed when the tier is closed or let go."""
         path = Path(tempfile.mkdtemp(prefix="tokcache-states-"))
-        tier = cls(path, max_bytes=max_bytes, is_synced=False)
-        tier._prepare()
+        try:
+            tier = cls(path, max_bytes=max_bytes, is_synced=False)
+        except BaseException:
+            _remove_own(str(path), os.getpid())
+            raise
         tier._cleanup = weakref.finalize(tier, _remove_own, str(path), os.getpid())
         return tier
+
+    def __repr__(self) -> str:
+        """Say which folder it is, what it holds and what it may hold."""
+        return f"<DiskTier {self.path}: {self._counted_bytes():,} of {self.max_bytes:,} bytes>"
 
     # The folder
 
@@ -319,6 +309,8 @@ class DiskTier(Counting):
         return False
 
     def _write(self, address: Address, record: Record, payload: memoryview) -> bool:
+        if self._is_removed:  # a folder made again now would be left behind
+            raise StateRefused("closed")
         folder = self._open_folder(address.owner, make=True)
         try:
             if self._free_way(folder, address, record) is None:
@@ -623,10 +615,19 @@ class DiskTier(Counting):
         return self.counted(self._counted_bytes())
 
     def close(self) -> None:
-        """Let the tier go; the files stay, an ephemeral tier's do not."""
+        """Release the tier; the files stay, an ephemeral tier's do not."""
         cleanup, self._cleanup = self._cleanup, None
         if cleanup is not None:
+            self._is_removed = True
             cleanup()
+
+
+def _checked_path(path: object) -> Path:
+    if isinstance(path, str | os.PathLike):
+        named = os.fspath(path)
+        if isinstance(named, str) and named:
+            return Path(named).absolute()
+    raise InvalidConfig(f"path must be the path of a folder, not {path!r}")
 
 
 def _write_exactly(fd: int, parts: tuple[bytes | memoryview, ...]) -> None:

@@ -25,7 +25,7 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-from tokcache._validate import require_int, require_seconds
+from tokcache._validate import require_bool, require_int, require_seconds, require_size
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
@@ -190,8 +190,8 @@ class RedisTier(Counting):
     `hmac_key` states are sealed against forgery and names can't be guessed; with `encryption_key`
     (16, 24 or 32 bytes, AES-GCM) tokens and states are unreadable without it.
 
-    Units:  `max_state_bytes` bytes of one state; how much all may take is the server's to limit
-            (maxmemory). `ttl_s` seconds after its last use a state is removed by the server, None:
+    Units:  `max_state_bytes` bytes of one state, or a size such as "512M"; how much all may take is
+            the server's to limit (maxmemory). `ttl_s` seconds after its last use a state is removed by the server, None:
             never. A look-up with all it reads, and a write, take `timeout_s` seconds at most, and
             one second more for each 32 MiB. After `n_failures` calls in a row that failed none is
             made for `retry_s` seconds, twice as long after each call that fails then, a minute at
@@ -208,7 +208,7 @@ class RedisTier(Counting):
         self,
         url: str,
         *,
-        max_state_bytes: int = DEFAULT_STATE_BYTES,
+        max_state_bytes: int | str = DEFAULT_STATE_BYTES,
         ttl_s: float | None = DEFAULT_TTL_S,
         timeout_s: float = 1.0,
         namespace: str = "tokcache",
@@ -218,20 +218,28 @@ class RedisTier(Counting):
         n_failures: int = 3,
         retry_s: float = 1.0,
     ) -> None:
-        self.max_state_bytes = require_int("max_state_bytes", max_state_bytes, minimum=1)
+        self.max_state_bytes = require_size("max_state_bytes", max_state_bytes)
         self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
         self.timeout_s = require_seconds("timeout_s", timeout_s)
         self.namespace = _checked_namespace(namespace)
         self.sealer = Sealer(hmac_key, encryption_key)
         self.sealer.require_libraries()
-        require_int("n_failures", n_failures, minimum=1)
-        require_seconds("retry_s", retry_s)
+        n_failures = require_int("n_failures", n_failures, minimum=1)
+        retry_s = require_seconds("retry_s", retry_s)
         if not isinstance(url, str):
             raise InvalidConfig(f"url must be a str, not {type(url).__name__}")
-        self._is_cluster = is_cluster
+        self._is_cluster = require_bool("is_cluster", is_cluster)
         self._link = Link(url, self.timeout_s, is_cluster=is_cluster)
         self._asking, self._writing = Circuit(n_failures, retry_s), Circuit(n_failures, retry_s)
         super().__init__()
+
+    def __repr__(self) -> str:
+        """Say where it is and what it may hold; the URL's password is not shown."""
+        kept = "kept until evicted" if self.ttl_s is None else f"kept for {self.ttl_s:,.0f} s"
+        return (
+            f"<RedisTier {self._link.place}, namespace {self.namespace!r}: states of at most "
+            f"{self.max_state_bytes:,} bytes, {kept}>"
+        )
 
     # Names
 
@@ -557,7 +565,7 @@ class RedisTier(Counting):
         return self.counted()
 
     def close(self) -> None:
-        """Let the connections go; the states stay."""
+        """Close the connections; the states stay."""
         self._link.close()
 
     # Forks

@@ -413,7 +413,9 @@ def _checked(url: str, *, is_cluster: bool) -> str:
         ) from None
     if is_cluster and ("path" in options or options.get("db", 0) != 0):
         raise InvalidConfig("a cluster has no Unix sockets and no databases but 0; name a host")
-    return str(options.get("path") or f"{options.get('host', 'localhost')}")
+    if "path" in options:
+        return str(options["path"])
+    return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
 
 
 def _key(command: Command) -> Any:
