@@ -108,8 +108,9 @@ def test_interleaved_sequences_are_those_of_each_alone(memory: str, loops: list[
     rng = random.Random(1)
     shared = fresh(rng, 3 * BLOCK)
     prompts = [shared + fresh(rng, n) for n in (2 * BLOCK + 9, 20, BLOCK)]
-    n_decoded = []
+    n_decoded, n_prompt = [], 0
     for turn in range(3):
+        n_prompt += sum(map(len, prompts))
         runs = [run(loop, sequences, p, (i + turn) % 3) for i, p in enumerate(prompts)]
         pieces: list[list[tuple[int, Any]]] = [[], [], []]
         while any(pieces[i][-1:] != [None] for i in range(3)):  # round robin, piece by piece
@@ -126,7 +127,12 @@ def test_interleaved_sequences_are_those_of_each_alone(memory: str, loops: list[
     # Then the same again: one token; then grown by six, which the first turn had not.
     assert n_decoded[3:6] == [1, 1, 1]
     assert n_decoded[6:] == [6, 6, 6]
-    assert cache.stats().refusals == {}
+    stats = cache.stats()
+    assert stats.refusals == {}
+    assert stats.prompt_tokens == n_prompt
+    assert (stats.context_tokens, stats.restored_tokens) == (0, n_prompt - sum(n_decoded))
+    cache.count_prompt(7, context_tokens=6)  # one that went on in place, told by the caller
+    assert (cache.stats().prompt_tokens, cache.stats().context_tokens) == (n_prompt + 7, 6)
     assert loop.end(N_SEQUENCES) == 0
     cache._check()
 

@@ -297,7 +297,7 @@ def test_a_loader_that_fails_leaves_what_came_before() -> None:
     with cache.plan(tokens, fingerprint=b"m") as plan:
         assert plan.restore(load) == 4
     assert cache.stats().refusals == {"restore_failed": 1}
-    assert cache.stats().reused_tokens == 4
+    assert cache.stats().restored_tokens == 4
 
 
 def test_a_tier_that_lost_a_payload_serves_what_comes_before() -> None:
@@ -342,7 +342,7 @@ def test_restore_from_the_block_that_is_needed() -> None:
         assert plan.start_beyond(12) == 12
         assert plan.restore(lambda start, _stop, _p: starts.append(start), start=4) == 12
     assert starts == [4, 8]
-    assert cache.stats().reused_tokens == 8
+    assert cache.stats().restored_tokens == 8
 
 
 def test_buffers_of_evicted_blocks_are_used_again() -> None:

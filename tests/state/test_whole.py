@@ -56,7 +56,7 @@ def test_a_handle_tells_what_it_holds() -> None:
         with pytest.raises(TypeError):
             handle.state[0] = 1
     stats = cache.stats()
-    assert (stats.lookups, stats.hits, stats.lookup_tokens, stats.reused_tokens) == (2, 2, 7, 6)
+    assert (stats.lookups, stats.hits, stats.prompt_tokens, stats.restored_tokens) == (2, 2, 7, 6)
     assert stats.hit_rate == 1.0
     assert stats.n_states == 1
 
@@ -307,10 +307,10 @@ def test_a_part_of_a_lookup_is_not_counted_twice() -> None:
     with pytest.raises(StateError, match="closed"):
         handle.payload()
     stats = cache.stats()
-    assert (stats.lookups, stats.hits, stats.lookup_tokens, stats.reused_tokens) == (0, 0, 0, 0)
+    assert (stats.lookups, stats.hits, stats.prompt_tokens, stats.restored_tokens) == (0, 0, 0, 0)
     cache.count_restored(2, 0.5, is_hit=True)
     stats = cache.stats()
-    assert (stats.hits, stats.reused_tokens, stats.restore_seconds) == (1, 2, 0.5)
+    assert (stats.hits, stats.restored_tokens, stats.restore_seconds) == (1, 2, 0.5)
 
 
 @pytest.mark.parametrize("keep", [lambda view: view, lambda view: view[10:20], np.frombuffer])

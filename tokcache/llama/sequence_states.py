@@ -109,14 +109,17 @@ class SequenceStates:
     def restore(self, tokens: object, seq_id: int) -> int:
         """Put the longest known prefix of `tokens`, without the last, in place of the sequence.
 
-        Return its length: decode the tokens from there on. What the sequence held is removed.
+        Return its length: decode the tokens from there on. What the sequence held is removed. A
+        prompt that goes on in place instead is counted if you say so, by
+        `states.count_prompt(len(tokens), context_tokens=n_past)`.
         """
         own, ids = self._sequence(seq_id), self._ids(tokens)
         own.generation += 1
         own.sequence.clear()
-        if not len(ids) or not self._is_usable(ids):
-            return 0
-        return own.keeper.restore(self._place, ids, 0).stop
+        is_usable = len(ids) > 0 and self._is_usable(ids)
+        n_restored = own.keeper.restore(self._place, ids, 0).stop if is_usable else 0
+        self._place.cache.count_prompt(len(ids), restored_tokens=n_restored)
+        return n_restored
 
     def save(self, tokens: object, seq_id: int) -> int:
         """Save the state of `tokens`, all that the sequence holds; return the new positions."""

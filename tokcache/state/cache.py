@@ -161,13 +161,15 @@ class PrefixStateCache(WholeStates):
         public_tokens: int = 0,
         max_tokens: int | None = None,
         aligned: bool = False,
+        counts_tokens: bool = True,
     ) -> RestorePlan:
         """Return the blocks of the longest stored prefix of `tokens`; empty on a miss.
 
         The first `public_tokens` are looked for in the shared scope, what follows them in
         `scope`. `max_tokens` bounds the prefix (an engine must decode at least the last token
         itself); `aligned` finds what was saved `aligned`, and nothing else: whole blocks, so that
-        the prefix ends at a multiple of `block_tokens`.
+        the prefix ends at a multiple of `block_tokens`. `counts_tokens=False` is for a caller that
+        counts what became of its prompt with `count_prompt`: then only the look-up is counted here.
         """
         owner = _owner(fingerprint, scope, aligned)
         n_public = require_int("public_tokens", public_tokens, minimum=0)
@@ -178,7 +180,7 @@ class PrefixStateCache(WholeStates):
         with self._lock:
             self._settle()
             self._memory.counts["lookups"] += 1
-            self._memory.counts["lookup_tokens"] += n_tokens
+            self._memory.counts["prompt_tokens"] += n_tokens * counts_tokens
         paths: list[_Path] = []
         try:
             for each, part in self._parts(owner, self._on_the_grid(wanted, owner), n_public):
@@ -190,7 +192,7 @@ class PrefixStateCache(WholeStates):
                 self.release_later(path.pinned())
             raise
         with self._lock:
-            return self._planned(paths)
+            return self._planned(paths, counts_tokens=counts_tokens)
 
     def _parts(self, owner: Owner, wanted: bytes, n_public: int) -> Iterator[tuple[Owner, bytes]]:
         """Yield who owns which beginning of a prompt: first what is public, then all of it."""
@@ -230,7 +232,7 @@ class PrefixStateCache(WholeStates):
             node.pins += 1
         return path
 
-    def _planned(self, paths: list[_Path]) -> RestorePlan:
+    def _planned(self, paths: list[_Path], *, counts_tokens: bool) -> RestorePlan:
         blocks: list[tuple[int, int, memoryview]] = []
         n_tokens = 0
         for path in paths:
@@ -246,7 +248,8 @@ class PrefixStateCache(WholeStates):
         if len(paths) > 1:  # what is public is never older than what can't be used without it
             self._memory.use(paths[0].nodes, time.monotonic())
         pinned = [node for path in paths for node in path.pinned()]
-        return RestorePlan(self, pinned, _served(blocks, n_tokens), n_tokens)
+        served = _served(blocks, n_tokens)
+        return RestorePlan(self, pinned, served, n_tokens, counts_tokens=counts_tokens)
 
     def _collect(self, path: _Path, blocks: list[tuple[int, int, memoryview]]) -> bool:
         """Add a path's blocks; False if one was lost: then what comes before is served."""

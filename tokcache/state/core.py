@@ -35,8 +35,9 @@ _MIN_QUEUE = 1 << 20
 _COUNTED = (
     "lookups",
     "hits",
-    "lookup_tokens",
-    "reused_tokens",
+    "prompt_tokens",
+    "context_tokens",
+    "restored_tokens",
     "saved_tokens",
     "saved_blocks",
     "evictions",
@@ -249,10 +250,33 @@ class StateCore(Forkable):
         with self._lock:
             self._memory.refusals[reason] += 1
 
-    def count_restored(self, n_tokens: int, seconds: float, *, is_hit: bool = False) -> None:
-        """Count positions that were restored instead of decoded, and a hit not counted yet."""
+    def count_prompt(
+        self, n_tokens: int, *, context_tokens: int = 0, restored_tokens: int = 0
+    ) -> None:
+        """Count a prompt: how many of its tokens were in the engine's context, how many restored.
+
+        `plan`, `find` and what they return count this themselves. It is for prompts that they were
+        not asked for, because the context held all but the last token, and for callers of
+        `plan(…, counts_tokens=False)`.
+
+        Errors: InvalidConfig.
+        """
+        n_tokens = require_int("n_tokens", n_tokens, minimum=0)
+        context_tokens = require_int("context_tokens", context_tokens, minimum=0)
+        restored_tokens = require_int("restored_tokens", restored_tokens, minimum=0)
         with self._lock:
-            self._memory.counts["reused_tokens"] += n_tokens
+            counts = self._memory.counts
+            counts["prompt_tokens"] += n_tokens
+            counts["context_tokens"] += context_tokens
+            counts["restored_tokens"] += restored_tokens
+
+    def count_restored(
+        self, n_tokens: int, seconds: float, *, n_in_context: int = 0, is_hit: bool = False
+    ) -> None:
+        """Count positions restored after `n_in_context` that were there, and an uncounted hit."""
+        with self._lock:
+            self._memory.counts["restored_tokens"] += n_tokens
+            self._memory.counts["context_tokens"] += n_in_context
             self._memory.counts["hits"] += is_hit
             self._seconds["restore"] += seconds
 

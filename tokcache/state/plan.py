@@ -44,9 +44,13 @@ class RestorePlan:
         nodes: list[Node],
         blocks: list[StoredBlock],
         n_tokens: int,
+        *,
+        counts_tokens: bool,
     ) -> None:
         self._cache = cache
         self._nodes = nodes
+        self._counts_tokens = counts_tokens
+        self._counts_context = counts_tokens
         self.blocks = blocks
         self.n_tokens = n_tokens
 
@@ -60,7 +64,7 @@ class RestorePlan:
     def restore(self, load: BlockIO, *, start: int = 0, trim: Trim | None = None) -> int:
         """Load the blocks from position `start` on; return how many positions now hold.
 
-        Where this chain left another one inside a block, `trim` removes what the block holds
+        What comes before `start` is in the engine's context, and counted as kept there. Where this chain left another one inside a block, `trim` removes what the block holds
         beyond that point before the next is loaded; without `trim` the restore ends there. A
         block that fails ends the restore: what came before it stays, a counter tells.
         """
@@ -79,7 +83,10 @@ class RestorePlan:
                 _log.debug("a block could not be restored", exc_info=True)
                 self._cache.refuse("restore_failed")
                 break
-        self._cache.count_restored(reached - start, time.perf_counter() - began)
+        n_restored = (reached - start) * self._counts_tokens
+        n_in_context, self._counts_context = start * self._counts_context, False
+        seconds = time.perf_counter() - began
+        self._cache.count_restored(n_restored, seconds, n_in_context=n_in_context)
         return reached
 
     def close(self) -> None:

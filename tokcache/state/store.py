@@ -155,7 +155,7 @@ class WholeStates(StateCore):
             return self._find_both(owner, wanted, n_public)
         with self._lock:
             self._memory.counts["lookups"] += 1
-            self._memory.counts["lookup_tokens"] += len(wanted) // TOKEN_BYTES
+            self._memory.counts["prompt_tokens"] += len(wanted) // TOKEN_BYTES
         found = self._find_both(owner, wanted, n_public)
         with self._lock:
             self._memory.counts["hits"] += found is not None

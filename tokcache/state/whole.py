@@ -189,7 +189,7 @@ class StateHandle:
         return payload
 
     def payload(self) -> memoryview:
-        """Return `state` without counting its tokens as reused."""
+        """Return `state` without counting its tokens as restored."""
         if self._payload is None or self.whole.is_dead:
             why = "its handle was closed" if self._payload is None else "it was removed"
             raise StateError(f"this state is gone: {why}; ask find() again")
