@@ -143,7 +143,7 @@ def prune(
         if scope is not None or shared:
             if max_bytes is not None or ttl_s is not None or (shared and scope is not None):
                 raise InvalidConfig("give one of --scope, --shared, or --max-bytes and --ttl-s")
-            tier.remove_scope(scope)
+            tier.clear_shared() if scope is None else tier.clear(scope)
         elif max_bytes is None and ttl_s is None:
             raise InvalidConfig("say what to remove: --scope, --shared, --max-bytes or --ttl-s")
         else:

@@ -121,11 +121,11 @@ class TierStats:
 class StateStats:
     """Counters of a prefix-state cache.
 
-    Units: `prompt_tokens` tokens of all prompts, of which `context_tokens` were still in the engine's
-    context and `restored_tokens` came from this cache: the rest was decoded. `saved_tokens`
-    positions stored; `n_bytes` bytes held in memory; `promoted_tokens` positions that came from a
-    lower tier; `refusals` states not stored or not used, by reason, those of a lower tier as
-    "disk: reason" or "redis: reason". A prompt that was all in context is no look-up.
+    Units: `prompt_tokens` tokens of all prompts, of which `context_tokens` were still in the
+    engine's context and `restored_tokens` came from this cache: the rest was decoded (a prompt that
+    was all in context is not a look-up); `saved_tokens` positions stored; `n_bytes` bytes held in
+    memory; `promoted_tokens` positions that came from a lower tier; `refusals` states not stored or
+    not used, by reason, those of a lower tier as "disk: reason" or "redis: reason".
     """
 
     lookups: int

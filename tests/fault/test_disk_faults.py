@@ -325,7 +325,7 @@ def test_a_permission_that_is_lost_costs_a_miss(tmp_path: Path) -> None:
         cache.flush()
         assert found(cache, [2] * 8) == 8
         assert found(cache_on(cache.disk), [1] * 8) == 0
-        assert cache.remove(scope="a") == 0
+        assert cache.clear(scope="a") == 0
         refusals = cache.stats().refusals
         assert set(refusals) == {"disk: permission"}, refusals
         (tmp_path / "own" / "d" / "1").chmod(0o700)
@@ -349,7 +349,7 @@ def test_a_folder_that_is_deleted_while_in_use(tmp_path: Path) -> None:
     assert cache.flush()
     assert found(cache_on(tmp_path / "d"), [2] * 8) == 8  # it was made anew
     assert (tmp_path / "d" / MARKER).is_file()
-    assert cache.remove(scope="a") == 0
+    assert cache.clear(scope="a") == 0
     cache.clear()
     cache.close()
 
@@ -389,7 +389,7 @@ def test_processes_that_write_read_and_prune_one_folder(tmp_path: Path) -> None:
                 if rng.random() < 0.02:
                     tier.prune(rng.randint(0, 60_000))
                 if rng.random() < 0.01:
-                    cache.remove(scope=None)
+                    cache.clear()
             cache._check()
             cache.close()
         assert not set(tier.stats().refusals) - {"place_taken"}, tier.stats()

@@ -6,7 +6,7 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -15,7 +15,9 @@ from tests.integration.models import BLOCK, GREEDY, llama, store
 from tokcache import samples
 from tokcache.observe import prometheus
 from tokcache.observe.prometheus import Collector
-from tokcache.state.cache import PrefixStateCache
+
+if TYPE_CHECKING:
+    from tokcache.state.cache import PrefixStateCache
 
 RNG = random.Random(13)
 A, B = RNG.choices(range(3, 250), k=100), RNG.choices(range(250, 500), k=60)
@@ -25,7 +27,9 @@ N_ANSWER = 6
 class Chat:
     """A Llama that is asked by ids; counts what llama.cpp is given to decode."""
 
-    def __init__(self, cache: PrefixStateCache, architecture: str = "llama", **settings: Any):
+    def __init__(
+        self, cache: PrefixStateCache, architecture: str = "llama", **settings: Any
+    ) -> None:
         self.llm = llama(cache, model=samples.tiny_model(architecture=architecture), **settings)
         self.n_prompt = self.n_decoded = self.n_answered = 0
         decode = self.llm._ctx.decode
@@ -113,7 +117,8 @@ def test_counters_add_up_to_the_prompts(architecture: str, reproducible: bool) -
     n_reused = stats.context_tokens + stats.restored_tokens
     assert n_reused == chat.n_prompt - (chat.n_decoded - chat.n_answered)
     assert stats.restored_tokens > 0
-    assert stats.context_tokens > 0
+    # A recurrent state can't go back, and in reproducible mode an answer is no part of it.
+    assert (stats.context_tokens > 0) == (architecture in ("llama", "gemma3") or not reproducible)
     assert shown_rate(cache) == pytest.approx(stats.token_hit_rate)
     chat.llm.close()
 

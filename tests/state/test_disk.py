@@ -68,7 +68,7 @@ def test_a_crafted_scope_stays_in_its_folder(tmp_path: Path, scope: str) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
     assert found(cache_on(tmp_path / "d"), [1, 2, 3], scope=scope) == 3
     assert found(cache_on(tmp_path / "d"), [1, 2, 3], scope=scope + "x") == 0
-    assert cache.remove(scope=scope) == 1
+    assert cache.clear(scope=scope) == 1
     assert len(files(tmp_path)) == 1
     cache.close()
 

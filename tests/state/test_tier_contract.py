@@ -24,7 +24,7 @@ TOKENS = list(range(100, 140))
 DISK_WAYS: dict[str, Callable[[Path], Any]] = {
     "a path as a str": str,
     "a Path": lambda path: path,
-    "a relative path": lambda path: os.path.relpath(path),
+    "a relative path": os.path.relpath,
     "DiskTier(str)": lambda path: DiskTier(str(path)),
     "DiskTier(Path)": DiskTier,
     "DiskTier(relative)": lambda path: DiskTier(os.path.relpath(path)),

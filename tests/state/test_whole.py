@@ -138,7 +138,7 @@ def test_a_handle_in_use_keeps_its_state_and_goes_stale_when_that_is_removed() -
     assert not cache.store([2], b"two", fingerprint=b"m")
     assert cache.stats().refusals == {"entries_in_use": 1}
     view = handle.state
-    cache.remove(scope=None)
+    cache.clear()
     assert handle.is_stale
     with pytest.raises(StateError, match="removed"):
         _ = handle.state
@@ -216,7 +216,7 @@ def test_a_state_larger_than_memory_is_served_from_its_file(tmp_path: Path) -> N
     with reader.find([1, 2, 3], fingerprint=b"m") as handle:  # type: ignore[union-attr]
         assert handle.state == state
         assert reader.memory_usage() == 0
-        reader.remove(scope=None)
+        reader.clear()
         assert handle.is_stale
     assert reader.find([1, 2, 3], fingerprint=b"m") is None
 
@@ -258,12 +258,6 @@ def test_what_can_not_be_stored_is_a_clear_error(settings: Any, error: type[Exce
     with pytest.raises(error):
         cache.store(given.pop("tokens"), given.pop("state"), **given)
     assert cache.is_empty
-
-
-def test_remove_takes_a_handle_or_a_scope() -> None:
-    cache = PrefixStateCache()
-    with pytest.raises(InvalidConfig, match="handle or a scope"):
-        cache.remove()
 
 
 def test_overhead_is_counted() -> None:

@@ -20,6 +20,8 @@ from tokcache.state.cache import PrefixStateCache
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tokcache.state.core import Work
+
 
 @dataclass(slots=True)
 class _Own:
@@ -38,6 +40,7 @@ class _Pending:
     generation: int
     ids: NDArray[np.int32]
     mark: bytes
+    work: Work
 
 
 class SequenceStates:
@@ -149,18 +152,23 @@ class SequenceStates:
             self._place.cache.refuse("sequence_is_elsewhere")
             return
         mark = _mark(own.sequence, len(ids))
-        self._pending.append(_Pending(seq_id, own.generation, ids, mark))
+        work = self._place.cache.begin(self._place.scope)
+        self._pending.append(_Pending(seq_id, own.generation, ids, mark, work))
 
     def take_pending(self) -> int:
         """Take the saves that wait; return the new positions.
 
         One whose sequence has moved on, or was reset or used for another prompt, is dropped and
-        counted: its tokens are not those of the state that is there now.
+        counted: its tokens are not those of the state that is there now. So is one whose scope was
+        cleared meanwhile.
         """
         pending, self._pending = self._pending, []
         return sum(self._taken(each) for each in pending)
 
     def _taken(self, pending: _Pending) -> int:
+        if pending.work.is_void:
+            self._place.cache.refuse("cleared")
+            return 0
         own = self._sequence(pending.seq_id)
         n_tokens = len(pending.ids)
         is_same = own.generation == pending.generation and own.sequence.is_at(n_tokens)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokcache._validate import MAX_INT, require_int, require_scope
 from tokcache.errors import InvalidConfig
@@ -29,7 +29,7 @@ from tokcache.state.blocks import (
     rest_owner,
     token_bytes,
 )
-from tokcache.state.core import Below, checked_fingerprint
+from tokcache.state.core import Below, Work, checked_fingerprint
 from tokcache.state.index import Node, Root, root_bytes
 from tokcache.state.memory import NODE_BYTES
 from tokcache.state.plan import BlockIO, RestorePlan, StoredBlock
@@ -39,14 +39,13 @@ from tokcache.state.tiers import Address, StateRefused, Stored
 if TYPE_CHECKING:
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
-    from tokcache.state.whole import StateHandle
 
 __all__ = ["NODE_BYTES", "BlockIO", "PrefixStateCache", "RestorePlan", "StoredBlock"]
 
 _log = logging.getLogger("tokcache")
 
-_TRIES = 3  # a save that another one overtook is planned anew
-_UNSET: Any = object()
+_TRIES = 3  # a save that another one overtook is planned again
+_Part = tuple[Owner, bytes, Work]  # who owns which beginning of a prompt, and the work on it
 
 
 @dataclass(slots=True)
@@ -54,6 +53,7 @@ class _Path:
     """The blocks that a prompt begins with, in use: `n_tokens` positions, the last at `point`."""
 
     owner: Owner
+    work: Work
     root: Root | None
     nodes: list[Node]
     n_tokens: int
@@ -181,10 +181,11 @@ class PrefixStateCache(WholeStates):
             self._settle()
             self._memory.counts["lookups"] += 1
             self._memory.counts["prompt_tokens"] += n_tokens * counts_tokens
+            parts = self._begun_parts(owner, self._on_the_grid(wanted, owner), n_public)
         paths: list[_Path] = []
         try:
-            for each, part in self._parts(owner, self._on_the_grid(wanted, owner), n_public):
-                paths.append(self._found_anywhere(each, part))
+            for each, part, work in parts:
+                paths.append(self._found_anywhere(each, part, work))
                 if paths[-1].n_tokens * TOKEN_BYTES < len(part):
                     break
         except BaseException:
@@ -193,6 +194,11 @@ class PrefixStateCache(WholeStates):
             raise
         with self._lock:
             return self._planned(paths, counts_tokens=counts_tokens)
+
+    def _begun_parts(self, owner: Owner, wanted: bytes, n_public: int) -> list[_Part]:
+        """Return the parts of a prompt, noted as begun: what is cleared now is void for them."""
+        parts = self._parts(owner, wanted, n_public)
+        return [(each, part, self._begin(each.scope)) for each, part in parts]
 
     def _parts(self, owner: Owner, wanted: bytes, n_public: int) -> Iterator[tuple[Owner, bytes]]:
         """Yield who owns which beginning of a prompt: first what is public, then all of it."""
@@ -204,10 +210,10 @@ class PrefixStateCache(WholeStates):
         if len(public) < len(wanted):
             yield rest_owner(owner, public), wanted
 
-    def _found_anywhere(self, owner: Owner, wanted: bytes) -> _Path:
+    def _found_anywhere(self, owner: Owner, wanted: bytes, work: Work) -> _Path:
         """Return what memory and the tiers below hold of a part."""
         with self._lock:
-            path = self._found(owner, wanted)
+            path = self._found(owner, wanted, work)
             if not self._below or path.n_tokens * TOKEN_BYTES >= len(wanted) or self._is_closed:
                 return path
         try:
@@ -225,9 +231,9 @@ class PrefixStateCache(WholeStates):
         block = self._index.grain(owner)
         return wanted[: len(wanted) // block * block]
 
-    def _found(self, owner: Owner, wanted: bytes) -> _Path:
+    def _found(self, owner: Owner, wanted: bytes, work: Work) -> _Path:
         root, match = self._memory.find(owner, wanted)
-        path = _Path(owner, root, match.nodes, match.n_tokens)
+        path = _Path(owner, work, root, match.nodes, match.n_tokens)
         for node in path.pinned():
             node.pins += 1
         return path
@@ -249,10 +255,14 @@ class PrefixStateCache(WholeStates):
             self._memory.use(paths[0].nodes, time.monotonic())
         pinned = [node for path in paths for node in path.pinned()]
         served = _served(blocks, n_tokens)
-        return RestorePlan(self, pinned, served, n_tokens, counts_tokens=counts_tokens)
+        works = [path.work for path in paths]
+        return RestorePlan(self, pinned, served, n_tokens, works, counts_tokens=counts_tokens)
 
     def _collect(self, path: _Path, blocks: list[tuple[int, int, memoryview]]) -> bool:
-        """Add a path's blocks; False if one was lost: then what comes before is served."""
+        """Add a path's blocks; False where one was lost or cleared: those before it are served."""
+        if path.work.is_void:  # cleared since the look-up began
+            path.n_tokens, path.loose = path.owner.start, []
+            return False
         get = self._tier.get
         for node in path.nodes:
             payload = get(node)
@@ -335,6 +345,8 @@ class PrefixStateCache(WholeStates):
         if not n_shared or (path.owner.kind == "grid" and n_shared != self.block_tokens):
             return False
         with self._lock:
+            if path.work.is_void:
+                return False
             buffer = None if path.loose else self._buffer_below(path, stored)
         if buffer is None:
             n_loose = sum(payload.nbytes for _, _, payload in path.loose)
@@ -388,7 +400,9 @@ class PrefixStateCache(WholeStates):
     def _file(self, path: _Path, block: _NewBlock) -> Node | None:
         """Put a block at the end of a path; None if that is gone, or the place or the room is."""
         parent, root, memory = path.last, path.root, self._memory
-        if root is None or root.is_dead or parent.is_dead or self._is_closed:
+        if root is None or root.is_dead or parent.is_dead:
+            return None
+        if path.work.is_void or self._is_closed:
             return None
         if self._index.child(root, parent, block.start, block.tokens) is not None:
             return None
@@ -430,62 +444,55 @@ class PrefixStateCache(WholeStates):
         started = time.perf_counter()
         owner = _owner(fingerprint, scope, aligned)
         wanted = self._on_the_grid(token_bytes(tokens), owner)
-        require_int("priority", priority, -MAX_INT)
+        priority = require_int("priority", priority, -MAX_INT)
         n_public = require_int("public_tokens", public_tokens, minimum=0)
         n_saved = 0
         if self.enabled and len(wanted) >= self.min_tokens * TOKEN_BYTES:
-            (first, part), *rest = self._parts(owner, wanted, n_public)
-            n_saved = self._save_part(part, first, read, n_bytes, priority)
-            for each, whole in rest:
-                with self._kept(first, part) as is_there:
+            with self._lock:
+                first, *rest = self._begun_parts(owner, wanted, n_public)
+            n_saved = self._save_part(first, read, n_bytes, priority)
+            for each in rest:
+                with self._kept(first) as is_there:
                     if is_there:  # without it, what follows could not be found
-                        n_saved += self._save_part(whole, each, read, n_bytes, priority)
+                        n_saved += self._save_part(each, read, n_bytes, priority)
         with self._lock:
             self._settle()
             self._seconds["save"] += time.perf_counter() - started
         return n_saved
 
     @contextmanager
-    def _kept(self, owner: Owner, public: bytes) -> Iterator[bool]:
+    def _kept(self, public: _Part) -> Iterator[bool]:
         """Keep what is public, if it is there, while what follows it is saved, and beyond."""
+        _, tokens, _ = public
         with self._lock:
-            path = self._found(owner, public)
+            path = self._found(*public)
         try:
-            yield path.n_tokens * TOKEN_BYTES == len(public)
+            yield path.n_tokens * TOKEN_BYTES == len(tokens)
         finally:
             with self._lock:
                 self._memory.use(path.nodes, time.monotonic())
             self.release_later(path.pinned())
 
     def _save_part(
-        self,
-        wanted: bytes,
-        owner: Owner,
-        read: BlockIO,
-        n_bytes: Callable[[int, int], int],
-        priority: int,
+        self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
     ) -> int:
         n_saved = 0
         for _ in range(_TRIES):
-            n_new, is_overtaken = self._save(wanted, owner, read, n_bytes, priority)
+            n_new, is_overtaken = self._save(part, read, n_bytes, priority)
             n_saved += n_new
             if not is_overtaken:
                 break
         return n_saved
 
     def _save(
-        self,
-        wanted: bytes,
-        owner: Owner,
-        read: BlockIO,
-        n_bytes: Callable[[int, int], int],
-        priority: int,
+        self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
     ) -> tuple[int, bool]:
+        _, wanted, work = part
         with self._lock:
             self._settle()
-            if self._is_closed:
+            if work.is_void or self._is_closed:
                 return 0, False
-            path = self._found(owner, wanted)
+            path = self._found(*part)
             for node in path.nodes:
                 node.priority = max(node.priority, priority)
         try:
@@ -526,7 +533,7 @@ class PrefixStateCache(WholeStates):
         overhead = len(pieces) * NODE_BYTES + (pieces[-1][1] - pieces[0][0]) * TOKEN_BYTES
         memory = self._memory
         with self._lock:
-            if self._is_closed:
+            if path.work.is_void or self._is_closed:
                 return []
             held = root_bytes(path.owner) + sum(node.n_bytes for node in path.nodes)
             if held + overhead + sum(sizes) > self.ram_bytes:
@@ -598,21 +605,6 @@ class PrefixStateCache(WholeStates):
             self._memory.counts["saved_blocks"] += 1
             self._memory.counts["saved_tokens"] += block.stop - block.start
         return len(blocks)
-
-    # Removing
-
-    def remove(self, handle: StateHandle | None = None, *, scope: str | None = _UNSET) -> int:
-        """Remove one state, or all that is stored for `scope`; return the states removed.
-
-        Every tier is emptied of it. What another process holds in its memory stays there until
-        that process removes it, too. Where a tier fails to remove it, a counter and a line in the
-        log say so.
-        """
-        if (handle is None) == (scope is _UNSET):
-            raise InvalidConfig("remove takes a handle or a scope (scope=None: the shared one)")
-        if handle is not None:
-            return self._remove_state(handle)
-        return self.remove_scope(scope)
 
 
 def _served(blocks: list[tuple[int, int, memoryview]], n_tokens: int) -> list[StoredBlock]:

@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tokcache._validate import require_bool, require_int, require_scope, require_seconds, require_size
+from tokcache._validate import (
+    require_bool,
+    require_int,
+    require_scope,
+    require_seconds,
+    require_size,
+)
 from tokcache.errors import InvalidConfig
 from tokcache.state.behind import Job, WriteBehind
 from tokcache.state.blocks import Owner, child_name
@@ -71,6 +77,16 @@ class Below:
         return False
 
 
+class Work:
+    """Something under way for one scope: void from the moment that the scope is cleared."""
+
+    __slots__ = ("__weakref__", "is_void", "scope")
+
+    def __init__(self, scope: str | None) -> None:
+        self.scope = scope
+        self.is_void = False
+
+
 class StateCore(Forkable):
     """The lock, what is held in memory, the tiers below, nearest first, and their queues.
 
@@ -114,7 +130,7 @@ class StateCore(Forkable):
         self._released: deque[list[Node] | list[Whole]] = deque()
         self._unwritten: deque[tuple[Node | Whole, int]] = deque()
         self._is_closed = False
-        self._removals = 0
+        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
         self._seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
         self._loose: weakref.WeakSet[Whole] = weakref.WeakSet()
@@ -333,50 +349,66 @@ class StateCore(Forkable):
         """Return True: an empty cache is a cache."""
         return True
 
-    # Removing
+    # Clearing
 
-    def remove_scope(self, scope: str | None) -> int:
-        """Remove all that is stored for `scope` in every tier; return the states removed.
+    def begin(self, scope: str | None) -> Work:
+        """Return what tells, later, whether `scope` was cleared since now.
 
-        What another process holds in its memory is that process's to remove.
+        Errors: InvalidScope.
         """
         scope = require_scope(scope)
-        self._discard_queued(lambda each: each == scope)
         with self._lock:
-            self._settle()
-            self._removals += 1
-            owners = [owner for owner in self._memory.owners() if owner.scope == scope]
-            n_removed = self._memory.remove_all(owners)
-            self._forget_loose(lambda whole: whole.owner.scope == scope)
+            return self._begin(scope)
+
+    def _begin(self, scope: str | None) -> Work:
+        work = Work(scope)
+        self._works.add(work)
+        return work
+
+    def clear(self, scope: str | None = None) -> int:
+        """Remove a tenant's states from every tier, or everything; return the states removed.
+
+        With a `scope` its states go, and nothing else: what its prompts begin with that is public
+        stays, counters go on. Without one everything goes, the shared space and the counters of
+        look-ups and memory too, and a disk tier's folder and a Redis tier's namespace are emptied
+        for all that share them; the shared space alone can't be cleared, for the states of tenants
+        follow on it. Nothing under way comes back: writes that wait are dropped, saves and
+        promotions that have begun store nothing, open handles and plans yield nothing more. What
+        another cache or process holds in its memory or queue is its own to clear. Where a tier
+        fails to remove states, a counter and a line in the log say so.
+
+        Errors: InvalidScope.
+        """
+        scope = require_scope(scope)
+
+        def is_doomed(each: str | None) -> bool:
+            return scope is None or each == scope
+
+        self._discard_queued(is_doomed)
+        with self._lock:
+            n_removed = self._clear_memory(is_doomed)
+            if scope is None:
+                self._reset_counters()
         # What was saved between the two steps was filed before the lock was had.
-        self._discard_queued(lambda each: each == scope)
-        return max([n_removed, *(each.tier.remove_scope(scope) for each in self._below)])
+        self._discard_queued(is_doomed)
+        return max([n_removed, *(each.tier.clear(scope) for each in self._below)])
 
     def _discard_queued(self, is_doomed: Callable[[str | None], bool]) -> None:
         for below in self._below:
             below.writer.discard(is_doomed)
 
-    def _forget_loose(self, is_doomed: Callable[[Whole], bool]) -> None:
-        for whole in list(self._loose):
-            whole.is_dead = whole.is_dead or is_doomed(whole)
-
-    def clear(self) -> None:
-        """Remove everything from every tier, counters too.
-
-        A disk tier's folder and a Redis tier's namespace are emptied for all that share them.
-        """
-        self._discard_queued(lambda _: True)
-        with self._lock:
-            self._clear()
-        self._discard_queued(lambda _: True)
-        for below in self._below:
-            below.tier.clear()
-
-    def _clear(self) -> None:
+    def _clear_memory(self, is_doomed: Callable[[str | None], bool]) -> int:
+        """Remove what memory holds for these scopes, and stop what is under way for them."""
         self._settle()
-        self._removals += 1
-        self._memory.remove_all()
-        self._forget_loose(lambda _: True)
+        for work in list(self._works):
+            work.is_void = work.is_void or is_doomed(work.scope)
+        for whole in list(self._loose):
+            whole.is_dead = whole.is_dead or is_doomed(whole.owner.scope)
+        return self._memory.remove_all(
+            [owner for owner in self._memory.owners() if is_doomed(owner.scope)]
+        )
+
+    def _reset_counters(self) -> None:
         self._memory.counts.clear()
         self._memory.refusals.clear()
         self._seconds = {"restore": 0.0, "save": 0.0}
@@ -391,7 +423,8 @@ class StateCore(Forkable):
         for below in self._below:
             below.writer.close()
         with self._lock:
-            self._clear()
+            self._clear_memory(lambda _: True)
+            self._reset_counters()
         for below in self._below:
             if below.is_owned:
                 below.tier.close()

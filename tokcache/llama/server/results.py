@@ -121,8 +121,9 @@ class ReuseStats:
     """Counters of the slot manager.
 
     Units: `prompt_tokens` sent; of these the server decoded neither the `context_tokens`, which its
-    slot still held, nor the `restored_tokens` of a saved file; `refusals` what was not reused, saved or kept, by reason; `n_stale_files` evicted files that lie on where the slot
-    folder can't be reached, `n_stale_bytes` their bytes (their names are used again first).
+    slot still held, nor the `restored_tokens` of a saved file; `refusals` what was not reused,
+    saved or kept, by reason; `n_stale_files` evicted files that lie on where the slot folder can't
+    be reached, `n_stale_bytes` their bytes (their names are used again first).
     """
 
     requests: int

@@ -26,7 +26,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tokcache._validate import require_bool, require_seconds, require_size
+from tokcache._validate import require_bool, require_scope, require_seconds, require_size
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import Owner, common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
@@ -552,23 +552,21 @@ class DiskTier(Counting):
         finally:
             os.close(folder)
 
-    def remove_scope(self, scope: str | None) -> int:
-        """Remove all states of a scope; return how many went."""
-        return self.remove_named(self.sealer.scope(scope).hex())
+    def clear(self, scope: str | None = None) -> int:
+        """Remove all states of a scope, by default everything; return how many states went."""
+        scope = require_scope(scope)
+        layout = self.path / LAYOUT
+        if scope is not None:
+            return self._remove_folder(layout / self.sealer.scope(scope).hex())
+        return sum(self._remove_folder(layout / name) for name in _folders(layout))
 
-    def remove_named(self, scope: str) -> int:
-        """Remove all states of a scope that is given by its digest; return how many went."""
-        return self._remove_folder(self.path / LAYOUT / scope)
-
-    def clear(self) -> int:
-        """Remove everything; return how many states went."""
-        return self._remove_folder(self.path / LAYOUT)
+    def clear_shared(self) -> int:
+        """Remove all states that have no scope; return how many states went."""
+        return self._remove_folder(self.path / LAYOUT / self.sealer.scope(None).hex())
 
     def _remove_folder(self, folder: Path) -> int:
         # Renamed first: from one moment to the next nothing of it is found any more.
         gone = self.path / LAYOUT / f"{_GONE}{secrets.token_hex(8)}"
-        if folder.name == LAYOUT:
-            return sum(self.remove_named(name) for name in _folders(folder))
         try:
             folder.rename(gone)
             n_files = sum(_position(name) >= 0 for _, _, names in os.walk(gone) for name in names)

@@ -25,7 +25,13 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-from tokcache._validate import require_bool, require_int, require_seconds, require_size
+from tokcache._validate import (
+    require_bool,
+    require_int,
+    require_scope,
+    require_seconds,
+    require_size,
+)
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
@@ -191,11 +197,11 @@ class RedisTier(Counting):
     (16, 24 or 32 bytes, AES-GCM) tokens and states are unreadable without it.
 
     Units:  `max_state_bytes` bytes of one state, or a size such as "512M"; how much all may take is
-            the server's to limit (maxmemory). `ttl_s` seconds after its last use a state is removed by the server, None:
-            never. A look-up with all it reads, and a write, take `timeout_s` seconds at most, and
-            one second more for each 32 MiB. After `n_failures` calls in a row that failed none is
-            made for `retry_s` seconds, twice as long after each call that fails then, a minute at
-            most.
+            the server's to limit (maxmemory). `ttl_s` seconds after its last use a state is removed
+            by the server, None: never. A look-up with all it reads, and a write, take `timeout_s`
+            seconds at most, and one second more for each 32 MiB. After `n_failures` calls in a row
+            that failed none is made for `retry_s` seconds, twice as long after each call that fails
+            then, a minute at most.
     Errors: InvalidConfig for settings and URLs that can't be; MissingExtra where a library is
             missing. After that nothing raises, whatever the server does: reasons are counted.
     Threads: safe, each has its connection while it asks; a forked child makes its own.
@@ -521,13 +527,11 @@ class RedisTier(Counting):
         except StateRefused as refusal:
             self._not_removed(str(refusal))
 
-    def remove_scope(self, scope: str | None) -> int:
-        """Remove all states of a scope; return how many went."""
-        return self._remove_below(f"{self._prefix(scope)}:")
-
-    def clear(self) -> int:
-        """Remove everything in the namespace, and nothing else; return how many states went."""
-        return self._remove_below(f"{self.namespace}:{LAYOUT}:")
+    def clear(self, scope: str | None = None) -> int:
+        """Remove all states of a scope, by default all in the namespace; return how many went."""
+        scope = require_scope(scope)
+        prefix = f"{self.namespace}:{LAYOUT}" if scope is None else self._prefix(scope)
+        return self._remove_below(f"{prefix}:")
 
     def _remove_below(self, prefix: str) -> int:
         n_removed = 0
