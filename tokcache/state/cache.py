@@ -458,6 +458,7 @@ class PrefixStateCache(WholeStates):
         with self._lock:
             self._settle()
             self._seconds["save"] += time.perf_counter() - started
+        self._tell_oversize()
         return n_saved
 
     @contextmanager
@@ -536,8 +537,9 @@ class PrefixStateCache(WholeStates):
             if path.work.is_void or self._is_closed:
                 return []
             held = root_bytes(path.owner) + sum(node.n_bytes for node in path.nodes)
-            if held + overhead + sum(sizes) > self.ram_bytes:
-                memory.refusals["over_budget"] += 1
+            n_total = held + overhead + sum(sizes)
+            if n_total > self.ram_bytes:
+                self._refuse_oversize(path.owner.fingerprint, pieces[-1][1], n_total)
                 return []
             if path.root is None:
                 path.root = memory.pin_root(path.owner)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
 import threading
@@ -27,6 +29,7 @@ from tokcache.state.cost import Speed, Worth
 from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.state.memory import StateMemory
 from tokcache.state.tiers import Address, LowerTier, Record
+from tokcache.state.tiers.notices import Notices
 from tokcache.stats import StateStats, TierStats
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
     from tokcache.state.whole import Whole
+
+_log = logging.getLogger("tokcache")
 
 _MIN_QUEUE = 1 << 20
 _COUNTED = (
@@ -130,6 +135,8 @@ class StateCore(Forkable):
         self._released: deque[list[Node] | list[Whole]] = deque()
         self._unwritten: deque[tuple[Node | Whole, int]] = deque()
         self._is_closed = False
+        self._notices = Notices()
+        self._untold: deque[tuple[str, str, str]] = deque()
         self._works: weakref.WeakSet[Work] = weakref.WeakSet()
         self._seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
@@ -265,6 +272,22 @@ class StateCore(Forkable):
         """Count a state that was not stored or not used."""
         with self._lock:
             self._memory.refusals[reason] += 1
+
+    def _refuse_oversize(self, fingerprint: bytes, n_tokens: int, n_bytes: int) -> None:
+        """Count a state that is larger than all memory may be; the lock is held."""
+        self._memory.refusals["over_budget"] += 1
+        if self._notices.is_first(fingerprint):
+            self._untold.append((f"{n_tokens:,}", f"{n_bytes:,}", f"{self.ram_bytes:,}"))
+
+    def _tell_oversize(self) -> None:
+        """Log, once a model, what is too large; without the lock, which a handler may need."""
+        while self._untold:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                _log.warning(
+                    "the state of a prompt of %s tokens takes %s bytes, more than ram_bytes=%s: "
+                    "prompts that long are not stored; raise ram_bytes (said once a model)",
+                    *self._untold.popleft(),
+                )
 
     def count_prompt(
         self, n_tokens: int, *, context_tokens: int = 0, restored_tokens: int = 0
@@ -411,6 +434,7 @@ class StateCore(Forkable):
     def _reset_counters(self) -> None:
         self._memory.counts.clear()
         self._memory.refusals.clear()
+        self._notices = Notices()
         self._seconds = {"restore": 0.0, "save": 0.0}
 
     def close(self) -> None:

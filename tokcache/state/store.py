@@ -88,6 +88,7 @@ class WholeStates(StateCore):
             work = self._begin(whole.owner.scope)
             buffer = self._buffer_for(whole, n_bytes)
         if buffer is None:
+            self._tell_oversize()
             return False
         is_filed = False
         try:
@@ -112,7 +113,8 @@ class WholeStates(StateCore):
         if self._is_closed:
             return None
         if n_bytes + overhead > self.ram_bytes:
-            memory.refusals["over_budget"] += 1
+            n_total = n_bytes + overhead
+            self._refuse_oversize(whole.owner.fingerprint, whole.n_tokens, n_total)
             return None
         if not memory.has_whole_room(self._n_replaced(whole)):
             memory.refusals["entries_in_use"] += 1

@@ -33,6 +33,7 @@ from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
 from tokcache.state.tiers.block_file import Sealer
 from tokcache.state.tiers.counting import Counting
 from tokcache.state.tiers.disk_file import LAYOUT, READ, REASONS, DiskFile, File, read_head
+from tokcache.state.tiers.disk_notices import DiskNotices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,6 +100,7 @@ class DiskTier(Counting):
         self._listed: dict[str, tuple[tuple[int, int], set[int]]] = {}
         self._cleanup: Callable[[], object] | None = None
         self._is_removed = False
+        self._notices = DiskNotices(self.path, self.max_bytes)
         super().__init__()
         self._prepare()
 
@@ -168,7 +170,13 @@ class DiskTier(Counting):
 
     def _open_folder(self, owner: Owner, *, make: bool = False) -> int:
         """Return a descriptor of the owner's folder; no symbolic link is followed below DIR."""
-        fd = os.open(self.path / LAYOUT, _DIRECTORY)
+        try:
+            fd = os.open(self.path / LAYOUT, _DIRECTORY)
+        except OSError as error:
+            if not self._is_removed:  # an ephemeral tier's folder is gone as it should be
+                self._notices.folder(error)
+            raise
+        self._notices.folder()
         for name in self._names(owner):
             try:
                 if make:
@@ -306,6 +314,7 @@ class DiskTier(Counting):
             self.refuse(str(refusal))
         except OSError as error:
             self.refuse_error(error)
+            self._notices.not_written(payload.nbytes, error)
         return False
 
     def _write(self, address: Address, record: Record, payload: memoryview) -> bool:
@@ -317,6 +326,8 @@ class DiskTier(Counting):
                 return True
             parts = self.sealer.packed(address, record, payload)
             n_bytes = sum(len(part) for part in parts)
+            if n_bytes > self.max_bytes:
+                self._notices.oversize(address.owner.fingerprint, n_bytes)
             self._reserve(n_bytes)
             n_spare = n_bytes
             try:
@@ -329,6 +340,7 @@ class DiskTier(Counting):
             os.close(folder)
         self.count("writes")
         self.count("written_bytes", n_bytes)
+        self._notices.written(payload.nbytes)
         return True
 
     def _free_way(self, folder: int, address: Address, record: Record) -> int | None:
@@ -611,6 +623,11 @@ class DiskTier(Counting):
         What was removed otherwise than by pruning is counted until the next one; `files` scans.
         """
         return self.counted(self._counted_bytes())
+
+    def after_fork_in_child(self) -> None:
+        """Make new locks."""
+        super().after_fork_in_child()
+        self._notices.forget()
 
     def close(self) -> None:
         """Release the tier; the files stay, an ephemeral tier's do not."""

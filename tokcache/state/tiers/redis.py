@@ -39,6 +39,7 @@ from tokcache.state.tiers.block_file import MAX_TOKENS, Head, Sealer
 from tokcache.state.tiers.circuit import Circuit
 from tokcache.state.tiers.counting import Counting
 from tokcache.state.tiers.redis_link import Command, Link, LinkFailed, Refused
+from tokcache.state.tiers.redis_notices import RedisNotices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -114,6 +115,7 @@ class RedisState:
     ) -> None:
         self._tier, self._value, self._patience = tier, value, patience
         self.key, self._base = key, address.base
+        self._fingerprint = address.owner.fingerprint
         self.next: RedisState | None = None
         self._fetched: bytearray | None = None
         self._head = Head.read(value)
@@ -162,6 +164,7 @@ class RedisState:
 
     def _spare(self) -> memoryview:
         if self.n_bytes > self._tier.max_state_bytes:
+            self._tier.notices.oversize(self._fingerprint, self.n_bytes)
             raise StateRefused("over_budget")
         try:
             return memoryview(bytearray(self._head.payload_bytes))
@@ -237,6 +240,7 @@ class RedisTier(Counting):
         self._is_cluster = require_bool("is_cluster", is_cluster)
         self._link = Link(url, self.timeout_s, is_cluster=is_cluster)
         self._asking, self._writing = Circuit(n_failures, retry_s), Circuit(n_failures, retry_s)
+        self.notices = RedisNotices(self._link, self.namespace, self.max_state_bytes)
         super().__init__()
 
     def __repr__(self) -> str:
@@ -267,9 +271,14 @@ class RedisTier(Counting):
     # Asking
 
     def _replies(self, commands: Sequence[Command], patience: _Patience) -> list[Any]:
-        return self._ask(partial(self._link.ask, commands), patience)
+        return self._ask(partial(self._link.ask, commands), commands, patience)
 
-    def _ask(self, ask: Callable[[float], list[Any]], patience: _Patience) -> list[Any]:
+    def _ask(
+        self,
+        ask: Callable[[float], list[Any]],
+        commands: Sequence[Command],
+        patience: _Patience,
+    ) -> list[Any]:
         """Return the replies.
 
         Errors: StateRefused where there were none, or the circuit is open.
@@ -277,19 +286,37 @@ class RedisTier(Counting):
         with self._lock:
             if not self._asking.lets_through():
                 raise StateRefused("circuit_open")
-        return self._asked(ask, patience)
+        return self._asked(ask, commands, patience)
 
-    def _asked(self, ask: Callable[[float], list[Any]], patience: _Patience) -> list[Any]:
+    def _asked(
+        self,
+        ask: Callable[[float], list[Any]],
+        commands: Sequence[Command],
+        patience: _Patience,
+    ) -> list[Any]:
         is_good = False
         try:
             replies = ask(patience.until)
             is_good = True
         except LinkFailed as failure:
+            self._note_failure(str(failure))
             raise StateRefused(str(failure)) from failure
         finally:
             with self._lock:
                 self._asking.note(is_good=is_good)
+        self.notices.answered(commands, replies)
         return replies
+
+    def _note_failure(self, reason: str) -> None:
+        """Log why there was no answer, where that is no longer chance."""
+        if reason in ("auth", "permission"):
+            self.notices.no_access(reason)
+            return
+        with self._lock:
+            is_chance = not self._asking.would_open()
+        if not is_chance:
+            circuit = self._asking
+            self.notices.no_answer(reason, circuit.n_failures, self.timeout_s, circuit.retry_s)
 
     # Reading
 
@@ -358,7 +385,7 @@ class RedisTier(Counting):
             commands: list[Command] = [("HGET", state.key, n) for n, _ in group]
             commands += [("HGET", each.key, 0) for each, _ in along]
             targets = [room for _, room in group] + [memoryview(payload) for _, payload in along]
-            replies = self._ask(partial(self._link.fill, commands, targets), patience)
+            replies = self._ask(partial(self._link.fill, commands, targets), commands, patience)
             for (_, room), reply in zip(group, replies, strict=False):
                 _require_filled(reply, room.nbytes)
             for (each, payload), reply in zip(along, replies[len(group) :], strict=True):
@@ -407,6 +434,7 @@ class RedisTier(Counting):
 
     def _write(self, address: Address, record: Record, payload: memoryview) -> bool:
         if payload.nbytes > self.max_state_bytes:
+            self.notices.oversize(address.owner.fingerprint, payload.nbytes)
             raise StateRefused("over_budget")
         patience = _Patience(self.timeout_s).moving(payload.nbytes)
         for _ in range(_TRIES):
@@ -478,8 +506,12 @@ class RedisTier(Counting):
         finally:
             with self._lock:
                 self._writing.note(is_good=reason not in _NO_WRITES)
+                is_open = self._writing.is_open
+            if is_open:
+                self.notices.not_written(reason)
         if said not in (b"published", b"overtaken"):
             raise StateRefused("removed" if said == b"removed" else "garbage")
+        self.notices.written()
         self.count("writes", said == b"published")
         return said == b"published"
 
@@ -487,8 +519,9 @@ class RedisTier(Counting):
         replies = self._replies(commands, patience)
         for reply in replies:
             if isinstance(reply, Refused):
+                unlink = partial(self._link.ask, [("UNLINK", place.new)])
                 with contextlib.suppress(StateRefused):
-                    self._replies([("UNLINK", place.new)], patience)
+                    self._ask(unlink, (), patience)
                 raise StateRefused(reply.reason)
         return replies[-1]
 
@@ -547,8 +580,11 @@ class RedisTier(Counting):
 
         Errors: StateRefused.
         """
-        ask = partial(self._link.ask, [("UNLINK", key) for key in keys])
-        replies = self._asked(ask, _Patience(self.timeout_s)) if keys else []
+        if not keys:
+            return 0
+        commands: list[Command] = [("UNLINK", key) for key in keys]
+        ask = partial(self._link.ask, commands)
+        replies = self._asked(ask, (), _Patience(self.timeout_s))  # `_not_removed` tells
         for reply in replies:
             if isinstance(reply, Refused):
                 raise StateRefused(reply.reason)
@@ -575,8 +611,9 @@ class RedisTier(Counting):
     # Forks
 
     def after_fork_in_child(self) -> None:
-        """Make the lock anew, and connections when they are needed: its parent's are not used."""
+        """Make a new lock, and connections when they are needed: its parent's are not used."""
         super().after_fork_in_child()
+        self.notices.forget()
         self._link.forget()
         for circuit in (self._asking, self._writing):
             circuit.note(is_good=True)
