@@ -101,8 +101,8 @@ class SequenceStates:
         Windows and recurrent memories can't be saved later than when they are reached; the last
         token of a prompt is decoded alone where that lets the same prompt begin there.
         """
-        require_int("n_past", n_past, 0)
-        require_int("n_tokens", n_tokens, n_past)
+        n_past = require_int("n_past", n_past, 0)
+        n_tokens = require_int("n_tokens", n_tokens, n_past)
         step = self._memory.stops(self._place.cache.block_tokens, is_exact=False)
         stops = set(range(n_past // step * step + step, n_tokens, step) if step else ())
         if self._memory.is_recurrent:
@@ -180,7 +180,7 @@ class SequenceStates:
     # Arguments
 
     def _sequence(self, seq_id: int) -> _Own:
-        require_int("seq_id", seq_id, 0, self._scratch - 1)
+        seq_id = require_int("seq_id", seq_id, 0, self._scratch - 1)
         if seq_id not in self._own:
             sequence = Sequence(
                 self._ctx,

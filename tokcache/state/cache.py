@@ -625,9 +625,9 @@ def _owner(fingerprint: object, scope: object, aligned: object) -> Owner:
 
 
 def _checked_bound(max_tokens: object) -> int:
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
+    if isinstance(max_tokens, bool) or not hasattr(max_tokens, "__index__"):
         raise InvalidConfig(f"max_tokens must be an int or None, not {max_tokens!r}")
-    return max(max_tokens, 0)
+    return max(index(max_tokens), 0)
 
 
 def _checked_size(size: object) -> int:

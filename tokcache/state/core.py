@@ -177,7 +177,7 @@ class StateCore(Forkable):
 
         Errors: InvalidConfig.
         """
-        require_int("n_tokens", n_tokens, minimum=1)
+        n_tokens = require_int("n_tokens", n_tokens, minimum=1)
         if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
             raise InvalidConfig(f"seconds must be a number from 0 on, not {seconds!r}")
         fingerprint = checked_fingerprint(fingerprint)

@@ -413,9 +413,8 @@ def _whole(
         raise InvalidTokens("a state is of at least one token; these are none")
     if len(held) <= require_int("public_tokens", n_public, 0) * TOKEN_BYTES:
         owner = owner._replace(scope=None)
-    n_past = len(held) // TOKEN_BYTES if n_past is None else n_past
-    require_int("n_past", n_past, 0)
-    require_int("priority", priority, -MAX_INT)
+    n_past = require_int("n_past", len(held) // TOKEN_BYTES if n_past is None else n_past, 0)
+    priority = require_int("priority", priority, -MAX_INT)
     ((_, name),) = prefix_names(owner, held, [len(held) // TOKEN_BYTES])
     return Whole(owner, name, held, n_past, priority)
 

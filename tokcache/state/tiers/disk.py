@@ -468,14 +468,17 @@ class DiskTier(Counting):
             os.pwrite(fd, max(total, 0).to_bytes(_COUNT_BYTES, "little"), 0)
 
     def prune(
-        self, max_bytes: int | None = None, progress: Callable[[int, int], object] | None = None
+        self,
+        max_bytes: int | str | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> int:
         """Remove expired and least recent states down to `max_bytes`; return the bytes left.
 
-        Errors: OSError where the folder can't be read.
+        Errors: InvalidConfig; OSError where the folder can't be read.
         """
+        goal = self.max_bytes if max_bytes is None else require_size("max_bytes", max_bytes, 0)
         with self._locked() as fd:
-            total = self._prune_to(self.max_bytes if max_bytes is None else max_bytes, progress)
+            total = self._prune_to(goal, progress)
             os.pwrite(fd, total.to_bytes(_COUNT_BYTES, "little"), 0)
         return total
 
