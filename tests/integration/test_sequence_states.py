@@ -16,7 +16,7 @@ from tests.integration.test_llama_memories import (
     fresh,
 )
 from tokcache import samples
-from tokcache.errors import InvalidConfig, InvalidTokens, MissingFile, StateError
+from tokcache.errors import InvalidConfig, InvalidScope, InvalidTokens, MissingFile, StateError
 from tokcache.llama import SequenceStates, state_fingerprint
 
 if TYPE_CHECKING:
@@ -230,6 +230,21 @@ def test_a_pending_save_is_taken_only_of_what_it_was_of(memory: str, loops: list
         assert bool(sequences.restore([*prompt, 5], 1)) == expected
 
 
+@pytest.mark.parametrize(("cleared", "n_saved"), [("tenant-a", 0), (None, 0), ("tenant-b", 40)])
+def test_a_pending_save_of_a_scope_that_was_cleared_is_dropped(
+    cleared: str | None, n_saved: int, loops: list[Loop]
+) -> None:
+    loop, cache, prompt = Loop("attention"), store(), fresh(random.Random(2), 40)
+    loops.append(loop)
+    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=FINGERPRINT, scope="tenant-a")
+    loop.decode(prompt, 0, 0)
+    sequences.save_later(prompt, 0)
+    cache.clear(scope=cleared)
+    assert sequences.take_pending() == n_saved
+    assert cache.stats().refusals == ({} if n_saved else {"cleared": 1})
+    assert cache.is_empty == (not n_saved)
+
+
 # Bad input
 
 
@@ -244,7 +259,7 @@ def test_arguments_that_can_not_be_are_named(loops: list[Loop]) -> None:
         {"scope": 7},
     )
     for wrong in wrongs:
-        with pytest.raises(InvalidConfig, match=next(iter(wrong))):
+        with pytest.raises((InvalidConfig, InvalidScope), match=next(iter(wrong))):
             SequenceStates(loop.ctx, **{**good, **wrong})
     sequences = SequenceStates(loop.ctx, **good)
     for seq_id in (-1, N_SEQUENCES, 10**6, None):
