@@ -60,8 +60,9 @@ class SequenceStates:
     an uncached run as far as those of other batches and other cells do.
 
     Errors: StateError for a context that can't do it, before llama.cpp ends the process;
-            InvalidConfig for an argument that can't be one; InvalidTokens. What can't be saved or
-            restored costs a decode and counts in `states.stats().refusals`, by reason.
+            InvalidConfig, InvalidScope or InvalidTokens for an argument that can't be one. A state
+            that can't be saved or restored costs a decode and counts in `states.stats().refusals`,
+            by reason.
     Threads: those that may use the context: one at a time.
     """
 

@@ -109,8 +109,8 @@ class PrefixStateCache(WholeStates):
             last use a state is removed; `queue_bytes` bytes or a size that may wait to be written
             to a tier, by default a quarter of `ram_bytes`: more is not written, and counted.
     Errors: InvalidConfig for anything below 1, and for a fingerprint or max_tokens of another
-            type; InvalidTokens for what are no int32 ids. A state that can't be stored or read
-            costs a miss and a counter, never an exception.
+            type; InvalidTokens for ids that are not int32; InvalidScope. A state that can't be
+            stored or read costs a miss and a counter, never an exception.
     Cost:   a look-up costs the prompt's length, not the number of entries.
     Threads: safe; after a fork the child keeps what was stored and nothing that was in use.
     """
