@@ -144,7 +144,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.tokens = np.arange(8 * BLOCK, dtype=np.int32)
         self.payload = np.random.default_rng(4).integers(0, 255, BLOCK_BYTES, np.uint8)
-        self.tier = DiskTier.open(folder)
+        self.tier = DiskTier(folder)
         self.memory = self._cache(self.tier)
         self.memory.save(self.tokens, self._read, lambda *_: BLOCK_BYTES, fingerprint=MODEL)
         self.memory.flush()

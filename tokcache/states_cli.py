@@ -11,13 +11,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from tokcache._validate import require_size
 from tokcache.errors import InvalidConfig, MissingFile, TokcacheError
 from tokcache.state.tiers import StateRefused
 from tokcache.state.tiers.disk import MARKER, DiskTier
@@ -32,7 +33,7 @@ states = typer.Typer(
     rich_markup_mode=None,
 )
 Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The folder that `disk=` or DiskTier.open names.")
+    Path, typer.Argument(metavar="DIR", help="The folder that `disk=` or DiskTier names.")
 ]
 Key = Annotated[
     str | None,
@@ -51,6 +52,9 @@ def list_states(folder: Folder) -> None:
         groups: dict[tuple[str, str], list[File]] = defaultdict(list)
         for file in _tier(folder).files():
             groups[file.scope, file.owner].append(file)
+    if not groups:
+        typer.echo(f"{folder} holds no states")
+        return
     table = Table("scope", "model", "states", "bytes", "last used")
     for (scope, owner), files in sorted(groups.items(), key=lambda item: -_size(item[1])):
         table.add_row(
@@ -120,7 +124,8 @@ def prune(
     folder: Folder,
     *,
     max_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Remove the least recent until that many are left.")
+        str | None,
+        typer.Option(help="Remove the least recent until so much is left: bytes, or 500M, 4G."),
     ] = None,
     scope: Annotated[
         str | None, typer.Option(help="Remove all states of this scope, and nothing else.")
@@ -143,11 +148,14 @@ def prune(
         if scope is not None or shared:
             if max_bytes is not None or ttl_s is not None or (shared and scope is not None):
                 raise InvalidConfig("give one of --scope, --shared, or --max-bytes and --ttl-s")
-            tier.remove_scope(scope)
+            tier.clear_shared() if scope is None else tier.clear(scope)
         elif max_bytes is None and ttl_s is None:
             raise InvalidConfig("say what to remove: --scope, --shared, --max-bytes or --ttl-s")
         else:
-            _prune(tier, _size(before) if max_bytes is None else max_bytes)
+            _prune(
+                tier,
+                _size(before) if max_bytes is None else require_size("--max-bytes", max_bytes, 0),
+            )
         after = list(tier.files())
     n_gone, size = len(before) - len(after), _size(before) - _size(after)
     typer.echo(f"{n_gone:,} states removed ({size:,} bytes); {len(after):,} left")
@@ -163,8 +171,22 @@ def _prune(tier: DiskTier, max_bytes: int) -> None:
 
 def _tier(folder: Path, key_name: str | None = None, ttl_s: float | None = None) -> DiskTier:
     if not (folder / MARKER).is_file():
-        raise MissingFile(f"{folder} is no folder of states: there is no {MARKER} in it")
-    return DiskTier.open(folder, hmac_key=_key(key_name), ttl_s=ttl_s)
+        _refuse(folder)
+    return DiskTier(folder, hmac_key=_key(key_name), ttl_s=ttl_s)
+
+
+def _refuse(folder: Path) -> NoReturn:
+    """Say what a folder is that no cache keeps states in; it is left as it is."""
+    if not folder.exists():
+        raise MissingFile(f"there is no folder {folder}; name the one that `disk=` names")
+    if not folder.is_dir():
+        raise InvalidConfig(f"{folder} is a file; name the folder that `disk=` names")
+    if not any(folder.iterdir()):
+        raise InvalidConfig(f"{folder} is an empty folder: no cache has kept states in it yet")
+    raise InvalidConfig(
+        f"{folder} is not a folder of states: there is no {MARKER} among the files in it; name the "
+        "one that `disk=` names"
+    )
 
 
 def _key(name: str | None) -> bytes | None:

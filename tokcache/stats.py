@@ -121,16 +121,18 @@ class TierStats:
 class StateStats:
     """Counters of a prefix-state cache.
 
-    Units: `reused_tokens` positions restored instead of decoded, `saved_tokens` positions stored;
-    `n_bytes` bytes held in memory; `promoted_tokens` positions that came from a lower tier;
-    `refusals` states not stored or not used, by reason, those of a lower tier as "disk: reason" or
-    "redis: reason".
+    Units: `prompt_tokens` tokens of all prompts, of which `context_tokens` were still in the
+    engine's context and `restored_tokens` came from this cache: the rest was decoded (a prompt that
+    was all in context is not a look-up); `saved_tokens` positions stored; `n_bytes` bytes held in
+    memory; `promoted_tokens` positions that came from a lower tier; `refusals` states not stored or
+    not used, by reason, those of a lower tier as "disk: reason" or "redis: reason".
     """
 
     lookups: int
     hits: int
-    lookup_tokens: int
-    reused_tokens: int
+    prompt_tokens: int
+    context_tokens: int
+    restored_tokens: int
     saved_tokens: int
     saved_blocks: int
     evictions: int
@@ -153,5 +155,5 @@ class StateStats:
 
     @property
     def token_hit_rate(self) -> float:
-        """Tokens restored over tokens looked up, 0.0 before the first."""
-        return _ratio(self.reused_tokens, self.lookup_tokens)
+        """Prompt tokens that were not decoded over all prompt tokens, 0.0 before the first."""
+        return _ratio(self.context_tokens + self.restored_tokens, self.prompt_tokens)

@@ -72,7 +72,7 @@ def test_a_killed_writer_leaves_nothing_damaged_and_loses_nothing_finished(tmp_p
         receiver, sender = os.pipe()
 
         def work(sender: int = sender, n_round: int = n_round) -> None:
-            tier = DiskTier.open(tmp_path, is_synced=n_round % 2 == 0)
+            tier = DiskTier(tmp_path, is_synced=n_round % 2 == 0)
             cache = cache_on(tier, max_entries=50)
             for n in range(100_000):
                 Engine().save(cache, prompt(1000 * n_round + n))
@@ -86,7 +86,7 @@ def test_a_killed_writer_leaves_nothing_damaged_and_loses_nothing_finished(tmp_p
         assert exit_code(pid) == -signal.SIGKILL
         with os.fdopen(receiver, "rb") as pipe:
             told = pipe.read()
-        reader = cache_on(DiskTier.open(tmp_path), max_entries=100_000)
+        reader = cache_on(DiskTier(tmp_path), max_entries=100_000)
         for (n,) in struct.iter_unpack("<I", told[: len(told) // 4 * 4]):
             assert found(reader, prompt(n)) == len(prompt(n))
             n_finished += 1
@@ -95,7 +95,7 @@ def test_a_killed_writer_leaves_nothing_damaged_and_loses_nothing_finished(tmp_p
     assert list(tmp_path.rglob(".new-*")) != []  # some were killed in the middle of a file
     for path in tmp_path.rglob(".new-*"):
         os.utime(path, (time.time() - 10_000,) * 2)
-    DiskTier.open(tmp_path).prune()
+    DiskTier(tmp_path).prune()
     assert list(tmp_path.rglob(".new-*")) == []
 
 
@@ -103,7 +103,7 @@ def test_a_killed_writer_leaves_nothing_damaged_and_loses_nothing_finished(tmp_p
 
 
 def one_file(tmp_path: Path, n_bytes: int, **keys: Any) -> tuple[DiskTier, Path]:
-    tier = DiskTier.open(tmp_path / "d", **keys)
+    tier = DiskTier(tmp_path / "d", **keys)
     cache = PrefixStateCache(disk=tier, block_tokens=64)
     rng = random.Random(1)
     cache.save(
@@ -325,7 +325,7 @@ def test_a_permission_that_is_lost_costs_a_miss(tmp_path: Path) -> None:
         cache.flush()
         assert found(cache, [2] * 8) == 8
         assert found(cache_on(cache.disk), [1] * 8) == 0
-        assert cache.remove(scope="a") == 0
+        assert cache.clear(scope="a") == 0
         refusals = cache.stats().refusals
         assert set(refusals) == {"disk: permission"}, refusals
         (tmp_path / "own" / "d" / "1").chmod(0o700)
@@ -349,13 +349,13 @@ def test_a_folder_that_is_deleted_while_in_use(tmp_path: Path) -> None:
     assert cache.flush()
     assert found(cache_on(tmp_path / "d"), [2] * 8) == 8  # it was made anew
     assert (tmp_path / "d" / MARKER).is_file()
-    assert cache.remove(scope="a") == 0
+    assert cache.clear(scope="a") == 0
     cache.clear()
     cache.close()
 
 
 def test_a_count_of_bytes_that_was_damaged_is_counted_anew(tmp_path: Path) -> None:
-    tier = DiskTier.open(tmp_path, max_bytes=20_000)
+    tier = DiskTier(tmp_path, max_bytes=20_000)
     for damage in (b"", b"\xff" * 8, b"\0" * 8, b"abc"):
         (tmp_path / "usage").write_bytes(damage)
         cache = cache_on(tier)
@@ -378,7 +378,7 @@ def test_processes_that_write_read_and_prune_one_folder(tmp_path: Path) -> None:
 
     def work(seed: int) -> None:
         rng, until = random.Random(seed), time.monotonic() + seconds
-        tier = DiskTier.open(tmp_path, max_bytes=60_000, is_synced=False)
+        tier = DiskTier(tmp_path, max_bytes=60_000, is_synced=False)
         while time.monotonic() < until:
             cache = cache_on(tier, max_entries=rng.choice([3, 50]))
             for _ in range(30):
@@ -389,7 +389,7 @@ def test_processes_that_write_read_and_prune_one_folder(tmp_path: Path) -> None:
                 if rng.random() < 0.02:
                     tier.prune(rng.randint(0, 60_000))
                 if rng.random() < 0.01:
-                    cache.remove(scope=None)
+                    cache.clear()
             cache._check()
             cache.close()
         assert not set(tier.stats().refusals) - {"place_taken"}, tier.stats()
@@ -397,7 +397,7 @@ def test_processes_that_write_read_and_prune_one_folder(tmp_path: Path) -> None:
 
     children = [in_child(lambda seed=seed: work(seed)) for seed in range(3)]  # type: ignore[misc]
     assert [exit_code(pid) for pid in children] == [0, 0, 0]
-    tier = DiskTier.open(tmp_path, max_bytes=60_000)
+    tier = DiskTier(tmp_path, max_bytes=60_000)
     assert sum(file.n_bytes for file in tier.files()) <= 60_000 + 3 * 2000
     assert tier.prune() <= 60_000
 
@@ -408,7 +408,7 @@ def test_processes_that_write_read_and_prune_one_folder(tmp_path: Path) -> None:
 def test_a_clock_that_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [time.time()]
     monkeypatch.setattr("tokcache.state.tiers.disk.time.time", lambda: now[0])
-    tier = DiskTier.open(tmp_path, ttl_s=1000)
+    tier = DiskTier(tmp_path, ttl_s=1000)
     cache = cache_on(tier)
     Engine().save(cache, [1] * 8)
     cache.flush()
@@ -454,7 +454,7 @@ def test_memory_stays_flat_over_many_rounds(tmp_path: Path) -> None:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
-    tier = DiskTier.open(tmp_path, max_bytes=100_000, is_synced=False)
+    tier = DiskTier(tmp_path, max_bytes=100_000, is_synced=False)
     cache = cache_on(tier, max_entries=20, ram_bytes=300_000)
     rng = random.Random(5)
 

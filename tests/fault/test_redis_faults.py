@@ -464,7 +464,7 @@ def test_what_is_removed_while_it_is_written_never_appears_by_half(
     tier = RedisTier(server.url, timeout_s=5.0)
     one = cache_on(None, redis=tier)
     state = os.urandom(20 * CHUNK_BYTES)
-    Meddling(tier, n_call, lambda: cache(server.url).remove(scope=None))
+    Meddling(tier, n_call, lambda: cache(server.url).clear())
     assert one.store([1], state, fingerprint=b"m")
     one.flush()
     is_whole = n_call <= 2  # it went before anything was written
@@ -553,7 +553,7 @@ def use_all(one: PrefixStateCache) -> None:
     assert one.flush(20)
     with one.find([1, 2], fingerprint=b"m") as handle:  # type: ignore[union-attr]
         assert bytes(handle.state) == b"state"
-    one.remove(scope="a")
+    one.clear(scope="a")
     one.clear()
     one._check()
     one.close()

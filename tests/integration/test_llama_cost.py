@@ -20,7 +20,7 @@ def test_a_disk_is_used_if_it_is_faster_than_prefilling(
     tmp_path: Path, delay_s: float, n_blocks: int
 ) -> None:
     def made() -> tuple[SlowDisk, Any, Any]:
-        disk = SlowDisk.open(tmp_path)
+        disk = SlowDisk(tmp_path)
         disk.delay_s = 0.0
         cache = store(disk=disk)
         return disk, cache, llama(cache, reproducible=True)

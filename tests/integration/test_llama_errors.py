@@ -103,7 +103,7 @@ def test_two_llamas_share_a_cache_and_their_scopes_never_meet() -> None:
     third = llama(cache, scope="b")
     third.create_completion(prompt, **GREEDY)
     assert third.last_reuse.n_restored > 0
-    cache.remove(scope="b")
+    cache.clear(scope="b")
     fourth = llama(cache, scope="b")
     fourth.create_completion(prompt, **GREEDY)
     assert fourth.last_reuse.n_restored == 0

@@ -55,7 +55,7 @@ def test_reproducible_answers_and_all_tail_logits_are_equal(pair: tuple[Any, Any
         uncached.reset()  # the other side has nothing in its context, ever
         assert_equal_answers(cached, uncached, prompt)
     stats = cached.prefix_cache.stats()
-    assert stats.reused_tokens > 1000
+    assert stats.restored_tokens > 1000
     assert stats.refusals == {}
     cached.prefix_cache._check()
 
@@ -215,7 +215,7 @@ def test_a_lora_gives_what_the_uncached_lora_gives() -> None:
     for prompt in prompts * 2:
         uncached.reset()
         assert_equal_answers(cached, uncached, prompt)
-    assert cache.stats().reused_tokens > 300
+    assert cache.stats().restored_tokens > 300
     with_lora = [list(_taken(cached, p)) for p in prompts]
     assert with_lora != without
     assert [list(_taken(half, p)) for p in prompts] != with_lora

@@ -178,7 +178,7 @@ def test_reproducible_logits_are_equal_bit_for_bit(
     conversations(twins.ask)
     stats = twins.cached.prefix_cache.stats()
     assert stats.refusals == {}
-    assert stats.reused_tokens > 40 * BLOCK
+    assert stats.restored_tokens > 40 * BLOCK
     assert twins.n_compared > 1000
     twins.cached.prefix_cache._check()
     twins.close()
@@ -308,7 +308,7 @@ def test_blocks_larger_than_a_window_are_kept_in_parts(memory: str, n_ubatch: in
     conversations(recorded.ask)
     stats = cache.stats()
     assert stats.refusals == {}
-    assert stats.reused_tokens > 40 * BLOCK
+    assert stats.restored_tokens > 40 * BLOCK
     assert recorded.worst <= TOLERANCE
     lengths = {len(node.tokens) // 4 for node in cache._index.nodes()}
     assert max(lengths) <= (4 * BLOCK if memory in RECURRENT else BLOCK)
@@ -350,7 +350,7 @@ def test_only_what_is_new_is_decoded(memory: str) -> None:
     assert n_decoded[-3:] == [9, 1, 1]
     stats = llm.prefix_cache.stats()
     assert stats.refusals == {}
-    assert (stats.lookups, stats.hits, stats.reused_tokens) == (11, 8, n_restored)
+    assert (stats.lookups, stats.hits, stats.restored_tokens) == (11, 8, n_restored)
 
 
 @every_memory

@@ -69,8 +69,17 @@ def test_what_is_public_is_told_in_ids() -> None:
     assert llm.public_prefix.tolist() == PUBLIC
     assert llm.__getstate__()["public_prefix"].tolist() == PUBLIC
     llm.close()
-    with pytest.raises(InvalidTokens):
-        llama(store(), public_prefix="You are a helpful assistant.")
+    llm = llama(store(), public_prefix=np.array(PUBLIC, np.int64))
+    assert llm.public_prefix.tolist() == PUBLIC
+    llm.close()
+    for bad, told in (
+        ("You are a helpful assistant.", "not str; encode a text first"),
+        (["You", "are"], "at position 0 there is a str"),
+        (None, "not NoneType"),
+        ([1, 2**40], "at position 1 there is"),
+    ):
+        with pytest.raises(InvalidTokens, match=told):
+            llama(store(), public_prefix=bad)
 
 
 @pytest.mark.parametrize("reproducible", [False, True])

@@ -16,7 +16,7 @@ from tests.integration.test_llama_memories import (
     fresh,
 )
 from tokcache import samples
-from tokcache.errors import InvalidConfig, InvalidTokens, MissingFile, StateError
+from tokcache.errors import InvalidConfig, InvalidScope, InvalidTokens, MissingFile, StateError
 from tokcache.llama import SequenceStates, state_fingerprint
 
 if TYPE_CHECKING:
@@ -108,8 +108,9 @@ def test_interleaved_sequences_are_those_of_each_alone(memory: str, loops: list[
     rng = random.Random(1)
     shared = fresh(rng, 3 * BLOCK)
     prompts = [shared + fresh(rng, n) for n in (2 * BLOCK + 9, 20, BLOCK)]
-    n_decoded = []
+    n_decoded, n_prompt = [], 0
     for turn in range(3):
+        n_prompt += sum(map(len, prompts))
         runs = [run(loop, sequences, p, (i + turn) % 3) for i, p in enumerate(prompts)]
         pieces: list[list[tuple[int, Any]]] = [[], [], []]
         while any(pieces[i][-1:] != [None] for i in range(3)):  # round robin, piece by piece
@@ -126,7 +127,12 @@ def test_interleaved_sequences_are_those_of_each_alone(memory: str, loops: list[
     # Then the same again: one token; then grown by six, which the first turn had not.
     assert n_decoded[3:6] == [1, 1, 1]
     assert n_decoded[6:] == [6, 6, 6]
-    assert cache.stats().refusals == {}
+    stats = cache.stats()
+    assert stats.refusals == {}
+    assert stats.prompt_tokens == n_prompt
+    assert (stats.context_tokens, stats.restored_tokens) == (0, n_prompt - sum(n_decoded))
+    cache.count_prompt(7, context_tokens=6)  # one that went on in place, told by the caller
+    assert (cache.stats().prompt_tokens, cache.stats().context_tokens) == (n_prompt + 7, 6)
     assert loop.end(N_SEQUENCES) == 0
     cache._check()
 
@@ -224,6 +230,21 @@ def test_a_pending_save_is_taken_only_of_what_it_was_of(memory: str, loops: list
         assert bool(sequences.restore([*prompt, 5], 1)) == expected
 
 
+@pytest.mark.parametrize(("cleared", "n_saved"), [("tenant-a", 0), (None, 0), ("tenant-b", 40)])
+def test_a_pending_save_of_a_scope_that_was_cleared_is_dropped(
+    cleared: str | None, n_saved: int, loops: list[Loop]
+) -> None:
+    loop, cache, prompt = Loop("attention"), store(), fresh(random.Random(2), 40)
+    loops.append(loop)
+    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=FINGERPRINT, scope="tenant-a")
+    loop.decode(prompt, 0, 0)
+    sequences.save_later(prompt, 0)
+    cache.clear(scope=cleared)
+    assert sequences.take_pending() == n_saved
+    assert cache.stats().refusals == ({} if n_saved else {"cleared": 1})
+    assert cache.is_empty == (not n_saved)
+
+
 # Bad input
 
 
@@ -238,7 +259,7 @@ def test_arguments_that_can_not_be_are_named(loops: list[Loop]) -> None:
         {"scope": 7},
     )
     for wrong in wrongs:
-        with pytest.raises(InvalidConfig, match=next(iter(wrong))):
+        with pytest.raises((InvalidConfig, InvalidScope), match=next(iter(wrong))):
             SequenceStates(loop.ctx, **{**good, **wrong})
     sequences = SequenceStates(loop.ctx, **good)
     for seq_id in (-1, N_SEQUENCES, 10**6, None):

@@ -389,7 +389,7 @@ def test_a_server_that_promises_and_does_not_keep_is_found_out(
             server.flush(10)
         stats = server.reuse_stats()
     assert stats.refusals["slot_changed_by_others"] or stats.refusals["restore_not_used_by_server"]
-    assert stats.reused_tokens == 0
+    assert stats.restored_tokens == 0
 
 
 def test_a_server_that_restores_something_else_is_found_out(url: str, pretender: Pretender) -> None:

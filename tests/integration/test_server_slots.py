@@ -79,6 +79,7 @@ def test_six_sessions_on_two_slots_prefill_only_what_is_new(
     server: LlamaServer, folder: Path
 ) -> None:
     sessions = [prompt(seed, 150) for seed in range(6)]
+    n_prompt = n_cached = 0
     for turn in range(3):
         for tokens in sessions:
             found = complete(server, tokens)
@@ -86,9 +87,13 @@ def test_six_sessions_on_two_slots_prefill_only_what_is_new(
             n_known = len(tokens) - 21 if turn else 0
             assert found.completion.n_cached == n_known
             assert is_right(found.completion, uncached_elsewhere(server, tokens))
+            n_prompt, n_cached = n_prompt + len(tokens), n_cached + n_known
             tokens += [*found.completion.token_ids, *prompt(len(tokens), 20)]
     stats = server.reuse_stats()
     assert (stats.requests, stats.hits) == (18, 12)
+    assert stats.prompt_tokens == n_prompt
+    assert (stats.context_tokens, stats.restored_tokens) == (0, n_cached)  # others came in between
+    assert stats.token_hit_rate == n_cached / n_prompt
     assert stats.n_files == len(list(folder.iterdir())) == 6
     assert stats.n_bytes == sum(file.stat().st_size for file in folder.iterdir())
     assert stats.is_folder_reachable
@@ -138,6 +143,9 @@ def test_a_live_slot_is_preferred_to_its_file(server: LlamaServer) -> None:
     found = complete(server, longer)
     assert (found.id_slot, found.n_restored) == (first.id_slot, 0)
     assert found.n_live == found.completion.n_cached == len(longer) - 4
+    stats = server.reuse_stats()
+    assert (stats.context_tokens, stats.restored_tokens) == (len(longer) - 4, 0)
+    assert stats.token_hit_rate == (len(longer) - 4) / (len(tokens) + len(longer))
 
 
 def test_a_killed_server_is_noticed_and_served_from_files(tmp_path: Path) -> None:

@@ -113,8 +113,9 @@ def test_every_counter_of_a_state_cache_is_shown(
     shown = {
         "state_lookups_total": 1,
         "state_hits_total": 1,
-        "state_lookup_tokens_total": 257,
-        "state_reused_tokens_total": 257,
+        "state_prompt_tokens_total": 257,
+        "state_context_tokens_total": 0,
+        "state_restored_tokens_total": 257,
         "state_saved_tokens_total": 300,
         "state_saved_blocks_total": stats.saved_blocks,
         "state_restore_seconds_total": stats.restore_seconds,

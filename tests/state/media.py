@@ -47,7 +47,7 @@ class DiskMedium(Medium):
         self.path = path
 
     def tier(self, **settings: Any) -> DiskTier:
-        return DiskTier.open(self.path, **settings)
+        return DiskTier(self.path, **settings)
 
     def states(self) -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in files(self.path)}

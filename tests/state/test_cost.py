@@ -38,12 +38,12 @@ def prompt(first: int) -> list[int]:
 
 
 def filled(path: Path, n_prompts: int) -> SlowDisk:
-    cache = PrefixStateCache(disk=DiskTier.open(path), block_tokens=BLOCK)
+    cache = PrefixStateCache(disk=DiskTier(path), block_tokens=BLOCK)
     for first in range(n_prompts):
         Engine().save(cache, prompt(1000 * first))
         cache.store(prompt(1000 * first), b"whole", fingerprint=b"m")
     cache.close()
-    return SlowDisk.open(path)
+    return SlowDisk(path)
 
 
 def on(tier: DiskTier, prefill_s: float | None, fingerprint: bytes = b"m") -> PrefixStateCache:

@@ -68,13 +68,13 @@ def test_a_crafted_scope_stays_in_its_folder(tmp_path: Path, scope: str) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
     assert found(cache_on(tmp_path / "d"), [1, 2, 3], scope=scope) == 3
     assert found(cache_on(tmp_path / "d"), [1, 2, 3], scope=scope + "x") == 0
-    assert cache.remove(scope=scope) == 1
+    assert cache.clear(scope=scope) == 1
     assert len(files(tmp_path)) == 1
     cache.close()
 
 
 def test_the_budget_holds_and_the_least_recent_goes(tmp_path: Path) -> None:
-    disk = DiskTier.open(tmp_path, max_bytes=8000)
+    disk = DiskTier(tmp_path, max_bytes=8000)
     cache = cache_on(disk, block_tokens=64)
     for first in range(60):
         Engine().save(cache, [first] * 64)
@@ -91,7 +91,7 @@ def test_the_budget_holds_and_the_least_recent_goes(tmp_path: Path) -> None:
 
 
 def test_one_state_over_the_budget_is_refused_and_removes_nothing(tmp_path: Path) -> None:
-    cache = cache_on(DiskTier.open(tmp_path, max_bytes=3000))
+    cache = cache_on(DiskTier(tmp_path, max_bytes=3000))
     cache.store([1], bytes(100), fingerprint=b"m")
     cache.store([2], bytes(5000), fingerprint=b"m")
     cache.flush()
@@ -101,7 +101,7 @@ def test_one_state_over_the_budget_is_refused_and_removes_nothing(tmp_path: Path
 
 
 def test_what_is_used_in_memory_does_not_grow_old_on_disk(tmp_path: Path) -> None:
-    disk = DiskTier.open(tmp_path)
+    disk = DiskTier(tmp_path)
     cache = cache_on(disk)
     cache._touch_s = 0.0
     Engine().save(cache, [1] * 16)
@@ -121,7 +121,7 @@ def test_states_expire_on_disk(tmp_path: Path) -> None:
     cache = cache_on(tmp_path)
     Engine().save(cache, [1, 2, 3])
     cache.close()
-    tier = DiskTier.open(tmp_path, ttl_s=100)
+    tier = DiskTier(tmp_path, ttl_s=100)
     early = cache_on(tier)
     assert found(early, [1, 2, 3]) == 3
     early.close()
@@ -174,21 +174,21 @@ def test_an_ephemeral_tier_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("dear")
     with pytest.raises(InvalidConfig, match="other files"):
-        DiskTier.open(tmp_path)
+        DiskTier(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["thesis.txt"]
 
 
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
-    DiskTier.open(tmp_path / "d")
+    DiskTier(tmp_path / "d")
     (tmp_path / "d").chmod(0o777)
     with pytest.raises(InvalidConfig, match="others may write"):
-        DiskTier.open(tmp_path / "d")
+        DiskTier(tmp_path / "d")
 
 
 def test_a_folder_that_can_not_be_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidConfig, match="can't be a folder"):
-        DiskTier.open(tmp_path / "file" / "d")
+        DiskTier(tmp_path / "file" / "d")
     with pytest.raises(InvalidConfig, match="disk must be"):
         PrefixStateCache(disk=7)  # type: ignore[arg-type]
 
@@ -207,7 +207,7 @@ def test_a_folder_that_can_not_be_is_a_clear_error(tmp_path: Path) -> None:
 )
 def test_settings_that_can_not_be_are_refused(tmp_path: Path, settings: Any) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(settings))):
-        DiskTier.open(tmp_path, **settings)
+        DiskTier(tmp_path, **settings)
 
 
 def test_a_missing_library_says_how_to_get_it(
@@ -215,20 +215,20 @@ def test_a_missing_library_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
     with pytest.raises(MissingExtra, match="pip install"):
-        DiskTier.open(tmp_path, encryption_key=b"e" * 32)
+        DiskTier(tmp_path, encryption_key=b"e" * 32)
     monkeypatch.setitem(sys.modules, "xxhash", None)
     with pytest.raises(MissingExtra, match="pip install"):
-        DiskTier.open(tmp_path)
+        DiskTier(tmp_path)
 
 
 def test_an_unfinished_removal_is_finished_by_the_next_open(tmp_path: Path) -> None:
     cache = cache_on(tmp_path)
     Engine().save(cache, SECRET, scope="a")
     cache.close()
-    scope = DiskTier.open(tmp_path).sealer.scope("a").hex()
+    scope = DiskTier(tmp_path).sealer.scope("a").hex()
     (tmp_path / "1" / scope).rename(tmp_path / "1" / ".gone-0")  # and then the power failed
     assert int32(SECRET[:8]) in all_bytes(tmp_path)
-    DiskTier.open(tmp_path)
+    DiskTier(tmp_path)
     assert int32(SECRET[:8]) not in all_bytes(tmp_path)
 
 

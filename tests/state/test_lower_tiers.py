@@ -177,7 +177,7 @@ def test_removing_a_scope_takes_its_bytes_away(medium: Medium, keys: Any) -> Non
     assert [name in held for name in names] == [True, True]
     assert [secret in held for secret in secrets] == ["encryption_key" not in keys] * 3
     n_before = len(medium.states())
-    assert cache.remove(scope="a") == 6
+    assert cache.clear(scope="a") == 6
     assert len(medium.states()) == n_before - 6
     held = medium.all_bytes()
     assert not any(secret in held for secret in secrets)
@@ -186,7 +186,7 @@ def test_removing_a_scope_takes_its_bytes_away(medium: Medium, keys: Any) -> Non
     assert cache.find(SECRET, fingerprint=b"m", scope="a") is None
     assert found(cache, other, scope="b") == found(cache, other) == 40
     assert found(medium.cache(medium.tier(**keys)), other, scope="b") == 40
-    assert cache.remove(scope="a") == 0
+    assert cache.clear(scope="a") == 0
     cache.clear()
     assert medium.states() == {}
     assert found(cache, other) == 0
@@ -198,7 +198,7 @@ def test_what_waits_to_be_written_is_not_written_after_its_removal(medium: Mediu
     gate = threading.Event()
     cache._below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
     Engine().save(cache, SECRET, scope="a")
-    assert cache.remove(scope="a") == 5
+    assert cache.clear(scope="a") == 5
     gate.set()
     assert cache.flush()
     assert medium.states() == {}
@@ -208,16 +208,16 @@ def test_what_waits_to_be_written_is_not_written_after_its_removal(medium: Mediu
 
 def test_another_key_finds_nothing_and_destroys_nothing(medium: Medium) -> None:
     good = medium.cache(medium.tier(hmac_key=b"a" * 32))
-    Engine().save(good, SECRET)
+    Engine().save(good, SECRET, scope="a")
     good.close()
     before = medium.states()
     for keys in ({"hmac_key": b"b" * 32}, {}, {"encryption_key": b"a" * 32}):
         bad = medium.cache(medium.tier(**keys))
-        assert found(bad, SECRET) == 0
-        assert bad.remove(scope=None) == 0
+        assert found(bad, SECRET, scope="a") == 0
+        assert bad.clear(scope="a") == 0
         bad.close()
     assert medium.states() == before
-    assert found(medium.cache(medium.tier(hmac_key=b"a" * 32)), SECRET) == 40
+    assert found(medium.cache(medium.tier(hmac_key=b"a" * 32)), SECRET, scope="a") == 40
 
 
 def test_a_state_sealed_with_another_key_is_refused_where_it_is_put(medium: Medium) -> None:
@@ -269,7 +269,7 @@ def test_scopes_never_meet_and_their_names_are_not_held(medium: Medium, scope: s
     fresh = medium.cache()
     assert found(fresh, [1, 2, 3], scope=scope) == 3
     assert found(fresh, [1, 2, 3], scope=scope + "x") == 0
-    assert cache.remove(scope=scope) == 1
+    assert cache.clear(scope=scope) == 1
     assert len(medium.states()) == 2
     assert found(medium.cache(), [1, 2, 3], scope="b") == 3
     cache.close()
@@ -351,6 +351,7 @@ def test_the_longest_whole_state_below_is_found(medium: Medium) -> None:
             assert bytes(handle.state) in (b"%d" % n_tokens, b"60")
     assert fresh.find([7, 7], fingerprint=b"m") is None
     removed = fresh.find(SECRET[:17], fingerprint=b"m")
+    assert removed is not None
     assert fresh.remove(removed) == 1
     with medium.cache().find(SECRET[:17], fingerprint=b"m") as handle:  # type: ignore[union-attr]
         assert handle.n_tokens == 16

@@ -27,7 +27,7 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.stored: dict[Owner, set[tuple[int, ...]]] = {}
         self.on_grid: dict[Owner, set[tuple[int, ...]]] = {}
-        self.plans: list[tuple[RestorePlan, list[int]]] = []
+        self.plans: list[tuple[RestorePlan, list[int], str | None]] = []
 
     def best(self, owner: Owner, tokens: list[int]) -> int:
         prefixes = self.stored.get(owner, set())
@@ -81,27 +81,39 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(owner=OWNERS, tokens=TOKENS)
     def hold(self, owner: Owner, tokens: list[int]) -> None:
         plan = self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1])
-        self.plans.append((plan, tokens))
+        self.plans.append((plan, tokens, owner[1]))
 
     @precondition(lambda self: self.plans)
     @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
-        plan, tokens = self.plans.pop(data.draw(st.integers(0, len(self.plans) - 1)))
+        plan, tokens, _ = self.plans.pop(data.draw(st.integers(0, len(self.plans) - 1)))
         assert restored(plan, tokens) == plan.n_tokens
         plan.close()
 
-    @rule(scope=st.sampled_from([None, "a"]))
-    def remove(self, scope: str | None) -> None:
-        self.cache.remove(scope=scope)
+    @rule()
+    def clear_scope(self) -> None:
+        before = self.cache.stats()
+        self.cache.clear(scope="a")
+        assert self.cache.stats().saved_tokens == before.saved_tokens
         for stored in (self.stored, self.on_grid):
-            for owner in [owner for owner in stored if owner[1] == scope]:
+            for owner in [owner for owner in stored if owner[1] == "a"]:
                 del stored[owner]
+        self.end_plans("a")
 
     @rule()
     def clear(self) -> None:
         self.cache.clear()
         self.stored.clear()
         self.on_grid.clear()
+        self.end_plans("a", None)
+
+    def end_plans(self, *scopes: str | None) -> None:
+        """Check that what was cleared can't be restored from plans that are still open."""
+        for plan, tokens, scope in self.plans:
+            if scope in scopes:
+                assert restored(plan, tokens) == 0
+                plan.close()
+        self.plans = [each for each in self.plans if each[2] not in scopes]
 
     @property
     def has_room(self) -> bool:
@@ -110,11 +122,11 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def holds(self) -> None:
         self.cache._check()
-        for plan, tokens in self.plans:
+        for plan, tokens, _ in self.plans:
             assert restored(plan, tokens) == plan.n_tokens
 
     def teardown(self) -> None:
-        for plan, _ in self.plans:
+        for plan, _, _ in self.plans:
             plan.close()
         self.cache._check()
         assert all(not node.pins for node in self.cache._index.nodes())

@@ -295,7 +295,7 @@ def test_removal_empties_both_tiers(redis_server: RedisServer, tmp_path: Path) -
     for scope in ("a", "b"):
         Engine().save(both, SECRET, scope=scope)
     both.flush()
-    assert both.remove(scope="a") == 5
+    assert both.clear(scope="a") == 5
     assert len(files(tmp_path)) == len(redis_server.states()) == 5
     both.clear()
     assert files(tmp_path) == []
@@ -424,7 +424,7 @@ def test_what_a_user_may_not_do_is_a_miss(tmp_path: Path, caplog: pytest.LogCapt
         Engine().save(reader, [1] * 8)
         reader.flush()
         assert reader.stats().refusals == {"redis: permission": 1}
-        assert reader.remove(scope=None) == 6  # of its memory
+        assert reader.clear() == 6  # of its memory
         assert len(server.states()) == 5
         assert "could not be removed" in caplog.text
         for each in (writer, reader):
@@ -570,7 +570,7 @@ def test_a_cluster_holds_states_in_all_its_nodes(cluster: Cluster) -> None:
     theirs._touch_s = 0.0
     assert found(theirs, SECRET) == 40
     assert theirs.flush()
-    assert theirs.remove(scope="a") == 6
+    assert theirs.clear(scope="a") == 6
     assert sum(len(server.states()) for server in cluster.servers) == 5
     theirs.clear()
     assert [keys(server) for server in cluster.servers] == [[], [], []]

@@ -37,7 +37,7 @@ def test_ls_shows_digests_and_no_names(folder: Path) -> None:
     done = run("ls", folder)
     assert done.exit_code == 0
     assert "tenant" not in done.output
-    digest = DiskTier.open(folder).sealer.scope("tenant-a").hex()
+    digest = DiskTier(folder).sealer.scope("tenant-a").hex()
     assert digest[:12] in done.output
     assert "seconds ago" in done.output
     assert len([line for line in done.output.splitlines() if "ago" in line]) == 3
@@ -72,7 +72,7 @@ def test_verify_finds_what_is_damaged_and_removes_it_when_told(folder: Path) -> 
 
 
 def test_verify_needs_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = cache_on(DiskTier.open(tmp_path, hmac_key=b"k" * 32))
+    cache = cache_on(DiskTier(tmp_path, hmac_key=b"k" * 32))
     Engine().save(cache, [1, 2, 3])
     cache.close()
     monkeypatch.setenv("GOOD", (b"k" * 32).hex())
@@ -106,6 +106,7 @@ def test_prune_enforces_a_budget_and_an_age(folder: Path) -> None:
     done = run("prune", folder, "--ttl-s", 500)
     assert "1 states removed" in done.output
     assert not old.exists()
+    assert "0 states removed" in run("prune", folder, "--max-bytes", "1M").output
     assert "4 states removed" in run("prune", folder, "--max-bytes", 0).output
 
 
@@ -117,6 +118,8 @@ def test_prune_enforces_a_budget_and_an_age(folder: Path) -> None:
         ("--scope", "a", "--shared"),
         ("--ttl-s", "-1"),
         ("--max-bytes", "-1"),
+        ("--max-bytes", "4GB"),
+        ("--max-bytes", "much"),
     ],
 )
 def test_prune_asks_what_to_remove(folder: Path, args: tuple[str, ...]) -> None:
@@ -125,9 +128,28 @@ def test_prune_asks_what_to_remove(folder: Path, args: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("command", ["ls", "stats", "verify", "prune"])
-def test_a_folder_that_holds_no_states_is_told(tmp_path: Path, command: str) -> None:
-    for path in (tmp_path, tmp_path / "missing"):
+def test_a_folder_that_is_none_of_states_says_what_it_is(tmp_path: Path, command: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis.txt").write_text("dear")
+    for path, told in (
+        (tmp_path / "missing", "there is no folder"),
+        (tmp_path / "others" / "thesis.txt", "is a file"),
+        (tmp_path / "empty", "is an empty folder"),
+        (tmp_path / "others", "is not a folder of states"),
+    ):
         done = run(command, path)
         assert done.exit_code == 2
-        assert "no folder of states" in done.output
+        assert told in done.output
+        assert str(path) in done.output
     assert not (tmp_path / "missing").exists()
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert len(list((tmp_path / "others").iterdir())) == 1
+
+
+def test_a_folder_without_states_says_so(tmp_path: Path) -> None:
+    cache_on(tmp_path / "d").close()
+    done = run("ls", tmp_path / "d")
+    assert done.exit_code == 0
+    assert done.output == f"{tmp_path / 'd'} holds no states\n"
+    assert "States:         0" in run("stats", tmp_path / "d").output

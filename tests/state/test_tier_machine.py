@@ -86,11 +86,12 @@ class SharedTier(RuleBasedStateMachine):
         self.caches[who] = self.opened(max_entries)
 
     @rule(scope=SCOPES)
-    def remove(self, scope: str | None) -> None:
+    def clear(self, scope: str | None) -> None:
         for cache in self.caches:
-            cache.remove(scope=scope)
-        self.stored[scope].clear()
-        self.whole[scope].clear()
+            cache.clear(scope=scope)
+        for stored in (self.stored, self.whole):
+            for each in [scope] if scope is not None else list(stored):
+                stored[each].clear()
 
     @precondition(lambda self: bool(self.medium.states()))
     @rule(data=st.data())

@@ -56,7 +56,7 @@ def test_a_handle_tells_what_it_holds() -> None:
         with pytest.raises(TypeError):
             handle.state[0] = 1
     stats = cache.stats()
-    assert (stats.lookups, stats.hits, stats.lookup_tokens, stats.reused_tokens) == (2, 2, 7, 6)
+    assert (stats.lookups, stats.hits, stats.prompt_tokens, stats.restored_tokens) == (2, 2, 7, 6)
     assert stats.hit_rate == 1.0
     assert stats.n_states == 1
 
@@ -138,7 +138,7 @@ def test_a_handle_in_use_keeps_its_state_and_goes_stale_when_that_is_removed() -
     assert not cache.store([2], b"two", fingerprint=b"m")
     assert cache.stats().refusals == {"entries_in_use": 1}
     view = handle.state
-    cache.remove(scope=None)
+    cache.clear()
     assert handle.is_stale
     with pytest.raises(StateError, match="removed"):
         _ = handle.state
@@ -189,7 +189,7 @@ def test_states_expire_but_pinned_ones_do_not(monkeypatch: pytest.MonkeyPatch) -
 def test_after_a_restart_states_come_from_the_disk(
     tmp_path: Path, encryption_key: bytes | None
 ) -> None:
-    tier = DiskTier.open(tmp_path, encryption_key=encryption_key)
+    tier = DiskTier(tmp_path, encryption_key=encryption_key)
     first = PrefixStateCache(disk=tier)
     for n_tokens in (2, 4):
         first.store(list(range(n_tokens)), b"%d" % n_tokens, n_past=9, fingerprint=b"m")
@@ -216,7 +216,7 @@ def test_a_state_larger_than_memory_is_served_from_its_file(tmp_path: Path) -> N
     with reader.find([1, 2, 3], fingerprint=b"m") as handle:  # type: ignore[union-attr]
         assert handle.state == state
         assert reader.memory_usage() == 0
-        reader.remove(scope=None)
+        reader.clear()
         assert handle.is_stale
     assert reader.find([1, 2, 3], fingerprint=b"m") is None
 
@@ -260,12 +260,6 @@ def test_what_can_not_be_stored_is_a_clear_error(settings: Any, error: type[Exce
     assert cache.is_empty
 
 
-def test_remove_takes_a_handle_or_a_scope() -> None:
-    cache = PrefixStateCache()
-    with pytest.raises(InvalidConfig, match="handle or a scope"):
-        cache.remove()
-
-
 def test_overhead_is_counted() -> None:
     cache = PrefixStateCache(ram_bytes=1 << 30, max_entries=100_000)
     tracemalloc.start()
@@ -307,10 +301,10 @@ def test_a_part_of_a_lookup_is_not_counted_twice() -> None:
     with pytest.raises(StateError, match="closed"):
         handle.payload()
     stats = cache.stats()
-    assert (stats.lookups, stats.hits, stats.lookup_tokens, stats.reused_tokens) == (0, 0, 0, 0)
+    assert (stats.lookups, stats.hits, stats.prompt_tokens, stats.restored_tokens) == (0, 0, 0, 0)
     cache.count_restored(2, 0.5, is_hit=True)
     stats = cache.stats()
-    assert (stats.hits, stats.reused_tokens, stats.restore_seconds) == (1, 2, 0.5)
+    assert (stats.hits, stats.restored_tokens, stats.restore_seconds) == (1, 2, 0.5)
 
 
 @pytest.mark.parametrize("keep", [lambda view: view, lambda view: view[10:20], np.frombuffer])

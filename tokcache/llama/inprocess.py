@@ -484,7 +484,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         tokens = tokens if isinstance(tokens, list) else list(tokens)
         ids = self._int32_ids(tokens)
         if self._is_held_whole(ids):
-            self.last_reuse = Reuse(len(ids), len(ids), 0, time.perf_counter() - began)
+            self._note_reuse(Reuse(len(ids), len(ids), 0, time.perf_counter() - began))
             return []
         n_in_context = self._usable_in_context(ids)
         n_held = self._restored(ids, n_in_context) if len(ids) else 0
@@ -494,8 +494,18 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._requires_eval = True
         self._n_prompt = len(ids)
         seconds = time.perf_counter() - began
-        self.last_reuse = Reuse(len(ids), n_in_context, n_held - n_in_context, seconds)
+        self._note_reuse(Reuse(len(ids), n_in_context, n_held - n_in_context, seconds))
         return tokens[n_held:]
+
+    def _note_reuse(self, reuse: Reuse) -> None:
+        """Tell the caller and the cache what a prompt need not decode, by whatever means."""
+        self.last_reuse = reuse
+        if self.prefix_cache is not None:
+            self.prefix_cache.count_prompt(
+                reuse.n_prompt,
+                context_tokens=reuse.n_in_context,
+                restored_tokens=reuse.n_restored,
+            )
 
     def _int32_ids(self, tokens: list[int]) -> NDArray[np.int32]:
         if isinstance(self.tokenizer_, ModelTokenizer):

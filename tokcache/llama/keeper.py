@@ -150,6 +150,7 @@ class Keeper:
             public_tokens=place.n_public(ids),
             max_tokens=len(ids) - 1,
             aligned=place.is_exact or self._memory.is_recurrent,
+            counts_tokens=False,  # how many were of use is known at the end: our caller counts
         ) as plan:
             if not self._memory.is_recurrent:
                 return self._load_blocks(place, plan, n_held)
@@ -198,8 +199,6 @@ class Keeper:
             reached = plan.restore(self._sequence.write_block, start=last)
             if reached == last:  # it failed, and nothing came before it
                 reached = 0
-            else:
-                place.cache.count_restored(last, 0.0)
         return self._checked(place, start, reached, plan.n_tokens)
 
     def _start_of_states(self, place: Place, n_held: int) -> int:
@@ -244,9 +243,8 @@ class Keeper:
         if reached == base or not self._memory.has_attention:
             began = perf_counter()
             if self._load_tail(place, tail, base):
-                n_loaded = tail.n_tokens - (base if self._memory.has_attention else 0)
                 seconds, is_hit = perf_counter() - began, not plan.blocks
-                place.cache.count_restored(n_loaded, seconds, is_hit=is_hit)
+                place.cache.count_restored(0, seconds, is_hit=is_hit)
                 reached = tail.n_tokens
             elif not self._memory.has_attention:
                 return self._load_states(place, plan, 0)

@@ -20,6 +20,8 @@ from tokcache.state.cache import PrefixStateCache
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tokcache.state.core import Work
+
 
 @dataclass(slots=True)
 class _Own:
@@ -38,6 +40,7 @@ class _Pending:
     generation: int
     ids: NDArray[np.int32]
     mark: bytes
+    work: Work
 
 
 class SequenceStates:
@@ -57,8 +60,9 @@ class SequenceStates:
     an uncached run as far as those of other batches and other cells do.
 
     Errors: StateError for a context that can't do it, before llama.cpp ends the process;
-            InvalidConfig for an argument that can't be one; InvalidTokens. What can't be saved or
-            restored costs a decode and counts in `states.stats().refusals`, by reason.
+            InvalidConfig, InvalidScope or InvalidTokens for an argument that can't be one. A state
+            that can't be saved or restored costs a decode and counts in `states.stats().refusals`,
+            by reason.
     Threads: those that may use the context: one at a time.
     """
 
@@ -98,8 +102,8 @@ class SequenceStates:
         Windows and recurrent memories can't be saved later than when they are reached; the last
         token of a prompt is decoded alone where that lets the same prompt begin there.
         """
-        require_int("n_past", n_past, 0)
-        require_int("n_tokens", n_tokens, n_past)
+        n_past = require_int("n_past", n_past, 0)
+        n_tokens = require_int("n_tokens", n_tokens, n_past)
         step = self._memory.stops(self._place.cache.block_tokens, is_exact=False)
         stops = set(range(n_past // step * step + step, n_tokens, step) if step else ())
         if self._memory.is_recurrent:
@@ -109,14 +113,17 @@ class SequenceStates:
     def restore(self, tokens: object, seq_id: int) -> int:
         """Put the longest known prefix of `tokens`, without the last, in place of the sequence.
 
-        Return its length: decode the tokens from there on. What the sequence held is removed.
+        Return its length: decode the tokens from there on. What the sequence held is removed. A
+        prompt that goes on in place instead is counted if you say so, by
+        `states.count_prompt(len(tokens), context_tokens=n_past)`.
         """
         own, ids = self._sequence(seq_id), self._ids(tokens)
         own.generation += 1
         own.sequence.clear()
-        if not len(ids) or not self._is_usable(ids):
-            return 0
-        return own.keeper.restore(self._place, ids, 0).stop
+        is_usable = len(ids) > 0 and self._is_usable(ids)
+        n_restored = own.keeper.restore(self._place, ids, 0).stop if is_usable else 0
+        self._place.cache.count_prompt(len(ids), restored_tokens=n_restored)
+        return n_restored
 
     def save(self, tokens: object, seq_id: int) -> int:
         """Save the state of `tokens`, all that the sequence holds; return the new positions."""
@@ -146,18 +153,23 @@ class SequenceStates:
             self._place.cache.refuse("sequence_is_elsewhere")
             return
         mark = _mark(own.sequence, len(ids))
-        self._pending.append(_Pending(seq_id, own.generation, ids, mark))
+        work = self._place.cache.begin(self._place.scope)
+        self._pending.append(_Pending(seq_id, own.generation, ids, mark, work))
 
     def take_pending(self) -> int:
         """Take the saves that wait; return the new positions.
 
         One whose sequence has moved on, or was reset or used for another prompt, is dropped and
-        counted: its tokens are not those of the state that is there now.
+        counted: its tokens are not those of the state that is there now. So is one whose scope was
+        cleared meanwhile.
         """
         pending, self._pending = self._pending, []
         return sum(self._taken(each) for each in pending)
 
     def _taken(self, pending: _Pending) -> int:
+        if pending.work.is_void:
+            self._place.cache.refuse("cleared")
+            return 0
         own = self._sequence(pending.seq_id)
         n_tokens = len(pending.ids)
         is_same = own.generation == pending.generation and own.sequence.is_at(n_tokens)
@@ -169,7 +181,7 @@ class SequenceStates:
     # Arguments
 
     def _sequence(self, seq_id: int) -> _Own:
-        require_int("seq_id", seq_id, 0, self._scratch - 1)
+        seq_id = require_int("seq_id", seq_id, 0, self._scratch - 1)
         if seq_id not in self._own:
             sequence = Sequence(
                 self._ctx,

@@ -165,11 +165,16 @@ def _of_tier(name: str, there: str, it: str) -> tuple[_Family, ...]:
 STATES = (
     _Family("state_lookups_total", "stats.lookups", "Look-ups of prefixes."),
     _Family("state_hits_total", "stats.hits", "Look-ups that found a usable prefix."),
-    _Family("state_lookup_tokens_total", "stats.lookup_tokens", "Tokens of prompts looked up."),
+    _Family("state_prompt_tokens_total", "stats.prompt_tokens", "Tokens of all prompts."),
     _Family(
-        "state_reused_tokens_total",
-        "stats.reused_tokens",
-        "Positions restored instead of decoded.",
+        "state_context_tokens_total",
+        "stats.context_tokens",
+        "Prompt tokens that the engine's context still held.",
+    ),
+    _Family(
+        "state_restored_tokens_total",
+        "stats.restored_tokens",
+        "Prompt tokens restored from the cache.",
     ),
     _Family("state_saved_tokens_total", "stats.saved_tokens", "Positions stored."),
     _Family("state_saved_blocks_total", "stats.saved_blocks", "Blocks stored."),

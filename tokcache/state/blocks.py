@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from hashlib import blake2b
+from operator import index
 from typing import Literal, NamedTuple
 
 from tokcache.errors import InvalidTokens
@@ -87,24 +88,69 @@ def common_tokens(left: bytes, right: bytes) -> int:
 
 
 def token_bytes(tokens: object) -> bytes:
-    """Return the ids as int32 in native order: one copy of a buffer, one pass over a list.
+    """Return the ids as int32 in native order: of a list, any iterable of integers, or an array.
 
-    Errors: InvalidTokens for what holds no int32 ids.
+    Errors: InvalidTokens; the message names the position of the first id that is not an int32.
+    Cost:   one copy of an int32 buffer, one pass over anything else.
     """
+    if isinstance(tokens, str | bytes | bytearray):
+        raise InvalidTokens(
+            f"token ids must be integers, not {type(tokens).__name__}; encode a text first: "
+            "tok.token_ids(text)"
+        )
     try:
         view = memoryview(tokens)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, ValueError, BufferError):  # ValueError: a NumPy type that no buffer can have
         return _from_integers(tokens)
-    if view.format != "i" or view.ndim != 1:
+    if view.ndim != 1:
         raise InvalidTokens(
-            "a buffer of token ids must be one-dimensional int32 (format 'i'), "
-            f"not {view.ndim}-dimensional of format {view.format!r}"
+            f"token ids must be one-dimensional, not {view.ndim}-dimensional; pass one prompt"
         )
-    return view.tobytes()
+    if view.format == "i":
+        return view.tobytes()
+    if view.format == "O":
+        return _from_integers(tokens)
+    return _from_array(view)
+
+
+def _from_array(view: memoryview) -> bytes:
+    import numpy as np  # noqa: PLC0415 (60 ms of `import tokcache`)
+
+    values = np.asarray(view)
+    if values.dtype.kind not in "iu":
+        raise InvalidTokens(f"token ids must be integers, not an array of {values.dtype}")
+    limits = np.iinfo(np.int32)
+    is_wrong = values > limits.max
+    if values.dtype.kind == "i":
+        is_wrong |= values < limits.min
+    if is_wrong.any():
+        position = int(is_wrong.argmax())
+        raise _not_int32(position, int(values[position]))
+    return values.astype(np.int32).tobytes()
 
 
 def _from_integers(tokens: object) -> bytes:
     try:
-        return array("i", tokens).tobytes()  # type: ignore[call-overload, no-any-return]
-    except (TypeError, OverflowError) as error:
-        raise InvalidTokens(f"token ids must be int32 integers: {error}") from None
+        values = tokens if isinstance(tokens, list | tuple) else list(tokens)  # type: ignore[call-overload]
+    except TypeError:
+        raise InvalidTokens(
+            f"token ids must be a sequence of integers, not {type(tokens).__name__}"
+        ) from None
+    try:
+        return array("i", values).tobytes()
+    except (TypeError, OverflowError):
+        for position, value in enumerate(values):
+            try:
+                array("i", (value,))
+            except (TypeError, OverflowError):
+                raise _not_int32(position, value) from None
+        raise
+
+
+def _not_int32(position: int, value: object) -> InvalidTokens:
+    # Whatever is not a number may be text of a prompt, and is not repeated.
+    found = f"{index(value):,}" if hasattr(value, "__index__") else f"a {type(value).__name__}"
+    return InvalidTokens(
+        f"token ids must be int32 integers (-2,147,483,648 to 2,147,483,647); at position "
+        f"{position:,} there is {found}"
+    )

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokcache._validate import MAX_INT, require_int, require_scope
 from tokcache.errors import InvalidConfig
@@ -29,7 +29,7 @@ from tokcache.state.blocks import (
     rest_owner,
     token_bytes,
 )
-from tokcache.state.core import Below, checked_fingerprint
+from tokcache.state.core import Below, Work, checked_fingerprint
 from tokcache.state.index import Node, Root, root_bytes
 from tokcache.state.memory import NODE_BYTES
 from tokcache.state.plan import BlockIO, RestorePlan, StoredBlock
@@ -39,14 +39,13 @@ from tokcache.state.tiers import Address, StateRefused, Stored
 if TYPE_CHECKING:
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
-    from tokcache.state.whole import StateHandle
 
 __all__ = ["NODE_BYTES", "BlockIO", "PrefixStateCache", "RestorePlan", "StoredBlock"]
 
 _log = logging.getLogger("tokcache")
 
-_TRIES = 3  # a save that another one overtook is planned anew
-_UNSET: Any = object()
+_TRIES = 3  # a save that another one overtook is planned again
+_Part = tuple[Owner, bytes, Work]  # who owns which beginning of a prompt, and the work on it
 
 
 @dataclass(slots=True)
@@ -54,6 +53,7 @@ class _Path:
     """The blocks that a prompt begins with, in use: `n_tokens` positions, the last at `point`."""
 
     owner: Owner
+    work: Work
     root: Root | None
     nodes: list[Node]
     n_tokens: int
@@ -97,18 +97,20 @@ class PrefixStateCache(WholeStates):
 
     Blocks (`plan`, `save`) share what prefixes have in common, to the token; whole states
     (`store`, `find`) are any engine's bytes. `disk` is a folder or a DiskTier, `redis` a URL or a
-    RedisTier: what is saved is written to each of them by a thread of its own, what memory has
-    not is looked up on the disk, then in Redis.
+    RedisTier: saved states are written to each of them by a thread of its own, and states that are
+    not in memory are looked up on the disk, then in Redis. A tier that is made here from a path or
+    URL is closed with the cache; a DiskTier or RedisTier may serve several caches, and whoever made
+    it closes it.
 
-    Units:  `ram_bytes` bytes of all that is retained in memory (states, tokens, overhead, buffers
-            waiting for their next use); `max_entries` stored prefixes (chains that nothing
-            continues, and whole states); `block_tokens` positions a block at most; prefixes below
-            `min_tokens` are neither saved nor used; `ttl_s` seconds after its last use a state is
-            removed; `queue_bytes` bytes that may wait to be written to a tier, by default a quarter
-            of `ram_bytes`: what comes on top is not written, and counted.
+    Units:  `ram_bytes` bytes, or a size such as "4G", of all that is retained in memory (states,
+            tokens, overhead, buffers waiting for their next use); `max_entries` stored prefixes
+            (chains that nothing continues, and whole states); `block_tokens` positions a block at
+            most; prefixes below `min_tokens` are neither saved nor used; `ttl_s` seconds after its
+            last use a state is removed; `queue_bytes` bytes or a size that may wait to be written
+            to a tier, by default a quarter of `ram_bytes`: more is not written, and counted.
     Errors: InvalidConfig for anything below 1, and for a fingerprint or max_tokens of another
-            type; InvalidTokens for what are no int32 ids. A state that can't be stored or read
-            costs a miss and a counter, never an exception.
+            type; InvalidTokens for ids that are not int32; InvalidScope. A state that can't be
+            stored or read costs a miss and a counter, never an exception.
     Cost:   a look-up costs the prompt's length, not the number of entries.
     Threads: safe; after a fork the child keeps what was stored and nothing that was in use.
     """
@@ -116,14 +118,14 @@ class PrefixStateCache(WholeStates):
     def __init__(
         self,
         *,
-        ram_bytes: int = 256 << 20,
+        ram_bytes: int | str = 256 << 20,
         max_entries: int = 32,
         block_tokens: int = 256,
         disk: str | os.PathLike[str] | DiskTier | None = None,
         redis: str | RedisTier | None = None,
         min_tokens: int = 1,
         ttl_s: float | None = None,
-        queue_bytes: int | None = None,
+        queue_bytes: int | str | None = None,
         enabled: bool = True,
     ) -> None:
         super().__init__(
@@ -138,6 +140,16 @@ class PrefixStateCache(WholeStates):
             enabled=enabled,
         )
 
+    def __repr__(self) -> str:
+        """Say what it holds, its budgets and its tiers."""
+        with self._lock:
+            n_entries, n_bytes = self._memory.n_entries, self._memory.held_bytes()
+        below = "".join(f", {each.tier!r}" for each in self._below)
+        return (
+            f"<PrefixStateCache {n_entries:,} of {self.max_entries:,} entries, {n_bytes:,} of "
+            f"{self.ram_bytes:,} bytes, blocks of {self.block_tokens:,} tokens{below}>"
+        )
+
     # Restoring
 
     def plan(
@@ -149,13 +161,15 @@ class PrefixStateCache(WholeStates):
         public_tokens: int = 0,
         max_tokens: int | None = None,
         aligned: bool = False,
+        counts_tokens: bool = True,
     ) -> RestorePlan:
         """Return the blocks of the longest stored prefix of `tokens`; empty on a miss.
 
         The first `public_tokens` are looked for in the shared scope, what follows them in
         `scope`. `max_tokens` bounds the prefix (an engine must decode at least the last token
         itself); `aligned` finds what was saved `aligned`, and nothing else: whole blocks, so that
-        the prefix ends at a multiple of `block_tokens`.
+        the prefix ends at a multiple of `block_tokens`. `counts_tokens=False` is for a caller that
+        counts what became of its prompt with `count_prompt`: then only the look-up is counted here.
         """
         owner = _owner(fingerprint, scope, aligned)
         n_public = require_int("public_tokens", public_tokens, minimum=0)
@@ -166,11 +180,12 @@ class PrefixStateCache(WholeStates):
         with self._lock:
             self._settle()
             self._memory.counts["lookups"] += 1
-            self._memory.counts["lookup_tokens"] += n_tokens
+            self._memory.counts["prompt_tokens"] += n_tokens * counts_tokens
+            parts = self._begun_parts(owner, self._on_the_grid(wanted, owner), n_public)
         paths: list[_Path] = []
         try:
-            for each, part in self._parts(owner, self._on_the_grid(wanted, owner), n_public):
-                paths.append(self._found_anywhere(each, part))
+            for each, part, work in parts:
+                paths.append(self._found_anywhere(each, part, work))
                 if paths[-1].n_tokens * TOKEN_BYTES < len(part):
                     break
         except BaseException:
@@ -178,7 +193,12 @@ class PrefixStateCache(WholeStates):
                 self.release_later(path.pinned())
             raise
         with self._lock:
-            return self._planned(paths)
+            return self._planned(paths, counts_tokens=counts_tokens)
+
+    def _begun_parts(self, owner: Owner, wanted: bytes, n_public: int) -> list[_Part]:
+        """Return the parts of a prompt, noted as begun: what is cleared now is void for them."""
+        parts = self._parts(owner, wanted, n_public)
+        return [(each, part, self._begin(each.scope)) for each, part in parts]
 
     def _parts(self, owner: Owner, wanted: bytes, n_public: int) -> Iterator[tuple[Owner, bytes]]:
         """Yield who owns which beginning of a prompt: first what is public, then all of it."""
@@ -190,10 +210,10 @@ class PrefixStateCache(WholeStates):
         if len(public) < len(wanted):
             yield rest_owner(owner, public), wanted
 
-    def _found_anywhere(self, owner: Owner, wanted: bytes) -> _Path:
+    def _found_anywhere(self, owner: Owner, wanted: bytes, work: Work) -> _Path:
         """Return what memory and the tiers below hold of a part."""
         with self._lock:
-            path = self._found(owner, wanted)
+            path = self._found(owner, wanted, work)
             if not self._below or path.n_tokens * TOKEN_BYTES >= len(wanted) or self._is_closed:
                 return path
         try:
@@ -211,14 +231,14 @@ class PrefixStateCache(WholeStates):
         block = self._index.grain(owner)
         return wanted[: len(wanted) // block * block]
 
-    def _found(self, owner: Owner, wanted: bytes) -> _Path:
+    def _found(self, owner: Owner, wanted: bytes, work: Work) -> _Path:
         root, match = self._memory.find(owner, wanted)
-        path = _Path(owner, root, match.nodes, match.n_tokens)
+        path = _Path(owner, work, root, match.nodes, match.n_tokens)
         for node in path.pinned():
             node.pins += 1
         return path
 
-    def _planned(self, paths: list[_Path]) -> RestorePlan:
+    def _planned(self, paths: list[_Path], *, counts_tokens: bool) -> RestorePlan:
         blocks: list[tuple[int, int, memoryview]] = []
         n_tokens = 0
         for path in paths:
@@ -234,10 +254,15 @@ class PrefixStateCache(WholeStates):
         if len(paths) > 1:  # what is public is never older than what can't be used without it
             self._memory.use(paths[0].nodes, time.monotonic())
         pinned = [node for path in paths for node in path.pinned()]
-        return RestorePlan(self, pinned, _served(blocks, n_tokens), n_tokens)
+        served = _served(blocks, n_tokens)
+        works = [path.work for path in paths]
+        return RestorePlan(self, pinned, served, n_tokens, works, counts_tokens=counts_tokens)
 
     def _collect(self, path: _Path, blocks: list[tuple[int, int, memoryview]]) -> bool:
-        """Add a path's blocks; False if one was lost: then what comes before is served."""
+        """Add a path's blocks; False where one was lost or cleared: those before it are served."""
+        if path.work.is_void:  # cleared since the look-up began
+            path.n_tokens, path.loose = path.owner.start, []
+            return False
         get = self._tier.get
         for node in path.nodes:
             payload = get(node)
@@ -320,6 +345,8 @@ class PrefixStateCache(WholeStates):
         if not n_shared or (path.owner.kind == "grid" and n_shared != self.block_tokens):
             return False
         with self._lock:
+            if path.work.is_void:
+                return False
             buffer = None if path.loose else self._buffer_below(path, stored)
         if buffer is None:
             n_loose = sum(payload.nbytes for _, _, payload in path.loose)
@@ -373,7 +400,9 @@ class PrefixStateCache(WholeStates):
     def _file(self, path: _Path, block: _NewBlock) -> Node | None:
         """Put a block at the end of a path; None if that is gone, or the place or the room is."""
         parent, root, memory = path.last, path.root, self._memory
-        if root is None or root.is_dead or parent.is_dead or self._is_closed:
+        if root is None or root.is_dead or parent.is_dead:
+            return None
+        if path.work.is_void or self._is_closed:
             return None
         if self._index.child(root, parent, block.start, block.tokens) is not None:
             return None
@@ -415,62 +444,56 @@ class PrefixStateCache(WholeStates):
         started = time.perf_counter()
         owner = _owner(fingerprint, scope, aligned)
         wanted = self._on_the_grid(token_bytes(tokens), owner)
-        require_int("priority", priority, -MAX_INT)
+        priority = require_int("priority", priority, -MAX_INT)
         n_public = require_int("public_tokens", public_tokens, minimum=0)
         n_saved = 0
         if self.enabled and len(wanted) >= self.min_tokens * TOKEN_BYTES:
-            (first, part), *rest = self._parts(owner, wanted, n_public)
-            n_saved = self._save_part(part, first, read, n_bytes, priority)
-            for each, whole in rest:
-                with self._kept(first, part) as is_there:
+            with self._lock:
+                first, *rest = self._begun_parts(owner, wanted, n_public)
+            n_saved = self._save_part(first, read, n_bytes, priority)
+            for each in rest:
+                with self._kept(first) as is_there:
                     if is_there:  # without it, what follows could not be found
-                        n_saved += self._save_part(whole, each, read, n_bytes, priority)
+                        n_saved += self._save_part(each, read, n_bytes, priority)
         with self._lock:
             self._settle()
             self._seconds["save"] += time.perf_counter() - started
+        self._tell_oversize()
         return n_saved
 
     @contextmanager
-    def _kept(self, owner: Owner, public: bytes) -> Iterator[bool]:
+    def _kept(self, public: _Part) -> Iterator[bool]:
         """Keep what is public, if it is there, while what follows it is saved, and beyond."""
+        _, tokens, _ = public
         with self._lock:
-            path = self._found(owner, public)
+            path = self._found(*public)
         try:
-            yield path.n_tokens * TOKEN_BYTES == len(public)
+            yield path.n_tokens * TOKEN_BYTES == len(tokens)
         finally:
             with self._lock:
                 self._memory.use(path.nodes, time.monotonic())
             self.release_later(path.pinned())
 
     def _save_part(
-        self,
-        wanted: bytes,
-        owner: Owner,
-        read: BlockIO,
-        n_bytes: Callable[[int, int], int],
-        priority: int,
+        self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
     ) -> int:
         n_saved = 0
         for _ in range(_TRIES):
-            n_new, is_overtaken = self._save(wanted, owner, read, n_bytes, priority)
+            n_new, is_overtaken = self._save(part, read, n_bytes, priority)
             n_saved += n_new
             if not is_overtaken:
                 break
         return n_saved
 
     def _save(
-        self,
-        wanted: bytes,
-        owner: Owner,
-        read: BlockIO,
-        n_bytes: Callable[[int, int], int],
-        priority: int,
+        self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
     ) -> tuple[int, bool]:
+        _, wanted, work = part
         with self._lock:
             self._settle()
-            if self._is_closed:
+            if work.is_void or self._is_closed:
                 return 0, False
-            path = self._found(owner, wanted)
+            path = self._found(*part)
             for node in path.nodes:
                 node.priority = max(node.priority, priority)
         try:
@@ -511,11 +534,12 @@ class PrefixStateCache(WholeStates):
         overhead = len(pieces) * NODE_BYTES + (pieces[-1][1] - pieces[0][0]) * TOKEN_BYTES
         memory = self._memory
         with self._lock:
-            if self._is_closed:
+            if path.work.is_void or self._is_closed:
                 return []
             held = root_bytes(path.owner) + sum(node.n_bytes for node in path.nodes)
-            if held + overhead + sum(sizes) > self.ram_bytes:
-                memory.refusals["over_budget"] += 1
+            n_total = held + overhead + sum(sizes)
+            if n_total > self.ram_bytes:
+                self._refuse_oversize(path.owner.fingerprint, pieces[-1][1], n_total)
                 return []
             if path.root is None:
                 path.root = memory.pin_root(path.owner)
@@ -584,21 +608,6 @@ class PrefixStateCache(WholeStates):
             self._memory.counts["saved_tokens"] += block.stop - block.start
         return len(blocks)
 
-    # Removing
-
-    def remove(self, handle: StateHandle | None = None, *, scope: str | None = _UNSET) -> int:
-        """Remove one state, or all that is stored for `scope`; return the states removed.
-
-        Every tier is emptied of it. What another process holds in its memory stays there until
-        that process removes it, too. Where a tier fails to remove it, a counter and a line in the
-        log say so.
-        """
-        if (handle is None) == (scope is _UNSET):
-            raise InvalidConfig("remove takes a handle or a scope (scope=None: the shared one)")
-        if handle is not None:
-            return self._remove_state(handle)
-        return self.remove_scope(scope)
-
 
 def _served(blocks: list[tuple[int, int, memoryview]], n_tokens: int) -> list[StoredBlock]:
     """Return the blocks with the position that each of them serves up to."""
@@ -616,9 +625,9 @@ def _owner(fingerprint: object, scope: object, aligned: object) -> Owner:
 
 
 def _checked_bound(max_tokens: object) -> int:
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
+    if isinstance(max_tokens, bool) or not hasattr(max_tokens, "__index__"):
         raise InvalidConfig(f"max_tokens must be an int or None, not {max_tokens!r}")
-    return max(max_tokens, 0)
+    return max(index(max_tokens), 0)
 
 
 def _checked_size(size: object) -> int:

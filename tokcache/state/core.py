@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
 import threading
@@ -13,7 +15,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tokcache._validate import require_bool, require_int, require_scope, require_seconds
+from tokcache._validate import (
+    require_bool,
+    require_int,
+    require_scope,
+    require_seconds,
+    require_size,
+)
 from tokcache.errors import InvalidConfig
 from tokcache.state.behind import Job, WriteBehind
 from tokcache.state.blocks import Owner, child_name
@@ -21,6 +29,7 @@ from tokcache.state.cost import Speed, Worth
 from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.state.memory import StateMemory
 from tokcache.state.tiers import Address, LowerTier, Record
+from tokcache.state.tiers.notices import Notices
 from tokcache.stats import StateStats, TierStats
 
 if TYPE_CHECKING:
@@ -31,12 +40,15 @@ if TYPE_CHECKING:
     from tokcache.state.tiers.redis import RedisTier
     from tokcache.state.whole import Whole
 
+_log = logging.getLogger("tokcache")
+
 _MIN_QUEUE = 1 << 20
 _COUNTED = (
     "lookups",
     "hits",
-    "lookup_tokens",
-    "reused_tokens",
+    "prompt_tokens",
+    "context_tokens",
+    "restored_tokens",
     "saved_tokens",
     "saved_blocks",
     "evictions",
@@ -70,6 +82,16 @@ class Below:
         return False
 
 
+class Work:
+    """Something under way for one scope: void from the moment that the scope is cleared."""
+
+    __slots__ = ("__weakref__", "is_void", "scope")
+
+    def __init__(self, scope: str | None) -> None:
+        self.scope = scope
+        self.is_void = False
+
+
 class StateCore(Forkable):
     """The lock, what is held in memory, the tiers below, nearest first, and their queues.
 
@@ -83,24 +105,25 @@ class StateCore(Forkable):
     def __init__(
         self,
         *,
-        ram_bytes: int,
+        ram_bytes: int | str,
         max_entries: int,
         block_tokens: int,
         min_tokens: int,
         ttl_s: float | None,
         disk: str | os.PathLike[str] | DiskTier | None,
         redis: str | RedisTier | None,
-        queue_bytes: int | None,
+        queue_bytes: int | str | None,
         enabled: bool,
     ) -> None:
-        self.ram_bytes = require_int("ram_bytes", ram_bytes, minimum=1)
+        self.ram_bytes = require_size("ram_bytes", ram_bytes)
         self.max_entries = require_int("max_entries", max_entries, minimum=1)
         self.block_tokens = require_int("block_tokens", block_tokens, minimum=1)
         self.min_tokens = require_int("min_tokens", min_tokens, minimum=1)
         self.enabled = require_bool("enabled", enabled)
         # What waits can't be evicted: it must leave room for what is to be saved meanwhile.
-        queue = max(self.ram_bytes // 4, _MIN_QUEUE) if queue_bytes is None else queue_bytes
-        require_int("queue_bytes", queue, minimum=1)
+        queue = max(self.ram_bytes // 4, _MIN_QUEUE)
+        if queue_bytes is not None:
+            queue = require_size("queue_bytes", queue_bytes)
         self._memory = StateMemory(
             self.ram_bytes,
             self.max_entries,
@@ -112,7 +135,9 @@ class StateCore(Forkable):
         self._released: deque[list[Node] | list[Whole]] = deque()
         self._unwritten: deque[tuple[Node | Whole, int]] = deque()
         self._is_closed = False
-        self._removals = 0
+        self._notices = Notices()
+        self._untold: deque[tuple[str, str, str]] = deque()
+        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
         self._seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
         self._loose: weakref.WeakSet[Whole] = weakref.WeakSet()
@@ -152,7 +177,7 @@ class StateCore(Forkable):
 
         Errors: InvalidConfig.
         """
-        require_int("n_tokens", n_tokens, minimum=1)
+        n_tokens = require_int("n_tokens", n_tokens, minimum=1)
         if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
             raise InvalidConfig(f"seconds must be a number from 0 on, not {seconds!r}")
         fingerprint = checked_fingerprint(fingerprint)
@@ -248,10 +273,49 @@ class StateCore(Forkable):
         with self._lock:
             self._memory.refusals[reason] += 1
 
-    def count_restored(self, n_tokens: int, seconds: float, *, is_hit: bool = False) -> None:
-        """Count positions that were restored instead of decoded, and a hit not counted yet."""
+    def _refuse_oversize(self, fingerprint: bytes, n_tokens: int, n_bytes: int) -> None:
+        """Count a state that is larger than all memory may be; the lock is held."""
+        self._memory.refusals["over_budget"] += 1
+        if self._notices.is_first(fingerprint):
+            self._untold.append((f"{n_tokens:,}", f"{n_bytes:,}", f"{self.ram_bytes:,}"))
+
+    def _tell_oversize(self) -> None:
+        """Log, once a model, what is too large; without the lock, which a handler may need."""
+        while self._untold:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                _log.warning(
+                    "the state of a prompt of %s tokens takes %s bytes, more than ram_bytes=%s: "
+                    "prompts that long are not stored; raise ram_bytes (said once a model)",
+                    *self._untold.popleft(),
+                )
+
+    def count_prompt(
+        self, n_tokens: int, *, context_tokens: int = 0, restored_tokens: int = 0
+    ) -> None:
+        """Count a prompt: how many of its tokens were in the engine's context, how many restored.
+
+        `plan`, `find` and what they return count this themselves. It is for prompts that they were
+        not asked for, because the context held all but the last token, and for callers of
+        `plan(…, counts_tokens=False)`.
+
+        Errors: InvalidConfig.
+        """
+        n_tokens = require_int("n_tokens", n_tokens, minimum=0)
+        context_tokens = require_int("context_tokens", context_tokens, minimum=0)
+        restored_tokens = require_int("restored_tokens", restored_tokens, minimum=0)
         with self._lock:
-            self._memory.counts["reused_tokens"] += n_tokens
+            counts = self._memory.counts
+            counts["prompt_tokens"] += n_tokens
+            counts["context_tokens"] += context_tokens
+            counts["restored_tokens"] += restored_tokens
+
+    def count_restored(
+        self, n_tokens: int, seconds: float, *, n_in_context: int = 0, is_hit: bool = False
+    ) -> None:
+        """Count positions restored after `n_in_context` that were there, and an uncounted hit."""
+        with self._lock:
+            self._memory.counts["restored_tokens"] += n_tokens
+            self._memory.counts["context_tokens"] += n_in_context
             self._memory.counts["hits"] += is_hit
             self._seconds["restore"] += seconds
 
@@ -308,52 +372,69 @@ class StateCore(Forkable):
         """Return True: an empty cache is a cache."""
         return True
 
-    # Removing
+    # Clearing
 
-    def remove_scope(self, scope: str | None) -> int:
-        """Remove all that is stored for `scope` in every tier; return the states removed.
+    def begin(self, scope: str | None) -> Work:
+        """Return what tells, later, whether `scope` was cleared since now.
 
-        What another process holds in its memory is that process's to remove.
+        Errors: InvalidScope.
         """
         scope = require_scope(scope)
-        self._discard_queued(lambda each: each == scope)
         with self._lock:
-            self._settle()
-            self._removals += 1
-            owners = [owner for owner in self._memory.owners() if owner.scope == scope]
-            n_removed = self._memory.remove_all(owners)
-            self._forget_loose(lambda whole: whole.owner.scope == scope)
+            return self._begin(scope)
+
+    def _begin(self, scope: str | None) -> Work:
+        work = Work(scope)
+        self._works.add(work)
+        return work
+
+    def clear(self, scope: str | None = None) -> int:
+        """Remove a tenant's states from every tier, or everything; return the states removed.
+
+        With a `scope` its states go, and nothing else: what its prompts begin with that is public
+        stays, counters go on. Without one everything goes, the shared space and the counters of
+        look-ups and memory too, and a disk tier's folder and a Redis tier's namespace are emptied
+        for all that share them; the shared space alone can't be cleared, for the states of tenants
+        follow on it. Nothing under way comes back: writes that wait are dropped, saves and
+        promotions that have begun store nothing, open handles and plans yield nothing more. What
+        another cache or process holds in its memory or queue is its own to clear. Where a tier
+        fails to remove states, a counter and a line in the log say so.
+
+        Errors: InvalidScope.
+        """
+        scope = require_scope(scope)
+
+        def is_doomed(each: str | None) -> bool:
+            return scope is None or each == scope
+
+        self._discard_queued(is_doomed)
+        with self._lock:
+            n_removed = self._clear_memory(is_doomed)
+            if scope is None:
+                self._reset_counters()
         # What was saved between the two steps was filed before the lock was had.
-        self._discard_queued(lambda each: each == scope)
-        return max([n_removed, *(each.tier.remove_scope(scope) for each in self._below)])
+        self._discard_queued(is_doomed)
+        return max([n_removed, *(each.tier.clear(scope) for each in self._below)])
 
     def _discard_queued(self, is_doomed: Callable[[str | None], bool]) -> None:
         for below in self._below:
             below.writer.discard(is_doomed)
 
-    def _forget_loose(self, is_doomed: Callable[[Whole], bool]) -> None:
-        for whole in list(self._loose):
-            whole.is_dead = whole.is_dead or is_doomed(whole)
-
-    def clear(self) -> None:
-        """Remove everything from every tier, counters too.
-
-        A disk tier's folder and a Redis tier's namespace are emptied for all that share them.
-        """
-        self._discard_queued(lambda _: True)
-        with self._lock:
-            self._clear()
-        self._discard_queued(lambda _: True)
-        for below in self._below:
-            below.tier.clear()
-
-    def _clear(self) -> None:
+    def _clear_memory(self, is_doomed: Callable[[str | None], bool]) -> int:
+        """Remove what memory holds for these scopes, and stop what is under way for them."""
         self._settle()
-        self._removals += 1
-        self._memory.remove_all()
-        self._forget_loose(lambda _: True)
+        for work in list(self._works):
+            work.is_void = work.is_void or is_doomed(work.scope)
+        for whole in list(self._loose):
+            whole.is_dead = whole.is_dead or is_doomed(whole.owner.scope)
+        return self._memory.remove_all(
+            [owner for owner in self._memory.owners() if is_doomed(owner.scope)]
+        )
+
+    def _reset_counters(self) -> None:
         self._memory.counts.clear()
         self._memory.refusals.clear()
+        self._notices = Notices()
         self._seconds = {"restore": 0.0, "save": 0.0}
 
     def close(self) -> None:
@@ -366,7 +447,8 @@ class StateCore(Forkable):
         for below in self._below:
             below.writer.close()
         with self._lock:
-            self._clear()
+            self._clear_memory(lambda _: True)
+            self._reset_counters()
         for below in self._below:
             if below.is_owned:
                 below.tier.close()
@@ -417,7 +499,7 @@ def _opened_disk(disk: object) -> tuple[LowerTier, bool] | None:
     if isinstance(disk, DiskTier):
         return disk, False
     if isinstance(disk, str | os.PathLike):
-        return DiskTier.open(disk), True
+        return DiskTier(disk), True
     raise InvalidConfig(f"disk must be a path, a DiskTier or None, not {type(disk).__name__}")
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from tokcache.state.cache import PrefixStateCache
+    from tokcache.state.core import Work
     from tokcache.state.index import Node
 
 _log = logging.getLogger("tokcache")
@@ -44,9 +45,15 @@ class RestorePlan:
         nodes: list[Node],
         blocks: list[StoredBlock],
         n_tokens: int,
+        works: list[Work],
+        *,
+        counts_tokens: bool,
     ) -> None:
         self._cache = cache
         self._nodes = nodes
+        self._works = works
+        self._counts_tokens = counts_tokens
+        self._counts_context = counts_tokens
         self.blocks = blocks
         self.n_tokens = n_tokens
 
@@ -57,17 +64,27 @@ class RestorePlan:
                 return block.start
         return n_tokens
 
+    @property
+    def is_cleared(self) -> bool:
+        """Whether what the blocks hold was cleared since they were found: then none is restored."""
+        return any(work.is_void for work in self._works)
+
     def restore(self, load: BlockIO, *, start: int = 0, trim: Trim | None = None) -> int:
         """Load the blocks from position `start` on; return how many positions now hold.
 
-        Where this chain left another one inside a block, `trim` removes what the block holds
-        beyond that point before the next is loaded; without `trim` the restore ends there. A
-        block that fails ends the restore: what came before it stays, a counter tells.
+        What comes before `start` is in the engine's context, and counted as kept there. Where this
+        chain left another one inside a block, `trim` removes what the block holds beyond that point
+        before the next is loaded; without `trim` the restore ends there. A block that fails ends
+        the restore: what came before it stays, a counter tells. So does clearing the cache or the
+        scope.
         """
         began, reached = time.perf_counter(), start
         for block in self.blocks:
             if block.start < start:
                 continue
+            if self.is_cleared:
+                self._cache.refuse("cleared")
+                break
             try:
                 load(block.start, block.stop, block.payload)
                 reached = block.until
@@ -79,11 +96,14 @@ class RestorePlan:
                 _log.debug("a block could not be restored", exc_info=True)
                 self._cache.refuse("restore_failed")
                 break
-        self._cache.count_restored(reached - start, time.perf_counter() - began)
+        n_restored = (reached - start) * self._counts_tokens
+        n_in_context, self._counts_context = start * self._counts_context, False
+        seconds = time.perf_counter() - began
+        self._cache.count_restored(n_restored, seconds, n_in_context=n_in_context)
         return reached
 
     def close(self) -> None:
-        """Let the blocks go."""
+        """Release the blocks."""
         nodes, self._nodes, self.blocks = self._nodes, [], []
         if nodes:
             self._cache.release_later(nodes)

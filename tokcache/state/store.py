@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tokcache._validate import MAX_INT, require_int, require_scope
 from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.blocks import TOKEN_BYTES, Owner, root_name, token_bytes
-from tokcache.state.core import Below, StateCore, checked_fingerprint
+from tokcache.state.core import Below, StateCore, Work, checked_fingerprint
 from tokcache.state.memory import whole_overhead
 from tokcache.state.tiers import Address, StateRefused, Stored
 from tokcache.state.whole import StateHandle, Whole, prefix_names
@@ -85,9 +85,10 @@ class WholeStates(StateCore):
             return False
         with self._lock:
             self._settle()
+            work = self._begin(whole.owner.scope)
             buffer = self._buffer_for(whole, n_bytes)
-            n_removals = self._removals
         if buffer is None:
+            self._tell_oversize()
             return False
         is_filed = False
         try:
@@ -95,8 +96,8 @@ class WholeStates(StateCore):
             is_filed = True
         finally:
             with self._lock:
-                # Removed or cleared while the bytes were copied: then this comes too late.
-                is_filed = is_filed and n_removals == self._removals and not self._is_closed
+                # Cleared while the bytes were copied: then this comes too late.
+                is_filed = is_filed and not (work.is_void or self._is_closed)
                 is_filed = is_filed and self._memory.has_whole_room(self._n_replaced(whole))
                 if is_filed:
                     self._file_whole(whole, buffer, pin=pin)
@@ -112,7 +113,8 @@ class WholeStates(StateCore):
         if self._is_closed:
             return None
         if n_bytes + overhead > self.ram_bytes:
-            memory.refusals["over_budget"] += 1
+            n_total = n_bytes + overhead
+            self._refuse_oversize(whole.owner.fingerprint, whole.n_tokens, n_total)
             return None
         if not memory.has_whole_room(self._n_replaced(whole)):
             memory.refusals["entries_in_use"] += 1
@@ -155,7 +157,7 @@ class WholeStates(StateCore):
             return self._find_both(owner, wanted, n_public)
         with self._lock:
             self._memory.counts["lookups"] += 1
-            self._memory.counts["lookup_tokens"] += len(wanted) // TOKEN_BYTES
+            self._memory.counts["prompt_tokens"] += len(wanted) // TOKEN_BYTES
         found = self._find_both(owner, wanted, n_public)
         with self._lock:
             self._memory.counts["hits"] += found is not None
@@ -186,6 +188,7 @@ class WholeStates(StateCore):
         whole_of_it = self._all_of_it(owner, wanted) if self._below else None
         if whole_of_it is not None:  # nothing below is longer
             return whole_of_it
+        work = self.begin(owner.scope)  # before a tier is asked: it may be cleared meanwhile
         worth = self._worth_asking(owner)
         lengths = [below.tier.lengths(owner) for below in worth]
         with self._lock:
@@ -207,7 +210,9 @@ class WholeStates(StateCore):
                 if whole is not None:
                     return self._used(whole)
             for below, held, found in asked:
-                handle = self._from_below(below, found, owner, tokens) if n_tokens in held else None
+                if n_tokens not in held:
+                    continue
+                handle = self._from_below(below, found, owner, tokens, work)
                 if handle is not None:
                     return handle
         return None
@@ -253,7 +258,12 @@ class WholeStates(StateCore):
     # Finding below
 
     def _from_below(
-        self, below: Below, found: Iterator[Stored | None], owner: Owner, tokens: bytes
+        self,
+        below: Below,
+        found: Iterator[Stored | None],
+        owner: Owner,
+        tokens: bytes,
+        work: Work,
     ) -> StateHandle | None:
         """Return the next that a tier found, if it is of `tokens`."""
         began, handle = time.perf_counter(), None
@@ -263,7 +273,7 @@ class WholeStates(StateCore):
                 return None
             with stored:
                 if stored.record.tokens == tokens:
-                    handle = self._promoted(below, owner, stored)
+                    handle = self._promoted(below, owner, stored, work)
         except StateRefused as refusal:
             below.tier.refuse(str(refusal))
         except Exception:  # noqa: BLE001  (whatever it is, it is a miss)
@@ -273,15 +283,18 @@ class WholeStates(StateCore):
             self._note_read(below, owner, handle.n_tokens, time.perf_counter() - began)
         return handle
 
-    def _promoted(self, below: Below, owner: Owner, stored: Stored) -> StateHandle | None:
+    def _promoted(
+        self, below: Below, owner: Owner, stored: Stored, work: Work
+    ) -> StateHandle | None:
         record = stored.record
         whole = Whole(owner, record.name, record.tokens, record.n_past, record.priority)
         with self._lock:
-            n_removals = self._removals
+            if work.is_void:
+                return None
             has_room = stored.n_bytes + whole_overhead(whole) <= self.ram_bytes
             buffer = self._buffer_for(whole, stored.n_bytes) if has_room else None
         if buffer is None:
-            return self._loose_handle(whole, stored.view())
+            return self._loose_handle(whole, stored.view(), work)
         is_read = False
         handle: StateHandle | None = None
         try:
@@ -289,7 +302,7 @@ class WholeStates(StateCore):
             is_read = True
         finally:
             with self._lock:
-                is_filed = is_read and n_removals == self._removals and not self._is_closed
+                is_filed = is_read and not (work.is_void or self._is_closed)
                 is_filed = is_filed and self._memory.has_whole_room(self._n_replaced(whole))
                 if is_filed:
                     self._memory.file_whole(whole, buffer)
@@ -301,10 +314,12 @@ class WholeStates(StateCore):
                     self._memory.drop(buffer, whole_overhead(whole))
         return handle
 
-    def _loose_handle(self, whole: Whole, payload: memoryview) -> StateHandle:
+    def _loose_handle(self, whole: Whole, payload: memoryview, work: Work) -> StateHandle | None:
         """Return the handle of a state that memory has no room for."""
         whole.pins, whole.used_at, whole.hits = 1, time.time(), 1
         with self._lock:
+            if work.is_void:
+                return None
             self._loose.add(whole)
         return StateHandle(self, whole, payload)
 
@@ -333,7 +348,19 @@ class WholeStates(StateCore):
         whole.pins += is_kept - whole.is_kept
         whole.is_kept = is_kept
 
-    def _remove_state(self, handle: StateHandle) -> int:
+    def remove(self, handle: StateHandle) -> int:
+        """Remove one state from every tier; return 1, or 0 if it was removed already.
+
+        Where a tier fails to remove it, a counter and a line in the log say so. `clear(scope=…)`
+        removes all of a tenant's.
+
+        Errors: InvalidConfig for anything else than a handle, and for another cache's.
+        """
+        if not isinstance(handle, StateHandle):
+            raise InvalidConfig(
+                f"remove takes a handle that find() returned, not {type(handle).__name__}; "
+                "clear(scope=…) removes all of a tenant's states"
+            )
         if not handle.is_of(self):
             raise InvalidConfig("this handle is another cache's; ask that one to remove its state")
         whole = handle.whole
@@ -386,9 +413,8 @@ def _whole(
         raise InvalidTokens("a state is of at least one token; these are none")
     if len(held) <= require_int("public_tokens", n_public, 0) * TOKEN_BYTES:
         owner = owner._replace(scope=None)
-    n_past = len(held) // TOKEN_BYTES if n_past is None else n_past
-    require_int("n_past", n_past, 0)
-    require_int("priority", priority, -MAX_INT)
+    n_past = require_int("n_past", len(held) // TOKEN_BYTES if n_past is None else n_past, 0)
+    priority = require_int("priority", priority, -MAX_INT)
     ((_, name),) = prefix_names(owner, held, [len(held) // TOKEN_BYTES])
     return Whole(owner, name, held, n_past, priority)
 

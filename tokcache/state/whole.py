@@ -140,11 +140,11 @@ class WholeIndex:
 
 
 class StateHandle:
-    """A state that was found; not evicted until the handle is closed or let go.
+    """A state that was found; not evicted until the handle is closed or collected.
 
     Units:  `n_tokens` tokens of the prefix, `n_past` positions as they were stored, `n_bytes`
             bytes of the state, `last_used` seconds since the epoch, `hits` look-ups that found it.
-    Errors: StateError from `state` once the state was removed or the handle closed.
+    Errors: StateError from `state` once the state was removed or cleared, or the handle closed.
     Threads: one at a time; closing takes no lock, so the garbage collector may do it.
     """
 
@@ -189,14 +189,14 @@ class StateHandle:
         return payload
 
     def payload(self) -> memoryview:
-        """Return `state` without counting its tokens as reused."""
+        """Return `state` without counting its tokens as restored."""
         if self._payload is None or self.whole.is_dead:
             why = "its handle was closed" if self._payload is None else "it was removed"
             raise StateError(f"this state is gone: {why}; ask find() again")
         return self._payload
 
     def close(self) -> None:
-        """Let the state go."""
+        """Release the state."""
         payload, self._payload = self._payload, None
         if payload is not None:
             self._cache.release_later([self.whole])

@@ -172,7 +172,7 @@ class SlotManager(Forkable):
         later_s = completion.seconds - completion.first_token_s
         first_token_s = perf_counter() - job.started - later_s
         n_used = completion.n_cached if job.n_used is None else job.n_used
-        self._count(completion, n_used)
+        self._count(completion, n_used, is_restored=job.n_restored > 0)
         if job.start is None:
             return Reused(completion, 0, first_token_s)
         slot, n_live = job.start.slot, job.start.n_live
@@ -380,10 +380,11 @@ class SlotManager(Forkable):
 
     # -- after it -----------------------------------------------------------------------------
 
-    def _count(self, completion: Completion, n_used: int) -> None:
+    def _count(self, completion: Completion, n_used: int, *, is_restored: bool) -> None:
         self.trust.count("request")
         self.trust.count("prompt_tokens", completion.n_prompt)
-        self.trust.count("reused_tokens", n_used)
+        # A restored file takes the place of all that the slot held.
+        self.trust.count("restored_tokens" if is_restored else "context_tokens", n_used)
         self.trust.count("hit", int(n_used > 0))
 
     def _verify(self, job: Job, n_used: int) -> None:
@@ -470,7 +471,8 @@ class SlotManager(Forkable):
                 requests=counts["request"],
                 hits=counts["hit"],
                 prompt_tokens=counts["prompt_tokens"],
-                reused_tokens=counts["reused_tokens"],
+                context_tokens=counts["context_tokens"],
+                restored_tokens=counts["restored_tokens"],
                 restores=counts["restore"],
                 saves=counts["save"],
                 erases=counts["erase"],

@@ -120,15 +120,17 @@ class Reused:
 class ReuseStats:
     """Counters of the slot manager.
 
-    Units: `prompt_tokens` sent, `reused_tokens` of them found by the server; `refusals` what was
-    not reused, saved or kept, by reason; `n_stale_files` evicted files that lie on where the slot
-    folder can't be reached, `n_stale_bytes` their bytes (their names are used again first).
+    Units: `prompt_tokens` sent; of these the server decoded neither the `context_tokens`, which its
+    slot still held, nor the `restored_tokens` of a saved file; `refusals` what was not reused,
+    saved or kept, by reason; `n_stale_files` evicted files that lie on where the slot folder can't
+    be reached, `n_stale_bytes` their bytes (their names are used again first).
     """
 
     requests: int
     hits: int
     prompt_tokens: int
-    reused_tokens: int
+    context_tokens: int
+    restored_tokens: int
     restores: int
     saves: int
     erases: int
@@ -145,5 +147,6 @@ class ReuseStats:
 
     @property
     def token_hit_rate(self) -> float:
-        """Tokens reused over tokens sent, 0.0 before the first."""
-        return self.reused_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+        """Prompt tokens that were not decoded over all prompt tokens, 0.0 before the first."""
+        n_reused = self.context_tokens + self.restored_tokens
+        return n_reused / self.prompt_tokens if self.prompt_tokens else 0.0

@@ -104,11 +104,8 @@ class LowerTier(Protocol):
     def remove(self, address: Address) -> None:
         """Remove one state."""
 
-    def remove_scope(self, scope: str | None) -> int:
-        """Remove all states of a scope; return how many went."""
-
-    def clear(self) -> int:
-        """Remove everything; return how many went."""
+    def clear(self, scope: str | None = None) -> int:
+        """Remove all states of a scope, by default everything; return how many went."""
 
     def refuse(self, reason: str) -> None:
         """Count a state that was not stored or not used."""
@@ -117,7 +114,7 @@ class LowerTier(Protocol):
         """Return the counters and what is held."""
 
     def close(self) -> None:
-        """Let resources go; what is stored stays."""
+        """Release resources; what is stored stays."""
 
 
 def is_in_place(held: Record, new: Record, kind: Kind) -> bool | None:

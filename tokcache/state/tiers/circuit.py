@@ -27,6 +27,10 @@ class Circuit:
         """Whether calls are kept back, but for a probe now and then."""
         return self._failed >= self.n_failures
 
+    def would_open(self) -> bool:
+        """Return whether it is open, or a failure of the present call opens it."""
+        return self._failed + 1 >= self.n_failures
+
     def lets_through(self) -> bool:
         """Return whether a call may be made; each that may has to be followed by `note`."""
         if not self.is_open:

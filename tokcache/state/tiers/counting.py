@@ -57,5 +57,5 @@ class Counting(Forkable):
         self._lock.release()
 
     def after_fork_in_child(self) -> None:
-        """Make the lock anew."""
+        """Make a new lock."""
         self._lock = threading.Lock()

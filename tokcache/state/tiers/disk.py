@@ -26,13 +26,14 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tokcache._validate import require_int, require_seconds
+from tokcache._validate import require_bool, require_scope, require_seconds, require_size
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import Owner, common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
 from tokcache.state.tiers.block_file import Sealer
 from tokcache.state.tiers.counting import Counting
 from tokcache.state.tiers.disk_file import LAYOUT, READ, REASONS, DiskFile, File, read_head
+from tokcache.state.tiers.disk_notices import DiskNotices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,11 +61,18 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class DiskTier(Counting):
-    """States in the files of one folder; see the module for its layout.
+    """States in the files of one folder, which is made if it is missing; the module has its layout.
 
-    Units:  `max_bytes` bytes of files, over all processes that use the folder; blocks that are
-            being written may come on top while another process prunes. `ttl_s` seconds after its
-            last use a state is not used any more, and removed by the next pruning.
+    `PrefixStateCache(disk=path)` makes one with the settings below. With `hmac_key` files are
+    sealed against forgery and names can't be guessed; with `encryption_key` (16, 24 or 32 bytes,
+    AES-GCM) tokens and states are unreadable without it. `is_synced=False` leaves it to the system
+    when files reach the disk: a crash of the machine, not of a process, may then lose or damage
+    (never silently) what was written last.
+
+    Units:  `max_bytes` bytes of files, or a size such as "4G", over all processes that use the
+            folder; blocks that are being written may come on top while another process prunes.
+            `ttl_s` seconds after its last use a state is not used any more, and removed by the
+            next pruning.
     Errors: InvalidConfig for settings and folders that can't be used; MissingExtra where a
             library is missing. After that nothing raises: reasons are counted.
     Threads: safe, for threads and processes; readers take no lock.
@@ -74,62 +82,46 @@ class DiskTier(Counting):
 
     def __init__(
         self,
-        path: Path,
+        path: str | os.PathLike[str],
         *,
-        max_bytes: int = DEFAULT_BYTES,
+        max_bytes: int | str = DEFAULT_BYTES,
         ttl_s: float | None = None,
         hmac_key: bytes | None = None,
         encryption_key: bytes | None = None,
         is_synced: bool = True,
     ) -> None:
-        self.path = path
-        self.max_bytes = require_int("max_bytes", max_bytes, minimum=1)
+        self.path = _checked_path(path)
+        self.max_bytes = require_size("max_bytes", max_bytes)
         self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
         self.sealer = Sealer(hmac_key, encryption_key)
         self.sealer.require_libraries()
         self.is_mapped = encryption_key is None
-        self._is_synced = is_synced
+        self._is_synced = require_bool("is_synced", is_synced)
         self._listed: dict[str, tuple[tuple[int, int], set[int]]] = {}
         self._cleanup: Callable[[], object] | None = None
+        self._is_removed = False
+        self._notices = DiskNotices(self.path, self.max_bytes)
         super().__init__()
+        self._prepare()
 
     @classmethod
-    def open(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        max_bytes: int = DEFAULT_BYTES,
-        ttl_s: float | None = None,
-        hmac_key: bytes | None = None,
-        encryption_key: bytes | None = None,
-        is_synced: bool = True,
-    ) -> Self:
-        """Return the tier of a folder, made if there is none.
+    def ephemeral(cls, *, max_bytes: int | str = DEFAULT_BYTES) -> Self:
+        """Return the tier of a new temporary folder, removed when the tier is closed or collected.
 
-        With `hmac_key` files are sealed against forgery and names can't be guessed; with
-        `encryption_key` (16, 24 or 32 bytes, AES-GCM) tokens and states are unreadable without
-        it. `is_synced=False` leaves it to the system when files reach the disk: a crash of the
-        machine, not of a process, may then lose or damage (never silently) what was written last.
+        Errors: InvalidConfig.
         """
-        tier = cls(
-            Path(path).absolute(),
-            max_bytes=max_bytes,
-            ttl_s=ttl_s,
-            hmac_key=hmac_key,
-            encryption_key=encryption_key,
-            is_synced=is_synced,
-        )
-        tier._prepare()
-        return tier
-
-    @classmethod
-    def ephemeral(cls, *, max_bytes: int = DEFAULT_BYTES) -> Self:
-        """Return the tier of a new temporary folder, removed when the tier is closed or let go."""
         path = Path(tempfile.mkdtemp(prefix="tokcache-states-"))
-        tier = cls(path, max_bytes=max_bytes, is_synced=False)
-        tier._prepare()
+        try:
+            tier = cls(path, max_bytes=max_bytes, is_synced=False)
+        except BaseException:
+            _remove_own(str(path), os.getpid())
+            raise
         tier._cleanup = weakref.finalize(tier, _remove_own, str(path), os.getpid())
         return tier
+
+    def __repr__(self) -> str:
+        """Say which folder it is, what it holds and what it may hold."""
+        return f"<DiskTier {self.path}: {self._counted_bytes():,} of {self.max_bytes:,} bytes>"
 
     # The folder
 
@@ -178,7 +170,13 @@ class DiskTier(Counting):
 
     def _open_folder(self, owner: Owner, *, make: bool = False) -> int:
         """Return a descriptor of the owner's folder; no symbolic link is followed below DIR."""
-        fd = os.open(self.path / LAYOUT, _DIRECTORY)
+        try:
+            fd = os.open(self.path / LAYOUT, _DIRECTORY)
+        except OSError as error:
+            if not self._is_removed:  # an ephemeral tier's folder is gone as it should be
+                self._notices.folder(error)
+            raise
+        self._notices.folder()
         for name in self._names(owner):
             try:
                 if make:
@@ -316,15 +314,20 @@ class DiskTier(Counting):
             self.refuse(str(refusal))
         except OSError as error:
             self.refuse_error(error)
+            self._notices.not_written(payload.nbytes, error)
         return False
 
     def _write(self, address: Address, record: Record, payload: memoryview) -> bool:
+        if self._is_removed:  # a folder made again now would be left behind
+            raise StateRefused("closed")
         folder = self._open_folder(address.owner, make=True)
         try:
             if self._free_way(folder, address, record) is None:
                 return True
             parts = self.sealer.packed(address, record, payload)
             n_bytes = sum(len(part) for part in parts)
+            if n_bytes > self.max_bytes:
+                self._notices.oversize(address.owner.fingerprint, n_bytes)
             self._reserve(n_bytes)
             n_spare = n_bytes
             try:
@@ -337,6 +340,7 @@ class DiskTier(Counting):
             os.close(folder)
         self.count("writes")
         self.count("written_bytes", n_bytes)
+        self._notices.written(payload.nbytes)
         return True
 
     def _free_way(self, folder: int, address: Address, record: Record) -> int | None:
@@ -464,14 +468,17 @@ class DiskTier(Counting):
             os.pwrite(fd, max(total, 0).to_bytes(_COUNT_BYTES, "little"), 0)
 
     def prune(
-        self, max_bytes: int | None = None, progress: Callable[[int, int], object] | None = None
+        self,
+        max_bytes: int | str | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> int:
         """Remove expired and least recent states down to `max_bytes`; return the bytes left.
 
-        Errors: OSError where the folder can't be read.
+        Errors: InvalidConfig; OSError where the folder can't be read.
         """
+        goal = self.max_bytes if max_bytes is None else require_size("max_bytes", max_bytes, 0)
         with self._locked() as fd:
-            total = self._prune_to(self.max_bytes if max_bytes is None else max_bytes, progress)
+            total = self._prune_to(goal, progress)
             os.pwrite(fd, total.to_bytes(_COUNT_BYTES, "little"), 0)
         return total
 
@@ -560,23 +567,21 @@ class DiskTier(Counting):
         finally:
             os.close(folder)
 
-    def remove_scope(self, scope: str | None) -> int:
-        """Remove all states of a scope; return how many went."""
-        return self.remove_named(self.sealer.scope(scope).hex())
+    def clear(self, scope: str | None = None) -> int:
+        """Remove all states of a scope, by default everything; return how many states went."""
+        scope = require_scope(scope)
+        layout = self.path / LAYOUT
+        if scope is not None:
+            return self._remove_folder(layout / self.sealer.scope(scope).hex())
+        return sum(self._remove_folder(layout / name) for name in _folders(layout))
 
-    def remove_named(self, scope: str) -> int:
-        """Remove all states of a scope that is given by its digest; return how many went."""
-        return self._remove_folder(self.path / LAYOUT / scope)
-
-    def clear(self) -> int:
-        """Remove everything; return how many states went."""
-        return self._remove_folder(self.path / LAYOUT)
+    def clear_shared(self) -> int:
+        """Remove all states that have no scope; return how many states went."""
+        return self._remove_folder(self.path / LAYOUT / self.sealer.scope(None).hex())
 
     def _remove_folder(self, folder: Path) -> int:
         # Renamed first: from one moment to the next nothing of it is found any more.
         gone = self.path / LAYOUT / f"{_GONE}{secrets.token_hex(8)}"
-        if folder.name == LAYOUT:
-            return sum(self.remove_named(name) for name in _folders(folder))
         try:
             folder.rename(gone)
             n_files = sum(_position(name) >= 0 for _, _, names in os.walk(gone) for name in names)
@@ -622,11 +627,25 @@ class DiskTier(Counting):
         """
         return self.counted(self._counted_bytes())
 
+    def after_fork_in_child(self) -> None:
+        """Make new locks."""
+        super().after_fork_in_child()
+        self._notices.forget()
+
     def close(self) -> None:
-        """Let the tier go; the files stay, an ephemeral tier's do not."""
+        """Release the tier; the files stay, an ephemeral tier's do not."""
         cleanup, self._cleanup = self._cleanup, None
         if cleanup is not None:
+            self._is_removed = True
             cleanup()
+
+
+def _checked_path(path: object) -> Path:
+    if isinstance(path, str | os.PathLike):
+        named = os.fspath(path)
+        if isinstance(named, str) and named:
+            return Path(named).absolute()
+    raise InvalidConfig(f"path must be the path of a folder, not {path!r}")
 
 
 def _write_exactly(fd: int, parts: tuple[bytes | memoryview, ...]) -> None:

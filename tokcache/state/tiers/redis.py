@@ -25,7 +25,13 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-from tokcache._validate import require_int, require_seconds
+from tokcache._validate import (
+    require_bool,
+    require_int,
+    require_scope,
+    require_seconds,
+    require_size,
+)
 from tokcache.errors import InvalidConfig
 from tokcache.state.blocks import common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
@@ -33,6 +39,7 @@ from tokcache.state.tiers.block_file import MAX_TOKENS, Head, Sealer
 from tokcache.state.tiers.circuit import Circuit
 from tokcache.state.tiers.counting import Counting
 from tokcache.state.tiers.redis_link import Command, Link, LinkFailed, Refused
+from tokcache.state.tiers.redis_notices import RedisNotices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,6 +115,7 @@ class RedisState:
     ) -> None:
         self._tier, self._value, self._patience = tier, value, patience
         self.key, self._base = key, address.base
+        self._fingerprint = address.owner.fingerprint
         self.next: RedisState | None = None
         self._fetched: bytearray | None = None
         self._head = Head.read(value)
@@ -156,6 +164,7 @@ class RedisState:
 
     def _spare(self) -> memoryview:
         if self.n_bytes > self._tier.max_state_bytes:
+            self._tier.notices.oversize(self._fingerprint, self.n_bytes)
             raise StateRefused("over_budget")
         try:
             return memoryview(bytearray(self._head.payload_bytes))
@@ -190,12 +199,12 @@ class RedisTier(Counting):
     `hmac_key` states are sealed against forgery and names can't be guessed; with `encryption_key`
     (16, 24 or 32 bytes, AES-GCM) tokens and states are unreadable without it.
 
-    Units:  `max_state_bytes` bytes of one state; how much all may take is the server's to limit
-            (maxmemory). `ttl_s` seconds after its last use a state is removed by the server, None:
-            never. A look-up with all it reads, and a write, take `timeout_s` seconds at most, and
-            one second more for each 32 MiB. After `n_failures` calls in a row that failed none is
-            made for `retry_s` seconds, twice as long after each call that fails then, a minute at
-            most.
+    Units:  `max_state_bytes` bytes of one state, or a size such as "512M"; how much all may take is
+            the server's to limit (maxmemory). `ttl_s` seconds after its last use a state is removed
+            by the server, None: never. A look-up with all it reads, and a write, take `timeout_s`
+            seconds at most, and one second more for each 32 MiB. After `n_failures` calls in a row
+            that failed none is made for `retry_s` seconds, twice as long after each call that fails
+            then, a minute at most.
     Errors: InvalidConfig for settings and URLs that can't be; MissingExtra where a library is
             missing. After that nothing raises, whatever the server does: reasons are counted.
     Threads: safe, each has its connection while it asks; a forked child makes its own.
@@ -208,7 +217,7 @@ class RedisTier(Counting):
         self,
         url: str,
         *,
-        max_state_bytes: int = DEFAULT_STATE_BYTES,
+        max_state_bytes: int | str = DEFAULT_STATE_BYTES,
         ttl_s: float | None = DEFAULT_TTL_S,
         timeout_s: float = 1.0,
         namespace: str = "tokcache",
@@ -218,20 +227,29 @@ class RedisTier(Counting):
         n_failures: int = 3,
         retry_s: float = 1.0,
     ) -> None:
-        self.max_state_bytes = require_int("max_state_bytes", max_state_bytes, minimum=1)
+        self.max_state_bytes = require_size("max_state_bytes", max_state_bytes)
         self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
         self.timeout_s = require_seconds("timeout_s", timeout_s)
         self.namespace = _checked_namespace(namespace)
         self.sealer = Sealer(hmac_key, encryption_key)
         self.sealer.require_libraries()
-        require_int("n_failures", n_failures, minimum=1)
-        require_seconds("retry_s", retry_s)
+        n_failures = require_int("n_failures", n_failures, minimum=1)
+        retry_s = require_seconds("retry_s", retry_s)
         if not isinstance(url, str):
             raise InvalidConfig(f"url must be a str, not {type(url).__name__}")
-        self._is_cluster = is_cluster
+        self._is_cluster = require_bool("is_cluster", is_cluster)
         self._link = Link(url, self.timeout_s, is_cluster=is_cluster)
         self._asking, self._writing = Circuit(n_failures, retry_s), Circuit(n_failures, retry_s)
+        self.notices = RedisNotices(self._link, self.namespace, self.max_state_bytes)
         super().__init__()
+
+    def __repr__(self) -> str:
+        """Say where it is and what it may hold; the URL's password is not shown."""
+        kept = "kept until evicted" if self.ttl_s is None else f"kept for {self.ttl_s:,.0f} s"
+        return (
+            f"<RedisTier {self._link.place}, namespace {self.namespace!r}: states of at most "
+            f"{self.max_state_bytes:,} bytes, {kept}>"
+        )
 
     # Names
 
@@ -253,9 +271,14 @@ class RedisTier(Counting):
     # Asking
 
     def _replies(self, commands: Sequence[Command], patience: _Patience) -> list[Any]:
-        return self._ask(partial(self._link.ask, commands), patience)
+        return self._ask(partial(self._link.ask, commands), commands, patience)
 
-    def _ask(self, ask: Callable[[float], list[Any]], patience: _Patience) -> list[Any]:
+    def _ask(
+        self,
+        ask: Callable[[float], list[Any]],
+        commands: Sequence[Command],
+        patience: _Patience,
+    ) -> list[Any]:
         """Return the replies.
 
         Errors: StateRefused where there were none, or the circuit is open.
@@ -263,19 +286,37 @@ class RedisTier(Counting):
         with self._lock:
             if not self._asking.lets_through():
                 raise StateRefused("circuit_open")
-        return self._asked(ask, patience)
+        return self._asked(ask, commands, patience)
 
-    def _asked(self, ask: Callable[[float], list[Any]], patience: _Patience) -> list[Any]:
+    def _asked(
+        self,
+        ask: Callable[[float], list[Any]],
+        commands: Sequence[Command],
+        patience: _Patience,
+    ) -> list[Any]:
         is_good = False
         try:
             replies = ask(patience.until)
             is_good = True
         except LinkFailed as failure:
+            self._note_failure(str(failure))
             raise StateRefused(str(failure)) from failure
         finally:
             with self._lock:
                 self._asking.note(is_good=is_good)
+        self.notices.answered(commands, replies)
         return replies
+
+    def _note_failure(self, reason: str) -> None:
+        """Log why there was no answer, where that is no longer chance."""
+        if reason in ("auth", "permission"):
+            self.notices.no_access(reason)
+            return
+        with self._lock:
+            is_chance = not self._asking.would_open()
+        if not is_chance:
+            circuit = self._asking
+            self.notices.no_answer(reason, circuit.n_failures, self.timeout_s, circuit.retry_s)
 
     # Reading
 
@@ -344,7 +385,7 @@ class RedisTier(Counting):
             commands: list[Command] = [("HGET", state.key, n) for n, _ in group]
             commands += [("HGET", each.key, 0) for each, _ in along]
             targets = [room for _, room in group] + [memoryview(payload) for _, payload in along]
-            replies = self._ask(partial(self._link.fill, commands, targets), patience)
+            replies = self._ask(partial(self._link.fill, commands, targets), commands, patience)
             for (_, room), reply in zip(group, replies, strict=False):
                 _require_filled(reply, room.nbytes)
             for (each, payload), reply in zip(along, replies[len(group) :], strict=True):
@@ -393,6 +434,7 @@ class RedisTier(Counting):
 
     def _write(self, address: Address, record: Record, payload: memoryview) -> bool:
         if payload.nbytes > self.max_state_bytes:
+            self.notices.oversize(address.owner.fingerprint, payload.nbytes)
             raise StateRefused("over_budget")
         patience = _Patience(self.timeout_s).moving(payload.nbytes)
         for _ in range(_TRIES):
@@ -464,8 +506,12 @@ class RedisTier(Counting):
         finally:
             with self._lock:
                 self._writing.note(is_good=reason not in _NO_WRITES)
+                is_open = self._writing.is_open
+            if is_open:
+                self.notices.not_written(reason)
         if said not in (b"published", b"overtaken"):
             raise StateRefused("removed" if said == b"removed" else "garbage")
+        self.notices.written()
         self.count("writes", said == b"published")
         return said == b"published"
 
@@ -473,8 +519,9 @@ class RedisTier(Counting):
         replies = self._replies(commands, patience)
         for reply in replies:
             if isinstance(reply, Refused):
+                unlink = partial(self._link.ask, [("UNLINK", place.new)])
                 with contextlib.suppress(StateRefused):
-                    self._replies([("UNLINK", place.new)], patience)
+                    self._ask(unlink, (), patience)
                 raise StateRefused(reply.reason)
         return replies[-1]
 
@@ -513,13 +560,11 @@ class RedisTier(Counting):
         except StateRefused as refusal:
             self._not_removed(str(refusal))
 
-    def remove_scope(self, scope: str | None) -> int:
-        """Remove all states of a scope; return how many went."""
-        return self._remove_below(f"{self._prefix(scope)}:")
-
-    def clear(self) -> int:
-        """Remove everything in the namespace, and nothing else; return how many states went."""
-        return self._remove_below(f"{self.namespace}:{LAYOUT}:")
+    def clear(self, scope: str | None = None) -> int:
+        """Remove all states of a scope, by default all in the namespace; return how many went."""
+        scope = require_scope(scope)
+        prefix = f"{self.namespace}:{LAYOUT}" if scope is None else self._prefix(scope)
+        return self._remove_below(f"{prefix}:")
 
     def _remove_below(self, prefix: str) -> int:
         n_removed = 0
@@ -535,8 +580,11 @@ class RedisTier(Counting):
 
         Errors: StateRefused.
         """
-        ask = partial(self._link.ask, [("UNLINK", key) for key in keys])
-        replies = self._asked(ask, _Patience(self.timeout_s)) if keys else []
+        if not keys:
+            return 0
+        commands: list[Command] = [("UNLINK", key) for key in keys]
+        ask = partial(self._link.ask, commands)
+        replies = self._asked(ask, (), _Patience(self.timeout_s))  # `_not_removed` tells
         for reply in replies:
             if isinstance(reply, Refused):
                 raise StateRefused(reply.reason)
@@ -557,14 +605,15 @@ class RedisTier(Counting):
         return self.counted()
 
     def close(self) -> None:
-        """Let the connections go; the states stay."""
+        """Close the connections; the states stay."""
         self._link.close()
 
     # Forks
 
     def after_fork_in_child(self) -> None:
-        """Make the lock anew, and connections when they are needed: its parent's are not used."""
+        """Make a new lock, and connections when they are needed: its parent's are not used."""
         super().after_fork_in_child()
+        self.notices.forget()
         self._link.forget()
         for circuit in (self._asking, self._writing):
             circuit.note(is_good=True)

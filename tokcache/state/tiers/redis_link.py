@@ -255,7 +255,7 @@ class Link:
     """
 
     def __init__(self, url: str, timeout_s: float, *, is_cluster: bool) -> None:
-        self.place = _checked(url, is_cluster=is_cluster)
+        self.place, self.has_password = _checked(url, is_cluster=is_cluster)
         self._url = re.sub(r"(?<=[?&])protocol=[^&]*", "", url)  # ours is RESP2
         self._timeout_s, self._is_cluster = timeout_s, is_cluster
         self.forget()
@@ -395,8 +395,8 @@ class Link:
         return [nodes.get_redis_connection(each).connection_pool for each in nodes.get_primaries()]
 
 
-def _checked(url: str, *, is_cluster: bool) -> str:
-    """Return where a URL leads to, without its secrets.
+def _checked(url: str, *, is_cluster: bool) -> tuple[str, bool]:
+    """Return where a URL leads to, without its secrets, and whether it has a password.
 
     Errors: InvalidConfig.
     """
@@ -413,7 +413,10 @@ def _checked(url: str, *, is_cluster: bool) -> str:
         ) from None
     if is_cluster and ("path" in options or options.get("db", 0) != 0):
         raise InvalidConfig("a cluster has no Unix sockets and no databases but 0; name a host")
-    return str(options.get("path") or f"{options.get('host', 'localhost')}")
+    has_password = bool(options.get("password"))
+    if "path" in options:
+        return str(options["path"]), has_password
+    return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}", has_password
 
 
 def _key(command: Command) -> Any:
