@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,6 @@ from tokcache.errors import MissingFile
 from tokcache.llama.file_digests import DIGESTS, FileChanged, Hashing, file_identity
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -233,7 +234,35 @@ def _devices(llm: Any) -> list[Any]:
 def _build() -> list[Any]:
     return [
         llama_cpp.__version__,
-        llama_cpp.llama_print_system_info().decode("utf-8", "replace"),
+        _SYSTEM.info(),
         llama_cpp.LLAMA_STATE_SEQ_VERSION,
         llama_cpp.LLAMA_SESSION_VERSION,
     ]
+
+
+class _System:
+    """What llama.cpp says of its build and this CPU.
+
+    It writes the answer into a static string: two threads that ask at once get a mixture, or end
+    the process. So it is asked once.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Ask again at the next call; in the child of a fork another thread may hold the lock."""
+        self._lock = threading.Lock()
+        self._info: str | None = None
+
+    def info(self) -> str:
+        """Return llama.cpp's words."""
+        with self._lock:
+            if self._info is None:
+                said = llama_cpp.llama_print_system_info()
+                self._info = str(said.decode("utf-8", "replace"))
+            return self._info
+
+
+_SYSTEM = _System()
+os.register_at_fork(after_in_child=_SYSTEM.forget)
