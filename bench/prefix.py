@@ -48,7 +48,9 @@ def systems(n_threads: int) -> dict[str, Any]:
     def ours(**settings: Any) -> Any:
         # As much room as the peer has by default.
         cache = PrefixStateCache(ram_bytes=2 << 30, max_entries=1000, block_tokens=N_BATCH)
-        return Llama(model, tokenizer=tokenizer, prefix_cache=cache, **settings, **common)
+        llm = Llama(model, tokenizer=tokenizer, prefix_cache=cache, **settings, **common)
+        llm.wait_for_fingerprint()
+        return llm
 
     return {
         "llama_cpp.Llama": llama_cpp.Llama(model, **common),

@@ -42,6 +42,7 @@ def llama(cache: PrefixStateCache | None, model: str) -> Any:
     llm = Llama(
         model, prefix_cache=cache, reproducible=True, n_ctx=N_CTX, flash_attn=True, verbose=False
     )
+    llm.wait_for_fingerprint()
     llm._logits_all = True
     llm.scores = np.zeros((N_CTX, llm.n_vocab()), np.float32)
     return llm

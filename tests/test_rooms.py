@@ -12,7 +12,7 @@ import pytest
 import tokcache
 
 ROOT = Path(tokcache.__file__).parent
-LEAVES = {"errors", "config", "stats", "_validate", "_version"}
+LEAVES = {"errors", "config", "stats", "_cache_folder", "_validate", "_version"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
     "text": LEAVES | {"text"},
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "llama": LEAVES | {"text", "state", "llama"},
 }
 OPTIONAL = {"transformers", "llama_cpp", "redis", "prometheus_client", "httpx", "xllamacpp", "gguf"}
-OPTIONAL |= {"gigatoken", "fastokens", "xxhash", "cryptography"}
+OPTIONAL |= {"gigatoken", "fastokens", "xxhash", "cryptography", "platformdirs"}
 
 
 def room(path: Path) -> str:

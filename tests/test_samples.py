@@ -100,6 +100,9 @@ def test_the_cache_folder_follows_the_environment(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("TOKCACHE_CACHE_DIR", raising=False)
     assert samples.cache_folder() == tmp_path / "xdg" / "tokcache"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert samples.cache_folder() == tmp_path / "home" / ".cache" / "tokcache"
     monkeypatch.setenv("TOKCACHE_CACHE_DIR", str(tmp_path / "own"))
     assert samples.tiny_tokenizer().is_relative_to(tmp_path / "own")
 

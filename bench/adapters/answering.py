@@ -151,14 +151,14 @@ class Tokcache(InProcess):
         self.cache = PrefixStateCache(
             ram_bytes=ROOM_BYTES, max_entries=1000, block_tokens=BLOCK, **tiers
         )
-        super().__init__(
-            Llama(
-                setting.model,
-                prefix_cache=self.cache,
-                reproducible=reproducible,
-                **llama_settings(setting),
-            )
+        llm = Llama(
+            setting.model,
+            prefix_cache=self.cache,
+            reproducible=reproducible,
+            **llama_settings(setting),
         )
+        llm.wait_for_fingerprint()
+        super().__init__(llm)
 
     def close(self) -> None:
         """Write what waits, and end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,16 @@ def test_another_build_of_llama_cpp_makes_another_key(
 ) -> None:
     before = fingerprint(loaded(), files, None)
     monkeypatch.setattr(llama_cpp, name, value)
+    module._SYSTEM.forget()
     assert fingerprint(loaded(), files, None) != before
+    module._SYSTEM.forget()
+
+
+def test_threads_that_ask_at_once_get_the_same_key(files: LoadedFiles) -> None:
+    module._SYSTEM.forget()  # llama.cpp's own answer is not safe to ask for at once
+    with ThreadPoolExecutor(8) as pool:
+        made = pool.map(lambda _: fingerprint(loaded(), files, None), range(200))
+    assert len(set(made)) == 1
 
 
 def test_every_setting_that_is_named_is_one_of_llama_cpps(files: LoadedFiles) -> None:

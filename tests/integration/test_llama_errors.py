@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import shutil
@@ -23,7 +22,8 @@ from tokcache.errors import (
     MissingExtra,
     MissingFile,
 )
-from tokcache.llama.fingerprint import FileChanged, LoadedFiles
+from tokcache.llama.file_digests import FileChanged
+from tokcache.llama.fingerprint import LoadedFiles
 
 LONG = "The import system of Python: " * 12
 
@@ -127,23 +127,6 @@ def test_a_model_file_that_was_replaced_after_the_load_is_never_anothers_key(
         late.reset()
         late.create_completion(LONG, **GREEDY)
     assert late.last_reuse.n_restored > 0
-
-
-def test_a_file_that_changes_while_it_is_digested_is_found_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "model.gguf"
-    shutil.copy(samples.tiny_model(), path)
-    cache = store()
-    llm = llama(cache, model=path)
-
-    def digest_and_touch(_: str) -> bytes:
-        os.utime(path, ns=(1, 1))
-        return b"digest"
-
-    monkeypatch.setattr("tokcache.llama.fingerprint._read_digest", digest_and_touch)
-    llm.create_completion(LONG, **GREEDY)
-    assert cache.stats().refusals == {"model_file_changed": 1}
 
 
 def test_a_lora_that_was_replaced_counts_as_another_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -583,6 +584,21 @@ def test_kv_figures_are_the_models_own(process: ServerProcess, folder: Path) -> 
         # What llama.cpp itself writes: the cells, and a header of less than 3 %.
         (file,) = server._manager._shelf
         assert state.n_bytes <= file.n_bytes <= 1.03 * state.n_bytes
+
+
+def test_kv_figures_are_those_of_the_file_that_was_started_last(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    # As many parameters, and as wide a K and V of a token, as the other.
+    first, second = (samples.tiny_model(n_heads=n, n_kv_heads=n // 2) for n in (4, 8))
+    shutil.copy(first, path)
+    with serve(tmp_path, model=path) as running:
+        port, server = port_of(running), client(running)
+        assert {state.n_heads for state in server.kv_state()} == {4}
+    shutil.copy(second, tmp_path / "new.gguf")
+    (tmp_path / "new.gguf").replace(path)
+    with serve(tmp_path, model=path, port=port):
+        assert {state.n_heads for state in server.kv_state()} == {8}
+    server.close()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from tokcache.errors import InvalidConfig, InvalidTokens, StateError
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.tiers.disk import DiskTier
+from tokcache.state.tiers.disk import _STEP_S, DiskTier
 
 
 def hit(cache: PrefixStateCache, tokens: list[int], scope: str | None = None) -> bytes | None:
@@ -230,6 +230,20 @@ def test_a_state_stored_by_another_process_meanwhile_is_found(tmp_path: Path) ->
     theirs.store([1, 2], b"2", fingerprint=b"m")
     theirs.flush()
     assert hit(ours, [1, 2]) == b"2"
+
+
+def test_a_folder_whose_time_was_set_back_is_listed_again(tmp_path: Path) -> None:
+    ours, theirs = PrefixStateCache(disk=tmp_path), PrefixStateCache(disk=tmp_path)
+    theirs.store([1], b"1", fingerprint=b"m")
+    theirs.flush()
+    (folder,) = {path.parent for path in tmp_path.rglob("*.0")}
+    before = folder.stat()
+    time.sleep(2 * _STEP_S)  # from then on a listing is kept
+    assert hit(ours, [1, 2, 3]) == b"1"
+    theirs.store([1, 2], b"2", fingerprint=b"m")
+    theirs.flush()
+    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync and tar leave it
+    assert hit(ours, [1, 2, 3]) == b"2"
 
 
 def test_a_closed_store_finds_and_stores_nothing() -> None:

@@ -102,6 +102,7 @@ def in_process(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Itera
         plain = opened.enter_context(contextlib.closing(Llama(model, **settings)))
         cached = Llama(model, prefix_cache=states, **settings)
         opened.callback(cached.close)
+        cached.wait_for_fingerprint()  # else the first prompts of a large model are not kept
         yield Sides(
             plain=_InProcess(plain),
             cached=_InProcessCached(cached, states),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 
 from tokcache.errors import MissingFile
+from tokcache.llama.file_digests import DIGESTS, FileChanged, Hashing, file_identity
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-_known: dict[_File, bytes] = {}
-_lock = threading.Lock()
+# A change of what the fingerprint is made of, or how, makes other keys: old states are never taken
+# for new ones. 2: SHA-256 for the files' digests.
+_VERSION = 2
 
 # Settings of llama_context_params that change the numbers of a state, or its layout.
 # n_ctx is one: some models choose their rope factors by it.
@@ -56,52 +59,45 @@ _CONTEXT = (
 _REPRODUCIBLE = ("n_batch", "n_ubatch", "n_threads", "n_threads_batch")
 
 
-class FileChanged(OSError):
-    """A file on disk is no longer the one that was loaded, so its digest would be another's."""
+class LoadedFile:
+    """A file as it was just before it was loaded, and the digest of its bytes.
 
+    Threads: safe.
+    """
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """What tells a file from one that took its place, and from itself after a change."""
+    def __init__(self, path: str) -> None:
+        self.path = path  # absolute, for the working directory may change
+        self.identity = file_identity(path)
+        self._hashing: Hashing | None = None
 
-    path: str  # absolute, for the working directory may change
-    resolved: str
-    device: int
-    inode: int
-    n_bytes: int
-    mtime_ns: int
+    def begin(self) -> Hashing:
+        """Return the digest, there already or being computed."""
+        hashing = self._hashing
+        if hashing is None or hashing.is_lost:
+            hashing = self._hashing = DIGESTS.begin(self.path, self.identity)
+        return hashing
+
+    def release(self) -> None:
+        """Stop waiting for the digest: what hashes for nobody else ends."""
+        self._hashing = None
 
     def digest(self) -> bytes:
-        """Return the digest of the file's bytes.
+        """Return the digest of the file's bytes; waits for it.
 
-        Cost: reads the file once a process, about a second a gigabyte.
+        Errors: FileChanged; OSError for a file that can't be read any more.
         """
-        with _lock:
-            digest = _known.get(self) or _read_digest(self.path)
-            # Looked at after the reading: what was read is then what was there at the loading.
-            if _file(self.path) != self:
-                raise FileChanged(f"{self.path} was changed or replaced after it was loaded")
-            _known[self] = digest
-            return digest
-
-
-def _file(path: str) -> _File:
-    stat = Path(path).stat()
-    resolved = str(Path(path).resolve())
-    return _File(path, resolved, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
-def _read_digest(path: str) -> bytes:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, hashlib.blake2b).digest()
+        digest = self.begin().result()
+        if file_identity(self.path) != self.identity:
+            raise FileChanged(f"{self.path} was changed or replaced after it was loaded")
+        return digest
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedFiles:
     """The files of a model and its LoRA adapter, as they were just before they were loaded."""
 
-    model: tuple[_File, ...]
-    lora: _File | None
+    model: tuple[LoadedFile, ...]
+    lora: LoadedFile | None
 
     @classmethod
     def at(
@@ -109,11 +105,34 @@ class LoadedFiles:
     ) -> LoadedFiles | None:
         """Return the files as they are now; None if one, a part say, is not there."""
         try:
-            files = tuple(_file(path) for path in model_files(str(Path(model_path).absolute())))
-            lora = _file(str(Path(lora_path).absolute())) if lora_path else None
+            paths = model_files(str(Path(model_path).absolute()))
+            files = tuple(LoadedFile(path) for path in paths)
+            lora = LoadedFile(str(Path(lora_path).absolute())) if lora_path else None
         except OSError:
             return None
         return cls(files, lora)
+
+    def each(self) -> tuple[LoadedFile, ...]:
+        """Return all of them."""
+        return self.model if self.lora is None else (*self.model, self.lora)
+
+    def begin(self) -> bool:
+        """Have the files hashed; return whether all digests are there, or have failed."""
+        begun = [file.begin() for file in self.each()]
+        return all(hashing.is_done for hashing in begun)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until all digests are there, or have failed; False if `timeout_s` was too short."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        return all(
+            hashing.wait(None if until is None else max(until - time.monotonic(), 0.0))
+            for hashing in [file.begin() for file in self.each()]
+        )
+
+    def release(self) -> None:
+        """Stop waiting for digests."""
+        for file in self.each():
+            file.release()
 
 
 def model_files(path: str) -> list[str]:
@@ -151,8 +170,14 @@ def state_fingerprint(
 
     `context_params` and `model_params` are llama.cpp's own structures, as they were handed to it.
 
+    A file that is overwritten in place while it is mapped changes the loaded weights, and this
+    can't be noticed: replace model files by renaming new ones over them.
+
     Errors: MissingFile for a file that is not there.
-    Cost:   reads the model once a process, about a second a gigabyte.
+    Cost:   reads the model, about a second a gigabyte, unless its digest is known: the process
+            keeps it, and the user's cache folder keeps those of files over 16 MiB
+            (TOKCACHE_REMEMBER_DIGESTS=0 turns that off). A file that changed in the last two
+            seconds is read again by the next one who asks.
     """
     files = LoadedFiles.at(str(model_path), lora_path)
     if files is None:
@@ -177,6 +202,7 @@ def fingerprint(llm: Any, files: LoadedFiles, block_tokens: int | None) -> bytes
 def describe(llm: Any, files: LoadedFiles, block_tokens: int | None) -> dict[str, Any]:
     """Return what the fingerprint is made of, by name."""
     parts = {
+        "version": _VERSION,
         "model": [file.digest().hex() for file in files.model],
         "architecture": llm.metadata.get("general.architecture"),
         "overrides": repr(llm.kv_overrides),
@@ -195,7 +221,7 @@ def _plain(params: Any, name: str) -> Any:
     return getattr(params, name, None)
 
 
-def _lora(llm: Any, file: _File | None) -> list[Any] | None:
+def _lora(llm: Any, file: LoadedFile | None) -> list[Any] | None:
     return None if file is None else [file.digest().hex(), llm.lora_scale]
 
 
@@ -208,7 +234,35 @@ def _devices(llm: Any) -> list[Any]:
 def _build() -> list[Any]:
     return [
         llama_cpp.__version__,
-        llama_cpp.llama_print_system_info().decode("utf-8", "replace"),
+        _SYSTEM.info(),
         llama_cpp.LLAMA_STATE_SEQ_VERSION,
         llama_cpp.LLAMA_SESSION_VERSION,
     ]
+
+
+class _System:
+    """What llama.cpp says of its build and this CPU.
+
+    It writes the answer into a static string: two threads that ask at once get a mixture, or end
+    the process. So it is asked once.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Ask again at the next call; in the child of a fork another thread may hold the lock."""
+        self._lock = threading.Lock()
+        self._info: str | None = None
+
+    def info(self) -> str:
+        """Return llama.cpp's words."""
+        with self._lock:
+            if self._info is None:
+                said = llama_cpp.llama_print_system_info()
+                self._info = str(said.decode("utf-8", "replace"))
+            return self._info
+
+
+_SYSTEM = _System()
+os.register_at_fork(after_in_child=_SYSTEM.forget)

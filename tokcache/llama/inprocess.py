@@ -23,7 +23,8 @@ import numpy as np
 
 from tokcache._validate import require_bool, require_int, require_scope
 from tokcache.errors import InvalidConfig, InvalidModel, MissingFile, ModelClosed, StateError
-from tokcache.llama.fingerprint import FileChanged, LoadedFiles, fingerprint
+from tokcache.llama.file_digests import FileChanged
+from tokcache.llama.fingerprint import LoadedFiles, fingerprint
 from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.keeper import Keeper, Place
 from tokcache.llama.memories import Memory
@@ -108,6 +109,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     that are known), embedding contexts, `logits_all` and draft models run uncached, counted by
     reason in `prefix_cache.stats().refusals`.
 
+    States are filed under the model's content. A file over 16 MiB is hashed in the background from
+    construction on, about a second a gigabyte, and its digest is remembered for later processes
+    (see tokcache.llama.file_digests). A prompt that comes before is decoded, counted as
+    `fingerprint_pending`, and its state is stored by the first request after; not that of a window
+    that has moved on, a hybrid, or a recurrent model's blocks, which can't be saved later. A model
+    file that is overwritten in place while it is mapped (llama.cpp's default) changes the loaded
+    weights, and this can't be noticed: replace model files by renaming new ones over them.
+
     Errors: MissingFile, InvalidModel; VocabularyMismatch; ModelClosed after close() or a fork;
             llama_cpp's own otherwise. A cache that fails costs a decode, never an exception.
     Threads: safe. Generations take turns; one whose consumer pauses is put aside for another
@@ -126,6 +135,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     _requires_eval = True
     _is_decoding = False
     _is_embedding = False
+    _has_unsaved = False  # whether states were passed over because the fingerprint was pending
 
     def __init__(
         self,
@@ -148,7 +158,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         path = _checked_model(model_path)
         _check_lora(llama_cpp_kwargs.get("lora_path"))
         self._is_embedding = bool(llama_cpp_kwargs.get("embedding"))
-        # Before the loading: what is replaced meanwhile must not pass for what was loaded.
+        # Before the loading: what is replaced meanwhile must not pass for what was loaded. Hashed
+        # after it: the pages are in memory then.
         self._files = LoadedFiles.at(path, llama_cpp_kwargs.get("lora_path"))
         self._load(path, llama_cpp_kwargs)
         self.last_reuse = Reuse(0, 0, 0, 0.0)
@@ -157,6 +168,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._keeper = None if self._sequence is None else Keeper(self._sequence, self._memory)
         self._uncached = self._why_uncached()
         self._fingerprint = b""
+        if self._files is not None and cache is not None and not self._uncached:
+            self._files.begin()
         self._gate = Gate(self)
         try:
             self.tokenizer_ = self._chosen_tokenizer(tokenizer)
@@ -300,6 +313,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._n_own = min(self._n_own, value) if can_go_back else 0
             self._n_grid = min(self._n_grid, self._n_own)
             self._batches = [start for start in self._batches if start < value]
+            self._has_unsaved &= value > 0
             self._requires_eval |= value < before  # the logits are of a position that is gone
         elif self._is_decoding:
             self._n_own = value if self._n_own == before else self._n_own
@@ -307,6 +321,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             # Somebody else wrote these positions, an image's say. What lay in input_ids there is
             # of an earlier prompt and must not match one.
             self.input_ids[before:value] = UNKNOWN
+
+    def wait_for_fingerprint(self, timeout_s: float | None = None) -> bool:
+        """Wait until the model file is hashed; False if `timeout_s` seconds were too short.
+
+        Prompts that come before are decoded, but neither restored nor stored.
+        """
+        self._require_open()
+        if self._files is None or self._uncached:
+            return True
+        return self._files.wait(timeout_s)
 
     # What uses the context, one at a time
 
@@ -486,6 +510,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if self._is_held_whole(ids):
             self._note_reuse(Reuse(len(ids), len(ids), 0, time.perf_counter() - began))
             return []
+        if self._has_unsaved:  # of the request before; this one may cut it or clear it
+            self.end_generation()
         n_in_context = self._usable_in_context(ids)
         n_held = self._restored(ids, n_in_context) if len(ids) else 0
         n_in_context = min(n_in_context, n_held)
@@ -541,7 +567,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             return n_in_context
         place = self._place()
         if place is None or self._keeper is None:
-            self._refuse(self._why_not_cached() or "context_without_blocks")
+            reason = "fingerprint_pending" if not self._fingerprint else "context_without_blocks"
+            self._refuse(self._why_not_cached() or reason)
             return n_in_context
         if (ids < 0).any():
             self._refuse("unknown_positions")
@@ -554,6 +581,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._n_own = reached if self._n_own >= start else min(self._n_own, reached)
         self._n_grid = reached if self.reproducible else 0
         self._batches.clear()
+        self._has_unsaved = False
         return reached
 
     def _place(self) -> Place | None:
@@ -567,8 +595,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return Place(self.prefix_cache, key, self.scope, self.reproducible, public)
 
     def _key(self) -> bytes:
-        """Return the fingerprint; if there is none, an empty one, and `_uncached` says why."""
+        """Return the fingerprint; an empty one if there is none yet, or `_uncached` says why."""
         if not self._fingerprint and not self._uncached:
+            if self._files is not None and not self._files.begin():
+                return b""
             self._uncached = self._why_no_key()
         return self._fingerprint
 
@@ -599,8 +629,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _save(self, n_tokens: int) -> None:
         place = self._place()
-        if place is not None and self._keeper is not None:
-            self._keeper.save(place, self.input_ids[:n_tokens])
+        if place is None:
+            # Saved by the next request, if the digest is there then and the state still is.
+            self._has_unsaved = self.prefix_cache is not None and not self._why_not_cached()
+        elif self._keeper is not None and self._sequence is not None:
+            is_all_there = not self._has_unsaved or self._sequence.keeps_all()
+            # A tail of a recurrent memory without attention follows no blocks.
+            is_alone = not self._memory.has_attention and n_tokens % self.block_tokens != 0
+            if is_all_there or is_alone:
+                self._keeper.save(place, self.input_ids[:n_tokens])
+            self._has_unsaved &= not is_all_there
 
     def put_aside(self, *, has_started: bool) -> _Aside:
         """Return all that the present generation needs to go on later."""
@@ -685,9 +723,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def close(self) -> None:
         """Save what can be saved and free the model; later calls raise ModelClosed."""
         if self._gate is not None:
-            self._gate.close(super().close)
+            self._gate.close(self._free)
         elif hasattr(self, "_stack"):
             super().close()
+
+    def _free(self) -> None:
+        if self._has_unsaved:
+            self.end_generation()
+        super().close()
+        if self._files is not None:
+            self._files.release()
 
     def __del__(self) -> None:
         # No step can be in progress: it would refer to us. Nothing is saved either: the garbage

@@ -81,6 +81,10 @@ class Sequence:
             return False
         return n_tokens < end and self._has_before(n_tokens, is_cut=True)
 
+    def keeps_all(self) -> bool:
+        """Return whether every position is still there, so that each can be saved now."""
+        return self._kind.has_attention and not self._kind.is_recurrent and self._first() <= 0
+
     def _has_before(self, n_tokens: int, *, is_cut: bool) -> bool:
         """Return whether what position `n_tokens` looks back at is there.
 

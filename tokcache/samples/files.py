@@ -8,17 +8,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokcache._cache_folder import user_cache_folder
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     """Return `folder`, or TOKCACHE_CACHE_DIR, or tokcache's folder in the user's cache; made."""
-    chosen = folder or os.environ.get("TOKCACHE_CACHE_DIR")
-    if not chosen:
-        base = os.environ.get("XDG_CACHE_HOME")
-        chosen = (Path(base) if base else Path.home() / ".cache") / "tokcache"
-    path = Path(chosen)
+    path = Path(folder) if folder else user_cache_folder()
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -87,12 +87,17 @@ def kv_shape(model_path: str, meta: ModelMeta) -> KvShape:
 
 
 def model_identity(model_path: str, meta: ModelMeta) -> tuple[Any, ...]:
-    """Return what tells the served model from another one that takes its place."""
+    """Return what tells the served model from another one that takes its place.
+
+    ctime is part of it: a file can be overwritten in place and get its old mtime back.
+    """
     try:
         stat = Path(model_path).stat() if model_path else None
     except (OSError, ValueError):
         stat = None
-    file = (stat.st_size, stat.st_mtime_ns, stat.st_ino) if stat else ()
+    if stat is None:
+        return (model_path, meta)
+    file = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     return (model_path, meta, file)
 
 

@@ -128,9 +128,10 @@ class KvReader:
             self._manager.trust.refuse("server_away" if is_away else "slots_not_told")
             return _NotSeen(not is_away, str(error))
         props, meta = self._manager.watch.props, self._manager.watch.meta
-        key = (props.model_path if props else "", meta)
+        key = (props, meta)
+        # Read once a start of the server: after the next one the file may hold another model.
         if key not in self._shapes:
-            self._shapes = {key: kv_shape(*key)}
+            self._shapes = {key: kv_shape(props.model_path if props else "", meta)}
         return self._shapes[key], slots
 
     def _bytes(self, shape: KvShape, n_tokens: int) -> tuple[int, str]:

@@ -284,15 +284,17 @@ class DiskTier(Counting):
             os.close(folder)
 
     def _lengths_in(self, folder: int, key: str) -> set[int]:
-        status = os.fstat(folder)
-        stamp = (status.st_ino, status.st_mtime_ns)
+        # Before the listing: what is added during it may change no time any more.
+        status, now = os.fstat(folder), time.time()
+        # ctime: what copies folders (rsync, tar) sets their mtime back.
+        stamp = (status.st_ino, status.st_ctime_ns)
         held = self._listed.get(key)
         if held is not None and held[0] == stamp:
             return held[1]
         positions = {_position(name) for name in os.listdir(folder)}
         positions.discard(-1)
         # A folder's time moves in steps: what comes within one would go unseen.
-        if abs(time.time() - status.st_mtime) > _STEP_S:
+        if abs(now - status.st_ctime) > _STEP_S:
             if len(self._listed) >= _MAX_LISTED:
                 self._listed.clear()
             self._listed[key] = (stamp, positions)

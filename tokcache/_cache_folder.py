@@ -1,0 +1,19 @@
+"""Where tokcache keeps files of its own: made samples, digests of model files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def user_cache_folder() -> Path:
+    """Return TOKCACHE_CACHE_DIR, or tokcache's folder in the user's cache; it may not be there.
+
+    The path is relative if the system does not know the user's home.
+    """
+    chosen = os.environ.get("TOKCACHE_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    import platformdirs  # noqa: PLC0415 (`import tokcache` stays lean)
+
+    return platformdirs.user_cache_path("tokcache", appauthor=False)

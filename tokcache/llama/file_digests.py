@@ -1,0 +1,330 @@
+"""FileDigests: the digests of files that are loaded, computed once and in the background.
+
+1. `begin` takes a file as it was at the loading. If its digest is known, to this process or from an
+   earlier one, a few blocks of the file are compared and the digest is there.
+2. Otherwise a small file is hashed at once, a large one by a daemon thread. Llamas of the same file
+   share the thread. It refers to none of them, and ends early once nobody waits for it.
+3. Before and after the reading the file must have the identity that it had at the loading. What was
+   hashed is then what was loaded.
+4. The digest is remembered unless the file changed so shortly before the hashing that a later
+   change could have left the same times (git's racy rule). It holds for the loaded object all the
+   same, and the next one hashes again.
+
+The digest is SHA-256. A fast checksum (xxhash, CRC) is not enough: two files with equal ones can be
+made on purpose, and whoever offers a model file for download could so have its states taken for
+another model's, also by other hosts that share a Redis. Of hashlib's functions it is the fastest on
+CPUs with SHA instructions. It must be the same function on every host, or none could share.
+
+A file that is overwritten in place while llama.cpp has it mapped changes the loaded weights, too.
+Its digest stays that of the file before, and this can't be noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachetools import LRUCache
+
+from tokcache.llama.remembered_digests import (
+    BlockDigest,
+    FileDigest,
+    FileIdentity,
+    RememberedDigests,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_log = logging.getLogger("tokcache")
+
+# Up to this size a file is hashed by the caller: that takes 20 to 60 ms, less than the loading.
+SMALL_BYTES = 16 << 20
+_READ_BYTES = 1 << 20
+_N_BLOCKS, _BLOCK_BYTES = 16, 4096
+_MAX_KNOWN = 256
+_SECOND_NS = 10**9
+# The times of a file move in steps: 4 ms here, a second on ext3 and old NFS servers. The rest is
+# for the clock of a file server that differs from ours.
+_RACY_NS = 2 * _SECOND_NS
+_PAUSE_S = 0.05
+_N_AT_ONCE = 2  # the parts of a model are many files, and generations need the cores, too
+_THREAD = "tokcache-digest"
+
+
+class FileChanged(OSError):
+    """A file on disk is no longer the one that was loaded, so its digest would be another's."""
+
+
+class Hashing:
+    """The digest of one file, there already or still being computed.
+
+    Threads: safe.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._is_done = threading.Event()
+        self._digest = b""
+        self._error: OSError | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the digest is there, or it is known why it can't be."""
+        return self._is_done.is_set()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the thread that computes it stayed behind in the parent of a fork."""
+        return not self.is_done and self._pid != os.getpid()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the digest is there or has failed; False if `timeout_s` went by before."""
+        return self._is_done.wait(timeout_s)
+
+    def result(self) -> bytes:
+        """Return the digest; waits for it.
+
+        Errors: FileChanged; OSError for a file that could not be read.
+        """
+        self._is_done.wait()
+        if self._error is not None:
+            raise type(self._error)(*self._error.args) from self._error
+        return self._digest
+
+    def finish(self, digest: bytes) -> None:
+        """Set the digest."""
+        self._digest = digest
+        self._is_done.set()
+
+    def fail(self, error: OSError) -> None:
+        """Set the reason why there is no digest."""
+        self._error = error
+        self._is_done.set()
+
+
+class FileDigests:
+    """Digests of files, by what a stat shows of them.
+
+    Errors:  none from `begin`; a Hashing that failed raises its own.
+    Threads: safe; after a fork the child hashes for itself.
+    """
+
+    def __init__(self, remembered: RememberedDigests) -> None:
+        self._remembered = remembered
+        self._known: LRUCache[FileIdentity, FileDigest] = LRUCache(_MAX_KNOWN)
+        self.start_without_threads()
+
+    def start_without_threads(self) -> None:
+        """Begin with no hashing in progress; in the child of a fork, too."""
+        self._lock = threading.Lock()
+        self._running: weakref.WeakValueDictionary[FileIdentity, Hashing] = (
+            weakref.WeakValueDictionary()
+        )
+        self._may_run = threading.Event()
+        self._may_run.set()
+        self._turns = threading.Semaphore(_N_AT_ONCE)
+        self._remembered.start_without_threads()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep threads from reading on, for as long as a start must not share the disk with them.
+
+        Digests that are known, and small files, are not held up.
+        """
+        self._may_run.clear()
+        try:
+            yield
+        finally:
+            self._may_run.set()
+
+    def begin(self, path: str, identity: FileIdentity) -> Hashing:
+        """Return the digest of a file that was loaded from `path`, there or on its way.
+
+        Cost: 16 reads of 4 KiB if it is known; the whole file if it is small; else a thread.
+        """
+        with self._lock:
+            running = self._running.get(identity)
+        if running is not None:
+            return running
+        hashing = Hashing()
+        try:
+            found = self._recall(path, identity)
+            if found is None and identity.n_bytes <= SMALL_BYTES:
+                found = self._hash(path, identity, lambda: True)
+        except OSError as error:
+            hashing.fail(error)
+            return hashing
+        if found is None:
+            return self._begin_thread(path, identity, hashing)
+        hashing.finish(found.digest)
+        return hashing
+
+    def _recall(self, path: str, identity: FileIdentity) -> FileDigest | None:
+        """Return a digest that is known of this file, if its blocks are still the same.
+
+        Errors: FileChanged; OSError.
+        """
+        with self._lock:
+            found = self._known.get(identity)
+        if found is None and identity.n_bytes > SMALL_BYTES:
+            found = self._remembered.find(identity)
+        if found is None:
+            return None
+        with Path(path).open("rb", buffering=0) as file:
+            _require_same(path, file.fileno(), identity)
+            is_same = all(_is_same(file.fileno(), block) for block in found.blocks)
+        with self._lock:
+            if is_same:
+                self._known[identity] = found
+                return found
+            self._known.pop(identity, None)
+        _log.warning("%s is another file than before, with the same times; hashed again", path)
+        self._remembered.refuse("blocks_differ")
+        self._remembered.forget(identity)
+        return None
+
+    def _begin_thread(self, path: str, identity: FileIdentity, hashing: Hashing) -> Hashing:
+        with self._lock:
+            running = self._running.get(identity)
+            if running is not None:
+                return running
+            # If the file may change in between unseen, a Llama made later must hash for itself.
+            if _is_settled(identity):
+                self._running[identity] = hashing
+        arguments = (path, identity, weakref.ref(hashing))
+        thread = threading.Thread(target=self._run, args=arguments, name=_THREAD, daemon=True)
+        _log.info("%s (%d bytes) is hashed in the background", path, identity.n_bytes)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads: the caller waits
+            self._run(*arguments)
+        return hashing
+
+    def _run(self, path: str, identity: FileIdentity, reference: weakref.ref[Hashing]) -> None:
+        """Hash a file in a thread, as long as somebody waits for it."""
+        found: FileDigest | None = None
+        failure: OSError | None = None
+        try:
+            if self._takes_turn(reference):
+                try:
+                    found = self._hash(path, identity, lambda: self._goes_on(reference))
+                finally:
+                    self._turns.release()
+        except OSError as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001  (nobody may wait for ever)
+            failure = OSError(f"{path} could not be hashed: {error!r}")
+        with self._lock:
+            if self._running.get(identity) is reference():
+                self._running.pop(identity, None)
+        hashing = reference()
+        if hashing is not None and found is not None:
+            hashing.finish(found.digest)
+        elif hashing is not None and failure is not None:
+            hashing.fail(failure)
+
+    def _takes_turn(self, reference: weakref.ref[Hashing]) -> bool:
+        while not self._turns.acquire(timeout=_PAUSE_S):
+            if reference() is None:
+                return False
+        return True
+
+    def _goes_on(self, reference: weakref.ref[Hashing]) -> bool:
+        while reference() is not None and not self._may_run.wait(_PAUSE_S):
+            pass
+        return reference() is not None
+
+    def _hash(
+        self, path: str, identity: FileIdentity, goes_on: Callable[[], bool]
+    ) -> FileDigest | None:
+        is_settled = _is_settled(identity)  # before the first byte is read
+        found = _read_digest(path, identity, goes_on)
+        if found is not None and is_settled:
+            with self._lock:
+                self._known[identity] = found
+            if identity.n_bytes > SMALL_BYTES:
+                self._remembered.keep(found)
+        return found
+
+
+def _is_settled(identity: FileIdentity) -> bool:
+    """Return whether a change from now on will show in the file's times.
+
+    A ctime in the future is of a clock that was set back. One in whole seconds is of a file system
+    that keeps no finer ones, or none at all: images and FAT give mtime for it, which anybody sets.
+    """
+    if identity.ctime_ns % _SECOND_NS == 0:
+        return False
+    return max(identity.ctime_ns, identity.mtime_ns) <= time.time_ns() - _RACY_NS
+
+
+def _read_digest(
+    path: str, identity: FileIdentity, goes_on: Callable[[], bool]
+) -> FileDigest | None:
+    """Return the digest of a file, None if it was not wanted to the end.
+
+    Errors: FileChanged; OSError.
+    """
+    state = hashlib.sha256()
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with Path(path).open("rb", buffering=0) as file:
+        _require_same(path, file.fileno(), identity)
+        while goes_on():
+            n_read = file.readinto(buffer)
+            if not n_read:
+                break
+            state.update(buffer[:n_read])
+        else:
+            return None
+        blocks = tuple(_block(file.fileno(), start) for start in _chosen(identity.n_bytes))
+        _require_same(path, file.fileno(), identity)
+    return FileDigest(identity, state.digest(), blocks)
+
+
+def file_identity(path: str) -> FileIdentity:
+    """Return what tells the file at `path` from others.
+
+    The file is opened: network file systems ask their server again only then.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return FileIdentity.of(os.fstat(fd))
+    finally:
+        os.close(fd)
+
+
+def _require_same(path: str, fd: int, identity: FileIdentity) -> None:
+    if not identity == FileIdentity.of(os.fstat(fd)) == file_identity(path):
+        raise FileChanged(f"{path} was changed or replaced after it was loaded")
+
+
+def _chosen(n_bytes: int) -> Iterator[int]:
+    """Yield where blocks begin: one in each sixteenth of the file, where nobody can foresee."""
+    step = max(n_bytes // _N_BLOCKS, _BLOCK_BYTES)
+    for start in range(0, n_bytes, step):
+        yield start + secrets.randbelow(max(min(step, n_bytes - start) - _BLOCK_BYTES, 0) + 1)
+
+
+def _block(fd: int, offset: int) -> BlockDigest:
+    data = os.pread(fd, _BLOCK_BYTES, offset)
+    return BlockDigest(offset, len(data), hashlib.sha256(data).digest())
+
+
+def _is_same(fd: int, block: BlockDigest) -> bool:
+    data = os.pread(fd, block.n_bytes, block.offset)
+    return hmac.compare_digest(hashlib.sha256(data).digest(), block.digest)
+
+
+DIGESTS = FileDigests(RememberedDigests())
+"""The process's own: every Llama takes its digests from it."""
+os.register_at_fork(after_in_child=DIGESTS.start_without_threads)
