@@ -16,6 +16,7 @@ from tokcache.llama.server.model import KvShape, kv_shape
 from tokcache.llama.server.results import ModelMeta, SlotFile
 from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common, space_of
 from tokcache.llama.server.table import Condition, SlotTable, Wish
+from tokcache.llama.server.trust import KINDS, WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -86,7 +87,7 @@ def test_the_longest_usable_file_is_found(
             check(on)
     for space, prompt, is_whole_only in asked:
         ids = TokenIds(prompt)
-        found = on.find(space, ids, is_whole_only=is_whole_only)
+        found = on.find(space, ids, frozenset({WHOLE}) if is_whole_only else KINDS)
         usable = [0]
         for file in on:
             n_same = min(n_common(file.tokens, ids), len(ids) - 1)
@@ -149,7 +150,7 @@ def table(n_slots: int) -> SlotTable:
 
 
 def wish(tokens: Iterable[int], space: bytes = A) -> Wish:
-    return Wish(space, TokenIds(tokens), None, False, False, True)
+    return Wish(space, TokenIds(tokens), None, KINDS)
 
 
 def test_a_slot_goes_to_whoever_waits_longest() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -18,7 +19,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tokcache.llama.server.trust import ANSWER, PROMPT, WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,12 +33,17 @@ _SWEEP_EVERY_S = 60.0
 _DIGEST_BYTES = 20
 _SCOPE_BYTES = 16
 _PREFIX = "tokcache-"
+# What requests without adapters of their own use: those that the server was started with.
+NO_ADAPTERS = b"null"
+_MAX_SCALE = 1e30  # an int beyond the range of floats is left as it is
 _NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{2 * _DIGEST_BYTES}}}\.bin")
 
 
 @dataclass(eq=False, slots=True)
 class SavedSlot:
     """One file.
+
+    `is_whole_only`: the server that wrote it left out what it needs to use a part of it.
 
     Units: `n_saved` tokens in it, of which `tokens` are known, the first `n_prompt` a prompt's.
     """
@@ -51,16 +59,17 @@ class SavedSlot:
     n_uses: int = 0
     is_pinned: bool = False
     n_readers: int = 0
+    is_whole_only: bool = False
     chain: tuple[bytes, ...] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file and how many of a prompt's first tokens it holds. `is_whole`: all of the file's."""
+    """A file and how many of a prompt's first tokens it holds. `kind`: how the prompt continues."""
 
     file: SavedSlot
     n_tokens: int
-    is_whole: bool
+    kind: str
 
 
 def n_common(one: TokenIds, other: TokenIds) -> int:
@@ -112,8 +121,10 @@ class Shelf:
         """Bytes of those."""
         return sum(self._stale.values())
 
-    def find(self, space: bytes, prompt: TokenIds, *, is_whole_only: bool) -> Found | None:
+    def find(self, space: bytes, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
         """Return the file that holds the most of `prompt`; the last token is always decoded.
+
+        `kinds`: how prompts may continue a file.
 
         Cost: the prompt's length, and the files that share as much of it as the best one.
         """
@@ -124,8 +135,8 @@ class Shelf:
             for file in self._by_chain.get(link, ()):
                 if file.name not in seen:
                     seen.add(file.name)
-                    best = _better(best, _match(file, prompt, is_whole_only=is_whole_only))
-            if best is not None and not is_whole_only:
+                    best = _better(best, _match(file, prompt, kinds))
+            if best is not None:
                 break  # files found at an earlier link share less
         return best
 
@@ -144,7 +155,11 @@ class Shelf:
         chain = self._chain(space, tokens)
         return any(
             _is_prefix(tokens, file.tokens)
-            and (file.n_saved == n_held if is_whole_only else file.n_saved >= n_held)
+            and (
+                file.n_saved == n_held
+                if is_whole_only
+                else file.n_saved >= n_held and not file.is_whole_only
+            )
             for file in (self._by_chain.get(chain[-1], ()) if chain else ())
         )
 
@@ -213,10 +228,16 @@ class Shelf:
         self._unlist(file)
         self._remove(file.name, file.n_bytes)
 
-    def clear(self) -> None:
-        """Forget all files, and delete them where that is possible."""
+    def clear(self, adapters: bytes | None = None) -> None:
+        """Forget all files, or those with `adapters`, and delete them where that is possible."""
         for file in list(self):
-            self.drop(file)
+            if adapters is None or adapters_of(file.space) == adapters:
+                self.drop(file)
+
+    def restrict(self, adapters: frozenset[bytes]) -> None:
+        """Note that the files with `adapters` are of use as a whole only."""
+        for file in self:
+            file.is_whole_only |= adapters_of(file.space) in adapters
 
     def abandon(self) -> None:
         """Forget all files without deleting one: they are another process's."""
@@ -361,14 +382,16 @@ class Shelf:
         return links
 
 
-def _match(file: SavedSlot, prompt: TokenIds, *, is_whole_only: bool) -> Found | None:
+def _match(file: SavedSlot, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
     n_same = n_common(file.tokens, prompt)
-    # Tokens of the file that are not known come after the known ones: then it is not whole.
-    is_whole = n_same == len(file.tokens) == file.n_saved
     n_tokens = min(n_same, len(prompt) - 1)
-    if is_whole_only and (not is_whole or n_tokens < n_same):
-        return None
-    return Found(file, n_tokens, is_whole) if n_tokens > 0 else None
+    # Tokens of the file that are not known come after the known ones: then it is not whole.
+    if n_tokens == len(file.tokens) == file.n_saved:
+        kind = WHOLE
+    else:
+        kind = ANSWER if n_same >= file.n_prompt else PROMPT
+    is_usable = kind in kinds and (kind == WHOLE or not file.is_whole_only)
+    return Found(file, n_tokens, kind) if n_tokens > 0 and is_usable else None
 
 
 def _better(one: Found | None, other: Found | None) -> Found | None:
@@ -403,6 +426,33 @@ def scope_of(space: bytes) -> bytes:
     return space[:_SCOPE_BYTES]
 
 
-def space_of(scope: str | None, lora: str = "null") -> bytes:
+def space_of(scope: str | None, lora: Any = None) -> bytes:
     """Return the name of the space that prompts share only among themselves."""
-    return scope_key(scope) + lora.encode()
+    return scope_key(scope) + adapters_key(lora)
+
+
+def adapters_of(space: bytes) -> bytes:
+    """Return the key of a space's adapters."""
+    return space[_SCOPE_BYTES:]
+
+
+def adapters_key(lora: Any) -> bytes:
+    """Return the same key for every way to write the same `lora` setting of a request.
+
+    Source: llama-server reads no adapters and an empty list alike as those it was started with,
+    takes the last scale of an id that comes twice, and 0 for an id that does not come.
+    """
+    if not lora:
+        return NO_ADAPTERS
+    is_list = isinstance(lora, list | tuple)
+    if is_list and all(isinstance(each, dict) and _is_adapter(each) for each in lora):
+        lora = sorted({each["id"]: float(each["scale"]) for each in lora}.items())
+    return json.dumps(lora).encode()
+
+
+def _is_adapter(found: dict[str, Any]) -> bool:
+    number, scale = found.get("id"), found.get("scale")
+    is_number = isinstance(number, int) and not isinstance(number, bool)
+    if not is_number or isinstance(scale, bool) or not isinstance(scale, int | float):
+        return False
+    return abs(scale) < _MAX_SCALE

@@ -54,6 +54,8 @@ class SlotRecord:
     # How often each part of 64 tokens was reused: the report's.
     reuse: list[int] = field(default_factory=list)
     is_saved: bool = True
+    # The adapters of its last request, None if they are not known.
+    adapters: bytes | None = None
     # For whom it works, and whether what it then holds is to be erased.
     user: bytes | None = None
     is_condemned: bool = False
@@ -67,14 +69,16 @@ class SlotRecord:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a request needs of a slot. `is_file_only`: live contents are not good enough."""
+    """What a request needs of a slot.
+
+    `kinds`: how it may continue a saved slot; `is_file_only`: live contents are not good enough.
+    """
 
     space: bytes
     prompt: TokenIds
     conversation: tuple[bytes, str] | None
-    is_whole_only: bool
-    is_file_only: bool
-    may_restore: bool
+    kinds: frozenset[str]
+    is_file_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,7 @@ class SlotTable:
             self.epoch += 1
             for slot in self.slots.values():
                 slot.forget()
+                slot.adapters = None
 
     def condemn(self, scope: bytes) -> list[SlotRecord]:
         """Return the slots that hold a scope's prompts; what runs there is erased at its end."""
@@ -257,9 +262,7 @@ class SlotTable:
         return Start(slot, n_live, found)
 
     def _found(self, wish: Wish) -> Found | None:
-        if not wish.may_restore:
-            return None
-        return self.shelf.find(wish.space, wish.prompt, is_whole_only=wish.is_whole_only)
+        return self.shelf.find(wish.space, wish.prompt, wish.kinds) if wish.kinds else None
 
     def _live(
         self, wish: Wish, slots: Iterable[SlotRecord], condition: Condition = Condition.FREE
