@@ -374,7 +374,7 @@ def test_the_state_of_a_sequence_does_not_grow_with_its_tokens(
 ) -> None:
     model = samples.tiny_model(architecture=architecture)
     with (
-        serve(tmp_path, n_slots=1, model=model) as running,
+        serve(tmp_path, n_slots=1, model=model, n_ctx_checkpoints=0) as running,
         client(running, slot_folder=tmp_path) as server,
     ):
         complete(server, prompt(1, 400))

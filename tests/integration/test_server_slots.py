@@ -284,7 +284,7 @@ def test_restores_that_bring_nothing_end_and_it_is_said_once(
     model = samples.tiny_model(architecture=architecture)
     shared = prompt(1, 300)
     with (
-        serve(tmp_path, n_slots=1, model=model) as running,
+        serve(tmp_path, n_slots=1, model=model, n_ctx_checkpoints=0) as running,
         client(running, slot_folder=tmp_path) as server,
         caplog.at_level(logging.WARNING),
     ):

@@ -28,6 +28,7 @@ from tokcache.errors import (
     ServerUnreachable,
 )
 from tokcache.llama.server import calls
+from tokcache.llama.server.checkpoints import ALL, gap_after
 from tokcache.llama.server.model import probe_tokens
 from tokcache.llama.server.results import Reused, ReuseStats
 from tokcache.llama.server.saver import Saver
@@ -236,6 +237,8 @@ class SlotManager(Forkable):
         if is_known:
             slot.space, slot.conversation = job.wish.space, job.wish.conversation
             slot.tokens, slot.n_prompt = _joined(job.prompt, job.received), len(job.prompt)
+            # How much the server used it would have told at the end.
+            slot.gap = ALL if job.n_promised and self.trust.went_back else slot.gap
         self._saver.in_background(slot, self._saver.settle(slot, is_known=is_known))
 
     # -- before the completion ----------------------------------------------------------------
@@ -389,6 +392,7 @@ class SlotManager(Forkable):
             self._shelf.touch(found.file)
             slot.space, slot.tokens = found.file.space, found.file.tokens
             slot.n_held, slot.n_prompt = found.file.n_saved, found.file.n_prompt
+            slot.gap = found.file.gap
 
     def _stage(self, job: Job, slot: SlotRecord) -> Steps[None]:
         """Decode a prompt's whole blocks alone and save them: no bit depends on what follows.
@@ -428,6 +432,7 @@ class SlotManager(Forkable):
         self.trust.count("hit", int(n_used > 0))
 
     def _verify(self, job: Job, n_used: int) -> None:
+        self.trust.went_back |= 0 < n_used < job.n_promised
         if job.n_restored:
             if self.trust.verify(job.adapters, job.kind, job.n_restored, n_used):
                 with self.table.lock:
@@ -440,10 +445,13 @@ class SlotManager(Forkable):
         n_expected = completion.n_prompt + max(0, completion.n_predicted - 1)
         n_held = n_expected if completion.n_held is None else completion.n_held
         reuse, n_uses = (slot.reuse, slot.n_uses) if n_used else ([], 0)
+        n_promised, n_prompt = job.n_promised, completion.n_prompt
+        gap = gap_after(slot.gap, n_promised=n_promised, n_used=n_used, n_prompt=n_prompt)
         slot.forget()
         if completion.is_truncated and n_held != n_expected:
             return  # the context was shifted: what is held is not what was sent
         slot.space, slot.conversation = job.wish.space, job.wish.conversation
+        slot.gap = gap
         slot.tokens = _joined(job.prompt, completion.token_ids)[:n_held]
         slot.n_prompt = min(len(job.prompt), len(slot.tokens))
         slot.n_held, slot.n_uses = n_held, n_uses + (n_used > 0)

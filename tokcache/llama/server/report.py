@@ -28,7 +28,8 @@ class SlotKv:
     """The KV state of one slot.
 
     `source` says where the bytes come from: "model" (the model file's figures and the K and V
-    types that were given), "measured" (what the last saved slot wrote) or "unknown"; `unknown`
+    types that were given), "measured" (what the last saved slot wrote, with its context
+    checkpoints, each a copy of a window or of a recurrent state) or "unknown"; `unknown`
     why a figure is 0. Units: `n_kv_dim` values a token in all layers, `share` of `n_ctx` held.
     """
 

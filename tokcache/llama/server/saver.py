@@ -94,6 +94,7 @@ class Saver:
                 conversation=slot.conversation[1] if slot.conversation else None,
                 is_pinned=self._table.is_pinned(slot),
                 is_superseding=not self._is_whole_only(slot.space),
+                gap=slot.gap,
             )
 
     def _is_whole_only(self, space: bytes) -> bool:

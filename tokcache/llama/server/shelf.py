@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokcache.llama.server.checkpoints import NO_GAP, Gap
 from tokcache.llama.server.trust import ANSWER, PROMPT, WHOLE
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class SavedSlot:
     is_pinned: bool = False
     n_readers: int = 0
     is_whole_only: bool = False
+    gap: Gap = NO_GAP
     chain: tuple[bytes, ...] = field(default=())
 
 
@@ -158,7 +160,7 @@ class Shelf:
             and (
                 file.n_saved == n_held
                 if is_whole_only
-                else file.n_saved >= n_held and not file.is_whole_only
+                else file.n_saved >= n_held and not file.is_whole_only and not file.gap
             )
             for file in (self._by_chain.get(chain[-1], ()) if chain else ())
         )
@@ -191,6 +193,7 @@ class Shelf:
         conversation: str | None,
         is_pinned: bool,
         is_superseding: bool,
+        gap: Gap = NO_GAP,
     ) -> SavedSlot | None:
         """Note a file that was written; None if it does not fit the budget, and is dropped."""
         replaced = self._files.get(saved.filename)
@@ -207,6 +210,7 @@ class Shelf:
             n_bytes=saved.n_bytes,
             conversation=conversation,
             is_pinned=is_pinned,
+            gap=gap,
             chain=tuple(self._chain(space, tokens)),
         )
         if self.is_folder_reachable is None:
@@ -390,7 +394,8 @@ def _match(file: SavedSlot, prompt: TokenIds, kinds: frozenset[str]) -> Found | 
         kind = WHOLE
     else:
         kind = ANSWER if n_same >= file.n_prompt else PROMPT
-    is_usable = kind in kinds and (kind == WHOLE or not file.is_whole_only)
+    is_usable = kind in kinds and n_tokens not in file.gap
+    is_usable &= kind == WHOLE or not file.is_whole_only
     return Found(file, n_tokens, kind) if n_tokens > 0 and is_usable else None
 
 
@@ -403,6 +408,8 @@ def _better(one: Found | None, other: Found | None) -> Found | None:
 
 
 def _is_replaced(older: SavedSlot, newer: SavedSlot) -> bool:
+    if newer.gap and not older.gap:
+        return False
     is_same = older.conversation is not None and older.conversation == newer.conversation
     n_needed = older.n_prompt if is_same else len(older.tokens)
     return n_common(older.tokens, newer.tokens) >= n_needed

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from tokcache.llama.server.checkpoints import NO_GAP, Gap
 from tokcache.llama.server.settings import PART_TOKENS
 from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common, scope_of
 from tokcache.text.token_ids import TokenIds
@@ -47,6 +48,7 @@ class SlotRecord:
     tokens: TokenIds = field(default_factory=TokenIds)
     n_held: int = 0
     n_prompt: int = 0
+    gap: Gap = NO_GAP
     conversation: tuple[bytes, str] | None = None
     since: float = field(default_factory=time.monotonic)
     used_at: float = 0.0
@@ -63,6 +65,7 @@ class SlotRecord:
     def forget(self) -> None:
         """Note that the slot is empty, or that what it holds is not known."""
         self.space, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
+        self.gap = NO_GAP
         self.conversation, self.reuse, self.n_uses = None, [], 0
         self.since, self.is_saved = time.monotonic(), True
 
@@ -271,7 +274,7 @@ class SlotTable:
         if wish.is_file_only:
             return None
         matches = [
-            (slot, min(n_common(slot.tokens, wish.prompt), len(wish.prompt) - 1))
+            (slot, _n_usable(slot, wish.prompt))
             for slot in slots
             if slot.space == wish.space and slot.condition is condition
         ]
@@ -288,3 +291,10 @@ class SlotTable:
     def _loss(self, slot: SlotRecord) -> tuple[bool, bool, bool, float]:
         is_empty = slot.n_held == 0
         return (not is_empty, self.is_pinned(slot), not slot.is_saved, slot.used_at)
+
+
+def _n_usable(slot: SlotRecord, prompt: TokenIds) -> int:
+    """Return how many first tokens of a prompt need not be decoded in a slot."""
+    n_tokens = min(n_common(slot.tokens, prompt), len(prompt) - 1)
+    # A prompt that goes on where the slot ends goes back to no checkpoint.
+    return 0 if n_tokens < slot.n_held and n_tokens in slot.gap else n_tokens

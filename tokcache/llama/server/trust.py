@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class Trust:
     ) -> None:
         self._url = url
         self._is_strict = is_strict
+        # A part is decoded in other pieces than those that were promised.
+        self._is_enough = operator.le if is_reproducible else is_mostly_used
         self._advice = _WITHOUT_CHECKPOINTS if is_reproducible else _CHECKPOINTS
         self._lock = threading.Lock()
         self.refusals = refusals
@@ -59,6 +62,8 @@ class Trust:
         self.can_save = True
         # What the last save wrote.
         self.saved: SlotFile | None = None
+        # Whether the server was seen to go back to a context checkpoint.
+        self.went_back = False
         self._verdicts: dict[tuple[bytes, str], _Verdict] = {}
 
     def kinds(self, adapters: bytes) -> frozenset[str]:
@@ -80,7 +85,7 @@ class Trust:
     def learn_anew(self) -> None:
         """Forget what holds for one model."""
         with self._lock:
-            self.can_save, self.saved = True, None
+            self.can_save, self.saved, self.went_back = True, None, False
             self._verdicts.clear()
 
     def restart(self) -> frozenset[bytes]:
@@ -122,7 +127,7 @@ class Trust:
         """Compare a restore's tokens with those used; return whether all restoring ends."""
         with self._lock:
             verdict = self._verdicts.setdefault((adapters, kind), _Verdict())
-            if is_mostly_used(n_promised, n_used):
+            if self._is_enough(n_promised, n_used):
                 verdict.n_helped += 1
                 return False
             verdict.n_failed += 1
