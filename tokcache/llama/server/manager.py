@@ -113,16 +113,14 @@ class SlotManager(Forkable):
     ) -> None:
         self._connection = connection
         self.settings = settings
-        self._shelf = _shelf(settings)
-        # The server decodes tokens of several slots in one batch, and so in other pieces.
-        self.table = SlotTable((), self._shelf, is_one_at_a_time=settings.reproducible)
-        is_strict = settings.on_error == "raise"
         self.trust = Trust(
             connection.url,
-            self._shelf.refusals,
-            is_strict=is_strict,
+            is_strict=settings.on_error == "raise",
             is_reproducible=settings.reproducible,
         )
+        self._shelf = _shelf(settings, self.trust)
+        # The server decodes tokens of several slots in one batch, and so in other pieces.
+        self.table = SlotTable((), self._shelf, is_one_at_a_time=settings.reproducible)
         self._saver = Saver(connection, settings, self.table, self._shelf, self.trust)
         self.watch = Watch(settings, self.table, self._shelf, self.trust, check_model)
         self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
@@ -327,6 +325,7 @@ class SlotManager(Forkable):
             job.start = self.table.from_nothing(start)
             self.trust.degrade("server_not_understood", error)
             return job.start
+        self.trust.went_well("server_not_understood")
         if not is_as_recorded:
             job.epoch = self.watch.epoch
             job.start = self.table.again(start, job.wish)
@@ -387,6 +386,7 @@ class SlotManager(Forkable):
             yield from self._saver.erase(slot)
             return
         self.trust.count("restore", seconds=perf_counter() - began)
+        self.trust.went_well("restore_failed")
         job.n_restored, job.kind = found.n_tokens, found.kind
         with self.table.lock:
             self._shelf.touch(found.file)
@@ -439,6 +439,8 @@ class SlotManager(Forkable):
                     self._shelf.clear(job.adapters)
         elif not is_mostly_used(job.n_promised, n_used):
             self.trust.refuse("slot_not_used_by_server")
+        elif job.n_promised:
+            self.trust.went_well("slot_not_used_by_server")
 
     def _record(self, job: Job, completion: Completion, n_used: int) -> None:
         slot = _started(job).slot
@@ -572,13 +574,14 @@ def _require_name(what: str, name: Any) -> str | None:
     raise InvalidConfig(f"{what} must be a str or None, not {name!r} ({type(name).__name__})")
 
 
-def _shelf(settings: SlotSettings) -> Shelf:
+def _shelf(settings: SlotSettings, trust: Trust) -> Shelf:
     step = min(PART_TOKENS, settings.block_tokens) if settings.reproducible else PART_TOKENS
     return Shelf(
         max_bytes=settings.max_bytes,
         max_age_s=settings.max_age_s,
         folder=Path(settings.slot_folder) if settings.slot_folder is not None else None,
         step=step,
+        trust=trust,
     )
 
 

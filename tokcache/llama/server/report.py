@@ -128,6 +128,7 @@ class KvReader:
             is_away = isinstance(error, ServerUnreachable | ServerTimeout)
             self._manager.trust.refuse("server_away" if is_away else "slots_not_told")
             return _NotSeen(not is_away, str(error))
+        self._manager.trust.went_well("slots_not_told")
         props, meta = self._manager.watch.props, self._manager.watch.meta
         key = (props.model_path if props else "", meta)
         if key not in self._shapes:

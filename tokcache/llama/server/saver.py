@@ -76,6 +76,7 @@ class Saver:
             slot.forget()
             return
         self._trust.count("save", seconds=perf_counter() - began)
+        self._trust.went_well("save_failed", "no_slot_save_path", "slot_changed_by_others")
         self._keep(slot, saved)
 
     def _keep(self, slot: SlotRecord, saved: SlotFile) -> None:
@@ -124,6 +125,7 @@ class Saver:
         try:
             yield calls.erase_slot(slot.id)
             self._trust.count("erase")
+            self._trust.went_well("erase_failed")
         except ServerUnreachable:
             raise
         except ServerError as error:

@@ -16,7 +16,6 @@ import os
 import re
 import secrets
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tokcache.llama.server.results import SlotFile
+    from tokcache.llama.server.trust import Trust
     from tokcache.text.token_ids import TokenIds
 
 _SWEEP_EVERY_S = 60.0
@@ -87,10 +87,20 @@ class Shelf:
 
     Units: `max_bytes` of all files; `max_age_s` since a file was last used; prefixes are looked
            up in steps of `step` tokens, shorter ones are not found.
+    `trust` counts why a file was not kept or not deleted.
+
     Threads: not safe; the slot manager's lock is around it.
     """
 
-    def __init__(self, *, max_bytes: int, max_age_s: float, folder: Path | None, step: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        max_age_s: float,
+        folder: Path | None,
+        step: int,
+        trust: Trust,
+    ) -> None:
         self._step = step
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
@@ -105,7 +115,7 @@ class Shelf:
         self.is_folder_reachable: bool | None = None
         self.n_bytes = 0
         self.n_evictions = 0
-        self.refusals: Counter[str] = Counter()
+        self._trust = trust
 
     def __len__(self) -> int:
         return len(self._files)
@@ -220,9 +230,10 @@ class Shelf:
         fits = self.make_room(file.n_bytes)
         self._list(file)
         if not fits:
-            self.refusals["file_over_budget"] += 1
+            self._trust.refuse("file_over_budget")
             self.drop(file)
             return None
+        self._trust.went_well("file_over_budget")
         return file
 
     def drop(self, file: SavedSlot) -> None:
@@ -312,7 +323,9 @@ class Shelf:
                     with contextlib.suppress(FileNotFoundError):  # its owner was faster
                         found.append((entry.name, entry.stat()))
         except OSError:
-            self.refusals["folder_not_readable"] += 1
+            self._trust.refuse("folder_not_readable")
+        else:
+            self._trust.went_well("folder_not_readable")
         return found
 
     def _unlink_left(self, name: str) -> None:
@@ -322,7 +335,9 @@ class Shelf:
         try:
             (self._folder / name).unlink(missing_ok=True)
         except OSError:
-            self.refusals["file_not_deleted"] += 1
+            self._trust.refuse("file_not_deleted")
+        else:
+            self._trust.went_well("file_not_deleted")
 
     def _list(self, file: SavedSlot) -> None:
         self._files[file.name] = file
@@ -344,8 +359,9 @@ class Shelf:
             try:
                 (self._folder / name).unlink(missing_ok=True)
             except OSError:
-                self.refusals["file_not_deleted"] += 1
+                self._trust.refuse("file_not_deleted")
             else:
+                self._trust.went_well("file_not_deleted")
                 return
         self._stale[name] = max(n_bytes, self._stale.get(name, 0))
 

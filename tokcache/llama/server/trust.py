@@ -34,6 +34,50 @@ _WITHOUT_CHECKPOINTS = (
     " llama-server's context checkpoints (--ctx-checkpoints 32), and those change in which pieces"
     " it decodes, so that texts are not reproducible; tokcache.llama.Llama has both"
 )
+# Refusals that someone can cure: what happens, and how it ends. Each is logged when it begins, and
+# when it is over; the counters have every one.
+_IDLE_SLOTS = (
+    "send no other requests to these slots, and start llama-server with --no-cache-idle-slots: with"
+    " a unified KV cache it empties the idle slots at every request"
+)
+CURES = {
+    "slot_not_used_by_server": (
+        "the server decoded again what a slot should hold",
+        f"{_IDLE_SLOTS}; {_CHECKPOINTS}",
+    ),
+    "slot_changed_by_others": ("a slot held other tokens than were sent", _IDLE_SLOTS),
+    "no_slot_save_path": (
+        "slots are reused, but not saved",
+        "start llama-server with --slot-save-path FOLDER",
+    ),
+    "save_failed": (
+        "a slot could not be saved",
+        "the server must be able to write to its --slot-save-path, and the disk must have room",
+    ),
+    "restore_failed": (
+        "a saved slot could not be restored",
+        "start llama-server with the options of the one that saved it, and leave its files alone",
+    ),
+    "erase_failed": ("a slot could not be erased", "the server's log says why"),
+    "server_not_understood": (
+        "its answers are not those of a llama-server; prompts are served without reuse",
+        "the url must be a llama-server's own, of 2024 or later",
+    ),
+    "slots_not_told": ("the slots can't be listed", "start llama-server without --no-slots"),
+    "file_over_budget": (
+        "a saved slot is larger than all files may be, or than what pinned ones leave",
+        "raise max_bytes of SlotSettings, or unpin conversations",
+    ),
+    "file_not_deleted": (
+        "a file in slot_folder could not be deleted",
+        "this process must be able to write to the folder",
+    ),
+    "folder_not_readable": (
+        "slot_folder could not be read",
+        "it must be the server's --slot-save-path, and readable for this process",
+    ),
+}
+_N_GOOD_AGAIN = 8  # in a row: what fails now and then is one state, not many
 
 
 class Trust:
@@ -47,16 +91,14 @@ class Trust:
     Threads: safe.
     """
 
-    def __init__(
-        self, url: str, refusals: Counter[str], *, is_strict: bool, is_reproducible: bool = False
-    ) -> None:
+    def __init__(self, url: str, *, is_strict: bool, is_reproducible: bool = False) -> None:
         self._url = url
         self._is_strict = is_strict
         # A part is decoded in other pieces than those that were promised.
         self._is_enough = operator.le if is_reproducible else is_mostly_used
         self._advice = _WITHOUT_CHECKPOINTS if is_reproducible else _CHECKPOINTS
         self._lock = threading.Lock()
-        self.refusals = refusals
+        self.refusals: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self.can_save = True
@@ -65,6 +107,8 @@ class Trust:
         # Whether the server was seen to go back to a context checkpoint.
         self.went_back = False
         self._verdicts: dict[tuple[bytes, str], _Verdict] = {}
+        # Refusals that go on, with how often it went well since the last one.
+        self._ongoing: dict[str, int] = {}
 
     def kinds(self, adapters: bytes) -> frozenset[str]:
         """Return for which prompts slots saved with `adapters` are restored; empty: for none."""
@@ -107,19 +151,40 @@ class Trust:
             if what in self.seconds:
                 self.seconds[what] += seconds
 
-    def refuse(self, reason: str, n: int = 1) -> None:
-        """Count something that was not done."""
-        if n:
-            with self._lock:
-                self.refusals[reason] += n
+    def refuse(self, reason: str, n: int = 1, error: ServerError | None = None) -> None:
+        """Count something that was not done; log it if that is new and can be cured."""
+        if not n:
+            return
+        with self._lock:
+            self.refusals[reason] += n
+            is_new = reason in CURES and reason not in self._ongoing
+            if reason in CURES:
+                self._ongoing[reason] = 0
+        if is_new:
+            what, cure = CURES[reason]
+            found = f" ({error})" if error else ""
+            _log.warning("%s: %s%s; %s [%s]", self._url, what, found, cure, reason)
+
+    def went_well(self, *reasons: str) -> None:
+        """Note that something was done that is refused for `reasons` at other times."""
+        if not self._ongoing:
+            return
+        over = []
+        with self._lock:
+            for reason in self._ongoing.keys() & set(reasons):
+                self._ongoing[reason] += 1
+                if self._ongoing[reason] >= _N_GOOD_AGAIN:
+                    del self._ongoing[reason]
+                    over.append(reason)
+        for reason in over:
+            _log.info("%s: over: %s [%s]", self._url, CURES[reason][0], reason)
 
     def degrade(self, reason: str, error: ServerError) -> None:
         """Count an error and go on without reuse, unless errors are to be raised."""
         if isinstance(error, ServerUnsupported) and self.can_save and "/slots/" in str(error):
             self.can_save = False
             reason = "no_slot_save_path"
-            _log.warning("%s; slots are reused, but not saved", error)
-        self.refuse(reason)
+        self.refuse(reason, error=error)
         if self._is_strict:
             raise error
 
