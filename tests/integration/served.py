@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +21,7 @@ from tokcache.llama.server import Completion, LlamaServer, SlotSettings
 from tokcache.llama.server_process import ServerProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 BLOCK = 64
@@ -51,6 +55,49 @@ def serve(folder: Path, *, port: int = 0, n_slots: int = 2, **settings: Any) -> 
         slot_folder=folder,
         overrides=settings,
     )
+
+
+# xllamacpp's own process: ServerProcess takes plain values, and an adapter is an object.
+_WITH_ADAPTER = """
+import sys, xllamacpp
+model, adapter, folder, port = sys.argv[1:]
+params = xllamacpp.CommonParams()
+params.model.path, params.hostnames, params.port = model, ["127.0.0.1"], int(port)
+params.n_ctx, params.n_parallel, params.kv_unified = 2048, 2, False
+params.n_batch, params.n_ubatch = 64, 64
+params.slot_save_path = folder and folder + "/"
+params.endpoint_slots, params.cache_ram_mib = True, 0
+params.fit_params, params.cache_idle_slots = False, False
+params.ui, params.cpuparams.n_threads = False, 1
+lora = xllamacpp.CommonAdapterLoraInfo()
+lora.path, lora.scale = adapter, 1.0
+params.lora_adapters = [lora]
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def serve_with_adapter(
+    folder: Path | str, model: Path | None = None, port: int = 0
+) -> Iterator[str]:
+    """Serve a model with one LoRA adapter at scale 1 on two slots; yield the server's address."""
+    model = model or samples.tiny_model()
+    command = [sys.executable, "-c", _WITH_ADAPTER, str(model), str(samples.tiny_lora(model))]
+    with subprocess.Popen(  # noqa: S603 (fixed words)
+        [*command, str(folder), str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        if process.stdin is None or process.stdout is None:  # both are pipes; for the type checker
+            raise RuntimeError("no pipes")
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
 
 
 def port_of(process: ServerProcess) -> int:

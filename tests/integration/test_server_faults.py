@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -22,7 +20,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from tests.integration.pretended import PROPS, Pretender, answer, pretend
-from tests.integration.served import N_PREDICT, Wrapped, client, port_of, prompt, serve, uncached
+from tests.integration.served import (
+    N_PREDICT,
+    Wrapped,
+    client,
+    port_of,
+    prompt,
+    serve,
+    serve_with_adapter,
+    uncached,
+)
 from tokcache import samples
 from tokcache.errors import (
     InvalidAnswer,
@@ -68,54 +75,24 @@ def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
 
 # -- another model behind the same words ----------------------------------------------------------
 
-WITH_ADAPTER = """
-import sys, xllamacpp
-model, adapter, folder = sys.argv[1:]
-params = xllamacpp.CommonParams()
-params.model.path, params.hostnames, params.port = model, ["127.0.0.1"], 0
-params.n_ctx, params.n_parallel, params.kv_unified = 2048, 2, False
-params.slot_save_path, params.endpoint_slots, params.cache_ram_mib = folder + "/", True, 0
-params.fit_params, params.n_ctx_checkpoints, params.cache_idle_slots = False, 0, False
-params.ui, params.cpuparams.n_threads = False, 1
-lora = xllamacpp.CommonAdapterLoraInfo()
-lora.path, lora.scale = adapter, 1.0
-params.lora_adapters = [lora]
-server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
-sys.stdin.read()
-"""
-
 
 def test_an_adapter_that_is_scaled_while_the_server_runs_is_another_model(tmp_path: Path) -> None:
     import httpx  # noqa: PLC0415 (an extra)
 
-    model = samples.tiny_model()
-    command = [sys.executable, "-c", WITH_ADAPTER, str(model), str(samples.tiny_lora(model))]
-    with subprocess.Popen(  # noqa: S603 (fixed words)
-        [*command, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
-        with LlamaServer(address) as server:
-            tokens = prompt(1, 300)
-            with_adapter = complete(server, tokens).completion
-            running = server.stream(prompt(2, 200), n_predict=30)
-            next(running)
-            httpx.post(f"{address}/lora-adapters", json=[{"id": 0, "scale": 0.0}])
-            found = complete(server, tokens)
-            list(running)  # begun with the one, ended with the other
-            assert complete(server, prompt(2, 200)).n_restored == 0
-            right = uncached(server, tokens)
-            assert (found.n_live, found.n_restored) == (0, 0)
-            assert found.completion.token_ids == right.token_ids != with_adapter.token_ids
-            assert server.reuse_stats().restarts == 0
-            assert complete(server, tokens).completion.n_cached == 299
-        assert process.stdin is not None
-        process.stdin.close()
+    with serve_with_adapter(tmp_path) as address, LlamaServer(address) as server:
+        tokens = prompt(1, 300)
+        with_adapter = complete(server, tokens).completion
+        running = server.stream(prompt(2, 200), n_predict=30)
+        next(running)
+        httpx.post(f"{address}/lora-adapters", json=[{"id": 0, "scale": 0.0}])
+        found = complete(server, tokens)
+        list(running)  # begun with the one, ended with the other
+        assert complete(server, prompt(2, 200)).n_restored == 0
+        right = uncached(server, tokens)
+        assert (found.n_live, found.n_restored) == (0, 0)
+        assert found.completion.token_ids == right.token_ids != with_adapter.token_ids
+        assert server.reuse_stats().restarts == 0
+        assert complete(server, tokens).completion.n_cached == 299
 
 
 def test_files_of_a_start_with_another_rope_base_are_not_restored(tmp_path: Path) -> None:
@@ -397,7 +374,7 @@ def test_the_state_of_a_sequence_does_not_grow_with_its_tokens(
 ) -> None:
     model = samples.tiny_model(architecture=architecture)
     with (
-        serve(tmp_path, n_slots=1, model=model) as running,
+        serve(tmp_path, n_slots=1, model=model, n_ctx_checkpoints=0) as running,
         client(running, slot_folder=tmp_path) as server,
     ):
         complete(server, prompt(1, 400))

@@ -16,6 +16,7 @@ from tokcache.llama.server.model import KvShape, kv_shape
 from tokcache.llama.server.results import ModelMeta, SlotFile
 from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common, space_of
 from tokcache.llama.server.table import Condition, SlotTable, Wish
+from tokcache.llama.server.trust import KINDS, WHOLE, Trust
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,7 +26,13 @@ A, B = space_of("a"), space_of("b")
 
 
 def shelf(folder: Path | None = None, max_bytes: int = 10_000) -> Shelf:
-    return Shelf(max_bytes=max_bytes, max_age_s=1000.0, folder=folder, step=STEP)
+    return Shelf(
+        max_bytes=max_bytes,
+        max_age_s=1000.0,
+        folder=folder,
+        step=STEP,
+        trust=Trust("http://127.0.0.1:9", is_strict=False),
+    )
 
 
 def add(
@@ -86,7 +93,7 @@ def test_the_longest_usable_file_is_found(
             check(on)
     for space, prompt, is_whole_only in asked:
         ids = TokenIds(prompt)
-        found = on.find(space, ids, is_whole_only=is_whole_only)
+        found = on.find(space, ids, frozenset({WHOLE}) if is_whole_only else KINDS)
         usable = [0]
         for file in on:
             n_same = min(n_common(file.tokens, ids), len(ids) - 1)
@@ -124,7 +131,7 @@ def test_what_is_read_or_pinned_stays(tmp_path: Path) -> None:
     read.n_readers, pinned.is_pinned = 1, True
     assert not on.make_room(200)
     assert add(on, A, range(30, 50), folder=tmp_path) is None
-    assert on.refusals == {"file_over_budget": 1}
+    assert on._trust.refusals == {"file_over_budget": 1}
     assert {file.name for file in tmp_path.iterdir()} == {read.name, pinned.name}
     read.n_readers = 0
     assert on.make_room(200)
@@ -149,7 +156,7 @@ def table(n_slots: int) -> SlotTable:
 
 
 def wish(tokens: Iterable[int], space: bytes = A) -> Wish:
-    return Wish(space, TokenIds(tokens), None, False, False, True)
+    return Wish(space, TokenIds(tokens), None, KINDS)
 
 
 def test_a_slot_goes_to_whoever_waits_longest() -> None:

@@ -275,9 +275,8 @@ def test_without_a_slot_save_path_slots_are_reused_and_it_is_said_once(
             next(pieces)
             pieces.close()  # type: ignore[attr-defined]
             assert is_idle(server)
-        assert [record for record in caplog.messages if "--slot-save-path" in record] == [
-            caplog.messages[0]
-        ]
+        (message,) = caplog.messages
+        assert "start llama-server with --slot-save-path" in message
         with (
             client(running, on_error="raise", save_when="overwritten", slot_ids=(0,)) as strict,
         ):
@@ -293,7 +292,7 @@ def test_restores_that_bring_nothing_end_and_it_is_said_once(
     model = samples.tiny_model(architecture=architecture)
     shared = prompt(1, 300)
     with (
-        serve(tmp_path, n_slots=1, model=model) as running,
+        serve(tmp_path, n_slots=1, model=model, n_ctx_checkpoints=0) as running,
         client(running, slot_folder=tmp_path) as server,
         caplog.at_level(logging.WARNING),
     ):
@@ -500,6 +499,40 @@ def test_a_damaged_file_costs_a_prefill_and_a_count(server: LlamaServer, folder:
     assert found.completion.n_cached == 0
     assert is_right(found.completion, uncached_elsewhere(server, tokens))
     assert server.reuse_stats().refusals == {"restore_failed": 1}
+
+
+def test_a_server_that_empties_idle_slots_is_told_of_once_with_the_cure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """These are llama-server's own settings, but for the size of its cache in memory."""
+    chats = [prompt(1, 200), prompt(2, 200)]
+    own = {"kv_unified": True, "cache_idle_slots": True, "cache_ram_mib": 64}
+    settings: dict[str, Any] = {"min_save_tokens": 1000, "slot_folder": tmp_path}
+    with serve(tmp_path, **own) as running:
+        port = port_of(running)
+        server = client(running, **settings)
+        with caplog.at_level(logging.INFO, "tokcache"):
+            for _ in range(4):
+                for tokens in chats:
+                    assert complete(server, tokens).completion.n_cached == 0
+        assert server.reuse_stats().refusals == {"slot_not_used_by_server": 6}
+        (message,) = caplog.messages
+        assert "--no-cache-idle-slots" in message
+    caplog.clear()
+    with serve(tmp_path, port=port, **{**own, "cache_idle_slots": False}):
+        with caplog.at_level(logging.INFO, "tokcache"):
+            for _ in range(6):
+                for tokens in chats:
+                    complete(server, tokens)
+        (message,) = caplog.messages
+        assert "over: the server decoded again" in message
+    caplog.clear()
+    with serve(tmp_path, port=port, **own), caplog.at_level(logging.INFO, "tokcache"):
+        for _ in range(3):
+            for tokens in chats:
+                complete(server, tokens)
+        assert len(caplog.messages) == 1
+    server.close()
 
 
 def test_others_who_use_a_slot_cost_a_prefill_and_no_wrong_answer(

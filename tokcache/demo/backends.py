@@ -155,7 +155,13 @@ def served(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Iterator[
 
     with (
         ServerProcess(
-            model, n_ctx=n_ctx, n_slots=2, block_tokens=BLOCK_TOKENS, n_threads=n_threads
+            model,
+            n_ctx=n_ctx,
+            n_slots=2,
+            block_tokens=BLOCK_TOKENS,
+            n_threads=n_threads,
+            # Checkpoints end pieces at other places than both sides are compared at.
+            overrides={"n_ctx_checkpoints": 0},
         ) as process,
         LlamaServer(process.url, tokenizer=tokenizer) as server,
     ):

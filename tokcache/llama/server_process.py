@@ -33,7 +33,11 @@ class ServerProcess:
     """A running llama-server on a free port of 127.0.0.1.
 
     Prompts are decoded in pieces of `block_tokens`, so that a slot saved at a multiple of it and
-    restored gives exactly what an uncached run gives; all of llama-server's own caches are off.
+    restored gives exactly what an uncached run gives. llama-server's cache in memory is off, its
+    context checkpoints are on (32 a slot, its default): without them it uses nothing of a restored
+    slot of a sliding window, a recurrent or a hybrid model. On those models it also stops decoding
+    where it makes a checkpoint; for exact results (`SlotSettings(reproducible=True)`) start it
+    with `overrides={"n_ctx_checkpoints": 0}`. Models with full attention have no checkpoints.
     `overrides` are xllamacpp's parameters by name ("cache_ram_mib", "cpuparams.n_threads"). A
     `slot_folder` of one's own outlives the server, as its files must for another start; a `port`
     of one's own is then the same again.
@@ -152,7 +156,6 @@ def _settings(
         "slot_save_path": f"{slot_folder}{os.sep}",
         "endpoint_slots": True,
         "cache_ram_mib": 0,
-        "n_ctx_checkpoints": 0,
         "cache_idle_slots": False,
         "fit_params": False,
         "ui": False,

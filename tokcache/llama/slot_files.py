@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class SlotFiles:
     """The saved slots of one server, by the tokens they hold.
 
-    The server must decode in pieces of `block_tokens` (ServerProcess does). On a model for which
-    the server uses nothing of what it restored (sliding windows), saving and restoring stop.
+    The server must decode in pieces of `block_tokens` (ServerProcess does), and run without context
+    checkpoints if its model is not one of full attention. Of a sliding window it then uses nothing
+    that it restored: saving and restoring stop.
 
     Errors: a file that can't be used costs a prefill and counts in `refusals`, by reason.
     """

@@ -6,7 +6,6 @@ What a server was promised to hold is compared with `timings.cache_n` after each
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,13 +28,23 @@ from tokcache.errors import (
     ServerUnreachable,
 )
 from tokcache.llama.server import calls
+from tokcache.llama.server.checkpoints import ALL, gap_after
+from tokcache.llama.server.model import probe_tokens
 from tokcache.llama.server.results import Reused, ReuseStats
 from tokcache.llama.server.saver import Saver
 from tokcache.llama.server.settings import PART_TOKENS, SlotSettings
-from tokcache.llama.server.shelf import SavedSlot, Shelf, scope_key, scope_of, space_of
+from tokcache.llama.server.shelf import (
+    NO_ADAPTERS,
+    SavedSlot,
+    Shelf,
+    adapters_of,
+    scope_key,
+    scope_of,
+    space_of,
+)
 from tokcache.llama.server.steps import Steps, drive
 from tokcache.llama.server.table import Condition, SlotRecord, SlotTable, Start, Wish
-from tokcache.llama.server.trust import Trust
+from tokcache.llama.server.trust import WHOLE, Trust, is_mostly_used
 from tokcache.llama.server.watch import Watch
 from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.text.token_ids import TokenIds
@@ -59,12 +68,17 @@ class Job:
     started: float = field(default_factory=perf_counter)
     start: Start | None = None
     n_restored: int = 0
-    is_whole: bool = False
+    kind: str = WHOLE
     # What the server used in the first of several completions, None if there is but one.
     n_used: int | None = None
     received: list[int] = field(default_factory=list)
     is_over: bool = False
     epoch: int = 0
+
+    @property
+    def adapters(self) -> bytes:
+        """The key of the adapters that the prompt is decoded with."""
+        return adapters_of(self.wish.space)
 
     @property
     def n_promised(self) -> int:
@@ -99,11 +113,14 @@ class SlotManager(Forkable):
     ) -> None:
         self._connection = connection
         self.settings = settings
-        self._shelf = _shelf(settings)
+        self.trust = Trust(
+            connection.url,
+            is_strict=settings.on_error == "raise",
+            is_reproducible=settings.reproducible,
+        )
+        self._shelf = _shelf(settings, self.trust)
         # The server decodes tokens of several slots in one batch, and so in other pieces.
         self.table = SlotTable((), self._shelf, is_one_at_a_time=settings.reproducible)
-        is_strict = settings.on_error == "raise"
-        self.trust = Trust(connection.url, self._shelf.refusals, is_strict=is_strict)
         self._saver = Saver(connection, settings, self.table, self._shelf, self.trust)
         self.watch = Watch(settings, self.table, self._shelf, self.trust, check_model)
         self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
@@ -176,6 +193,7 @@ class SlotManager(Forkable):
         if job.start is None:
             return Reused(completion, 0, first_token_s)
         slot, n_live = job.start.slot, job.start.n_live
+        slot.adapters = job.adapters
         self._verify(job, n_used)
         reused = Reused(completion, min(job.n_restored, n_used), first_token_s, n_live, slot.id)
         with self.table.lock:
@@ -202,6 +220,7 @@ class SlotManager(Forkable):
             return  # the server has it no longer, or it is the parent's of a fork
         job.is_over = True
         slot = job.start.slot
+        slot.adapters = None
         if job.start.found is not None:
             self.table.read(job.start.found.file)
         if isinstance(error, ServerRefused):
@@ -216,6 +235,8 @@ class SlotManager(Forkable):
         if is_known:
             slot.space, slot.conversation = job.wish.space, job.wish.conversation
             slot.tokens, slot.n_prompt = _joined(job.prompt, job.received), len(job.prompt)
+            # How much the server used it would have told at the end.
+            slot.gap = ALL if job.n_promised and self.trust.went_back else slot.gap
         self._saver.in_background(slot, self._saver.settle(slot, is_known=is_known))
 
     # -- before the completion ----------------------------------------------------------------
@@ -233,15 +254,15 @@ class SlotManager(Forkable):
                 f"{', '.join(sorted(reserved))}: the slot manager's own; completion() takes them"
             )
         calls.require_settings(settings)
-        space = space_of(_require_name("scope", scope), json.dumps(settings.get("lora")))
+        space = space_of(_require_name("scope", scope), settings.get("lora"))
+        kinds = self.trust.kinds(adapters_of(space))
         _require_name("conversation", conversation)
         wish = Wish(
             space=space,
             prompt=prompt,
             conversation=(scope_of(space), conversation) if conversation is not None else None,
-            is_whole_only=self.settings.reproducible or self.trust.is_whole_only,
+            kinds=kinds & {WHOLE} if self.settings.reproducible else kinds,
             is_file_only=self.settings.reproducible,
-            may_restore=self.trust.may_restore,
         )
         return Job(prompt, dict(settings), wish)
 
@@ -282,6 +303,7 @@ class SlotManager(Forkable):
         if self.settings.reproducible or (slot.n_held and not is_kept):
             yield from self._saver.erase(slot)
         if start.found is not None:
+            yield from self._bring_adapters(job, slot)
             yield from self._restore(job, start)
         if self.settings.reproducible:
             yield from self._stage(job, slot)
@@ -303,6 +325,7 @@ class SlotManager(Forkable):
             job.start = self.table.from_nothing(start)
             self.trust.degrade("server_not_understood", error)
             return job.start
+        self.trust.went_well("server_not_understood")
         if not is_as_recorded:
             job.epoch = self.watch.epoch
             job.start = self.table.again(start, job.wish)
@@ -317,6 +340,23 @@ class SlotManager(Forkable):
         self.trust.refuse("slot_changed_by_others")
         slot.forget()
         return False
+
+    def _bring_adapters(self, job: Job, slot: SlotRecord) -> Steps[None]:
+        """Have a slot work with a request's adapters before it is restored.
+
+        llama-server empties a slot at the first request with other adapters, a slot that was just
+        restored too. A request without adapters of its own empties nothing.
+
+        Cost: one token is decoded, and what the slot held is gone.
+        """
+        if job.adapters in (NO_ADAPTERS, slot.adapters):
+            return
+        slot.forget()
+        slot.adapters = None
+        asked = {"n_predict": 0, "cache_prompt": False, "id_slot": slot.id}
+        token = probe_tokens(self.watch.meta.n_vocab)[:1]
+        yield calls.completion(token, {**asked, **_adapter_settings(job.settings)})
+        slot.adapters = job.adapters
 
     def _restore(self, job: Job, start: Start) -> Steps[None]:
         if start.found is None:
@@ -346,32 +386,37 @@ class SlotManager(Forkable):
             yield from self._saver.erase(slot)
             return
         self.trust.count("restore", seconds=perf_counter() - began)
-        job.n_restored, job.is_whole = found.n_tokens, found.is_whole
+        self.trust.went_well("restore_failed")
+        job.n_restored, job.kind = found.n_tokens, found.kind
         with self.table.lock:
             self._shelf.touch(found.file)
             slot.space, slot.tokens = found.file.space, found.file.tokens
             slot.n_held, slot.n_prompt = found.file.n_saved, found.file.n_prompt
+            slot.gap = found.file.gap
 
     def _stage(self, job: Job, slot: SlotRecord) -> Steps[None]:
         """Decode a prompt's whole blocks alone and save them: no bit depends on what follows.
 
         A file can't be cut shorter and stay exact, so what prompts share gets one of its own.
         """
-        for head in self._heads(job.prompt, job.n_restored):
-            asked = Job(head, {"n_predict": 0}, job.wish, job.started, job.start, job.n_restored)
+        settings = {"n_predict": 0, **_adapter_settings(job.settings)}
+        for head in self._heads(job):
+            asked = Job(head, settings, job.wish, job.started, job.start, job.n_restored)
             asked.n_used = job.n_used
+            slot.adapters = None
             completion = yield asked.call()
+            slot.adapters = job.adapters
             job.n_used = completion.n_cached if job.n_used is None else job.n_used
             slot.space, slot.tokens = job.wish.space, head
             slot.n_held = slot.n_prompt = len(head)
             slot.conversation = job.wish.conversation
             yield from self._saver.save(slot)
 
-    def _heads(self, prompt: TokenIds, n_restored: int) -> list[TokenIds]:
-        if not self.trust.may_restore:
+    def _heads(self, job: Job) -> list[TokenIds]:
+        if not self.trust.kinds(job.adapters):
             return []
-        step = self.settings.block_tokens
-        heads = [prompt[:n] for n in range(n_restored + step, len(prompt), step)]
+        prompt, step = job.prompt, self.settings.block_tokens
+        heads = [prompt[:n] for n in range(job.n_restored + step, len(prompt), step)]
         digests = [hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads]
         with self.table.lock:
             shared = [head for head, key in zip(heads, digests, strict=True) if key in self._seen]
@@ -388,23 +433,28 @@ class SlotManager(Forkable):
         self.trust.count("hit", int(n_used > 0))
 
     def _verify(self, job: Job, n_used: int) -> None:
+        self.trust.went_back |= 0 < n_used < job.n_promised
         if job.n_restored:
-            kind = "whole" if job.is_whole else "partial"
-            if self.trust.verify(kind, job.n_restored, n_used):
+            if self.trust.verify(job.adapters, job.kind, job.n_restored, n_used):
                 with self.table.lock:
-                    self._shelf.clear()
-        elif n_used < job.n_promised:
+                    self._shelf.clear(job.adapters)
+        elif not is_mostly_used(job.n_promised, n_used):
             self.trust.refuse("slot_not_used_by_server")
+        elif job.n_promised:
+            self.trust.went_well("slot_not_used_by_server")
 
     def _record(self, job: Job, completion: Completion, n_used: int) -> None:
         slot = _started(job).slot
         n_expected = completion.n_prompt + max(0, completion.n_predicted - 1)
         n_held = n_expected if completion.n_held is None else completion.n_held
         reuse, n_uses = (slot.reuse, slot.n_uses) if n_used else ([], 0)
+        n_promised, n_prompt = job.n_promised, completion.n_prompt
+        gap = gap_after(slot.gap, n_promised=n_promised, n_used=n_used, n_prompt=n_prompt)
         slot.forget()
         if completion.is_truncated and n_held != n_expected:
             return  # the context was shifted: what is held is not what was sent
         slot.space, slot.conversation = job.wish.space, job.wish.conversation
+        slot.gap = gap
         slot.tokens = _joined(job.prompt, completion.token_ids)[:n_held]
         slot.n_prompt = min(len(job.prompt), len(slot.tokens))
         slot.n_held, slot.n_uses = n_held, n_uses + (n_used > 0)
@@ -511,19 +561,29 @@ def _started(job: Job) -> Start:
     return job.start
 
 
+def _adapter_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a request that change the states it decodes.
+
+    Source: of the settings of /completion `lora` alone does, and makes llama-server empty a slot
+    (launch_slot_with_task in server-context.cpp).
+    """
+    return {name: settings[name] for name in ("lora",) if name in settings}
+
+
 def _require_name(what: str, name: Any) -> str | None:
     if name is None or isinstance(name, str):
         return name
     raise InvalidConfig(f"{what} must be a str or None, not {name!r} ({type(name).__name__})")
 
 
-def _shelf(settings: SlotSettings) -> Shelf:
+def _shelf(settings: SlotSettings, trust: Trust) -> Shelf:
     step = min(PART_TOKENS, settings.block_tokens) if settings.reproducible else PART_TOKENS
     return Shelf(
         max_bytes=settings.max_bytes,
         max_age_s=settings.max_age_s,
         folder=Path(settings.slot_folder) if settings.slot_folder is not None else None,
         step=step,
+        trust=trust,
     )
 
 

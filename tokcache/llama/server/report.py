@@ -28,7 +28,8 @@ class SlotKv:
     """The KV state of one slot.
 
     `source` says where the bytes come from: "model" (the model file's figures and the K and V
-    types that were given), "measured" (what the last saved slot wrote) or "unknown"; `unknown`
+    types that were given), "measured" (what the last saved slot wrote, with its context
+    checkpoints, each a copy of a window or of a recurrent state) or "unknown"; `unknown`
     why a figure is 0. Units: `n_kv_dim` values a token in all layers, `share` of `n_ctx` held.
     """
 
@@ -127,6 +128,7 @@ class KvReader:
             is_away = isinstance(error, ServerUnreachable | ServerTimeout)
             self._manager.trust.refuse("server_away" if is_away else "slots_not_told")
             return _NotSeen(not is_away, str(error))
+        self._manager.trust.went_well("slots_not_told")
         props, meta = self._manager.watch.props, self._manager.watch.meta
         key = (props, meta)
         # Read once a start of the server: after the next one the file may hold another model.

@@ -104,9 +104,11 @@ class SlotFile:
 class Reused:
     """A completion, and how much of its prompt was there already.
 
-    Units: `n_live` tokens promised by what the slot held, `n_restored` by a saved file, before
-    the server was asked; `completion.n_cached` is what the server then used. `first_token_s`
-    includes waiting for a slot, saving what it held, and restoring.
+    Units: `n_live` first tokens of the prompt that the slot held by our record, or else
+    `n_restored` tokens of a saved file that the server used, which are fewer than the prompt has
+    in common with the file where the server goes back to a context checkpoint;
+    `completion.n_cached` is all that the server used. `first_token_s` includes waiting for a
+    slot, saving what it held, and restoring.
     """
 
     completion: Completion

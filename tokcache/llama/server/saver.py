@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import ServerError, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import calls
+from tokcache.llama.server.shelf import adapters_of
 from tokcache.llama.server.steps import Steps, drive
+from tokcache.llama.server.trust import PROMPT
 
 if TYPE_CHECKING:
     from tokcache.llama.server.connection import Connection
@@ -49,7 +51,9 @@ class Saver:
 
     def is_worth_saving(self, slot: SlotRecord) -> bool:
         """Return whether what a slot holds should be kept."""
-        return len(slot.tokens) >= self._settings.min_save_tokens and self._trust.may_restore
+        if slot.space is None or len(slot.tokens) < self._settings.min_save_tokens:
+            return False
+        return bool(self._trust.kinds(adapters_of(slot.space)))
 
     def save(self, slot: SlotRecord, *, is_count_known: bool = True) -> Steps[None]:
         """Write a slot to a file, unless one has just that, or it does not fit the budget."""
@@ -72,6 +76,7 @@ class Saver:
             slot.forget()
             return
         self._trust.count("save", seconds=perf_counter() - began)
+        self._trust.went_well("save_failed", "no_slot_save_path", "slot_changed_by_others")
         self._keep(slot, saved)
 
     def _keep(self, slot: SlotRecord, saved: SlotFile) -> None:
@@ -89,20 +94,20 @@ class Saver:
                 n_prompt=slot.n_prompt,
                 conversation=slot.conversation[1] if slot.conversation else None,
                 is_pinned=self._table.is_pinned(slot),
-                is_superseding=not self._is_whole_only,
+                is_superseding=not self._is_whole_only(slot.space),
+                gap=slot.gap,
             )
 
-    @property
-    def _is_whole_only(self) -> bool:
+    def _is_whole_only(self, space: bytes) -> bool:
         # Where a file can't be used in part, a longer one does not replace it.
-        return self._settings.reproducible or self._trust.is_whole_only
+        return self._settings.reproducible or PROMPT not in self._trust.kinds(adapters_of(space))
 
     def _name_for(self, slot: SlotRecord) -> str | None:
         with self._table.lock:
             slot.is_saved = True
             if slot.space is None or not self.is_worth_saving(slot):
                 return None
-            is_whole_only = self._is_whole_only
+            is_whole_only = self._is_whole_only(slot.space)
             if self._shelf.covers(
                 slot.space, slot.tokens, slot.n_held, is_whole_only=is_whole_only
             ):
@@ -120,6 +125,7 @@ class Saver:
         try:
             yield calls.erase_slot(slot.id)
             self._trust.count("erase")
+            self._trust.went_well("erase_failed")
         except ServerUnreachable:
             raise
         except ServerError as error:

@@ -23,7 +23,8 @@ class SlotSettings:
     `block_tokens`, into an empty slot: texts are those of an uncached run, bit for bit. The
     server must decode in pieces of `block_tokens`, every slot in a stream of its own (--batch-size,
     --ubatch-size, --no-kv-unified), and serve nobody else, for it decodes tokens of several slots
-    in one batch; requests take turns.
+    in one batch; requests take turns. For models with a sliding window, recurrent and hybrid ones
+    it must run with --ctx-checkpoints 0 then, for it stops decoding where it makes a checkpoint.
     `kv_type` is the server's --cache-type-k and -v, which it does not tell. `save_when`
     "answered" saves a slot after each answer, off the request's path, so that a restart of the
     server loses nothing; "overwritten" saves it before another prompt takes the slot.

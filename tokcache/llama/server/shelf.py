@@ -11,31 +11,40 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tokcache.llama.server.checkpoints import NO_GAP, Gap
+from tokcache.llama.server.trust import ANSWER, PROMPT, WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tokcache.llama.server.results import SlotFile
+    from tokcache.llama.server.trust import Trust
     from tokcache.text.token_ids import TokenIds
 
 _SWEEP_EVERY_S = 60.0
 _DIGEST_BYTES = 20
 _SCOPE_BYTES = 16
 _PREFIX = "tokcache-"
+# What requests without adapters of their own use: those that the server was started with.
+NO_ADAPTERS = b"null"
+_MAX_SCALE = 1e30  # an int beyond the range of floats is left as it is
 _NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{2 * _DIGEST_BYTES}}}\.bin")
 
 
 @dataclass(eq=False, slots=True)
 class SavedSlot:
     """One file.
+
+    `is_whole_only`: the server that wrote it left out what it needs to use a part of it.
 
     Units: `n_saved` tokens in it, of which `tokens` are known, the first `n_prompt` a prompt's.
     """
@@ -51,16 +60,18 @@ class SavedSlot:
     n_uses: int = 0
     is_pinned: bool = False
     n_readers: int = 0
+    is_whole_only: bool = False
+    gap: Gap = NO_GAP
     chain: tuple[bytes, ...] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file and how many of a prompt's first tokens it holds. `is_whole`: all of the file's."""
+    """A file and how many of a prompt's first tokens it holds. `kind`: how the prompt continues."""
 
     file: SavedSlot
     n_tokens: int
-    is_whole: bool
+    kind: str
 
 
 def n_common(one: TokenIds, other: TokenIds) -> int:
@@ -76,10 +87,20 @@ class Shelf:
 
     Units: `max_bytes` of all files; `max_age_s` since a file was last used; prefixes are looked
            up in steps of `step` tokens, shorter ones are not found.
+    `trust` counts why a file was not kept or not deleted.
+
     Threads: not safe; the slot manager's lock is around it.
     """
 
-    def __init__(self, *, max_bytes: int, max_age_s: float, folder: Path | None, step: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        max_age_s: float,
+        folder: Path | None,
+        step: int,
+        trust: Trust,
+    ) -> None:
         self._step = step
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
@@ -94,7 +115,7 @@ class Shelf:
         self.is_folder_reachable: bool | None = None
         self.n_bytes = 0
         self.n_evictions = 0
-        self.refusals: Counter[str] = Counter()
+        self._trust = trust
 
     def __len__(self) -> int:
         return len(self._files)
@@ -112,8 +133,10 @@ class Shelf:
         """Bytes of those."""
         return sum(self._stale.values())
 
-    def find(self, space: bytes, prompt: TokenIds, *, is_whole_only: bool) -> Found | None:
+    def find(self, space: bytes, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
         """Return the file that holds the most of `prompt`; the last token is always decoded.
+
+        `kinds`: how prompts may continue a file.
 
         Cost: the prompt's length, and the files that share as much of it as the best one.
         """
@@ -124,8 +147,8 @@ class Shelf:
             for file in self._by_chain.get(link, ()):
                 if file.name not in seen:
                     seen.add(file.name)
-                    best = _better(best, _match(file, prompt, is_whole_only=is_whole_only))
-            if best is not None and not is_whole_only:
+                    best = _better(best, _match(file, prompt, kinds))
+            if best is not None:
                 break  # files found at an earlier link share less
         return best
 
@@ -144,7 +167,11 @@ class Shelf:
         chain = self._chain(space, tokens)
         return any(
             _is_prefix(tokens, file.tokens)
-            and (file.n_saved == n_held if is_whole_only else file.n_saved >= n_held)
+            and (
+                file.n_saved == n_held
+                if is_whole_only
+                else file.n_saved >= n_held and not file.is_whole_only and not file.gap
+            )
             for file in (self._by_chain.get(chain[-1], ()) if chain else ())
         )
 
@@ -176,6 +203,7 @@ class Shelf:
         conversation: str | None,
         is_pinned: bool,
         is_superseding: bool,
+        gap: Gap = NO_GAP,
     ) -> SavedSlot | None:
         """Note a file that was written; None if it does not fit the budget, and is dropped."""
         replaced = self._files.get(saved.filename)
@@ -192,6 +220,7 @@ class Shelf:
             n_bytes=saved.n_bytes,
             conversation=conversation,
             is_pinned=is_pinned,
+            gap=gap,
             chain=tuple(self._chain(space, tokens)),
         )
         if self.is_folder_reachable is None:
@@ -201,9 +230,10 @@ class Shelf:
         fits = self.make_room(file.n_bytes)
         self._list(file)
         if not fits:
-            self.refusals["file_over_budget"] += 1
+            self._trust.refuse("file_over_budget")
             self.drop(file)
             return None
+        self._trust.went_well("file_over_budget")
         return file
 
     def drop(self, file: SavedSlot) -> None:
@@ -213,10 +243,16 @@ class Shelf:
         self._unlist(file)
         self._remove(file.name, file.n_bytes)
 
-    def clear(self) -> None:
-        """Forget all files, and delete them where that is possible."""
+    def clear(self, adapters: bytes | None = None) -> None:
+        """Forget all files, or those with `adapters`, and delete them where that is possible."""
         for file in list(self):
-            self.drop(file)
+            if adapters is None or adapters_of(file.space) == adapters:
+                self.drop(file)
+
+    def restrict(self, adapters: frozenset[bytes]) -> None:
+        """Note that the files with `adapters` are of use as a whole only."""
+        for file in self:
+            file.is_whole_only |= adapters_of(file.space) in adapters
 
     def abandon(self) -> None:
         """Forget all files without deleting one: they are another process's."""
@@ -287,7 +323,9 @@ class Shelf:
                     with contextlib.suppress(FileNotFoundError):  # its owner was faster
                         found.append((entry.name, entry.stat()))
         except OSError:
-            self.refusals["folder_not_readable"] += 1
+            self._trust.refuse("folder_not_readable")
+        else:
+            self._trust.went_well("folder_not_readable")
         return found
 
     def _unlink_left(self, name: str) -> None:
@@ -297,7 +335,9 @@ class Shelf:
         try:
             (self._folder / name).unlink(missing_ok=True)
         except OSError:
-            self.refusals["file_not_deleted"] += 1
+            self._trust.refuse("file_not_deleted")
+        else:
+            self._trust.went_well("file_not_deleted")
 
     def _list(self, file: SavedSlot) -> None:
         self._files[file.name] = file
@@ -319,8 +359,9 @@ class Shelf:
             try:
                 (self._folder / name).unlink(missing_ok=True)
             except OSError:
-                self.refusals["file_not_deleted"] += 1
+                self._trust.refuse("file_not_deleted")
             else:
+                self._trust.went_well("file_not_deleted")
                 return
         self._stale[name] = max(n_bytes, self._stale.get(name, 0))
 
@@ -361,14 +402,17 @@ class Shelf:
         return links
 
 
-def _match(file: SavedSlot, prompt: TokenIds, *, is_whole_only: bool) -> Found | None:
+def _match(file: SavedSlot, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
     n_same = n_common(file.tokens, prompt)
-    # Tokens of the file that are not known come after the known ones: then it is not whole.
-    is_whole = n_same == len(file.tokens) == file.n_saved
     n_tokens = min(n_same, len(prompt) - 1)
-    if is_whole_only and (not is_whole or n_tokens < n_same):
-        return None
-    return Found(file, n_tokens, is_whole) if n_tokens > 0 else None
+    # Tokens of the file that are not known come after the known ones: then it is not whole.
+    if n_tokens == len(file.tokens) == file.n_saved:
+        kind = WHOLE
+    else:
+        kind = ANSWER if n_same >= file.n_prompt else PROMPT
+    is_usable = kind in kinds and n_tokens not in file.gap
+    is_usable &= kind == WHOLE or not file.is_whole_only
+    return Found(file, n_tokens, kind) if n_tokens > 0 and is_usable else None
 
 
 def _better(one: Found | None, other: Found | None) -> Found | None:
@@ -380,6 +424,8 @@ def _better(one: Found | None, other: Found | None) -> Found | None:
 
 
 def _is_replaced(older: SavedSlot, newer: SavedSlot) -> bool:
+    if newer.gap and not older.gap:
+        return False
     is_same = older.conversation is not None and older.conversation == newer.conversation
     n_needed = older.n_prompt if is_same else len(older.tokens)
     return n_common(older.tokens, newer.tokens) >= n_needed
@@ -403,6 +449,33 @@ def scope_of(space: bytes) -> bytes:
     return space[:_SCOPE_BYTES]
 
 
-def space_of(scope: str | None, lora: str = "null") -> bytes:
+def space_of(scope: str | None, lora: Any = None) -> bytes:
     """Return the name of the space that prompts share only among themselves."""
-    return scope_key(scope) + lora.encode()
+    return scope_key(scope) + adapters_key(lora)
+
+
+def adapters_of(space: bytes) -> bytes:
+    """Return the key of a space's adapters."""
+    return space[_SCOPE_BYTES:]
+
+
+def adapters_key(lora: Any) -> bytes:
+    """Return the same key for every way to write the same `lora` setting of a request.
+
+    Source: llama-server reads no adapters and an empty list alike as those it was started with,
+    takes the last scale of an id that comes twice, and 0 for an id that does not come.
+    """
+    if not lora:
+        return NO_ADAPTERS
+    is_list = isinstance(lora, list | tuple)
+    if is_list and all(isinstance(each, dict) and _is_adapter(each) for each in lora):
+        lora = sorted({each["id"]: float(each["scale"]) for each in lora}.items())
+    return json.dumps(lora).encode()
+
+
+def _is_adapter(found: dict[str, Any]) -> bool:
+    number, scale = found.get("id"), found.get("scale")
+    is_number = isinstance(number, int) and not isinstance(number, bool)
+    if not is_number or isinstance(scale, bool) or not isinstance(scale, int | float):
+        return False
+    return abs(scale) < _MAX_SCALE

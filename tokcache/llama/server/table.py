@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from tokcache.llama.server.checkpoints import NO_GAP, Gap
 from tokcache.llama.server.settings import PART_TOKENS
 from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common, scope_of
 from tokcache.text.token_ids import TokenIds
@@ -47,6 +48,7 @@ class SlotRecord:
     tokens: TokenIds = field(default_factory=TokenIds)
     n_held: int = 0
     n_prompt: int = 0
+    gap: Gap = NO_GAP
     conversation: tuple[bytes, str] | None = None
     since: float = field(default_factory=time.monotonic)
     used_at: float = 0.0
@@ -54,6 +56,8 @@ class SlotRecord:
     # How often each part of 64 tokens was reused: the report's.
     reuse: list[int] = field(default_factory=list)
     is_saved: bool = True
+    # The adapters of its last request, None if they are not known.
+    adapters: bytes | None = None
     # For whom it works, and whether what it then holds is to be erased.
     user: bytes | None = None
     is_condemned: bool = False
@@ -61,20 +65,23 @@ class SlotRecord:
     def forget(self) -> None:
         """Note that the slot is empty, or that what it holds is not known."""
         self.space, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
+        self.gap = NO_GAP
         self.conversation, self.reuse, self.n_uses = None, [], 0
         self.since, self.is_saved = time.monotonic(), True
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a request needs of a slot. `is_file_only`: live contents are not good enough."""
+    """What a request needs of a slot.
+
+    `kinds`: how it may continue a saved slot; `is_file_only`: live contents are not good enough.
+    """
 
     space: bytes
     prompt: TokenIds
     conversation: tuple[bytes, str] | None
-    is_whole_only: bool
-    is_file_only: bool
-    may_restore: bool
+    kinds: frozenset[str]
+    is_file_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +195,7 @@ class SlotTable:
             self.epoch += 1
             for slot in self.slots.values():
                 slot.forget()
+                slot.adapters = None
 
     def condemn(self, scope: bytes) -> list[SlotRecord]:
         """Return the slots that hold a scope's prompts; what runs there is erased at its end."""
@@ -257,9 +265,7 @@ class SlotTable:
         return Start(slot, n_live, found)
 
     def _found(self, wish: Wish) -> Found | None:
-        if not wish.may_restore:
-            return None
-        return self.shelf.find(wish.space, wish.prompt, is_whole_only=wish.is_whole_only)
+        return self.shelf.find(wish.space, wish.prompt, wish.kinds) if wish.kinds else None
 
     def _live(
         self, wish: Wish, slots: Iterable[SlotRecord], condition: Condition = Condition.FREE
@@ -268,7 +274,7 @@ class SlotTable:
         if wish.is_file_only:
             return None
         matches = [
-            (slot, min(n_common(slot.tokens, wish.prompt), len(wish.prompt) - 1))
+            (slot, _n_usable(slot, wish.prompt))
             for slot in slots
             if slot.space == wish.space and slot.condition is condition
         ]
@@ -285,3 +291,10 @@ class SlotTable:
     def _loss(self, slot: SlotRecord) -> tuple[bool, bool, bool, float]:
         is_empty = slot.n_held == 0
         return (not is_empty, self.is_pinned(slot), not slot.is_saved, slot.used_at)
+
+
+def _n_usable(slot: SlotRecord, prompt: TokenIds) -> int:
+    """Return how many first tokens of a prompt need not be decoded in a slot."""
+    n_tokens = min(n_common(slot.tokens, prompt), len(prompt) - 1)
+    # A prompt that goes on where the slot ends goes back to no checkpoint.
+    return 0 if n_tokens < slot.n_held and n_tokens in slot.gap else n_tokens

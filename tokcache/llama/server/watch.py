@@ -99,6 +99,7 @@ class Watch:
         if self._checked_epoch == epoch:
             return False
         slot.forget()
+        slot.adapters = None
         said = yield from self._ask(slot)
         with self._table.lock:
             if self._checked_epoch == epoch or self.epoch != epoch:
@@ -162,7 +163,8 @@ class Watch:
     ) -> None:
         if is_other:
             self._drop_files()
-        self._trust.can_save = True  # it may have been started with a slot folder now
+        # It may have been started with a slot folder, or with context checkpoints, now.
+        self._shelf.restrict(self._trust.restart())
         self._shelf.sweep()
         if self.props is None:
             self._shelf.take_stock()

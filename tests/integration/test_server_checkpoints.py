@@ -1,0 +1,198 @@
+"""Saved slots of sliding windows, recurrent and hybrid models: reuse after a restart, exactness."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.integration.served import N_PREDICT, client, port_of, prompt, serve
+from tokcache import samples
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tokcache.llama.server import Completion, LlamaServer, Reused
+
+ARCHITECTURES = ("gemma3", "mamba2", "lfm2", "falcon-h1")
+TOKENS = prompt(1, 151)
+# llama-server makes a checkpoint 4 tokens before a prompt's end, and one n_ubatch (64) before
+# that; a checkpoint of a sliding window is used up to the token before.
+LAST = {"gemma3": 146, "mamba2": 147, "lfm2": 147, "falcon-h1": 147}
+FIRST = {"gemma3": 86, "mamba2": 87, "lfm2": 87, "falcon-h1": 87}
+
+
+@pytest.fixture
+def clients() -> Iterator[contextlib.ExitStack]:
+    """Clients that outlive a server."""
+    with contextlib.ExitStack() as opened:
+        yield opened
+
+
+def serve_one(folder: Path, architecture: str, port: int = 0, **settings: Any) -> Any:
+    """Serve on slot 0 for a client, and on slot 1 for what is right."""
+    model = samples.tiny_model(architecture=architecture, seed=settings.pop("seed", 0))
+    return serve(folder, port=port, n_slots=2, model=model, **settings)
+
+
+def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
+    found = server.complete(tokens, n_predict=N_PREDICT, n_probs=4, **settings)
+    server.flush(30)
+    return found
+
+
+def uncached(server: LlamaServer, tokens: list[int]) -> Completion:
+    return server.completion(tokens, n_predict=N_PREDICT, n_probs=4, id_slot=1, cache_prompt=False)
+
+
+def require_same(found: Completion, expected: Completion, tolerance: float = 1e-2) -> None:
+    """Assert that two greedy answers have the same logits, but for rounding, and the same text.
+
+    They may part where two tokens are as likely.
+    """
+    ours, theirs = found.token_ids.tolist(), expected.token_ids.tolist()
+    assert len(ours) == len(theirs)
+    for n, (one, other) in enumerate(zip(found.probabilities, expected.probabilities, strict=True)):
+        known = dict(zip(other.token_ids, other.logprobs, strict=True))
+        both = [
+            (known[t], p) for t, p in zip(one.token_ids, one.logprobs, strict=True) if t in known
+        ]
+        assert len(both) >= 2
+        assert max(abs(a - b) for a, b in both) < tolerance
+        if ours[n] != theirs[n]:
+            assert known[theirs[n]] - known[ours[n]] < tolerance
+            return
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_slot_is_continued_after_a_restart(
+    architecture: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    clients: contextlib.ExitStack,
+) -> None:
+    with serve_one(tmp_path, architecture) as running:
+        port = port_of(running)
+        server = client(running, slot_folder=tmp_path, slot_ids=(0,))
+        clients.enter_context(server)
+        answer = complete(server, TOKENS).completion.token_ids.tolist()
+    n_answered = len(TOKENS) + N_PREDICT - 1  # the last token was never decoded
+    n_whole = LAST[architecture] if architecture == "gemma3" else n_answered
+    prompts = {
+        "the same": (TOKENS, LAST[architecture]),
+        "with the answer": ([*TOKENS, *answer, *prompt(9, 20)], n_whole),
+        "with another answer": ([*TOKENS, *prompt(9, 20)], LAST[architecture]),
+        "parts within": ([*TOKENS[:120], *prompt(9, 40)], FIRST[architecture]),
+    }
+    with serve_one(tmp_path, architecture, port=port), caplog.at_level(logging.WARNING):
+        assert complete(server, TOKENS).n_restored == LAST[architecture]
+        for name, (tokens, n_reused) in prompts.items():
+            complete(server, prompt(50, 100))  # the slot holds something else
+            found = complete(server, tokens)
+            assert found.n_restored == found.completion.n_cached, name
+            assert found.n_restored == n_reused, name
+            require_same(found.completion, uncached(server, tokens))
+        # What parts before the first checkpoint is decoded, and costs no trust in the others.
+        complete(server, prompt(50, 100))
+        early = [*TOKENS[:80], *prompt(9, 40)]
+        found = complete(server, early)
+        assert found.completion.n_cached == 0
+        require_same(found.completion, uncached(server, early))
+        complete(server, prompt(50, 100))
+        assert complete(server, TOKENS).n_restored == LAST[architecture]
+        assert server.reuse_stats().refusals == {"restore_not_used_by_server": 1}
+        assert caplog.messages == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_without_checkpoints_nothing_is_reused_and_the_log_names_the_option(
+    architecture: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    clients: contextlib.ExitStack,
+) -> None:
+    with serve_one(tmp_path, architecture, n_ctx_checkpoints=0) as running:
+        port = port_of(running)
+        server = client(running, slot_folder=tmp_path, slot_ids=(0,))
+        clients.enter_context(server)
+        complete(server, TOKENS)
+    with serve_one(tmp_path, architecture, port=port, n_ctx_checkpoints=0):
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                found = complete(server, TOKENS)
+                assert found.n_restored == found.completion.n_cached == 0
+                require_same(found.completion, uncached(server, TOKENS))
+                complete(server, prompt(50, 100))
+        assert server.reuse_stats().refusals == {"restore_not_used_by_server": 1}
+        (message,) = caplog.messages
+        assert "--ctx-checkpoints 32" in message
+        assert "used 0 of the 150 tokens" in message
+    # Started again as the message says, the server is tried again, with files that it writes now.
+    with serve_one(tmp_path, architecture, port=port):
+        assert complete(server, TOKENS).completion.n_cached == 0
+        complete(server, prompt(50, 100))
+        assert complete(server, TOKENS).n_restored == LAST[architecture]
+        assert server.reuse_stats().refusals == {"restore_not_used_by_server": 1}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_states_stay_right_however_often_they_are_restored(
+    architecture: str, tmp_path: Path
+) -> None:
+    """llama-server itself loses a token of the window each time it goes back to a checkpoint."""
+    with (
+        serve_one(tmp_path, architecture) as running,
+        client(running, slot_folder=tmp_path, slot_ids=(0,)) as server,
+    ):
+        complete(server, TOKENS, conversation="chat")
+        chat = [*TOKENS, 7, 8, 9]
+        for turn in range(6):
+            complete(server, prompt(50, 100))  # the slot holds something else
+            branch = [*TOKENS, *prompt(100 + turn, 20)]
+            found = complete(server, branch)
+            assert found.n_restored >= LAST[architecture] - 1
+            require_same(found.completion, uncached(server, branch))
+            complete(server, prompt(50, 100))
+            # A chat template that drops what was thought: a turn leaves the last one at its end.
+            chat = [*chat[:-3], *prompt(200 + turn, 25)]
+            found = complete(server, chat, conversation="chat")
+            assert found.n_restored >= len(chat) - 25 - 3 - 5
+            # Turns are decoded in other pieces than the whole: the difference of two runs of
+            # llama.cpp, a tenth of what the first missing token makes later on.
+            require_same(found.completion, uncached(server, chat), 2e-2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_slot_in_use_stays_right_however_often_the_server_goes_back(
+    architecture: str, tmp_path: Path
+) -> None:
+    with (
+        serve_one(tmp_path, architecture) as running,
+        client(running, slot_folder=tmp_path, slot_ids=(0,), min_save_tokens=1000) as server,
+    ):
+        complete(server, TOKENS)
+        for turn in range(4):
+            # So long that the window leaves the shared tokens behind, then so short that the
+            # server makes a checkpoint where it went back to.
+            for n_more in (400, 20):
+                tokens = [*TOKENS, *prompt(100 + turn, n_more)]
+                found = complete(server, tokens)
+                assert found.n_restored == 0
+                require_same(found.completion, uncached(server, tokens))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_wrong_state_would_be_seen(architecture: str, tmp_path: Path) -> None:
+    """The control: states of other weights are used up to the checkpoint, and the text differs."""
+    with serve_one(tmp_path, architecture, seed=5) as running, client(running) as server:
+        server.completion(TOKENS, n_predict=N_PREDICT, id_slot=0)
+        server.save_slot(0, "wrong.bin")
+    with serve_one(tmp_path, architecture) as running, client(running) as server:
+        server.restore_slot(0, "wrong.bin")
+        found = server.completion(TOKENS, n_predict=N_PREDICT, id_slot=0, n_probs=4)
+        assert found.n_cached == LAST[architecture]
+        with pytest.raises(AssertionError):
+            require_same(found, uncached(server, TOKENS))
