@@ -69,6 +69,17 @@ class _Machine(RuleBasedStateMachine):
         if got is not None or self.roomy:
             assert got == expected if expected is not None else got is None
 
+    @rule(scope=SCOPES.filter(lambda scope: scope is not None))
+    def clear_scope(self, scope: str) -> None:
+        before = self.cache.stats()
+        n_held = sum(key[2] == scope for key in self.model)
+        self.cache.clear(scope)
+        self.model = {key: ids for key, ids in self.model.items() if key[2] != scope}
+        after = self.cache.stats()
+        assert before.n_entries - after.n_entries <= n_held
+        assert (before.hits, before.insertions) == (after.hits, after.insertions)
+        assert scope not in {row[3] for row in self.cache.held()}
+
     @rule()
     def clear(self) -> None:
         self.cache.clear()

@@ -11,6 +11,7 @@ import random
 import sys
 import threading
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ _Row = tuple[str, bool, TokenIds, str | None]
 
 # A dict slot and a list slot each for _Map and its base, the key tuple, the entry object.
 _ENTRY_BYTES = 560
+_MAX_CLEARED = 1024  # scopes whose last clear is remembered one by one
 
 
 @dataclass(slots=True)
@@ -96,15 +98,41 @@ class L0Cache:
         self.sample_size = require_int("sample_size", sample_size, 1, MAX_SAMPLE_SIZE)
         self._rng = random.Random(os.urandom(16))  # noqa: S311 (a draw, not a secret)
         self._lock = threading.RLock()
+        self._n_clears = 0
         _ALL.add(self)
         self.clear()
 
-    def clear(self) -> None:
-        """Forget every entry and set the counters to zero."""
+    def clear(self, scope: str | None = None) -> None:
+        """Drop every entry and set the counters to zero, or drop the entries of `scope` alone.
+
+        Errors: InvalidScope.
+        Cost:   a pass over all entries.
+        """
+        scope = require_scope(scope)
         with self._lock:
+            self._n_clears += 1
+            if scope is not None:
+                self._clear_scope(scope)
+                return
+            self._cleared_all = self._n_clears
+            self._cleared: dict[int, int] = {}  # hash of a scope -> _n_clears at its last clear
             self._maps = (_Map(), _Map())
             self._clock = self._hits = self._misses = self._hit_tokens = 0
-            self._insertions = self._evictions = self._oversize = 0
+            self._insertions = self._evictions = 0
+            self._refusals: Counter[str] = Counter()
+
+    def _clear_scope(self, scope: str) -> None:
+        if len(self._cleared) < _MAX_CLEARED:
+            self._cleared[hash(scope)] = self._n_clears
+        else:
+            self._cleared_all, self._cleared = self._n_clears, {}
+        for one in self._maps:
+            for key in [key for key in one.keys_dense if key[1] == scope]:
+                del one[key]
+
+    def _was_cleared(self, scope: str | None, since: int) -> bool:
+        last = 0 if scope is None else self._cleared.get(hash(scope), 0)
+        return max(last, self._cleared_all) > since
 
     def get(
         self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
@@ -136,16 +164,30 @@ class L0Cache:
         scope: str | None = None,
     ) -> bool:
         """Store `ids` for `text` in `scope`; return False if it is larger than the budget."""
+        return self._put(text, add_special_tokens, ids, scope, sys.maxsize)
+
+    def _put(
+        self,
+        text: str,
+        add_special_tokens: bool,
+        ids: Iterable[int],
+        scope: str | None,
+        since: int,
+    ) -> bool:
+        """Do what `put` does, unless the scope was cleared since `_n_clears` was `since`."""
         which = require_bool("add_special_tokens", add_special_tokens)
         key = (_exact_str(text), require_scope(scope))
         own = TokenIds(memoryview(TokenIds(ids)))  # a slice would keep all it was cut from
         n_bytes = _n_bytes(key, own)
         with self._lock:
+            if self._was_cleared(key[1], since):
+                self._refusals["cleared"] += 1
+                return False
             target = self._maps[which]
             if key in target:
                 del target[key]
             if n_bytes > self.max_bytes:
-                self._oversize += 1
+                self._refusals["oversize"] += 1
                 return False
             self._make_room(n_bytes)
             self._clock += 1
@@ -213,7 +255,7 @@ class L0Cache:
                 misses=self._misses,
                 insertions=self._insertions,
                 evictions=self._evictions,
-                refusals={"oversize": self._oversize} if self._oversize else {},
+                refusals=dict(self._refusals),
                 hit_tokens=self._hit_tokens,
                 n_entries=len(self),
                 n_bytes=self.memory_usage(),

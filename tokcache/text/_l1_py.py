@@ -38,6 +38,7 @@ STORED_CHARS = 1 << 16  # a longer part, in which no place was found, is not kep
 SHORT_CHARS = 24
 SEED_BYTES = 4
 _ENTRY_BYTES = 400
+_MAX_CLEARED = 1024  # scopes whose last clear is remembered one by one
 
 _Key = tuple[str, int, int]  # text, scope, variant
 _Ids = tuple[int, ...]
@@ -69,11 +70,14 @@ class _Missed:
 class Walk:
     """A text on its way: what of it is known, and the units that the engine must encode."""
 
-    def __init__(self, cache: SegmentCache, text: str, scope: int, special: bool) -> None:
+    def __init__(
+        self, cache: SegmentCache, text: str, scope: int, special: bool, since: int
+    ) -> None:
         self._cache = cache
         self.text = text
         self.scope = scope
         self.special = special
+        self.since = since
         self.chunks: list[_Ids | _Missed] = []
         self.units: dict[_Key, _Unit] = {}
         self.counts: Counter[str] = Counter(lookup_chars=len(text))
@@ -196,21 +200,42 @@ class SegmentCache:
         self._scanner = Scanner(plan)
         self.cut_seed = os.urandom(SEED_BYTES)
         self._lock = threading.RLock()
+        self.n_clears = 0
         _ALL.add(self)
-        self.clear()
+        self.clear(n_clears=0)
 
-    def clear(self) -> None:
-        """Forget every part and set the counters to zero."""
+    def clear(self, scope: int | None = None, n_clears: int | None = None) -> None:
+        """Drop every part and set the counters to zero, or drop the parts of `scope` alone.
+
+        `n_clears` is what the attribute of this name is set to, one more than it was by default.
+        """
         with self._lock:
+            self.n_clears = self.n_clears + 1 if n_clears is None else n_clears
+            if scope is not None:
+                self._clear_scope(scope)
+                return
+            self._cleared_all = self.n_clears
+            self._cleared: dict[int, int] = {}  # scope -> n_clears when it was cleared last
             self._held: cachetools.LRUCache[_Key, _Ids] = cachetools.LRUCache(sys.maxsize)
             self._n_bytes = 0
             self._counts: Counter[str] = Counter()
             self._refusals: Counter[str] = Counter()
 
-    def look(self, text: str, add_special_tokens: bool, scope: int) -> TokenIds | Walk | None:
+    def _clear_scope(self, scope: int) -> None:
+        if len(self._cleared) < _MAX_CLEARED:
+            self._cleared[scope] = self.n_clears
+        else:
+            self._cleared_all, self._cleared = self.n_clears, {}
+        for key in [key for key in self._held if key[1] == scope]:
+            self._n_bytes -= _n_bytes(key, self._held.pop(key))
+
+    def look(
+        self, text: str, add_special_tokens: bool, scope: int, since: int | None = None
+    ) -> TokenIds | Walk | None:
         """Return the ids of `text` if every part is known, a Walk if some are to be encoded.
 
-        None, counted by reason, if the text can't be cut with proof.
+        None, counted by reason, if the text can't be cut with proof. Nothing of it is kept if its
+        scope was cleared since `n_clears` was `since`, or is before the Walk is finished.
         """
         with self._lock:
             if self._plan.affixes[add_special_tokens] is None:
@@ -219,7 +244,8 @@ class SegmentCache:
             if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
                 self._refuse("surrogate")
                 return None
-            walk = Walk(self, text, scope, add_special_tokens)
+            since = self.n_clears if since is None else since
+            walk = Walk(self, text, scope, add_special_tokens, since)
             try:
                 self._follow(walk)
             except Unsure:
@@ -230,14 +256,18 @@ class SegmentCache:
     def finish(self, walk: Walk) -> TokenIds:
         """Keep the parts of a walk and return the ids of its text."""
         with self._lock:
+            last = max(self._cleared.get(walk.scope, 0), self._cleared_all)
+            keeps = last <= walk.since
             for key, unit in walk.units.items():
                 self._counts["engine_chars"] += len(unit.part)
                 self._counts["engine_tokens"] += len(unit.ids or ())
-                if len(unit.part) <= SHORT_CHARS:
+                if len(unit.part) <= SHORT_CHARS and keeps:
                     self._keep(key, unit.ids or ())
             missed = [one for one in walk.chunks if isinstance(one, _Missed)]
-            for one in missed:
+            for one in missed if keeps else ():
                 self._keep(one.key, one.ids())
+            if not keeps:
+                self._refuse("cleared")
             self._counts["misses" if missed else "hits"] += 1
             self._counts["chunk_misses"] += len(missed)
             self._counts.update(walk.counts)

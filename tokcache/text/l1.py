@@ -109,16 +109,21 @@ class L1:
         ]
         self._secret = urandom(32)
         self._tags: dict[str, int] = {}
+        self._n_clears = 0
         self._rng = random.Random(urandom(16))  # noqa: S311 (a draw, not a secret)
         self._set_fast(None if self.off else self._choose_fast(config.engine))
 
     def look(
-        self, text: str, add_special_tokens: bool, scope: str | None
+        self, text: str, add_special_tokens: bool, scope: str | None, since: int
     ) -> TokenIds | Walk | None:
-        """Return the ids if every part is known, a Walk to `complete`, or None: encode it whole."""
+        """Return the ids if every part is known, a Walk to `complete`, or None: encode it whole.
+
+        Nothing of the text is kept if its scope was cleared since the number of clears was `since`.
+        """
         if self.off is not None:
             return None
-        found = self._cache.look(text, add_special_tokens, 0 if scope is None else self._tag(scope))
+        tag = 0 if scope is None else self._tag(scope)
+        found = self._cache.look(text, add_special_tokens, tag, since)
         if self._verify_rate and isinstance(found, TokenIds) and self._is_drawn():
             return self._verified(text, add_special_tokens, found)
         return found
@@ -136,6 +141,13 @@ class L1:
         if self._verify_rate and self._is_drawn():
             return self._verified(text, add_special_tokens, ids)
         return ids
+
+    def clear(self, scope: str | None, n_clears: int) -> None:
+        """Drop the parts of a scope, or all; `n_clears` is the number of clears from now on."""
+        self._n_clears = n_clears
+        self._cache.clear(None if scope is None else self._tag(scope), n_clears)
+        if scope is not None:
+            self._tags.pop(scope, None)
 
     def stats(self) -> L1Stats:
         """Return a snapshot of the counters."""
@@ -234,6 +246,7 @@ class L1:
         self.engine = fast[0].name if fast else "tokenizers"
         # A fast encoder is done with a whole chunk before its segments are looked up.
         self._cache = SegmentCache(self.plan, self._max_bytes, fast is None)
+        self._cache.clear(n_clears=self._n_clears)  # after it is in place: another may clear now
 
     def _made_variants(self, fast: Sequence[FastEncoder | None]) -> list[_Variant]:
         plan = self.plan
@@ -288,7 +301,7 @@ class L1:
             )
             return right
         self.off = "difference"
-        self._cache.clear()
+        self._cache.clear(n_clears=self._n_clears)
         _log.error(
             "the cache of parts (engine %s) gave other token ids than the tokenizer and is off "
             "from now on for this tokenizer: first difference at token %d of %d, in a text of %d "

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 _LONG_CHARS = 2048  # L0 takes a longer text that L1 puts together
 _ADMIT_ONE_IN = 8  # one time in so many: most never come again
 
-_Key = tuple[str, bool, str | None]
+# text, add_special_tokens, scope, and how often a scope had been cleared when the text came: what
+# was asked for before a scope was cleared is not shared with who asks after it, nor stored.
+_Key = tuple[str, bool, str | None, int]
 _NO_L0 = L0Stats(0, 0, 0, 0, {}, 0, 0, 0)
 _NO_L1 = L1Stats()
 
@@ -55,9 +57,11 @@ class _Generation:
     l1: L1 | None = None
     flights: dict[_Key, Future[TokenIds] | None] = field(default_factory=dict)
     get: Callable[[str, bool, str | None], TokenIds | None] = field(init=False)
+    put: Callable[[str, bool, TokenIds, str | None, int], bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self.get = self.l0._get  # noqa: SLF001 (ours: a hit without the cost of keywords)
+        self.put = self.l0._put  # noqa: SLF001 (ours: not what was cleared meanwhile)
 
 
 class CachedTokenizer:
@@ -66,7 +70,8 @@ class CachedTokenizer:
     `get(text, add_special_tokens, scope)` is the look-up alone; it is replaced when what it
     looks in is, so that a hit costs no question about the state of things.
 
-    Errors:  InvalidText for what is no str; the tokenizer's own errors pass through.
+    Errors:  InvalidText if a text is not a str; the tokenizer's own errors
+             pass through.
     Threads: safe, and after fork. `plain_lock` is held by those who use or change the plain
              tokenizer, `guard_lock` inside it by those who hand out or look at components.
     """
@@ -143,9 +148,9 @@ class CachedTokenizer:
     ) -> list[TokenIds]:
         """Return the ids of every text; equal ones that miss are encoded once, all in one call."""
         require_bool("add_special_tokens", add_special_tokens)
-        scope = require_scope(scope)
-        keys = [_key(text, add_special_tokens, scope) for text in _texts(texts)]
-        found = [generation.get(*key) for key in keys]
+        scope, since = require_scope(scope), _n_clears(generation)
+        keys = [_key(text, add_special_tokens, scope, since) for text in _texts(texts)]
+        found = [generation.get(*key[:3]) for key in keys]
         missing = dict.fromkeys(key for key, ids in zip(keys, found, strict=True) if ids is None)
         if missing:
             made = self._encode_all(generation, list(missing))
@@ -161,7 +166,8 @@ class CachedTokenizer:
             return ids
         from asyncio import get_running_loop, wrap_future  # noqa: PLC0415 (30 ms to import)
 
-        generation, key = self._generation, _key(text, add_special_tokens, scope)
+        generation = self._generation
+        key = _key(text, add_special_tokens, scope, _n_clears(generation))
         if generation.engine is None:
             await get_running_loop().run_in_executor(self._threads(), self.engine, generation)
         while True:
@@ -182,7 +188,11 @@ class CachedTokenizer:
             with self.plain_lock:
                 if generation.engine is None:
                     engine = self._build_engine()
-                    generation.l1 = self._build_l1(engine)
+                    l1 = self._build_l1(engine)
+                    with self._lock:  # who clears a scope either sees L1 or was counted before
+                        if l1 is not None:
+                            l1.clear(None, _n_clears(generation))
+                        generation.l1 = l1
                     generation.engine = engine
         return generation.engine
 
@@ -205,11 +215,21 @@ class CachedTokenizer:
         with self._lock:
             self._bypasses[reason] += n_texts
 
-    def clear(self) -> None:
-        """Forget every entry, the engine and the counters."""
+    def clear(self, scope: str | None = None) -> None:
+        """Drop every entry, the engine and the counters, or the entries of one scope alone.
+
+        L0 comes last: what was made of parts that L1 held before is not stored in it afterwards.
+        """
+        scope = require_scope(scope)
         with self._lock:
-            self._forget_counts()
-            self._renew()
+            if scope is None:
+                self._forget_counts()
+                self._renew()
+                return
+            generation = self._generation
+            if generation.l1 is not None:
+                generation.l1.clear(scope, _n_clears(generation) + 1)
+            generation.l0.clear(scope)
 
     def stats(self) -> CacheStats:
         """Return a snapshot of the counters."""
@@ -235,28 +255,29 @@ class CachedTokenizer:
         L0 keeps no long text that was new, and of those that L1 had in parts one in a few: it is
         put together again in microseconds, and most never come again.
         """
-        if type(text) is not str:
-            text, add_special_tokens, scope = _key(text, add_special_tokens, scope)
+        since = _n_clears(generation)
+        if type(text) is not str or (scope is not None and type(scope) is not str):
+            text, add_special_tokens, scope, since = _key(text, add_special_tokens, scope, since)
         if generation.engine is None:
             self.engine(generation)
         l1 = generation.l1
-        found = None if l1 is None else l1.look(text, add_special_tokens, scope)
+        found = None if l1 is None else l1.look(text, add_special_tokens, scope, since)
         if isinstance(found, TokenIds):
             if len(text) > _LONG_CHARS:
                 self._n_long += 1
                 if self._n_long % _ADMIT_ONE_IN:
                     return found
-            _put(generation, (text, add_special_tokens, scope), found)
+            generation.put(text, add_special_tokens, found, scope, since)
             return found
         if l1 is not None and found is not None and l1.holds_lock and len(text) <= CHARS_AT_ONCE:
             # Nobody else can ask for it meanwhile.
             ids = self._encode_parts(l1, text, add_special_tokens, found)
             if ids is not None:
                 if len(text) <= _LONG_CHARS:
-                    _put(generation, (text, add_special_tokens, scope), ids)
+                    generation.put(text, add_special_tokens, ids, scope, since)
                 return ids
             found = None
-        return self._encode_one(generation, (text, add_special_tokens, scope), found)
+        return self._encode_one(generation, (text, add_special_tokens, scope, since), found)
 
     def _encode_parts(
         self, l1: L1, text: str, add_special_tokens: bool, walk: Walk
@@ -319,7 +340,7 @@ class CachedTokenizer:
                 flights[key] = flights[key] or _running()
                 return flights[key]
             self._counts["rechecks"] += 1  # a flight may have landed since the caller's look-up
-            ids = generation.get(*key)
+            ids = generation.get(*key[:3])
             if ids is None:
                 flights[key] = flight
             return ids
@@ -356,8 +377,8 @@ class CachedTokenizer:
         try:
             self.engine(generation)
             done = self._encode_new(generation, keys, walks)
-            for key, ids in zip(keys, done, strict=True):
-                _put(generation, key, ids)
+            for (text, add_special_tokens, scope, since), ids in zip(keys, done, strict=True):
+                generation.put(text, add_special_tokens, ids, scope, since)
         except BaseException as error:
             self._land_failed(generation, keys, error)
             raise
@@ -462,8 +483,8 @@ class WrappedTokenizer:
     `token_ids` and its batch and async forms give the ids of whole texts: truncation and padding
     switched on in a `tokenizers.Tokenizer` don't apply to them.
 
-    Errors:  InvalidText if a text is not a str; InvalidScope; InvalidConfig if `add_special_tokens`
-             is not a bool; the tokenizer's own errors pass through.
+    Errors:  InvalidText if a text is not a str; InvalidScope; InvalidConfig
+             if `add_special_tokens` is not a bool; the tokenizer's own errors pass through.
     Threads: safe, from any thread or event loop, and after fork.
     """
 
@@ -518,9 +539,16 @@ class WrappedTokenizer:
         """Return a snapshot of the counters."""
         return self._tokcache.stats()
 
-    def cache_clear(self) -> None:
-        """Forget every entry and all counters, and copy the tokenizer's components anew."""
-        self._tokcache.clear()
+    def cache_clear(self, scope: str | None = None) -> None:
+        """Drop the entries of `scope`, or every entry and all counters.
+
+        A scoped tokenizer drops those of its own scope. What is being encoded for a scope as it
+        is cleared is not kept. Without a scope the tokenizer's components are copied again, too.
+
+        Errors: InvalidScope.
+        Cost:   with a scope, a pass over all entries.
+        """
+        self._tokcache.clear(self._tokcache_scope if scope is None else scope)
 
     def cache_dump(
         self,
@@ -576,15 +604,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _key(text: str, add_special_tokens: bool, scope: str | None) -> _Key:
+def _n_clears(generation: _Generation) -> int:
+    return generation.l0._n_clears  # noqa: SLF001 (ours)
+
+
+def _key(text: str, add_special_tokens: bool, scope: str | None, since: int) -> _Key:
     if not isinstance(text, str):
         raise InvalidText(f"text must be a str, not {type(text).__name__}; decode bytes first")
-    return str.__str__(text), add_special_tokens, scope
-
-
-def _put(generation: _Generation, key: _Key, ids: TokenIds) -> None:
-    text, add_special_tokens, scope = key
-    generation.l0.put(text, ids, add_special_tokens=add_special_tokens, scope=scope)
+    return str.__str__(text), add_special_tokens, require_scope(scope), since
 
 
 def _scopes(

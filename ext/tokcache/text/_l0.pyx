@@ -48,6 +48,7 @@ cdef enum:
     THERE = 2
 
     MAX_SCOPES = 1 << 24
+    MAX_CLEARED = 1024  # scopes whose last clear is remembered one by one
     SCOPE_BYTES = 100   # of a scope beside its name: places in a dict and two lists, two ints
     MAX_UNITS = 0xFFFFFFF0
     SMALL_BYTES = 512   # up to here CPython's own allocator serves, in steps of 16
@@ -101,6 +102,10 @@ cdef class L0Cache:
     cdef list scope_counts    # number -> how many entries
     cdef list free_scopes     # numbers to use again
     cdef uint64_t scope_bytes  # of all names and what is kept beside them
+    # What was under way when its scope was cleared is not stored afterwards: `_put` compares.
+    cdef readonly uint64_t _n_clears  # of one scope or of all
+    cdef dict cleared         # hash of a scope -> _n_clears when it was cleared last
+    cdef uint64_t cleared_all  # _n_clears when every scope was, or `cleared` was full
 
     def __cinit__(self, *, max_entries=10_000, max_bytes="64M", sample_size=8):
         cdef bytes random = urandom(8 * N_SECRETS + 8)
@@ -112,6 +117,7 @@ cdef class L0Cache:
         memcpy(self.tables[0].secret, raw, 8 * N_SECRETS)
         memcpy(self.tables[1].secret, raw, 8 * N_SECRETS)
         memcpy(&self.rng, raw + 8 * N_SECRETS, 8)
+        self.cleared = {}
         if self.max_entries < 1 << 30:
             self.tables[0].enough = self.tables[1].enough = self.max_entries * 3 // 2 + 2
         self.reset()
@@ -155,6 +161,20 @@ cdef class L0Cache:
 
     def put(self, text, ids, *, add_special_tokens=True, scope=None):
         """Store `ids` for `text` in `scope`; return False if it can't be within the budget."""
+        return self.keep(text, add_special_tokens, ids, scope)
+
+    def _put(self, text, add_special_tokens, TokenIds ids, scope, uint64_t since):
+        """Do what `put` does, unless the scope was cleared since `_n_clears` was `since`."""
+        if scope is not None:
+            scope = exact_scope(scope)
+        # From here to the insert no other code runs.
+        if since != self._n_clears and self.was_cleared(scope, since):
+            return self.refuse("cleared")
+        return self.keep(text, add_special_tokens, ids, scope)
+
+    cdef bint keep(
+        self, object text, object add_special_tokens, object ids, object scope
+    ) except -1:
         cdef TokenIds owner = owner_of(ids if type(ids) is TokenIds else TokenIds(ids))
         cdef Table* table = &self.tables[map_of(add_special_tokens)]
         cdef Key key
@@ -186,8 +206,18 @@ cdef class L0Cache:
         self.insertions += 1
         return True
 
-    def clear(self):
-        """Forget every entry and set the counters to zero."""
+    def clear(self, scope=None):
+        """Drop every entry and set the counters to zero, or drop the entries of `scope` alone.
+
+        Errors: InvalidScope.
+        Cost:   a pass over the table.
+        """
+        if scope is not None:
+            self.clear_scope(exact_scope(scope))
+            return
+        self._n_clears += 1
+        self.cleared_all = self._n_clears
+        self.cleared = {}
         self.empty()
         self.reset()
 
@@ -326,6 +356,38 @@ cdef class L0Cache:
         self.clock += 1
         if self.clock == 0:  # 0 marks an empty place
             self.clock = 1
+
+    cdef int clear_scope(self, str scope) except -1:
+        cdef uint32_t number = self.scope_numbers.get(scope, 0), i, capacity
+        cdef Py_ssize_t n_left = self.scope_counts[number] if number else 0
+        cdef Table* table
+        cdef int which
+        self._n_clears += 1
+        if len(self.cleared) < MAX_CLEARED:
+            self.cleared[hash(scope)] = self._n_clears
+        else:
+            self.cleared_all = self._n_clears
+            self.cleared = {}
+        for which in range(2):
+            table = &self.tables[which]
+            i, capacity = 0, table.capacity
+            while n_left and i < capacity:
+                if table.entries[i].value == NULL or (
+                    table.entries[i].meta >> SCOPE_SHIFT != number
+                ):
+                    i += 1
+                    continue
+                self.drop(table, i)  # what was pushed past it stands here now
+                n_left -= 1
+                if table.capacity != capacity:
+                    i, capacity = 0, table.capacity
+        return 0
+
+    cdef bint was_cleared(self, object scope, uint64_t since) except -1:
+        """Return whether a scope was cleared since `_n_clears` was `since`."""
+        return self.cleared_all > since or (
+            scope is not None and self.cleared.get(hash(scope), 0) > since
+        )
 
     cdef void empty(self) noexcept:
         cdef int which

@@ -56,6 +56,7 @@ cdef enum:
     STORED_UNITS = 1 << 16  # a longer part, in which no place was found, is not kept
     SPARE_BYTES = 1 << 17  # a walk with larger arrays is not kept for the next text
     N_DRAWS = 8
+    MAX_CLEARED = 1024     # scopes whose last clear is remembered one by one
     SHORT_SHARE = 4        # of the budget, one part in so many is for short segments
     NO_UNIT = 0xFFFFFFFF
     UNTOLD = 0xFFFFFFFF    # in the place of a part: an id doesn't tell its bytes
@@ -140,6 +141,8 @@ cdef class Walk:
     cdef str text
     cdef Text view
     cdef uint64_t scope
+    cdef uint64_t since        # n_clears of the cache when the text came
+    cdef bint keeps            # its scope was not cleared between then and the look-up
     cdef bint add_special_tokens
     cdef int32_t serial
     cdef uint64_t epoch        # of the cache: links of another one mean nothing
@@ -534,6 +537,10 @@ cdef class SegmentCache:
     cdef uint64_t short_hits, short_misses, engine_chars, engine_tokens, tokens
     cdef uint64_t insertions, evictions
     cdef dict refusals
+    # What was under way when its scope was cleared is not kept afterwards.
+    cdef readonly uint64_t n_clears  # of one scope or of all
+    cdef dict cleared          # scope -> n_clears when it was cleared last
+    cdef uint64_t cleared_all  # n_clears when every scope was, or `cleared` was full
 
     def __cinit__(self, plan, max_bytes, cuts_fine=True):
         cdef bytes random = urandom(8 * N_SECRETS + 8)
@@ -549,6 +556,7 @@ cdef class SegmentCache:
         self.prefixes = tuple([a[0] for a in affixes])
         self.suffixes = tuple([a[1] for a in affixes])
         self.refusals = {}
+        self.cleared = {}
 
     def __init__(self, plan, max_bytes, cuts_fine=True):
         pass
@@ -561,10 +569,11 @@ cdef class SegmentCache:
         free(self.plan.tokens)
         free(self.scratch)
 
-    def look(self, str text, bint add_special_tokens, uint64_t scope):
+    def look(self, str text, bint add_special_tokens, uint64_t scope, since=None):
         """Return the ids of `text` if every part is known, a Walk if some are to be encoded.
 
-        None, counted by reason, if the text can't be cut with proof.
+        None, counted by reason, if the text can't be cut with proof. Nothing of it is kept if its
+        scope was cleared since `n_clears` was `since`, or is before the Walk is finished.
         """
         cdef Walk walk
         PyUnicode_READY(text)
@@ -580,6 +589,8 @@ cdef class SegmentCache:
         self.serial = self.serial + 1 if self.serial < 0x7FFFFFF0 else 1
         walk.begin(text, scope, add_special_tokens, self.serial)
         walk.epoch = self.epoch
+        walk.since = self.n_clears if since is None else since
+        walk.keeps = not self.was_cleared(walk)
         if not self.follow(walk):
             self.put_by(walk)
             return None
@@ -589,8 +600,17 @@ cdef class SegmentCache:
             return walk
         return self.answer(walk)
 
-    def clear(self):
-        """Forget every part and set the counters to zero."""
+    def clear(self, scope=None, n_clears=None):
+        """Drop every part and set the counters to zero, or drop the parts of `scope` alone.
+
+        `n_clears` is what the attribute of this name is set to, one more than it was by default.
+        """
+        self.n_clears = self.n_clears + 1 if n_clears is None else n_clears
+        if scope is not None:
+            self.clear_scope(scope)
+            return
+        self.cleared_all = self.n_clears
+        self.cleared = {}
         self.forget_chunks()
         release_shorts(&self.shorts)
         self.hits = self.misses = self.chunk_hits = self.chunk_misses = self.lookup_chars = 0
@@ -827,6 +847,32 @@ cdef class SegmentCache:
     cdef refuse(self, str reason):
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
         return None
+
+    cdef int clear_scope(self, uint64_t scope) except -1:
+        cdef uint32_t i
+        if len(self.cleared) < MAX_CLEARED:
+            self.cleared[scope] = self.n_clears
+        else:
+            self.cleared_all = self.n_clears
+            self.cleared = {}
+        for i in range(self.chunks.n, 0, -1):  # what takes a removed one's place was looked at
+            if self.chunks.all[i - 1].scope == scope:
+                remove_chunk(&self.chunks, i - 1)
+        if self.chunks.n == 0:
+            self.forget_chunks()
+        for i in range(self.shorts.n_sets * WAYS):
+            if self.shorts.all[i].tick and self.shorts.all[i].scope == scope:
+                memset(&self.shorts.all[i], 0, sizeof(Short))
+                self.shorts.n -= 1
+        if self.shorts.n == 0:
+            release_shorts(&self.shorts)
+        return 0
+
+    cdef bint was_cleared(self, Walk walk) except -1:
+        """Return whether the scope of a walk was cleared since its text came."""
+        return walk.since != self.n_clears and (
+            self.cleared_all > walk.since or self.cleared.get(walk.scope, 0) > walk.since
+        )
 
     cdef void forget_chunks(self) noexcept:
         release_chunks(&self.chunks)
@@ -1294,7 +1340,7 @@ cdef class SegmentCache:
             if at.ids[1] == walk.serial:
                 walk.short_hits += 1
                 return walk.push_op(<uint32_t> at.ids[0], 0)
-        else:
+        elif walk.keeps:
             self.room_for_shorts(1, True)
             if self.shorts.n_sets:
                 at = place_short(&self.shorts, digest, self.clock, &evicts)
@@ -1364,12 +1410,16 @@ cdef class SegmentCache:
         cdef uint32_t place, before = NO_CHUNK
         cdef Link link = no_link()
         cdef Missed* missed
+        cdef bint keeps = not self.was_cleared(walk)
         self.tick()
         for i in range(walk.n_units):
             self.engine_chars += walk.units[i].stop - walk.units[i].start
             self.engine_tokens += walk.units[i].n
-            if walk.units[i].is_short:
+            if walk.units[i].is_short and keeps:
                 self.keep_short(walk, &walk.units[i])
+        if not keeps:
+            self.refuse("cleared")
+            return self.answer(walk)
         for i in range(walk.n_missed):
             missed = &walk.missed[i]
             place = self.keep_chunk(walk, missed)
