@@ -311,7 +311,7 @@ def test_no_state_of_the_default_mode_is_served_after_a_change_of_mode() -> None
     assert restored == [False, False, True, True]
 
 
-def test_a_generation_put_aside_brings_no_grid_back_into_another_mode() -> None:
+def test_a_generation_suspend_brings_no_grid_back_into_another_mode() -> None:
     llm = llama(reproducible=True)
     paused = llm.generate(list(range(5, 300)), temp=0.0)
     next(paused)

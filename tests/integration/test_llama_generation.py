@@ -193,7 +193,7 @@ def test_a_stream_whose_state_is_lost_says_so(
     next(kept)
     monkeypatch.setattr(type(llm), "_snapshot", lambda _: None)
     assert text(llm.create_completion(PROMPTS[1], **LONG)) == expected[PROMPTS[1]]
-    with pytest.raises(StateError, match="put"):
+    with pytest.raises(StateError, match="suspended"):
         next(kept)
     assert text(llm.create_completion(PROMPTS[1], **LONG)) == expected[PROMPTS[1]]
 

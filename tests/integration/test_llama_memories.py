@@ -214,16 +214,16 @@ class Recorded:
         self.batches: list[tuple[list[int], int]] = []  # tokens of a batch, and how many stayed
         self.runs: list[tuple[list[int], list[tuple[list[int], int]]]] = []
         self.n_compared, self.worst = 0, 0.0
-        decode_piece = self.cached._eval_piece
+        decode_batch = self.cached._eval_batch
 
-        def recorded(piece: Any) -> None:
-            self.batches.append((list(piece), len(piece)))
-            decode_piece(piece)
+        def recorded(batch: Any) -> None:
+            self.batches.append((list(batch), len(batch)))
+            decode_batch(batch)
             self.runs.append(
                 (self.cached.input_ids[: self.cached.n_tokens].tolist(), self.batches[:])
             )
 
-        self.cached._eval_piece = recorded
+        self.cached._eval_batch = recorded
 
     def ask(self, prompt: list[int], n: int = 4) -> list[int]:
         hold = self.cached._hold
@@ -266,7 +266,7 @@ class Recorded:
         self.n_compared += self.cached.n_tokens - first
 
     def close(self) -> None:
-        del self.cached._eval_piece
+        del self.cached._eval_batch
         self.cached.close()
         self.expected.close()
 

@@ -1,20 +1,38 @@
 """Who may use the context: one step at a time, one generation after the other.
 
-A generation lives in its context between two tokens too. Another one waits until it has ended; if
-its consumer does not ask for the next token for `IDLE_S`, it is put aside (a snapshot) and brought
-back when it is asked again. So an abandoned stream blocks nobody, interleaved streams both come
-out right, and no lock is held while a consumer thinks, whatever thread it resumes from.
+Life of a step:
+
+1. Who wants the context takes a ticket. Tickets are served in the order of their arrival, the
+   first one first that may enter (2).
+2. A call "between" (a setting, the end of a stream, the end of the model) and a plain call
+   (`reset`, `eval`) may enter as soon as nobody is inside. A generation enters when the one whose
+   turn it is has ended, or when its consumer has not asked for a token for `IDLE_S`.
+3. A plain call or a generation that finds another generation's state in the context suspends it:
+   it takes a snapshot. The suspended one resumes from the snapshot at its own next step.
+4. A step that decodes more than once pauses between two decodes when there are tickets that may
+   enter: so they wait for one decode, not for a whole prompt or answer.
+
+So a stream that nobody reads blocks nobody, interleaved streams both come out right, and no lock
+is held while a consumer thinks, whatever thread it resumes from.
+
+Implementation: `_inside` is the thread in a step, `_owner` the generation whose state the context
+holds, `_turn` the generation whose turn it is (they differ after a plain call has suspended it).
+The gate refers weakly to the model and to its generations: a generator refers to the model, so a
+strong reference would keep an abandoned stream and its model alive until a garbage collection.
 """
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokcache.errors import ModelClosed
@@ -27,16 +45,33 @@ IDLE_S = 0.1
 
 
 class Context(Protocol):
-    """What the gate asks of the model it guards."""
+    """The model that a gate guards."""
 
-    def put_aside(self, *, has_started: bool) -> Any:
-        """Return all that the present generation needs to go on later."""
+    def suspend(self, *, has_started: bool, is_decoding: bool) -> Any:
+        """Return all that the present generation needs to go on later.
 
-    def bring_back(self, aside: Any) -> None:
-        """Undo `put_aside`."""
+        `is_decoding`: it is about to decode, so it needs no logits that are there now.
+        """
+
+    def resume(self, suspended: Any) -> None:
+        """Undo `suspend`."""
 
     def end_generation(self) -> None:
         """Note that the present generation is over: its state can be saved."""
+
+
+class _Kind(Enum):
+    BETWEEN = "between"  # changes nothing that a generation would miss
+    CALL = "call"  # changes what the context holds
+    GENERATION = "generation"
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    kind: _Kind
+    thread: int
+    steps: Steps | None = None
+    called: threading.Condition | None = None  # notified when it is this ticket's turn
 
 
 class Gate:
@@ -49,11 +84,14 @@ class Gate:
     def __init__(self, context: Context) -> None:
         self._context = weakref.proxy(context)
         self._pid = os.getpid()
-        self._changed = threading.Condition(threading.Lock())
-        self._inside: int | None = None  # the thread that is in a step
+        self._mutex = threading.Lock()
+        self._waiting: list[_Ticket] = []  # in the order of arrival
+        self._inside: int | None = None
+        self._running: Steps | None = None  # whose step the thread inside is in
+        self._paused_call: _Ticket | None = None  # a plain call that pauses: no other may enter
         self._owner: weakref.ref[Steps] | None = None
-        self._last_step = (0.0, 0)  # when the owner's ended, in which thread
-        self._orphans: deque[Generator[Any, Any, Any]] = deque()
+        self._turn: weakref.ref[Steps] | None = None
+        self._last_step = (0.0, 0)  # when the last step of `_turn` ended, in which thread
         self.is_closed = False
 
     def require_open(self) -> None:
@@ -71,46 +109,115 @@ class Gate:
         return self._inside == threading.get_ident()
 
     @contextmanager
-    def step(self, steps: Steps | None = None) -> Iterator[None]:
-        """Hold the context for `steps`, or for a plain call; nested calls pass through."""
+    def step(self, steps: Steps | None = None, *, is_generation: bool = False) -> Iterator[None]:
+        """Hold the context for `steps`, or for a plain call; nested calls pass through.
+
+        `is_generation`: a plain call that generates waits for its turn as a generation does.
+        """
         self.require_open()
         if self.is_inside():
-            yield
+            before, self._running = self._running, steps or self._running
+            try:
+                yield
+            finally:
+                self._running = before
             return
-        self._enter(steps)
+        kind = _Kind.GENERATION if steps is not None or is_generation else _Kind.CALL
+        self._enter(_Ticket(kind, threading.get_ident(), steps))
         try:
-            self._take_over(steps)
+            self.require_open()
+            self._running = steps
+            if steps is None or not steps.is_over:  # closed while it waited
+                self._take_over(steps)
             yield
         finally:
-            self._leave()
+            self._running = None
+            self._leave(is_step=kind is _Kind.GENERATION)
 
-    def _enter(self, steps: Steps | None) -> None:
-        with self._changed:
-            while self._inside is not None or (wait := self._wait_s(steps)) > 0:
-                self._changed.wait(None if self._inside is not None else wait)
-            self.require_open()
-            self._inside = threading.get_ident()
+    # Tickets
 
-    def _wait_s(self, steps: Steps | None) -> float:
-        """Return how long the owner may still be left alone."""
-        owner = self._owner() if self._owner else None
-        if owner is None or owner is steps or owner.is_over:
+    def _enter(self, ticket: _Ticket) -> None:
+        with self._mutex:
+            self._waiting.append(ticket)
+            self._wait_for(ticket)
+
+    def _wait_for(self, ticket: _Ticket) -> None:
+        """Wait until `ticket`, one of those that wait, has entered. The mutex is held."""
+        try:
+            while True:
+                first, wait = (None, math.inf) if self._inside else self._first()
+                if first is ticket and wait <= 0:
+                    self._inside = ticket.thread
+                    return
+                if first is not ticket:
+                    self._call(first)
+                ticket.called = ticket.called or threading.Condition(self._mutex)
+                ticket.called.wait(wait if first is ticket and wait < math.inf else None)
+        finally:
+            self._waiting.remove(ticket)
+            if self._inside is None:  # this one was interrupted
+                self._call(self._first()[0])
+
+    def _first(self) -> tuple[_Ticket | None, float]:
+        """Return the ticket that is served next, and how long that has to wait yet."""
+        first, shortest = None, math.inf
+        others_wait_s = self._others_wait_s()
+        for ticket in self._waiting:
+            wait = self._wait_s(ticket, others_wait_s)
+            if wait < shortest:
+                first, shortest = ticket, wait
+            if wait <= 0:
+                break
+        return first, shortest
+
+    def _call(self, ticket: _Ticket | None) -> None:
+        if ticket is not None and ticket.called is not None:
+            ticket.called.notify()
+
+    def _wait_s(self, ticket: _Ticket, others_wait_s: float) -> float:
+        """Return how long a ticket has to wait if nobody is inside and nobody is before it."""
+        if ticket.kind is _Kind.BETWEEN or self.is_closed:
             return 0.0
+        if self._paused_call is not None:
+            return 0.0 if ticket is self._paused_call else math.inf
+        if ticket.kind is _Kind.CALL or (ticket.steps and ticket.steps is self._whose_turn()):
+            return 0.0
+        return others_wait_s
+
+    def _whose_turn(self) -> Steps | None:
+        steps = self._turn() if self._turn else None
+        return None if steps is None or steps.is_over else steps
+
+    def _others_wait_s(self) -> float:
+        """Return how long the generation whose turn it is keeps out the others."""
+        turn = self._whose_turn()
+        if turn is None:
+            return 0.0
+        waiting = [ticket for ticket in self._waiting if ticket.kind is not _Kind.BETWEEN]
+        if any(ticket.steps is turn for ticket in waiting):
+            return math.inf
         when, thread = self._last_step
-        # Its consumer is this very thread: it won't ask for more while it waits here.
-        if thread == threading.get_ident():
+        # Its consumer waits here for something else: it won't ask for more meanwhile.
+        if any(ticket.thread == thread for ticket in waiting):
             return 0.0
-        return when + IDLE_S - time.monotonic()
+        return max(when + IDLE_S - time.monotonic(), 0.0)
+
+    def _leave(self, *, is_step: bool) -> None:
+        with self._mutex:
+            if is_step:
+                self._last_step = (time.monotonic(), threading.get_ident())
+            self._inside = None
+            self._call(self._first()[0])
+
+    # Steps
 
     def _take_over(self, steps: Steps | None) -> None:
-        while self._orphans:
-            # Nobody refers to it any more. Closing it here, not in the garbage collector, which
-            # may run anywhere, under any lock.
-            self._orphans.popleft().close()
         owner = self._owner() if self._owner else None
         if owner is not steps or owner is None:
             if owner is not None and not owner.is_over:
-                owner.aside = self._context.put_aside(has_started=owner.has_started)
+                owner.suspended = self._context.suspend(
+                    has_started=owner.has_started, is_decoding=owner.is_paused
+                )
             elif self._owner is not None:
                 self._context.end_generation()
             self._owner = None
@@ -118,11 +225,11 @@ class Gate:
             self._own(steps)
 
     def _own(self, steps: Steps) -> None:
-        self._owner = weakref.ref(steps)
-        if steps.aside is not None:
-            aside, steps.aside = steps.aside, None
+        self._owner = self._turn = weakref.ref(steps)
+        if steps.suspended is not None:
+            suspended, steps.suspended = steps.suspended, None
             try:
-                self._context.bring_back(aside)
+                self._context.resume(suspended)
             except BaseException:
                 self._owner = None
                 steps.end_without_context()
@@ -130,28 +237,77 @@ class Gate:
 
     def own_now(self, steps: Steps) -> None:
         """Give the context to `steps` before its first step; only inside a step."""
-        self._owner = weakref.ref(steps)
+        self._owner = self._turn = weakref.ref(steps)
 
-    def _leave(self) -> None:
-        with self._changed:
-            self._last_step = (time.monotonic(), threading.get_ident())
-            self._inside = None
-            self._changed.notify_all()
+    def pause(self, *, only_between: bool = False) -> float:
+        """Let those enter who wait and may; return the seconds that took.
+
+        Only inside a step, where the context holds whole batches, and before a decode: a
+        generation may be suspended meanwhile, a plain call may not. `only_between` keeps plain
+        calls out in any case.
+
+        Errors: ModelClosed if the model was closed meanwhile; GeneratorExit if the stream was.
+        """
+        if not self._waiting:
+            return 0.0
+        began, running = time.perf_counter(), self._running
+        is_call = running is None or only_between
+        mine = _Ticket(_Kind.CALL if is_call else _Kind.GENERATION, threading.get_ident(), running)
+        wanted = {_Kind.BETWEEN} if is_call else {_Kind.BETWEEN, _Kind.CALL}
+        with self._mutex:
+            if not any(ticket.kind in wanted for ticket in self._waiting):
+                return 0.0
+            self._waiting.append(mine)
+            self._paused_call = mine if is_call else None
+            self._running = self._inside = None
+            if running is not None:
+                running.is_paused = True
+            error = self._wait_without_fail(mine)
+            self._paused_call, self._running = None, running
+            if running is not None:
+                running.is_paused = False
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame
+        self._go_on(running, is_call=is_call)
+        return time.perf_counter() - began
+
+    def _wait_without_fail(self, ticket: _Ticket) -> BaseException | None:
+        """Wait until `ticket` has entered; return what interrupted it (Ctrl-C), to be raised then.
+
+        Who is in a step must not leave it without the gate: another one may be inside.
+        """
+        error = None
+        while True:
+            try:
+                self._wait_for(ticket)
+            except BaseException as interruption:  # noqa: BLE001 (returned)
+                error = interruption
+                self._waiting.insert(0, ticket)
+            else:
+                return error
+
+    def _go_on(self, running: Steps | None, *, is_call: bool) -> None:
+        self.require_open()
+        if running is not None:
+            if running.is_over:
+                raise GeneratorExit
+            if not is_call:
+                self._take_over(running)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Keep every step out, whoever the owner is; nothing is put aside."""
+        """Keep every step out; no generation is suspended for it."""
         if self.is_inside() or os.getpid() != self._pid:
             yield
             return
-        with self._changed:
-            while self._inside is not None:
-                self._changed.wait()
-            self._inside = threading.get_ident()
+        self._enter(_Ticket(_Kind.BETWEEN, threading.get_ident()))
         try:
             yield
         finally:
-            self._leave()
+            self._leave(is_step=False)
 
     def finish(self, steps: Steps) -> None:
         """Note, while others are kept out, that the generation of `steps` is over."""
@@ -160,17 +316,18 @@ class Gate:
             if not self.is_closed and os.getpid() == self._pid:
                 self._context.end_generation()
 
-    def abandon(self, generator: Generator[Any, Any, Any]) -> None:
-        """Take a generator that was collected; it is closed at the next step. Never blocks."""
-        self._orphans.append(generator)
-
     def close(self, release: Callable[[], None]) -> None:
-        """Wait for the step in progress, then call `release` and let nobody in any more."""
+        """Save what was decoded, then call `release` and let nobody in any more.
+
+        A generation that is going on ends with ModelClosed at its next decode.
+        """
         if os.getpid() != self._pid:
             return
         with self.turn():
             if not self.is_closed:
-                self._take_over(None)
+                if self._owner is not None:
+                    self._context.end_generation()
+                self._owner = None
                 self.is_closed = True
                 release()
 
@@ -181,15 +338,18 @@ class Steps(Generator[Any, Any, Any]):
     def __init__(self, gate: Gate, generator: Generator[Any, Any, Any]) -> None:
         self._gate = gate
         self._generator = generator
-        self.aside: Any = None
+        self.suspended: Any = None
         self.is_over = False
         self.has_started = False
+        self.is_paused = False  # between two decodes of one step
+        self._is_closed = False
+        self._advancing_in: int | None = None  # the thread
         if gate.is_inside():
             gate.own_now(self)
 
     def send(self, value: Any) -> Any:
         """Return the next item."""
-        return self._step(self._generator.send, value)
+        return self._step(lambda generator: generator.send(value))
 
     def throw(
         self,
@@ -198,33 +358,50 @@ class Steps(Generator[Any, Any, Any]):
         tb: TracebackType | None = None,
     ) -> Any:
         """Raise an error in the generator and return its next item."""
-        if val is None and tb is None:
-            return self._step(self._generator.throw, typ)
-        return self._step(self._generator.throw, typ, val, tb)
+        raised = [typ] if val is None and tb is None else [typ, val, tb]
+        del typ, val, tb  # the error's traceback refers to this frame
+        try:
+            return self._step(lambda generator: generator.throw(*raised))
+        finally:
+            raised.clear()
 
     def only(self) -> Any:
         """Return the one item of a generation that does not stream, and end it."""
         with self._gate.step(self):
             try:
-                return next(self._generator)
+                return self._advance(next)
             finally:
                 self._end()
 
-    def _step(self, advance: Callable[..., Any], *args: Any) -> Any:
+    def _step(self, advance: Callable[[Generator[Any, Any, Any]], Any]) -> Any:
         if self.is_over:
-            return advance(*args)  # an exhausted generator's own answer
-        with self._gate.step(self):
-            self.has_started = True
-            try:
-                return advance(*args)
-            except BaseException:
-                self._end()
+            return advance(self._generator)  # an exhausted generator's own answer
+        try:
+            with self._gate.step(self):
+                if self.is_over:
+                    return advance(self._generator)
+                try:
+                    return self._advance(advance)
+                except BaseException:
+                    self._end()
+                    raise
+        except GeneratorExit:
+            if not self._is_closed:
                 raise
+        raise StopIteration  # closed by another thread, in the middle of this step
+
+    def _advance(self, advance: Callable[[Generator[Any, Any, Any]], Any]) -> Any:
+        self.has_started, self._advancing_in = True, threading.get_ident()
+        try:
+            return advance(self._generator)
+        finally:
+            self._advancing_in = None
 
     def end_without_context(self) -> None:
         """End the generation where its state is lost: it must not go on in another's."""
         self.is_over = True
-        self._generator.close()
+        if self._advancing_in is None:
+            self._generator.close()
 
     def _end(self) -> None:
         self.is_over = True
@@ -232,15 +409,44 @@ class Steps(Generator[Any, Any, Any]):
         self._gate.finish(self)
 
     def close(self) -> None:
-        """End the generation; what it decoded is saved."""
+        """End the generation; what it decoded is saved.
+
+        Another thread that waits for the next item meanwhile gets StopIteration. In a garbage
+        collection nothing waits: it may run under any lock. What was decoded is saved later.
+        """
         if self.is_over:
             return
-        with self._gate.turn():
-            if not self.is_over:
-                self.aside = None
-                self._end()
-
-    def __del__(self) -> None:
-        if not self.is_over:
+        if threading.get_ident() in _collecting:
             self.is_over = True
-            self._gate.abandon(self._generator)
+            self._generator.close()
+            return
+        with self._gate.turn():
+            if self._advancing_in == threading.get_ident():
+                raise ValueError("generator already executing")
+            if self.is_over:
+                return
+            self.suspended, self._is_closed = None, True
+            if self._advancing_in is not None:  # it pauses between two decodes
+                self._generator = _exhausted()
+            self._end()
+
+
+def _exhausted() -> Generator[Any, Any, None]:
+    generator: Generator[Any, Any, None] = (item for item in [None])
+    generator.close()
+    return generator
+
+
+_collecting: set[int] = set()  # the thread that collects garbage at this moment
+
+
+def _note_collection(
+    phase: str,
+    _: object,
+    threads: set[int] = _collecting,
+    thread: Callable[[], int] = threading.get_ident,
+) -> None:
+    (threads.add if phase == "start" else threads.discard)(thread())
+
+
+gc.callbacks.append(_note_collection)

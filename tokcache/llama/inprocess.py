@@ -65,14 +65,16 @@ class Reuse:
 
 
 @dataclass(slots=True)
-class _Aside:
+class _Suspended:
     state: list[memoryview] | None  # None: could not be taken, the generation can't go on
     n_tokens: int
     end: int  # the position after the last one: an image may have fewer positions than tokens
     n_own: int
     n_grid: int
     grid: tuple[bool, int]  # what n_grid was counted with
-    batches: list[int] | None  # where batches begin after the grid, if they must be decoded again
+    batches: list[int]  # where those begin that were decoded after the grid
+    is_redone: bool  # they are decoded again: no snapshot would give the last bits
+    n_prompt: int
     input_ids: NDArray[np.int32]
     scores: NDArray[np.float32] | None
     requires_eval: bool
@@ -119,9 +121,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     Errors: MissingFile, InvalidModel; VocabularyMismatch; ModelClosed after close() or a fork;
             llama_cpp's own otherwise. A cache that fails costs a decode, never an exception.
-    Threads: safe. Generations take turns; one whose consumer pauses is put aside for another
-            (see tokcache.llama.gate). A generation that was set up by hand (reset, eval, sample)
-            is not put aside: others may follow on it.
+    Threads: safe. Generations take turns; one whose consumer pauses is suspended for another.
+            Other calls (a setting, `reset`, the end of a stream or of the model) wait for the
+            decode in progress at most (see tokcache.llama.gate). A generation that was set up by
+            hand (reset, eval, sample) is not suspended: others may follow on it.
     """
 
     # What llama_cpp's __init__ and __del__ may meet before ours has run.
@@ -341,10 +344,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def eval(self, tokens: Any) -> None:
         """Decode `tokens` after what the context holds; in reproducible mode, cut on the grid."""
-        with self._open_gate().step():
-            began = time.perf_counter()
-            for piece in self._pieces(tokens):
-                self._eval_piece(piece)
+        gate = self._open_gate()
+        with gate.step():
+            began, done = time.perf_counter(), 0
+            while done < len(tokens):
+                # Others may enter now, and change settings or use the context.
+                began += gate.pause()
+                stop = done + self._n_next(len(tokens) - done)
+                self._eval_batch(tokens[done:stop])
+                done = stop
             self._note_prefill(len(tokens), began)
 
     def _note_prefill(self, n_tokens: int, began: float) -> None:
@@ -355,19 +363,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         llama_cpp.llama_synchronize(self.ctx)  # a GPU may still be at work
         cache.note_prefill(n_tokens, time.perf_counter() - began, fingerprint=key)
 
-    def _pieces(self, tokens: Any) -> Iterator[Any]:
+    def _n_next(self, n_left: int) -> int:
+        """Return how many of `n_left` tokens to decode in one batch: not beyond the next save."""
+        n_tokens, n_next = self._n_tokens, min(n_left, int(self.n_batch))
         step = self.block_tokens if self.reproducible else self._save_step()
-        if not step or not len(tokens):
-            yield tokens
-            return
-        done = 0
-        while done < len(tokens):
-            n_tokens = self._n_tokens
-            n_piece = step - n_tokens % step
-            if self._saves_tails() and n_tokens < self._n_prompt - 1 < n_tokens + n_piece:
-                n_piece = self._n_prompt - 1 - n_tokens
-            yield tokens[done : done + n_piece]
-            done += n_piece
+        if step:
+            n_next = min(n_next, step - n_tokens % step)
+            if self._saves_tails() and n_tokens < self._n_prompt - 1 < n_tokens + n_next:
+                n_next = self._n_prompt - 1 - n_tokens
+        return n_next
 
     def _save_step(self) -> int:
         """Return the step of the positions at which states are saved as they are reached."""
@@ -385,23 +389,31 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             return self._memory.why_inexact(self.block_tokens, self.n_ctx())
         return self._uncached
 
-    def _eval_piece(self, piece: Any) -> None:
+    def _eval_batch(self, tokens: Any) -> None:
         start = self._n_tokens
         self._is_decoding = True
         try:
-            super().eval(piece)
+            super().eval(tokens)
         except BaseException:
             self._after_failed_decode()
             raise
         finally:
             self._is_decoding = False
-        if self._n_tokens > start:  # llama_cpp cuts a piece into batches of n_batch
-            self._last_batch = start + (self._n_tokens - start - 1) // self.n_batch * self.n_batch
-            self._batches.append(start)
-        if start == self._n_grid and self._n_tokens % self.block_tokens == 0:
+        self._last_batch = start
+        self._batches.append(start)
+        if self._is_block_done():
             self._n_grid = self._n_own
             self._batches.clear()
         self._save_as_reached()
+
+    def _is_block_done(self) -> bool:
+        """Return whether the last batches are a whole block, in the batches that it always has."""
+        start, stop = self._n_grid, self._n_tokens
+        return (
+            stop - start == self.block_tokens
+            and start % self.block_tokens == 0
+            and self._batches == list(range(start, stop, self.n_batch))
+        )
 
     def _save_as_reached(self) -> None:
         """Save what could not be saved later."""
@@ -439,7 +451,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def save_state(self) -> Any:
         """Return the whole context's state, as llama_cpp.Llama does."""
-        with self._open_gate().step():
+        with self._open_gate().turn():
+            self._require_open()
             return super().save_state()
 
     def load_state(self, state: Any) -> None:
@@ -454,7 +467,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Return the ids of `text`."""
-        self._require_open()
+        gate = self._open_gate()
+        gate.require_open()
+        if gate.is_inside():  # `embed` decodes again and again, with a text encoded in between
+            gate.pause(only_between=True)
         tokens: list[int] = self.tokenizer_.tokenize(text, add_bos, special)
         return tokens
 
@@ -474,7 +490,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if self.chat_handler is None:
             return super().create_chat_completion(*args, **kwargs)
         # A handler of the user's may fill the context itself before it asks for a completion.
-        with self._open_gate().step():
+        with self._open_gate().step(is_generation=True):
             return super().create_chat_completion(*args, **kwargs)
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
@@ -640,15 +656,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 self._keeper.save(place, self.input_ids[:n_tokens])
             self._has_unsaved &= not is_all_there
 
-    def put_aside(self, *, has_started: bool) -> _Aside:
+    def suspend(self, *, has_started: bool, is_decoding: bool) -> _Suspended:
         """Return all that the present generation needs to go on later."""
         if not self._memory.is_recurrent:  # a tail for each pause would be too many
             self.end_generation()
         n_tokens = self._n_tokens
-        batches = self._batches.copy() if self._must_decode_again() else None
-        return _Aside(
-            state=self._snapshot() if batches is None else [],
-            batches=batches,
+        is_redone = self._must_decode_again()
+        # A draft model samples several tokens from one decode: its logits are in no snapshot.
+        is_lost = self.draft_model is not None and not is_decoding
+        needs_logits = not (has_started or is_decoding or self._requires_eval)
+        return _Suspended(
+            state=[] if is_redone else None if is_lost else self._snapshot(),
+            batches=self._batches.copy(),
+            is_redone=is_redone,
+            n_prompt=self._n_prompt,
             n_tokens=n_tokens,
             end=0 if self._sequence is None else self._sequence.end(),
             n_own=self._n_own,
@@ -657,7 +678,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             input_ids=self.input_ids[:n_tokens].copy(),
             scores=self.scores[:n_tokens].copy() if self._logits_all else None,
             requires_eval=self._requires_eval,
-            logits_from=None if has_started or self._requires_eval else self._last_batch,
+            logits_from=self._last_batch if needs_logits else None,
             sampler=self._sampler,
             mirostat_mu=self._mirostat_mu,
         )
@@ -670,8 +691,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return self._n_own == self._n_tokens and self.draft_model is None
 
     def _snapshot(self) -> list[memoryview] | None:
-        # A draft model samples several tokens from one decode: its logits are in no snapshot.
-        if self.draft_model is not None or self._sequence is None:
+        if self._sequence is None:
             return None
         try:
             return self._sequence.snapshot()
@@ -679,29 +699,30 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._refuse("snapshot_failed")
             return None
 
-    def bring_back(self, aside: _Aside) -> None:
-        """Undo `put_aside`."""
-        if aside.state is None or self._sequence is None:
+    def resume(self, suspended: _Suspended) -> None:
+        """Undo `suspend`."""
+        if suspended.state is None or self._sequence is None:
             raise StateError(
-                "another generation used this model meanwhile, and this one could not be put "
-                "aside; end a stream before the next request, or use a Llama for each"
+                "another generation used this model meanwhile, and this one could not be "
+                "suspended; end a stream before the next request, or use a Llama for each"
             )
         self._n_tokens = self._n_own = self._n_grid = 0
-        n_tokens = aside.n_tokens
-        if aside.batches is None:
-            self._sequence.load_snapshot(aside.state, aside.end)
+        n_tokens, self._n_prompt = suspended.n_tokens, suspended.n_prompt
+        if suspended.is_redone:
+            self._decode_anew(suspended.input_ids, suspended.n_grid, suspended.batches)
         else:
-            self._decode_anew(aside.input_ids, aside.n_grid, aside.batches)
+            self._sequence.load_snapshot(suspended.state, suspended.end)
         self._n_tokens = n_tokens
-        self._n_own = aside.n_own
-        self._n_grid = aside.n_grid if aside.grid == self._grid() else 0
-        self.input_ids[:n_tokens] = aside.input_ids
-        if aside.scores is not None:
-            self.scores[:n_tokens] = aside.scores
-        self._requires_eval = aside.requires_eval
-        self._sampler, self._mirostat_mu = aside.sampler, aside.mirostat_mu
-        if aside.logits_from is not None and aside.batches is None:
-            self._decode_again(aside.logits_from)
+        self._batches = suspended.batches.copy()
+        self._n_own = suspended.n_own
+        self._n_grid = suspended.n_grid if suspended.grid == self._grid() else 0
+        self.input_ids[:n_tokens] = suspended.input_ids
+        if suspended.scores is not None:
+            self.scores[:n_tokens] = suspended.scores
+        self._requires_eval = suspended.requires_eval
+        self._sampler, self._mirostat_mu = suspended.sampler, suspended.mirostat_mu
+        if suspended.logits_from is not None and not suspended.is_redone:
+            self._decode_again(suspended.logits_from)
 
     def _decode_anew(self, ids: NDArray[np.int32], n_grid: int, batches: list[int]) -> None:
         """Decode `ids` in the same batches as before, but for what the cache has of the grid."""
