@@ -94,12 +94,21 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     llama.cpp's results depend, in their last bits, on how a prompt is split into batches. With
     `reproducible=True` prompts are decoded in pieces that end at multiples of the cache's
-    `block_tokens` (256 without a cache), and only such pieces are reused: the same prompt gives
-    the same logits, bit for bit, whatever was cached. In the default mode the longest prefix is
-    reused, and logits differ as far as those of different batch sizes do: on the tiny test
-    model, whose logits have a standard deviation of 1.5, by up to 0.002 without and 0.09 with
-    flash attention, where uncached runs in other batches differ by 0.001 and 0.095
-    (`python -m pytest tests/integration/test_llama_exact.py -k tolerance -s`).
+    `block_tokens` (256 without a cache), and only such pieces are reused: a prompt's logits are,
+    bit for bit, those of an uncached reproducible `Llama` with the same settings on the same CPU
+    (tests/integration/test_llama_memories.py), whatever was cached. With `n_batch` of at least
+    `block_tokens` they are also those of a plain llama_cpp.Llama with `n_batch=block_tokens` that
+    begins each prompt with an empty context (tests/integration/test_llama_plain.py); a plain one
+    with another `n_batch` splits prompts elsewhere. With `swa_full=False` (llama_cpp's default is
+    True) that ends where the plain one has filled its window's cells, n_swa + n_ubatch rounded up
+    to 256, and uses them again: states are copied through a second sequence, for which llama.cpp
+    adds n_swa cells, so positions lie in other cells and are added up in another order.
+
+    In the default mode the longest prefix is reused, and logits differ as those of different
+    batch sizes do. On the tiny test model, whose logits have a standard deviation of 1.5, that was
+    at most 0.005 without and 0.09 with flash attention, where uncached runs in other batches
+    differed by 0.003 and 0.095 (`python -m pytest tests/integration/test_llama_exact.py
+    -k tolerance -s`, the larger figures of two CPUs).
 
     Full attention and sliding windows are reused to the token. Recurrent models and hybrids are
     reused up to a multiple of `block_tokens`, a whole prompt's last token but one, or the end of
@@ -207,7 +216,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     @property
     def reproducible(self) -> bool:
-        """Whether the same prompt gives the same logits, bit for bit, whatever was cached."""
+        """Whether a prompt's logits are, bit for bit, those of an uncached Llama like this one."""
         return self._reproducible
 
     @reproducible.setter

@@ -20,7 +20,8 @@ class SlotSettings:
     deleted there. `slot_ids` are the slots to use, all by default. `on_error`: "degrade" serves
     without reuse what can't be saved or restored, and counts it; "raise" raises.
     `reproducible` restores only what was decoded in pieces that end at multiples of
-    `block_tokens`, into an empty slot: texts are those of an uncached run, bit for bit. The
+    `block_tokens`, into an empty slot: with full attention, answers and their probabilities are
+    those of an uncached run on the same server (tests/integration/test_server_slots.py). The
     server must decode in pieces of `block_tokens`, every slot in a stream of its own (--batch-size,
     --ubatch-size, --no-kv-unified), and serve nobody else, for it decodes tokens of several slots
     in one batch; requests take turns. For models with a sliding window, recurrent and hybrid ones
