@@ -301,6 +301,34 @@ def test_chats_are_written_as_the_tokenizer_says(tmp_path: Path) -> None:
         form.write([Message("user", "Hi"), Message("assistant", "Ho")])
 
 
+def test_the_version_is_told() -> None:
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert (done.exit_code, done.stdout.strip()) == (0, f"tokcache {tokcache.__version__}")
+
+
+@pytest.mark.parametrize("command", ["explain", "demo"])
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"GGUF\x03\x00", "model file"),
+        (b"\n\x0e\n\x05<unk>", "SentencePiece"),
+        (b"PK\x03", "archive"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_the_file_to_pass(
+    command: str, start: bytes, kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(start + b"\0" * 64)
+    arguments = [str(path)] if command == "explain" else ["--tokenizer", str(path)]
+    done = CliRunner().invoke(cli.app, [command, *arguments])
+    assert done.exit_code == cli.BAD_INPUT
+    said = " ".join(done.output.split())
+    assert kind in said
+    assert "tokenizer.json" in said
+    assert "holds no tokenizer" not in said
+
+
 def test_a_hub_name_that_cannot_be_fetched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub  # noqa: PLC0415 (slow)
 

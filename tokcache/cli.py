@@ -78,8 +78,22 @@ _NAMES: dict[Backend, backends.BackendName] = {
 }
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"tokcache {tokcache.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _tokcache() -> None:
+def _tokcache(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
     """Exact caches for language-model serving: tokenization results and prefix states."""
 
 

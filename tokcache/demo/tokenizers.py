@@ -32,7 +32,25 @@ class TokenizerSource:
         try:
             return Tokenizer.from_file(str(self.path))
         except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
-            raise UnsupportedTokenizer(f"{self.path} holds no tokenizer: {error}") from None
+            raise UnsupportedTokenizer(_unreadable(self.path, error)) from None
+
+
+# How files begin that people take for a tokenizer.json, what they are, and what to pass instead.
+_OTHER_FILES = (
+    (b"GGUF", "is a model file (GGUF): the tokenizer in it is llama.cpp's own"),
+    (b"\n\x0e\n\x05<unk>", "is a SentencePiece model"),
+    (b"PK", "is an archive"),
+)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Return a message about a file that tokenizers can't read."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    for magic, kind in _OTHER_FILES:
+        if start.startswith(magic):
+            return f"{path} {kind}; pass the tokenizer.json of the model, or its folder or hub name"
+    return f"{path} holds no tokenizer: {error}"
 
 
 def find_tokenizer(named: str | None) -> TokenizerSource:
