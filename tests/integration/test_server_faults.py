@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import warnings
+from array import array
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,17 +162,92 @@ def test_two_models_in_one_folder_never_share_a_name(tmp_path: Path) -> None:
 def test_a_forgotten_scope_leaves_nothing_that_was_being_saved_or_served(tmp_path: Path) -> None:
     with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
         server.complete(prompt(1, 400), n_predict=2, scope="a")
-        server.forget("a")  # while it is being saved
+        server.clear("a")  # while it is being saved
         assert list(tmp_path.iterdir()) == []
         pieces = server.stream(prompt(2, 400), n_predict=20, scope="a")
         next(pieces)
-        server.forget("a")  # while it is being served
+        server.clear("a")  # while it is being served
         assert list(pieces)[-1].completion is not None
         server.flush(30)
         assert list(tmp_path.iterdir()) == []
         assert all(slot.space is None for slot in server._manager.table.slots.values())
         assert complete(server, prompt(1, 400), scope="a").completion.n_cached == 0
         assert complete(server, prompt(1, 400), scope="a").completion.n_cached == 399
+
+
+def test_clear_without_a_scope_leaves_nothing_of_anyone(tmp_path: Path) -> None:
+    kept = prompt(9, 100)
+    with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
+        for seed, scope in enumerate(("a", "b", None)):
+            server.pin(f"chat {scope}", scope)
+            complete(server, prompt(seed, 200), scope=scope, conversation=f"chat {scope}")
+        pieces = server.stream(prompt(5, 200), n_predict=20, scope="c")
+        next(pieces)
+        server.clear()  # while one is being served
+        assert list(pieces)[-1].completion is not None
+        server.flush(30)
+        assert list(tmp_path.iterdir()) == []
+        assert all(slot.n_tokens == 0 for slot in server.slots())
+        manager = server._manager
+        assert (len(manager._shelf), manager.table.pinned, len(manager._seen)) == (0, set(), 0)
+        for seed, scope in enumerate(("a", "b", None)):
+            assert complete(server, prompt(seed, 200), scope=scope).completion.n_cached == 0
+
+        async def clear_one() -> None:
+            complete(server, kept, scope="b")
+            try:
+                await server.aclear("a")
+            finally:
+                await server._connection.aclose()
+
+        asyncio.run(clear_one())
+        assert complete(server, prompt(0, 200), scope="a").completion.n_cached == 0
+        assert complete(server, kept, scope="b").completion.n_cached == 99
+
+
+def test_clear_overwrites_files_that_can_not_be_deleted_here(tmp_path: Path) -> None:
+    secret, other = prompt(1, 200), prompt(2, 200)
+    with serve(tmp_path) as running, client(running, max_bytes=500_000) as server:
+        for seed in range(3, 9):  # some of the tenant's files are evicted, and lie on
+            complete(server, prompt(seed, 150), scope="a")
+        complete(server, secret, scope="a")
+        complete(server, other, scope="b")
+        assert server.reuse_stats().n_stale_files > 0
+        server.clear("a")
+        held = [file.read_bytes() for file in tmp_path.iterdir()]
+        for seed in range(3, 9):
+            assert not any(has_tokens(content, prompt(seed, 150)) for content in held)
+        assert not any(has_tokens(content, secret) for content in held)
+        assert any(has_tokens(content, other) for content in held)
+        assert complete(server, other, scope="b").completion.n_cached == 199
+        stats = server.reuse_stats()
+        assert n_bytes_in(tmp_path) == stats.n_bytes + stats.n_stale_bytes
+
+
+def has_tokens(content: bytes, tokens: list[int]) -> bool:
+    return array("i", tokens[:16]).tobytes() in content
+
+
+def test_clear_without_a_slot_save_path_leaves_nothing_in_the_slot(tmp_path: Path) -> None:
+    tokens = prompt(1, 200)
+    with serve(tmp_path, slot_save_path="") as running, client(running) as server:
+        slot = complete(server, tokens, scope="a").id_slot
+        server.clear("a")
+        # What whoever asks the server itself would find.
+        assert server.completion(tokens, n_predict=1, id_slot=slot).n_cached == 0
+
+
+def test_clear_goes_on_where_one_slot_can_not_be_erased(url: str, pretender: Pretender) -> None:
+    with LlamaServer(url) as server:
+        for seed in range(2):
+            complete(server, prompt(seed, 100), scope="a")
+        pretender.say["erase"] = None  # the connection breaks
+        with pytest.raises(ServerUnreachable):
+            server.clear("a")
+        pretender.say["erase"] = {}
+        assert len(server._manager._shelf) == 0
+        for seed in range(2):
+            assert complete(server, prompt(seed, 100), scope="a").n_live == 0
 
 
 def test_scopes_and_pins_hold_whatever_the_adapters(url: str) -> None:
@@ -182,7 +258,7 @@ def test_scopes_and_pins_hold_whatever_the_adapters(url: str) -> None:
         complete(server, prompt(1, 100), scope="b", lora=lora)
         shelf = server._manager._shelf
         assert sorted(file.is_pinned for file in shelf) == [False, True]
-        server.forget("a")
+        server.clear("a")
         assert [file.is_pinned for file in shelf] == [False]
         assert complete(server, prompt(1, 100), scope="a", lora=lora).n_live == 0
 

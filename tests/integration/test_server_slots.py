@@ -244,7 +244,7 @@ def test_a_scope_can_be_forgotten(server: LlamaServer, folder: Path) -> None:
     before = set(folder.iterdir())
     complete(server, tokens, scope="a")
     assert set(folder.iterdir()) - before
-    server.forget("a")
+    server.clear("a")
     assert set(folder.iterdir()) == before
     assert complete(server, tokens, scope="a").completion.n_cached == 0
 

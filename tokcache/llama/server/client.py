@@ -348,12 +348,20 @@ class LlamaServer:
         """Let a conversation's slot and saved files be evicted again."""
         self._manager.pin(conversation, scope, is_pinned=False)
 
-    def forget(self, scope: str | None) -> None:
-        """Drop a scope's saved files and erase its slots.
+    def clear(self, scope: str | None = None) -> None:
+        """Forget one tenant's records, pins, saved files and slots; without a scope, everything.
 
-        Requests that are running go on, and nothing of them is kept when they are over.
+        Files that this process can't reach are written over by the server. Requests that are
+        running go on, and nothing of them is kept when they are over. What `manage` returned has
+        records of its own.
+
+        Errors: InvalidScope; ServerError if a slot could not be erased; it is not used again.
         """
-        self._drive(self._manager.forget(scope))
+        self._drive(self._manager.clear(scope))
+
+    async def aclear(self, scope: str | None = None) -> None:
+        """Forget one tenant's records, pins, saved files and slots; without a scope, everything."""
+        await self._adrive(self._manager.clear(scope))
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until all that is being saved is saved; ServerTimeout if it takes too long."""

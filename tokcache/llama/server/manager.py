@@ -417,7 +417,10 @@ class SlotManager(Forkable):
             return []
         prompt, step = job.prompt, self.settings.block_tokens
         heads = [prompt[:n] for n in range(job.n_restored + step, len(prompt), step)]
-        digests = [hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads]
+        space = job.wish.space
+        digests = [
+            space + hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads
+        ]
         with self.table.lock:
             shared = [head for head, key in zip(heads, digests, strict=True) if key in self._seen]
             self._seen.update(dict.fromkeys(digests))
@@ -478,25 +481,61 @@ class SlotManager(Forkable):
                 if (scope_of(file.space), file.conversation) == key:
                     file.is_pinned = is_pinned
 
-    def forget(self, scope: str | None) -> Steps[None]:
-        """Drop a scope's files and erase its slots: those in use when their requests are over."""
-        key = scope_key(_require_name("scope", scope))
-        with self.table.lock:
-            for file in [file for file in self._shelf if scope_of(file.space) == key]:
-                self._shelf.drop(file)
-            held = self.table.condemn(key)
-        for slot in held:
-            saving = self._saver.pending(slot)
-            if saving is not None and slot.condition is Condition.SETTLING:
-                yield saving
-            yield from self._erase_when_idle(slot, key)
+    def clear(self, scope: str | None) -> Steps[None]:
+        """Forget a scope's records and erase its slots and files; without a scope, all of them.
 
-    def _erase_when_idle(self, slot: SlotRecord, scope: bytes) -> Steps[None]:
+        Slots in use are erased when their requests are over.
+        """
+        key = None if scope is None else scope_key(scope)
+        with self.table.lock:
+            for file in list(self._shelf):
+                if key is None or scope_of(file.space) == key:
+                    self._shelf.drop(file)
+            held = self.table.condemn(key)
+            self.table.pinned = {pin for pin in self.table.pinned if key not in (None, pin[0])}
+            for seen in [seen for seen in self._seen if key in (None, scope_of(seen))]:
+                del self._seen[seen]
+        failure: ServerError | None = None
+        for slot in held:
+            try:
+                saving = self._saver.pending(slot)
+                if saving is not None and slot.condition is Condition.SETTLING:
+                    yield saving
+                yield from self._empty_when_idle(slot, key)
+            except ServerError as error:  # the others are erased all the same
+                failure = error
+        if failure is not None:
+            raise failure
+        yield from self._overwrite_stale()
+
+    def _empty_when_idle(self, slot: SlotRecord, scope: bytes | None) -> Steps[None]:
         if not self.table.take(slot):
             return
         try:
-            if slot.space is not None and scope_of(slot.space) == scope:
-                yield from self._saver.erase(slot)
+            if slot.space is not None and scope in (None, scope_of(slot.space)):
+                yield from self._saver.empty(slot)
+        finally:
+            self.table.release(slot)
+
+    def _overwrite_stale(self) -> Steps[None]:
+        """Have the server write an empty slot over the dropped files that can't be deleted here."""
+        with self.table.lock:
+            names = self._shelf.stale_names()
+        if not names or not self.trust.can_save:
+            return
+        # Any slot, in the order of the line: the one that is worth least is given.
+        future = self.table.acquire(Wish(b"", TokenIds(), None, frozenset()))
+        try:
+            slot = (yield future).slot
+        except BaseException:
+            self.table.cancel(future)
+            raise
+        try:
+            yield from self._saver.empty(slot)
+            for name in names:
+                written = yield calls.save_slot(slot.id, name)
+                with self.table.lock:
+                    self._shelf.note_overwritten(name, written.n_bytes)
         finally:
             self.table.release(slot)
 
