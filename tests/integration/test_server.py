@@ -49,7 +49,10 @@ class Wrapped:
     def __init__(self, path: Path) -> None:
         self._plain = Tokenizer.from_file(str(path))
 
-    def token_ids(self, text: str, add_special_tokens: bool = True) -> TokenIds:
+    def token_ids(
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
+    ) -> TokenIds:
+        assert scope is None
         return TokenIds(self._plain.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def unwrap(self) -> Tokenizer:

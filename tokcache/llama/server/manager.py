@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from cachetools import LRUCache
 
+from tokcache._validate import require_scope, require_size
 from tokcache.errors import (
     InvalidAnswer,
     InvalidConfig,
@@ -254,9 +255,10 @@ class SlotManager(Forkable):
                 f"{', '.join(sorted(reserved))}: the slot manager's own; completion() takes them"
             )
         calls.require_settings(settings)
-        space = space_of(_require_name("scope", scope), settings.get("lora"))
+        space = space_of(require_scope(scope), settings.get("lora"))
         kinds = self.trust.kinds(adapters_of(space))
-        _require_name("conversation", conversation)
+        if conversation is not None:
+            _require_conversation(conversation)
         wish = Wish(
             space=space,
             prompt=prompt,
@@ -472,9 +474,7 @@ class SlotManager(Forkable):
 
     def pin(self, conversation: str, scope: str | None, *, is_pinned: bool) -> None:
         """Keep a conversation's slot and files from eviction, or no longer."""
-        key = (scope_key(_require_name("scope", scope)), conversation)
-        if not isinstance(conversation, str):
-            raise InvalidConfig(f"conversation must be a str, not {conversation!r}")
+        key = (scope_key(require_scope(scope)), _require_conversation(conversation))
         with self.table.lock:
             (self.table.pinned.add if is_pinned else self.table.pinned.discard)(key)
             for file in self._shelf:
@@ -486,7 +486,7 @@ class SlotManager(Forkable):
 
         Slots in use are erased when their requests are over.
         """
-        key = None if scope is None else scope_key(scope)
+        key = None if scope is None else scope_key(require_scope(scope))
         with self.table.lock:
             for file in list(self._shelf):
                 if key is None or scope_of(file.space) == key:
@@ -607,16 +607,16 @@ def _adapter_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in ("lora",) if name in settings}
 
 
-def _require_name(what: str, name: Any) -> str | None:
-    if name is None or isinstance(name, str):
+def _require_conversation(name: Any) -> str:
+    if isinstance(name, str):
         return name
-    raise InvalidConfig(f"{what} must be a str or None, not {name!r} ({type(name).__name__})")
+    raise InvalidConfig(f"conversation must be a str, not {type(name).__name__}")
 
 
 def _shelf(settings: SlotSettings, trust: Trust) -> Shelf:
     step = min(PART_TOKENS, settings.block_tokens) if settings.reproducible else PART_TOKENS
     return Shelf(
-        max_bytes=settings.max_bytes,
+        max_bytes=require_size("max_bytes", settings.max_bytes),
         max_age_s=settings.max_age_s,
         folder=Path(settings.slot_folder) if settings.slot_folder is not None else None,
         step=step,
