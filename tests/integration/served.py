@@ -34,8 +34,12 @@ class Wrapped:
 
     def __init__(self, path: Path) -> None:
         self._plain = Tokenizer.from_file(str(path))
+        self.scopes: list[str | None] = []
 
-    def token_ids(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
+    def token_ids(
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
+    ) -> TokenIds:
+        self.scopes.append(scope)
         return TokenIds(self._plain.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def unwrap(self) -> Tokenizer:

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import warnings
+from array import array
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ from tokcache import samples
 from tokcache.errors import (
     InvalidAnswer,
     InvalidConfig,
+    InvalidScope,
+    InvalidText,
     InvalidTokens,
     RequestRejected,
     ServerFailed,
@@ -161,11 +164,11 @@ def test_two_models_in_one_folder_never_share_a_name(tmp_path: Path) -> None:
 def test_a_forgotten_scope_leaves_nothing_that_was_being_saved_or_served(tmp_path: Path) -> None:
     with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
         server.complete(prompt(1, 400), n_predict=2, scope="a")
-        server.forget("a")  # while it is being saved
+        server.clear("a")  # while it is being saved
         assert list(tmp_path.iterdir()) == []
         pieces = server.stream(prompt(2, 400), n_predict=20, scope="a")
         next(pieces)
-        server.forget("a")  # while it is being served
+        server.clear("a")  # while it is being served
         assert list(pieces)[-1].completion is not None
         server.flush(30)
         assert list(tmp_path.iterdir()) == []
@@ -174,15 +177,90 @@ def test_a_forgotten_scope_leaves_nothing_that_was_being_saved_or_served(tmp_pat
         assert complete(server, prompt(1, 400), scope="a").completion.n_cached == 399
 
 
+def test_clear_without_a_scope_leaves_nothing_of_anyone(tmp_path: Path) -> None:
+    kept = prompt(9, 100)
+    with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
+        for seed, scope in enumerate(("a", "b", None)):
+            server.pin(f"chat {scope}", scope=scope)
+            complete(server, prompt(seed, 200), scope=scope, conversation=f"chat {scope}")
+        pieces = server.stream(prompt(5, 200), n_predict=20, scope="c")
+        next(pieces)
+        server.clear()  # while one is being served
+        assert list(pieces)[-1].completion is not None
+        server.flush(30)
+        assert list(tmp_path.iterdir()) == []
+        assert all(slot.n_tokens == 0 for slot in server.slots())
+        manager = server._manager
+        assert (len(manager._shelf), manager.table.pinned, len(manager._seen)) == (0, set(), 0)
+        for seed, scope in enumerate(("a", "b", None)):
+            assert complete(server, prompt(seed, 200), scope=scope).completion.n_cached == 0
+
+        async def clear_one() -> None:
+            complete(server, kept, scope="b")
+            try:
+                await server.aclear("a")
+            finally:
+                await server._connection.aclose()
+
+        asyncio.run(clear_one())
+        assert complete(server, prompt(0, 200), scope="a").completion.n_cached == 0
+        assert complete(server, kept, scope="b").completion.n_cached == 99
+
+
+def test_clear_overwrites_files_that_can_not_be_deleted_here(tmp_path: Path) -> None:
+    secret, other = prompt(1, 200), prompt(2, 200)
+    with serve(tmp_path) as running, client(running, max_bytes=500_000) as server:
+        for seed in range(3, 9):  # some of the tenant's files are evicted, and lie on
+            complete(server, prompt(seed, 150), scope="a")
+        complete(server, secret, scope="a")
+        complete(server, other, scope="b")
+        assert server.reuse_stats().n_stale_files > 0
+        server.clear("a")
+        held = [file.read_bytes() for file in tmp_path.iterdir()]
+        for seed in range(3, 9):
+            assert not any(has_tokens(content, prompt(seed, 150)) for content in held)
+        assert not any(has_tokens(content, secret) for content in held)
+        assert any(has_tokens(content, other) for content in held)
+        assert complete(server, other, scope="b").completion.n_cached == 199
+        stats = server.reuse_stats()
+        assert n_bytes_in(tmp_path) == stats.n_bytes + stats.n_stale_bytes
+
+
+def has_tokens(content: bytes, tokens: list[int]) -> bool:
+    return array("i", tokens[:16]).tobytes() in content
+
+
+def test_clear_without_a_slot_save_path_leaves_nothing_in_the_slot(tmp_path: Path) -> None:
+    tokens = prompt(1, 200)
+    with serve(tmp_path, slot_save_path="") as running, client(running) as server:
+        slot = complete(server, tokens, scope="a").id_slot
+        server.clear("a")
+        # What whoever asks the server itself would find.
+        assert server.completion(tokens, n_predict=1, id_slot=slot).n_cached == 0
+
+
+def test_clear_goes_on_where_one_slot_can_not_be_erased(url: str, pretender: Pretender) -> None:
+    with LlamaServer(url) as server:
+        for seed in range(2):
+            complete(server, prompt(seed, 100), scope="a")
+        pretender.say["erase"] = None  # the connection breaks
+        with pytest.raises(ServerUnreachable):
+            server.clear("a")
+        pretender.say["erase"] = {}
+        assert len(server._manager._shelf) == 0
+        for seed in range(2):
+            assert complete(server, prompt(seed, 100), scope="a").n_live == 0
+
+
 def test_scopes_and_pins_hold_whatever_the_adapters(url: str) -> None:
     lora = [{"id": 0, "scale": 0.5}]
     with LlamaServer(url) as server:
-        server.pin("c", "a")
+        server.pin("c", scope="a")
         complete(server, prompt(1, 100), scope="a", lora=lora, conversation="c")
         complete(server, prompt(1, 100), scope="b", lora=lora)
         shelf = server._manager._shelf
         assert sorted(file.is_pinned for file in shelf) == [False, True]
-        server.forget("a")
+        server.clear("a")
         assert [file.is_pinned for file in shelf] == [False]
         assert complete(server, prompt(1, 100), scope="a", lora=lora).n_live == 0
 
@@ -190,17 +268,105 @@ def test_scopes_and_pins_hold_whatever_the_adapters(url: str) -> None:
 # -- one request's fault is not the next one's ----------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["scope", "conversation"])
+@pytest.mark.parametrize(
+    ("name", "error"), [("scope", InvalidScope), ("conversation", InvalidConfig)]
+)
 @pytest.mark.parametrize("value", [["a"], 7, b"a", {"a": 1}])
-def test_names_of_another_type_are_refused(name: str, value: Any, url: str) -> None:
+def test_names_of_another_type_are_refused(
+    name: str, error: type[Exception], value: Any, url: str, pretender: Pretender
+) -> None:
+    async def ask_both(server: LlamaServer) -> None:
+        with pytest.raises(error, match=name):
+            await server.acomplete(prompt(1, 100), n_predict=1, **{name: value})
+        with pytest.raises(error, match=name):
+            await anext(server.astream(prompt(1, 100), n_predict=1, **{name: value}))
+        if name == "scope":
+            with pytest.raises(error, match=name):
+                await server.aclear(value)
+
     with LlamaServer(url) as server:
         for ask in (server.complete, lambda *a, **k: list(server.stream(*a, **k))):
-            with pytest.raises(InvalidConfig, match=name):
+            with pytest.raises(error, match=name):
                 ask(prompt(1, 100), n_predict=1, **{name: value})
-        with pytest.raises(InvalidConfig, match=name):
-            server.pin(**{"conversation": "c", name: value})
+        for pin in (server.pin, server.unpin):
+            with pytest.raises(error, match=name):
+                pin(**{"conversation": "c", name: value})
+        asyncio.run(ask_both(server))
+        if name == "scope":
+            for each in (server.clear, lambda scope: server.token_ids("a", scope=scope)):
+                with pytest.raises(error, match=name):
+                    each(value)
+        assert not pretender.asked
         assert complete(server, prompt(1, 100), conversation="c").completion.text == " it"
         assert complete(server, prompt(1, 100), conversation="c").n_live == 99
+
+
+class Text(str):
+    """A str of its own class."""
+
+    __slots__ = ()
+
+
+def test_scopes_reach_the_tokenizers_cache_too(process: ServerProcess) -> None:
+    """A text in a tenant's cache must not tell another tenant that it was sent before."""
+    tokenizer = Wrapped(samples.tiny_tokenizer())
+    with LlamaServer(process.url, tokenizer=tokenizer) as server:
+        tokenizer.scopes.clear()
+        for scope in ("a", Text("b"), None):
+            server.complete("some text", n_predict=1, scope=scope)
+        list(server.stream("some text", n_predict=1, scope="c"))
+
+        async def ask() -> None:
+            try:
+                await server.acomplete("some text", n_predict=1, scope="d")
+            finally:
+                await server._connection.aclose()
+
+        asyncio.run(ask())
+        assert tokenizer.scopes == ["a", "b", None, "c", "d"]
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_text_that_is_not_text_is_refused_with_its_place(
+    is_wrapped: bool, process: ServerProcess
+) -> None:
+    import tokcache  # noqa: PLC0415 (the wrapped tokenizer, this test alone)
+
+    plain = Tokenizer.from_file(str(samples.tiny_tokenizer()))
+    tokenizer = tokcache.wrap(plain) if is_wrapped else None
+    with LlamaServer(process.url, tokenizer=tokenizer) as server:
+
+        async def ask() -> None:
+            await server.acomplete("caf\ud800", n_predict=1)
+
+        for each in (
+            lambda: server.complete("caf\ud800", n_predict=1),
+            lambda: list(server.stream("caf\ud800", n_predict=1)),
+            lambda: asyncio.run(ask()),
+            lambda: server.token_ids("caf\ud800"),
+            lambda: server.tokenize("caf\ud800"),
+        ):
+            with pytest.raises(InvalidText, match=r"surrogate.*\b3\b"):
+                each()
+        with pytest.raises(InvalidConfig, match=r"grammar.*surrogates"):
+            server.complete([1, 2], n_predict=1, grammar='root ::= "\ud800"')
+        with pytest.raises(InvalidConfig, match="add_special_tokens"):
+            server.tokenize("a", add_special_tokens="tenant-a")  # type: ignore[arg-type]
+        for wrong in (None, 5, 1.5, ["a"]):
+            with pytest.raises(InvalidTokens, match="token id"):
+                server.complete(wrong, n_predict=1)  # type: ignore[arg-type]
+
+
+def test_the_repr_says_which_server_and_what_is_kept(tmp_path: Path) -> None:
+    with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
+        assert repr(server) == (
+            f"<LlamaServer {running.url}, model not asked, 0 slots, 0 saved (0 bytes)>"
+        )
+        complete(server, prompt(1, 100))
+        name, n_bytes = samples.tiny_model().name, server.reuse_stats().n_bytes
+        assert repr(server) == (
+            f"<LlamaServer {running.url}, model {name}, 2 slots, 1 saved ({n_bytes:,} bytes)>"
+        )
 
 
 def test_a_file_that_was_cut_off_does_not_end_the_server(tmp_path: Path) -> None:

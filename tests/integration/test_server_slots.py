@@ -253,7 +253,7 @@ def test_a_scope_can_be_forgotten(server: LlamaServer, folder: Path) -> None:
     before = set(folder.iterdir())
     complete(server, tokens, scope="a")
     assert set(folder.iterdir()) - before
-    server.forget("a")
+    server.clear("a")
     assert set(folder.iterdir()) == before
     assert complete(server, tokens, scope="a").completion.n_cached == 0
 
@@ -701,7 +701,10 @@ def test_a_child_of_a_fork_begins_with_nothing_known(server: LlamaServer) -> Non
     [
         ({"on_error": "ignore"}, "on_error"),
         ({"max_bytes": 0}, "max_bytes"),
+        ({"max_bytes": "8GB"}, "max_bytes"),
         ({"max_age_s": 0}, "max_age_s"),
+        ({"max_age_s": "1"}, "max_age_s"),
+        ({"reproducible": "yes"}, "reproducible"),
         ({"slot_ids": ()}, "at least one slot"),
         ({"slot_ids": (-1,)}, "slot_ids"),
         ({"kv_type": "q9"}, "kv_type"),
@@ -711,3 +714,7 @@ def test_a_child_of_a_fork_begins_with_nothing_known(server: LlamaServer) -> Non
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidConfig, match=message):
         SlotSettings(**settings)
+
+
+def test_sizes_have_units() -> None:
+    assert SlotSettings(max_bytes="4G").max_bytes == SlotSettings(max_bytes=4 << 30).max_bytes

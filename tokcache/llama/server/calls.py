@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from tokcache.errors import InvalidAnswer, InvalidConfig, InvalidFilename, InvalidTokens
+from tokcache._validate import require_bool
+from tokcache.errors import (
+    InvalidAnswer,
+    InvalidConfig,
+    InvalidFilename,
+    InvalidText,
+    InvalidTokens,
+)
 from tokcache.llama.server.results import (
     Completion,
     ModelMeta,
@@ -89,8 +96,23 @@ def metrics() -> Call[dict[str, float]]:
 
 def tokenize(content: str, *, add_special: bool) -> Call[TokenIds]:
     """Ask for the ids of a text."""
-    asked = {"content": content, "add_special": add_special, "parse_special": True}
+    require_bool("add_special_tokens", add_special)
+    asked = {"content": require_text(content), "add_special": add_special, "parse_special": True}
     return Call("POST", "/tokenize", lambda found: token_ids(found, "tokens"), asked, True)
+
+
+def require_text(content: str) -> str:
+    """Return `content` if it is a str that UTF-8 can hold, else raise InvalidText."""
+    if not isinstance(content, str):
+        raise InvalidText(f"text must be a str, not {type(content).__name__}; decode bytes first")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidText(
+            f"text has a lone surrogate, U+{ord(content[error.start]):04X}, at position"
+            f" {error.start}; it is half of a character"
+        ) from None
+    return content
 
 
 def detokenize(tokens: Iterable[int]) -> Call[str]:
@@ -119,7 +141,7 @@ def require_settings(settings: Mapping[str, Any]) -> None:
         raise InvalidConfig(f"{name} changes the form of the answer; leave it out")
     for name, value in settings.items():
         try:
-            json.dumps(value, allow_nan=False)
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidConfig(f"{name}: {_short(value)} can't be sent: {error}") from None
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Generator, Iterable
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from tokcache._validate import require_int
+from tokcache._validate import require_int, require_scope, require_seconds
 from tokcache.errors import InvalidConfig
 from tokcache.llama.server import calls, vocabulary
-from tokcache.llama.server.connection import Connection, require_seconds
+from tokcache.llama.server.connection import Connection
 from tokcache.llama.server.manager import Job, SlotManager
 from tokcache.llama.server.report import KvReader, SlotBlocks, SlotKv
 from tokcache.llama.server.settings import SlotSettings
@@ -51,7 +52,8 @@ class LlamaServer:
             without a connection; `retries` of requests that were never sent, or that may be asked
             twice.
     Errors: ServerError and its kinds with the server's own words; VocabularyMismatch at once if
-            `tokenizer` is not the model's; InvalidConfig; MissingExtra.
+            `tokenizer` is not the model's; InvalidText, InvalidTokens and InvalidScope before a
+            request is sent; InvalidConfig; MissingExtra.
     Threads: safe, and in any number of event loops.
     """
 
@@ -88,6 +90,14 @@ class LlamaServer:
         except BaseException:
             self.close()
             raise
+
+    def __repr__(self) -> str:
+        watch, stats = self._manager.watch, self._manager.stats()
+        model = PurePath(watch.props.model_path).name or "unnamed" if watch.props else "not asked"
+        return (
+            f"<LlamaServer {self.url}, model {model}, {len(self._manager.table.slots)} slots,"
+            f" {stats.n_files} saved ({stats.n_bytes:,} bytes)>"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -163,11 +173,11 @@ class LlamaServer:
         """Return the model's vocabulary size, None if this server does not tell."""
         return self.model_meta().n_vocab
 
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> TokenIds:
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
         """Return the ids that the server's own tokenizer makes of `text`."""
         return self._connection.do(calls.tokenize(text, add_special=add_special_tokens))
 
-    async def atokenize(self, text: str, add_special_tokens: bool = True) -> TokenIds:
+    async def atokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
         """Return the ids that the server's own tokenizer makes of `text`."""
         return await self._connection.ado(calls.tokenize(text, add_special=add_special_tokens))
 
@@ -179,11 +189,18 @@ class LlamaServer:
         """Return the text of `tokens`, special tokens included."""
         return await self._connection.ado(calls.detokenize(tokens))
 
-    def token_ids(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
-        """Return the ids of `text`: the wrapped tokenizer's, or the server's if there is none."""
+    def token_ids(
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
+    ) -> TokenIds:
+        """Return the ids of `text`: the wrapped tokenizer's, or the server's if there is none.
+
+        Errors: InvalidText if `text` is not a str or has a lone surrogate; InvalidScope.
+        """
+        require_scope(scope)
         if self._tokenizer is None:
-            return self.tokenize(text, add_special_tokens)
-        return self._tokenizer.token_ids(text, add_special_tokens=add_special_tokens)
+            return self.tokenize(text, add_special_tokens=add_special_tokens)
+        ids = self._tokenizer.token_ids
+        return ids(calls.require_text(text), add_special_tokens=add_special_tokens, scope=scope)
 
     def completion(
         self,
@@ -265,7 +282,7 @@ class LlamaServer:
         `scope` keeps one tenant's prompts from another's; `conversation` is a name to pin.
         """
         asked = {**_asked(n_predict, temperature, n_probs), **settings}
-        ids = self._prompt_ids(prompt)
+        ids = self._prompt_ids(prompt, scope)
         return self._drive(self._manager.complete(ids, asked, scope, conversation))
 
     async def acomplete(
@@ -281,7 +298,7 @@ class LlamaServer:
     ) -> Reused:
         """Complete a text or token ids, beginning from what a slot or a saved file holds."""
         asked = {**_asked(n_predict, temperature, n_probs), **settings}
-        ids = await self._aprompt_ids(prompt)
+        ids = await self._aprompt_ids(prompt, scope)
         return await self._adrive(self._manager.complete(ids, asked, scope, conversation))
 
     def stream(
@@ -296,7 +313,7 @@ class LlamaServer:
     ) -> Iterator[Piece]:
         """Yield a completion as it comes; closing the iterator aborts it and frees the slot."""
         asked = {**_asked(n_predict, temperature, 0), **settings}
-        ids = self._prompt_ids(prompt)
+        ids = self._prompt_ids(prompt, scope)
         manager = self._manager
         job = self._drive(manager.begin(ids, asked, scope, conversation))
         try:
@@ -320,7 +337,7 @@ class LlamaServer:
     ) -> AsyncGenerator[Piece]:
         """Yield a completion as it comes; `aclose()` aborts it and frees the slot."""
         asked = {**_asked(n_predict, temperature, 0), **settings}
-        ids = await self._aprompt_ids(prompt)
+        ids = await self._aprompt_ids(prompt, scope)
         manager = self._manager
         job = await self._adrive(manager.begin(ids, asked, scope, conversation))
         try:
@@ -340,20 +357,28 @@ class LlamaServer:
             raise InvalidConfig(f"slot_settings must be SlotSettings, not {slot_settings!r}")
         return SlotManager(self._connection, slot_settings, self._checked_vocabulary)
 
-    def pin(self, conversation: str, scope: str | None = None) -> None:
+    def pin(self, conversation: str, *, scope: str | None = None) -> None:
         """Keep a conversation's slot and saved files from being evicted."""
         self._manager.pin(conversation, scope, is_pinned=True)
 
-    def unpin(self, conversation: str, scope: str | None = None) -> None:
+    def unpin(self, conversation: str, *, scope: str | None = None) -> None:
         """Let a conversation's slot and saved files be evicted again."""
         self._manager.pin(conversation, scope, is_pinned=False)
 
-    def forget(self, scope: str | None) -> None:
-        """Drop a scope's saved files and erase its slots.
+    def clear(self, scope: str | None = None) -> None:
+        """Forget one tenant's records, pins, saved files and slots; without a scope, everything.
 
-        Requests that are running go on, and nothing of them is kept when they are over.
+        Files that this process can't reach are written over by the server. Requests that are
+        running go on, and nothing of them is kept when they are over. What `manage` returned has
+        records of its own.
+
+        Errors: InvalidScope; ServerError if a slot could not be erased; it is not used again.
         """
-        self._drive(self._manager.forget(scope))
+        self._drive(self._manager.clear(scope))
+
+    async def aclear(self, scope: str | None = None) -> None:
+        """Forget one tenant's records, pins, saved files and slots; without a scope, everything."""
+        await self._adrive(self._manager.clear(scope))
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until all that is being saved is saved; ServerTimeout if it takes too long."""
@@ -387,15 +412,17 @@ class LlamaServer:
     async def _adrive(self, steps: Steps[T]) -> T:
         return await adrive(steps, self._connection)
 
-    def _prompt_ids(self, prompt: Prompt) -> TokenIds:
-        return self.token_ids(prompt) if isinstance(prompt, str) else _ids(prompt)
+    def _prompt_ids(self, prompt: Prompt, scope: str | None) -> TokenIds:
+        require_scope(scope)
+        return self.token_ids(prompt, scope=scope) if isinstance(prompt, str) else _ids(prompt)
 
-    async def _aprompt_ids(self, prompt: Prompt) -> TokenIds:
+    async def _aprompt_ids(self, prompt: Prompt, scope: str | None) -> TokenIds:
+        require_scope(scope)
         if not isinstance(prompt, str):
             return _ids(prompt)
         if self._tokenizer is None:
             return await self.atokenize(prompt)
-        return await asyncio.to_thread(self._tokenizer.token_ids, prompt)
+        return await asyncio.to_thread(self.token_ids, prompt, scope=scope)
 
     def _note(self, job: Job, piece: Piece) -> None:
         if piece.completion is not None:

@@ -471,14 +471,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def require_seconds(name: str, value: Any) -> float:
-    """Return a number of seconds that one can wait, or raise InvalidConfig."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= threading.TIMEOUT_MAX or not math.isfinite(value):
-        raise InvalidConfig(f"{name} must be a number of seconds above 0, not {value!r}")
-    return float(value)
-
-
 def _require_url(httpx: ModuleType, url: Any) -> str:
     try:
         found = httpx.URL(url)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from cachetools import LRUCache
 
+from tokcache._validate import require_scope, require_size
 from tokcache.errors import (
     InvalidAnswer,
     InvalidConfig,
@@ -254,9 +255,10 @@ class SlotManager(Forkable):
                 f"{', '.join(sorted(reserved))}: the slot manager's own; completion() takes them"
             )
         calls.require_settings(settings)
-        space = space_of(_require_name("scope", scope), settings.get("lora"))
+        space = space_of(require_scope(scope), settings.get("lora"))
         kinds = self.trust.kinds(adapters_of(space))
-        _require_name("conversation", conversation)
+        if conversation is not None:
+            _require_conversation(conversation)
         wish = Wish(
             space=space,
             prompt=prompt,
@@ -417,7 +419,10 @@ class SlotManager(Forkable):
             return []
         prompt, step = job.prompt, self.settings.block_tokens
         heads = [prompt[:n] for n in range(job.n_restored + step, len(prompt), step)]
-        digests = [hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads]
+        space = job.wish.space
+        digests = [
+            space + hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads
+        ]
         with self.table.lock:
             shared = [head for head, key in zip(heads, digests, strict=True) if key in self._seen]
             self._seen.update(dict.fromkeys(digests))
@@ -470,34 +475,68 @@ class SlotManager(Forkable):
 
     def pin(self, conversation: str, scope: str | None, *, is_pinned: bool) -> None:
         """Keep a conversation's slot and files from eviction, or no longer."""
-        key = (scope_key(_require_name("scope", scope)), conversation)
-        if not isinstance(conversation, str):
-            raise InvalidConfig(f"conversation must be a str, not {conversation!r}")
+        key = (scope_key(require_scope(scope)), _require_conversation(conversation))
         with self.table.lock:
             (self.table.pinned.add if is_pinned else self.table.pinned.discard)(key)
             for file in self._shelf:
                 if (scope_of(file.space), file.conversation) == key:
                     file.is_pinned = is_pinned
 
-    def forget(self, scope: str | None) -> Steps[None]:
-        """Drop a scope's files and erase its slots: those in use when their requests are over."""
-        key = scope_key(_require_name("scope", scope))
-        with self.table.lock:
-            for file in [file for file in self._shelf if scope_of(file.space) == key]:
-                self._shelf.drop(file)
-            held = self.table.condemn(key)
-        for slot in held:
-            saving = self._saver.pending(slot)
-            if saving is not None and slot.condition is Condition.SETTLING:
-                yield saving
-            yield from self._erase_when_idle(slot, key)
+    def clear(self, scope: str | None) -> Steps[None]:
+        """Forget a scope's records and erase its slots and files; without a scope, all of them.
 
-    def _erase_when_idle(self, slot: SlotRecord, scope: bytes) -> Steps[None]:
+        Slots in use are erased when their requests are over.
+        """
+        key = None if scope is None else scope_key(require_scope(scope))
+        with self.table.lock:
+            for file in list(self._shelf):
+                if key is None or scope_of(file.space) == key:
+                    self._shelf.drop(file)
+            held = self.table.condemn(key)
+            self.table.pinned = {pin for pin in self.table.pinned if key not in (None, pin[0])}
+            for seen in [seen for seen in self._seen if key in (None, scope_of(seen))]:
+                del self._seen[seen]
+        failure: ServerError | None = None
+        for slot in held:
+            try:
+                saving = self._saver.pending(slot)
+                if saving is not None and slot.condition is Condition.SETTLING:
+                    yield saving
+                yield from self._empty_when_idle(slot, key)
+            except ServerError as error:  # the others are erased all the same
+                failure = error
+        if failure is not None:
+            raise failure
+        yield from self._overwrite_stale()
+
+    def _empty_when_idle(self, slot: SlotRecord, scope: bytes | None) -> Steps[None]:
         if not self.table.take(slot):
             return
         try:
-            if slot.space is not None and scope_of(slot.space) == scope:
-                yield from self._saver.erase(slot)
+            if slot.space is not None and scope in (None, scope_of(slot.space)):
+                yield from self._saver.empty(slot)
+        finally:
+            self.table.release(slot)
+
+    def _overwrite_stale(self) -> Steps[None]:
+        """Have the server write an empty slot over the dropped files that can't be deleted here."""
+        with self.table.lock:
+            names = self._shelf.stale_names()
+        if not names or not self.trust.can_save:
+            return
+        # Any slot, in the order of the line: the one that is worth least is given.
+        future = self.table.acquire(Wish(b"", TokenIds(), None, frozenset()))
+        try:
+            slot = (yield future).slot
+        except BaseException:
+            self.table.cancel(future)
+            raise
+        try:
+            yield from self._saver.empty(slot)
+            for name in names:
+                written = yield calls.save_slot(slot.id, name)
+                with self.table.lock:
+                    self._shelf.note_overwritten(name, written.n_bytes)
         finally:
             self.table.release(slot)
 
@@ -570,16 +609,16 @@ def _adapter_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in ("lora",) if name in settings}
 
 
-def _require_name(what: str, name: Any) -> str | None:
-    if name is None or isinstance(name, str):
+def _require_conversation(name: Any) -> str:
+    if isinstance(name, str):
         return name
-    raise InvalidConfig(f"{what} must be a str or None, not {name!r} ({type(name).__name__})")
+    raise InvalidConfig(f"conversation must be a str, not {type(name).__name__}")
 
 
 def _shelf(settings: SlotSettings, trust: Trust) -> Shelf:
     step = min(PART_TOKENS, settings.block_tokens) if settings.reproducible else PART_TOKENS
     return Shelf(
-        max_bytes=settings.max_bytes,
+        max_bytes=require_size("max_bytes", settings.max_bytes),
         max_age_s=settings.max_age_s,
         folder=Path(settings.slot_folder) if settings.slot_folder is not None else None,
         step=step,

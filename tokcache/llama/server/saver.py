@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import ServerError, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import calls
+from tokcache.llama.server.model import probe_tokens
 from tokcache.llama.server.shelf import adapters_of
 from tokcache.llama.server.steps import Steps, drive
 from tokcache.llama.server.trust import PROMPT
@@ -131,6 +132,15 @@ class Saver:
         except ServerError as error:
             self._trust.degrade("erase_failed", error)
 
+    def empty(self, slot: SlotRecord) -> Steps[None]:
+        """Empty a slot, and leave nothing of it in the server's memory."""
+        yield from self.erase(slot)
+        # A server without a slot folder erases nothing either: there one token takes the place.
+        if not self._trust.can_save:
+            slot.adapters = None
+            asked = {"n_predict": 0, "cache_prompt": False, "id_slot": slot.id}
+            yield calls.completion(probe_tokens(None)[:1], asked)
+
     def settle(self, slot: SlotRecord, *, is_known: bool) -> Steps[None]:
         """Wait until the server has noticed that a request is over; keep what is known.
 
@@ -177,7 +187,7 @@ class Saver:
         try:
             drive(steps, self._connection)
             if slot.is_condemned:
-                drive(self.erase(slot), self._connection)
+                drive(self.empty(slot), self._connection)
         except ServerError as error:
             slot.forget()
             self._trust.refuse("settling_failed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from tokcache._validate import require_int
+from tokcache._validate import require_bool, require_int, require_seconds, require_size
 from tokcache.errors import InvalidConfig
 from tokcache.llama.server.model import require_kv_type
 
@@ -30,14 +30,14 @@ class SlotSettings:
     "answered" saves a slot after each answer, off the request's path, so that a restart of the
     server loses nothing; "overwritten" saves it before another prompt takes the slot.
 
-    Units:  `max_bytes` of all files, with those that earlier clients left in `slot_folder`;
-            `max_age_s` since a file was last used; prompts shorter than
+    Units:  `max_bytes` of all files, an int or a size such as "8G", with those that earlier clients
+            left in `slot_folder`; `max_age_s` since a file was last used; prompts shorter than
             `min_save_tokens` are not saved.
     Errors: InvalidConfig.
     """
 
     slot_folder: str | os.PathLike[str] | None = None
-    max_bytes: int = 8 << 30
+    max_bytes: int | str = 8 << 30
     max_age_s: float = 7 * 24 * 3600.0
     min_save_tokens: int = PART_TOKENS
     slot_ids: tuple[int, ...] | None = None
@@ -48,16 +48,17 @@ class SlotSettings:
     save_when: str = "answered"
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "min_save_tokens", "block_tokens"):
+        object.__setattr__(self, "max_bytes", require_size("max_bytes", self.max_bytes))
+        for name in ("min_save_tokens", "block_tokens"):
             require_int(name, getattr(self, name), minimum=1)
+        require_bool("reproducible", self.reproducible)
         if self.on_error not in ("degrade", "raise"):
             raise InvalidConfig(f"on_error must be 'degrade' or 'raise', not {self.on_error!r}")
         if self.save_when not in ("answered", "overwritten"):
             raise InvalidConfig(
                 f"save_when must be 'answered' or 'overwritten', not {self.save_when!r}"
             )
-        if not self.max_age_s > 0:
-            raise InvalidConfig(f"max_age_s must be above 0, not {self.max_age_s!r}")
+        require_seconds("max_age_s", self.max_age_s)
         for number in self.slot_ids or ():
             require_int("slot_ids", number, minimum=0)
         if self.slot_ids is not None and not self.slot_ids:

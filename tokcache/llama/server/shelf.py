@@ -263,6 +263,15 @@ class Shelf:
         self._key = secrets.token_bytes(32)
         self.n_bytes = 0
 
+    def stale_names(self) -> list[str]:
+        """Return the names of the dropped files that could not be deleted."""
+        return list(self._stale)
+
+    def note_overwritten(self, name: str, n_bytes: int) -> None:
+        """Note that a dropped file holds an empty slot now."""
+        if name in self._stale:
+            self._stale[name] = n_bytes
+
     def is_intact(self, file: SavedSlot) -> bool:
         """Return whether a file is as long as it was, where that can be seen.
 

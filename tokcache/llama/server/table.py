@@ -197,13 +197,15 @@ class SlotTable:
                 slot.forget()
                 slot.adapters = None
 
-    def condemn(self, scope: bytes) -> list[SlotRecord]:
-        """Return the slots that hold a scope's prompts; what runs there is erased at its end."""
+    def condemn(self, scope: bytes | None) -> list[SlotRecord]:
+        """Return the slots that hold a scope's prompts, or anyone's; note which to erase later."""
         with self.lock:
             held = [
                 slot
                 for slot in self.slots.values()
-                if any(space and scope_of(space) == scope for space in (slot.space, slot.user))
+                if any(
+                    space and scope in (None, scope_of(space)) for space in (slot.space, slot.user)
+                )
             ]
             for slot in held:
                 slot.is_condemned = slot.condition is not Condition.FREE

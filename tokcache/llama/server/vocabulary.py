@@ -25,7 +25,9 @@ _PROBED_IDS = 4096
 class ServerTokenizer(Protocol):
     """What LlamaServer asks of a wrapped tokenizer."""
 
-    def token_ids(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
+    def token_ids(
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
+    ) -> TokenIds:
         """Return the ids of `text`."""
 
     def unwrap(self) -> Any:
