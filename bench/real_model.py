@@ -102,7 +102,7 @@ def compare(model: str, n_prompts: int, n_threads: int) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """Compare and print; exit code 1 if cached runs differ more than other batches do."""
     options = _report.parser(__doc__ or "")
-    options.add_argument("--prompts", type=int, default=100)
+    options.add_argument("--prompts", type=int, default=32)
     options.add_argument("--threads", type=int, default=1)
     args = options.parse_args(argv)
     model = os.environ.get(VARIABLE)
