@@ -13,7 +13,7 @@ class InvalidConfig(TokcacheError, ValueError):
 
 
 class InvalidText(TokcacheError, TypeError):
-    """A text was expected; the message names the type that came instead."""
+    """A text was expected; the message names the type that came, or where a lone surrogate is."""
 
 
 class InvalidScope(TokcacheError, TypeError):

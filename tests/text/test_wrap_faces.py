@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
 import json
@@ -23,10 +24,11 @@ from tokenizers import (
     pre_tokenizers,
 )
 from tokenizers.models import BPE, Unigram
+from transformers import PreTrainedTokenizerFast
 
 import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
-from tokcache.errors import InvalidConfig, InvalidScope, UnsupportedTokenizer
+from tokcache.errors import InvalidConfig, InvalidScope, InvalidText, UnsupportedTokenizer
 from tokcache.text.tokenizer import WrappedTokenizer
 
 CHAT = [{"role": "user", "content": "hello <s> world"}, {"role": "assistant", "content": "fox"}]
@@ -342,15 +344,78 @@ def test_bad_input_ends_as_with_the_plain_tokenizer(plain: Any, wrapped: Any, ba
     assert wrapped("hello").data == plain("hello").data
 
 
-def test_lone_surrogates_raise_the_tokenizers_own_error_and_store_nothing() -> None:
-    wrapped = tokcache.wrap(MADE["unigram"]())
-    for _ in range(2):
-        with pytest.raises(TypeError, match="TextEncodeInput"):
-            wrapped.token_ids(LONE)
-        with pytest.raises(TypeError, match="TextEncodeInput"):
-            wrapped.token_ids_batch(["hello", LONE])
+class _OwnCall(PreTrainedTokenizerFast):
+    """Encodes in a way of its own, so that its answers are not cached."""
+
+    def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._encode_plus(*args, **kwargs)
+
+
+def _faces() -> dict[str, tuple[Any, Any]]:
+    made: dict[str, tuple[Any, Any]] = {}
+    make: Any = _OwnCall
+    for kind in MADE:
+        made[kind] = MADE[kind](), tokcache.wrap(MADE[kind]())
+        one = fast(MADE[kind](), pad_token="[P]")  # noqa: S106
+        one.chat_template = TEMPLATE
+        made[f"fast {kind}"] = one, tokcache.wrap(one)
+    own = make(tokenizer_object=MADE["unigram"](), pad_token="[P]")  # noqa: S106
+    own.chat_template = TEMPLATE
+    made["own call"] = own, tokcache.wrap(own)
+    return made
+
+
+@pytest.mark.parametrize("kind", [*MADE, *(f"fast {kind}" for kind in MADE), "own call"])
+def test_a_lone_surrogate_is_no_text_and_its_place_is_named(kind: str) -> None:
+    _, wrapped = _faces()[kind]
+    text = "hello " * 500 + "\udfff and \ud800"
+    for scope in (None, "a"):
+        for flag in (True, False):
+            with pytest.raises(
+                InvalidText, match=r"text has .* U\+DFFF, at character 3,000 of 3,007"
+            ):
+                wrapped.token_ids(text, add_special_tokens=flag, scope=scope)
+            with pytest.raises(InvalidText, match=r"texts\[2\] has .* at character 1 of 3"):
+                wrapped.token_ids_batch(
+                    ["hello", "world", LONE, text], add_special_tokens=flag, scope=scope
+                )
+        with pytest.raises(InvalidText, match="at character 0 of 1"):
+            asyncio.run(wrapped.atoken_ids("\udc80", scope=scope))
+    with pytest.raises(InvalidText) as caught:
+        wrapped.token_ids("secret \ud800")
+    assert "secret" not in str(caught.value)
     assert wrapped.cache_stats().l0.n_entries == 0
-    assert len(wrapped.token_ids("hello")) > 0
+    text = "\U0001f600 hello"  # a pair in UTF-16, one character here
+    assert wrapped.token_ids(text) == wrapped.token_ids_batch([text])[0]
+
+
+@pytest.mark.parametrize("kind", [*MADE, *(f"fast {kind}" for kind in MADE), "own call"])
+def test_the_tokenizers_own_calls_raise_the_plain_ones_error_for_a_surrogate(kind: str) -> None:
+    plain, wrapped = _faces()[kind]
+    calls: list[Callable[[Any], Any]] = [
+        lambda tok: tok.encode(LONE),
+        lambda tok: tok.encode(LONE, add_special_tokens=False),
+        lambda tok: tok.encode(LONE, LONE),
+        lambda tok: tok.encode_batch(["hello", LONE]),
+    ]
+    if "chat_template" in dir(plain):
+        chat = [{"role": "user", "content": LONE}]
+        calls[3:] = [
+            lambda tok: tok(LONE),
+            lambda tok: tok(["hello", LONE]),
+            lambda tok: tok("hello", LONE),
+            lambda tok: tok([LONE, "hello"], padding=True, truncation=True, max_length=5),
+            lambda tok: tok(LONE, return_tensors="np", add_special_tokens=False),
+            lambda tok: tok(LONE, return_offsets_mapping=True),
+            lambda tok: tok.tokenize(LONE),
+            lambda tok: tok.apply_chat_template(chat),
+            lambda tok: tok.apply_chat_template(chat, return_dict=False),
+            lambda tok: tok.apply_chat_template(chat, tokenize=False),
+        ]
+    for call in calls:
+        for _ in range(2):
+            assert outcome(lambda: call(wrapped)) == outcome(lambda: call(plain))  # noqa: B023
+    assert wrapped.cache_stats().l0.n_entries <= 1  # hello, before the one that failed
 
 
 def test_encodings_are_there_when_asked_for(plain: Any, wrapped: Any) -> None:

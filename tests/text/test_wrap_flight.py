@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from tokenizers import processors
 
@@ -45,6 +46,8 @@ class CountingEngine:
         self.gate.wait(20)
         if "bad" in texts:
             raise ValueError("bad text")
+        for text in texts:
+            text.encode()  # as tokenizers does: a lone surrogate has no UTF-8
         return [[ord(c) + add_special_tokens for c in text] for text in texts]
 
     def encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
@@ -220,6 +223,49 @@ def test_a_batch_that_fails_over_one_text_fails_nobody_elses(
     assert str(batch.exception()) == "bad text"
     assert single.result().tolist() == loop.result().tolist() == ids("good")
     assert [one.tolist() for one in other.result()] == [ids("good"), ids("fine")]
+
+
+def test_a_surrogate_fails_those_who_ask_for_it_alone(
+    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+) -> None:
+    engine.gate.clear()
+    lone = askers.submit(tok.token_ids, "a\ud800")
+    batch = askers.submit(tok.token_ids_batch, ["good", "b\udfff"])
+    wait_until(lambda: len(engine.calls) == 2)
+    good = [askers.submit(tok.token_ids, "good")]
+    good += [askers.submit(lambda: asyncio.run(tok.atoken_ids("good")))]
+    again = askers.submit(lambda: asyncio.run(tok.atoken_ids("a\ud800")))
+    both = askers.submit(tok.token_ids_batch, ["x", "y", "a\ud800"])
+    wait_until(lambda: tok.cache_stats().shared == 4)
+    engine.gate.set()
+    assert [one.result().tolist() for one in good] == [ids("good")] * 2
+    for asked, place in ((lone, "text"), (again, "text"), (batch, "texts[1]"), (both, "texts[2]")):
+        error = asked.exception()
+        assert isinstance(error, InvalidText)
+        assert str(error).startswith(f"{place} has a lone surrogate, U+D")
+        assert "at character 1 of 2" in str(error)
+    assert tok.token_ids("x").tolist() == ids("x")
+
+
+def test_texts_are_named_by_their_place(tok: Wrapped, engine: CountingEngine) -> None:
+    bad: Any
+    for bad in (b"x", None, 3, ["x"]):
+        with pytest.raises(
+            InvalidText, match=rf"texts\[1\] must be a str, not {type(bad).__name__}"
+        ):
+            tok.token_ids_batch(["x", bad])
+    for bad in (None, 3, "x", b"x"):
+        with pytest.raises(InvalidText, match="must be a list of str"):
+            tok.token_ids_batch(bad)
+    assert engine.calls == []
+    words: Any = np.array(["x", "yz"])
+    assert [one.tolist() for one in tok.token_ids_batch(words)] == [ids("x"), ids("yz")]
+    assert tok.token_ids(words[1]).tolist() == ids("yz")
+    assert [one.tolist() for one in tok.token_ids_batch(text for text in "xy")] == [  # type: ignore[arg-type]
+        ids("x"),
+        ids("y"),
+    ]
+    assert all(type(key) is str for key, *_ in tok._tokcache._generation.l0.held())
 
 
 def test_an_answer_from_before_a_change_is_never_kept(

@@ -63,7 +63,7 @@ class _Map(cachetools.Cache[_Key, "_Entry"]):
         super().__delitem__(key)
 
     def evict(self, rng: random.Random, sample_size: int) -> None:
-        drawn = [rng.choice(self.keys_dense) for _ in range(sample_size)]
+        drawn = rng.sample(self.keys_dense, min(sample_size, len(self.keys_dense)))
         del self[min(drawn, key=lambda key: self[key].tick)]
 
 

@@ -8,10 +8,11 @@ encoding that began before the change can only land in a cache that nobody reads
 from __future__ import annotations
 
 import os
+import re
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _LONG_CHARS = 2048  # L0 takes a longer text that L1 puts together
 _ADMIT_ONE_IN = 8  # one time in so many: most never come again
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # text, add_special_tokens, scope, and how often a scope had been cleared when the text came: what
 # was asked for before a scope was cleared is not shared with who asks after it, nor stored.
@@ -70,7 +72,7 @@ class CachedTokenizer:
     `get(text, add_special_tokens, scope)` is the look-up alone; it is replaced when what it
     looks in is, so that a hit costs no question about the state of things.
 
-    Errors:  InvalidText if a text is not a str; the tokenizer's own errors
+    Errors:  InvalidText if a text is not a str or has a lone surrogate; the tokenizer's own errors
              pass through.
     Threads: safe, and after fork. `plain_lock` is held by those who use or change the plain
              tokenizer, `guard_lock` inside it by those who hand out or look at components.
@@ -148,8 +150,25 @@ class CachedTokenizer:
     ) -> list[TokenIds]:
         """Return the ids of every text; equal ones that miss are encoded once, all in one call."""
         require_bool("add_special_tokens", add_special_tokens)
-        scope, since = require_scope(scope), _n_clears(generation)
-        keys = [_key(text, add_special_tokens, scope, since) for text in _texts(texts)]
+        scope, texts = require_scope(scope), _listed(texts)
+        try:
+            return self._find_all(generation, texts, add_special_tokens, scope)
+        except InvalidText as error:
+            for index, text in enumerate(texts):  # say which it was
+                refused = _why_refused(text, f"texts[{index}]")
+                if refused is not None:
+                    raise refused from error
+            raise
+
+    def _find_all(
+        self,
+        generation: _Generation,
+        texts: list[str],
+        add_special_tokens: bool,
+        scope: str | None,
+    ) -> list[TokenIds]:
+        since = _n_clears(generation)
+        keys = [_key(text, add_special_tokens, scope, since) for text in texts]
         found = [generation.get(*key[:3]) for key in keys]
         missing = dict.fromkeys(key for key, ids in zip(keys, found, strict=True) if ids is None)
         if missing:
@@ -389,16 +408,32 @@ class CachedTokenizer:
         self, generation: _Generation, keys: list[_Key], walks: list[Walk | None] | None
     ) -> list[TokenIds]:
         """Encode texts: what L1 can put together by parts, all others whole in one call."""
-        l1, engine = generation.l1, self.engine(generation)
+        l1 = generation.l1
         done = [None] * len(keys) if l1 is None else _by_parts(l1, keys, walks)
         whole = [key[0] for key, ids in zip(keys, done, strict=True) if ids is None]
-        encoded = iter(engine.encode(whole, keys[0][1]) if whole else ())
+        encoded = iter(self._encode_whole(generation, whole, keys[0][1]) if whole else ())
         return [TokenIds(next(encoded)) if ids is None else ids for ids in done]
 
     def _encode_uncached(self, generation: _Generation, keys: list[_Key]) -> list[TokenIds]:
         """Ask the plain tokenizer, which counts itself what it answers."""
-        encoded = self.engine(generation).encode([key[0] for key in keys], keys[0][1])
+        encoded = self._encode_whole(generation, [key[0] for key in keys], keys[0][1])
         return [TokenIds(ids) for ids in encoded]
+
+    def _encode_whole(
+        self, generation: _Generation, texts: list[str], add_special_tokens: bool
+    ) -> Sequence[Any]:
+        """Have the engine encode texts; InvalidText in place of its error if one is no text.
+
+        They are looked through only once it has failed.
+        """
+        try:
+            return self.engine(generation).encode(texts, add_special_tokens)
+        except Exception as error:
+            for text in texts:
+                refused = _why_refused(text)
+                if refused is not None:
+                    raise refused from error
+            raise
 
     def _land(
         self, generation: _Generation, keys: list[_Key], done: list[TokenIds], seconds: float
@@ -483,7 +518,7 @@ class WrappedTokenizer:
     `token_ids` and its batch and async forms give the ids of whole texts: truncation and padding
     switched on in a `tokenizers.Tokenizer` don't apply to them.
 
-    Errors:  InvalidText if a text is not a str; InvalidScope; InvalidConfig
+    Errors:  InvalidText if a text is not a str or has a lone surrogate; InvalidScope; InvalidConfig
              if `add_special_tokens` is not a bool; the tokenizer's own errors pass through.
     Threads: safe, from any thread or event loop, and after fork.
     """
@@ -610,7 +645,7 @@ def _n_clears(generation: _Generation) -> int:
 
 def _key(text: str, add_special_tokens: bool, scope: str | None, since: int) -> _Key:
     if not isinstance(text, str):
-        raise InvalidText(f"text must be a str, not {type(text).__name__}; decode bytes first")
+        raise _not_a_str(text, "text")
     return str.__str__(text), add_special_tokens, require_scope(scope), since
 
 
@@ -620,10 +655,28 @@ def _scopes(
     return [own] if scopes is None and own is not None else scopes
 
 
-def _texts(texts: Sequence[str]) -> Sequence[str]:
-    if isinstance(texts, str | bytes):
+def _listed(texts: Iterable[str]) -> list[str]:
+    if not isinstance(texts, Iterable) or isinstance(texts, str | bytes):
         raise InvalidText(f"texts must be a list of str, not one {type(texts).__name__}")
-    return texts
+    return list(texts)
+
+
+def _why_refused(text: object, name: str = "text") -> InvalidText | None:
+    """Return why no tokenizer can encode `text`, None if nothing of it says so."""
+    if not isinstance(text, str):
+        return _not_a_str(text, name)
+    found = _SURROGATE.search(text)
+    if found is None:
+        return None
+    return InvalidText(
+        f"{name} has a lone surrogate, U+{ord(found[0]):04X}, at character {found.start():,} of "
+        f"{len(text):,}, which has no UTF-8; replace it where the text is made (JSON may carry "
+        'one): text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
+    )
+
+
+def _not_a_str(text: object, name: str) -> InvalidText:
+    return InvalidText(f"{name} must be a str, not {type(text).__name__}; decode bytes first")
 
 
 def _running() -> Future[TokenIds]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from tokcache._validate import require_scope
-from tokcache.errors import UnsupportedTokenizer
+from tokcache.errors import InvalidText, UnsupportedTokenizer
 from tokcache.text.answers import Asked, make_fields, make_rows, read
 from tokcache.text.backend import NOTHING_SET, Backend, own_copy
 from tokcache.text.engines import Engine, PlainEngine
@@ -192,7 +192,10 @@ class TransformersFace(_PlainLayout, WrappedTokenizer):
             return None
         if backend.settled is not NOTHING_SET:
             backend.settle()
-        found = core.find(generation, text, add_special_tokens, self._tokcache_scope)
+        try:
+            found = core.find(generation, text, add_special_tokens, self._tokcache_scope)
+        except InvalidText:
+            return None  # the plain tokenizer raises its own error
         ids = found.tolist()
         if len(ids) > self.model_max_length:
             self._eventual_warn_about_too_long_sequence(ids, None, True)
@@ -221,7 +224,10 @@ class TransformersFace(_PlainLayout, WrappedTokenizer):
             return "post_processor"
         texts = [*chain.from_iterable(asked.texts)]
         has_around = asked.add_special_tokens and n_texts == 1
-        found = core.find_batch(generation, texts, has_around, self._tokcache_scope)
+        try:
+            found = core.find_batch(generation, texts, has_around, self._tokcache_scope)
+        except InvalidText:
+            return "invalid_text"  # the plain tokenizer raises its own error
         rows = make_rows(asked, layout, found)
         if rows is None:
             return "truncation"

@@ -310,13 +310,14 @@ cdef inline void add_chunk(Chunks* c, const Chunk* chunk) noexcept nogil:
 cdef inline uint32_t oldest_chunk(
     const Chunks* c, uint64_t* rng, uint32_t clock, uint32_t n_draws
 ) noexcept nogil:
-    """Return the least recently used of `n_draws` random chunks."""
+    """Return the least recently used of `n_draws` random chunks, of all if there are no more."""
     cdef uint32_t i, drawn, oldest = 0, age, greatest = 0
-    for i in range(n_draws):
+    for i in range(min(n_draws, c.n)):
         rng[0] += <uint64_t> 0xA0761D6478BD642F  # wyrand (Wang Yi): a counter, folded
         drawn = <uint32_t> (
             (<uint64_t> <uint32_t> fold(rng[0], rng[0] ^ <uint64_t> 0xE7037ED1A0B428DB) * c.n) >> 32
         )
+        drawn = i if c.n <= n_draws else drawn
         age = clock - c.all[drawn].tick
         if i == 0 or age > greatest:
             oldest, greatest = drawn, age

@@ -2,8 +2,8 @@
 #
 # - An entry's home is (high half of its digest) * capacity >> 32; from there the next free place
 #   is taken. Removing moves back what was pushed past the hole, so there are no tombstones.
-# - ticks[] lies beside the entries and is 0 where none is: a truly random draw looks at ticks
-#   alone, until it meets an entry. The table shrinks, so that it meets one in 4 looks on average.
+# - ticks[] is an array next to the entries, 0 where none is: a draw looks at ticks alone, until it
+#   meets an entry. The table shrinks, so that at least one look in 8 meets one on average.
 # - A long key is filed under a digest of samples. When a second key comes with the same digest,
 #   that digest is "crowded": it notes where the two differ, and both, like all that follow, are
 #   filed under the digest refined by what stands there. A refined digest can become crowded in
@@ -45,6 +45,7 @@ cdef extern from *:
     }
     """
     void fetch "tokcache_fetch"(const void* p) noexcept nogil
+    int count_leading_zeros "__builtin_clzll"(unsigned long long bits) noexcept nogil
     void* zeroed "tokcache_zeroed"(size_t n_bytes) noexcept nogil
 
 cdef enum:
@@ -438,26 +439,27 @@ cdef inline Entry remove(Table* t, uint32_t position) noexcept nogil:
 cdef inline uint32_t oldest_of(
     const Table* t, uint64_t* rng, uint32_t n_draws, uint32_t clock
 ) noexcept nogil:
-    """Return the position of the least recently used of `n_draws` random entries.
+    """Return the position of the least recently used of `n_draws` random entries, all different.
 
-    Places are drawn until so many held an entry, each entry as likely as any other. No branch
-    depends on what is drawn: a mispredicted one would cost more than the draw.
+    Each entry is as likely as any other; of no more than `n_draws` entries the oldest is exact.
+    Steps of a random odd number, from a random start, meet each place of a power of two once.
+    No branch depends on what is drawn: a mispredicted one would cost more than the draw.
     """
-    cdef uint64_t both, position, counts, oldest = 0  # age << 32 | position
-    cdef uint32_t tick, n_seen = 0
-    cdef int _half
-    while n_seen < n_draws:
-        rng[0] += <uint64_t> 0xA0761D6478BD642F  # wyrand (Wang Yi): a counter, folded
-        both = fold(rng[0], rng[0] ^ t.secret[0])
-        for _half in range(2):
-            position = (<uint64_t> <uint32_t> both * t.capacity) >> 32
-            both >>= 32
-            tick = t.ticks[position]
-            counts = (tick != 0) & (n_seen < n_draws)
-            n_seen += <uint32_t> counts
-            # The age modulo 2**32: right while ages stay below it.
-            position |= <uint64_t> <uint32_t> (clock - tick) << 32
-            oldest = max(oldest, position & (0 - counts))
+    cdef uint64_t both, mask, step, position, aged, oldest = 0  # age << 32 | position
+    cdef uint32_t tick, n_seen = 0, n_wanted = min(n_draws, t.n)
+    rng[0] += <uint64_t> 0xA0761D6478BD642F  # wyrand (Wang Yi): a counter, folded
+    both = fold(rng[0], rng[0] ^ t.secret[0])
+    mask = ~<uint64_t> 0 >> count_leading_zeros(t.capacity - 1)
+    position, step = both >> 32, both | 1
+    while n_seen < n_wanted:
+        position = (position + step) & mask
+        tick = t.ticks[position if position < t.capacity else 0]
+        tick = tick if position < t.capacity else 0
+        n_seen += tick != 0
+        # The age modulo 2**32: right while ages stay below it.
+        aged = <uint64_t> <uint32_t> (clock - tick) << 32 | position
+        aged = aged if tick else 0
+        oldest = max(oldest, aged)
     return <uint32_t> oldest
 
 cdef inline void release_arrays(Table* t) noexcept nogil:
