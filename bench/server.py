@@ -33,7 +33,7 @@ from bench.workloads import chats
 from tokcache import TokenIds, samples
 from tokcache.llama.server import Completion, LlamaServer, SlotSettings
 from tokcache.llama.server.shelf import n_common
-from tokcache.llama.server_process import ServerProcess
+from tokcache.samples.server_process import ServerProcess
 
 N_SESSIONS, N_SLOTS, BLOCK, N_CTX = 6, 2, 256, 8192
 N_ANSWER = 8

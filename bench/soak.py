@@ -32,7 +32,7 @@ from tokcache import samples
 from tokcache.errors import ServerError, ServerFailed, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import Completion, LlamaServer, SlotSettings
 from tokcache.llama.server.table import Condition
-from tokcache.llama.server_process import ServerProcess
+from tokcache.samples.server_process import ServerProcess
 
 BLOCK, N_CTX, N_SLOTS, N_ANSWER = 64, 1024, 4, 6
 MAX_BYTES = 4_000_000

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import tokcache
 from tokcache import TokenIds, cli, samples
+from tokcache.cli._common import BAD_INPUT
 from tokcache.demo import backends, replay
 from tokcache.demo import tokenizers as demo_tokenizers
 from tokcache.demo.chat import built_in_prompts
@@ -96,7 +97,7 @@ def test_the_built_in_chats_take_turns_and_are_long_enough_for_prefixes_to_matte
 
 
 def test_the_demo_runs_as_a_program_without_arguments_that_need_a_model() -> None:
-    command = [sys.executable, "-m", "tokcache.cli", "demo", "--backend", "tokens"]
+    command = [sys.executable, "-m", "tokcache", "demo", "--backend", "tokens"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert not done.stderr
@@ -322,7 +323,7 @@ def test_a_file_of_another_kind_is_named_with_the_file_to_pass(
     path.write_bytes(start + b"\0" * 64)
     arguments = [str(path)] if command == "explain" else ["--tokenizer", str(path)]
     done = CliRunner().invoke(cli.app, [command, *arguments])
-    assert done.exit_code == cli.BAD_INPUT
+    assert done.exit_code == BAD_INPUT
     said = " ".join(done.output.split())
     assert kind in said
     assert "tokenizer.json" in said

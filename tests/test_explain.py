@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 
 from tests.text.tokenizers_synthetic import RANDOM, SYNTHETIC, plain, precompiled
 from tokcache import cli, samples
+from tokcache.cli.explain import EngineName
+from tokcache.cli.explain_report import print_explanation, visible
+from tokcache.cli.explanation import Grain, Origin, explain, read_sample
 from tokcache.config import ENGINES, CacheConfig
-from tokcache.explain import Grain, Origin, explain, read_sample
-from tokcache.explain_report import print_explanation, visible
 from tokcache.text import l1
 from tokcache.text import tokenizer as core
 from tokcache.text.char_classes import N_CLASSES
@@ -34,7 +35,7 @@ from tokcache.text.tokenizer import CachedTokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tokcache.explain import Explanation
+    from tokcache.cli.explanation import Explanation
     from tokcache.text.cuts import CutPlan
 
 WITHOUT_FAST = CacheConfig(engine="tokenizers")
@@ -179,7 +180,7 @@ def test_what_could_steer_a_terminal_is_shown_instead() -> None:
 
 
 def test_an_output_that_has_no_unicode_gets_escapes() -> None:
-    command = [sys.executable, "-m", "tokcache.cli", "explain", str(samples.tiny_tokenizer())]
+    command = [sys.executable, "-m", "tokcache", "explain", str(samples.tiny_tokenizer())]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, check=False, env=environment)  # noqa: S603
     assert done.returncode == 0, done.stderr
@@ -407,7 +408,7 @@ def test_a_map_of_characters_is_never_told(shared_data: Path) -> None:
 
 
 def test_the_engines_on_offer_are_those_of_the_config() -> None:
-    assert tuple(one.value for one in cli.EngineName) == ENGINES
+    assert tuple(one.value for one in EngineName) == ENGINES
 
 
 def test_an_engine_that_cannot_be_used_says_why() -> None:
@@ -420,7 +421,7 @@ def test_an_engine_that_cannot_be_used_says_why() -> None:
 
 def test_engines_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(l1, "installed", list)
-    monkeypatch.setattr("tokcache.explain.installed", list)
+    monkeypatch.setattr("tokcache.cli.explanation.installed", list)
     found = explain(SYNTHETIC["gpt2"]())
     assert found.engine == "tokenizers"
     install = "is not installed (pip install 'tokcache[engines]')"

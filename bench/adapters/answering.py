@@ -31,7 +31,7 @@ from tokcache import TokenIds
 from tokcache.llama import Llama
 from tokcache.llama.server import LlamaServer
 from tokcache.llama.server.shelf import n_common
-from tokcache.llama.server_process import ServerProcess, require_xllamacpp
+from tokcache.samples.server_process import ServerProcess, require_xllamacpp
 from tokcache.state.cache import PrefixStateCache
 
 BLOCK, N_CTX, N_ANSWER = 256, 8192, 8

@@ -18,7 +18,7 @@ pytest.importorskip("httpx", reason="needs tokcache[server]")
 
 from bench import soak
 from tokcache.llama.server import Completion, LlamaServer, SlotSettings
-from tokcache.llama.server_process import ServerProcess
+from tokcache.samples.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

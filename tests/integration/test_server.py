@@ -32,9 +32,9 @@ from tokcache.errors import (
 pytest.importorskip("xllamacpp", reason="needs tokcache[demo]")
 pytest.importorskip("httpx", reason="needs tokcache[server]")
 
+from tokcache.demo.slot_files import SlotFiles
 from tokcache.llama.server import Completion, LlamaServer
-from tokcache.llama.server_process import ServerProcess
-from tokcache.llama.slot_files import SlotFiles
+from tokcache.samples.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -335,7 +335,7 @@ def test_closing_ends_the_server_and_removes_its_files() -> None:
 
 def test_the_server_ends_when_its_parent_is_killed() -> None:
     code = (
-        "import sys, time; from tokcache.llama.server_process import ServerProcess;"
+        "import sys, time; from tokcache.samples.server_process import ServerProcess;"
         "s = ServerProcess(sys.argv[1], n_ctx=256); print(s.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(samples.tiny_model())]

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tokcache.llama.server import Reused
-    from tokcache.llama.server_process import ServerProcess
+    from tokcache.samples.server_process import ServerProcess
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tokcache.llama.server import Reused
-    from tokcache.llama.server_process import ServerProcess
+    from tokcache.samples.server_process import ServerProcess
 
 
 @pytest.fixture(scope="module")

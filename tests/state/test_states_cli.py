@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from tests.state.engine import Engine
 from tests.state.test_disk import cache_on, files, found
+from tokcache.cli.states import states
 from tokcache.state.tiers.disk import DiskTier
-from tokcache.states_cli import states
 
 if TYPE_CHECKING:
     from typer.testing import Result

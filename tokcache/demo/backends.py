@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from tokcache.demo.slot_files import SlotFiles
     from tokcache.llama.server import LlamaServer
-    from tokcache.llama.slot_files import SlotFiles
     from tokcache.text.token_ids import TokenIds
 
 BLOCK_TOKENS = 256
@@ -149,9 +149,9 @@ class _InProcessCached(_InProcess):
 @contextlib.contextmanager
 def served(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Iterator[Sides]:
     """Yield two slots of one llama-server: one emptied each time, one with saved slot files."""
+    from tokcache.demo.slot_files import SlotFiles  # noqa: PLC0415 (with the two above)
     from tokcache.llama.server import LlamaServer  # noqa: PLC0415 (an extra)
-    from tokcache.llama.server_process import ServerProcess  # noqa: PLC0415 (an extra)
-    from tokcache.llama.slot_files import SlotFiles  # noqa: PLC0415 (with the two above)
+    from tokcache.samples.server_process import ServerProcess  # noqa: PLC0415 (an extra)
 
     with (
         ServerProcess(

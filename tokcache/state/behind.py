@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tokcache.state.forks import Forkable, tell_of_forks
+from tokcache._forks import Forkable, tell_of_forks
 
 _log = logging.getLogger("tokcache")
 

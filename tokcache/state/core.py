@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from tokcache._forks import Forkable, tell_of_forks
 from tokcache._validate import (
     require_bool,
     require_int,
@@ -26,7 +27,6 @@ from tokcache.errors import InvalidConfig
 from tokcache.state.behind import Job, WriteBehind
 from tokcache.state.blocks import Owner, child_name
 from tokcache.state.cost import Speed, Worth
-from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.state.memory import StateMemory
 from tokcache.state.tiers import Address, LowerTier, Record
 from tokcache.state.tiers.notices import Notices

@@ -19,6 +19,7 @@ from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tokcache._forks import Forkable, tell_of_forks
 from tokcache.errors import (
     InvalidAnswer,
     InvalidConfig,
@@ -36,7 +37,6 @@ from tokcache.errors import (
 )
 from tokcache.llama.server import calls
 from tokcache.llama.server.results import Completion, Piece
-from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:

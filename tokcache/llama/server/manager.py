@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from cachetools import LRUCache
 
+from tokcache._forks import Forkable, tell_of_forks
 from tokcache._validate import require_scope, require_size
 from tokcache.errors import (
     InvalidAnswer,
@@ -47,7 +48,6 @@ from tokcache.llama.server.steps import Steps, drive
 from tokcache.llama.server.table import Condition, SlotRecord, SlotTable, Start, Wish
 from tokcache.llama.server.trust import WHOLE, Trust, is_mostly_used
 from tokcache.llama.server.watch import Watch
-from tokcache.state.forks import Forkable, tell_of_forks
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from tokcache.state.forks import Forkable, tell_of_forks
+from tokcache._forks import Forkable, tell_of_forks
 from tokcache.stats import TierStats
 
 _NAMES = ("hits", "misses", "writes", "evictions", "read_bytes", "written_bytes")

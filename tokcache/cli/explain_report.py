@@ -11,14 +11,14 @@ from rich.cells import cell_len, chop_cells
 from rich.table import Table
 from rich.text import Text
 
-from tokcache.explain import Grain, Origin
+from tokcache.cli.explanation import Grain, Origin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from rich.console import Console
 
-    from tokcache.explain import Added, Cut, Explanation, Sample, Segment
+    from tokcache.cli.explanation import Added, Cut, Explanation, Sample, Segment
 
 _NAMED = 6  # so many added tokens are named, the others counted
 _SHOWN_LINES = 100

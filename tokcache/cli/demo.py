@@ -1,12 +1,9 @@
-"""The command line: `tokcache demo` and `tokcache explain`."""
+"""`tokcache demo`: replay prompts without and with tokcache, and compare every token."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,41 +13,26 @@ from rich.console import Console
 from rich.progress import Progress
 
 import tokcache
-from tokcache.config import CacheConfig
+from tokcache.cli._common import DIFFERS, told_errors
 from tokcache.demo import backends
 from tokcache.demo.chat import built_in_prompts
 from tokcache.demo.prompts import read_prompts
 from tokcache.demo.replay import Replay, Request
 from tokcache.demo.table import Summary, lines, table
 from tokcache.demo.tokenizers import TokenizerSource, chat_format, find_tokenizer
-from tokcache.errors import InvalidConfig, MissingFile, TokcacheError, UnsupportedTokenizer
-from tokcache.explain import explain as explained
-from tokcache.explain import read_sample
-from tokcache.explain_report import print_explanation
+from tokcache.errors import InvalidConfig, MissingFile, UnsupportedTokenizer
 from tokcache.samples import tiny_model
-from tokcache.states_cli import states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tokenizers import Tokenizer
 
-DIFFERS = 1
-BAD_INPUT = 2
-
 _PLACES = {
     "inprocess": "llama.cpp in this process (llama-cpp-python)",
     "server": "a llama-server (xllamacpp), slots saved and restored",
     "tokens": "no model, tokenization alone",
 }
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-app.add_typer(states, name="states")
 
 
 class Backend(StrEnum):
@@ -62,15 +44,6 @@ class Backend(StrEnum):
     TOKENS = "tokens"
 
 
-class EngineName(StrEnum):
-    """What encodes the parts that are not known; `config.ENGINES`."""
-
-    AUTO = "auto"
-    TOKENIZERS = "tokenizers"
-    GIGATOKEN = "gigatoken"
-    FASTOKENS = "fastokens"
-
-
 _NAMES: dict[Backend, backends.BackendName] = {
     Backend.INPROCESS: "inprocess",
     Backend.SERVER: "server",
@@ -78,26 +51,6 @@ _NAMES: dict[Backend, backends.BackendName] = {
 }
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
-        typer.echo(f"tokcache {tokcache.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _tokcache(
-    *,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-) -> None:
-    """Exact caches for language-model serving: tokenization results and prefix states."""
-
-
-@app.command()
 def demo(
     *,
     tokenizer: Annotated[
@@ -133,7 +86,7 @@ def demo(
     Both sides run in reproducible mode, in contexts of their own. Exit code 1: something differs;
     2: bad input.
     """
-    with _told_errors():
+    with told_errors():
         source = find_tokenizer(tokenizer)
         plain = source.load()
         requests, form = _requests(prompts, source, plain)
@@ -150,51 +103,6 @@ def demo(
             summary = _run(replay, requests, cached, sides)
     _print_result(console, summary)
     raise typer.Exit(DIFFERS if summary.differences() else 0)
-
-
-@app.command()
-def explain(
-    tokenizer: Annotated[
-        str, typer.Argument(metavar="TOKENIZER", help="A tokenizer.json, its folder or a hub name.")
-    ],
-    *,
-    text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A sample in UTF-8; by default a short chat."),
-    ] = None,
-    engine: Annotated[
-        EngineName,
-        typer.Option(help="What encodes missing parts; auto: the fastest that proves equal."),
-    ] = EngineName.AUTO,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Tell what of a tokenizer is cached, where its texts are cut, and why.
-
-    A sample is shown in its parts, and its ids are compared with the plain tokenizer's. Exit code
-    1: they differ; 2: bad input.
-    """
-    with _told_errors():
-        source = find_tokenizer(tokenizer)
-        sample = None if text is None else read_sample(text)
-        found = explained(source, CacheConfig(engine=engine.value), sample)
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-    else:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a sample has signs of every script
-            sys.stdout.reconfigure(errors="backslashreplace")
-        print_explanation(Console(highlight=False), found)
-    raise typer.Exit(DIFFERS if found.is_different else 0)
-
-
-@contextlib.contextmanager
-def _told_errors() -> Iterator[None]:
-    """Tell tokcache's own errors in one line; others are bugs and keep their traceback."""
-    try:
-        yield
-    except TokcacheError as error:
-        text = " | ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        typer.echo(f"tokcache: {text}", err=True)
-        raise typer.Exit(BAD_INPUT) from None
 
 
 def _requests(
@@ -295,12 +203,3 @@ def _print_result(console: Console, summary: Summary) -> None:
     console.print()
     for line in lines(summary):
         console.print(line, markup=False)
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

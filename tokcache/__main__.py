@@ -1,0 +1,5 @@
+"""`python -m tokcache`: the command line."""
+
+from tokcache.cli import main
+
+main()
