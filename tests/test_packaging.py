@@ -57,8 +57,8 @@ def test_sdist_holds_sources_tests_and_benches(sdist: Path) -> None:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     for needed in (
         "LICENSE", "README.md", "CHANGELOG.md", "setup.py", "ext/tokcache/text/_l0.pyx",
-        "ext/tokcache/text/_table.pxd", "ext/tokcache/text/_l1.pyx",
-        "ext/tokcache/text/_scan.pxd", "ext/tokcache/text/_segments.pxd",
+        "ext/tokcache/text/_table.pxd", "ext/tokcache/text/segments/_l1.pyx",
+        "ext/tokcache/text/segments/_scan.pxd", "ext/tokcache/text/segments/_segments.pxd",
         "tests/text/test_l0.py", "bench/exact.py",
         "tokcache/py.typed",
     ):  # fmt: skip

@@ -8,10 +8,10 @@ from tokcache.config import CacheConfig
 from tokcache.errors import TokcacheError
 from tokcache.state.cache import PrefixStateCache
 from tokcache.stats import CacheStats, L0Stats, StateStats
-from tokcache.text.huggingface import wrap
 from tokcache.text.l0 import L0Cache
-from tokcache.text.patch import patch_transformers, unpatch_transformers
 from tokcache.text.token_ids import TokenIds
+from tokcache.text.wrappers import wrap
+from tokcache.text.wrappers.patch import patch_transformers, unpatch_transformers
 
 if TYPE_CHECKING:
     from tokcache.state.tiers.disk import DiskTier as DiskTier

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import tokcache
 from tokcache.observe.prometheus import Collector
-from tokcache.text.patch import patch_transformers
+from tokcache.text.wrappers.patch import patch_transformers
 
 _LIFE_S = 240  # it ends by itself, whatever becomes of the test
 

@@ -25,7 +25,7 @@ from tokcache.errors import InvalidConfig
 from tokcache.observe import prometheus
 from tokcache.observe.prometheus import STATES, TEXT, Collector
 from tokcache.stats import CacheStats, L0Stats, L1Stats, StateStats, TierStats
-from tokcache.text.patch import patch_transformers, unpatch_transformers
+from tokcache.text.wrappers.patch import patch_transformers, unpatch_transformers
 
 HERE = Path(prometheus.__file__).parent
 CONFIG = tokcache.CacheConfig(engine="tokenizers", l0_max_entries=77)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from tokcache.text.char_classes import (
+from tokcache.text.segments.char_classes import (
     ASCII_CLASSES,
     BLANK,
     LETTERS_BEYOND,

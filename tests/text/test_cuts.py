@@ -21,10 +21,10 @@ from tokenizers import (
 )
 
 from tests.text.tokenizers_synthetic import PATTERNS, RANDOM, SYNTHETIC
-from tokcache.text._scan_py import class_behind
-from tokcache.text.char_classes import N_CLASSES, CharClass
-from tokcache.text.cuts import CutPlan, plan_cuts
-from tokcache.text.engines import PartEncoder
+from tokcache.text.engines.copying import PartEncoder
+from tokcache.text.segments.char_classes import N_CLASSES, CharClass
+from tokcache.text.segments.plan import CutPlan, plan_cuts
+from tokcache.text.segments.scanner import class_behind
 
 C = CharClass
 Build = Callable[[], Tokenizer]

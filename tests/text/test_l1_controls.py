@@ -21,7 +21,8 @@ from tests.text.fuzz_texts import dense_text
 from tests.text.tokenizers_combined import combination
 from tests.text.tokenizers_synthetic import PATTERNS, added_contents
 from tokcache import CacheConfig
-from tokcache.text import cuts, engines
+from tokcache.text.engines import copying as engines
+from tokcache.text.segments import plan as cuts
 
 MAX_DRAWS = 2500
 N_TEXTS = 25

@@ -22,9 +22,9 @@ import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
 from tokcache.errors import InvalidConfig
 from tokcache.samples import tiny_tokenizer
-from tokcache.text import patch
-from tokcache.text.patch import load_stats, patch_transformers, unpatch_transformers
 from tokcache.text.tokenizer import WrappedTokenizer
+from tokcache.text.wrappers import patch
+from tokcache.text.wrappers.patch import load_stats, patch_transformers, unpatch_transformers
 
 # The one that needs no probe of other encoders.
 CONFIG = tokcache.CacheConfig(engine="tokenizers", l0_max_entries=77)
@@ -374,7 +374,7 @@ def test_a_forked_child_patches_though_a_thread_of_its_parent_was_at_it(folder: 
 
 FRESH = """
 import sys
-from tokcache.text.patch import load_stats, patch_transformers, unpatch_transformers
+from tokcache.text.wrappers.patch import load_stats, patch_transformers, unpatch_transformers
 unpatch_transformers()
 assert "transformers" not in sys.modules
 patch_transformers()
@@ -387,7 +387,7 @@ print(tok.cache_stats().l0.hits, load_stats().n_wrapped)
 ABSENT = """
 import sys
 sys.modules["transformers"] = None
-from tokcache.text.patch import patch_transformers
+from tokcache.text.wrappers.patch import patch_transformers
 try:
     patch_transformers()
 except ImportError as error:

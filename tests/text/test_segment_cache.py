@@ -19,17 +19,17 @@ from tests.text.fuzz_texts import random_text
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tests.text.twins import both, twin
 from tokcache.config import CacheConfig
-from tokcache.text._scan_py import class_behind
-from tokcache.text.char_classes import (
+from tokcache.text.engines.copying import PartEncoder
+from tokcache.text.segments.cache import L1
+from tokcache.text.segments.char_classes import (
     LETTERS_BEYOND,
     N_CLASSES,
     PUNCTUATION_BEYOND,
     CharClass,
 )
-from tokcache.text.cuts import CutPlan, Variant, plan_cuts
-from tokcache.text.engines import PartEncoder
-from tokcache.text.l1 import L1
-from tokcache.text.token_bytes import token_bytes
+from tokcache.text.segments.id_lengths import token_bytes
+from tokcache.text.segments.plan import CutPlan, Variant, plan_cuts
+from tokcache.text.segments.scanner import class_behind
 
 LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
 KINDS = ("gpt2", "qwen2", "bert_uncased", "llama2", "unigram_first_split")
@@ -89,7 +89,7 @@ class Cached:
 def bytes_in(name: str, tokenizer: Tokenizer, variant: Variant) -> Any:
     """Return the bytes of ids, held by one twin."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokcache.text.token_bytes.TokenBytes", twin(name).l1.TokenBytes)
+        patch.setattr("tokcache.text.segments.id_lengths.TokenBytes", twin(name).l1.TokenBytes)
         return token_bytes(tokenizer, variant, {})
 
 

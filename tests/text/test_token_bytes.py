@@ -17,13 +17,13 @@ import tokcache
 from tests.text.fuzz_texts import random_text
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
-from tokcache.text import token_bytes as module
-from tokcache.text._l1_py import TokenBytes
-from tokcache.text.components import BYTE_NAMES, MARKER
-from tokcache.text.cuts import plan_cuts
-from tokcache.text.engines import PartEncoder
-from tokcache.text.fast_encoders import agreed_code_points
-from tokcache.text.token_bytes import token_bytes
+from tokcache.text.engines.copying import PartEncoder
+from tokcache.text.engines.fast import agreed_code_points
+from tokcache.text.segments import id_lengths as module
+from tokcache.text.segments._reference import TokenBytes
+from tokcache.text.segments.components import BYTE_NAMES, MARKER
+from tokcache.text.segments.id_lengths import token_bytes
+from tokcache.text.segments.plan import plan_cuts
 
 CLAIMED = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcoder", "llama2"}
 CLAIMED |= {"phi3", "gemma", "mistral"}

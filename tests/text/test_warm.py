@@ -32,9 +32,10 @@ from tokcache.errors import (
     NothingCached,
     TokenizerChanged,
 )
-from tokcache.text import warm, warm_file
-from tokcache.text.engines import HuggingFaceEngine, PartEncoder
-from tokcache.text.warm_file import Entry, Header, Kind
+from tokcache.text import cache_file as warm
+from tokcache.text.cache_file import format as warm_file
+from tokcache.text.cache_file.format import Entry, Header, Kind
+from tokcache.text.engines.copying import HuggingFaceEngine, PartEncoder
 
 KEY = b"sixteen bytes or more of it"
 CONFIG = tokcache.CacheConfig(engine="tokenizers")
@@ -58,7 +59,7 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     one.use_for_parts(monkeypatch)
     monkeypatch.setattr("tokcache.text.tokenizer.L0Cache", one.l0_cache)
     monkeypatch.setattr("tokcache.text.tokenizer.TokenIds", one.token_ids)
-    monkeypatch.setattr("tokcache.text.warm.TokenIds", one.token_ids)
+    monkeypatch.setattr("tokcache.text.cache_file.TokenIds", one.token_ids)
     return name
 
 
@@ -377,7 +378,7 @@ def test_a_fingerprint_is_the_same_in_another_process() -> None:
     for kind in MADE:
         made = MADE[kind]()
         code = (
-            "import sys; from tokenizers import Tokenizer; from tokcache.text.warm import *\n"
+            "import sys; from tokenizers import Tokenizer; from tokcache.text.cache_file import *\n"
             "print(fingerprint(Tokenizer.from_str(sys.stdin.read())).hex())"
         )
         done = subprocess.run(  # noqa: S603 (our own code)
@@ -1101,7 +1102,7 @@ def test_a_file_that_becomes_shorter_is_refused(tmp_path: Path) -> None:
 
 
 def test_importing_tokcache_does_not_load_what_few_need() -> None:
-    code = "import sys, tokcache; print('tokcache.text.warm' in sys.modules)"
+    code = "import sys, tokcache; print('tokcache.text.cache_file' in sys.modules)"
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

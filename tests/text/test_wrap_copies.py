@@ -27,8 +27,8 @@ from tokenizers import Tokenizer
 
 import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
-from tokcache.text.patch import load_stats
 from tokcache.text.tokenizer import WrappedTokenizer
+from tokcache.text.wrappers.patch import load_stats
 
 CONFIG = tokcache.CacheConfig(engine="tokenizers", l0_max_entries=77)
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy}

@@ -597,7 +597,7 @@ def test_scopes_of_a_transformers_tokenizer(plain: Any, wrapped: Any) -> None:
 
 def test_every_wrap_may_say_that_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
-    monkeypatch.setattr("tokcache.text.huggingface.log_missing_extension", lambda: said.append(1))
+    monkeypatch.setattr("tokcache.text.wrappers.log_missing_extension", lambda: said.append(1))
     tokcache.wrap(tokcache.wrap(MADE["unigram"]()))
     assert said == [1, 1]
 

@@ -21,11 +21,11 @@ from tokenizers import Tokenizer, processors
 import tokcache
 from tests.text.test_wrap_parity import REAL, real_tokenizer
 from tests.text.tokenizers_made import MADE, TEXTS, fast
-from tokcache.text.engines import is_of_library
+from tokcache.text.engines.copying import is_of_library
 
 if TYPE_CHECKING:
-    from tokcache.text.answers import Truncation
     from tokcache.text.token_ids import TokenIds
+    from tokcache.text.wrappers.batch_encoding import Truncation
 
 N_CALLS = int(os.environ.get("TOKCACHE_MATRIX", "450"))
 SEED = int(os.environ.get("TOKCACHE_MATRIX_SEED", "1"))
@@ -255,6 +255,6 @@ def test_the_drawn_calls_find_a_wrong_answer(
 ) -> None:
     make, settings = MATRIX[name]
     plain = fast(make(), **settings)
-    monkeypatch.setattr(f"tokcache.text.answers.{place}", wrong)
+    monkeypatch.setattr(f"tokcache.text.wrappers.batch_encoding.{place}", wrong)
     with pytest.raises(AssertionError, match=r"first|second"):
         is_like(plain, tokcache.wrap(plain), drawn(name, N_CALLS))

@@ -17,9 +17,9 @@ from tokenizers.models import BPE
 import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
 from tokcache.errors import UnsupportedTokenizer
-from tokcache.text.patch import load_stats
 from tokcache.text.tokenizer import WrappedTokenizer
-from tokcache.text.tokenizers_face import _INSISTING
+from tokcache.text.wrappers.patch import load_stats
+from tokcache.text.wrappers.tokenizers import _INSISTING
 
 CONFIG = tokcache.CacheConfig(engine="tokenizers")
 MODULES = ("decoders", "models", "normalizers", "pre_tokenizers", "processors", "trainers")

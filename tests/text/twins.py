@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tokcache.text import _l0_py, _l1_py, _token_ids_py
-from tokcache.text.fast_encoders import agreed_code_points
+from tokcache.text import _l0_py, _token_ids_py
+from tokcache.text.engines.fast import agreed_code_points
+from tokcache.text.segments import _reference
 
 
 @dataclass(frozen=True)
@@ -19,21 +20,22 @@ class Twin:
 
     def use_for_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Have L1 keep its parts in this twin."""
-        monkeypatch.setattr("tokcache.text.l1.TokenIds", self.token_ids)
-        monkeypatch.setattr("tokcache.text.l1.SegmentCache", self.l1.SegmentCache)
-        monkeypatch.setattr("tokcache.text.l1.Walk", self.l1.Walk)
-        monkeypatch.setattr("tokcache.text.token_bytes.TokenBytes", self.l1.TokenBytes)
+        monkeypatch.setattr("tokcache.text.segments.cache.TokenIds", self.token_ids)
+        monkeypatch.setattr("tokcache.text.segments.cache.SegmentCache", self.l1.SegmentCache)
+        monkeypatch.setattr("tokcache.text.segments.cache.Walk", self.l1.Walk)
+        monkeypatch.setattr("tokcache.text.segments.id_lengths.TokenBytes", self.l1.TokenBytes)
         agreed = self.l1.CodePoints(agreed_code_points())
-        monkeypatch.setattr("tokcache.text.l1._agreed", lambda: agreed)
+        monkeypatch.setattr("tokcache.text.segments.cache._agreed", lambda: agreed)
         monkeypatch.setattr("tokcache.text.tokenizer.Walk", self.l1.Walk)
 
 
-PYTHON = Twin(_token_ids_py.TokenIds, _l0_py.L0Cache, _l1_py)
+PYTHON = Twin(_token_ids_py.TokenIds, _l0_py.L0Cache, _reference)
 
 
 def native() -> Twin:
     try:
-        from tokcache.text import _l0, _l1, _token_ids  # noqa: PLC0415 (may not be built)
+        from tokcache.text import _l0, _token_ids  # noqa: PLC0415 (may not be built)
+        from tokcache.text.segments import _l1  # noqa: PLC0415 (may not be built)
     except ImportError:
         pytest.skip("REQUIRED: the native modules are not built")
     return Twin(_token_ids.TokenIds, _l0.L0Cache, _l1)

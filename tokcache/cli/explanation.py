@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 from tokcache.config import ENGINES, CacheConfig
 from tokcache.demo.tokenizers import TokenizerSource
 from tokcache.errors import InvalidPrompts, MissingFile
-from tokcache.text.engines import why_random
-from tokcache.text.fast_encoders import installed
-from tokcache.text.huggingface import wrap
-from tokcache.text.l1 import first_difference
+from tokcache.text.engines.copying import why_random
+from tokcache.text.engines.fast import installed
+from tokcache.text.segments.cache import first_difference
+from tokcache.text.wrappers import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tokenizers import Tokenizer
 
-    from tokcache.text.cuts import CutPlan, Rule, Separator
-    from tokcache.text.l1 import L1
+    from tokcache.text.segments.cache import L1
+    from tokcache.text.segments.plan import CutPlan, Rule, Separator
     from tokcache.text.tokenizer import WrappedTokenizer
 
 _REASONS = {

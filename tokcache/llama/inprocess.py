@@ -32,7 +32,7 @@ from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary, int32_ids
 from tokcache.state.blocks import token_bytes
 from tokcache.state.cache import PrefixStateCache
-from tokcache.text.huggingface import wrap
+from tokcache.text.wrappers import wrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from tokcache._version import __version__
 from tokcache.errors import InvalidConfig, MissingExtra
 from tokcache.state.cache import PrefixStateCache
-from tokcache.text import patch
 from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
+from tokcache.text.wrappers import patch
 
 if TYPE_CHECKING:
     from tokcache.config import CacheConfig

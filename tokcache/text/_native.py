@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 _log = logging.getLogger("tokcache")
 
+NATIVE = ("_token_ids", "_l0", "segments._l1")
+
 
 def _is_switched_off() -> bool:
     return os.environ.get("TOKCACHE_NO_EXTENSIONS", "") not in ("", "0")
@@ -18,7 +20,7 @@ def _is_switched_off() -> bool:
 def is_native() -> bool:
     """Return whether the compiled modules are there and not switched off."""
     return not _is_switched_off() and all(
-        find_spec(f"tokcache.text.{name}") is not None for name in ("_token_ids", "_l0", "_l1")
+        find_spec(f"tokcache.text.{name}") is not None for name in NATIVE
     )
 
 

@@ -22,15 +22,15 @@ from tokcache._validate import require_bool, require_scope
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidText, TokcacheError
 from tokcache.stats import CacheStats, L0Stats, L1Stats
-from tokcache.text.cuts import plan_cuts
-from tokcache.text.engines import HuggingFaceEngine
+from tokcache.text.engines.copying import HuggingFaceEngine
 from tokcache.text.l0 import L0Cache
-from tokcache.text.l1 import CHARS_AT_ONCE, L1, Walk
+from tokcache.text.segments.cache import CHARS_AT_ONCE, L1, Walk
+from tokcache.text.segments.plan import plan_cuts
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
-    from tokcache.text.engines import Engine
-    from tokcache.text.warm import CacheFileReport
+    from tokcache.text.cache_file import CacheFileReport
+    from tokcache.text.engines.copying import Engine
 
 _LONG_CHARS = 2048  # L0 takes a longer text that L1 puts together
 _ADMIT_ONE_IN = 8  # one time in so many: most never come again
@@ -602,7 +602,7 @@ class WrappedTokenizer:
                 was at `path` before still is.
         Cost:   holds the interpreter lock for a copy of the parts; a server calls it in a thread.
         """
-        from tokcache.text import warm  # noqa: PLC0415 (few need it)
+        from tokcache.text import cache_file as warm  # noqa: PLC0415 (few need it)
 
         return warm.dump(self._tokcache, path, _scopes(scopes, self._tokcache_scope), key)
 
@@ -622,7 +622,7 @@ class WrappedTokenizer:
                 NothingCached, TokenizerChanged, OSError; nothing has changed then.
         Cost:   a pass over the file and the encoding of a few of its texts.
         """
-        from tokcache.text import warm  # noqa: PLC0415 (few need it)
+        from tokcache.text import cache_file as warm  # noqa: PLC0415 (few need it)
 
         return warm.load(self._tokcache, path, _scopes(scopes, self._tokcache_scope), key)
 

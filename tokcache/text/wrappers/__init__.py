@@ -9,10 +9,10 @@ from tokenizers import Tokenizer
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidConfig, UnsupportedTokenizer
 from tokcache.text._native import log_missing_extension
-from tokcache.text.backend import Backend
 from tokcache.text.tokenizer import WrappedTokenizer
-from tokcache.text.tokenizers_face import TokenizerFace, accept_wrappers
-from tokcache.text.transformers_face import is_fast_transformers, wrap_transformers
+from tokcache.text.wrappers.backend import Backend
+from tokcache.text.wrappers.tokenizers import TokenizerFace, accept_wrappers
+from tokcache.text.wrappers.transformers import is_fast_transformers, wrap_transformers
 
 
 def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:

@@ -27,9 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers.models import BPE
 
-from tokcache.text.char_classes import BLANK, N_CLASSES, VISIBLE, CharClass, class_of
-from tokcache.text.components import BYTE_NAME, BYTE_NAMES, MARKER, MARKS_BLANKS, stages_of
-from tokcache.text.engines import (
+from tokcache.text.engines.copying import (
     CopyError,
     added_tokens,
     component_state,
@@ -37,6 +35,8 @@ from tokcache.text.engines import (
     is_of_library,
     why_random,
 )
+from tokcache.text.segments.char_classes import BLANK, N_CLASSES, VISIBLE, CharClass, class_of
+from tokcache.text.segments.components import BYTE_NAME, BYTE_NAMES, MARKER, MARKS_BLANKS, stages_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -29,16 +29,7 @@ from tokcache.errors import (
     NothingCached,
     TokenizerChanged,
 )
-from tokcache.text.char_classes import BMP_CLASSES, N_CLASSES
-from tokcache.text.engines import (
-    ENCODING_PARTS,
-    HuggingFaceEngine,
-    component_state,
-    is_of_library,
-    signature,
-)
-from tokcache.text.token_ids import TokenIds
-from tokcache.text.warm_file import (
+from tokcache.text.cache_file.format import (
     MAX_SCOPE_BYTES,
     MAX_SCOPES,
     Damaged,
@@ -52,13 +43,22 @@ from tokcache.text.warm_file import (
     read,
     write,
 )
+from tokcache.text.engines.copying import (
+    ENCODING_PARTS,
+    HuggingFaceEngine,
+    component_state,
+    is_of_library,
+    signature,
+)
+from tokcache.text.segments.char_classes import BMP_CLASSES, N_CLASSES
+from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.config import CacheConfig
-    from tokcache.text.cuts import CutPlan
-    from tokcache.text.l1 import L1
+    from tokcache.text.segments.cache import L1
+    from tokcache.text.segments.plan import CutPlan
     from tokcache.text.tokenizer import CachedTokenizer
 
 MIN_KEY_BYTES = 16

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
 from tokcache.errors import TokcacheError
-from tokcache.text.layout import Layout, learn
+from tokcache.text.engines.layout import Layout, learn
 
 # The components that decide ids; the decoder is copied too, but none of the proof rests on it.
 ENCODING_PARTS = ("normalizer", "pre_tokenizer", "post_processor")

@@ -16,7 +16,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from tokcache.text._digest cimport fold, full_digest
-from tokcache.text._scan cimport Text, bits_of
+from tokcache.text.segments._scan cimport Text, bits_of
 
 cdef enum:
     NO_CHUNK = 0xFFFFFFFF

@@ -25,9 +25,9 @@ from typing import Any
 
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidConfig, MissingExtra
-from tokcache.text.huggingface import wrap
 from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
-from tokcache.text.transformers_face import wrap_loaded
+from tokcache.text.wrappers import wrap
+from tokcache.text.wrappers.transformers import wrap_loaded
 
 _log = logging.getLogger("tokcache")
 _METHOD = "from_pretrained"

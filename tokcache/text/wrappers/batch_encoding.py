@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from tokcache.text.layout import Run
+from tokcache.text.engines.layout import Run
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
-    from tokcache.text.layout import Layout, Segment, Segments
+    from tokcache.text.engines.layout import Layout, Segment, Segments
 
 _SIDES = ("left", "right")
 _FLAGS = (None, True, False)

@@ -17,8 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tokcache._validate import require_scope
-from tokcache.text.backend import COMPONENTS, Backend, own_copy
 from tokcache.text.tokenizer import WrappedTokenizer
+from tokcache.text.wrappers.backend import COMPONENTS, Backend, own_copy
 
 
 class TokenizerFace(WrappedTokenizer):

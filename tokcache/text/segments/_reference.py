@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import cachetools
 
 from tokcache.stats import L1Stats
-from tokcache.text._scan_py import Part, Scanner, Unsure, class_behind, parts_of
 from tokcache.text._token_ids_py import TokenIds
-from tokcache.text.char_classes import N_CLASSES, CharClass, class_of
+from tokcache.text.segments.char_classes import N_CLASSES, CharClass, class_of
+from tokcache.text.segments.scanner import Part, Scanner, Unsure, class_behind, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from tokcache.text.cuts import CutPlan
+    from tokcache.text.segments.plan import CutPlan
 
 MIN_CHARS = 128  # a chunk is not cut before, but where a message opens
 MAX_CHARS = 1024  # nor later, where there is a place

@@ -23,10 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import MissingExtra
 from tokcache.text._native import is_native
-from tokcache.text._scan_py import Scanner, Unsure, parts_of
-from tokcache.text.cuts import VOCABULARY_PROOF
-from tokcache.text.engines import PartEncoder, is_of_library
-from tokcache.text.fast_encoders import (
+from tokcache.text.engines.copying import PartEncoder, is_of_library
+from tokcache.text.engines.fast import (
     FastEncoder,
     FastEncoderUnavailable,
     agreed_code_points,
@@ -35,7 +33,9 @@ from tokcache.text.fast_encoders import (
     probe_texts,
     prove,
 )
-from tokcache.text.token_bytes import TokenBytes, token_bytes
+from tokcache.text.segments.id_lengths import TokenBytes, token_bytes
+from tokcache.text.segments.plan import VOCABULARY_PROOF
+from tokcache.text.segments.scanner import Scanner, Unsure, parts_of
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
     from tokcache.config import CacheConfig
     from tokcache.stats import L1Stats
-    from tokcache.text.cuts import CutPlan
+    from tokcache.text.segments.plan import CutPlan
 
 if TYPE_CHECKING or is_native():
-    from tokcache.text._l1 import CodePoints, SegmentCache, Walk
+    from tokcache.text.segments._l1 import CodePoints, SegmentCache, Walk
 else:
-    from tokcache.text._l1_py import CodePoints, SegmentCache, Walk
+    from tokcache.text.segments._reference import CodePoints, SegmentCache, Walk
 
 __all__ = ["L1", "Walk", "first_difference"]
 

@@ -10,7 +10,7 @@ from tokcache.text._places cimport Pairs
 
 cdef enum:
     N_CLASSES = 16
-    OTHER = 0            # the names of tokcache.text.char_classes.CharClass
+    OTHER = 0            # the names of tokcache.text.segments.char_classes.CharClass
     LETTER = 1
     UNDERSCORE = 4
     DIGIT = 2

@@ -17,7 +17,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tokcache.text._native import is_native
-from tokcache.text.components import (
+from tokcache.text.engines.fast import agreed_code_points
+from tokcache.text.segments.components import (
     BYTE_NAME,
     BYTE_NAMES,
     MARKER,
@@ -25,17 +26,16 @@ from tokcache.text.components import (
     has_all_bytes,
     stages_of,
 )
-from tokcache.text.fast_encoders import agreed_code_points
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tokcache.text.cuts import Variant
+    from tokcache.text.segments.plan import Variant
 
 if TYPE_CHECKING or is_native():
-    from tokcache.text._l1 import CodePoints, TokenBytes
+    from tokcache.text.segments._l1 import CodePoints, TokenBytes
 else:
-    from tokcache.text._l1_py import CodePoints, TokenBytes
+    from tokcache.text.segments._reference import CodePoints, TokenBytes
 
 __all__ = ["TokenBytes", "token_bytes"]
 

@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 
 from tokcache._validate import require_scope
 from tokcache.errors import InvalidText, UnsupportedTokenizer
-from tokcache.text.answers import Asked, make_fields, make_rows, read
-from tokcache.text.backend import NOTHING_SET, Backend, own_copy
-from tokcache.text.engines import Engine, PlainEngine
+from tokcache.text.engines.copying import Engine, PlainEngine
 from tokcache.text.tokenizer import WrappedTokenizer
-from tokcache.text.tokenizers_face import TokenizerFace, accept_wrappers, set_slots
+from tokcache.text.wrappers.backend import NOTHING_SET, Backend, own_copy
+from tokcache.text.wrappers.batch_encoding import Asked, make_fields, make_rows, read
+from tokcache.text.wrappers.tokenizers import TokenizerFace, accept_wrappers, set_slots
 
 if TYPE_CHECKING:
     from tokcache.config import CacheConfig

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from tokcache.text.attributes import carry_attributes, why_own
-from tokcache.text.engines import (
+from tokcache.text.engines.copying import (
     CopyError,
     Engine,
     HuggingFaceEngine,
@@ -30,6 +29,7 @@ from tokcache.text.engines import (
     why_random,
 )
 from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
+from tokcache.text.wrappers.attributes import carry_attributes, why_own
 
 if TYPE_CHECKING:
     from tokcache.config import CacheConfig

@@ -15,13 +15,13 @@ from tokcache.stats import L1Stats
 
 from tokcache.text._digest cimport N_SECRETS, fold, full_digest, read64
 from tokcache.text._places cimport fill_pairs, has_vectors, places_of
-from tokcache.text._scan cimport (
+from tokcache.text.segments._scan cimport (
     AS_TEXT, FOUND, IN_PIECE, LETTER, LSTRIP, N_CLASSES, NEWLINE, NEWLINE_RUN, OPENS, OTHER,
     RSTRIP, SINGLE_WORD, SKIPS, TOKEN_END, UNSURE, Match, Node, Plan, Text, Token, child_slot,
     bits_of, class_after, class_behind, class_of, has_surrogate, is_surrogate, match_at, may_start,
     next_start, unit_at,
 )
-from tokcache.text._segments cimport (
+from tokcache.text.segments._segments cimport (
     NO_CHUNK, N_FORKS, PENDING, SHORT_BYTES, SHORT_IDS, WAYS, MIN_SETS, Chunk, Chunks, Fork, Link,
     Short, Shorts, add_chunk, chunk_item_bytes, chunks_bytes, find_behind, find_chunk, find_short,
     fork_at, grow_chunks, is_chunk, key_of, link_to, narrow, no_link, oldest_chunk, place_of,
@@ -1782,7 +1782,7 @@ cdef inline bint short_key(const Text* t, size_t start, size_t stop, Short* key)
 
 
 cdef int read_plan(Plan* plan, source) except -1:
-    from tokcache.text.char_classes import BMP_CLASSES
+    from tokcache.text.segments.char_classes import BMP_CLASSES
 
     plan.classes = <const uint8_t*> <const char*> <bytes> BMP_CLASSES  # lives as the module does
     memcpy(plan.coarse, <const char*> <bytes> source.coarse, 256)

@@ -1,0 +1,1 @@
+"""Encoders of uncached text, each admitted only once it has proven equal."""
