@@ -598,8 +598,8 @@ class WrappedTokenizer:
         it is the shared one); a scoped tokenizer writes its own by default, others all. A file
         written with a `key` is loaded with the same key alone, so that nobody else can write one.
 
-        Errors: NothingCached if this tokenizer's answers are never kept; OSError, and then what
-                was at `path` before still is.
+        Errors: NothingCached if this tokenizer's answers are never kept; MissingFile if there is no
+                folder for the file; OSError. Then what was at `path` before still is.
         Cost:   holds the interpreter lock for a copy of the parts; a server calls it in a thread.
         """
         from tokcache.text import warm  # noqa: PLC0415 (few need it)
