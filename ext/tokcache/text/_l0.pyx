@@ -163,8 +163,10 @@ cdef class L0Cache:
         """Store `ids` for `text` in `scope`; return False if it can't be within the budget."""
         return self.keep(text, add_special_tokens, ids, scope)
 
-    def _put(self, text, add_special_tokens, TokenIds ids, scope, uint64_t since):
+    def _put(self, text, add_special_tokens, ids, scope, uint64_t since):
         """Do what `put` does, unless the scope was cleared since `_n_clears` was `since`."""
+        if type(ids) is not TokenIds:
+            ids = TokenIds(ids)
         if scope is not None:
             scope = exact_scope(scope)
         # From here to the insert no other code runs.
