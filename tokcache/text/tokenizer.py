@@ -570,6 +570,15 @@ class WrappedTokenizer:
         scope = self._tokcache_scope if scope is None else scope
         return await self._tokcache.afind(text, add_special_tokens, scope)
 
+    def _cached_repr(self, plain: str) -> str:
+        stats, scope = self._tokcache.stats(), self._tokcache_scope
+        n_parts = stats.l1.n_chunks + stats.l1.n_shorts
+        return (
+            f"<tokcache.wrap of {plain}: {stats.l0.n_entries:,} texts and {n_parts:,} parts held, "
+            f"{stats.l0.n_bytes + stats.l1.n_bytes:,} bytes"
+            f"{'' if scope is None else f', scope {scope!r}'}>"
+        )
+
     def cache_stats(self) -> CacheStats:
         """Return a snapshot of the counters."""
         return self._tokcache.stats()

@@ -57,7 +57,7 @@ class TokenizerFace(WrappedTokenizer):
             setattr(self._backend.raw, name, value)
 
     def __repr__(self) -> str:
-        return repr(self._backend.raw)
+        return self._cached_repr(repr(self._backend.raw))
 
     def __str__(self) -> str:
         return str(self._backend.raw)

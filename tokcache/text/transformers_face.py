@@ -197,6 +197,9 @@ class TransformersFace(WrappedTokenizer):
         )
         return view
 
+    def __repr__(self) -> str:
+        return self._cached_repr(super().__repr__())
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_tokenizer":
             self._tokcache_backend.replace(value)

@@ -268,6 +268,15 @@ cdef class L0Cache:
     def __len__(self):
         return self.tables[0].n + self.tables[1].n
 
+    def __bool__(self):
+        return True  # an empty cache is a cache
+
+    def __repr__(self):
+        return (
+            f"<L0Cache: {len(self):,} of {self.max_entries:,} entries, "
+            f"{self.n_bytes():,} of {self.max_bytes:,} bytes>"
+        )
+
     def memory_usage(self):
         """Return the bytes held: keys, ids and overhead."""
         return self.n_bytes()
