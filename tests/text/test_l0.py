@@ -385,6 +385,45 @@ def test_what_a_caller_does_later_changes_nothing() -> None:
 
 
 @both
+@pytest.mark.parametrize("n_entries", [1, 2, 5, 8])
+def test_of_no_more_entries_than_are_drawn_the_oldest_goes(name: str, n_entries: int) -> None:
+    rng = random.Random(n_entries)
+    cache = twin(name).l0_cache(max_entries=n_entries, sample_size=8)
+    by_age: list[str] = []
+    for n in range(500):
+        cache.put(f"{n}", [n])
+        by_age = [*by_age, f"{n}"][-n_entries:]
+        used = rng.choice(by_age)
+        assert cache.get(used) == [int(used)]
+        by_age.append(by_age.pop(by_age.index(used)))
+        assert [text for text, *_ in cache.held()] == by_age[::-1]
+
+
+@both
+def test_no_entry_is_drawn_twice(name: str) -> None:
+    places = []  # of the victim in the order of age
+    cache = twin(name).l0_cache(max_entries=9, sample_size=8)
+    for n in range(1000):
+        before = [text for text, *_ in cache.held()][::-1]
+        cache.put(f"{n}", [n])
+        gone = {*before} - {text for text, *_ in cache.held()}
+        places += [before.index(text) for text in gone]
+    assert {*places} == {0, 1}  # 8 of 9, so one of the two oldest is drawn
+    assert 50 < sum(places) < 200  # one time in 9 the oldest is the one that is not
+
+
+@both
+def test_an_empty_cache_is_a_cache(name: str) -> None:
+    cache = twin(name).l0_cache(max_entries=1000, max_bytes="2M")
+    assert cache
+    assert len(cache) == 0
+    assert repr(cache) == "<L0Cache: 0 of 1,000 entries, 0 of 2,097,152 bytes>"
+    cache.put("secret", [1], scope="tenant-a")
+    n_bytes = cache.memory_usage()
+    assert repr(cache) == f"<L0Cache: 1 of 1,000 entries, {n_bytes:,} of 2,097,152 bytes>"
+
+
+@both
 def test_reported_bytes_are_those_that_memory_grows_by(name: str) -> None:
     if name == "native":
         native()

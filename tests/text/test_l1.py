@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
@@ -98,10 +101,11 @@ def test_an_empty_added_token_is_none(kind: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["\ud800", LINE * 40 + "\udfff", "\ud83d\ude00" + LINE * 40])
-def test_a_text_with_a_lone_surrogate_is_refused_and_not_cut(text: str) -> None:
+def test_a_lone_surrogate_fails_and_harms_no_other_text(text: str) -> None:
     tokenizer = SYNTHETIC["gpt2"]()
     wrapped = tokcache.wrap(tokenizer, SURE)
-    with pytest.raises(InvalidText, match="lone surrogate"):
+    place = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+    with pytest.raises(InvalidText, match=f"at character {place:,} of"):
         wrapped.token_ids(text)
     assert wrapped.cache_stats().l1.refusals["surrogate"] >= 1
     assert _ids(wrapped, LINE) == _right(tokenizer, LINE)
@@ -110,12 +114,36 @@ def test_a_text_with_a_lone_surrogate_is_refused_and_not_cut(text: str) -> None:
 # ---- settings
 
 
+def test_sizes_take_a_unit_and_counts_take_numpys_integers() -> None:
+    given: Any = {
+        "l0_max_entries": np.int64(7),
+        "l0_max_bytes": "64M",
+        "l0_sample_size": np.int32(3),
+        "l1_max_bytes": "1.5GiB",
+    }
+    config = CacheConfig(**given)
+    sizes = (config.l0_max_entries, config.l0_max_bytes, config.l0_sample_size, config.l1_max_bytes)
+    assert sizes == (7, 64 << 20, 3, 3 << 29)
+    assert {type(size) for size in sizes} == {int}
+    assert config == CacheConfig(
+        l0_max_entries=7, l0_max_bytes=64 << 20, l0_sample_size=3, l1_max_bytes=3 << 29
+    )
+    assert hash(config) == hash(replace(config, l0_max_bytes=64 << 20))
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301 (our own)
+    wrapped = tokcache.wrap(
+        SYNTHETIC["gpt2"](), CacheConfig(engine="tokenizers", l1_max_bytes="1M")
+    )
+    assert _ids(wrapped, TEXT) == _right(SYNTHETIC["gpt2"](), TEXT)
+    with pytest.raises(InvalidConfig, match=r'l1_max_bytes must be .* such as "64M"'):
+        CacheConfig(l1_max_bytes="64MB")
+
+
 @pytest.mark.parametrize(
     ("setting", "values"),
     [
         ("verify_rate", [-0.1, 1.1, "1", None, True, float("nan")]),
         ("engine", ["", "Auto", "rust", None, 1, True]),
-        ("l1_max_bytes", [0, -1, 1.5, "7", None, True, 2**62 + 1]),
+        ("l1_max_bytes", [0, -1, 1.5, "7x", "0", None, True, 2**62 + 1]),
         ("l1", [1, 0, None, "yes"]),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -1035,12 +1036,16 @@ def test_a_path_that_cannot_be_written(folder: Path) -> None:
     tok = filled(texts=["hello"])
     (folder / "kept").write_bytes(b"kept")
     (folder / "cache").mkdir()
-    with pytest.raises(FileNotFoundError):
+    missing = re.escape(f"there is no folder {folder / 'no such folder'} to write cache into; make")
+    with pytest.raises(MissingFile, match=missing):
         tok.cache_dump(folder / "no such folder" / "cache")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(NotADirectoryError) as caught:
         tok.cache_dump(folder / "kept" / "cache")
-    with pytest.raises(IsADirectoryError):
+    assert caught.value.filename == str(folder / "kept")
+    with pytest.raises(IsADirectoryError, match="pass the name of a file") as caught_folder:
         tok.cache_dump(folder / "cache")
+    assert caught_folder.value.filename == str(folder / "cache")
+    assert {one.name for one in folder.iterdir()} == {"kept", "cache"}
     assert (folder / "kept").read_bytes() == b"kept"
 
 
@@ -1050,8 +1055,9 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
     tok = filled(texts=["hello"])
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(PermissionError):
+        with pytest.raises(PermissionError) as caught:
             tok.cache_dump(tmp_path / "cache")
+        assert caught.value.filename == str(tmp_path)
         assert list(tmp_path.iterdir()) == []
     finally:
         tmp_path.chmod(0o700)
@@ -1064,8 +1070,9 @@ def test_a_full_disk_leaves_what_was_there(folder: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match="too large") as caught:
             tok.cache_dump(path)
+        assert caught.value.filename == str(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == old

@@ -19,7 +19,7 @@ class Twin:
     l1: Any
 
     def use_for_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have L1 keep its parts in this twin."""
+        """Have L0 and L1 keep what they know in this twin."""
         monkeypatch.setattr("tokcache.text.segments.cache.TokenIds", self.token_ids)
         monkeypatch.setattr("tokcache.text.segments.cache.SegmentCache", self.l1.SegmentCache)
         monkeypatch.setattr("tokcache.text.segments.cache.Walk", self.l1.Walk)
@@ -27,6 +27,8 @@ class Twin:
         agreed = self.l1.CodePoints(agreed_code_points())
         monkeypatch.setattr("tokcache.text.segments.cache._agreed", lambda: agreed)
         monkeypatch.setattr("tokcache.text.tokenizer.Walk", self.l1.Walk)
+        monkeypatch.setattr("tokcache.text.tokenizer.TokenIds", self.token_ids)
+        monkeypatch.setattr("tokcache.text.tokenizer.L0Cache", self.l0_cache)
 
 
 PYTHON = Twin(_token_ids_py.TokenIds, _l0_py.L0Cache, _reference)

@@ -28,6 +28,17 @@ def test_l0_cache() -> None:
     assert_type(cache.stats().hit_rate, float)
 
 
+def test_sizes_are_given_as_int_or_str_and_read_as_int() -> None:
+    config = tokcache.CacheConfig(l0_max_bytes="64M", l1_max_bytes=1 << 20)
+    assert_type(config.l0_max_bytes, int)
+    assert config.l0_max_bytes == 64 << 20
+    cache = L0Cache(max_bytes="1.5G", max_entries=10)
+    assert_type(cache.max_bytes, int)
+    assert cache.max_bytes == 3 << 29
+    assert_type(bool(cache), bool)
+    cache.clear("tenant-a")
+
+
 def test_wrapped_tokenizer() -> None:
     model = models.WordLevel({"a": 1, "[UNK]": 0}, unk_token="[UNK]")  # noqa: S106 (a token)
     tok = tokcache.wrap(Tokenizer(model), tokcache.CacheConfig(l0_max_entries=5))
@@ -35,6 +46,8 @@ def test_wrapped_tokenizer() -> None:
     assert_type(tok.token_ids_batch(["a", "b"], add_special_tokens=False), list[TokenIds])
     assert_type(tok.cache_stats(), CacheStats)
     assert_type(asyncio.run(tok.atoken_ids("a", scope="tenant-a")), TokenIds)
+    tok.cache_clear(scope="tenant-a")
+    tok.cache_clear()
 
 
 def states_are_typed(states: PrefixStateCache) -> StateStats:

@@ -243,6 +243,15 @@ class L0Cache:
     def __len__(self) -> int:
         return len(self._maps[0]) + len(self._maps[1])
 
+    def __bool__(self) -> bool:
+        return True  # an empty cache is a cache
+
+    def __repr__(self) -> str:
+        return (
+            f"<L0Cache: {len(self):,} of {self.max_entries:,} entries, "
+            f"{self.memory_usage():,} of {self.max_bytes:,} bytes>"
+        )
+
     def memory_usage(self) -> int:
         """Return the bytes held: keys, ids and overhead."""
         return int(self._maps[0].currsize + self._maps[1].currsize)

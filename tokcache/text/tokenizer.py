@@ -570,6 +570,15 @@ class WrappedTokenizer:
         scope = self._tokcache_scope if scope is None else scope
         return await self._tokcache.afind(text, add_special_tokens, scope)
 
+    def _cached_repr(self, plain: str) -> str:
+        stats, scope = self._tokcache.stats(), self._tokcache_scope
+        n_parts = stats.l1.n_chunks + stats.l1.n_shorts
+        return (
+            f"<tokcache.wrap of {plain}: {stats.l0.n_entries:,} texts and {n_parts:,} parts held, "
+            f"{stats.l0.n_bytes + stats.l1.n_bytes:,} bytes"
+            f"{'' if scope is None else f', scope {scope!r}'}>"
+        )
+
     def cache_stats(self) -> CacheStats:
         """Return a snapshot of the counters."""
         return self._tokcache.stats()
@@ -598,8 +607,8 @@ class WrappedTokenizer:
         it is the shared one); a scoped tokenizer writes its own by default, others all. A file
         written with a `key` is loaded with the same key alone, so that nobody else can write one.
 
-        Errors: NothingCached if this tokenizer's answers are never kept; OSError, and then what
-                was at `path` before still is.
+        Errors: NothingCached if this tokenizer's answers are never kept; MissingFile if there is no
+                folder for the file; OSError. Then what was at `path` before still is.
         Cost:   holds the interpreter lock for a copy of the parts; a server calls it in a thread.
         """
         from tokcache.text import cache_file as warm  # noqa: PLC0415 (few need it)

@@ -163,8 +163,10 @@ cdef class L0Cache:
         """Store `ids` for `text` in `scope`; return False if it can't be within the budget."""
         return self.keep(text, add_special_tokens, ids, scope)
 
-    def _put(self, text, add_special_tokens, TokenIds ids, scope, uint64_t since):
+    def _put(self, text, add_special_tokens, ids, scope, uint64_t since):
         """Do what `put` does, unless the scope was cleared since `_n_clears` was `since`."""
+        if type(ids) is not TokenIds:
+            ids = TokenIds(ids)
         if scope is not None:
             scope = exact_scope(scope)
         # From here to the insert no other code runs.
@@ -265,6 +267,15 @@ cdef class L0Cache:
 
     def __len__(self):
         return self.tables[0].n + self.tables[1].n
+
+    def __bool__(self):
+        return True  # an empty cache is a cache
+
+    def __repr__(self):
+        return (
+            f"<L0Cache: {len(self):,} of {self.max_entries:,} entries, "
+            f"{self.n_bytes():,} of {self.max_bytes:,} bytes>"
+        )
 
     def memory_usage(self):
         """Return the bytes held: keys, ids and overhead."""

@@ -97,7 +97,7 @@ def dump(
 ) -> CacheFileReport:
     """Write what the cache holds, of all scopes or some, to a file.
 
-    Errors:  NothingCached; OSError, and what was at `path` before still is.
+    Errors:  NothingCached; MissingFile; OSError. Then what was at `path` before still is.
     Cost:    fingerprint and file; memory for a copy of all parts and of texts that are not ASCII.
     Threads: safe; what others add meanwhile may or may not be in it.
     """

@@ -11,6 +11,7 @@ what a caller does not want is read past, not held.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
@@ -18,6 +19,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -102,21 +104,49 @@ def write(
 ) -> int:
     """Write a file whole or not at all, for its owner's eyes, and return its size.
 
-    Errors: OSError; then no part of it is left, and what was at `path` before is.
+    Errors: MissingFile if there is no folder for it; OSError, which names `path` or its folder.
+            Then no part of it is left, and what was at `path` before is.
     """
-    handle, name = tempfile.mkstemp(prefix=".tokcache-", dir=path.parent)  # mode 0600
+    if path.is_dir():
+        raise IsADirectoryError(
+            errno.EISDIR, "a folder is there, pass the name of a file", str(path)
+        )
+    with _named(path.parent):
+        handle, name = _temporary(path)
     try:
-        with os.fdopen(handle, "wb") as file:
-            _write_all(file, _pieces(header, list(scopes), entries, key is not None), key)
-            file.flush()
-            os.fsync(file.fileno())
-            n_bytes = file.tell()
-        Path(name).replace(path)
+        with _named(path):
+            with os.fdopen(handle, "wb") as file:
+                _write_all(file, _pieces(header, list(scopes), entries, key is not None), key)
+                file.flush()
+                os.fsync(file.fileno())
+                n_bytes = file.tell()
+            Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
     return n_bytes
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    try:
+        return tempfile.mkstemp(prefix=".tokcache-", dir=path.parent)  # mode 0600
+    except FileNotFoundError:
+        raise MissingFile(
+            f"there is no folder {path.parent} to write {path.name} into; make it first"
+        ) from None
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have errors of the system name `path`, not a temporary file that nobody asked for."""
+    try:
+        yield
+    except MissingFile:
+        raise
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def _pieces(

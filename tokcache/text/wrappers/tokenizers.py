@@ -66,7 +66,7 @@ class TokenizerFace(WrappedTokenizer):
         self._backend.delete_attribute(name)
 
     def __repr__(self) -> str:
-        return repr(self._backend.raw)
+        return self._cached_repr(repr(self._backend.raw))
 
     def __str__(self) -> str:
         return str(self._backend.raw)

@@ -255,6 +255,9 @@ class TransformersFace(_PlainLayout, WrappedTokenizer):
         set_slots(view, __dict__=self.__dict__, _tokcache_scope=scope)
         return view
 
+    def __repr__(self) -> str:
+        return self._cached_repr(super().__repr__())
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_tokenizer":
             self._set_rust(value)
