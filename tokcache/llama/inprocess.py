@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,12 +29,20 @@ from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.keeper import Keeper, Place
 from tokcache.llama.memories import Memory
 from tokcache.llama.sequence import Sequence
-from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary, int32_ids
+from tokcache.llama.tokenizer import (
+    OWN_SCOPE,
+    ModelTokenizer,
+    WrappedTokenizer,
+    check_vocabulary,
+    int32_ids,
+)
 from tokcache.state.blocks import token_bytes
 from tokcache.state.cache import PrefixStateCache
 from tokcache.text.huggingface import wrap
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from numpy.typing import NDArray
 
 _log = logging.getLogger("tokcache")
@@ -41,6 +50,7 @@ _log = logging.getLogger("tokcache")
 UNKNOWN = -1  # stands in input_ids where a position was written by no token (images): no id is -1
 BLOCK_TOKENS = 256  # the grid of reproducible mode without a prefix cache, as with one by default
 _PREFILL_TOKENS = 16  # fewer in one call say little of what a prompt takes
+_MIXED: Any = object()  # the scope of a context that tokens of several scopes are in: nobody's
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
@@ -74,6 +84,7 @@ class _Suspended:
     batches: list[int]  # where those begin that were decoded after the grid
     is_redone: bool  # they are decoded again: no snapshot would give the last bits
     n_prompt: int
+    scope: Any
     input_ids: NDArray[np.int32]
     scores: NDArray[np.float32] | None
     requires_eval: bool
@@ -87,9 +98,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     `tokenizer` is a tokenizer that tokcache wraps, or one that it can wrap; without it the
     model's own stands behind an L0 cache. `prefix_cache` may be shared by any number of models
-    and processes' threads; `scope` keeps what this object stores apart from other scopes'.
-    `public_prefix` are the ids that prompts may begin with and that are no scope's secret (a system
-    prompt, BOS included): as far as a prompt begins with them, its states are shared by all scopes.
+    and processes' threads. `scope` keeps what a request stores apart from other scopes', in the
+    context too: `create_completion(…, scope="tenant-a")`, and so every method that takes text or
+    tokens; without it the object's own scope is meant. `public_prefix` are the ids that prompts
+    may begin with and that are no scope's secret (a system prompt, BOS included): as far as a
+    prompt begins with them, its states are shared by all scopes.
 
     llama.cpp's results depend, in their last bits, on how a prompt is split into batches. With
     `reproducible=True` prompts are decoded in pieces that end at multiples of the cache's
@@ -129,6 +142,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     _requires_eval = True
     _is_decoding = False
     _is_embedding = False
+    _held_scope: Any = None  # whose the positions are that the context holds
+    _llama_cpp_cache: Any = None
 
     def __init__(
         self,
@@ -141,7 +156,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         reproducible: bool = False,
         **llama_cpp_kwargs: Any,
     ) -> None:
-        self._scope = require_scope(scope)
+        self._scope = self._held_scope = require_scope(scope)
+        self._request = threading.local()  # `scope`: of the request that a thread works for
         self._public_prefix = np.frombuffer(token_bytes(public_prefix), np.int32)
         self._prefix_cache = None if prefix_cache is None else _checked_cache(prefix_cache)
         self._reproducible = require_bool("reproducible", reproducible)
@@ -173,8 +189,31 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     @property
     def scope(self) -> str | None:
-        """Whose states these are; it can't be changed, make a Llama for each scope."""
+        """Whose states those of requests without a `scope=` are; it can't be changed."""
         return self._scope
+
+    @contextmanager
+    def serving(self, scope: str | None) -> Iterator[None]:
+        """Work, in this thread, for a request of `scope`; OWN_SCOPE changes nothing."""
+        request, before = self._request, self._request_scope()
+        request.scope = before if scope is OWN_SCOPE else require_scope(scope)
+        try:
+            yield
+        finally:
+            request.scope = before
+
+    def _request_scope(self) -> str | None:
+        scope: str | None = getattr(self._request, "scope", self._scope)
+        return scope
+
+    @property
+    def cache(self) -> Any:
+        """llama_cpp's own cache, which knows no scopes: for requests of the object's own alone."""
+        return self._llama_cpp_cache if self._request_scope() == self._scope else None
+
+    @cache.setter
+    def cache(self, cache: Any) -> None:
+        self._llama_cpp_cache = cache
 
     @property
     def public_prefix(self) -> NDArray[np.int32]:
@@ -322,6 +361,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Decode `tokens` after what the context holds; in reproducible mode, cut on the grid."""
         gate = self._open_gate()
         with gate.step():
+            self._note_scope()
             began, done = time.perf_counter(), 0
             while done < len(tokens):
                 # Others may enter now, and change settings or use the context.
@@ -330,6 +370,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 self._eval_batch(tokens[done:stop])
                 done = stop
             self._note_prefill(len(tokens), began)
+
+    def _note_scope(self) -> None:
+        """Note whose the tokens are that are decoded now."""
+        scope = self._request_scope()
+        if not self._n_tokens:
+            self._held_scope = scope
+        elif self._held_scope != scope:
+            self._held_scope, self._n_own, self._n_grid = _MIXED, 0, 0
 
     def _note_prefill(self, n_tokens: int, began: float) -> None:
         """Tell the cache what decoding takes: slower tiers are then left alone."""
@@ -420,10 +468,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         with self._open_gate().step():
             return super().sample(*args, **kwargs)
 
-    def embed(self, *args: Any, **kwargs: Any) -> Any:
+    def embed(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
         """Embed texts, as llama_cpp.Llama does."""
-        with self._open_gate().step():
+        with self.serving(scope), self._open_gate().step():
             return super().embed(*args, **kwargs)
+
+    def create_embedding(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
+        """Embed texts, as llama_cpp.Llama does."""
+        with self.serving(scope):
+            return super().create_embedding(*args, **kwargs)
 
     def save_state(self) -> Any:
         """Return the whole context's state, as llama_cpp.Llama does."""
@@ -440,15 +493,27 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             finally:
                 self._is_decoding = False
                 self._n_own = self._n_grid = 0
+                self._held_scope = self._request_scope()
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+    def tokenize(
+        self,
+        text: bytes,
+        add_bos: bool = True,
+        special: bool = False,
+        *,
+        scope: str | None = OWN_SCOPE,
+    ) -> list[int]:
         """Return the ids of `text`."""
         gate = self._open_gate()
         gate.require_open()
         if gate.is_inside():  # `embed` decodes again and again, with a text encoded in between
             gate.pause(only_between=True)
-        tokens: list[int] = self.tokenizer_.tokenize(text, add_bos, special)
-        return tokens
+        tokenizer = self.tokenizer_
+        if not isinstance(tokenizer, ModelTokenizer):
+            tokens: list[int] = tokenizer.tokenize(text, add_bos, special)
+            return tokens
+        scope = self._request_scope() if scope is OWN_SCOPE else require_scope(scope)
+        return tokenizer.tokenize(text, add_bos, special, scope=scope)
 
     def detokenize(
         self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
@@ -461,29 +526,50 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def _require_open(self) -> None:
         self._open_gate().require_open()
 
-    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+    def create_chat_completion(
+        self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any
+    ) -> Any:
         """Complete a chat, as llama_cpp.Llama does."""
-        if self.chat_handler is None:
-            return super().create_chat_completion(*args, **kwargs)
-        # A handler of the user's may fill the context itself before it asks for a completion.
-        with self._open_gate().step(is_generation=True):
-            return super().create_chat_completion(*args, **kwargs)
+        with self.serving(scope):
+            if self.chat_handler is None:
+                answer = super().create_chat_completion(*args, **kwargs)
+            else:
+                # A handler of the user's may fill the context itself before it asks for a
+                # completion.
+                with self._open_gate().step(is_generation=True):
+                    answer = super().create_chat_completion(*args, **kwargs)
+        # A handler's generator may ask for the completion when it is read.
+        return (
+            answer
+            if scope is OWN_SCOPE or isinstance(answer, dict)
+            else Scoped(self, answer, scope)
+        )
 
-    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+    def create_completion(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
         """Complete a prompt, as llama_cpp.Llama does."""
         self._require_open()
-        return super().create_completion(*args, **kwargs)
+        with self.serving(scope):
+            return super().create_completion(*args, **kwargs)
+
+    def __call__(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
+        """Complete a prompt, as llama_cpp.Llama does."""
+        with self.serving(scope):
+            return super().__call__(*args, **kwargs)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        steps = Steps(self._open_gate(), super()._create_completion(*args, **kwargs))
+        completion = super()._create_completion(*args, **kwargs)
+        steps = Steps(self._open_gate(), completion, scope=self._request_scope())
         # Without `stream` the caller takes one item and drops the rest.
         return steps if kwargs.get("stream") else iter((steps.only(),))
 
-    def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, tokens: Any, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any
+    ) -> Any:
         """Yield token after token, as llama_cpp.Llama does."""
         gate = self._open_gate()
+        scope = self._request_scope() if scope is OWN_SCOPE else require_scope(scope)
         generation = self._generate(tokens, args, kwargs)
-        return generation if gate.is_inside() else Steps(gate, generation)
+        return generation if gate.is_inside() else Steps(gate, generation, scope=scope)
 
     def _generate(self, tokens: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _GENERATE.bind(self, tokens, *args, **kwargs)
@@ -498,11 +584,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Bring the longest known prefix into the context; return the tokens left to decode."""
         began = time.perf_counter()
         tokens = tokens if isinstance(tokens, list) else list(tokens)
-        ids = self._int32_ids(tokens)
-        if self._is_held_whole(ids):
+        scope = self._request_scope()
+        ids = self._int32_ids(tokens, scope)
+        # Of another scope's positions, those alone are used that are no secret.
+        is_same = scope == self._held_scope
+        n_usable = len(ids) if is_same else _n_shared(self._public_prefix, ids)
+        if n_usable == len(ids) and self._is_held_whole(ids):
+            self._held_scope = scope
             self.last_reuse = Reuse(len(ids), len(ids), 0, time.perf_counter() - began)
             return []
-        n_in_context = self._usable_in_context(ids)
+        n_in_context = self._usable_in_context(ids[:n_usable], len(ids))
+        self._held_scope = scope
         n_held = self._restored(ids, n_in_context) if len(ids) else 0
         n_in_context = min(n_in_context, n_held)
         if not n_held:
@@ -513,9 +605,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self.last_reuse = Reuse(len(ids), n_in_context, n_held - n_in_context, seconds)
         return tokens[n_held:]
 
-    def _int32_ids(self, tokens: list[int]) -> NDArray[np.int32]:
+    def _int32_ids(self, tokens: list[int], scope: str | None) -> NDArray[np.int32]:
         if isinstance(self.tokenizer_, ModelTokenizer):
-            return self.tokenizer_.int32_ids(tokens)
+            return self.tokenizer_.int32_ids(tokens, scope=scope)
         return int32_ids(tokens)
 
     def _is_held_whole(self, ids: NDArray[np.int32]) -> bool:
@@ -526,9 +618,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         # A handler's prompt with images can't be decoded from its ids; any other one can.
         return not self.reproducible or bool((ids == UNKNOWN).any())
 
-    def _usable_in_context(self, ids: NDArray[np.int32]) -> int:
-        """Return how many positions of the context this prompt can build on."""
-        shared = min(_n_shared(self.input_ids[: self._n_tokens], ids), max(len(ids) - 1, 0))
+    def _usable_in_context(self, ids: NDArray[np.int32], n_prompt: int) -> int:
+        """Return how many positions of the context a prompt that begins with `ids` can build on."""
+        shared = min(_n_shared(self.input_ids[: self._n_tokens], ids), max(n_prompt - 1, 0))
         if self.reproducible:
             shared = min(shared, self._n_grid) // self.block_tokens * self.block_tokens
         return shared if self._cut(shared) else 0
@@ -566,11 +658,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Return where the states of this model go, None if they are not cached."""
         if self.prefix_cache is None or self._why_not_cached() is not None:
             return None
+        if self._held_scope is _MIXED:
+            return None
         key = self._key()
         if not key:
             return None
         public = self._public_prefix
-        return Place(self.prefix_cache, key, self.scope, self.reproducible, public)
+        return Place(self.prefix_cache, key, self._held_scope, self.reproducible, public)
 
     def _key(self) -> bytes:
         """Return the fingerprint; if there is none, an empty one, and `_uncached` says why."""
@@ -622,6 +716,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             batches=self._batches.copy(),
             is_redone=is_redone,
             n_prompt=self._n_prompt,
+            scope=self._held_scope,
             n_tokens=n_tokens,
             end=0 if self._sequence is None else self._sequence.end(),
             n_own=self._n_own,
@@ -660,6 +755,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             )
         self._n_tokens = self._n_own = self._n_grid = 0
         n_tokens, self._n_prompt = suspended.n_tokens, suspended.n_prompt
+        self._held_scope = suspended.scope
         if suspended.is_redone:
             self._decode_anew(suspended.input_ids, suspended.n_grid, suspended.batches)
         else:
@@ -711,6 +807,43 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         state: dict[str, Any] = super().__getstate__()
         own = ("scope", "public_prefix", "reproducible")
         return state | {name: getattr(self, name) for name in own}
+
+
+class Scoped(Generator[Any, Any, Any]):
+    """The iterator that a chat handler gave: each of its steps works for the request's scope."""
+
+    def __init__(self, llm: Llama, items: Any, scope: str | None) -> None:
+        self._llm: Llama | None = llm
+        self._items, self._scope = items, scope
+
+    def send(self, value: Any) -> Any:
+        """Return the next item."""
+        return self._advance(lambda items: next(items) if value is None else items.send(value))
+
+    def throw(self, typ: Any, val: object = None, tb: TracebackType | None = None) -> Any:
+        """Raise an error in the handler's generator and return its next item."""
+        raised = [typ] if val is None and tb is None else [typ, val, tb]
+        del typ, val, tb  # the error's traceback refers to this frame
+        try:
+            return self._advance(lambda items: items.throw(*raised))
+        finally:
+            raised.clear()
+
+    def _advance(self, advance: Callable[[Any], Any]) -> Any:
+        if self._llm is None:
+            return advance(self._items)
+        with self._llm.serving(self._scope):
+            try:
+                return advance(self._items)
+            except BaseException:
+                self._llm = None  # a generator that has ended refers to nothing
+                raise
+
+    def close(self) -> None:
+        """End the generation."""
+        self._llm = None
+        if hasattr(self._items, "close"):
+            self._items.close()
 
 
 def _n_shared(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:

@@ -22,36 +22,44 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+OWN_SCOPE: Any = object()
+"""The default of a request's `scope=`: that of the object asked. None is the shared scope."""
+
+
 class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
-    """llama.cpp's own tokenizer behind an L0 cache, keyed by bytes, add_bos and special."""
+    """llama.cpp's own tokenizer behind an L0 cache, keyed by bytes, add_bos, special and scope."""
 
     def __init__(self, model: Any, scope: str | None, l0: L0Cache | None = None) -> None:
         self._model = model
         self._scope = scope
         self._l0 = l0 if l0 is not None else L0Cache()
-        # The ids of the last text and their list: what is handed on as a list need not be
-        # converted back.
-        self._recent: tuple[list[int], TokenIds] = ([], TokenIds())
+        # The scope and ids of the last text and their list: what is handed on as a list need not
+        # be converted back.
+        self._recent: tuple[str | None, list[int], TokenIds] = (None, [], TokenIds())
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+    def tokenize(
+        self,
+        text: bytes,
+        add_bos: bool = True,
+        special: bool = True,
+        *,
+        scope: str | None = OWN_SCOPE,
+    ) -> list[int]:
         """Return what llama.cpp's tokenizer returns, from the cache where it is known."""
-        key, scope = text.decode("latin-1"), self._cache_scope(special)
-        ids = self._l0.get(key, add_bos, scope)
+        scope = self._scope if scope is OWN_SCOPE else scope
+        key, cache_scope = text.decode("latin-1"), _cache_scope(special, scope)
+        ids = self._l0.get(key, add_bos, cache_scope)
         if ids is None:
             ids = self._encode(text, add_bos, special)
-            self._l0.put(key, add_bos, ids, scope)
-        return self._handed_on(ids)
-
-    def _cache_scope(self, special: bool) -> str:
-        # "-" and "+" tell no scope from the scope named "".
-        return f"{int(special)}-" if self._scope is None else f"{int(special)}+{self._scope}"
+            self._l0.put(key, add_bos, ids, cache_scope)
+        return self._handed_on(ids, scope)
 
     def _encode(self, text: bytes, add_bos: bool, special: bool) -> TokenIds:
         return TokenIds(self._model.tokenize(text, add_bos=add_bos, special=special))
 
-    def _handed_on(self, ids: TokenIds) -> list[int]:
+    def _handed_on(self, ids: TokenIds, scope: str | None) -> list[int]:
         tokens = ids.tolist()
-        self._recent = (tokens, ids)
+        self._recent = (scope, tokens, ids)
         return list(tokens)
 
     def detokenize(
@@ -63,14 +71,23 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
         """Return the bytes of `tokens`, from the model's vocabulary."""
         return bytes(self._model.detokenize(tokens, special=special))
 
-    def int32_ids(self, tokens: Sequence[int]) -> NDArray[np.int32]:
+    def int32_ids(
+        self, tokens: Sequence[int], *, scope: str | None = OWN_SCOPE
+    ) -> NDArray[np.int32]:
         """Return the ids as int32; those of the last text, with or without BOS, unconverted."""
-        recent, ids = self._recent
+        recent_scope, recent, ids = self._recent
+        if recent_scope != (self._scope if scope is OWN_SCOPE else scope):
+            return int32_ids(tokens)
         n_before = len(tokens) - len(recent)
         if recent and 0 <= n_before <= 1 and list(tokens[n_before:]) == recent:
             known = np.frombuffer(memoryview(ids), np.int32)
             return known if not n_before else np.concatenate(([np.int32(tokens[0])], known))
         return int32_ids(tokens)
+
+
+def _cache_scope(special: bool, scope: str | None) -> str:
+    # "-" and "+" tell no scope from the scope named "".
+    return f"{int(special)}-" if scope is None else f"{int(special)}+{scope}"
 
 
 def int32_ids(tokens: Sequence[int]) -> NDArray[np.int32]:
@@ -109,19 +126,27 @@ class WrappedTokenizer(ModelTokenizer):
         bos = around[:1] if around and around[0] == model.token_bos() else []
         self._before, self._after = bos, around[len(bos) :]
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+    def tokenize(
+        self,
+        text: bytes,
+        add_bos: bool = True,
+        special: bool = True,
+        *,
+        scope: str | None = OWN_SCOPE,
+    ) -> list[int]:
         """Return the wrapped tokenizer's ids, with what the model puts around them if asked."""
+        scope = self._scope if scope is OWN_SCOPE else scope
         try:
             string = text.decode()
         except UnicodeDecodeError:  # half a character: only llama.cpp knows what to do
-            return super().tokenize(text, add_bos, special)
-        ids = self._ids(string, special)
-        tokens = self._handed_on(ids)
+            return super().tokenize(text, add_bos, special, scope=scope)
+        ids = self._ids(string, special, scope)
+        tokens = self._handed_on(ids, scope)
         return self._framed(tokens, special) if add_bos else tokens
 
-    def _ids(self, text: str, special: bool) -> TokenIds:
+    def _ids(self, text: str, special: bool, scope: str | None) -> TokenIds:
         if special:
-            ids = self._tokenizer.token_ids(text, add_special_tokens=False, scope=self._scope)
+            ids = self._tokenizer.token_ids(text, add_special_tokens=False, scope=scope)
             return TokenIds(ids)
         return TokenIds(self._text_encoder().encode(text, add_special_tokens=False).ids)
 
