@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,11 +23,20 @@ import llama_cpp
 import numpy as np
 
 from tokcache._validate import require_bool, require_int, require_scope
-from tokcache.errors import InvalidConfig, InvalidModel, MissingFile, ModelClosed, StateError
+from tokcache.errors import (
+    InvalidConfig,
+    InvalidModel,
+    InvalidText,
+    InvalidTokens,
+    MissingFile,
+    ModelClosed,
+    StateError,
+)
 from tokcache.llama.fingerprint import FileChanged, LoadedFiles, fingerprint
 from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.keeper import Keeper, Place
 from tokcache.llama.memories import Memory
+from tokcache.llama.reasons import explained, is_known
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import (
     OWN_SCOPE,
@@ -39,6 +48,7 @@ from tokcache.llama.tokenizer import (
 from tokcache.state.blocks import token_bytes
 from tokcache.state.cache import PrefixStateCache
 from tokcache.text.huggingface import wrap
+from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -121,10 +131,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     Architectures that llama.cpp may give another memory (tokcache.llama.memories names those
     that are known), embedding contexts, `logits_all` and draft models run uncached, counted by
-    reason in `prefix_cache.stats().refusals`.
+    reason in `prefix_cache.stats().refusals`; a line in the log says so once, with the cure
+    (tokcache.llama.reasons).
 
-    Errors: MissingFile, InvalidModel; VocabularyMismatch; ModelClosed after close() or a fork;
-            llama_cpp's own otherwise. A cache that fails costs a decode, never an exception.
+    Errors: MissingFile, InvalidModel; VocabularyMismatch; InvalidText, InvalidTokens, InvalidScope;
+            ModelClosed after close() or a fork; llama_cpp's own otherwise. A cache that fails
+            costs a decode, never an exception.
     Threads: safe. Generations take turns; one whose consumer pauses is suspended for another.
             Other calls (a setting, `reset`, the end of a stream or of the model) wait for the
             decode in progress at most (see tokcache.llama.gate). A generation that was set up by
@@ -144,6 +156,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     _is_embedding = False
     _held_scope: Any = None  # whose the positions are that the context holds
     _llama_cpp_cache: Any = None
+    _warned_of: str | None = None  # why nothing is cached, as last seen
 
     def __init__(
         self,
@@ -182,8 +195,31 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         except BaseException:
             self.close()
             raise
-        if prefix_cache is not None and self._uncached:
-            _log.info("%s runs without the prefix cache: %s", path, self._uncached)
+        self._warn_if_uncached()
+
+    def __repr__(self) -> str:
+        """Return which model this is, and what of it is cached, or why nothing is."""
+        if self._gate is None:
+            return f"<{type(self).__name__}: not loaded>"
+        if self._gate.is_closed:
+            return f"<{type(self).__name__} {Path(self.model_path).name}: closed>"
+        why = "no prefix_cache" if self._prefix_cache is None else self._why_not_cached()
+        facts = [
+            f"context {self._n_tokens:,} of {self.n_ctx():,} tokens",
+            "states cached" if why is None else f"states not cached: {explained(why)}",
+        ]
+        if self._reproducible:
+            facts.append(f"reproducible in blocks of {self._block_tokens}")
+        if self._scope is not None:
+            facts.append(f"scope {self._scope!r}")
+        return f"<{type(self).__name__} {Path(self.model_path).name}: {', '.join(facts)}>"
+
+    def _warn_if_uncached(self) -> None:
+        """Log once that these settings leave nothing to the prefix cache."""
+        why = None if self._prefix_cache is None else self._why_not_cached()
+        if why is not None and why != self._warned_of and is_known(why):
+            _log.warning("%s runs without the prefix cache: %s", self.model_path, explained(why))
+        self._warned_of = why
 
     # What decides which states are this object's
 
@@ -266,6 +302,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             yield
             self._fingerprint = b""
             self._n_grid = 0
+            self._warn_if_uncached()
 
     def _grid(self) -> tuple[bool, int]:
         return self._reproducible, self._block_tokens
@@ -361,6 +398,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Decode `tokens` after what the context holds; in reproducible mode, cut on the grid."""
         gate = self._open_gate()
         with gate.step():
+            if not hasattr(tokens, "__len__"):
+                raise InvalidTokens(f"tokens must be int32 ids, not {type(tokens).__name__}")
             self._note_scope()
             began, done = time.perf_counter(), 0
             while done < len(tokens):
@@ -418,8 +457,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._is_decoding = True
         try:
             super().eval(tokens)
-        except BaseException:
+        except BaseException as error:
             self._after_failed_decode()
+            if isinstance(error, (TypeError, OverflowError)):
+                int32_ids(tokens)  # names the one that is no id
             raise
         finally:
             self._is_decoding = False
@@ -468,10 +509,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         with self._open_gate().step():
             return super().sample(*args, **kwargs)
 
-    def embed(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
+    def embed(
+        self,
+        input: Any,  # noqa: A002 (llama_cpp's name)
+        *args: Any,
+        scope: str | None = OWN_SCOPE,
+        **kwargs: Any,
+    ) -> Any:
         """Embed texts, as llama_cpp.Llama does."""
+        texts = _checked_texts(input)
         with self.serving(scope), self._open_gate().step():
-            return super().embed(*args, **kwargs)
+            return super().embed(texts, *args, **kwargs)
 
     def create_embedding(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
         """Embed texts, as llama_cpp.Llama does."""
@@ -506,6 +554,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Return the ids of `text`."""
         gate = self._open_gate()
         gate.require_open()
+        if not isinstance(text, bytes):
+            raise InvalidText(f"text must be bytes, not {type(text).__name__}; pass text.encode()")
         if gate.is_inside():  # `embed` decodes again and again, with a text encoded in between
             gate.pause(only_between=True)
         tokenizer = self.tokenizer_
@@ -527,17 +577,18 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._open_gate().require_open()
 
     def create_chat_completion(
-        self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any
+        self, messages: Any, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any
     ) -> Any:
         """Complete a chat, as llama_cpp.Llama does."""
+        messages = _checked_messages(messages)
         with self.serving(scope):
             if self.chat_handler is None:
-                answer = super().create_chat_completion(*args, **kwargs)
+                answer = super().create_chat_completion(messages, *args, **kwargs)
             else:
                 # A handler of the user's may fill the context itself before it asks for a
                 # completion.
                 with self._open_gate().step(is_generation=True):
-                    answer = super().create_chat_completion(*args, **kwargs)
+                    answer = super().create_chat_completion(messages, *args, **kwargs)
         # A handler's generator may ask for the completion when it is read.
         return (
             answer
@@ -545,11 +596,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             else Scoped(self, answer, scope)
         )
 
-    def create_completion(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
-        """Complete a prompt, as llama_cpp.Llama does."""
+    def create_completion(
+        self, prompt: Any, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any
+    ) -> Any:
+        """Complete a prompt, a str or ids, as llama_cpp.Llama does."""
         self._require_open()
         with self.serving(scope):
-            return super().create_completion(*args, **kwargs)
+            return super().create_completion(_checked_prompt(prompt), *args, **kwargs)
 
     def __call__(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
         """Complete a prompt, as llama_cpp.Llama does."""
@@ -568,6 +621,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Yield token after token, as llama_cpp.Llama does."""
         gate = self._open_gate()
         scope = self._request_scope() if scope is OWN_SCOPE else require_scope(scope)
+        if isinstance(tokens, str) or not (
+            hasattr(tokens, "__iter__") or hasattr(tokens, "__len__")
+        ):
+            raise InvalidTokens(
+                f"tokens must be int32 ids, not {type(tokens).__name__}; tokenize makes them"
+            )
         generation = self._generate(tokens, args, kwargs)
         return generation if gate.is_inside() else Steps(gate, generation, scope=scope)
 
@@ -586,6 +645,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         tokens = tokens if isinstance(tokens, list) else list(tokens)
         scope = self._request_scope()
         ids = self._int32_ids(tokens, scope)
+        if not len(ids):
+            raise InvalidTokens("the prompt has no tokens, and the model adds no BOS to it")
         # Of another scope's positions, those alone are used that are no secret.
         is_same = scope == self._held_scope
         n_usable = len(ids) if is_same else _n_shared(self._public_prefix, ids)
@@ -859,10 +920,72 @@ def _checked_cache(cache: Any) -> PrefixStateCache:
     raise InvalidConfig(f"prefix_cache must be a PrefixStateCache or None, not {cache!r}")
 
 
+def _checked_prompt(prompt: Any) -> Any:
+    """Return what llama_cpp takes for a prompt: a str, or a list of ids.
+
+    Errors: InvalidText; llama_cpp raises TypeError, ValueError and UnicodeEncodeError.
+    """
+    if isinstance(prompt, list):
+        return prompt
+    if isinstance(prompt, TokenIds):
+        return prompt.tolist()
+    if not isinstance(prompt, str):
+        cure = "; decode it" if isinstance(prompt, (bytes, bytearray)) else ""
+        raise InvalidText(
+            f"prompt must be a str, a list of ids or TokenIds, not {type(prompt).__name__}{cure}"
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidText(
+            f"prompt has a lone surrogate at position {error.start}, which is no text; replace it "
+            "(prompt.encode('utf-8', 'replace').decode())"
+        ) from None
+    return prompt
+
+
+def _checked_texts(texts: Any) -> Any:
+    """Return one str or a list of them, as llama_cpp takes them.
+
+    Errors: InvalidText.
+    """
+    if isinstance(texts, str):
+        return texts
+    if not isinstance(texts, Iterable) or isinstance(texts, (bytes, bytearray)):
+        raise InvalidText(f"input must be a str or a list of them, not {type(texts).__name__}")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidText(f"input {position} must be a str, not {type(text).__name__}")
+    return texts
+
+
+def _checked_messages(messages: Any) -> Any:
+    """Return a chat's messages if they can be some.
+
+    Errors: InvalidText.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise InvalidText(
+            "messages must be a list of dicts with 'role' and 'content', "
+            f"not {type(messages).__name__}"
+        )
+    return messages
+
+
 def _checked_model(path: str | os.PathLike[str]) -> str:
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise InvalidModel(
+            f"model_path must be the path of a GGUF file, a str or a Path, not {path!r}"
+        )
     file = Path(path)
-    if not file.is_file():
-        raise MissingFile(f"there is no model file {file}; pass the path of a GGUF file")
+    if not os.fspath(path) or not file.is_file():
+        found = "" if not os.fspath(path) else f" {file}"
+        is_folder = found and file.is_dir()
+        raise MissingFile(
+            f"there is no model file{found}{', it is a folder' if is_folder else ''}; "
+            "pass the path of a GGUF file"
+        )
     with file.open("rb") as opened:
         magic = opened.read(4)
     if magic != b"GGUF":

@@ -6,6 +6,8 @@ special tokens of the tokenizer's post-processor; detokenizing is left to the mo
 
 from __future__ import annotations
 
+from array import array
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
@@ -96,17 +98,20 @@ def int32_ids(tokens: Sequence[int]) -> NDArray[np.int32]:
     Errors: InvalidTokens, with the first that is none.
     """
     try:
-        return np.fromiter(tokens, np.int32, len(tokens))
+        return np.frombuffer(array("i", tokens), np.int32)
     except (OverflowError, TypeError, ValueError):
-        wrong = next((token for token in tokens if not _is_int32(token)), tokens)
-        raise InvalidTokens(f"a token id must be an int32 integer, not {wrong!r}") from None
-
-
-def _is_int32(token: Any) -> bool:
-    try:
-        return -(1 << 31) <= int(token) < 1 << 31
-    except (TypeError, ValueError):
-        return False
+        pass
+    for position, token in enumerate(tokens):
+        if not hasattr(token, "__index__"):  # its type alone: it may be a prompt's text
+            found = type(token).__name__
+        elif not -(1 << 31) <= index(token) < 1 << 31:
+            found = f"{index(token):,}"
+        else:
+            continue
+        raise InvalidTokens(
+            f"a token id must be an int32 integer, not {found} (at position {position})"
+        )
+    raise InvalidTokens(f"token ids must be int32 integers, not {type(tokens).__name__}")
 
 
 class WrappedTokenizer(ModelTokenizer):
