@@ -244,7 +244,8 @@ def test_arguments_that_can_not_be_are_named(loops: list[Loop]) -> None:
         {"scope": 7},
     )
     for wrong in wrongs:
-        with pytest.raises(InvalidConfig, match=next(iter(wrong))):
+        error = InvalidScope if "scope" in wrong else InvalidConfig
+        with pytest.raises(error, match=next(iter(wrong))):
             SequenceStates(loop.ctx, **{**good, **wrong})
     sequences = SequenceStates(loop.ctx, **good)
     for seq_id in (-1, N_SEQUENCES, 10**6, None):
