@@ -259,7 +259,8 @@ def test_arguments_that_can_not_be_are_named(loops: list[Loop]) -> None:
         {"scope": 7},
     )
     for wrong in wrongs:
-        with pytest.raises((InvalidConfig, InvalidScope), match=next(iter(wrong))):
+        error = InvalidScope if "scope" in wrong else InvalidConfig
+        with pytest.raises(error, match=next(iter(wrong))):
             SequenceStates(loop.ctx, **{**good, **wrong})
     sequences = SequenceStates(loop.ctx, **good)
     for seq_id in (-1, N_SEQUENCES, 10**6, None):
@@ -359,3 +360,43 @@ def test_llama_and_a_loop_of_ones_own_restore_the_same_blocks(loops: list[Loop])
     assert n_past == len(prompt) - 1
     ours = loop.decode(prompt[n_past:], 0, n_past)
     assert np.abs(ours - uncached(alone, prompt)[n_past:]).max() <= TOLERANCE
+
+
+@every_memory
+def test_each_sequence_serves_the_scope_that_it_was_restored_for(
+    memory: str, loops: list[Loop]
+) -> None:
+    loop = Loop(memory)
+    loops.append(loop)
+    sequences = SequenceStates(loop.ctx, states=store(), fingerprint=FINGERPRINT, scope="own")
+    prompt = fresh(random.Random(8), 2 * BLOCK + 5)
+
+    def n_found(seq_id: int, **scope: Any) -> int:
+        n_past = n_restored = sequences.restore(prompt, seq_id, **scope)
+        for stop in sequences.stops(n_past, len(prompt)):
+            loop.decode(prompt[n_past:stop], seq_id, n_past)
+            sequences.save(prompt[:stop], seq_id)
+            n_past = stop
+        return n_restored
+
+    scopes: list[dict[str, Any]] = [{"scope": "a"}, {"scope": None}, {}]
+    for seq_id, scope in enumerate(scopes):
+        assert n_found(seq_id, **scope) == 0
+        assert n_found(seq_id, **scope) > 0
+    assert n_found(0, scope="own") > 0
+    # What the caller puts there by itself is not the last tenant's.
+    other = fresh(random.Random(9), BLOCK)
+    for found in ("b", "own"):
+        sequences.restore(prompt, 0, scope="a")
+        llama_cpp.llama_memory_seq_rm(loop.memory, 0, -1, -1)
+        sequences.reset(0, **({"scope": "b"} if found == "b" else {}))
+        loop.decode(other, 0, 0)
+        sequences.save_later(other, 0)
+        assert sequences.take_pending() > 0
+        for asked in ("a", None, "b", "own"):
+            assert (sequences.restore([*other, 7], 1, scope=asked) > 0) == (asked == found)
+        sequences._place.cache.clear(scope=found)
+    with pytest.raises(InvalidScope):
+        sequences.restore(prompt, 0, scope=5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidScope):
+        sequences.reset(0, scope=5)  # type: ignore[arg-type]

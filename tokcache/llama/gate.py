@@ -30,7 +30,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,6 +39,7 @@ from tokcache.errors import ModelClosed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
 IDLE_S = 0.1
@@ -58,6 +59,9 @@ class Context(Protocol):
 
     def end_generation(self) -> None:
         """Note that the present generation is over: its state can be saved."""
+
+    def serving(self, scope: str | None) -> AbstractContextManager[None]:
+        """Return a context in which this thread works for a request of this scope."""
 
 
 class _Kind(Enum):
@@ -118,7 +122,8 @@ class Gate:
         if self.is_inside():
             before, self._running = self._running, steps or self._running
             try:
-                yield
+                with self._serving(steps):
+                    yield
             finally:
                 self._running = before
             return
@@ -127,12 +132,16 @@ class Gate:
         try:
             self.require_open()
             self._running = steps
-            if steps is None or not steps.is_over:  # closed while it waited
-                self._take_over(steps)
-            yield
+            with self._serving(steps):
+                if steps is None or not steps.is_over:  # closed while it waited
+                    self._take_over(steps)
+                yield
         finally:
             self._running = None
             self._leave(is_step=kind is _Kind.GENERATION)
+
+    def _serving(self, steps: Steps | None) -> AbstractContextManager[None]:
+        return nullcontext() if steps is None else self._context.serving(steps.scope)
 
     # Tickets
 
@@ -333,11 +342,17 @@ class Gate:
 
 
 class Steps(Generator[Any, Any, Any]):
-    """A generator each step of which holds the gate; it may be resumed from any thread."""
+    """A generator each step of which holds the gate; it may be resumed from any thread.
 
-    def __init__(self, gate: Gate, generator: Generator[Any, Any, Any]) -> None:
+    `scope` is that of the request which it serves.
+    """
+
+    def __init__(
+        self, gate: Gate, generator: Generator[Any, Any, Any], *, scope: str | None
+    ) -> None:
         self._gate = gate
         self._generator = generator
+        self.scope = scope
         self.suspended: Any = None
         self.is_over = False
         self.has_started = False

@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,19 +23,37 @@ import llama_cpp
 import numpy as np
 
 from tokcache._validate import require_bool, require_int, require_scope
-from tokcache.errors import InvalidConfig, InvalidModel, MissingFile, ModelClosed, StateError
+from tokcache.errors import (
+    InvalidConfig,
+    InvalidModel,
+    InvalidText,
+    InvalidTokens,
+    MissingFile,
+    ModelClosed,
+    StateError,
+)
 from tokcache.llama.file_digests import FileChanged
 from tokcache.llama.fingerprint import LoadedFiles, fingerprint
 from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.keeper import Keeper, Place
 from tokcache.llama.memories import Memory
+from tokcache.llama.reasons import explained, is_known
 from tokcache.llama.sequence import Sequence
-from tokcache.llama.tokenizer import ModelTokenizer, WrappedTokenizer, check_vocabulary, int32_ids
+from tokcache.llama.tokenizer import (
+    OWN_SCOPE,
+    ModelTokenizer,
+    WrappedTokenizer,
+    check_vocabulary,
+    int32_ids,
+)
 from tokcache.state.blocks import token_bytes
 from tokcache.state.cache import PrefixStateCache
+from tokcache.text.token_ids import TokenIds
 from tokcache.text.wrappers import wrap
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from numpy.typing import NDArray
 
 _log = logging.getLogger("tokcache")
@@ -42,6 +61,7 @@ _log = logging.getLogger("tokcache")
 UNKNOWN = -1  # stands in input_ids where a position was written by no token (images): no id is -1
 BLOCK_TOKENS = 256  # the grid of reproducible mode without a prefix cache, as with one by default
 _PREFILL_TOKENS = 16  # fewer in one call say little of what a prompt takes
+_MIXED: Any = object()  # the scope of a context that tokens of several scopes are in: nobody's
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
@@ -75,6 +95,7 @@ class _Suspended:
     batches: list[int]  # where those begin that were decoded after the grid
     is_redone: bool  # they are decoded again: no snapshot would give the last bits
     n_prompt: int
+    scope: Any
     input_ids: NDArray[np.int32]
     scores: NDArray[np.float32] | None
     requires_eval: bool
@@ -88,9 +109,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     `tokenizer` is a tokenizer that tokcache wraps, or one that it can wrap; without it the
     model's own stands behind an L0 cache. `prefix_cache` may be shared by any number of models
-    and processes' threads; `scope` keeps what this object stores apart from other scopes'.
-    `public_prefix` are the ids that prompts may begin with and that are no scope's secret (a system
-    prompt, BOS included): as far as a prompt begins with them, its states are shared by all scopes.
+    and processes' threads. `scope` keeps what a request stores apart from other scopes', in the
+    context too: `create_completion(…, scope="tenant-a")`, and so every method that takes text or
+    tokens; without it the object's own scope is meant. `public_prefix` are the ids that prompts
+    may begin with and that are no scope's secret (a system prompt, BOS included): as far as a
+    prompt begins with them, its states are shared by all scopes.
 
     llama.cpp's results depend, in their last bits, on how a prompt is split into batches. With
     `reproducible=True` prompts are decoded in pieces that end at multiples of the cache's
@@ -121,7 +144,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     Architectures that llama.cpp may give another memory (tokcache.llama.memories names those
     that are known), embedding contexts, `logits_all` and draft models run uncached, counted by
-    reason in `prefix_cache.stats().refusals`.
+    reason in `prefix_cache.stats().refusals`; a line in the log says so once, with the cure
+    (tokcache.llama.reasons).
 
     States are filed under the model's content. A file over 16 MiB is hashed in the background from
     construction on, about a second a gigabyte, and its digest is remembered for later processes
@@ -131,8 +155,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     file that is overwritten in place while it is mapped (llama.cpp's default) changes the loaded
     weights, and this can't be noticed: replace model files by renaming new ones over them.
 
-    Errors: MissingFile, InvalidModel; VocabularyMismatch; ModelClosed after close() or a fork;
-            llama_cpp's own otherwise. A cache that fails costs a decode, never an exception.
+    Errors: MissingFile, InvalidModel; VocabularyMismatch; InvalidText, InvalidTokens, InvalidScope;
+            ModelClosed after close() or a fork; llama_cpp's own otherwise. A cache that fails
+            costs a decode, never an exception.
     Threads: safe. Generations take turns; one whose consumer pauses is suspended for another.
             Other calls (a setting, `reset`, the end of a stream or of the model) wait for the
             decode in progress at most (see tokcache.llama.gate). A generation that was set up by
@@ -151,6 +176,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     _is_decoding = False
     _is_embedding = False
     _has_unsaved = False  # whether states were passed over because the fingerprint was pending
+    _held_scope: Any = None  # whose the positions are that the context holds
+    _llama_cpp_cache: Any = None
+    _warned_of: str | None = None  # why nothing is cached, as last seen
 
     def __init__(
         self,
@@ -163,7 +191,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         reproducible: bool = False,
         **llama_cpp_kwargs: Any,
     ) -> None:
-        self._scope = require_scope(scope)
+        self._scope = self._held_scope = require_scope(scope)
+        self._request = threading.local()  # `scope`: of the request that a thread works for
         self._public_prefix = np.frombuffer(token_bytes(public_prefix), np.int32)
         self._prefix_cache = None if prefix_cache is None else _checked_cache(prefix_cache)
         self._reproducible = require_bool("reproducible", reproducible)
@@ -191,15 +220,61 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         except BaseException:
             self.close()
             raise
-        if prefix_cache is not None and self._uncached:
-            _log.info("%s runs without the prefix cache: %s", path, self._uncached)
+        self._warn_if_uncached()
+
+    def __repr__(self) -> str:
+        """Return which model this is, and what of it is cached, or why nothing is."""
+        if self._gate is None:
+            return f"<{type(self).__name__}: not loaded>"
+        if self._gate.is_closed:
+            return f"<{type(self).__name__} {Path(self.model_path).name}: closed>"
+        why = "no prefix_cache" if self._prefix_cache is None else self._why_not_cached()
+        facts = [
+            f"context {self._n_tokens:,} of {self.n_ctx():,} tokens",
+            "states cached" if why is None else f"states not cached: {explained(why)}",
+        ]
+        if self._reproducible:
+            facts.append(f"reproducible in blocks of {self._block_tokens}")
+        if self._scope is not None:
+            facts.append(f"scope {self._scope!r}")
+        return f"<{type(self).__name__} {Path(self.model_path).name}: {', '.join(facts)}>"
+
+    def _warn_if_uncached(self) -> None:
+        """Log once that these settings leave nothing to the prefix cache."""
+        why = None if self._prefix_cache is None else self._why_not_cached()
+        if why is not None and why != self._warned_of and is_known(why):
+            _log.warning("%s runs without the prefix cache: %s", self.model_path, explained(why))
+        self._warned_of = why
 
     # What decides which states are this object's
 
     @property
     def scope(self) -> str | None:
-        """Whose states these are; it can't be changed, make a Llama for each scope."""
+        """Whose states those of requests without a `scope=` are; it can't be changed."""
         return self._scope
+
+    @contextmanager
+    def serving(self, scope: str | None) -> Iterator[None]:
+        """Work, in this thread, for a request of `scope`; OWN_SCOPE changes nothing."""
+        request, before = self._request, self._request_scope()
+        request.scope = before if scope is OWN_SCOPE else require_scope(scope)
+        try:
+            yield
+        finally:
+            request.scope = before
+
+    def _request_scope(self) -> str | None:
+        scope: str | None = getattr(self._request, "scope", self._scope)
+        return scope
+
+    @property
+    def cache(self) -> Any:
+        """llama_cpp's own cache, which knows no scopes: for requests of the object's own alone."""
+        return self._llama_cpp_cache if self._request_scope() == self._scope else None
+
+    @cache.setter
+    def cache(self, cache: Any) -> None:
+        self._llama_cpp_cache = cache
 
     @property
     def public_prefix(self) -> NDArray[np.int32]:
@@ -252,6 +327,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             yield
             self._fingerprint = b""
             self._n_grid = 0
+            self._warn_if_uncached()
 
     def _grid(self) -> tuple[bool, int]:
         return self._reproducible, self._block_tokens
@@ -358,6 +434,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Decode `tokens` after what the context holds; in reproducible mode, cut on the grid."""
         gate = self._open_gate()
         with gate.step():
+            if not hasattr(tokens, "__len__"):
+                raise InvalidTokens(f"tokens must be int32 ids, not {type(tokens).__name__}")
+            self._note_scope()
             began, done = time.perf_counter(), 0
             while done < len(tokens):
                 # Others may enter now, and change settings or use the context.
@@ -366,6 +445,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 self._eval_batch(tokens[done:stop])
                 done = stop
             self._note_prefill(len(tokens), began)
+
+    def _note_scope(self) -> None:
+        """Note whose the tokens are that are decoded now."""
+        scope = self._request_scope()
+        if not self._n_tokens:
+            self._held_scope = scope
+        elif self._held_scope != scope:
+            self._held_scope, self._n_own, self._n_grid = _MIXED, 0, 0
 
     def _note_prefill(self, n_tokens: int, began: float) -> None:
         """Tell the cache what decoding takes: slower tiers are then left alone."""
@@ -406,8 +493,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._is_decoding = True
         try:
             super().eval(tokens)
-        except BaseException:
+        except BaseException as error:
             self._after_failed_decode()
+            if isinstance(error, (TypeError, OverflowError)):
+                int32_ids(tokens)  # names the one that is no id
             raise
         finally:
             self._is_decoding = False
@@ -456,10 +545,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         with self._open_gate().step():
             return super().sample(*args, **kwargs)
 
-    def embed(self, *args: Any, **kwargs: Any) -> Any:
+    def embed(
+        self,
+        input: Any,  # noqa: A002 (llama_cpp's name)
+        *args: Any,
+        scope: str | None = OWN_SCOPE,
+        **kwargs: Any,
+    ) -> Any:
         """Embed texts, as llama_cpp.Llama does."""
-        with self._open_gate().step():
-            return super().embed(*args, **kwargs)
+        texts = _checked_texts(input)
+        with self.serving(scope), self._open_gate().step():
+            return super().embed(texts, *args, **kwargs)
+
+    def create_embedding(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
+        """Embed texts, as llama_cpp.Llama does."""
+        with self.serving(scope):
+            return super().create_embedding(*args, **kwargs)
 
     def save_state(self) -> Any:
         """Return the whole context's state, as llama_cpp.Llama does."""
@@ -476,15 +577,29 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             finally:
                 self._is_decoding = False
                 self._n_own = self._n_grid = 0
+                self._held_scope = self._request_scope()
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+    def tokenize(
+        self,
+        text: bytes,
+        add_bos: bool = True,
+        special: bool = False,
+        *,
+        scope: str | None = OWN_SCOPE,
+    ) -> list[int]:
         """Return the ids of `text`."""
         gate = self._open_gate()
         gate.require_open()
+        if not isinstance(text, bytes):
+            raise InvalidText(f"text must be bytes, not {type(text).__name__}; pass text.encode()")
         if gate.is_inside():  # `embed` decodes again and again, with a text encoded in between
             gate.pause(only_between=True)
-        tokens: list[int] = self.tokenizer_.tokenize(text, add_bos, special)
-        return tokens
+        tokenizer = self.tokenizer_
+        if not isinstance(tokenizer, ModelTokenizer):
+            tokens: list[int] = tokenizer.tokenize(text, add_bos, special)
+            return tokens
+        scope = self._request_scope() if scope is OWN_SCOPE else require_scope(scope)
+        return tokenizer.tokenize(text, add_bos, special, scope=scope)
 
     def detokenize(
         self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
@@ -497,29 +612,59 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def _require_open(self) -> None:
         self._open_gate().require_open()
 
-    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+    def create_chat_completion(
+        self, messages: Any, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any
+    ) -> Any:
         """Complete a chat, as llama_cpp.Llama does."""
-        if self.chat_handler is None:
-            return super().create_chat_completion(*args, **kwargs)
-        # A handler of the user's may fill the context itself before it asks for a completion.
-        with self._open_gate().step(is_generation=True):
-            return super().create_chat_completion(*args, **kwargs)
+        messages = _checked_messages(messages)
+        with self.serving(scope):
+            if self.chat_handler is None:
+                answer = super().create_chat_completion(messages, *args, **kwargs)
+            else:
+                # A handler of the user's may fill the context itself before it asks for a
+                # completion.
+                with self._open_gate().step(is_generation=True):
+                    answer = super().create_chat_completion(messages, *args, **kwargs)
+        # A handler's generator may ask for the completion when it is read.
+        return (
+            answer
+            if scope is OWN_SCOPE or isinstance(answer, dict)
+            else Scoped(self, answer, scope)
+        )
 
-    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        """Complete a prompt, as llama_cpp.Llama does."""
+    def create_completion(
+        self, prompt: Any, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any
+    ) -> Any:
+        """Complete a prompt, a str or ids, as llama_cpp.Llama does."""
         self._require_open()
-        return super().create_completion(*args, **kwargs)
+        with self.serving(scope):
+            return super().create_completion(_checked_prompt(prompt), *args, **kwargs)
+
+    def __call__(self, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any) -> Any:
+        """Complete a prompt, as llama_cpp.Llama does."""
+        with self.serving(scope):
+            return super().__call__(*args, **kwargs)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        steps = Steps(self._open_gate(), super()._create_completion(*args, **kwargs))
+        completion = super()._create_completion(*args, **kwargs)
+        steps = Steps(self._open_gate(), completion, scope=self._request_scope())
         # Without `stream` the caller takes one item and drops the rest.
         return steps if kwargs.get("stream") else iter((steps.only(),))
 
-    def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, tokens: Any, *args: Any, scope: str | None = OWN_SCOPE, **kwargs: Any
+    ) -> Any:
         """Yield token after token, as llama_cpp.Llama does."""
         gate = self._open_gate()
+        scope = self._request_scope() if scope is OWN_SCOPE else require_scope(scope)
+        if isinstance(tokens, str) or not (
+            hasattr(tokens, "__iter__") or hasattr(tokens, "__len__")
+        ):
+            raise InvalidTokens(
+                f"tokens must be int32 ids, not {type(tokens).__name__}; tokenize makes them"
+            )
         generation = self._generate(tokens, args, kwargs)
-        return generation if gate.is_inside() else Steps(gate, generation)
+        return generation if gate.is_inside() else Steps(gate, generation, scope=scope)
 
     def _generate(self, tokens: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _GENERATE.bind(self, tokens, *args, **kwargs)
@@ -534,13 +679,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Bring the longest known prefix into the context; return the tokens left to decode."""
         began = time.perf_counter()
         tokens = tokens if isinstance(tokens, list) else list(tokens)
-        ids = self._int32_ids(tokens)
-        if self._is_held_whole(ids):
+        scope = self._request_scope()
+        ids = self._int32_ids(tokens, scope)
+        if not len(ids):
+            raise InvalidTokens("the prompt has no tokens, and the model adds no BOS to it")
+        # Of another scope's positions, those alone are used that are no secret.
+        is_same = scope == self._held_scope
+        n_usable = len(ids) if is_same else _n_shared(self._public_prefix, ids)
+        if n_usable == len(ids) and self._is_held_whole(ids):
+            self._held_scope = scope
             self._note_reuse(Reuse(len(ids), len(ids), 0, time.perf_counter() - began))
             return []
-        if self._has_unsaved:  # of the request before; this one may cut it or clear it
+        # While the scope is still that of the request before: this one may cut or clear its states.
+        if self._has_unsaved:
             self.end_generation()
-        n_in_context = self._usable_in_context(ids)
+        n_in_context = self._usable_in_context(ids[:n_usable], len(ids))
+        self._held_scope = scope
         n_held = self._restored(ids, n_in_context) if len(ids) else 0
         n_in_context = min(n_in_context, n_held)
         if not n_held:
@@ -561,9 +715,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 restored_tokens=reuse.n_restored,
             )
 
-    def _int32_ids(self, tokens: list[int]) -> NDArray[np.int32]:
+    def _int32_ids(self, tokens: list[int], scope: str | None) -> NDArray[np.int32]:
         if isinstance(self.tokenizer_, ModelTokenizer):
-            return self.tokenizer_.int32_ids(tokens)
+            return self.tokenizer_.int32_ids(tokens, scope=scope)
         return int32_ids(tokens)
 
     def _is_held_whole(self, ids: NDArray[np.int32]) -> bool:
@@ -574,9 +728,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         # A handler's prompt with images can't be decoded from its ids; any other one can.
         return not self.reproducible or bool((ids == UNKNOWN).any())
 
-    def _usable_in_context(self, ids: NDArray[np.int32]) -> int:
-        """Return how many positions of the context this prompt can build on."""
-        shared = min(_n_shared(self.input_ids[: self._n_tokens], ids), max(len(ids) - 1, 0))
+    def _usable_in_context(self, ids: NDArray[np.int32], n_prompt: int) -> int:
+        """Return how many positions of the context a prompt that begins with `ids` can build on."""
+        shared = min(_n_shared(self.input_ids[: self._n_tokens], ids), max(n_prompt - 1, 0))
         if self.reproducible:
             shared = min(shared, self._n_grid) // self.block_tokens * self.block_tokens
         return shared if self._cut(shared) else 0
@@ -616,11 +770,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Return where the states of this model go, None if they are not cached."""
         if self.prefix_cache is None or self._why_not_cached() is not None:
             return None
+        if self._held_scope is _MIXED:
+            return None
         key = self._key()
         if not key:
             return None
         public = self._public_prefix
-        return Place(self.prefix_cache, key, self.scope, self.reproducible, public)
+        return Place(self.prefix_cache, key, self._held_scope, self.reproducible, public)
 
     def _key(self) -> bytes:
         """Return the fingerprint; an empty one if there is none yet, or `_uncached` says why."""
@@ -682,6 +838,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             batches=self._batches.copy(),
             is_redone=is_redone,
             n_prompt=self._n_prompt,
+            scope=self._held_scope,
             n_tokens=n_tokens,
             end=0 if self._sequence is None else self._sequence.end(),
             n_own=self._n_own,
@@ -720,6 +877,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             )
         self._n_tokens = self._n_own = self._n_grid = 0
         n_tokens, self._n_prompt = suspended.n_tokens, suspended.n_prompt
+        self._held_scope = suspended.scope
         if suspended.is_redone:
             self._decode_anew(suspended.input_ids, suspended.n_grid, suspended.batches)
         else:
@@ -780,6 +938,43 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return state | {name: getattr(self, name) for name in own}
 
 
+class Scoped(Generator[Any, Any, Any]):
+    """The iterator that a chat handler gave: each of its steps works for the request's scope."""
+
+    def __init__(self, llm: Llama, items: Any, scope: str | None) -> None:
+        self._llm: Llama | None = llm
+        self._items, self._scope = items, scope
+
+    def send(self, value: Any) -> Any:
+        """Return the next item."""
+        return self._advance(lambda items: next(items) if value is None else items.send(value))
+
+    def throw(self, typ: Any, val: object = None, tb: TracebackType | None = None) -> Any:
+        """Raise an error in the handler's generator and return its next item."""
+        raised = [typ] if val is None and tb is None else [typ, val, tb]
+        del typ, val, tb  # the error's traceback refers to this frame
+        try:
+            return self._advance(lambda items: items.throw(*raised))
+        finally:
+            raised.clear()
+
+    def _advance(self, advance: Callable[[Any], Any]) -> Any:
+        if self._llm is None:
+            return advance(self._items)
+        with self._llm.serving(self._scope):
+            try:
+                return advance(self._items)
+            except BaseException:
+                self._llm = None  # a generator that has ended refers to nothing
+                raise
+
+    def close(self) -> None:
+        """End the generation."""
+        self._llm = None
+        if hasattr(self._items, "close"):
+            self._items.close()
+
+
 def _n_shared(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
     """Return how many leading ids are equal and known."""
     n = min(len(left), len(right))
@@ -793,10 +988,72 @@ def _checked_cache(cache: Any) -> PrefixStateCache:
     raise InvalidConfig(f"prefix_cache must be a PrefixStateCache or None, not {cache!r}")
 
 
+def _checked_prompt(prompt: Any) -> Any:
+    """Return what llama_cpp takes for a prompt: a str, or a list of ids.
+
+    Errors: InvalidText; llama_cpp raises TypeError, ValueError and UnicodeEncodeError.
+    """
+    if isinstance(prompt, list):
+        return prompt
+    if isinstance(prompt, TokenIds):
+        return prompt.tolist()
+    if not isinstance(prompt, str):
+        cure = "; decode it" if isinstance(prompt, (bytes, bytearray)) else ""
+        raise InvalidText(
+            f"prompt must be a str, a list of ids or TokenIds, not {type(prompt).__name__}{cure}"
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidText(
+            f"prompt has a lone surrogate at position {error.start}, which is no text; replace it "
+            "(prompt.encode('utf-8', 'replace').decode())"
+        ) from None
+    return prompt
+
+
+def _checked_texts(texts: Any) -> Any:
+    """Return one str or a list of them, as llama_cpp takes them.
+
+    Errors: InvalidText.
+    """
+    if isinstance(texts, str):
+        return texts
+    if not isinstance(texts, Iterable) or isinstance(texts, (bytes, bytearray)):
+        raise InvalidText(f"input must be a str or a list of them, not {type(texts).__name__}")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidText(f"input {position} must be a str, not {type(text).__name__}")
+    return texts
+
+
+def _checked_messages(messages: Any) -> Any:
+    """Return a chat's messages if they can be some.
+
+    Errors: InvalidText.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise InvalidText(
+            "messages must be a list of dicts with 'role' and 'content', "
+            f"not {type(messages).__name__}"
+        )
+    return messages
+
+
 def _checked_model(path: str | os.PathLike[str]) -> str:
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise InvalidModel(
+            f"model_path must be the path of a GGUF file, a str or a Path, not {path!r}"
+        )
     file = Path(path)
-    if not file.is_file():
-        raise MissingFile(f"there is no model file {file}; pass the path of a GGUF file")
+    if not os.fspath(path) or not file.is_file():
+        found = "" if not os.fspath(path) else f" {file}"
+        is_folder = found and file.is_dir()
+        raise MissingFile(
+            f"there is no model file{found}{', it is a folder' if is_folder else ''}; "
+            "pass the path of a GGUF file"
+        )
     with file.open("rb") as opened:
         magic = opened.read(4)
     if magic != b"GGUF":

@@ -14,6 +14,7 @@ from tokcache.errors import InvalidConfig, StateError
 from tokcache.llama.keeper import Keeper, Place
 from tokcache.llama.memories import Memory
 from tokcache.llama.sequence import Sequence
+from tokcache.llama.tokenizer import OWN_SCOPE
 from tokcache.state.blocks import token_bytes
 from tokcache.state.cache import PrefixStateCache
 
@@ -25,10 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Own:
-    """One sequence of the caller's; `generation` counts what has replaced its positions."""
+    """One sequence of the caller's, and whose states it holds.
+
+    `generation` counts what has replaced its positions.
+    """
 
     sequence: Sequence
     keeper: Keeper
+    place: Place
     generation: int = 0
 
 
@@ -38,6 +43,7 @@ class _Pending:
 
     seq_id: int
     generation: int
+    place: Place
     ids: NDArray[np.int32]
     mark: bytes
     work: Work
@@ -55,9 +61,10 @@ class SequenceStates:
     ```
 
     `ctx` is a llama_context_p with `kv_unified=True` and one sequence more than are used: the
-    last id is what blocks are copied through. `fingerprint` tells apart all that decides the
-    numbers in a state (`tokcache.llama.state_fingerprint` makes one). Logits differ from those of
-    an uncached run as far as those of other batches and other cells do.
+    last id is what blocks are copied through. `scope` keeps what is stored apart from other
+    scopes'; each sequence may serve another one (`restore`, `reset`). `fingerprint` tells apart
+    all that decides the numbers in a state (`tokcache.llama.state_fingerprint` makes one). Logits
+    differ from those of an uncached run as far as those of other batches and other cells do.
 
     Errors: StateError for a context that can't do it, before llama.cpp ends the process;
             InvalidConfig, InvalidScope or InvalidTokens for an argument that can't be one. A state
@@ -110,19 +117,21 @@ class SequenceStates:
             stops.add(n_tokens - 1)
         return sorted(stop for stop in {*stops, n_tokens} if stop > n_past)
 
-    def restore(self, tokens: object, seq_id: int) -> int:
+    def restore(self, tokens: object, seq_id: int, *, scope: str | None = OWN_SCOPE) -> int:
         """Put the longest known prefix of `tokens`, without the last, in place of the sequence.
 
-        Return its length: decode the tokens from there on. What the sequence held is removed. A
-        prompt that goes on in place instead is counted if you say so, by
+        Return its length: decode the tokens from there on. What the sequence held is removed.
+        From now on it serves `scope`: what is saved of it is that scope's; the object's by default.
+        A prompt that goes on in place instead is counted if you say so, by
         `states.count_prompt(len(tokens), context_tokens=n_past)`.
         """
-        own, ids = self._sequence(seq_id), self._ids(tokens)
+        place, own, ids = self._place_of(scope), self._sequence(seq_id), self._ids(tokens)
         own.generation += 1
+        own.place = place
         own.sequence.clear()
         is_usable = len(ids) > 0 and self._is_usable(ids)
-        n_restored = own.keeper.restore(self._place, ids, 0).stop if is_usable else 0
-        self._place.cache.count_prompt(len(ids), restored_tokens=n_restored)
+        n_restored = own.keeper.restore(place, ids, 0).stop if is_usable else 0
+        place.cache.count_prompt(len(ids), restored_tokens=n_restored)
         return n_restored
 
     def save(self, tokens: object, seq_id: int) -> int:
@@ -133,11 +142,13 @@ class SequenceStates:
         if not own.sequence.is_at(len(ids)):
             self._place.cache.refuse("sequence_is_elsewhere")
             return 0
-        return own.keeper.save(self._place, ids)
+        return own.keeper.save(own.place, ids)
 
-    def reset(self, seq_id: int) -> None:
-        """Note that the caller removed or replaced positions of the sequence."""
-        self._sequence(seq_id).generation += 1
+    def reset(self, seq_id: int, *, scope: str | None = OWN_SCOPE) -> None:
+        """Note that the caller removed or replaced positions of the sequence, for `scope`."""
+        place, own = self._place_of(scope), self._sequence(seq_id)
+        own.generation += 1
+        own.place = place
 
     # Saves that are taken later
 
@@ -153,8 +164,8 @@ class SequenceStates:
             self._place.cache.refuse("sequence_is_elsewhere")
             return
         mark = _mark(own.sequence, len(ids))
-        work = self._place.cache.begin(self._place.scope)
-        self._pending.append(_Pending(seq_id, own.generation, ids, mark, work))
+        work = own.place.cache.begin(own.place.scope)
+        self._pending.append(_Pending(seq_id, own.generation, own.place, ids, mark, work))
 
     def take_pending(self) -> int:
         """Take the saves that wait; return the new positions.
@@ -176,9 +187,14 @@ class SequenceStates:
         if not is_same or _mark(own.sequence, n_tokens) != pending.mark:
             self._place.cache.refuse("pending_save_overtaken")
             return 0
-        return own.keeper.save(self._place, pending.ids)
+        return own.keeper.save(pending.place, pending.ids)
 
     # Arguments
+
+    def _place_of(self, scope: str | None) -> Place:
+        return (
+            self._place if scope is OWN_SCOPE else self._place._replace(scope=require_scope(scope))
+        )
 
     def _sequence(self, seq_id: int) -> _Own:
         seq_id = require_int("seq_id", seq_id, 0, self._scratch - 1)
@@ -191,7 +207,7 @@ class SequenceStates:
                 scratch=self._scratch,
                 is_alone=False,
             )
-            self._own[seq_id] = _Own(sequence, Keeper(sequence, self._memory))
+            self._own[seq_id] = _Own(sequence, Keeper(sequence, self._memory), self._place)
         return self._own[seq_id]
 
     def _ids(self, tokens: object) -> NDArray[np.int32]:

@@ -6,6 +6,8 @@ special tokens of the tokenizer's post-processor; detokenizing is left to the mo
 
 from __future__ import annotations
 
+from array import array
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
@@ -22,36 +24,48 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+OWN_SCOPE: Any = object()
+"""The default of a request's `scope=`: that of the object asked. None is the shared scope."""
+
+
 class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
-    """llama.cpp's own tokenizer behind an L0 cache, keyed by bytes, add_bos and special."""
+    """llama.cpp's own tokenizer behind an L0 cache, keyed by bytes, add_bos, special and scope."""
 
     def __init__(self, model: Any, scope: str | None, l0: L0Cache | None = None) -> None:
         self._model = model
         self._scope = scope
         self._l0 = l0 if l0 is not None else L0Cache()
-        # The ids of the last text and their list: what is handed on as a list need not be
-        # converted back.
-        self._recent: tuple[list[int], TokenIds] = ([], TokenIds())
+        # The scope and ids of the last text and their list: what is handed on as a list need not
+        # be converted back.
+        self._recent: tuple[str | None, list[int], TokenIds] = (None, [], TokenIds())
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+    def tokenize(
+        self,
+        text: bytes,
+        add_bos: bool = True,
+        special: bool = True,
+        *,
+        scope: str | None = OWN_SCOPE,
+    ) -> list[int]:
         """Return what llama.cpp's tokenizer returns, from the cache where it is known."""
-        key, scope, add_bos = text.decode("latin-1"), self._cache_scope(special), bool(add_bos)
-        ids = self._l0.get(key, add_special_tokens=add_bos, scope=scope)
+        scope = self._scope if scope is OWN_SCOPE else scope
+        key, cache_scope, add_bos = (
+            text.decode("latin-1"),
+            _cache_scope(special, scope),
+            bool(add_bos),
+        )
+        ids = self._l0.get(key, add_special_tokens=add_bos, scope=cache_scope)
         if ids is None:
             ids = self._encode(text, add_bos, special)
-            self._l0.put(key, ids, add_special_tokens=add_bos, scope=scope)
-        return self._handed_on(ids)
-
-    def _cache_scope(self, special: bool) -> str:
-        # "-" and "+" tell no scope from the scope named "".
-        return f"{int(special)}-" if self._scope is None else f"{int(special)}+{self._scope}"
+            self._l0.put(key, ids, add_special_tokens=add_bos, scope=cache_scope)
+        return self._handed_on(ids, scope)
 
     def _encode(self, text: bytes, add_bos: bool, special: bool) -> TokenIds:
         return TokenIds(self._model.tokenize(text, add_bos=add_bos, special=special))
 
-    def _handed_on(self, ids: TokenIds) -> list[int]:
+    def _handed_on(self, ids: TokenIds, scope: str | None) -> list[int]:
         tokens = ids.tolist()
-        self._recent = (tokens, ids)
+        self._recent = (scope, tokens, ids)
         return list(tokens)
 
     def detokenize(
@@ -63,14 +77,23 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
         """Return the bytes of `tokens`, from the model's vocabulary."""
         return bytes(self._model.detokenize(tokens, special=special))
 
-    def int32_ids(self, tokens: Sequence[int]) -> NDArray[np.int32]:
+    def int32_ids(
+        self, tokens: Sequence[int], *, scope: str | None = OWN_SCOPE
+    ) -> NDArray[np.int32]:
         """Return the ids as int32; those of the last text, with or without BOS, unconverted."""
-        recent, ids = self._recent
+        recent_scope, recent, ids = self._recent
+        if recent_scope != (self._scope if scope is OWN_SCOPE else scope):
+            return int32_ids(tokens)
         n_before = len(tokens) - len(recent)
         if recent and 0 <= n_before <= 1 and list(tokens[n_before:]) == recent:
             known = np.frombuffer(memoryview(ids), np.int32)
             return known if not n_before else np.concatenate(([np.int32(tokens[0])], known))
         return int32_ids(tokens)
+
+
+def _cache_scope(special: bool, scope: str | None) -> str:
+    # "-" and "+" tell no scope from the scope named "".
+    return f"{int(special)}-" if scope is None else f"{int(special)}+{scope}"
 
 
 def int32_ids(tokens: Sequence[int]) -> NDArray[np.int32]:
@@ -79,17 +102,20 @@ def int32_ids(tokens: Sequence[int]) -> NDArray[np.int32]:
     Errors: InvalidTokens, with the first that is none.
     """
     try:
-        return np.fromiter(tokens, np.int32, len(tokens))
+        return np.frombuffer(array("i", tokens), np.int32)
     except (OverflowError, TypeError, ValueError):
-        wrong = next((token for token in tokens if not _is_int32(token)), tokens)
-        raise InvalidTokens(f"a token id must be an int32 integer, not {wrong!r}") from None
-
-
-def _is_int32(token: Any) -> bool:
-    try:
-        return -(1 << 31) <= int(token) < 1 << 31
-    except (TypeError, ValueError):
-        return False
+        pass
+    for position, token in enumerate(tokens):
+        if not hasattr(token, "__index__"):  # its type alone: it may be a prompt's text
+            found = type(token).__name__
+        elif not -(1 << 31) <= index(token) < 1 << 31:
+            found = f"{index(token):,}"
+        else:
+            continue
+        raise InvalidTokens(
+            f"a token id must be an int32 integer, not {found} (at position {position})"
+        )
+    raise InvalidTokens(f"token ids must be int32 integers, not {type(tokens).__name__}")
 
 
 class WrappedTokenizer(ModelTokenizer):
@@ -109,19 +135,27 @@ class WrappedTokenizer(ModelTokenizer):
         bos = around[:1] if around and around[0] == model.token_bos() else []
         self._before, self._after = bos, around[len(bos) :]
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+    def tokenize(
+        self,
+        text: bytes,
+        add_bos: bool = True,
+        special: bool = True,
+        *,
+        scope: str | None = OWN_SCOPE,
+    ) -> list[int]:
         """Return the wrapped tokenizer's ids, with what the model puts around them if asked."""
+        scope = self._scope if scope is OWN_SCOPE else scope
         try:
             string = text.decode()
         except UnicodeDecodeError:  # half a character: only llama.cpp knows what to do
-            return super().tokenize(text, add_bos, special)
-        ids = self._ids(string, special)
-        tokens = self._handed_on(ids)
+            return super().tokenize(text, add_bos, special, scope=scope)
+        ids = self._ids(string, special, scope)
+        tokens = self._handed_on(ids, scope)
         return self._framed(tokens, special) if add_bos else tokens
 
-    def _ids(self, text: str, special: bool) -> TokenIds:
+    def _ids(self, text: str, special: bool, scope: str | None) -> TokenIds:
         if special:
-            ids = self._tokenizer.token_ids(text, add_special_tokens=False, scope=self._scope)
+            ids = self._tokenizer.token_ids(text, add_special_tokens=False, scope=scope)
             return TokenIds(ids)
         return TokenIds(self._text_encoder().encode(text, add_special_tokens=False).ids)
 

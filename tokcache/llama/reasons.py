@@ -1,0 +1,61 @@
+"""Why a Llama's states are neither saved nor restored, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Reason(NamedTuple):
+    """What stands in the way, and the cure."""
+
+    why: str
+    cure: str
+
+
+REASONS = {
+    "logits_all": Reason(
+        "a state holds no logits, and with logits_all those of every position are asked for",
+        "pass logits_all=False (llama_cpp.server: --logits_all false); for logprobs make a Llama "
+        "of its own",
+    ),
+    "embedding_context": Reason(
+        "a context for embeddings keeps no prompt's state",
+        "make another Llama without embedding=True for completions",
+    ),
+    "draft_model": Reason(
+        "with a draft model the logits of several positions are asked for, and a state holds none",
+        "leave out draft_model",
+    ),
+    "memory": Reason(
+        "the model has no memory that could be saved: it is an encoder",
+        "leave out prefix_cache",
+    ),
+    "architecture": Reason(
+        "its states have not been shown to be exact (tokcache.llama.memories names those that are)",
+        "leave out prefix_cache, or use a model of a known architecture",
+    ),
+    "context_without_blocks": Reason(
+        "the context has no second sequence in one pool of cells to copy blocks through",
+        "leave context_params.n_seq_max and kv_unified as Llama sets them",
+    ),
+    "window_smaller_than_block": Reason(
+        "with reproducible=True a block must not be longer than the model's sliding window",
+        "pass PrefixStateCache(block_tokens=…) no larger than the window, or reproducible=False",
+    ),
+    "window_off_the_grid": Reason(
+        "with reproducible=True the cells of the sliding window must be a multiple of a block's",
+        "pass PrefixStateCache(block_tokens=…) that divides 256, swa_full=True, or "
+        "reproducible=False",
+    ),
+}
+
+
+def explained(reason: str) -> str:
+    """Return the reason with its cause and cure; one that is not in the table as it is."""
+    known = REASONS.get(reason.partition(":")[0])
+    return reason if known is None else f"{reason} ({known.why}); {known.cure}"
+
+
+def is_known(reason: str) -> bool:
+    """Return whether the table has the reason."""
+    return reason.partition(":")[0] in REASONS
