@@ -365,3 +365,40 @@ def test_a_call_of_the_object_is_a_completion() -> None:
         for method in (llama_cpp.Llama.__call__, llama_cpp.Llama.create_completion)
     )
     assert list(one) == list(two)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_what_the_context_holds_of_a_cleared_scope_is_neither_stored_nor_reused(
+    memory: str, reproducible: bool
+) -> None:
+    cache = store()
+    llm = model(memory, cache, public_prefix=PUBLIC, reproducible=reproducible)
+    ask = WAYS["create_completion"]
+    first = ask(llm, PROMPT, scope="a")
+    ask(llm, PUBLIC + OTHER, scope="b")
+    ask(llm, PROMPT, scope="a")
+    cache.clear(scope="a")
+    # The answer is saved when the next request comes: by then its scope was cleared.
+    again = ask(llm, PROMPT, scope="a")
+    assert sum(reuse(llm)) <= len(PUBLIC)
+    if reproducible:
+        assert again == first
+    llm.close()
+    other = model(memory, cache, public_prefix=PUBLIC, reproducible=reproducible)
+    ask(other, PUBLIC + OTHER, scope="b")
+    assert sum(reuse(other)) > 0
+    other.close()
+
+
+def test_a_stream_whose_scope_is_cleared_goes_on_and_stores_nothing() -> None:
+    cache = store()
+    llm = model(cache=cache)
+    whole = WAYS["stream"](model(), PROMPT, scope="a")
+    stream = llm.create_completion(PROMPT, stream=True, scope="a", **LONG)
+    began = text(next(stream))
+    cache.clear(scope="a")
+    assert began + "".join(map(text, stream)) == whole
+    llm.close()
+    assert len(cache) == 0
+    assert cache.stats().refusals["cleared"] >= 1

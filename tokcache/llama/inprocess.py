@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tokcache.state.core import Work
+
 _log = logging.getLogger("tokcache")
 
 UNKNOWN = -1  # stands in input_ids where a position was written by no token (images): no id is -1
@@ -96,6 +98,7 @@ class _Suspended:
     is_redone: bool  # they are decoded again: no snapshot would give the last bits
     n_prompt: int
     scope: Any
+    work: Work | None
     input_ids: NDArray[np.int32]
     scores: NDArray[np.float32] | None
     requires_eval: bool
@@ -177,6 +180,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     _is_embedding = False
     _has_unsaved = False  # whether states were passed over because the fingerprint was pending
     _held_scope: Any = None  # whose the positions are that the context holds
+    _work: Work | None = None  # void once that scope was cleared: the positions are stored no more
     _llama_cpp_cache: Any = None
     _warned_of: str | None = None  # why nothing is cached, as last seen
 
@@ -290,7 +294,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def prefix_cache(self, cache: PrefixStateCache | None) -> None:
         n_block = _checked_cache(cache).block_tokens if cache is not None else self._block_tokens
         with self._off_the_grid():
-            self._prefix_cache, self._block_tokens = cache, n_block
+            self._prefix_cache, self._block_tokens, self._work = cache, n_block, None
 
     @property
     def reproducible(self) -> bool:
@@ -450,7 +454,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Note whose the tokens are that are decoded now."""
         scope = self._request_scope()
         if not self._n_tokens:
-            self._held_scope = scope
+            if scope != self._held_scope:
+                self._held_scope, self._work = scope, None
         elif self._held_scope != scope:
             self._held_scope, self._n_own, self._n_grid = _MIXED, 0, 0
 
@@ -577,7 +582,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             finally:
                 self._is_decoding = False
                 self._n_own = self._n_grid = 0
-                self._held_scope = self._request_scope()
+                self._held_scope, self._work = self._request_scope(), None
 
     def tokenize(
         self,
@@ -684,7 +689,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if not len(ids):
             raise InvalidTokens("the prompt has no tokens, and the model adds no BOS to it")
         # Of another scope's positions, those alone are used that are no secret.
-        is_same = scope == self._held_scope
+        is_same = scope == self._held_scope and not self._is_cleared()
         n_usable = len(ids) if is_same else _n_shared(self._public_prefix, ids)
         if n_usable == len(ids) and self._is_held_whole(ids):
             self._held_scope = scope
@@ -694,7 +699,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if self._has_unsaved:
             self.end_generation()
         n_in_context = self._usable_in_context(ids[:n_usable], len(ids))
-        self._held_scope = scope
+        if not is_same or self._work is None:
+            self._held_scope = scope
+            self._work = None if self.prefix_cache is None else self.prefix_cache.begin(scope)
         n_held = self._restored(ids, n_in_context) if len(ids) else 0
         n_in_context = min(n_in_context, n_held)
         if not n_held:
@@ -811,7 +818,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if self._memory.is_plain or (n_tokens == self._n_tokens and not self.reproducible):
             self._save(n_tokens)
 
+    def _is_cleared(self) -> bool:
+        """Return whether the scope of the held positions was cleared since they were decoded."""
+        return self._work is not None and self._work.is_void
+
     def _save(self, n_tokens: int) -> None:
+        if self._is_cleared():
+            self._has_unsaved = False
+            self._refuse("cleared")
+            return
         place = self._place()
         if place is None:
             # Saved by the next request, if the digest is there then and the state still is.
@@ -839,6 +854,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             is_redone=is_redone,
             n_prompt=self._n_prompt,
             scope=self._held_scope,
+            work=self._work,
             n_tokens=n_tokens,
             end=0 if self._sequence is None else self._sequence.end(),
             n_own=self._n_own,
@@ -877,7 +893,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             )
         self._n_tokens = self._n_own = self._n_grid = 0
         n_tokens, self._n_prompt = suspended.n_tokens, suspended.n_prompt
-        self._held_scope = suspended.scope
+        self._held_scope, self._work = suspended.scope, suspended.work
         if suspended.is_redone:
             self._decode_anew(suspended.input_ids, suspended.n_grid, suspended.batches)
         else:
