@@ -1,0 +1,221 @@
+"""Measure how the code reads: `python tools/measure_house.py [--json]`.
+
+Five figures, each with the bar it is held against:
+
+1. "what" in 1,000 words of prose (comments and docstrings), for tokcache/, ext/ and tests/.
+   A sentence that needs the word often has no subject.
+2. Private functions that exactly one function calls, as a share of all functions of tokcache/.
+3. The largest class that wraps no foreign class, in methods, those of its own bases included.
+4. Floors of imports in tokcache/text/: the longest chain of modules that import each other.
+5. Circles of imports in tokcache/, type-checking imports included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import json
+import re
+import sys
+import tokenize
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROSE = {"tokcache": 1.5, "ext": 1.5, "tests": 1.5}
+BARS = {"one_caller_percent": 12.0, "largest_class": 30, "floors_in_text": 8, "circles": 0}
+_WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
+_CYTHON_PROSE = re.compile(r'"""(.*?)"""|#([^\n]*)', re.DOTALL)
+_FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def python_prose(source: str) -> list[str]:
+    """Return the docstrings and comments of a module."""
+    documented = (ast.Module, ast.ClassDef, *_FUNCTION)
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, documented))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = (token.string for token in tokens if token.type == tokenize.COMMENT)
+    return [*(ast.get_docstring(node) or "" for node in nodes), *comments]
+
+
+def cython_prose(source: str) -> list[str]:
+    """Return the docstrings and comments of a .pyx or .pxd file."""
+    return [doc or comment for doc, comment in _CYTHON_PROSE.findall(source)]
+
+
+def what_per_thousand(folder: str) -> float:
+    """Return how often "what" stands in 1,000 words of prose."""
+    n_words = n_what = 0
+    for path in sorted((ROOT / folder).rglob("*.py*")):
+        if path.suffix not in (".py", ".pyi", ".pyx", ".pxd"):
+            continue
+        read = python_prose if path.suffix in (".py", ".pyi") else cython_prose
+        for text in read(path.read_text(encoding="utf-8")):
+            words = [word.lower() for word in _WORD.findall(text)]
+            n_words += len(words)
+            n_what += words.count("what")
+    return 1000 * n_what / max(n_words, 1)
+
+
+def modules() -> dict[str, ast.Module]:
+    """Return the syntax tree of every module of tokcache/, by its dotted name."""
+    found = {}
+    for path in sorted((ROOT / "tokcache").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def one_caller_percent(trees: dict[str, ast.Module]) -> float:
+    """Return the share of functions that are private and named in one other function only."""
+    n_functions = 0
+    private: dict[str, int] = defaultdict(int)
+    named_in: dict[str, set[int]] = defaultdict(set)
+    for tree in trees.values():
+        outer = [node for node in ast.walk(tree) if isinstance(node, _FUNCTION)]
+        n_functions += len(outer)
+        for node in outer:
+            if node.name.startswith("_") and not node.name.endswith("__"):
+                private[node.name] += 1
+        for place, name in _names(tree):
+            named_in[name].add(place)
+    singles = sum(n for name, n in private.items() if n == 1 and len(named_in[name]) == 1)
+    return 100 * singles / max(n_functions, 1)
+
+
+def _names(tree: ast.AST, place: int = 0) -> list[tuple[int, str]]:
+    """Return every name that is used, and which function it is used in."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        inner = id(node) if isinstance(node, _FUNCTION) else place
+        if isinstance(node, ast.Name):
+            found.append((place, node.id))
+        elif isinstance(node, ast.Attribute):
+            found.append((place, node.attr))
+        found += _names(node, inner)
+    return found
+
+
+def largest_class(trees: dict[str, ast.Module]) -> tuple[str, int]:
+    """Return the class with most methods, inherited ones included; no wrapper of a foreign class.
+
+    A class wraps a foreign one if it has a base that tokcache does not define and that is no plain
+    base of the standard library.
+    """
+    classes = {
+        node.name: node
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    harmless = {"object", "Protocol", "Exception", "ABC", "NamedTuple", "Generator", "StrEnum"}
+
+    def methods(name: str) -> set[str]:
+        node = classes[name]
+        own = {one.name for one in node.body if isinstance(one, _FUNCTION)}
+        return own.union(*(methods(base) for base in _bases(node) if base in classes))
+
+    def is_foreign(name: str) -> bool:
+        node = classes[name]
+        if "Wrapper" in name or "Face" in name:
+            return True
+        return any(
+            is_foreign(base) if base in classes else base not in harmless for base in _bases(node)
+        )
+
+    sizes = {name: len(methods(name)) for name in classes if not is_foreign(name)}
+    name = max(sizes, key=lambda one: sizes[one])
+    return name, sizes[name]
+
+
+def _bases(node: ast.ClassDef) -> list[str]:
+    found = []
+    for base in node.bases:
+        inner = base.value if isinstance(base, ast.Subscript) else base
+        found.append(ast.unparse(inner))  # `llama_cpp.Llama` is no class of ours
+    return found
+
+
+def imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Return which modules each one imports, anywhere in it."""
+    graph: dict[str, set[str]] = {name: set() for name in trees}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                graph[name] |= {one.name for one in node.names if one.name in trees}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                for one in node.names:
+                    inner = f"{node.module}.{one.name}"
+                    graph[name].add(inner if inner in trees else node.module)
+        graph[name] &= trees.keys() - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return circles of imports until none is left, taking one import out of each."""
+    left = {name: set(others) for name, others in graph.items()}
+    found = []
+    while True:
+        try:
+            TopologicalSorter(left).prepare()
+        except CycleError as error:
+            circle = error.args[1]
+            found.append(circle)
+            for a, b in pairwise(circle):
+                left[b].discard(a)
+        else:
+            return found
+
+
+def floors(graph: dict[str, set[str]], room: str) -> int:
+    """Return how many modules of a room stand on top of each other; a circle counts as one."""
+    inside = {name for name in graph if name.startswith(room) and graph[name] is not None}
+    depth: dict[str, int] = {}
+
+    def floor(name: str, above: tuple[str, ...] = ()) -> int:
+        if name not in depth:
+            below = [one for one in graph[name] & inside if one not in above]
+            depth[name] = 1 + max((floor(one, (*above, name)) for one in below), default=0)
+        return depth[name]
+
+    return max(map(floor, inside))
+
+
+def measure() -> dict[str, object]:
+    """Return every figure."""
+    trees = modules()
+    graph = imports(trees)
+    name, size = largest_class(trees)
+    return {
+        "what_per_1000_words": {one: round(what_per_thousand(one), 1) for one in PROSE},
+        "one_caller_percent": round(one_caller_percent(trees), 1),
+        "largest_class": size,
+        "largest_class_name": name,
+        "floors_in_text": floors(graph, "tokcache.text."),
+        "circles": len(circles(graph)),
+        "circles_are": [" -> ".join(circle) for circle in circles(graph)],
+    }
+
+
+def main() -> None:
+    """Print the figures, beside their bars."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    found = measure()
+    if parser.parse_args().json:
+        json.dump(found, sys.stdout, indent=2)
+        return
+    for folder, rate in found["what_per_1000_words"].items():  # type: ignore[attr-defined]
+        print(f"'what' in 1,000 words of {folder + '/':10} {rate:6.1f}   (bar {PROSE[folder]})")
+    for figure, bar in BARS.items():
+        print(f"{figure:34} {found[figure]:6}   (bar {bar})")
+    print(f"the largest class is {found['largest_class_name']}")
+    for circle in found["circles_are"]:  # type: ignore[attr-defined]
+        print(f"circle: {circle}")
+
+
+if __name__ == "__main__":
+    main()
