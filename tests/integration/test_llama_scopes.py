@@ -216,10 +216,11 @@ def test_a_scope_of_none_is_the_shared_one_whatever_the_objects_is() -> None:
         llm.create_completion(PROMPT, **LONG, **scope)
         found[name] = llm.last_reuse.n_restored
     assert found == dict.fromkeys(found, len(PROMPT) - 1)
-    assert llm.prefix_cache.remove(scope=None) > 0
-    llm.reset()
-    llm.create_completion(PROMPT, scope=None, **LONG)
-    assert reuse(llm) == (0, 0)
+    assert llm.prefix_cache.clear(scope="own") > 0
+    for scope, n_restored in ((None, len(PROMPT) - 1), ("own", 0)):
+        llm.reset()
+        llm.create_completion(PROMPT, scope=scope, **LONG)
+        assert reuse(llm) == (0, n_restored)
     llm.close()
 
 
