@@ -217,9 +217,9 @@ def test_a_scope_of_none_is_the_shared_one_whatever_the_objects_is() -> None:
         found[name] = llm.last_reuse.n_restored
     assert found == dict.fromkeys(found, len(PROMPT) - 1)
     assert llm.prefix_cache.clear(scope="own") > 0
-    for scope, n_restored in ((None, len(PROMPT) - 1), ("own", 0)):
+    for asked, n_restored in ((None, len(PROMPT) - 1), ("own", 0)):
         llm.reset()
-        llm.create_completion(PROMPT, scope=scope, **LONG)
+        llm.create_completion(PROMPT, scope=asked, **LONG)
         assert reuse(llm) == (0, n_restored)
     llm.close()
 
