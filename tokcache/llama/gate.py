@@ -147,6 +147,11 @@ class Gate:
 
     def _enter(self, ticket: _Ticket) -> None:
         with self._mutex:
+            is_free = self._inside is None and not self._waiting
+            is_ours = ticket.kind is not _Kind.GENERATION or ticket.steps is self._whose_turn()
+            if is_free and is_ours:  # the usual case, once a token: nobody else wants the context
+                self._inside = ticket.thread
+                return
             self._waiting.append(ticket)
             self._wait_for(ticket)
 
@@ -216,7 +221,8 @@ class Gate:
             if is_step:
                 self._last_step = (time.monotonic(), threading.get_ident())
             self._inside = None
-            self._call(self._first()[0])
+            if self._waiting:
+                self._call(self._first()[0])
 
     # Steps
 
