@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import threading
 import time
@@ -310,6 +311,13 @@ def test_a_tenant_is_not_taken_for_the_flag(tok: Wrapped, engine: CountingEngine
             with pytest.raises(InvalidConfig, match="add_special_tokens must be True or False"):
                 call("secret", add_special_tokens=flag)
     assert engine.calls == []
+    for method in (tok.token_ids, tok.token_ids_batch, tok.atoken_ids):
+        first, *others = inspect.signature(method).parameters.values()
+        assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        assert [(one.name, one.kind, one.default) for one in others] == [
+            ("add_special_tokens", inspect.Parameter.KEYWORD_ONLY, True),
+            ("scope", inspect.Parameter.KEYWORD_ONLY, None),
+        ]
 
 
 def test_what_is_no_text_is_refused(tok: Wrapped, engine: CountingEngine) -> None:

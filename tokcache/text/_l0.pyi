@@ -1,5 +1,5 @@
 from collections.abc import Iterable
-from typing import final
+from typing import Any, final
 
 from tokcache.stats import L0Stats
 from tokcache.text.token_ids import TokenIds
@@ -45,3 +45,7 @@ class L0Cache:
     def memory_usage(self) -> int: ...
     def stats(self) -> L0Stats: ...
     def _check(self) -> None: ...
+
+def token_ids(
+    self: Any, text: str, *, add_special_tokens: bool = True, scope: str | None = None
+) -> TokenIds: ...

@@ -22,6 +22,7 @@ from tokcache._validate import require_bool, require_scope
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidText, TokcacheError
 from tokcache.stats import CacheStats, L0Stats, L1Stats
+from tokcache.text._native import is_native
 from tokcache.text.engines.copying import HuggingFaceEngine
 from tokcache.text.l0 import L0Cache
 from tokcache.text.segments.cache import CHARS_AT_ONCE, L1, Walk
@@ -635,6 +636,11 @@ class WrappedTokenizer:
 
         return warm.load(self._tokcache, path, _scopes(scopes, self._tokcache_scope), key)
 
+
+if not TYPE_CHECKING and is_native():
+    from tokcache.text._l0 import token_ids
+
+    WrappedTokenizer.token_ids = token_ids  # in C: 0.23 us a hit instead of 0.39
 
 _ALL: weakref.WeakSet[CachedTokenizer] = weakref.WeakSet()
 

@@ -550,6 +550,21 @@ cdef class L0Cache:
         return 0
 
 
+@cython.binding(True)
+def token_ids(self, text, *, add_special_tokens=True, scope=None):
+    """Return the token ids of `text`, from the cache if it holds them.
+
+    Shapes: int32[n_tokens], read-only, shared with the cache.
+    Cost:   a hit is one look-up; a text that many ask for at once is encoded once.
+    """
+    # WrappedTokenizer.token_ids: CPython calls a function with keyword-only arguments the slow way.
+    if scope is None:
+        scope = self._tokcache_scope
+    core = self._tokcache
+    ids = core.get(text, add_special_tokens, scope)
+    return core.miss(text, add_special_tokens, scope) if ids is None else ids
+
+
 cdef object text_of(const Entry* entry):
     """Return the text of an entry: the caller's own str, or one made of the copied bytes."""
     if (entry.meta & OWNER_MASK) >> OWNER_SHIFT == STRING:
