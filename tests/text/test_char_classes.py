@@ -12,26 +12,26 @@ import pytest
 
 from tokcache.text.segments.char_classes import (
     ASCII_CLASSES,
-    BLANK,
-    LETTERS_BEYOND,
     N_CLASSES,
-    PUNCTUATION_BEYOND,
+    NON_ASCII_LETTER_RANGES,
+    NON_ASCII_PUNCTUATION_RANGES,
     VISIBLE,
+    WHITESPACE,
     CharClass,
     class_of,
 )
 
 OLD = unicodedata.ucd_3_2_0
 C = CharClass
-RANGES = sorted([*LETTERS_BEYOND, *PUNCTUATION_BEYOND])
+RANGES = sorted([*NON_ASCII_LETTER_RANGES, *NON_ASCII_PUNCTUATION_RANGES])
 
 
 def chars_of(ranges: tuple[tuple[int, int], ...]) -> Iterator[str]:
     return (chr(point) for first, last in ranges for point in range(first, last + 1))
 
 
-LETTERS = list(chars_of(LETTERS_BEYOND))
-SIGNS = list(chars_of(PUNCTUATION_BEYOND))
+LETTERS = list(chars_of(NON_ASCII_LETTER_RANGES))
+SIGNS = list(chars_of(NON_ASCII_PUNCTUATION_RANGES))
 
 
 def canonical_pairs() -> list[tuple[str, str]]:
@@ -132,12 +132,12 @@ def test_every_ascii_character_has_the_class_its_name_says() -> None:
 
 
 def test_visible_and_blank_are_all_that_a_text_has_but_the_others() -> None:
-    assert not VISIBLE & BLANK
+    assert not VISIBLE & WHITESPACE
     only_on_the_left = {C.NEWLINE_RUN, C.TOKEN_END}
-    assert set(C) == VISIBLE | BLANK | only_on_the_left | {C.OTHER}
+    assert set(C) == VISIBLE | WHITESPACE | only_on_the_left | {C.OTHER}
     for char in map(chr, range(128)):
         assert (class_of(char) in VISIBLE) == (char.isprintable() and char != " "), ascii(char)
-    assert {class_of(char) for char in map(chr, range(0x10000))} == VISIBLE | BLANK | {C.OTHER}
+    assert {class_of(char) for char in map(chr, range(0x10000))} == VISIBLE | WHITESPACE | {C.OTHER}
     assert max(C) < N_CLASSES
 
 
@@ -153,7 +153,10 @@ def test_ranges_are_in_order_apart_and_beyond_ascii() -> None:
 
 @pytest.mark.parametrize(
     ("ranges", "wanted"),
-    [(LETTERS_BEYOND, C.LETTER_BEYOND), (PUNCTUATION_BEYOND, C.PUNCTUATION_BEYOND)],
+    [
+        (NON_ASCII_LETTER_RANGES, C.NON_ASCII_LETTER),
+        (NON_ASCII_PUNCTUATION_RANGES, C.NON_ASCII_PUNCTUATION),
+    ],
     ids=["letters", "punctuation"],
 )
 def test_a_range_ends_where_it_says(ranges: tuple[tuple[int, int], ...], wanted: C) -> None:

@@ -22,9 +22,9 @@ from tokcache.config import CacheConfig
 from tokcache.text.engines.copying import PartEncoder
 from tokcache.text.segments.cache import L1
 from tokcache.text.segments.char_classes import (
-    LETTERS_BEYOND,
     N_CLASSES,
-    PUNCTUATION_BEYOND,
+    NON_ASCII_LETTER_RANGES,
+    NON_ASCII_PUNCTUATION_RANGES,
     CharClass,
 )
 from tokcache.text.segments.id_lengths import token_bytes
@@ -386,7 +386,7 @@ def test_cuts_cover_the_text_without_a_gap(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, "whitespace", "digits"])
 def test_both_twins_know_the_same_classes(kind: str) -> None:
-    ranges = [*LETTERS_BEYOND, *PUNCTUATION_BEYOND]
+    ranges = [*NON_ASCII_LETTER_RANGES, *NON_ASCII_PUNCTUATION_RANGES]
     edges = {point + more for one in ranges for point in one for more in (-1, 0, 1)}
     caches = [Cached(name, kind).cache for name in ("native", "python")]
     for char in map(chr, [*range(128), *sorted(edges), 0x10000, 0x10FFFF]):

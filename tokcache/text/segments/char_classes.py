@@ -25,15 +25,15 @@ class CharClass(IntEnum):
     TAB = 8
     RETURN = 9
     NEWLINE = 10  # on the left of a cut: one newline behind a visible character
-    LETTER_BEYOND = 11  # letters of the scripts in `LETTERS_BEYOND`
-    PUNCTUATION_BEYOND = 12  # `PUNCTUATION_BEYOND`
+    NON_ASCII_LETTER = 11  # letters of the scripts in `NON_ASCII_LETTER_RANGES`
+    NON_ASCII_PUNCTUATION = 12  # `NON_ASCII_PUNCTUATION_RANGES`
     NEWLINE_RUN = 13  # a newline behind white space
     TOKEN_END = 14  # whatever ends an added token
 
 
 # Letters in Unicode 3.2 and ever since, of combining class 0: under NFC none of them turns into
 # something else than a letter, and none combines with a space or with punctuation behind it.
-LETTERS_BEYOND: tuple[tuple[int, int], ...] = (
+NON_ASCII_LETTER_RANGES: tuple[tuple[int, int], ...] = (
     (0x00C0, 0x00D6),
     (0x00D8, 0x00F6),
     (0x00F8, 0x012F),
@@ -54,7 +54,7 @@ LETTERS_BEYOND: tuple[tuple[int, int], ...] = (
 )
 
 # Punctuation in Unicode 3.2 and ever since that no composition begins or ends with.
-PUNCTUATION_BEYOND: tuple[tuple[int, int], ...] = (
+NON_ASCII_PUNCTUATION_RANGES: tuple[tuple[int, int], ...] = (
     (0x2013, 0x2014),
     (0x2018, 0x201E),
     (0x2026, 0x2026),
@@ -89,11 +89,14 @@ def _ascii_class(char: str) -> CharClass:
 
 ASCII_CLASSES = bytes(_ascii_class(chr(point)) for point in range(128))
 
-# (first, last, class) of the ranges beyond ASCII, in order.
+# (first, last, class) of the non-ASCII ranges, in order.
 RANGES: tuple[tuple[int, int, CharClass], ...] = tuple(
     sorted(
-        [(first, last, CharClass.LETTER_BEYOND) for first, last in LETTERS_BEYOND]
-        + [(first, last, CharClass.PUNCTUATION_BEYOND) for first, last in PUNCTUATION_BEYOND]
+        [(first, last, CharClass.NON_ASCII_LETTER) for first, last in NON_ASCII_LETTER_RANGES]
+        + [
+            (first, last, CharClass.NON_ASCII_PUNCTUATION)
+            for first, last in NON_ASCII_PUNCTUATION_RANGES
+        ]
     )
 )
 
@@ -116,11 +119,11 @@ VISIBLE = frozenset(
         CharClass.UNDERSCORE,
         CharClass.APOSTROPHE,
         CharClass.SLASH,
-        CharClass.LETTER_BEYOND,
-        CharClass.PUNCTUATION_BEYOND,
+        CharClass.NON_ASCII_LETTER,
+        CharClass.NON_ASCII_PUNCTUATION,
     }
 )
-BLANK = frozenset({CharClass.SPACE, CharClass.TAB, CharClass.RETURN, CharClass.NEWLINE})
+WHITESPACE = frozenset({CharClass.SPACE, CharClass.TAB, CharClass.RETURN, CharClass.NEWLINE})
 
 
 def class_of(char: str) -> CharClass:

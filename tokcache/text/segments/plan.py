@@ -35,7 +35,7 @@ from tokcache.text.engines.copying import (
     is_of_library,
     why_random,
 )
-from tokcache.text.segments.char_classes import BLANK, N_CLASSES, VISIBLE, CharClass, class_of
+from tokcache.text.segments.char_classes import N_CLASSES, VISIBLE, WHITESPACE, CharClass, class_of
 from tokcache.text.segments.components import BYTE_NAME, BYTE_NAMES, MARKER, MARKS_BLANKS, stages_of
 
 if TYPE_CHECKING:
@@ -82,14 +82,14 @@ _DEEPSEEK = (
 _NUMBERS = r"\p{N}{1,3}"
 _CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
-_LETTERS = frozenset({C.LETTER, C.LETTER_BEYOND})
-_SIGNS = frozenset({C.PUNCTUATION, C.UNDERSCORE, C.APOSTROPHE, C.SLASH, C.PUNCTUATION_BEYOND})
+_LETTERS = frozenset({C.LETTER, C.NON_ASCII_LETTER})
+_SIGNS = frozenset({C.PUNCTUATION, C.UNDERSCORE, C.APOSTROPHE, C.SLASH, C.NON_ASCII_PUNCTUATION})
 _SPACE = frozenset({C.SPACE})
 _DIGITS = frozenset({C.DIGIT})
-_MAYBE_WORDS = _LETTERS | _DIGITS | {C.UNDERSCORE, C.PUNCTUATION_BEYOND, C.OTHER}
+_MAYBE_WORDS = _LETTERS | _DIGITS | {C.UNDERSCORE, C.NON_ASCII_PUNCTUATION, C.OTHER}
 _NEWLINE = frozenset({C.NEWLINE})
 _ENDS_OF_LINES = frozenset({C.NEWLINE, C.NEWLINE_RUN, C.RETURN})
-_BLANK_LEFT = BLANK | {C.NEWLINE_RUN}
+_BLANK_LEFT = WHITESPACE | {C.NEWLINE_RUN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,9 +297,9 @@ class _Planner:
         if not normal.keeps_lines and C.SPACE not in left:
             left = left - _BLANK_LEFT  # a newline becomes a blank, of which no rule here speaks
         if not normal.keeps_beyond:
-            beyond = {C.LETTER_BEYOND, C.PUNCTUATION_BEYOND}
+            beyond = {C.NON_ASCII_LETTER, C.NON_ASCII_PUNCTUATION}
             right = right - beyond
-            if not rule.is_apart and (normal.pads_beyond or not right <= BLANK):
+            if not rule.is_apart and (normal.pads_beyond or not right <= WHITESPACE):
                 left = left - beyond
             if normal.strips and normal.pads_beyond:  # the blank put behind it would be stripped
                 left = left - beyond
@@ -445,11 +445,11 @@ class _Planner:
         for one in separators:
             first, last = class_of(one.content[0]), class_of(one.content[-1])
             if one.lstrip:  # it takes the blanks before it, so none of them may be cut off
-                pairs -= {(left, right) for left in _BLANK_LEFT for right in {first, *BLANK}}
+                pairs -= {(left, right) for left in _BLANK_LEFT for right in {first, *WHITESPACE}}
             if one.single_word:  # its neighbours count: it is never cut off from one
                 pairs -= {(left, first) for left in C if left not in _BLANK_LEFT}
                 ends = {last, C.NEWLINE_RUN} if last is C.NEWLINE else {last}
-                pairs -= {(end, right) for end in ends for right in C if right not in BLANK}
+                pairs -= {(end, right) for end in ends for right in C if right not in WHITESPACE}
             if one.skips or one.single_word:
                 pairs -= set(_pairs_in(one.content))
         inside = {pair for one in separators for pair in _pairs_in(one.content)}
@@ -648,7 +648,7 @@ def _bert_rules(_stage: Any) -> list[Rule]:
 def _blank_rules(_stage: Any = None) -> list[Rule]:
     why = "white space separates words and is dropped"
     return [
-        Rule("visible | blank", VISIBLE, BLANK, why, is_apart=True),
+        Rule("visible | blank", VISIBLE, WHITESPACE, why, is_apart=True),
         Rule("blank | visible", _BLANK_LEFT, VISIBLE, why, is_apart=True),
     ]
 
@@ -665,7 +665,7 @@ def _whitespace_rules(_stage: Any) -> list[Rule]:
 
 
 def _sign_rules(behavior: str) -> list[Rule]:
-    others = _LETTERS | _DIGITS | BLANK
+    others = _LETTERS | _DIGITS | WHITESPACE
     rules = []
     if behavior != "mergedwithprevious":
         rules.append(
@@ -683,7 +683,7 @@ def _punctuation_rules(stage: Any) -> list[Rule]:
 
 
 def _digit_rules(stage: Any) -> list[Rule]:
-    others = VISIBLE - _DIGITS | BLANK
+    others = VISIBLE - _DIGITS | WHITESPACE
     why = "digits are parts of their own"
     rules = [
         Rule("digit | other", _DIGITS, others, why),
@@ -728,7 +728,7 @@ def _split_rules(stage: Any) -> tuple[list[Rule], bool]:
 
 
 def _is_beyond(rule: Rule) -> bool:
-    return bool((rule.left | rule.right) <= {C.LETTER_BEYOND, C.PUNCTUATION_BEYOND})
+    return bool((rule.left | rule.right) <= {C.NON_ASCII_LETTER, C.NON_ASCII_PUNCTUATION})
 
 
 def _end_rules() -> list[Rule]:
@@ -853,7 +853,7 @@ def _known_classes(
         if (normal.space if char == " " else char) not in vocabulary and not has_bytes
     }
     usable = [*sorted(VISIBLE), C.SPACE]
-    beyond = {C.LETTER_BEYOND, C.PUNCTUATION_BEYOND}
+    beyond = {C.NON_ASCII_LETTER, C.NON_ASCII_PUNCTUATION}
     return [one for one in usable if one not in missing and one not in beyond]
 
 

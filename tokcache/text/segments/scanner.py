@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokcache.text.segments.char_classes import ASCII_CLASSES, BLANK, CharClass, class_of
+from tokcache.text.segments.char_classes import ASCII_CLASSES, WHITESPACE, CharClass, class_of
 
 if TYPE_CHECKING:
     from tokcache.text.segments.plan import CutPlan, Separator
@@ -16,7 +16,7 @@ _WHITE_SPACE = frozenset(
     + "".join(map(chr, range(0x2000, 0x200B)))
 )
 _WORDS = frozenset({CharClass.LETTER, CharClass.DIGIT, CharClass.UNDERSCORE})
-_IN_RUN = BLANK | {CharClass.NEWLINE_RUN, CharClass.OTHER}
+_IN_RUN = WHITESPACE | {CharClass.NEWLINE_RUN, CharClass.OTHER}
 
 
 class Unsure(Exception):
