@@ -13,8 +13,8 @@ import pytest
 
 from tests.state.engine import state_of
 from tokcache.errors import InvalidConfig, InvalidTokens
-from tokcache.state.blocks import token_bytes
 from tokcache.state.cache import PrefixStateCache
+from tokcache.state.names import token_bytes
 from tokcache.state.tiers.disk import DiskTier
 from tokcache.text.token_ids import TokenIds
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.state.engine import Engine, restored, state_of
 from tokcache.errors import InvalidConfig, InvalidTokens
-from tokcache.state.blocks import Owner
 from tokcache.state.cache import NODE_BYTES, PrefixStateCache
 from tokcache.state.index import root_bytes
+from tokcache.state.names import Owner
 
 ROOT = root_bytes(Owner(b"m", None, "free"))
 

@@ -13,8 +13,8 @@ import pytest
 from tests.state.engine import Engine, restored, state_of
 from tests.state.test_disk import SECRET, found, int32
 from tokcache.errors import InvalidConfig, InvalidScope, StateError
-from tokcache.state.behind import Job
 from tokcache.state.cache import PrefixStateCache
+from tokcache.state.write_behind import Job
 
 if TYPE_CHECKING:
     from tests.state.media import Medium

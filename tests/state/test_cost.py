@@ -13,7 +13,7 @@ import pytest
 from tests.state.engine import Engine, restored
 from tokcache.errors import InvalidConfig
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.cost import Speed, Worth
+from tokcache.state.tiers.backoff import Speed, Worth
 from tokcache.state.tiers.disk import DiskTier
 
 N, BLOCK = 80, 8

@@ -15,9 +15,9 @@ import pytest
 
 from tests.state.engine import Engine, restored
 from tokcache.errors import InvalidConfig, MissingExtra
-from tokcache.state.behind import Job, WriteBehind
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.tiers.disk import DiskTier
+from tokcache.state.write_behind import Job, WriteBehind
 
 SECRET = list(range(7001, 7041))  # a prompt that must not be found where it was removed
 KEYS = [{}, {"hmac_key": b"k" * 32}, {"encryption_key": b"e" * 32}]

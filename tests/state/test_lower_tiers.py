@@ -11,8 +11,8 @@ import pytest
 
 from tests.state.engine import Engine, state_of
 from tests.state.test_disk import IDS, KEYS, SECRET, found, int32
-from tokcache.state.behind import Job
-from tokcache.state.blocks import Owner
+from tokcache.state.names import Owner
+from tokcache.state.write_behind import Job
 
 if TYPE_CHECKING:
     from tests.state.media import Medium

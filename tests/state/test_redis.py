@@ -85,7 +85,7 @@ def test_keys_are_of_digests_and_all_of_a_state_is_in_one_slot(redis_server: Red
     assert sum(bool(state.fullmatch(key)) for key in found_keys) == 6
     assert sum(bool(lengths.fullmatch(key)) for key in found_keys) == 1
     own = tier(redis_server)
-    address = Address(tokcache.state.blocks.Owner(b"m", "t", "free"), 3, b"base", b"slot")
+    address = Address(tokcache.state.names.Owner(b"m", "t", "free"), 3, b"base", b"slot")
     places = own._keys(address)
     assert len({key_slot(key.encode()) for key in (*places, f"{places[0]}.new-1")}) == 1
     assert len({key_slot(key.encode()) for key in found_keys}) > 4  # states are spread

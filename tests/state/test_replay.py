@@ -19,9 +19,9 @@ from bench.replay_mooncake import (  # noqa: E402
     ratios,
     seen,
 )
-from tokcache.state.blocks import TOKEN_BYTES, Owner  # noqa: E402
 from tokcache.state.index import root_bytes  # noqa: E402
 from tokcache.state.memory import NODE_BYTES  # noqa: E402
+from tokcache.state.names import TOKEN_BYTES, Owner  # noqa: E402
 
 ROOT = root_bytes(Owner(b"mooncake", None, "free"))
 

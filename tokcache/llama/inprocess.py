@@ -46,8 +46,8 @@ from tokcache.llama.tokenizer import (
     check_vocabulary,
     int32_ids,
 )
-from tokcache.state.blocks import token_bytes
 from tokcache.state.cache import PrefixStateCache
+from tokcache.state.names import token_bytes
 from tokcache.text.token_ids import TokenIds
 from tokcache.text.wrappers import wrap
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tokcache.state.core import Work
+    from tokcache.state.handles import Work
 
 _log = logging.getLogger("tokcache")
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from tokcache.llama.memories import Memory
     from tokcache.llama.sequence import Sequence
-    from tokcache.state.cache import PrefixStateCache, RestorePlan
-    from tokcache.state.whole import StateHandle
+    from tokcache.state.cache import PrefixStateCache
+    from tokcache.state.handles import RestorePlan, StateHandle
 
     Ids = NDArray[np.int32]
 

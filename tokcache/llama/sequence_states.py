@@ -15,13 +15,13 @@ from tokcache.llama.keeper import Keeper, Place
 from tokcache.llama.memories import Memory
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import OWN_SCOPE
-from tokcache.state.blocks import token_bytes
 from tokcache.state.cache import PrefixStateCache
+from tokcache.state.names import token_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tokcache.state.core import Work
+    from tokcache.state.handles import Work
 
 
 @dataclass(slots=True)

@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING
 
 from tokcache._validate import MAX_INT, require_int, require_scope
 from tokcache.errors import InvalidConfig
-from tokcache.state.blocks import (
+from tokcache.state.handles import BlockIO, RestorePlan, StoredBlock, Work
+from tokcache.state.index import Node, Root, root_bytes
+from tokcache.state.memory import NODE_BYTES
+from tokcache.state.names import (
     TOKEN_BYTES,
     Kind,
     Owner,
@@ -29,15 +32,13 @@ from tokcache.state.blocks import (
     rest_owner,
     token_bytes,
 )
-from tokcache.state.core import Below, Work, checked_fingerprint
-from tokcache.state.index import Node, Root, root_bytes
-from tokcache.state.memory import NODE_BYTES
-from tokcache.state.plan import BlockIO, RestorePlan, StoredBlock
-from tokcache.state.store import WholeStates
+from tokcache.state.snapshots import WholeStates
+from tokcache.state.store import checked_fingerprint
 from tokcache.state.tiers import Address, StateRefused, Stored
 
 if TYPE_CHECKING:
     from tokcache.state.tiers.disk import DiskTier
+    from tokcache.state.tiers.opening import Below
     from tokcache.state.tiers.redis import RedisTier
 
 __all__ = ["NODE_BYTES", "BlockIO", "PrefixStateCache", "RestorePlan", "StoredBlock"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from sys import getsizeof
 from typing import TYPE_CHECKING
 
-from tokcache.state.blocks import TOKEN_BYTES, Owner, child_name, common_tokens, root_name
+from tokcache.state.names import TOKEN_BYTES, Owner, child_name, common_tokens, root_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

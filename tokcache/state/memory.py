@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from tokcache.state.index import BlockIndex, Match, Node, Root, root_bytes
 from tokcache.state.retention import Retention
+from tokcache.state.snapshot_index import WHOLE_BYTES, Whole, WholeIndex
 from tokcache.state.tiers.ram import RamTier
-from tokcache.state.whole import WHOLE_BYTES, Whole, WholeIndex
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from tokcache.state.blocks import Owner
+    from tokcache.state.names import Owner
     from tokcache.state.retention import Held
 
 # Python objects of one block: node, heap item, places in dict and tier, its name. Its tokens are

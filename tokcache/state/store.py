@@ -1,434 +1,463 @@
-"""WholeStates: the cache as a plain store of opaque states, one for a prefix."""
+"""StateCore: what blocks and whole states share: the lock, memory, lower tiers, counters."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import os
+import threading
 import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from tokcache._validate import MAX_INT, require_int, require_scope
-from tokcache.errors import InvalidConfig, InvalidTokens
-from tokcache.state.blocks import TOKEN_BYTES, Owner, root_name, token_bytes
-from tokcache.state.core import Below, StateCore, Work, checked_fingerprint
-from tokcache.state.memory import whole_overhead
-from tokcache.state.tiers import Address, StateRefused, Stored
-from tokcache.state.whole import StateHandle, Whole, prefix_names
+from tokcache._forks import Forkable, tell_of_forks
+from tokcache._validate import (
+    require_bool,
+    require_int,
+    require_scope,
+    require_seconds,
+    require_size,
+)
+from tokcache.errors import InvalidConfig
+from tokcache.state.handles import Work
+from tokcache.state.memory import StateMemory
+from tokcache.state.names import Owner, child_name
+from tokcache.state.tiers import Address, LowerTier, Record
+from tokcache.state.tiers.backoff import Speed
+from tokcache.state.tiers.notices import Notices
+from tokcache.state.tiers.opening import Below, open_tiers
+from tokcache.state.write_behind import Job
+from tokcache.stats import StateStats, TierStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Sequence
 
+    from tokcache.state.index import Node
+    from tokcache.state.snapshot_index import Whole
+    from tokcache.state.tiers.disk import DiskTier
+    from tokcache.state.tiers.redis import RedisTier
 
 _log = logging.getLogger("tokcache")
 
+_MIN_QUEUE = 1 << 20
+_COUNTED = (
+    "lookups",
+    "hits",
+    "prompt_tokens",
+    "context_tokens",
+    "restored_tokens",
+    "saved_tokens",
+    "saved_blocks",
+    "evictions",
+    "promoted_tokens",
+    "expirations",
+)
 
-class WholeStates(StateCore):
-    """The part of a PrefixStateCache that knows states by what they are of, not what is in them."""
 
-    # Storing
+class StateCore(Forkable):
+    """The lock, what is held in memory, the tiers below, nearest first, and their queues.
 
-    def store(
+    Units:   `_touch_s` seconds that the time of last use which other processes see may be old.
+
+    Threads: safe; after a fork the child keeps what was stored and nothing that was in use.
+    """
+
+    _touch_s = 30.0
+
+    def __init__(
         self,
-        tokens: object,
-        state: object,
         *,
-        fingerprint: bytes,
-        n_past: int | None = None,
-        scope: str | None = None,
-        public_tokens: int = 0,
-        priority: int = 0,
-        pin: bool = False,
-    ) -> bool:
-        """Store the bytes of the state after all of `tokens`; False if there is no room for it.
-
-        The bytes are copied. What was stored for the same tokens with the same priority is
-        replaced. `n_past` is the engine's own count of positions, by default the number of
-        tokens. Of lower `priority` goes first; `pin` keeps the state from being evicted or
-        expiring, until `remove`. A state of at most `public_tokens` tokens goes to the shared
-        scope, whatever `scope` is.
-
-        Errors: InvalidTokens for no tokens; InvalidConfig for a state that is no bytes-like
-                object, and for numbers out of range.
-        """
-        whole = _whole(tokens, fingerprint, n_past, scope, priority, n_public=public_tokens)
-        view = _checked_state(state)
-
-        def copy(buffer: memoryview) -> None:
-            buffer[:] = view
-
-        return self._store(whole, view.nbytes, copy, pin=pin)
-
-    def fill(
-        self,
-        tokens: object,
-        n_bytes: int,
-        read: Callable[[memoryview], object],
-        *,
-        fingerprint: bytes,
-        scope: str | None = None,
-    ) -> bool:
-        """Store as `store` does what `read` copies into a buffer of `n_bytes`.
-
-        If it raises, nothing is stored, and a counter tells.
-        """
-        whole = _whole(tokens, fingerprint, None, scope, 0)
-        try:
-            return self._store(whole, require_int("n_bytes", n_bytes, 0), read, pin=False)
-        except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
-            _log.debug("a state could not be read", exc_info=True)
-            self.refuse("save_failed")
-            return False
-
-    def _store(
-        self, whole: Whole, n_bytes: int, read: Callable[[memoryview], object], *, pin: bool
-    ) -> bool:
-        if not self.enabled:
-            return False
-        with self._lock:
-            self._settle()
-            work = self._begin(whole.owner.scope)
-            buffer = self._buffer_for(whole, n_bytes)
-        if buffer is None:
-            self._tell_oversize()
-            return False
-        is_filed = False
-        try:
-            read(buffer)
-            is_filed = True
-        finally:
-            with self._lock:
-                # Cleared while the bytes were copied: then this comes too late.
-                is_filed = is_filed and not (work.is_void or self._is_closed)
-                is_filed = is_filed and self._memory.has_whole_room(self._n_replaced(whole))
-                if is_filed:
-                    self._file_whole(whole, buffer, pin=pin)
-                else:
-                    self._memory.drop(buffer, whole_overhead(whole))
-        return is_filed
-
-    def _n_replaced(self, whole: Whole) -> int:
-        return self._memory.wholes.same(whole) is not None
-
-    def _buffer_for(self, whole: Whole, n_bytes: int) -> memoryview | None:
-        memory, overhead = self._memory, whole_overhead(whole)
-        if self._is_closed:
-            return None
-        if n_bytes + overhead > self.ram_bytes:
-            n_total = n_bytes + overhead
-            self._refuse_oversize(whole.owner.fingerprint, whole.n_tokens, n_total)
-            return None
-        if not memory.has_whole_room(self._n_replaced(whole)):
-            memory.refusals["entries_in_use"] += 1
-            return None
-        return memory.take(n_bytes, overhead)
-
-    def _file_whole(self, whole: Whole, buffer: memoryview, *, pin: bool) -> None:
-        replaced = self._memory.wholes.same(whole)
-        is_kept = pin or (replaced is not None and replaced.is_kept)
-        if replaced is not None and replaced.is_kept:
-            self._set_kept(replaced, is_kept=False)
-        whole.used_at = time.time()
-        self._memory.file_whole(whole, buffer)
-        self._set_kept(whole, is_kept=is_kept)
-        self._memory.counts["saved_blocks"] += 1
-        self._memory.counts["saved_tokens"] += whole.n_tokens
-        self._queue_whole(whole, _address(whole.owner, whole.name, whole.n_tokens))
-
-    # Finding
-
-    def find(
-        self,
-        tokens: object,
-        *,
-        fingerprint: bytes,
-        scope: str | None = None,
-        public_tokens: int = 0,
-        is_counted: bool = True,
-    ) -> StateHandle | None:
-        """Return the state of the longest stored prefix of `tokens`, None if there is none.
-
-        Of equal length the one of the highest priority is returned. States of at most
-        `public_tokens` tokens are looked for in the shared scope, too. Close the handle, or use
-        it in a `with`: until then its state is not evicted. `is_counted=False` is for a part of
-        a look-up that is counted elsewhere.
-        """
-        owner, wanted = _owner(fingerprint, scope), token_bytes(tokens)
-        n_public = require_int("public_tokens", public_tokens, 0)
-        if not is_counted:
-            return self._find_both(owner, wanted, n_public)
-        with self._lock:
-            self._memory.counts["lookups"] += 1
-            self._memory.counts["prompt_tokens"] += len(wanted) // TOKEN_BYTES
-        found = self._find_both(owner, wanted, n_public)
-        with self._lock:
-            self._memory.counts["hits"] += found is not None
-        return found
-
-    def _find_both(self, owner: Owner, wanted: bytes, n_public: int) -> StateHandle | None:
-        found = self._find(owner, wanted)
-        n_found = 0 if found is None else found.n_tokens
-        if n_found >= n_public or owner.scope is None:
-            return found
-        shared = self._find(owner._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
-        return shared if shared is not None and shared.n_tokens > n_found else found
-
-    def handle(
-        self, tokens: object, *, fingerprint: bytes, scope: str | None = None
-    ) -> StateHandle | None:
-        """Return the state in memory of exactly these tokens; counts as no look-up and no use."""
-        owner, wanted = _owner(fingerprint, scope), token_bytes(tokens)
-        with self._lock:
-            self._settle()
-            for _, name in prefix_names(owner, wanted, [len(wanted) // TOKEN_BYTES]):
-                whole = self._live(owner, name, wanted)
-                if whole is not None:
-                    return self._handle(whole)
-        return None
-
-    def _find(self, owner: Owner, wanted: bytes) -> StateHandle | None:
-        whole_of_it = self._all_of_it(owner, wanted) if self._below else None
-        if whole_of_it is not None:  # nothing below is longer
-            return whole_of_it
-        work = self.begin(owner.scope)  # before a tier is asked: it may be cleared meanwhile
-        worth = self._worth_asking(owner)
-        lengths = [below.tier.lengths(owner) for below in worth]
-        with self._lock:
-            self._settle()
-            if self._is_closed:
-                return None
-            everywhere = self._memory.wholes.lengths(owner).union(*lengths)
-        usable = sorted(n for n in everywhere if self.min_tokens <= n <= len(wanted) // TOKEN_BYTES)
-        names = dict(prefix_names(owner, wanted, usable))
-        usable.reverse()
-        asked = [
-            (below, held, _ask(below, owner, wanted, {n: names[n] for n in usable if n in held}))
-            for below, held in zip(worth, lengths, strict=True)
-        ]
-        for n_tokens in usable:
-            tokens = wanted[: n_tokens * TOKEN_BYTES]
-            with self._lock:
-                whole = self._live(owner, names[n_tokens], tokens)
-                if whole is not None:
-                    return self._used(whole)
-            for below, held, found in asked:
-                if n_tokens not in held:
-                    continue
-                handle = self._from_below(below, found, owner, tokens, work)
-                if handle is not None:
-                    return handle
-        return None
-
-    def _all_of_it(self, owner: Owner, wanted: bytes) -> StateHandle | None:
-        """Return the state in memory of exactly these tokens."""
-        n_tokens = len(wanted) // TOKEN_BYTES
-        with self._lock:
-            self._settle()
-            if self._is_closed or n_tokens not in self._memory.wholes.lengths(owner):
-                return None
-        ((_, name),) = prefix_names(owner, wanted, [n_tokens])
-        with self._lock:
-            whole = self._live(owner, name, wanted) if n_tokens >= self.min_tokens else None
-            return self._used(whole) if whole is not None else None
-
-    def _live(self, owner: Owner, name: bytes, tokens: bytes) -> Whole | None:
-        whole = self._memory.wholes.get(owner, name, tokens)
-        while whole is not None and not whole.is_kept:
-            if not self._memory.is_expired(whole, time.monotonic()):
-                return whole
-            self._memory.remove_whole(whole)
-            self._memory.counts["expirations"] += 1
-            whole = self._memory.wholes.get(owner, name, tokens)
-        return whole
-
-    def _used(self, whole: Whole) -> StateHandle | None:
-        whole.hits += 1
-        whole.used_at = time.time()
-        self._memory.use([whole], time.monotonic())
-        if whole.written and time.monotonic() - whole.touched_s > self._touch_s:
-            self._touch_later([whole], [_address(whole.owner, whole.name, whole.n_tokens)])
-        return self._handle(whole)
-
-    def _handle(self, whole: Whole) -> StateHandle | None:
-        payload = self._tier.view(whole)
-        if payload is None:
-            self._memory.refusals["payload_lost"] += 1
-            return None
-        whole.pins += 1
-        return StateHandle(self, whole, payload)
-
-    # Finding below
-
-    def _from_below(
-        self,
-        below: Below,
-        found: Iterator[Stored | None],
-        owner: Owner,
-        tokens: bytes,
-        work: Work,
-    ) -> StateHandle | None:
-        """Return the next that a tier found, if it is of `tokens`."""
-        began, handle = time.perf_counter(), None
-        try:
-            stored = next(found, None)
-            if stored is None:
-                return None
-            with stored:
-                if stored.record.tokens == tokens:
-                    handle = self._promoted(below, owner, stored, work)
-        except StateRefused as refusal:
-            below.tier.refuse(str(refusal))
-        except Exception:  # noqa: BLE001  (whatever it is, it is a miss)
-            _log.warning("the %s tier failed", below.tier.label, exc_info=True)
-            below.tier.refuse("error")
-        if handle is not None:
-            self._note_read(below, owner, handle.n_tokens, time.perf_counter() - began)
-        return handle
-
-    def _promoted(
-        self, below: Below, owner: Owner, stored: Stored, work: Work
-    ) -> StateHandle | None:
-        record = stored.record
-        whole = Whole(owner, record.name, record.tokens, record.n_past, record.priority)
-        with self._lock:
-            if work.is_void:
-                return None
-            has_room = stored.n_bytes + whole_overhead(whole) <= self.ram_bytes
-            buffer = self._buffer_for(whole, stored.n_bytes) if has_room else None
-        if buffer is None:
-            return self._loose_handle(whole, stored.view(), work)
-        is_read = False
-        handle: StateHandle | None = None
-        try:
-            stored.read_into(buffer)
-            is_read = True
-        finally:
-            with self._lock:
-                is_filed = is_read and not (work.is_void or self._is_closed)
-                is_filed = is_filed and self._memory.has_whole_room(self._n_replaced(whole))
-                if is_filed:
-                    self._memory.file_whole(whole, buffer)
-                    whole.written |= below.bit
-                    self._memory.counts["promoted_tokens"] += whole.n_tokens
-                    handle = self._used(whole)
-                    self._queue_whole(whole, _address(owner, whole.name, whole.n_tokens))
-                else:
-                    self._memory.drop(buffer, whole_overhead(whole))
-        return handle
-
-    def _loose_handle(self, whole: Whole, payload: memoryview, work: Work) -> StateHandle | None:
-        """Return the handle of a state that memory has no room for."""
-        whole.pins, whole.used_at, whole.hits = 1, time.time(), 1
-        with self._lock:
-            if work.is_void:
-                return None
-            self._loose.add(whole)
-        return StateHandle(self, whole, payload)
-
-    # Keeping and removing
-
-    def touch(self, handle: StateHandle) -> bool:
-        """Note that a state is in use now; False if it is gone, or another cache's."""
-        with self._lock:
-            if handle.is_stale or not handle.is_of(self):
-                return False
-            handle.whole.used_at = time.time()
-            self._memory.use([handle.whole], time.monotonic())
-            whole = handle.whole
-            self._touch_later([whole], [_address(whole.owner, whole.name, whole.n_tokens)])
-            return True
-
-    def pin(self, handle: StateHandle, *, is_pinned: bool = True) -> bool:
-        """Keep a state from being evicted or expiring, or let it go again; False as `touch`."""
-        with self._lock:
-            if handle.is_stale or not handle.is_of(self):
-                return False
-            self._set_kept(handle.whole, is_kept=is_pinned)
-            return True
-
-    def _set_kept(self, whole: Whole, *, is_kept: bool) -> None:
-        whole.pins += is_kept - whole.is_kept
-        whole.is_kept = is_kept
-
-    def remove(self, handle: StateHandle) -> int:
-        """Remove one state from every tier; return 1, or 0 if it was removed already.
-
-        Where a tier fails to remove it, a counter and a line in the log say so. `clear(scope=…)`
-        removes all of a tenant's.
-
-        Errors: InvalidConfig for anything else than a handle, and for another cache's.
-        """
-        if not isinstance(handle, StateHandle):
-            raise InvalidConfig(
-                f"remove takes a handle that find() returned, not {type(handle).__name__}; "
-                "clear(scope=…) removes all of a tenant's states"
-            )
-        if not handle.is_of(self):
-            raise InvalidConfig("this handle is another cache's; ask that one to remove its state")
-        whole = handle.whole
-        self.flush()  # what waits would come back to the tiers after its removal
-        with self._lock:
-            self._settle()
-            is_there = not whole.is_dead
-            if is_there and whole not in self._loose:
-                self._set_kept(whole, is_kept=False)
-                self._memory.remove_whole(whole)
-            whole.is_dead = True
+        ram_bytes: int | str,
+        max_entries: int,
+        block_tokens: int,
+        min_tokens: int,
+        ttl_s: float | None,
+        disk: str | os.PathLike[str] | DiskTier | None,
+        redis: str | RedisTier | None,
+        queue_bytes: int | str | None,
+        enabled: bool,
+    ) -> None:
+        self.ram_bytes = require_size("ram_bytes", ram_bytes)
+        self.max_entries = require_int("max_entries", max_entries, minimum=1)
+        self.block_tokens = require_int("block_tokens", block_tokens, minimum=1)
+        self.min_tokens = require_int("min_tokens", min_tokens, minimum=1)
+        self.enabled = require_bool("enabled", enabled)
+        # What waits can't be evicted: it must leave room for what is to be saved meanwhile.
+        queue = max(self.ram_bytes // 4, _MIN_QUEUE)
+        if queue_bytes is not None:
+            queue = require_size("queue_bytes", queue_bytes)
+        self._memory = StateMemory(
+            self.ram_bytes,
+            self.max_entries,
+            self.block_tokens,
+            None if ttl_s is None else require_seconds("ttl_s", ttl_s),
+        )
+        self._index, self._tier = self._memory.index, self._memory.tier
+        self._lock = threading.Lock()
+        self._released: deque[list[Node] | list[Whole]] = deque()
+        self._unwritten: deque[tuple[Node | Whole, int]] = deque()
+        self._is_closed = False
+        self._notices = Notices()
+        self._untold: deque[tuple[str, str, str]] = deque()
+        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
+        self._seconds = {"restore": 0.0, "save": 0.0}
+        self._prefill: dict[bytes, Speed] = {}
+        self._loose: weakref.WeakSet[Whole] = weakref.WeakSet()
+        self._below: tuple[Below, ...] = ()
+        if enabled:
+            self._below = open_tiers(disk, redis, queue)
         for below in self._below:
-            if is_there:
-                below.tier.remove(_address(whole.owner, whole.name, whole.n_tokens))
-        return int(is_there)
+            # Not waited for here: the garbage collector may run this under any lock.
+            weakref.finalize(self, below.writer.end).atexit = False
+        tell_of_forks(self)
 
-    def whole_states(self) -> Iterator[StateHandle]:
-        """Yield a handle of each whole state in memory, in no order; counts as no use."""
+    # Lower tiers
+
+    def _tier_below(self, label: str) -> LowerTier | None:
+        return next((each.tier for each in self._below if each.tier.label == label), None)
+
+    @property
+    def disk(self) -> DiskTier | None:
+        """The disk tier, None without one."""
+        return self._tier_below("disk")  # type: ignore[return-value]
+
+    @property
+    def redis(self) -> RedisTier | None:
+        """The Redis tier, None without one."""
+        return self._tier_below("redis")  # type: ignore[return-value]
+
+    def note_prefill(self, n_tokens: int, seconds: float, *, fingerprint: bytes) -> None:
+        """Tell how long the engine took to prefill `n_tokens` of the model `fingerprint`.
+
+        What a lower tier took longer for than that is counted; once it has cost a quarter of a
+        second it is not asked for this model's states for half a minute, then it is tried anew.
+        Without this nothing is known, and every tier is asked.
+
+        Errors: InvalidConfig.
+        """
+        n_tokens = require_int("n_tokens", n_tokens, minimum=1)
+        if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+            raise InvalidConfig(f"seconds must be a number from 0 on, not {seconds!r}")
+        fingerprint = checked_fingerprint(fingerprint)
+        with self._lock:
+            self._prefill.setdefault(fingerprint, Speed()).note(n_tokens, seconds)
+
+    def _worth_asking(self, owner: Owner) -> list[Below]:
+        """Return the tiers that may be faster than prefilling; count the others."""
+        with self._lock:
+            resting = [each for each in self._below if each.worth.rests(owner.fingerprint)]
+        for below in resting:
+            below.tier.refuse("slower_than_prefill")
+        return [each for each in self._below if each not in resting]
+
+    def _note_read(self, below: Below, owner: Owner, n_tokens: int, seconds: float) -> bool:
+        """Note what a tier took to bring `n_tokens`; return whether to go on asking it."""
+        with self._lock:
+            speed = self._prefill.get(owner.fingerprint)
+            if speed is not None and n_tokens:
+                below.worth.note(owner.fingerprint, seconds, speed.seconds(n_tokens))
+            return not below.worth.rests(owner.fingerprint)
+
+    def _address(self, node: Node, owner: Owner) -> Address:
+        head = node.tokens[: self._index.grain(owner)]
+        return Address(owner, node.start, node.base, child_name(node.base, head))
+
+    def _queue_blocks(self, nodes: list[Node], owner: Owner) -> None:
+        """Queue what each tier does not have yet, parents first; the lock is held."""
+        for below in self._below:
+            for node in nodes:
+                if node.written & below.bit or node.is_dead:
+                    continue
+                record = Record(node.name, node.tokens, priority=node.priority)
+                if not self._queue(below, node, self._address(node, owner), record):
+                    break  # without it, what follows would not be found
+
+    def _queue_whole(self, whole: Whole, address: Address) -> None:
+        """Queue a whole state for each tier that does not have it yet; the lock is held."""
+        record = Record(whole.name, whole.tokens, whole.n_past, whole.priority)
+        for below in self._below:
+            if not whole.written & below.bit:
+                self._queue(below, whole, address, record)
+
+    def _queue(self, below: Below, held: Node | Whole, address: Address, record: Record) -> bool:
+        tier, bit, payload = below.tier, below.bit, self._tier.get(held)
+        if payload is None:
+            return True
+        released, unwritten = self._released, self._unwritten
+
+        def run() -> None:
+            is_there = False
+            try:
+                is_there = tier.write(address, record, payload)
+            finally:
+                if not is_there:  # it is tried again with the next save that passes by
+                    unwritten.append((held, bit))
+
+        done = lambda: released.append([held])  # type: ignore[arg-type]  # noqa: E731
+        if below.write(held, Job(address.owner.scope, payload.nbytes, run, done)):
+            return True
+        self._memory.refusals[f"{tier.label}: queue_full"] += 1
+        return False
+
+    def _touch_later(self, held: Sequence[Node | Whole], addresses: list[Address]) -> None:
+        """Tell the tiers, off the request path, that these are in use; the lock is held."""
+        if not self._below or not addresses:
+            return
+        now = time.monotonic()
+        for each in held:
+            each.touched_s = now
+        for below in self._below:
+            touch = partial(_touch, below, addresses, held, self._unwritten)
+            below.writer.put(Job(addresses[0].owner.scope, 0, touch))
+
+    def _untouched(self, nodes: list[Node]) -> list[Node]:
+        if not self._below:
+            return []
+        old = time.monotonic() - self._touch_s
+        return [node for node in nodes if node.touched_s < old and node.written]
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until all that was saved is in the lower tiers; False if that took too long.
+
+        What a tier refused is counted, not waited for.
+        """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        return all(each.writer.flush(_left(until)) for each in self._below)
+
+    # Counting
+
+    def refuse(self, reason: str) -> None:
+        """Count a state that was not stored or not used."""
+        with self._lock:
+            self._memory.refusals[reason] += 1
+
+    def _refuse_oversize(self, fingerprint: bytes, n_tokens: int, n_bytes: int) -> None:
+        """Count a state that is larger than all memory may be; the lock is held."""
+        self._memory.refusals["over_budget"] += 1
+        if self._notices.is_first(fingerprint):
+            self._untold.append((f"{n_tokens:,}", f"{n_bytes:,}", f"{self.ram_bytes:,}"))
+
+    def _tell_oversize(self) -> None:
+        """Log, once a model, what is too large; without the lock, which a handler may need."""
+        while self._untold:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                _log.warning(
+                    "the state of a prompt of %s tokens takes %s bytes, more than ram_bytes=%s: "
+                    "prompts that long are not stored; raise ram_bytes (said once a model)",
+                    *self._untold.popleft(),
+                )
+
+    def count_prompt(
+        self, n_tokens: int, *, context_tokens: int = 0, restored_tokens: int = 0
+    ) -> None:
+        """Count a prompt: how many of its tokens were in the engine's context, how many restored.
+
+        `plan`, `find` and what they return count this themselves. It is for prompts that they were
+        not asked for, because the context held all but the last token, and for callers of
+        `plan(…, counts_tokens=False)`.
+
+        Errors: InvalidConfig.
+        """
+        n_tokens = require_int("n_tokens", n_tokens, minimum=0)
+        context_tokens = require_int("context_tokens", context_tokens, minimum=0)
+        restored_tokens = require_int("restored_tokens", restored_tokens, minimum=0)
+        with self._lock:
+            counts = self._memory.counts
+            counts["prompt_tokens"] += n_tokens
+            counts["context_tokens"] += context_tokens
+            counts["restored_tokens"] += restored_tokens
+
+    def count_restored(
+        self, n_tokens: int, seconds: float, *, n_in_context: int = 0, is_hit: bool = False
+    ) -> None:
+        """Count positions restored after `n_in_context` that were there, and an uncounted hit."""
+        with self._lock:
+            self._memory.counts["restored_tokens"] += n_tokens
+            self._memory.counts["context_tokens"] += n_in_context
+            self._memory.counts["hits"] += is_hit
+            self._seconds["restore"] += seconds
+
+    def release_later(self, held: list[Node] | list[Whole]) -> None:
+        """Unpin `held` at the next operation; takes no lock."""
+        self._released.append(held)
+
+    def _settle(self) -> None:
+        while self._unwritten:
+            held, bit = self._unwritten.popleft()
+            held.written &= ~bit
+        while self._released:
+            for each in self._released.popleft():
+                self._memory.release(each)
+
+    def stats(self) -> StateStats:
+        """Return the counters and what is held now."""
+        below = {each.tier.label: each.tier.stats() for each in self._below}
         with self._lock:
             self._settle()
-            handles = [self._handle(whole) for whole in self._memory.wholes]
-        yield from (handle for handle in handles if handle is not None)
+            counts, refusals = self._memory.counts, dict(self._memory.refusals)
+            for label, tier in below.items():
+                refusals |= {f"{label}: {reason}": n for reason, n in tier.refusals.items()}
+            return StateStats(
+                **{name: counts[name] for name in _COUNTED},
+                refusals=refusals,
+                restore_seconds=self._seconds["restore"],
+                save_seconds=self._seconds["save"],
+                n_entries=self._memory.n_entries,
+                n_blocks=self._index.n_nodes,
+                n_bytes=self._memory.held_bytes(),
+                n_states=self._memory.wholes.n_states,
+                disk=below.get("disk", TierStats()),
+                redis=below.get("redis", TierStats()),
+            )
+
+    def memory_usage(self) -> int:
+        """Return the bytes retained: states, tokens, overhead and buffers for their next use."""
+        with self._lock:
+            self._settle()
+            return self._memory.held_bytes()
+
+    def __len__(self) -> int:
+        """Return the number of entries in memory: stored prefixes that nothing continues."""
+        with self._lock:
+            return self._memory.n_entries
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether memory holds nothing."""
+        return len(self) == 0
+
+    def __bool__(self) -> bool:
+        """Return True: an empty cache is a cache."""
+        return True
+
+    # Clearing
+
+    def begin(self, scope: str | None) -> Work:
+        """Return what tells, later, whether `scope` was cleared since now.
+
+        Errors: InvalidScope.
+        """
+        scope = require_scope(scope)
+        with self._lock:
+            return self._begin(scope)
+
+    def _begin(self, scope: str | None) -> Work:
+        work = Work(scope)
+        self._works.add(work)
+        return work
+
+    def clear(self, scope: str | None = None) -> int:
+        """Remove a tenant's states from every tier, or everything; return the states removed.
+
+        With a `scope` its states go, and nothing else: what its prompts begin with that is public
+        stays, counters go on. Without one everything goes, the shared space and the counters of
+        look-ups and memory too, and a disk tier's folder and a Redis tier's namespace are emptied
+        for all that share them; the shared space alone can't be cleared, for the states of tenants
+        follow on it. Nothing under way comes back: writes that wait are dropped, saves and
+        promotions that have begun store nothing, open handles and plans yield nothing more. What
+        another cache or process holds in its memory or queue is its own to clear. Where a tier
+        fails to remove states, a counter and a line in the log say so.
+
+        Errors: InvalidScope.
+        """
+        scope = require_scope(scope)
+
+        def is_doomed(each: str | None) -> bool:
+            return scope is None or each == scope
+
+        self._discard_queued(is_doomed)
+        with self._lock:
+            n_removed = self._clear_memory(is_doomed)
+            if scope is None:
+                self._reset_counters()
+        # What was saved between the two steps was filed before the lock was had.
+        self._discard_queued(is_doomed)
+        return max([n_removed, *(each.tier.clear(scope) for each in self._below)])
+
+    def _discard_queued(self, is_doomed: Callable[[str | None], bool]) -> None:
+        for below in self._below:
+            below.writer.discard(is_doomed)
+
+    def _clear_memory(self, is_doomed: Callable[[str | None], bool]) -> int:
+        """Remove what memory holds for these scopes, and stop what is under way for them."""
+        self._settle()
+        for work in list(self._works):
+            work.is_void = work.is_void or is_doomed(work.scope)
+        for whole in list(self._loose):
+            whole.is_dead = whole.is_dead or is_doomed(whole.owner.scope)
+        return self._memory.remove_all(
+            [owner for owner in self._memory.owners() if is_doomed(owner.scope)]
+        )
+
+    def _reset_counters(self) -> None:
+        self._memory.counts.clear()
+        self._memory.refusals.clear()
+        self._notices = Notices()
+        self._seconds = {"restore": 0.0, "save": 0.0}
+
+    def close(self) -> None:
+        """Write what waits, then empty memory; from now on nothing is found and nothing stored.
+
+        What the tiers below hold stays there; an ephemeral tier's folder goes with its tier.
+        """
+        with self._lock:
+            self._is_closed = True
+        for below in self._below:
+            below.writer.close()
+        with self._lock:
+            self._clear_memory(lambda _: True)
+            self._reset_counters()
+        for below in self._below:
+            if below.is_owned:
+                below.tier.close()
+
+    def _check(self) -> None:
+        """Verify every invariant; for tests."""
+        with self._lock:
+            self._settle()
+            self._memory.check()
+
+    # Forks
+
+    def before_fork(self) -> None:
+        """Wait until no operation is half done."""
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Forget what the parent's threads use; they run on there only."""
+        self._lock = threading.Lock()
+        self._released.clear()
+        self._unwritten.clear()
+        self._memory.forget_users()
 
 
-def _ask(
-    below: Below, owner: Owner, wanted: bytes, names: dict[int, bytes]
-) -> Iterator[Stored | None]:
-    """Ask a tier for the states of these lengths, in this order, when it is their turn."""
-    return below.tier.find_each(
-        (_address(owner, name, n_tokens), wanted[: n_tokens * TOKEN_BYTES])
-        for n_tokens, name in names.items()
-    )
+def _touch(
+    below: Below,
+    addresses: list[Address],
+    held: Sequence[Node | Whole],
+    unwritten: deque[tuple[Node | Whole, int]],
+) -> None:
+    # What a tier has lost meanwhile is written again with the next save that passes by.
+    unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))
 
 
-def _address(owner: Owner, name: bytes, n_tokens: int) -> Address:
-    return Address(owner, n_tokens, root_name(owner), name)
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(until - time.monotonic(), 0.0)
 
 
-def _whole(
-    tokens: object,
-    fingerprint: object,
-    n_past: int | None,
-    scope: object,
-    priority: int,
-    *,
-    n_public: int = 0,
-) -> Whole:
-    owner, held = _owner(fingerprint, scope), token_bytes(tokens)
-    if not held:
-        raise InvalidTokens("a state is of at least one token; these are none")
-    if len(held) <= require_int("public_tokens", n_public, 0) * TOKEN_BYTES:
-        owner = owner._replace(scope=None)
-    n_past = require_int("n_past", len(held) // TOKEN_BYTES if n_past is None else n_past, 0)
-    priority = require_int("priority", priority, -MAX_INT)
-    ((_, name),) = prefix_names(owner, held, [len(held) // TOKEN_BYTES])
-    return Whole(owner, name, held, n_past, priority)
+def checked_fingerprint(fingerprint: object) -> bytes:
+    """Return `fingerprint` if it can be one.
 
-
-def _owner(fingerprint: object, scope: object) -> Owner:
-    return Owner(checked_fingerprint(fingerprint), require_scope(scope), "whole")
-
-
-def _checked_state(state: object) -> memoryview:
-    try:
-        view = memoryview(state)  # type: ignore[arg-type]
-        return view.cast("B") if view.nbytes else memoryview(b"")
-    except TypeError as error:
-        raise InvalidConfig(
-            f"a state must be bytes, or a contiguous buffer of them, not {type(state).__name__} "
-            f"({error})"
-        ) from None
+    Errors: InvalidConfig.
+    """
+    if not isinstance(fingerprint, bytes):
+        raise InvalidConfig(f"fingerprint must be bytes, not {type(fingerprint).__name__}")
+    return fingerprint

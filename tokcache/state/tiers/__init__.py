@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
-    from tokcache.state.blocks import Kind, Owner
+    from tokcache.state.names import Kind, Owner
     from tokcache.stats import TierStats
 
 

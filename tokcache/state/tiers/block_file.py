@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import InvalidConfig, MissingExtra
-from tokcache.state.blocks import (
+from tokcache.state.names import (
     DIGEST_BYTES,
     TOKEN_BYTES,
     Owner,

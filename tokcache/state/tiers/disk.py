@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Self
 
 from tokcache._validate import require_bool, require_scope, require_seconds, require_size
 from tokcache.errors import InvalidConfig
-from tokcache.state.blocks import Owner, common_tokens
+from tokcache.state.names import Owner, common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
 from tokcache.state.tiers.block_file import Sealer
 from tokcache.state.tiers.counting import Counting

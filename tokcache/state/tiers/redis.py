@@ -33,7 +33,7 @@ from tokcache._validate import (
     require_size,
 )
 from tokcache.errors import InvalidConfig
-from tokcache.state.blocks import common_tokens
+from tokcache.state.names import common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
 from tokcache.state.tiers.block_file import MAX_TOKENS, Head, Sealer
 from tokcache.state.tiers.circuit import Circuit
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
-    from tokcache.state.blocks import Owner
+    from tokcache.state.names import Owner
     from tokcache.stats import TierStats
 
 _log = logging.getLogger("tokcache")

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from tokcache.errors import StateError
-from tokcache.state.blocks import DIGEST_BYTES, TOKEN_BYTES, Owner, root_name
+from tokcache.state.names import DIGEST_BYTES, TOKEN_BYTES, Owner, root_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from types import TracebackType
-
-    from tokcache.state.core import StateCore
 
 # Python objects of one state: itself, its name, places in dicts, heap item. Its tokens and its
 # owner's names are added. Checked by tests/state/test_whole.py::test_overhead_is_counted.
@@ -137,80 +133,3 @@ class WholeIndex:
         for owner, lengths in self._lengths.items():
             if lengths != Counter(each.n_tokens for each in found if each.owner == owner):
                 raise AssertionError("lengths miscounted")
-
-
-class StateHandle:
-    """A state that was found; not evicted until the handle is closed or collected.
-
-    Units:  `n_tokens` tokens of the prefix, `n_past` positions as they were stored, `n_bytes`
-            bytes of the state, `last_used` seconds since the epoch, `hits` look-ups that found it.
-    Errors: StateError from `state` once the state was removed or cleared, or the handle closed.
-    Threads: one at a time; closing takes no lock, so the garbage collector may do it.
-    """
-
-    def __init__(self, cache: StateCore, whole: Whole, payload: memoryview) -> None:
-        self._cache, self.whole = cache, whole
-        self._payload: memoryview | None = payload
-        self._is_counted = False
-        self.n_bytes = payload.nbytes
-        self.hits, self.last_used = whole.hits, whole.used_at
-
-    @property
-    def n_tokens(self) -> int:
-        """How many tokens the state is of."""
-        return self.whole.n_tokens
-
-    def is_of(self, cache: StateCore) -> bool:
-        """Return whether this cache found it."""
-        return self._cache is cache
-
-    @property
-    def n_past(self) -> int:
-        """The engine's own count of positions, as it was stored."""
-        return self.whole.n_past
-
-    @property
-    def priority(self) -> int:
-        """What was given to `store`: the lowest goes first."""
-        return self.whole.priority
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the state was removed meanwhile, or the handle closed."""
-        return self._payload is None or self.whole.is_dead
-
-    @property
-    def state(self) -> memoryview:
-        """The bytes that were stored, read-only, not a copy; valid while the handle is open."""
-        payload = self.payload()
-        if not self._is_counted:
-            self._is_counted = True
-            self._cache.count_restored(self.n_tokens, 0.0)
-        return payload
-
-    def payload(self) -> memoryview:
-        """Return `state` without counting its tokens as restored."""
-        if self._payload is None or self.whole.is_dead:
-            why = "its handle was closed" if self._payload is None else "it was removed"
-            raise StateError(f"this state is gone: {why}; ask find() again")
-        return self._payload
-
-    def close(self) -> None:
-        """Release the state."""
-        payload, self._payload = self._payload, None
-        if payload is not None:
-            self._cache.release_later([self.whole])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()

@@ -1,18 +1,22 @@
-"""RestorePlan: the blocks that serve a prompt, in use until the plan is closed."""
+"""What a look-up returns: a RestorePlan of blocks, or a StateHandle of a snapshot.
+
+Both are in use, so not evicted, until closed. They know their store by three methods (Holder).
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+from tokcache.errors import StateError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from tokcache.state.cache import PrefixStateCache
-    from tokcache.state.core import Work
     from tokcache.state.index import Node
+    from tokcache.state.snapshot_index import Whole
 
 _log = logging.getLogger("tokcache")
 
@@ -20,6 +24,34 @@ BlockIO = Callable[[int, int, memoryview], None]
 """Copies the state of positions [start, stop) into or out of the buffer; raises if it can't."""
 Trim = Callable[[int], object]
 """Removes the positions from `n_tokens` on from what was loaded; False or raises if it can't."""
+
+
+class Work:
+    """Something under way for one scope: void from the moment that the scope is cleared."""
+
+    __slots__ = ("__weakref__", "is_void", "scope")
+
+    def __init__(self, scope: str | None) -> None:
+        self.scope = scope
+        self.is_void = False
+
+
+class Holder(Protocol):
+    """The store that a plan or handle came from.
+
+    Threads: safe; `release_later` takes no lock, so that the garbage collector may call it.
+    """
+
+    def refuse(self, reason: str) -> None:
+        """Count a state that was not used."""
+
+    def count_restored(
+        self, n_tokens: int, seconds: float, *, n_in_context: int = 0, is_hit: bool = False
+    ) -> None:
+        """Count restored positions and those that were in the engine's context."""
+
+    def release_later(self, held: list[Node] | list[Whole]) -> None:
+        """Unpin `held` at the next operation."""
 
 
 class StoredBlock(NamedTuple):
@@ -41,7 +73,7 @@ class RestorePlan:
 
     def __init__(
         self,
-        cache: PrefixStateCache,
+        cache: Holder,
         nodes: list[Node],
         blocks: list[StoredBlock],
         n_tokens: int,
@@ -126,3 +158,80 @@ class RestorePlan:
 def _trim(trim: Trim, n_tokens: int) -> None:
     if trim(n_tokens) is False:
         raise ValueError(f"what was loaded can't be trimmed to {n_tokens} positions")
+
+
+class StateHandle:
+    """A state that was found; not evicted until the handle is closed or collected.
+
+    Units:  `n_tokens` tokens of the prefix, `n_past` positions as they were stored, `n_bytes`
+            bytes of the state, `last_used` seconds since the epoch, `hits` look-ups that found it.
+    Errors: StateError from `state` once the state was removed or cleared, or the handle closed.
+    Threads: one at a time; closing takes no lock, so the garbage collector may do it.
+    """
+
+    def __init__(self, cache: Holder, whole: Whole, payload: memoryview) -> None:
+        self._cache, self.whole = cache, whole
+        self._payload: memoryview | None = payload
+        self._is_counted = False
+        self.n_bytes = payload.nbytes
+        self.hits, self.last_used = whole.hits, whole.used_at
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the state is of."""
+        return self.whole.n_tokens
+
+    def is_of(self, cache: object) -> bool:
+        """Return whether this cache found it."""
+        return self._cache is cache
+
+    @property
+    def n_past(self) -> int:
+        """The engine's own count of positions, as it was stored."""
+        return self.whole.n_past
+
+    @property
+    def priority(self) -> int:
+        """What was given to `store`: the lowest goes first."""
+        return self.whole.priority
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the state was removed meanwhile, or the handle closed."""
+        return self._payload is None or self.whole.is_dead
+
+    @property
+    def state(self) -> memoryview:
+        """The bytes that were stored, read-only, not a copy; valid while the handle is open."""
+        payload = self.payload()
+        if not self._is_counted:
+            self._is_counted = True
+            self._cache.count_restored(self.n_tokens, 0.0)
+        return payload
+
+    def payload(self) -> memoryview:
+        """Return `state` without counting its tokens as restored."""
+        if self._payload is None or self.whole.is_dead:
+            why = "its handle was closed" if self._payload is None else "it was removed"
+            raise StateError(f"this state is gone: {why}; ask find() again")
+        return self._payload
+
+    def close(self) -> None:
+        """Release the state."""
+        payload, self._payload = self._payload, None
+        if payload is not None:
+            self._cache.release_later([self.whole])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
