@@ -209,8 +209,9 @@ Written by `python -m tests.ecosystem`; run it again rather than edit this page.
 With {versions}. Each use was run with plain tokenizers, with those that `tokcache.wrap` returns, \
 and with those loaded after `tokcache.patch_transformers()`, each in a process of its own with \
 another hash seed. "equal" means that all results were those of the plain tokenizer. Tokenizers: \
-{tokenizers}. The helpers of vLLM, SGLang, Triton and NeMo were written from their behaviour; the \
-packages themselves were not run.
+{tokenizers}; uses that generate text are without BERT, and those of trl, `Hasher` and workers \
+that import torch again take the sample alone. The helpers of vLLM, SGLang, Triton and NeMo were \
+written from their behaviour; the packages themselves were not run.
 
 The column "cache" counts, over both runs, the texts answered from token ids and the calls that \
 the plain tokenizer answered, by reason. The calls made in worker processes are not counted.

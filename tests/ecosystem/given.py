@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODES = ("plain", "wrap", "patch")
+# The tokenizers that models which generate have: not BERT's.
+GENERATIVE = ("sample", "phi-3-mini")
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",

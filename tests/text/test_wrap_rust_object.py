@@ -92,6 +92,27 @@ def trained(tokenizer: Any) -> Any:
     return tokenizer.encode("hello world").ids
 
 
+@pytest.mark.parametrize("is_rust", [True, False])
+def test_methods_have_the_signatures_of_the_plain_class(
+    plain: Any, wrapped: Any, is_rust: bool
+) -> None:
+    # Splitters look for `add_special_tokens` in the signature of `encode` before they pass it.
+    if is_rust:
+        plain, wrapped = plain._tokenizer, wrapped._tokenizer
+    names = [
+        name for name in dir(plain) if not name.startswith("_") and callable(getattr(plain, name))
+    ]
+    assert "encode" in names
+    for name in names:
+        assert parameters(getattr(wrapped, name)) == parameters(getattr(plain, name)), name
+
+
+def parameters(method: Any) -> list[inspect.Parameter]:
+    # A bound method of the Rust class may show `self`.
+    found = inspect.signature(method).parameters.values()
+    return [parameter for parameter in found if parameter.name != "self"]
+
+
 def test_a_trainer_trains_a_wrapper_and_the_cache_sees_it() -> None:
     if not hasattr(importlib.import_module("tokenizers.trainers"), "ParityBpeTrainer"):
         pytest.skip("this release of tokenizers has no trainer that takes a tokenizer")

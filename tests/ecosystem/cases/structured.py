@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tests.ecosystem.cases.models import tiny_llama
-from tests.ecosystem.given import TEXTS, Given, case
+from tests.ecosystem.given import GENERATIVE, TEXTS, Given, case
 
 _SCHEMA = {
     "type": "object",
@@ -33,7 +33,7 @@ def xgrammar_mask(given: Given) -> Any:
     return metadata, info.decoded_vocab[:500], masks
 
 
-@case("xgrammar", "its logits processor in generate of a tiny Llama")
+@case("xgrammar", "its logits processor in generate of a tiny Llama", only=GENERATIVE)
 def xgrammar_generate(given: Given) -> Any:
     import xgrammar
     from xgrammar.contrib.hf import LogitsProcessor
@@ -51,7 +51,7 @@ def xgrammar_generate(given: Given) -> Any:
     return made, tokenizer.batch_decode(made)
 
 
-@case("llguidance", "LLTokenizer of a transformers tokenizer, a grammar's masks")
+@case("llguidance", "LLTokenizer of a transformers tokenizer, a grammar's masks", only=GENERATIVE)
 def llguidance_mask(given: Given) -> Any:
     import llguidance
     import llguidance.hf
@@ -70,7 +70,7 @@ def llguidance_mask(given: Given) -> Any:
     return made.vocab_size, made.eos_token, texts, masks, matcher.get_error()
 
 
-@case("llguidance", "LLTokenizer of the Rust object's to_str()")
+@case("llguidance", "LLTokenizer of the Rust object's to_str()", only=GENERATIVE)
 def llguidance_rust(given: Given) -> Any:
     import llguidance
 
@@ -81,7 +81,11 @@ def llguidance_rust(given: Given) -> Any:
     return found
 
 
-@case("outlines", "from_transformers and a generator with each backend; hash and == of tokenizers")
+@case(
+    "outlines",
+    "from_transformers and a generator with each backend; hash and == of tokenizers",
+    only=GENERATIVE,
+)
 def outlines_generate(given: Given) -> Any:
     import outlines
     from outlines.models.transformers import TransformerTokenizer

@@ -9,12 +9,12 @@ from typing import Any
 
 from tests.ecosystem.cases.copies import answers
 from tests.ecosystem.cases.models import tiny_bert, tiny_llama
-from tests.ecosystem.given import CHAT, TEXTS, Given, case
+from tests.ecosystem.given import CHAT, GENERATIVE, TEXTS, Given, case
 
 _SHORT = [text for text in TEXTS if 0 < len(text) < 400]
 
 
-@case("transformers", "its server's streamer (cli/serving) around generate")
+@case("transformers", "its server's streamer (cli/serving) around generate", only=GENERATIVE)
 def serving_streamer(given: Given) -> Any:
     from transformers.cli.serving.utils import DirectStreamer
 
@@ -92,7 +92,7 @@ def pipeline_classification(given: Given) -> Any:
     return found
 
 
-@case("transformers", "TextStreamer and TextIteratorStreamer")
+@case("transformers", "TextStreamer and TextIteratorStreamer", only=GENERATIVE)
 def streamers(given: Given) -> Any:
     from transformers import TextIteratorStreamer, TextStreamer
 
@@ -118,7 +118,11 @@ def streamers(given: Given) -> Any:
     return kept, found
 
 
-@case("transformers", "generate with stop_strings, and with an assistant of another tokenizer")
+@case(
+    "transformers",
+    "generate with stop_strings, and with an assistant of another tokenizer",
+    only=GENERATIVE,
+)
 def generate_with_tokenizer(given: Given) -> Any:
     tokenizer, other = given.load(), given.load()
     other.add_tokens(["quick brown"])
@@ -225,11 +229,11 @@ def dataloader_fork(given: Given) -> Any:
     return _loaded(given, "fork")
 
 
-@case("torch", "DataLoader with two spawned workers")
+@case("torch", "DataLoader with two spawned workers", only=("sample",))
 def dataloader_spawn(given: Given) -> Any:
     return _loaded(given, "spawn")
 
 
-@case("torch", "DataLoader with two workers from a fork server")
+@case("torch", "DataLoader with two workers from a fork server", only=("sample",))
 def dataloader_forkserver(given: Given) -> Any:
     return _loaded(given, "forkserver")

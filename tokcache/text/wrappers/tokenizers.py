@@ -10,6 +10,7 @@ is `unwrap()`.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -92,7 +93,10 @@ class _Forward:
             return getattr(self._backend, kind)(method, *args, **kwargs)
 
         forward.__name__, forward.__qualname__ = method, f"Tokenizer.{method}"
-        forward.__doc__ = getattr(Tokenizer, method).__doc__
+        plain = getattr(Tokenizer, method)
+        forward.__doc__ = plain.__doc__
+        if plain.__text_signature__:  # splitters pass an argument only if the signature has it
+            forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
         self._forward = forward
 
     def __get__(self, face: TokenizerFace | None, owner: type[Any]) -> Any:
