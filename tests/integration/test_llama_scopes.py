@@ -216,7 +216,7 @@ def test_a_scope_of_none_is_the_shared_one_whatever_the_objects_is() -> None:
         llm.create_completion(PROMPT, **LONG, **scope)
         found[name] = llm.last_reuse.n_restored
     assert found == dict.fromkeys(found, len(PROMPT) - 1)
-    assert llm.prefix_cache.remove(scope=None) > 0
+    assert llm.prefix_cache.clear() > 0
     llm.reset()
     llm.create_completion(PROMPT, scope=None, **LONG)
     assert reuse(llm) == (0, 0)

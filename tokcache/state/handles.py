@@ -1,6 +1,6 @@
 """What a look-up returns: a RestorePlan of blocks, or a StateHandle of a snapshot.
 
-Both are in use, so not evicted, until closed. They know their store by three methods (Holder).
+Both are in use, so not evicted, until closed. They know their store by a protocol (Holder).
 """
 
 from __future__ import annotations
@@ -52,6 +52,19 @@ class Holder(Protocol):
 
     def release_later(self, held: list[Node] | list[Whole]) -> None:
         """Unpin `held` at the next operation."""
+
+
+class SnapshotHolder(Holder, Protocol):
+    """The snapshot store that a handle came from."""
+
+    def touch(self, whole: Whole) -> bool:
+        """Note that a state is in use now; False if it is gone."""
+
+    def pin(self, whole: Whole, *, is_pinned: bool) -> bool:
+        """Keep a state from being evicted or expiring, or unpin it; False if it is gone."""
+
+    def remove(self, whole: Whole) -> int:
+        """Remove a state from every tier; return how many went."""
 
 
 class StoredBlock(NamedTuple):
@@ -169,7 +182,7 @@ class StateHandle:
     Threads: one at a time; closing takes no lock, so the garbage collector may do it.
     """
 
-    def __init__(self, cache: Holder, whole: Whole, payload: memoryview) -> None:
+    def __init__(self, cache: SnapshotHolder, whole: Whole, payload: memoryview) -> None:
         self._cache, self.whole = cache, whole
         self._payload: memoryview | None = payload
         self._is_counted = False
@@ -180,10 +193,6 @@ class StateHandle:
     def n_tokens(self) -> int:
         """How many tokens the state is of."""
         return self.whole.n_tokens
-
-    def is_of(self, cache: object) -> bool:
-        """Return whether this cache found it."""
-        return self._cache is cache
 
     @property
     def n_past(self) -> int:
@@ -215,6 +224,22 @@ class StateHandle:
             why = "its handle was closed" if self._payload is None else "it was removed"
             raise StateError(f"this state is gone: {why}; ask find() again")
         return self._payload
+
+    def touch(self) -> bool:
+        """Note that the state is in use now; False if it is gone."""
+        return not self.is_stale and self._cache.touch(self.whole)
+
+    def pin(self, *, is_pinned: bool = True) -> bool:
+        """Keep the state from being evicted or expiring, or unpin it; False if it is gone."""
+        return not self.is_stale and self._cache.pin(self.whole, is_pinned=is_pinned)
+
+    def remove(self) -> int:
+        """Remove the state from every tier; return 1, or 0 if it was removed already.
+
+        Where a tier fails to remove it, a counter and a line in the log say so. `clear(scope=…)` of
+        the cache removes all of a tenant's.
+        """
+        return self._cache.remove(self.whole)
 
     def close(self) -> None:
         """Release the state."""
