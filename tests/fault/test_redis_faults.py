@@ -432,7 +432,7 @@ def test_keys_of_somebody_else_are_left_alone(server: RedisServer) -> None:
         client.delete(lengths)
         client.sadd(lengths, "a", "-1", "0", "99999999999999999999", "1", b"\xff", "16777217")
         assert fresh.redis is not None
-        assert fresh.redis.lengths(Owner(b"m", None, "whole")) == {1}
+        assert fresh.redis.lengths(Owner(b"m", None, "snapshot")) == {1}
         fresh.clear()  # of its namespace, whatever is there
         assert list(client.scan_iter()) == [b"other"]
         fresh.close()

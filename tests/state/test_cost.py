@@ -130,7 +130,7 @@ def test_each_model_has_its_own_measure(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_whole_states_are_left_alone_too(tmp_path: Path) -> None:
+def test_snapshots_are_left_alone_too(tmp_path: Path) -> None:
     tier = filled(tmp_path, 3)
     cache = on(tier, 0.001)
     tier.delay_s = 0.5

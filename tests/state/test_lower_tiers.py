@@ -379,8 +379,8 @@ def test_names_depend_on_all_that_makes_states_differ(medium: Medium) -> None:
         Owner(b"m", "", "free"),
         Owner(b"m", "a", "free"),
         Owner(b"ma", "", "free"),
-        Owner(b"m", "a", "grid"),
-        Owner(b"m", "a", "whole"),
+        Owner(b"m", "a", "aligned"),
+        Owner(b"m", "a", "snapshot"),
     ]
     assert len({tier.sealer.owner(owner) for owner in owners}) == len(owners)
 

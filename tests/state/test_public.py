@@ -230,7 +230,7 @@ def test_random_prompts_against_a_plain_model(medium: Medium, seed: int) -> None
     cache.close()
 
 
-def test_whole_states(medium: Medium) -> None:
+def test_snapshots(medium: Medium) -> None:
     cache = medium.cache()
     ns = cache.namespace(b"m", scope="a", public_prefix=PUBLIC)
     assert ns.store(PUBLIC, b"shared")

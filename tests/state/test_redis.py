@@ -219,7 +219,7 @@ def test_a_write_takes_two_round_trips_and_none_where_it_is_there(
         each.close()
 
 
-def test_whole_states_of_many_lengths_take_few_round_trips(redis_server: RedisServer) -> None:
+def test_snapshots_of_many_lengths_take_few_round_trips(redis_server: RedisServer) -> None:
     ours = cache(redis_server)
     for n_tokens in range(1, 60):
         ours.namespace(b"m").store([*SECRET[:1], *[n_tokens] * n_tokens], b"x")

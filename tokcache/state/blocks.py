@@ -115,7 +115,7 @@ class BlockCache:
             self._store.settle()
             self._memory.counts["lookups"] += 1
             self._memory.counts["prompt_tokens"] += n_tokens * counts_tokens
-            parts = self._begun_parts(owner, self._on_the_grid(wanted, owner), n_public)
+            parts = self._begun_parts(owner, self._whole_blocks(wanted, owner), n_public)
         paths: list[_Path] = []
         try:
             for each, part, work in parts:
@@ -136,7 +136,7 @@ class BlockCache:
 
     def _parts(self, owner: Owner, wanted: bytes, n_public: int) -> Iterator[tuple[Owner, bytes]]:
         """Yield who owns which beginning of a prompt: first what is public, then all of it."""
-        public = self._on_the_grid(wanted[: n_public * TOKEN_BYTES], owner)
+        public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], owner)
         if owner.scope is None or not public:
             yield owner, wanted
             return
@@ -160,8 +160,8 @@ class BlockCache:
             self._store.queue_blocks(path.nodes, owner)
         return path
 
-    def _on_the_grid(self, wanted: bytes, owner: Owner) -> bytes:
-        if owner.kind != "grid":
+    def _whole_blocks(self, wanted: bytes, owner: Owner) -> bytes:
+        if owner.kind != "aligned":
             return wanted
         block = self._memory.index.grain(owner)
         return wanted[: len(wanted) // block * block]
@@ -177,9 +177,9 @@ class BlockCache:
         blocks: list[tuple[int, int, memoryview]] = []
         n_tokens = 0
         for path in paths:
-            is_whole = self._collect(path, blocks)
+            is_complete = self._collect(path, blocks)
             n_tokens = path.n_tokens
-            if not is_whole:
+            if not is_complete:
                 break
         if n_tokens < self._store.min_tokens:
             blocks, n_tokens = [], 0
@@ -281,7 +281,7 @@ class BlockCache:
         """Add a block that was found below; False if it brings nothing."""
         tokens = stored.record.tokens
         n_shared = common_tokens(tokens, rest)
-        if not n_shared or (path.owner.kind == "grid" and n_shared != self._store.block_tokens):
+        if not n_shared or (path.owner.kind == "aligned" and n_shared != self._store.block_tokens):
             return False
         with self._store.lock:
             if path.work.is_void:
@@ -371,7 +371,7 @@ class BlockCache:
     ) -> int:
         """Store the state of `wanted` where it is not stored yet; return the new positions."""
         started = time.perf_counter()
-        wanted = self._on_the_grid(wanted, owner)
+        wanted = self._whole_blocks(wanted, owner)
         priority = require_int("priority", priority, -MAX_INT)
         n_saved = 0
         if self._store.enabled and len(wanted) >= self._store.min_tokens * TOKEN_BYTES:

@@ -51,8 +51,8 @@ class Namespace:
             raise InvalidConfig(f"fingerprint must be bytes, not {type(fingerprint).__name__}")
         scope = require_scope(scope)
         is_aligned = require_bool("aligned", aligned)
-        self._chain = Owner(fingerprint, scope, "grid" if is_aligned else "free")
-        self._single = Owner(fingerprint, scope, "whole")
+        self._chain = Owner(fingerprint, scope, "aligned" if is_aligned else "free")
+        self._single = Owner(fingerprint, scope, "snapshot")
         self._public = token_bytes(public_prefix)
 
     @property
@@ -73,7 +73,7 @@ class Namespace:
     @property
     def aligned(self) -> bool:
         """Whether its blocks were decoded in pieces that end at multiples of `block_tokens`."""
-        return self._chain.kind == "grid"
+        return self._chain.kind == "aligned"
 
     @property
     def block_tokens(self) -> int:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tokcache.state.index import Node
-    from tokcache.state.snapshot_index import Whole
+    from tokcache.state.snapshot_index import Snapshot
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
 
@@ -97,15 +97,15 @@ class Store(Forkable):
             None if ttl_s is None else require_seconds("ttl_s", ttl_s),
         )
         self.lock = threading.Lock()
-        self._released: deque[list[Node] | list[Whole]] = deque()
-        self._unwritten: deque[tuple[Node | Whole, int]] = deque()
+        self._released: deque[list[Node] | list[Snapshot]] = deque()
+        self._unwritten: deque[tuple[Node | Snapshot, int]] = deque()
         self.is_closed = False
         self._notices = Notices()
         self._untold: deque[tuple[str, str, str]] = deque()
         self._works: weakref.WeakSet[Work] = weakref.WeakSet()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
-        self.loose: weakref.WeakSet[Whole] = weakref.WeakSet()
+        self.loose: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.below: tuple[Below, ...] = ()
         if enabled:
             self.below = open_tiers(disk, redis, queue)
@@ -162,14 +162,14 @@ class Store(Forkable):
                 if not self._queue(below, node, self.block_address(node, owner), record):
                     break  # without it, what follows would not be found
 
-    def queue_snapshot(self, whole: Whole, address: Address) -> None:
-        """Queue a whole state for each tier that does not have it yet; the lock is held."""
-        record = Record(whole.name, whole.tokens, whole.n_past, whole.priority)
+    def queue_snapshot(self, snapshot: Snapshot, address: Address) -> None:
+        """Queue a snapshot for each tier that does not have it yet; the lock is held."""
+        record = Record(snapshot.name, snapshot.tokens, snapshot.n_past, snapshot.priority)
         for below in self.below:
-            if not whole.written & below.bit:
-                self._queue(below, whole, address, record)
+            if not snapshot.written & below.bit:
+                self._queue(below, snapshot, address, record)
 
-    def _queue(self, below: Below, held: Node | Whole, address: Address, record: Record) -> bool:
+    def _queue(self, below: Below, held: Node | Snapshot, address: Address, record: Record) -> bool:
         tier, bit, payload = below.tier, below.bit, self.memory.tier.get(held)
         if payload is None:
             return True
@@ -189,7 +189,7 @@ class Store(Forkable):
         self.memory.refusals[f"{tier.label}: queue_full"] += 1
         return False
 
-    def touch_later(self, held: Sequence[Node | Whole], addresses: list[Address]) -> None:
+    def touch_later(self, held: Sequence[Node | Snapshot], addresses: list[Address]) -> None:
         """Tell the tiers, off the request path, that these are in use; the lock is held."""
         if not self.below or not addresses:
             return
@@ -262,7 +262,7 @@ class Store(Forkable):
             self.memory.counts["hits"] += is_hit
             self.seconds["restore"] += seconds
 
-    def release_later(self, held: list[Node] | list[Whole]) -> None:
+    def release_later(self, held: list[Node] | list[Snapshot]) -> None:
         """Unpin `held` at the next operation; takes no lock."""
         self._released.append(held)
 
@@ -291,7 +291,7 @@ class Store(Forkable):
                 n_entries=self.memory.n_entries,
                 n_blocks=self.memory.index.n_nodes,
                 n_bytes=self.memory.held_bytes(),
-                n_states=self.memory.wholes.n_states,
+                n_states=self.memory.snapshots.n_states,
                 disk=below.get("disk", TierStats()),
                 redis=below.get("redis", TierStats()),
             )
@@ -358,8 +358,8 @@ class Store(Forkable):
         self.settle()
         for work in list(self._works):
             work.is_void = work.is_void or is_doomed(work.scope)
-        for whole in list(self.loose):
-            whole.is_dead = whole.is_dead or is_doomed(whole.owner.scope)
+        for snapshot in list(self.loose):
+            snapshot.is_dead = snapshot.is_dead or is_doomed(snapshot.owner.scope)
         return self.memory.remove_all(
             [owner for owner in self.memory.owners() if is_doomed(owner.scope)]
         )
@@ -413,8 +413,8 @@ class Store(Forkable):
 def _touch(
     below: Below,
     addresses: list[Address],
-    held: Sequence[Node | Whole],
-    unwritten: deque[tuple[Node | Whole, int]],
+    held: Sequence[Node | Snapshot],
+    unwritten: deque[tuple[Node | Snapshot, int]],
 ) -> None:
     # What a tier has lost meanwhile is written again with the next save that passes by.
     unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))

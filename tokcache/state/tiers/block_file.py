@@ -277,8 +277,8 @@ class Sealer:
         Errors: StateRefused.
         """
         tokens = self._opened(head, first, address)
-        is_whole = address.owner.kind == "whole"
-        name = address.slot if is_whole else child_name(address.base, tokens)
+        is_snapshot = address.owner.kind == "snapshot"
+        name = address.slot if is_snapshot else child_name(address.base, tokens)
         if not hmac.compare_digest(self.keyed(name), head.name):
             raise StateRefused("misfiled")
         return Record(name, tokens, head.n_past, head.priority)

@@ -268,7 +268,7 @@ class DiskTier(Counting):
         return status.st_size
 
     def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's whole states."""
+        """Return the numbers of tokens of this owner's snapshots."""
         try:
             folder = self._open_folder(owner)
         except OSError as error:

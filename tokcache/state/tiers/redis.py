@@ -4,7 +4,7 @@
         head                                      what a file of the disk tier has, but its payload
         0, 1, 2, …                                the payload, in chunks
     … :WAY.new-RANDOM                             the same while it is written; expires, too
-    NAMESPACE:1:SCOPE:{OWNER}:lengths             a set: of how many tokens the whole states are
+    NAMESPACE:1:SCOPE:{OWNER}:lengths             a set: of how many tokens the snapshots are
 
 A state is one key: it is evicted, expires and is removed whole, and a script gives it its name if
 nothing else took that meanwhile. What stands in braces places a key in a cluster: all keys that a
@@ -407,7 +407,7 @@ class RedisTier(Counting):
         return along
 
     def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's whole states."""
+        """Return the numbers of tokens of this owner's snapshots."""
         try:
             ask = [("SMEMBERS", self._lengths_key(owner))]
             return _checked_lengths(self._replies(ask, _Patience(self.timeout_s))[0])
@@ -526,8 +526,8 @@ class RedisTier(Counting):
         return replies[-1]
 
     def _lengths_used(self, address: Address) -> list[Command]:
-        """Return what keeps a whole state's length known for as long as the state is kept."""
-        if address.owner.kind != "whole":
+        """Return what keeps a snapshot's length known for as long as the state is kept."""
+        if address.owner.kind != "snapshot":
             return []
         key = self._lengths_key(address.owner)
         return [("SADD", key, address.position), self._used(key)]

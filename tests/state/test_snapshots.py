@@ -159,7 +159,7 @@ def test_a_handle_that_nobody_holds_keeps_nothing() -> None:
     cache._check()
 
 
-def test_blocks_and_whole_states_share_one_budget_and_never_mix() -> None:
+def test_blocks_and_snapshots_share_one_budget_and_never_mix() -> None:
     cache = PrefixStateCache(max_entries=2, block_tokens=4)
     args = (lambda *_: None, lambda a, b: b - a)
     cache.namespace(b"m").save([1, 2, 3, 4], *args)
