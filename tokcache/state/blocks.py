@@ -31,6 +31,7 @@ from tokcache.state.names import (
     common_tokens,
     rest_owner,
 )
+from tokcache.state.store import block_address
 from tokcache.state.tiers import Address, StateRefused, Stored
 
 if TYPE_CHECKING:
@@ -185,7 +186,9 @@ class BlockCache:
             blocks, n_tokens = [], 0
         self._memory.counts["hits"] += bool(blocks)
         for path in paths:
-            self._touch(path)
+            old = self._store.untouched(path.nodes)
+            addresses = [block_address(self._memory.index, node, path.owner) for node in old]
+            self._store.touch_later(old, addresses)
         if len(paths) > 1:  # what is public is never older than what can't be used without it
             self._memory.use(paths[0].nodes, time.monotonic())
         pinned = [node for path in paths for node in path.pinned()]
@@ -210,12 +213,6 @@ class BlockCache:
             blocks.append((node.start, node.stop, payload))
         blocks += path.loose
         return True
-
-    def _touch(self, path: _Path) -> None:
-        nodes = self._store.untouched(path.nodes)
-        self._store.touch_later(
-            nodes, [self._store.block_address(node, path.owner) for node in nodes]
-        )
 
     # Restoring from below
 
@@ -425,7 +422,8 @@ class BlockCache:
                 node.priority = max(node.priority, priority)
         try:
             self._learn_from_below(path, wanted)
-            pieces = self._cut(path.n_tokens, len(wanted) // TOKEN_BYTES)
+            stop = len(wanted) // TOKEN_BYTES
+            pieces = list(pairwise([*range(path.n_tokens, stop, self._store.block_tokens), stop]))
             blocks = self._reserve(path, wanted, pieces, n_bytes) if pieces else []
             return self._fill_and_file(path, blocks, read, priority)
         finally:
@@ -439,10 +437,6 @@ class BlockCache:
         if path.loose:  # memory had no room for it: nothing can follow it there
             path.n_tokens = path.loose[0][0]
             path.loose = []
-
-    def _cut(self, start: int, end: int) -> list[tuple[int, int]]:
-        cuts = [*range(start, end, self._store.block_tokens), end]
-        return list(pairwise(cuts))
 
     def _reserve(
         self,

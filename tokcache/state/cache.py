@@ -17,6 +17,7 @@ from tokcache.state.store import Store
 
 if TYPE_CHECKING:
     from tokcache.state.handles import Work
+    from tokcache.state.tiers import LowerTier
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
     from tokcache.stats import StateStats
@@ -124,12 +125,16 @@ class PrefixStateCache:
     @property
     def disk(self) -> DiskTier | None:
         """The disk tier, None without one."""
-        return self._store.tier_below("disk")  # type: ignore[return-value]
+        return self._tier_below("disk")  # type: ignore[return-value]
 
     @property
     def redis(self) -> RedisTier | None:
         """The Redis tier, None without one."""
-        return self._store.tier_below("redis")  # type: ignore[return-value]
+        return self._tier_below("redis")  # type: ignore[return-value]
+
+    def _tier_below(self, label: str) -> LowerTier | None:
+        tiers = (below.tier for below in self._store.below)
+        return next((tier for tier in tiers if tier.label == label), None)
 
     # Everything
 
@@ -201,7 +206,8 @@ class PrefixStateCache:
 
     def __len__(self) -> int:
         """Return the number of entries in memory: stored prefixes that nothing continues."""
-        return self._store.n_entries
+        with self._store.lock:
+            return self._store.memory.n_entries
 
     def __bool__(self) -> bool:
         """Return True: an empty cache is a cache."""
@@ -212,7 +218,7 @@ class PrefixStateCache:
         below = "".join(f", {each.tier!r}" for each in self._store.below)
         return (
             f"<PrefixStateCache {len(self):,} of {self.max_entries:,} entries, "
-            f"{self._store.held_bytes():,} of {self.ram_bytes:,} bytes, "
+            f"{self.memory_usage():,} of {self.ram_bytes:,} bytes, "
             f"blocks of {self.block_tokens:,} tokens{below}>"
         )
 

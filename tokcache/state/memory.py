@@ -54,18 +54,14 @@ class StateMemory:
         if root is None:
             return None, Match(n_tokens=owner.start)
         match = self.index.longest(root, tokens)
-        if self.ttl_s is not None:
-            self._cut_expired(match, now)
-        self.use(match.nodes, now)
-        return (None if root.is_dead else root), match
-
-    def _cut_expired(self, match: Match, now: float) -> None:
-        for n_good, node in enumerate(match.nodes):
+        for n_good, node in enumerate(match.nodes if self.ttl_s is not None else ()):
             if self.is_expired(node, now):
                 match.n_tokens = node.start
                 del match.nodes[n_good:]
                 self._expire([*self.index.below(node), node])
-                return
+                break
+        self.use(match.nodes, now)
+        return (None if root.is_dead else root), match
 
     def use(self, held: Iterable[Node | Snapshot], now: float) -> None:
         """Note that these serve a request now."""
@@ -142,8 +138,12 @@ class StateMemory:
             fresh = 0 if self.tier.has_pooled(size) else size
             if self.held_bytes() + fresh + overhead <= self.ram_bytes:
                 return True
-            if not self.tier.drop_pooled() and not self._evict_one():
+            if self.tier.drop_pooled():
+                continue
+            victim = self._recent.victim()
+            if victim is None:
                 return False
+            self._evict(victim)
 
     def has_entry_room(self, parent: Node, at: int) -> bool:
         """Make room for a chain that follows position `at` of `parent`, which is in use."""
@@ -177,13 +177,6 @@ class StateMemory:
             parent = step.parent
             self._evict(step)
             step = parent
-        return True
-
-    def _evict_one(self) -> bool:
-        victim = self._recent.victim()
-        if victim is None:
-            return False
-        self._evict(victim)
         return True
 
     def _evict(self, held: Held) -> None:

@@ -26,7 +26,7 @@ from tokcache.errors import InvalidConfig
 from tokcache.state.handles import Work
 from tokcache.state.memory import StateMemory
 from tokcache.state.names import Owner, child_name
-from tokcache.state.tiers import Address, LowerTier, Record
+from tokcache.state.tiers import Address, Record
 from tokcache.state.tiers.backoff import Speed
 from tokcache.state.tiers.notices import Notices
 from tokcache.state.tiers.opening import Below, open_tiers
@@ -36,7 +36,7 @@ from tokcache.stats import StateStats, TierStats
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokcache.state.index import Node
+    from tokcache.state.index import BlockIndex, Node
     from tokcache.state.snapshot_index import Snapshot
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
@@ -116,10 +116,6 @@ class Store(Forkable):
 
     # Lower tiers
 
-    def tier_below(self, label: str) -> LowerTier | None:
-        """Return the tier below memory of this label, None without one."""
-        return next((each.tier for each in self.below if each.tier.label == label), None)
-
     def note_prefill(self, n_tokens: int, seconds: float, fingerprint: bytes) -> None:
         """Note how long the engine took to prefill `n_tokens` of a model.
 
@@ -147,11 +143,6 @@ class Store(Forkable):
                 below.worth.note(owner.fingerprint, seconds, speed.seconds(n_tokens))
             return not below.worth.rests(owner.fingerprint)
 
-    def block_address(self, node: Node, owner: Owner) -> Address:
-        """Return where tiers keep a block."""
-        head = node.tokens[: self.memory.index.grain(owner)]
-        return Address(owner, node.start, node.base, child_name(node.base, head))
-
     def queue_blocks(self, nodes: list[Node], owner: Owner) -> None:
         """Queue what each tier does not have yet, parents first; the lock is held."""
         for below in self.below:
@@ -159,7 +150,9 @@ class Store(Forkable):
                 if node.written & below.bit or node.is_dead:
                     continue
                 record = Record(node.name, node.tokens, priority=node.priority)
-                if not self._queue(below, node, self.block_address(node, owner), record):
+                if not self._queue(
+                    below, node, block_address(self.memory.index, node, owner), record
+                ):
                     break  # without it, what follows would not be found
 
     def queue_snapshot(self, snapshot: Snapshot, address: Address) -> None:
@@ -302,17 +295,6 @@ class Store(Forkable):
             self.settle()
             return self.memory.held_bytes()
 
-    @property
-    def n_entries(self) -> int:
-        """How many stored prefixes memory holds that nothing continues."""
-        with self.lock:
-            return self.memory.n_entries
-
-    def held_bytes(self) -> int:
-        """Return the bytes retained, those that wait for their release included."""
-        with self.lock:
-            return self.memory.held_bytes()
-
     # Clearing
 
     def begin(self, scope: str | None) -> Work:
@@ -408,6 +390,12 @@ class Store(Forkable):
         self._released.clear()
         self._unwritten.clear()
         self.memory.forget_users()
+
+
+def block_address(index: BlockIndex, node: Node, owner: Owner) -> Address:
+    """Return where tiers keep a block."""
+    head = node.tokens[: index.grain(owner)]
+    return Address(owner, node.start, node.base, child_name(node.base, head))
 
 
 def _touch(
