@@ -5,7 +5,7 @@ nothing. Branches: 50 of one prefix of 2,000 tokens, 128 tokens each, state byte
 those of the unique tokens. Growth: look-ups and bytes an entry from 100 to 100,000 entries. Disk:
 a prefix of 2,048 tokens in 8 blocks of 2.4 MB, found in memory, and found in its files (in the
 system's cache) and taken into memory, against a memcpy of its bytes; they take turns. What is
-found is compared before anything is timed; a changed byte must be told. `--seals` compares
+found is compared before anything is timed; a changed byte must be told. `--checksums` compares
 checksums. Saving and restoring a model's state: bench restore.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from bench import _report
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.tiers.block_file import Sealer
+from tokcache.state.tiers.block_file import StateCodec
 from tokcache.state.tiers.disk import DiskTier
 
 if TYPE_CHECKING:
@@ -222,17 +222,17 @@ def disk(rounds: int) -> dict[str, Any]:
         return {"right": is_right} | {name: median(each) / 1000 for name, each in times.items()}
 
 
-def seals(rounds: int) -> dict[str, float]:
+def checksums(rounds: int) -> dict[str, float]:
     """Time checksums of one block; medians in us."""
     data = np.random.default_rng(5).bytes(BLOCK_BYTES)
     target = bytearray(BLOCK_BYTES)
-    plain, keyed = Sealer(), Sealer(b"k" * 32)
+    plain, keyed = StateCodec(), StateCodec(b"k" * 32)
     ways: dict[str, Callable[[], object]] = {
         "memcpy": lambda: target.__setitem__(slice(None), data),
-        "XXH3, 128 bits": lambda: plain.seal(data),
+        "XXH3, 128 bits": lambda: plain.checksum(data),
         "crc32": lambda: zlib.crc32(data),
         "blake2b": lambda: blake2b(data).digest(),
-        "HMAC-SHA256": lambda: keyed.seal(data),
+        "HMAC-SHA256": lambda: keyed.checksum(data),
     }
     return {name: timed(work, rounds) for name, work in ways.items()}
 
@@ -243,10 +243,10 @@ def main(argv: list[str]) -> int:
     options.add_argument("--rounds", type=int, default=2000)
     options.add_argument("--entries", type=int, default=10_000)
     options.add_argument("--largest", type=int, default=100_000)
-    options.add_argument("--seals", action="store_true", help="compare checksums, nothing else")
+    options.add_argument("--checksums", action="store_true", help="compare checksums, nothing else")
     args = options.parse_args(argv)
-    if args.seals:
-        for name, us in seals(51).items():
+    if args.checksums:
+        for name, us in checksums(51).items():
             print(f"  {name:16} {us:9,.0f} us for {BLOCK_BYTES:,} bytes", flush=True)
         return 0
     look_up = lookups(args.rounds, args.entries)

@@ -208,10 +208,10 @@ def test_a_header_with_absurd_lengths_is_refused_before_memory_is_taken(
     data[offset : offset + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
     if data == path.read_bytes():
         return
-    # A forger without a key can make the seal right: it is xxhash.
+    # A forger without a key can make the checksum right: it is xxhash.
     n_head = HEAD_BYTES + 64 * 4
-    data[n_head : n_head + 16] = tier.sealer.seal(bytes(data[:n_head]))
-    data[-16:] = tier.sealer.seal(bytes(data[:-16]))
+    data[n_head : n_head + 16] = tier.codec.checksum(bytes(data[:n_head]))
+    data[-16:] = tier.codec.checksum(bytes(data[:-16]))
     path.write_bytes(data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert not is_served(tier)

@@ -394,10 +394,10 @@ def test_a_head_with_absurd_lengths_is_refused_before_memory_is_taken(
         head[offset : offset + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
         if bytes(head) == client.hget(key, HEAD):
             return
-        # A forger without a key can make the seals right: they are xxhash.
+        # A forger without a key can make the checksums right: they are xxhash.
         n_head = HEAD_BYTES + 64 * 4
-        head[n_head : n_head + 16] = tier.sealer.seal(bytes(head[:n_head]))
-        head[-16:] = tier.sealer.seal(bytes(head[:-16]), client.hget(key, "0"))
+        head[n_head : n_head + 16] = tier.codec.checksum(bytes(head[:n_head]))
+        head[-16:] = tier.codec.checksum(bytes(head[:-16]), client.hget(key, "0"))
         client.hset(key, HEAD, bytes(head))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     reader = PrefixStateCache(redis=tier, block_tokens=64)

@@ -225,7 +225,7 @@ def test_an_unfinished_removal_is_finished_by_the_next_open(tmp_path: Path) -> N
     cache = cache_on(tmp_path)
     Engine().save(cache, SECRET, scope="a")
     cache.close()
-    scope = DiskTier(tmp_path).sealer.scope("a").hex()
+    scope = DiskTier(tmp_path).codec.scope("a").hex()
     (tmp_path / "1" / scope).rename(tmp_path / "1" / ".gone-0")  # and then the power failed
     assert int32(SECRET[:8]) in all_bytes(tmp_path)
     DiskTier(tmp_path)

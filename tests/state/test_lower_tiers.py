@@ -173,7 +173,7 @@ def test_removing_a_scope_takes_its_bytes_away(medium: Medium, keys: Any) -> Non
     cache.flush()
     held = medium.all_bytes()
     secrets = int32(SECRET[:8]), state_of(SECRET, 8, 16), b"the state of a"
-    names = [medium.tier(**keys).sealer.scope(scope).hex().encode() for scope in ("a", "b")]
+    names = [medium.tier(**keys).codec.scope(scope).hex().encode() for scope in ("a", "b")]
     assert [name in held for name in names] == [True, True]
     assert [secret in held for secret in secrets] == ["encryption_key" not in keys] * 3
     n_before = len(medium.states())
@@ -220,7 +220,7 @@ def test_another_key_finds_nothing_and_destroys_nothing(medium: Medium) -> None:
     assert found(medium.cache(medium.tier(hmac_key=b"a" * 32)), SECRET, scope="a") == 40
 
 
-def test_a_state_sealed_with_another_key_is_refused_where_it_is_put(medium: Medium) -> None:
+def test_a_state_with_another_keys_mac_is_refused_where_it_is_put(medium: Medium) -> None:
     for key in (b"a" * 32, b"b" * 32):
         cache = medium.cache(medium.tier(hmac_key=key))
         Engine().save(cache, [1, 2, 3])
@@ -382,7 +382,7 @@ def test_names_depend_on_all_that_makes_states_differ(medium: Medium) -> None:
         Owner(b"m", "a", "aligned"),
         Owner(b"m", "a", "snapshot"),
     ]
-    assert len({tier.sealer.owner(owner) for owner in owners}) == len(owners)
+    assert len({tier.codec.owner(owner) for owner in owners}) == len(owners)
 
 
 def test_what_a_tier_has_lost_is_written_again(medium: Medium) -> None:

@@ -100,7 +100,7 @@ def test_the_same_holds_below_memory(medium: Medium) -> None:
     second = medium.cache()
     assert save(second, PUBLIC + OTHER, "b", N_PUBLIC) == 20
     second.close()
-    scope_name = medium.tier().sealer.scope
+    scope_name = medium.tier().codec.scope
     for tokens, scope in ((PUBLIC[:8], None), (REST[:8], "a"), (OTHER[:8], "b")):
         (name,) = (n for n, state in medium.states().items() if int32(tokens) in held(state))
         assert scope_name(scope).hex() in name
