@@ -62,13 +62,14 @@ def load() -> list[Prompt] | None:
 
 def cached(cache: PrefixStateCache, prompts: list[Prompt]) -> Iterator[int]:
     """Plan and save every prompt; yield how many of its blocks were found."""
+    states = cache.namespace(b"mooncake")
     for prompt in prompts:
         tokens = np.repeat(np.array(prompt.ids, np.int32), TOKENS)
-        with cache.plan(tokens, fingerprint=b"mooncake") as plan:
+        with states.plan(tokens) as plan:
             n_found, rest = divmod(plan.n_tokens, TOKENS)
         assert rest == 0
         yield n_found
-        cache.save(tokens, _fill, lambda *_: STATE_BYTES, fingerprint=b"mooncake")
+        states.save(tokens, _fill, lambda *_: STATE_BYTES)
 
 
 def _fill(start: int, _stop: int, buffer: memoryview) -> None:

@@ -63,7 +63,7 @@ def compare(model: str, prompt: list[int]) -> dict[str, Any]:
     cached.reset()
     restored = tail_logits(cached, prompt)
     assert cached.last_reuse.n_restored == N_PREFIX, cached.last_reuse
-    payload = cache._tier.get(next(iter(cache._tier.names())))
+    payload = cache._store.memory.tier.get(next(iter(cache._store.memory.tier.names())))
     assert payload is not None
     np.frombuffer(payload, np.uint8)[-2:] = (0, 0x40)  # one value of the last layer becomes 2.0
     cached.reset()
@@ -93,22 +93,19 @@ class Timed:
         self.cache = PrefixStateCache(ram_bytes=self.n_bytes + size // 2, block_tokens=BLOCK)
         self.source = [np.ones(size, np.uint8) for _ in range(N_PREFIX // BLOCK)]
         self.target = [np.ones(size, np.uint8) for _ in range(N_PREFIX // BLOCK)]
+        self.states = self.cache.namespace(b"0")
         self.round = 0
 
     def save(self) -> None:
         """Save all blocks under a new name."""
         self.round += 1
-        saved = self.cache.save(
-            self.tokens,
-            self.sequence.read_block,
-            self.sequence.block_bytes,
-            fingerprint=b"%d" % self.round,
-        )
+        self.states = self.cache.namespace(b"%d" % self.round)
+        saved = self.states.save(self.tokens, self.sequence.read_block, self.sequence.block_bytes)
         assert saved == N_PREFIX
 
     def restore(self) -> None:
         """Restore them into the emptied sequence."""
-        with self.cache.plan(self.tokens, fingerprint=b"%d" % self.round) as plan:
+        with self.states.plan(self.tokens) as plan:
             assert plan.restore(self.sequence.write_block) == N_PREFIX
 
     def memcpy(self) -> None:

@@ -5,7 +5,7 @@ nothing. Branches: 50 of one prefix of 2,000 tokens, 128 tokens each, state byte
 those of the unique tokens. Growth: look-ups and bytes an entry from 100 to 100,000 entries. Disk:
 a prefix of 2,048 tokens in 8 blocks of 2.4 MB, found in memory, and found in its files (in the
 system's cache) and taken into memory, against a memcpy of its bytes; they take turns. What is
-found is compared before anything is timed; a changed byte must be told. `--seals` compares
+found is compared before anything is timed; a changed byte must be told. `--checksums` compares
 checksums. Saving and restoring a model's state: bench restore.
 """
 
@@ -20,14 +20,17 @@ from hashlib import blake2b
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bench import _report
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.tiers.block_file import Sealer
+from tokcache.state.tiers.block_file import StateCodec
 from tokcache.state.tiers.disk import DiskTier
+
+if TYPE_CHECKING:
+    from tokcache.state.namespace import Namespace
 
 MODEL = b"model"
 BLOCK = 256
@@ -35,9 +38,9 @@ STATE_BYTES = 64  # of a block, where states are not what is measured
 BLOCK_BYTES = 2_400_000
 
 
-def save(cache: PrefixStateCache, tokens: Any, n_bytes: Callable[[int, int], int]) -> int:
+def save(states: Namespace, tokens: Any, n_bytes: Callable[[int, int], int]) -> int:
     """Save states that nobody fills."""
-    return cache.save(tokens, lambda *_: None, n_bytes, fingerprint=MODEL)
+    return states.save(tokens, lambda *_: None, n_bytes)
 
 
 def small(_start: int, _stop: int) -> int:
@@ -60,20 +63,21 @@ def timed(work: Callable[[], object], rounds: int) -> float:
     return median(times) / 1000
 
 
-def n_found(cache: PrefixStateCache, tokens: Any) -> int:
+def n_found(states: Namespace, tokens: Any) -> int:
     """Return how many leading tokens are held."""
-    with cache.plan(tokens, fingerprint=MODEL) as plan:
+    with states.plan(tokens) as plan:
         return plan.n_tokens
 
 
 def filled(n_entries: int, n_tokens: int, rng: Any) -> tuple[PrefixStateCache, list[Any], float]:
     """Return a cache of that many entries, some of them, and the median us of a save."""
     cache = PrefixStateCache(ram_bytes=1 << 40, max_entries=1 << 30, block_tokens=BLOCK)
+    states = cache.namespace(MODEL)
     kept, times = [], []
     for n in range(n_entries):
         tokens = random_tokens(rng, n_tokens)
         began = perf_counter_ns()
-        assert save(cache, tokens, small) > n_tokens - 8  # some begin alike
+        assert save(states, tokens, small) > n_tokens - 8  # some begin alike
         times.append(perf_counter_ns() - began)
         if n % max(n_entries // 100, 1) == 0:
             kept.append(tokens)
@@ -84,17 +88,18 @@ def lookups(rounds: int, n_entries: int) -> dict[str, float]:
     """Time prompts of 8,192 tokens among entries of 4,096."""
     rng = np.random.default_rng(1)
     cache, kept, save_us = filled(n_entries, 4096, rng)
+    states = cache.namespace(MODEL)
     prompts = [np.concatenate([each, random_tokens(rng, 4096)]) for each in kept]
     prompts_inside = [np.concatenate([p[:3000], random_tokens(rng, 5192)]) for p in prompts]
     for prompt, inside in zip(prompts, prompts_inside, strict=True):
-        assert (n_found(cache, prompt), n_found(cache, inside)) == (4096, 3000)
+        assert (n_found(states, prompt), n_found(states, inside)) == (4096, 3000)
     strangers = [random_tokens(rng, 8192) for _ in range(50)]
-    assert max(n_found(cache, each) for each in strangers) < 8
+    assert max(n_found(states, each) for each in strangers) < 8
     pick = random.Random(1)
     return {
-        "hit": timed(lambda: n_found(cache, pick.choice(prompts)), rounds),
-        "hit inside a block": timed(lambda: n_found(cache, pick.choice(prompts_inside)), rounds),
-        "miss": timed(lambda: n_found(cache, pick.choice(strangers)), rounds),
+        "hit": timed(lambda: n_found(states, pick.choice(prompts)), rounds),
+        "hit inside a block": timed(lambda: n_found(states, pick.choice(prompts_inside)), rounds),
+        "miss": timed(lambda: n_found(states, pick.choice(strangers)), rounds),
         "save of 4,096": save_us,
     }
 
@@ -103,13 +108,14 @@ def branches() -> dict[str, float]:
     """Return the bytes that 50 branches of one prefix hold, and those of the unique tokens."""
     rng, token_bytes = np.random.default_rng(2), 9216
     cache = PrefixStateCache(ram_bytes=1 << 40, max_entries=100, block_tokens=BLOCK)
+    states = cache.namespace(MODEL)
     shared = random_tokens(rng, 2000)
     prompts = [np.concatenate([shared, random_tokens(rng, 128)]) for _ in range(50)]
     for prompt in prompts:
-        save(cache, prompt, lambda start, stop: (stop - start) * token_bytes)
-    assert [n_found(cache, prompt) for prompt in prompts] == [2128] * 50
+        save(states, prompt, lambda start, stop: (stop - start) * token_bytes)
+    assert [n_found(states, prompt) for prompt in prompts] == [2128] * 50
     assert len(cache) == 50
-    held = cache._tier.memory_usage()
+    held = cache._store.memory.tier.memory_usage()
     unique = (2000 + 50 * 128) * token_bytes
     return {
         "states": held,
@@ -125,17 +131,18 @@ def growth(rounds: int, largest: int) -> list[dict[str, float]]:
     n_entries = 100
     while n_entries <= largest:
         cache, kept, save_us = filled(n_entries, 512, np.random.default_rng(3))
-        assert [n_found(cache, each) for each in kept] == [512] * len(kept)
+        states = cache.namespace(MODEL)
+        assert [n_found(states, each) for each in kept] == [512] * len(kept)
         pick = random.Random(3)
-        hit_us = timed(partial(_hit, cache, kept, pick), rounds)
+        hit_us = timed(partial(_hit, states, kept, pick), rounds)
         overhead = cache.memory_usage() / n_entries
         rows.append({"entries": n_entries, "hit": hit_us, "save": save_us, "bytes": overhead})
         n_entries *= 10
     return rows
 
 
-def _hit(cache: PrefixStateCache, prompts: list[Any], pick: random.Random) -> None:
-    n_found(cache, pick.choice(prompts))
+def _hit(states: Namespace, prompts: list[Any], pick: random.Random) -> None:
+    n_found(states, pick.choice(prompts))
 
 
 class Files:
@@ -146,7 +153,7 @@ class Files:
         self.payload = np.random.default_rng(4).integers(0, 255, BLOCK_BYTES, np.uint8)
         self.tier = DiskTier(folder)
         self.memory = self._cache(self.tier)
-        self.memory.save(self.tokens, self._read, lambda *_: BLOCK_BYTES, fingerprint=MODEL)
+        self.memory.namespace(MODEL).save(self.tokens, self._read, lambda *_: BLOCK_BYTES)
         self.memory.flush()
         self.fresh = self._cache(self.tier)
         self.sources = [self.payload.copy() for _ in range(8)]
@@ -160,7 +167,7 @@ class Files:
 
     def forget(self) -> None:
         """Leave the prefix to the disk alone; the buffers wait for their next use."""
-        memory = self.fresh._memory
+        memory = self.fresh._store.memory
         for node in list(memory.index.nodes()):
             memory.remove(node)
 
@@ -170,7 +177,7 @@ class Files:
         def load(start: int, _stop: int, payload: memoryview) -> None:
             np.copyto(self.targets[start // BLOCK], np.frombuffer(payload, np.uint8))
 
-        with cache.plan(self.tokens, fingerprint=MODEL) as plan:
+        with cache.namespace(MODEL).plan(self.tokens) as plan:
             assert plan.restore(load) == 8 * BLOCK
 
     def copy(self) -> None:
@@ -191,7 +198,7 @@ class Files:
             opened.seek(place)
             opened.write(bytes([byte[0] ^ 1]))
         self.forget()
-        is_told = n_found(self.fresh, self.tokens) < 8 * BLOCK
+        is_told = n_found(self.fresh.namespace(MODEL), self.tokens) < 8 * BLOCK
         self.__init__(self.tier.path)  # type: ignore[misc]  # what was damaged is written anew
         return is_equal and is_told
 
@@ -215,17 +222,17 @@ def disk(rounds: int) -> dict[str, Any]:
         return {"right": is_right} | {name: median(each) / 1000 for name, each in times.items()}
 
 
-def seals(rounds: int) -> dict[str, float]:
+def checksums(rounds: int) -> dict[str, float]:
     """Time checksums of one block; medians in us."""
     data = np.random.default_rng(5).bytes(BLOCK_BYTES)
     target = bytearray(BLOCK_BYTES)
-    plain, keyed = Sealer(), Sealer(b"k" * 32)
+    plain, keyed = StateCodec(), StateCodec(b"k" * 32)
     ways: dict[str, Callable[[], object]] = {
         "memcpy": lambda: target.__setitem__(slice(None), data),
-        "XXH3, 128 bits": lambda: plain.seal(data),
+        "XXH3, 128 bits": lambda: plain.checksum(data),
         "crc32": lambda: zlib.crc32(data),
         "blake2b": lambda: blake2b(data).digest(),
-        "HMAC-SHA256": lambda: keyed.seal(data),
+        "HMAC-SHA256": lambda: keyed.checksum(data),
     }
     return {name: timed(work, rounds) for name, work in ways.items()}
 
@@ -236,10 +243,10 @@ def main(argv: list[str]) -> int:
     options.add_argument("--rounds", type=int, default=2000)
     options.add_argument("--entries", type=int, default=10_000)
     options.add_argument("--largest", type=int, default=100_000)
-    options.add_argument("--seals", action="store_true", help="compare checksums, nothing else")
+    options.add_argument("--checksums", action="store_true", help="compare checksums, nothing else")
     args = options.parse_args(argv)
-    if args.seals:
-        for name, us in seals(51).items():
+    if args.checksums:
+        for name, us in checksums(51).items():
             print(f"  {name:16} {us:9,.0f} us for {BLOCK_BYTES:,} bytes", flush=True)
         return 0
     look_up = lookups(args.rounds, args.entries)

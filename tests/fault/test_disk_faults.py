@@ -106,11 +106,10 @@ def one_file(tmp_path: Path, n_bytes: int, **keys: Any) -> tuple[DiskTier, Path]
     tier = DiskTier(tmp_path / "d", **keys)
     cache = PrefixStateCache(disk=tier, block_tokens=64)
     rng = random.Random(1)
-    cache.save(
+    cache.namespace(b"m").save(
         list(range(64)),
         lambda _start, _stop, buffer: buffer.__setitem__(slice(None), rng.randbytes(n_bytes)),
         lambda *_: n_bytes,
-        fingerprint=b"m",
     )
     cache.close()
     (path,) = files(tmp_path)
@@ -119,7 +118,7 @@ def one_file(tmp_path: Path, n_bytes: int, **keys: Any) -> tuple[DiskTier, Path]
 
 def is_served(tier: DiskTier) -> bool:
     cache = PrefixStateCache(disk=tier, block_tokens=64)
-    with cache.plan(list(range(64)), fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan(list(range(64))) as plan:
         return bool(plan.blocks)
 
 
@@ -209,10 +208,10 @@ def test_a_header_with_absurd_lengths_is_refused_before_memory_is_taken(
     data[offset : offset + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
     if data == path.read_bytes():
         return
-    # A forger without a key can make the seal right: it is xxhash.
+    # A forger without a key can make the checksum right: it is xxhash.
     n_head = HEAD_BYTES + 64 * 4
-    data[n_head : n_head + 16] = tier.sealer.seal(bytes(data[:n_head]))
-    data[-16:] = tier.sealer.seal(bytes(data[:-16]))
+    data[n_head : n_head + 16] = tier.codec.checksum(bytes(data[:n_head]))
+    data[-16:] = tier.codec.checksum(bytes(data[:-16]))
     path.write_bytes(data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert not is_served(tier)
@@ -272,9 +271,9 @@ def tiny_file_system(path: Path, n_bytes: int) -> Iterator[None]:
 def save_much(cache: PrefixStateCache) -> None:
     """Save more than a small disk takes, and find all of it in memory all the same."""
     for first in range(40):
-        assert cache.store([first], bytes(16_000), fingerprint=b"m")
+        assert cache.namespace(b"m").store([first], bytes(16_000))
         cache.flush()
-        with cache.find([first], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        with cache.namespace(b"m").find([first]) as handle:  # type: ignore[union-attr]
             assert handle.n_bytes == 16_000
 
 
@@ -286,7 +285,7 @@ def test_a_full_disk_costs_what_does_not_fit(tmp_path: Path) -> None:
         assert refusals["disk: full"] > 20
         cache.close()
         fresh = cache_on(tmp_path / "full" / "d")
-        assert 5 < sum(fresh.find([n], fingerprint=b"m") is not None for n in range(40)) < 20
+        assert 5 < sum(fresh.namespace(b"m").find([n]) is not None for n in range(40)) < 20
         assert not list((tmp_path / "full").rglob(".new-*"))
         fresh.close()
 
@@ -297,7 +296,7 @@ def test_a_file_that_may_not_grow_is_taken_back(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         cache = cache_on(tmp_path)
         save_much(cache)
-        cache.store([99], bytes(100), fingerprint=b"m")
+        cache.namespace(b"m").store([99], bytes(100))
         cache.close()
         assert cache.disk is not None
         assert cache.disk.stats().refusals == {"full": 40}
@@ -344,7 +343,7 @@ def test_a_folder_that_is_deleted_while_in_use(tmp_path: Path) -> None:
     subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)  # noqa: S603, S607
     assert found(cache, [1] * 9) == 8  # from memory
     assert found(cache, [5] * 8) == 0
-    assert cache.find([5] * 8, fingerprint=b"m") is None
+    assert cache.namespace(b"m").find([5] * 8) is None
     Engine().save(cache, [2] * 8)
     assert cache.flush()
     assert found(cache_on(tmp_path / "d"), [2] * 8) == 8  # it was made anew
@@ -360,7 +359,7 @@ def test_a_count_of_bytes_that_was_damaged_is_counted_anew(tmp_path: Path) -> No
         (tmp_path / "usage").write_bytes(damage)
         cache = cache_on(tier)
         for first in range(60):
-            cache.store([first], bytes(1000), fingerprint=b"m")
+            cache.namespace(b"m").store([first], bytes(1000))
             cache.flush()
         if damage != b"\0" * 8:  # one that claims too little is put right by the next pruning
             assert sum(file.n_bytes for file in tier.files()) <= 20_000
@@ -383,7 +382,7 @@ def test_processes_that_write_read_and_prune_one_folder(tmp_path: Path) -> None:
             cache = cache_on(tier, max_entries=rng.choice([3, 50]))
             for _ in range(30):
                 tokens = prompt(rng.randint(0, 150))
-                with cache.plan(tokens, fingerprint=b"m") as plan:
+                with cache.namespace(b"m").plan(tokens) as plan:
                     assert restored(plan, tokens) == plan.n_tokens
                 Engine().save(cache, tokens)
                 if rng.random() < 0.02:
@@ -439,7 +438,7 @@ def test_an_error_of_the_system_while_reading_costs_a_miss(
 
     monkeypatch.setattr("tokcache.state.tiers.disk_file.os.preadv", broken)
     cache = PrefixStateCache(disk=tier, block_tokens=64)
-    with cache.plan(list(range(64)), fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan(list(range(64))) as plan:
         assert plan.blocks == []
     assert cache.stats().refusals == {"disk: error": 1}
     cache._check()
@@ -461,9 +460,9 @@ def test_memory_stays_flat_over_many_rounds(tmp_path: Path) -> None:
     def run(rounds: int) -> None:
         for _ in range(rounds):
             tokens = prompt(rng.randint(0, 400))
-            with cache.plan(tokens, fingerprint=b"m") as plan:
+            with cache.namespace(b"m").plan(tokens) as plan:
                 assert plan.restore(lambda *_: None, trim=lambda _: None) == plan.n_tokens
-            cache.save(tokens, lambda *_: None, lambda a, b: 8 * (b - a), fingerprint=b"m")
+            cache.namespace(b"m").save(tokens, lambda *_: None, lambda a, b: 8 * (b - a))
 
     run(1000)
     cache.flush()

@@ -76,7 +76,7 @@ def test_a_server_that_is_away_costs_misses_and_later_nothing(tmp_path: Path) ->
     began = time.perf_counter()
     for _ in range(50):
         assert found(one, SECRET) == 0
-    assert one.find([1], fingerprint=b"m") is None
+    assert one.namespace(b"m").find([1]) is None
     assert time.perf_counter() - began < 0.3
     assert one.stats().refusals["redis: circuit_open"] >= 50
     Engine().save(one, SECRET)
@@ -102,7 +102,7 @@ def late_states(port: int) -> bool:
 
 def test_a_server_that_is_killed_and_restarted_empty(server: RedisServer) -> None:
     one = cache(server.url)
-    one._touch_s = 0.0
+    one._store.touch_s = 0.0
     Engine().save(one, SECRET)
     one.flush()
     server.kill()
@@ -131,7 +131,7 @@ def test_a_paused_server_is_waited_for_a_few_times_only(server: RedisServer) -> 
     Engine().save(one, SECRET)
     one.flush()
     fresh = cache(server.url, timeout_s=0.5, retry_s=1.0)
-    fresh._touch_s = 1e9  # in the background it would fail, too
+    fresh._store.touch_s = 1e9  # in the background it would fail, too
     assert found(fresh, SECRET[:8]) == 8
     server.pause()
     try:
@@ -141,7 +141,7 @@ def test_a_paused_server_is_waited_for_a_few_times_only(server: RedisServer) -> 
             assert 0.3 < time.perf_counter() - began < 5, n_failure
         began = time.perf_counter()
         assert found(fresh, SECRET) == 8
-        assert fresh.find([1], fingerprint=b"m") is None
+        assert fresh.namespace(b"m").find([1]) is None
         assert time.perf_counter() - began < 0.4
         began = time.perf_counter()
         Engine().save(one, [1] * 8)
@@ -199,14 +199,14 @@ def save_much(one: PrefixStateCache) -> None:
         def read(_start: int, _stop: int, buffer: memoryview, first: int = first) -> None:
             buffer[:] = bytes([first]) * len(buffer)
 
-        one.save([first], read, lambda *_: 3 << 19, fingerprint=b"m")
+        one.namespace(b"m").save([first], read, lambda *_: 3 << 19)
         one.flush()
 
 
 def n_right(one: PrefixStateCache) -> int:
     n_found = 0
     for first in range(12):
-        with one.plan([first], fingerprint=b"m") as plan:
+        with one.namespace(b"m").plan([first]) as plan:
             for block in plan.blocks:
                 assert block.payload == bytes([first]) * (3 << 19)
                 n_found += 1
@@ -282,11 +282,10 @@ def one_state(server: RedisServer, n_bytes: int, **keys: Any) -> tuple[RedisTier
     tier = RedisTier(server.url, timeout_s=5.0, **keys)
     writer = PrefixStateCache(redis=tier, block_tokens=64)
     rng = random.Random(1)
-    writer.save(
+    writer.namespace(b"m").save(
         list(range(64)),
         lambda _start, _stop, buffer: buffer.__setitem__(slice(None), rng.randbytes(n_bytes)),
         lambda *_: n_bytes,
-        fingerprint=b"m",
     )
     writer.close()
     (key,) = server.states()
@@ -395,14 +394,14 @@ def test_a_head_with_absurd_lengths_is_refused_before_memory_is_taken(
         head[offset : offset + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
         if bytes(head) == client.hget(key, HEAD):
             return
-        # A forger without a key can make the seals right: they are xxhash.
+        # A forger without a key can make the checksums right: they are xxhash.
         n_head = HEAD_BYTES + 64 * 4
-        head[n_head : n_head + 16] = tier.sealer.seal(bytes(head[:n_head]))
-        head[-16:] = tier.sealer.seal(bytes(head[:-16]), client.hget(key, "0"))
+        head[n_head : n_head + 16] = tier.codec.checksum(bytes(head[:n_head]))
+        head[-16:] = tier.codec.checksum(bytes(head[:-16]), client.hget(key, "0"))
         client.hset(key, HEAD, bytes(head))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     reader = PrefixStateCache(redis=tier, block_tokens=64)
-    with reader.plan(list(range(64)), fingerprint=b"m") as plan:
+    with reader.namespace(b"m").plan(list(range(64))) as plan:
         assert not plan.blocks
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
     assert sum(reader.stats().refusals.values()) == 1
@@ -413,7 +412,7 @@ def test_a_head_with_absurd_lengths_is_refused_before_memory_is_taken(
 def test_keys_of_somebody_else_are_left_alone(server: RedisServer) -> None:
     one = cache(server.url)
     Engine().save(one, [1, 2, 3])
-    one.store([1], b"x", fingerprint=b"m")
+    one.namespace(b"m").store([1], b"x")
     one.flush()
     with server.client() as client:
         ours = [key for key in client.scan_iter() if not key.endswith(b":lengths")]
@@ -423,7 +422,7 @@ def test_keys_of_somebody_else_are_left_alone(server: RedisServer) -> None:
             client.set(key, "a thesis")
         fresh = cache(server.url)
         assert found(fresh, [1, 2, 3]) == 0
-        assert fresh.find([1, 2], fingerprint=b"m") is None
+        assert fresh.namespace(b"m").find([1, 2]) is None
         Engine().save(fresh, [1, 2, 3])  # the second way is free
         fresh.flush()
         assert reasons(fresh) == {"wrong_type"}
@@ -433,7 +432,7 @@ def test_keys_of_somebody_else_are_left_alone(server: RedisServer) -> None:
         client.delete(lengths)
         client.sadd(lengths, "a", "-1", "0", "99999999999999999999", "1", b"\xff", "16777217")
         assert fresh.redis is not None
-        assert fresh.redis.lengths(Owner(b"m", None, "whole")) == {1}
+        assert fresh.redis.lengths(Owner(b"m", None, "snapshot")) == {1}
         fresh.clear()  # of its namespace, whatever is there
         assert list(client.scan_iter()) == [b"other"]
         fresh.close()
@@ -465,11 +464,11 @@ def test_what_is_removed_while_it_is_written_never_appears_by_half(
     one = cache_on(None, redis=tier)
     state = os.urandom(20 * CHUNK_BYTES)
     Meddling(tier, n_call, lambda: cache(server.url).clear())
-    assert one.store([1], state, fingerprint=b"m")
+    assert one.namespace(b"m").store([1], state)
     one.flush()
     is_whole = n_call <= 2  # it went before anything was written
     assert reasons(one) == (set() if is_whole else {"removed"})
-    handle = cache(server.url).find([1], fingerprint=b"m")
+    handle = cache(server.url).namespace(b"m").find([1])
     assert (handle is not None) == is_whole
     assert handle is None or handle.state == state
     with server.client() as client:
@@ -546,12 +545,12 @@ def use_all(one: PrefixStateCache) -> None:
     """Ask and write in every way there is."""
     assert found(one, SECRET) == 0
     Engine().save(one, SECRET)
-    one._touch_s = 0.0
+    one._store.touch_s = 0.0
     assert found(one, SECRET) == 40
-    assert one.find([1, 2], fingerprint=b"m") is None
-    one.store([1, 2], b"state", fingerprint=b"m")
+    assert one.namespace(b"m").find([1, 2]) is None
+    one.namespace(b"m").store([1, 2], b"state")
     assert one.flush(20)
-    with one.find([1, 2], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    with one.namespace(b"m").find([1, 2]) as handle:  # type: ignore[union-attr]
         assert bytes(handle.state) == b"state"
     one.clear(scope="a")
     one.clear()
@@ -720,13 +719,13 @@ def test_connections_cut_anywhere_lose_nothing_but_time(server: RedisServer) -> 
                 one = cache(url, timeout_s=1.0, retry_s=0.01)
                 for _ in range(10):
                     tokens = prompt(own.randint(0, 60))
-                    with one.plan(tokens, fingerprint=b"m") as plan:
+                    with one.namespace(b"m").plan(tokens) as plan:
                         assert restored(plan, tokens) == plan.n_tokens
                         n_found[0] += plan.n_tokens > 0
                     Engine().save(one, tokens)
                     state = bytes([tokens[0]]) * (CHUNK_BYTES + 5)
-                    one.store(tokens[:2], state, fingerprint=b"m")
-                    with suppress(AttributeError), one.find(tokens[:3], fingerprint=b"m") as got:  # type: ignore[union-attr]
+                    one.namespace(b"m").store(tokens[:2], state)
+                    with suppress(AttributeError), one.namespace(b"m").find(tokens[:3]) as got:  # type: ignore[union-attr]
                         assert got.state == bytes([tokens[0]]) * (CHUNK_BYTES + 5)
                 one._check()
                 one.close()
@@ -767,7 +766,7 @@ def test_a_killed_writer_leaves_nothing_damaged_and_loses_nothing_finished(
             one = cache(server.url)
             for n in range(100_000):
                 Engine().save(one, prompt(1000 * n_round + n))
-                one.store([n_round, n], bytes([n % 256]) * (3 * CHUNK_BYTES), fingerprint=b"m")
+                one.namespace(b"m").store([n_round, n], bytes([n % 256]) * (3 * CHUNK_BYTES))
                 one.flush()
                 os.write(sender, struct.pack("<I", n))
 
@@ -782,7 +781,7 @@ def test_a_killed_writer_leaves_nothing_damaged_and_loses_nothing_finished(
         for (n,) in struct.iter_unpack("<I", told[: len(told) // 4 * 4]):
             tokens = prompt(1000 * n_round + n)
             assert found(reader, tokens) == len(tokens)
-            with reader.find([n_round, n], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+            with reader.namespace(b"m").find([n_round, n]) as handle:  # type: ignore[union-attr]
                 assert handle.state == bytes([n % 256]) * (3 * CHUNK_BYTES)
             n_finished += 1
         assert reader.stats().refusals == {}
@@ -818,9 +817,9 @@ def test_memory_stays_flat_over_many_rounds(server: RedisServer) -> None:
     def run(rounds: int) -> None:
         for _ in range(rounds):
             tokens = prompt(rng.randint(0, 400))
-            with one.plan(tokens, fingerprint=b"m") as plan:
+            with one.namespace(b"m").plan(tokens) as plan:
                 assert plan.restore(lambda *_: None, trim=lambda _: None) == plan.n_tokens
-            one.save(tokens, lambda *_: None, lambda a, b: 8 * (b - a), fingerprint=b"m")
+            one.namespace(b"m").save(tokens, lambda *_: None, lambda a, b: 8 * (b - a))
         one.flush()
 
     run(500)

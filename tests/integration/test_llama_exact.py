@@ -103,7 +103,7 @@ def test_negative_control_a_wrong_block_changes_the_logits(
     list(_taken(cached, prompt))
     cached.reset()
     cached._sequence.clear()
-    payload = next(iter(cached.prefix_cache._tier._held.values()))
+    payload = next(iter(cached.prefix_cache._store.memory.tier._held.values()))
     values = np.frombuffer(payload, np.uint8)[-64:]
     values[:] = np.tile(np.array([0x00, 0x3C], np.uint8), 32)  # the last 32 values become 1.0
     uncached.reset()
@@ -237,7 +237,7 @@ def test_a_block_that_llama_cpp_rejects_costs_a_decode_and_a_counter() -> None:
     prompt = list(range(100, 100 + 4 * BLOCK))
     list(_taken(cached, prompt))
     cached.reset()
-    payloads = list(cached.prefix_cache._tier._held.values())
+    payloads = list(cached.prefix_cache._store.memory.tier._held.values())
     np.frombuffer(payloads[1], np.uint8)[:8] = 255
     assert_equal_answers(cached, uncached, prompt)
     assert cached.last_reuse.n_restored == BLOCK
@@ -252,7 +252,9 @@ def test_a_block_of_other_positions_costs_a_decode_and_a_counter() -> None:
     prompt = list(range(100, 100 + 4 * BLOCK))
     list(_taken(cached, prompt))
     cached.reset()
-    payloads = [np.frombuffer(p, np.uint8) for p in cached.prefix_cache._tier._held.values()]
+    payloads = [
+        np.frombuffer(p, np.uint8) for p in cached.prefix_cache._store.memory.tier._held.values()
+    ]
     payloads[1][:] = payloads[2]
     assert_equal_answers(cached, uncached, prompt)
     assert cached.last_reuse.n_restored == BLOCK

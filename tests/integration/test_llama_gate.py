@@ -500,7 +500,7 @@ def test_nothing_waits_in_a_garbage_collection(lock: str) -> None:
     holder = Worker(hold) if lock.startswith("step") else None
     if holder is not None:
         assert inside.wait(WAIT_S)
-    locks = {"cache": llm.prefix_cache._lock, "gate": llm._gate._mutex}
+    locks = {"cache": llm.prefix_cache._store.lock, "gate": llm._gate._mutex}
     collecting = Worker(lambda: _collected_under(locks.get(lock, threading.Lock())))
     collecting.join(10)
     is_stuck = collecting.is_alive()

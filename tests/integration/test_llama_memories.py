@@ -310,7 +310,7 @@ def test_blocks_larger_than_a_window_are_kept_in_parts(memory: str, n_ubatch: in
     assert stats.refusals == {}
     assert stats.restored_tokens > 40 * BLOCK
     assert recorded.worst <= TOLERANCE
-    lengths = {len(node.tokens) // 4 for node in cache._index.nodes()}
+    lengths = {len(node.tokens) // 4 for node in cache._store.memory.index.nodes()}
     assert max(lengths) <= (4 * BLOCK if memory in RECURRENT else BLOCK)
     recorded.close()
 
@@ -588,7 +588,7 @@ def test_control_a_block_of_another_prompt_is_seen(memory: str) -> None:
 def swap_last_blocks(cache: Any, start: int) -> None:
     payloads = [
         np.frombuffer(payload, np.uint8)
-        for node, payload in cache._tier._held.items()
+        for node, payload in cache._store.memory.tier._held.items()
         if node.start == start
     ]
     assert len(payloads) == 2
@@ -615,7 +615,7 @@ def test_control_a_tail_of_another_prompt_is_seen(memory: str) -> None:
 def swap_tails(cache: Any) -> None:
     payloads = [
         np.frombuffer(payload, np.uint8)
-        for held, payload in cache._tier._held.items()
+        for held, payload in cache._store.memory.tier._held.items()
         if getattr(held, "n_tokens", 0) == BLOCK + 1
     ]
     assert len(payloads) == 2
@@ -742,7 +742,7 @@ def test_a_tail_whose_blocks_are_gone_is_not_used() -> None:
     expected = model("lfm2", store())
     prompt = fresh(random.Random(12), 2 * BLOCK + 9)
     answer(twins, prompt)
-    memory = twins.prefix_cache._memory
+    memory = twins.prefix_cache._store.memory
     for node in list(memory.index.nodes()):
         memory.remove(node)
     twins.reset()
@@ -756,7 +756,7 @@ def test_a_damaged_tail_costs_a_decode_and_a_counter(memory: str) -> None:
     llm, expected = model(memory, store()), model(memory, store())
     prompt = fresh(random.Random(13), 2 * BLOCK + 9)
     first = answer(llm, prompt, 1)
-    for held, payload in llm.prefix_cache._tier._held.items():
+    for held, payload in llm.prefix_cache._store.memory.tier._held.items():
         if getattr(held, "n_tokens", 0) == len(prompt) - 1:
             np.frombuffer(payload, np.uint8)[:8] = 255
     llm.reset()

@@ -242,7 +242,7 @@ def test_a_pending_save_of_a_scope_that_was_cleared_is_dropped(
     cache.clear(scope=cleared)
     assert sequences.take_pending() == n_saved
     assert cache.stats().refusals == ({} if n_saved else {"cleared": 1})
-    assert cache.is_empty == (not n_saved)
+    assert (len(cache) == 0) == (not n_saved)
 
 
 # Bad input
@@ -395,7 +395,7 @@ def test_each_sequence_serves_the_scope_that_it_was_restored_for(
         assert sequences.take_pending() > 0
         for asked in ("a", None, "b", "own"):
             assert (sequences.restore([*other, 7], 1, scope=asked) > 0) == (asked == found)
-        sequences._place.cache.clear(scope=found)
+        sequences._cache.clear(scope=found)
     with pytest.raises(InvalidScope):
         sequences.restore(prompt, 0, scope=5)  # type: ignore[arg-type]
     with pytest.raises(InvalidScope):

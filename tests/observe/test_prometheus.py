@@ -65,8 +65,8 @@ def stored_states() -> tokcache.PrefixStateCache:
 
     def copy(_start: int, _stop: int, _buffer: memoryview) -> None: ...
 
-    states.save(tokens, copy, measure, fingerprint=FINGERPRINT)
-    with states.plan(tokens[:257], fingerprint=FINGERPRINT) as plan:
+    states.namespace(FINGERPRINT).save(tokens, copy, measure)
+    with states.namespace(FINGERPRINT).plan(tokens[:257]) as plan:
         plan.restore(copy)
     return states
 
@@ -396,7 +396,7 @@ def test_a_scrape_holds_up_nobody(registry: CollectorRegistry, collector: Collec
     collector.add("b", stuck)
     tok.token_ids("hello")
     with ThreadPoolExecutor(1) as pool:
-        with stuck._lock:
+        with stuck._store.lock:
             scrape = pool.submit(generate_latest, registry)
             time.sleep(0.05)
             assert tok.token_ids("hello") == tok.token_ids("hello")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokcache.state.cache import PrefixStateCache, RestorePlan
+    from tokcache.state.cache import PrefixStateCache
+    from tokcache.state.handles import RestorePlan
 
 POSITION_BYTES = 4
 
@@ -48,15 +49,9 @@ class Engine:
         def n_bytes(start: int, stop: int) -> int:
             return (stop - start) * POSITION_BYTES
 
-        return cache.save(
-            tokens,
-            read,
-            n_bytes,
-            fingerprint=fingerprint,
-            scope=scope,
-            aligned=aligned,
-            public_tokens=public_tokens,
-        )
+        return cache.namespace(
+            fingerprint, scope=scope, public_prefix=tokens[:public_tokens], aligned=aligned
+        ).save(tokens, read, n_bytes)
 
 
 def restored(plan: RestorePlan, tokens: Sequence[int]) -> int:

@@ -58,12 +58,12 @@ def test_every_way_in_takes_them(form: str) -> None:
     def read(start: int, stop: int, buffer: memoryview) -> None:
         buffer[:] = state_of(IDS, start, stop)
 
-    assert cache.store(tokens, b"state", **key)
-    assert cache.find(tokens, **key) is not None
-    assert cache.handle(tokens, **key) is not None
-    assert cache.fill(tokens, 3, lambda _: None, **key)
-    assert cache.save(tokens, read, lambda a, b: 4 * (b - a), **key) == 6
-    with cache.plan(tokens, **key) as plan:
+    assert cache.namespace(**key).store(tokens, b"state")
+    assert cache.namespace(**key).find(tokens) is not None
+    assert cache.namespace(**key).handle(tokens) is not None
+    assert cache.namespace(**key).fill(tokens, 3, lambda _: None)
+    assert cache.namespace(**key).save(tokens, read, lambda a, b: 4 * (b - a)) == 6
+    with cache.namespace(**key).plan(tokens) as plan:
         assert plan.n_tokens == 6
 
 
@@ -102,19 +102,19 @@ def test_what_are_no_ids_is_named_by_its_position(form: str) -> None:
     key: dict[str, Any] = {"fingerprint": b"m"}
     calls: list[Any] = [
         lambda: token_bytes(tokens),
-        lambda: cache.store(tokens, b"", **key),
-        lambda: cache.find(tokens, **key),
-        lambda: cache.handle(tokens, **key),
-        lambda: cache.fill(tokens, 0, bytes, **key),
-        lambda: cache.plan(tokens, **key),
-        lambda: cache.save(tokens, lambda *_: None, lambda *_: 1, **key),
+        lambda: cache.namespace(**key).store(tokens, b""),
+        lambda: cache.namespace(**key).find(tokens),
+        lambda: cache.namespace(**key).handle(tokens),
+        lambda: cache.namespace(**key).fill(tokens, 0, bytes),
+        lambda: cache.namespace(**key).plan(tokens),
+        lambda: cache.namespace(**key).save(tokens, lambda *_: None, lambda *_: 1),
     ]
     for call in calls:
         with pytest.raises(InvalidTokens) as caught:
             call()
         assert told in str(caught.value)
         assert "secret" not in str(caught.value)
-    assert cache.is_empty
+    assert len(cache) == 0
 
 
 # Sizes and counts
@@ -125,9 +125,9 @@ def test_sizes_have_units(tmp_path: Path, size: Any) -> None:
     tier = DiskTier(tmp_path, max_bytes=size)
     cache = PrefixStateCache(ram_bytes=size, queue_bytes=size, disk=tier)
     assert cache.ram_bytes == tier.max_bytes == 1 << 20
-    assert cache._below[0].writer.max_bytes == 1 << 20
+    assert cache._store.below[0].writer.max_bytes == 1 << 20
     assert type(cache.ram_bytes) is type(tier.max_bytes) is int
-    cache.store([1], bytes(1000), fingerprint=b"m")
+    cache.namespace(b"m").store([1], bytes(1000))
     cache.flush()
     assert tier.prune("2K") > 0
     assert tier.prune("0") == 0
@@ -150,19 +150,21 @@ def test_counts_may_be_numpy_integers(tmp_path: Path, kind: Any) -> None:
     cache = PrefixStateCache(
         max_entries=kind(9), block_tokens=kind(4), min_tokens=kind(1), disk=tmp_path
     )
-    key: dict[str, Any] = {"fingerprint": b"m", "public_tokens": kind(2)}
-    assert cache.store(IDS, b"s", n_past=kind(6), priority=kind(1), **key)
-    saved = cache.save(IDS, lambda *_: None, lambda a, b: kind(b - a), priority=kind(1), **key)
+    key: dict[str, Any] = {"fingerprint": b"m", "public_prefix": [kind(each) for each in IDS[:2]]}
+    assert cache.namespace(**key).store(IDS, b"s", n_past=kind(6), priority=kind(1))
+    saved = cache.namespace(**key).save(
+        IDS, lambda *_: None, lambda a, b: kind(b - a), priority=kind(1)
+    )
     assert saved == 6
-    cache.note_prefill(kind(100), 0.1, fingerprint=b"m")
+    cache.namespace(b"m").note_prefill(kind(100), 0.1)
     cache.count_prompt(kind(9), context_tokens=kind(3), restored_tokens=kind(1))
     cache.flush()
     assert cache.stats().refusals == {}
     fresh = PrefixStateCache(block_tokens=4, disk=tmp_path)
-    with fresh.find(IDS, **key) as handle:  # type: ignore[union-attr]
+    with fresh.namespace(**key).find(IDS) as handle:  # type: ignore[union-attr]
         assert (handle.n_past, handle.priority) == (6, 1)
         assert type(handle.n_past) is int
-    with fresh.plan(IDS, max_tokens=kind(5), **key) as plan:
+    with fresh.namespace(**key).plan(IDS, max_tokens=kind(5)) as plan:
         assert plan.n_tokens == 5
     cache.close()
     fresh.close()

@@ -12,8 +12,9 @@ import pytest
 
 from tests.state.engine import Engine, restored, state_of
 from tokcache.errors import InvalidConfig, InvalidTokens
-from tokcache.state.cache import NODE_BYTES, PrefixStateCache
+from tokcache.state.cache import PrefixStateCache
 from tokcache.state.index import root_bytes
+from tokcache.state.memory import NODE_BYTES
 from tokcache.state.names import Owner
 
 ROOT = root_bytes(Owner(b"m", None, "free"))
@@ -23,8 +24,10 @@ def small(**settings: Any) -> PrefixStateCache:
     return PrefixStateCache(**{"block_tokens": 4, "ram_bytes": 1 << 20, **settings})
 
 
-def found(cache: PrefixStateCache, tokens: list[int], **key: object) -> int:
-    with cache.plan(tokens, fingerprint=b"m", **key) as plan:  # type: ignore[arg-type]
+def found(
+    cache: PrefixStateCache, tokens: list[int], max_tokens: int | None = None, **key: Any
+) -> int:
+    with cache.namespace(b"m", **key).plan(tokens, max_tokens=max_tokens) as plan:
         return restored(plan, tokens) if plan.blocks else 0
 
 
@@ -66,7 +69,7 @@ def test_blocks_on_the_grid_are_whole_and_may_begin_alike() -> None:
         engine.save(cache, tokens, aligned=True)
     assert engine.reads == [(0, 4), (4, 8), (4, 8)]
     for tokens in (first, second):
-        with cache.plan(tokens, fingerprint=b"m", aligned=True) as plan:
+        with cache.namespace(b"m", aligned=True).plan(tokens) as plan:
             assert [(b.start, b.stop, b.until) for b in plan.blocks] == [(0, 4, 4), (4, 8, 8)]
             assert restored(plan, tokens) == 8
     cache._check()
@@ -90,7 +93,7 @@ def test_a_chain_that_left_another_inside_a_block_needs_a_trim() -> None:
     cache = small()
     Engine().save(cache, [1, 2, 3, 4])
     Engine().save(cache, [1, 2, 9, 9])
-    with cache.plan([1, 2, 9, 9], fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan([1, 2, 9, 9]) as plan:
         assert [(b.start, b.stop, b.until) for b in plan.blocks] == [(0, 4, 2), (2, 4, 4)]
         assert plan.start_beyond(1) == 0
         assert plan.start_beyond(2) == 2
@@ -134,7 +137,7 @@ def test_a_save_that_another_overtakes_stores_what_is_left() -> None:
         buffer[:] = state_of([1, 2, 3, 4, 5], start, stop)
 
     tokens = [1, 2, 3, 4, 5]
-    assert cache.save(tokens, read, lambda a, b: 4 * (b - a), fingerprint=b"m") == 2
+    assert cache.namespace(b"m").save(tokens, read, lambda a, b: 4 * (b - a)) == 2
     assert found(cache, tokens) == 5
     assert found(cache, [1, 2, 3, 7, 7]) == 5
     cache._check()
@@ -166,10 +169,10 @@ def test_scopes_and_fingerprints_never_meet() -> None:
         assert found(cache, tokens, scope=scope) == 0
         Engine().save(cache, tokens, scope=scope)
         assert found(cache, tokens, scope=scope) == 8
-    with cache.plan(tokens, fingerprint=b"other") as plan:
+    with cache.namespace(b"other").plan(tokens) as plan:
         assert plan.n_tokens == 0
     # The fingerprint's end and the scope's beginning must not run together.
-    with cache.plan(tokens, fingerprint=b"ma", scope="") as plan:
+    with cache.namespace(b"ma", scope="").plan(tokens) as plan:
         assert plan.n_tokens == 0
     cache._check()
 
@@ -255,7 +258,7 @@ def test_blocks_in_use_are_not_evicted() -> None:
     cache = small(ram_bytes=2 * (NODE_BYTES + 32) + ROOT)
     tokens = [1, 2, 3, 4, 5, 6, 7, 8]
     Engine().save(cache, tokens)
-    plan = cache.plan(tokens, fingerprint=b"m")
+    plan = cache.namespace(b"m").plan(tokens)
     assert Engine().save(cache, [9, 9, 9, 9]) == 0
     assert cache.stats().refusals == {"blocks_in_use": 1}
     assert restored(plan, tokens) == 8
@@ -267,7 +270,7 @@ def test_blocks_in_use_are_not_evicted() -> None:
 def test_a_plan_yields_nothing_once_cleared_and_its_buffers_are_not_used_again() -> None:
     cache, tokens = small(), [1, 2, 3, 4, 5, 6, 7, 8]
     Engine().save(cache, tokens)
-    plan = cache.plan(tokens, fingerprint=b"m")
+    plan = cache.namespace(b"m").plan(tokens)
     cache.clear()
     assert cache.memory_usage() == 32  # a load may still read it: still counted
     Engine().save(cache, [9] * 8)
@@ -297,7 +300,7 @@ def test_a_loader_that_fails_leaves_what_came_before() -> None:
         if start == 4:
             raise RuntimeError("rejected")
 
-    with cache.plan(tokens, fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan(tokens) as plan:
         assert plan.restore(load) == 4
     assert cache.stats().refusals == {"restore_failed": 1}
     assert cache.stats().restored_tokens == 4
@@ -306,9 +309,9 @@ def test_a_loader_that_fails_leaves_what_came_before() -> None:
 def test_a_tier_that_lost_a_payload_serves_what_comes_before() -> None:
     cache, tokens = small(), list(range(12))
     Engine().save(cache, tokens)
-    with cache.plan(tokens, fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan(tokens) as plan:
         lost = plan._nodes[-2]
-    cache._tier.lend(lost)
+    cache._store.memory.tier.lend(lost)
     assert found(cache, tokens) == 4
     assert cache.stats().refusals == {"payload_lost": 1}
 
@@ -318,7 +321,7 @@ def test_a_tier_that_lost_a_payload_serves_what_comes_before() -> None:
 def test_a_size_that_is_none_costs_a_counter(size: Any, ram_bytes: int) -> None:
     cache = small(ram_bytes=ram_bytes)
     sizes = {0: 4, 4: size}
-    saved = cache.save(range(6), lambda *_: None, lambda start, _: sizes[start], fingerprint=b"m")
+    saved = cache.namespace(b"m").save(range(6), lambda *_: None, lambda start, _: sizes[start])
     assert (saved, len(cache), cache.memory_usage()) == (0, 0, 0)
     assert cache.stats().refusals == {"save_failed": 1}
     cache._check()
@@ -331,15 +334,15 @@ def test_an_interrupt_while_reading_gives_everything_back() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.save([1, 2, 3, 4, 5], read, lambda a, b: 4 * (b - a), fingerprint=b"m")
+        cache.namespace(b"m").save([1, 2, 3, 4, 5], read, lambda a, b: 4 * (b - a))
     cache._check()
-    assert (len(cache), cache._memory.overhead) == (0, 0)
+    assert (len(cache), cache._store.memory.overhead) == (0, 0)
 
 
 def test_restore_from_the_block_that_is_needed() -> None:
     cache, tokens = small(), list(range(12))
     Engine().save(cache, tokens)
-    with cache.plan(tokens, fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan(tokens) as plan:
         starts: list[int] = []
         assert plan.start_beyond(5) == 4
         assert plan.start_beyond(12) == 12
@@ -360,7 +363,7 @@ def test_buffers_of_evicted_blocks_are_used_again() -> None:
         def read(_start: int, _stop: int, buffer: memoryview) -> None:
             addresses.append(np.frombuffer(buffer, np.uint8).ctypes.data)
 
-        cache.save([first] * 4, read, n_bytes, fingerprint=b"m")
+        cache.namespace(b"m").save([first] * 4, read, n_bytes)
         cache._check()
     assert len(set(addresses)) == 2
 
@@ -371,7 +374,7 @@ def test_overhead_is_counted() -> None:
     before, _ = tracemalloc.get_traced_memory()
     for first in range(3000):
         tokens = array("i", range(first * 50, first * 50 + 40))
-        cache.save(tokens, lambda *_: None, lambda a, b: 64 * (b - a), fingerprint=b"m")
+        cache.namespace(b"m").save(tokens, lambda *_: None, lambda a, b: 64 * (b - a))
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     grown, counted = after - before, cache.memory_usage()
@@ -397,7 +400,7 @@ def test_scopes_with_long_names_stay_within_the_budget() -> None:
         assert cache.memory_usage() <= cache.ram_bytes
     assert 5 <= len(cache) <= 10
     cache._check()
-    for root in list(cache._index.roots.values()):
+    for root in list(cache._store.memory.index.roots.values()):
         cache.clear(scope=root.owner.scope)
     assert cache.memory_usage() == 0
 
@@ -419,16 +422,16 @@ def test_a_scope_removed_while_it_is_saved_stays_removed() -> None:
         cache._check()
         cache.clear(scope="a")
 
-    assert cache.save([1, 2, 3], read, lambda a, b: b - a, fingerprint=b"m", scope="a") == 0
+    assert cache.namespace(b"m", scope="a").save([1, 2, 3], read, lambda a, b: b - a) == 0
     cache._check()
-    assert (len(cache), cache._memory.overhead) == (0, 0)
+    assert (len(cache), cache._store.memory.overhead) == (0, 0)
 
 
 @pytest.mark.parametrize("ids", [array("i", [1, 2, 3]), np.array([1, 2, 3], np.int32), (1, 2, 3)])
 def test_any_int32_buffer_or_sequence_will_do(ids: object) -> None:
     cache = small()
     Engine().save(cache, [1, 2, 3, 4])
-    with cache.plan(ids, fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan(ids) as plan:
         assert plan.n_tokens == 3
 
 
@@ -436,7 +439,7 @@ def test_any_int32_buffer_or_sequence_will_do(ids: object) -> None:
 def test_what_is_no_int32_is_a_clear_error(ids: object) -> None:
     cache = small()
     with pytest.raises(InvalidTokens):
-        cache.plan(ids, fingerprint=b"m")
+        cache.namespace(b"m").plan(ids)
     cache._check()
 
 
@@ -451,16 +454,16 @@ def test_budgets_of_zero_or_below_are_refused(name: str) -> None:
 def test_a_fingerprint_is_bytes(fingerprint: Any) -> None:
     cache = small()
     with pytest.raises(InvalidConfig, match="fingerprint"):
-        cache.plan([1], fingerprint=fingerprint)
+        cache.namespace(fingerprint).plan([1])
     with pytest.raises(InvalidConfig, match="fingerprint"):
-        cache.save([1], lambda *_: None, lambda *_: 4, fingerprint=fingerprint)
+        cache.namespace(fingerprint).save([1], lambda *_: None, lambda *_: 4)
     cache._check()
 
 
 @pytest.mark.parametrize("max_tokens", ["3", 1.5, True])
 def test_max_tokens_is_an_int(max_tokens: Any) -> None:
     with pytest.raises(InvalidConfig, match="max_tokens"):
-        small().plan([1], fingerprint=b"m", max_tokens=max_tokens)
+        small().namespace(b"m").plan([1], max_tokens=max_tokens)
 
 
 def test_a_save_while_the_cache_closes_leaves_nothing() -> None:
@@ -477,19 +480,19 @@ def test_a_save_while_the_cache_closes_leaves_nothing() -> None:
 
         def __exit__(self, *_: object) -> None:
             self.lock.release()
-            cache._lock = self.lock
+            cache._store.lock = self.lock
             Engine().save(cache, [1, 2, 3, 4])
 
-    cache._lock = Lock(cache._lock)  # type: ignore[assignment]
+    cache._store.lock = Lock(cache._store.lock)  # type: ignore[assignment]
     cache.close()
     assert (len(cache), cache.memory_usage()) == (0, 0)
 
 
 def test_a_save_that_ends_after_the_cache_closed_leaves_nothing() -> None:
     cache = small()
-    saved = cache.save([1, 2], lambda *_: cache.close(), lambda a, b: b - a, fingerprint=b"m")
+    saved = cache.namespace(b"m").save([1, 2], lambda *_: cache.close(), lambda a, b: b - a)
     assert (saved, len(cache)) == (0, 0)
-    saved = small().save([1, 2], lambda *_: None, lambda a, b: b - a, fingerprint=b"m")
+    saved = small().namespace(b"m").save([1, 2], lambda *_: None, lambda a, b: b - a)
     assert saved == 2
 
 
@@ -500,7 +503,7 @@ def test_a_cache_that_closes_while_sizes_are_asked_for_stores_nothing() -> None:
         cache.close()
         return stop - start
 
-    assert cache.save([1, 2], lambda *_: None, n_bytes, fingerprint=b"m") == 0
+    assert cache.namespace(b"m").save([1, 2], lambda *_: None, n_bytes) == 0
     assert len(cache) == 0
     cache._check()
 
@@ -522,7 +525,7 @@ def test_many_threads_save_and_restore_the_right_states() -> None:
         for _ in range(300):
             tokens = rng.integers(0, 2, rng.integers(1, 20)).tolist()
             try:
-                with cache.plan(tokens, fingerprint=b"m") as plan:
+                with cache.namespace(b"m").plan(tokens) as plan:
                     restored(plan, tokens)
                 Engine().save(cache, tokens)
             except Exception as error:  # noqa: BLE001
@@ -535,7 +538,7 @@ def test_many_threads_save_and_restore_the_right_states() -> None:
         thread.join()
     cache._check()
     assert failures == []
-    assert {node.pins for node in cache._index.nodes()} <= {0}
+    assert {node.pins for node in cache._store.memory.index.nodes()} <= {0}
 
 
 @pytest.mark.parametrize("stem", [[], [7, 7, 7, 7]])
@@ -547,7 +550,7 @@ def test_saves_that_end_together_keep_to_the_entries(stem: list[int]) -> None:
         barrier.wait(10)
 
     def work(token: int) -> None:
-        cache.save([*stem, token], read, lambda a, b: b - a, fingerprint=b"m")
+        cache.namespace(b"m").save([*stem, token], read, lambda a, b: b - a)
 
     threads = [threading.Thread(target=work, args=(token,)) for token in range(8)]
     for thread in threads:
@@ -565,9 +568,9 @@ def test_a_save_finds_no_room_where_all_entries_are_in_use_by_now() -> None:
 
     def read(_start: int, _stop: int, _buffer: memoryview) -> None:
         Engine().save(cache, [1, 2, 3])
-        plans.append(cache.plan([1, 2, 3], fingerprint=b"m"))
+        plans.append(cache.namespace(b"m").plan([1, 2, 3]))
 
-    assert cache.save([9, 9, 9], read, lambda a, b: b - a, fingerprint=b"m") == 0
+    assert cache.namespace(b"m").save([9, 9, 9], read, lambda a, b: b - a) == 0
     assert cache.stats().refusals == {"entries_in_use": 1}
     assert found(cache, [1, 2, 3]) == 3
     cache._check()
@@ -578,9 +581,9 @@ def test_a_forked_child_keeps_what_nobody_used() -> None:
     cache = small()
     Engine().save(cache, [1, 2, 3, 4])
     Engine().save(cache, [5, 6, 7, 8])
-    plan = cache.plan([1, 2, 3, 4], fingerprint=b"m")
-    cache._lock.acquire()
-    cache._lock.release()
+    plan = cache.namespace(b"m").plan([1, 2, 3, 4])
+    cache._store.lock.acquire()
+    cache._store.lock.release()
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -601,15 +604,15 @@ def test_a_forked_child_keeps_what_nobody_used() -> None:
 def test_of_lower_priority_goes_first() -> None:
     cache = small(max_entries=2)
     for first, priority in ((1, 5), (2, 0)):
-        cache.save(
-            [first] * 4, lambda *_: None, lambda a, b: b - a, fingerprint=b"m", priority=priority
+        cache.namespace(b"m").save(
+            [first] * 4, lambda *_: None, lambda a, b: b - a, priority=priority
         )
-    with cache.plan([2] * 4, fingerprint=b"m") as plan:  # used last, and yet
+    with cache.namespace(b"m").plan([2] * 4) as plan:  # used last, and yet
         assert plan.n_tokens == 4
     Engine().save(cache, [3] * 4)
-    with cache.plan([1] * 4, fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan([1] * 4) as plan:
         assert plan.n_tokens == 4
-    with cache.plan([2] * 4, fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan([2] * 4) as plan:
         assert plan.n_tokens == 0
 
 
@@ -633,7 +636,7 @@ def test_an_expired_block_that_is_in_use_stays_readable(monkeypatch: pytest.Monk
     monkeypatch.setattr("tokcache.state.memory.time.monotonic", lambda: now[0])
     cache = small(ttl_s=10)
     Engine().save(cache, [1] * 8)
-    plan = cache.plan([1] * 8, fingerprint=b"m")
+    plan = cache.namespace(b"m").plan([1] * 8)
     now[0] += 11
     assert found(cache, [1] * 8) == 0
     assert restored(plan, [1] * 8) == 8
@@ -654,8 +657,8 @@ def test_a_cache_that_is_switched_off_does_nothing(tmp_path: Path) -> None:
     cache = small(enabled=False, disk=tmp_path / "d")
     assert Engine().save(cache, [1] * 5) == 0
     assert found(cache, [1] * 5) == 0
-    assert not cache.store([1], b"x", fingerprint=b"m")
-    assert cache.find([1], fingerprint=b"m") is None
-    assert cache.is_empty
+    assert not cache.namespace(b"m").store([1], b"x")
+    assert cache.namespace(b"m").find([1]) is None
+    assert len(cache) == 0
     assert cache.memory_usage() == 0
     assert not (tmp_path / "d").exists()

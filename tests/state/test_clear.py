@@ -12,7 +12,7 @@ import pytest
 
 from tests.state.engine import Engine, restored, state_of
 from tests.state.test_disk import SECRET, found, int32
-from tokcache.errors import InvalidConfig, InvalidScope, StateError
+from tokcache.errors import InvalidScope, StateError
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.write_behind import Job
 
@@ -23,7 +23,7 @@ PUBLIC, REST = list(range(100, 120)), list(range(200, 220))
 
 
 def whole(cache: PrefixStateCache, scope: str | None, tokens: list[int] = SECRET) -> bytes | None:
-    with cache.find(tokens, fingerprint=b"m", scope=scope) or memoryview(b"") as found_state:
+    with cache.namespace(b"m", scope=scope).find(tokens) or memoryview(b"") as found_state:
         return None if isinstance(found_state, memoryview) else bytes(found_state.state)
 
 
@@ -31,7 +31,7 @@ def filled(medium: Medium) -> PrefixStateCache:
     cache = medium.cache()
     for scope in ("a", "b", None):
         Engine().save(cache, SECRET, scope=scope)
-        cache.store(SECRET, b"whole", fingerprint=b"m", scope=scope)
+        cache.namespace(b"m", scope=scope).store(SECRET, b"whole")
     cache.flush()
     return cache
 
@@ -67,11 +67,11 @@ def test_a_scope_is_a_str(medium: Medium, scope: Any) -> None:
         lambda: cache.clear(scope),
         lambda: tier.clear(scope),
         lambda: cache.begin(scope),
-        lambda: cache.plan(SECRET, fingerprint=b"m", scope=scope),
-        lambda: cache.find(SECRET, fingerprint=b"m", scope=scope),
-        lambda: cache.handle(SECRET, fingerprint=b"m", scope=scope),
-        lambda: cache.store(SECRET, b"", fingerprint=b"m", scope=scope),
-        lambda: cache.fill(SECRET, 0, bytes, fingerprint=b"m", scope=scope),
+        lambda: cache.namespace(b"m", scope=scope).plan(SECRET),
+        lambda: cache.namespace(b"m", scope=scope).find(SECRET),
+        lambda: cache.namespace(b"m", scope=scope).handle(SECRET),
+        lambda: cache.namespace(b"m", scope=scope).store(SECRET, b""),
+        lambda: cache.namespace(b"m", scope=scope).fill(SECRET, 0, bytes),
         lambda: Engine().save(cache, SECRET, scope=scope),
     ):
         with pytest.raises(InvalidScope, match="scope must be a str or None"):
@@ -79,14 +79,11 @@ def test_a_scope_is_a_str(medium: Medium, scope: Any) -> None:
     cache.close()
 
 
-def test_remove_takes_a_handle_and_nothing_else(medium: Medium) -> None:
+def test_a_handle_removes_its_state_and_nothing_else(medium: Medium) -> None:
     cache = filled(medium)
-    for bad in (None, "a", 5):
-        with pytest.raises(InvalidConfig, match=r"clear\(scope=…\) removes all"):
-            cache.remove(bad)  # type: ignore[arg-type]
-    with cache.find(SECRET, fingerprint=b"m", scope="a") as handle:  # type: ignore[union-attr]
-        assert cache.remove(handle) == 1
-        assert cache.remove(handle) == 0
+    with cache.namespace(b"m", scope="a").find(SECRET) as handle:  # type: ignore[union-attr]
+        assert handle.remove() == 1
+        assert handle.remove() == 0
     assert whole(cache, "a") is None
     assert found(cache, SECRET, scope="a") == 40
     cache.close()
@@ -96,15 +93,16 @@ def test_what_is_public_stays(medium: Medium) -> None:
     cache = medium.cache()
     for scope in ("a", "b"):
         Engine().save(cache, PUBLIC + REST, scope=scope, public_tokens=20)
-        cache.store(PUBLIC, b"public", fingerprint=b"m", scope=scope, public_tokens=20)
+        cache.namespace(b"m", scope=scope, public_prefix=PUBLIC).store(PUBLIC, b"public")
     cache.flush()
     cache.clear(scope="a")
     for each in (cache, medium.cache()):
         hits = [
-            found(each, PUBLIC + REST, scope=scope, public_tokens=20) for scope in ("a", "b", "c")
+            found(each, PUBLIC + REST, scope=scope, public_prefix=PUBLIC)
+            for scope in ("a", "b", "c")
         ]
         assert hits == [20, 40, 20]
-        with each.find(PUBLIC, fingerprint=b"m", scope="a", public_tokens=20) as handle:  # type: ignore[union-attr]
+        with each.namespace(b"m", scope="a", public_prefix=PUBLIC).find(PUBLIC) as handle:  # type: ignore[union-attr]
             assert bytes(handle.state) == b"public"
         each._check()
     assert int32(REST[:8]) in medium.all_bytes()  # b's
@@ -120,8 +118,8 @@ def test_open_handles_and_plans_yield_nothing_more(medium: Medium) -> None:
     cache = filled(medium)
     kept: dict[str, Any] = {}
     for scope in ("a", "b"):
-        kept[f"handle of {scope}"] = cache.find(SECRET, fingerprint=b"m", scope=scope)
-        kept[f"plan of {scope}"] = cache.plan(SECRET, fingerprint=b"m", scope=scope)
+        kept[f"handle of {scope}"] = cache.namespace(b"m", scope=scope).find(SECRET)
+        kept[f"plan of {scope}"] = cache.namespace(b"m", scope=scope).plan(SECRET)
     cache.clear(scope="a")
     assert kept["handle of a"].is_stale
     with pytest.raises(StateError, match="removed"):
@@ -139,8 +137,8 @@ def test_what_memory_had_no_room_for_goes_too(medium: Medium) -> None:
     cache = filled(medium)
     cache.close()
     tiny = medium.cache(ram_bytes=1000)  # all is served from the tier
-    handle = tiny.find(SECRET, fingerprint=b"m", scope="a")
-    plan = tiny.plan(SECRET, fingerprint=b"m", scope="a")
+    handle = tiny.namespace(b"m", scope="a").find(SECRET)
+    plan = tiny.namespace(b"m", scope="a").plan(SECRET)
     assert handle is not None
     assert bytes(handle.state) == b"whole"
     assert plan.n_tokens > 0
@@ -160,7 +158,7 @@ def test_a_plan_that_is_cleared_while_it_is_restored_ends_there() -> None:
         if start == 8:
             cache.clear(scope="a")
 
-    with cache.plan(SECRET, fingerprint=b"m", scope="a") as plan:
+    with cache.namespace(b"m", scope="a").plan(SECRET) as plan:
         assert plan.restore(load) == 16
     assert loaded == [0, 8]
     assert cache.stats().refusals == {"cleared": 1}
@@ -178,7 +176,7 @@ def saving(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callable
         meanwhile()
         buffer[:] = state_of(SECRET, start, stop)
 
-    return lambda: cache.save(SECRET, read, state_bytes, fingerprint=b"m", scope="a")
+    return lambda: cache.namespace(b"m", scope="a").save(SECRET, read, state_bytes)
 
 
 def sizing(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callable[[], object]:
@@ -191,7 +189,7 @@ def sizing(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callable
     def read(start: int, stop: int, buffer: memoryview) -> None:
         buffer[:] = state_of(SECRET, start, stop)
 
-    return lambda: cache.save(SECRET, read, n_bytes, fingerprint=b"m", scope="a")
+    return lambda: cache.namespace(b"m", scope="a").save(SECRET, read, n_bytes)
 
 
 def saving_the_public_part(
@@ -204,8 +202,8 @@ def saving_the_public_part(
             meanwhile()
         buffer[:] = state_of(SECRET, start, stop)
 
-    key: dict[str, Any] = {"fingerprint": b"m", "scope": "a", "public_tokens": 8}
-    return lambda: cache.save(SECRET, read, state_bytes, **key)
+    ns = cache.namespace(b"m", scope="a", public_prefix=SECRET[:8])
+    return lambda: ns.save(SECRET, read, state_bytes)
 
 
 def filling(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callable[[], object]:
@@ -213,7 +211,7 @@ def filling(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callabl
         meanwhile()
         buffer[:] = bytes(len(buffer))
 
-    return lambda: cache.fill(SECRET, 100, read, fingerprint=b"m", scope="a")
+    return lambda: cache.namespace(b"m", scope="a").fill(SECRET, 100, read)
 
 
 @pytest.mark.parametrize("operation", [saving, sizing, saving_the_public_part, filling])
@@ -231,12 +229,12 @@ def test_a_save_that_has_begun_stores_nothing_of_what_was_cleared(
     operation(cache, clear_once)()
     assert calls
     cache.flush()
-    n_public = 8 if operation is saving_the_public_part else 0
+    public = SECRET[:8] if operation is saving_the_public_part else []
     is_kept, is_whole = cleared == "b", operation is filling
-    expected = 40 * (not is_whole) if is_kept else n_public * (cleared == "a")
+    expected = 40 * (not is_whole) if is_kept else len(public) * (cleared == "a")
     for each in (cache, medium.cache()):
-        assert found(each, SECRET, scope="a", public_tokens=n_public) == expected
-        handle = each.find(SECRET, fingerprint=b"m", scope="a")
+        assert found(each, SECRET, scope="a", public_prefix=public) == expected
+        handle = each.namespace(b"m", scope="a").find(SECRET)
         assert (handle is not None) == (is_kept and is_whole)
         each._check()
     cache.close()
@@ -247,7 +245,7 @@ class _Held:
 
     def __init__(self, cache: PrefixStateCache, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_found, self.goes_on = threading.Event(), threading.Event()
-        tier = cache._below[0].tier
+        tier = cache._store.below[0].tier
         find_each = tier.find_each
 
         def held(wanted: Any) -> Iterator[Any]:
@@ -296,10 +294,10 @@ def test_a_promotion_that_has_begun_brings_nothing_back(
 def test_another_tenants_work_goes_on(medium: Medium) -> None:
     cache = medium.cache()
     gate = threading.Event()
-    cache._below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
+    cache._store.below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
     for scope in ("a", "b"):
         Engine().save(cache, SECRET, scope=scope)
-        cache.store(SECRET, b"whole", fingerprint=b"m", scope=scope)
+        cache.namespace(b"m", scope=scope).store(SECRET, b"whole")
     assert cache.clear(scope="a") == 6
     gate.set()
     assert cache.flush()
@@ -318,7 +316,7 @@ def test_tenants_are_cleared_while_many_save_and_find(tmp_path: Path) -> None:
         n_found = 0
         while not stop.is_set():
             Engine().save(cache, SECRET, scope=scope)
-            cache.store(SECRET, b"whole", fingerprint=b"m", scope=scope)
+            cache.namespace(b"m", scope=scope).store(SECRET, b"whole")
             n_found += found(cache, SECRET, scope=scope)
         return n_found
 

@@ -41,7 +41,7 @@ def filled(path: Path, n_prompts: int) -> SlowDisk:
     cache = PrefixStateCache(disk=DiskTier(path), block_tokens=BLOCK)
     for first in range(n_prompts):
         Engine().save(cache, prompt(1000 * first))
-        cache.store(prompt(1000 * first), b"whole", fingerprint=b"m")
+        cache.namespace(b"m").store(prompt(1000 * first), b"whole")
     cache.close()
     return SlowDisk(path)
 
@@ -50,12 +50,12 @@ def on(tier: DiskTier, prefill_s: float | None, fingerprint: bytes = b"m") -> Pr
     """Return a cache that knows what a token takes to prefill."""
     cache = PrefixStateCache(disk=tier, block_tokens=BLOCK)
     if prefill_s is not None:
-        cache.note_prefill(100, 100 * prefill_s, fingerprint=fingerprint)
+        cache.namespace(fingerprint).note_prefill(100, 100 * prefill_s)
     return cache
 
 
 def found(cache: PrefixStateCache, tokens: list[int]) -> int:
-    with cache.plan(tokens, fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan(tokens) as plan:
         assert restored(plan, tokens) == plan.n_tokens
         return plan.n_tokens
 
@@ -106,7 +106,7 @@ def test_one_slow_read_is_forgiven(tmp_path: Path) -> None:
 def test_after_a_rest_it_is_tried_again(tmp_path: Path) -> None:
     tier = filled(tmp_path, 4)
     cache = on(tier, 0.001)
-    (below,) = cache._below
+    (below,) = cache._store.below
     below.worth.rest_s = 0.3
     tier.delay_s = 0.3
     assert found(cache, prompt(0)) == BLOCK
@@ -124,19 +124,19 @@ def test_each_model_has_its_own_measure(tmp_path: Path) -> None:
     tier = filled(tmp_path, 2)
     tier.delay_s = 0.04
     cache = on(tier, 0.001, fingerprint=b"a fast model")
-    cache.note_prefill(10, 100.0, fingerprint=b"m")
+    cache.namespace(b"m").note_prefill(10, 100.0)
     assert [found(cache, prompt(first)) for first in (0, 1000)] == [N, N]
     assert cache.stats().refusals == {}
     cache.close()
 
 
-def test_whole_states_are_left_alone_too(tmp_path: Path) -> None:
+def test_snapshots_are_left_alone_too(tmp_path: Path) -> None:
     tier = filled(tmp_path, 3)
     cache = on(tier, 0.001)
     tier.delay_s = 0.5
-    assert cache.find(prompt(0), fingerprint=b"m") is not None  # 0.42 s slower
-    assert cache.find(prompt(1000), fingerprint=b"m") is None
-    assert cache.find(prompt(0), fingerprint=b"m") is not None  # from memory
+    assert cache.namespace(b"m").find(prompt(0)) is not None  # 0.42 s slower
+    assert cache.namespace(b"m").find(prompt(1000)) is None
+    assert cache.namespace(b"m").find(prompt(0)) is not None  # from memory
     assert tier.n_reads == 1
     assert cache.stats().refusals == {"disk: slower_than_prefill": 1}
     cache.close()
@@ -168,4 +168,4 @@ def test_fast_reads_give_no_credit() -> None:
 )
 def test_a_measure_that_can_not_be_is_refused(n_tokens: Any, seconds: Any) -> None:
     with pytest.raises(InvalidConfig):
-        PrefixStateCache().note_prefill(n_tokens, seconds, fingerprint=b"m")
+        PrefixStateCache().namespace(b"m").note_prefill(n_tokens, seconds)

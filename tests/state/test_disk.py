@@ -30,7 +30,7 @@ def cache_on(disk: Any, **settings: Any) -> PrefixStateCache:
 
 
 def found(cache: PrefixStateCache, tokens: list[int], **key: Any) -> int:
-    with cache.plan(tokens, **{"fingerprint": b"m", **key}) as plan:
+    with cache.namespace(**{"fingerprint": b"m", **key}).plan(tokens) as plan:
         return restored(plan, tokens) if plan.blocks else 0
 
 
@@ -92,8 +92,8 @@ def test_the_budget_holds_and_the_least_recent_goes(tmp_path: Path) -> None:
 
 def test_one_state_over_the_budget_is_refused_and_removes_nothing(tmp_path: Path) -> None:
     cache = cache_on(DiskTier(tmp_path, max_bytes=3000))
-    cache.store([1], bytes(100), fingerprint=b"m")
-    cache.store([2], bytes(5000), fingerprint=b"m")
+    cache.namespace(b"m").store([1], bytes(100))
+    cache.namespace(b"m").store([2], bytes(5000))
     cache.flush()
     assert cache.stats().refusals == {"disk: over_budget": 1}
     assert len(files(tmp_path)) == 1
@@ -103,7 +103,7 @@ def test_one_state_over_the_budget_is_refused_and_removes_nothing(tmp_path: Path
 def test_what_is_used_in_memory_does_not_grow_old_on_disk(tmp_path: Path) -> None:
     disk = DiskTier(tmp_path)
     cache = cache_on(disk)
-    cache._touch_s = 0.0
+    cache._store.touch_s = 0.0
     Engine().save(cache, [1] * 16)
     Engine().save(cache, [2] * 16)
     cache.flush()
@@ -225,7 +225,7 @@ def test_an_unfinished_removal_is_finished_by_the_next_open(tmp_path: Path) -> N
     cache = cache_on(tmp_path)
     Engine().save(cache, SECRET, scope="a")
     cache.close()
-    scope = DiskTier(tmp_path).sealer.scope("a").hex()
+    scope = DiskTier(tmp_path).codec.scope("a").hex()
     (tmp_path / "1" / scope).rename(tmp_path / "1" / ".gone-0")  # and then the power failed
     assert int32(SECRET[:8]) in all_bytes(tmp_path)
     DiskTier(tmp_path)
@@ -252,19 +252,19 @@ def test_whatever_stands_where_bytes_are_counted_the_tier_goes_on(
     tmp_path: Path, put: Any, is_told_first: bool
 ) -> None:
     cache = cache_on(tmp_path / "d")
-    cache.store([1], b"x" * 3000, fingerprint=b"m")
+    cache.namespace(b"m").store([1], b"x" * 3000)
     cache.flush()
     usage = tmp_path / "d" / "usage"
     usage.unlink()
     put(usage)
     if is_told_first:
         assert cache.stats().disk.n_bytes < 10_000
-    cache.store([2], b"y" * 3000, fingerprint=b"m")
+    cache.namespace(b"m").store([2], b"y" * 3000)
     cache.flush()
     assert cache.stats().disk.refusals == {}
     assert cache.stats().disk.n_bytes < 10_000
     other = cache_on(tmp_path / "d")
-    assert other.find([2], fingerprint=b"m") is not None
+    assert other.namespace(b"m").find([2]) is not None
     assert not (tmp_path / "d" / "absent").exists()
 
 

@@ -67,7 +67,7 @@ def use(cache: PrefixStateCache, n: int = 6) -> None:
         tokens = [time.monotonic_ns() % 2**30, first, *SECRET]
         assert found(cache, tokens, scope="tenant-a") == 0
         Engine().save(cache, tokens, scope="tenant-a")
-        cache.store(tokens, b"state", fingerprint=b"m", scope="tenant-a")
+        cache.namespace(b"m", scope="tenant-a").store(tokens, b"state")
         cache.flush()
 
 
@@ -114,7 +114,7 @@ def test_one_call_that_fails_is_chance(server: RedisServer, lines: Lines) -> Non
     for _ in range(3):
         use(cache, 2)
         server.pause()
-        assert cache.find(SECRET, fingerprint=b"m") is None
+        assert cache.namespace(b"m").find(SECRET) is None
         server.resume()
         use(cache, 2)
     assert cache.stats().refusals == {"redis: timeout": 3}
@@ -170,7 +170,7 @@ def test_a_password_that_is_refused_and_taken_and_refused(
 def test_one_call_is_enough_to_tell_of_a_password(tmp_path: Path, lines: Lines) -> None:
     with RedisServer(tmp_path / "r", f"requirepass {RIGHT}") as server:
         cache = PrefixStateCache(redis=server.url.replace("redis://", f"redis://:{WRONG}@"))
-        assert cache.find(SECRET, fingerprint=b"m") is None
+        assert cache.namespace(b"m").find(SECRET) is None
         assert len(lines.new()) == 1
         cache.close()
 
@@ -220,7 +220,7 @@ def test_the_rights_that_a_warning_names_are_enough(tmp_path: Path, lines: Lines
     with RedisServer(tmp_path / "r", acl) as server:
         cache = asked(server.url.replace("redis://", "redis://states:any@"))
         use(cache)
-        cache._touch_s = 0.0
+        cache._store.touch_s = 0.0
         Engine().save(cache, SECRET)
         assert found(cache, SECRET) == 40
         cache.flush()
@@ -276,15 +276,15 @@ def test_a_disk_that_is_full_is_told_once(tmp_path: Path, lines: Lines) -> None:
         cache = cache_on(tmp_path / "full" / "d")
         for _ in range(2):
             for first in range(30):
-                cache.store([first], bytes(20_000), fingerprint=b"m")
-                cache.store([first, 2], b"small", fingerprint=b"m")  # may still fit
+                cache.namespace(b"m").store([first], bytes(20_000))
+                cache.namespace(b"m").store([first, 2], b"small")  # may still fit
                 cache.flush()
             (line,) = lines.new()
             assert line.startswith(f"WARNING: states can't be written to {tmp_path / 'full' / 'd'}")
             assert "free some space, or lower max_bytes" in line
             cache.clear()
             for first in range(3):
-                cache.store([first], bytes(20_000), fingerprint=b"m")
+                cache.namespace(b"m").store([first], bytes(20_000))
             cache.flush()
             (line,) = lines.new()
             assert line.startswith("INFO: states are written to ")
@@ -297,8 +297,8 @@ def test_a_disk_that_is_full_is_told_once(tmp_path: Path, lines: Lines) -> None:
 def test_a_prompt_over_the_budget_is_told_once_a_model(lines: Lines) -> None:
     cache = PrefixStateCache(ram_bytes=20_000)
     for n in range(5):
-        assert not cache.store([n], bytes(30_000), fingerprint=b"m")
-        assert cache.store([n], bytes(100), fingerprint=b"m")  # others fit, all the while
+        assert not cache.namespace(b"m").store([n], bytes(30_000))
+        assert cache.namespace(b"m").store([n], bytes(100))  # others fit, all the while
         assert Engine().save(cache, list(range(9000)), b"m") == 0
     (line,) = lines.new()
     assert line.startswith("WARNING: the state of a prompt of 1 tokens takes 3")
@@ -308,7 +308,7 @@ def test_a_prompt_over_the_budget_is_told_once_a_model(lines: Lines) -> None:
     assert "a prompt of 9,000 tokens" in line
     assert cache.stats().refusals == {"over_budget": 11}
     cache.clear()
-    cache.store([1], bytes(30_000), fingerprint=b"m")
+    cache.namespace(b"m").store([1], bytes(30_000))
     assert len(lines.new()) == 1
     cache.close()
 
@@ -320,8 +320,8 @@ def test_a_state_over_the_budget_of_a_tier_is_told_once_a_model(
     cache = medium.cache(medium.tier(**{budget: 10_000}))
     for fingerprint in (b"m", b"n"):
         for n in range(5):
-            cache.store([n], bytes(20_000), fingerprint=fingerprint)
-            cache.store([n, 1], bytes(100), fingerprint=fingerprint)
+            cache.namespace(fingerprint).store([n], bytes(20_000))
+            cache.namespace(fingerprint).store([n, 1], bytes(100))
         cache.flush()
         (line,) = lines.new()
         assert line.startswith("WARNING: a state ")
@@ -342,7 +342,7 @@ def test_a_handler_may_ask_the_cache(lines: Lines) -> None:
     handler = Asking()
     logging.getLogger("tokcache").addHandler(handler)
     try:
-        cache.store([1], bytes(30_000), fingerprint=b"m")
+        cache.namespace(b"m").store([1], bytes(30_000))
         Engine().save(cache, list(range(9000)), b"n")
     finally:
         logging.getLogger("tokcache").removeHandler(handler)

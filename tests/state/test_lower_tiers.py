@@ -64,7 +64,7 @@ def test_blocks_that_two_processes_stored_at_once_both_find_a_place(medium: Medi
     prompts = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 7, 7]]
     both_saved = threading.Event()
     for cache, tokens in zip(caches, prompts, strict=True):
-        cache._below[0].writer.put(Job("other", 0, lambda: both_saved.wait(10)))
+        cache._store.below[0].writer.put(Job("other", 0, lambda: both_saved.wait(10)))
         Engine().save(cache, tokens)
     both_saved.set()
     for cache in caches:
@@ -89,9 +89,9 @@ def test_a_longer_block_takes_the_place_of_the_shorter_and_keeps_what_follows(
     writer.close()
     # Saved by a process that had not looked: the block [1, 2, 3, 4, 5].
     blind = medium.cache()
-    blind._below, below = (), blind._below
+    blind._store.below, below = (), blind._store.below
     Engine().save(blind, [1, 2, 3, 4, 5])
-    blind._below = below
+    blind._store.below = below
     Engine().save(blind, [1, 2, 3, 4, 5])  # what is not there yet is written now
     blind.close()
     fresh = medium.cache()
@@ -117,11 +117,11 @@ def test_what_memory_evicted_is_served_from_below(medium: Medium) -> None:
 def test_what_memory_has_no_room_for_is_served_from_below(medium: Medium, keys: Any) -> None:
     writer = medium.cache(medium.tier(**keys))
     Engine().save(writer, SECRET)
-    writer.store([1, 2], bytes(9000), fingerprint=b"m")
+    writer.namespace(b"m").store([1, 2], bytes(9000))
     writer.close()
     tiny = medium.cache(medium.tier(**keys), ram_bytes=3000)
     assert found(tiny, SECRET) == 40
-    with tiny.find([1, 2], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    with tiny.namespace(b"m").find([1, 2]) as handle:  # type: ignore[union-attr]
         assert bytes(handle.state) == bytes(9000)
         assert handle.state.readonly
     tiny._check()
@@ -137,11 +137,11 @@ def test_views_of_blocks_take_no_more_memory_than_there_may_be(medium: Medium, k
         buffer[:] = bytes([start]) * len(buffer)
 
     writer = medium.cache(medium.tier(**keys))
-    writer.save(SECRET, read, lambda *_: block_bytes, fingerprint=b"m")
+    writer.namespace(b"m").save(SECRET, read, lambda *_: block_bytes)
     writer.close()
     tiny = medium.cache(medium.tier(**keys), ram_bytes=7000)
-    user = tiny.plan(SECRET[:1], fingerprint=b"m")  # what is in use leaves no room
-    with user, tiny.plan(SECRET, fingerprint=b"m") as plan:
+    user = tiny.namespace(b"m").plan(SECRET[:1])  # what is in use leaves no room
+    with user, tiny.namespace(b"m").plan(SECRET) as plan:
         for block in plan.blocks:
             assert block.payload == bytes([block.start]) * block_bytes
         is_mapped = medium.label == "disk" and not keys
@@ -169,11 +169,11 @@ def test_removing_a_scope_takes_its_bytes_away(medium: Medium, keys: Any) -> Non
     Engine().save(cache, SECRET, scope="a")
     Engine().save(cache, other, scope="b")
     Engine().save(cache, other)
-    cache.store(SECRET, b"the state of a", fingerprint=b"m", scope="a")
+    cache.namespace(b"m", scope="a").store(SECRET, b"the state of a")
     cache.flush()
     held = medium.all_bytes()
     secrets = int32(SECRET[:8]), state_of(SECRET, 8, 16), b"the state of a"
-    names = [medium.tier(**keys).sealer.scope(scope).hex().encode() for scope in ("a", "b")]
+    names = [medium.tier(**keys).codec.scope(scope).hex().encode() for scope in ("a", "b")]
     assert [name in held for name in names] == [True, True]
     assert [secret in held for secret in secrets] == ["encryption_key" not in keys] * 3
     n_before = len(medium.states())
@@ -183,7 +183,7 @@ def test_removing_a_scope_takes_its_bytes_away(medium: Medium, keys: Any) -> Non
     assert not any(secret in held for secret in secrets)
     assert [name in held for name in names] == [False, True]
     assert found(cache, SECRET, scope="a") == 0
-    assert cache.find(SECRET, fingerprint=b"m", scope="a") is None
+    assert cache.namespace(b"m", scope="a").find(SECRET) is None
     assert found(cache, other, scope="b") == found(cache, other) == 40
     assert found(medium.cache(medium.tier(**keys)), other, scope="b") == 40
     assert cache.clear(scope="a") == 0
@@ -196,7 +196,7 @@ def test_removing_a_scope_takes_its_bytes_away(medium: Medium, keys: Any) -> Non
 def test_what_waits_to_be_written_is_not_written_after_its_removal(medium: Medium) -> None:
     cache = medium.cache()
     gate = threading.Event()
-    cache._below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
+    cache._store.below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
     Engine().save(cache, SECRET, scope="a")
     assert cache.clear(scope="a") == 5
     gate.set()
@@ -220,7 +220,7 @@ def test_another_key_finds_nothing_and_destroys_nothing(medium: Medium) -> None:
     assert found(medium.cache(medium.tier(hmac_key=b"a" * 32)), SECRET, scope="a") == 40
 
 
-def test_a_state_sealed_with_another_key_is_refused_where_it_is_put(medium: Medium) -> None:
+def test_a_state_with_another_keys_mac_is_refused_where_it_is_put(medium: Medium) -> None:
     for key in (b"a" * 32, b"b" * 32):
         cache = medium.cache(medium.tier(hmac_key=key))
         Engine().save(cache, [1, 2, 3])
@@ -280,7 +280,7 @@ def test_a_full_queue_drops_and_counts_and_the_next_save_writes_what_is_missing(
 ) -> None:
     cache = medium.cache(queue_bytes=100)
     gate = threading.Event()
-    cache._below[0].writer.put(Job(None, 0, lambda: gate.wait(10)))
+    cache._store.below[0].writer.put(Job(None, 0, lambda: gate.wait(10)))
     assert Engine().save(cache, SECRET) == 40  # 32 bytes a block: three wait, two are dropped
     assert cache.stats().refusals == {f"{medium.label}: queue_full": 1}
     gate.set()
@@ -295,7 +295,7 @@ def test_a_full_queue_drops_and_counts_and_the_next_save_writes_what_is_missing(
 
 def test_a_cache_that_nobody_closed_is_written_all_the_same(medium: Medium) -> None:
     cache = medium.cache()
-    writer = cache._below[0].writer
+    writer = cache._store.below[0].writer
     writer.put(Job(None, 0, lambda: time.sleep(0.2)))
     Engine().save(cache, SECRET)
     began = time.perf_counter()
@@ -331,9 +331,9 @@ def test_a_forked_child_writes_and_the_parent_goes_on(medium: Medium) -> None:
 def test_a_state_of_higher_priority_stays(medium: Medium) -> None:
     for priority, state in ((1, b"one"), (2, b"two"), (0, b"none")):
         cache = medium.cache()
-        cache.store([1, 2], state, fingerprint=b"m", priority=priority)
+        cache.namespace(b"m").store([1, 2], state, priority=priority)
         cache.close()
-    with medium.cache().find([1, 2, 3], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    with medium.cache().namespace(b"m").find([1, 2, 3]) as handle:  # type: ignore[union-attr]
         assert (bytes(handle.state), handle.priority) == (b"two", 2)
     assert len(medium.states()) == 1
 
@@ -341,19 +341,19 @@ def test_a_state_of_higher_priority_stays(medium: Medium) -> None:
 def test_the_longest_whole_state_below_is_found(medium: Medium) -> None:
     cache = medium.cache()
     for n_tokens in (*range(1, 40), 60):
-        cache.store(SECRET[:n_tokens], b"%d" % n_tokens, fingerprint=b"m")
-        cache.store([9] * n_tokens, b"of others", fingerprint=b"m")
+        cache.namespace(b"m").store(SECRET[:n_tokens], b"%d" % n_tokens)
+        cache.namespace(b"m").store([9] * n_tokens, b"of others")
     cache.close()
     fresh = medium.cache()
     for n_tokens in (40, 39, 17, 1):
-        with fresh.find(SECRET[:n_tokens], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        with fresh.namespace(b"m").find(SECRET[:n_tokens]) as handle:  # type: ignore[union-attr]
             assert handle.n_tokens == min(n_tokens, 40)
             assert bytes(handle.state) in (b"%d" % n_tokens, b"60")
-    assert fresh.find([7, 7], fingerprint=b"m") is None
-    removed = fresh.find(SECRET[:17], fingerprint=b"m")
+    assert fresh.namespace(b"m").find([7, 7]) is None
+    removed = fresh.namespace(b"m").find(SECRET[:17])
     assert removed is not None
-    assert fresh.remove(removed) == 1
-    with medium.cache().find(SECRET[:17], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    assert removed.remove() == 1
+    with medium.cache().namespace(b"m").find(SECRET[:17]) as handle:  # type: ignore[union-attr]
         assert handle.n_tokens == 16
     fresh.close()
 
@@ -362,11 +362,11 @@ def test_an_empty_state_and_one_of_many_chunks(medium: Medium) -> None:
     states = {(1,): b"", (2,): os.urandom(1), (3,): os.urandom((3 << 20) + 5)}
     cache = medium.cache()
     for tokens, state in states.items():
-        assert cache.store(list(tokens), state, fingerprint=b"m")
+        assert cache.namespace(b"m").store(list(tokens), state)
     cache.close()
     fresh = medium.cache()
     for tokens, state in states.items():
-        with fresh.find(list(tokens), fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        with fresh.namespace(b"m").find(list(tokens)) as handle:  # type: ignore[union-attr]
             assert handle.state == state
     assert fresh.stats().refusals == {}
     fresh.close()
@@ -379,17 +379,17 @@ def test_names_depend_on_all_that_makes_states_differ(medium: Medium) -> None:
         Owner(b"m", "", "free"),
         Owner(b"m", "a", "free"),
         Owner(b"ma", "", "free"),
-        Owner(b"m", "a", "grid"),
-        Owner(b"m", "a", "whole"),
+        Owner(b"m", "a", "aligned"),
+        Owner(b"m", "a", "snapshot"),
     ]
-    assert len({tier.sealer.owner(owner) for owner in owners}) == len(owners)
+    assert len({tier.codec.owner(owner) for owner in owners}) == len(owners)
 
 
 def test_what_a_tier_has_lost_is_written_again(medium: Medium) -> None:
     cache = medium.cache()
-    cache._touch_s = 0.0
+    cache._store.touch_s = 0.0
     Engine().save(cache, SECRET)
-    cache.store([1], b"x", fingerprint=b"m")
+    cache.namespace(b"m").store([1], b"x")
     cache.flush()
     medium.cache().clear()
     assert medium.states() == {}
@@ -399,7 +399,7 @@ def test_what_a_tier_has_lost_is_written_again(medium: Medium) -> None:
     assert found(cache, SECRET) == 40  # it is used, of which the tier is told
     assert cache.flush()
     Engine().save(cache, SECRET)
-    cache.store([1], b"x", fingerprint=b"m")
+    cache.namespace(b"m").store([1], b"x")
     assert cache.flush()
     assert len(medium.states()) == 6
     cache._check()

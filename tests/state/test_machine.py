@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.state.engine import Engine, restored
-from tokcache.state.cache import NODE_BYTES, PrefixStateCache, RestorePlan
+from tokcache.state.cache import PrefixStateCache
+from tokcache.state.memory import NODE_BYTES
+
+if TYPE_CHECKING:
+    from tokcache.state.handles import RestorePlan
 
 TOKENS = st.lists(st.integers(0, 2), max_size=14)
 OWNERS = st.tuples(st.sampled_from([b"m", b"n"]), st.sampled_from([None, "a"]))
@@ -55,13 +61,13 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(owner=OWNERS, tokens=TOKENS, fail_at=st.integers(0, 13))
     def save_that_fails(self, owner: Owner, tokens: list[int], fail_at: int) -> None:
         Engine(fail_at).save(self.cache, tokens, *owner)
-        with self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1]) as plan:
+        with self.cache.namespace(owner[0], scope=owner[1]).plan(tokens) as plan:
             known = self.stored.setdefault(owner, set())
             known.update(tuple(tokens[: n + 1]) for n in range(plan.n_tokens))
 
     @rule(owner=OWNERS, tokens=TOKENS)
     def find(self, owner: Owner, tokens: list[int]) -> None:
-        with self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1]) as plan:
+        with self.cache.namespace(owner[0], scope=owner[1]).plan(tokens) as plan:
             assert restored(plan, tokens) == plan.n_tokens
             best = self.best(owner, tokens)
             assert plan.n_tokens <= best
@@ -70,7 +76,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(owner=OWNERS, tokens=TOKENS)
     def find_on_the_grid(self, owner: Owner, tokens: list[int]) -> None:
-        with self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1], aligned=True) as plan:
+        with self.cache.namespace(owner[0], scope=owner[1], aligned=True).plan(tokens) as plan:
             assert restored(plan, tokens) == plan.n_tokens
             known = self.on_grid.get(owner, set())
             best = max((len(one) for one in known if tuple(tokens[: len(one)]) == one), default=0)
@@ -80,7 +86,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(owner=OWNERS, tokens=TOKENS)
     def hold(self, owner: Owner, tokens: list[int]) -> None:
-        plan = self.cache.plan(tokens, fingerprint=owner[0], scope=owner[1])
+        plan = self.cache.namespace(owner[0], scope=owner[1]).plan(tokens)
         self.plans.append((plan, tokens, owner[1]))
 
     @precondition(lambda self: self.plans)
@@ -129,7 +135,7 @@ class CacheMachine(RuleBasedStateMachine):
         for plan, _, _ in self.plans:
             plan.close()
         self.cache._check()
-        assert all(not node.pins for node in self.cache._index.nodes())
+        assert all(not node.pins for node in self.cache._store.memory.index.nodes())
 
 
 class TightMachine(CacheMachine):

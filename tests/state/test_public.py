@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.state.engine import Engine, restored
 from tests.state.test_disk import int32
-from tokcache.errors import InvalidConfig
+from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.cache import PrefixStateCache
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def save(
 def found(
     cache: PrefixStateCache, tokens: list[int], scope: str | None, n_public: int, **key: Any
 ) -> int:
-    with cache.plan(tokens, fingerprint=b"m", scope=scope, public_tokens=n_public, **key) as plan:
+    ns = cache.namespace(b"m", scope=scope, public_prefix=tokens[:n_public], **key)
+    with ns.plan(tokens) as plan:
         assert restored(plan, tokens) == plan.n_tokens  # what is wrong is not restored
         return plan.n_tokens
 
@@ -98,7 +100,7 @@ def test_the_same_holds_below_memory(medium: Medium) -> None:
     second = medium.cache()
     assert save(second, PUBLIC + OTHER, "b", N_PUBLIC) == 20
     second.close()
-    scope_name = medium.tier().sealer.scope
+    scope_name = medium.tier().codec.scope
     for tokens, scope in ((PUBLIC[:8], None), (REST[:8], "a"), (OTHER[:8], "b")):
         (name,) = (n for n, state in medium.states().items() if int32(tokens) in held(state))
         assert scope_name(scope).hex() in name
@@ -154,7 +156,7 @@ def test_what_is_public_is_evicted_after_what_follows_it(is_planned: bool) -> No
     seen = []
     for n in range(12):
         save(cache, [9000 + n], None, 0)
-        held = {node.tokens for node in cache._index.nodes()}
+        held = {node.tokens for node in cache._store.memory.index.nodes()}
         public = [int32(PUBLIC[at : at + BLOCK]) in held for at in (0, 8, 16)]
         rest = [int32(REST[at : at + BLOCK]) in held for at in (0, 8, 16)]
         assert all(public) or not any(rest)
@@ -191,7 +193,7 @@ def test_what_is_public_outlives_what_follows_it() -> None:
 def test_a_rest_is_not_saved_where_its_beginning_has_no_room() -> None:
     cache = made(ram_bytes=4000)
     assert save(cache, list(range(900)), "a", 860) == 0
-    assert cache.is_empty
+    assert len(cache) == 0
     assert cache.stats().refusals == {"over_budget": 1}
 
 
@@ -228,38 +230,60 @@ def test_random_prompts_against_a_plain_model(medium: Medium, seed: int) -> None
     cache.close()
 
 
-def test_whole_states(medium: Medium) -> None:
+def test_snapshots(medium: Medium) -> None:
     cache = medium.cache()
-    key: dict[str, Any] = {"fingerprint": b"m", "public_tokens": N_PUBLIC}
-    assert cache.store(PUBLIC, b"shared", scope="a", **key)
-    assert cache.store(PROMPT, b"of a", scope="a", **key)
+    ns = cache.namespace(b"m", scope="a", public_prefix=PUBLIC)
+    assert ns.store(PUBLIC, b"shared")
+    assert ns.store(PROMPT, b"of a")
 
-    def state(cache: PrefixStateCache, tokens: list[int], scope: str | None, **more: Any) -> Any:
-        with cache.find(tokens, scope=scope, **{**key, **more}) or memoryview(b"") as handle:
+    def state(
+        cache: PrefixStateCache, tokens: list[int], scope: str | None, public: list[int] = PUBLIC
+    ) -> bytes:
+        ns = cache.namespace(b"m", scope=scope, public_prefix=public)
+        with ns.find(tokens) or memoryview(b"") as handle:
             return bytes(handle if isinstance(handle, memoryview) else handle.state)
 
     cache.flush()
     for each in (cache, medium.cache()):
         assert state(each, [*PROMPT, 1], "a") == b"of a"
         assert state(each, [*PROMPT, 1], "b") == b"shared"
-        assert state(each, PROMPT, "b", public_tokens=len(PROMPT)) == b"shared"
+        assert state(each, PROMPT, "b", PROMPT) == b"shared"
         assert state(each, PROMPT, None) == b"shared"
-        assert state(each, PROMPT, "b", public_tokens=0) == b""
-        assert state(each, PROMPT, "b", public_tokens=N_PUBLIC - 1) == b""
+        assert state(each, PROMPT, "b", []) == b""
+        assert state(each, PROMPT, "b", PUBLIC[:-1]) == b""
     assert cache.clear(scope="a") == 1
     assert state(cache, PROMPT, "a") == b"shared"
     assert len(medium.states()) == 1
     cache.close()
 
 
-@pytest.mark.parametrize("n_public", [-1, 1.0, True, "1"])
-def test_a_number_that_can_not_be_is_refused(n_public: Any) -> None:
+@pytest.mark.parametrize("prefix", ["text", 1, [1.0], [2**31], None])
+def test_a_prefix_that_is_not_token_ids_is_refused(prefix: Any) -> None:
+    with pytest.raises(InvalidTokens):
+        made().namespace(b"m", scope="a", public_prefix=prefix)
+
+
+def test_a_prompt_that_leaves_the_prefix_is_public_up_to_there() -> None:
     cache = made()
-    with pytest.raises(InvalidConfig):
-        cache.plan(PROMPT, fingerprint=b"m", scope="a", public_tokens=n_public)
-    with pytest.raises(InvalidConfig):
-        save(cache, PROMPT, "a", n_public)
-    with pytest.raises(InvalidConfig):
-        cache.store(PROMPT, b"", fingerprint=b"m", scope="a", public_tokens=n_public)
-    with pytest.raises(InvalidConfig):
-        cache.find(PROMPT, fingerprint=b"m", scope="a", public_tokens=n_public)
+    ns = cache.namespace(b"m", scope="a", public_prefix=PUBLIC)
+    left = PUBLIC[:11] + REST
+    ns.save(left, lambda *_: None, lambda start, stop: stop - start)
+    for scope, n_found in (("a", len(left)), ("b", 11), (None, 11)):
+        with ns.replace(scope=scope).plan(left) as plan:
+            assert plan.n_tokens == n_found
+
+
+def test_a_namespace_keeps_the_prefix_that_it_was_given() -> None:
+    prefix = array("i", PUBLIC)
+    ns = made().namespace(b"m", scope="a", public_prefix=prefix)
+    prefix[0] = 1
+    other = ns.replace(fingerprint=b"n", aligned=True)
+    assert list(ns.public_prefix) == list(other.public_prefix) == PUBLIC
+    assert (other.fingerprint, other.scope, other.aligned, ns.aligned) == (b"n", "a", True, False)
+    assert repr(other) == f"<Namespace 6e, scope 'a', {N_PUBLIC} public tokens, aligned>"
+
+
+@pytest.mark.parametrize("aligned", [1, None, "yes"])
+def test_aligned_is_a_bool(aligned: Any) -> None:
+    with pytest.raises(InvalidConfig, match="aligned"):
+        made().namespace(b"m", aligned=aligned)

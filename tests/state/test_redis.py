@@ -75,7 +75,7 @@ def test_a_cache_takes_a_url(redis_server: RedisServer) -> None:
 def test_keys_are_of_digests_and_all_of_a_state_is_in_one_slot(redis_server: RedisServer) -> None:
     ours = cache(redis_server)
     Engine().save(ours, SECRET, scope="tenant-a")
-    ours.store([1], bytes(3 * CHUNK_BYTES), fingerprint=b"m", scope="tenant-a")
+    ours.namespace(b"m", scope="tenant-a").store([1], bytes(3 * CHUNK_BYTES))
     ours.close()
     digest = "[0-9a-f]{64}"
     state = re.compile(rf"tokcache:1:{digest}:{digest}:\{{[0-9a-f]+-{digest}\}}:[01]")
@@ -143,7 +143,7 @@ def counted(one: PrefixStateCache) -> Counted:
     assert one.redis is not None
     link = Counted(one.redis._link)
     one.redis._link = link  # type: ignore[assignment]
-    one._touch_s = 1e9  # what is told in the background is not counted
+    one._store.touch_s = 1e9  # what is told in the background is not counted
     return link
 
 
@@ -180,11 +180,11 @@ def test_small_payloads_are_fetched_together(
         buffer[:] = payloads[start // 8]
 
     ours = cache(redis_server)
-    ours.save(tokens, read, lambda *_: block_bytes, fingerprint=b"m")
+    ours.namespace(b"m").save(tokens, read, lambda *_: block_bytes)
     ours.close()
     theirs = cache(redis_server)
     link = counted(theirs)
-    with theirs.plan(tokens, fingerprint=b"m") as plan:
+    with theirs.namespace(b"m").plan(tokens) as plan:
         assert [block.payload for block in plan.blocks] == payloads
     assert link.n_commands == n_commands
     assert theirs.stats().redis.read_bytes == 20 * block_bytes
@@ -194,7 +194,7 @@ def test_small_payloads_are_fetched_together(
         client.hset(states[40], "0", bytes(block_bytes))
         client.hdel(states[104], "0")
     harmed = cache(redis_server)
-    with harmed.plan(tokens, fingerprint=b"m") as plan:
+    with harmed.namespace(b"m").plan(tokens) as plan:
         assert [block.payload for block in plan.blocks] == payloads[:5]
     assert harmed.stats().refusals == {"redis: damaged": 1}
     for each in (theirs, harmed):
@@ -207,31 +207,31 @@ def test_a_write_takes_two_round_trips_and_none_where_it_is_there(
 ) -> None:
     ours = cache_on(None, redis=tier(redis_server))
     link = counted(ours)
-    ours.store([1], bytes(CHUNK_BYTES + 1), fingerprint=b"m")
+    ours.namespace(b"m").store([1], bytes(CHUNK_BYTES + 1))
     assert ours.flush()
     assert link.n_commands == [2, 6]  # heads; lengths and their time, begin, two chunks, publish
     again = cache_on(None, redis=tier(redis_server))
     link = counted(again)
-    again.store([1], bytes(CHUNK_BYTES + 1), fingerprint=b"m", priority=-1)
+    again.namespace(b"m").store([1], bytes(CHUNK_BYTES + 1), priority=-1)
     assert again.flush()
     assert link.n_commands == [2]
     for each in (ours, again):
         each.close()
 
 
-def test_whole_states_of_many_lengths_take_few_round_trips(redis_server: RedisServer) -> None:
+def test_snapshots_of_many_lengths_take_few_round_trips(redis_server: RedisServer) -> None:
     ours = cache(redis_server)
     for n_tokens in range(1, 60):
-        ours.store([*SECRET[:1], *[n_tokens] * n_tokens], b"x", fingerprint=b"m")
-    ours.store(SECRET[:1], b"the one", fingerprint=b"m")
+        ours.namespace(b"m").store([*SECRET[:1], *[n_tokens] * n_tokens], b"x")
+    ours.namespace(b"m").store(SECRET[:1], b"the one")
     ours.close()
     theirs = cache(redis_server)
     link = counted(theirs)
-    with theirs.find(SECRET * 2, fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    with theirs.namespace(b"m").find(SECRET * 2) as handle:  # type: ignore[union-attr]
         assert bytes(handle.state) == b"the one"
     assert link.n_commands == [1, 16, 104, -1]  # lengths; heads of 8, of 52; one payload
     link.n_commands.clear()
-    with theirs.find(SECRET[:1], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    with theirs.namespace(b"m").find(SECRET[:1]) as handle:  # type: ignore[union-attr]
         assert bytes(handle.state) == b"the one"
     assert link.n_commands == []  # memory has all of it
     theirs.close()
@@ -245,11 +245,11 @@ def test_what_redis_has_goes_to_the_disk_and_the_other_way_round(
 ) -> None:
     remote = cache(redis_server)
     Engine().save(remote, SECRET)
-    remote.store([5, 6], b"whole", fingerprint=b"m")
+    remote.namespace(b"m").store([5, 6], b"whole")
     remote.close()
     both = cache_on(tmp_path / "a", redis=tier(redis_server))
     assert found(both, SECRET) == 40
-    assert both.find([5, 6], fingerprint=b"m") is not None
+    assert both.namespace(b"m").find([5, 6]) is not None
     assert both.stats().redis.hits == 6
     assert both.stats().disk.hits == 0
     assert both.flush()
@@ -260,7 +260,7 @@ def test_what_redis_has_goes_to_the_disk_and_the_other_way_round(
     # Now it is on the disk alone: the disk gives it to memory, and to Redis.
     again = cache_on(tmp_path / "a", redis=tier(redis_server))
     assert found(again, SECRET) == 40
-    assert again.find([5, 6], fingerprint=b"m") is not None
+    assert again.namespace(b"m").find([5, 6]) is not None
     assert again.stats().disk.hits == 6
     assert again.flush()
     assert len(redis_server.states()) == 6
@@ -308,17 +308,17 @@ def test_removal_empties_both_tiers(redis_server: RedisServer, tmp_path: Path) -
 
 def test_states_live_for_their_time_after_their_last_use(redis_server: RedisServer) -> None:
     ours = cache_on(None, redis=tier(redis_server, ttl_s=100.0))
-    ours._touch_s = 0.0
+    ours._store.touch_s = 0.0
     Engine().save(ours, [1] * 8)
     Engine().save(ours, [2] * 8)
-    ours.store([1], b"x", fingerprint=b"m")
+    ours.namespace(b"m").store([1], b"x")
     ours.flush()
     with redis_server.client() as client:
         assert all(90_000 < client.pttl(key) <= 100_000 for key in keys(redis_server))
         for key in keys(redis_server):
             client.pexpire(key, 50_000)
         assert found(ours, [1] * 8) == 8  # in memory: Redis is told, in the background
-        assert ours.find([1], fingerprint=b"m") is not None
+        assert ours.namespace(b"m").find([1]) is not None
         ours.flush()
         young = [client.pttl(key) > 60_000 for key in keys(redis_server)]
         assert sorted(young) == [False, True, True, True]  # two states, the lengths
@@ -328,12 +328,12 @@ def test_states_live_for_their_time_after_their_last_use(redis_server: RedisServ
 def test_states_expire(redis_server: RedisServer) -> None:
     ours = cache_on(None, redis=tier(redis_server, ttl_s=0.05))
     Engine().save(ours, SECRET)
-    ours.store([1], b"x", fingerprint=b"m")
+    ours.namespace(b"m").store([1], b"x")
     ours.close()
     time.sleep(0.1)
     fresh = cache(redis_server)
     assert found(fresh, SECRET) == 0
-    assert fresh.find([1], fingerprint=b"m") is None
+    assert fresh.namespace(b"m").find([1]) is None
     assert fresh.stats().refusals == {}
     assert keys(redis_server) == []
     fresh.close()
@@ -341,9 +341,9 @@ def test_states_expire(redis_server: RedisServer) -> None:
 
 def test_without_a_time_states_stay(redis_server: RedisServer) -> None:
     ours = cache_on(None, redis=tier(redis_server, ttl_s=None))
-    ours._touch_s = 0.0
+    ours._store.touch_s = 0.0
     Engine().save(ours, SECRET)
-    ours.store([1], b"x", fingerprint=b"m")
+    ours.namespace(b"m").store([1], b"x")
     ours.flush()
     assert found(ours, SECRET) == 40
     ours.flush()
@@ -358,8 +358,8 @@ def test_without_a_time_states_stay(redis_server: RedisServer) -> None:
 
 def test_a_state_over_the_limit_is_refused(redis_server: RedisServer) -> None:
     ours = cache_on(None, redis=tier(redis_server, max_state_bytes=1000))
-    ours.store([1], bytes(1001), fingerprint=b"m")
-    ours.store([2], bytes(1000), fingerprint=b"m")
+    ours.namespace(b"m").store([1], bytes(1001))
+    ours.namespace(b"m").store([2], bytes(1000))
     ours.flush()
     assert ours.stats().refusals == {"redis: over_budget": 1}
     assert len(redis_server.states()) == 1
@@ -370,12 +370,12 @@ def test_no_value_is_larger_than_a_chunk(tmp_path: Path) -> None:
     with RedisServer(tmp_path / "small", "proto-max-bulk-len 1mb") as server:
         ours = cache(server)
         state = os.urandom(5 * CHUNK_BYTES + 7)
-        assert ours.store([1], state, fingerprint=b"m")
+        assert ours.namespace(b"m").store([1], state)
         ours.close()
         (held,) = server.states().values()
         assert max(map(len, held.values())) == CHUNK_BYTES
         theirs = cache(server)
-        with theirs.find([1], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        with theirs.namespace(b"m").find([1]) as handle:  # type: ignore[union-attr]
             assert handle.state == state
         theirs.close()
 
@@ -470,11 +470,11 @@ def test_tls_by_url(tmp_path: Path) -> None:
         ours = PrefixStateCache(redis=f"{url}?ssl_ca_certs={cert}", block_tokens=8)
         Engine().save(ours, SECRET)
         state = os.urandom(2 * CHUNK_BYTES + 9)
-        ours.store([1], state, fingerprint=b"m")
+        ours.namespace(b"m").store([1], state)
         ours.flush()
         theirs = PrefixStateCache(redis=f"{url}?ssl_ca_certs={cert}", block_tokens=8)
         assert found(theirs, SECRET) == 40
-        with theirs.find([1], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+        with theirs.namespace(b"m").find([1]) as handle:  # type: ignore[union-attr]
             assert handle.state == state
         assert theirs.stats().refusals == ours.stats().refusals == {}
         # A server that nobody vouches for is not spoken to.
@@ -559,15 +559,15 @@ def test_a_cluster_holds_states_in_all_its_nodes(cluster: Cluster) -> None:
     state = os.urandom(2 * CHUNK_BYTES + 1)
     Engine().save(ours, SECRET, scope="a")
     Engine().save(ours, SECRET)
-    assert ours.store([1, 2], state, fingerprint=b"m", scope="a")
+    assert ours.namespace(b"m", scope="a").store([1, 2], state)
     ours.close()
     assert ours.stats().refusals == {}
     assert [len(server.states()) > 0 for server in cluster.servers] == [True] * 3
     theirs = on_cluster(cluster, 1)
     assert found(theirs, SECRET, scope="a") == found(theirs, SECRET) == 40
-    with theirs.find([1, 2, 3], fingerprint=b"m", scope="a") as handle:  # type: ignore[union-attr]
+    with theirs.namespace(b"m", scope="a").find([1, 2, 3]) as handle:  # type: ignore[union-attr]
         assert handle.state == state
-    theirs._touch_s = 0.0
+    theirs._store.touch_s = 0.0
     assert found(theirs, SECRET) == 40
     assert theirs.flush()
     assert theirs.clear(scope="a") == 6
@@ -619,7 +619,7 @@ def test_slots_that_move_to_another_node_are_followed(cluster: Cluster) -> None:
         with server.client() as client:
             client.execute_command("CLUSTER SETSLOT", slot, "NODE", new)
     theirs = on_cluster(cluster)
-    ours._touch_s = 0.0
+    ours._store.touch_s = 0.0
     assert found(ours, tokens) == 8  # it tells the node that had it, which sends it elsewhere
     assert ours.flush()
     until = time.monotonic() + 10

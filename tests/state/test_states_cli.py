@@ -37,7 +37,7 @@ def test_ls_shows_digests_and_no_names(folder: Path) -> None:
     done = run("ls", folder)
     assert done.exit_code == 0
     assert "tenant" not in done.output
-    digest = DiskTier(folder).sealer.scope("tenant-a").hex()
+    digest = DiskTier(folder).codec.scope("tenant-a").hex()
     assert digest[:12] in done.output
     assert "seconds ago" in done.output
     assert len([line for line in done.output.splitlines() if "ago" in line]) == 3

@@ -89,14 +89,14 @@ def test_every_way_keeps_the_contract(
     """What one cache saves, another finds; its counters tell; it is cleared; it closes."""
     folder = tmp_path / "states"
     cache = PrefixStateCache(block_tokens=8, **make(folder, url))
-    assert cache.store(TOKENS, b"opaque", fingerprint=b"m")
+    assert cache.namespace(b"m").store(TOKENS, b"opaque")
     assert Engine().save(cache, TOKENS) == 40
     assert cache.flush()
     label = "disk" if cache.disk is not None else "redis"
     assert getattr(cache.stats(), label).writes == 6
     cache.close()
     fresh = PrefixStateCache(block_tokens=8, **make(folder, url))
-    with fresh.find(TOKENS, fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    with fresh.namespace(b"m").find(TOKENS) as handle:  # type: ignore[union-attr]
         assert bytes(handle.state) == b"opaque"
     assert found(fresh, TOKENS) == 40
     stats = fresh.stats()
@@ -106,7 +106,7 @@ def test_every_way_keeps_the_contract(
     fresh.clear()
     fresh.close()
     empty = PrefixStateCache(block_tokens=8, **make(folder, url))
-    assert empty.find(TOKENS, fingerprint=b"m") is None
+    assert empty.namespace(b"m").find(TOKENS) is None
     assert found(empty, TOKENS) == 0
     empty.close()
 
@@ -178,7 +178,7 @@ def test_an_ephemeral_tier_leaves_nothing_where_it_can_not_be_made_or_was_closed
     tier = DiskTier.ephemeral(max_bytes="1M")
     tier.close()
     cache = PrefixStateCache(disk=tier)
-    cache.store([1], b"late", fingerprint=b"m")
+    cache.namespace(b"m").store([1], b"late")
     cache.flush()
     assert cache.stats().refusals == {"disk: closed": 1}
     assert list(tmp_path.iterdir()) == []
@@ -193,7 +193,7 @@ def test_reprs_say_what_is_held_and_the_budgets(tmp_path: Path) -> None:
     cache = PrefixStateCache(
         ram_bytes="2M", max_entries=5, block_tokens=8, disk=tmp_path / "d", redis=redis
     )
-    cache.store([1], b"s" * 100, fingerprint=b"m", scope="tenant-a")
+    cache.namespace(b"m", scope="tenant-a").store([1], b"s" * 100)
     held = f"{cache.memory_usage():,}"
     shown = repr(cache)
     assert shown.startswith(

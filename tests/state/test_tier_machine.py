@@ -49,7 +49,7 @@ class SharedTier(RuleBasedStateMachine):
 
     @rule(who=WHO, scope=SCOPES, tokens=TOKENS)
     def find(self, who: int, scope: str | None, tokens: list[int]) -> None:
-        with self.caches[who].plan(tokens, fingerprint=b"m", scope=scope) as plan:
+        with self.caches[who].namespace(b"m", scope=scope).plan(tokens) as plan:
             assert restored(plan, tokens) == plan.n_tokens
             known = self.stored[scope]
             best = max((n for n in range(len(tokens) + 1) if tuple(tokens[:n]) in known), default=0)
@@ -63,14 +63,14 @@ class SharedTier(RuleBasedStateMachine):
         # One whose memory has an older state for these tokens would go on serving that.
         if tuple(tokens) in self.whole[scope]:
             return
-        if self.caches[who].store(tokens, state, fingerprint=b"m", scope=scope):
+        if self.caches[who].namespace(b"m", scope=scope).store(tokens, state):
             assert self.caches[who].flush()
             self.whole[scope][tuple(tokens)] = state
 
     @rule(who=WHO, scope=SCOPES, tokens=TOKENS)
     def find_whole(self, who: int, scope: str | None, tokens: list[int]) -> None:
         known = self.whole[scope]
-        handle = self.caches[who].find(tokens, fingerprint=b"m", scope=scope)
+        handle = self.caches[who].namespace(b"m", scope=scope).find(tokens)
         best = [n for n in range(len(tokens) + 1) if tuple(tokens[:n]) in known]
         if handle is None:
             assert self.is_damaged or not best

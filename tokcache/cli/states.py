@@ -92,7 +92,7 @@ def verify(
     hmac_key_env: Key = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove what is damaged.")] = False,
 ) -> None:
-    """Read every file and check its seal. Exit code 1: some are damaged; 2: bad input."""
+    """Read every file and check its checksum. Exit code 1: some are damaged; 2: bad input."""
     with _told_errors():
         tier = _tier(folder, hmac_key_env)
         files = list(tier.files())
@@ -109,7 +109,7 @@ def _verified(tier: DiskTier, files: list[File], *, remove: bool) -> dict[str, s
     with _progress() as progress:
         for file in progress.track(files, description="verifying"):
             try:
-                verified_file(tier.path, file, tier.sealer)
+                verified_file(tier.path, file, tier.codec)
             except FileNotFoundError:
                 continue  # pruned by a process that uses the folder
             except (StateRefused, OSError) as error:

@@ -35,7 +35,7 @@ from tokcache.errors import (
 from tokcache.llama.file_digests import FileChanged
 from tokcache.llama.fingerprint import LoadedFiles, fingerprint
 from tokcache.llama.gate import Gate, Steps
-from tokcache.llama.keeper import Keeper, Place
+from tokcache.llama.keeper import Keeper
 from tokcache.llama.memories import Memory
 from tokcache.llama.reasons import explained, is_known
 from tokcache.llama.sequence import Sequence
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tokcache.state.handles import Work
+    from tokcache.state.namespace import Namespace
 
 _log = logging.getLogger("tokcache")
 
@@ -170,6 +171,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     # What llama_cpp's __init__ and __del__ may meet before ours has run.
     _gate: Gate | None = None
     _sequence: Sequence | None = None
+    _keeper: Keeper | None = None
     _n_tokens = 0
     _n_own = 0  # leading positions that a decode of known tokens, or a restore, has written
     _n_grid = 0  # of these, the ones decoded in pieces that end at multiples of block_tokens
@@ -213,7 +215,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self.last_reuse = Reuse(0, 0, 0, 0.0)
         self._memory = Memory.of(self.ctx, swa_full=bool(self.context_params.swa_full))
         self._sequence = self._own_sequence()
-        self._keeper = None if self._sequence is None else Keeper(self._sequence, self._memory)
+        if self._sequence is not None:
+            self._keeper = Keeper(self._sequence, self._memory, is_exact=self._reproducible)
         self._uncached = self._why_uncached()
         self._fingerprint = b""
         if self._files is not None and cache is not None and not self._uncached:
@@ -306,6 +309,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         value = require_bool("reproducible", value)
         with self._off_the_grid():
             self._reproducible = value
+            if self._keeper is not None:
+                self._keeper.is_exact = value
 
     @property
     def block_tokens(self) -> int:
@@ -465,7 +470,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if cache is None or n_tokens < _PREFILL_TOKENS or not (key := self._key()):
             return
         llama_cpp.llama_synchronize(self.ctx)  # a GPU may still be at work
-        cache.note_prefill(n_tokens, time.perf_counter() - began, fingerprint=key)
+        cache.namespace(key).note_prefill(n_tokens, time.perf_counter() - began)
 
     def _n_next(self, n_left: int) -> int:
         """Return how many of `n_left` tokens to decode in one batch: not beyond the next save."""
@@ -754,15 +759,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Restore what reaches beyond `n_in_context`; return how many positions are held."""
         if self.prefix_cache is None:
             return n_in_context
-        place = self._place()
-        if place is None or self._keeper is None:
+        states = self._namespace()
+        if states is None or self._keeper is None:
             reason = "fingerprint_pending" if not self._fingerprint else "context_without_blocks"
             self._refuse(self._why_not_cached() or reason)
             return n_in_context
         if (ids < 0).any():
             self._refuse("unknown_positions")
             return n_in_context
-        start, reached = self._keeper.restore(place, ids, n_in_context)
+        start, reached = self._keeper.restore(states, ids, n_in_context)
         if (start, reached) == (n_in_context, n_in_context):
             return n_in_context
         self.input_ids[start:reached] = ids[start:reached]
@@ -773,7 +778,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._has_unsaved = False
         return reached
 
-    def _place(self) -> Place | None:
+    def _namespace(self) -> Namespace | None:
         """Return where the states of this model go, None if they are not cached."""
         if self.prefix_cache is None or self._why_not_cached() is not None:
             return None
@@ -782,8 +787,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         key = self._key()
         if not key:
             return None
-        public = self._public_prefix
-        return Place(self.prefix_cache, key, self._held_scope, self.reproducible, public)
+        return self.prefix_cache.namespace(
+            key,
+            scope=self._held_scope,
+            public_prefix=self._public_prefix,
+            aligned=self.reproducible or self._memory.is_recurrent,
+        )
 
     def _key(self) -> bytes:
         """Return the fingerprint; an empty one if there is none yet, or `_uncached` says why."""
@@ -827,8 +836,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._has_unsaved = False
             self._refuse("cleared")
             return
-        place = self._place()
-        if place is None:
+        states = self._namespace()
+        if states is None:
             # Saved by the next request, if the digest is there then and the state still is.
             self._has_unsaved = self.prefix_cache is not None and not self._why_not_cached()
         elif self._keeper is not None and self._sequence is not None:
@@ -836,7 +845,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             # A tail of a recurrent memory without attention follows no blocks.
             is_alone = not self._memory.has_attention and n_tokens % self.block_tokens != 0
             if is_all_there or is_alone:
-                self._keeper.save(place, self.input_ids[:n_tokens])
+                self._keeper.save(states, self.input_ids[:n_tokens])
             self._has_unsaved &= not is_all_there
 
     def suspend(self, *, has_started: bool, is_decoding: bool) -> _Suspended:

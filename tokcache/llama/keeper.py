@@ -21,38 +21,12 @@ if TYPE_CHECKING:
 
     from tokcache.llama.memories import Memory
     from tokcache.llama.sequence import Sequence
-    from tokcache.state.cache import PrefixStateCache
     from tokcache.state.handles import RestorePlan, StateHandle
+    from tokcache.state.namespace import Namespace
 
     Ids = NDArray[np.int32]
 
 _log = logging.getLogger("tokcache")
-
-
-class Place(NamedTuple):
-    """Where states go: a cache, whose they are, and whether they are decoded on its grid only.
-
-    `public` are tokens that prompts may begin with and that are no scope's secret.
-    """
-
-    cache: PrefixStateCache
-    fingerprint: bytes
-    scope: str | None
-    is_exact: bool
-    public: Ids | None = None
-
-    def n_public(self, ids: Ids) -> int:
-        """Return with how many of the tokens that are no scope's secret `ids` begin."""
-        if self.public is None:
-            return 0
-        n_both = min(len(self.public), len(ids))
-        differs = self.public[:n_both] != ids[:n_both]
-        return int(differs.argmax()) if differs.any() else n_both
-
-    def tail_fingerprint(self) -> bytes:
-        """Return what tails are filed under: they follow blocks of this cache's length."""
-        fields = (self.fingerprint, self.cache.block_tokens.to_bytes(8, "little"))
-        return blake2b(b"".join(fields), digest_size=32, person=b"tokcache.tail.1").digest()
 
 
 class Restored(NamedTuple):
@@ -63,73 +37,65 @@ class Restored(NamedTuple):
 
 
 class Keeper:
-    """Saves and restores the states of one sequence.
+    """Saves and restores the states of one sequence, in a namespace that suits its memory.
+
+    `is_exact`: prompts are decoded in pieces that end at block multiples, and restored there only.
 
     Errors: none; a state that can't be saved or restored is counted by reason in the cache.
     Threads: the context's: one at a time.
     """
 
-    def __init__(self, sequence: Sequence, memory: Memory) -> None:
-        self._sequence, self._memory = sequence, memory
+    def __init__(self, sequence: Sequence, memory: Memory, *, is_exact: bool) -> None:
+        self._sequence, self._memory, self.is_exact = sequence, memory, is_exact
         self._has_proven = False
 
     # Saving
 
-    def save(self, place: Place, ids: Ids) -> int:
+    def save(self, states: Namespace, ids: Ids) -> int:
         """Save the state of `ids`, which the sequence holds; return the new positions.
 
         The sequence may hold more, where its memory keeps every position.
         """
         # What can't go back can give up all of one position: that proves nothing.
-        if len(ids) <= 1 or not self._is_proven(place):
+        if len(ids) <= 1 or not self._is_proven(states):
             return 0
-        if self._memory.is_recurrent and len(ids) % place.cache.block_tokens:
-            return self._save_tail(place, ids)
-        return sum(self._save_blocks(place, ids[:stop]) for stop in self._block_stops(place, ids))
+        if self._memory.is_recurrent and len(ids) % states.block_tokens:
+            return self._save_tail(states, ids)
+        return sum(self._save_blocks(states, ids[:stop]) for stop in self._block_stops(states, ids))
 
-    def _block_stops(self, place: Place, ids: Ids) -> list[int]:
+    def _block_stops(self, states: Namespace, ids: Ids) -> list[int]:
         """Return where blocks must end, so that none since the last stop is too long."""
-        n_tokens, n_block = len(ids), place.cache.block_tokens
+        n_tokens, n_block = len(ids), states.block_tokens
         step = self._memory.block_tokens(n_block)
         if step == n_block:
             return [n_tokens]
         return [*range((n_tokens - 1) // n_block * n_block + step, n_tokens, step), n_tokens]
 
-    def _save_blocks(self, place: Place, ids: Ids) -> int:
-        return place.cache.save(
-            ids,
-            self._sequence.read_block,
-            self._sequence.block_bytes,
-            fingerprint=place.fingerprint,
-            scope=place.scope,
-            public_tokens=place.n_public(ids),
-            aligned=place.is_exact or self._memory.is_recurrent,
-        )
+    def _save_blocks(self, states: Namespace, ids: Ids) -> int:
+        return states.save(ids, self._sequence.read_block, self._sequence.block_bytes)
 
-    def _is_proven(self, place: Place) -> bool:
+    def _is_proven(self, states: Namespace) -> bool:
         """Return whether the memory, now that it holds something, behaves as its kind does."""
         if not self._has_proven:
             self._has_proven = self._sequence.behaves()
         if not self._has_proven:
-            place.cache.refuse("memory_of_unknown_behaviour")
+            states.refuse("memory_of_unknown_behaviour")
         return self._has_proven
 
-    def _save_tail(self, place: Place, ids: Ids) -> int:
-        n_block = place.cache.block_tokens
+    def _save_tail(self, states: Namespace, ids: Ids) -> int:
+        n_block = states.block_tokens
         start, stop = len(ids) // n_block * n_block, len(ids)
-        if place.is_exact or stop < place.cache.min_tokens or self._has_tail(place, ids):
+        if self.is_exact or stop < states.min_tokens or self._has_tail(states, ids):
             return 0
-        is_saved = place.cache.fill(
+        is_saved = _tails(states).fill(
             ids,
             self._sequence.block_bytes(start, stop),
             lambda buffer: self._sequence.read_block(start, stop, buffer),
-            fingerprint=place.tail_fingerprint(),
-            scope=place.scope,
         )
         return (stop - start) * is_saved
 
-    def _has_tail(self, place: Place, ids: Ids) -> bool:
-        handle = place.cache.handle(ids, fingerprint=place.tail_fingerprint(), scope=place.scope)
+    def _has_tail(self, states: Namespace, ids: Ids) -> bool:
+        handle = _tails(states).handle(ids)
         if handle is None:
             return False
         handle.close()
@@ -137,43 +103,36 @@ class Keeper:
 
     # Restoring
 
-    def restore(self, place: Place, ids: Ids, n_held: int) -> Restored:
+    def restore(self, states: Namespace, ids: Ids, n_held: int) -> Restored:
         """Bring the longest known prefix of `ids`, without the last, into the sequence.
 
         It holds `n_held` of them already, and nothing else that matters. Afterwards it holds
         `stop` of them; where that is not above `start`, nothing was loaded.
         """
-        with place.cache.plan(
-            ids,
-            fingerprint=place.fingerprint,
-            scope=place.scope,
-            public_tokens=place.n_public(ids),
-            max_tokens=len(ids) - 1,
-            aligned=place.is_exact or self._memory.is_recurrent,
-            counts_tokens=False,  # how many were of use is known at the end: our caller counts
-        ) as plan:
+        # How many were useful is known at the end: our caller counts.
+        with states.plan(ids, max_tokens=len(ids) - 1, counts_tokens=False) as plan:
             if not self._memory.is_recurrent:
-                return self._load_blocks(place, plan, n_held)
-            tail = self._find_tail(place, plan, ids[:-1])
+                return self._load_blocks(states, plan, n_held)
+            tail = self._find_tail(states, plan, ids[:-1])
             if tail is None:
-                return self._load_states(place, plan, n_held)
+                return self._load_states(states, plan, n_held)
             with tail:
-                return self._load_with_tail(place, plan, tail, n_held)
+                return self._load_with_tail(states, plan, tail, n_held)
 
-    def _load_blocks(self, place: Place, plan: RestorePlan, n_held: int) -> Restored:
+    def _load_blocks(self, states: Namespace, plan: RestorePlan, n_held: int) -> Restored:
         if plan.n_tokens <= n_held:
             return Restored(n_held, n_held)
         start = plan.start_beyond(n_held)
-        if not self._sequence.trim(start, in_place=place.is_exact):
+        if not self._sequence.trim(start, in_place=self.is_exact):
             self._sequence.clear()
             start = 0
         reached = plan.restore(self._sequence.write_block, start=start, trim=self._trim)
-        return self._checked(place, start, reached, plan.n_tokens)
+        return self._checked(states, start, reached, plan.n_tokens)
 
     def _trim(self, n_tokens: int) -> bool:
         return self._sequence.trim(n_tokens)
 
-    def _checked(self, place: Place, start: int, reached: int, goal: int) -> Restored:
+    def _checked(self, states: Namespace, start: int, reached: int, goal: int) -> Restored:
         """Return what was restored, if the sequence tells the same; else it is emptied.
 
         What came before a block that failed is good; but if that was for want of room, it would
@@ -184,14 +143,14 @@ class Keeper:
             return Restored(start, reached)
         self._sequence.clear()
         if not is_right:
-            place.cache.refuse("restore_incomplete")
+            states.refuse("restore_incomplete")
         return Restored(0, 0)
 
-    def _load_states(self, place: Place, plan: RestorePlan, n_held: int) -> Restored:
+    def _load_states(self, states: Namespace, plan: RestorePlan, n_held: int) -> Restored:
         """Load blocks that end in a recurrent state; without attention the last one is all."""
         if plan.n_tokens <= n_held:
             return Restored(n_held, n_held)
-        start = self._start_of_states(place, n_held)
+        start = self._start_of_states(states, n_held)
         if self._memory.has_attention:
             reached = plan.restore(self._sequence.write_block, start=start)
         else:
@@ -199,11 +158,11 @@ class Keeper:
             reached = plan.restore(self._sequence.write_block, start=last)
             if reached == last:  # it failed, and nothing came before it
                 reached = 0
-        return self._checked(place, start, reached, plan.n_tokens)
+        return self._checked(states, start, reached, plan.n_tokens)
 
-    def _start_of_states(self, place: Place, n_held: int) -> int:
+    def _start_of_states(self, states: Namespace, n_held: int) -> int:
         """Return where blocks can follow what is held; 0, and nothing is held, if nowhere."""
-        is_on_grid = self._memory.has_attention and n_held % place.cache.block_tokens == 0
+        is_on_grid = self._memory.has_attention and n_held % states.block_tokens == 0
         if is_on_grid and self._sequence.end() == n_held:
             return n_held
         self._sequence.clear()
@@ -211,50 +170,55 @@ class Keeper:
 
     # Tails
 
-    def _find_tail(self, place: Place, plan: RestorePlan, ids: Ids) -> StateHandle | None:
+    def _find_tail(self, states: Namespace, plan: RestorePlan, ids: Ids) -> StateHandle | None:
         """Return the tail that reaches beyond the blocks, if all it follows are there."""
-        if place.is_exact or len(ids) <= plan.n_tokens:
+        if self.is_exact or len(ids) <= plan.n_tokens:
             return None
-        tail = place.cache.find(
-            ids, fingerprint=place.tail_fingerprint(), scope=place.scope, is_counted=False
-        )
+        tail = _tails(states).find(ids, is_counted=False)
         if tail is None:
             return None
-        needed = self._base(place, tail) if self._memory.has_attention else 0
+        needed = self._base(states, tail) if self._memory.has_attention else 0
         if plan.n_tokens < tail.n_tokens and plan.n_tokens >= needed:
             return tail
         if plan.n_tokens < needed:
-            place.cache.refuse("tail_without_blocks")
+            states.refuse("tail_without_blocks")
         tail.close()
         return None
 
-    def _base(self, place: Place, tail: StateHandle) -> int:
-        return tail.n_tokens // place.cache.block_tokens * place.cache.block_tokens
+    def _base(self, states: Namespace, tail: StateHandle) -> int:
+        return tail.n_tokens // states.block_tokens * states.block_tokens
 
     def _load_with_tail(
-        self, place: Place, plan: RestorePlan, tail: StateHandle, n_held: int
+        self, states: Namespace, plan: RestorePlan, tail: StateHandle, n_held: int
     ) -> Restored:
         if tail.n_tokens <= n_held:
             return Restored(n_held, n_held)
-        base = self._base(place, tail)
-        start = reached = self._start_of_states(place, n_held)
+        base = self._base(states, tail)
+        start = reached = self._start_of_states(states, n_held)
         if self._memory.has_attention:
             reached = plan.restore(self._sequence.write_block, start=start)
         if reached == base or not self._memory.has_attention:
             began = perf_counter()
-            if self._load_tail(place, tail, base):
+            if self._load_tail(states, tail, base):
                 seconds, is_hit = perf_counter() - began, not plan.blocks
-                place.cache.count_restored(0, seconds, is_hit=is_hit)
+                states.count_restored(0, seconds, is_hit=is_hit)
                 reached = tail.n_tokens
             elif not self._memory.has_attention:
-                return self._load_states(place, plan, 0)
-        return self._checked(place, start, reached, tail.n_tokens)
+                return self._load_states(states, plan, 0)
+        return self._checked(states, start, reached, tail.n_tokens)
 
-    def _load_tail(self, place: Place, tail: StateHandle, base: int) -> bool:
+    def _load_tail(self, states: Namespace, tail: StateHandle, base: int) -> bool:
         try:
             self._sequence.write_block(base, tail.n_tokens, tail.payload())
         except StateError:
             _log.debug("a tail could not be restored", exc_info=True)
-            place.cache.refuse("restore_failed")
+            states.refuse("restore_failed")
             return False
         return True
+
+
+def _tails(states: Namespace) -> Namespace:
+    """Return where tails are filed: they follow blocks of this cache's length."""
+    fields = (states.fingerprint, states.block_tokens.to_bytes(8, "little"))
+    fingerprint = blake2b(b"".join(fields), digest_size=32, person=b"tokcache.tail.1").digest()
+    return states.replace(fingerprint=fingerprint, public_prefix=(), aligned=False)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 import numpy as np
 
-from tokcache._validate import require_int, require_scope
+from tokcache._validate import require_int
 from tokcache.errors import InvalidConfig, StateError
-from tokcache.llama.keeper import Keeper, Place
+from tokcache.llama.keeper import Keeper
 from tokcache.llama.memories import Memory
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import OWN_SCOPE
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tokcache.state.handles import Work
+    from tokcache.state.namespace import Namespace
 
 
 @dataclass(slots=True)
@@ -33,7 +34,7 @@ class _Own:
 
     sequence: Sequence
     keeper: Keeper
-    place: Place
+    states: Namespace
     generation: int = 0
 
 
@@ -43,7 +44,7 @@ class _Pending:
 
     seq_id: int
     generation: int
-    place: Place
+    states: Namespace
     ids: NDArray[np.int32]
     mark: bytes
     work: Work
@@ -87,8 +88,9 @@ class SequenceStates:
             raise InvalidConfig(f"fingerprint must be bytes, at least one, not {fingerprint!r}")
         _require_blocks(ctx)
         self._ctx = ctx
-        self._place = Place(states, fingerprint, require_scope(scope), is_exact=False)
         self._memory = Memory.of(ctx)
+        self._cache = states
+        self._states = states.namespace(fingerprint, scope=scope, aligned=self._memory.is_recurrent)
         self._scratch = int(llama_cpp.llama_n_seq_max(ctx)) - 1
         self._n_vocab = int(
             llama_cpp.llama_vocab_n_tokens(
@@ -111,7 +113,7 @@ class SequenceStates:
         """
         n_past = require_int("n_past", n_past, 0)
         n_tokens = require_int("n_tokens", n_tokens, n_past)
-        step = self._memory.stops(self._place.cache.block_tokens, is_exact=False)
+        step = self._memory.stops(self._cache.block_tokens, is_exact=False)
         stops = set(range(n_past // step * step + step, n_tokens, step) if step else ())
         if self._memory.is_recurrent:
             stops.add(n_tokens - 1)
@@ -125,13 +127,13 @@ class SequenceStates:
         A prompt that goes on in place instead is counted if you say so, by
         `states.count_prompt(len(tokens), context_tokens=n_past)`.
         """
-        place, own, ids = self._place_of(scope), self._sequence(seq_id), self._ids(tokens)
+        states, own, ids = self._namespace(scope), self._sequence(seq_id), self._ids(tokens)
         own.generation += 1
-        own.place = place
+        own.states = states
         own.sequence.clear()
         is_usable = len(ids) > 0 and self._is_usable(ids)
-        n_restored = own.keeper.restore(place, ids, 0).stop if is_usable else 0
-        place.cache.count_prompt(len(ids), restored_tokens=n_restored)
+        n_restored = own.keeper.restore(states, ids, 0).stop if is_usable else 0
+        self._cache.count_prompt(len(ids), restored_tokens=n_restored)
         return n_restored
 
     def save(self, tokens: object, seq_id: int) -> int:
@@ -140,15 +142,15 @@ class SequenceStates:
         if not len(ids) or not self._is_usable(ids):
             return 0
         if not own.sequence.is_at(len(ids)):
-            self._place.cache.refuse("sequence_is_elsewhere")
+            self._cache.refuse("sequence_is_elsewhere")
             return 0
-        return own.keeper.save(own.place, ids)
+        return own.keeper.save(own.states, ids)
 
     def reset(self, seq_id: int, *, scope: str | None = OWN_SCOPE) -> None:
         """Note that the caller removed or replaced positions of the sequence, for `scope`."""
-        place, own = self._place_of(scope), self._sequence(seq_id)
+        states, own = self._namespace(scope), self._sequence(seq_id)
         own.generation += 1
-        own.place = place
+        own.states = states
 
     # Saves that are taken later
 
@@ -161,11 +163,11 @@ class SequenceStates:
         if not len(ids) or not self._is_usable(ids):
             return
         if not own.sequence.is_at(len(ids)):
-            self._place.cache.refuse("sequence_is_elsewhere")
+            self._cache.refuse("sequence_is_elsewhere")
             return
         mark = _mark(own.sequence, len(ids))
-        work = own.place.cache.begin(own.place.scope)
-        self._pending.append(_Pending(seq_id, own.generation, own.place, ids, mark, work))
+        work = self._cache.begin(own.states.scope)
+        self._pending.append(_Pending(seq_id, own.generation, own.states, ids, mark, work))
 
     def take_pending(self) -> int:
         """Take the saves that wait; return the new positions.
@@ -179,22 +181,20 @@ class SequenceStates:
 
     def _taken(self, pending: _Pending) -> int:
         if pending.work.is_void:
-            self._place.cache.refuse("cleared")
+            self._cache.refuse("cleared")
             return 0
         own = self._sequence(pending.seq_id)
         n_tokens = len(pending.ids)
         is_same = own.generation == pending.generation and own.sequence.is_at(n_tokens)
         if not is_same or _mark(own.sequence, n_tokens) != pending.mark:
-            self._place.cache.refuse("pending_save_overtaken")
+            self._cache.refuse("pending_save_overtaken")
             return 0
-        return own.keeper.save(pending.place, pending.ids)
+        return own.keeper.save(pending.states, pending.ids)
 
     # Arguments
 
-    def _place_of(self, scope: str | None) -> Place:
-        return (
-            self._place if scope is OWN_SCOPE else self._place._replace(scope=require_scope(scope))
-        )
+    def _namespace(self, scope: str | None) -> Namespace:
+        return self._states if scope is OWN_SCOPE else self._states.replace(scope=scope)
 
     def _sequence(self, seq_id: int) -> _Own:
         seq_id = require_int("seq_id", seq_id, 0, self._scratch - 1)
@@ -207,7 +207,8 @@ class SequenceStates:
                 scratch=self._scratch,
                 is_alone=False,
             )
-            self._own[seq_id] = _Own(sequence, Keeper(sequence, self._memory), self._place)
+            keeper = Keeper(sequence, self._memory, is_exact=False)
+            self._own[seq_id] = _Own(sequence, keeper, self._states)
         return self._own[seq_id]
 
     def _ids(self, tokens: object) -> NDArray[np.int32]:
@@ -218,7 +219,7 @@ class SequenceStates:
         if reason is None and ((ids < 0) | (ids >= self._n_vocab)).any():
             reason = "tokens_outside_the_vocabulary"
         if reason is not None:
-            self._place.cache.refuse(reason)
+            self._cache.refuse(reason)
         return reason is None
 
 

@@ -187,7 +187,7 @@ STATES = (
     _Family("state_blocks", "blocks", "Blocks stored, by tier.", "tier"),
     _Family("state_bytes", "bytes", "Bytes held, by tier.", "tier"),
     _Family("state_max_bytes", "max_bytes", "Bytes that may be held, by tier.", "tier"),
-    _Family("state_whole_states", "stats.n_states", "Whole states in memory."),
+    _Family("state_snapshots", "stats.n_states", "Snapshots (states of whole prefixes) in memory."),
     _Family("state_promoted_tokens_total", "stats.promoted_tokens", "Positions from a lower tier."),
     _Family("state_expirations_total", "stats.expirations", "States that expired."),
     *_of_tier("disk", "on disk", "disk"),

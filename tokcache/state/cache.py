@@ -1,4 +1,4 @@
-"""PrefixStateCache: finds, restores and saves the state of the longest prefix seen before.
+"""PrefixStateCache: states of token prefixes, in blocks or as snapshots, in memory and below.
 
 It knows neither text nor the engine: tokens come as int32 ids, and the engine's state goes in and
 out through two functions that copy the positions [start, stop) from and to a buffer, or as opaque
@@ -7,111 +7,45 @@ bytes for a whole prefix.
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
-from operator import index
 from typing import TYPE_CHECKING
 
-from tokcache._validate import MAX_INT, require_int, require_scope
-from tokcache.errors import InvalidConfig
-from tokcache.state.handles import BlockIO, RestorePlan, StoredBlock, Work
-from tokcache.state.index import Node, Root, root_bytes
-from tokcache.state.memory import NODE_BYTES
-from tokcache.state.names import (
-    TOKEN_BYTES,
-    Kind,
-    Owner,
-    child_name,
-    common_tokens,
-    rest_owner,
-    token_bytes,
-)
-from tokcache.state.snapshots import WholeStates
-from tokcache.state.store import checked_fingerprint
-from tokcache.state.tiers import Address, StateRefused, Stored
+from tokcache.state.blocks import BlockCache
+from tokcache.state.namespace import Namespace
+from tokcache.state.snapshots import SnapshotStore
+from tokcache.state.store import Store
 
 if TYPE_CHECKING:
+    from tokcache.state.handles import Work
+    from tokcache.state.tiers import LowerTier
     from tokcache.state.tiers.disk import DiskTier
-    from tokcache.state.tiers.opening import Below
     from tokcache.state.tiers.redis import RedisTier
-
-__all__ = ["NODE_BYTES", "BlockIO", "PrefixStateCache", "RestorePlan", "StoredBlock"]
-
-_log = logging.getLogger("tokcache")
-
-_TRIES = 3  # a save that another one overtook is planned again
-_Part = tuple[Owner, bytes, Work]  # who owns which beginning of a prompt, and the work on it
+    from tokcache.stats import StateStats
 
 
-@dataclass(slots=True)
-class _Path:
-    """The blocks that a prompt begins with, in use: `n_tokens` positions, the last at `point`."""
-
-    owner: Owner
-    work: Work
-    root: Root | None
-    nodes: list[Node]
-    n_tokens: int
-    loose: list[tuple[int, int, memoryview]] = field(default_factory=list)
-    loose_point: bytes = b""
-
-    @property
-    def last(self) -> Node:
-        if not self.nodes:
-            if self.root is None:
-                raise AssertionError("nothing is held for this owner")
-            return self.root
-        return self.nodes[-1]
-
-    def point(self) -> bytes:
-        """Return the name of the prefix that the blocks hold."""
-        if self.loose:
-            return self.loose_point
-        if self.root is None:
-            return Root(self.owner, 0).name
-        return self.last.point(self.n_tokens)
-
-    def pinned(self) -> list[Node]:
-        return self.nodes if self.root is None else [self.root, *self.nodes]
-
-
-@dataclass(slots=True)
-class _NewBlock:
-    tokens: bytes
-    start: int
-    stop: int
-    buffer: memoryview
-
-    @property
-    def overhead(self) -> int:
-        return NODE_BYTES + len(self.tokens)
-
-
-class PrefixStateCache(WholeStates):
+class PrefixStateCache:
     """States of token prefixes: in memory, on a disk that outlives the process, in Redis.
 
-    Blocks (`plan`, `save`) share what prefixes have in common, to the token; whole states
-    (`store`, `find`) are any engine's bytes. `disk` is a folder or a DiskTier, `redis` a URL or a
-    RedisTier: saved states are written to each of them by a thread of its own, and states that are
-    not in memory are looked up on the disk, then in Redis. A tier that is made here from a path or
-    URL is closed with the cache; a DiskTier or RedisTier may serve several caches, and whoever made
-    it closes it.
+    ```python
+    ns = cache.namespace(fingerprint, scope="tenant-a")
+    with ns.plan(tokens, max_tokens=len(tokens) - 1) as plan:
+        n_past = plan.restore(load)
+    ns.save(tokens, read, n_bytes)
+    ```
+
+    `disk` is a folder or a DiskTier, `redis` a URL or a RedisTier: saved states are written to
+    each of them by a thread of its own, and states that are not in memory are looked up on the
+    disk, then in Redis. A tier that is made here from a path or URL is closed with the cache; a
+    DiskTier or RedisTier may serve several caches, and whoever made it closes it.
 
     Units:  `ram_bytes` bytes, or a size such as "4G", of all that is retained in memory (states,
             tokens, overhead, buffers waiting for their next use); `max_entries` stored prefixes
-            (chains that nothing continues, and whole states); `block_tokens` positions a block at
+            (chains that nothing continues, and snapshots); `block_tokens` positions a block at
             most; prefixes below `min_tokens` are neither saved nor used; `ttl_s` seconds after its
             last use a state is removed; `queue_bytes` bytes or a size that may wait to be written
             to a tier, by default a quarter of `ram_bytes`: more is not written, and counted.
-    Errors: InvalidConfig for anything below 1, and for a fingerprint or max_tokens of another
-            type; InvalidTokens for ids that are not int32; InvalidScope. A state that can't be
-            stored or read costs a miss and a counter, never an exception.
+    Errors: InvalidConfig for anything below 1. A state that can't be stored or read costs a miss
+            and a counter, never an exception.
     Cost:   a look-up costs the prompt's length, not the number of entries.
     Threads: safe; after a fork the child keeps what was stored and nothing that was in use.
     """
@@ -129,7 +63,7 @@ class PrefixStateCache(WholeStates):
         queue_bytes: int | str | None = None,
         enabled: bool = True,
     ) -> None:
-        super().__init__(
+        self._store = Store(
             ram_bytes=ram_bytes,
             max_entries=max_entries,
             block_tokens=block_tokens,
@@ -140,500 +74,154 @@ class PrefixStateCache(WholeStates):
             queue_bytes=queue_bytes,
             enabled=enabled,
         )
+        self._blocks = BlockCache(self._store)
+        self._snapshots = SnapshotStore(self._store)
+
+    def namespace(
+        self,
+        fingerprint: bytes,
+        *,
+        scope: str | None = None,
+        public_prefix: object = (),
+        aligned: bool = False,
+    ) -> Namespace:
+        """Return the states of one model and scope, to look up and save.
+
+        `fingerprint` tells apart all that decides the numbers in a state: model, settings, build.
+        `public_prefix` are token ids that prompts may begin with and that are no scope's secret: a
+        system prompt, say; they are stored once for all scopes. `aligned` is for states that were
+        decoded in pieces that end at multiples of `block_tokens`, and finds no others.
+
+        Errors: InvalidConfig, InvalidScope, InvalidTokens.
+        Cost:   a few microseconds, and a copy of `public_prefix`.
+        """
+        return Namespace(
+            self._store,
+            self._blocks,
+            self._snapshots,
+            fingerprint=fingerprint,
+            scope=scope,
+            public_prefix=public_prefix,
+            aligned=aligned,
+        )
+
+    # Settings
+
+    @property
+    def ram_bytes(self) -> int:
+        """How many bytes memory may retain."""
+        return self._store.ram_bytes
+
+    @property
+    def max_entries(self) -> int:
+        """How many stored prefixes memory may hold."""
+        return self._store.max_entries
+
+    @property
+    def block_tokens(self) -> int:
+        """How many positions a block has at most."""
+        return self._store.block_tokens
+
+    @property
+    def disk(self) -> DiskTier | None:
+        """The disk tier, None without one."""
+        return self._tier_below("disk")  # type: ignore[return-value]
+
+    @property
+    def redis(self) -> RedisTier | None:
+        """The Redis tier, None without one."""
+        return self._tier_below("redis")  # type: ignore[return-value]
+
+    def _tier_below(self, label: str) -> LowerTier | None:
+        tiers = (below.tier for below in self._store.below)
+        return next((tier for tier in tiers if tier.label == label), None)
+
+    # Everything
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until all that was saved is in the lower tiers; False if that took too long.
+
+        What a tier refused is counted, not waited for.
+        """
+        return self._store.flush(timeout_s)
+
+    def clear(self, scope: str | None = None) -> int:
+        """Remove a tenant's states from every tier, or everything; return the states removed.
+
+        With a `scope` its states go, and nothing else: what its prompts begin with that is public
+        stays, counters go on. Without one everything goes, the shared space and the counters of
+        look-ups and memory too, and a disk tier's folder and a Redis tier's namespace are emptied
+        for all that share them; the shared space alone can't be cleared, for the states of tenants
+        follow on it. Nothing under way comes back: writes that wait are dropped, saves and
+        promotions that have begun store nothing, open handles and plans yield nothing more. What
+        another cache or process holds in its memory or queue is its own to clear. Where a tier
+        fails to remove states, a counter and a line in the log say so.
+
+        Errors: InvalidScope.
+        """
+        return self._store.clear(scope)
+
+    def begin(self, scope: str | None) -> Work:
+        """Return what tells, later, whether `scope` was cleared since now.
+
+        Errors: InvalidScope.
+        """
+        return self._store.begin(scope)
+
+    def close(self) -> None:
+        """Write what waits, then empty memory; from now on nothing is found and nothing stored.
+
+        What the tiers below hold stays there; an ephemeral tier's folder goes with its tier.
+        """
+        self._store.close()
+
+    # Counting
+
+    def count_prompt(
+        self, n_tokens: int, *, context_tokens: int = 0, restored_tokens: int = 0
+    ) -> None:
+        """Count a prompt: how many of its tokens were in the engine's context, how many restored.
+
+        `plan`, `find` and what they return count this themselves. It is for prompts that they were
+        not asked for, because the context held all but the last token, and for callers of
+        `plan(…, counts_tokens=False)`.
+
+        Errors: InvalidConfig.
+        """
+        self._store.count_prompt(
+            n_tokens, context_tokens=context_tokens, restored_tokens=restored_tokens
+        )
+
+    def refuse(self, reason: str) -> None:
+        """Count a state that was not stored or not used."""
+        self._store.refuse(reason)
+
+    def stats(self) -> StateStats:
+        """Return the counters and what is held now."""
+        return self._store.stats()
+
+    def memory_usage(self) -> int:
+        """Return the bytes retained: states, tokens, overhead and buffers for their next use."""
+        return self._store.memory_usage()
+
+    def __len__(self) -> int:
+        """Return the number of entries in memory: stored prefixes that nothing continues."""
+        with self._store.lock:
+            return self._store.memory.n_entries
+
+    def __bool__(self) -> bool:
+        """Return True: an empty cache is a cache."""
+        return True
 
     def __repr__(self) -> str:
         """Say what it holds, its budgets and its tiers."""
-        with self._lock:
-            n_entries, n_bytes = self._memory.n_entries, self._memory.held_bytes()
-        below = "".join(f", {each.tier!r}" for each in self._below)
+        below = "".join(f", {each.tier!r}" for each in self._store.below)
         return (
-            f"<PrefixStateCache {n_entries:,} of {self.max_entries:,} entries, {n_bytes:,} of "
-            f"{self.ram_bytes:,} bytes, blocks of {self.block_tokens:,} tokens{below}>"
+            f"<PrefixStateCache {len(self):,} of {self.max_entries:,} entries, "
+            f"{self.memory_usage():,} of {self.ram_bytes:,} bytes, "
+            f"blocks of {self.block_tokens:,} tokens{below}>"
         )
 
-    # Restoring
-
-    def plan(
-        self,
-        tokens: object,
-        *,
-        fingerprint: bytes,
-        scope: str | None = None,
-        public_tokens: int = 0,
-        max_tokens: int | None = None,
-        aligned: bool = False,
-        counts_tokens: bool = True,
-    ) -> RestorePlan:
-        """Return the blocks of the longest stored prefix of `tokens`; empty on a miss.
-
-        The first `public_tokens` are looked for in the shared scope, what follows them in
-        `scope`. `max_tokens` bounds the prefix (an engine must decode at least the last token
-        itself); `aligned` finds what was saved `aligned`, and nothing else: whole blocks, so that
-        the prefix ends at a multiple of `block_tokens`. `counts_tokens=False` is for a caller that
-        counts what became of its prompt with `count_prompt`: then only the look-up is counted here.
-        """
-        owner = _owner(fingerprint, scope, aligned)
-        n_public = require_int("public_tokens", public_tokens, minimum=0)
-        wanted = token_bytes(tokens)
-        n_tokens = len(wanted) // TOKEN_BYTES
-        if max_tokens is not None:
-            wanted = wanted[: _checked_bound(max_tokens) * TOKEN_BYTES]
-        with self._lock:
-            self._settle()
-            self._memory.counts["lookups"] += 1
-            self._memory.counts["prompt_tokens"] += n_tokens * counts_tokens
-            parts = self._begun_parts(owner, self._on_the_grid(wanted, owner), n_public)
-        paths: list[_Path] = []
-        try:
-            for each, part, work in parts:
-                paths.append(self._found_anywhere(each, part, work))
-                if paths[-1].n_tokens * TOKEN_BYTES < len(part):
-                    break
-        except BaseException:
-            for path in paths:
-                self.release_later(path.pinned())
-            raise
-        with self._lock:
-            return self._planned(paths, counts_tokens=counts_tokens)
-
-    def _begun_parts(self, owner: Owner, wanted: bytes, n_public: int) -> list[_Part]:
-        """Return the parts of a prompt, noted as begun: what is cleared now is void for them."""
-        parts = self._parts(owner, wanted, n_public)
-        return [(each, part, self._begin(each.scope)) for each, part in parts]
-
-    def _parts(self, owner: Owner, wanted: bytes, n_public: int) -> Iterator[tuple[Owner, bytes]]:
-        """Yield who owns which beginning of a prompt: first what is public, then all of it."""
-        public = self._on_the_grid(wanted[: n_public * TOKEN_BYTES], owner)
-        if owner.scope is None or not public:
-            yield owner, wanted
-            return
-        yield owner._replace(scope=None), public
-        if len(public) < len(wanted):
-            yield rest_owner(owner, public), wanted
-
-    def _found_anywhere(self, owner: Owner, wanted: bytes, work: Work) -> _Path:
-        """Return what memory and the tiers below hold of a part."""
-        with self._lock:
-            path = self._found(owner, wanted, work)
-            if not self._below or path.n_tokens * TOKEN_BYTES >= len(wanted) or self._is_closed:
-                return path
-        try:
-            self._extend(path, wanted)
-        except BaseException:
-            self.release_later(path.pinned())
-            raise
-        with self._lock:
-            self._queue_blocks(path.nodes, owner)
-        return path
-
-    def _on_the_grid(self, wanted: bytes, owner: Owner) -> bytes:
-        if owner.kind != "grid":
-            return wanted
-        block = self._index.grain(owner)
-        return wanted[: len(wanted) // block * block]
-
-    def _found(self, owner: Owner, wanted: bytes, work: Work) -> _Path:
-        root, match = self._memory.find(owner, wanted)
-        path = _Path(owner, work, root, match.nodes, match.n_tokens)
-        for node in path.pinned():
-            node.pins += 1
-        return path
-
-    def _planned(self, paths: list[_Path], *, counts_tokens: bool) -> RestorePlan:
-        blocks: list[tuple[int, int, memoryview]] = []
-        n_tokens = 0
-        for path in paths:
-            is_whole = self._collect(path, blocks)
-            n_tokens = path.n_tokens
-            if not is_whole:
-                break
-        if n_tokens < self.min_tokens:
-            blocks, n_tokens = [], 0
-        self._memory.counts["hits"] += bool(blocks)
-        for path in paths:
-            self._touch(path)
-        if len(paths) > 1:  # what is public is never older than what can't be used without it
-            self._memory.use(paths[0].nodes, time.monotonic())
-        pinned = [node for path in paths for node in path.pinned()]
-        served = _served(blocks, n_tokens)
-        works = [path.work for path in paths]
-        return RestorePlan(self, pinned, served, n_tokens, works, counts_tokens=counts_tokens)
-
-    def _collect(self, path: _Path, blocks: list[tuple[int, int, memoryview]]) -> bool:
-        """Add a path's blocks; False where one was lost or cleared: those before it are served."""
-        if path.work.is_void:  # cleared since the look-up began
-            path.n_tokens, path.loose = path.owner.start, []
-            return False
-        get = self._tier.get
-        for node in path.nodes:
-            payload = get(node)
-            if payload is None:
-                self._memory.refusals["payload_lost"] += 1
-                path.n_tokens, path.loose = min(path.n_tokens, node.start), []
-                return False
-            blocks.append((node.start, node.stop, payload))
-        blocks += path.loose
-        return True
-
-    def _touch(self, path: _Path) -> None:
-        nodes = self._untouched(path.nodes)
-        self._touch_later(nodes, [self._address(node, path.owner) for node in nodes])
-
-    # Restoring from below
-
-    def _extend(self, path: _Path, wanted: bytes) -> None:
-        """Add what the tiers below hold beyond what memory does; the lock is not held."""
-        before = path.n_tokens
-        ended: dict[Below, int] = {}
-        asked = self._worth_asking(path.owner)
-        while any(self._extend_from(below, path, wanted, ended) for below in asked):
-            pass
-        with self._lock:
-            self._memory.counts["promoted_tokens"] += path.n_tokens - before
-
-    def _extend_from(
-        self, below: Below, path: _Path, wanted: bytes, ended: dict[Below, int]
-    ) -> bool:
-        """Add what one tier holds as far as its blocks are whole; False if it held nothing.
-
-        `ended` tells at which position each tier is known to hold nothing more.
-        """
-        before = path.n_tokens
-        if before * TOKEN_BYTES >= len(wanted) or ended.get(below, -1) >= before:
-            return False
-        found = below.tier.find_each(self._ahead(path, wanted))
-        foreseen = before
-        while path.n_tokens == foreseen:
-            foreseen += self.block_tokens
-            began, start = time.perf_counter(), path.n_tokens
-            is_more = self._extend_by_one(path, below, found, wanted)
-            seconds = time.perf_counter() - began
-            goes_on = self._note_read(below, path.owner, path.n_tokens - start, seconds)
-            if not (is_more and goes_on):
-                # It holds nothing more, or it rests from now on, whatever others still bring.
-                ended[below] = path.n_tokens if goes_on else len(wanted)
-                break
-        return path.n_tokens > before
-
-    def _ahead(self, path: _Path, wanted: bytes) -> Iterator[tuple[Address, bytes]]:
-        """Yield where the next blocks are if each is whole, and the tokens from there on."""
-        at, point = path.n_tokens, path.point()
-        grain, block = self._index.grain(path.owner), self.block_tokens * TOKEN_BYTES
-        while rest := wanted[at * TOKEN_BYTES :]:
-            yield Address(path.owner, at, point, child_name(point, rest[:grain])), rest
-            at, point = at + self.block_tokens, child_name(point, rest[:block])
-
-    def _extend_by_one(
-        self, path: _Path, below: Below, found: Iterator[Stored | None], wanted: bytes
-    ) -> bool:
-        try:
-            stored = next(found, None)
-            if stored is None:
-                return False
-            with stored:
-                return self._promote(path, below, stored, wanted[path.n_tokens * TOKEN_BYTES :])
-        except StateRefused as refusal:
-            below.tier.refuse(str(refusal))
-        except Exception:  # noqa: BLE001  (whatever it is, the prompt can be decoded instead)
-            _log.warning("the %s tier failed", below.tier.label, exc_info=True)
-            below.tier.refuse("error")
-        return False
-
-    def _promote(self, path: _Path, below: Below, stored: Stored, rest: bytes) -> bool:
-        """Add a block that was found below; False if it brings nothing."""
-        tokens = stored.record.tokens
-        n_shared = common_tokens(tokens, rest)
-        if not n_shared or (path.owner.kind == "grid" and n_shared != self.block_tokens):
-            return False
-        with self._lock:
-            if path.work.is_void:
-                return False
-            buffer = None if path.loose else self._buffer_below(path, stored)
-        if buffer is None:
-            n_loose = sum(payload.nbytes for _, _, payload in path.loose)
-            if not below.tier.is_mapped and n_loose + stored.n_bytes > self.ram_bytes:
-                below.tier.refuse("no_room")
-                return False
-            start, point = path.n_tokens, path.point()
-            stop = start + len(tokens) // TOKEN_BYTES
-            path.loose.append((start, stop, stored.view()))
-            path.loose_point = child_name(point, tokens[: n_shared * TOKEN_BYTES])
-            path.n_tokens += n_shared
-            return True
-        block = _NewBlock(tokens, path.n_tokens, path.n_tokens + len(tokens) // TOKEN_BYTES, buffer)
-        return self._fill_promoted(path, below, block, stored, n_shared)
-
-    def _buffer_below(self, path: _Path, stored: Stored) -> memoryview | None:
-        """Return a buffer for a block from below; None where it has to be served from there."""
-        memory, tokens = self._memory, stored.record.tokens
-        held = root_bytes(path.owner) + sum(node.n_bytes for node in path.nodes)
-        overhead = NODE_BYTES + len(tokens)
-        if held + overhead + stored.n_bytes > self.ram_bytes or self._is_closed:
-            return None
-        if path.root is None:
-            path.root = memory.pin_root(path.owner)
-        if path.root is None or not memory.has_entry_room(path.last, path.n_tokens):
-            return None
-        return memory.take(stored.n_bytes, overhead)
-
-    def _fill_promoted(
-        self, path: _Path, below: Below, block: _NewBlock, stored: Stored, n_shared: int
-    ) -> bool:
-        is_read = False
-        try:
-            stored.read_into(block.buffer)
-            is_read = True
-        finally:
-            with self._lock:
-                node = self._file(path, block) if is_read else None
-                if node is None:
-                    self._memory.drop(block.buffer, block.overhead)
-                    node = self._filed_meanwhile(path, block) if is_read else None
-                if node is not None:
-                    node.pins += 1
-                    node.written |= below.bit
-                    node.priority = max(node.priority, stored.record.priority)
-                    self._memory.watch(node)
-                    path.nodes.append(node)
-                    path.n_tokens += n_shared
-        return node is not None
-
-    def _file(self, path: _Path, block: _NewBlock) -> Node | None:
-        """Put a block at the end of a path; None if that is gone, or the place or the room is."""
-        parent, root, memory = path.last, path.root, self._memory
-        if root is None or root.is_dead or parent.is_dead:
-            return None
-        if path.work.is_void or self._is_closed:
-            return None
-        if self._index.child(root, parent, block.start, block.tokens) is not None:
-            return None
-        if not memory.has_entry_room(parent, block.start):
-            memory.refusals["entries_in_use"] += 1
-            return None
-        return memory.file(root, parent, block.start, block.tokens, block.buffer)
-
-    def _filed_meanwhile(self, path: _Path, block: _NewBlock) -> Node | None:
-        """Return the same block where another thread was faster to file it."""
-        if path.root is None or path.root.is_dead or path.last.is_dead:
-            return None
-        node = self._index.child(path.root, path.last, block.start, block.tokens)
-        return node if node is not None and node.tokens == block.tokens else None
-
-    # Saving
-
-    def save(
-        self,
-        tokens: object,
-        read: BlockIO,
-        n_bytes: Callable[[int, int], int],
-        *,
-        fingerprint: bytes,
-        scope: str | None = None,
-        public_tokens: int = 0,
-        aligned: bool = False,
-        priority: int = 0,
-    ) -> int:
-        """Store the state of `tokens` where it is not stored yet; return the new positions.
-
-        `n_bytes(start, stop)` tells the size of the state of these positions, `read(start, stop,
-        buffer)` copies it into a buffer of that size: only the new blocks are read. The first
-        `public_tokens` are stored in the shared scope, what follows them in `scope`: it is of use
-        only with them, and evicted first. `aligned` leaves out the tokens beyond the last multiple
-        of `block_tokens`, and is for states that were decoded in such pieces. Of lower `priority`
-        goes first.
-        """
-        started = time.perf_counter()
-        owner = _owner(fingerprint, scope, aligned)
-        wanted = self._on_the_grid(token_bytes(tokens), owner)
-        priority = require_int("priority", priority, -MAX_INT)
-        n_public = require_int("public_tokens", public_tokens, minimum=0)
-        n_saved = 0
-        if self.enabled and len(wanted) >= self.min_tokens * TOKEN_BYTES:
-            with self._lock:
-                first, *rest = self._begun_parts(owner, wanted, n_public)
-            n_saved = self._save_part(first, read, n_bytes, priority)
-            for each in rest:
-                with self._kept(first) as is_there:
-                    if is_there:  # without it, what follows could not be found
-                        n_saved += self._save_part(each, read, n_bytes, priority)
-        with self._lock:
-            self._settle()
-            self._seconds["save"] += time.perf_counter() - started
-        self._tell_oversize()
-        return n_saved
-
-    @contextmanager
-    def _kept(self, public: _Part) -> Iterator[bool]:
-        """Keep what is public, if it is there, while what follows it is saved, and beyond."""
-        _, tokens, _ = public
-        with self._lock:
-            path = self._found(*public)
-        try:
-            yield path.n_tokens * TOKEN_BYTES == len(tokens)
-        finally:
-            with self._lock:
-                self._memory.use(path.nodes, time.monotonic())
-            self.release_later(path.pinned())
-
-    def _save_part(
-        self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
-    ) -> int:
-        n_saved = 0
-        for _ in range(_TRIES):
-            n_new, is_overtaken = self._save(part, read, n_bytes, priority)
-            n_saved += n_new
-            if not is_overtaken:
-                break
-        return n_saved
-
-    def _save(
-        self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
-    ) -> tuple[int, bool]:
-        _, wanted, work = part
-        with self._lock:
-            self._settle()
-            if work.is_void or self._is_closed:
-                return 0, False
-            path = self._found(*part)
-            for node in path.nodes:
-                node.priority = max(node.priority, priority)
-        try:
-            self._learn_from_below(path, wanted)
-            pieces = self._cut(path.n_tokens, len(wanted) // TOKEN_BYTES)
-            blocks = self._reserve(path, wanted, pieces, n_bytes) if pieces else []
-            return self._fill_and_file(path, blocks, read, priority)
-        finally:
-            self.release_later(path.pinned())
-
-    def _learn_from_below(self, path: _Path, wanted: bytes) -> None:
-        """Take over what others have stored meanwhile, so that new blocks follow theirs."""
-        if not self._below:
-            return
-        self._extend(path, wanted)
-        if path.loose:  # memory had no room for it: nothing can follow it there
-            path.n_tokens = path.loose[0][0]
-            path.loose = []
-
-    def _cut(self, start: int, end: int) -> list[tuple[int, int]]:
-        cuts = [*range(start, end, self.block_tokens), end]
-        return list(pairwise(cuts))
-
-    def _reserve(
-        self,
-        path: _Path,
-        wanted: bytes,
-        pieces: list[tuple[int, int]],
-        n_bytes: Callable[[int, int], int],
-    ) -> list[_NewBlock]:
-        """Return buffers for the new blocks, none where they can't fit the budget."""
-        try:
-            sizes = [_checked_size(n_bytes(start, stop)) for start, stop in pieces]
-        except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
-            _log.debug("the size of a state could not be read", exc_info=True)
-            self.refuse("save_failed")
-            return []
-        overhead = len(pieces) * NODE_BYTES + (pieces[-1][1] - pieces[0][0]) * TOKEN_BYTES
-        memory = self._memory
-        with self._lock:
-            if path.work.is_void or self._is_closed:
-                return []
-            held = root_bytes(path.owner) + sum(node.n_bytes for node in path.nodes)
-            n_total = held + overhead + sum(sizes)
-            if n_total > self.ram_bytes:
-                self._refuse_oversize(path.owner.fingerprint, pieces[-1][1], n_total)
-                return []
-            if path.root is None:
-                path.root = memory.pin_root(path.owner)
-            if path.root is None:
-                return []
-            if not memory.has_entry_room(path.last, path.n_tokens):
-                memory.refusals["entries_in_use"] += 1
-                return []
-            return list(self._take_all(wanted, pieces, sizes))
-
-    def _take_all(
-        self, wanted: bytes, pieces: list[tuple[int, int]], sizes: list[int]
-    ) -> Iterator[_NewBlock]:
-        for (start, stop), size in zip(pieces, sizes, strict=True):
-            tokens = wanted[start * TOKEN_BYTES : stop * TOKEN_BYTES]
-            buffer = self._memory.take(size, NODE_BYTES + len(tokens))
-            if buffer is None:
-                return
-            yield _NewBlock(tokens, start, stop, buffer)
-
-    def _fill_and_file(
-        self, path: _Path, blocks: list[_NewBlock], read: BlockIO, priority: int
-    ) -> tuple[int, bool]:
-        """Return the new positions, and whether another save was faster and had other blocks."""
-        n_filled = 0
-        try:
-            n_filled = self._fill(blocks, read)
-        finally:
-            with self._lock:
-                n_filed = self._file_all(path, blocks[:n_filled], priority)
-                for block in blocks[n_filed:]:
-                    self._memory.drop(block.buffer, block.overhead)
-                self._queue_blocks(path.nodes, path.owner)
-                is_overtaken = n_filed < n_filled and self._is_in_the_way(path, blocks[n_filed])
-        n_saved = sum(block.stop - block.start for block in blocks[:n_filed])
-        return n_saved, is_overtaken
-
-    def _is_in_the_way(self, path: _Path, block: _NewBlock) -> bool:
-        if path.root is None or path.root.is_dead or path.last.is_dead:
-            return False
-        return self._index.child(path.root, path.last, block.start, block.tokens) is not None
-
-    def _fill(self, blocks: list[_NewBlock], read: BlockIO) -> int:
-        """Read the blocks in order, without the lock; return how many came."""
-        for n_filled, block in enumerate(blocks):
-            try:
-                read(block.start, block.stop, block.buffer)
-            except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
-                _log.debug("a block could not be read", exc_info=True)
-                self.refuse("save_failed")
-                return n_filled
-        return len(blocks)
-
-    def _file_all(self, path: _Path, blocks: list[_NewBlock], priority: int) -> int:
-        """File the blocks and make them the path's; return how many found their place."""
-        for n_filed, block in enumerate(blocks):
-            node = self._file(path, block)
-            if node is None:
-                return n_filed
-            node.pins += 1
-            node.priority = priority
-            self._memory.watch(node)
-            path.nodes.append(node)
-            path.n_tokens = block.stop
-            self._memory.counts["saved_blocks"] += 1
-            self._memory.counts["saved_tokens"] += block.stop - block.start
-        return len(blocks)
-
-
-def _served(blocks: list[tuple[int, int, memoryview]], n_tokens: int) -> list[StoredBlock]:
-    """Return the blocks with the position that each of them serves up to."""
-    ends = [start for start, _, _ in blocks[1:]]
-    ends.append(min(n_tokens, blocks[-1][1]) if blocks else 0)
-    return [
-        StoredBlock(start, stop, payload.toreadonly(), until)
-        for (start, stop, payload), until in zip(blocks, ends, strict=False)
-    ]
-
-
-def _owner(fingerprint: object, scope: object, aligned: object) -> Owner:
-    kind: Kind = "grid" if aligned else "free"
-    return Owner(checked_fingerprint(fingerprint), require_scope(scope), kind)
-
-
-def _checked_bound(max_tokens: object) -> int:
-    if isinstance(max_tokens, bool) or not hasattr(max_tokens, "__index__"):
-        raise InvalidConfig(f"max_tokens must be an int or None, not {max_tokens!r}")
-    return max(index(max_tokens), 0)
-
-
-def _checked_size(size: object) -> int:
-    """Return a size in bytes that memory could have."""
-    n_bytes = index(size)  # type: ignore[arg-type]
-    if not 0 <= n_bytes <= sys.maxsize:
-        raise ValueError(f"a state can't have {n_bytes} bytes")
-    return n_bytes
+    def _check(self) -> None:
+        """Verify every invariant; for tests."""
+        self._store.check()

@@ -1,6 +1,6 @@
 """What a look-up returns: a RestorePlan of blocks, or a StateHandle of a snapshot.
 
-Both are in use, so not evicted, until closed. They know their store by three methods (Holder).
+Both are in use, so not evicted, until closed. They know their store by a protocol (Holder).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from tokcache.state.index import Node
-    from tokcache.state.snapshot_index import Whole
+    from tokcache.state.snapshot_index import Snapshot
 
 _log = logging.getLogger("tokcache")
 
@@ -50,8 +50,21 @@ class Holder(Protocol):
     ) -> None:
         """Count restored positions and those that were in the engine's context."""
 
-    def release_later(self, held: list[Node] | list[Whole]) -> None:
+    def release_later(self, held: list[Node] | list[Snapshot]) -> None:
         """Unpin `held` at the next operation."""
+
+
+class SnapshotHolder(Holder, Protocol):
+    """The snapshot store that a handle came from."""
+
+    def touch(self, snapshot: Snapshot) -> bool:
+        """Note that a state is in use now; False if it is gone."""
+
+    def pin(self, snapshot: Snapshot, *, is_pinned: bool) -> bool:
+        """Keep a state from being evicted or expiring, or unpin it; False if it is gone."""
+
+    def remove(self, snapshot: Snapshot) -> int:
+        """Remove a state from every tier; return how many went."""
 
 
 class StoredBlock(NamedTuple):
@@ -169,36 +182,32 @@ class StateHandle:
     Threads: one at a time; closing takes no lock, so the garbage collector may do it.
     """
 
-    def __init__(self, cache: Holder, whole: Whole, payload: memoryview) -> None:
-        self._cache, self.whole = cache, whole
+    def __init__(self, cache: SnapshotHolder, snapshot: Snapshot, payload: memoryview) -> None:
+        self._cache, self.snapshot = cache, snapshot
         self._payload: memoryview | None = payload
         self._is_counted = False
         self.n_bytes = payload.nbytes
-        self.hits, self.last_used = whole.hits, whole.used_at
+        self.hits, self.last_used = snapshot.hits, snapshot.used_at
 
     @property
     def n_tokens(self) -> int:
         """How many tokens the state is of."""
-        return self.whole.n_tokens
-
-    def is_of(self, cache: object) -> bool:
-        """Return whether this cache found it."""
-        return self._cache is cache
+        return self.snapshot.n_tokens
 
     @property
     def n_past(self) -> int:
         """The engine's own count of positions, as it was stored."""
-        return self.whole.n_past
+        return self.snapshot.n_past
 
     @property
     def priority(self) -> int:
         """What was given to `store`: the lowest goes first."""
-        return self.whole.priority
+        return self.snapshot.priority
 
     @property
     def is_stale(self) -> bool:
         """Whether the state was removed meanwhile, or the handle closed."""
-        return self._payload is None or self.whole.is_dead
+        return self._payload is None or self.snapshot.is_dead
 
     @property
     def state(self) -> memoryview:
@@ -211,16 +220,32 @@ class StateHandle:
 
     def payload(self) -> memoryview:
         """Return `state` without counting its tokens as restored."""
-        if self._payload is None or self.whole.is_dead:
+        if self._payload is None or self.snapshot.is_dead:
             why = "its handle was closed" if self._payload is None else "it was removed"
             raise StateError(f"this state is gone: {why}; ask find() again")
         return self._payload
+
+    def touch(self) -> bool:
+        """Note that the state is in use now; False if it is gone."""
+        return not self.is_stale and self._cache.touch(self.snapshot)
+
+    def pin(self, *, is_pinned: bool = True) -> bool:
+        """Keep the state from being evicted or expiring, or unpin it; False if it is gone."""
+        return not self.is_stale and self._cache.pin(self.snapshot, is_pinned=is_pinned)
+
+    def remove(self) -> int:
+        """Remove the state from every tier; return 1, or 0 if it was removed already.
+
+        Where a tier fails to remove it, a counter and a line in the log say so. `clear(scope=…)` of
+        the cache removes all of a tenant's.
+        """
+        return self._cache.remove(self.snapshot)
 
     def close(self) -> None:
         """Release the state."""
         payload, self._payload = self._payload, None
         if payload is not None:
-            self._cache.release_later([self.whole])
+            self._cache.release_later([self.snapshot])
 
     def __enter__(self) -> Self:
         return self

@@ -5,8 +5,8 @@ the parent's tokens before their end, the first of them. What two chains share i
 once, to the token, and two children of one point never begin with the same token: a look-up goes
 down one path and costs the prompt's length, however many entries there are.
 
-On the grid (blocks of equal length, decoded as such) a block is all or nothing: its children hang
-at its end, and two of them may begin alike.
+An aligned block (all are of equal length, decoded as such) is all or nothing: its children hang at
+its end, and two of them may begin alike.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Match:
 class BlockIndex:
     """All chains, by owner; not thread-safe, the cache locks.
 
-    Units: `block_tokens` positions of a block on the grid; `n_ends` prefixes that nothing
+    Units: `block_tokens` positions of an aligned block; `n_ends` prefixes that nothing
            continues.
     """
 
@@ -159,7 +159,7 @@ class BlockIndex:
 
     def grain(self, owner: Owner) -> int:
         """Return how many bytes of tokens tell two children of one point apart."""
-        return TOKEN_BYTES * (self.block_tokens if owner.kind == "grid" else 1)
+        return TOKEN_BYTES * (self.block_tokens if owner.kind == "aligned" else 1)
 
     def root(self, owner: Owner) -> Root | None:
         """Return the root of an owner, None where nothing is stored."""
@@ -282,9 +282,9 @@ class BlockIndex:
             self._check_place(root, node, child)
 
     def _check_place(self, root: Root, node: Node, child: Node) -> None:
-        if root.owner.kind == "grid":
+        if root.owner.kind == "aligned":
             if child.start != node.stop or len(child.tokens) != root.grain:
-                raise AssertionError("a block off the grid")
+                raise AssertionError("an aligned chain holds another block")
         elif child.start < node.stop:
             offset = (child.start - node.start) * TOKEN_BYTES
             if child.tokens[:TOKEN_BYTES] == node.tokens[offset : offset + TOKEN_BYTES]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokcache.state.index import BlockIndex, Match, Node, Root, root_bytes
 from tokcache.state.retention import Retention
-from tokcache.state.snapshot_index import WHOLE_BYTES, Whole, WholeIndex
+from tokcache.state.snapshot_index import SNAPSHOT_BYTES, Snapshot, SnapshotIndex
 from tokcache.state.tiers.ram import RamTier
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ _SWEEPS = 8  # what expires is looked for that many times in the time it lives
 
 
 class StateMemory:
-    """Blocks, whole states, their buffers and budgets; not thread-safe, the cache locks.
+    """Blocks, snapshots, their buffers and budgets; not thread-safe, the cache locks.
 
     Units: `ram_bytes` bytes of all that is retained, `max_entries` stored prefixes (chains that
-           nothing continues, and whole states), `ttl_s` seconds after the last use.
+           nothing continues, and snapshots), `ttl_s` seconds after the last use.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class StateMemory:
     ) -> None:
         self.ram_bytes, self.max_entries, self.ttl_s = ram_bytes, max_entries, ttl_s
         self.index = BlockIndex(block_tokens)
-        self.wholes = WholeIndex()
+        self.snapshots = SnapshotIndex()
         self.tier = RamTier()
         self.counts: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
@@ -54,27 +54,23 @@ class StateMemory:
         if root is None:
             return None, Match(n_tokens=owner.start)
         match = self.index.longest(root, tokens)
-        if self.ttl_s is not None:
-            self._cut_expired(match, now)
-        self.use(match.nodes, now)
-        return (None if root.is_dead else root), match
-
-    def _cut_expired(self, match: Match, now: float) -> None:
-        for n_good, node in enumerate(match.nodes):
+        for n_good, node in enumerate(match.nodes if self.ttl_s is not None else ()):
             if self.is_expired(node, now):
                 match.n_tokens = node.start
                 del match.nodes[n_good:]
                 self._expire([*self.index.below(node), node])
-                return
+                break
+        self.use(match.nodes, now)
+        return (None if root.is_dead else root), match
 
-    def use(self, held: Iterable[Node | Whole], now: float) -> None:
+    def use(self, held: Iterable[Node | Snapshot], now: float) -> None:
         """Note that these serve a request now."""
         self._recent.use(held)
         if self.ttl_s is not None:
             for each in held:
                 each.used_s = now
 
-    def is_expired(self, held: Node | Whole, now: float) -> bool:
+    def is_expired(self, held: Node | Snapshot, now: float) -> bool:
         """Return whether it was not used for too long."""
         return self.ttl_s is not None and now - held.used_s > self.ttl_s
 
@@ -83,9 +79,9 @@ class StateMemory:
             return
         self._swept_s = now
         self._expire([node for node in self.index.nodes() if self.is_expired(node, now)])
-        for whole in self.wholes:
-            if self.is_expired(whole, now) and not whole.is_kept:
-                self.remove_whole(whole)
+        for snapshot in self.snapshots:
+            if self.is_expired(snapshot, now) and not snapshot.is_kept:
+                self.remove_snapshot(snapshot)
                 self.counts["expirations"] += 1
 
     def _expire(self, nodes: Iterable[Node]) -> None:
@@ -97,7 +93,7 @@ class StateMemory:
     @property
     def n_entries(self) -> int:
         """How many stored prefixes there are."""
-        return self.index.n_ends + self.wholes.n_states
+        return self.index.n_ends + self.snapshots.n_states
 
     def held_bytes(self) -> int:
         """Return the bytes of all that is retained."""
@@ -142,8 +138,12 @@ class StateMemory:
             fresh = 0 if self.tier.has_pooled(size) else size
             if self.held_bytes() + fresh + overhead <= self.ram_bytes:
                 return True
-            if not self.tier.drop_pooled() and not self._evict_one():
+            if self.tier.drop_pooled():
+                continue
+            victim = self._recent.victim()
+            if victim is None:
                 return False
+            self._evict(victim)
 
     def has_entry_room(self, parent: Node, at: int) -> bool:
         """Make room for a chain that follows position `at` of `parent`, which is in use."""
@@ -156,15 +156,15 @@ class StateMemory:
             self.index.give_up(parent)
         return True
 
-    def has_whole_room(self, n_replaced: int) -> bool:
-        """Make room for one more whole state."""
+    def has_snapshot_room(self, n_replaced: int) -> bool:
+        """Make room for one more snapshot."""
         while self.n_entries + 1 - n_replaced > self.max_entries:
             if not self._evict_entry():
                 return False
         return True
 
     def _evict_entry(self) -> bool:
-        """Evict an entry: a leaf and what was last used together with it, or a whole state."""
+        """Evict an entry: a leaf and what was last used together with it, or a snapshot."""
         victim = self._recent.victim()
         if victim is None:
             return False
@@ -179,18 +179,11 @@ class StateMemory:
             step = parent
         return True
 
-    def _evict_one(self) -> bool:
-        victim = self._recent.victim()
-        if victim is None:
-            return False
-        self._evict(victim)
-        return True
-
     def _evict(self, held: Held) -> None:
         if isinstance(held, Node):
             self.remove(held)
-        elif isinstance(held, Whole):
-            self.remove_whole(held)
+        elif isinstance(held, Snapshot):
+            self.remove_snapshot(held)
         self.counts["evictions"] += 1
 
     # Filing and removing
@@ -203,20 +196,20 @@ class StateMemory:
         self.use([node], time.monotonic())
         return node
 
-    def watch(self, held: Node | Whole) -> None:
+    def watch(self, held: Node | Snapshot) -> None:
         """Let it be evicted from now on, when its turn comes."""
         self._recent.watch(held)
 
-    def file_whole(self, whole: Whole, buffer: memoryview) -> None:
-        """Put a whole state into its place; what was there goes."""
-        replaced = self.wholes.same(whole)
+    def file_snapshot(self, snapshot: Snapshot, buffer: memoryview) -> None:
+        """Put a snapshot into its place; what was there goes."""
+        replaced = self.snapshots.same(snapshot)
         if replaced is not None:
-            self.remove_whole(replaced)
-        whole.n_bytes = buffer.nbytes + whole_overhead(whole)
-        self.wholes.add(whole)
-        self.tier.put(whole, buffer)
-        self.use([whole], time.monotonic())
-        self.watch(whole)
+            self.remove_snapshot(replaced)
+        snapshot.n_bytes = buffer.nbytes + snapshot_overhead(snapshot)
+        self.snapshots.add(snapshot)
+        self.tier.put(snapshot, buffer)
+        self.use([snapshot], time.monotonic())
+        self.watch(snapshot)
 
     def remove(self, node: Node) -> None:
         """Take a leaf out of the tree."""
@@ -229,13 +222,13 @@ class StateMemory:
         elif parent is not None and not parent.children:
             self._recent.watch(parent)
 
-    def remove_whole(self, whole: Whole) -> None:
-        """Take out a whole state."""
-        self.wholes.remove(whole)
-        self.overhead -= whole_overhead(whole)
-        self._let_go(whole)
+    def remove_snapshot(self, snapshot: Snapshot) -> None:
+        """Take out a snapshot."""
+        self.snapshots.remove(snapshot)
+        self.overhead -= snapshot_overhead(snapshot)
+        self._let_go(snapshot)
 
-    def _let_go(self, held: Node | Whole) -> None:
+    def _let_go(self, held: Node | Snapshot) -> None:
         if not held.pins:
             self.tier.remove(held)
             return
@@ -253,7 +246,7 @@ class StateMemory:
         self.index.remove_root(root)
         self.overhead -= root.n_bytes
 
-    def release(self, held: Node | Whole) -> None:
+    def release(self, held: Node | Snapshot) -> None:
         """Note that one user less needs it."""
         held.pins -= 1
         if isinstance(held, Root):
@@ -271,16 +264,16 @@ class StateMemory:
         for root in roots:
             if not root.is_dead:  # a save is at work: what it still files goes nowhere
                 self._remove_root(root)
-        wholes = [each for each in self.wholes if chosen is None or each.owner in chosen]
-        for whole in wholes:
-            self.remove_whole(whole)
+        snapshots = [each for each in self.snapshots if chosen is None or each.owner in chosen]
+        for snapshot in snapshots:
+            self.remove_snapshot(snapshot)
         while self.tier.drop_pooled():
             pass  # a tenant's bytes don't wait in the pool
-        return len(doomed) + len(wholes)
+        return len(doomed) + len(snapshots)
 
     def owners(self) -> set[Owner]:
         """Return whose states are held."""
-        return {*self.index.roots, *(whole.owner for whole in self.wholes)}
+        return {*self.index.roots, *(snapshot.owner for snapshot in self.snapshots)}
 
     # Forks
 
@@ -292,9 +285,9 @@ class StateMemory:
         in_use = [n for n in self.index.nodes() if any(s.pins for s in _with_ancestors(n))]
         for node in in_use:
             self.remove(node)
-        for whole in self.wholes:
-            if whole.pins > whole.is_kept:
-                self.remove_whole(whole)
+        for snapshot in self.snapshots:
+            if snapshot.pins > snapshot.is_kept:
+                self.remove_snapshot(snapshot)
         self._dead.clear()
         self.tier.forget_lent()
         self.overhead = self.counted_overhead()
@@ -303,14 +296,14 @@ class StateMemory:
         """Return the overhead of what is held, counted anew."""
         blocks = sum(NODE_BYTES + len(node.tokens) for node in self.index.nodes())
         roots = sum(root.n_bytes for root in self.index.roots.values())
-        return blocks + roots + sum(whole_overhead(each) for each in self.wholes)
+        return blocks + roots + sum(snapshot_overhead(each) for each in self.snapshots)
 
     def check(self) -> None:
         """Verify every invariant; for tests."""
         self.index._check()  # noqa: SLF001
-        self.wholes._check()  # noqa: SLF001
+        self.snapshots._check()  # noqa: SLF001
         self.tier._check()  # noqa: SLF001
-        if {*self.index.nodes(), *self.wholes} != self.tier.names():
+        if {*self.index.nodes(), *self.snapshots} != self.tier.names():
             raise AssertionError("tree and tier hold different states")
         if self.counted_overhead() > self.overhead:
             raise AssertionError("overhead undercounted")
@@ -318,9 +311,9 @@ class StateMemory:
             raise AssertionError("over budget")
 
 
-def whole_overhead(whole: Whole) -> int:
-    """Return the bytes of a whole state beside its payload."""
-    return WHOLE_BYTES + len(whole.tokens) + root_bytes(whole.owner)
+def snapshot_overhead(snapshot: Snapshot) -> int:
+    """Return the bytes of a snapshot beside its payload."""
+    return SNAPSHOT_BYTES + len(snapshot.tokens) + root_bytes(snapshot.owner)
 
 
 def _with_ancestors(node: Node) -> Iterator[Node]:

@@ -21,8 +21,8 @@ DIGEST_BYTES = 32
 _ROOT, _CHILD, _SCOPE = b"tokcache.root.2", b"tokcache.block.2", b"tokcache.scope.2"
 _PUBLIC = b"tokcache.public2"
 
-Kind = Literal["free", "grid", "whole"]
-"""Blocks of any length; blocks that were decoded on a grid; states of whole prefixes."""
+Kind = Literal["free", "aligned", "snapshot"]
+"""Blocks of any length; aligned blocks, all of equal length; snapshots."""
 
 
 class Owner(NamedTuple):

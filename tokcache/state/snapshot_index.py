@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 # Python objects of one state: itself, its name, places in dicts, heap item. Its tokens and its
-# owner's names are added. Checked by tests/state/test_whole.py::test_overhead_is_counted.
-WHOLE_BYTES = 1600
+# owner's names are added. Checked by tests/state/test_snapshots.py::test_overhead_is_counted.
+SNAPSHOT_BYTES = 1600
 
 
-class Whole:
+class Snapshot:
     """The state after all of `tokens`; `is_kept` ones are never evicted."""
 
     __slots__ = (
@@ -74,14 +74,14 @@ def prefix_names(
         yield n_tokens, state.digest()
 
 
-class WholeIndex:
+class SnapshotIndex:
     """The states by owner and name; not thread-safe, the cache locks.
 
     The same tokens may be held once for each priority.
     """
 
     def __init__(self) -> None:
-        self._named: dict[tuple[Owner, bytes], dict[int, Whole]] = {}
+        self._named: dict[tuple[Owner, bytes], dict[int, Snapshot]] = {}
         self._lengths: dict[Owner, Counter[int]] = {}
         self.n_states = 0
 
@@ -89,41 +89,41 @@ class WholeIndex:
         """Return the numbers of tokens that this owner's states are of."""
         return set(self._lengths.get(owner, ()))
 
-    def get(self, owner: Owner, name: bytes, tokens: bytes) -> Whole | None:
+    def get(self, owner: Owner, name: bytes, tokens: bytes) -> Snapshot | None:
         """Return the state of these tokens that has the highest priority."""
         held = self._named.get((owner, name))
         best = held[max(held)] if held else None
         return best if best is not None and best.tokens == tokens else None
 
-    def same(self, whole: Whole) -> Whole | None:
-        """Return what `whole` would take the place of."""
-        return self._named.get((whole.owner, whole.name), {}).get(whole.priority)
+    def same(self, snapshot: Snapshot) -> Snapshot | None:
+        """Return what `snapshot` would take the place of."""
+        return self._named.get((snapshot.owner, snapshot.name), {}).get(snapshot.priority)
 
-    def add(self, whole: Whole) -> None:
+    def add(self, snapshot: Snapshot) -> None:
         """Add a state; its place must be free."""
-        held = self._named.setdefault((whole.owner, whole.name), {})
-        if whole.priority in held:
+        held = self._named.setdefault((snapshot.owner, snapshot.name), {})
+        if snapshot.priority in held:
             raise AssertionError("two states in one place")
-        held[whole.priority] = whole
-        self._lengths.setdefault(whole.owner, Counter())[whole.n_tokens] += 1
+        held[snapshot.priority] = snapshot
+        self._lengths.setdefault(snapshot.owner, Counter())[snapshot.n_tokens] += 1
         self.n_states += 1
 
-    def remove(self, whole: Whole) -> None:
+    def remove(self, snapshot: Snapshot) -> None:
         """Take out a state."""
-        key = (whole.owner, whole.name)
-        del self._named[key][whole.priority]
+        key = (snapshot.owner, snapshot.name)
+        del self._named[key][snapshot.priority]
         if not self._named[key]:
             del self._named[key]
-        lengths = self._lengths[whole.owner]
-        lengths[whole.n_tokens] -= 1
-        if not lengths[whole.n_tokens]:
-            del lengths[whole.n_tokens]
+        lengths = self._lengths[snapshot.owner]
+        lengths[snapshot.n_tokens] -= 1
+        if not lengths[snapshot.n_tokens]:
+            del lengths[snapshot.n_tokens]
         if not lengths:
-            del self._lengths[whole.owner]
-        whole.is_dead = True
+            del self._lengths[snapshot.owner]
+        snapshot.is_dead = True
         self.n_states -= 1
 
-    def __iter__(self) -> Iterator[Whole]:
+    def __iter__(self) -> Iterator[Snapshot]:
         return iter([each for held in self._named.values() for each in held.values()])
 
     def _check(self) -> None:

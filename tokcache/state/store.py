@@ -1,4 +1,4 @@
-"""StateCore: what blocks and whole states share: the lock, memory, lower tiers, counters."""
+"""Store: what blocks and snapshots share: the lock, memory, the tiers below, counters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tokcache.errors import InvalidConfig
 from tokcache.state.handles import Work
 from tokcache.state.memory import StateMemory
 from tokcache.state.names import Owner, child_name
-from tokcache.state.tiers import Address, LowerTier, Record
+from tokcache.state.tiers import Address, Record
 from tokcache.state.tiers.backoff import Speed
 from tokcache.state.tiers.notices import Notices
 from tokcache.state.tiers.opening import Below, open_tiers
@@ -36,8 +36,8 @@ from tokcache.stats import StateStats, TierStats
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokcache.state.index import Node
-    from tokcache.state.snapshot_index import Whole
+    from tokcache.state.index import BlockIndex, Node
+    from tokcache.state.snapshot_index import Snapshot
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
 
@@ -58,15 +58,15 @@ _COUNTED = (
 )
 
 
-class StateCore(Forkable):
+class Store(Forkable):
     """The lock, what is held in memory, the tiers below, nearest first, and their queues.
 
-    Units:   `_touch_s` seconds that the time of last use which other processes see may be old.
+    Units:   `touch_s` seconds that the time of last use which other processes see may be old.
 
     Threads: safe; after a fork the child keeps what was stored and nothing that was in use.
     """
 
-    _touch_s = 30.0
+    touch_s = 30.0
 
     def __init__(
         self,
@@ -90,101 +90,80 @@ class StateCore(Forkable):
         queue = max(self.ram_bytes // 4, _MIN_QUEUE)
         if queue_bytes is not None:
             queue = require_size("queue_bytes", queue_bytes)
-        self._memory = StateMemory(
+        self.memory = StateMemory(
             self.ram_bytes,
             self.max_entries,
             self.block_tokens,
             None if ttl_s is None else require_seconds("ttl_s", ttl_s),
         )
-        self._index, self._tier = self._memory.index, self._memory.tier
-        self._lock = threading.Lock()
-        self._released: deque[list[Node] | list[Whole]] = deque()
-        self._unwritten: deque[tuple[Node | Whole, int]] = deque()
-        self._is_closed = False
+        self.lock = threading.Lock()
+        self._released: deque[list[Node] | list[Snapshot]] = deque()
+        self._unwritten: deque[tuple[Node | Snapshot, int]] = deque()
+        self.is_closed = False
         self._notices = Notices()
         self._untold: deque[tuple[str, str, str]] = deque()
         self._works: weakref.WeakSet[Work] = weakref.WeakSet()
-        self._seconds = {"restore": 0.0, "save": 0.0}
+        self.seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
-        self._loose: weakref.WeakSet[Whole] = weakref.WeakSet()
-        self._below: tuple[Below, ...] = ()
+        self.loose: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self.below: tuple[Below, ...] = ()
         if enabled:
-            self._below = open_tiers(disk, redis, queue)
-        for below in self._below:
+            self.below = open_tiers(disk, redis, queue)
+        for below in self.below:
             # Not waited for here: the garbage collector may run this under any lock.
             weakref.finalize(self, below.writer.end).atexit = False
         tell_of_forks(self)
 
     # Lower tiers
 
-    def _tier_below(self, label: str) -> LowerTier | None:
-        return next((each.tier for each in self._below if each.tier.label == label), None)
-
-    @property
-    def disk(self) -> DiskTier | None:
-        """The disk tier, None without one."""
-        return self._tier_below("disk")  # type: ignore[return-value]
-
-    @property
-    def redis(self) -> RedisTier | None:
-        """The Redis tier, None without one."""
-        return self._tier_below("redis")  # type: ignore[return-value]
-
-    def note_prefill(self, n_tokens: int, seconds: float, *, fingerprint: bytes) -> None:
-        """Tell how long the engine took to prefill `n_tokens` of the model `fingerprint`.
-
-        What a lower tier took longer for than that is counted; once it has cost a quarter of a
-        second it is not asked for this model's states for half a minute, then it is tried anew.
-        Without this nothing is known, and every tier is asked.
+    def note_prefill(self, n_tokens: int, seconds: float, fingerprint: bytes) -> None:
+        """Note how long the engine took to prefill `n_tokens` of a model.
 
         Errors: InvalidConfig.
         """
         n_tokens = require_int("n_tokens", n_tokens, minimum=1)
         if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
             raise InvalidConfig(f"seconds must be a number from 0 on, not {seconds!r}")
-        fingerprint = checked_fingerprint(fingerprint)
-        with self._lock:
+        with self.lock:
             self._prefill.setdefault(fingerprint, Speed()).note(n_tokens, seconds)
 
-    def _worth_asking(self, owner: Owner) -> list[Below]:
+    def worth_asking(self, owner: Owner) -> list[Below]:
         """Return the tiers that may be faster than prefilling; count the others."""
-        with self._lock:
-            resting = [each for each in self._below if each.worth.rests(owner.fingerprint)]
+        with self.lock:
+            resting = [each for each in self.below if each.worth.rests(owner.fingerprint)]
         for below in resting:
             below.tier.refuse("slower_than_prefill")
-        return [each for each in self._below if each not in resting]
+        return [each for each in self.below if each not in resting]
 
-    def _note_read(self, below: Below, owner: Owner, n_tokens: int, seconds: float) -> bool:
+    def note_read(self, below: Below, owner: Owner, n_tokens: int, seconds: float) -> bool:
         """Note what a tier took to bring `n_tokens`; return whether to go on asking it."""
-        with self._lock:
+        with self.lock:
             speed = self._prefill.get(owner.fingerprint)
             if speed is not None and n_tokens:
                 below.worth.note(owner.fingerprint, seconds, speed.seconds(n_tokens))
             return not below.worth.rests(owner.fingerprint)
 
-    def _address(self, node: Node, owner: Owner) -> Address:
-        head = node.tokens[: self._index.grain(owner)]
-        return Address(owner, node.start, node.base, child_name(node.base, head))
-
-    def _queue_blocks(self, nodes: list[Node], owner: Owner) -> None:
+    def queue_blocks(self, nodes: list[Node], owner: Owner) -> None:
         """Queue what each tier does not have yet, parents first; the lock is held."""
-        for below in self._below:
+        for below in self.below:
             for node in nodes:
                 if node.written & below.bit or node.is_dead:
                     continue
                 record = Record(node.name, node.tokens, priority=node.priority)
-                if not self._queue(below, node, self._address(node, owner), record):
+                if not self._queue(
+                    below, node, block_address(self.memory.index, node, owner), record
+                ):
                     break  # without it, what follows would not be found
 
-    def _queue_whole(self, whole: Whole, address: Address) -> None:
-        """Queue a whole state for each tier that does not have it yet; the lock is held."""
-        record = Record(whole.name, whole.tokens, whole.n_past, whole.priority)
-        for below in self._below:
-            if not whole.written & below.bit:
-                self._queue(below, whole, address, record)
+    def queue_snapshot(self, snapshot: Snapshot, address: Address) -> None:
+        """Queue a snapshot for each tier that does not have it yet; the lock is held."""
+        record = Record(snapshot.name, snapshot.tokens, snapshot.n_past, snapshot.priority)
+        for below in self.below:
+            if not snapshot.written & below.bit:
+                self._queue(below, snapshot, address, record)
 
-    def _queue(self, below: Below, held: Node | Whole, address: Address, record: Record) -> bool:
-        tier, bit, payload = below.tier, below.bit, self._tier.get(held)
+    def _queue(self, below: Below, held: Node | Snapshot, address: Address, record: Record) -> bool:
+        tier, bit, payload = below.tier, below.bit, self.memory.tier.get(held)
         if payload is None:
             return True
         released, unwritten = self._released, self._unwritten
@@ -200,24 +179,25 @@ class StateCore(Forkable):
         done = lambda: released.append([held])  # type: ignore[arg-type]  # noqa: E731
         if below.write(held, Job(address.owner.scope, payload.nbytes, run, done)):
             return True
-        self._memory.refusals[f"{tier.label}: queue_full"] += 1
+        self.memory.refusals[f"{tier.label}: queue_full"] += 1
         return False
 
-    def _touch_later(self, held: Sequence[Node | Whole], addresses: list[Address]) -> None:
+    def touch_later(self, held: Sequence[Node | Snapshot], addresses: list[Address]) -> None:
         """Tell the tiers, off the request path, that these are in use; the lock is held."""
-        if not self._below or not addresses:
+        if not self.below or not addresses:
             return
         now = time.monotonic()
         for each in held:
             each.touched_s = now
-        for below in self._below:
+        for below in self.below:
             touch = partial(_touch, below, addresses, held, self._unwritten)
             below.writer.put(Job(addresses[0].owner.scope, 0, touch))
 
-    def _untouched(self, nodes: list[Node]) -> list[Node]:
-        if not self._below:
+    def untouched(self, nodes: list[Node]) -> list[Node]:
+        """Return the blocks whose last use the tiers have not been told for `touch_s`."""
+        if not self.below:
             return []
-        old = time.monotonic() - self._touch_s
+        old = time.monotonic() - self.touch_s
         return [node for node in nodes if node.touched_s < old and node.written]
 
     def flush(self, timeout_s: float | None = None) -> bool:
@@ -226,22 +206,22 @@ class StateCore(Forkable):
         What a tier refused is counted, not waited for.
         """
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        return all(each.writer.flush(_left(until)) for each in self._below)
+        return all(each.writer.flush(_left(until)) for each in self.below)
 
     # Counting
 
     def refuse(self, reason: str) -> None:
         """Count a state that was not stored or not used."""
-        with self._lock:
-            self._memory.refusals[reason] += 1
+        with self.lock:
+            self.memory.refusals[reason] += 1
 
-    def _refuse_oversize(self, fingerprint: bytes, n_tokens: int, n_bytes: int) -> None:
+    def refuse_oversize(self, fingerprint: bytes, n_tokens: int, n_bytes: int) -> None:
         """Count a state that is larger than all memory may be; the lock is held."""
-        self._memory.refusals["over_budget"] += 1
+        self.memory.refusals["over_budget"] += 1
         if self._notices.is_first(fingerprint):
             self._untold.append((f"{n_tokens:,}", f"{n_bytes:,}", f"{self.ram_bytes:,}"))
 
-    def _tell_oversize(self) -> None:
+    def log_oversize(self) -> None:
         """Log, once a model, what is too large; without the lock, which a handler may need."""
         while self._untold:
             with contextlib.suppress(IndexError):  # another thread was faster
@@ -251,22 +231,16 @@ class StateCore(Forkable):
                     *self._untold.popleft(),
                 )
 
-    def count_prompt(
-        self, n_tokens: int, *, context_tokens: int = 0, restored_tokens: int = 0
-    ) -> None:
+    def count_prompt(self, n_tokens: int, *, context_tokens: int, restored_tokens: int) -> None:
         """Count a prompt: how many of its tokens were in the engine's context, how many restored.
-
-        `plan`, `find` and what they return count this themselves. It is for prompts that they were
-        not asked for, because the context held all but the last token, and for callers of
-        `plan(…, counts_tokens=False)`.
 
         Errors: InvalidConfig.
         """
         n_tokens = require_int("n_tokens", n_tokens, minimum=0)
         context_tokens = require_int("context_tokens", context_tokens, minimum=0)
         restored_tokens = require_int("restored_tokens", restored_tokens, minimum=0)
-        with self._lock:
-            counts = self._memory.counts
+        with self.lock:
+            counts = self.memory.counts
             counts["prompt_tokens"] += n_tokens
             counts["context_tokens"] += context_tokens
             counts["restored_tokens"] += restored_tokens
@@ -275,64 +249,51 @@ class StateCore(Forkable):
         self, n_tokens: int, seconds: float, *, n_in_context: int = 0, is_hit: bool = False
     ) -> None:
         """Count positions restored after `n_in_context` that were there, and an uncounted hit."""
-        with self._lock:
-            self._memory.counts["restored_tokens"] += n_tokens
-            self._memory.counts["context_tokens"] += n_in_context
-            self._memory.counts["hits"] += is_hit
-            self._seconds["restore"] += seconds
+        with self.lock:
+            self.memory.counts["restored_tokens"] += n_tokens
+            self.memory.counts["context_tokens"] += n_in_context
+            self.memory.counts["hits"] += is_hit
+            self.seconds["restore"] += seconds
 
-    def release_later(self, held: list[Node] | list[Whole]) -> None:
+    def release_later(self, held: list[Node] | list[Snapshot]) -> None:
         """Unpin `held` at the next operation; takes no lock."""
         self._released.append(held)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Unpin what was released, and note what no tier could write; the lock is held."""
         while self._unwritten:
             held, bit = self._unwritten.popleft()
             held.written &= ~bit
         while self._released:
             for each in self._released.popleft():
-                self._memory.release(each)
+                self.memory.release(each)
 
     def stats(self) -> StateStats:
         """Return the counters and what is held now."""
-        below = {each.tier.label: each.tier.stats() for each in self._below}
-        with self._lock:
-            self._settle()
-            counts, refusals = self._memory.counts, dict(self._memory.refusals)
+        below = {each.tier.label: each.tier.stats() for each in self.below}
+        with self.lock:
+            self.settle()
+            counts, refusals = self.memory.counts, dict(self.memory.refusals)
             for label, tier in below.items():
                 refusals |= {f"{label}: {reason}": n for reason, n in tier.refusals.items()}
             return StateStats(
                 **{name: counts[name] for name in _COUNTED},
                 refusals=refusals,
-                restore_seconds=self._seconds["restore"],
-                save_seconds=self._seconds["save"],
-                n_entries=self._memory.n_entries,
-                n_blocks=self._index.n_nodes,
-                n_bytes=self._memory.held_bytes(),
-                n_states=self._memory.wholes.n_states,
+                restore_seconds=self.seconds["restore"],
+                save_seconds=self.seconds["save"],
+                n_entries=self.memory.n_entries,
+                n_blocks=self.memory.index.n_nodes,
+                n_bytes=self.memory.held_bytes(),
+                n_states=self.memory.snapshots.n_states,
                 disk=below.get("disk", TierStats()),
                 redis=below.get("redis", TierStats()),
             )
 
     def memory_usage(self) -> int:
         """Return the bytes retained: states, tokens, overhead and buffers for their next use."""
-        with self._lock:
-            self._settle()
-            return self._memory.held_bytes()
-
-    def __len__(self) -> int:
-        """Return the number of entries in memory: stored prefixes that nothing continues."""
-        with self._lock:
-            return self._memory.n_entries
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether memory holds nothing."""
-        return len(self) == 0
-
-    def __bool__(self) -> bool:
-        """Return True: an empty cache is a cache."""
-        return True
+        with self.lock:
+            self.settle()
+            return self.memory.held_bytes()
 
     # Clearing
 
@@ -342,25 +303,17 @@ class StateCore(Forkable):
         Errors: InvalidScope.
         """
         scope = require_scope(scope)
-        with self._lock:
-            return self._begin(scope)
+        with self.lock:
+            return self.begun(scope)
 
-    def _begin(self, scope: str | None) -> Work:
+    def begun(self, scope: str | None) -> Work:
+        """Return what `begin` does; the lock is held."""
         work = Work(scope)
         self._works.add(work)
         return work
 
     def clear(self, scope: str | None = None) -> int:
-        """Remove a tenant's states from every tier, or everything; return the states removed.
-
-        With a `scope` its states go, and nothing else: what its prompts begin with that is public
-        stays, counters go on. Without one everything goes, the shared space and the counters of
-        look-ups and memory too, and a disk tier's folder and a Redis tier's namespace are emptied
-        for all that share them; the shared space alone can't be cleared, for the states of tenants
-        follow on it. Nothing under way comes back: writes that wait are dropped, saves and
-        promotions that have begun store nothing, open handles and plans yield nothing more. What
-        another cache or process holds in its memory or queue is its own to clear. Where a tier
-        fails to remove states, a counter and a line in the log say so.
+        """Remove a scope's states from every tier, or everything; return the states removed.
 
         Errors: InvalidScope.
         """
@@ -370,80 +323,86 @@ class StateCore(Forkable):
             return scope is None or each == scope
 
         self._discard_queued(is_doomed)
-        with self._lock:
+        with self.lock:
             n_removed = self._clear_memory(is_doomed)
             if scope is None:
                 self._reset_counters()
         # What was saved between the two steps was filed before the lock was had.
         self._discard_queued(is_doomed)
-        return max([n_removed, *(each.tier.clear(scope) for each in self._below)])
+        return max([n_removed, *(each.tier.clear(scope) for each in self.below)])
 
     def _discard_queued(self, is_doomed: Callable[[str | None], bool]) -> None:
-        for below in self._below:
+        for below in self.below:
             below.writer.discard(is_doomed)
 
     def _clear_memory(self, is_doomed: Callable[[str | None], bool]) -> int:
         """Remove what memory holds for these scopes, and stop what is under way for them."""
-        self._settle()
+        self.settle()
         for work in list(self._works):
             work.is_void = work.is_void or is_doomed(work.scope)
-        for whole in list(self._loose):
-            whole.is_dead = whole.is_dead or is_doomed(whole.owner.scope)
-        return self._memory.remove_all(
-            [owner for owner in self._memory.owners() if is_doomed(owner.scope)]
+        for snapshot in list(self.loose):
+            snapshot.is_dead = snapshot.is_dead or is_doomed(snapshot.owner.scope)
+        return self.memory.remove_all(
+            [owner for owner in self.memory.owners() if is_doomed(owner.scope)]
         )
 
     def _reset_counters(self) -> None:
-        self._memory.counts.clear()
-        self._memory.refusals.clear()
+        self.memory.counts.clear()
+        self.memory.refusals.clear()
         self._notices = Notices()
-        self._seconds = {"restore": 0.0, "save": 0.0}
+        self.seconds = {"restore": 0.0, "save": 0.0}
 
     def close(self) -> None:
         """Write what waits, then empty memory; from now on nothing is found and nothing stored.
 
         What the tiers below hold stays there; an ephemeral tier's folder goes with its tier.
         """
-        with self._lock:
-            self._is_closed = True
-        for below in self._below:
+        with self.lock:
+            self.is_closed = True
+        for below in self.below:
             below.writer.close()
-        with self._lock:
+        with self.lock:
             self._clear_memory(lambda _: True)
             self._reset_counters()
-        for below in self._below:
+        for below in self.below:
             if below.is_owned:
                 below.tier.close()
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Verify every invariant; for tests."""
-        with self._lock:
-            self._settle()
-            self._memory.check()
+        with self.lock:
+            self.settle()
+            self.memory.check()
 
     # Forks
 
     def before_fork(self) -> None:
         """Wait until no operation is half done."""
-        self._lock.acquire()
+        self.lock.acquire()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        self._lock.release()
+        self.lock.release()
 
     def after_fork_in_child(self) -> None:
         """Forget what the parent's threads use; they run on there only."""
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._released.clear()
         self._unwritten.clear()
-        self._memory.forget_users()
+        self.memory.forget_users()
+
+
+def block_address(index: BlockIndex, node: Node, owner: Owner) -> Address:
+    """Return where tiers keep a block."""
+    head = node.tokens[: index.grain(owner)]
+    return Address(owner, node.start, node.base, child_name(node.base, head))
 
 
 def _touch(
     below: Below,
     addresses: list[Address],
-    held: Sequence[Node | Whole],
-    unwritten: deque[tuple[Node | Whole, int]],
+    held: Sequence[Node | Snapshot],
+    unwritten: deque[tuple[Node | Snapshot, int]],
 ) -> None:
     # What a tier has lost meanwhile is written again with the next save that passes by.
     unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))
@@ -451,13 +410,3 @@ def _touch(
 
 def _left(until: float | None) -> float | None:
     return None if until is None else max(until - time.monotonic(), 0.0)
-
-
-def checked_fingerprint(fingerprint: object) -> bytes:
-    """Return `fingerprint` if it can be one.
-
-    Errors: InvalidConfig.
-    """
-    if not isinstance(fingerprint, bytes):
-        raise InvalidConfig(f"fingerprint must be bytes, not {type(fingerprint).__name__}")
-    return fingerprint

@@ -93,7 +93,7 @@ class LowerTier(Protocol):
         """
 
     def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's whole states."""
+        """Return the numbers of tokens of this owner's snapshots."""
 
     def write(self, address: Address, record: Record, payload: memoryview) -> bool:
         """Store a payload; True if it is there now."""
@@ -120,10 +120,10 @@ class LowerTier(Protocol):
 def is_in_place(held: Record, new: Record, kind: Kind) -> bool | None:
     """Return whether `held` serves in the place of `new`; None if both need one of their own.
 
-    False: `new` is to take the place of `held`. Of whole states of the same tokens the one of the
+    False: `new` is to take the place of `held`. Of snapshots of the same tokens the one of the
     higher priority stays. What follows a block that was replaced follows a point of the longer.
     """
-    if kind == "whole" and held.tokens == new.tokens:
+    if kind == "snapshot" and held.tokens == new.tokens:
         return held.priority > new.priority
     if held.tokens.startswith(new.tokens):
         return True

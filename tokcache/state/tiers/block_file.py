@@ -1,16 +1,16 @@
-"""What a file of a state looks like: it says itself whose it is, of which tokens, and is sealed.
+"""The format of a stored state: it names its owner and tokens, and is protected by checksum or MAC.
 
-    fixed head (magic, version, lengths, digests) | tokens | seal of all so far
-    payload | seal of everything before it
+    fixed head (magic, version, lengths, digests) | tokens | checksum of all so far
+    payload | checksum of everything before it
 
 All integers are little-endian; digests are the tier's own, keyed where it has a key, so that a
-file tells nobody whether it holds a prompt that he guesses. A seal is XXH3 (128 bits), which finds
-damage at memory speed, or HMAC-SHA256, which finds forgeries too. Encrypted (AES-GCM), tokens and
-payload are two messages, each bound to all that stands before it; the seals are over what is
-stored.
+file does not show whether it holds a prompt that somebody guesses. The checksum is XXH3 (128 bits),
+which detects damage at memory speed; with a key a MAC (HMAC-SHA256) stands in its place, which
+detects forgery too. Encrypted (AES-GCM), tokens and payload are two messages, each bound to all
+that stands before it; checksum and MAC are over the bytes as stored.
 
 Source: XXH3 is faster than a memcpy of the same bytes; zlib.crc32 took 14 times as long,
-        HMAC-SHA256 35 times, blake2b longer still (`python -m bench states --seals`).
+        HMAC-SHA256 35 times, blake2b longer still (`python -m bench states --checksums`).
 """
 
 from __future__ import annotations
@@ -109,19 +109,19 @@ class Head:
         if version != VERSION:
             raise StateRefused("other_version")
         head = Head(*fields)
-        seal = head.seal_bytes
+        checksum = head.checksum_bytes
         n_tokens = head.n_tokens * TOKEN_BYTES + head.tag_bytes
         is_absurd = head.n_tokens > MAX_TOKENS or head.flags & ~(HMAC_FLAG | ENCRYPTED_FLAG)
-        if is_absurd or head.head_bytes != HEAD_BYTES + n_tokens + seal:
+        if is_absurd or head.head_bytes != HEAD_BYTES + n_tokens + checksum:
             raise StateRefused("damaged")
-        n_bytes = head.head_bytes + head.payload_bytes + seal
+        n_bytes = head.head_bytes + head.payload_bytes + checksum
         if n_file_bytes not in (None, n_bytes) or head.payload_bytes < head.tag_bytes:
             raise StateRefused("damaged")
         return head
 
     @property
-    def seal_bytes(self) -> int:
-        """How long a seal is."""
+    def checksum_bytes(self) -> int:
+        """How long the checksum or MAC is."""
         return 32 if self.flags & HMAC_FLAG else 16
 
     @property
@@ -140,7 +140,7 @@ def _checked_key(name: str, key: object, lengths: tuple[int, ...]) -> bytes:
     return key
 
 
-class Sealer:
+class StateCodec:
     """Writes and reads files with one tier's keys.
 
     Errors: InvalidConfig for keys that can't be; MissingExtra where a library is not installed.
@@ -161,7 +161,7 @@ class Sealer:
         else:
             self.flags = 0
         self.flags |= HMAC_FLAG if hmac_key is not None else 0
-        self.seal_bytes = 32 if hmac_key is not None else 16
+        self.checksum_bytes = 32 if hmac_key is not None else 16
         self._name_key = self._derived_name_key()
         if hmac_key is None:
             _xxhash()  # missing, it should be missed now
@@ -203,10 +203,10 @@ class Sealer:
         """Return what this tier calls a block, a point or a fingerprint."""
         return digest(b"tokcache.file.2", self._name_key, name)
 
-    # Seals
+    # Checksum and MAC
 
-    def seal(self, *parts: bytes | memoryview) -> bytes:
-        """Return the seal of `parts`."""
+    def checksum(self, *parts: bytes | memoryview) -> bytes:
+        """Return the checksum of `parts`; with a key, their MAC."""
         if self._hmac_key is not None:
             state: Any = hmac.new(self._hmac_key, digestmod="sha256")
         else:
@@ -216,12 +216,12 @@ class Sealer:
         made: bytes = state.digest()
         return made
 
-    def require_seal(self, found: bytes, *parts: bytes | memoryview) -> None:
-        """Compare a seal in constant time.
+    def verify(self, found: bytes, *parts: bytes | memoryview) -> None:
+        """Compare a checksum or MAC in constant time.
 
         Errors: StateRefused.
         """
-        if not hmac.compare_digest(found, self.seal(*parts)):
+        if not hmac.compare_digest(found, self.checksum(*parts)):
             raise StateRefused("forged" if self._hmac_key is not None else "damaged")
 
     # Writing
@@ -229,22 +229,22 @@ class Sealer:
     def packed(
         self, address: Address, record: Record, payload: memoryview
     ) -> tuple[bytes, bytes | memoryview, bytes]:
-        """Return what a file has before the payload, the payload as stored, and the last seal."""
+        """Return the bytes before the payload, the payload as stored, and the last checksum."""
         if self._aes_key is not None and payload.nbytes > MAX_GCM_BYTES - GCM_TAG:
             raise StateRefused("too_large_to_encrypt")
         head = self._head(address, record, payload.nbytes).packed()
         tokens = self._encrypted(head, record.tokens, head)
         first = head + tokens
-        first += self.seal(first)
+        first += self.checksum(first)
         stored = self._encrypted(head, payload, first, is_payload=True)
-        return first, stored, self.seal(first, stored)
+        return first, stored, self.checksum(first, stored)
 
     def _head(self, address: Address, record: Record, n_bytes: int) -> Head:
         tag = GCM_TAG if self._aes_key is not None else 0
         n_tokens = len(record.tokens)
         return Head(
             flags=self.flags,
-            head_bytes=HEAD_BYTES + n_tokens + tag + self.seal_bytes,
+            head_bytes=HEAD_BYTES + n_tokens + tag + self.checksum_bytes,
             payload_bytes=n_bytes + tag,
             position=address.position,
             n_tokens=n_tokens // TOKEN_BYTES,
@@ -277,8 +277,8 @@ class Sealer:
         Errors: StateRefused.
         """
         tokens = self._opened(head, first, address)
-        is_whole = address.owner.kind == "whole"
-        name = address.slot if is_whole else child_name(address.base, tokens)
+        is_snapshot = address.owner.kind == "snapshot"
+        name = address.slot if is_snapshot else child_name(address.base, tokens)
         if not hmac.compare_digest(self.keyed(name), head.name):
             raise StateRefused("misfiled")
         return Record(name, tokens, head.n_past, head.priority)
@@ -286,8 +286,8 @@ class Sealer:
     def _opened(self, head: Head, first: bytes, address: Address) -> bytes:
         if head.flags != self.flags:
             raise StateRefused("other_keys")
-        end = head.head_bytes - head.seal_bytes
-        self.require_seal(first[end:], first[:end])
+        end = head.head_bytes - head.checksum_bytes
+        self.verify(first[end:], first[:end])
         owner = address.owner
         expected = (
             self.scope(owner.scope),
@@ -303,12 +303,12 @@ class Sealer:
         tokens = self._decrypted(head.token_nonce, first[HEAD_BYTES:end], first[:HEAD_BYTES])
         return bytes(tokens)
 
-    def opened_payload(self, head: Head, first: bytes, stored: memoryview, seal: bytes) -> Any:
+    def opened_payload(self, head: Head, first: bytes, stored: memoryview, checksum: bytes) -> Any:
         """Verify a payload; return it as it was before it was stored.
 
         Errors: StateRefused.
         """
-        self.require_seal(seal, first, stored)
+        self.verify(checksum, first, stored)
         return self._decrypted(head.payload_nonce, stored, first)
 
     def _decrypted(self, nonce: bytes, part: bytes | memoryview, bound: bytes) -> Any:

@@ -30,7 +30,7 @@ from tokcache._validate import require_bool, require_scope, require_seconds, req
 from tokcache.errors import InvalidConfig
 from tokcache.state.names import Owner, common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
-from tokcache.state.tiers.block_file import Sealer
+from tokcache.state.tiers.block_file import StateCodec
 from tokcache.state.tiers.counting import Counting
 from tokcache.state.tiers.disk_file import LAYOUT, READ, REASONS, DiskFile, File, read_head
 from tokcache.state.tiers.disk_notices import DiskNotices
@@ -63,11 +63,11 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 class DiskTier(Counting):
     """States in the files of one folder, which is made if it is missing; the module has its layout.
 
-    `PrefixStateCache(disk=path)` makes one with the settings below. With `hmac_key` files are
-    sealed against forgery and names can't be guessed; with `encryption_key` (16, 24 or 32 bytes,
-    AES-GCM) tokens and states are unreadable without it. `is_synced=False` leaves it to the system
-    when files reach the disk: a crash of the machine, not of a process, may then lose or damage
-    (never silently) what was written last.
+    `PrefixStateCache(disk=path)` makes one with the settings below. With `hmac_key` forged files
+    are refused and names can't be guessed; with `encryption_key` (16, 24 or 32 bytes, AES-GCM)
+    tokens and states are unreadable without it. `is_synced=False` leaves it to the system when
+    files reach the disk: a crash of the machine, not of a process, may then lose or damage (never
+    silently) the files written last.
 
     Units:  `max_bytes` bytes of files, or a size such as "4G", over all processes that use the
             folder; blocks that are being written may come on top while another process prunes.
@@ -93,8 +93,8 @@ class DiskTier(Counting):
         self.path = _checked_path(path)
         self.max_bytes = require_size("max_bytes", max_bytes)
         self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
-        self.sealer = Sealer(hmac_key, encryption_key)
-        self.sealer.require_libraries()
+        self.codec = StateCodec(hmac_key, encryption_key)
+        self.codec.require_libraries()
         self.is_mapped = encryption_key is None
         self._is_synced = require_bool("is_synced", is_synced)
         self._listed: dict[str, tuple[tuple[int, int], set[int]]] = {}
@@ -166,7 +166,7 @@ class DiskTier(Counting):
                 shutil.rmtree(each, ignore_errors=True)
 
     def _names(self, owner: Owner) -> tuple[str, str]:
-        return self.sealer.scope(owner.scope).hex(), self.sealer.owner(owner).hex()
+        return self.codec.scope(owner.scope).hex(), self.codec.owner(owner).hex()
 
     def _open_folder(self, owner: Owner, *, make: bool = False) -> int:
         """Return a descriptor of the owner's folder; no symbolic link is followed below DIR."""
@@ -189,7 +189,7 @@ class DiskTier(Counting):
         return fd
 
     def _stem(self, address: Address) -> str:
-        return f"{address.position:x}-{self.sealer.keyed(address.slot).hex()}"
+        return f"{address.position:x}-{self.codec.keyed(address.slot).hex()}"
 
     # Reading
 
@@ -251,8 +251,8 @@ class DiskTier(Counting):
 
     def _verified(self, fd: int, address: Address) -> DiskFile:
         head, first = read_head(fd, self._require_fresh(fd))
-        record = self.sealer.record(head, first, address)
-        return DiskFile(fd, head, first, record, sealer=self.sealer, count=self.count_read)
+        record = self.codec.record(head, first, address)
+        return DiskFile(fd, head, first, record, codec=self.codec, count=self.count_read)
 
     def _require_fresh(self, fd: int) -> int:
         status = os.fstat(fd)
@@ -268,7 +268,7 @@ class DiskTier(Counting):
         return status.st_size
 
     def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's whole states."""
+        """Return the numbers of tokens of this owner's snapshots."""
         try:
             folder = self._open_folder(owner)
         except OSError as error:
@@ -326,7 +326,7 @@ class DiskTier(Counting):
         try:
             if self._free_way(folder, address, record) is None:
                 return True
-            parts = self.sealer.packed(address, record, payload)
+            parts = self.codec.packed(address, record, payload)
             n_bytes = sum(len(part) for part in parts)
             if n_bytes > self.max_bytes:
                 self._notices.oversize(address.owner.fingerprint, n_bytes)
@@ -574,12 +574,12 @@ class DiskTier(Counting):
         scope = require_scope(scope)
         layout = self.path / LAYOUT
         if scope is not None:
-            return self._remove_folder(layout / self.sealer.scope(scope).hex())
+            return self._remove_folder(layout / self.codec.scope(scope).hex())
         return sum(self._remove_folder(layout / name) for name in _folders(layout))
 
     def clear_shared(self) -> int:
         """Remove all states that have no scope; return how many states went."""
-        return self._remove_folder(self.path / LAYOUT / self.sealer.scope(None).hex())
+        return self._remove_folder(self.path / LAYOUT / self.codec.scope(None).hex())
 
     def _remove_folder(self, folder: Path) -> int:
         # Renamed first: from one moment to the next nothing of it is found any more.

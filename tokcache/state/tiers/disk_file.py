@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from tokcache.state.tiers import Record, StateRefused
-from tokcache.state.tiers.block_file import HEAD_BYTES, HMAC_FLAG, MAX_TOKENS, Head, Sealer
+from tokcache.state.tiers.block_file import HEAD_BYTES, HMAC_FLAG, MAX_TOKENS, Head, StateCodec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,18 +69,18 @@ class DiskFile:
         first: bytes,
         record: Record,
         *,
-        sealer: Sealer,
+        codec: StateCodec,
         count: Callable[[int], object],
     ) -> None:
         self._fd, self._head, self._first = fd, head, first
-        self._sealer, self._count = sealer, count
+        self._codec, self._count = codec, count
         self.record = record
         self.n_bytes = head.payload_bytes - head.tag_bytes
         self.place = ("", 0)
 
-    def _seal(self) -> bytes:
+    def _checksum(self) -> bytes:
         end = self._head.head_bytes + self._head.payload_bytes
-        return os.pread(self._fd, self._head.seal_bytes, end)
+        return os.pread(self._fd, self._head.checksum_bytes, end)
 
     def read_into(self, buffer: memoryview) -> None:
         """Read the payload into `buffer`, which no other process can change, and verify it there.
@@ -92,7 +92,7 @@ class DiskFile:
                 buffer[:] = self._payload()
             else:
                 _read_exactly(self._fd, buffer, self._head.head_bytes)
-                self._sealer.opened_payload(self._head, self._first, buffer, self._seal())
+                self._codec.opened_payload(self._head, self._first, buffer, self._checksum())
         self._count(self.n_bytes)
 
     def view(self) -> memoryview:
@@ -108,13 +108,13 @@ class DiskFile:
     def _payload(self) -> memoryview:
         head = self._head
         if head.payload_bytes == 0:
-            self._sealer.opened_payload(head, self._first, memoryview(b""), self._seal())
+            self._codec.opened_payload(head, self._first, memoryview(b""), self._checksum())
             return memoryview(b"")
         mapped = memoryview(mmap.mmap(self._fd, 0, prot=mmap.PROT_READ))
         if mapped.nbytes < head.head_bytes + head.payload_bytes:
             raise StateRefused("damaged")
         stored = mapped[head.head_bytes : head.head_bytes + head.payload_bytes]
-        payload = self._sealer.opened_payload(head, self._first, stored, self._seal())
+        payload = self._codec.opened_payload(head, self._first, stored, self._checksum())
         return memoryview(payload).toreadonly()
 
     def discard(self) -> None:
@@ -160,25 +160,25 @@ def _refusing() -> Iterator[None]:
         raise StateRefused("no_memory") from error
 
 
-def verified_file(folder: Path, file: File, sealer: Sealer) -> Head:
-    """Read all of a file that a scan found and check its seals; return its head.
+def verified_file(folder: Path, file: File, codec: StateCodec) -> Head:
+    """Read all of a file that a scan found and check its checksums; return its head.
 
-    Tokens and states stay sealed: without the prompt they can't be told to be in their place,
-    only that the file stands in the folder, and under the name, that its head says.
+    Tokens and states are not looked at: without the prompt it can't be known that they are in their
+    place, only that the file stands in the folder, and under the name, that its head says.
 
     Errors: StateRefused; OSError.
     """
     fd = os.open(folder / file.place, READ)
     try:
         head, first = read_head(fd, os.fstat(fd).st_size)
-        if head.flags & HMAC_FLAG != sealer.flags & HMAC_FLAG:
+        if head.flags & HMAC_FLAG != codec.flags & HMAC_FLAG:
             raise StateRefused("other_keys")
-        end = head.head_bytes - head.seal_bytes
-        sealer.require_seal(first[end:], first[:end])
+        end = head.head_bytes - head.checksum_bytes
+        codec.verify(first[end:], first[:end])
         payload = memoryview(bytearray(head.payload_bytes))
         _read_exactly(fd, payload, head.head_bytes)
-        seal = os.pread(fd, head.seal_bytes, head.head_bytes + head.payload_bytes)
-        sealer.require_seal(seal, first, payload)
+        checksum = os.pread(fd, head.checksum_bytes, head.head_bytes + head.payload_bytes)
+        codec.verify(checksum, first, payload)
     finally:
         os.close(fd)
     stem = f"{head.position:x}-{head.slot.hex()}"

@@ -13,7 +13,7 @@ from tokcache.state.write_behind import Job, WriteBehind
 
 if TYPE_CHECKING:
     from tokcache.state.index import Node
-    from tokcache.state.snapshot_index import Whole
+    from tokcache.state.snapshot_index import Snapshot
     from tokcache.state.tiers import LowerTier
 
 
@@ -30,7 +30,7 @@ class Below:
     is_owned: bool
     worth: Worth = field(default_factory=Worth)
 
-    def write(self, held: Node | Whole, job: Job) -> bool:
+    def write(self, held: Node | Snapshot, job: Job) -> bool:
         """Queue the write of a payload; False, and nothing changed, if the queue is full."""
         held.pins += 1
         held.written |= self.bit

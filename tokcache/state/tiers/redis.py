@@ -4,7 +4,7 @@
         head                                      what a file of the disk tier has, but its payload
         0, 1, 2, …                                the payload, in chunks
     … :WAY.new-RANDOM                             the same while it is written; expires, too
-    NAMESPACE:1:SCOPE:{OWNER}:lengths             a set: of how many tokens the whole states are
+    NAMESPACE:1:SCOPE:{OWNER}:lengths             a set: of how many tokens the snapshots are
 
 A state is one key: it is evicted, expires and is removed whole, and a script gives it its name if
 nothing else took that meanwhile. What stands in braces places a key in a cluster: all keys that a
@@ -35,7 +35,7 @@ from tokcache._validate import (
 from tokcache.errors import InvalidConfig
 from tokcache.state.names import common_tokens
 from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
-from tokcache.state.tiers.block_file import MAX_TOKENS, Head, Sealer
+from tokcache.state.tiers.block_file import MAX_TOKENS, Head, StateCodec
 from tokcache.state.tiers.circuit import Circuit
 from tokcache.state.tiers.counting import Counting
 from tokcache.state.tiers.redis_link import Command, Link, LinkFailed, Refused
@@ -120,10 +120,10 @@ class RedisState:
         self._fetched: bytearray | None = None
         self._head = Head.read(value)
         self._first = value[: self._head.head_bytes]
-        self._seal = value[self._head.head_bytes :]
-        if len(self._seal) != self._head.seal_bytes:
+        self._checksum = value[self._head.head_bytes :]
+        if len(self._checksum) != self._head.checksum_bytes:
             raise StateRefused("damaged")
-        self.record = tier.sealer.record(self._head, self._first, address)
+        self.record = tier.codec.record(self._head, self._first, address)
         self.n_bytes = self._head.payload_bytes - self._head.tag_bytes
 
     @property
@@ -176,7 +176,7 @@ class RedisState:
             self._tier.fetch(self, target, self._patience)
         else:
             target[:], self._fetched = self._fetched, None
-        return self._tier.sealer.opened_payload(self._head, self._first, target, self._seal)
+        return self._tier.codec.opened_payload(self._head, self._first, target, self._checksum)
 
     def __enter__(self) -> Self:
         return self
@@ -196,7 +196,7 @@ class RedisTier(Counting):
 
     `url` is redis-py's: `redis://[[user]:[password]@]host[:port][/db]`, `rediss://…` with TLS,
     `unix://…`; any node's for a cluster. Nothing is asked of it yet, it may come up later. With
-    `hmac_key` states are sealed against forgery and names can't be guessed; with `encryption_key`
+    `hmac_key` forged states are refused and names can't be guessed; with `encryption_key`
     (16, 24 or 32 bytes, AES-GCM) tokens and states are unreadable without it.
 
     Units:  `max_state_bytes` bytes of one state, or a size such as "512M"; how much all may take is
@@ -231,8 +231,8 @@ class RedisTier(Counting):
         self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
         self.timeout_s = require_seconds("timeout_s", timeout_s)
         self.namespace = _checked_namespace(namespace)
-        self.sealer = Sealer(hmac_key, encryption_key)
-        self.sealer.require_libraries()
+        self.codec = StateCodec(hmac_key, encryption_key)
+        self.codec.require_libraries()
         n_failures = require_int("n_failures", n_failures, minimum=1)
         retry_s = require_seconds("retry_s", retry_s)
         if not isinstance(url, str):
@@ -254,11 +254,11 @@ class RedisTier(Counting):
     # Names
 
     def _prefix(self, scope: str | None) -> str:
-        return f"{self.namespace}:{LAYOUT}:{self.sealer.scope(scope).hex()}"
+        return f"{self.namespace}:{LAYOUT}:{self.codec.scope(scope).hex()}"
 
     def _key(self, address: Address) -> str:
-        owner = self.sealer.owner(address.owner).hex()
-        place = f"{address.position:x}-{self.sealer.keyed(address.slot).hex()}"
+        owner = self.codec.owner(address.owner).hex()
+        place = f"{address.position:x}-{self.codec.keyed(address.slot).hex()}"
         return f"{self._prefix(address.owner.scope)}:{owner}:{{{place}}}"
 
     def _keys(self, address: Address) -> list[str]:
@@ -266,7 +266,7 @@ class RedisTier(Counting):
         return [f"{key}:{way}" for way in WAYS]
 
     def _lengths_key(self, owner: Owner) -> str:
-        return f"{self._prefix(owner.scope)}:{{{self.sealer.owner(owner).hex()}}}:lengths"
+        return f"{self._prefix(owner.scope)}:{{{self.codec.owner(owner).hex()}}}:lengths"
 
     # Asking
 
@@ -407,7 +407,7 @@ class RedisTier(Counting):
         return along
 
     def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's whole states."""
+        """Return the numbers of tokens of this owner's snapshots."""
         try:
             ask = [("SMEMBERS", self._lengths_key(owner))]
             return _checked_lengths(self._replies(ask, _Patience(self.timeout_s))[0])
@@ -473,11 +473,11 @@ class RedisTier(Counting):
         self, place: _Place, address: Address, record: Record, payload: memoryview
     ) -> Iterator[list[Command]]:
         """Yield what is to be sent at once; the last reply tells what became of it."""
-        first, stored, seal = self.sealer.packed(address, record, payload)
+        first, stored, checksum = self.codec.packed(address, record, payload)
         chunks = list(_chunks(memoryview(stored)))
         # Not less than a state: a server that is full may evict first what expires first.
         new_ms = _ms(max(self.ttl_s or 0.0, _NEW_S))
-        commands: list[Command] = [("EVAL", _BEGIN, 1, place.new, first + seal, new_ms)]
+        commands: list[Command] = [("EVAL", _BEGIN, 1, place.new, first + checksum, new_ms)]
         for n, chunk in enumerate(chunks):
             commands.append(("HSET", place.new, n, chunk))
             if len(commands) > _CHUNKS_A_CALL:
@@ -526,8 +526,8 @@ class RedisTier(Counting):
         return replies[-1]
 
     def _lengths_used(self, address: Address) -> list[Command]:
-        """Return what keeps a whole state's length known for as long as the state is kept."""
-        if address.owner.kind != "whole":
+        """Return what keeps a snapshot's length known for as long as the state is kept."""
+        if address.owner.kind != "snapshot":
             return []
         key = self._lengths_key(address.owner)
         return [("SADD", key, address.position), self._used(key)]

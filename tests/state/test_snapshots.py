@@ -18,7 +18,7 @@ from tokcache.state.tiers.disk import _STEP_S, DiskTier
 
 
 def hit(cache: PrefixStateCache, tokens: list[int], scope: str | None = None) -> bytes | None:
-    handle = cache.find(tokens, fingerprint=b"m", scope=scope)
+    handle = cache.namespace(b"m", scope=scope).find(tokens)
     if handle is None:
         return None
     with handle:
@@ -27,10 +27,10 @@ def hit(cache: PrefixStateCache, tokens: list[int], scope: str | None = None) ->
 
 def test_the_longest_stored_prefix_is_found() -> None:
     cache = PrefixStateCache()
-    assert cache.is_empty
+    assert len(cache) == 0
     for n_tokens in (2, 4, 6):
-        assert cache.store(list(range(n_tokens)), b"%d" % n_tokens, fingerprint=b"m")
-    cache.store([0, 1, 2, 9, 9, 9, 9, 9], b"longer, but diverging", fingerprint=b"m")
+        assert cache.namespace(b"m").store(list(range(n_tokens)), b"%d" % n_tokens)
+    cache.namespace(b"m").store([0, 1, 2, 9, 9, 9, 9, 9], b"longer, but diverging")
     assert hit(cache, list(range(100))) == b"6"
     assert hit(cache, list(range(5))) == b"4"
     assert hit(cache, [0, 1, 2, 3, 9]) == b"4"
@@ -38,17 +38,17 @@ def test_the_longest_stored_prefix_is_found() -> None:
     assert hit(cache, [0]) is None
     assert hit(cache, []) is None
     assert hit(cache, [0, 1], scope="a") is None
-    assert cache.find([0, 1], fingerprint=b"n") is None
+    assert cache.namespace(b"n").find([0, 1]) is None
     assert len(cache) == 4
-    assert not cache.is_empty
+    assert len(cache) > 0
     cache._check()
 
 
 def test_a_handle_tells_what_it_holds() -> None:
     cache, before = PrefixStateCache(), time.time()
-    cache.store([1, 2, 3], b"abc", n_past=7, fingerprint=b"m", priority=4)
+    cache.namespace(b"m").store([1, 2, 3], b"abc", n_past=7, priority=4)
     hit(cache, [1, 2, 3])
-    with cache.find([1, 2, 3, 4], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    with cache.namespace(b"m").find([1, 2, 3, 4]) as handle:  # type: ignore[union-attr]
         assert (handle.n_tokens, handle.n_past, handle.priority, handle.n_bytes) == (3, 7, 4, 3)
         assert handle.hits == 2
         assert before <= handle.last_used <= time.time()
@@ -63,15 +63,15 @@ def test_a_handle_tells_what_it_holds() -> None:
 
 def test_the_payload_is_not_copied_on_a_hit() -> None:
     cache = PrefixStateCache()
-    cache.store([1], bytes(1 << 20), fingerprint=b"m")
-    handles = [cache.find([1], fingerprint=b"m") for _ in range(2)]
+    cache.namespace(b"m").store([1], bytes(1 << 20))
+    handles = [cache.namespace(b"m").find([1]) for _ in range(2)]
     addresses = {np.frombuffer(h.state, np.uint8).ctypes.data for h in handles if h}
     assert len(addresses) == 1
 
 
 def test_what_the_caller_does_to_his_buffer_is_not_seen() -> None:
     cache, state = PrefixStateCache(), bytearray(b"abc")
-    cache.store([1], state, fingerprint=b"m")
+    cache.namespace(b"m").store([1], state)
     state[:] = b"xyz"
     assert hit(cache, [1]) == b"abc"
 
@@ -79,11 +79,11 @@ def test_what_the_caller_does_to_his_buffer_is_not_seen() -> None:
 def test_the_same_tokens_replace_by_priority_and_the_highest_is_found() -> None:
     cache = PrefixStateCache()
     for priority, state in ((0, b"old"), (0, b"new"), (5, b"high"), (1, b"middle")):
-        cache.store([1, 2], state, fingerprint=b"m", priority=priority)
+        cache.namespace(b"m").store([1, 2], state, priority=priority)
     assert len(cache) == 3
     assert hit(cache, [1, 2]) == b"high"
-    with cache.find([1, 2], fingerprint=b"m") as handle:  # type: ignore[union-attr]
-        assert cache.remove(handle) == 1
+    with cache.namespace(b"m").find([1, 2]) as handle:  # type: ignore[union-attr]
+        assert handle.remove() == 1
     assert hit(cache, [1, 2]) == b"middle"
     cache._check()
 
@@ -92,57 +92,57 @@ def test_defaults_are_small_and_budgets_hold() -> None:
     cache = PrefixStateCache()
     assert (cache.max_entries, cache.ram_bytes) == (32, 256 << 20)
     for first in range(40):
-        cache.store([first], bytes(10), fingerprint=b"m")
+        cache.namespace(b"m").store([first], bytes(10))
     assert len(cache) == 32
     small = PrefixStateCache(ram_bytes=100_000)
-    assert not small.store([1], bytes(100_000), fingerprint=b"m")
+    assert not small.namespace(b"m").store([1], bytes(100_000))
     assert small.stats().refusals == {"over_budget": 1}
     for first in range(40):
-        assert small.store([first], bytes(20_000), fingerprint=b"m")
+        assert small.namespace(b"m").store([first], bytes(20_000))
         assert small.memory_usage() <= 100_000
     small._check()
 
 
 def test_eviction_goes_by_priority_then_use_and_spares_pins() -> None:
     cache = PrefixStateCache(max_entries=3)
-    cache.store([1], b"1", fingerprint=b"m", priority=-1, pin=True)
-    cache.store([2], b"2", fingerprint=b"m", priority=9)
-    cache.store([3], b"3", fingerprint=b"m")
-    cache.store([4], b"4", fingerprint=b"m")
+    cache.namespace(b"m").store([1], b"1", priority=-1, pin=True)
+    cache.namespace(b"m").store([2], b"2", priority=9)
+    cache.namespace(b"m").store([3], b"3")
+    cache.namespace(b"m").store([4], b"4")
     assert [hit(cache, [n]) for n in (1, 2, 3, 4)] == [b"1", b"2", None, b"4"]
-    handle = cache.handle([1], fingerprint=b"m")
+    handle = cache.namespace(b"m").handle([1])
     assert handle is not None
-    assert cache.pin(handle, is_pinned=False)
+    assert handle.pin(is_pinned=False)
     handle.close()
-    cache.store([5], b"5", fingerprint=b"m")
+    cache.namespace(b"m").store([5], b"5")
     assert [hit(cache, [n]) for n in (1, 2, 4, 5)] == [None, b"2", b"4", b"5"]
     cache._check()
 
 
 def test_touch_makes_recent() -> None:
     cache = PrefixStateCache(max_entries=2)
-    cache.store([1], b"1", fingerprint=b"m")
-    cache.store([2], b"2", fingerprint=b"m")
-    with cache.handle([1], fingerprint=b"m") as handle:  # type: ignore[union-attr]
-        assert cache.touch(handle)
-    cache.store([3], b"3", fingerprint=b"m")
+    cache.namespace(b"m").store([1], b"1")
+    cache.namespace(b"m").store([2], b"2")
+    with cache.namespace(b"m").handle([1]) as handle:  # type: ignore[union-attr]
+        assert handle.touch()
+    cache.namespace(b"m").store([3], b"3")
     assert [hit(cache, [n]) for n in (1, 2, 3)] == [b"1", None, b"3"]
-    assert not cache.touch(handle)
+    assert not handle.touch()
 
 
 def test_a_handle_in_use_keeps_its_state_and_goes_stale_when_that_is_removed() -> None:
     cache = PrefixStateCache(max_entries=1)
-    cache.store([1], b"one", fingerprint=b"m")
-    handle = cache.find([1], fingerprint=b"m")
+    cache.namespace(b"m").store([1], b"one")
+    handle = cache.namespace(b"m").find([1])
     assert handle is not None
-    assert not cache.store([2], b"two", fingerprint=b"m")
+    assert not cache.namespace(b"m").store([2], b"two")
     assert cache.stats().refusals == {"entries_in_use": 1}
     view = handle.state
     cache.clear()
     assert handle.is_stale
     with pytest.raises(StateError, match="removed"):
         _ = handle.state
-    assert cache.store([2], b"two", fingerprint=b"m")
+    assert cache.namespace(b"m").store([2], b"two")
     assert bytes(view) == b"one"  # what was handed out stays what it was
     handle.close()
     with pytest.raises(StateError, match="closed"):
@@ -152,22 +152,22 @@ def test_a_handle_in_use_keeps_its_state_and_goes_stale_when_that_is_removed() -
 
 def test_a_handle_that_nobody_holds_keeps_nothing() -> None:
     cache = PrefixStateCache(max_entries=1)
-    cache.store([1], b"one", fingerprint=b"m")
-    cache.find([1], fingerprint=b"m")
+    cache.namespace(b"m").store([1], b"one")
+    cache.namespace(b"m").find([1])
     gc.collect()
-    assert cache.store([2], b"two", fingerprint=b"m")
+    assert cache.namespace(b"m").store([2], b"two")
     cache._check()
 
 
-def test_blocks_and_whole_states_share_one_budget_and_never_mix() -> None:
+def test_blocks_and_snapshots_share_one_budget_and_never_mix() -> None:
     cache = PrefixStateCache(max_entries=2, block_tokens=4)
     args = (lambda *_: None, lambda a, b: b - a)
-    cache.save([1, 2, 3, 4], *args, fingerprint=b"m")
-    cache.store([1, 2, 3, 4], b"whole", fingerprint=b"m")
+    cache.namespace(b"m").save([1, 2, 3, 4], *args)
+    cache.namespace(b"m").store([1, 2, 3, 4], b"whole")
     assert hit(cache, [1, 2, 3, 4]) == b"whole"
-    with cache.plan([1, 2, 3, 4], fingerprint=b"m") as plan:
+    with cache.namespace(b"m").plan([1, 2, 3, 4]) as plan:
         assert [block.payload.nbytes for block in plan.blocks] == [4]
-    cache.store([7], b"evicts the least recent", fingerprint=b"m")
+    cache.namespace(b"m").store([7], b"evicts the least recent")
     assert hit(cache, [1, 2, 3, 4]) is None
     cache._check()
 
@@ -176,8 +176,8 @@ def test_states_expire_but_pinned_ones_do_not(monkeypatch: pytest.MonkeyPatch) -
     now = [1000.0]
     monkeypatch.setattr("tokcache.state.memory.time.monotonic", lambda: now[0])
     cache = PrefixStateCache(ttl_s=10)
-    cache.store([1], b"1", fingerprint=b"m")
-    cache.store([2], b"2", fingerprint=b"m", pin=True)
+    cache.namespace(b"m").store([1], b"1")
+    cache.namespace(b"m").store([2], b"2", pin=True)
     now[0] += 11
     assert hit(cache, [1]) is None
     assert hit(cache, [2]) == b"2"
@@ -192,14 +192,14 @@ def test_after_a_restart_states_come_from_the_disk(
     tier = DiskTier(tmp_path, encryption_key=encryption_key)
     first = PrefixStateCache(disk=tier)
     for n_tokens in (2, 4):
-        first.store(list(range(n_tokens)), b"%d" % n_tokens, n_past=9, fingerprint=b"m")
-    first.store([7], b"", fingerprint=b"m")
+        first.namespace(b"m").store(list(range(n_tokens)), b"%d" % n_tokens, n_past=9)
+    first.namespace(b"m").store([7], b"")
     first.close()
     second = PrefixStateCache(disk=tier)
     assert hit(second, [0, 1, 2]) == b"2"
-    with second.find(list(range(9)), fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    with second.namespace(b"m").find(list(range(9))) as handle:  # type: ignore[union-attr]
         assert (bytes(handle.state), handle.n_tokens, handle.n_past) == (b"4", 4, 9)
-        assert second.remove(handle) == 1
+        assert handle.remove() == 1
     assert hit(second, list(range(9))) == b"2"
     assert hit(second, [7]) == b""
     third = PrefixStateCache(disk=tier)
@@ -210,37 +210,37 @@ def test_after_a_restart_states_come_from_the_disk(
 def test_a_state_larger_than_memory_is_served_from_its_file(tmp_path: Path) -> None:
     state = os.urandom(1 << 20)
     writer = PrefixStateCache(disk=tmp_path)
-    writer.store([1, 2], state, fingerprint=b"m")
+    writer.namespace(b"m").store([1, 2], state)
     writer.close()
     reader = PrefixStateCache(disk=tmp_path, ram_bytes=10_000)
-    with reader.find([1, 2, 3], fingerprint=b"m") as handle:  # type: ignore[union-attr]
+    with reader.namespace(b"m").find([1, 2, 3]) as handle:  # type: ignore[union-attr]
         assert handle.state == state
         assert reader.memory_usage() == 0
         reader.clear()
         assert handle.is_stale
-    assert reader.find([1, 2, 3], fingerprint=b"m") is None
+    assert reader.namespace(b"m").find([1, 2, 3]) is None
 
 
 def test_a_state_stored_by_another_process_meanwhile_is_found(tmp_path: Path) -> None:
     ours, theirs = PrefixStateCache(disk=tmp_path), PrefixStateCache(disk=tmp_path)
     assert hit(ours, [1, 2]) is None
-    theirs.store([1], b"1", fingerprint=b"m")
+    theirs.namespace(b"m").store([1], b"1")
     theirs.flush()
     assert hit(ours, [1, 2]) == b"1"
-    theirs.store([1, 2], b"2", fingerprint=b"m")
+    theirs.namespace(b"m").store([1, 2], b"2")
     theirs.flush()
     assert hit(ours, [1, 2]) == b"2"
 
 
 def test_a_folder_whose_time_was_set_back_is_listed_again(tmp_path: Path) -> None:
     ours, theirs = PrefixStateCache(disk=tmp_path), PrefixStateCache(disk=tmp_path)
-    theirs.store([1], b"1", fingerprint=b"m")
+    theirs.namespace(b"m").store([1], b"1")
     theirs.flush()
     (folder,) = {path.parent for path in tmp_path.rglob("*.0")}
     before = folder.stat()
     time.sleep(2 * _STEP_S)  # from then on a listing is kept
     assert hit(ours, [1, 2, 3]) == b"1"
-    theirs.store([1, 2], b"2", fingerprint=b"m")
+    theirs.namespace(b"m").store([1, 2], b"2")
     theirs.flush()
     os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync and tar leave it
     assert hit(ours, [1, 2, 3]) == b"2"
@@ -248,9 +248,9 @@ def test_a_folder_whose_time_was_set_back_is_listed_again(tmp_path: Path) -> Non
 
 def test_a_closed_store_finds_and_stores_nothing() -> None:
     cache = PrefixStateCache()
-    cache.store([1], b"1", fingerprint=b"m")
+    cache.namespace(b"m").store([1], b"1")
     cache.close()
-    assert not cache.store([1], b"1", fingerprint=b"m")
+    assert not cache.namespace(b"m").store([1], b"1")
     assert hit(cache, [1]) is None
 
 
@@ -270,8 +270,8 @@ def test_what_can_not_be_stored_is_a_clear_error(settings: Any, error: type[Exce
     cache = PrefixStateCache()
     given = {"tokens": [1], "state": b"x", "fingerprint": b"m", **settings}
     with pytest.raises(error):
-        cache.store(given.pop("tokens"), given.pop("state"), **given)
-    assert cache.is_empty
+        cache.namespace(given.pop("fingerprint")).store(**given)
+    assert len(cache) == 0
 
 
 def test_overhead_is_counted() -> None:
@@ -279,7 +279,7 @@ def test_overhead_is_counted() -> None:
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for first in range(3000):
-        cache.store(range(first, first + 40), bytes(300), fingerprint=b"m")
+        cache.namespace(b"m").store(range(first, first + 40), bytes(300))
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     grown, counted = after - before, cache.memory_usage()
@@ -292,31 +292,31 @@ def test_a_state_is_filled_by_who_has_it() -> None:
     def read(buffer: memoryview) -> None:
         buffer[:] = b"abc"
 
-    assert cache.fill([1, 2], 3, read, fingerprint=b"m", scope="a")
+    assert cache.namespace(b"m", scope="a").fill([1, 2], 3, read)
     assert hit(cache, [1, 2, 3], scope="a") == b"abc"
     assert hit(cache, [1, 2, 3]) is None
     for wrong in (lambda _: 1 / 0, lambda buffer: buffer.__setitem__(slice(0, 9), b"x" * 9)):
-        assert not cache.fill([4, 5], 3, wrong, fingerprint=b"m")
-    assert not cache.fill([4, 5], 1 << 40, read, fingerprint=b"m")
-    assert not cache.fill([4, 5], -1, read, fingerprint=b"m")
+        assert not cache.namespace(b"m").fill([4, 5], 3, wrong)
+    assert not cache.namespace(b"m").fill([4, 5], 1 << 40, read)
+    assert not cache.namespace(b"m").fill([4, 5], -1, read)
     assert cache.stats().refusals == {"save_failed": 3, "over_budget": 1}
     assert hit(cache, [4, 5]) is None
     with pytest.raises(InvalidTokens):
-        cache.fill([], 3, read, fingerprint=b"m")
-    assert not PrefixStateCache(enabled=False).fill([1], 3, read, fingerprint=b"m")
+        cache.namespace(b"m").fill([], 3, read)
+    assert not PrefixStateCache(enabled=False).namespace(b"m").fill([1], 3, read)
     cache._check()
 
 
 def test_a_part_of_a_lookup_is_not_counted_twice() -> None:
     cache = PrefixStateCache()
-    cache.store([1, 2], b"abc", fingerprint=b"m")
-    with cache.find([1, 2, 3], fingerprint=b"m", is_counted=False) as handle:  # type: ignore[union-attr]
+    cache.namespace(b"m").store([1, 2], b"abc")
+    with cache.namespace(b"m").find([1, 2, 3], is_counted=False) as handle:  # type: ignore[union-attr]
         assert handle.payload() == b"abc"
     with pytest.raises(StateError, match="closed"):
         handle.payload()
     stats = cache.stats()
     assert (stats.lookups, stats.hits, stats.prompt_tokens, stats.restored_tokens) == (0, 0, 0, 0)
-    cache.count_restored(2, 0.5, is_hit=True)
+    cache.namespace(b"m").count_restored(2, 0.5, is_hit=True)
     stats = cache.stats()
     assert (stats.hits, stats.restored_tokens, stats.restore_seconds) == (1, 2, 0.5)
 
@@ -324,11 +324,11 @@ def test_a_part_of_a_lookup_is_not_counted_twice() -> None:
 @pytest.mark.parametrize("keep", [lambda view: view, lambda view: view[10:20], np.frombuffer])
 def test_what_is_kept_of_a_state_never_shows_another(keep: Any) -> None:
     cache = PrefixStateCache(ram_bytes=1 << 20, max_entries=4)
-    cache.store([1], b"A" * 100_000, fingerprint=b"m", scope="a")
-    with cache.find([1], fingerprint=b"m", scope="a") as handle:  # type: ignore[union-attr]
+    cache.namespace(b"m", scope="a").store([1], b"A" * 100_000)
+    with cache.namespace(b"m", scope="a").find([1]) as handle:  # type: ignore[union-attr]
         kept = keep(handle.state) if keep is not np.frombuffer else keep(handle.state, np.uint8)
     for number in range(50):
-        cache.store([100 + number], b"B" * 100_000, fingerprint=b"m", scope="b")
+        cache.namespace(b"m", scope="b").store([100 + number], b"B" * 100_000)
         assert set(bytes(kept)) == {ord("A")}
         cache._check()
     assert cache.memory_usage() <= 1 << 20
@@ -336,23 +336,9 @@ def test_what_is_kept_of_a_state_never_shows_another(keep: Any) -> None:
 
 def test_a_buffer_that_nobody_keeps_is_used_again() -> None:
     cache = PrefixStateCache(ram_bytes=1 << 20, max_entries=1)
-    cache.store([0], b"A" * 100_000, fingerprint=b"m")
+    cache.namespace(b"m").store([0], b"A" * 100_000)
     for number in range(1, 20):
         hit(cache, [number - 1])
-        cache.store([number], b"B" * 100_000, fingerprint=b"m")
+        cache.namespace(b"m").store([number], b"B" * 100_000)
     assert cache.memory_usage() < 250_000
     cache._check()
-
-
-def test_a_handle_of_another_cache_changes_nothing() -> None:
-    one, other = PrefixStateCache(), PrefixStateCache()
-    for cache in (one, other):
-        cache.store([1], b"a", fingerprint=b"m")
-    handle = one.find([1], fingerprint=b"m")
-    assert handle is not None
-    assert not other.touch(handle)
-    assert not other.pin(handle)
-    with pytest.raises(InvalidConfig, match="another cache's"):
-        other.remove(handle)
-    assert (len(one), len(other), handle.is_stale) == (1, 1, False)
-    assert one.remove(handle) == 1

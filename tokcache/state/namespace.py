@@ -1,0 +1,246 @@
+"""Namespace: the states of one model and scope, with all that names them bound once."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from tokcache._validate import require_bool, require_scope
+from tokcache.errors import InvalidConfig
+from tokcache.state.names import TOKEN_BYTES, Owner, common_tokens, token_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokcache.state.blocks import BlockCache
+    from tokcache.state.handles import BlockIO, RestorePlan, StateHandle
+    from tokcache.state.snapshots import SnapshotStore
+    from tokcache.state.store import Store
+
+_SAME: Any = object()
+
+
+class Namespace:
+    """The states of one fingerprint and scope in a cache; `PrefixStateCache.namespace` makes it.
+
+    Blocks (`plan`, `save`) share what prefixes have in common, to the token; snapshots (`store`,
+    `find`) are any engine's bytes, one for a whole prefix. Tokens with which a prompt begins as
+    `public_prefix` does go to the shared scope, what follows them to `scope`.
+
+    Errors: InvalidTokens for ids that are not int32. A state that can't be stored or read costs a
+            miss and a counter, never an exception.
+    Cost:   a look-up costs the prompt's length, not the number of entries.
+    Threads: safe.
+    """
+
+    __slots__ = ("_blocks", "_chain", "_public", "_single", "_snapshots", "_store")
+
+    def __init__(
+        self,
+        store: Store,
+        blocks: BlockCache,
+        snapshots: SnapshotStore,
+        *,
+        fingerprint: bytes,
+        scope: str | None,
+        public_prefix: object,
+        aligned: bool,
+    ) -> None:
+        self._store, self._blocks, self._snapshots = store, blocks, snapshots
+        if not isinstance(fingerprint, bytes):
+            raise InvalidConfig(f"fingerprint must be bytes, not {type(fingerprint).__name__}")
+        scope = require_scope(scope)
+        is_aligned = require_bool("aligned", aligned)
+        self._chain = Owner(fingerprint, scope, "aligned" if is_aligned else "free")
+        self._single = Owner(fingerprint, scope, "snapshot")
+        self._public = token_bytes(public_prefix)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """What tells apart all that decides the numbers in a state: model, settings, build."""
+        return self._chain.fingerprint
+
+    @property
+    def scope(self) -> str | None:
+        """The tenant whose states these are; None is the shared scope."""
+        return self._chain.scope
+
+    @property
+    def public_prefix(self) -> memoryview:
+        """Token ids that prompts may begin with and that are no scope's secret: read-only int32."""
+        return memoryview(array("i", self._public)).toreadonly()
+
+    @property
+    def aligned(self) -> bool:
+        """Whether its blocks were decoded in pieces that end at multiples of `block_tokens`."""
+        return self._chain.kind == "aligned"
+
+    @property
+    def block_tokens(self) -> int:
+        """How many positions a block has at most."""
+        return self._store.block_tokens
+
+    @property
+    def min_tokens(self) -> int:
+        """Prefixes below are neither saved nor used."""
+        return self._store.min_tokens
+
+    def __repr__(self) -> str:
+        """Say whose states these are; of the fingerprint, the beginning."""
+        n_public = len(self._public) // TOKEN_BYTES
+        return (
+            f"<Namespace {self.fingerprint[:8].hex()}, scope {self.scope!r}"
+            f"{f', {n_public:,} public tokens' if n_public else ''}"
+            f"{', aligned' if self.aligned else ''}>"
+        )
+
+    def replace(
+        self,
+        *,
+        fingerprint: bytes = _SAME,
+        scope: str | None = _SAME,
+        public_prefix: object = _SAME,
+        aligned: bool = _SAME,
+    ) -> Namespace:
+        """Return a namespace of the same cache that differs in these.
+
+        Errors: InvalidConfig, InvalidScope, InvalidTokens.
+        """
+        return Namespace(
+            self._store,
+            self._blocks,
+            self._snapshots,
+            fingerprint=self.fingerprint if fingerprint is _SAME else fingerprint,
+            scope=self.scope if scope is _SAME else scope,
+            public_prefix=self.public_prefix if public_prefix is _SAME else public_prefix,
+            aligned=self.aligned if aligned is _SAME else aligned,
+        )
+
+    def _n_public(self, tokens: bytes) -> int:
+        """Return with how many tokens that are no scope's secret `tokens` begin."""
+        return common_tokens(self._public, tokens) if self._public else 0
+
+    # Blocks
+
+    def plan(
+        self, tokens: object, *, max_tokens: int | None = None, counts_tokens: bool = True
+    ) -> RestorePlan:
+        """Return the blocks of the longest stored prefix of `tokens`; empty on a miss.
+
+        `max_tokens` bounds the prefix: an engine must decode at least the last token itself. An
+        aligned namespace finds whole blocks, so that the prefix ends at a multiple of
+        `block_tokens`. `counts_tokens=False` is for a caller that counts what became of its prompt
+        with `count_prompt`: then only the look-up is counted here.
+
+        Errors: InvalidTokens, InvalidConfig.
+        """
+        wanted = token_bytes(tokens)
+        return self._blocks.plan(
+            self._chain,
+            wanted,
+            self._n_public(wanted),
+            max_tokens=max_tokens,
+            counts_tokens=counts_tokens,
+        )
+
+    def save(
+        self,
+        tokens: object,
+        read: BlockIO,
+        n_bytes: Callable[[int, int], int],
+        *,
+        priority: int = 0,
+    ) -> int:
+        """Store the state of `tokens` where it is not stored yet; return the new positions.
+
+        `n_bytes(start, stop)` returns the size of the state of these positions, `read(start, stop,
+        buffer)` copies it into a buffer of that size: only the new blocks are read. Blocks that
+        follow a public prefix are useful only with it, and evicted first. An aligned namespace
+        leaves out the tokens beyond the last multiple of `block_tokens`. States of lower
+        `priority` are evicted first.
+
+        Errors: InvalidTokens, InvalidConfig.
+        """
+        wanted = token_bytes(tokens)
+        return self._blocks.save(
+            self._chain, wanted, self._n_public(wanted), read, n_bytes, priority=priority
+        )
+
+    # Snapshots
+
+    def store(
+        self,
+        tokens: object,
+        state: object,
+        *,
+        n_past: int | None = None,
+        priority: int = 0,
+        pin: bool = False,
+    ) -> bool:
+        """Store the bytes of the state after all of `tokens`; False if there is no room for it.
+
+        The bytes are copied. A state of the same tokens with the same priority is replaced.
+        `n_past` is the engine's own count of positions, by default the number of tokens. States of
+        lower `priority` are evicted first; `pin` keeps the state from being evicted or expiring,
+        until it is removed. A state of public tokens alone goes to the shared scope.
+
+        Errors: InvalidTokens for no tokens; InvalidConfig for a state that is not a bytes-like
+                object, and for numbers out of range.
+        """
+        held = token_bytes(tokens)
+        owner = self._owner_of(held)
+        return self._snapshots.store(owner, held, state, n_past=n_past, priority=priority, pin=pin)
+
+    def fill(self, tokens: object, n_bytes: int, read: Callable[[memoryview], object]) -> bool:
+        """Store as `store` does the state that `read` copies into a buffer of `n_bytes`.
+
+        If it raises, nothing is stored, and a counter tells.
+        """
+        held = token_bytes(tokens)
+        return self._snapshots.fill(self._owner_of(held), held, n_bytes, read)
+
+    def _owner_of(self, held: bytes) -> Owner:
+        is_public = self._n_public(held) * TOKEN_BYTES == len(held)
+        return self._single._replace(scope=None) if is_public else self._single
+
+    def find(self, tokens: object, *, is_counted: bool = True) -> StateHandle | None:
+        """Return the state of the longest stored prefix of `tokens`, None if there is none.
+
+        Of equal length the one of the highest priority is returned; states of public tokens alone
+        are looked for in the shared scope, too. Close the handle, or use it in a `with`: until
+        then its state is not evicted. `is_counted=False` is for a part of a look-up that is
+        counted elsewhere.
+
+        Errors: InvalidTokens.
+        """
+        wanted = token_bytes(tokens)
+        return self._snapshots.find(
+            self._single, wanted, self._n_public(wanted), is_counted=is_counted
+        )
+
+    def handle(self, tokens: object) -> StateHandle | None:
+        """Return the state in memory of exactly these tokens; counts as no look-up and no use."""
+        return self._snapshots.handle(self._single, token_bytes(tokens))
+
+    # Counting
+
+    def note_prefill(self, n_tokens: int, seconds: float) -> None:
+        """Note how long the engine took to prefill `n_tokens`.
+
+        Reads from a lower tier that take longer than that are counted; once they have cost a
+        quarter of a second the tier is not asked for this model's states for half a minute, then
+        it is tried again. Without this nothing is known, and every tier is asked.
+
+        Errors: InvalidConfig.
+        """
+        self._store.note_prefill(n_tokens, seconds, self.fingerprint)
+
+    def refuse(self, reason: str) -> None:
+        """Count a state that was not stored or not used."""
+        self._store.refuse(reason)
+
+    def count_restored(
+        self, n_tokens: int, seconds: float, *, n_in_context: int = 0, is_hit: bool = False
+    ) -> None:
+        """Count positions restored after `n_in_context` that were there, and an uncounted hit."""
+        self._store.count_restored(n_tokens, seconds, n_in_context=n_in_context, is_hit=is_hit)
