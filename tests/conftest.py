@@ -1,4 +1,4 @@
-"""What several rooms' tests share: the real tokenizers and corpora, where they are."""
+"""Fixtures that the tests of several rooms share: the real tokenizers and corpora."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Threads of OpenMP spin while they wait for each other; on a busy machine a decode of
-# milliseconds then takes seconds. Read when llama.cpp is loaded.
+# OpenMP threads spin while they wait for each other; on a busy machine a decode of milliseconds
+# then takes seconds. OpenMP reads this variable when llama.cpp is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _BESIDE_THE_REPOSITORY = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -16,7 +16,7 @@ _BESIDE_THE_REPOSITORY = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Return the folder of real tokenizers and corpora; they are no part of the project."""
+    """Return the folder of real tokenizers and corpora, which the project does not contain."""
     path = Path(os.environ.get("TOKCACHE_SHARED_DATA") or _BESIDE_THE_REPOSITORY)
     if not (path / "tokenizers").is_dir():
         pytest.skip(f"no real tokenizers at {path}; TOKCACHE_SHARED_DATA names their folder")

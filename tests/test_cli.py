@@ -1,4 +1,4 @@
-"""`tokcache demo`: its three backends, its exit codes, and what it says of bad input."""
+"""`tokcache demo`: its three backends, exit codes, and messages about bad input."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def demo(*arguments: object) -> Any:
 
 
 def write_chats(path: Path, n_turns: int = 2) -> Path:
-    """Write two chats that take turns, every prompt longer than a block, the last one twice."""
+    """Write two interleaved chats; each prompt is longer than a block, the last one is repeated."""
     system = "Answer briefly and name the rule. " * 120
     chats: dict[str, list[dict[str, str]]] = {
         topic: [{"role": "system", "content": f"You know about {topic}. {system}"}]
@@ -66,9 +66,9 @@ def test_every_backend_compares_all_tokens_and_finds_them_identical(
     assert "Prompts:    5, " in done.stdout
     assert "Hit rate:   20% of the texts" in done.stdout
     assert re.search(r"Identical:  yes \([\d,]+ prompt ids", done.stdout)
-    assert "a prompt asked again (1)" in done.stdout
+    assert "a repeated prompt (1)" in done.stdout
     if backend == "tokens":
-        assert "tokenization alone" in done.stdout
+        assert "tokenization only" in done.stdout
         assert "Time to first token" not in done.stdout
     else:
         without, with_ = decoded(done.stdout)
@@ -83,7 +83,7 @@ def decoded(output: str) -> tuple[int, int]:
     return without, with_
 
 
-def test_the_built_in_chats_take_turns_and_are_long_enough_for_prefixes_to_matter() -> None:
+def test_the_built_in_chats_are_interleaved_and_longer_than_several_blocks() -> None:
     prompts = built_in_prompts()
     source = demo_tokenizers.find_tokenizer(None)
     form = demo_tokenizers.chat_format(source, source.load())
@@ -96,7 +96,7 @@ def test_the_built_in_chats_take_turns_and_are_long_enough_for_prefixes_to_matte
     assert all(prompt.messages[-1].role == "user" for prompt in prompts)
 
 
-def test_the_demo_runs_as_a_program_without_arguments_that_need_a_model() -> None:
+def test_the_demo_runs_as_a_program_without_a_model() -> None:
     command = [sys.executable, "-m", "tokcache", "demo", "--backend", "tokens"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
@@ -105,7 +105,7 @@ def test_the_demo_runs_as_a_program_without_arguments_that_need_a_model() -> Non
 
 
 class WrongIds:
-    """A wrapped tokenizer that is wrong once: at the last prompt."""
+    """A wrapped tokenizer that gives one wrong id, in call number `at`."""
 
     def __init__(self, right: Any, at: int) -> None:
         self._right = right
@@ -124,7 +124,7 @@ def test_one_wrong_id_ends_with_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrap = tokcache.wrap
-    # the warm-up is the first call, five prompts follow
+    # The first call is the warm-up, five prompts follow.
     monkeypatch.setattr(tokcache, "wrap", lambda tokenizer: WrongIds(wrap(tokenizer), at=6))
     done = demo("--backend", "tokens", "--prompts", write_chats(tmp_path / "chats.jsonl"))
     assert done.exit_code == 1
@@ -150,7 +150,7 @@ def test_one_wrong_generated_token_ends_with_exit_code_1(
     assert "and missing with" in done.stdout
 
 
-def test_texts_get_special_tokens_and_chats_bring_their_own(tmp_path: Path) -> None:
+def test_plain_texts_are_prompts_without_a_chat_format(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("One\nblock.\n\n\nAnother.\n")
     done = demo("--backend", "tokens", "--prompts", path)
@@ -184,7 +184,7 @@ def test_bad_prompts_end_with_exit_code_2_and_one_line(
     assert not done.stdout
 
 
-def test_files_that_are_no_text_or_not_there_end_with_exit_code_2(tmp_path: Path) -> None:
+def test_missing_and_unreadable_files_end_with_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"a\xff")
     (tmp_path / "no.json").write_text("{")
     for arguments, message in (
@@ -205,7 +205,7 @@ def test_files_that_are_no_text_or_not_there_end_with_exit_code_2(tmp_path: Path
 
 
 @pytest.mark.parametrize("backend", ["inprocess", "server"])
-def test_a_model_that_is_not_the_tokenizers_or_damaged_ends_with_exit_code_2(
+def test_a_damaged_model_or_one_of_another_tokenizer_ends_with_exit_code_2(
     backend: str, tmp_path: Path, shared_data: Path
 ) -> None:
     require(backend)
@@ -237,14 +237,14 @@ def test_a_real_tokenizer_runs_with_a_model_made_for_it(
     assert with_ < without
 
 
-def test_a_tokenizer_that_no_model_can_be_made_for_is_compared_alone(
+def test_without_a_model_for_the_tokenizer_only_tokenization_is_compared(
     tmp_path: Path, shared_data: Path
 ) -> None:
     tokenizer = shared_data / "tokenizers" / "bert-base-uncased"
     prompts = write_chats(tmp_path / "chats.jsonl")
     done = demo("--tokenizer", tokenizer, "--prompts", prompts)
     assert done.exit_code == 0, done.output
-    assert "tokenization alone: tokenizer.json holds a WordPiece" in done.stdout
+    assert "tokenization only: tokenizer.json holds a WordPiece" in done.stdout
     refused = demo("--tokenizer", tokenizer, "--prompts", prompts, "--backend", "inprocess")
     assert refused.exit_code == 2
 
@@ -259,7 +259,7 @@ def test_a_tokenizer_that_no_model_can_be_made_for_is_compared_alone(
         (("gguf",), "tokens"),
     ],
 )
-def test_auto_takes_the_best_that_is_installed(
+def test_auto_chooses_the_best_installed_backend(
     missing: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "find_spec", lambda name: name not in missing or None)
@@ -268,7 +268,7 @@ def test_auto_takes_the_best_that_is_installed(
     assert ("pip install 'tokcache[demo]'" in why) == (expected == "tokens")
 
 
-def test_plain_text_is_cut_at_blank_lines_and_json_lines_keep_theirs(tmp_path: Path) -> None:
+def test_blank_lines_separate_plain_prompts_and_stay_in_json_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n \r\n\r\n  three\n")
     assert read_prompts(path) == [Prompt(text="one\ntwo"), Prompt(text="  three")]
@@ -279,7 +279,7 @@ def test_plain_text_is_cut_at_blank_lines_and_json_lines_keep_theirs(tmp_path: P
     ]
 
 
-def test_chats_are_written_as_the_tokenizer_says(tmp_path: Path) -> None:
+def test_chats_are_rendered_with_the_tokenizers_template(tmp_path: Path) -> None:
     chat = Prompt.chat([Message("user", "Hi")])
     tiny = demo_tokenizers.find_tokenizer(None)
     written = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -302,7 +302,7 @@ def test_chats_are_written_as_the_tokenizer_says(tmp_path: Path) -> None:
         form.write([Message("user", "Hi"), Message("assistant", "Ho")])
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_printed() -> None:
     done = CliRunner().invoke(cli.app, ["--version"])
     assert (done.exit_code, done.stdout.strip()) == (0, f"tokcache {tokcache.__version__}")
 
@@ -316,7 +316,7 @@ def test_the_version_is_told() -> None:
         (b"PK\x03", "archive"),
     ],
 )
-def test_a_file_of_another_kind_is_named_with_the_file_to_pass(
+def test_the_error_names_the_kind_of_a_wrong_file_and_the_file_to_pass(
     command: str, start: bytes, kind: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.gguf"
@@ -330,26 +330,27 @@ def test_a_file_of_another_kind_is_named_with_the_file_to_pass(
     assert "holds no tokenizer" not in said
 
 
-def test_a_hub_name_that_cannot_be_fetched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_that_cannot_be_fetched_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub  # noqa: PLC0415 (slow)
 
     def fail(*_: object) -> str:
         raise OSError("no such repository\nmore")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(MissingFile, match=r"'some/name' is no file here.*no such repository$"):
+    with pytest.raises(MissingFile, match=r"'some/name' is not a file.*no such repository$"):
         demo_tokenizers.find_tokenizer("some/name")
 
 
-def test_kinds_tell_what_is_shared_with_earlier_prompts() -> None:
+def test_kinds_follow_from_the_prefix_shared_with_earlier_prompts() -> None:
     kind_of = replay._Kinds()
     long = list(range(300))
     assert kind_of("a", long) is replay.Kind.NEW
     assert kind_of("b", [*long, 1]) is replay.Kind.CONTINUES
     assert kind_of("a", long) is replay.Kind.AGAIN
-    assert kind_of("c", long[:256]) is replay.Kind.NEW  # its last token is decoded: no whole block
+    # The last token is always decoded, so 256 tokens hold no complete reusable block.
+    assert kind_of("c", long[:256]) is replay.Kind.NEW
     assert kind_of("d", [5, *long]) is replay.Kind.NEW
 
 
-def test_durations_are_written_in_the_unit_that_suits_them() -> None:
+def test_durations_are_printed_in_microseconds_milliseconds_or_seconds() -> None:
     assert [duration(s) for s in (4.2e-6, 0.0123, 7.155)] == ["4.2 µs", "12.3 ms", "7.16 s"]

@@ -1,4 +1,4 @@
-"""`tokcache explain`: what it says of tokenizers of every kind, in both forms, and its proof."""
+"""`tokcache explain` for every kind of tokenizer, as text and as JSON, and its proof."""
 
 from __future__ import annotations
 
@@ -69,29 +69,30 @@ def explained(name: str, text: str | None = None) -> Explanation:
     return explain(SYNTHETIC[name](), WITHOUT_FAST, text)
 
 
-# ---- the two forms
+# ---- text and JSON
 
 
-def test_the_readable_form_says_what_is_cached_and_shows_marked_segments() -> None:
+def test_the_text_output_shows_whether_texts_are_cached_and_marks_segments() -> None:
     done = run(samples.tiny_tokenizer(), "--engine", "tokenizers")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert "Model:       BPE, 2,048 tokens, 3 of them added" in lines
     assert "Whole texts: cached" in lines
-    assert "Parts:       cached" in lines
+    assert "Segments:    cached" in lines
     assert "Engine:      tokenizers" in lines
     assert "«<|im_start|>»│system│⏎│" in lines
     assert any(line.startswith("You│ are│ a│ careful│ assistant│.│") for line in lines)
     assert "-- chunk 4: " in done.stdout
-    marked = "".join(line for line in lines if not line.startswith("-- chunk"))  # cut by a secret
+    # Where chunks end depends on a random secret, so chunk headings may be anywhere.
+    marked = "".join(line for line in lines if not line.startswith("-- chunk"))
     assert " like│:␍⏎│1│7│;│3│" in marked
     assert "Identical:   yes, " in done.stdout
     wide = [line for line in lines if cell_len(line.rstrip()) > 80]
-    assert all(str(samples.tiny_tokenizer()) in line for line in wide)  # a path stays in one piece
+    assert all(str(samples.tiny_tokenizer()) in line for line in wide)  # a path is not broken
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "bert_uncased", "deepseek_v3", "llama3"])
-def test_the_json_form_holds_segments_that_encode_one_by_one_as_the_text_does(
+def test_segments_of_the_json_output_encoded_one_by_one_give_the_ids_of_the_text(
     name: str, tmp_path: Path
 ) -> None:
     path = saved(name, tmp_path)
@@ -109,7 +110,7 @@ def test_the_json_form_holds_segments_that_encode_one_by_one_as_the_text_does(
     assert found["identical"] is True
 
 
-def test_a_folder_is_taken_for_the_tokenizer_in_it(tmp_path: Path) -> None:
+def test_a_folder_stands_for_the_tokenizer_in_it(tmp_path: Path) -> None:
     saved("gpt2", tmp_path)
     assert as_json(tmp_path)["name"] == str(tmp_path)
 
@@ -122,7 +123,7 @@ def test_every_rule_has_its_grain_and_reason() -> None:
     assert cuts["digit | digit"].left == ("digit",)
 
 
-def test_a_rule_that_an_added_token_forbids_is_told() -> None:
+def test_a_rule_that_an_added_token_forbids_is_reported() -> None:
     tokenizer = SYNTHETIC["qwen2"]()
     tokenizer.add_tokens([AddedToken("22", single_word=True, normalized=False)])
     found = explain(tokenizer, WITHOUT_FAST, "in 1984 or so")
@@ -134,7 +135,7 @@ def test_a_rule_that_an_added_token_forbids_is_told() -> None:
     assert "in│ 1│9│8│4│ or│ so│" in report(explained("qwen2", "in 1984 or so"))
 
 
-def test_rules_of_one_reason_stand_in_one_row() -> None:
+def test_rules_with_the_same_reason_share_a_row() -> None:
     shown = report(explained("llama2"))
     assert shown.count("no token of the vocabulary") == 2  # for chunks, and for segments alone
     assert "apostrophe, slash |" in shown
@@ -161,25 +162,25 @@ def test_no_line_of_a_sample_is_wider_than_the_terminal_and_nothing_is_lost(widt
     assert rest.replace("│", "") == text.replace("\n", "⏎")
 
 
-def test_a_long_sample_is_shown_in_part_and_held_whole_in_json(tmp_path: Path) -> None:
+def test_a_long_sample_is_shortened_in_the_text_output_but_not_in_json(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("The quick brown fox, 123.\n" * 2000)
     tokenizer = samples.tiny_tokenizer()
     done = run(tokenizer, "--text", path)
-    assert "the rest is not shown; --json has all of it" in done.stdout
+    assert "the rest is not shown; --json prints all of it" in done.stdout
     assert len(done.stdout.splitlines()) < 160
     segments = as_json(tokenizer, "--text", path)["sample"]["segments"]
     assert segments[-1]["stop"] == len(path.read_text())
 
 
-def test_what_could_steer_a_terminal_is_shown_instead() -> None:
+def test_control_characters_are_shown_and_never_reach_the_terminal() -> None:
     shown = report(explained("gpt2", "a\x1b[31mred\x07 \x9b0m \u202eback\u200d"))
     assert not {"\x1b", "\x07", "\x9b", "\u202e", "\u200d"} & set(shown)
     assert "␛" in shown
     assert visible("\t\r\n\x7f") == "␉␍⏎␡"
 
 
-def test_an_output_that_has_no_unicode_gets_escapes() -> None:
+def test_an_output_without_unicode_gets_escapes() -> None:
     command = [sys.executable, "-m", "tokcache", "explain", str(samples.tiny_tokenizer())]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, check=False, env=environment)  # noqa: S603
@@ -193,7 +194,7 @@ def test_an_output_that_has_no_unicode_gets_escapes() -> None:
 # ---- the proof
 
 
-def test_the_sample_is_asked_for_until_it_comes_from_parts_and_whole() -> None:
+def test_answers_come_from_the_engine_then_from_segments_then_from_the_whole_text() -> None:
     found = explained("bert_uncased")
     assert [one.origin for one in found.answers] == [
         Origin.ENCODED,
@@ -211,7 +212,7 @@ def spoil(plan: CutPlan) -> CutPlan:
     return replace(plan, coarse=everywhere, fine=everywhere)
 
 
-def test_a_plan_that_cuts_where_it_must_not_ends_with_exit_code_1(
+def test_a_plan_with_unsafe_cuts_ends_with_exit_code_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(core, "plan_cuts", lambda tokenizer: spoil(plan_cuts(tokenizer)))
@@ -226,14 +227,14 @@ def test_a_plan_that_cuts_where_it_must_not_ends_with_exit_code_1(
     assert any(one["difference"] for one in found["answers"])
 
 
-def test_ids_that_run_across_a_cut_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_that_run_across_a_cut_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a text whose chunks are cut wherever it may be " * 99
     assert not explained("llama2", text).is_different
     monkeypatch.setattr(core, "plan_cuts", lambda tokenizer: spoil(plan_cuts(tokenizer)))
     found = explained("llama2", text)
     assert found.is_different
-    told = [one.difference for one in found.answers]
-    assert "token ids run across a cut, so the text was encoded whole" in told
+    differences = [one.difference for one in found.answers]
+    assert "token ids run across a cut, so the text was encoded whole" in differences
 
 
 def test_a_wrong_id_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +250,7 @@ def test_a_wrong_id_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> No
     assert " in the plain tokenizer and " in done.stdout
 
 
-def test_fine_segments_are_proven_too_where_a_fast_engine_does_not_use_them(
+def test_segments_are_proven_even_if_a_fast_engine_does_not_use_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("gigatoken", reason="a fast engine that takes GPT-2")
@@ -265,11 +266,11 @@ def test_fine_segments_are_proven_too_where_a_fast_engine_does_not_use_them(
     assert wrong == {"tokenizers"}
 
 
-def test_a_tokenizer_that_cannot_encode_the_sample_is_told() -> None:
+def test_a_tokenizer_that_cannot_encode_the_sample_is_reported() -> None:
     found = explained("unigram_without_unk")
     assert found.why_not_compared is not None
     assert "can't encode the sample: Encountered an unknown token" in found.why_not_compared
-    assert "Identical:   not compared: the tokenizer itself" in report(found)
+    assert "Identical:   not compared: the plain tokenizer" in report(found)
     assert found.to_dict()["identical"] is None
     assert explained("unigram_without_unk", "the cat").answers
 
@@ -291,19 +292,19 @@ def test_a_tokenizer_keeps_its_settings_and_whole_texts_are_compared(name: str) 
 # ---- refusals and reasons
 
 
-def test_a_pattern_that_is_not_known_is_named_and_leaves_cuts_at_added_tokens() -> None:
+def test_with_an_unknown_pattern_only_cuts_at_added_tokens_remain() -> None:
     found = explained("kimi")
     assert found.cuts == ()
     assert found.why_not_parts is None
     (refused,) = found.refused
     assert refused.startswith('pre-tokenizer Split by "[\\\\p{Han}]+|')
     shown = report(found)
-    assert "Parts:       cached, but cut at added tokens only" in shown
+    assert "Segments:    cached, but cut at added tokens only" in shown
     assert "Refused:     pre-tokenizer Split by" in shown
     assert len(found.sample.segments) == 8
 
 
-def test_a_tokenizer_none_of_whose_texts_are_cut_says_why_and_is_cached_whole() -> None:
+def test_texts_that_can_not_be_cut_are_cached_whole_and_the_reason_is_shown() -> None:
     found = explained("one_letter_gpt2")
     assert found.why_not_whole is None
     assert found.why_not_parts == "added tokens of both phases overlap each other"
@@ -311,7 +312,7 @@ def test_a_tokenizer_none_of_whose_texts_are_cut_says_why_and_is_cached_whole() 
     assert {one.origin for one in found.answers} == {Origin.ENCODED, Origin.WHOLE}
     shown = report(found)
     assert "Whole texts: cached\n" in shown
-    assert f"Parts:       not cached: {found.why_not_parts}\n" in shown
+    assert f"Segments:    not cached: {found.why_not_parts}\n" in shown
     assert "Sample:" not in shown
     assert found.to_dict()["sample"]["why_uncut"]
 
@@ -324,7 +325,7 @@ def test_nothing_is_cut_without_rules_and_added_tokens() -> None:
     assert found.why_not_parts.endswith("is not known: cuts at added tokens only")
 
 
-def test_dropout_is_cached_in_no_way_and_not_compared(tmp_path: Path) -> None:
+def test_with_dropout_nothing_is_cached_or_compared(tmp_path: Path) -> None:
     done = run(saved("dropout_half", tmp_path))
     assert done.exit_code == 0
     reason = "BPE dropout is on, so one text has many encodings"
@@ -335,18 +336,18 @@ def test_dropout_is_cached_in_no_way_and_not_compared(tmp_path: Path) -> None:
     assert (found["identical"], found["answers"]) == (None, [])
 
 
-def test_parts_that_are_switched_off_are_told() -> None:
+def test_a_segment_cache_that_is_switched_off_is_reported() -> None:
     found = explain(SYNTHETIC["gpt2"](), CacheConfig(l1=False))
-    assert found.why_not_parts == "the cache of parts is switched off (l1=False)"
+    assert found.why_not_parts == "the segment cache is switched off (l1=False)"
     assert found.why_not_whole is None
     assert Counter(one.origin for one in found.answers) == {Origin.ENCODED: 2, Origin.WHOLE: 2}
 
 
-def test_a_text_that_is_not_cut_beside_a_whole_word_token_is_told() -> None:
+def test_a_text_that_is_not_cut_next_to_a_whole_word_token_is_reported() -> None:
     found = explained("added_single_word_gpt2", "one wOrld\xb2 two")
     assert found.sample.why_uncut is not None
-    assert "whole word" in found.sample.why_uncut
-    assert "14 characters in one part: an added token" in " ".join(report(found).split())
+    assert "whole-word added token" in found.sample.why_uncut
+    assert "14 characters, not cut: next to a whole-word" in " ".join(report(found).split())
     assert not found.is_different
 
 
@@ -358,20 +359,20 @@ def test_added_tokens_say_whether_they_open_a_chunk_and_why_not() -> None:
     assert tokens["<eot>"].opens
     assert tokens["<eot>"].why_not is None
     assert (tokens["<mask>"].is_cut_out, tokens["<mask>"].opens) == (True, False)
-    assert tokens["<mask>"].why_not == "the blanks before it go with it: lstrip"
+    assert tokens["<mask>"].why_not == "it includes the whitespace before it: lstrip"
     word = {one.content: one for one in explained("added_single_word_gpt2").added_tokens}
     assert word["wOrld"].why_not == "it must be a whole word: single_word"
     nested = {one.content: one for one in explained("nested_gpt2").added_tokens}
-    assert nested["<s>x"].why_not == "added tokens overlap, or one begins like another"
+    assert nested["<s>x"].why_not == "added tokens overlap, or one is the beginning of another"
     literal = explained("literal_gpt2")
     assert not any(one.is_cut_out for one in literal.added_tokens)
     assert not any(one.is_token for one in literal.sample.segments)
     normalized = {one.content: one for one in explained("added_normalized_bert").added_tokens}
-    assert normalized["wOrld"].why_not == "looked for in the normalised text"
+    assert normalized["wOrld"].why_not == "it is found in the normalised text"
     assert normalized["[CLS]"].opens
 
 
-def test_added_tokens_are_named_by_kind_and_the_many_counted() -> None:
+def test_added_tokens_are_grouped_by_kind_and_only_some_are_named() -> None:
     shown = report(explained("many_gpt2"))
     assert "cut out, but no chunk begins there (added tokens overlap" in shown
     assert " and 39 more" in shown
@@ -380,25 +381,25 @@ def test_added_tokens_are_named_by_kind_and_the_many_counted() -> None:
     assert "a⏎b" in blanks
 
 
-def test_what_is_put_around_and_how_parts_go_on() -> None:
+def test_affixes_and_continuations() -> None:
     bert = explained("bert_uncased")
     assert bert.affixes is not None
-    assert (bert.affixes.before, bert.affixes.behind) == (("[CLS]",), ("[SEP]",))
+    assert (bert.affixes.before, bert.affixes.after) == (("[CLS]",), ("[SEP]",))
     assert bert.continuations == ()
     llama = explained("llama2")
     places = {one.place: one.changes for one in llama.continuations}
-    assert places == {"behind an added token": (), "at a cut": ("without Prepend",)}
+    assert places == {"after an added token": (), "at a cut": ("without Prepend",)}
     first = {one.place: one.changes for one in explained("added_normalized_first").continuations}
     never = ("Metaspace with prepend_scheme never, not first",)
-    assert first == {"behind an added token": never, "at a cut": never}
+    assert first == {"after an added token": never, "at a cut": never}
     shown = report(explained("strip_qwen2"))
     assert "at a cut: Strip with strip_left False, not True" in shown
 
 
-def test_a_map_of_characters_is_never_told(shared_data: Path) -> None:
+def test_a_precompiled_character_map_is_never_printed(shared_data: Path) -> None:
     made = precompiled(shared_data / "tokenizers" / "t5-small" / "tokenizer.json")
     found = explain(made["precompiled_first"](), WITHOUT_FAST)
-    assert {one.place for one in found.continuations} == {"behind an added token", "at a cut"}
+    assert {one.place for one in found.continuations} == {"after an added token", "at a cut"}
     written = json.dumps(found.to_dict()) + report(found)
     assert len(written) < 60_000
     assert "charsmap" not in written
@@ -407,12 +408,12 @@ def test_a_map_of_characters_is_never_told(shared_data: Path) -> None:
 # ---- engines
 
 
-def test_the_engines_on_offer_are_those_of_the_config() -> None:
+def test_the_engine_option_has_the_values_of_the_config() -> None:
     assert tuple(one.value for one in EngineName) == ENGINES
 
 
 def test_an_engine_that_cannot_be_used_says_why() -> None:
-    pytest.importorskip("gigatoken", reason="its own words of refusal")
+    pytest.importorskip("gigatoken", reason="the test expects gigatoken's own error message")
     found = explain(SYNTHETIC["bert_uncased"]())
     assert found.engine == "tokenizers"
     assert any(note.startswith("gigatoken can't encode") for note in found.engine_notes)
@@ -431,10 +432,10 @@ def test_engines_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatc
     assert "engine='fastokens' is not installed" in done.stderr
 
 
-# ---- samples of the user's own, and bad input
+# ---- the user's sample, and bad input
 
 
-def test_a_sample_of_ones_own_keeps_its_line_ends(tmp_path: Path) -> None:
+def test_the_users_sample_keeps_its_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "sample.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo \xd0\x94\xd0\xb0\r\n")
     assert read_sample(path) == "one\r\ntwo Да\r\n"

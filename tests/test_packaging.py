@@ -1,4 +1,4 @@
-"""What is built installs and works, with a compiler and without."""
+"""The sdist and the wheel install and work, with and without a compiler."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def built_wheel(source: Path, folder: Path, **env: str) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_sdist_holds_sources_tests_and_benches(sdist: Path) -> None:
+def test_the_sdist_holds_sources_tests_and_benchmarks(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     for needed in (
@@ -67,7 +67,9 @@ def test_sdist_holds_sources_tests_and_benches(sdist: Path) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["real", "none"])
-def test_wheel_installs_and_serves(sdist: Path, tmp_path: Path, compiler: str) -> None:
+def test_the_wheel_installs_and_wraps_a_tokenizer(
+    sdist: Path, tmp_path: Path, compiler: str
+) -> None:
     source = unpacked_copy(sdist, tmp_path / "source")
     env = {} if compiler == "real" else {"CC": "no-such-compiler", "LDSHARED": "no-such-compiler"}
     wheel = built_wheel(source, tmp_path / "dist", **env)

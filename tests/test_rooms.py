@@ -1,4 +1,4 @@
-"""The rooms depend one way, and optional libraries are imported where they are faced."""
+"""Imports between rooms point one way; an optional library is imported in one file, when used."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def imports(tree: ast.AST) -> list[str]:
     return found
 
 
-# They may import anything, and nobody imports them.
+# These rooms may import anything, and no other room imports them.
 ON_TOP = {"__init__", "__main__", "cli", "demo", "observe"}
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if room(p) not in ON_TOP)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_room_imports_only_what_lies_below_it(path: Path) -> None:
+def test_a_room_imports_only_the_rooms_below_it(path: Path) -> None:
     tree = ast.parse(path.read_text())
     for name in imports(tree):
         parts = name.split(".")
@@ -64,4 +64,4 @@ def test_importing_tokcache_loads_no_more_than_it_needs() -> None:
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert not loaded & (OPTIONAL | {"torch", "typer", "rich", "matplotlib", "jinja2"})
     assert "tokenizers" in loaded
-    assert "numpy" not in loaded  # half of the time that an import may take
+    assert "numpy" not in loaded  # importing it takes half of the time that ours may take

@@ -1,4 +1,4 @@
-"""Sample files: they load, they follow their tokenizer, and their output shows a wrong state."""
+"""Sample files load, match their tokenizer, and have output that shows a wrong state."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def bundled(name: str) -> Path:
     return path
 
 
-def test_the_tokenizer_keeps_chat_markers_whole_and_decodes_what_it_encoded(folder: Path) -> None:
+def test_the_tokenizer_has_chat_tokens_and_decodes_its_own_ids(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(samples.tiny_tokenizer(folder)))
     assert tokenizer.get_vocab_size() == 2048
     assert [tokenizer.token_to_id(f"<|{name}|>") for name in ("endoftext", "im_start", "im_end")]
@@ -79,7 +79,7 @@ def test_another_process_makes_the_same_bytes(folder: Path, tmp_path: Path) -> N
     assert [path.read_bytes() for path in theirs] == [path.read_bytes() for path in ours]
 
 
-def test_files_are_reused_and_every_argument_names_another(folder: Path) -> None:
+def test_files_are_reused_and_every_argument_makes_another_file(folder: Path) -> None:
     first = samples.tiny_model(folder=folder)
     stamp = first.stat().st_mtime_ns
     assert samples.tiny_model(folder=folder) == first
@@ -130,7 +130,7 @@ def test_every_memory_kind_loads_and_its_text_depends_on_the_whole_state(
     assert found == kinds[samples.ARCHITECTURES[architecture].memory]
     rng = random.Random(5)
     prompt = [rng.randrange(3, 2048) for _ in range(400)]
-    # What two layers with windows of 32 tokens see reaches no further back.
+    # Two layers with windows of 32 tokens see only the last 64 tokens.
     n_wrong = 380 if architecture == "lfm2-windowed" else 300
     wrong = [rng.randrange(3, 2048) for _ in range(n_wrong)] + prompt[n_wrong:]
     expected = greedy(llm, prompt)
@@ -140,7 +140,7 @@ def test_every_memory_kind_loads_and_its_text_depends_on_the_whole_state(
 
 
 @pytest.mark.parametrize("name", ["tiny", *BUNDLED])
-def test_llama_cpp_tokenizes_as_the_tokenizer_does(name: str, folder: Path) -> None:
+def test_llama_cpp_gives_the_ids_of_the_tokenizer(name: str, folder: Path) -> None:
     source = samples.tiny_tokenizer(folder) if name == "tiny" else bundled(name)
     tokenizer = Tokenizer.from_file(str(source))
     sizes: dict[str, Any] = {"n_layers": 1, "n_embd": 32, "n_heads": 1, "n_kv_heads": 1, "n_ff": 32}
@@ -203,18 +203,20 @@ def test_a_lora_changes_the_text(folder: Path) -> None:
         ({"n_heads": 3}, "multiple of n_heads"),
     ],
 )
-def test_settings_that_cannot_work_are_named(
+def test_the_error_names_an_invalid_setting(
     arguments: dict[str, Any], message: str, folder: Path
 ) -> None:
     with pytest.raises(InvalidConfig, match=message):
         samples.tiny_model(folder=folder, **arguments)
 
 
-def test_files_that_are_no_tokenizer_or_model_are_named(folder: Path, tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_is_not_a_tokenizer_or_model(
+    folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(MissingFile, match="absent"):
         samples.tiny_model(tmp_path / "absent.json", folder=folder)
     (tmp_path / "text.json").write_text("no json")
-    with pytest.raises(UnsupportedTokenizer, match="no JSON"):
+    with pytest.raises(UnsupportedTokenizer, match="not valid JSON"):
         samples.tiny_model(tmp_path / "text.json", folder=folder)
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UnsupportedTokenizer, match="list"):
@@ -222,7 +224,7 @@ def test_files_that_are_no_tokenizer_or_model_are_named(folder: Path, tmp_path: 
     with pytest.raises(MissingFile, match="absent"):
         samples.tiny_lora(tmp_path / "absent.gguf", folder=folder)
     (tmp_path / "text.gguf").write_bytes(b"no model at all " * 8)
-    with pytest.raises(InvalidModel, match="no GGUF"):
+    with pytest.raises(InvalidModel, match="not a GGUF"):
         samples.tiny_lora(tmp_path / "text.gguf", folder=folder)
 
 

@@ -1,4 +1,4 @@
-"""Arguments are checked in one place: the same value is taken, or refused, everywhere."""
+"""Arguments are checked in one place, so every caller accepts and refuses the same values."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokcache.state.tiers.disk import DiskTier as DiskTier
     from tokcache.state.tiers.redis import RedisTier as RedisTier
 
-# The tiers are not among them: `import *` must not need what a tier needs.
+# Without the tiers: `import *` must not need their optional libraries.
 __all__ = [
     "CacheConfig",
     "CacheStats",
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a tier when it is first named: a tier needs more than `import tokcache` may."""
+    """Import a tier when it is first used: `import tokcache` must not need its libraries."""
     if name == "DiskTier":
         from tokcache.state.tiers.disk import DiskTier  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Where tokcache keeps files of its own: made samples, digests of model files."""
+"""The folder in which tokcache keeps its own files: samples, digests of model files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def user_cache_folder() -> Path:
-    """Return TOKCACHE_CACHE_DIR, or tokcache's folder in the user's cache; it may not be there.
+    """Return TOKCACHE_CACHE_DIR, or tokcache's folder in the user's cache; it may not exist.
 
-    The path is relative if the system does not know the user's home.
+    The path is relative if the system does not know the user's home directory.
     """
     chosen = os.environ.get("TOKCACHE_CACHE_DIR")
     if chosen:

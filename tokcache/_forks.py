@@ -1,6 +1,8 @@
-"""What holds locks is told of forks.
+"""Keeps locks usable across `os.fork`.
 
-Forked while another thread is inside, a lock would stay locked in the child for ever.
+If a process forks while another thread holds a lock, the child's copy of the lock is never
+released. So every object with a lock registers here: its lock is taken before the fork, released
+in the parent and replaced in the child.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from abc import ABC, abstractmethod
 
 
 class Forkable(ABC):
-    """Something with a lock; `fork_rank` is the order in which locks are taken, lowest first."""
+    """An object with a lock; locks are taken in the order of `fork_rank`, lowest first."""
 
     fork_rank = 0
 
@@ -21,11 +23,11 @@ class Forkable(ABC):
 
     @abstractmethod
     def after_fork_in_parent(self) -> None:
-        """Give it back."""
+        """Release the lock."""
 
     @abstractmethod
     def after_fork_in_child(self) -> None:
-        """Make a new one, and forget what the other threads were doing."""
+        """Make a new lock and discard the state of threads that do not exist in the child."""
 
 
 _LIVING: weakref.WeakSet[Forkable] = weakref.WeakSet()
@@ -33,7 +35,7 @@ _forking: list[Forkable] = []
 
 
 def tell_of_forks(each: Forkable) -> None:
-    """Tell `each` of forks as long as it lives."""
+    """Call the methods of `each` at every fork as long as the object lives."""
     _LIVING.add(each)
 
 

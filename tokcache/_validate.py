@@ -1,4 +1,4 @@
-"""Checks of arguments that several rooms share: numbers, sizes, flags and scopes."""
+"""Argument checks that several rooms share: numbers, sizes, flags and scopes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from operator import index
 from tokcache.errors import InvalidConfig, InvalidScope
 
 MAX_INT = 2**62  # the native modules count in 64 bits; this leaves room to add
-MAX_SECONDS = 10**9  # thirty years
+MAX_SECONDS = 10**9  # about thirty years
 
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?) ?(?:([KMGT])(?:iB)?)?", re.ASCII | re.IGNORECASE)
 _FACTORS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -35,7 +35,7 @@ def require_int(name: str, value: object, minimum: int, maximum: int = MAX_INT) 
 def require_size(name: str, value: object, minimum: int = 1) -> int:
     """Return a size in bytes, given as an int or as a str such as "64M", "1.5G" or "4GiB".
 
-    Units:  K, M, G and T are powers of 1,024. "4GB" is refused: some mean powers of 1,000 by it.
+    Units:  K, M, G and T are powers of 1,024. "4GB" is refused: for some it is a power of 1,000.
     Errors: InvalidConfig.
     """
     if not isinstance(value, str):
@@ -85,7 +85,7 @@ def require_bool(name: str, value: object) -> bool:
 
 
 def require_scope(scope: object) -> str | None:
-    """Return `scope` if it is a str or None; a subclass of str is taken by its content.
+    """Return `scope` if it is a str or None; a subclass of str becomes a plain str.
 
     Errors: InvalidScope.
     """

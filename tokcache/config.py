@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from tokcache._validate import require_bool, require_int, require_share, require_size
 from tokcache.errors import InvalidConfig
 
-MAX_SAMPLE_SIZE = 1024  # draws an eviction; the 8 of the default come close to exact LRU
-
+# Entries compared for one eviction; the default of 8 comes close to exact LRU.
+MAX_SAMPLE_SIZE = 1024
 
 ENGINES = ("auto", "tokenizers", "gigatoken", "fastokens")
 
@@ -18,15 +18,16 @@ ENGINES = ("auto", "tokenizers", "gigatoken", "fastokens")
 class CacheConfig:
     """Settings of a wrapped tokenizer's cache.
 
-    `l1` switches the cache of parts of texts; `engine` names what encodes the parts that are not
-    known ("auto": the fastest one installed that proves equal); `verify_rate` is the share of
-    texts, put together from parts, that are encoded again in full and compared.
+    L0 caches whole texts. `l1` switches L1, the cache of chunks and segments, on or off. `engine`
+    names the encoder of uncached text ("auto": the fastest installed one that proves equal to the
+    tokenizer). `verify_rate` is the share of answers assembled from segments that are compared with
+    an encoding of the whole text.
 
-    Units:  `l0_max_entries` texts, `l0_max_bytes` bytes (keys, ids and overhead), over both maps;
-            `l1_max_bytes` bytes of the parts; `verify_rate` from 0 to 1. A size may be a str such
-            as "64M"; it is an int afterwards.
-    Errors: InvalidConfig for anything below 1 or not an int, a sample above 1,024, an unknown
-            engine or a rate out of range.
+    Units:  `l0_max_entries` counts texts and `l0_max_bytes` bytes (keys, ids and overhead), both
+            over the two maps of L0; `l1_max_bytes` is the bytes of L1; `verify_rate` is from 0 to
+            1. A size may be a str such as "64M"; it is stored as an int.
+    Errors: InvalidConfig for a size or count that is below 1 or not an int, a sample size above
+            1,024, an unknown engine or a rate out of range.
     """
 
     l0_max_entries: int = 10_000
@@ -37,7 +38,7 @@ class CacheConfig:
     engine: str = "auto"
     verify_rate: float = 0.0
 
-    if TYPE_CHECKING:  # sizes are read as int, and given as int or str
+    if TYPE_CHECKING:  # sizes may be passed as int or str; the attributes are int
 
         def __init__(
             self,
@@ -61,7 +62,7 @@ class CacheConfig:
             "l1_max_bytes": require_size("l1_max_bytes", self.l1_max_bytes),
         }
         for name, value in checked.items():
-            object.__setattr__(self, name, value)  # it is frozen
+            object.__setattr__(self, name, value)  # the dataclass is frozen
         require_bool("l1", self.l1)
         if self.engine not in ENGINES:
             raise InvalidConfig(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")

@@ -5,23 +5,23 @@ Errors of the wrapped libraries pass through unchanged; these are tokcache's own
 
 
 class TokcacheError(Exception):
-    """The root: `except TokcacheError` catches all that tokcache itself raises."""
+    """The base class: `except TokcacheError` catches every error that tokcache itself raises."""
 
 
 class InvalidConfig(TokcacheError, ValueError):
-    """A setting has a value that can't work; the message names it, the value and the range."""
+    """A setting has an unusable value; the message names the setting, the value and the range."""
 
 
 class InvalidText(TokcacheError, TypeError):
-    """A text was expected; the message names the type that came, or where a lone surrogate is."""
+    """An argument is not a text; the message has its type, or the place of a lone surrogate."""
 
 
 class InvalidScope(TokcacheError, TypeError):
-    """A scope is not a str or None; the message names the type that came instead."""
+    """A scope is neither a str nor None; the message names its type."""
 
 
 class InvalidTokens(TokcacheError, ValueError):
-    """Token ids were expected; the message names what can't be an int32 id."""
+    """An argument does not hold token ids; the message names the value that is not an int32 id."""
 
 
 class UnsupportedTokenizer(TokcacheError, TypeError):
@@ -29,11 +29,11 @@ class UnsupportedTokenizer(TokcacheError, TypeError):
 
 
 class VocabularyMismatch(TokcacheError, ValueError):
-    """Tokenizer and model don't share a vocabulary; the message names the first difference."""
+    """Tokenizer and model have different vocabularies; the message names the first difference."""
 
 
 class InvalidModel(TokcacheError, ValueError):
-    """A model file is missing, damaged or not what was asked for."""
+    """A model file is missing, damaged or of another kind than was asked for."""
 
 
 class ModelClosed(TokcacheError, RuntimeError):
@@ -41,19 +41,19 @@ class ModelClosed(TokcacheError, RuntimeError):
 
 
 class StateError(TokcacheError, RuntimeError):
-    """A KV state could not be saved or restored; the sequence is as it was before."""
+    """A KV state could not be saved or restored; the sequence is unchanged."""
 
 
 class ServerError(TokcacheError, RuntimeError):
-    """A llama-server was unreachable or answered with an error; the message holds its words."""
+    """A llama-server was unreachable or answered with an error; the message quotes the error."""
 
 
 class ServerUnreachable(ServerError):
-    """No connection to a llama-server, or it broke; what the server did is not known."""
+    """The connection failed or broke; the server may or may not have handled the request."""
 
 
 class ServerRefused(ServerUnreachable):
-    """Nothing listens at a llama-server's address."""
+    """Nothing listens at the llama-server's address."""
 
 
 class ServerTimeout(ServerError):
@@ -67,11 +67,11 @@ class RequestRejected(ServerError):
 
 
 class KeyRejected(RequestRejected):
-    """A llama-server wants an API key, or another one (401, 403)."""
+    """A llama-server needs an API key, or rejected the given one (401, 403)."""
 
 
 class PromptTooLong(RequestRejected):
-    """A prompt does not fit into the context of a slot."""
+    """A prompt does not fit into a slot's context."""
 
 
 class ServerFailed(ServerError):
@@ -81,27 +81,30 @@ class ServerFailed(ServerError):
 
 
 class ServerLoading(ServerFailed):
-    """A llama-server is up and still loads its model (503)."""
+    """A llama-server is still loading its model (503)."""
 
 
 class ServerUnsupported(ServerFailed):
-    """A llama-server was started without what a request needs (501); the message names it."""
+    """A llama-server was started without an option that a request needs (501).
+
+    The message names the option.
+    """
 
 
 class InvalidAnswer(ServerError):
-    """A server answered what no llama-server answers; the message says what was found where."""
+    """A server's answer is not one of a llama-server; the message names the field and its value."""
 
 
 class InvalidFilename(TokcacheError, ValueError):
-    """A name of a slot file is not one that tokcache makes; names from outside are refused."""
+    """A slot file's name was not made by tokcache; names from outside are refused."""
 
 
 class MissingExtra(TokcacheError, ImportError):
-    """An optional library is not installed; the message has the pip command that installs it."""
+    """An optional library is not installed; the message has the pip command for it."""
 
 
 class MissingFile(TokcacheError, FileNotFoundError):
-    """A file that was named does not exist; the message has its path."""
+    """A named file does not exist; the message has its path."""
 
 
 class InvalidPrompts(TokcacheError, ValueError):
@@ -109,12 +112,15 @@ class InvalidPrompts(TokcacheError, ValueError):
 
 
 class InvalidCacheFile(TokcacheError, ValueError):
-    """A cache file is damaged or of another tokenizer; the message says which, nothing changed."""
+    """A cache file is damaged or of another tokenizer; the message says which. Nothing changed."""
 
 
 class NothingCached(TokcacheError, RuntimeError):
-    """A tokenizer's answers are never kept: nothing to dump or load; the message says why."""
+    """A tokenizer's answers are never cached, so nothing can be dumped or loaded.
+
+    The message says why.
+    """
 
 
 class TokenizerChanged(TokcacheError, RuntimeError):
-    """The tokenizer was changed while a cache file was loaded; what was loaded is not used."""
+    """The tokenizer was changed while a cache file was loaded; the loaded entries are not used."""

@@ -1,6 +1,6 @@
-"""Frozen snapshots of counters; every layer has one.
+"""Frozen copies of the counters of every layer.
 
-Counters only grow until their cache is cleared; `n_entries` and `n_bytes` are of the moment.
+Counters only grow until their cache is cleared; `n_entries` and `n_bytes` are current values.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ def _ratio(part: int, whole: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class L0Stats:
-    """Counters of the exact-string cache.
+    """Counters of L0, the exact-string cache.
 
-    Units: `n_bytes` bytes held (keys, ids, overhead); `hit_tokens` token ids served from hits.
+    Units: `n_bytes` is the bytes held (keys, ids, overhead); `hit_tokens` counts the token ids
+    served from hits.
     """
 
     hits: int
@@ -32,19 +33,20 @@ class L0Stats:
 
     @property
     def hit_rate(self) -> float:
-        """Hits over look-ups, 0.0 before the first."""
+        """Hits divided by look-ups, 0.0 before the first look-up."""
         return _ratio(self.hits, self.hits + self.misses)
 
 
 @dataclass(frozen=True, slots=True)
 class L1Stats:
-    """Counters of the segment cache.
+    """Counters of L1, the segment cache.
 
-    Units: `hits` and `misses` texts of which every, not every, chunk was known; `chunk_` and
-    `short_` the parts looked up in either table; `_chars` characters: of texts looked up, of
-    chunks that were not there, and of parts that reached the engine; `tokens` ids answered,
-    `engine_tokens` those of them that the engine made; `n_bytes` bytes held; `refusals` texts
-    not cut, and parts not kept, by reason.
+    Units: a text is one of the `hits` if all of its chunks were cached, else one of the `misses`.
+    `chunk_hits` and `chunk_misses` count look-ups of chunks, `short_hits` and `short_misses` those
+    of short segments. `lookup_chars`, `chunk_miss_chars` and `engine_chars` are the code points of
+    texts looked up, of chunks not found, and of text that the engine encoded. `tokens` counts the
+    ids of all answers, `engine_tokens` those of them that the engine made. `n_bytes` is the bytes
+    held. `refusals` counts, by reason, texts that were not cut and segments that were not kept.
     """
 
     hits: int = 0
@@ -66,7 +68,7 @@ class L1Stats:
     n_bytes: int = 0
 
     def __add__(self, now: L1Stats) -> L1Stats:
-        """Add up two lives of a cache: counters grow, what is held is held now."""
+        """Add the counters of a cache that was replaced; sizes are those of `now`."""
         own, new = asdict(self), asdict(now)
         held = {name: new[name] for name in ("n_chunks", "n_shorts", "n_bytes")}
         refusals = dict(Counter(self.refusals) + Counter(now.refusals))
@@ -75,7 +77,7 @@ class L1Stats:
 
     @property
     def char_hit_rate(self) -> float:
-        """Characters that stood in known chunks over all looked up, 0.0 before the first."""
+        """Share of the looked-up code points that were in cached chunks, 0.0 before the first."""
         return _ratio(self.lookup_chars - self.chunk_miss_chars, self.lookup_chars)
 
 
@@ -83,9 +85,10 @@ class L1Stats:
 class CacheStats:
     """Counters of a wrapped tokenizer.
 
-    Units: `encoded_tokens` ids of the texts that the engine encoded, all or parts of them, in
-    `encode_seconds`; `bypasses` calls that the plain tokenizer answered, by reason; `shared`
-    callers that waited for another's encoding.
+    Units: `encoded_texts` counts the texts that the engine encoded, in full or in part,
+    `encoded_tokens` their ids and `encode_seconds` the time. `bypasses` counts, by reason, the
+    calls that the plain tokenizer answered. `shared` counts callers that waited for another
+    caller's encoding of the same text.
     """
 
     l0: L0Stats
@@ -100,11 +103,11 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Counters of a tier below memory: its own look-ups, not those that memory answered.
+    """Counters of a tier below memory; look-ups that memory answered are not among them.
 
-    Units: `hits` and `misses` states asked for; `n_bytes` held now, by all processes that share
-    the tier; `refusals` states not stored or not used, by reason. What a Redis evicts and holds
-    is its own to tell (INFO): `evictions` and `n_bytes` are 0 there.
+    Units: `hits` and `misses` count states looked up; `n_bytes` is the bytes held now, by all
+    processes that share the tier; `refusals` counts, by reason, states not stored or not used. For
+    Redis `evictions` and `n_bytes` are 0: its own INFO command reports them.
     """
 
     hits: int = 0
@@ -121,11 +124,12 @@ class TierStats:
 class StateStats:
     """Counters of a prefix-state cache.
 
-    Units: `prompt_tokens` tokens of all prompts, of which `context_tokens` were still in the
-    engine's context and `restored_tokens` came from this cache: the rest was decoded (a prompt that
-    was all in context is not a look-up); `saved_tokens` positions stored; `n_bytes` bytes held in
-    memory; `promoted_tokens` positions that came from a lower tier; `refusals` states not stored or
-    not used, by reason, those of a lower tier as "disk: reason" or "redis: reason".
+    Units: `prompt_tokens` counts the tokens of all prompts, `context_tokens` those still in the
+    engine's context, `restored_tokens` those restored from this cache; the rest were decoded. A
+    prompt that was entirely in the context is not a look-up. `saved_tokens` counts positions
+    stored, `promoted_tokens` positions that came from a lower tier. `n_bytes` is the bytes held in
+    memory. `refusals` counts, by reason, states not stored or not used; those of a lower tier have
+    reasons such as "disk: reason" or "redis: reason".
     """
 
     lookups: int
@@ -150,10 +154,10 @@ class StateStats:
 
     @property
     def hit_rate(self) -> float:
-        """Look-ups that found a usable prefix over all look-ups, 0.0 before the first."""
+        """Share of look-ups that found a usable prefix, 0.0 before the first look-up."""
         return _ratio(self.hits, self.lookups)
 
     @property
     def token_hit_rate(self) -> float:
-        """Prompt tokens that were not decoded over all prompt tokens, 0.0 before the first."""
+        """Share of prompt tokens that were not decoded, 0.0 before the first prompt."""
         return _ratio(self.context_tokens + self.restored_tokens, self.prompt_tokens)

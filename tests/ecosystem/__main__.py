@@ -1,4 +1,4 @@
-"""The runner: makes the environment, runs every case in each mode, writes the table."""
+"""The runner: creates the environment, runs every case in each mode, writes the table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPOSITORY = HERE.parents[1]
 REQUIREMENTS = HERE / "requirements.txt"
 TABLE = REPOSITORY / "docs" / "ecosystem.md"
 MODES = ("plain", "wrap", "patch")
-# Real tokenizers taken from TOKCACHE_SHARED_DATA: a BERT, and one that prepends a space.
+# The real tokenizers used if TOKCACHE_SHARED_DATA has them: a BERT and one that prepends a space.
 REAL = ("bert-base-uncased", "phi-3-mini")
 
 _LIST = """
@@ -46,21 +46,21 @@ _SAMPLE = "import sys, tokcache.samples as s; print(s.tiny_tokenizer(sys.argv[1]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case in one mode: what its steps left, or how the process ended."""
+    """One case in one mode: the results of its steps, or how its process failed."""
 
     steps: list[dict[str, Any]]
     failure: str | None = None
 
 
 def environment(home: Path) -> Path:
-    """Return the Python of the second environment; it is installed once per requirements file."""
+    """Return the Python of the environment, which is made once for each requirements file."""
     python = home / "bin" / "python"
     stamp = home / "requirements.txt"
     if not stamp.exists() or stamp.read_text() != REQUIREMENTS.read_text():
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
         install: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
         torch = [line for line in REQUIREMENTS.read_text().split() if line.startswith("torch==")]
-        # First and alone, so that no other package chooses the build of torch.
+        # torch is installed first and alone, so that no other package chooses its build.
         subprocess.run([*install, *torch], check=True)
         subprocess.run([*install, "--requirement", REQUIREMENTS], check=True)
         subprocess.run([*install, "--editable", REPOSITORY], check=True)
@@ -69,7 +69,7 @@ def environment(home: Path) -> Path:
 
 
 def settings(work: Path) -> dict[str, str]:
-    """Return the variables of a case's process: no network, no GPU, a hash seed of its own."""
+    """Return the variables of a case's process: no network, no GPU, a separate hash seed."""
     return {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY),
@@ -85,7 +85,7 @@ def settings(work: Path) -> dict[str, str]:
 
 
 def listed(python: Path, work: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the cases, with versions, and the versions that the whole table depends on."""
+    """Return the cases with their library's versions, and the versions shown above the table."""
     done = subprocess.run(
         [python, "-c", _LIST],
         check=True,
@@ -99,7 +99,7 @@ def listed(python: Path, work: Path) -> tuple[list[dict[str, Any]], dict[str, st
 
 
 def sources(python: Path, work: Path) -> list[Path]:
-    """Return the folders of the tokenizers to use: the sample's, and real ones if there are."""
+    """Return the folders of the tokenizers: the sample's, and those of real ones if present."""
     made = subprocess.run(
         [python, "-c", _SAMPLE, work / "samples"],
         check=True,
@@ -116,7 +116,7 @@ def sources(python: Path, work: Path) -> list[Path]:
 
 
 def run(python: Path, cases: list[dict[str, Any]], work: Path, given: list[Path]) -> None:
-    """Run the steps of all cases in every mode; one process a mode, which forks one a case."""
+    """Run the steps of all cases in every mode; each mode's process forks one for each case."""
     names = "\n".join(case["name"] for case in cases)
     for step in range(max(case["n_steps"] for case in cases)):
         started = []
@@ -135,11 +135,11 @@ def run(python: Path, cases: list[dict[str, Any]], work: Path, given: list[Path]
             started.append(process)
         statuses = [process.wait() for process in started]
         if any(statuses):
-            raise RuntimeError("a process that runs the cases failed; see its output above")
+            raise RuntimeError("the process that runs the cases failed; see its output above")
 
 
 def outcome(case: dict[str, Any], mode: str, work: Path) -> Outcome:
-    """Read what the steps of a case left in its folder."""
+    """Return the results that the steps of a case wrote into its folder."""
     folder = work / case["name"] / mode
     found: list[dict[str, Any]] = []
     for step in range(case["n_steps"]):
@@ -152,7 +152,7 @@ def outcome(case: dict[str, Any], mode: str, work: Path) -> Outcome:
 
 
 def differences(plain: Outcome, other: Outcome) -> list[str]:
-    """Return where the results of a mode are not those of plain tokenizers; empty: equal."""
+    """Return the differences from the results of plain tokenizers; empty if they are equal."""
     if plain.failure or other.failure:
         return [f"plain: {plain.failure}" if plain.failure else str(other.failure)]
     found = []
@@ -171,7 +171,7 @@ def differences(plain: Outcome, other: Outcome) -> list[str]:
 
 
 def first_difference(one: Any, two: Any, place: str = "result") -> str:
-    """Return the place of the first difference of two JSON values, and both values there."""
+    """Return the place of the first difference between two JSON values, and the values there."""
     if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         for name in one:
             if one[name] != two[name]:
@@ -189,7 +189,7 @@ def _short(value: Any) -> str:
 
 
 def used(outcomes: Iterable[Outcome]) -> str:
-    """Return how the wrapped tokenizers answered: from ids, or bypassed by which reasons."""
+    """Return how many answers came from cached ids and how many were bypasses, by reason."""
     answered: int = 0
     bypasses: Counter[str] = Counter()
     for outcome in outcomes:
@@ -219,7 +219,7 @@ the plain tokenizer answered, by reason. The calls made in worker processes are 
 
 
 def markdown(rows: list[dict[str, str]], main: dict[str, str], tokenizers: list[str]) -> str:
-    """Return the page for the docs."""
+    """Return the page for docs/ in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in main.items())
     lines = [
         _PAGE.format(versions=versions, tokenizers=", ".join(tokenizers)),
@@ -232,7 +232,7 @@ def markdown(rows: list[dict[str, str]], main: dict[str, str], tokenizers: list[
 
 
 def row(case: dict[str, Any], work: Path) -> dict[str, str]:
-    """Compare a case's results in every mode, print the differences, return its line."""
+    """Compare a case's results in every mode, print the differences, return its table row."""
     outcomes = {mode: outcome(case, mode, work) for mode in MODES}
     bad = {mode: differences(outcomes["plain"], outcomes[mode]) for mode in MODES[1:]}
     cells = {mode: "differs" if found else "equal" for mode, found in bad.items()}
@@ -245,7 +245,7 @@ def row(case: dict[str, Any], work: Path) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    """Run the cases asked for; return 1 if any result differs from the plain one."""
+    """Run the chosen cases; return 1 if any result differs from the plain one."""
     parser = argparse.ArgumentParser(prog="python -m tests.ecosystem")
     parser.add_argument("--only", default="", help="run cases whose name this pattern matches")
     parser.add_argument("--python", type=Path, help="a Python that has the requirements")

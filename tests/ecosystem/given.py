@@ -1,4 +1,4 @@
-"""What a case is given: tokenizers as one of the three modes loads them, and a folder."""
+"""The arguments of a case: tokenizers as one of the three modes loads them, and a folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHAT = [
 
 @dataclass
 class Given:
-    """One tokenizer's folder, the mode, the step of the case, and a folder that steps share."""
+    """One tokenizer's folder, the mode, the case's step, and a folder that all steps share."""
 
     source: Path
     mode: str
@@ -40,7 +40,7 @@ class Given:
     _loaded: list[Any] = field(default_factory=list)
 
     def load(self, **kwargs: Any) -> Any:
-        """Return a tokenizer of transformers as the mode has it."""
+        """Return a transformers tokenizer, loaded as the mode says."""
         from transformers import AutoTokenizer
 
         found: Any = AutoTokenizer.from_pretrained(self.source, **kwargs)
@@ -49,7 +49,7 @@ class Given:
 
             found = tokcache.wrap(found)
         if self.mode != "plain":
-            assert hasattr(found, "cache_stats"), "not wrapped: the comparison would be of nothing"
+            assert hasattr(found, "cache_stats"), "not wrapped: plain would be compared with plain"
             self._loaded.append(found)
         if found.pad_token is None:
             found.pad_token = found.eos_token
@@ -68,13 +68,13 @@ class Given:
         return found
 
     def both_rust(self) -> Iterator[tuple[str, Any]]:
-        """Yield the Rust tokenizer alone and the one behind a transformers tokenizer."""
+        """Yield a separate Rust tokenizer and the one inside a transformers tokenizer."""
         yield "alone", self.load_rust()
         yield "behind", self.load()._tokenizer
 
 
 def used() -> dict[str, Any]:
-    """Return how the living caches of this process were used, those of copies included."""
+    """Return the use counts of all living caches of this process, those of copies included."""
     bypasses: Counter[str] = Counter()
     answered = 0
     for cache in [one for one in gc.get_objects() if type(one).__name__ == "CachedTokenizer"]:
@@ -86,10 +86,10 @@ def used() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One use of one library; `run` returns what plain and wrapped must have in common.
+    """One use of one library; the result of `run` must be the same for plain and wrapped.
 
-    `n_steps` processes run it one after the other, with a folder of their own; `only` names the
-    tokenizers it makes sense for.
+    `n_steps` processes run it one after the other and share a folder; `only` names the tokenizers
+    that the case can use.
     """
 
     name: str
@@ -106,7 +106,7 @@ CASES: dict[str, Case] = {}
 def case(
     library: str, done: str, *, n_steps: int = 1, only: tuple[str, ...] | None = None
 ) -> Callable[[Callable[[Given], Any]], Callable[[Given], Any]]:
-    """Register a function as a case; its name is the function's."""
+    """Register a function as a case of the same name."""
 
     def register(run: Callable[[Given], Any]) -> Callable[[Given], Any]:
         name = run.__name__.replace("_", "-")
@@ -118,7 +118,7 @@ def case(
 
 
 def as_json(value: Any) -> Any:
-    """Return a value in JSON's terms, so that results of two processes can be compared."""
+    """Return a value as JSON types, so that results of two processes can be compared."""
     if isinstance(value, dict) or (hasattr(value, "data") and hasattr(value, "encodings")):
         return {str(key): as_json(part) for key, part in value.items()}
     if isinstance(value, (set, frozenset)):

@@ -1,7 +1,7 @@
-"""Run one step of many cases in one mode; started by the runner, it forks a process a case.
+"""Runs one step of many cases in one mode; the runner starts it, and it forks for each case.
 
-The libraries that every case needs are imported once, before the forks. Nothing else happens in
-the parent, so that a case finds what a new process would have.
+The libraries that every case needs are imported once, before the forks. The parent does nothing
+else, so that each case starts in the state of a new process.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LIMIT_S = 900.0
 
 
 def load_cases() -> dict[str, Case]:
-    """Return all cases, in the order of their modules and of their definition."""
+    """Return all cases, ordered by module and then by definition."""
     for module in sorted(found.name for found in pkgutil.iter_modules(cases.__path__)):
         importlib.import_module(f"tests.ecosystem.cases.{module}")
     return CASES
 
 
 def run(name: str, mode: str, step: int, folder: Path, sources: list[Path]) -> dict[str, Any]:
-    """Return the results by tokenizer, and how the caches were used."""
+    """Return the results by tokenizer, and the use counts of the caches."""
     if mode == "patch":
         import tokcache
 
@@ -46,10 +46,10 @@ def run(name: str, mode: str, step: int, folder: Path, sources: list[Path]) -> d
         own = folder / source.name
         own.mkdir(parents=True, exist_ok=True)
         given = Given(source, mode, step, own)
-        kept.append(given)  # with its tokenizers, whose caches are counted at the end
+        kept.append(given)  # keeps its tokenizers alive, so that their caches are counted
         try:
             result = {"result": as_json(chosen.run(given))}
-        except Exception as error:  # noqa: BLE001 (a case that raises is a finding of its own)
+        except Exception as error:  # noqa: BLE001 (an exception is a result to compare)
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
         found[source.name] = result
@@ -66,7 +66,7 @@ def _child(name: str, mode: str, step: int, folder: Path, sources: list[Path]) -
 
 
 def main(argv: list[str]) -> None:
-    """Run the step of every case named on standard input; leave a file of results a case."""
+    """Run the step of every case named on standard input; write a result file for each."""
     mode, step, work, *sources = argv
     names = [name for name in sys.stdin.read().split() if load_cases()[name].n_steps > int(step)]
     importlib.import_module("torch")

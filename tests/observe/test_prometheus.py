@@ -1,4 +1,4 @@
-"""The collector shows what the caches count, under names that are documented and stay."""
+"""The collector exports every counter of the caches under a documented name."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def leaves(kind: Any, prefix: str) -> Iterator[str]:
 
 def test_no_counter_is_left_out() -> None:
     by_tier = {"stats.n_blocks", "stats.n_bytes"}
-    by_tier |= {"stats.redis.n_bytes", "stats.redis.evictions"}  # the server tells them
+    by_tier |= {"stats.redis.n_bytes", "stats.redis.evictions"}  # Redis itself reports them
     assert set(leaves(CacheStats, "stats")) <= {one.path for one in TEXT}
     assert set(leaves(StateStats, "stats")) - by_tier <= {one.path for one in STATES}
 
@@ -169,7 +169,7 @@ def test_a_label_belongs_to_one_living_tokenizer(
     collector.add("m", first)
     collector.add("m", first)
     collector.add("m", first.scoped("tenant"))
-    with pytest.raises(InvalidConfig, match=r"another tokenizer is shown as 'm'.*remove\('m'\)"):
+    with pytest.raises(InvalidConfig, match=r"another tokenizer already has .*'m'.*remove\('m'\)"):
         collector.add("m", second)
     collector.add("n", first)
     assert models(registry) == {"n"}
@@ -181,7 +181,7 @@ def test_a_label_belongs_to_one_living_tokenizer(
 
 
 @pytest.mark.parametrize("kind", ["tokenizers", "transformers", "states"])
-def test_what_is_collected_disappears(
+def test_a_garbage_collected_cache_disappears(
     registry: CollectorRegistry, collector: Collector, kind: str
 ) -> None:
     cache: Any = {
@@ -201,8 +201,8 @@ def test_what_is_collected_disappears(
 
 
 @pytest.mark.parametrize("bad", [None, "tok", MADE["unigram"](), tokcache.L0Cache()], ids=str)
-def test_what_has_no_metrics_is_refused(collector: Collector, bad: Any) -> None:
-    with pytest.raises(InvalidConfig, match=r"has no metrics; pass what tokcache\.wrap returns"):
+def test_an_object_without_metrics_is_refused(collector: Collector, bad: Any) -> None:
+    with pytest.raises(InvalidConfig, match=r"has no metrics; pass a result of tokcache\.wrap"):
         collector.add("m", bad)
 
 
@@ -213,7 +213,7 @@ def test_a_label_is_a_str(collector: Collector, bad: Any) -> None:
 
 
 def test_a_registry_has_one_collector(registry: CollectorRegistry, collector: Collector) -> None:
-    with pytest.raises(InvalidConfig, match="one Collector a registry"):
+    with pytest.raises(InvalidConfig, match="one Collector per registry"):
         Collector(registry)
     registry.unregister(collector)
     Collector(registry)
@@ -221,7 +221,7 @@ def test_a_registry_has_one_collector(registry: CollectorRegistry, collector: Co
     assert list(registry.collect())
 
 
-def test_tokenizers_that_were_loaded_are_shown_by_name(
+def test_loaded_tokenizers_are_labelled_by_name(
     registry: CollectorRegistry, collector: Collector, tmp_path: Path
 ) -> None:
     import transformers  # noqa: PLC0415 (seconds to import)
@@ -275,14 +275,14 @@ def test_names_follow_the_conventions_of_prometheus(
         assert len({tuple(sample.labels.items()) for sample in one.samples}) == len(one.samples)
 
 
-def test_what_is_described_is_what_is_collected(collector: Collector) -> None:
+def test_describe_and_collect_yield_the_same_metrics(collector: Collector) -> None:
     described = [(one.name, one.type, one.documentation) for one in collector.describe()]
     collected = [(one.name, one.type, one.documentation) for one in collector.collect()]
     assert described == collected
 
 
 def exposed() -> dict[str, tuple[str, str]]:
-    """Return the type and meaning of every name as it stands in an answer to Prometheus."""
+    """Return the type and meaning of every metric, by the name that Prometheus sees."""
     suffix = {"counter": "_total", "info": "_info"}
     return {
         one.name + suffix.get(one.type, ""): (one.type.replace("info", "gauge"), one.documentation)
@@ -318,7 +318,7 @@ def expressions(dashboard: Any) -> list[str]:
 
 def test_the_dashboard_can_be_imported(dashboard: Any) -> None:
     assert dashboard["id"] is None
-    assert dashboard["schemaVersion"] >= 36  # from there on a data source is named by an object
+    assert dashboard["schemaVersion"] >= 36  # since 36 an object names the data source
     assert dashboard["title"] == dashboard["uid"] == "tokcache"
     ids = [one["id"] for one in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
@@ -353,7 +353,7 @@ def test_data_source_and_model_are_variables(dashboard: Any) -> None:
         assert all(target["datasource"] == wanted for target in panel["targets"])
 
 
-def test_the_dashboard_asks_for_metrics_that_exist(dashboard: Any) -> None:
+def test_the_dashboard_queries_metrics_that_exist(dashboard: Any) -> None:
     asked = set(re.findall(r"tokcache_\w+", " ".join(expressions(dashboard))))
     assert asked <= set(exposed())
     of_all_models = asked - {one for one in asked if re.match(r"tokcache_(patch|build)_", one)}
@@ -389,8 +389,10 @@ def test_every_expression_is_promql(dashboard: Any) -> None:
 # ---- scrapes
 
 
-def test_a_scrape_holds_up_nobody(registry: CollectorRegistry, collector: Collector) -> None:
-    """A request that goes on while a scrape is stuck half way in another cache."""
+def test_a_blocked_scrape_delays_no_request(
+    registry: CollectorRegistry, collector: Collector
+) -> None:
+    """A request goes on while a scrape waits for the lock of another cache."""
     tok, stuck = made(), stored_states()
     collector.add("a", tok)
     collector.add("b", stuck)
@@ -406,7 +408,7 @@ def test_a_scrape_holds_up_nobody(registry: CollectorRegistry, collector: Collec
         assert b"tokcache_state_hits_total" in scrape.result(20)
 
 
-def test_scrapes_and_requests_run_beside_each_other(
+def test_scrapes_and_requests_run_concurrently(
     registry: CollectorRegistry, collector: Collector
 ) -> None:
     tok = made()
@@ -436,7 +438,7 @@ def test_scrapes_and_requests_run_beside_each_other(
     assert value(registry, "l0_hits_total") == 2950
 
 
-def test_prometheus_client_is_asked_for_when_it_is_missing() -> None:
+def test_the_error_without_prometheus_client_says_how_to_install_it() -> None:
     code = (
         "import sys; sys.modules['prometheus_client'] = None\n"
         "import tokcache.observe\n"

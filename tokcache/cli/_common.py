@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, and how errors are told."""
+"""Exit codes, and the printing of errors, that the commands share."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BAD_INPUT = 2
 
 
 @contextlib.contextmanager
-def told_errors() -> Iterator[None]:
-    """Print one of tokcache's own errors in one line; others are bugs and keep their traceback."""
+def errors_in_one_line() -> Iterator[None]:
+    """Print a TokcacheError in one line and exit; other exceptions are bugs and pass through."""
     try:
         yield
     except TokcacheError as error:

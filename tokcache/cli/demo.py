@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import tokcache
-from tokcache.cli._common import DIFFERS, told_errors
+from tokcache.cli._common import DIFFERS, errors_in_one_line
 from tokcache.demo import backends
 from tokcache.demo.chat import built_in_prompts
 from tokcache.demo.prompts import read_prompts
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 _PLACES = {
     "inprocess": "llama.cpp in this process (llama-cpp-python)",
     "server": "a llama-server (xllamacpp), slots saved and restored",
-    "tokens": "no model, tokenization alone",
+    "tokens": "no model: tokenization only",
 }
 
 
 class Backend(StrEnum):
-    """What continues the prompts."""
+    """The values of --backend."""
 
     AUTO = "auto"
     INPROCESS = "inprocess"
@@ -59,34 +59,36 @@ def demo(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="GGUF", help="The model; by default a tiny one of random weights."),
+        typer.Option(metavar="GGUF", help="The model; by default a tiny one with random weights."),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help='JSON lines ({"prompt": ...}, {"messages": [...]} or a list of messages),'
-            " or plain text in blocks between blank lines; by default two chats.",
+            " or plain text with a blank line between prompts; by default two chats.",
         ),
     ] = None,
     backend: Annotated[
         Backend,
         typer.Option(
             help="inprocess: llama-cpp-python; server: a llama-server of xllamacpp;"
-            " tokens: tokenization alone; auto: the first that is installed."
+            " tokens: tokenization only; auto: the first of these that is installed."
         ),
     ] = Backend.AUTO,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate a prompt.")] = 32,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate after each prompt.")
+    ] = 32,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of llama.cpp; by default half the cores.")
+        int | None, typer.Option(min=1, help="llama.cpp's threads; by default half the cores.")
     ] = None,
 ) -> None:
     """Replay prompts without and with tokcache; time both and compare every token.
 
-    Both sides run in reproducible mode, in contexts of their own. Exit code 1: something differs;
+    Both sides run in reproducible mode, each in its own context. Exit code 1: a token differs;
     2: bad input.
     """
-    with told_errors():
+    with errors_in_one_line():
         source = find_tokenizer(tokenizer)
         plain = source.load()
         requests, form = _requests(prompts, source, plain)
@@ -117,7 +119,7 @@ def _requests(
 def _model_and_backend(
     model: Path | None, source: TokenizerSource, asked: Backend
 ) -> tuple[Path | None, backends.BackendName, str]:
-    """Return the model, what runs it, and why it is no more than that."""
+    """Return the model (None if none is used), the backend, and why it is not a better one."""
     if asked is Backend.TOKENS and model is not None:
         raise InvalidConfig("--backend tokens uses no model; leave out --model, or the backend")
     chosen, why = (
@@ -140,7 +142,7 @@ def _model_and_backend(
 
 
 def _context_size(source: TokenizerSource, requests: Sequence[Request], max_tokens: int) -> int:
-    tokenizer = source.load()  # one of its own: the timed ones must not have seen the prompts
+    tokenizer = source.load()  # a separate one: the timed ones must not have seen the prompts
     longest = max(
         len(tokenizer.encode(each.text, add_special_tokens=each.add_special_tokens).ids)
         for each in requests
@@ -171,7 +173,7 @@ def _about_model(model: Path | None, sides: backends.Sides | None) -> dict[str, 
     return {
         "Model": model.name + made,
         "Without": sides.baseline,
-        "With": "the same, and prefixes are restored by tokcache",
+        "With": "the same, with prefixes that tokcache restores",
     }
 
 

@@ -1,4 +1,4 @@
-"""`tokcache explain`: where the texts of a tokenizer are cut, and why."""
+"""`tokcache explain`: shows where a tokenizer's texts are cut, and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tokcache.cli._common import DIFFERS, told_errors
+from tokcache.cli._common import DIFFERS, errors_in_one_line
 from tokcache.cli.explain_report import print_explanation
 from tokcache.cli.explanation import explain as explained
 from tokcache.cli.explanation import read_sample
@@ -21,7 +21,7 @@ from tokcache.demo.tokenizers import find_tokenizer
 
 
 class EngineName(StrEnum):
-    """What encodes the parts that are not known; `config.ENGINES`."""
+    """The values of --engine, which are those of `config.ENGINES`."""
 
     AUTO = "auto"
     TOKENIZERS = "tokenizers"
@@ -40,23 +40,24 @@ def explain(
     ] = None,
     engine: Annotated[
         EngineName,
-        typer.Option(help="What encodes missing parts; auto: the fastest that proves equal."),
+        typer.Option(help="The encoder of uncached text; auto: the fastest that proves equal."),
     ] = EngineName.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tell what of a tokenizer is cached, where its texts are cut, and why.
+    """Show whether a tokenizer's texts and segments are cached, where texts are cut, and why.
 
-    A sample is shown in its parts, and its ids are compared with the plain tokenizer's. Exit code
-    1: they differ; 2: bad input.
+    A sample text is shown with its segments, and its ids are compared with the plain tokenizer's.
+    Exit code 1: they differ; 2: bad input.
     """
-    with told_errors():
+    with errors_in_one_line():
         source = find_tokenizer(tokenizer)
         sample = None if text is None else read_sample(text)
         found = explained(source, CacheConfig(engine=engine.value), sample)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a sample has signs of every script
+        # The sample has characters of many scripts, which the output's encoding may lack.
+        if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         print_explanation(Console(highlight=False), found)
     raise typer.Exit(DIFFERS if found.is_different else 0)

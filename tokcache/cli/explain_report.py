@@ -1,4 +1,4 @@
-"""An Explanation for people: a few lines, the rules as a table, and the marked sample."""
+"""Prints an Explanation: a few lines, a table of the cut rules, and the sample with its cuts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tokcache.cli.explanation import Added, Cut, Explanation, Sample, Segment
 
-_NAMED = 6  # so many added tokens are named, the others counted
+_NAMED = 6  # added tokens that are listed by name; the rest are counted
 _SHOWN_LINES = 100
 _NOTE_CHARS = 160
 _ADVICE = "; use tokenizers"
@@ -33,16 +33,16 @@ _GRAINS = {
     Grain.NONE: "nothing: added tokens forbid it",
 }
 _ORIGINS = {
-    Origin.ENCODED: "by encoding what was missing",
-    Origin.PARTS: "from known parts",
-    Origin.WHOLE: "from the whole text",
+    Origin.ENCODED: "by encoding missing text",
+    Origin.PARTS: "from cached segments",
+    Origin.WHOLE: "from the cached whole text",
 }
-_MARK = "\u2502"  # behind a segment; no text has it by chance, as it has a |
+_MARK = "\u2502"  # printed after a segment; unlike |, it is rare in texts
 _SIGNS = {"\n": "\u23ce", "\r": "\u240d", "\t": "\u2409", "\x7f": "\u2421"}
 
 
 def print_explanation(console: Console, found: Explanation) -> None:
-    """Print what is cached of a tokenizer, why, and a sample of how its texts are cut."""
+    """Print whether texts and segments are cached, why, and how a sample text is cut."""
     for name, lines in _entries(found):
         for number, line in enumerate(lines):
             _print_entry(console, "" if number else name, line)
@@ -57,7 +57,7 @@ def print_explanation(console: Console, found: Explanation) -> None:
 
 def _print_entry(console: Console, name: str, text: str) -> None:
     head = f"{name}:" if name else ""
-    # A path or pattern wider than the terminal stays in one piece, to be copied.
+    # A path or pattern wider than the terminal is not broken, so that it can be copied.
     wrapped = TextWrapper(
         max(1, console.width - _INDENT), break_long_words=False, break_on_hyphens=False
     )
@@ -74,13 +74,13 @@ def _entries(found: Explanation) -> Iterator[tuple[str, list[str]]]:
     if found.why_not_whole is None:
         is_whole = found.why_not_parts is not None or found.cuts
         more = "" if is_whole else ", but cut at added tokens only"
-        yield "Parts", [_cached(found.why_not_parts) + more]
+        yield "Segments", [_cached(found.why_not_parts) + more]
     yield "Recognised", [f"{name}: {visible(reading)}" for name, reading in found.recognised]
     if found.refused and found.why_not_parts is None:
         yield "Refused", [visible(sentence) for sentence in found.refused]
     if found.why_not_parts is None:
         yield "Added", list(_about_added(found.added_tokens))
-        yield "Put around", [_about_affixes(found)]
+        yield "Affixes", [_about_affixes(found)]
         yield "Continued", list(_about_continuations(found))
         yield "Engine", list(_about_engine(found))
 
@@ -101,8 +101,8 @@ def _about_added(added: Sequence[Added]) -> Iterator[str]:
     )
     for (is_cut_out, why), group in groupby(others, lambda one: (one.is_cut_out, one.why_not)):
         some = list(group)
-        what = "cut out, but no chunk begins there" if is_cut_out else "left in the text"
-        yield f"{len(some):,} {what} ({why}): {_named(some)}"
+        place = "cut out, but no chunk begins there" if is_cut_out else "left in the text"
+        yield f"{len(some):,} {place} ({why}): {_named(some)}"
 
 
 def _named(added: Sequence[Added]) -> str:
@@ -116,10 +116,10 @@ def _quoted(name: str) -> str:
 
 def _about_affixes(found: Explanation) -> str:
     if found.affixes is None:
-        return "something unknown: with special tokens, texts are cached whole only"
+        return "unknown, so texts with special tokens are only cached whole"
     around = [
         f"{place} {' '.join(map(_quoted, map(visible, tokens)))}"
-        for place, tokens in (("before", found.affixes.before), ("behind", found.affixes.behind))
+        for place, tokens in (("before", found.affixes.before), ("after", found.affixes.after))
         if tokens
     ]
     return ", ".join(around) or "nothing"
@@ -127,17 +127,17 @@ def _about_affixes(found: Explanation) -> str:
 
 def _about_continuations(found: Explanation) -> Iterator[str]:
     if not found.continuations:
-        yield "every part is encoded as the beginning of a text is"
+        yield "every segment is encoded like the beginning of a text"
     for one in found.continuations:
-        how = visible("; ".join(one.changes)) or "as the beginning of a text"
+        how = visible("; ".join(one.changes)) or "like the beginning of a text"
         yield f"{one.place}: {how}"
 
 
 def _about_engine(found: Explanation) -> Iterator[str]:
-    more = "; it encodes missing chunks whole, only --engine tokenizers looks for segments in them"
+    more = "; it encodes missing chunks whole: only --engine tokenizers looks up their segments"
     yield f"{found.engine}{'' if found.looks_up_segments else more}"
     for note in found.engine_notes:
-        # Where the engine stands at the head of a list, its error needs less of a sentence.
+        # The line starts with the engine's name, so its error needs no full sentence.
         short = note.replace(" can't encode with this tokenizer:", ":").removesuffix(_ADVICE)
         text = visible(short)
         yield text if len(text) <= _NOTE_CHARS else f"{text[:_NOTE_CHARS]} ..."
@@ -170,7 +170,7 @@ def _print_sample(console: Console, found: Explanation) -> None:
     sample = found.sample
     if sample.why_uncut:
         n_chars = _n(len(sample.text), "character")
-        _print_entry(console, "Sample", f"{n_chars} in one part: {sample.why_uncut}")
+        _print_entry(console, "Sample", f"{n_chars}, not cut: {sample.why_uncut}")
         return
     _print_entry(console, "Sample", _counts(sample))
     is_coloured = console.is_terminal and not console.no_color and console.color_system is not None
@@ -178,12 +178,12 @@ def _print_sample(console: Console, found: Explanation) -> None:
     for line in islice(lines, _SHOWN_LINES):
         console.print(line, soft_wrap=True)
     if next(lines, None) is not None:
-        console.print(Text("-- the rest is not shown; --json has all of it", style="dim"))
+        console.print(Text("-- the rest is not shown; --json prints all of it", style="dim"))
     console.print()
 
 
 def _sample_lines(sample: Sample, width: int, *, is_coloured: bool) -> Iterator[Text]:
-    """Yield a heading for every chunk, and its segments below."""
+    """Yield a heading for each chunk, then the lines of its segments."""
     rest = list(reversed(sample.segments))
     for number, chunk in enumerate(sample.chunks, start=1):
         own = []
@@ -209,13 +209,13 @@ def _counts(sample: Sample) -> str:
 def _pieces(
     text: str, segments: Iterable[Segment], *, is_coloured: bool
 ) -> Iterator[tuple[str, str]]:
-    """Yield what is written and its style: colours, or marks where there are none."""
+    """Yield the text and style of each segment; without colours a mark ends each segment."""
     for index, one in enumerate(segments):
         written = visible(text[one.start : one.stop], keeps_lines=True)
         if is_coloured:
             yield written, _TOKEN if one.is_token else _SHADES[index % len(_SHADES)]
         else:
-            # The mark goes before the break of a line, so that it ends what it ends.
+            # The mark goes before a line break, so that it is on the line of its segment.
             is_line = written.endswith("\n")
             written = written.removesuffix("\n")
             written = f"\u00ab{written}\u00bb" if one.is_token else written
@@ -223,7 +223,7 @@ def _pieces(
 
 
 def _folded(pieces: Iterable[tuple[str, str]], width: int) -> Iterator[Text]:
-    """Yield lines of at most `width` cells, broken behind line ends, else before a segment."""
+    """Yield lines of at most `width` cells, broken after a line end or before a segment."""
     line = Text()
     for written, style in pieces:
         for part in written.splitlines(keepends=True):
@@ -232,7 +232,7 @@ def _folded(pieces: Iterable[tuple[str, str]], width: int) -> Iterator[Text]:
                 yield line
                 line = Text()
             *full, last = chop_cells(shown, width) or [""]
-            yield from (Text(row, style) for row in full)  # then the line is empty: they fill it
+            yield from (Text(row, style) for row in full)  # full rows; `line` is empty here
             line.append(last, style)
             if part.endswith("\n"):
                 yield line
@@ -242,7 +242,7 @@ def _folded(pieces: Iterable[tuple[str, str]], width: int) -> Iterator[Text]:
 
 
 def visible(text: str, *, keeps_lines: bool = False) -> str:
-    """Return a text in which every character is seen, and none can steer a terminal."""
+    """Return `text` with every control character replaced, so that it can't control a terminal."""
     shown = "".join(map(_sign, text))
     return shown.replace(_SIGNS["\n"], _SIGNS["\n"] + "\n") if keeps_lines else shown
 

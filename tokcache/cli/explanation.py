@@ -1,8 +1,8 @@
-"""Why a tokenizer is cached, and by which parts: what `tokcache explain` tells.
+"""Collects the facts that `tokcache explain` shows: whether a tokenizer is cached, and how.
 
-Every sentence comes from what decides in the cache itself: the reason of the engine, the plan of
-the cuts, the notes of L1. A sample text is then asked for, and every answer compared with the
-plain tokenizer's. Nothing is printed here; `explain_report` does that.
+Each reason comes from the code that decides: the engine, the cut plan and the notes of L1. A
+sample text is then encoded through the cache, and every answer is compared with the plain
+tokenizer's. `explain_report` prints the result.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ if TYPE_CHECKING:
 _REASONS = {
     "bpe_dropout": "BPE dropout is on, so one text has many encodings",
     "unigram_sampling": "sampling is on, so one text has many encodings",
-    "python_model": "its model is of a kind that nothing is known of",
-    "python_component": "a component is written in Python, and what it does can't be seen",
+    "python_model": "the kind of its model is unknown",
+    "python_component": "a component is written in Python, so its rules can't be read",
     "empty_added_token": "an added token is empty once normalised, and may be found without end",
-    "copy_differs": "a copy of it encodes otherwise than itself",
-    "difference": "an answer put together from parts differed from the tokenizer's own",
+    "copy_differs": "a copy of the tokenizer gives other ids",
+    "difference": "an answer assembled from segments differed from the tokenizer's own",
 }
 
-# A chat is shown where the tokenizer has the token of one, else whatever opens a text.
+# The built-in sample starts each message with the first of these tokens that the tokenizer has:
+# tokens that open a chat message come before tokens that open a text.
 _OPENING_TOKENS = (
     "<|im_start|>",
     "<|start_header_id|>",
@@ -72,15 +73,15 @@ _MESSAGES = (
 
 
 class Grain(StrEnum):
-    """What may end at the places of a rule."""
+    """The kind of text that may end at a rule's cuts."""
 
-    CHUNK = "chunk"  # and the segments inside chunks
+    CHUNK = "chunk"  # both chunks and the segments inside them
     SEGMENT = "segment"
     NONE = "none"
 
 
 class Origin(StrEnum):
-    """What an answer was made from."""
+    """The source of an answer: the engine, cached segments, or the cached whole text."""
 
     ENCODED = "encoded"
     PARTS = "parts"
@@ -89,7 +90,7 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A rule of the plan; the classes of characters it stands between are those of `Rule`."""
+    """A rule of the cut plan; `left` and `right` are the character classes around the cut."""
 
     name: str
     grain: Grain
@@ -100,7 +101,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """An added token: whether it parts a text, whether a chunk may begin with it, why not."""
+    """An added token: whether texts are cut around it, whether a chunk may begin with it."""
 
     content: str
     id: int
@@ -112,7 +113,7 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """How a part is encoded otherwise than the beginning of a text."""
+    """How the encoding of a segment at `place` differs from that of a text's beginning."""
 
     place: str
     changes: tuple[str, ...]
@@ -123,12 +124,12 @@ class Affixes:
     """The tokens that add_special_tokens puts around a text."""
 
     before: tuple[str, ...]
-    behind: tuple[str, ...]
+    after: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of the sample, in code points; `is_token` says that it is one added token."""
+    """A segment of the sample, in code points; `is_token` is true if it is one added token."""
 
     start: int
     stop: int
@@ -137,7 +138,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A text and its parts in both grains; `why_uncut` says why there are none."""
+    """A text, its chunks and its segments; `why_uncut` is the reason if there are none."""
 
     text: str
     chunks: tuple[Segment, ...]
@@ -147,7 +148,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer of the cache; `difference` is what is wrong with it or how it was made."""
+    """One answer of the cache; `difference` is None if it is right and was made as intended."""
 
     engine: str
     add_special_tokens: bool
@@ -158,11 +159,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What is cached of a tokenizer, where its texts are cut, and why.
+    """Whether a tokenizer's whole texts and segments are cached, where texts are cut, and why.
 
-    `why_not_whole` and `why_not_parts` are None where whole texts and parts are cached.
-    `continuations` are empty if every part is encoded alike; `affixes` is None if unknown.
-    `why_not_compared` says why there are no `answers`.
+    `why_not_whole` is None if whole texts are cached, `why_not_parts` is None if segments are.
+    `continuations` is empty if every segment is encoded alike; `affixes` is None if unknown.
+    `why_not_compared` is the reason if there are no `answers`.
     """
 
     name: str
@@ -190,7 +191,7 @@ class Explanation:
         return any(answer.difference for answer in self.answers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as what JSON can hold."""
+        """Return all fields as a dict that JSON can hold."""
         made = asdict(self)
         for grain in ("chunks", "segments"):
             for part in made["sample"][grain]:
@@ -201,7 +202,7 @@ class Explanation:
 def explain(
     source: TokenizerSource | Tokenizer, config: CacheConfig | None = None, text: str | None = None
 ) -> Explanation:
-    """Return what is cached of a tokenizer, where `text` or a built-in sample is cut, and why.
+    """Return the Explanation of a tokenizer, with `text` or a built-in chat as the sample.
 
     Errors: UnsupportedTokenizer if the source holds none; MissingExtra for an engine that is not
             installed.
@@ -213,14 +214,15 @@ def explain(
     core = wrapped._tokcache  # noqa: SLF001 (ours)
     l1 = core.l1
     reason = core.engine(core.fresh()).reason
-    # Segments are looked up by this engine alone: what is shown of them is shown and proven by it.
+    # Only the engine "tokenizers" looks up segments. With a faster engine a second cache with that
+    # engine is made, which shows and proves them.
     by_segments = wrapped
     if l1 is not None and l1.off is None and l1.engine != "tokenizers":
         by_segments = wrap(plain, replace(config, engine="tokenizers"))
     plan = None if l1 is None else l1.plan
     added = tuple(_added(plain, plan))
     text = _sample_text(added) if text is None else text
-    sample = _sample(by_segments, text)  # before any answer: one that differs ends the cuts
+    sample = _sample(by_segments, text)  # before any answer: a wrong one switches L1 off
     answers, why_not_compared = _answers(plain, dict.fromkeys((wrapped, by_segments)), text)
     return Explanation(
         name=source.name if isinstance(source, TokenizerSource) else "a tokenizer in memory",
@@ -245,7 +247,7 @@ def explain(
 
 
 def read_sample(path: Path) -> str:
-    """Return the text of a file, its line ends as they are.
+    """Return the text of a file with its line ends unchanged.
 
     Errors: MissingFile; InvalidPrompts for a file that can't be read, is empty or not UTF-8.
     """
@@ -262,7 +264,7 @@ def read_sample(path: Path) -> str:
     return text
 
 
-# ---- what is cached
+# ---- the cuts, added tokens and engine
 
 
 def _in_words(reason: str) -> str:
@@ -273,11 +275,11 @@ def _why_not_parts(plan: CutPlan | None, reason: str | None) -> str | None:
     if reason is not None:
         return _in_words(reason)
     if plan is None:
-        return "the cache of parts is switched off (l1=False)"
+        return "the segment cache is switched off (l1=False)"
     if plan.off is not None:
         return "; ".join(plan.refused) or _in_words(plan.off)
     if not any(plan.fine) and not plan.separators:
-        return "; ".join(plan.refused) or "no place is known where a text may be cut"
+        return "; ".join(plan.refused) or "no safe place to cut a text is known"
     return None
 
 
@@ -308,7 +310,7 @@ def _added(tokenizer: Tokenizer, plan: CutPlan | None) -> Iterator[Added]:
 
 def _why_not_cut_out(normalized: bool, plan: CutPlan | None) -> str:
     is_cut = plan is not None and plan.off is None
-    return "looked for in the normalised text" if normalized and is_cut else "nothing is cut"
+    return "it is found in the normalised text" if normalized and is_cut else "nothing is cut"
 
 
 def _why_not_opening(one: Separator) -> str | None:
@@ -317,17 +319,17 @@ def _why_not_opening(one: Separator) -> str | None:
     if one.skips:
         return "special tokens are read as text: encode_special_tokens"
     if one.lstrip:
-        return "the blanks before it go with it: lstrip"
+        return "it includes the whitespace before it: lstrip"
     if one.single_word:
         return "it must be a whole word: single_word"
-    return "added tokens overlap, or one begins like another"
+    return "added tokens overlap, or one is the beginning of another"
 
 
 def _continuations(plan: CutPlan) -> Iterator[Continuation]:
     if len(plan.variants) < 2:  # noqa: PLR2004 (a first one and another)
         return
     first = plan.variants[plan.variant_of[0]]
-    places = ("behind an added token", "at a cut")
+    places = ("after an added token", "at a cut")
     for place, index in zip(places, plan.variant_of[1:], strict=True):
         other = plan.variants[index]
         changes = [
@@ -339,7 +341,7 @@ def _continuations(plan: CutPlan) -> Iterator[Continuation]:
 
 
 def _changes(first: Any, other: Any) -> Iterator[str]:
-    """Yield what differs between two components, and nothing of what they share."""
+    """Yield the settings that differ between two components, none that are equal."""
     if first == other:
         return
     kind = first["type"]
@@ -358,10 +360,10 @@ def _affixes(tokenizer: Tokenizer, plan: CutPlan | None) -> Affixes | None:
     around = plan.affixes[True] if plan else None
     if around is None:
         return None
-    before, behind = (
+    before, after = (
         tuple(tokenizer.id_to_token(index) or f"id {index}" for index in side) for side in around
     )
-    return Affixes(before, behind)
+    return Affixes(before, after)
 
 
 def _engine_notes(l1: L1, wanted: str) -> Iterator[str]:
@@ -373,7 +375,7 @@ def _engine_notes(l1: L1, wanted: str) -> Iterator[str]:
         if wanted == "auto" and name not in present:
             yield f"{name} is not installed (pip install 'tokcache[engines]')"
     if wanted == "tokenizers":
-        yield "no faster one was asked for"
+        yield "chosen by the engine setting"
     yield from l1.notes
 
 
@@ -381,7 +383,7 @@ def _engine_notes(l1: L1, wanted: str) -> Iterator[str]:
 
 
 def _sample_text(added: Sequence[Added]) -> str:
-    """Return a chat whose messages a token of this tokenizer opens, if it has a special one."""
+    """Return a chat; each message starts with a special token of the tokenizer, if it has one."""
     special = [one for one in added if one.special]
     known = {one.content for one in special}
     likely = [content for content in _OPENING_TOKENS if content in known]
@@ -393,18 +395,18 @@ def _sample_text(added: Sequence[Added]) -> str:
 def _sample(wrapped: WrappedTokenizer, text: str) -> Sample:
     l1 = wrapped._tokcache.l1  # noqa: SLF001 (ours)
     if l1 is None or l1.off is not None:
-        return Sample(text, (), (), "nothing of this tokenizer's texts is cut")
+        return Sample(text, (), (), "this tokenizer's texts are not cut")
     grains = [l1.segments(text, fine=fine) for fine in (False, True)]
     chunks, segments = (tuple(Segment(*part) for part in parts or ()) for parts in grains)
     is_cut = None not in grains
-    why = "an added token that must be a whole word stands beside a character it can't be told of"
+    why = "next to a whole-word added token is a character that may or may not belong to a word"
     return Sample(text, chunks, segments, None if is_cut else why)
 
 
 def _answers(
     plain: Tokenizer, caches: dict[WrappedTokenizer, None], text: str
 ) -> tuple[tuple[Answer, ...], str | None]:
-    """Ask for the sample twice in each of its forms, and compare every answer."""
+    """Encode the sample twice with and twice without special tokens; compare every answer."""
     if why_random(plain.model) is not None:
         return (), "two encodings of one text may differ"
     with _whole_texts(plain):
@@ -414,7 +416,7 @@ def _answers(
                 for special in (True, False)
             }
         except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
-            return (), f"the tokenizer itself can't encode the sample: {error}"
+            return (), f"the plain tokenizer can't encode the sample: {error}"
     answers = [
         _answer(cache, text, special, right[special])
         for cache in caches
@@ -426,7 +428,7 @@ def _answers(
 
 @contextlib.contextmanager
 def _whole_texts(tokenizer: Tokenizer) -> Iterator[None]:
-    """Switch off what makes a tokenizer give less or more than the ids of a text."""
+    """Switch off truncation and padding, so that the tokenizer returns a text's own ids."""
     truncation, padding = tokenizer.truncation, tokenizer.padding
     tokenizer.no_truncation()
     tokenizer.no_padding()

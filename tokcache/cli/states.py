@@ -1,6 +1,7 @@
-"""The command line of a folder of states: `tokcache states ls | verify | prune | stats DIR`.
+"""The commands for a folder of states: `tokcache states ls | verify | prune | stats DIR`.
 
-Names are shown as the folder has them, as digests: what they stand for is a secret of the prompts.
+Scopes and models are shown as the digests that name their folders: the names behind the digests
+are secret.
 """
 
 from __future__ import annotations
@@ -25,30 +26,30 @@ from tokcache.state.tiers.disk import MARKER, DiskTier
 from tokcache.state.tiers.disk_file import File, verified_file
 
 DAMAGED, BAD_INPUT = 1, 2
-_SHOWN = 12  # digits of a digest that tell folders apart on a screen
+_SHOWN = 12  # leading digits of a digest that are printed
 
 states = typer.Typer(
     no_args_is_help=True,
-    help="What a folder of saved states holds; whether it is whole; make it smaller.",
+    help="List, verify, prune or count the states of a folder.",
     rich_markup_mode=None,
 )
 Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The folder that `disk=` or DiskTier names.")
+    Path, typer.Argument(metavar="DIR", help="The folder given to `disk=` or DiskTier.")
 ]
 Key = Annotated[
     str | None,
     typer.Option(
         "--hmac-key-env",
         metavar="NAME",
-        help="The environment variable that has the HMAC key, in hexadecimal digits.",
+        help="The environment variable with the HMAC key, in hexadecimal digits.",
     ),
 ]
 
 
 @states.command("ls")
 def list_states(folder: Folder) -> None:
-    """List what is held for each scope and model, by digest."""
-    with _told_errors():
+    """List the states and bytes of each scope and model, by digest."""
+    with _errors_in_one_line():
         groups: dict[tuple[str, str], list[File]] = defaultdict(list)
         for file in _tier(folder).files():
             groups[file.scope, file.owner].append(file)
@@ -69,8 +70,8 @@ def list_states(folder: Folder) -> None:
 
 @states.command("stats")
 def show_stats(folder: Folder) -> None:
-    """Tell how much there is in all."""
-    with _told_errors():
+    """Print the totals: states, bytes, scopes, models, and when states were last used."""
+    with _errors_in_one_line():
         files = list(_tier(folder).files())
     lines = {
         "States": f"{len(files):,}",
@@ -90,10 +91,12 @@ def verify(
     folder: Folder,
     *,
     hmac_key_env: Key = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove what is damaged.")] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove damaged and forged files.")
+    ] = False,
 ) -> None:
-    """Read every file and check its checksum. Exit code 1: some are damaged; 2: bad input."""
-    with _told_errors():
+    """Read every file and check its checksum or MAC. Exit code 1: some fail; 2: bad input."""
+    with _errors_in_one_line():
         tier = _tier(folder, hmac_key_env)
         files = list(tier.files())
         refused = _verified(tier, files, remove=remove)
@@ -111,7 +114,7 @@ def _verified(tier: DiskTier, files: list[File], *, remove: bool) -> dict[str, s
             try:
                 verified_file(tier.path, file, tier.codec)
             except FileNotFoundError:
-                continue  # pruned by a process that uses the folder
+                continue  # another process that uses the folder pruned it
             except (StateRefused, OSError) as error:
                 refused[file.place] = str(error)
                 if remove and str(error) in ("damaged", "forged"):
@@ -125,32 +128,35 @@ def prune(
     *,
     max_bytes: Annotated[
         str | None,
-        typer.Option(help="Remove the least recent until so much is left: bytes, or 500M, 4G."),
+        typer.Option(help="Remove the least recently used until this is left: bytes, 500M, 4G."),
     ] = None,
     scope: Annotated[
-        str | None, typer.Option(help="Remove all states of this scope, and nothing else.")
+        str | None, typer.Option(help="Remove all states of this scope and no others.")
     ] = None,
     shared: Annotated[
-        bool, typer.Option("--shared", help="Remove all states that have no scope.")
+        bool, typer.Option("--shared", help="Remove all states without a scope.")
     ] = False,
     ttl_s: Annotated[
-        float | None, typer.Option(help="Remove what was not used for that many seconds.")
+        float | None, typer.Option(help="Remove states not used for this many seconds.")
     ] = None,
     hmac_key_env: Key = None,
 ) -> None:
-    """Remove states: of one scope, beyond a number of bytes, or unused for too long.
+    """Remove the states of a scope, the excess over a number of bytes, or unused states.
 
-    A folder whose names are keyed needs its key to find a scope, given by --hmac-key-env.
+    If the folder was written with an HMAC key, --scope needs that key: give --hmac-key-env.
     """
-    with _told_errors():
+    with _errors_in_one_line():
         tier = _tier(folder, hmac_key_env, ttl_s=ttl_s)
         before = list(tier.files())
         if scope is not None or shared:
             if max_bytes is not None or ttl_s is not None or (shared and scope is not None):
-                raise InvalidConfig("give one of --scope, --shared, or --max-bytes and --ttl-s")
+                raise InvalidConfig(
+                    "these options exclude each other; give one of --scope, --shared, or"
+                    " --max-bytes and --ttl-s"
+                )
             tier.clear_shared() if scope is None else tier.clear(scope)
         elif max_bytes is None and ttl_s is None:
-            raise InvalidConfig("say what to remove: --scope, --shared, --max-bytes or --ttl-s")
+            raise InvalidConfig("give one of --scope, --shared, --max-bytes or --ttl-s")
         else:
             _prune(
                 tier,
@@ -176,16 +182,16 @@ def _tier(folder: Path, key_name: str | None = None, ttl_s: float | None = None)
 
 
 def _refuse(folder: Path) -> NoReturn:
-    """Say what a folder is that no cache keeps states in; it is left as it is."""
+    """Raise the error for a path that is not a folder of states; nothing is changed there."""
     if not folder.exists():
-        raise MissingFile(f"there is no folder {folder}; name the one that `disk=` names")
+        raise MissingFile(f"there is no folder {folder}; pass the folder given to `disk=`")
     if not folder.is_dir():
-        raise InvalidConfig(f"{folder} is a file; name the folder that `disk=` names")
+        raise InvalidConfig(f"{folder} is a file; pass the folder given to `disk=`")
     if not any(folder.iterdir()):
-        raise InvalidConfig(f"{folder} is an empty folder: no cache has kept states in it yet")
+        raise InvalidConfig(f"{folder} is an empty folder: no cache has stored states in it yet")
     raise InvalidConfig(
-        f"{folder} is not a folder of states: there is no {MARKER} among the files in it; name the "
-        "one that `disk=` names"
+        f"{folder} is not a folder of states: it has no file {MARKER}; pass the folder given to "
+        "`disk=`"
     )
 
 
@@ -195,9 +201,9 @@ def _key(name: str | None) -> bytes | None:
     try:
         return bytes.fromhex(os.environ[name])
     except KeyError:
-        raise InvalidConfig(f"the environment has no variable {name}; export the key") from None
+        raise InvalidConfig(f"the environment has no variable {name}; export it") from None
     except ValueError:
-        raise InvalidConfig(f"{name} must hold hexadecimal digits, two for each byte") from None
+        raise InvalidConfig(f"{name} must hold hexadecimal digits, two per byte") from None
 
 
 def _size(files: list[File]) -> int:
@@ -223,8 +229,8 @@ def _progress() -> Progress:
 
 
 @contextlib.contextmanager
-def _told_errors() -> Iterator[None]:
-    """Tell tokcache's own errors, and what the system refuses, in one line."""
+def _errors_in_one_line() -> Iterator[None]:
+    """Print a TokcacheError or an error of the system in one line and exit."""
     try:
         yield
     except (TokcacheError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What continues the demo's prompts: llama.cpp in this process, a llama-server, or nothing."""
+"""The demo's backends: llama.cpp in this process, a llama-server, or tokenization alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BackendName = Literal["inprocess", "server", "tokens"]
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Greedy tokens after a prompt. Units: `n_decoded` tokens of the prompt."""
+    """Greedy tokens after a prompt. Units: `n_decoded` counts tokens of the prompt."""
 
     token_ids: list[int]
     first_token_s: float
@@ -36,7 +36,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the states cost and why some were not used."""
+    """The bytes of the stored states, where they are, and why some were not used."""
 
     n_bytes: int
     where: str
@@ -44,25 +44,25 @@ class Held:
 
 
 class Runner(Protocol):
-    """What continues prompts."""
+    """One side of the comparison: it generates the continuation of a prompt."""
 
     def generate(self, ids: TokenIds, n_tokens: int) -> Generation:
-        """Continue a prompt."""
+        """Return `n_tokens` greedy tokens, or fewer if the model ends the text."""
 
 
 class CachingRunner(Runner, Protocol):
     """A runner that keeps states."""
 
     def forget(self) -> None:
-        """Drop what the warm-up left."""
+        """Clear the states that the warm-up stored."""
 
     def held(self) -> Held:
-        """Return what is kept now."""
+        """Return the size of the stored states."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Both sides of the comparison, and in words what the plain one is."""
+    """Both sides of the comparison; `baseline` describes the plain one in words."""
 
     plain: Runner
     cached: CachingRunner
@@ -70,7 +70,7 @@ class Sides:
 
 
 def choose_backend(*, has_model: bool) -> tuple[BackendName, str]:
-    """Return the best backend that is installed, and why it is no better one."""
+    """Return the best installed backend, and why a better one is not available."""
     can_have_model = has_model or find_spec("gguf") is not None
     if can_have_model and find_spec("llama_cpp"):
         return "inprocess", ""
@@ -82,8 +82,9 @@ def choose_backend(*, has_model: bool) -> tuple[BackendName, str]:
 
 @contextlib.contextmanager
 def in_process(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Iterator[Sides]:
-    """Yield two models in this process: without and with a prefix cache, otherwise equal."""
-    # Spinning threads starve each other on busy machines; read when llama_cpp is imported.
+    """Yield two models in this process, equal except that one has a prefix cache."""
+    # Spinning threads starve each other on busy machines. OpenMP reads this when llama_cpp is
+    # imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from tokcache.llama import Llama  # noqa: PLC0415 (an extra)
 
@@ -102,11 +103,11 @@ def in_process(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Itera
         plain = opened.enter_context(contextlib.closing(Llama(model, **settings)))
         cached = Llama(model, prefix_cache=states, **settings)
         opened.callback(cached.close)
-        cached.wait_for_fingerprint()  # else the first prompts of a large model are not kept
+        cached.wait_for_fingerprint()  # otherwise a large model's first prompts are not stored
         yield Sides(
             plain=_InProcess(plain),
             cached=_InProcessCached(cached, states),
-            baseline="llama.cpp, its context kept from prompt to prompt",
+            baseline="llama.cpp, which keeps its context from prompt to prompt",
         )
 
 
@@ -128,7 +129,7 @@ class _InProcess:
             produced.append(token)
             if len(produced) == n_tokens or token == self._llm.token_eos():
                 break
-        stream.close()  # here the state is saved
+        stream.close()  # saves the state
         seconds = perf_counter() - started
         return Generation(produced, first_token_s, seconds, self._llm.last_reuse.n_decoded)
 
@@ -148,7 +149,7 @@ class _InProcessCached(_InProcess):
 
 @contextlib.contextmanager
 def served(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Iterator[Sides]:
-    """Yield two slots of one llama-server: one emptied each time, one with saved slot files."""
+    """Yield two slots of one llama-server: one erased before each prompt, one with slot files."""
     from tokcache.demo.slot_files import SlotFiles  # noqa: PLC0415 (with the two above)
     from tokcache.llama.server import LlamaServer  # noqa: PLC0415 (an extra)
     from tokcache.samples.server_process import ServerProcess  # noqa: PLC0415 (an extra)
@@ -160,7 +161,8 @@ def served(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Iterator[
             n_slots=2,
             block_tokens=BLOCK_TOKENS,
             n_threads=n_threads,
-            # Checkpoints end pieces at other places than both sides are compared at.
+            # A checkpoint ends a decode early. Then the pieces of the two sides would differ, and
+            # with them the last bits of the results.
             overrides={"n_ctx_checkpoints": 0},
         ) as process,
         LlamaServer(process.url, tokenizer=tokenizer) as server,
@@ -169,7 +171,7 @@ def served(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Iterator[
         yield Sides(
             plain=_EmptiedSlot(server, 0),
             cached=_SavedSlot(files),
-            baseline="a llama-server slot that begins each prompt from nothing",
+            baseline="a llama-server slot that is erased before each prompt",
         )
 
 
@@ -197,7 +199,7 @@ class _SavedSlot:
         return Generation(token_ids, reused.first_token_s, seconds, len(ids) - reused.n_restored)
 
     def forget(self) -> None:
-        """Drop nothing: a warm-up is shorter than a block, and was not saved."""
+        """Do nothing: the warm-up prompt is shorter than a block, so it was not saved."""
 
     def held(self) -> Held:
         return Held(self._files.n_bytes, "in slot files", self._files.refusals)

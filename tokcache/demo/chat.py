@@ -1,7 +1,7 @@
-"""Two chats as a busy help desk sees them: long instructions, short questions, taking turns.
+"""The demo's built-in prompts: two help-desk chats with long instructions and short questions.
 
-Written for this project; the replies are part of the text, so that a model of random weights is
-asked what a real one would be.
+Written for this project. The replies are part of the text, so that a model with random weights
+gets the prompts that a real one would.
 """
 
 from __future__ import annotations
@@ -276,9 +276,9 @@ _ASKED_AGAIN = (2, 5)
 
 
 def built_in_prompts() -> list[Prompt]:
-    """Return the prompts of both chats as they reach a server: the chats take turns.
+    """Return the prompts of both chats in the order in which a server gets them: turn by turn.
 
-    Some questions are asked again (a retry, a second answer wanted), as chat clients do.
+    Some prompts are repeated, as chat clients do for a retry or a second answer.
     """
     library = _turns(_LIBRARY, _LIBRARY_TURNS)
     ferry = _turns(_FERRY, _FERRY_TURNS)

@@ -1,4 +1,4 @@
-"""Prompts: what a user's file may hold, and what is told when it can't be read."""
+"""Reads a user's file of prompts; a file that can't be read is an InvalidPrompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A chat to be continued, or a text as it is: one of the two is set."""
+    """A chat to continue, or a plain text; exactly one of the two is set."""
 
     messages: tuple[Message, ...] = ()
     text: str = ""
@@ -46,7 +46,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     is_json = path.suffix == ".jsonl" or text.lstrip()[:1] in {"{", "["}
     prompts = _from_json_lines(text, path) if is_json else _from_blocks(text)
     if not prompts:
-        raise InvalidPrompts(f"{path} holds no prompts; one JSON object a line, or plain text")
+        raise InvalidPrompts(f"{path} holds no prompts; write one JSON object a line or plain text")
     return prompts
 
 

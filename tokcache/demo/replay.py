@@ -1,4 +1,4 @@
-"""The replay: every prompt on both sides, timed alike, and compared."""
+"""The replay: runs every prompt on both sides, times both in the same way, and compares them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WARM_UP = "A few words that no prompt begins with."
 
 
 class Kind(StrEnum):
-    """What a prompt has in common with those before it."""
+    """How a prompt relates to the earlier ones: new, a continuation, or a repetition."""
 
     NEW = "new"
     CONTINUES = "continues"
@@ -30,7 +30,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A text for the tokenizer; chat templates bring their own special tokens."""
+    """A text for the tokenizer; a rendered chat already contains its special tokens."""
 
     text: str
     add_special_tokens: bool
@@ -38,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One prompt on one side. Units: seconds, from the text on."""
+    """One prompt on one side. Units: seconds, tokenization included."""
 
     token_ids: list[int]
     tokenize_s: float
@@ -46,25 +46,25 @@ class Side:
 
     @property
     def first_token_s(self) -> float:
-        """Tokenization, prefill and the first token."""
+        """Seconds for tokenization, prefill and the first token."""
         return self.tokenize_s + (self.generation.first_token_s if self.generation else 0.0)
 
     @property
     def seconds(self) -> float:
-        """All of the request."""
+        """Seconds for the whole request."""
         return self.tokenize_s + (self.generation.seconds if self.generation else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One prompt on both sides."""
+    """The results of one prompt on both sides."""
 
     kind: Kind
     plain: Side
     cached: Side
 
     def difference(self) -> str | None:
-        """Return the first difference in words, None if there is none."""
+        """Return a description of the first difference, None if both sides are equal."""
         pairs = [("prompt id", self.plain.token_ids, self.cached.token_ids)]
         if self.plain.generation and self.cached.generation:
             generated = (self.plain.generation.token_ids, self.cached.generation.token_ids)
@@ -90,8 +90,7 @@ def _at(tokens: Sequence[int], at: int) -> str:
 class Replay:
     """Runs requests on both sides.
 
-    The side that goes first changes from request to request, so that what a machine does
-    meanwhile hits both.
+    The sides take turns in going first, so that other load on the machine affects both.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Replay:
         self._max_tokens = max_tokens
 
     def warm_up(self) -> None:
-        """Use both sides once, so that what first use costs is counted nowhere."""
+        """Run a short prompt on both sides, so that no figure includes the cost of a first use."""
         request = Request(_WARM_UP, add_special_tokens=False)
         self._plain_side(request)
         self._cached_side(request)
@@ -140,7 +139,8 @@ class Replay:
     def _side(
         self, request: Request, encode: Callable[[str], TokenIds], runner: Runner | None
     ) -> Side:
-        text = request.text.encode().decode()  # a fresh string, as one parsed from a request is
+        # A new string object without a cached hash, like one parsed from a request.
+        text = request.text.encode().decode()
         started = perf_counter()
         ids = encode(text)
         tokenize_s = perf_counter() - started
@@ -149,7 +149,7 @@ class Replay:
 
 
 class _Kinds:
-    """Tells what each prompt has in common with the earlier ones."""
+    """Compares each prompt with the earlier ones."""
 
     def __init__(self) -> None:
         self._texts: set[str] = set()

@@ -1,6 +1,6 @@
-"""SlotFiles: prompts of a llama-server begun from saved slots, exactly as if begun from nothing.
+"""SlotFiles: the slot manager on one slot of a llama-server, in reproducible mode.
 
-The slot manager in its reproducible mode, on one slot.
+A prompt that starts from a saved slot gets exactly the results of an uncached run.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class SlotFiles:
-    """The saved slots of one server, by the tokens they hold.
+    """The saved states of one slot of a server, found by their tokens.
 
-    The server must decode in pieces of `block_tokens` (ServerProcess does), and run without context
-    checkpoints if its model is not one of full attention. Of a sliding window it then uses nothing
-    that it restored: saving and restoring stop.
+    The server must decode in pieces of `block_tokens` (ServerProcess does). If its model does not
+    have full attention, it must run without context checkpoints; for a model with a sliding window
+    it then reuses nothing of a restored state, so saving and restoring stop.
 
     Errors: a file that can't be used costs a prefill and counts in `refusals`, by reason.
     """
@@ -41,7 +41,7 @@ class SlotFiles:
 
     @property
     def refusals(self) -> Counter[str]:
-        """What was not reused or saved, by reason."""
+        """Number of states not reused or not saved, by reason."""
         return self._manager.refusals
 
     @property
@@ -50,6 +50,6 @@ class SlotFiles:
         return self._manager.stats().n_bytes
 
     def complete(self, tokens: Iterable[int], *, n_predict: int, n_probs: int = 0) -> Reused:
-        """Return the greedy completion of `tokens`, and keep the state of its whole blocks."""
+        """Return the greedy completion of `tokens`; save the state of its complete blocks."""
         settings = {"n_predict": n_predict, "temperature": 0.0, "n_probs": n_probs}
         return self._manager.drive(self._manager.complete(TokenIds(tokens), settings, None, None))

@@ -1,4 +1,4 @@
-"""The demo's result as a table and a few lines."""
+"""Renders the demo's result as a table and a few lines of text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from tokcache.stats import CacheStats
 
 _KINDS = {
-    Kind.NEW: "a prompt that opens something new",
+    Kind.NEW: "a prompt with a new beginning",
     Kind.CONTINUES: "a prompt that continues an earlier one",
-    Kind.AGAIN: "a prompt asked again",
+    Kind.AGAIN: "a repeated prompt",
 }
 _MILLI, _MICRO = 1e-3, 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """All that was found out."""
+    """The outcomes of a replay and the counters before and after it."""
 
     outcomes: Sequence[Outcome]
     before: CacheStats
@@ -36,7 +36,7 @@ class Summary:
 
     @property
     def text_hit_rate(self) -> float:
-        """Return the share of texts that were not tokenized: known whole, or in all parts."""
+        """Share of texts that the engine did not encode: in L0, or all chunks in L1."""
         found, before = self.after.l0, self.before.l0
         n_texts = found.hits + found.misses - before.hits - before.misses
         hits = found.hits - before.hits + self.after.l1.hits - self.before.l1.hits
@@ -44,7 +44,7 @@ class Summary:
 
     @property
     def char_hit_rate(self) -> float | None:
-        """Return the share of characters that stood in known parts, of texts not known whole."""
+        """Share of the characters of texts not in L0 that were in cached chunks."""
         now, before = self.after.l1, self.before.l1
         n_chars = now.lookup_chars - before.lookup_chars
         missed = now.chunk_miss_chars - before.chunk_miss_chars
@@ -56,9 +56,9 @@ class Summary:
         return any(outcome.plain.generation for outcome in self.outcomes)
 
     def differences(self) -> list[str]:
-        """Return what differs, in words, by request."""
+        """Return a description of each request whose two sides differ."""
         found = ((n, each.difference()) for n, each in enumerate(self.outcomes, start=1))
-        return [f"request {number}: {what}" for number, what in found if what]
+        return [f"request {number}: {difference}" for number, difference in found if difference]
 
     def n_prompt_tokens(self) -> int:
         """Return the number of prompt tokens of all requests."""
@@ -84,7 +84,7 @@ def _cached(outcome: Outcome) -> Side:
 
 
 def table(summary: Summary) -> Table:
-    """Return the times of both sides."""
+    """Return a table of both sides' times."""
     made = Table(show_edge=False, pad_edge=False, box=None)
     made.add_column("")
     for name in ("without", "with tokcache", "gain"):
@@ -133,19 +133,19 @@ def _add_row(
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Return a time as text, in µs, ms or s."""
     if seconds < _MILLI:
         return f"{seconds / _MICRO:.1f} µs"
     return f"{seconds / _MILLI:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def lines(summary: Summary) -> Iterator[str]:
-    """Yield what stands below the table; the last line says whether both sides are identical."""
+    """Yield the lines below the table; the last one says whether both sides are identical."""
     n_bytes = summary.after.l0.n_bytes + summary.after.l1.n_bytes
     chars = summary.char_hit_rate
     parts = "" if chars is None else f", {chars:.0%} of the characters of the others"
     yield f"Hit rate:   {summary.text_hit_rate:.0%} of the texts{parts}{_token_rate(summary)}"
-    yield f"Bytes held: {_size(n_bytes)} of texts, their parts and ids{_state_bytes(summary)}"
+    yield f"Bytes held: {_size(n_bytes)} of texts, segments and ids{_state_bytes(summary)}"
     for reason, count in (summary.held.refusals if summary.held else {}).items():
         yield f"Not used:   {count} states ({reason})"
     differences = summary.differences()

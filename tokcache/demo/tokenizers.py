@@ -1,4 +1,4 @@
-"""Where the demo's tokenizer comes from, and how it writes a chat."""
+"""Finds the demo's tokenizer (file, folder or hub name) and its chat template."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """A tokenizer.json, what stands beside it, and the name to show."""
+    """A tokenizer.json, the tokenizer_config.json next to it, and the name to show."""
 
     name: str
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> Tokenizer:
-        """Return a tokenizer of its own."""
+        """Return a new tokenizer, shared with nobody."""
         try:
             return Tokenizer.from_file(str(self.path))
         except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
             raise UnsupportedTokenizer(_unreadable(self.path, error)) from None
 
 
-# How files begin that people take for a tokenizer.json, what they are, and what to pass instead.
+# First bytes of other files that people pass as a tokenizer.json, and the kind of each.
 _OTHER_FILES = (
     (b"GGUF", "is a model file (GGUF): the tokenizer in it is llama.cpp's own"),
     (b"\n\x0e\n\x05<unk>", "is a SentencePiece model"),
@@ -44,7 +44,7 @@ _OTHER_FILES = (
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """Return a message about a file that tokenizers can't read."""
+    """Return the error message for a file that tokenizers can't read."""
     with path.open("rb") as file:
         start = file.read(16)
     for magic, kind in _OTHER_FILES:
@@ -54,9 +54,9 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def find_tokenizer(named: str | None) -> TokenizerSource:
-    """Return the tokenizer of a file, a folder or a hub name; without a name the tiny one.
+    """Return the tokenizer of a file, a folder or a hub name; the tiny one if `named` is None.
 
-    Errors: MissingFile for a path that is not there or a hub name that can't be fetched.
+    Errors: MissingFile if a path does not exist or a hub name can't be fetched.
     """
     if named is None:
         return _from_file(tiny_tokenizer(), "tokcache's tiny one, 2,048 tokens")
@@ -78,7 +78,7 @@ def _from_file(path: Path, name: str) -> TokenizerSource:
 def _config(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a tokenizer.json is enough
+    except (OSError, ValueError):  # optional: the tokenizer.json is enough
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -87,7 +87,7 @@ def _from_hub(name: str) -> TokenizerSource:
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 (comes with tokenizers, slow)
     from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415 (same)
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it is told once, below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # reported once, below
     try:
         path = Path(hf_hub_download(name, "tokenizer.json"))
         try:
@@ -97,34 +97,34 @@ def _from_hub(name: str) -> TokenizerSource:
     except (OSError, ValueError, EntryNotFoundError) as error:
         reason = str(error).strip().split("\n")[0]
         raise MissingFile(
-            f"{name!r} is no file here, and no tokenizer.json came from the hub: {reason}"
+            f"{name!r} is not a file, and the hub gave no tokenizer.json for it: {reason}"
         ) from None
     return TokenizerSource(name, path, _config(config))
 
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How messages become a text."""
+    """Turns the messages of a chat into one text."""
 
     name: str
     write: Callable[[Sequence[Message]], str]
 
     def text(self, prompt: Prompt) -> str:
-        """Return the text that the tokenizer gets."""
+        """Return the text of a prompt for the tokenizer."""
         return self.write(prompt.messages) if prompt.messages else prompt.text
 
 
 def chat_format(source: TokenizerSource, tokenizer: Tokenizer) -> ChatFormat:
-    """Return the tokenizer's own chat template; ChatML or plain labels where there is none."""
+    """Return the tokenizer's own chat template; if it has none, ChatML or plain labels."""
     template = source.config.get("chat_template")
     if isinstance(template, str):
         try:
             return ChatFormat("the tokenizer's template", _template_writer(template, source.config))
-        except ImportError:  # jinja2 comes with llama-cpp-python and transformers
+        except ImportError:  # jinja2 is optional: llama-cpp-python and transformers bring it
             pass
     if tokenizer.token_to_id("<|im_start|>") is not None:
         return ChatFormat("ChatML", _write_chatml)
-    return ChatFormat("plain labels, the tokenizer has no template", _write_plain)
+    return ChatFormat("plain labels, as the tokenizer has no template", _write_plain)
 
 
 def _write_chatml(messages: Sequence[Message]) -> str:

@@ -1,1 +1,1 @@
-"""What the caches do, for those who watch: Prometheus metrics and a Grafana dashboard."""
+"""Metrics of the caches for monitoring systems."""

@@ -1,7 +1,7 @@
-"""Collector: the counters of every layer as Prometheus metrics, labelled by model.
+"""Collector: exports the counters of every layer as Prometheus metrics, labelled by model.
 
-README.md beside this file lists the names. A scrape reads each cache's own counters once, so that
-nothing is counted twice and the request path knows nothing of it.
+README.md in this folder lists the names. A scrape reads each cache's own counters once, so nothing
+is counted twice and the request path does no work for metrics.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _Observed = CachedTokenizer | PrefixStateCache
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """What a scrape sees of one wrapped tokenizer."""
+    """The values of one wrapped tokenizer at a scrape."""
 
     stats: CacheStats
     config: CacheConfig
@@ -51,7 +51,7 @@ class _Text:
 
 @dataclass(frozen=True, slots=True)
 class _States:
-    """What a scrape sees of one prefix-state cache."""
+    """The values of one prefix-state cache at a scrape."""
 
     stats: StateStats
     max_entries: int
@@ -62,7 +62,7 @@ class _States:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """One metric: its name, where its value lies, and what it means.
+    """One metric: its name, the path of its value in _Text or _States, and its meaning.
 
     `label` is the second label of a metric whose value is a mapping.
     """
@@ -81,7 +81,7 @@ class _Family:
         return GaugeMetricFamily(name, self.meaning, labels=labels)
 
     def collect(self, seen: Iterable[tuple[str, Any]]) -> Metric:
-        """Return the metric with a sample a model, or one a model and value of `label`."""
+        """Return the metric with one sample per model, or per model and value of `label`."""
         family: Any = self.describe()
         for model, view in seen:
             value = attrgetter(self.path)(view)
@@ -104,59 +104,67 @@ TEXT = (
     _Family("l0_max_entries", "config.l0_max_entries", "Texts that L0 may hold."),
     _Family("l0_bytes", "stats.l0.n_bytes", "Bytes L0 holds: keys, ids and overhead."),
     _Family("l0_max_bytes", "config.l0_max_bytes", "Bytes that L0 may hold."),
-    _Family("l1_hits_total", "stats.l1.hits", "Texts of which every chunk was known."),
-    _Family("l1_misses_total", "stats.l1.misses", "Texts of which some chunk was not known."),
-    _Family("l1_chunk_hits_total", "stats.l1.chunk_hits", "Chunks looked up that were known."),
-    _Family("l1_chunk_misses_total", "stats.l1.chunk_misses", "Chunks looked up in vain."),
-    _Family("l1_short_hits_total", "stats.l1.short_hits", "Short segments that were known."),
-    _Family("l1_short_misses_total", "stats.l1.short_misses", "Short segments not known."),
+    _Family("l1_hits_total", "stats.l1.hits", "Texts with all chunks in L1."),
+    _Family("l1_misses_total", "stats.l1.misses", "Texts with some chunk not in L1."),
+    _Family("l1_chunk_hits_total", "stats.l1.chunk_hits", "Look-ups of chunks that hit."),
+    _Family("l1_chunk_misses_total", "stats.l1.chunk_misses", "Look-ups of chunks that missed."),
+    _Family("l1_short_hits_total", "stats.l1.short_hits", "Look-ups of short segments that hit."),
+    _Family(
+        "l1_short_misses_total",
+        "stats.l1.short_misses",
+        "Look-ups of short segments that missed.",
+    ),
     _Family("l1_lookup_characters_total", "stats.l1.lookup_chars", "Characters looked up in L1."),
     _Family(
         "l1_chunk_miss_characters_total",
         "stats.l1.chunk_miss_chars",
-        "Characters of chunks that were not known.",
+        "Characters of chunks not in L1.",
     ),
     _Family(
         "l1_engine_characters_total",
         "stats.l1.engine_chars",
-        "Characters of parts that the engine encoded.",
+        "Characters of segments that the engine encoded.",
     ),
-    _Family("l1_tokens_total", "stats.l1.tokens", "Token ids of texts put together from parts."),
+    _Family("l1_tokens_total", "stats.l1.tokens", "Token ids of texts answered by L1."),
     _Family(
-        "l1_engine_tokens_total", "stats.l1.engine_tokens", "Those of them that the engine made."
+        "l1_engine_tokens_total",
+        "stats.l1.engine_tokens",
+        "Token ids of texts answered by L1 that the engine made.",
     ),
-    _Family("l1_insertions_total", "stats.l1.insertions", "Parts put into L1."),
-    _Family("l1_evictions_total", "stats.l1.evictions", "Parts evicted from L1."),
+    _Family("l1_insertions_total", "stats.l1.insertions", "Chunks and segments put into L1."),
+    _Family("l1_evictions_total", "stats.l1.evictions", "Chunks and segments evicted from L1."),
     _Family(
-        "l1_refusals_total", "stats.l1.refusals", "Texts not cut and parts not kept.", "reason"
+        "l1_refusals_total", "stats.l1.refusals", "Texts not cut, segments not kept.", "reason"
     ),
     _Family("l1_chunks", "stats.l1.n_chunks", "Chunks in L1."),
     _Family("l1_shorts", "stats.l1.n_shorts", "Short segments in L1."),
     _Family("l1_bytes", "stats.l1.n_bytes", "Bytes L1 holds."),
     _Family("l1_max_bytes", "config.l1_max_bytes", "Bytes that L1 may hold."),
-    _Family("encode_texts_total", "stats.encoded_texts", "Texts encoded, all or parts of them."),
-    _Family("encode_tokens_total", "stats.encoded_tokens", "Token ids of the texts encoded."),
-    _Family("encode_seconds_total", "stats.encode_seconds", "Seconds spent encoding them."),
-    _Family("encode_shared_total", "stats.shared", "Callers that waited for another's encoding."),
-    _Family("invalidations_total", "stats.invalidations", "Changes that emptied the cache."),
+    _Family("encode_texts_total", "stats.encoded_texts", "Texts encoded, in full or in part."),
+    _Family("encode_tokens_total", "stats.encoded_tokens", "Token ids of the encoded texts."),
+    _Family("encode_seconds_total", "stats.encode_seconds", "Seconds spent encoding texts."),
+    _Family("encode_shared_total", "stats.shared", "Calls that waited for another's encoding."),
+    _Family(
+        "invalidations_total", "stats.invalidations", "Tokenizer changes that emptied the cache."
+    ),
     _Family("bypasses_total", "stats.bypasses", "Calls answered by the plain tokenizer.", "reason"),
 )
 
 
 def _of_tier(name: str, there: str, it: str) -> tuple[_Family, ...]:
-    """Return what every tier below memory counts."""
-    told = {
+    """Return the metrics that disk and Redis share."""
+    meanings = {
         "hits": f"States found {there}.",
-        "misses": "States looked up there in vain.",
+        "misses": f"States not found {there}.",
         "writes": f"States written to {it}.",
         "read_bytes": f"Bytes read from {it}.",
-        "written_bytes": "Bytes written there.",
+        "written_bytes": f"Bytes written to {it}.",
     }
-    refused = f"States that {it} did not store or give.", "reason"
+    refused = f"States not stored in or not used from {it}.", "reason"
     return (
         *(
             _Family(f"state_{name}_{n}_total", f"stats.{name}.{n}", text)
-            for n, text in told.items()
+            for n, text in meanings.items()
         ),
         _Family(f"state_{name}_refusals_total", f"stats.{name}.refusals", *refused),
     )
@@ -169,7 +177,7 @@ STATES = (
     _Family(
         "state_context_tokens_total",
         "stats.context_tokens",
-        "Prompt tokens that the engine's context still held.",
+        "Prompt tokens still in the engine's context.",
     ),
     _Family(
         "state_restored_tokens_total",
@@ -187,8 +195,12 @@ STATES = (
     _Family("state_blocks", "blocks", "Blocks stored, by tier.", "tier"),
     _Family("state_bytes", "bytes", "Bytes held, by tier.", "tier"),
     _Family("state_max_bytes", "max_bytes", "Bytes that may be held, by tier.", "tier"),
-    _Family("state_snapshots", "stats.n_states", "Snapshots (states of whole prefixes) in memory."),
-    _Family("state_promoted_tokens_total", "stats.promoted_tokens", "Positions from a lower tier."),
+    _Family("state_snapshots", "stats.n_states", "Snapshots in memory."),
+    _Family(
+        "state_promoted_tokens_total",
+        "stats.promoted_tokens",
+        "Positions that came from a lower tier.",
+    ),
     _Family("state_expirations_total", "stats.expirations", "States that expired."),
     *_of_tier("disk", "on disk", "disk"),
     _Family("state_disk_evictions_total", "stats.disk.evictions", "States pruned from disk."),
@@ -198,14 +210,14 @@ STATES = (
 
 
 class Collector(_Base):
-    """The metrics of the tokenizers and state caches that are added, under one name each.
+    """Exports the metrics of the tokenizers and state caches that are added, each under a label.
 
-    They are held by weak references: what nobody else holds any more disappears from the next
-    scrape on. `registry` is where the collector registers, prometheus_client's own if not given,
-    and None for nowhere.
+    They are held by weak references: once nothing else uses a cache, the next scrape no longer
+    contains it. The collector registers in `registry`, by default prometheus_client's own; with
+    None it does not register.
 
-    Errors:  InvalidConfig where the registry has a Collector already.
-    Cost:    a scrape asks each cache for its counters once, under that cache's own short lock.
+    Errors:  InvalidConfig if the registry already has a Collector.
+    Cost:    a scrape reads each cache's counters once, under that cache's own short lock.
     Threads: safe.
     """
 
@@ -219,11 +231,11 @@ class Collector(_Base):
     def add(self, model: str, cache: WrappedTokenizer | PrefixStateCache) -> None:
         """Show a wrapped tokenizer or a state cache under the label `model`.
 
-        A tokenizer and a state cache may share a label. Adding one again gives it a new label;
-        views of one tokenizer (`scoped`) are one.
+        A tokenizer and a state cache may share a label. Adding a cache again changes its label;
+        all views of one tokenizer (`scoped`) count as the same cache.
 
-        Errors: InvalidConfig for a label that is empty or taken by another of the kind, and for
-                anything else than a wrapped tokenizer or PrefixStateCache.
+        Errors: InvalidConfig if the label is empty or another cache of the same kind has it, or if
+                `cache` is neither a wrapped tokenizer nor a PrefixStateCache.
         """
         if not isinstance(model, str) or not model:
             raise InvalidConfig(f"model must be a str that is not empty, not {model!r}")
@@ -232,39 +244,39 @@ class Collector(_Base):
             holder = self._living().get((type(observed), model))
             if holder is not None and holder is not observed:
                 raise InvalidConfig(
-                    f"another {_kind(observed)} is shown as {model!r} already; remove({model!r}) "
-                    "it first, or give this one another label"
+                    f"another {_kind(observed)} already has the label {model!r}; call "
+                    f"remove({model!r}) first, or give this one another label"
                 )
             self._show(model, observed)
 
     def add_loaded(self) -> None:
-        """Show every tokenizer that `patch_transformers` wraps, too, those to come included.
+        """Also show every tokenizer that `patch_transformers` wraps, now and later.
 
-        Each is labelled by the name or path that it was loaded by, with `#2` and so on where
-        several were loaded by one name; `add` gives it another label.
+        The label is the name or path that the tokenizer was loaded from, followed by `#2` and so
+        on if several were loaded from the same one; `add` changes the label.
         """
         self._shows_loaded = True
 
     def remove(self, model: str) -> None:
-        """Show nothing under the label `model` any more; where nothing is shown, do nothing."""
+        """Stop showing the caches with the label `model`; do nothing if there are none."""
         with self._lock:
             self._observed = {key: ref for key, ref in self._observed.items() if key[1] != model}
 
     def describe(self) -> Iterator[Metric]:
-        """Yield every metric without samples: what a registry knows the names by."""
+        """Yield every metric without samples, from which a registry learns the names."""
         yield _build()
         yield from _loads(patch.LoadStats(0, {}))
         for family in (*TEXT, *STATES):
             yield family.describe()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric with a sample for each cache that lives."""
+        """Yield every metric with a sample for each living cache."""
         if self._shows_loaded:
             self._show_loaded()
         living = list(self._living().items())
         yield _build()
         yield from _loads(patch.load_stats())
-        # All caches before the first metric: the values of one scrape belong together.
+        # Read all caches before the first metric, so that the values of a scrape belong together.
         text = [(key[1], _text(one)) for key, one in living if isinstance(one, CachedTokenizer)]
         states = [
             (key[1], _states(one)) for key, one in living if isinstance(one, PrefixStateCache)
@@ -280,7 +292,7 @@ class Collector(_Base):
     def _show(self, model: str, observed: _Observed) -> None:
         living = {key: one for key, one in self._living().items() if one is not observed}
         living[type(observed), model] = observed
-        # A new dict: a scrape reads the old one meanwhile, without the lock.
+        # A new dict, because a scrape may be reading the old one without the lock.
         self._observed = {key: weakref.ref(one) for key, one in living.items()}
 
     def _show_loaded(self) -> None:
@@ -304,7 +316,7 @@ def _register(collector: Collector, registry: CollectorRegistry) -> None:
         registry.register(collector)
     except ValueError as error:
         raise InvalidConfig(
-            f"this registry has tokcache's metrics already ({error}); keep one Collector a "
+            f"this registry already has tokcache's metrics ({error}); keep one Collector per "
             "registry and add() to it"
         ) from error
 
@@ -315,7 +327,7 @@ def _observed(cache: object) -> _Observed:
     if isinstance(cache, PrefixStateCache):
         return cache
     raise InvalidConfig(
-        f"a {type(cache).__qualname__} has no metrics; pass what tokcache.wrap returns, or a "
+        f"a {type(cache).__qualname__} has no metrics; pass a result of tokcache.wrap or a "
         "PrefixStateCache"
     )
 
@@ -345,11 +357,11 @@ def _build() -> Metric:
 
 def _loads(stats: patch.LoadStats) -> Iterator[Metric]:
     yield CounterMetricFamily(
-        "tokcache_patch_wrapped_total", "Tokenizers wrapped as they were loaded.", stats.n_wrapped
+        "tokcache_patch_wrapped_total", "Tokenizers wrapped when loaded.", stats.n_wrapped
     )
     unwrapped = CounterMetricFamily(
         "tokcache_patch_unwrapped_total",
-        "Tokenizers loaded that could not be wrapped, by class.",
+        "Loaded tokenizers that could not be wrapped, by class.",
         labels=["class"],
     )
     for name, n in stats.unwrapped.items():

@@ -1,8 +1,8 @@
 """Tiny tokenizers, models and LoRA adapters, made on demand: real formats, random weights.
 
-Demo, tests and benches need a model that loads in a second and shows every difference in its
-output, and a tokenizer that needs no network. Files are kept in the user's cache folder, named
-by a digest of all that they were made from.
+The demo, the tests and the benchmarks need a model that loads in a second and whose output shows
+every difference, and a tokenizer that needs no network. Files are kept in the user's cache folder;
+each name contains a digest of everything that the file was made from.
 """
 
 from tokcache.samples.files import cache_folder

@@ -1,4 +1,4 @@
-"""Where made files are kept, how they are named, and how they come to be there whole."""
+"""The folder of sample files, the digest in their names, and writing a file atomically."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Return `folder`, or TOKCACHE_CACHE_DIR, or tokcache's folder in the user's cache; made."""
+    """Return `folder`, else TOKCACHE_CACHE_DIR, else tokcache's user cache folder; create it."""
     path = Path(folder) if folder else user_cache_folder()
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def digest(*parts: object) -> str:
-    """Return 16 hex digits that stand for `parts` and for the code that makes samples."""
+    """Return a digest (16 hex digits) of `parts` and of the code that makes samples."""
     state = hashlib.blake2b(digest_size=8)
     for part in (*parts, _recipe()):
         data = part if isinstance(part, bytes) else repr(part).encode()
@@ -31,7 +31,7 @@ def digest(*parts: object) -> str:
 
 
 def write_once(path: Path, write: Callable[[Path], None]) -> Path:
-    """Return `path`, written by `write` if it is not there; no reader ever sees half a file."""
+    """Return `path`, written by `write` if it is missing; no reader ever sees half a file."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +46,6 @@ def write_once(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _recipe() -> bytes:
-    # A change of this package's code makes new files; old ones are never taken for new.
+    # A change of this package's code makes new files, so that a file of the old code is not used.
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return b"".join(source.read_bytes() for source in sources)

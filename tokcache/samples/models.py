@@ -1,8 +1,9 @@
-"""Random-weight GGUF models and LoRA adapters of every memory kind that llama.cpp has.
+"""Random-weight GGUF models and LoRA adapters for every kind of memory that llama.cpp has.
 
-Source: the tensors each architecture needs were found by experiment with llama.cpp; the output
-head is never tied to the embedding, for a tied random model repeats its last token whatever its
-state is, and so hides a wrong cache.
+The output head is never tied to the embedding: a tied random model repeats its last token whatever
+its state is, which would hide a wrong cache.
+
+Source: the tensors that each architecture needs were found by experiment with llama.cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _CONV_KERNEL = 4
 _SSM_HEADS = 4
 _STATE_SIZE = 16
 _TIME_STEP_RANK = 8
-# softplus(-5) is a time step of 0.007: the state remembers a thousand tokens, not ten.
+# softplus(-5) gives a time step of 0.007, so the state remembers about a thousand tokens, not ten.
 _SLOW = -5.0
 _SHORTCONV = 3
 _WINDOW = 32
@@ -57,7 +58,7 @@ class Shape:
         if self.n_embd % self.n_heads or self.n_heads % self.n_kv_heads:
             raise InvalidConfig(
                 f"n_embd ({self.n_embd}) must be a multiple of n_heads ({self.n_heads}),"
-                f" and that of n_kv_heads ({self.n_kv_heads})"
+                f" and n_heads a multiple of n_kv_heads ({self.n_kv_heads})"
             )
 
     @property
@@ -68,18 +69,18 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Random weights, one stream a model: the same seed gives the same bytes."""
+    """Random weights, drawn from one stream per model: the same seed gives the same bytes."""
 
     rng: np.random.Generator
     shape: Shape
 
     def matrix(self, n_out: int, n_in: int, gain: float = 1.5) -> NDArray[np.float16]:
-        """Return f16[n_out, n_in] of N(0, gain / sqrt(n_in))."""
+        """Return f16[n_out, n_in] drawn from N(0, gain / sqrt(n_in))."""
         drawn = self.rng.standard_normal((n_out, n_in), dtype=np.float32)
         return (drawn * np.float32(gain / math.sqrt(n_in))).astype(np.float16)
 
     def float_matrix(self, n_out: int, n_in: int) -> NDArray[np.float32]:
-        """Return f32[n_out, n_in]: convolutions and state-space weights are not f16."""
+        """Return f32[n_out, n_in], for convolutions and state-space weights, which are not f16."""
         return self.matrix(n_out, n_in).astype(np.float32)
 
 
@@ -141,7 +142,7 @@ def _mamba_block(draw: Draw, block: str, _layer: int) -> Tensors:
     yield f"{block}.ssm_x.weight", draw.matrix(_TIME_STEP_RANK + 2 * _STATE_SIZE, inner)
     yield f"{block}.ssm_dt.weight", draw.float_matrix(inner, _TIME_STEP_RANK)
     yield f"{block}.ssm_dt.bias", np.full(inner, _SLOW, np.float32)
-    # Negative, else the state grows without bound.
+    # Negative, because otherwise the state grows without bound.
     decay = np.arange(1, _STATE_SIZE + 1, dtype=np.float32) / _STATE_SIZE
     yield f"{block}.ssm_a", -np.tile(decay, (inner, 1))
     yield f"{block}.ssm_d", _ones(inner)
@@ -203,7 +204,7 @@ def _attention_keys(writer: Any, shape: Shape) -> None:
 
 def _qwen2vl_keys(writer: Any, shape: Shape) -> None:
     _attention_keys(writer, shape)
-    n_pairs = shape.n_head_dim // 2  # of which a part turns with time, height and width each
+    n_pairs = shape.n_head_dim // 2  # rotary pairs, divided among time, height and width
     n_time = n_pairs - 2 * (n_pairs // 3)
     writer.add_rope_dimension_sections([n_time, n_pairs // 3, n_pairs // 3, 0])
 
@@ -266,22 +267,22 @@ def _windowed_lfm2_keys(writer: Any, shape: Shape) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What one llama.cpp architecture asks of a file beyond what all have."""
+    """The metadata and tensors that one llama.cpp architecture needs besides the common ones."""
 
     memory: str
     keys: Callable[[Any, Shape], None]
     block: Callable[[Draw, str, int], Tensors]
     output_norm: str = "output_norm.weight"
-    # Small, so that the last token does not outweigh what the state holds.
+    # Small enough that the last token does not outweigh the state.
     embedding_gain: float = 1.5
-    llama_cpp: str = ""  # llama.cpp's own name, where ours is another
+    llama_cpp: str = ""  # llama.cpp's name for it, if it differs from ours
 
 
 ARCHITECTURES = {
     "llama": Architecture("attention", _attention_keys, _llama_block),
-    # Several positions a token: of text they are the same.
+    # A token has several positions (time, height, width); for text they are equal.
     "qwen2vl": Architecture("attention", _qwen2vl_keys, _qwen2vl_block),
-    # gemma3 multiplies the embedding by sqrt(n_embd) itself
+    # gemma3 itself multiplies the embedding by sqrt(n_embd).
     "gemma3": Architecture("sliding window", _gemma3_keys, _gemma3_block, embedding_gain=0.25),
     "mamba": Architecture("recurrent", _mamba_keys, _mamba_block),
     "mamba2": Architecture("recurrent", _mamba2_keys, _mamba2_block),
@@ -314,7 +315,7 @@ def tiny_model(
     """Return the path of a random-weight GGUF for a tokenizer (by default `tiny_tokenizer`).
 
     Errors: MissingExtra without gguf; InvalidConfig; UnsupportedTokenizer; MissingFile.
-    Cost:   a second and a few MB at the default sizes; made once a set of arguments.
+    Cost:   a second and a few MB at the default sizes; each set of arguments is made once.
     """
     if architecture not in ARCHITECTURES:
         raise InvalidConfig(
@@ -325,7 +326,7 @@ def tiny_model(
     vocabulary = read_vocabulary(source)
     sizes = (n_layers, n_embd, n_heads, n_kv_heads, n_ff, n_ctx_train)
     shape = Shape(len(vocabulary.tokens), *sizes)
-    _gguf()  # a missing extra is told before any folder is made
+    _gguf()  # report a missing extra before creating any folder
     name = f"tiny-{architecture}-{digest(vocabulary, shape, architecture, seed)}.gguf"
     return write_once(
         cache_folder(folder) / name,
@@ -343,8 +344,10 @@ def tiny_lora(
 ) -> Path:
     """Return the path of a random LoRA adapter (GGUF) for a model that `tiny_model` made.
 
-    `scale` multiplies the weights; at 1.0 the adapter's part is as large as the matrix's own.
-    Errors: MissingExtra without gguf; MissingFile; InvalidModel for what is no GGUF.
+    `scale` multiplies the weights; at 1.0 the adapter contributes as much as the matrix itself.
+
+    Errors: MissingExtra without gguf; MissingFile; InvalidModel for a file that is not a GGUF with
+            attention in its first layer.
     """
     require_int("seed", seed, minimum=0)
     require_int("rank", rank, minimum=1)
@@ -448,6 +451,8 @@ def _query_shape(gguf: Any, model: Path) -> tuple[int, str, int, int]:
         n_layers = int(reader.fields[f"{architecture}.block_count"].contents())
         query = next(part for part in reader.tensors if part.name == "blk.0.attn_q.weight")
     except (ValueError, KeyError, IndexError, StopIteration) as error:
-        raise InvalidModel(f"{model} is no GGUF with attention in its first layer") from error
+        raise InvalidModel(
+            f"{model} is not a GGUF with attention in its first layer; pass a model of tiny_model"
+        ) from error
     n_in, n_out = (int(size) for size in query.shape)
     return n_layers, architecture, n_out, n_in

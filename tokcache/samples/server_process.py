@@ -1,4 +1,4 @@
-"""A llama-server of one's own: the xllamacpp package's, in a process that ends with its parent."""
+"""Starts a llama-server (the xllamacpp package's) in a process that ends with its parent."""
 
 from __future__ import annotations
 
@@ -32,17 +32,21 @@ _ERROR_LINE = re.compile(r"[\d.]+ E ")
 class ServerProcess:
     """A running llama-server on a free port of 127.0.0.1.
 
-    Prompts are decoded in pieces of `block_tokens`, so that a slot saved at a multiple of it and
-    restored gives exactly what an uncached run gives. llama-server's cache in memory is off, its
-    context checkpoints are on (32 a slot, its default): without them it uses nothing of a restored
-    slot of a sliding window, a recurrent or a hybrid model. On those models it also stops decoding
-    where it makes a checkpoint; for exact results (`SlotSettings(reproducible=True)`) start it
-    with `overrides={"n_ctx_checkpoints": 0}`. Models with full attention have no checkpoints.
-    `overrides` are xllamacpp's parameters by name ("cache_ram_mib", "cpuparams.n_threads"). A
-    `slot_folder` of one's own outlives the server, as its files must for another start; a `port`
-    of one's own is then the same again.
+    Prompts are decoded in pieces of `block_tokens`, so that a slot that was saved at a multiple of
+    it and restored gives exactly the results of an uncached run. llama-server's cache in memory is
+    off.
 
-    Units:  `n_ctx` tokens a slot.
+    Context checkpoints are on (32 per slot, the default of llama-server): without them it reuses
+    nothing of a restored slot if the model has a sliding window or is recurrent or hybrid. With
+    such a model it also ends a decode where it makes a checkpoint; for exact results
+    (`SlotSettings(reproducible=True)`) start it with `overrides={"n_ctx_checkpoints": 0}`. Models
+    with full attention have no checkpoints.
+
+    `overrides` are xllamacpp's parameters by name ("cache_ram_mib", "cpuparams.n_threads"). A
+    `slot_folder` that you pass is not removed with the server, so a later server can use its files;
+    pass a `port` too if that server must have the same address.
+
+    Units:  `n_ctx` is in tokens per slot.
     Errors: MissingFile; MissingExtra without xllamacpp; ServerError with the end of the server's
             log if it does not come up within `timeout_s`.
     """
@@ -100,19 +104,19 @@ class ServerProcess:
         return self._process.pid
 
     def kill(self) -> None:
-        """End the server as a crash would, in the middle of whatever it does."""
+        """Kill the server at once, as a crash would."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """End the server and remove its folder; twice does no harm."""
+        """End the server and remove its temporary folder; closing twice does no harm."""
         self._files.close()
 
     def _wait(self, settings: dict[str, Any], deadline: float) -> str:
         stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:  # both are pipes; for the type checker
+        if stdin is None or stdout is None:  # never: both are pipes; for the type checker
             raise ServerError("the server has no pipes")
-        with contextlib.suppress(BrokenPipeError):  # it died at once: its log says why
+        with contextlib.suppress(BrokenPipeError):  # it died at once; its log says why
             stdin.write(json.dumps(settings).encode() + b"\n")
             stdin.flush()
         ready, _, _ = select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))
@@ -134,7 +138,7 @@ def require_xllamacpp() -> Any:
         import xllamacpp  # noqa: PLC0415 (an extra)
     except ImportError as error:
         raise MissingExtra(
-            f"a llama-server of one's own needs xllamacpp ({error}): pip install 'tokcache[demo]'"
+            f"starting a llama-server needs xllamacpp ({error}): pip install 'tokcache[demo]'"
         ) from None
     return xllamacpp
 
@@ -146,8 +150,8 @@ def _settings(
         "model.path": model,
         "hostnames": ["127.0.0.1"],
         "port": 0,
-        # A stream of its own for every slot: in a shared one the results depend, in their last
-        # bits, on the cells that other slots occupy.
+        # Each slot gets its own KV stream: in a shared one the last bits of the results depend on
+        # the cells that other slots occupy.
         "n_ctx": n_ctx * n_slots,
         "n_parallel": n_slots,
         "kv_unified": False,
@@ -165,7 +169,7 @@ def _settings(
 def _start(log_path: Path) -> subprocess.Popen[bytes]:
     root = str(Path(tokcache.__file__).parents[1])
     environment = dict(os.environ)
-    # Threads of a team wait for each other spinning: where other processes want the same cores, a
+    # OpenMP threads spin while they wait for each other: if other processes need the same cores, a
     # prefill takes a hundred times as long.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -209,7 +213,7 @@ def _serve() -> None:
     except RuntimeError as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()
-        os._exit(1)  # the thread that waits for stdin holds its lock
+        os._exit(1)  # a normal exit needs stdin's lock, which the reading thread holds
     sys.stdout.write(json.dumps({"url": server.listening_address}) + "\n")
     sys.stdout.flush()
     threading.Event().wait()

@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Qwen2's pattern: llama.cpp knows it by the name "qwen2", and most chat models have it or one near.
+# Qwen2's pattern: llama.cpp calls it "qwen2", and most chat models use it or a similar one.
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,15 +34,15 @@ _VOCAB_SIZE = 2048
 def tiny_tokenizer(folder: str | os.PathLike[str] | None = None) -> Path:
     """Return the path of a tokenizer.json with 2,048 tokens, trained at the first call.
 
-    A tokenizer_config.json stands beside it, so that transformers can load the folder.
-    The same Python and tokenizers versions give the same bytes.
+    A tokenizer_config.json is next to it, so that transformers can load the folder.
+    The same versions of Python and tokenizers give the same bytes.
     """
     from tokenizers import __version__  # noqa: PLC0415 (only to make samples)
 
     texts = _training_texts()
     name = f"tiny-tokenizer-{digest(texts, __version__)}"
     home = cache_folder(folder) / name
-    # tokenizer.json comes last: where it is, the folder is complete.
+    # tokenizer.json is written last: if it exists, the folder is complete.
     write_once(home / "tokenizer_config.json", _write_config)
     return write_once(home / "tokenizer.json", lambda path: _train(texts).save(str(path)))
 
@@ -53,7 +53,7 @@ def _training_texts() -> list[str]:
     except ImportError:
         raise TokcacheError(
             "this Python lacks pydoc_data.topics, the text that the tiny tokenizer is trained on;"
-            " pass a tokenizer.json of your own"
+            " pass your own tokenizer.json"
         ) from None
     return [topics[key] for key in sorted(topics)]
 

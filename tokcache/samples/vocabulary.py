@@ -1,4 +1,4 @@
-"""A tokenizer.json in GGUF's terms: the `tokenizer.ggml.*` values that llama.cpp reads."""
+"""Translates a tokenizer.json into the `tokenizer.ggml.*` values of a GGUF."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-# Named even where none is added: llama.cpp takes id 11 for a BPE model's BOS otherwise.
+# BOS is named even if the tokenizer adds none: without it llama.cpp takes id 11 in a BPE model.
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>")
 _EOS_NAMES = (IM_END, "</s>", "<eos>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
 _PAD_NAMES = ("<pad>", "<|endoftext|>")
-# pattern of the pre-tokenizer → llama.cpp's name for it
+# The pre-tokenizer's pattern and llama.cpp's name for it.
 _PRE_BY_PATTERN = {
     QWEN2_PATTERN: "qwen2",
     QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): "llama-bpe",
@@ -31,7 +31,7 @@ _PRE_BY_PATTERN = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """What a GGUF says of its tokenizer; a list's index is the token id."""
+    """The tokenizer's values in a GGUF; the lists are indexed by token id."""
 
     model: str
     tokens: list[str]
@@ -49,9 +49,9 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer_json: Path) -> Vocabulary:
-    """Return the vocabulary of a tokenizer.json (and of the tokenizer_config.json beside it).
+    """Return the vocabulary of a tokenizer.json (and of the tokenizer_config.json next to it).
 
-    Errors: MissingFile; UnsupportedTokenizer where llama.cpp has no tokenizer of that kind.
+    Errors: MissingFile; UnsupportedTokenizer if llama.cpp has no tokenizer of that kind.
     """
     description = _read_json(tokenizer_json)
     config_path = tokenizer_json.with_name("tokenizer_config.json")
@@ -78,14 +78,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise UnsupportedTokenizer(f"{path} is no JSON: {error}") from None
+        raise UnsupportedTokenizer(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise UnsupportedTokenizer(f"{path} holds a {type(found).__name__}, not a JSON object")
     return found
 
 
 def _kind(model: dict[str, Any]) -> str:
-    # Old files lack "type"; its fields tell.
+    # Old files lack "type"; the model's fields show its kind.
     name = model.get("type")
     if name is None and isinstance(model.get("vocab"), list):
         name = "Unigram"
@@ -98,8 +98,8 @@ def _byte_level(description: dict[str, Any], config: dict[str, Any]) -> Vocabula
     pre = _pre_name(description)
     if pre is None:
         raise UnsupportedTokenizer(
-            "a BPE tokenizer without ByteLevel pre-tokenizer and without byte fallback"
-            " has no counterpart in llama.cpp"
+            "llama.cpp has no counterpart of a BPE tokenizer with neither a ByteLevel pre-tokenizer"
+            " nor byte fallback"
         )
     vocab = description["model"]["vocab"]
     tokens, types = _table(vocab, description)
@@ -115,8 +115,8 @@ def _byte_level(description: dict[str, Any], config: dict[str, Any]) -> Vocabula
 
 def _sentencepiece_bpe(description: dict[str, Any], config: dict[str, Any]) -> Vocabulary:
     tokens, types = _table(description["model"]["vocab"], description)
-    # llama.cpp merges the pair of the highest score first: the negative rank of a token's first
-    # merge gives HuggingFace's order.
+    # llama.cpp merges the pair with the highest score first: the negative rank of a token's first
+    # merge as its score gives HuggingFace's order.
     scores = [0.0] * len(tokens)
     ids = {token: number for number, token in enumerate(tokens)}
     for rank, merge in reversed(list(enumerate(_pairs(description["model"]["merges"])))):
@@ -162,7 +162,7 @@ def _charsmap(normalizer: object) -> bytes | None:
 
 
 def _table(vocab: dict[str, int], description: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """Return token strings and types by id; ids that no token has are UNUSED."""
+    """Return token strings and types by id; an id without a token is UNUSED."""
     added = description.get("added_tokens") or []
     size = 1 + max([*vocab.values(), *(token["id"] for token in added)])
     tokens = [f"[UNUSED{number}]" for number in range(size)]
@@ -197,7 +197,7 @@ def _components(component: object) -> list[dict[str, Any]]:
 
 
 def _pre_name(description: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name of the pre-tokenizer; None where it is not byte-level."""
+    """Return llama.cpp's name for the pre-tokenizer; None if it is not byte-level."""
     parts = _components(description.get("pre_tokenizer"))
     byte_level = next((part for part in parts if part["type"] == "ByteLevel"), None)
     if byte_level is None:

@@ -1,7 +1,7 @@
 # Keyed digests of raw bytes at memory speed: multiply-and-fold over 64-bit words.
 #
-# Not cryptographic. Whoever doesn't know the secret can't aim at a collision, and a collision
-# costs a compare, never a wrong answer: keys are always compared byte for byte.
+# Not cryptographic. Without the secret nobody can construct a collision, and a collision costs one
+# more compare, never a wrong answer: keys are always compared byte for byte.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -30,12 +30,12 @@ cdef extern from *:
 
 
 cdef enum:
-    N_SECRETS = 64     # 64-bit words of the secret: two for each 16 bytes of a key of 512
-    SAMPLED_MIN = 513  # bytes; a longer key is digested by samples first
+    N_SECRETS = 64     # 64-bit words of the secret: two per 16 bytes of a key of 512 bytes
+    SAMPLED_MIN = 513  # bytes; keys from this length on are first digested by samples
 
 
 cdef inline uint64_t pair(const uint8_t* p, uint64_t secret, uint64_t lane) noexcept nogil:
-    """Fold 16 bytes with two words: secrets, or a secret and what came before."""
+    """Fold 16 bytes with two words: two secrets, or a secret and the previous result."""
     return fold(read64(p) ^ secret, read64(p + 8) ^ lane)
 
 
@@ -58,7 +58,7 @@ cdef inline uint64_t short_digest(
 cdef inline uint64_t middle_digest(
     const uint8_t* p, size_t n, uint64_t seed, const uint64_t* secret
 ) noexcept nogil:
-    """Digest 17 to 512 bytes: independent products, each 16 bytes with secrets of their own."""
+    """Digest 17 to 512 bytes: independent products, one per 16 bytes, each with its own secrets."""
     cdef const uint8_t* last = p + n - 16
     cdef const uint64_t* s = secret
     cdef uint64_t total = seed
@@ -73,7 +73,7 @@ cdef inline uint64_t middle_digest(
 cdef inline uint64_t chained_digest(
     const uint8_t* p, size_t n, uint64_t seed, const uint64_t* secret
 ) noexcept nogil:
-    """Digest 129 bytes or more: 8 chains, so that order counts however long the key."""
+    """Digest 129 bytes or more: 8 chains, so that order matters in keys of any length."""
     cdef const uint8_t* last = p + n - 128
     cdef uint64_t lane[8]
     cdef int i
@@ -107,7 +107,8 @@ cdef inline uint64_t sampled_digest(
 ) noexcept nogil:
     """Digest the first 32 bytes, the last 64 and 6 windows of 16 between; n >= SAMPLED_MIN.
 
-    Chats begin alike and end with the same 33 characters that open an answer: more at the end.
+    The end gets more samples: chats begin alike and end with the same 33 characters, which open an
+    answer.
     """
     cdef size_t stride = (n - 32 - 64) // 7
     cdef const uint8_t* tail = p + n - 64

@@ -1,5 +1,5 @@
 # cython: binding=False, embedsignature=True, embedsignature.format=clinic
-"""L0Cache: the exact-string cache, a thin face of two tables."""
+"""L0Cache: the exact-string cache, a thin class over two hash tables."""
 
 cimport cython
 from cpython.object cimport PyObject
@@ -39,28 +39,28 @@ cdef extern from "Python.h":
     void decref "Py_DECREF"(PyObject* o)
 
 cdef enum:
-    # Who owns the bytes of a key (in an entry's meta).
-    STRING = 0  # an ASCII key is the caller's own str; asked with the same object, no compare
-    COPY = 1    # any other key is copied: a str may grow a second, UTF-8, copy of itself
+    # The owner of a key's bytes (in an entry's meta).
+    STRING = 0  # an ASCII key is the caller's str; a look-up with the same object needs no compare
+    COPY = 1    # other keys are copied, because a str can grow by caching its UTF-8 form
 
-    NO_ROOM = 0  # outcomes of filling in an entry
+    NO_ROOM = 0  # outcomes of `fill_one`
     STORED = 1
     THERE = 2
 
     MAX_SCOPES = 1 << 24
-    MAX_CLEARED = 1024  # scopes whose last clear is remembered one by one
-    SCOPE_BYTES = 100   # of a scope beside its name: places in a dict and two lists, two ints
+    MAX_CLEARED = 1024  # scopes whose last clear is remembered individually
+    SCOPE_BYTES = 100   # of a scope besides its name: places in a dict and two lists, two ints
     MAX_UNITS = 0xFFFFFFF0
-    SMALL_BYTES = 512   # up to here CPython's own allocator serves, in steps of 16
+    SMALL_BYTES = 512   # up to this size CPython's own allocator is used, in steps of 16
 
 
 ctypedef struct Victim:
-    Table* table       # NULL: the next entry drives nobody out
+    Table* table       # NULL: the next entry evicts nothing
     uint32_t position
 
 
 cdef inline uint64_t allocated(uint64_t n_bytes) noexcept:
-    """Return what an allocation of `n_bytes` takes: a block of CPython's, else a malloc chunk."""
+    """Return the bytes that an allocation takes: a block of CPython's, or a malloc chunk."""
     if n_bytes <= SMALL_BYTES:
         return (n_bytes + 15) & ~<uint64_t> 15
     return (n_bytes + 8 + 15) & ~<uint64_t> 15
@@ -78,11 +78,10 @@ cdef inline uint64_t value_bytes(uint64_t n_tokens) noexcept:
 
 @cython.final
 cdef class L0Cache:
-    """The token ids of whole strings seen before.
+    """Caches the token ids of whole strings.
 
-    Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps.
-    `max_bytes` may be a str such as "64M".
-
+    Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps;
+             `max_bytes` may be a str such as "64M".
     Errors:  InvalidConfig for a budget below 1 or a flag that is not a bool; InvalidText if the
              text is not a str; InvalidScope.
     Cost:    a look-up is one digest and one memcmp; nothing is allocated.
@@ -99,13 +98,13 @@ cdef class L0Cache:
     cdef dict refusals
     cdef dict scope_numbers   # name -> number (1 or more) of each scope that has an entry
     cdef list scope_names     # number -> name
-    cdef list scope_counts    # number -> how many entries
-    cdef list free_scopes     # numbers to use again
-    cdef uint64_t scope_bytes  # of all names and what is kept beside them
-    # What was under way when its scope was cleared is not stored afterwards: `_put` compares.
-    cdef readonly uint64_t _n_clears  # of one scope or of all
-    cdef dict cleared         # hash of a scope -> _n_clears when it was cleared last
-    cdef uint64_t cleared_all  # _n_clears when every scope was, or `cleared` was full
+    cdef list scope_counts    # number -> number of entries
+    cdef list free_scopes     # numbers that can be used again
+    cdef uint64_t scope_bytes  # bytes of all names and of their places in these containers
+    # An encoding that began before its scope was cleared is not stored: `_put` checks this.
+    cdef readonly uint64_t _n_clears  # number of clears, of one scope or of all
+    cdef dict cleared         # hash of a scope -> _n_clears at its last clear
+    cdef uint64_t cleared_all  # _n_clears at the last clear of all, or when `cleared` was full
 
     def __cinit__(self, *, max_entries=10_000, max_bytes="64M", sample_size=8):
         cdef bytes random = urandom(8 * N_SECRETS + 8)
@@ -133,7 +132,7 @@ cdef class L0Cache:
         return self.look(text, add_special_tokens, scope)
 
     def _get(self, text, add_special_tokens, scope):
-        """Return what `get` does; for callers whose every hit would pay for keywords."""
+        """Do the same as `get`, without the cost of keyword arguments."""
         return self.look(text, add_special_tokens, scope)
 
     cdef inline object look(self, object text, object add_special_tokens, object scope):
@@ -160,16 +159,16 @@ cdef class L0Cache:
         return <TokenIds> entry.value
 
     def put(self, text, ids, *, add_special_tokens=True, scope=None):
-        """Store `ids` for `text` in `scope`; return False if it can't be within the budget."""
+        """Store `ids` for `text` in `scope`; return False if the entry was refused."""
         return self.keep(text, add_special_tokens, ids, scope)
 
     def _put(self, text, add_special_tokens, ids, scope, uint64_t since):
-        """Do what `put` does, unless the scope was cleared since `_n_clears` was `since`."""
+        """Do the same as `put`, unless the scope was cleared after `_n_clears` was `since`."""
         if type(ids) is not TokenIds:
             ids = TokenIds(ids)
         if scope is not None:
             scope = exact_scope(scope)
-        # From here to the insert no other code runs.
+        # No other Python code runs between here and the insert.
         if since != self._n_clears and self.was_cleared(scope, since):
             return self.refuse("cleared")
         return self.keep(text, add_special_tokens, ids, scope)
@@ -209,7 +208,7 @@ cdef class L0Cache:
         return True
 
     def clear(self, scope=None):
-        """Drop every entry and set the counters to zero, or drop the entries of `scope` alone.
+        """Remove every entry and set the counters to zero, or remove the entries of `scope` only.
 
         Errors: InvalidScope.
         Cost:   a pass over the table.
@@ -224,7 +223,7 @@ cdef class L0Cache:
         self.reset()
 
     def held(self):
-        """Return (text, add_special_tokens, ids, scope) of every entry, the last used first.
+        """Return (text, add_special_tokens, ids, scope) of every entry, most recently used first.
 
         Cost: a copy of every text that is not ASCII.
         """
@@ -250,16 +249,16 @@ cdef class L0Cache:
         return [row[1:] for row in sorted(zip(*columns), key=itemgetter(0))]
 
     def fill(self, rows):
-        """Store entries as `held` returns them, as far as nothing must go for them.
+        """Store entries in the form that `held` returns, without evicting any.
 
-        They count as older than all that is held. Return how many were stored, and how many were
-        there.
+        They count as older than all present entries. Return the number stored, and the number that
+        were already present.
         """
         cdef uint32_t age = self.greatest_age()
         cdef Py_ssize_t[3] n  # by outcome
         memset(n, 0, sizeof(n))
         for text, add_special_tokens, ids, scope in rows:
-            age += 2 if age + 1 == self.clock else 1  # as a tick, 0 marks an empty place
+            age += 2 if age + 1 == self.clock else 1  # tick 0 marks an empty place
             n[self.fill_one(
                 exact_str(text), add_special_tokens, owner_of(TokenIds(ids)), scope, age
             )] += 1
@@ -269,7 +268,7 @@ cdef class L0Cache:
         return self.tables[0].n + self.tables[1].n
 
     def __bool__(self):
-        return True  # an empty cache is a cache
+        return True  # an empty cache must not be taken for a missing one
 
     def __repr__(self):
         return (
@@ -282,7 +281,7 @@ cdef class L0Cache:
         return self.n_bytes()
 
     def stats(self):
-        """Return a snapshot of the counters."""
+        """Return a copy of the counters."""
         return L0Stats(
             hits=self.hits,
             misses=self.misses,
@@ -347,7 +346,7 @@ cdef class L0Cache:
         return outcome
 
     cdef bint has_room(self, Table* table, const Key* key, str text, TokenIds ids) noexcept:
-        """Return whether one more entry fits without another's going."""
+        """Return whether one more entry fits without an eviction."""
         cdef uint32_t owner = STRING if PyUnicode_IS_COMPACT_ASCII(text) else COPY
         return self.tables[0].n + <Py_ssize_t> self.tables[1].n < self.max_entries and (
             self.n_bytes() + key_bytes(owner, key.n_bytes) + value_bytes(ids.n_tokens)
@@ -365,7 +364,7 @@ cdef class L0Cache:
 
     cdef inline void tick(self) noexcept:
         self.clock += 1
-        if self.clock == 0:  # 0 marks an empty place
+        if self.clock == 0:  # tick 0 marks an empty place
             self.clock = 1
 
     cdef int clear_scope(self, str scope) except -1:
@@ -388,14 +387,14 @@ cdef class L0Cache:
                 ):
                     i += 1
                     continue
-                self.drop(table, i)  # what was pushed past it stands here now
+                self.drop(table, i)  # an entry that was pushed past it may be here now
                 n_left -= 1
                 if table.capacity != capacity:
                     i, capacity = 0, table.capacity
         return 0
 
     cdef bint was_cleared(self, object scope, uint64_t since) except -1:
-        """Return whether a scope was cleared since `_n_clears` was `since`."""
+        """Return whether a scope was cleared after `_n_clears` was `since`."""
         return self.cleared_all > since or (
             scope is not None and self.cleared.get(hash(scope), 0) > since
         )
@@ -435,7 +434,7 @@ cdef class L0Cache:
     cdef str admit(
         self, Table* table, const Key* key, str text, TokenIds ids, Victim victim, Entry* entry
     ):
-        """Make room, and fill `entry` with what it holds; return None, or why it was refused."""
+        """Make room and fill `entry`; return None, or the reason if it was refused."""
         cdef uint32_t owner = STRING if PyUnicode_IS_COMPACT_ASCII(text) else COPY
         cdef uint64_t n_bytes = key_bytes(owner, key.n_bytes) + value_bytes(ids.n_tokens)
         if not self.make_room(table, key, n_bytes, victim):
@@ -462,7 +461,7 @@ cdef class L0Cache:
         return None
 
     cdef Victim choose_victim(self) noexcept:
-        """Draw whom the next entry drives out, if it does, and start to load it from memory."""
+        """Choose the entry that the next one evicts, if any, and prefetch it."""
         cdef Table* a = &self.tables[0]
         cdef Table* b = &self.tables[1]
         cdef Victim victim
@@ -479,11 +478,11 @@ cdef class L0Cache:
     cdef bint make_room(
         self, Table* table, const Key* key, uint64_t n_bytes, Victim victim
     ) except -1:
-        """Evict until one more entry of `n_bytes` fits in `table`; 0 if it never will."""
+        """Evict until one more entry of `n_bytes` fits in `table`; return False if it can't fit."""
         cdef Table* a = &self.tables[0]
         cdef Table* b = &self.tables[1]
         cdef uint64_t budget = self.max_bytes
-        # What is left when all others are gone; so evicting below always comes to an end.
+        # Compare with the bytes that remain after evicting all others, so that the loops below end.
         if n_bytes + self.fixed_bytes() + self.own_scope_bytes(key.scope) + (
             bytes_to_grow(table, key) if table.n == 0 else 0
         ) > budget:
@@ -519,7 +518,7 @@ cdef class L0Cache:
         return 0
 
     cdef uint32_t enter_scope(self, str scope) except? 0:
-        """Return the scope's number, one entry more on it; 0 if there are too many scopes."""
+        """Count one entry more in a scope; return its number, 0 if there are too many scopes."""
         number = self.scope_numbers.get(scope)
         if number is None:
             if self.free_scopes:
@@ -540,7 +539,7 @@ cdef class L0Cache:
         return getsizeof(self.scope_names[number]) + SCOPE_BYTES if number else 0
 
     cdef int leave_scope(self, uint32_t number) except -1:
-        """One entry less; a scope without entries is forgotten, its number used again."""
+        """Count one entry less in a scope; the number of an empty scope can be used again."""
         self.scope_counts[number] -= 1
         if self.scope_counts[number] == 0:
             self.scope_bytes -= self.own_scope_bytes(number)
@@ -566,7 +565,7 @@ def token_ids(self, text, *, add_special_tokens=True, scope=None):
 
 
 cdef object text_of(const Entry* entry):
-    """Return the text of an entry: the caller's own str, or one made of the copied bytes."""
+    """Return the text of an entry: the caller's str, or a new one from the copied bytes."""
     if (entry.meta & OWNER_MASK) >> OWNER_SHIFT == STRING:
         return <object> <PyObject*> (entry.key - sizeof(PyASCIIObject))
     return PyUnicode_FromKindAndData(entry.meta & KIND_MASK, entry.key, entry.n_units)
@@ -579,7 +578,7 @@ cdef uint64_t entry_bytes(const Entry* entry) noexcept:
 
 
 cdef void release(const Entry* entry) noexcept:
-    """Let go of what an entry that left its table held."""
+    """Release the key and the value of an entry that was removed from its table."""
     cdef uint32_t owner = (entry.meta & OWNER_MASK) >> OWNER_SHIFT
     if owner == STRING:  # the bytes of a compact ASCII str follow its header
         decref(<PyObject*> (entry.key - sizeof(PyASCIIObject)))
@@ -599,7 +598,7 @@ cdef inline int key_from(str text, Key* key) except -1:
 
 
 cdef inline int map_of(object add_special_tokens) except -1:
-    """Return which of the two maps has the texts encoded so."""
+    """Return the index of the map for texts with or without special tokens."""
     if add_special_tokens is True:
         return 1
     if add_special_tokens is False:
@@ -610,7 +609,7 @@ cdef inline int map_of(object add_special_tokens) except -1:
 cdef str exact_str(object text):
     if not PyUnicode_Check(text):
         raise InvalidText(f"text must be a str, not {type(text).__name__}; decode bytes first")
-    return str.__str__(text)  # a subclass is kept by its content alone
+    return str.__str__(text)  # a subclass of str becomes a plain str
 
 
 cdef str exact_scope(object scope):

@@ -1,7 +1,7 @@
-# Where a text may be cut: 64 bytes at a time, by the registers of AVX2 where the CPU has them.
+# Finds the places where a text may be cut, 64 bytes at a time, if the CPU has AVX2.
 #
-# A byte's class is looked up among 16 rows of 16, the pair of two neighbours' classes in a matrix
-# of bits: both fit into registers.
+# The class of a byte is looked up in a table of 16 rows of 16, the pair of two neighbours' classes
+# in a matrix of bits. Both fit into registers.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -10,8 +10,8 @@ cdef extern from *:
     #include <stdint.h>
 
     typedef struct {
-        uint8_t low[16];   /* by the left class: a bit for each right one of 0 to 7 */
-        uint8_t high[16];  /* of 8 to 15 */
+        uint8_t low[16];   /* by left class: a bit for each right class from 0 to 7 */
+        uint8_t high[16];  /* by left class: a bit for each right class from 8 to 15 */
     } tokcache_pairs;
 
     #if defined(__x86_64__) && defined(__GNUC__)
@@ -86,7 +86,8 @@ cdef extern from *:
         uint8_t[16] low
         uint8_t[16] high
     bint has_vectors "tokcache_has_vectors"() noexcept nogil
-    # Of 64 bytes, a bit for each pair of classes that is there, and for each behind a newline.
+    # Returns a bit for each of 64 bytes: 1 if `pairs` contains the classes of the byte and of its
+    # left neighbour. `behind_newline` gets a bit for each byte whose left neighbour is a newline.
     uint64_t places_of "tokcache_places"(
         const uint8_t* bytes, uint32_t left_class, uint32_t newline, const uint8_t* classes,
         const Pairs* pairs, uint64_t* behind_newline
@@ -94,7 +95,7 @@ cdef extern from *:
 
 
 cdef inline void fill_pairs(Pairs* pairs, const uint8_t* allowed) noexcept nogil:
-    """Take the matrix of 16 by 16 classes, a byte for each pair."""
+    """Fill `pairs` from a matrix of 16 by 16 classes with one byte per pair."""
     cdef int left, right
     cdef uint32_t bits
     for left in range(16):

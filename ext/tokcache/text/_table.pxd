@@ -1,17 +1,20 @@
 # The hash table below L0: raw keys, open addressing in one array.
 #
-# - An entry's home is (high half of its digest) * capacity >> 32; from there the next free place
-#   is taken. Removing moves back what was pushed past the hole, so there are no tombstones.
-# - ticks[] is an array next to the entries, 0 where none is: a draw looks at ticks alone, until it
-#   meets an entry. The table shrinks, so that at least one look in 8 meets one on average.
-# - A long key is filed under a digest of samples. When a second key comes with the same digest,
-#   that digest is "crowded": it notes where the two differ, and both, like all that follow, are
-#   filed under the digest refined by what stands there. A refined digest can become crowded in
-#   turn; after MAX_REFINED steps the whole key is digested. So texts of one template cost a few
-#   more bytes to read, not all. A crowd counts the entries behind it and goes with the last.
+# - An entry's home is (high half of its digest) * capacity >> 32; it is stored in the first free
+#   place from there on. A removal moves back the entries that were pushed past the hole, so there
+#   are no tombstones.
+# - ticks[] is an array parallel to entries[], 0 for an empty place: a draw for eviction reads only
+#   ticks until it finds an entry. The table shrinks, so that on average at least one read in 8
+#   finds one.
+# - A long key is filed under a digest of samples. When a second key has the same digest, that
+#   digest becomes "crowded": the crowd records where the two keys differ, and both keys, like all
+#   later ones, are filed under the digest refined by the bytes at that place. A refined digest can
+#   become crowded in turn; after MAX_REFINED steps the whole key is digested. So texts of one
+#   template cost a few more bytes to read, not all. A crowd counts the entries filed through it
+#   and is removed with the last one.
 #
-# Knows no Python object and takes no lock. What `value` and `key` point to belongs to the caller.
-# An Entry* is good until the next insert or remove.
+# The table uses no Python objects and takes no lock. The caller owns the memory that `value` and
+# `key` point to. An Entry* is valid until the next insert or remove.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
@@ -52,15 +55,15 @@ cdef enum:
     MIN_CAPACITY = 8
     MIN_CROWDS = 8
     DOUBLE_UNTIL = 4096      # places; above, the arrays grow by a quarter
-    FETCH_BYTES = 512        # of a stored key, loaded ahead of the compare
+    FETCH_BYTES = 512        # bytes of a stored key that are prefetched before the compare
     MAX_ENTRIES = 0x7FFFFFF0
 
-    KIND_MASK = 0x7          # of meta: bytes a unit (1, 2 or 4)
-    MAX_REFINED = 8          # crowds one behind the other before a key is digested whole
-    REFINED_BYTES = 32       # what is read around the place where two keys differ
-    OWNER_SHIFT = 4          # two bits for the caller
+    KIND_MASK = 0x7          # in meta: bytes per unit (1, 2 or 4)
+    MAX_REFINED = 8          # crowds that a key passes through before it is digested whole
+    REFINED_BYTES = 32       # bytes read around the place where two keys differ
+    OWNER_SHIFT = 4          # in meta: two bits for the caller
     OWNER_MASK = 0x30
-    SCOPE_SHIFT = 8          # the scope's number
+    SCOPE_SHIFT = 8          # in meta: the scope's number
 
 cdef extern from *:
     """
@@ -84,19 +87,19 @@ ctypedef struct Entry:
 
 ctypedef struct Crowd:
     uint64_t digest
-    uint64_t n_entries       # behind it; 0: an empty place
-    uint64_t offset          # the byte where the first two keys differ, or WHOLE
+    uint64_t n_entries       # entries filed through it; 0: an empty place
+    uint64_t offset          # the byte at which the first two keys differ, or WHOLE
 
 ctypedef struct Table:
     Entry* entries
-    uint32_t* ticks          # the clock at the last use of each entry; 0: an empty place
+    uint32_t* ticks          # the clock at each entry's last use; 0: an empty place
     Crowd* crowds
     uint32_t n
     uint32_t capacity
-    uint32_t enough          # places for the most entries there will be, or 0
+    uint32_t enough          # places for the maximum number of entries, or 0 if unknown
     uint32_t n_crowds
     uint32_t crowd_capacity  # a power of two or 0
-    uint64_t n_item_bytes    # kept by the caller: bytes of all keys and values
+    uint64_t n_item_bytes    # bytes of all keys and values, maintained by the caller
     uint64_t secret[N_SECRETS]
 
 
@@ -135,7 +138,7 @@ cdef inline bint matches(const Entry* entry, const Key* key) noexcept nogil:
 # ---- crowded digests
 
 cdef inline Crowd* find_crowd(const Table* t, uint64_t digest) noexcept nogil:
-    """Return its place, or NULL if the digest is not crowded."""
+    """Return the crowd of a digest, or NULL if the digest is not crowded."""
     cdef uint32_t mask, i
     if t.n_crowds == 0:
         return NULL
@@ -158,7 +161,7 @@ cdef inline uint32_t grown_crowds(const Table* t) noexcept nogil:
     return 2 * t.crowd_capacity if t.crowd_capacity else MIN_CROWDS
 
 cdef inline Crowd* add_crowd(Table* t, uint64_t digest, uint64_t offset) noexcept nogil:
-    """Make a digest crowded, with one entry behind it; NULL if there was no memory."""
+    """Make a digest crowded, with one entry filed through it; NULL if there is no memory."""
     cdef Crowd* old = t.crowds
     cdef uint32_t i, n_old = t.crowd_capacity
     cdef Crowd crowd
@@ -180,7 +183,7 @@ cdef inline Crowd* add_crowd(Table* t, uint64_t digest, uint64_t offset) noexcep
     return find_crowd(t, digest)
 
 cdef inline void leave_crowd(Table* t, Crowd* crowd) noexcept nogil:
-    """One entry behind this crowd goes; the crowd goes with the last."""
+    """Count one entry less in a crowd, and remove the crowd with its last entry."""
     cdef Crowd moved
     cdef uint32_t mask = t.crowd_capacity - 1, i
     crowd.n_entries -= 1
@@ -188,7 +191,7 @@ cdef inline void leave_crowd(Table* t, Crowd* crowd) noexcept nogil:
         return
     t.n_crowds -= 1
     i = <uint32_t> (crowd - t.crowds)
-    while True:  # what was pushed past it is filed anew
+    while True:  # file the crowds again that were pushed past it
         i = (i + 1) & mask
         if t.crowds[i].n_entries == 0:
             return
@@ -199,7 +202,7 @@ cdef inline void leave_crowd(Table* t, Crowd* crowd) noexcept nogil:
 cdef inline uint64_t refined(
     const Table* t, uint64_t digest, uint64_t offset, const Key* key
 ) noexcept nogil:
-    """Return the digest refined by the bytes around `offset`, or by all of them."""
+    """Return the digest refined by the bytes around `offset`, or for WHOLE by the whole key."""
     cdef const uint8_t* p
     if offset == WHOLE:
         return full_of(t, key)
@@ -213,7 +216,7 @@ cdef inline uint64_t refined(
     )
 
 cdef inline uint64_t differs_at(const Key* a, const Key* b) noexcept nogil:
-    """Return the first byte at which two different keys differ, or WHOLE if lengths do."""
+    """Return the first byte at which two keys differ, or WHOLE if their lengths differ."""
     cdef uint64_t i = 0
     if a.n_bytes != b.n_bytes:
         return WHOLE
@@ -246,20 +249,20 @@ cdef inline uint32_t after(const Table* t, uint32_t i) noexcept nogil:
     return i + 1 if i + 1 < t.capacity else 0
 
 cdef inline void fetch_home(const Table* t, uint64_t digest) noexcept nogil:
-    """Start to load where the entry of this digest is or will be."""
+    """Prefetch the place where the entry of this digest is or will be."""
     if t.capacity:
         fetch(&t.entries[home_of(t, digest)])
         fetch(<const uint8_t*> &t.entries[home_of(t, digest)] + 64)
 
 cdef inline void fetch_entry(const Entry* entry, size_t n_bytes) noexcept nogil:
-    """Start to load what a match will need: the ids' header and the head of the stored key."""
+    """Prefetch the memory that a match needs: the ids' header and the start of the stored key."""
     cdef size_t i
     fetch(entry.value)
     for i in range(0, min(n_bytes, <size_t> FETCH_BYTES), 64):
         fetch(entry.key + i)
 
 cdef inline Entry* find(const Table* t, uint64_t digest, const Key* key) noexcept nogil:
-    """Return the entry of exactly this key, or NULL."""
+    """Return the entry with exactly this key, or NULL."""
     cdef uint32_t i
     if t.n == 0:
         return NULL
@@ -292,14 +295,14 @@ cdef inline void place(Table* t, const Entry* entry, uint32_t tick) noexcept nog
     t.ticks[i] = tick
 
 cdef inline void vacate(Table* t, uint32_t i) noexcept nogil:
-    """Empty place `i` and move back what was pushed past it."""
+    """Empty place `i` and move back the entries that were pushed past it."""
     cdef uint32_t j = i, home
     while True:
         j = after(t, j)
         if t.entries[j].value == NULL:
             break
         home = home_of(t, t.entries[j].digest)
-        # What stands at j may move back to i unless its home lies cyclically in (i, j].
+        # The entry at j may move back to i unless its home is cyclically in (i, j].
         if (home <= i or home > j) if i < j else (home <= i and home > j):
             t.entries[i] = t.entries[j]
             t.ticks[i] = t.ticks[j]
@@ -308,7 +311,10 @@ cdef inline void vacate(Table* t, uint32_t i) noexcept nogil:
     t.ticks[i] = 0
 
 cdef inline int resize(Table* t, uint32_t capacity) noexcept nogil:
-    """Return 0 if there was no memory; homes keep their order, so that this is one sweep."""
+    """Move all entries to arrays of `capacity` places; return 0 if there is no memory.
+
+    Homes keep their order, so one sweep is enough.
+    """
     cdef Entry* entries = t.entries
     cdef uint32_t* ticks = t.ticks
     cdef uint32_t i, n_places = t.capacity
@@ -338,11 +344,11 @@ cdef inline uint32_t grown_capacity(const Table* t) noexcept nogil:
         return MIN_CAPACITY
     if t.capacity < DOUBLE_UNTIL:
         capacity = 2 * t.capacity
-    # Not beyond what the most entries need; their number may be bound above this one's.
+    # Stop at `enough`, the places that the maximum number of entries needs.
     return t.enough if t.capacity < t.enough < capacity else capacity
 
 cdef inline uint64_t bytes_to_grow(const Table* t, const Key* key) noexcept nogil:
-    """Return by how many bytes the arrays must grow, at most, to take one more entry."""
+    """Return the most bytes by which the arrays grow for one more entry."""
     cdef uint64_t n_bytes = 0
     if is_crammed(t):
         n_bytes += (grown_capacity(t) - t.capacity) * (sizeof(Entry) + sizeof(uint32_t))
@@ -357,15 +363,16 @@ cdef inline uint64_t table_bytes(const Table* t) noexcept nogil:
     )
 
 cdef inline int reserve(Table* t) noexcept nogil:
-    """Make room for one more entry; 0, and nothing changed, if there was no memory."""
+    """Make room for one more entry; return 0, with nothing changed, if there is no memory."""
     if t.n >= MAX_ENTRIES:
         return 0
     return resize(t, grown_capacity(t)) if is_crammed(t) else 1
 
 cdef inline int settle(Table* t, const Key* key, uint64_t* digest) noexcept nogil:
-    """Choose the digest to file a new key under, given its `digest_of`; 0 if without memory.
+    """Set the digest under which a new key is filed; return 0 if there is no memory.
 
-    Where another key stands under that digest already, the two are told apart.
+    `digest` holds the key's `digest_of`. If another key is filed under it, the digest becomes
+    crowded and both keys get refined digests.
     """
     cdef uint64_t here
     cdef Crowd* crowd
@@ -403,7 +410,7 @@ cdef inline int settle(Table* t, const Key* key, uint64_t* digest) noexcept nogi
             return 1
 
 cdef inline void retreat(Table* t, const Key* key, uint64_t until) noexcept nogil:
-    """Take a key out of every crowd it stands behind, down to the digest `until`."""
+    """Take a key out of every crowd that it is filed through, down to the digest `until`."""
     cdef uint64_t here = sampled_of(t, key), offset, following
     cdef Crowd* crowd
     while here != until:
@@ -418,7 +425,7 @@ cdef inline void retreat(Table* t, const Key* key, uint64_t until) noexcept nogi
         here = following
 
 cdef inline void insert(Table* t, const Entry* entry, uint32_t tick) noexcept nogil:
-    """Add an entry; room was reserved and its digest settled. `tick` is not 0."""
+    """Add an entry after `reserve` and `settle`; `tick` is not 0."""
     place(t, entry, tick)
     t.n += 1
 
@@ -433,17 +440,18 @@ cdef inline Entry remove(Table* t, uint32_t position) noexcept nogil:
     vacate(t, position)
     t.n -= 1
     if t.capacity > 8 * MIN_CAPACITY and 4 * <uint64_t> t.n < t.capacity:
-        resize(t, t.capacity // 2)  # without memory it stays large
+        resize(t, t.capacity // 2)  # if there is no memory, the table stays large
     return gone
 
 cdef inline uint32_t oldest_of(
     const Table* t, uint64_t* rng, uint32_t n_draws, uint32_t clock
 ) noexcept nogil:
-    """Return the position of the least recently used of `n_draws` random entries, all different.
+    """Return the position of the least recently used of `n_draws` different random entries.
 
-    Each entry is as likely as any other; of no more than `n_draws` entries the oldest is exact.
-    Steps of a random odd number, from a random start, meet each place of a power of two once.
-    No branch depends on what is drawn: a mispredicted one would cost more than the draw.
+    Every entry is equally likely; with at most `n_draws` entries the result is exactly the oldest.
+    Implementation: steps of a random odd number from a random start visit each place of a power of
+    two once. No branch depends on the drawn values, because a misprediction would cost more than
+    the draw.
     """
     cdef uint64_t both, mask, step, position, aged, oldest = 0  # age << 32 | position
     cdef uint32_t tick, n_seen = 0, n_wanted = min(n_draws, t.n)
@@ -456,7 +464,7 @@ cdef inline uint32_t oldest_of(
         tick = t.ticks[position if position < t.capacity else 0]
         tick = tick if position < t.capacity else 0
         n_seen += tick != 0
-        # The age modulo 2**32: right while ages stay below it.
+        # Ages are computed modulo 2**32, which is right while they stay below it.
         aged = <uint64_t> <uint32_t> (clock - tick) << 32 | position
         aged = aged if tick else 0
         oldest = max(oldest, aged)

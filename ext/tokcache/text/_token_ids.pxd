@@ -2,8 +2,8 @@ from cpython.object cimport PyObject
 
 
 cdef class TokenIds:
-    # An owner has `base` NULL and its ids behind the object itself, in one allocation.
-    # A slice has a `base` that is an owner, and begins `start` ids into it.
+    # The `base` of an owner is NULL; its ids follow the object in the same allocation.
+    # The `base` of a slice is an owner; the slice begins at the owner's id `start`.
     cdef unsigned int n_tokens
     cdef unsigned int start
     cdef PyObject* base

@@ -49,8 +49,8 @@ cdef extern from *:
 
 cdef enum:
     MAX_TOKENS = 2_000_000_000  # ids in one sequence
-    AHEAD = 12                  # items that tolist() fetches before it needs them
-    MAX_INTERNED = 1 << 19      # ids whose int objects are kept: 4 MiB of pointers at most
+    AHEAD = 12                  # items that tolist() prefetches
+    MAX_INTERNED = 1 << 19      # ids whose int objects are kept: at most 4 MiB of pointers
 
 cdef Py_ssize_t ITEM_BYTES = sizeof(int)
 cdef char* FORMAT = "i"
@@ -68,8 +68,8 @@ cdef class TokenIds:
     """An immutable sequence of int32 token ids.
 
     Shapes: int32[n_tokens]; slices share the memory, a slice with a step is a copy.
-    Errors: InvalidTokens for what is no int32.
-    Threads: safe, nothing ever changes.
+    Errors: InvalidTokens if an id is not an int32.
+    Threads: safe, because it is immutable.
     """
 
     def __cinit__(self, ids=()):
@@ -164,7 +164,7 @@ cdef class TokenIds:
         PyMem_Free(view.shape)
 
     def tolist(self):
-        """Return a fresh list of the ids."""
+        """Return a new list of the ids."""
         return list_of(ids_data(self), self.n_tokens)
 
     def tobytes(self):
@@ -183,7 +183,7 @@ cdef class TokenIds:
         return self.tolist().count(value)
 
     def index(self, value, start=0, stop=MAX_TOKENS):
-        """Return the first position of `value`; ValueError if it isn't there."""
+        """Return the first position of `value`; raise ValueError if there is none."""
         return self.tolist().index(value, start, stop)
 
 
@@ -202,7 +202,7 @@ cdef TokenIds new_owner(Py_ssize_t n_tokens):
         raise MemoryError
     PyObject_Init(raw, <PyTypeObject*> TokenIds)
     cdef TokenIds owner = <TokenIds> raw
-    Py_DECREF(owner)  # the reference that PyObject_Init gave is now `owner`
+    Py_DECREF(owner)  # `owner` has taken over the reference that PyObject_Init returned
     owner.n_tokens = <unsigned int> n_tokens
     owner.start = 0
     owner.base = NULL
@@ -210,7 +210,7 @@ cdef TokenIds new_owner(Py_ssize_t n_tokens):
 
 
 cdef TokenIds owner_of(TokenIds ids):
-    """Return an owner of exactly these ids: itself, its base if it is all of it, or a copy."""
+    """Return an owner of exactly these ids: `ids` itself, its base, or a copy."""
     if ids.base == NULL:
         return ids
     cdef TokenIds base = <TokenIds> ids.base
@@ -239,7 +239,7 @@ cdef TokenIds owner_from(object ids):
 
 
 cdef TokenIds owner_from_buffer(object ids):
-    """Return a copy of a one-dimensional int32 buffer, or None if it is another kind."""
+    """Return a copy of a one-dimensional int32 buffer, or None for any other buffer."""
     cdef Py_buffer view
     cdef TokenIds owner
     PyObject_GetBuffer(ids, &view, PyBUF_FULL_RO)
@@ -260,7 +260,7 @@ cdef TokenIds owner_from_list(list ids):
     cdef TokenIds owner = new_owner(n)
     cdef int* data = owner_data(owner)
     for i in range(n):
-        if i >= PyList_GET_SIZE(ids):  # an __index__ of the caller's may shorten the list
+        if i >= PyList_GET_SIZE(ids):  # the __index__ of an item may shorten the list
             raise InvalidTokens("the list of token ids changed while it was read")
         data[i] = int32_of(<object> PyList_GET_ITEM(ids, i))
     return owner
@@ -301,7 +301,7 @@ cdef object slice_of(TokenIds ids, object key):
 
 
 cdef list list_of(const int* data, Py_ssize_t n):
-    """Return a list of the ids; ints come from the table, so that most cost a pointer copy."""
+    """Return a list of the ids; most int objects come from the table, for a pointer copy each."""
     cdef list result = PyList_New(n)
     cdef PyObject** items = (<PyListObject*> result).ob_item
     cdef PyObject** table
@@ -313,10 +313,10 @@ cdef list list_of(const int* data, Py_ssize_t n):
     if together >= n_interned:
         grow_interned(together)
     table = interned
-    if together < n_interned:  # a power of two, so no single id is beyond it
+    if together < n_interned:  # n_interned is a power of two, so every id is below it
         n_ahead = n - AHEAD
     for i in range(n_ahead):
-        prefetch(table[data[i + AHEAD]])  # the int objects lie scattered
+        prefetch(table[data[i + AHEAD]])  # the int objects are scattered over memory
         item = table[data[i]]
         if item == NULL:
             item = new_int(data[i])
@@ -335,7 +335,7 @@ cdef list list_of(const int* data, Py_ssize_t n):
 
 
 cdef PyObject* new_int(int number) except NULL:
-    """Return a new reference to an int; the table keeps another unless it is beyond its limit."""
+    """Return a new reference to an int; the table keeps one, too, for ids below MAX_INTERNED."""
     cdef PyObject* item = long_from(number)
     if item == NULL:
         raise MemoryError
@@ -348,7 +348,7 @@ cdef PyObject* new_int(int number) except NULL:
 
 
 cdef void grow_interned(unsigned int highest) noexcept:
-    """Make place for ids up to `highest`; without memory or above the limit all stays as it is."""
+    """Grow the table for ids up to `highest`; do nothing above MAX_INTERNED or without memory."""
     global interned, n_interned
     cdef Py_ssize_t n = max(n_interned, 1024)
     cdef PyObject** grown

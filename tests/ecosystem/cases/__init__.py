@@ -1,1 +1,1 @@
-"""The cases, a module a kind of library; each imports its library when it runs."""
+"""The cases, one module per kind of library; each case imports its library when it runs."""

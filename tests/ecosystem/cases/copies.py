@@ -1,4 +1,4 @@
-"""Copies and pickles: the standard library's, dill's, cloudpickle's, and through ZMQ."""
+"""Copies and pickles by the standard library, dill and cloudpickle, and through ZMQ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.ecosystem.given import CHAT, TEXTS, Given, case
 
 
 def answers(tokenizer: Any) -> Any:
-    """Return what a tokenizer of transformers answers, by the ways most in use."""
+    """Return the answers of a transformers tokenizer to its most common calls."""
     ids = [tokenizer.encode(text) for text in TEXTS]
     padded = tokenizer(TEXTS, padding=True, truncation=True, max_length=32)
     return {
@@ -37,7 +37,7 @@ def chat_ids(tokenizer: Any) -> Any:
 
 
 def rust_answers(tokenizer: Any) -> Any:
-    """Return what a `tokenizers.Tokenizer` answers."""
+    """Return the answers of a `tokenizers.Tokenizer` to its most common calls."""
     found = tokenizer.encode_batch(TEXTS)
     return {
         "ids": [one.ids for one in found],
@@ -91,13 +91,13 @@ def pickle_protocols(given: Given) -> Any:
     return found, kind.__name__, kind.__module__, method(TEXTS[0])
 
 
-# Loads a pickle where tokcache can't be imported.
+# Loads a pickle in a process that can't import tokcache.
 _WITHOUT = """
 import json, pickle, sys
 class Refused:
     def find_spec(self, name, path=None, target=None):
         if name.partition('.')[0] == 'tokcache':
-            raise ImportError('tokcache is not to be had here')
+            raise ImportError('tokcache is not installed here')
 sys.meta_path.insert(0, Refused())
 def answer(data):
     try:
@@ -189,7 +189,7 @@ def _without_paths(files: dict[str, str], given: Given) -> dict[str, str]:
     return files
 
 
-@case("tokenizers", "what takes a Tokenizer: DecodeStream, BaseTokenizer, EncodingVisualizer")
+@case("tokenizers", "as an argument of DecodeStream, BaseTokenizer, EncodingVisualizer")
 def rust_callables(given: Given) -> Any:
     from tokenizers.decoders import DecodeStream
     from tokenizers.implementations.base_tokenizer import BaseTokenizer
@@ -217,7 +217,7 @@ def tokenizer_object(given: Given) -> Any:
         made.add_special_tokens({"eos_token": "<|eos|>"})
         found.append([kind, [made.encode(text) for text in TEXTS], made.decode([1, 2, 3])])
     trained = given.load().train_new_from_iterator(TEXTS, 400)
-    # Two trainings of a plain tokenizer differ too, where pairs are equally frequent.
+    # Two trainings of a plain tokenizer also differ if pairs are equally frequent.
     return found, type(trained).__name__, len(trained), trained.all_special_tokens
 
 

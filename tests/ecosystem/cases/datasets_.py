@@ -16,7 +16,7 @@ def _calls(marks: Path) -> int:
 
 
 def _mapped(given: Given, mapper: Callable[..., Any], **kwargs: Any) -> Any:
-    """Return the rows of a `map`, and how often this process's call ran the function."""
+    """Return the rows of a `map`, and how often the function ran in this process."""
     from datasets import Dataset, load_from_disk
 
     home = given.folder / "data"
@@ -66,7 +66,7 @@ def datasets_transform(given: Given) -> Any:
 
 
 def _hashes(given: Given) -> dict[str, str]:
-    """Return the fingerprint after each of many changes, each of a tokenizer just loaded."""
+    """Return the fingerprint after each of many changes, each to a newly loaded tokenizer."""
     from datasets.fingerprint import Hasher
     from tokenizers import normalizers, pre_tokenizers
 

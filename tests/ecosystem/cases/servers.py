@@ -1,7 +1,7 @@
 """Helpers of vLLM, SGLang, Triton's OpenAI frontend and NeMo, written from their behaviour.
 
-None of these can be installed without their GPU stacks; each helper here does to a tokenizer the
-same operations, in the same order, as theirs.
+None of these can be installed without its GPU stack; each helper here does the same operations on
+a tokenizer, in the same order, as the original.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.ecosystem.given import TEXTS, Given, case
 
 
 def _with_cached_properties(tokenizer: Any) -> Any:
-    """Return a copy of another class, as vLLM does: properties are computed once."""
+    """Return a copy with another class, as vLLM does: properties are computed once."""
     made = copy.copy(tokenizer)
     special_ids, special_tokens = tokenizer.all_special_ids, tokenizer.all_special_tokens
     vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -62,7 +62,7 @@ def vllm_cached(given: Given) -> Any:
 
 
 def _pooled(tokenizer: Any, n_copies: int = 2) -> Any:
-    """Return the tokenizer, its class changed in place: calls go to a pool of deep copies."""
+    """Change the tokenizer's class in place, so that calls go to a pool of deep copies."""
     original = copy.copy(tokenizer)
     pool: queue.Queue[Any] = queue.Queue()
     for _ in range(n_copies):
@@ -100,7 +100,7 @@ def _pooled(tokenizer: Any, n_copies: int = 2) -> Any:
     return tokenizer
 
 
-@case("vLLM", "its pool of deep copies behind a class assigned in place, used by eight threads")
+@case("vLLM", "its pool of deep copies, with a class assigned in place, used by eight threads")
 def vllm_pool(given: Given) -> Any:
     made = _pooled(given.load())
     with ThreadPoolExecutor(8) as threads:
@@ -124,7 +124,7 @@ def vllm_detokenizer(given: Given) -> Any:
         ids = tokenizer.encode(text)
         stream = DecodeStream(ids=ids[: len(ids) // 2], skip_special_tokens=True)
         found.append([stream.step(rust, id_) for id_ in ids[len(ids) // 2 :]])
-    # The attribute is looked up again by the next request's detokenizer.
+    # The detokenizer of the next request looks the attribute up again.
     return found, getattr(tokenizer._tokenizer, "added_token_ids", None) == rust.added_token_ids
 
 
@@ -232,7 +232,7 @@ def sglang_segments(given: Given) -> Any:
 
 
 class _Nemo:
-    """A wrapper that adds special tokens and mirrors them as its own attributes."""
+    """A wrapper that adds special tokens and has an attribute for each."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""trl and sentence-transformers, with tiny models made here."""
+"""trl and sentence-transformers with tiny models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # cython: binding=False, embedsignature=True, embedsignature.format=clinic
-"""SegmentCache: the token ids of the parts of texts, found by content wherever they stand."""
+"""SegmentCache: the token ids of chunks and segments, found by content in any text."""
 
 cimport cython
 from cpython.buffer cimport PyBuffer_IsContiguous
@@ -45,57 +45,57 @@ cdef extern from *:
     int count_leading_zeros "__builtin_clzll" (unsigned long long bits) noexcept nogil
 
 cdef enum:
-    MIN_UNITS = 128        # a chunk is not cut before, but where a message opens
-    MAX_UNITS = 1024       # nor later, where there is a place
-    OPENING_UNITS = 96     # a chunk of so many ends where a message opens
-    GAP_UNITS = 64         # the greatest weight of a place
-    CHOSEN = 1 << 23       # a place of a lower rank, as one unit in 512 has, ends a chunk
-    WINDOW = 16            # units before a place that decide
-    N_SEEDS = 6            # 64-bit words of the secret that decides with them
-    LOOK_UNITS = 512       # that are searched for a token at a time
-    STORED_UNITS = 1 << 16  # a longer part, in which no place was found, is not kept
-    SPARE_BYTES = 1 << 17  # a walk with larger arrays is not kept for the next text
+    MIN_UNITS = 128        # minimum chunk length, except at the start of a message
+    MAX_UNITS = 1024       # maximum chunk length, if the text has a coarse cut before
+    OPENING_UNITS = 96     # minimum length of a chunk that ends at the start of a message
+    GAP_UNITS = 64         # maximum weight of a cut
+    CHOSEN = 1 << 23       # a cut with a lower rank ends a chunk: about one in 512 units
+    WINDOW = 16            # units before a cut that its rank depends on
+    N_SEEDS = 6            # 64-bit words of the secret for ranks
+    LOOK_UNITS = 512       # units searched for an added token at a time
+    STORED_UNITS = 1 << 16  # a longer chunk, in which no cut was found, is not stored
+    SPARE_BYTES = 1 << 17  # a Walk with larger arrays is not reused for the next text
     N_DRAWS = 8
-    MAX_CLEARED = 1024     # scopes whose last clear is remembered one by one
-    SHORT_SHARE = 4        # of the budget, one part in so many is for short segments
+    MAX_CLEARED = 1024     # scopes whose last clear is remembered individually
+    SHORT_SHARE = 4        # short segments may take 1 / SHORT_SHARE of the budget
     NO_UNIT = 0xFFFFFFFF
-    UNTOLD = 0xFFFFFFFF    # in the place of a part: an id doesn't tell its bytes
-    NO_ROOM = 0            # outcomes of filling in a part
+    UNTOLD = 0xFFFFFFFF    # returned instead of a position: the length of an id is unknown
+    NO_ROOM = 0            # outcomes of `fill_chunk` and `fill_short`
     KEPT = 1
     THERE = 2
-    LAST = 0               # what stands behind a part in a joined text: nothing more
+    LAST = 0               # after a unit in a joined text: the end
     APART = 1              # a separator
-    SEAMLESS = 2           # the next part
-    LONGEST = 0xFE         # bytes of a token that are kept
+    SEAMLESS = 2           # the next unit
+    LONGEST = 0xFE         # maximum id length that the table holds, in bytes
 
 
 cdef bint uses_vectors = has_vectors()
 
 
 def use_vectors(bint wanted):
-    """Use the CPU's vectors, if it has them, or not; return whether they are used. For tests."""
+    """Switch AVX2 on, if the CPU has it, or off; return whether it is used. For tests."""
     global uses_vectors
     uses_vectors = wanted and has_vectors()
     return uses_vectors
 
 
-ctypedef struct Op:       # a piece of the answer
-    uint32_t unit         # the unit that will give the ids, or NO_UNIT: ids known already
-    uint32_t n            # of known ids
+ctypedef struct Op:       # ids to append to the answer
+    uint32_t unit         # those of this unit, or NO_UNIT: the next cached ids
+    uint32_t n            # number of cached ids
 
-ctypedef struct Unit:     # a part that the engine must encode
+ctypedef struct Unit:     # a segment that the engine must encode
     size_t start
     size_t stop
     uint32_t variant
-    const int32_t* ids    # in what the engine returned
+    const int32_t* ids    # within the engine's answer
     uint32_t n
     bint is_made
     bint is_short
-    bint may_grow         # a long neighbour may become part of it
-    uint32_t n_bytes      # in UTF-8, with a blank before it; 0: ids don't tell
-    uint32_t behind       # it in the joined text
+    bint may_grow         # a long segment that follows may be merged into it
+    uint32_t n_bytes      # in UTF-8, with the space before it; 0: id lengths are unknown
+    uint32_t behind       # LAST, APART or SEAMLESS: what follows in the joined text
 
-ctypedef struct Missed:   # a chunk that was not there
+ctypedef struct Missed:   # a chunk that was not in the table
     uint64_t digest
     size_t start
     size_t stop
@@ -104,7 +104,7 @@ ctypedef struct Missed:   # a chunk that was not there
     uint32_t first_known
     uint32_t variant
     uint32_t end_class
-    Link before           # the chunk before it, where that was there
+    Link before           # to the chunk before it, if that one was in the table
     Link behind
 
 
@@ -135,24 +135,24 @@ cdef void* realloc_or_raise(void* old, size_t n_bytes) except NULL:
 
 @cython.final
 cdef class Walk:
-    """A text on its way: what of it is known, and the units that the engine must encode."""
+    """The state of one look-up: a text's cached ids, and the units that the engine must encode."""
 
     cdef SegmentCache cache
     cdef str text
     cdef Text view
     cdef uint64_t scope
-    cdef uint64_t since        # n_clears of the cache when the text came
+    cdef uint64_t since        # n_clears of the cache when the call began
     cdef bint keeps            # its scope was not cleared between then and the look-up
     cdef bint add_special_tokens
     cdef int32_t serial
-    cdef uint64_t epoch        # of the cache: links of another one mean nothing
-    cdef uint32_t* run         # the chunks that the text begins with, until one is missed
+    cdef uint64_t epoch        # of the cache; links of another epoch are not valid
+    cdef uint32_t* run         # the chunks found before the first missing one
     cdef size_t n_run, run_capacity, n_run_ids
     cdef Ints known
-    cdef list held             # what the engine returned
+    cdef list held             # the engine's answers, which `Unit.ids` points into
     cdef Op* ops
     cdef size_t n_ops, op_capacity
-    cdef size_t barrier        # pieces before it belong to other chunks
+    cdef size_t barrier        # ops before it belong to other chunks
     cdef Unit* units
     cdef size_t n_units, unit_capacity
     cdef uint32_t* picked      # the units in the texts of `joined`
@@ -180,7 +180,7 @@ cdef class Walk:
 
     @property
     def n_chars(self):
-        """Characters that the engine must encode yet."""
+        """Number of characters that the engine has yet to encode."""
         cdef size_t i, total = 0
         for i in range(self.n_units):
             if not self.units[i].is_made:
@@ -191,13 +191,14 @@ cdef class Walk:
         self, uint32_t variant, int blank_variant, str between, TokenBytes sizes,
         CodePoints agreed, size_t max_chars, size_t max_apart,
     ):
-        """Return texts that hold all parts which `variant` must encode and has not yet.
+        """Return texts that together contain all units that `variant` has yet to encode.
 
-        With them those of `blank_variant` (-1: none), a blank before each: `variant` encodes that
-        as the other one does the part. A text has up to `max_chars` characters, or one part, and
-        up to `max_apart` times `between`, which is ASCII, between two parts; parts that may stand
-        side by side, and whose ids tell by `sizes` where each ends, have nothing between them.
-        With `agreed`, only parts of these code points and of up to `max_chars` characters.
+        Units of `blank_variant` (-1: none) are included with a space before each: with it `variant`
+        gives the same ids as the other variant without. A text has at most `max_chars` characters,
+        or one unit, and contains `between`, which is ASCII, at most `max_apart` times. `between` is
+        put between two units, unless these may be adjacent and the id lengths in `sizes` show where
+        each ends. With `agreed`, only units of these code points and of at most `max_chars`
+        characters are included.
         """
         cdef size_t i, n, n_chars = 0, n_apart = 0, first = 0
         cdef Unit* unit
@@ -237,10 +238,10 @@ cdef class Walk:
         return texts
 
     def take(self, list encoded, int separator, TokenBytes sizes):
-        """Take the ids of the texts that `joined` returned; return False if they are not theirs.
+        """Assign the ids of the texts that `joined` returned to the units; return True.
 
-        None if an id doesn't tell its bytes. Each of `encoded` is a list or a buffer of 32-bit
-        integers.
+        Return False if the ids do not fit the units, None if the length of an id is unknown. Each
+        item of `encoded` is a list or a buffer of 32-bit integers.
         """
         cdef size_t i, at = 0
         cdef list held = []
@@ -255,7 +256,7 @@ cdef class Walk:
                 at = self.take_text(at, ids_data(ids), ids.n_tokens, separator, sizes)
                 continue
             one = PyMemoryView_FromObject(one)
-            held.append(one)  # it stays where it is
+            held.append(one)  # keeps the buffer alive and in place
             view = PyMemoryView_GET_BUFFER(one)
             if not PyBuffer_IsContiguous(view, b"C"):
                 raise BufferError("an encoder's ids must lie side by side")
@@ -270,7 +271,7 @@ cdef class Walk:
         return True
 
     def finish(self):
-        """Keep what was encoded and return the ids of the whole text."""
+        """Store the encoded segments and return the ids of the whole text."""
         cdef size_t i
         if self.text is None:
             raise RuntimeError("finish() was called before")
@@ -284,9 +285,9 @@ cdef class Walk:
     cdef size_t take_text(
         self, size_t at, const int* ids, size_t n, int separator, TokenBytes sizes
     ) except? 0:
-        """Give the ids of one text to the parts from `at` on; return the next.
+        """Assign the ids of one text to the units from `at` on; return the position after them.
 
-        UNTOLD if an id doesn't tell its bytes, n_picked + 1 if they are not theirs.
+        Return UNTOLD if the length of an id is unknown, n_picked + 1 if the ids do not fit.
         """
         cdef size_t start, i = 0, left, size
         cdef bint is_seamless = False
@@ -324,10 +325,10 @@ cdef class Walk:
     cdef bint is_seam(
         self, const Unit* before, const Unit* unit, uint32_t variant, bint has_blank
     ) noexcept:
-        """Return whether nothing need stand between two parts in a joined text.
+        """Return whether two units need no separator in a joined text.
 
-        They do so in the text, too, or a text may be cut between such characters and no added
-        token has them side by side.
+        They need none if they are adjacent in the text, or if a text may be cut between two such
+        characters and no added token contains them side by side.
         """
         cdef const Plan* plan = &self.cache.plan
         cdef uint32_t left, last = unit_at(&self.view, before.stop - 1)
@@ -338,7 +339,7 @@ cdef class Walk:
         left = class_of(plan, last)
         if left == NEWLINE:
             if before.stop - before.start == 1:
-                return False  # what stands before it decides
+                return False  # its class depends on a character before the unit
             left = class_behind(plan, last, class_of(plan, unit_at(&self.view, before.stop - 2)))
         last = 0x20 if has_blank else unit_at(&self.view, unit.start)
         return plan.seams[left * N_CLASSES + class_behind(plan, last, left)]
@@ -357,10 +358,10 @@ cdef class Walk:
             size += <int> unit.variant == blank_variant
             size += n_between if unit.behind == APART else 0
         if size == 0 and <size_t> own == self.view.n_units:
-            return self.text  # all of it, in one piece
+            return self.text  # the units are the whole text
         size += own
         joined = PyUnicode_New(size, min(bits, <uint32_t> 0x10FFFF))
-        kind = PyUnicode_KIND(joined)  # no wider than the text's own
+        kind = PyUnicode_KIND(joined)  # not wider than that of the text
         data = <uint8_t*> PyUnicode_DATA(joined)
         for i in range(first, stop):
             unit = &self.units[self.picked[i]]
@@ -439,9 +440,9 @@ cdef class Walk:
         return 0
 
     cdef int push_long(self, size_t start, size_t stop, uint32_t variant) except -1:
-        """Make a unit of a part too long for the short segments, or of such a neighbour and it.
+        """Make a unit of a segment that is too long for a short one, or merge it into the last.
 
-        Few come again in a text, and between two units the engine may need a separator.
+        Merging saves separators; it costs little, because few long segments repeat within a text.
         """
         cdef Unit* unit
         if (
@@ -497,7 +498,7 @@ cdef class Walk:
 cdef inline bint ends(
     size_t at, uint32_t left, size_t* end, uint32_t* end_class
 ) noexcept nogil:
-    """Let a chunk end there, behind a character of that class."""
+    """Set the end of a chunk to `at`, after a character of class `left`."""
     end[0] = at
     end_class[0] = left
     return True
@@ -505,11 +506,11 @@ cdef inline bint ends(
 
 @cython.final
 cdef class SegmentCache:
-    """The ids of the parts of texts, cut as `plan` (a CutPlan) says.
+    """The token ids of chunks and short segments of texts, cut as `plan` (a CutPlan) says.
 
-    Units:   `max_bytes` bytes: keys, ids and tables; up to 300 KiB more to work with.
-    Cost:    a known text is one compare and one copy of its ids a part; an unknown part is
-             scanned once. Nothing is allocated but the answer.
+    Units:   `max_bytes` is for keys, ids and tables; working memory takes up to 300 KiB more.
+    Cost:    one compare and one copy of the ids per cached chunk; an uncached chunk is scanned
+             once. Only the answer is allocated.
     Threads: safe under the interpreter lock.
     Source:  content-defined chunks: FastCDC (Xia et al., USENIX ATC 2016).
     """
@@ -524,9 +525,9 @@ cdef class SegmentCache:
     cdef uint64_t[N_SEEDS] seed
     cdef uint64_t rng
     cdef uint32_t clock
-    cdef Link head             # the chunk that a text began with last
+    cdef Link head             # to the first chunk of the last text
     cdef Fork[N_FORKS] forks
-    cdef uint64_t epoch        # changes when all chunks go
+    cdef uint64_t epoch        # changes when all chunks are removed
     cdef int32_t serial
     cdef object prefixes       # by add_special_tokens: TokenIds or None
     cdef object suffixes
@@ -537,10 +538,10 @@ cdef class SegmentCache:
     cdef uint64_t short_hits, short_misses, engine_chars, engine_tokens, tokens
     cdef uint64_t insertions, evictions
     cdef dict refusals
-    # What was under way when its scope was cleared is not kept afterwards.
-    cdef readonly uint64_t n_clears  # of one scope or of all
-    cdef dict cleared          # scope -> n_clears when it was cleared last
-    cdef uint64_t cleared_all  # n_clears when every scope was, or `cleared` was full
+    # A look-up that began before its scope was cleared stores nothing.
+    cdef readonly uint64_t n_clears  # number of clears, of one scope or of all
+    cdef dict cleared          # scope -> n_clears at its last clear
+    cdef uint64_t cleared_all  # n_clears at the last clear of all, or when `cleared` was full
 
     def __cinit__(self, plan, max_bytes, cuts_fine=True):
         cdef bytes random = urandom(8 * N_SECRETS + 8)
@@ -570,10 +571,10 @@ cdef class SegmentCache:
         free(self.scratch)
 
     def look(self, str text, bint add_special_tokens, uint64_t scope, since=None):
-        """Return the ids of `text` if every part is known, a Walk if some are to be encoded.
+        """Return the ids of `text` if all of it is cached, else a Walk with the units to encode.
 
-        None, counted by reason, if the text can't be cut with proof. Nothing of it is kept if its
-        scope was cleared since `n_clears` was `since`, or is before the Walk is finished.
+        Return None, counted by reason, if the text can't be cut safely. Nothing is stored if the
+        scope was cleared after `n_clears` was `since`, or is cleared before the Walk is finished.
         """
         cdef Walk walk
         PyUnicode_READY(text)
@@ -601,9 +602,9 @@ cdef class SegmentCache:
         return self.answer(walk)
 
     def clear(self, scope=None, n_clears=None):
-        """Drop every part and set the counters to zero, or drop the parts of `scope` alone.
+        """Remove all entries and set the counters to zero, or remove those of `scope` only.
 
-        `n_clears` is what the attribute of this name is set to, one more than it was by default.
+        `n_clears` is the new value of that attribute; by default it grows by one.
         """
         self.n_clears = self.n_clears + 1 if n_clears is None else n_clears
         if scope is not None:
@@ -623,7 +624,7 @@ cdef class SegmentCache:
         return self.n_bytes()
 
     def stats(self):
-        """Return a snapshot of the counters."""
+        """Return a copy of the counters."""
         return L1Stats(
             hits=self.hits,
             misses=self.misses,
@@ -645,7 +646,10 @@ cdef class SegmentCache:
         )
 
     def cut(self, str text, bint fine):
-        """Return the parts of `text` as (start, stop, is_token); for people and tests."""
+        """Return the chunks (or with `fine` the segments) of `text` as (start, stop, is_token).
+
+        Return None if the text can't be cut. For `explain` and tests.
+        """
         cdef Walk walk = Walk.__new__(Walk)
         cdef size_t p = 0, end
         cdef uint32_t end_class
@@ -662,11 +666,11 @@ cdef class SegmentCache:
             p = end
         return found
 
-    # ---- to be kept elsewhere and brought back
+    # ---- dump and load
 
     @property
     def cut_seed(self):
-        """The secret that chooses where chunks end: with another one, others are looked up."""
+        """The secret that chooses where chunks end: dumped chunks are useful only with it."""
         return (<const char*> &self.seed[0])[:8 * N_SEEDS]
 
     @cut_seed.setter
@@ -717,10 +721,10 @@ cdef class SegmentCache:
         return by_age([column[:n] for column in columns])
 
     def fill_chunks(self, rows):
-        """Keep chunks as `held_chunks` returns them, as far as nothing must go for them.
+        """Store chunks in the form that `held_chunks` returns, without evicting any.
 
-        They count as older than all that is held. Return how many were kept, and how many were
-        there.
+        They count as older than all present entries. Return the number stored, and the number that
+        were already present.
         """
         cdef uint32_t age = self.greatest_age()
         cdef Py_ssize_t[3] n  # by outcome
@@ -736,13 +740,13 @@ cdef class SegmentCache:
         return n[KEPT], n[THERE]
 
     def fill_shorts(self, rows):
-        """Keep short segments as `held_shorts` returns them; like `fill_chunks`."""
+        """Store short segments in the form that `held_shorts` returns; like `fill_chunks`."""
         cdef uint32_t age = self.greatest_age(), n_sets = NO_UNIT
         cdef Py_ssize_t[3] n  # by outcome
         cdef Walk walk = Walk.__new__(Walk)
         memset(n, 0, sizeof(n))
         rows = list(rows) if self.cuts_fine else []
-        while n_sets != self.shorts.n_sets:  # it doubles until they have room, or it may not
+        while n_sets != self.shorts.n_sets:  # doubled until they have room or the budget is used
             n_sets = self.shorts.n_sets
             self.room_for_shorts(len(rows), False)
         for text, ids, scope, variant in rows:
@@ -806,7 +810,7 @@ cdef class SegmentCache:
         return KEPT
 
     cdef bint has_room(self, uint64_t n_bytes) noexcept:
-        """Return whether one more chunk of `n_bytes` fits without another's going."""
+        """Return whether one more chunk of `n_bytes` fits without an eviction."""
         cdef uint64_t more = 0
         if self.chunks.n == self.chunks.capacity:
             more = max(self.chunks.capacity, <uint32_t> 64) * (sizeof(Chunk) + sizeof(uint32_t))
@@ -822,7 +826,7 @@ cdef class SegmentCache:
         return greatest
 
     cdef uint32_t older(self, uint32_t age) noexcept:
-        return age + 2 if age + 1 == self.clock else age + 1  # as a tick, 0 marks an empty place
+        return age + 2 if age + 1 == self.clock else age + 1  # tick 0 marks an empty place
 
     def _check(self):
         """Verify every invariant; for tests."""
@@ -855,7 +859,8 @@ cdef class SegmentCache:
         else:
             self.cleared_all = self.n_clears
             self.cleared = {}
-        for i in range(self.chunks.n, 0, -1):  # what takes a removed one's place was looked at
+        # Backwards, so that the chunk that takes a removed one's place was already looked at.
+        for i in range(self.chunks.n, 0, -1):
             if self.chunks.all[i - 1].scope == scope:
                 remove_chunk(&self.chunks, i - 1)
         if self.chunks.n == 0:
@@ -869,7 +874,7 @@ cdef class SegmentCache:
         return 0
 
     cdef bint was_cleared(self, Walk walk) except -1:
-        """Return whether the scope of a walk was cleared since its text came."""
+        """Return whether the scope of a Walk was cleared since its call began."""
         return walk.since != self.n_clears and (
             self.cleared_all > walk.since or self.cleared.get(walk.scope, 0) > walk.since
         )
@@ -885,11 +890,11 @@ cdef class SegmentCache:
 
     cdef inline void tick(self) noexcept:
         self.clock += 1
-        if self.clock == 0:  # 0 marks an empty place
+        if self.clock == 0:  # tick 0 marks an empty place
             self.clock = 1
 
     cdef bint opens_at(self, const Text* t, size_t p) noexcept:
-        """Return whether an added token starts here that a chunk may begin with."""
+        """Return whether an added token that may begin a chunk starts at `p`."""
         cdef Match m
         if self.plan.n_tokens == 0 or not may_start(&self.plan, unit_at(t, p)):
             return False
@@ -897,7 +902,7 @@ cdef class SegmentCache:
         return m.outcome == FOUND and m.flags & OPENS
 
     cdef bint may_end(self, const Text* t, size_t p, const Chunk* chunk) noexcept:
-        """Return whether a chunk that stands before `p` may end there."""
+        """Return whether `chunk`, which matches the text before `p`, may end at `p`."""
         if p == t.n_units or chunk.is_tail:
             return p == t.n_units
         return (
@@ -906,7 +911,7 @@ cdef class SegmentCache:
         )
 
     cdef uint32_t variant_at(self, const Text* t, size_t p) noexcept:
-        """Return the variant of the tokenizer for what begins with a chunk at `p`."""
+        """Return the tokenizer variant that encodes the beginning of a chunk at `p`."""
         if self.plan.variant_of[0] == self.plan.variant_of[1] == self.plan.variant_of[2]:
             return self.plan.variant_of[0]
         if self.opens_at(t, p):
@@ -914,10 +919,11 @@ cdef class SegmentCache:
         return self.plan.variant_of[0 if p == 0 else 2]
 
     cdef bint follow(self, Walk walk) except -1:
-        """Go through the text chunk by chunk; 0, and counted, if it can't be cut with proof.
+        """Look up the text chunk by chunk; return False, counted, if it can't be cut safely.
 
-        A chunk that came behind the one before, compared in full, needs neither scan nor digest.
-        That it ends there is proven by its own link to what comes next, or by a look there.
+        The chunk that followed the previous one in an earlier text is tried first: it is compared
+        in full and needs neither scan nor digest. Its end is proven by its own link to the next
+        chunk, or else by the characters there.
         """
         cdef Text* t = &walk.view
         cdef size_t p = 0, end = 0
@@ -957,7 +963,7 @@ cdef class SegmentCache:
         return True
 
     cdef uint32_t find_head(self, Walk walk) noexcept:
-        """Return the chunk that a text began with last if this one does, too."""
+        """Return the first chunk of the last text if this text begins with it, too."""
         cdef uint32_t place = place_of(&self.chunks, self.head)
         if (
             place != NO_CHUNK and self.chunks.all[place].scope == walk.scope
@@ -986,7 +992,7 @@ cdef class SegmentCache:
     cdef inline void remember(
         self, const Text* t, uint32_t before, size_t p, uint32_t place
     ) noexcept:
-        """Remember the chunk at `p` as one that comes behind `before`."""
+        """Remember the chunk at `p` as one that follows `before`."""
         cdef Fork* fork = fork_at(&self.forks[0], &self.chunks, before, t, p, self.secret)
         fork.serial = self.chunks.all[before].serial
         fork.ahead = link_to(&self.chunks, place)
@@ -1007,7 +1013,7 @@ cdef class SegmentCache:
         return walk.push_run(place)
 
     cdef int flush_run(self, Walk walk) except -1:
-        """Copy the ids of the chunks so far: what comes now may evict them."""
+        """Copy the ids of the chunks found so far, because the next steps may evict them."""
         cdef size_t i
         for i in range(walk.n_run):
             walk.push_known(
@@ -1020,7 +1026,7 @@ cdef class SegmentCache:
         self, Walk walk, uint64_t digest, size_t p, size_t end, uint32_t variant,
         uint32_t end_class, uint32_t before,
     ) except -1:
-        """Take a chunk that is not there apart; 0, and counted, if a token can't be judged."""
+        """Split a missing chunk; return False, counted, if an added token's match is unsure."""
         cdef Missed* missed = walk.push_missed()
         missed.digest = digest
         missed.start = p
@@ -1063,11 +1069,15 @@ cdef class SegmentCache:
     cdef bint chunk_end(
         self, const Text* t, size_t p, size_t* end, uint32_t* end_class
     ) noexcept:
-        """Find where the chunk that begins at `p` ends; 0 if a token can't be judged.
+        """Find the end of the chunk that begins at `p`; return False if a token's match is unsure.
 
-        It ends where a message opens, once it has some length; else, between MIN_UNITS and
-        MAX_UNITS, at the first coarse cut that its own content chooses, or the one that comes
-        next to it; else at the next coarse cut or the end of the text.
+        The first of these that applies:
+
+        1. The start of a message, once the chunk has OPENING_UNITS.
+        2. Between MIN_UNITS and MAX_UNITS, the first coarse cut with a rank below CHOSEN.
+        3. The end of the text, if it is within MAX_UNITS.
+        4. Between MIN_UNITS and MAX_UNITS, the coarse cut with the lowest rank.
+        5. The next coarse cut, or the end of the text.
         """
         cdef const Plan* plan = &self.plan
         cdef size_t i = p, piece = p, last = 0, cut = p, token_at = self.next_token(t, p), stop, at
@@ -1092,14 +1102,14 @@ cdef class SegmentCache:
                     token_at = self.next_token(t, i)
                     continue
                 token_at = self.next_token(t, m.end if m.outcome == AS_TEXT else i + 1)
-                if m.outcome == AS_TEXT:  # nothing is cut in it, nor before it
+                if m.outcome == AS_TEXT:  # there is no cut inside it or directly before it
                     i = m.end
                     continue
             if i < piece:
                 i += 1
                 continue
             stop = min(token_at, t.n_units)
-            if i < p + MIN_UNITS:  # what is cut here only weighs the first place that counts
+            if i < p + MIN_UNITS:  # a cut here only affects the weight of the next one
                 stop = min(stop, p + MIN_UNITS)
                 at = self.last_place(t, i, stop, p, piece)
                 cut = at if at else cut
@@ -1115,11 +1125,12 @@ cdef class SegmentCache:
                 if is_late and last:
                     return ends(last, last_class, end, end_class)
                 digest = self.rank(t, at, latin + (at - i) if latin else NULL, at - cut, &gap)
-                # The lowest rank, which is digest / gap, counts.
+                # Keep the cut with the lowest rank, which is digest / gap.
                 if last == 0 or digest * best_gap < best * gap:
                     best, best_gap, last = digest, gap, at
                     last_class = self.class_before(t, at, p, piece)
-                if is_late or digest < <uint64_t> CHOSEN * gap:  # then it is the lowest
+                # Earlier ranks were not below CHOSEN, so this one is the lowest if it is.
+                if is_late or digest < <uint64_t> CHOSEN * gap:
                     return ends(last, last_class, end, end_class)
                 cut = at
             i = stop
@@ -1130,7 +1141,7 @@ cdef class SegmentCache:
     cdef uint32_t class_before(self, const Text* t, size_t i, size_t p, size_t piece) noexcept:
         """Return the class of the character before `i` in a chunk that begins at `p`.
 
-        What stands before the piece that begins at `piece` is not seen.
+        Characters before `piece`, the end of the last added token, have no influence.
         """
         cdef const Plan* plan = &self.plan
         if i <= piece:
@@ -1144,7 +1155,7 @@ cdef class SegmentCache:
     cdef inline size_t last_place(
         self, const Text* t, size_t start, size_t stop, size_t p, size_t piece
     ) noexcept:
-        """Return the last coarse place from `start` on and before `stop`, 0 if there is none."""
+        """Return the last coarse cut in [start, stop), 0 if there is none."""
         cdef size_t i
         cdef uint64_t places
         cdef uint8_t[WINDOW + 64] room
@@ -1159,9 +1170,9 @@ cdef class SegmentCache:
     cdef uint64_t coarse_places(
         self, const Text* t, size_t i, size_t stop, size_t p, size_t piece, const uint8_t* latin
     ) noexcept:
-        """Return a bit for each of up to 64 units from `i` on: whether it may be cut before it.
+        """Return a bit for each of up to 64 units from `i` on: 1 if a coarse cut is before it.
 
-        `latin` are these units as bytes, or NULL.
+        `latin` has these units as bytes, or is NULL.
         """
         cdef const Plan* plan = &self.plan
         cdef const uint8_t* one = t.data
@@ -1193,7 +1204,7 @@ cdef class SegmentCache:
         if i <= piece:
             places &= ~<uint64_t> 1  # a piece is not cut before its first character
         sure = places & behind
-        while sure:  # behind a newline, it depends on what stands before that
+        while sure:  # after a newline the cut depends on the character before the newline
             at = i + count_zeros(sure)
             sure &= sure - 1
             if class_of(plan, unit_at(t, at - 1)) == NEWLINE:
@@ -1203,22 +1214,23 @@ cdef class SegmentCache:
         return places
 
     cdef inline size_t next_token(self, const Text* t, size_t i) noexcept:
-        """Return where a token may start, or a place up to which none does."""
+        """Return the next position where an added token may start, or one that none is before."""
         return next_start(&self.plan, t, i, min(t.n_units, i + LOOK_UNITS))
 
     cdef inline uint64_t rank(
         self, const Text* t, size_t i, const uint8_t* latin, size_t gap, uint32_t* weight
     ) noexcept:
-        """Return 32 bits that, divided by their weight, rank a cut; the lowest ends a chunk.
+        """Return a 32-bit digest of the WINDOW units before a cut, and the cut's weight.
 
-        What stands before it decides; `gap`, the units since the coarse cut before, is its
-        weight, so that texts with few places have chunks of the same length. Characters beyond
-        Latin-1, which say more each, weigh four times. `latin` is the unit at `i` among others
-        as bytes, or NULL.
+        The rank of a cut is digest / weight; the lowest ends a chunk. The weight is `gap`, the
+        units since the previous coarse cut, so that texts with few cuts have chunks of the same
+        length as others. It is four times as large for characters beyond Latin-1, because each
+        of them carries more text. `latin` points to the unit at `i` in the units as bytes, or is
+        NULL.
         """
         cdef const uint16_t* two = <const uint16_t*> t.data + i - WINDOW
         cdef const uint32_t* four = <const uint32_t*> t.data + i - WINDOW
-        cdef uint8_t[WINDOW] low, middle, high  # bytes of the units: alike for every kind
+        cdef uint8_t[WINDOW] low, middle, high  # bytes of the units, the same for every kind
         cdef uint64_t[6] words
         cdef uint64_t digest
         cdef size_t j
@@ -1253,8 +1265,10 @@ cdef class SegmentCache:
     cdef bint scan(
         self, Walk walk, size_t p, size_t end, uint32_t variant, list found
     ) except -1:
-        """Take a chunk apart at added tokens and fine cuts; known parts are copied, the others
-        become units. With `found`, list the parts instead.
+        """Split a chunk at added tokens and fine cuts; return False if it can't be split safely.
+
+        The ids of cached segments are copied, the other segments become units. With `found`, the
+        segments are only appended to it.
         """
         cdef const Plan* plan = &self.plan
         cdef Text* t = &walk.view
@@ -1264,7 +1278,7 @@ cdef class SegmentCache:
         cdef Match m
         token_at = next_start(plan, t, p, end)
         while i < end:
-            if not fine and i < token_at:  # nothing is looked for between added tokens
+            if not fine and i < token_at:  # there are no cuts between added tokens
                 if has_surrogate(t, i, token_at):
                     self.refuse("surrogate")
                     return False
@@ -1318,7 +1332,7 @@ cdef class SegmentCache:
     cdef int part(
         self, Walk walk, size_t start, size_t stop, uint32_t variant, list found
     ) except -1:
-        """Copy the ids of a short segment that is known, or make a unit of it."""
+        """Copy the ids of a segment if they are cached, else make a unit of it."""
         cdef Short key
         cdef Short* at
         cdef uint64_t digest
@@ -1368,7 +1382,7 @@ cdef class SegmentCache:
         return digest
 
     cdef int room_for_shorts(self, uint64_t n_more, bint may_evict) except -1:
-        """Double the table of short segments where it is filled and the budget has room."""
+        """Double the table of short segments if it is half full and the budget allows it."""
         cdef Shorts old = self.shorts
         cdef uint32_t n_sets = 2 * old.n_sets if old.n_sets else MIN_SETS
         cdef uint64_t n_bytes = <uint64_t> n_sets * WAYS * sizeof(Short), digest
@@ -1378,7 +1392,7 @@ cdef class SegmentCache:
             return 0
         if n_bytes > self.max_bytes // SHORT_SHARE or old.n_sets >= 1 << 24:
             return 0
-        # Old and new table stand side by side for a moment.
+        # The old and the new table exist at the same time for a moment.
         while self.n_bytes() + n_bytes > self.max_bytes:
             if self.chunks.n == 0 or not may_evict:
                 return 0
@@ -1403,7 +1417,7 @@ cdef class SegmentCache:
         )
         return 0
 
-    # ---- the end of a walk
+    # ---- the end of a Walk
 
     cdef finish(self, Walk walk):
         cdef size_t i
@@ -1468,7 +1482,7 @@ cdef class SegmentCache:
         return 0
 
     cdef uint32_t keep_chunk(self, Walk walk, const Missed* missed) except? 0:
-        """Store a chunk that was missed, unless it is there by now; return its place."""
+        """Store a missing chunk, unless it is in the table by now; return its place."""
         cdef size_t n_units = missed.stop - missed.start
         cdef size_t n_ids = walk.n_ids(missed.first_op, missed.stop_op)
         cdef uint32_t index = NO_CHUNK
@@ -1507,13 +1521,13 @@ cdef class SegmentCache:
         return index
 
     cdef bint room_for_chunk(self, uint64_t n_bytes) except -1:
-        """Evict until one more chunk of `n_bytes` fits; 0 if it never will."""
+        """Evict until one more chunk of `n_bytes` fits; return False if it can't fit."""
         cdef uint64_t more
-        if self.chunks.serial == 0xFFFFFFFF:  # every number was given: old links might lie
+        if self.chunks.serial == 0xFFFFFFFF:  # a serial used again could make an old link valid
             self.forget_chunks()
         more = 64 * (sizeof(Chunk) + sizeof(uint32_t)) if self.chunks.capacity == 0 else 0
         if self.n_bytes() - self.chunks.item_bytes + n_bytes + more > self.max_bytes:
-            return False  # not even with all others gone
+            return False  # it does not fit even after evicting all others
         while True:
             more = 0
             if self.chunks.n == self.chunks.capacity:
@@ -1528,7 +1542,7 @@ cdef class SegmentCache:
         return grow_chunks(&self.chunks) if more else True
 
     cdef TokenIds answer(self, Walk walk):
-        """Return the ids of the text, with what stands around it, and count."""
+        """Return the ids of the text with its affixes, and update the counters."""
         cdef TokenIds before = self.prefixes[walk.add_special_tokens]
         cdef TokenIds behind = self.suffixes[walk.add_special_tokens]
         cdef size_t n = walk.n_run_ids if walk.n_missed == 0 else walk.n_ids(0, walk.n_ops)
@@ -1551,7 +1565,7 @@ cdef class SegmentCache:
         return ids
 
     cdef void put_by(self, Walk walk):
-        """Keep a walk for the next text, unless this one made it large."""
+        """Keep a Walk for use by the next text, unless its arrays are large."""
         walk.text = None
         walk.held = None
         if walk.n_bytes() <= SPARE_BYTES:
@@ -1575,9 +1589,9 @@ cdef class SegmentCache:
 cdef class CodePoints:
     """A set of code points, given as inclusive (first, last) ranges."""
 
-    cdef uint8_t[0x10000] basic   # 1 for each that is there
-    cdef uint8_t[0x20000] beyond  # one bit for each of the others
-    cdef bint has_text            # visible ASCII and white space are all there
+    cdef uint8_t[0x10000] basic   # 1 for each member below 0x10000
+    cdef uint8_t[0x20000] beyond  # one bit for each code point from 0x10000 on
+    cdef bint has_text            # all visible ASCII and ASCII white space are members
 
     def __cinit__(self, ranges):
         cdef uint32_t first, last, point
@@ -1597,7 +1611,7 @@ cdef class CodePoints:
         pass
 
     def cover(self, str text):
-        """Return whether every character of `text` is one of them."""
+        """Return whether every character of `text` is in the set."""
         cdef Text t
         PyUnicode_READY(text)
         t.data = <const uint8_t*> PyUnicode_DATA(text)
@@ -1606,7 +1620,7 @@ cdef class CodePoints:
         return bool(self.cover_part(&t, 0, t.n_units))
 
     cdef bint cover_part(self, const Text* t, size_t start, size_t stop) noexcept:
-        """Return whether every character of a part is one of them."""
+        """Return whether every character of a range is in the set."""
         cdef const uint16_t* two = <const uint16_t*> t.data
         cdef const uint32_t* four = <const uint32_t*> t.data
         cdef size_t i, end
@@ -1636,14 +1650,14 @@ cdef class CodePoints:
 
 @cython.final
 cdef class TokenBytes:
-    """How many bytes of a text each token id stands for.
+    """The number of bytes of text that each token id stands for.
 
-    `length_of` tells it of one of `n_ids`, 0 where it can't: asked once for each that is met.
-    `exact` returns the code points that are encoded as they are; without it all are, and all of
-    Latin-1 in any case.
+    `length_of(id)` returns it for an id below `n_ids`, or 0 if it is unknown; it is called once for
+    each id that occurs. `exact()` returns the code points that are encoded unchanged; Latin-1
+    always is, and without `exact` all code points are.
     """
 
-    cdef uint8_t* sizes    # one more than the bytes; 0 where it was not asked for yet
+    cdef uint8_t* sizes    # the length of each id + 1; 0 if it was not asked for yet
     cdef uint32_t n_ids
     cdef object length_of
     cdef object exact
@@ -1664,7 +1678,7 @@ cdef class TokenBytes:
         free(self.sizes)
 
     def fill(self, list sizes):
-        """Take the bytes of the first ids at once; 0 where they are unknown."""
+        """Set the lengths of the first ids, 0 for an unknown one."""
         cdef size_t i
         for i in range(min(<size_t> len(sizes), <size_t> self.n_ids)):
             self.keep(i, sizes[i])
@@ -1680,7 +1694,7 @@ cdef class TokenBytes:
         self.sizes[index] = <uint8_t> (size + 1) if size <= LONGEST else 1
 
     cdef uint32_t of_part(self, const Text* t, size_t start, size_t stop) except? 0:
-        """Return the bytes of a part in UTF-8, or 0 where the ids don't tell them."""
+        """Return the UTF-8 bytes of a range, or 0 if some characters are not encoded unchanged."""
         cdef size_t i, n = stop - start
         cdef const uint16_t* two = <const uint16_t*> t.data
         cdef const uint32_t* four = <const uint32_t*> t.data
@@ -1706,7 +1720,7 @@ cdef class TokenBytes:
 
 
 cdef bint is_plain(const Text* t, size_t start, size_t stop) noexcept nogil:
-    """Return whether a part is visible ASCII and white space; by whole registers."""
+    """Return whether a range is visible ASCII and ASCII white space; the loops are vectorized."""
     cdef const uint16_t* two = <const uint16_t*> t.data
     cdef const uint32_t* four = <const uint32_t*> t.data
     cdef uint8_t one, others_one = 0
@@ -1730,9 +1744,10 @@ cdef bint is_plain(const Text* t, size_t start, size_t stop) noexcept nogil:
 
 
 cdef inline const uint8_t* latin_block(const Text* t, size_t i, uint8_t* room) noexcept nogil:
-    """Return 64 units from `i` on as bytes, after the WINDOW before them; NULL if one is wider.
+    """Return a pointer to the 64 units from `i` on as bytes, or NULL if one is wider than a byte.
 
-    Beyond the text they are anything. `room` has WINDOW + 64 bytes.
+    The WINDOW units before `i` precede them. Bytes after the end of the text are undefined. `room`
+    has WINDOW + 64 bytes.
     """
     cdef size_t start = i - min(i, <size_t> WINDOW), stop = min(i + 64, t.n_units), j
     cdef const uint16_t* two = <const uint16_t*> t.data + start
@@ -1762,12 +1777,12 @@ cdef TokenIds ids_of(const int32_t* ids, size_t n):
 
 
 cdef list by_age(list columns):
-    """Return the columns, the first of which holds ages, as rows without it, youngest first."""
+    """Return the columns as rows, youngest first; the first column, the age, is left out."""
     return [row[1:] for row in sorted(zip(*columns), key=itemgetter(0))]
 
 
 cdef inline bint short_key(const Text* t, size_t start, size_t stop, Short* key) noexcept:
-    """Fill in the key of a short segment; 0 if it is too long for one."""
+    """Fill in the key of a short segment; return False if the segment is too long."""
     cdef uint32_t width
     if stop - start > SHORT_BYTES:
         return False
@@ -1784,7 +1799,7 @@ cdef inline bint short_key(const Text* t, size_t start, size_t stop, Short* key)
 cdef int read_plan(Plan* plan, source) except -1:
     from tokcache.text.segments.char_classes import BMP_CLASSES
 
-    plan.classes = <const uint8_t*> <const char*> <bytes> BMP_CLASSES  # lives as the module does
+    plan.classes = <const uint8_t*> <const char*> <bytes> BMP_CLASSES  # the module keeps it alive
     memcpy(plan.coarse, <const char*> <bytes> source.coarse, 256)
     memcpy(plan.fine, <const char*> <bytes> source.fine, 256)
     memcpy(plan.seams, <const char*> <bytes> source.seams, 256)
@@ -1797,8 +1812,8 @@ cdef int read_plan(Plan* plan, source) except -1:
     fill_pairs(&plan.place_pairs, plan.places)
     for i in range(3):
         plan.variant_of[i] = source.variant_of[i]
-    # A newline that begins a piece is like one behind a visible character, unless something is
-    # put before the piece.
+    # A newline at the start of a piece counts as one after a visible character, unless the
+    # tokenizer puts something before the piece.
     plan.piece_left = LETTER if len(source.variants) == 1 else OTHER
     return read_tokens(plan, source.separators)
 
@@ -1844,5 +1859,5 @@ cdef int read_tokens(Plan* plan, separators) except -1:
             | (SINGLE_WORD if one.single_word else 0) | (IN_PIECE if one.in_piece else 0)
             | (SKIPS if one.skips else 0) | (OPENS if one.opens else 0)
         )
-    plan.nodes[n].parent = NO_UNIT  # behind the last: no one's child
+    plan.nodes[n].parent = NO_UNIT  # the entry after the last node has no parent
     return 0

@@ -1,7 +1,8 @@
 # Finds added tokens and the classes of characters in a string's raw buffer.
 #
-# Knows no Python object and takes no lock. What it finds is what the tokenizers library finds:
-# added tokens leftmost-longest, then their flags, the search going on where the bare match ended.
+# It finds the same added tokens as the tokenizers library: leftmost-longest matches, to which the
+# flags are then applied; the search continues at the end of the bare match, without the white space
+# that a flag adds. It uses no Python objects and takes no lock.
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr
@@ -10,7 +11,7 @@ from tokcache.text._places cimport Pairs
 
 cdef enum:
     N_CLASSES = 16
-    OTHER = 0            # the names of tokcache.text.segments.char_classes.CharClass
+    OTHER = 0            # names from tokcache.text.segments.char_classes.CharClass
     LETTER = 1
     UNDERSCORE = 4
     DIGIT = 2
@@ -29,14 +30,14 @@ cdef enum:
     OPENS = 32
 
     NOTHING = 0          # outcomes of a match
-    AS_TEXT = 1          # passed over, it stays text
+    AS_TEXT = 1          # the match does not count and remains text
     FOUND = 2
-    UNSURE = 3           # what stands beside it can't be judged here
+    UNSURE = 3           # it depends on a neighbouring character of which too little is known
 
 ctypedef struct Text:
     const uint8_t* data
     size_t n_units
-    uint32_t kind        # bytes a unit
+    uint32_t kind        # bytes per unit
 
 ctypedef struct Node:    # of the trie of added tokens; node 0 is the root
     uint32_t unit
@@ -49,29 +50,29 @@ ctypedef struct Token:
 
 ctypedef struct Plan:
     const uint8_t* classes  # of the code points below 0x10000
-    uint8_t[128] starts  # 1: some token begins with it
+    uint8_t[128] starts  # 1 if an added token begins with this ASCII character
     uint8_t[256] coarse  # [left * N_CLASSES + right]
     uint8_t[256] fine
     uint8_t[256] seams
-    uint8_t[256] places  # as `coarse`, for classes that don't tell runs of newlines
-    Pairs place_pairs    # the same
-    uint32_t only_start  # the one character that all tokens begin with, or 0
-    uint32_t starts_beyond  # 1: some token begins beyond ASCII
+    uint8_t[256] places  # a superset of `coarse`, with NEWLINE for NEWLINE_RUN, too
+    Pairs place_pairs    # `places` as a matrix of bits
+    uint32_t only_start  # the character that all added tokens begin with, or 0
+    uint32_t starts_beyond  # 1 if an added token begins with a non-ASCII character
     Node* nodes
-    uint32_t* children   # nodes by parent and unit: open addressing, 0 where none is
-    uint32_t last_slot   # of `children`, whose slots are a power of two
+    uint32_t* children   # nodes by parent and unit: open addressing, 0 for an empty slot
+    uint32_t last_slot   # of `children`, whose number of slots is a power of two
     Token* tokens
     uint32_t n_tokens
     uint32_t[3] variant_of
-    uint32_t piece_left  # the class taken to stand before a piece
+    uint32_t piece_left  # the class assumed before a piece, the text between two added tokens
 
 ctypedef struct Match:
     uint32_t outcome
     int32_t id
     uint32_t flags
-    size_t start         # with what lstrip takes
-    size_t stop          # with what rstrip takes
-    size_t end           # of the bare match: the search goes on here
+    size_t start         # with the white space that lstrip includes
+    size_t stop          # with the white space that rstrip includes
+    size_t end           # of the bare match; the search continues here
 
 
 cdef inline uint32_t unit_at(const Text* t, size_t i) noexcept nogil:
@@ -82,7 +83,7 @@ cdef inline uint32_t unit_at(const Text* t, size_t i) noexcept nogil:
     return (<const uint32_t*> t.data)[i]
 
 cdef inline uint32_t bits_of(const Text* t, size_t start, size_t stop) noexcept nogil:
-    """Return the bits that any unit of a part has."""
+    """Return the bitwise or of all units of a range."""
     cdef const uint16_t* two = <const uint16_t*> t.data
     cdef const uint32_t* four = <const uint32_t*> t.data
     cdef uint32_t bits = 0
@@ -102,7 +103,7 @@ cdef inline uint32_t class_of(const Plan* plan, uint32_t unit) noexcept nogil:
     return plan.classes[unit] if unit < 0x10000 else OTHER
 
 cdef inline bint is_blank_class(uint32_t char_class) noexcept nogil:
-    """Return whether a newline behind it stands in a run of white space (or may: OTHER)."""
+    """Return whether a newline after this class is in a run of white space (OTHER: may be)."""
     return (SPACE <= char_class <= NEWLINE) or char_class == NEWLINE_RUN or char_class == OTHER
 
 cdef inline uint32_t class_after(uint32_t own, uint32_t left) noexcept nogil:
@@ -118,7 +119,7 @@ cdef inline bint may_start(const Plan* plan, uint32_t unit) noexcept nogil:
     return plan.starts[unit] if unit < 128 else plan.starts_beyond
 
 cdef inline bint stands_in_block(const Text* t, size_t i, uint32_t unit) noexcept nogil:
-    """Return whether one of 32 units beyond Latin-1's kind is this one: whole registers at once."""
+    """Return whether `unit` is among 32 units of 2 or 4 bytes; the loops are vectorized."""
     cdef const uint16_t* two = <const uint16_t*> t.data + i
     cdef const uint32_t* four = <const uint32_t*> t.data + i
     cdef uint16_t found_two = 0, unit_two = <uint16_t> unit
@@ -135,7 +136,7 @@ cdef inline bint stands_in_block(const Text* t, size_t i, uint32_t unit) noexcep
 cdef inline size_t next_start(
     const Plan* plan, const Text* t, size_t i, size_t limit
 ) noexcept nogil:
-    """Return the first position from `i` on where a token may start, or `limit`."""
+    """Return the first position from `i` on where an added token may start, or `limit`."""
     cdef const void* hit
     if plan.n_tokens == 0 or i >= limit:
         return limit
@@ -150,7 +151,7 @@ cdef inline size_t next_start(
     return i
 
 cdef inline bint is_white_space(uint32_t unit) noexcept nogil:
-    """Unicode's White_Space, as Rust's \\s has it."""
+    """Return whether a unit has Unicode's White_Space property, as Rust's \\s requires."""
     if unit < 128:
         return unit == 32 or 9 <= unit <= 13
     return (
@@ -162,7 +163,7 @@ cdef inline bint is_surrogate(uint32_t unit) noexcept nogil:
     return 0xD800 <= unit <= 0xDFFF
 
 cdef inline bint has_surrogate(const Text* t, size_t start, size_t stop) noexcept nogil:
-    """Whether there is one in a part; without a branch in it, for whole registers at a time."""
+    """Return whether a range has a surrogate; the loops have no branch, so they are vectorized."""
     cdef const uint16_t* two = <const uint16_t*> t.data
     cdef const uint32_t* four = <const uint32_t*> t.data
     cdef uint32_t found = 0
@@ -176,14 +177,14 @@ cdef inline bint has_surrogate(const Text* t, size_t start, size_t stop) noexcep
     return found != 0
 
 cdef inline bint is_word(const Plan* plan, uint32_t unit) noexcept nogil:
-    """Whether an ASCII character is a word's."""
+    """Return whether an ASCII character belongs to a word."""
     return (
         plan.classes[unit] == LETTER or plan.classes[unit] == DIGIT
         or plan.classes[unit] == UNDERSCORE
     )
 
 cdef inline uint32_t* child_slot(const Plan* plan, uint32_t node, uint32_t unit) noexcept nogil:
-    """Return where the child of a node is held, or the empty slot where it would be."""
+    """Return the slot of a node's child, or the empty slot where it would be."""
     cdef uint32_t mixed = (node * <uint32_t> 0x9E3779B1) ^ (unit * <uint32_t> 0x85EBCA6B)
     cdef uint32_t slot = (mixed ^ (mixed >> 15)) & plan.last_slot
     cdef uint32_t child = plan.children[slot]
@@ -195,12 +196,12 @@ cdef inline uint32_t* child_slot(const Plan* plan, uint32_t node, uint32_t unit)
 cdef inline int32_t longest_token(
     const Plan* plan, const Text* t, size_t i, size_t* end
 ) noexcept nogil:
-    """Return the longest token that starts at `i`, or -1."""
+    """Return the longest added token that starts at `i`, or -1."""
     cdef uint32_t node = 0, child, unit
     cdef int32_t found = -1
     while i < t.n_units:
         unit = unit_at(t, i)
-        child = node + 1  # most nodes have one child, made next
+        child = node + 1  # most nodes have one child, which was created next
         if plan.nodes[child].unit != unit or plan.nodes[child].parent != node:
             child = child_slot(plan, node, unit)[0]
         if child == 0:
@@ -215,7 +216,7 @@ cdef inline int32_t longest_token(
 cdef inline uint32_t beside_word(
     const Plan* plan, const Text* t, const Match* m, size_t piece
 ) noexcept nogil:
-    """Return FOUND if no word stands beside a single-word token, AS_TEXT if one does."""
+    """Return FOUND if no word touches a single-word token, AS_TEXT if one does, or UNSURE."""
     cdef uint32_t unit
     cdef bint touches = False
     if m.start > 0 and not (m.flags & IN_PIECE and m.start == piece):
@@ -230,13 +231,13 @@ cdef inline uint32_t beside_word(
         touches = touches or is_word(plan, unit)
     if not touches:
         return FOUND
-    # As text it must be encoded together with what it touches.
+    # As text it must be encoded together with the characters that it touches.
     return UNSURE if m.start == piece and piece > 0 else AS_TEXT
 
 cdef inline Match match_at(
     const Plan* plan, const Text* t, size_t i, size_t piece
 ) noexcept nogil:
-    """Return the added token at `i`; `piece` is where the text since the last one begins."""
+    """Return the added token at `i`; `piece` is the end of the previous one."""
     cdef Match m
     cdef int32_t token
     m.outcome = NOTHING

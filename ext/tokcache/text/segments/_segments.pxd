@@ -1,15 +1,16 @@
 # The two tables of the segment cache: chunks, and the short segments inside missed chunks.
 #
-# Keys are code points in the fewest bytes that hold the widest of them, so that a segment is the
-# same whatever string it stands in. A digest finds the candidates, the bytes decide.
+# Keys are code points with the fewest bytes per code point that hold all of them, so that a segment
+# has the same key in every string. A digest finds candidates; their bytes are then compared.
 #
-# - Chunks lie dense in one array: a random draw for eviction is one index. What is removed is
-#   replaced by the last. Each remembers the two chunks that came behind it last, by place and
-#   serial number: that two chunks are linked proves that a text may be cut where they meet.
-#   A fork is such a link for a chunk behind which many come, chosen by what comes.
-# - Short segments lie in sets of WAYS entries of one cache line each; the oldest of a set goes.
+# - Chunks are dense in one array, so that a random draw for eviction is one index. The last chunk
+#   takes the place of a removed one. Each chunk has links, by place and serial number, to the two
+#   chunks that followed it most recently. A link between two chunks proves that a text may be cut
+#   where they meet. If many different chunks follow one, `Fork` holds more links, found by the
+#   text that follows.
+# - Short segments are in sets of WAYS entries, one cache line each; the oldest of a set is evicted.
 #
-# Knows no Python object and takes no lock.
+# The tables use no Python objects and take no lock.
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -23,15 +24,15 @@ cdef enum:
     MIN_CHUNKS = 64
     N_LINKS = 2
     N_FORKS = 1024       # a power of two
-    FORK_BYTES = 96      # no chunk is shorter but the last of a text
-    FORK_UNITS = 1025    # few are longer
+    FORK_BYTES = 96      # a chunk is not shorter, except at the end of a text
+    FORK_UNITS = 1025    # few chunks are longer
     WAYS = 4
     MIN_SETS = 64
-    SHORT_BYTES = 24     # of a short segment's key
-    SHORT_IDS = 5        # token ids of a short segment
-    PENDING = 255        # as n_ids: ids[0] is a unit of the walk with the serial ids[1]
+    SHORT_BYTES = 24     # maximum key length of a short segment
+    SHORT_IDS = 5        # maximum number of token ids of a short segment
+    PENDING = 255        # as n_ids: ids[0] is a unit of the Walk with the serial ids[1]
 
-ctypedef struct Link:    # to the chunk that stands at this place, as long as its serial is this
+ctypedef struct Link:    # to the chunk at `place`; valid while that chunk has this serial
     uint32_t place       # or NO_CHUNK
     uint32_t serial
 
@@ -41,16 +42,16 @@ ctypedef struct Chunk:   # one cache line
     int32_t* ids         # one allocation: the ids, then the key
     uint32_t n_ids
     uint32_t n_units
-    uint32_t serial      # no two chunks held have the same
-    Link[N_LINKS] behind  # what came behind it, the last first
-    uint32_t chain       # the next one of its bucket, or NO_CHUNK
+    uint32_t serial      # unique among the stored chunks
+    Link[N_LINKS] behind  # the chunks that followed it, most recent first
+    uint32_t chain       # the next chunk of its bucket, or NO_CHUNK
     uint32_t tick
-    uint8_t width        # bytes a unit of the key
+    uint8_t width        # bytes per unit of the key
     uint8_t variant
     uint8_t end_class
-    uint8_t is_tail       # seen at the end of a text alone: it may go on elsewhere
+    uint8_t is_tail       # seen only at the end of a text, so its end is not proven elsewhere
 
-ctypedef struct Fork:    # what came behind a chunk behind which many come
+ctypedef struct Fork:    # one of many chunks that followed a chunk
     uint32_t serial      # of the chunk before
     Link ahead
 
@@ -58,7 +59,7 @@ ctypedef struct Chunks:
     Chunk* all
     uint32_t* buckets
     uint32_t n
-    uint32_t capacity    # a power of two, of both arrays
+    uint32_t capacity    # of both arrays; a power of two
     uint32_t serial      # of the newest chunk
     uint64_t item_bytes
 
@@ -67,7 +68,7 @@ ctypedef struct Short:   # one cache line
     uint64_t scope
     int32_t[SHORT_IDS] ids
     uint32_t tick        # 0: empty
-    uint32_t check       # of the digest
+    uint32_t check       # high half of the digest
     uint8_t n_bytes
     uint8_t n_ids
     uint8_t width
@@ -82,7 +83,7 @@ ctypedef struct Shorts:
 # ---- keys
 
 cdef inline uint32_t width_of(const Text* t, size_t start, size_t stop) noexcept nogil:
-    """Return the fewest bytes a unit that hold every unit of this part."""
+    """Return the fewest bytes per unit that hold every unit of this range."""
     cdef uint32_t together
     if t.kind == 1:
         return 1
@@ -92,7 +93,7 @@ cdef inline uint32_t width_of(const Text* t, size_t start, size_t stop) noexcept
 cdef inline void narrow(
     const Text* t, size_t start, size_t stop, uint32_t width, uint8_t* into
 ) noexcept nogil:
-    """Copy a part's units with `width` bytes each."""
+    """Copy the units of a range with `width` bytes each."""
     cdef size_t i
     cdef const uint16_t* two = <const uint16_t*> t.data
     cdef const uint32_t* four = <const uint32_t*> t.data
@@ -111,13 +112,13 @@ cdef inline void narrow(
 cdef inline bint equals(
     const Text* t, size_t start, size_t n, uint32_t width, const uint8_t* key
 ) noexcept nogil:
-    """Return whether the part of `n` units from `start` is this key."""
+    """Return whether the `n` units from `start` on equal this key."""
     cdef size_t i
     cdef uint32_t differs = 0
     if t.kind == width:
         return memcmp(t.data + start * width, key, n * width) == 0
     if t.kind < width:
-        return False  # the key has a unit that this string can't have
+        return False  # the key contains a unit that is too wide for this string
     cdef const uint16_t* two = <const uint16_t*> t.data + start
     cdef const uint32_t* four = <const uint32_t*> t.data + start
     if t.kind == 2:
@@ -150,7 +151,7 @@ cdef inline uint64_t chunks_bytes(const Chunks* c) noexcept nogil:
     return c.item_bytes + <uint64_t> c.capacity * (sizeof(Chunk) + sizeof(uint32_t))
 
 cdef inline bint is_chunk(const Chunk* chunk, const Text* t, size_t start) noexcept nogil:
-    """Return whether the text goes on from `start` with this chunk."""
+    """Return whether the text continues at `start` with this chunk."""
     return (
         chunk.n_units <= t.n_units - start
         and equals(t, start, chunk.n_units, chunk.width, key_of(chunk))
@@ -170,13 +171,13 @@ cdef inline Link link_to(const Chunks* c, uint32_t place) noexcept nogil:
     return link
 
 cdef inline uint32_t place_of(const Chunks* c, Link link) noexcept nogil:
-    """Return where the linked chunk stands, or NO_CHUNK if it is gone."""
+    """Return the place of the linked chunk, or NO_CHUNK if it was removed."""
     if link.place < c.n and c.all[link.place].serial == link.serial:
         return link.place
     return NO_CHUNK
 
 cdef inline void put_behind(Chunks* c, uint32_t place, Link link) noexcept nogil:
-    """Remember what came behind a chunk; what came longest ago is forgotten."""
+    """Put a link first among the chunks that followed `place`; the oldest link is dropped."""
     cdef Link* links = c.all[place].behind
     cdef int i = 0
     if links[0].place == link.place and links[0].serial == link.serial:
@@ -192,9 +193,10 @@ cdef inline Fork* fork_at(
     Fork* forks, const Chunks* c, uint32_t place, const Text* t, size_t end,
     const uint64_t* secret,
 ) noexcept nogil:
-    """Return where it is remembered how this text goes on behind a chunk that ends at `end`.
+    """Return the fork for a chunk that ends at `end` and the text that follows it.
 
-    The bytes that come first and, near the end of a text, how many do tell the ways apart.
+    It is chosen by the first FORK_BYTES that follow and, near the end of the text, by how many
+    units follow.
     """
     cdef size_t n_left = t.n_units - end
     cdef size_t n_bytes = min(<size_t> FORK_BYTES, n_left * t.kind)
@@ -206,7 +208,7 @@ cdef extern from *:
     void prefetch "__builtin_prefetch" (const void* at) noexcept nogil
 
 cdef inline void fetch_ahead(const Chunks* c, uint32_t place) noexcept nogil:
-    """Have what probably comes behind a chunk in the CPU's cache by the time it is compared."""
+    """Prefetch the chunk that probably follows, before it is compared."""
     cdef uint32_t ahead = c.all[place].behind[0].place
     cdef const Chunk* one
     cdef const uint8_t* key
@@ -223,7 +225,7 @@ cdef inline void fetch_ahead(const Chunks* c, uint32_t place) noexcept nogil:
 cdef inline uint32_t find_behind(
     const Chunks* c, uint32_t place, const Text* t, size_t start, uint64_t scope
 ) noexcept nogil:
-    """Return which of those that came behind a chunk is here, or NO_CHUNK."""
+    """Return the linked chunk that the text continues with at `start`, or NO_CHUNK."""
     cdef uint32_t found
     cdef int i
     for i in range(N_LINKS):
@@ -253,7 +255,7 @@ cdef inline uint32_t find_chunk(
     return NO_CHUNK
 
 cdef inline int grow_chunks(Chunks* c) noexcept nogil:
-    """Double the arrays; 0, and nothing changed, if there was no memory."""
+    """Double the arrays; return 0, with nothing changed, if there is no memory."""
     cdef uint32_t capacity = 2 * c.capacity if c.capacity else MIN_CHUNKS
     cdef uint32_t* buckets = <uint32_t*> malloc(capacity * sizeof(uint32_t))
     cdef Chunk* grown
@@ -276,7 +278,7 @@ cdef inline int grow_chunks(Chunks* c) noexcept nogil:
     return 1
 
 cdef inline void unlink(Chunks* c, uint32_t index, uint32_t instead) noexcept nogil:
-    """Let what points to `index` in its bucket point to `instead`."""
+    """Replace the pointer to `index` in its bucket by `instead`."""
     cdef uint32_t* link = &c.buckets[c.all[index].digest & (c.capacity - 1)]
     while link[0] != index:
         link = &c.all[link[0]].chain
@@ -295,7 +297,7 @@ cdef inline void remove_chunk(Chunks* c, uint32_t index) noexcept nogil:
     c.n = last
 
 cdef inline void add_chunk(Chunks* c, const Chunk* chunk) noexcept nogil:
-    """Add a chunk that is not there; there is room for it."""
+    """Add a chunk that is not in the table; the caller has made room for it."""
     cdef uint32_t home = <uint32_t> (chunk.digest & (c.capacity - 1)), i
     c.serial += 1
     c.all[c.n] = chunk[0]
@@ -310,7 +312,7 @@ cdef inline void add_chunk(Chunks* c, const Chunk* chunk) noexcept nogil:
 cdef inline uint32_t oldest_chunk(
     const Chunks* c, uint64_t* rng, uint32_t clock, uint32_t n_draws
 ) noexcept nogil:
-    """Return the least recently used of `n_draws` random chunks, of all if there are no more."""
+    """Return the least recently used of `n_draws` random chunks, or of all if there are fewer."""
     cdef uint32_t i, drawn, oldest = 0, age, greatest = 0
     for i in range(min(n_draws, c.n)):
         rng[0] += <uint64_t> 0xA0761D6478BD642F  # wyrand (Wang Yi): a counter, folded
@@ -358,7 +360,7 @@ cdef inline Short* find_short(const Shorts* s, uint64_t digest, const Short* key
 cdef inline Short* place_short(
     Shorts* s, uint64_t digest, uint32_t clock, bint* evicts
 ) noexcept nogil:
-    """Return the place for a new entry: an empty one, else the oldest of its set."""
+    """Return the place for a new entry: an empty one, or the oldest of its set."""
     cdef Short* at = set_of(s, digest)
     cdef Short* oldest = at
     cdef int i
