@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ from tokcache import TokenIds
 from tokcache.llama.server.model import KvShape, kv_shape
 from tokcache.llama.server.results import ModelMeta, SlotFile
 from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common, space_of
-from tokcache.llama.server.table import Condition, SlotTable, Wish
+from tokcache.llama.server.slot import Condition
+from tokcache.llama.server.table import SlotTable, Wish
 from tokcache.llama.server.trust import KINDS, WHOLE, Trust
 
 if TYPE_CHECKING:
@@ -163,7 +165,7 @@ def test_a_slot_goes_to_whoever_waits_longest() -> None:
     of = table(1)
     first, second, third = (of.acquire(wish(range(n))) for n in (5, 6, 7))
     assert (first.done(), second.done(), third.done()) == (True, False, False)
-    of.release(first.result().slot)
+    first.result().slot.release()
     assert second.done()
     of.cancel(third)
     of.cancel(second)  # it had its slot: that is free again
@@ -176,20 +178,20 @@ def test_a_waiter_that_gave_up_is_passed_over() -> None:
     of = table(1)
     first, second, third = (of.acquire(wish(range(5))) for _ in range(3))
     assert second.cancel()
-    of.release(first.result().slot)
+    first.result().slot.release()
     assert third.done()
 
 
 def test_who_gains_much_by_a_settling_slot_waits_and_others_pass() -> None:
     of = table(2)
     held = of.acquire(wish(range(90))).result().slot
-    held.space, held.tokens, held.n_held = A, TokenIds(range(90)), 90
-    of.settle(held)
+    held.decoded(A, TokenIds(range(90)), None)
+    held.settle()
     follower = of.acquire(wish(range(100)))
     passer = of.acquire(wish([*range(20), *range(100, 200)]))  # 20 tokens are worth no wait
     assert not follower.done()
     assert passer.result().slot is not held
-    of.release(held)
+    held.release()
     assert follower.result().slot is held
     assert follower.result().n_live == 90
 
@@ -198,21 +200,32 @@ def test_the_least_valuable_slot_is_taken() -> None:
     of = table(3)
     for number, (used_at, is_saved) in enumerate([(1.0, False), (2.0, True), (3.0, True)]):
         slot = of.slots[number]
-        slot.space, slot.tokens, slot.n_held = A, TokenIds(range(number * 100, 20)), 20
+        tokens = TokenIds(range(number * 100, number * 100 + 20))
+        slot.decoded(A, tokens, (A, "pinned") if number == 1 else None)
         slot.used_at, slot.is_saved = used_at, is_saved
-    of.slots[1].conversation = (A, "pinned")
     of.pinned.add((A, "pinned"))
     taken = [of.acquire(wish(range(900, 910))).result().slot.id for _ in range(3)]
     assert taken == [2, 0, 1]
+
+
+def test_a_slot_can_be_used_after_a_fork_by_a_thread_that_did_not_fork() -> None:
+    of = table(1)
+    slot = of.slots[0]
+    of.lock.acquire()  # as before a fork; in the child nobody releases this lock
+    of.abandon()
+    reader = threading.Thread(target=slot.release, daemon=True)
+    reader.start()
+    reader.join(10)
+    assert not reader.is_alive()
 
 
 def test_one_at_a_time_is_one_at_a_time() -> None:
     of = SlotTable(range(3), shelf(), is_one_at_a_time=True)
     first, second = of.acquire(wish(range(5))), of.acquire(wish(range(6)))
     assert not second.done()
-    of.settle(first.result().slot)
+    first.result().slot.settle()
     assert not second.done()
-    of.release(first.result().slot)
+    first.result().slot.release()
     assert second.done()
 
 

@@ -44,8 +44,9 @@ from tokcache.llama.server.shelf import (
     scope_of,
     space_of,
 )
+from tokcache.llama.server.slot import Condition, SlotRecord
 from tokcache.llama.server.steps import Steps, drive
-from tokcache.llama.server.table import Condition, SlotRecord, SlotTable, Start, Wish
+from tokcache.llama.server.table import SlotTable, Start, Wish
 from tokcache.llama.server.trust import WHOLE, Trust, is_mostly_used
 from tokcache.llama.server.watch import Watch
 from tokcache.text.token_ids import TokenIds
@@ -194,7 +195,7 @@ class SlotManager(Forkable):
         if job.start is None:
             return Reused(completion, 0, first_token_s)
         slot, n_live = job.start.slot, job.start.n_live
-        slot.adapters = job.adapters
+        slot.loaded(job.adapters)
         self._verify(job, n_used)
         reused = Reused(completion, min(job.n_restored, n_used), first_token_s, n_live, slot.id)
         with self.table.lock:
@@ -203,7 +204,7 @@ class SlotManager(Forkable):
                 self._record(job, completion, n_used)
             job.is_over = True
             if is_kept and (slot.is_saved or self.settings.save_when != "answered"):
-                self.table.release(slot)
+                slot.release()
                 return reused
         steps = self._saver.save(slot) if is_kept else self._saver.erase(slot)
         self._saver.in_background(slot, steps)
@@ -221,23 +222,27 @@ class SlotManager(Forkable):
             return  # the server has it no longer, or it is the parent's of a fork
         job.is_over = True
         slot = job.start.slot
-        slot.adapters = None
+        slot.loaded(None)
         if job.start.found is not None:
             self.table.read(job.start.found.file)
         if isinstance(error, ServerRefused):
-            slot.forget()
+            slot.lost()
         is_kept = self._is_kept(job)
         if isinstance(error, ServerRefused | RequestRejected) and is_kept:
-            self.table.release(slot)
+            slot.release()
             return
         # Before the first token it is not known whether the server has begun.
         is_lost = isinstance(error, ServerUnreachable | InvalidAnswer)
         is_known = bool(job.received) and is_kept and not is_lost
         if is_known:
-            slot.space, slot.conversation = job.wish.space, job.wish.conversation
-            slot.tokens, slot.n_prompt = _joined(job.prompt, job.received), len(job.prompt)
-            # How much the server used it would have told at the end.
-            slot.gap = ALL if job.n_promised and self.trust.went_back else slot.gap
+            slot.aborted(
+                job.wish.space,
+                _joined(job.prompt, job.received),
+                job.wish.conversation,
+                n_prompt=len(job.prompt),
+                # Only the end of an answer reports how much the server used.
+                gap=ALL if job.n_promised and self.trust.went_back else slot.gap,
+            )
         self._saver.in_background(slot, self._saver.settle(slot, is_known=is_known))
 
     # -- before the completion ----------------------------------------------------------------
@@ -323,7 +328,7 @@ class SlotManager(Forkable):
             raise
         except ServerError as error:
             # Nothing is restored into a server that may be another one.
-            start.slot.forget()
+            start.slot.lost()
             job.start = self.table.from_nothing(start)
             self.trust.degrade("server_not_understood", error)
             return job.start
@@ -340,7 +345,7 @@ class SlotManager(Forkable):
         if seen is not None and seen.n_tokens in (None, slot.n_held):
             return True
         self.trust.refuse("slot_changed_by_others")
-        slot.forget()
+        slot.lost()
         return False
 
     def _bring_adapters(self, job: Job, slot: SlotRecord) -> Steps[None]:
@@ -353,19 +358,18 @@ class SlotManager(Forkable):
         """
         if job.adapters in (NO_ADAPTERS, slot.adapters):
             return
-        slot.forget()
-        slot.adapters = None
+        slot.reset()
         asked = {"n_predict": 0, "cache_prompt": False, "id_slot": slot.id}
         token = probe_tokens(self.watch.meta.n_vocab)[:1]
         yield calls.completion(token, {**asked, **_adapter_settings(job.settings)})
-        slot.adapters = job.adapters
+        slot.loaded(job.adapters)
 
     def _restore(self, job: Job, start: Start) -> Steps[None]:
         if start.found is None:
             return
         slot, found, began = start.slot, start.found, perf_counter()
         job.start = Start(slot, 0, None)
-        slot.forget()
+        slot.lost()
         try:
             if not self._shelf.is_intact(found.file):
                 self._drop(found.file)
@@ -392,9 +396,7 @@ class SlotManager(Forkable):
         job.n_restored, job.kind = found.n_tokens, found.kind
         with self.table.lock:
             self._shelf.touch(found.file)
-            slot.space, slot.tokens = found.file.space, found.file.tokens
-            slot.n_held, slot.n_prompt = found.file.n_saved, found.file.n_prompt
-            slot.gap = found.file.gap
+            slot.restored(found.file)
 
     def _stage(self, job: Job, slot: SlotRecord) -> Steps[None]:
         """Decode a prompt's whole blocks alone and save them: no bit depends on what follows.
@@ -405,13 +407,11 @@ class SlotManager(Forkable):
         for head in self._heads(job):
             asked = Job(head, settings, job.wish, job.started, job.start, job.n_restored)
             asked.n_used = job.n_used
-            slot.adapters = None
+            slot.loaded(None)
             completion = yield asked.call()
-            slot.adapters = job.adapters
+            slot.loaded(job.adapters)
             job.n_used = completion.n_cached if job.n_used is None else job.n_used
-            slot.space, slot.tokens = job.wish.space, head
-            slot.n_held = slot.n_prompt = len(head)
-            slot.conversation = job.wish.conversation
+            slot.decoded(job.wish.space, head, job.wish.conversation)
             yield from self._saver.save(slot)
 
     def _heads(self, job: Job) -> list[TokenIds]:
@@ -452,20 +452,24 @@ class SlotManager(Forkable):
         slot = _started(job).slot
         n_expected = completion.n_prompt + max(0, completion.n_predicted - 1)
         n_held = n_expected if completion.n_held is None else completion.n_held
-        reuse, n_uses = (slot.reuse, slot.n_uses) if n_used else ([], 0)
         n_promised, n_prompt = job.n_promised, completion.n_prompt
         gap = gap_after(slot.gap, n_promised=n_promised, n_used=n_used, n_prompt=n_prompt)
-        slot.forget()
         if completion.is_truncated and n_held != n_expected:
-            return  # the context was shifted: what is held is not what was sent
-        slot.space, slot.conversation = job.wish.space, job.wish.conversation
-        slot.gap = gap
-        slot.tokens = _joined(job.prompt, completion.token_ids)[:n_held]
-        slot.n_prompt = min(len(job.prompt), len(slot.tokens))
-        slot.n_held, slot.n_uses = n_held, n_uses + (n_used > 0)
-        slot.reuse = _counted(reuse, n_used, n_held)
-        # What ends in an answer is not what reproducible mode restores.
-        slot.is_saved = self.settings.reproducible or not self._saver.is_worth_saving(slot)
+            slot.lost()  # the server shifted the context: it no longer holds the tokens sent
+            return
+        space = job.wish.space
+        tokens = _joined(job.prompt, completion.token_ids)[:n_held]
+        slot.answered(
+            space,
+            tokens,
+            job.wish.conversation,
+            n_prompt=min(len(job.prompt), len(tokens)),
+            n_held=n_held,
+            n_used=n_used,
+            gap=gap,
+            # Reproducible mode saved the blocks before: it never restores a file with an answer.
+            is_saved=self.settings.reproducible or not self._saver.is_worth_saving(space, tokens),
+        )
 
     def _drop(self, file: SavedSlot) -> None:
         with self.table.lock:
@@ -516,7 +520,7 @@ class SlotManager(Forkable):
             if slot.space is not None and scope in (None, scope_of(slot.space)):
                 yield from self._saver.empty(slot)
         finally:
-            self.table.release(slot)
+            slot.release()
 
     def _overwrite_stale(self) -> Steps[None]:
         """Have the server write an empty slot over the dropped files that can't be deleted here."""
@@ -538,7 +542,7 @@ class SlotManager(Forkable):
                 with self.table.lock:
                     self._shelf.note_overwritten(name, written.n_bytes)
         finally:
-            self.table.release(slot)
+            slot.release()
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until all that is being saved is saved."""
@@ -628,10 +632,3 @@ def _shelf(settings: SlotSettings, trust: Trust) -> Shelf:
 
 def _joined(prompt: TokenIds, answer: Iterable[int]) -> TokenIds:
     return TokenIds(np.concatenate([prompt.numpy(), np.fromiter(answer, np.int32)]))
-
-
-def _counted(reuse: list[int], n_used: int, n_held: int) -> list[int]:
-    """Return how often each part was reused, after `n_used` tokens were once more."""
-    n_parts = -(-n_held // PART_TOKENS)
-    counts = (reuse + [0] * n_parts)[:n_parts]
-    return [n + (part < n_used // PART_TOKENS) for part, n in enumerate(counts)]

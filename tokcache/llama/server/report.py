@@ -15,7 +15,7 @@ from tokcache.llama.server.settings import PART_TOKENS
 if TYPE_CHECKING:
     from tokcache.llama.server.manager import SlotManager
     from tokcache.llama.server.results import Slot
-    from tokcache.llama.server.table import SlotRecord
+    from tokcache.llama.server.slot import SlotRecord
 
 
 # What a file has of each token beside its state: the id, and where it stands in attention.

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from tokcache.llama.server.results import SlotFile
     from tokcache.llama.server.settings import SlotSettings
     from tokcache.llama.server.shelf import Shelf
-    from tokcache.llama.server.table import SlotRecord, SlotTable
+    from tokcache.llama.server.slot import SlotRecord
+    from tokcache.llama.server.table import SlotTable
     from tokcache.llama.server.trust import Trust
+    from tokcache.text.token_ids import TokenIds
 
 _MAX_WORKERS = 4096  # one for each slot: none waits until another one is saved
 _LOOK_AGAIN_S = 0.05
@@ -50,11 +52,11 @@ class Saver:
         self._pending: dict[SlotRecord, Future[None]] = {}
         self._workers = self._new_workers()
 
-    def is_worth_saving(self, slot: SlotRecord) -> bool:
-        """Return whether what a slot holds should be kept."""
-        if slot.space is None or len(slot.tokens) < self._settings.min_save_tokens:
+    def is_worth_saving(self, space: bytes | None, tokens: TokenIds) -> bool:
+        """Return whether a slot that holds `tokens` should be saved."""
+        if space is None or len(tokens) < self._settings.min_save_tokens:
             return False
-        return bool(self._trust.kinds(adapters_of(slot.space)))
+        return bool(self._trust.kinds(adapters_of(space)))
 
     def save(self, slot: SlotRecord, *, is_count_known: bool = True) -> Steps[None]:
         """Write a slot to a file, unless one has just that, or it does not fit the budget."""
@@ -74,7 +76,7 @@ class Saver:
             self._trust.refuse("slot_changed_by_others")
             with self._table.lock:
                 self._shelf.note_stale(name)
-            slot.forget()
+            slot.lost()
             return
         self._trust.count("save", seconds=perf_counter() - began)
         self._trust.went_well("save_failed", "no_slot_save_path", "slot_changed_by_others")
@@ -87,7 +89,7 @@ class Saver:
             if slot.space is None or slot.is_condemned:  # forgotten while it was written
                 self._shelf.note_stale(saved.filename)
                 return
-            slot.n_held, slot.tokens = saved.n_tokens, slot.tokens[: saved.n_tokens]
+            slot.saved(saved.n_tokens)
             self._shelf.add(
                 saved,
                 slot.space,
@@ -105,8 +107,8 @@ class Saver:
 
     def _name_for(self, slot: SlotRecord) -> str | None:
         with self._table.lock:
-            slot.is_saved = True
-            if slot.space is None or not self.is_worth_saving(slot):
+            slot.saving()
+            if slot.space is None or not self.is_worth_saving(slot.space, slot.tokens):
                 return None
             is_whole_only = self._is_whole_only(slot.space)
             if self._shelf.covers(
@@ -120,7 +122,7 @@ class Saver:
 
     def erase(self, slot: SlotRecord) -> Steps[None]:
         """Empty a slot."""
-        slot.forget()
+        slot.lost()
         if not self._trust.can_save:
             return  # "cache_prompt": false drops what the slot holds, too
         try:
@@ -137,7 +139,7 @@ class Saver:
         yield from self.erase(slot)
         # A server without a slot folder erases nothing either: there one token takes the place.
         if not self._trust.can_save:
-            slot.adapters = None
+            slot.loaded(None)
             asked = {"n_predict": 0, "cache_prompt": False, "id_slot": slot.id}
             yield calls.completion(probe_tokens(None)[:1], asked)
 
@@ -146,7 +148,7 @@ class Saver:
 
         Saving and erasing wait for the slot; a completion sent to a busy slot would not be safe.
         """
-        if is_known and self.is_worth_saving(slot):
+        if is_known and self.is_worth_saving(slot.space, slot.tokens):
             yield from self.save(slot, is_count_known=False)
             if slot.n_held:
                 return
@@ -167,7 +169,7 @@ class Saver:
 
     def in_background(self, slot: SlotRecord, steps: Steps[None]) -> None:
         """Perform steps off the request's path; then the slot is free again."""
-        self._table.settle(slot)
+        slot.settle()
         with self._table.lock:
             workers = self._workers
         try:
@@ -189,11 +191,11 @@ class Saver:
             if slot.is_condemned:
                 drive(self.empty(slot), self._connection)
         except ServerError as error:
-            slot.forget()
+            slot.lost()
             self._trust.refuse("settling_failed")
             _log.debug("slot %d: %s", slot.id, error)
         finally:
-            self._table.release(slot)
+            slot.release()
 
     def flush(self, timeout_s: float | None) -> None:
         """Wait until all that is being saved is saved."""

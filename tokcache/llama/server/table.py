@@ -7,67 +7,22 @@ saved or settles after an abort is waited for only by those that gain by what it
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokcache.llama.server.checkpoints import NO_GAP, Gap
 from tokcache.llama.server.settings import PART_TOKENS
 from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common, scope_of
-from tokcache.text.token_ids import TokenIds
+from tokcache.llama.server.slot import Condition, SlotRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from tokcache.text.token_ids import TokenIds
 
 # Tokens. A llama-server decodes nothing while it writes a slot: going past it gains little time.
 _WORTH_WAITING = PART_TOKENS
-
-
-class Condition(Enum):
-    """Who has a slot."""
-
-    FREE = auto()
-    BUSY = auto()
-    SETTLING = auto()
-
-
-@dataclass(eq=False, slots=True)
-class SlotRecord:
-    """What one slot holds: the first `tokens` of `n_held`, for `space`.
-
-    Units: `n_prompt` tokens that were a prompt's, before those of an answer.
-    """
-
-    id: int
-    condition: Condition = Condition.FREE
-    space: bytes | None = None
-    tokens: TokenIds = field(default_factory=TokenIds)
-    n_held: int = 0
-    n_prompt: int = 0
-    gap: Gap = NO_GAP
-    conversation: tuple[bytes, str] | None = None
-    since: float = field(default_factory=time.monotonic)
-    used_at: float = 0.0
-    n_uses: int = 0
-    # How often each part of 64 tokens was reused: the report's.
-    reuse: list[int] = field(default_factory=list)
-    is_saved: bool = True
-    # The adapters of its last request, None if they are not known.
-    adapters: bytes | None = None
-    # For whom it works, and whether what it then holds is to be erased.
-    user: bytes | None = None
-    is_condemned: bool = False
-
-    def forget(self) -> None:
-        """Note that the slot is empty, or that what it holds is not known."""
-        self.space, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
-        self.gap = NO_GAP
-        self.conversation, self.reuse, self.n_uses = None, [], 0
-        self.since, self.is_saved = time.monotonic(), True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +69,7 @@ class SlotTable:
         self._is_one_at_a_time = is_one_at_a_time
         self.lock = threading.RLock()
         self.shelf = shelf
-        self.slots = {number: SlotRecord(number) for number in ids}
+        self.slots = {number: self._new_slot(number) for number in ids}
         self.pinned: set[tuple[bytes, str]] = set()
         self.epoch = 0
         self._waiters: deque[_Waiter] = deque()
@@ -133,7 +88,7 @@ class SlotTable:
             self._waiters = deque(each for each in self._waiters if each.future is not future)
             if not future.cancel():
                 self._unread(future.result())
-                self.release(future.result().slot)
+                future.result().slot.release()
 
     def again(self, start: Start, wish: Wish) -> Start:
         """Return where `wish` begins in the slot it has, after something was forgotten."""
@@ -146,12 +101,15 @@ class SlotTable:
         with self.lock:
             is_free = slot.condition is Condition.FREE
             if is_free:
-                self._give(slot, None)
+                slot.begin(None)
             return is_free
 
     def abandon(self) -> None:
         """Begin anew in the child of a fork, where other threads' requests are not."""
         self.lock = threading.RLock()
+        # The child may still read a parent's stream to its end, which records that in its slot.
+        for slot in self.slots.values():
+            slot.lock = self.lock
         self.slots.clear()
         self._waiters.clear()
 
@@ -160,19 +118,6 @@ class SlotTable:
         with self.lock:
             self._unread(start)
             return Start(start.slot, 0, None)
-
-    def settle(self, slot: SlotRecord) -> None:
-        """Note that a slot is being saved, or waited for."""
-        with self.lock:
-            slot.condition = Condition.SETTLING
-            self._wake()
-
-    def release(self, slot: SlotRecord) -> None:
-        """Give a slot back."""
-        with self.lock:
-            slot.condition, slot.user = Condition.FREE, None
-            slot.used_at = time.monotonic()
-            self._wake()
 
     def read(self, file: SavedSlot) -> None:
         """Note that a file is no longer being read."""
@@ -184,7 +129,7 @@ class SlotTable:
         with self.lock:
             wanted = set(ids)
             for number in wanted - set(self.slots):
-                self.slots[number] = SlotRecord(number)
+                self.slots[number] = self._new_slot(number)
             for number in set(self.slots) - wanted:
                 del self.slots[number]
             self._wake()
@@ -194,8 +139,7 @@ class SlotTable:
         with self.lock:
             self.epoch += 1
             for slot in self.slots.values():
-                slot.forget()
-                slot.adapters = None
+                slot.reset()
 
     def condemn(self, scope: bytes | None) -> list[SlotRecord]:
         """Return the slots that hold a scope's prompts, or anyone's; note which to erase later."""
@@ -208,11 +152,11 @@ class SlotTable:
                 )
             ]
             for slot in held:
-                slot.is_condemned = slot.condition is not Condition.FREE
+                slot.condemn()
             return held
 
-    def _give(self, slot: SlotRecord, user: bytes | None) -> None:
-        slot.condition, slot.user, slot.is_condemned = Condition.BUSY, user, False
+    def _new_slot(self, number: int) -> SlotRecord:
+        return SlotRecord(number, self.lock, self._wake)
 
     def is_pinned(self, slot: SlotRecord) -> bool:
         """Return whether a slot's conversation is pinned."""
@@ -226,7 +170,7 @@ class SlotTable:
             if start is None:
                 waiting.append(waiter)
             elif waiter.future.set_running_or_notify_cancel():
-                self._give(start.slot, waiter.wish.space)
+                start.slot.begin(waiter.wish.space)
                 waiter.future.set_result(start)
             else:
                 self._unread(start)

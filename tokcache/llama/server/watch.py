@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from tokcache.llama.server.results import TokenProbabilities
     from tokcache.llama.server.settings import SlotSettings
     from tokcache.llama.server.shelf import Shelf
+    from tokcache.llama.server.slot import SlotRecord
     from tokcache.llama.server.steps import Steps
-    from tokcache.llama.server.table import SlotRecord, SlotTable
+    from tokcache.llama.server.table import SlotTable
     from tokcache.llama.server.trust import Trust
 
 
@@ -98,8 +99,7 @@ class Watch:
         epoch = self.epoch
         if self._checked_epoch == epoch:
             return False
-        slot.forget()
-        slot.adapters = None
+        slot.reset()
         said = yield from self._ask(slot)
         with self._table.lock:
             if self._checked_epoch == epoch or self.epoch != epoch:
