@@ -191,7 +191,7 @@ def test_clear_without_a_scope_leaves_nothing_of_anyone(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
         assert all(slot.n_tokens == 0 for slot in server.slots())
         manager = server._manager
-        assert (len(manager._shelf), manager.table.pinned, len(manager._seen)) == (0, set(), 0)
+        assert (len(manager._shelf), manager._shelf.pinned, len(manager._seen)) == (0, set(), 0)
         for seed, scope in enumerate(("a", "b", None)):
             assert complete(server, prompt(seed, 200), scope=scope).completion.n_cached == 0
 

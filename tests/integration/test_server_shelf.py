@@ -203,7 +203,7 @@ def test_the_least_valuable_slot_is_taken() -> None:
         tokens = TokenIds(range(number * 100, number * 100 + 20))
         slot.decoded(A, tokens, (A, "pinned") if number == 1 else None)
         slot.used_at, slot.is_saved = used_at, is_saved
-    of.pinned.add((A, "pinned"))
+    of.shelf.pinned.add((A, "pinned"))
     taken = [of.acquire(wish(range(900, 910))).result().slot.id for _ in range(3)]
     assert taken == [2, 0, 1]
 

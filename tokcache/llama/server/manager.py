@@ -123,7 +123,7 @@ class SlotManager(Forkable):
         self._shelf = _shelf(settings, self.trust)
         # The server decodes tokens of several slots in one batch, and so in other pieces.
         self.table = SlotTable((), self._shelf, is_one_at_a_time=settings.reproducible)
-        self._saver = Saver(connection, settings, self.table, self._shelf, self.trust)
+        self._saver = Saver(connection, settings, self._shelf, self.trust)
         self.watch = Watch(settings, self.table, self._shelf, self.trust, check_model)
         self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
         tell_of_forks(self)
@@ -481,10 +481,7 @@ class SlotManager(Forkable):
         """Keep a conversation's slot and files from eviction, or no longer."""
         key = (scope_key(require_scope(scope)), _require_conversation(conversation))
         with self.table.lock:
-            (self.table.pinned.add if is_pinned else self.table.pinned.discard)(key)
-            for file in self._shelf:
-                if (scope_of(file.space), file.conversation) == key:
-                    file.is_pinned = is_pinned
+            self._shelf.pin(key, is_pinned=is_pinned)
 
     def clear(self, scope: str | None) -> Steps[None]:
         """Forget a scope's records and erase its slots and files; without a scope, all of them.
@@ -497,7 +494,7 @@ class SlotManager(Forkable):
                 if key is None or scope_of(file.space) == key:
                     self._shelf.drop(file)
             held = self.table.condemn(key)
-            self.table.pinned = {pin for pin in self.table.pinned if key not in (None, pin[0])}
+            self._shelf.pinned = {pin for pin in self._shelf.pinned if key not in (None, pin[0])}
             for seen in [seen for seen in self._seen if key in (None, scope_of(seen))]:
                 del self._seen[seen]
         failure: ServerError | None = None

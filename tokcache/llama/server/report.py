@@ -183,7 +183,7 @@ class KvReader:
             return SlotBlocks(self._url, number, True)
         with self._manager.table.lock:
             conversation = record.conversation[1] if record.conversation else None
-            is_pinned = self._manager.table.is_pinned(record)
+            is_pinned = record.conversation in self._manager.table.shelf.pinned
             blocks = tuple(_blocks(record, self._bytes(shape, record.n_held)[0]))
         return SlotBlocks(self._url, number, True, conversation, is_pinned, blocks)
 

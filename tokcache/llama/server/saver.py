@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tokcache.llama.server.settings import SlotSettings
     from tokcache.llama.server.shelf import Shelf
     from tokcache.llama.server.slot import SlotRecord
-    from tokcache.llama.server.table import SlotTable
     from tokcache.llama.server.trust import Trust
     from tokcache.text.token_ids import TokenIds
 
@@ -40,13 +39,12 @@ class Saver:
         self,
         connection: Connection,
         settings: SlotSettings,
-        table: SlotTable,
         shelf: Shelf,
         trust: Trust,
     ) -> None:
         self._connection = connection
         self._settings = settings
-        self._table = table
+        self._lock = threading.Lock()
         self._shelf = shelf
         self._trust = trust
         self._pending: dict[SlotRecord, Future[None]] = {}
@@ -67,14 +65,14 @@ class Saver:
         try:
             saved = yield calls.save_slot(slot.id, name)
         except ServerError as error:
-            with self._table.lock:
+            with slot.lock:
                 self._shelf.note_stale(name)
             self._trust.degrade("save_failed", error)
             return
         is_as_recorded = saved.n_tokens == slot.n_held or not is_count_known or slot.space is None
         if not is_as_recorded or saved.n_tokens < self._settings.min_save_tokens:
             self._trust.refuse("slot_changed_by_others")
-            with self._table.lock:
+            with slot.lock:
                 self._shelf.note_stale(name)
             slot.lost()
             return
@@ -85,7 +83,7 @@ class Saver:
     def _keep(self, slot: SlotRecord, saved: SlotFile) -> None:
         if saved.n_tokens:
             self._trust.saved = saved
-        with self._table.lock:
+        with slot.lock:
             if slot.space is None or slot.is_condemned:  # forgotten while it was written
                 self._shelf.note_stale(saved.filename)
                 return
@@ -96,7 +94,7 @@ class Saver:
                 slot.tokens,
                 n_prompt=slot.n_prompt,
                 conversation=slot.conversation[1] if slot.conversation else None,
-                is_pinned=self._table.is_pinned(slot),
+                is_pinned=slot.conversation in self._shelf.pinned,
                 is_superseding=not self._is_whole_only(slot.space),
                 gap=slot.gap,
             )
@@ -106,7 +104,7 @@ class Saver:
         return self._settings.reproducible or PROMPT not in self._trust.kinds(adapters_of(space))
 
     def _name_for(self, slot: SlotRecord) -> str | None:
-        with self._table.lock:
+        with slot.lock:
             slot.saving()
             if slot.space is None or not self.is_worth_saving(slot.space, slot.tokens):
                 return None
@@ -170,19 +168,19 @@ class Saver:
     def in_background(self, slot: SlotRecord, steps: Steps[None]) -> None:
         """Perform steps off the request's path; then the slot is free again."""
         slot.settle()
-        with self._table.lock:
+        with self._lock:
             workers = self._workers
         try:
             task = workers.submit(self._work, slot, steps)
         except RuntimeError:  # closed meanwhile
             self._work(slot, steps)
             return
-        with self._table.lock:
+        with self._lock:
             self._pending[slot] = task
 
     def pending(self, slot: SlotRecord) -> Future[None] | None:
         """Return what ends when a slot is saved or has settled."""
-        with self._table.lock:
+        with self._lock:
             return self._pending.get(slot)
 
     def _work(self, slot: SlotRecord, steps: Steps[Any]) -> None:
@@ -199,7 +197,7 @@ class Saver:
 
     def flush(self, timeout_s: float | None) -> None:
         """Wait until all that is being saved is saved."""
-        with self._table.lock:
+        with self._lock:
             pending = list(self._pending.values())
         _, late = wait(pending, timeout_s)
         if late:
@@ -212,7 +210,8 @@ class Saver:
         self._workers.shutdown(wait=True)
 
     def after_fork(self) -> None:
-        """Begin anew: threads do not live on in a child."""
+        """Start with new threads: those of the parent do not run in the child."""
+        self._lock = threading.Lock()
         self._pending = {}
         self._workers = self._new_workers()
 

@@ -109,6 +109,8 @@ class Shelf:
         self._files: dict[str, SavedSlot] = {}
         self._by_chain: dict[bytes, dict[SavedSlot, None]] = {}
         self._stale: dict[str, int] = {}
+        # Conversations to keep, each with the key of its scope.
+        self.pinned: set[tuple[bytes, str]] = set()
         # What clients before this one left in the folder, oldest first, with its bytes.
         self._left: dict[str, int] = {}
         self._swept_at = time.monotonic()
@@ -248,6 +250,13 @@ class Shelf:
         for file in list(self):
             if adapters is None or adapters_of(file.space) == adapters:
                 self.drop(file)
+
+    def pin(self, conversation: tuple[bytes, str], *, is_pinned: bool) -> None:
+        """Keep a conversation's slot and files from eviction, or allow it again."""
+        (self.pinned.add if is_pinned else self.pinned.discard)(conversation)
+        for file in self:
+            if (scope_of(file.space), file.conversation) == conversation:
+                file.is_pinned = is_pinned
 
     def restrict(self, adapters: frozenset[bytes]) -> None:
         """Note that the files with `adapters` are of use as a whole only."""

@@ -70,7 +70,6 @@ class SlotTable:
         self.lock = threading.RLock()
         self.shelf = shelf
         self.slots = {number: self._new_slot(number) for number in ids}
-        self.pinned: set[tuple[bytes, str]] = set()
         self.epoch = 0
         self._waiters: deque[_Waiter] = deque()
 
@@ -158,10 +157,6 @@ class SlotTable:
     def _new_slot(self, number: int) -> SlotRecord:
         return SlotRecord(number, self.lock, self._wake)
 
-    def is_pinned(self, slot: SlotRecord) -> bool:
-        """Return whether a slot's conversation is pinned."""
-        return slot.conversation in self.pinned
-
     def _wake(self) -> None:
         waiting: deque[_Waiter] = deque()
         while self._waiters:
@@ -236,7 +231,12 @@ class SlotTable:
 
     def _loss(self, slot: SlotRecord) -> tuple[bool, bool, bool, float]:
         is_empty = slot.n_held == 0
-        return (not is_empty, self.is_pinned(slot), not slot.is_saved, slot.used_at)
+        return (
+            not is_empty,
+            slot.conversation in self.shelf.pinned,
+            not slot.is_saved,
+            slot.used_at,
+        )
 
 
 def _n_usable(slot: SlotRecord, prompt: TokenIds) -> int:
