@@ -172,7 +172,7 @@ def test_a_forgotten_scope_leaves_nothing_that_was_being_saved_or_served(tmp_pat
         assert list(pieces)[-1].completion is not None
         server.flush(30)
         assert list(tmp_path.iterdir()) == []
-        assert all(slot.space is None for slot in server._manager.table.slots.values())
+        assert all(slot.namespace is None for slot in server._manager.table.slots.values())
         assert complete(server, prompt(1, 400), scope="a").completion.n_cached == 0
         assert complete(server, prompt(1, 400), scope="a").completion.n_cached == 399
 

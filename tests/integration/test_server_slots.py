@@ -300,7 +300,7 @@ def test_restores_that_bring_nothing_end_and_it_is_said_once(
             complete(server, prompt(90 + seed, 200))
             found = complete(server, [*shared, *prompt(seed, 50)])
             assert is_right(found.completion, uncached(server, [*shared, *prompt(seed, 50)]))
-            server._manager.table.forget_contents()
+            server._manager.table.reset_contents()
         assert server.reuse_stats().refusals["restore_not_used_by_server"] == 1
         assert len([m for m in caplog.messages if "tokcache.llama.Llama" in m]) == 1
         first = complete(server, shared)

@@ -40,9 +40,9 @@ from tokcache.llama.server.shelf import (
     SavedSlot,
     Shelf,
     adapters_of,
+    namespace_of,
     scope_key,
     scope_of,
-    space_of,
 )
 from tokcache.llama.server.slot import Condition, SlotRecord
 from tokcache.llama.server.steps import Steps, drive
@@ -80,7 +80,7 @@ class Job:
     @property
     def adapters(self) -> bytes:
         """The key of the adapters that the prompt is decoded with."""
-        return adapters_of(self.wish.space)
+        return adapters_of(self.wish.namespace)
 
     @property
     def n_promised(self) -> int:
@@ -236,7 +236,7 @@ class SlotManager(Forkable):
         is_known = bool(job.received) and is_kept and not is_lost
         if is_known:
             slot.aborted(
-                job.wish.space,
+                job.wish.namespace,
                 _joined(job.prompt, job.received),
                 job.wish.conversation,
                 n_prompt=len(job.prompt),
@@ -260,14 +260,14 @@ class SlotManager(Forkable):
                 f"{', '.join(sorted(reserved))}: the slot manager's own; completion() takes them"
             )
         calls.require_settings(settings)
-        space = space_of(require_scope(scope), settings.get("lora"))
-        kinds = self.trust.kinds(adapters_of(space))
+        namespace = namespace_of(require_scope(scope), settings.get("lora"))
+        kinds = self.trust.kinds(adapters_of(namespace))
         if conversation is not None:
             _require_conversation(conversation)
         wish = Wish(
-            space=space,
+            namespace=namespace,
             prompt=prompt,
-            conversation=(scope_of(space), conversation) if conversation is not None else None,
+            conversation=(scope_of(namespace), conversation) if conversation is not None else None,
             kinds=kinds & {WHOLE} if self.settings.reproducible else kinds,
             is_file_only=self.settings.reproducible,
         )
@@ -306,7 +306,9 @@ class SlotManager(Forkable):
         slot = start.slot
         if not slot.is_saved and len(slot.tokens) > start.n_live:
             yield from self._saver.save(slot)
-        is_kept = start.n_live > 0 or (start.found is not None and slot.space == job.wish.space)
+        is_kept = start.n_live > 0 or (
+            start.found is not None and slot.namespace == job.wish.namespace
+        )
         if self.settings.reproducible or (slot.n_held and not is_kept):
             yield from self._saver.erase(slot)
         if start.found is not None:
@@ -411,7 +413,7 @@ class SlotManager(Forkable):
             completion = yield asked.call()
             slot.loaded(job.adapters)
             job.n_used = completion.n_cached if job.n_used is None else job.n_used
-            slot.decoded(job.wish.space, head, job.wish.conversation)
+            slot.decoded(job.wish.namespace, head, job.wish.conversation)
             yield from self._saver.save(slot)
 
     def _heads(self, job: Job) -> list[TokenIds]:
@@ -419,9 +421,9 @@ class SlotManager(Forkable):
             return []
         prompt, step = job.prompt, self.settings.block_tokens
         heads = [prompt[:n] for n in range(job.n_restored + step, len(prompt), step)]
-        space = job.wish.space
+        namespace = job.wish.namespace
         digests = [
-            space + hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads
+            namespace + hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads
         ]
         with self.table.lock:
             shared = [head for head, key in zip(heads, digests, strict=True) if key in self._seen]
@@ -457,10 +459,10 @@ class SlotManager(Forkable):
         if completion.is_truncated and n_held != n_expected:
             slot.lost()  # the server shifted the context: it no longer holds the tokens sent
             return
-        space = job.wish.space
+        namespace = job.wish.namespace
         tokens = _joined(job.prompt, completion.token_ids)[:n_held]
         slot.answered(
-            space,
+            namespace,
             tokens,
             job.wish.conversation,
             n_prompt=min(len(job.prompt), len(tokens)),
@@ -468,7 +470,8 @@ class SlotManager(Forkable):
             n_used=n_used,
             gap=gap,
             # Reproducible mode saved the blocks before: it never restores a file with an answer.
-            is_saved=self.settings.reproducible or not self._saver.is_worth_saving(space, tokens),
+            is_saved=self.settings.reproducible
+            or not self._saver.is_worth_saving(namespace, tokens),
         )
 
     def _drop(self, file: SavedSlot) -> None:
@@ -491,7 +494,7 @@ class SlotManager(Forkable):
         key = None if scope is None else scope_key(require_scope(scope))
         with self.table.lock:
             for file in list(self._shelf):
-                if key is None or scope_of(file.space) == key:
+                if key is None or scope_of(file.namespace) == key:
                     self._shelf.drop(file)
             held = self.table.condemn(key)
             self._shelf.pinned = {pin for pin in self._shelf.pinned if key not in (None, pin[0])}
@@ -514,7 +517,7 @@ class SlotManager(Forkable):
         if not self.table.take(slot):
             return
         try:
-            if slot.space is not None and scope in (None, scope_of(slot.space)):
+            if slot.namespace is not None and scope in (None, scope_of(slot.namespace)):
                 yield from self._saver.empty(slot)
         finally:
             slot.release()
@@ -590,7 +593,7 @@ class SlotManager(Forkable):
         """Begin with nothing known: the slots' contents and the files are the parent's."""
         self._shelf.abandon()
         self.table.abandon()
-        self.watch.forget()
+        self.watch.reset()
         self.trust.after_fork()
         self._saver.after_fork()
 

@@ -54,7 +54,7 @@ class KvShape:
             return "hybrid"
         return "sliding window" if self.window else "attention"
 
-    def token_bytes(self, kv_type: str) -> float | None:
+    def kv_bytes_per_token(self, kv_type: str) -> float | None:
         """Return the bytes that one token takes in full attention, None if not known."""
         return self.n_kv_dim * KV_TYPES[kv_type] if self.n_kv_dim else None
 

@@ -138,17 +138,21 @@ class KvReader:
 
     def _bytes(self, shape: KvShape, n_tokens: int) -> tuple[int, str]:
         """Return what `n_tokens` take in a slot, and where the figure comes from."""
-        token_bytes = shape.token_bytes(self._manager.settings.kv_type) or 0.0
+        kv_bytes_per_token = shape.kv_bytes_per_token(self._manager.settings.kv_type) or 0.0
         saved = self._manager.trust.saved
         if not n_tokens:
             return 0, "model" if shape.n_layers else "unknown"
         if saved is None or shape.memory == "attention":
-            return round(token_bytes * n_tokens), "model" if token_bytes else "unknown"
+            return round(
+                kv_bytes_per_token * n_tokens
+            ), "model" if kv_bytes_per_token else "unknown"
         if shape.memory in {"recurrent", "hybrid"}:
             # One state a sequence, whatever its length, beside what attention keeps of each token.
-            file_token_bytes = _ID_BYTES + (_CELL_BYTES + token_bytes if token_bytes else 0)
-            state_bytes = max(0.0, saved.n_bytes - file_token_bytes * saved.n_tokens)
-            return round(state_bytes + token_bytes * n_tokens), "measured"
+            file_bytes_per_token = _ID_BYTES + (
+                _CELL_BYTES + kv_bytes_per_token if kv_bytes_per_token else 0
+            )
+            state_bytes = max(0.0, saved.n_bytes - file_bytes_per_token * saved.n_tokens)
+            return round(state_bytes + kv_bytes_per_token * n_tokens), "measured"
         return round(saved.n_bytes / saved.n_tokens * n_tokens), "measured"
 
     def _held(self, slot: Slot) -> int:

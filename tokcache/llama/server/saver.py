@@ -50,11 +50,11 @@ class Saver:
         self._pending: dict[SlotRecord, Future[None]] = {}
         self._workers = self._new_workers()
 
-    def is_worth_saving(self, space: bytes | None, tokens: TokenIds) -> bool:
+    def is_worth_saving(self, namespace: bytes | None, tokens: TokenIds) -> bool:
         """Return whether a slot that holds `tokens` should be saved."""
-        if space is None or len(tokens) < self._settings.min_save_tokens:
+        if namespace is None or len(tokens) < self._settings.min_save_tokens:
             return False
-        return bool(self._trust.kinds(adapters_of(space)))
+        return bool(self._trust.kinds(adapters_of(namespace)))
 
     def save(self, slot: SlotRecord, *, is_count_known: bool = True) -> Steps[None]:
         """Write a slot to a file, unless one has just that, or it does not fit the budget."""
@@ -69,7 +69,9 @@ class Saver:
                 self._shelf.note_stale(name)
             self._trust.degrade("save_failed", error)
             return
-        is_as_recorded = saved.n_tokens == slot.n_held or not is_count_known or slot.space is None
+        is_as_recorded = (
+            saved.n_tokens == slot.n_held or not is_count_known or slot.namespace is None
+        )
         if not is_as_recorded or saved.n_tokens < self._settings.min_save_tokens:
             self._trust.refuse("slot_changed_by_others")
             with slot.lock:
@@ -84,39 +86,41 @@ class Saver:
         if saved.n_tokens:
             self._trust.saved = saved
         with slot.lock:
-            if slot.space is None or slot.is_condemned:  # forgotten while it was written
+            if slot.namespace is None or slot.is_condemned:  # forgotten while it was written
                 self._shelf.note_stale(saved.filename)
                 return
             slot.saved(saved.n_tokens)
             self._shelf.add(
                 saved,
-                slot.space,
+                slot.namespace,
                 slot.tokens,
                 n_prompt=slot.n_prompt,
                 conversation=slot.conversation[1] if slot.conversation else None,
                 is_pinned=slot.conversation in self._shelf.pinned,
-                is_superseding=not self._is_whole_only(slot.space),
+                is_superseding=not self._is_whole_only(slot.namespace),
                 gap=slot.gap,
             )
 
-    def _is_whole_only(self, space: bytes) -> bool:
+    def _is_whole_only(self, namespace: bytes) -> bool:
         # Where a file can't be used in part, a longer one does not replace it.
-        return self._settings.reproducible or PROMPT not in self._trust.kinds(adapters_of(space))
+        return self._settings.reproducible or PROMPT not in self._trust.kinds(
+            adapters_of(namespace)
+        )
 
     def _name_for(self, slot: SlotRecord) -> str | None:
         with slot.lock:
             slot.saving()
-            if slot.space is None or not self.is_worth_saving(slot.space, slot.tokens):
+            if slot.namespace is None or not self.is_worth_saving(slot.namespace, slot.tokens):
                 return None
-            is_whole_only = self._is_whole_only(slot.space)
+            is_whole_only = self._is_whole_only(slot.namespace)
             if self._shelf.covers(
-                slot.space, slot.tokens, slot.n_held, is_whole_only=is_whole_only
+                slot.namespace, slot.tokens, slot.n_held, is_whole_only=is_whole_only
             ):
                 return None
-            if not self._shelf.make_room(int((self._trust.token_bytes or 0) * slot.n_held)):
+            if not self._shelf.make_room(int((self._trust.kv_bytes_per_token or 0) * slot.n_held)):
                 self._trust.refuse("file_over_budget")
                 return None
-            return self._shelf.name_for(slot.space, slot.tokens, slot.n_held)
+            return self._shelf.name_for(slot.namespace, slot.tokens, slot.n_held)
 
     def erase(self, slot: SlotRecord) -> Steps[None]:
         """Empty a slot."""
@@ -146,7 +150,7 @@ class Saver:
 
         Saving and erasing wait for the slot; a completion sent to a busy slot would not be safe.
         """
-        if is_known and self.is_worth_saving(slot.space, slot.tokens):
+        if is_known and self.is_worth_saving(slot.namespace, slot.tokens):
             yield from self.save(slot, is_count_known=False)
             if slot.n_held:
                 return

@@ -50,7 +50,7 @@ class SavedSlot:
     """
 
     name: str
-    space: bytes
+    namespace: bytes
     tokens: TokenIds
     n_prompt: int
     n_saved: int
@@ -135,7 +135,7 @@ class Shelf:
         """Bytes of those."""
         return sum(self._stale.values())
 
-    def find(self, space: bytes, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
+    def find(self, namespace: bytes, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
         """Return the file that holds the most of `prompt`; the last token is always decoded.
 
         `kinds`: how prompts may continue a file.
@@ -145,7 +145,7 @@ class Shelf:
         self._sweep_when_due()
         best: Found | None = None
         seen: set[str] = set()
-        for link in reversed(self._chain(space, prompt)):
+        for link in reversed(self._chain(namespace, prompt)):
             for file in self._by_chain.get(link, ()):
                 if file.name not in seen:
                     seen.add(file.name)
@@ -154,19 +154,21 @@ class Shelf:
                 break  # files found at an earlier link share less
         return best
 
-    def name_for(self, space: bytes, tokens: TokenIds, n_held: int) -> str:
+    def name_for(self, namespace: bytes, tokens: TokenIds, n_held: int) -> str:
         """Return the name for a slot that holds `n_held` tokens, `tokens` the first of them."""
         if self._stale:
             return self._stale.popitem()[0]
         digest = hashlib.blake2b(key=self._key, digest_size=_DIGEST_BYTES)
-        digest.update(len(space).to_bytes(8, "little") + space)
+        digest.update(len(namespace).to_bytes(8, "little") + namespace)
         digest.update(n_held.to_bytes(8, "little"))
         digest.update(memoryview(tokens))
         return f"{_PREFIX}{digest.hexdigest()}.bin"
 
-    def covers(self, space: bytes, tokens: TokenIds, n_held: int, *, is_whole_only: bool) -> bool:
+    def covers(
+        self, namespace: bytes, tokens: TokenIds, n_held: int, *, is_whole_only: bool
+    ) -> bool:
         """Return whether a file serves all that a slot of `n_held` tokens would."""
-        chain = self._chain(space, tokens)
+        chain = self._chain(namespace, tokens)
         return any(
             _is_prefix(tokens, file.tokens)
             and (
@@ -198,7 +200,7 @@ class Shelf:
     def add(
         self,
         saved: SlotFile,
-        space: bytes,
+        namespace: bytes,
         tokens: TokenIds,
         *,
         n_prompt: int,
@@ -215,7 +217,7 @@ class Shelf:
         self._sweep_when_due()
         file = SavedSlot(
             name=saved.filename,
-            space=space,
+            namespace=namespace,
             tokens=tokens,
             n_prompt=n_prompt,
             n_saved=saved.n_tokens,
@@ -223,7 +225,7 @@ class Shelf:
             conversation=conversation,
             is_pinned=is_pinned,
             gap=gap,
-            chain=tuple(self._chain(space, tokens)),
+            chain=tuple(self._chain(namespace, tokens)),
         )
         if self.is_folder_reachable is None:
             self.is_folder_reachable = self._is_there(saved)
@@ -248,20 +250,20 @@ class Shelf:
     def clear(self, adapters: bytes | None = None) -> None:
         """Forget all files, or those with `adapters`, and delete them where that is possible."""
         for file in list(self):
-            if adapters is None or adapters_of(file.space) == adapters:
+            if adapters is None or adapters_of(file.namespace) == adapters:
                 self.drop(file)
 
     def pin(self, conversation: tuple[bytes, str], *, is_pinned: bool) -> None:
         """Keep a conversation's slot and files from eviction, or allow it again."""
         (self.pinned.add if is_pinned else self.pinned.discard)(conversation)
         for file in self:
-            if (scope_of(file.space), file.conversation) == conversation:
+            if (scope_of(file.namespace), file.conversation) == conversation:
                 file.is_pinned = is_pinned
 
     def restrict(self, adapters: frozenset[bytes]) -> None:
         """Note that the files with `adapters` are of use as a whole only."""
         for file in self:
-            file.is_whole_only |= adapters_of(file.space) in adapters
+            file.is_whole_only |= adapters_of(file.namespace) in adapters
 
     def abandon(self) -> None:
         """Forget all files without deleting one: they are another process's."""
@@ -409,8 +411,8 @@ class Shelf:
             if is_idle and not is_kept and _is_replaced(file, newer):
                 self.drop(file)
 
-    def _chain(self, space: bytes, tokens: TokenIds) -> list[bytes]:
-        digest = hashlib.blake2b(space, key=self._key, digest_size=16)
+    def _chain(self, namespace: bytes, tokens: TokenIds) -> list[bytes]:
+        digest = hashlib.blake2b(namespace, key=self._key, digest_size=16)
         links = []
         view = memoryview(tokens).cast("B")
         n_bytes = self._step * memoryview(tokens).itemsize
@@ -458,23 +460,23 @@ def _value(file: SavedSlot) -> tuple[bool, float]:
 
 
 def scope_key(scope: str | None) -> bytes:
-    """Return what all spaces of a scope begin with."""
+    """Return what all namespaces of a scope begin with."""
     return hashlib.blake2b(repr(scope).encode(), digest_size=_SCOPE_BYTES).digest()
 
 
-def scope_of(space: bytes) -> bytes:
-    """Return the key of a space's scope."""
-    return space[:_SCOPE_BYTES]
+def scope_of(namespace: bytes) -> bytes:
+    """Return the key of a namespace's scope."""
+    return namespace[:_SCOPE_BYTES]
 
 
-def space_of(scope: str | None, lora: Any = None) -> bytes:
-    """Return the name of the space that prompts share only among themselves."""
+def namespace_of(scope: str | None, lora: Any = None) -> bytes:
+    """Return the name of the namespace that prompts share only among themselves."""
     return scope_key(scope) + adapters_key(lora)
 
 
-def adapters_of(space: bytes) -> bytes:
-    """Return the key of a space's adapters."""
-    return space[_SCOPE_BYTES:]
+def adapters_of(namespace: bytes) -> bytes:
+    """Return the key of a namespace's adapters."""
+    return namespace[_SCOPE_BYTES:]
 
 
 def adapters_key(lora: Any) -> bytes:

@@ -42,7 +42,7 @@ class Condition(Enum):
 class SlotRecord:
     """Our record of one slot of the server.
 
-    `space` is None while the contents are unknown or empty. Of the `n_held` tokens in the slot,
+    `namespace` is None while the contents are unknown or empty. Of the `n_held` tokens in the slot,
     `tokens` are the known ones; the first `n_prompt` belong to a prompt, the others to an answer.
 
     Threads: safe, by `lock`, which all slots of a table share.
@@ -52,7 +52,7 @@ class SlotRecord:
     lock: threading.RLock
     wake: Callable[[], None]
     condition: Condition = Condition.FREE
-    space: bytes | None = None
+    namespace: bytes | None = None
     tokens: TokenIds = field(default_factory=TokenIds)
     n_held: int = 0
     n_prompt: int = 0
@@ -67,14 +67,14 @@ class SlotRecord:
     is_saved: bool = True
     # The adapters of the slot's last request, None if unknown.
     adapters: bytes | None = None
-    # The space of the request that has the slot, and whether to erase the slot after it.
+    # The namespace of the request that has the slot, and whether to erase the slot after it.
     user: bytes | None = None
     is_condemned: bool = False
 
     # -- who has it ---------------------------------------------------------------------------
 
     def begin(self, user: bytes | None) -> None:
-        """Give the slot to a request of the space `user`, or to an erasure (None)."""
+        """Give the slot to a request of the namespace `user`, or to an erasure (None)."""
         with self.lock:
             self.condition, self.user, self.is_condemned = Condition.BUSY, user, False
 
@@ -101,7 +101,7 @@ class SlotRecord:
     def lost(self) -> None:
         """Record that the slot is empty or that its contents are unknown."""
         with self.lock:
-            self.space, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
+            self.namespace, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
             self.gap = NO_GAP
             self.conversation, self.reuse, self.n_uses = None, [], 0
             self.since, self.is_saved = time.monotonic(), True
@@ -120,18 +120,20 @@ class SlotRecord:
     def restored(self, file: SavedSlot) -> None:
         """Record that the server read `file` into the slot."""
         with self.lock:
-            self.space, self.tokens, self.gap = file.space, file.tokens, file.gap
+            self.namespace, self.tokens, self.gap = file.namespace, file.tokens, file.gap
             self.n_held, self.n_prompt = file.n_saved, file.n_prompt
 
-    def decoded(self, space: bytes, head: TokenIds, conversation: tuple[bytes, str] | None) -> None:
+    def decoded(
+        self, namespace: bytes, head: TokenIds, conversation: tuple[bytes, str] | None
+    ) -> None:
         """Record that the slot holds `head`, the first tokens of a prompt, and no answer."""
         with self.lock:
-            self.space, self.tokens, self.conversation = space, head, conversation
+            self.namespace, self.tokens, self.conversation = namespace, head, conversation
             self.n_held = self.n_prompt = len(head)
 
     def answered(
         self,
-        space: bytes,
+        namespace: bytes,
         tokens: TokenIds,
         conversation: tuple[bytes, str] | None,
         *,
@@ -148,7 +150,7 @@ class SlotRecord:
         with self.lock:
             reuse, n_uses = (self.reuse, self.n_uses) if n_used else ([], 0)
             self.lost()
-            self.space, self.tokens, self.conversation = space, tokens, conversation
+            self.namespace, self.tokens, self.conversation = namespace, tokens, conversation
             self.n_prompt, self.n_held, self.gap = n_prompt, n_held, gap
             self.is_saved = is_saved
             n_parts = -(-n_held // PART_TOKENS)
@@ -159,7 +161,7 @@ class SlotRecord:
 
     def aborted(
         self,
-        space: bytes,
+        namespace: bytes,
         tokens: TokenIds,
         conversation: tuple[bytes, str] | None,
         *,
@@ -168,7 +170,7 @@ class SlotRecord:
     ) -> None:
         """Record that the slot holds at least some of `tokens`; the next save shows how many."""
         with self.lock:
-            self.space, self.tokens, self.conversation = space, tokens, conversation
+            self.namespace, self.tokens, self.conversation = namespace, tokens, conversation
             self.n_prompt, self.gap = n_prompt, gap
 
     def saving(self) -> None:

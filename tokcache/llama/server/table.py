@@ -32,7 +32,7 @@ class Wish:
     `kinds`: how it may continue a saved slot; `is_file_only`: live contents are not good enough.
     """
 
-    space: bytes
+    namespace: bytes
     prompt: TokenIds
     conversation: tuple[bytes, str] | None
     kinds: frozenset[str]
@@ -133,7 +133,7 @@ class SlotTable:
                 del self.slots[number]
             self._wake()
 
-    def forget_contents(self) -> None:
+    def reset_contents(self) -> None:
         """Note that no slot holds what it held: the server was started again."""
         with self.lock:
             self.epoch += 1
@@ -147,7 +147,8 @@ class SlotTable:
                 slot
                 for slot in self.slots.values()
                 if any(
-                    space and scope in (None, scope_of(space)) for space in (slot.space, slot.user)
+                    namespace and scope in (None, scope_of(namespace))
+                    for namespace in (slot.namespace, slot.user)
                 )
             ]
             for slot in held:
@@ -165,7 +166,7 @@ class SlotTable:
             if start is None:
                 waiting.append(waiter)
             elif waiter.future.set_running_or_notify_cancel():
-                start.slot.begin(waiter.wish.space)
+                start.slot.begin(waiter.wish.namespace)
                 waiter.future.set_result(start)
             else:
                 self._unread(start)
@@ -206,7 +207,7 @@ class SlotTable:
         return Start(slot, n_live, found)
 
     def _found(self, wish: Wish) -> Found | None:
-        return self.shelf.find(wish.space, wish.prompt, wish.kinds) if wish.kinds else None
+        return self.shelf.find(wish.namespace, wish.prompt, wish.kinds) if wish.kinds else None
 
     def _live(
         self, wish: Wish, slots: Iterable[SlotRecord], condition: Condition = Condition.FREE
@@ -217,7 +218,7 @@ class SlotTable:
         matches = [
             (slot, _n_usable(slot, wish.prompt))
             for slot in slots
-            if slot.space == wish.space and slot.condition is condition
+            if slot.namespace == wish.namespace and slot.condition is condition
         ]
         # Of equals the one that loses least.
         return max(matches, key=lambda match: (match[1], -match[0].n_held), default=None)

@@ -118,7 +118,7 @@ class Trust:
         return frozenset() if WHOLE in stopped else KINDS - stopped
 
     @property
-    def token_bytes(self) -> float | None:
+    def kv_bytes_per_token(self) -> float | None:
         """What one token took in the last file, None before the first."""
         return self.saved.n_bytes / self.saved.n_tokens if self.saved else None
 
@@ -126,7 +126,7 @@ class Trust:
         """Renew the lock, which another thread may have held."""
         self._lock = threading.Lock()
 
-    def learn_anew(self) -> None:
+    def reset(self) -> None:
         """Forget what holds for one model."""
         with self._lock:
             self.can_save, self.saved, self.went_back = True, None, False

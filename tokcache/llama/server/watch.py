@@ -106,7 +106,7 @@ class Watch:
                 return True
             if len(self._shelf) and not is_same_model(self._said, said):
                 self._drop_files()
-                self._table.forget_contents()
+                self._table.reset_contents()
             self._said, self._checked_epoch = said, self.epoch
         return True
 
@@ -156,7 +156,7 @@ class Watch:
     def _drop_files(self) -> None:
         self._trust.refuse("files_of_another_model", len(self._shelf))
         self._shelf.clear()
-        self._trust.learn_anew()
+        self._trust.reset()
 
     def _note(
         self, props: ServerProps, meta: ModelMeta, identity: tuple[Any, ...], *, is_other: bool
@@ -169,9 +169,9 @@ class Watch:
         if self.props is None:
             self._shelf.take_stock()
         self.props, self.meta, self._identity = props, meta, identity
-        self._table.forget_contents()
+        self._table.reset_contents()
         self._table.resize(self._settings.slot_ids or range(props.n_slots))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Know nothing."""
         self.props, self._identity = None, ()
