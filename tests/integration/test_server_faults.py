@@ -360,7 +360,7 @@ def test_text_that_is_not_text_is_refused_with_its_place(
 def test_the_repr_says_which_server_and_what_is_kept(tmp_path: Path) -> None:
     with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
         assert repr(server) == (
-            f"<LlamaServer {running.url}, model not asked, 0 slots, 0 saved (0 bytes)>"
+            f"<LlamaServer {running.url}, model unknown, 0 slots, 0 saved (0 bytes)>"
         )
         complete(server, prompt(1, 100))
         name, n_bytes = samples.tiny_model().name, server.reuse_stats().n_bytes

@@ -1,4 +1,4 @@
-"""Saving, erasing and settling slots, on the request's path or off it."""
+"""Saves, erases and settles slots, on the request's path or in the background."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from tokcache.llama.server.trust import Trust
     from tokcache.text.token_ids import TokenIds
 
-_MAX_WORKERS = 4096  # one for each slot: none waits until another one is saved
+_MAX_WORKERS = 4096  # one for each slot, so no save waits for another
 _LOOK_AGAIN_S = 0.05
 _log = logging.getLogger(__name__)
 
 
 class Saver:
-    """What is done to a slot that one has.
+    """Saves and erases slots on behalf of whoever has them.
 
-    Threads: safe; the slot is the caller's until it is released.
+    Threads: safe; nobody else may change the slot until it is released.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Saver:
         return bool(self._trust.kinds(adapters_of(namespace)))
 
     def save(self, slot: SlotRecord, *, is_count_known: bool = True) -> Steps[None]:
-        """Write a slot to a file, unless one has just that, or it does not fit the budget."""
+        """Write a slot to a file, unless a file already covers it or the budget is too small."""
         name = self._name_for(slot)
         if name is None:
             return
@@ -86,7 +86,7 @@ class Saver:
         if saved.n_tokens:
             self._trust.saved = saved
         with slot.lock:
-            if slot.namespace is None or slot.is_condemned:  # forgotten while it was written
+            if slot.namespace is None or slot.is_condemned:  # cleared during the save
                 self._shelf.note_stale(saved.filename)
                 return
             slot.saved(saved.n_tokens)
@@ -102,7 +102,7 @@ class Saver:
             )
 
     def _is_whole_only(self, namespace: bytes) -> bool:
-        # Where a file can't be used in part, a longer one does not replace it.
+        # If the server can't use a part of a file, a longer file does not replace a shorter one.
         return self._settings.reproducible or PROMPT not in self._trust.kinds(
             adapters_of(namespace)
         )
@@ -126,7 +126,7 @@ class Saver:
         """Empty a slot."""
         slot.lost()
         if not self._trust.can_save:
-            return  # "cache_prompt": false drops what the slot holds, too
+            return  # the next request empties the slot with "cache_prompt": false
         try:
             yield calls.erase_slot(slot.id)
             self._trust.count("erase")
@@ -137,18 +137,19 @@ class Saver:
             self._trust.degrade("erase_failed", error)
 
     def empty(self, slot: SlotRecord) -> Steps[None]:
-        """Empty a slot, and leave nothing of it in the server's memory."""
+        """Empty a slot and leave none of its tokens in the server's memory."""
         yield from self.erase(slot)
-        # A server without a slot folder erases nothing either: there one token takes the place.
+        # A server without a slot folder can't erase: decoding one token replaces the contents.
         if not self._trust.can_save:
             slot.loaded(None)
             asked = {"n_predict": 0, "cache_prompt": False, "id_slot": slot.id}
             yield calls.completion(probe_tokens(None)[:1], asked)
 
     def settle(self, slot: SlotRecord, *, is_known: bool) -> Steps[None]:
-        """Wait until the server has noticed that a request is over; keep what is known.
+        """Save or erase a slot once the server has noticed that the request is over.
 
-        Saving and erasing wait for the slot; a completion sent to a busy slot would not be safe.
+        The server delays saving and erasing until the slot is idle. Without them, ask until it is:
+        the next completion must not reach a busy slot.
         """
         if is_known and self.is_worth_saving(slot.namespace, slot.tokens):
             yield from self.save(slot, is_count_known=False)
@@ -170,20 +171,20 @@ class Saver:
             threading.Event().wait(_LOOK_AGAIN_S)
 
     def in_background(self, slot: SlotRecord, steps: Steps[None]) -> None:
-        """Perform steps off the request's path; then the slot is free again."""
+        """Perform steps in the background, then release the slot."""
         slot.settle()
         with self._lock:
             workers = self._workers
         try:
             task = workers.submit(self._work, slot, steps)
-        except RuntimeError:  # closed meanwhile
+        except RuntimeError:  # the saver was closed
             self._work(slot, steps)
             return
         with self._lock:
             self._pending[slot] = task
 
     def pending(self, slot: SlotRecord) -> Future[None] | None:
-        """Return what ends when a slot is saved or has settled."""
+        """Return the future of a slot's background steps, None if it never had any."""
         with self._lock:
             return self._pending.get(slot)
 
@@ -200,7 +201,7 @@ class Saver:
             slot.release()
 
     def flush(self, timeout_s: float | None) -> None:
-        """Wait until all that is being saved is saved."""
+        """Wait until all pending saves are done."""
         with self._lock:
             pending = list(self._pending.values())
         _, late = wait(pending, timeout_s)
@@ -210,7 +211,7 @@ class Saver:
             )
 
     def close(self) -> None:
-        """Wait for what is being saved."""
+        """Wait until all pending saves are done, and end the threads."""
         self._workers.shutdown(wait=True)
 
     def after_fork(self) -> None:

@@ -1,15 +1,15 @@
-"""One slot: what it holds, which request has it, and every way in which either changes.
+"""The record of one slot: its contents, its user, and all transitions of both.
 
 The life of a slot:
 1. FREE: any request may get it.
 2. `begin()`: one request has it (BUSY), and alone reads and changes it.
-   `lost()`, `reset()`, `restored()` and `decoded()` record what the preparation did,
-   `answered()` or `aborted()` what the request left.
+   `lost()`, `reset()`, `restored()` and `decoded()` record its preparation, `answered()` or
+   `aborted()` its end.
 3. `settle()`: it is saved or erased off the request's path (SETTLING).
 4. `release()`: it is FREE again.
 
 Implementation: every transition takes the table's lock, so whoever compares a prompt with the slot
-sees all fields of one moment. Transitions after which a waiting request may get a slot call `wake`.
+sees all fields of one moment. `settle()` and `release()` also wake the requests that wait.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class Condition(Enum):
 class SlotRecord:
     """Our record of one slot of the server.
 
-    `namespace` is None while the contents are unknown or empty. Of the `n_held` tokens in the slot,
-    `tokens` are the known ones; the first `n_prompt` belong to a prompt, the others to an answer.
+    `namespace` is None while the slot is empty or its contents are unknown.
+
+    Units: the slot holds `n_held` tokens, of which `tokens` are known; the first `n_prompt` belong
+           to a prompt, the others to an answer.
 
     Threads: safe, by `lock`, which all slots of a table share.
     """
@@ -71,7 +73,7 @@ class SlotRecord:
     user: bytes | None = None
     is_condemned: bool = False
 
-    # -- who has it ---------------------------------------------------------------------------
+    # -- its user -----------------------------------------------------------------------------
 
     def begin(self, user: bytes | None) -> None:
         """Give the slot to a request of the namespace `user`, or to an erasure (None)."""
@@ -96,7 +98,7 @@ class SlotRecord:
         with self.lock:
             self.is_condemned = self.condition is not Condition.FREE
 
-    # -- what it holds ------------------------------------------------------------------------
+    # -- its contents -------------------------------------------------------------------------
 
     def lost(self) -> None:
         """Record that the slot is empty or that its contents are unknown."""

@@ -1,7 +1,7 @@
-"""What each slot holds, who has it, and which slot or file a prompt had best begin from.
+"""The table of slots: chooses the slot or file that a prompt starts from.
 
-Nothing here talks to the server. Requests that find no slot wait in line; a slot that is being
-saved or settles after an abort is waited for only by those that gain by what it holds.
+Nothing here talks to the server. Requests that find no free slot wait in a queue. A request waits
+for a settling slot only if that slot's contents save it enough decoding.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
     from tokcache.text.token_ids import TokenIds
 
-# Tokens. A llama-server decodes nothing while it writes a slot: going past it gains little time.
+# Tokens. llama-server decodes nothing while it writes a slot, so taking another slot saves little
+# time.
 _WORTH_WAITING = PART_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a request needs of a slot.
+    """The needs of a request.
 
-    `kinds`: how it may continue a saved slot; `is_file_only`: live contents are not good enough.
+    `kinds` are the allowed ways to continue a saved slot. `is_file_only`: it may not continue the
+    live contents of a slot.
     """
 
     namespace: bytes
@@ -41,7 +43,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a prompt begins: in `slot`, with `n_live` tokens there, or with those of a file."""
+    """The start of a prompt in `slot`: after its `n_live` live tokens, or after a file's."""
 
     slot: SlotRecord
     n_live: int
@@ -60,9 +62,10 @@ class _Waiter:
 
 
 class SlotTable:
-    """The slots of one server, and the requests that wait for one.
+    """The slots of one server, and the queue of requests that wait for one.
 
-    Threads: safe, by `lock`, which also guards the shelf and is never held over a request.
+    Threads: safe, by `lock`, which also guards the slots and the shelf. It is never held during a
+             request to the server.
     """
 
     def __init__(self, ids: Iterable[int], shelf: Shelf, *, is_one_at_a_time: bool = False) -> None:
@@ -74,7 +77,7 @@ class SlotTable:
         self._waiters: deque[_Waiter] = deque()
 
     def acquire(self, wish: Wish) -> Future[Start]:
-        """Return where `wish` begins, now or when a slot becomes free."""
+        """Return a future of the start for `wish`; it is done once a slot is free."""
         waiter = _Waiter(wish, Future())
         with self.lock:
             self._waiters.append(waiter)
@@ -82,7 +85,7 @@ class SlotTable:
         return waiter.future
 
     def cancel(self, future: Future[Start]) -> None:
-        """Leave the line, and free the slot if one was given."""
+        """Leave the queue; release the slot if the request already has one."""
         with self.lock:
             self._waiters = deque(each for each in self._waiters if each.future is not future)
             if not future.cancel():
@@ -90,13 +93,13 @@ class SlotTable:
                 future.result().slot.release()
 
     def again(self, start: Start, wish: Wish) -> Start:
-        """Return where `wish` begins in the slot it has, after something was forgotten."""
+        """Choose a start again in the same slot, after records were reset."""
         with self.lock:
             self._unread(start)
             return self._begin(start.slot, wish)
 
     def take(self, slot: SlotRecord) -> bool:
-        """Take one slot, past the line, if it is free."""
+        """Take one slot if it is free, before the queue."""
         with self.lock:
             is_free = slot.condition is Condition.FREE
             if is_free:
@@ -104,7 +107,7 @@ class SlotTable:
             return is_free
 
     def abandon(self) -> None:
-        """Begin anew in the child of a fork, where other threads' requests are not."""
+        """Start empty in the child of a fork, where other threads' requests do not run."""
         self.lock = threading.RLock()
         # The child may still read a parent's stream to its end, which records that in its slot.
         for slot in self.slots.values():
@@ -113,18 +116,18 @@ class SlotTable:
         self._waiters.clear()
 
     def from_nothing(self, start: Start) -> Start:
-        """Return a start in the same slot that promises nothing."""
+        """Return a start in the same slot that reuses nothing."""
         with self.lock:
             self._unread(start)
             return Start(start.slot, 0, None)
 
     def read(self, file: SavedSlot) -> None:
-        """Note that a file is no longer being read."""
+        """Record that one reader of a file has finished."""
         with self.lock:
             file.n_readers -= 1
 
     def resize(self, ids: Iterable[int]) -> None:
-        """Note that the server has other slots now."""
+        """Set the slots that the server has."""
         with self.lock:
             wanted = set(ids)
             for number in wanted - set(self.slots):
@@ -134,14 +137,14 @@ class SlotTable:
             self._wake()
 
     def reset_contents(self) -> None:
-        """Note that no slot holds what it held: the server was started again."""
+        """Reset all slots: the server was restarted."""
         with self.lock:
             self.epoch += 1
             for slot in self.slots.values():
                 slot.reset()
 
     def condemn(self, scope: bytes | None) -> list[SlotRecord]:
-        """Return the slots that hold a scope's prompts, or anyone's; note which to erase later."""
+        """Return the slots with prompts of a scope, or of any; condemn those in use."""
         with self.lock:
             held = [
                 slot
@@ -212,7 +215,7 @@ class SlotTable:
     def _live(
         self, wish: Wish, slots: Iterable[SlotRecord], condition: Condition = Condition.FREE
     ) -> tuple[SlotRecord, int] | None:
-        """Return the slot that holds the most of a prompt, and how much of it."""
+        """Return the slot that holds most of a prompt, and the number of tokens."""
         if wish.is_file_only:
             return None
         matches = [
@@ -220,14 +223,14 @@ class SlotTable:
             for slot in slots
             if slot.namespace == wish.namespace and slot.condition is condition
         ]
-        # Of equals the one that loses least.
+        # For equal matches take the slot that holds fewer other tokens.
         return max(matches, key=lambda match: (match[1], -match[0].n_held), default=None)
 
     def _is_better(self, live: tuple[SlotRecord, int], n_file: int) -> bool:
         slot, n_live = live
         if n_live != n_file:
             return n_live > n_file
-        # A slot that would lose most of what it holds is left alone where a file does as well.
+        # If a file serves as well, keep a slot that would lose most of its contents.
         return 2 * n_live >= slot.n_held
 
     def _loss(self, slot: SlotRecord) -> tuple[bool, bool, bool, float]:
@@ -241,7 +244,7 @@ class SlotTable:
 
 
 def _n_usable(slot: SlotRecord, prompt: TokenIds) -> int:
-    """Return how many first tokens of a prompt need not be decoded in a slot."""
+    """Return the number of a prompt's first tokens that a slot need not decode."""
     n_tokens = min(n_common(slot.tokens, prompt), len(prompt) - 1)
-    # A prompt that goes on where the slot ends goes back to no checkpoint.
+    # A prompt that continues at the slot's end needs no checkpoint.
     return 0 if n_tokens < slot.n_held and n_tokens in slot.gap else n_tokens
