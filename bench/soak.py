@@ -31,7 +31,7 @@ from bench import _report
 from tokcache import samples
 from tokcache.errors import ServerError, ServerFailed, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import Completion, LlamaServer, SlotSettings
-from tokcache.llama.server.table import Condition
+from tokcache.llama.server.slot import Condition
 from tokcache.samples.server_process import ServerProcess
 
 BLOCK, N_CTX, N_SLOTS, N_ANSWER = 64, 1024, 4, 6

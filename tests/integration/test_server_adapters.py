@@ -13,7 +13,7 @@ from tokcache import samples
 from tokcache.errors import RequestRejected
 from tokcache.llama.server import LlamaServer, SlotSettings
 from tokcache.llama.server.shelf import adapters_key
-from tokcache.llama.server.table import Condition
+from tokcache.llama.server.slot import Condition
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -172,7 +172,7 @@ def test_a_forgotten_scope_leaves_nothing_that_was_being_saved_or_served(tmp_pat
         assert list(pieces)[-1].completion is not None
         server.flush(30)
         assert list(tmp_path.iterdir()) == []
-        assert all(slot.space is None for slot in server._manager.table.slots.values())
+        assert all(slot.namespace is None for slot in server._manager.table.slots.values())
         assert complete(server, prompt(1, 400), scope="a").completion.n_cached == 0
         assert complete(server, prompt(1, 400), scope="a").completion.n_cached == 399
 
@@ -191,7 +191,7 @@ def test_clear_without_a_scope_leaves_nothing_of_anyone(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
         assert all(slot.n_tokens == 0 for slot in server.slots())
         manager = server._manager
-        assert (len(manager._shelf), manager.table.pinned, len(manager._seen)) == (0, set(), 0)
+        assert (len(manager._shelf), manager._shelf.pinned, len(manager._seen)) == (0, set(), 0)
         for seed, scope in enumerate(("a", "b", None)):
             assert complete(server, prompt(seed, 200), scope=scope).completion.n_cached == 0
 
@@ -360,7 +360,7 @@ def test_text_that_is_not_text_is_refused_with_its_place(
 def test_the_repr_says_which_server_and_what_is_kept(tmp_path: Path) -> None:
     with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
         assert repr(server) == (
-            f"<LlamaServer {running.url}, model not asked, 0 slots, 0 saved (0 bytes)>"
+            f"<LlamaServer {running.url}, model unknown, 0 slots, 0 saved (0 bytes)>"
         )
         complete(server, prompt(1, 100))
         name, n_bytes = samples.tiny_model().name, server.reuse_stats().n_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +15,16 @@ from hypothesis import strategies as st
 from tokcache import TokenIds
 from tokcache.llama.server.model import KvShape, kv_shape
 from tokcache.llama.server.results import ModelMeta, SlotFile
-from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common, space_of
-from tokcache.llama.server.table import Condition, SlotTable, Wish
+from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common, namespace_of
+from tokcache.llama.server.slot import Condition
+from tokcache.llama.server.table import SlotTable, Wish
 from tokcache.llama.server.trust import KINDS, WHOLE, Trust
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 STEP = 4
-A, B = space_of("a"), space_of("b")
+A, B = namespace_of("a"), namespace_of("b")
 
 
 def shelf(folder: Path | None = None, max_bytes: int = 10_000) -> Shelf:
@@ -37,7 +39,7 @@ def shelf(folder: Path | None = None, max_bytes: int = 10_000) -> Shelf:
 
 def add(
     on: Shelf,
-    space: bytes,
+    namespace: bytes,
     tokens: Iterable[int],
     *,
     folder: Path | None = None,
@@ -47,12 +49,12 @@ def add(
     is_superseding: bool = False,
 ) -> SavedSlot | None:
     ids = TokenIds(tokens)
-    name = on.name_for(space, ids, len(ids))
+    name = on.name_for(namespace, ids, len(ids))
     if folder is not None:
         (folder / name).write_bytes(bytes(10 * len(ids)))
     return on.add(
         SlotFile(name, len(ids), 10 * len(ids)),
-        space,
+        namespace,
         ids,
         n_prompt=len(ids) if n_prompt is None else n_prompt,
         conversation=conversation,
@@ -85,22 +87,22 @@ def test_the_longest_usable_file_is_found(
 ) -> None:
     on = shelf(max_bytes=1200)
     rng = random.Random(seed)
-    for space, tokens, is_superseding in stored:
-        add(on, space, tokens, is_superseding=is_superseding, is_pinned=rng.random() < 0.1)
+    for namespace, tokens, is_superseding in stored:
+        add(on, namespace, tokens, is_superseding=is_superseding, is_pinned=rng.random() < 0.1)
         check(on)
         if len(on) and rng.random() < 0.2:
             on.drop(rng.choice(list(on)))
             check(on)
-    for space, prompt, is_whole_only in asked:
+    for namespace, prompt, is_whole_only in asked:
         ids = TokenIds(prompt)
-        found = on.find(space, ids, frozenset({WHOLE}) if is_whole_only else KINDS)
+        found = on.find(namespace, ids, frozenset({WHOLE}) if is_whole_only else KINDS)
         usable = [0]
         for file in on:
             n_same = min(n_common(file.tokens, ids), len(ids) - 1)
             # Files are looked up by whole steps.
             is_listed = n_common(file.tokens, ids) >= STEP
             is_usable = n_same == len(file.tokens) or not is_whole_only
-            if file.space == space and is_listed and is_usable:
+            if file.namespace == namespace and is_listed and is_usable:
                 usable.append(n_same)
         assert (found.n_tokens if found else 0) == max(usable)
 
@@ -110,7 +112,7 @@ def test_a_longer_file_takes_the_place_of_its_beginning() -> None:
     add(on, A, range(10), is_superseding=True)
     add(on, B, range(10), is_superseding=True)
     add(on, A, range(20), is_superseding=True)
-    assert {(file.space, len(file.tokens)) for file in on} == {(A, 20), (B, 10)}
+    assert {(file.namespace, len(file.tokens)) for file in on} == {(A, 20), (B, 10)}
     add(on, A, [*range(10), 99, 98, 97], is_superseding=True)
     assert len(on) == 3
 
@@ -155,15 +157,15 @@ def table(n_slots: int) -> SlotTable:
     return SlotTable(range(n_slots), shelf())
 
 
-def wish(tokens: Iterable[int], space: bytes = A) -> Wish:
-    return Wish(space, TokenIds(tokens), None, KINDS)
+def wish(tokens: Iterable[int], namespace: bytes = A) -> Wish:
+    return Wish(namespace, TokenIds(tokens), None, KINDS)
 
 
 def test_a_slot_goes_to_whoever_waits_longest() -> None:
     of = table(1)
     first, second, third = (of.acquire(wish(range(n))) for n in (5, 6, 7))
     assert (first.done(), second.done(), third.done()) == (True, False, False)
-    of.release(first.result().slot)
+    first.result().slot.release()
     assert second.done()
     of.cancel(third)
     of.cancel(second)  # it had its slot: that is free again
@@ -176,20 +178,20 @@ def test_a_waiter_that_gave_up_is_passed_over() -> None:
     of = table(1)
     first, second, third = (of.acquire(wish(range(5))) for _ in range(3))
     assert second.cancel()
-    of.release(first.result().slot)
+    first.result().slot.release()
     assert third.done()
 
 
 def test_who_gains_much_by_a_settling_slot_waits_and_others_pass() -> None:
     of = table(2)
     held = of.acquire(wish(range(90))).result().slot
-    held.space, held.tokens, held.n_held = A, TokenIds(range(90)), 90
-    of.settle(held)
+    held.decoded(A, TokenIds(range(90)), None)
+    held.settle()
     follower = of.acquire(wish(range(100)))
     passer = of.acquire(wish([*range(20), *range(100, 200)]))  # 20 tokens are worth no wait
     assert not follower.done()
     assert passer.result().slot is not held
-    of.release(held)
+    held.release()
     assert follower.result().slot is held
     assert follower.result().n_live == 90
 
@@ -198,21 +200,32 @@ def test_the_least_valuable_slot_is_taken() -> None:
     of = table(3)
     for number, (used_at, is_saved) in enumerate([(1.0, False), (2.0, True), (3.0, True)]):
         slot = of.slots[number]
-        slot.space, slot.tokens, slot.n_held = A, TokenIds(range(number * 100, 20)), 20
+        tokens = TokenIds(range(number * 100, number * 100 + 20))
+        slot.decoded(A, tokens, (A, "pinned") if number == 1 else None)
         slot.used_at, slot.is_saved = used_at, is_saved
-    of.slots[1].conversation = (A, "pinned")
-    of.pinned.add((A, "pinned"))
+    of.shelf.pinned.add((A, "pinned"))
     taken = [of.acquire(wish(range(900, 910))).result().slot.id for _ in range(3)]
     assert taken == [2, 0, 1]
+
+
+def test_a_slot_can_be_used_after_a_fork_by_a_thread_that_did_not_fork() -> None:
+    of = table(1)
+    slot = of.slots[0]
+    of.lock.acquire()  # as before a fork; in the child nobody releases this lock
+    of.abandon()
+    reader = threading.Thread(target=slot.release, daemon=True)
+    reader.start()
+    reader.join(10)
+    assert not reader.is_alive()
 
 
 def test_one_at_a_time_is_one_at_a_time() -> None:
     of = SlotTable(range(3), shelf(), is_one_at_a_time=True)
     first, second = of.acquire(wish(range(5))), of.acquire(wish(range(6)))
     assert not second.done()
-    of.settle(first.result().slot)
+    first.result().slot.settle()
     assert not second.done()
-    of.release(first.result().slot)
+    first.result().slot.release()
     assert second.done()
 
 
@@ -228,7 +241,7 @@ def test_a_model_file_that_cannot_be_read_is_said_to_be_unknown(tmp_path: Path) 
         shape = kv_shape(path, ModelMeta())
         assert (shape.n_layers, shape.n_kv_dim, shape.memory) == (0, 0, "")
         assert why in shape.unknown[0]
-        assert shape.token_bytes("f16") is None
+        assert shape.kv_bytes_per_token("f16") is None
 
 
 def test_a_file_that_is_another_model_is_not_taken_for_the_servers() -> None:
@@ -242,6 +255,6 @@ def test_a_file_that_is_another_model_is_not_taken_for_the_servers() -> None:
 
 def test_bytes_follow_the_types_of_keys_and_values() -> None:
     shape = KvShape(n_layers=2, n_kv_heads=(1, 1), n_kv_dim=128)
-    assert shape.token_bytes("f16") == 256
-    assert shape.token_bytes("f32") == 512
-    assert shape.token_bytes("q8_0") == 136
+    assert shape.kv_bytes_per_token("f16") == 256
+    assert shape.kv_bytes_per_token("f32") == 512
+    assert shape.kv_bytes_per_token("q8_0") == 136

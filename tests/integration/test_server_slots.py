@@ -34,7 +34,7 @@ from tokcache.errors import (
     VocabularyMismatch,
 )
 from tokcache.llama.server import LlamaServer, SlotSettings, kv_report
-from tokcache.llama.server.table import Condition
+from tokcache.llama.server.slot import Condition
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -300,7 +300,7 @@ def test_restores_that_bring_nothing_end_and_it_is_said_once(
             complete(server, prompt(90 + seed, 200))
             found = complete(server, [*shared, *prompt(seed, 50)])
             assert is_right(found.completion, uncached(server, [*shared, *prompt(seed, 50)]))
-            server._manager.table.forget_contents()
+            server._manager.table.reset_contents()
         assert server.reuse_stats().refusals["restore_not_used_by_server"] == 1
         assert len([m for m in caplog.messages if "tokcache.llama.Llama" in m]) == 1
         first = complete(server, shared)
@@ -406,7 +406,7 @@ def test_a_slow_save_holds_nobody_up(server: LlamaServer) -> None:
     table = server._manager.table
     first = complete(server, prompt(83, 200))
     slot = table.slots[first.id_slot]
-    table.settle(slot)
+    slot.settle()
     try:
         other = server.complete(prompt(84, 200), n_predict=1)
         assert other.id_slot != first.id_slot
@@ -418,7 +418,7 @@ def test_a_slow_save_holds_nobody_up(server: LlamaServer) -> None:
         # Its file would do as well: it need not wait.
         assert not waiting.is_alive()
     finally:
-        table.release(slot)
+        slot.release()
 
 
 def test_bytes_are_bounded_where_the_folder_is_reachable(

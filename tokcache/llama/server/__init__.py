@@ -1,4 +1,4 @@
-"""A running llama-server over HTTP: its slots, reused by prefix."""
+"""A client of llama-server that reuses its slots by prefix."""
 
 from tokcache.llama.server.client import LlamaServer, kv_report
 from tokcache.llama.server.manager import SlotManager

@@ -1,7 +1,7 @@
-"""What can be asked of a llama-server: each request with how its answer is read.
+"""The requests that a llama-server understands, each with a function that reads the answer.
 
-Answers are read tolerantly where servers of different age differ, and refused with what was
-found where they make no sense. Nothing here talks to a network.
+Differences between server versions are accepted. An answer that makes no sense is refused, and the
+error quotes it. Nothing here talks to a network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_SLOTS = 4096
 _MAX_COUNT = 2**62
 _SHOWN = 80
 _FILENAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
-# What makes several answers of one, or another one than is read here.
+# Settings that turn the answer into several answers or into a form that is not read here.
 _UNREADABLE = {"n", "n_cmpl", "post_sampling_probs", "prompt", "stream", "response_fields"}
 COMPLETION_FIELDS = (
     "content",
@@ -54,7 +54,7 @@ COMPLETION_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One request. `is_repeatable`: asking twice does no harm."""
+    """One request; `is_repeatable` if sending it twice does no harm."""
 
     method: str
     path: str
@@ -65,27 +65,27 @@ class Call(Generic[T]):
 
 
 def health() -> Call[str]:
-    """Ask whether the server can serve."""
+    """Ask whether the server is ready."""
     return Call("GET", "/health", lambda found: text(found, "status"), is_repeatable=True)
 
 
 def props() -> Call[ServerProps]:
-    """Ask what the server is."""
+    """Ask for the server's properties."""
     return Call("GET", "/props", _props, is_repeatable=True)
 
 
 def slots() -> Call[tuple[Slot, ...]]:
-    """Ask for the slots."""
+    """Ask for the list of slots."""
     return Call("GET", "/slots", _slots, is_repeatable=True)
 
 
 def model_meta() -> Call[ModelMeta]:
-    """Ask for the model's figures."""
+    """Ask for the model's metadata."""
     return Call("GET", "/v1/models", _model_meta, is_repeatable=True)
 
 
 def lora_adapters() -> Call[str]:
-    """Ask which adapters are applied, and how strongly; they change every state."""
+    """Ask for the adapters and their scales, which change every state."""
     return Call("GET", "/lora-adapters", _adapters, is_repeatable=True)
 
 
@@ -95,7 +95,7 @@ def metrics() -> Call[dict[str, float]]:
 
 
 def tokenize(content: str, *, add_special: bool) -> Call[TokenIds]:
-    """Ask for the ids of a text."""
+    """Ask for the token ids of a text."""
     require_bool("add_special_tokens", add_special)
     asked = {"content": require_text(content), "add_special": add_special, "parse_special": True}
     return Call("POST", "/tokenize", lambda found: token_ids(found, "tokens"), asked, True)
@@ -116,7 +116,7 @@ def require_text(content: str) -> str:
 
 
 def detokenize(tokens: Iterable[int]) -> Call[str]:
-    """Ask for the text of ids."""
+    """Ask for the text of token ids."""
     asked = {"tokens": plain(tokens)}
     return Call("POST", "/detokenize", lambda found: text(found, "content"), asked, True)
 
@@ -124,7 +124,7 @@ def detokenize(tokens: Iterable[int]) -> Call[str]:
 def completion(
     tokens: Iterable[int], settings: Mapping[str, Any], is_stream: bool = False
 ) -> Call[Completion]:
-    """Ask for a completion. A stream leaves out the ids of tokens that end within a character."""
+    """Ask for a completion; a stream omits the ids of tokens that end within a character."""
     asked = {
         "prompt": plain(tokens),
         "return_tokens": True,
@@ -136,7 +136,7 @@ def completion(
 
 
 def require_settings(settings: Mapping[str, Any]) -> None:
-    """Raise InvalidConfig for settings that can't be sent, or whose answers can't be read."""
+    """Raise InvalidConfig for a setting that can't be sent or whose answer can't be read."""
     for name in _UNREADABLE & settings.keys():
         raise InvalidConfig(f"{name} changes the form of the answer; leave it out")
     for name, value in settings.items():
@@ -147,17 +147,17 @@ def require_settings(settings: Mapping[str, Any]) -> None:
 
 
 def save_slot(id_slot: int, filename: str) -> Call[SlotFile]:
-    """Ask for a slot to be written to a file."""
+    """Ask the server to write a slot to a file."""
     return _slot_action(id_slot, "save", filename, "n_saved", "n_written")
 
 
 def restore_slot(id_slot: int, filename: str) -> Call[SlotFile]:
-    """Ask for a slot to be read from a file."""
+    """Ask the server to read a slot from a file."""
     return _slot_action(id_slot, "restore", filename, "n_restored", "n_read")
 
 
 def erase_slot(id_slot: int) -> Call[None]:
-    """Ask for a slot to be emptied."""
+    """Ask the server to empty a slot."""
     return Call("POST", f"/slots/{id_slot}?action=erase", lambda _: None, {})
 
 
@@ -177,28 +177,29 @@ def require_filename(name: str) -> str:
     if isinstance(name, str) and _FILENAME.fullmatch(name) and ".." not in name:
         return name
     raise InvalidFilename(
-        f"{name!r} is no name of a slot file: 1 to 128 letters, digits, '.', '_' and '-', no folder"
+        f"{name!r} can't name a slot file; use 1 to 128 letters, digits, '.', '_' and '-', without"
+        " a folder"
     )
 
 
 def plain(tokens: Iterable[int]) -> list[int]:
     """Return `tokens` as a list, or raise InvalidTokens."""
     if isinstance(tokens, str | bytes):
-        raise InvalidTokens(f"token ids were expected, not {type(tokens).__name__}")
+        raise InvalidTokens(f"expected token ids, not {type(tokens).__name__}")
     return (tokens if isinstance(tokens, TokenIds) else TokenIds(tokens)).tolist()
 
 
 def member(found: Any, name: str) -> Any:
-    """Return what is called `name` in a JSON object."""
+    """Return the member `name` of a JSON object."""
     if not isinstance(found, dict):
-        raise InvalidAnswer(f"an object with {name!r} was expected, not {_short(found)}")
+        raise InvalidAnswer(f"expected an object with {name!r}, not {_short(found)}")
     if name not in found:
-        raise InvalidAnswer(f"there is no {name!r} in {_short(found)}")
+        raise InvalidAnswer(f"{name!r} is missing in {_short(found)}")
     return found[name]
 
 
 def integer(found: Any, name: str, maximum: int = _MAX_COUNT, minimum: int = 0) -> int:
-    """Return an integer that makes sense."""
+    """Return an integer member from `minimum` to `maximum`."""
     value = member(found, name)
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or not minimum <= value <= maximum:
@@ -209,7 +210,7 @@ def integer(found: Any, name: str, maximum: int = _MAX_COUNT, minimum: int = 0) 
 
 
 def optional_integer(found: Any, *names: str) -> int | None:
-    """Return the first of `names` that is there, None if none is."""
+    """Return the first of `names` that is present, None if all are missing."""
     for name in names:
         if isinstance(found, dict) and found.get(name) is not None:
             return integer(found, name)
@@ -217,7 +218,7 @@ def optional_integer(found: Any, *names: str) -> int | None:
 
 
 def number(found: Any, name: str) -> float:
-    """Return a number; llama-server writes null for minus infinity."""
+    """Return a number member; llama-server writes null for minus infinity."""
     value = member(found, name)
     if value is None:
         return -math.inf
@@ -230,7 +231,7 @@ def number(found: Any, name: str) -> float:
 
 
 def text(found: Any, name: str, default: str | None = None) -> str:
-    """Return a string."""
+    """Return a string member."""
     if default is not None and isinstance(found, dict) and found.get(name) is None:
         return default
     value = member(found, name)
@@ -244,14 +245,14 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
-def _list(found: Any, what: str) -> list[Any]:
+def _list(found: Any, name: str) -> list[Any]:
     if not isinstance(found, list):
-        raise InvalidAnswer(f"{what} must be a list, not {_short(found)}")
+        raise InvalidAnswer(f"{name} must be a list, not {_short(found)}")
     return found
 
 
 def token_ids(found: Any, name: str) -> TokenIds:
-    """Return a list of token ids."""
+    """Return a member that is a list of token ids."""
     value = _list(member(found, name), repr(name))
     try:
         ids = TokenIds(value)
@@ -269,7 +270,7 @@ def _props(found: Any) -> ServerProps:
         model_path=text(found, "model_path", ""),
         build=text(found, "build_info", ""),
         chat_template=text(found, "chat_template", ""),
-        # Drawn at random when the server starts; it stands for images in a prompt.
+        # The marker of images in a prompt, drawn at random at each start of the server.
         boot=text(found, "media_marker", ""),
     )
 
@@ -292,7 +293,7 @@ def _slot(found: Any) -> Slot:
         id=number,
         n_ctx=integer(found, "n_ctx"),
         is_processing=bool(is_processing),
-        # n_past: until 2025, and not when idle; n_prompt_tokens: since, once it has served
+        # Until 2025 n_past, unless idle; since then n_prompt_tokens, after the first request.
         n_tokens=optional_integer(found, "n_past", "n_prompt_tokens"),
     )
 
@@ -323,7 +324,7 @@ def _metrics(found: str) -> dict[str, float]:
 
 
 def read_completion(found: Any) -> Completion:
-    """Read an answer; its times are the connection's to fill in."""
+    """Read a completion; the connection fills in its times."""
     timings = member(found, "timings")
     n_prompt = integer(found, "tokens_evaluated")
     n_prefilled = integer(timings, "prompt_n", minimum=-1)
@@ -351,7 +352,7 @@ def read_completion(found: Any) -> Completion:
 
 
 def predicted_seconds(found: Any) -> float:
-    """Return what the server needed for the tokens after the first."""
+    """Return the seconds that the server took for the tokens after the first."""
     value = member(found, "timings").get("predicted_ms")
     if not isinstance(value, int | float) or not 0 <= value <= _MAX_COUNT:
         return 0.0

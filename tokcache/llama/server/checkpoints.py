@@ -1,16 +1,17 @@
-"""Where a prompt can't leave a slot, for llama-server's context checkpoints are not whole there.
+"""The prompt lengths at which llama-server's context checkpoints are incomplete.
 
-A checkpoint of a sliding window holds just the window. When llama-server goes back to one, it goes
-back one token further than the checkpoint ends, and makes the next checkpoint there: that one
-lacks the window's first token, and a prompt that is begun from it has other logits. Each time that
-is repeated another token is missing.
-Source: measured with xllamacpp 2026.10 and a window of 32 tokens: 14 saves and restores, each
+A prompt that differs from a slot's tokens goes back to a context checkpoint. A checkpoint of a
+sliding window holds only the window. When llama-server goes back to one, it goes one token further
+back than the checkpoint's end and makes the next checkpoint there. That one lacks the window's
+first token, so a prompt that starts from it gets different logits. Each repetition loses another
+token.
+Source: measured with xllamacpp 2026.10 and a window of 32 tokens. 14 saves and restores, each
 followed by a prompt that shares the same 151 tokens, began at 146, 145 .. 133; the logits differed
-by 0.00, 0.04, 0.10 .. 0.33, where other pieces of the same prompt make 0.002.
+by 0.00, 0.04, 0.10 .. 0.33. Decoding the same prompt in other batches changes them by 0.002.
 
-So after the server went back to `n_used` tokens, a prompt may leave the slot before that, or at
-the checkpoint that the server makes shortly before each prompt's end, and not between. Recurrent
-and hybrid models do not have the fault, but a server does not tell what its model is.
+After the server went back to `n_used` tokens, a prompt may therefore differ before that position,
+or after the checkpoint that the server makes shortly before each prompt's end, but not in between.
+Recurrent and hybrid models do not have the fault, but a server does not report its model's kind.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _ANYWHERE = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Lengths from `start` to before `stop` at which no prompt may leave a slot."""
+    """The lengths [start, stop) after which no prompt may differ from a slot's tokens."""
 
     start: int = 0
     stop: int = 0
@@ -41,15 +42,15 @@ ALL = Gap(0, _ANYWHERE)
 
 
 def gap_after(before: Gap, *, n_promised: int, n_used: int, n_prompt: int) -> Gap:
-    """Return the gap of a slot that had `before` and then served a prompt.
+    """Return the gap of a slot that had the gap `before` and then served a prompt.
 
-    Units: `n_promised` first tokens of the prompt were in the slot, `n_used` of them used.
+    Units: the slot held the prompt's first `n_promised` tokens; the server used `n_used` of them.
     """
     went_back = n_used < n_promised
     if n_used == 0 or not (went_back or before):
         return NO_GAP
     last = n_prompt - _BEFORE_END
-    if last <= n_used:  # no whole checkpoint was made after the one that lacks a token
+    if last <= n_used:  # the newest checkpoint is the one that lacks a token
         last = _ANYWHERE
     if not went_back:
         return Gap(before.start, last)

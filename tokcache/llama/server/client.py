@@ -1,4 +1,4 @@
-"""LlamaServer: a running llama-server with the token cache before it and its slots reused."""
+"""LlamaServer: the client of a running llama-server that caches tokens and reuses slots."""
 
 from __future__ import annotations
 
@@ -39,22 +39,21 @@ Prompt = str | Iterable[int]
 
 
 class LlamaServer:
-    """A client of one llama-server; what is called `a...` is for event loops.
+    """A client of one llama-server; the methods named `a...` are for event loops.
 
-    `complete` and `stream` begin each prompt from the slot or the saved file that holds most of
-    it, as `slot_settings` say; `completion` and the slot calls are the server's own and leave the
-    choice to the caller. The slots that are managed should be used through one LlamaServer alone.
-    A server with tenants (`scope`) should be started with `--cache-ram 0`: its own cache knows no
-    scopes.
+    `complete` and `stream` start each prompt from the slot or the saved file that holds most of
+    it, as `slot_settings` allow. `completion` and the slot methods are plain calls to the server,
+    and the caller chooses the slot. Use the managed slots through one LlamaServer only. Start a
+    server with tenants (`scope`) with `--cache-ram 0`, because its own cache ignores scopes.
 
     `verify` is the file of a certificate authority, an SSLContext, or False to trust any server.
-    Units:  `timeout_s` without a whole answer or a stream's next piece, `connect_timeout_s`
-            without a connection; `retries` of requests that were never sent, or that may be asked
-            twice.
-    Errors: ServerError and its kinds with the server's own words; VocabularyMismatch at once if
-            `tokenizer` is not the model's; InvalidText, InvalidTokens and InvalidScope before a
-            request is sent; InvalidConfig; MissingExtra.
-    Threads: safe, and in any number of event loops.
+    Units:  `timeout_s` limits a whole answer, or the wait for a stream's next piece;
+            `connect_timeout_s` limits the connecting; `retries` applies to requests that were
+            never sent or may be repeated.
+    Errors: ServerError and its subclasses, with the server's message; VocabularyMismatch from the
+            constructor if `tokenizer` is not the model's; InvalidText, InvalidTokens and
+            InvalidScope before a request is sent; InvalidConfig; MissingExtra.
+    Threads: safe, also with any number of event loops.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class LlamaServer:
 
     def __repr__(self) -> str:
         watch, stats = self._manager.watch, self._manager.stats()
-        model = PurePath(watch.props.model_path).name or "unnamed" if watch.props else "not asked"
+        model = PurePath(watch.props.model_path).name or "unnamed" if watch.props else "unknown"
         return (
             f"<LlamaServer {self.url}, model {model}, {len(self._manager.table.slots)} slots,"
             f" {stats.n_files} saved ({stats.n_bytes:,} bytes)>"
@@ -122,7 +121,7 @@ class LlamaServer:
         await self.aclose()
 
     def close(self) -> None:
-        """Finish saving and close the connections; the server goes on, saved slots stay."""
+        """Finish saving and close the connections; the server runs on and saved slots stay."""
         self._manager.close()
         self._connection.close()
 
@@ -131,30 +130,30 @@ class LlamaServer:
         await asyncio.to_thread(self.close)
         await self._connection.aclose()
 
-    # -- the server's own calls ---------------------------------------------------------------
+    # -- plain calls to the server --------------------------------------------------------------
 
     def health(self) -> str:
-        """Return "ok", or raise ServerError with what keeps the server from serving."""
+        """Return "ok", or raise ServerError with the reason why the server is not ready."""
         return self._connection.do(calls.health())
 
     async def ahealth(self) -> str:
-        """Return "ok", or raise ServerError with what keeps the server from serving."""
+        """Return "ok", or raise ServerError with the reason why the server is not ready."""
         return await self._connection.ado(calls.health())
 
     def props(self) -> ServerProps:
-        """Return what the server says of itself."""
+        """Return the server's properties."""
         return self._connection.do(calls.props())
 
     async def aprops(self) -> ServerProps:
-        """Return what the server says of itself."""
+        """Return the server's properties."""
         return await self._connection.ado(calls.props())
 
     def slots(self) -> tuple[Slot, ...]:
-        """Return the slots; the server must have been started with its slots endpoint."""
+        """Return the slots; a server started with --no-slots refuses."""
         return self._connection.do(calls.slots())
 
     async def aslots(self) -> tuple[Slot, ...]:
-        """Return the slots; the server must have been started with its slots endpoint."""
+        """Return the slots; a server started with --no-slots refuses."""
         return await self._connection.ado(calls.slots())
 
     def metrics(self) -> dict[str, float]:
@@ -166,11 +165,11 @@ class LlamaServer:
         return await self._connection.ado(calls.metrics())
 
     def model_meta(self) -> ModelMeta:
-        """Return the model's figures, as far as this server tells them."""
+        """Return the model's metadata, as far as this server reports it."""
         return self._connection.do(calls.model_meta())
 
     def n_vocab(self) -> int | None:
-        """Return the model's vocabulary size, None if this server does not tell."""
+        """Return the model's vocabulary size, None if this server does not report it."""
         return self.model_meta().n_vocab
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
@@ -192,7 +191,7 @@ class LlamaServer:
     def token_ids(
         self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
     ) -> TokenIds:
-        """Return the ids of `text`: the wrapped tokenizer's, or the server's if there is none.
+        """Return the ids of `text` from the wrapped tokenizer, or else from the server.
 
         Errors: InvalidText if `text` is not a str or has a lone surrogate; InvalidScope.
         """
@@ -213,10 +212,9 @@ class LlamaServer:
         n_probs: int = 0,
         **settings: Any,
     ) -> Completion:
-        """Decode `tokens` in a slot and return what the model says after them.
+        """Decode `tokens` in a slot and return the model's answer.
 
-        `settings` go into the request as they are. With `n_predict=0` the slot holds `tokens`
-        and nothing else afterwards.
+        `settings` are sent unchanged. After `n_predict=0` the slot holds exactly `tokens`.
         """
         own = {"id_slot": id_slot, "cache_prompt": cache_prompt}
         asked = {**_asked(n_predict, temperature, n_probs), **own, **settings}
@@ -234,7 +232,7 @@ class LlamaServer:
         n_probs: int = 0,
         **settings: Any,
     ) -> Completion:
-        """Decode `tokens` in a slot and return what the model says after them."""
+        """Decode `tokens` in a slot and return the model's answer."""
         own = {"id_slot": id_slot, "cache_prompt": cache_prompt}
         asked = {**_asked(n_predict, temperature, n_probs), **own, **settings}
         calls.require_settings(asked)
@@ -277,9 +275,10 @@ class LlamaServer:
         n_probs: int = 0,
         **settings: Any,
     ) -> Reused:
-        """Complete a text or token ids, beginning from what a slot or a saved file holds.
+        """Complete a text or token ids, starting from the best slot or saved file.
 
-        `scope` keeps one tenant's prompts from another's; `conversation` is a name to pin.
+        `scope` separates tenants: their prompts share no slot contents or files. `conversation`
+        is a name that `pin` accepts.
         """
         asked = {**_asked(n_predict, temperature, n_probs), **settings}
         ids = self._prompt_ids(prompt, scope)
@@ -296,7 +295,7 @@ class LlamaServer:
         n_probs: int = 0,
         **settings: Any,
     ) -> Reused:
-        """Complete a text or token ids, beginning from what a slot or a saved file holds."""
+        """Complete a text or token ids, starting from the best slot or saved file."""
         asked = {**_asked(n_predict, temperature, n_probs), **settings}
         ids = await self._aprompt_ids(prompt, scope)
         return await self._adrive(self._manager.complete(ids, asked, scope, conversation))
@@ -311,7 +310,7 @@ class LlamaServer:
         temperature: float = 0.0,
         **settings: Any,
     ) -> Iterator[Piece]:
-        """Yield a completion as it comes; closing the iterator aborts it and frees the slot."""
+        """Yield a completion piece by piece; closing the iterator aborts it and frees the slot."""
         asked = {**_asked(n_predict, temperature, 0), **settings}
         ids = self._prompt_ids(prompt, scope)
         manager = self._manager
@@ -335,7 +334,7 @@ class LlamaServer:
         temperature: float = 0.0,
         **settings: Any,
     ) -> AsyncGenerator[Piece]:
-        """Yield a completion as it comes; `aclose()` aborts it and frees the slot."""
+        """Yield a completion piece by piece; `aclose()` aborts it and frees the slot."""
         asked = {**_asked(n_predict, temperature, 0), **settings}
         ids = await self._aprompt_ids(prompt, scope)
         manager = self._manager
@@ -352,7 +351,7 @@ class LlamaServer:
             raise
 
     def manage(self, slot_settings: SlotSettings) -> SlotManager:
-        """Return another manager on this server, for slots that no other one uses."""
+        """Return another manager for this server; no two managers may share slots."""
         if not isinstance(slot_settings, SlotSettings):
             raise InvalidConfig(f"slot_settings must be SlotSettings, not {slot_settings!r}")
         return SlotManager(self._connection, slot_settings, self._checked_vocabulary)
@@ -362,46 +361,46 @@ class LlamaServer:
         self._manager.pin(conversation, scope, is_pinned=True)
 
     def unpin(self, conversation: str, *, scope: str | None = None) -> None:
-        """Let a conversation's slot and saved files be evicted again."""
+        """Allow a conversation's slot and saved files to be evicted again."""
         self._manager.pin(conversation, scope, is_pinned=False)
 
     def clear(self, scope: str | None = None) -> None:
-        """Forget one tenant's records, pins, saved files and slots; without a scope, everything.
+        """Clear one tenant's records, pins, saved files and slots; without a scope, everything.
 
-        Files that this process can't reach are written over by the server. Requests that are
-        running go on, and nothing of them is kept when they are over. What `manage` returned has
-        records of its own.
+        The server overwrites files that this process can't delete. Running requests go on, and
+        nothing of them is kept. Managers that `manage` returned are not cleared.
 
-        Errors: InvalidScope; ServerError if a slot could not be erased; it is not used again.
+        Errors: InvalidScope; ServerError if a slot could not be erased: its contents are not
+                reused.
         """
         self._drive(self._manager.clear(scope))
 
     async def aclear(self, scope: str | None = None) -> None:
-        """Forget one tenant's records, pins, saved files and slots; without a scope, everything."""
+        """Clear one tenant's records, pins, saved files and slots; without a scope, everything."""
         await self._adrive(self._manager.clear(scope))
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Wait until all that is being saved is saved; ServerTimeout if it takes too long."""
+        """Wait until all pending saves are done; ServerTimeout if that takes too long."""
         self._manager.flush(timeout_s)
 
     def reuse_stats(self) -> ReuseStats:
-        """Return the counters of reuse."""
+        """Return the counters of the managed slots."""
         return self._manager.stats()
 
     def kv_state(self) -> tuple[SlotKv, ...]:
-        """Return what each slot's KV state takes; zeros where the server can't be reached."""
+        """Return the size of each slot's KV state; zeros if the server can't be reached."""
         return self._drive(self._reader.state())
 
     async def akv_state(self) -> tuple[SlotKv, ...]:
-        """Return what each slot's KV state takes; zeros where the server can't be reached."""
+        """Return the size of each slot's KV state; zeros if the server can't be reached."""
         return await self._adrive(self._reader.state())
 
     def kv_report(self) -> tuple[SlotBlocks, ...]:
-        """Return the tokens of each slot in blocks; none where the server can't be reached."""
+        """Return the tokens of each slot in blocks; none if the server can't be reached."""
         return self._drive(self._reader.blocks())
 
     async def akv_report(self) -> tuple[SlotBlocks, ...]:
-        """Return the tokens of each slot in blocks; none where the server can't be reached."""
+        """Return the tokens of each slot in blocks; none if the server can't be reached."""
         return await self._adrive(self._reader.blocks())
 
     # -- inside -------------------------------------------------------------------------------
@@ -436,14 +435,14 @@ class LlamaServer:
 
 
 def kv_report(*servers: LlamaServer) -> tuple[SlotBlocks, ...]:
-    """Return the blocks of the slots of many servers."""
+    """Return the blocks of all slots of several servers."""
     return tuple(slot for server in servers for slot in server.kv_report())
 
 
 def _require_wrapped(tokenizer: Any) -> None:
     if tokenizer is not None and not hasattr(tokenizer, "unwrap"):
         raise InvalidConfig(
-            f"tokenizer must be a wrapped one: tokcache.wrap({type(tokenizer).__name__}(...))"
+            f"tokenizer must be a wrapper; pass tokcache.wrap({type(tokenizer).__name__}(...))"
         )
 
 

@@ -1,7 +1,7 @@
-"""Connections to one llama-server: time-outs, retries, errors; for threads and event loops alike.
+"""Connections to one llama-server from threads and event loops: time-outs, retries and errors.
 
-A request is sent again only where that is safe: it was never sent (no connection came about), or
-asking twice does no harm and the connection broke. A server that is slow is not asked again.
+A request is sent again only if that is safe: no connection was made, or the connection broke and
+the request may be repeated. A request that timed out is not sent again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-# llama-server closes idle connections after 5 s: one that is about to be closed is not used.
+# llama-server closes idle connections after 5 s; drop ours first, so none breaks when used.
 _IDLE_S = 4.0
 _FIRST_SERVER_ERROR = 500
 _MAX_ANSWER_BYTES = 256 << 20
@@ -62,7 +62,7 @@ _STATUSES: dict[int, type[RequestRejected | ServerFailed]] = {
 
 
 class Connection(Forkable):
-    """What sends calls to one server and reads its answers.
+    """Sends calls to one server and reads its answers.
 
     Errors: subclasses of ServerError; MissingExtra without httpx; InvalidConfig.
     Threads: safe, also after a fork and in any event loop.
@@ -93,21 +93,21 @@ class Connection(Forkable):
         tell_of_forks(self)
 
     def before_fork(self) -> None:
-        """Let nobody be inside."""
+        """Take the lock, so that no other thread holds it at the fork."""
         self._lock.acquire()
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Release the lock."""
         self._lock.release()
 
     def after_fork_in_child(self) -> None:
-        """Leave the parent's connections alone: what is sent there is the parent's."""
+        """Open connections of our own; the parent still uses its connections."""
         self._lock = threading.Lock()
         self._parents.append((self._sync, self._loops))
         self._sync, self._loops = None, {}
 
     def close(self) -> None:
-        """Close the threads' connections; those of an event loop close with it."""
+        """Close the threads' connections; an event loop closes its own when it ends."""
         with self._lock:
             self._is_closed = True
             client, self._sync = self._sync, None
@@ -157,7 +157,7 @@ class Connection(Forkable):
         raise ServerUnreachable(self._out_of_reach("no attempt was made"))
 
     def stream(self, call: Call[Completion]) -> Generator[Piece]:
-        """Send a call and yield its answer as it comes; closing the iterator aborts it."""
+        """Send a call and yield its answer piece by piece; closing the iterator aborts it."""
         reader, lines = _StreamReader(), _Lines(self.url, call.path)
         try:
             client = self._client
@@ -176,7 +176,7 @@ class Connection(Forkable):
         self._require_end(reader)
 
     async def astream(self, call: Call[Completion]) -> AsyncGenerator[Piece]:
-        """Send a call and yield its answer as it comes; closing the iterator aborts it."""
+        """Send a call and yield its answer piece by piece; closing the iterator aborts it."""
         reader, lines = _StreamReader(), _Lines(self.url, call.path)
         try:
             client = await self._async_client()
@@ -198,7 +198,7 @@ class Connection(Forkable):
     @property
     def _errors(self) -> tuple[type[Exception], ...]:
         found = (self._httpx.HTTPError, self._httpx.InvalidURL, self._httpx.StreamError, OSError)
-        # What a connection brings that is closed in the middle of a request.
+        # httpx raises these if a client is closed during a request.
         return (*found, RuntimeError, ValueError) if self._is_closed else found
 
     @property
@@ -223,7 +223,7 @@ class Connection(Forkable):
             else:
                 is_new = False
         if is_new:
-            await anext(held.ending)  # from here on the loop closes it when it ends
+            await anext(held.ending)  # a loop closes the generators that it started
         return held.client
 
     def _require_open(self) -> None:
@@ -297,7 +297,7 @@ class Connection(Forkable):
 
     def _require_end(self, reader: _StreamReader) -> None:
         if not reader.is_complete:
-            raise ServerUnreachable(self._out_of_reach("the stream ended before its last piece"))
+            raise ServerUnreachable(self._out_of_reach("the stream ended before its final piece"))
 
     def _out_of_reach(self, reason: str) -> str:
         return f"llama-server at {self.url} is out of reach: {reason}"
@@ -306,13 +306,14 @@ class Connection(Forkable):
         if self._is_closed:
             return ServerUnreachable(self._out_of_reach("this LlamaServer was closed"))
         if isinstance(error, self._httpx.TimeoutException):
-            what = "accept a connection" if "Connect" in type(error).__name__ else f"answer {path}"
+            is_connecting = "Connect" in type(error).__name__
+            late = "accept a connection" if is_connecting else f"answer {path}"
             return ServerTimeout(
-                f"llama-server at {self.url} did not {what} in time; is it overloaded, or is"
+                f"llama-server at {self.url} did not {late} in time; is it overloaded, or is"
                 " timeout_s too short?"
             )
         if isinstance(error, self._httpx.DecodingError):
-            return InvalidAnswer(f"{self.url} answered {path} in an encoding that is none: {error}")
+            return InvalidAnswer(f"{self.url} answered {path} in an invalid encoding: {error}")
         reason = self._out_of_reach(str(error) or type(error).__name__)
         is_refused = any(isinstance(cause, ConnectionRefusedError) for cause in _causes(error))
         return ServerRefused(reason) if is_refused else ServerUnreachable(reason)
@@ -324,7 +325,7 @@ class Connection(Forkable):
             found = {"error": {"message": body.text[:200] or "nothing"}}
         if response.has_redirect_location:
             where = response.headers["Location"][:200]
-            found = {"error": {"message": f"a redirect to {where}; give LlamaServer that address"}}
+            found = {"error": {"message": f"a redirect to {where}; pass LlamaServer that url"}}
         return self._rejected(response.status_code, found, path)
 
     def _rejected(self, status: int, found: Any, path: str) -> ServerError:
@@ -344,14 +345,14 @@ class Connection(Forkable):
 
 @dataclass(frozen=True, slots=True)
 class _LoopClient:
-    """The connections of one event loop, and what closes them."""
+    """The client of one event loop, and the generator that closes it with the loop."""
 
     client: httpx.AsyncClient
     ending: AsyncGenerator[None]
 
 
 async def _until_the_end(client: httpx.AsyncClient) -> AsyncGenerator[None]:
-    """Close a client with its event loop: a loop that ends closes the generators begun in it."""
+    """Close a client with its event loop, which closes the generators that were started in it."""
     try:
         yield
     finally:
@@ -359,7 +360,7 @@ async def _until_the_end(client: httpx.AsyncClient) -> AsyncGenerator[None]:
 
 
 class _Body:
-    """An answer as it comes, within a limit of time and of size."""
+    """The bytes of an answer so far, limited in time and size."""
 
     def __init__(self, url: str, path: str, timeout_s: float) -> None:
         self._url, self._path = url, path
@@ -369,20 +370,20 @@ class _Body:
 
     @property
     def seconds(self) -> float:
-        """Return how long ago it was asked for."""
+        """Return the seconds since the request."""
         return perf_counter() - self._began
 
     @property
     def text(self) -> str:
-        """Return what came; a llama-server writes UTF-8 whatever is said of the content."""
+        """Return the answer as text: llama-server writes UTF-8, whatever its headers claim."""
         return self._content.decode("utf-8", "replace")
 
     def clear(self) -> None:
-        """Begin again, within the same time."""
+        """Discard the bytes for another attempt; the time limit stays."""
         self._content.clear()
 
     def add(self, chunk: bytes) -> None:
-        """Add what came, or raise ServerTimeout or InvalidAnswer."""
+        """Add bytes, or raise ServerTimeout or InvalidAnswer if a limit is exceeded."""
         if self.seconds > self._timeout_s:
             raise ServerTimeout(
                 f"llama-server at {self._url} did not answer {self._path} in full in time; is it"
@@ -396,13 +397,13 @@ class _Body:
 
 
 class _Lines(_Body):
-    """A stream's lines, of a limited size each; nothing but a newline ends one."""
+    """Splits a stream into lines of limited size; only a newline ends one."""
 
     def __init__(self, url: str, path: str) -> None:
-        super().__init__(url, path, math.inf)  # whoever reads it may take any time
+        super().__init__(url, path, math.inf)  # the reader of a stream may take any time
 
     def feed(self, chunk: bytes) -> Iterator[str]:
-        """Add what came and yield the lines that it ended."""
+        """Add bytes and yield the lines that they complete."""
         n_searched = len(self._content)
         self.add(chunk)
         while (end := self._content.find(b"\n", n_searched)) >= 0:
@@ -413,7 +414,7 @@ class _Lines(_Body):
 
 
 class _StreamReader:
-    """Puts a streamed answer together."""
+    """Assembles a completion from the pieces of a stream."""
 
     def __init__(self) -> None:
         self.is_complete = False
@@ -425,7 +426,7 @@ class _StreamReader:
 
     def read(self, found: Any) -> Iterator[Piece]:
         if self.is_complete:
-            raise InvalidAnswer("a piece came after the last one")
+            raise InvalidAnswer("a piece came after the final one")
         content = calls.text(found, "content")
         self._texts.append(content)
         if found.get("stop") is True:
@@ -477,10 +478,10 @@ def _require_url(httpx: ModuleType, url: Any) -> str:
         is_server = found.scheme in {"http", "https"} and found.host
         is_port = found.port is None or 0 < found.port <= _MAX_PORT
     except (httpx.InvalidURL, TypeError, ValueError) as error:
-        raise InvalidConfig(f"{url!r} is no URL: {error}") from None
+        raise InvalidConfig(f"{url!r} is not a URL: {error}") from None
     if not is_server or not is_port:
         raise InvalidConfig(
-            f"{url!r} is no URL of a server; a whole one is http://127.0.0.1:8080, say"
+            f"{url!r} is not a server's URL; pass one such as http://127.0.0.1:8080"
         )
     return str(url)
 
@@ -499,9 +500,9 @@ def _trust(url: str, verify: Any) -> bool | ssl.SSLContext:
     if isinstance(verify, str):
         try:
             return ssl.create_default_context(cafile=verify)
-        except OSError as error:  # also what is no certificate
+        except OSError as error:  # also for a file that is not a certificate
             raise InvalidConfig(f"verify: {verify!r} can't be used: {error}") from None
-    # Without TLS there is nothing to verify, and reading all certificates takes 30 ms.
+    # Plain HTTP has no certificates, and loading the system's takes 30 ms.
     return False if url.startswith("http://") else verify
 
 

@@ -1,6 +1,13 @@
-"""The slot manager: every prompt begins from the slot or the saved file that holds most of it.
+"""The slot manager: starts every prompt from the slot or the saved file that holds most of it.
 
-What a server was promised to hold is compared with `timings.cache_n` after each completion.
+A request goes through these steps:
+1. `begin()` connects, checks the prompt, and waits for a slot.
+2. It checks that the server is the one that we recorded, saves the slot's contents if no file has
+   them, and restores a file if that gives the prompt more tokens.
+3. The caller sends `job.call()`.
+4. `finish()` compares the tokens that the slot should have held with `timings.cache_n`, which the
+   server reports, records the slot's contents and has them saved. After an error, `fail()` records
+   the part that is certain.
 """
 
 from __future__ import annotations
@@ -40,12 +47,13 @@ from tokcache.llama.server.shelf import (
     SavedSlot,
     Shelf,
     adapters_of,
+    namespace_of,
     scope_key,
     scope_of,
-    space_of,
 )
+from tokcache.llama.server.slot import Condition, SlotRecord
 from tokcache.llama.server.steps import Steps, drive
-from tokcache.llama.server.table import Condition, SlotRecord, SlotTable, Start, Wish
+from tokcache.llama.server.table import SlotTable, Start, Wish
 from tokcache.llama.server.trust import WHOLE, Trust, is_mostly_used
 from tokcache.llama.server.watch import Watch
 from tokcache.text.token_ids import TokenIds
@@ -61,7 +69,7 @@ _RESERVED = {"id_slot", "cache_prompt", "n_cache_reuse"}
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request: where it begins, and what was promised. `start` None: without reuse."""
+    """One request and the slot that it starts from; `start` is None if nothing can be reused."""
 
     prompt: TokenIds
     settings: dict[str, Any]
@@ -70,7 +78,7 @@ class Job:
     start: Start | None = None
     n_restored: int = 0
     kind: str = WHOLE
-    # What the server used in the first of several completions, None if there is but one.
+    # Tokens that the server reused in the first of several completions; None before the first.
     n_used: int | None = None
     received: list[int] = field(default_factory=list)
     is_over: bool = False
@@ -79,11 +87,11 @@ class Job:
     @property
     def adapters(self) -> bytes:
         """The key of the adapters that the prompt is decoded with."""
-        return adapters_of(self.wish.space)
+        return adapters_of(self.wish.namespace)
 
     @property
     def n_promised(self) -> int:
-        """Tokens that the slot holds by our own record."""
+        """The prompt's first tokens that the slot holds by our own record."""
         if self.start is None:
             return 0
         return self.n_restored or self.start.n_live
@@ -92,7 +100,7 @@ class Job:
         """Return the request for the server."""
         own: dict[str, Any] = {
             "cache_prompt": self.n_used is not None or self.n_promised > 0,
-            "n_cache_reuse": 0,  # shifted states are not those of the prompt
+            "n_cache_reuse": 0,  # shifted states differ from the prompt's
         }
         if self.start is not None:
             own["id_slot"] = self.start.slot.id
@@ -100,10 +108,10 @@ class Job:
 
 
 class SlotManager(Forkable):
-    """Routes prompts to slots, saves, restores and erases them, and keeps count.
+    """Routes prompts to slots, saves, restores and erases them, and counts.
 
-    Errors: those of the server; PromptTooLong before anything is touched.
-    Threads: safe, and in event loops; after a fork the child begins with nothing known.
+    Errors: ServerError and its subclasses; PromptTooLong before any slot is changed.
+    Threads: safe, also in event loops. The child of a fork starts without records.
     """
 
     def __init__(
@@ -120,16 +128,16 @@ class SlotManager(Forkable):
             is_reproducible=settings.reproducible,
         )
         self._shelf = _shelf(settings, self.trust)
-        # The server decodes tokens of several slots in one batch, and so in other pieces.
+        # The server would decode tokens of several slots in one batch, in other pieces than alone.
         self.table = SlotTable((), self._shelf, is_one_at_a_time=settings.reproducible)
-        self._saver = Saver(connection, settings, self.table, self._shelf, self.trust)
+        self._saver = Saver(connection, settings, self._shelf, self.trust)
         self.watch = Watch(settings, self.table, self._shelf, self.trust, check_model)
         self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
         tell_of_forks(self)
 
     @property
     def refusals(self) -> Counter[str]:
-        """What was not reused, saved or kept, by reason."""
+        """Counts of things that were not reused, saved or kept, by reason."""
         return self.trust.refusals
 
     # -- one request --------------------------------------------------------------------------
@@ -157,7 +165,7 @@ class SlotManager(Forkable):
         scope: str | None,
         conversation: str | None,
     ) -> Steps[Job]:
-        """Find a slot and bring it to where the prompt begins."""
+        """Get a slot and prepare it for the prompt."""
         job = self._job(prompt, settings, scope, conversation)
         if not (yield from self.watch.connect()):
             return job
@@ -178,7 +186,7 @@ class SlotManager(Forkable):
         return job
 
     def finish(self, job: Job, completion: Completion) -> Reused:
-        """Note what an answer tells of the slot, and have the slot saved."""
+        """Record the slot's contents after an answer, and have them saved."""
         try:
             return self._finished(job, completion)
         except BaseException as error:
@@ -194,7 +202,7 @@ class SlotManager(Forkable):
         if job.start is None:
             return Reused(completion, 0, first_token_s)
         slot, n_live = job.start.slot, job.start.n_live
-        slot.adapters = job.adapters
+        slot.loaded(job.adapters)
         self._verify(job, n_used)
         reused = Reused(completion, min(job.n_restored, n_used), first_token_s, n_live, slot.id)
         with self.table.lock:
@@ -203,41 +211,45 @@ class SlotManager(Forkable):
                 self._record(job, completion, n_used)
             job.is_over = True
             if is_kept and (slot.is_saved or self.settings.save_when != "answered"):
-                self.table.release(slot)
+                slot.release()
                 return reused
         steps = self._saver.save(slot) if is_kept else self._saver.erase(slot)
         self._saver.in_background(slot, steps)
         return reused
 
     def _is_kept(self, job: Job) -> bool:
-        """Return whether what a request brought is of use: the model is the same, the scope too."""
+        """Return whether a request's state may be kept: same model, scope not cleared since."""
         return job.epoch == self.table.epoch and not _started(job).slot.is_condemned
 
     def fail(self, job: Job, error: BaseException) -> None:
-        """Give a slot back after an error or an abort, when the server is done with it."""
+        """Release a slot after an error or an abort, once the server has finished with it."""
         if job.start is None or job.is_over:
             return
         if self.table.slots.get(job.start.slot.id) is not job.start.slot:
-            return  # the server has it no longer, or it is the parent's of a fork
+            return  # the server no longer has this slot, or it belongs to the parent of a fork
         job.is_over = True
         slot = job.start.slot
-        slot.adapters = None
+        slot.loaded(None)
         if job.start.found is not None:
             self.table.read(job.start.found.file)
         if isinstance(error, ServerRefused):
-            slot.forget()
+            slot.lost()
         is_kept = self._is_kept(job)
         if isinstance(error, ServerRefused | RequestRejected) and is_kept:
-            self.table.release(slot)
+            slot.release()
             return
-        # Before the first token it is not known whether the server has begun.
+        # Before the first token it is unknown whether the server has changed the slot.
         is_lost = isinstance(error, ServerUnreachable | InvalidAnswer)
         is_known = bool(job.received) and is_kept and not is_lost
         if is_known:
-            slot.space, slot.conversation = job.wish.space, job.wish.conversation
-            slot.tokens, slot.n_prompt = _joined(job.prompt, job.received), len(job.prompt)
-            # How much the server used it would have told at the end.
-            slot.gap = ALL if job.n_promised and self.trust.went_back else slot.gap
+            slot.aborted(
+                job.wish.namespace,
+                _joined(job.prompt, job.received),
+                job.wish.conversation,
+                n_prompt=len(job.prompt),
+                # Only the end of an answer reports how much the server used.
+                gap=ALL if job.n_promised and self.trust.went_back else slot.gap,
+            )
         self._saver.in_background(slot, self._saver.settle(slot, is_known=is_known))
 
     # -- before the completion ----------------------------------------------------------------
@@ -252,17 +264,17 @@ class SlotManager(Forkable):
         reserved = _RESERVED & set(settings)
         if reserved:
             raise InvalidConfig(
-                f"{', '.join(sorted(reserved))}: the slot manager's own; completion() takes them"
+                f"{', '.join(sorted(reserved))}: set by the slot manager; completion() takes them"
             )
         calls.require_settings(settings)
-        space = space_of(require_scope(scope), settings.get("lora"))
-        kinds = self.trust.kinds(adapters_of(space))
+        namespace = namespace_of(require_scope(scope), settings.get("lora"))
+        kinds = self.trust.kinds(adapters_of(namespace))
         if conversation is not None:
             _require_conversation(conversation)
         wish = Wish(
-            space=space,
+            namespace=namespace,
             prompt=prompt,
-            conversation=(scope_of(space), conversation) if conversation is not None else None,
+            conversation=(scope_of(namespace), conversation) if conversation is not None else None,
             kinds=kinds & {WHOLE} if self.settings.reproducible else kinds,
             is_file_only=self.settings.reproducible,
         )
@@ -274,9 +286,10 @@ class SlotManager(Forkable):
         n_vocab = self.watch.meta.n_vocab
         for number in (int(prompt.numpy().min()), int(prompt.numpy().max())):
             if number < 0 or (n_vocab is not None and number >= n_vocab):
+                size = "of unknown size" if n_vocab is None else f"of {n_vocab:,} tokens"
                 raise InvalidTokens(
-                    f"token {number} is none of the model of {self._connection.url}, which has"
-                    f" {n_vocab or 'some'}; is the prompt another tokenizer's?"
+                    f"token {number} is outside the vocabulary ({size}) of the model of"
+                    f" {self._connection.url}; encode the prompt with the model's own tokenizer"
                 )
 
     def _require_fit(self, prompt: TokenIds) -> None:
@@ -284,7 +297,7 @@ class SlotManager(Forkable):
         if len(prompt) >= n_ctx > 0:
             raise PromptTooLong(
                 f"the prompt has {len(prompt):,} tokens, a slot of {self._connection.url} has room"
-                f" for {n_ctx:,} with the answer; shorten it, or start the server with more"
+                f" for {n_ctx:,} including the answer; shorten it, or start the server with more"
                 " context"
             )
 
@@ -301,7 +314,9 @@ class SlotManager(Forkable):
         slot = start.slot
         if not slot.is_saved and len(slot.tokens) > start.n_live:
             yield from self._saver.save(slot)
-        is_kept = start.n_live > 0 or (start.found is not None and slot.space == job.wish.space)
+        is_kept = start.n_live > 0 or (
+            start.found is not None and slot.namespace == job.wish.namespace
+        )
         if self.settings.reproducible or (slot.n_held and not is_kept):
             yield from self._saver.erase(slot)
         if start.found is not None:
@@ -311,7 +326,7 @@ class SlotManager(Forkable):
             yield from self._stage(job, slot)
 
     def _checked(self, job: Job) -> Steps[Start]:
-        """Ask, before ids are sent or anything is promised, whether the server is the same."""
+        """Check that the server is the one recorded, before sending ids or relying on a record."""
         start = _started(job)
         try:
             props = yield from self.watch.refresh()
@@ -322,8 +337,8 @@ class SlotManager(Forkable):
         except (ServerUnreachable, ServerTimeout):
             raise
         except ServerError as error:
-            # Nothing is restored into a server that may be another one.
-            start.slot.forget()
+            # This may be another server: restore nothing into it.
+            start.slot.lost()
             job.start = self.table.from_nothing(start)
             self.trust.degrade("server_not_understood", error)
             return job.start
@@ -334,38 +349,37 @@ class SlotManager(Forkable):
         return _started(job)
 
     def _is_as_full_as_recorded(self, slot: SlotRecord) -> Steps[bool]:
-        """For servers that don't tell when they were started."""
+        """Compare a slot's length with the server's list, if restarts can't be recognised."""
         listed = {each.id: each for each in (yield calls.slots())}
         seen = listed.get(slot.id)
         if seen is not None and seen.n_tokens in (None, slot.n_held):
             return True
         self.trust.refuse("slot_changed_by_others")
-        slot.forget()
+        slot.lost()
         return False
 
     def _bring_adapters(self, job: Job, slot: SlotRecord) -> Steps[None]:
-        """Have a slot work with a request's adapters before it is restored.
+        """Apply a request's adapters to a slot before it is restored.
 
-        llama-server empties a slot at the first request with other adapters, a slot that was just
-        restored too. A request without adapters of its own empties nothing.
+        llama-server empties a slot at the first request with other adapters, even if it was just
+        restored. A request that names no adapters empties nothing.
 
-        Cost: one token is decoded, and what the slot held is gone.
+        Cost: decodes one token and empties the slot.
         """
         if job.adapters in (NO_ADAPTERS, slot.adapters):
             return
-        slot.forget()
-        slot.adapters = None
+        slot.reset()
         asked = {"n_predict": 0, "cache_prompt": False, "id_slot": slot.id}
         token = probe_tokens(self.watch.meta.n_vocab)[:1]
         yield calls.completion(token, {**asked, **_adapter_settings(job.settings)})
-        slot.adapters = job.adapters
+        slot.loaded(job.adapters)
 
     def _restore(self, job: Job, start: Start) -> Steps[None]:
         if start.found is None:
             return
         slot, found, began = start.slot, start.found, perf_counter()
         job.start = Start(slot, 0, None)
-        slot.forget()
+        slot.lost()
         try:
             if not self._shelf.is_intact(found.file):
                 self._drop(found.file)
@@ -374,7 +388,7 @@ class SlotManager(Forkable):
             restored = yield calls.restore_slot(slot.id, found.file.name)
         except ServerUnreachable as error:
             if not isinstance(error, ServerRefused):
-                self._drop(found.file)  # it may be what the server ended of
+                self._drop(found.file)  # reading it may have crashed the server
             raise
         except ServerError as error:
             self._drop(found.file)
@@ -392,26 +406,22 @@ class SlotManager(Forkable):
         job.n_restored, job.kind = found.n_tokens, found.kind
         with self.table.lock:
             self._shelf.touch(found.file)
-            slot.space, slot.tokens = found.file.space, found.file.tokens
-            slot.n_held, slot.n_prompt = found.file.n_saved, found.file.n_prompt
-            slot.gap = found.file.gap
+            slot.restored(found.file)
 
     def _stage(self, job: Job, slot: SlotRecord) -> Steps[None]:
-        """Decode a prompt's whole blocks alone and save them: no bit depends on what follows.
+        """Decode a prompt's whole blocks alone and save them, so no bit depends on later tokens.
 
-        A file can't be cut shorter and stay exact, so what prompts share gets one of its own.
+        A file can't be shortened exactly, so a beginning that prompts share gets its own file.
         """
         settings = {"n_predict": 0, **_adapter_settings(job.settings)}
         for head in self._heads(job):
             asked = Job(head, settings, job.wish, job.started, job.start, job.n_restored)
             asked.n_used = job.n_used
-            slot.adapters = None
+            slot.loaded(None)
             completion = yield asked.call()
-            slot.adapters = job.adapters
+            slot.loaded(job.adapters)
             job.n_used = completion.n_cached if job.n_used is None else job.n_used
-            slot.space, slot.tokens = job.wish.space, head
-            slot.n_held = slot.n_prompt = len(head)
-            slot.conversation = job.wish.conversation
+            slot.decoded(job.wish.namespace, head, job.wish.conversation)
             yield from self._saver.save(slot)
 
     def _heads(self, job: Job) -> list[TokenIds]:
@@ -419,21 +429,21 @@ class SlotManager(Forkable):
             return []
         prompt, step = job.prompt, self.settings.block_tokens
         heads = [prompt[:n] for n in range(job.n_restored + step, len(prompt), step)]
-        space = job.wish.space
+        namespace = job.wish.namespace
         digests = [
-            space + hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads
+            namespace + hashlib.blake2b(memoryview(head), digest_size=16).digest() for head in heads
         ]
         with self.table.lock:
             shared = [head for head, key in zip(heads, digests, strict=True) if key in self._seen]
             self._seen.update(dict.fromkeys(digests))
         return sorted({*shared[-1:], *heads[-1:]}, key=len)
 
-    # -- after it -----------------------------------------------------------------------------
+    # -- after the completion ---------------------------------------------------------------------
 
     def _count(self, completion: Completion, n_used: int, *, is_restored: bool) -> None:
         self.trust.count("request")
         self.trust.count("prompt_tokens", completion.n_prompt)
-        # A restored file takes the place of all that the slot held.
+        # A restored file replaces all contents of the slot.
         self.trust.count("restored_tokens" if is_restored else "context_tokens", n_used)
         self.trust.count("hit", int(n_used > 0))
 
@@ -452,48 +462,50 @@ class SlotManager(Forkable):
         slot = _started(job).slot
         n_expected = completion.n_prompt + max(0, completion.n_predicted - 1)
         n_held = n_expected if completion.n_held is None else completion.n_held
-        reuse, n_uses = (slot.reuse, slot.n_uses) if n_used else ([], 0)
         n_promised, n_prompt = job.n_promised, completion.n_prompt
         gap = gap_after(slot.gap, n_promised=n_promised, n_used=n_used, n_prompt=n_prompt)
-        slot.forget()
         if completion.is_truncated and n_held != n_expected:
-            return  # the context was shifted: what is held is not what was sent
-        slot.space, slot.conversation = job.wish.space, job.wish.conversation
-        slot.gap = gap
-        slot.tokens = _joined(job.prompt, completion.token_ids)[:n_held]
-        slot.n_prompt = min(len(job.prompt), len(slot.tokens))
-        slot.n_held, slot.n_uses = n_held, n_uses + (n_used > 0)
-        slot.reuse = _counted(reuse, n_used, n_held)
-        # What ends in an answer is not what reproducible mode restores.
-        slot.is_saved = self.settings.reproducible or not self._saver.is_worth_saving(slot)
+            slot.lost()  # the server shifted the context: it no longer holds the tokens sent
+            return
+        namespace = job.wish.namespace
+        tokens = _joined(job.prompt, completion.token_ids)[:n_held]
+        slot.answered(
+            namespace,
+            tokens,
+            job.wish.conversation,
+            n_prompt=min(len(job.prompt), len(tokens)),
+            n_held=n_held,
+            n_used=n_used,
+            gap=gap,
+            # Reproducible mode saved the blocks before: it never restores a file with an answer.
+            is_saved=self.settings.reproducible
+            or not self._saver.is_worth_saving(namespace, tokens),
+        )
 
     def _drop(self, file: SavedSlot) -> None:
         with self.table.lock:
             self._shelf.drop(file)
 
-    # -- for the one who serves ---------------------------------------------------------------
+    # -- administration ---------------------------------------------------------------
 
     def pin(self, conversation: str, scope: str | None, *, is_pinned: bool) -> None:
-        """Keep a conversation's slot and files from eviction, or no longer."""
+        """Keep a conversation's slot and files from eviction, or allow it again."""
         key = (scope_key(require_scope(scope)), _require_conversation(conversation))
         with self.table.lock:
-            (self.table.pinned.add if is_pinned else self.table.pinned.discard)(key)
-            for file in self._shelf:
-                if (scope_of(file.space), file.conversation) == key:
-                    file.is_pinned = is_pinned
+            self._shelf.pin(key, is_pinned=is_pinned)
 
     def clear(self, scope: str | None) -> Steps[None]:
-        """Forget a scope's records and erase its slots and files; without a scope, all of them.
+        """Clear a scope's records and erase its slots and files; without a scope, all of them.
 
-        Slots in use are erased when their requests are over.
+        Slots in use are erased after their requests.
         """
         key = None if scope is None else scope_key(require_scope(scope))
         with self.table.lock:
             for file in list(self._shelf):
-                if key is None or scope_of(file.space) == key:
+                if key is None or scope_of(file.namespace) == key:
                     self._shelf.drop(file)
             held = self.table.condemn(key)
-            self.table.pinned = {pin for pin in self.table.pinned if key not in (None, pin[0])}
+            self._shelf.pinned = {pin for pin in self._shelf.pinned if key not in (None, pin[0])}
             for seen in [seen for seen in self._seen if key in (None, scope_of(seen))]:
                 del self._seen[seen]
         failure: ServerError | None = None
@@ -503,7 +515,7 @@ class SlotManager(Forkable):
                 if saving is not None and slot.condition is Condition.SETTLING:
                     yield saving
                 yield from self._empty_when_idle(slot, key)
-            except ServerError as error:  # the others are erased all the same
+            except ServerError as error:  # go on, and erase the other slots
                 failure = error
         if failure is not None:
             raise failure
@@ -513,18 +525,18 @@ class SlotManager(Forkable):
         if not self.table.take(slot):
             return
         try:
-            if slot.space is not None and scope in (None, scope_of(slot.space)):
+            if slot.namespace is not None and scope in (None, scope_of(slot.namespace)):
                 yield from self._saver.empty(slot)
         finally:
-            self.table.release(slot)
+            slot.release()
 
     def _overwrite_stale(self) -> Steps[None]:
-        """Have the server write an empty slot over the dropped files that can't be deleted here."""
+        """Have the server overwrite dropped files that can't be deleted here with an empty slot."""
         with self.table.lock:
             names = self._shelf.stale_names()
         if not names or not self.trust.can_save:
             return
-        # Any slot, in the order of the line: the one that is worth least is given.
+        # An empty wish matches no slot, so this waits its turn and gets the least valuable one.
         future = self.table.acquire(Wish(b"", TokenIds(), None, frozenset()))
         try:
             slot = (yield future).slot
@@ -538,14 +550,14 @@ class SlotManager(Forkable):
                 with self.table.lock:
                     self._shelf.note_overwritten(name, written.n_bytes)
         finally:
-            self.table.release(slot)
+            slot.release()
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Wait until all that is being saved is saved."""
+        """Wait until all pending saves are done."""
         self._saver.flush(timeout_s)
 
     def close(self) -> None:
-        """Wait for what is being saved; the files stay."""
+        """Wait until all pending saves are done; the files stay."""
         self._saver.close()
 
     def drive(self, steps: Steps[Reused]) -> Reused:
@@ -578,33 +590,33 @@ class SlotManager(Forkable):
             )
 
     def before_fork(self) -> None:
-        """Let nobody be inside."""
+        """Take the lock, so that no other thread holds it at the fork."""
         self.table.lock.acquire()
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Release the lock."""
         self.table.lock.release()
 
     def after_fork_in_child(self) -> None:
-        """Begin with nothing known: the slots' contents and the files are the parent's."""
+        """Start without records: the slots' contents and the files belong to the parent."""
         self._shelf.abandon()
         self.table.abandon()
-        self.watch.forget()
+        self.watch.reset()
         self.trust.after_fork()
         self._saver.after_fork()
 
 
 def _started(job: Job) -> Start:
     if job.start is None:
-        raise ServerError("a request without a slot can't be prepared")
+        raise ServerError("the request has no slot to prepare")
     return job.start
 
 
 def _adapter_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a request that change the states it decodes.
 
-    Source: of the settings of /completion `lora` alone does, and makes llama-server empty a slot
-    (launch_slot_with_task in server-context.cpp).
+    Source: only `lora` does; it makes llama-server empty a slot (launch_slot_with_task in
+    server-context.cpp).
     """
     return {name: settings[name] for name in ("lora",) if name in settings}
 
@@ -628,10 +640,3 @@ def _shelf(settings: SlotSettings, trust: Trust) -> Shelf:
 
 def _joined(prompt: TokenIds, answer: Iterable[int]) -> TokenIds:
     return TokenIds(np.concatenate([prompt.numpy(), np.fromiter(answer, np.int32)]))
-
-
-def _counted(reuse: list[int], n_used: int, n_held: int) -> list[int]:
-    """Return how often each part was reused, after `n_used` tokens were once more."""
-    n_parts = -(-n_held // PART_TOKENS)
-    counts = (reuse + [0] * n_parts)[:n_parts]
-    return [n + (part < n_used // PART_TOKENS) for part, n in enumerate(counts)]

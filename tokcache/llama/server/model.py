@@ -1,4 +1,4 @@
-"""How much memory a model's KV state takes: from its own metadata, or from what a save wrote."""
+"""The served model: the size of its KV state and how to recognise it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokcache.errors import InvalidConfig
 if TYPE_CHECKING:
     from tokcache.llama.server.results import ModelMeta, TokenProbabilities
 
-# Bytes of one value. Source: block sizes in ggml-common.h (a block of 32 values and its scales).
+# Bytes of one value. Source: block sizes in ggml-common.h (32 values and their scales).
 KV_TYPES = {
     "f32": 4.0,
     "f16": 2.0,
@@ -29,10 +29,10 @@ _PROBE_TOLERANCE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """The sizes of a model's attention, a layer at a time; `unknown` says what is missing, and why.
+    """The sizes of a model's attention; `unknown` gives the reasons why a size is missing.
 
-    Units: `n_kv_heads` heads of each layer (0: a layer without attention), `n_kv_dim` values that
-    one token has in all layers, `window` tokens (0: none).
+    Units: `n_kv_heads` heads of each layer (0: a layer without attention), `n_kv_dim` values per
+    token in all layers, `window` tokens (0: none).
     """
 
     architecture: str = ""
@@ -45,7 +45,7 @@ class KvShape:
 
     @property
     def memory(self) -> str:
-        """Return "attention", "sliding window", "hybrid", "recurrent", or "" if not known."""
+        """Return "attention", "sliding window", "hybrid", "recurrent", or "" if unknown."""
         if not self.n_layers:
             return ""
         if not any(self.n_kv_heads):
@@ -54,8 +54,8 @@ class KvShape:
             return "hybrid"
         return "sliding window" if self.window else "attention"
 
-    def token_bytes(self, kv_type: str) -> float | None:
-        """Return the bytes that one token takes in full attention, None if not known."""
+    def kv_bytes_per_token(self, kv_type: str) -> float | None:
+        """Return the bytes of one token in full attention, None if unknown."""
         return self.n_kv_dim * KV_TYPES[kv_type] if self.n_kv_dim else None
 
 
@@ -67,9 +67,9 @@ def require_kv_type(kv_type: str) -> str:
 
 
 def kv_shape(model_path: str, meta: ModelMeta) -> KvShape:
-    """Return what the model file says, if it can be reached and is the one that is served.
+    """Return the sizes in the model file, if it can be read and belongs to the served model.
 
-    Cost: reads the metadata, a second for a vocabulary of 150,000 tokens.
+    Cost: reads the metadata; a second for a vocabulary of 150,000 tokens.
     """
     path = Path(model_path)
     if not model_path or not path.is_file():
@@ -87,9 +87,9 @@ def kv_shape(model_path: str, meta: ModelMeta) -> KvShape:
 
 
 def model_identity(model_path: str, meta: ModelMeta) -> tuple[Any, ...]:
-    """Return what tells the served model from another one that takes its place.
+    """Return a value that changes when another model replaces the served one.
 
-    ctime is part of it: a file can be overwritten in place and get its old mtime back.
+    It includes ctime: a file can be overwritten in place and get its old mtime back.
     """
     try:
         stat = Path(model_path).stat() if model_path else None
@@ -108,9 +108,9 @@ def probe_tokens(n_vocab: int | None) -> list[int]:
 
 
 def is_same_model(one: TokenProbabilities | None, other: TokenProbabilities | None) -> bool:
-    """Return whether two answers to the same prompt are one model's; what is not known is not.
+    """Return whether one model gave both answers to the same prompt; False if one is missing.
 
-    The same tokens decoded in another batch, on another device, differ in their last bits.
+    Probabilities may differ slightly: another batch or device changes their last bits.
     """
     if one is None or other is None:
         return False
@@ -137,7 +137,7 @@ def _read(found: dict[str, Any], meta: ModelMeta) -> KvShape:
 
     n_embd, n_layers = int(figure("embedding_length")), int(figure("block_count"))
     if meta.n_embd is not None and meta.n_embd != n_embd:
-        return _unknown("the file at the server's model path is another model here")
+        return _unknown("the file at the server's model path is another model on this machine")
     n_heads = figure("attention.head_count", 0)
     n_heads = max(n_heads) if isinstance(n_heads, list) else int(n_heads)
     kv_heads = figure("attention.head_count_kv", n_heads)

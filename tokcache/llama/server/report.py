@@ -1,4 +1,4 @@
-"""What a server's slots hold, in figures: the model's own, and our record of what was sent."""
+"""Reports on slots: the size of their KV state, and the value of each block of tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tokcache.llama.server.settings import PART_TOKENS
 if TYPE_CHECKING:
     from tokcache.llama.server.manager import SlotManager
     from tokcache.llama.server.results import Slot
-    from tokcache.llama.server.table import SlotRecord
+    from tokcache.llama.server.slot import SlotRecord
 
 
-# What a file has of each token beside its state: the id, and where it stands in attention.
-# Source: files of 400 and of 15 tokens of a hybrid model of xllamacpp differ by that.
+# Bytes of a token in a file besides its state: its id, and its cell in attention.
+# Source: the difference between files of 400 and 15 tokens of a hybrid model (xllamacpp).
 _ID_BYTES, _CELL_BYTES = 4, 12
 
 
@@ -27,10 +27,12 @@ _ID_BYTES, _CELL_BYTES = 4, 12
 class SlotKv:
     """The KV state of one slot.
 
-    `source` says where the bytes come from: "model" (the model file's figures and the K and V
-    types that were given), "measured" (what the last saved slot wrote, with its context
-    checkpoints, each a copy of a window or of a recurrent state) or "unknown"; `unknown`
-    why a figure is 0. Units: `n_kv_dim` values a token in all layers, `share` of `n_ctx` held.
+    `source` says where the bytes come from: "model" (the sizes in the model file and `kv_type` of
+    the settings), "measured" (the size of the last saved file, which includes its context
+    checkpoints, each a copy of a window or of a recurrent state) or "unknown". `unknown` gives the
+    reasons why a figure is 0.
+
+    Units: `n_kv_dim` values per token in all layers; `share` is `n_tokens` over `n_ctx`.
     """
 
     url: str
@@ -51,11 +53,12 @@ class SlotKv:
 
 @dataclass(frozen=True, slots=True)
 class KvBlock:
-    """Up to 64 tokens of a slot, from `start` on.
+    """Up to 64 tokens of a slot, from position `start`.
 
-    `score`: what losing it would cost: once and each time it was reused, times the share of the
-    slot's tokens that stand on it (the early ones carry all that follow). Units: `idle_s` since
-    the slot was last used.
+    `score` estimates the cost of losing the block: one plus its reuses, times the share of the
+    slot's tokens that depend on it (all later tokens depend on the early ones).
+
+    Units: `idle_s` seconds since the slot was last used.
     """
 
     start: int
@@ -68,7 +71,7 @@ class KvBlock:
 
 @dataclass(frozen=True, slots=True)
 class SlotBlocks:
-    """The blocks of one slot, earliest first; `unknown` says why there are none."""
+    """The blocks of one slot, earliest first; `unknown` gives the reasons if there are none."""
 
     url: str
     id: int
@@ -81,14 +84,14 @@ class SlotBlocks:
 
 @dataclass(frozen=True, slots=True)
 class _NotSeen:
-    """Why a server's slots can't be read; it may well be up."""
+    """The reason why a server's slots can't be read, and whether it can be reached."""
 
     is_reachable: bool
     reason: str
 
 
 class KvReader:
-    """Reads a server's slots for reports; the model file is read once a model."""
+    """Reads a server's slots for reports, and each model file once."""
 
     def __init__(self, url: str, manager: SlotManager) -> None:
         self._url = url
@@ -96,7 +99,7 @@ class KvReader:
         self._shapes: dict[tuple[Any, ...], KvShape] = {}
 
     def state(self) -> Generator[Any, Any, tuple[SlotKv, ...]]:
-        """Return the KV state of each slot; figures are 0 when the server is away."""
+        """Return the KV state of each slot; figures are 0 if the server can't be reached."""
         seen = yield from self._seen()
         if isinstance(seen, _NotSeen):
             return tuple(
@@ -107,7 +110,7 @@ class KvReader:
         return tuple(self._kv(shape, slot) for slot in slots)
 
     def blocks(self) -> Generator[Any, Any, tuple[SlotBlocks, ...]]:
-        """Return the blocks of each slot; none when the server is away."""
+        """Return the blocks of each slot; none if the server can't be reached."""
         seen = yield from self._seen()
         if isinstance(seen, _NotSeen):
             return tuple(
@@ -131,24 +134,28 @@ class KvReader:
         self._manager.trust.went_well("slots_not_told")
         props, meta = self._manager.watch.props, self._manager.watch.meta
         key = (props, meta)
-        # Read once a start of the server: after the next one the file may hold another model.
+        # Read the file again after a restart of the server: it may hold another model.
         if key not in self._shapes:
             self._shapes = {key: kv_shape(props.model_path if props else "", meta)}
         return self._shapes[key], slots
 
     def _bytes(self, shape: KvShape, n_tokens: int) -> tuple[int, str]:
-        """Return what `n_tokens` take in a slot, and where the figure comes from."""
-        token_bytes = shape.token_bytes(self._manager.settings.kv_type) or 0.0
+        """Return the bytes of `n_tokens` in a slot, and the source of that figure."""
+        kv_bytes_per_token = shape.kv_bytes_per_token(self._manager.settings.kv_type) or 0.0
         saved = self._manager.trust.saved
         if not n_tokens:
             return 0, "model" if shape.n_layers else "unknown"
         if saved is None or shape.memory == "attention":
-            return round(token_bytes * n_tokens), "model" if token_bytes else "unknown"
+            return round(
+                kv_bytes_per_token * n_tokens
+            ), "model" if kv_bytes_per_token else "unknown"
         if shape.memory in {"recurrent", "hybrid"}:
-            # One state a sequence, whatever its length, beside what attention keeps of each token.
-            file_token_bytes = _ID_BYTES + (_CELL_BYTES + token_bytes if token_bytes else 0)
-            state_bytes = max(0.0, saved.n_bytes - file_token_bytes * saved.n_tokens)
-            return round(state_bytes + token_bytes * n_tokens), "measured"
+            # One state per sequence, whatever its length, plus the attention state of each token.
+            file_bytes_per_token = _ID_BYTES + (
+                _CELL_BYTES + kv_bytes_per_token if kv_bytes_per_token else 0
+            )
+            state_bytes = max(0.0, saved.n_bytes - file_bytes_per_token * saved.n_tokens)
+            return round(state_bytes + kv_bytes_per_token * n_tokens), "measured"
         return round(saved.n_bytes / saved.n_tokens * n_tokens), "measured"
 
     def _held(self, slot: Slot) -> int:
@@ -183,7 +190,7 @@ class KvReader:
             return SlotBlocks(self._url, number, True)
         with self._manager.table.lock:
             conversation = record.conversation[1] if record.conversation else None
-            is_pinned = self._manager.table.is_pinned(record)
+            is_pinned = record.conversation in self._manager.table.shelf.pinned
             blocks = tuple(_blocks(record, self._bytes(shape, record.n_held)[0]))
         return SlotBlocks(self._url, number, True, conversation, is_pinned, blocks)
 

@@ -1,4 +1,4 @@
-"""What a llama-server answers, typed."""
+"""The answers of a llama-server as typed values."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ServerProps:
-    """What a server says of itself.
+    """A server's properties.
 
-    `boot` differs each time the server is started; "" from servers that don't tell.
-    Units: `n_ctx` tokens a slot.
+    `boot` differs at each start of the server; "" if the server does not report it.
+
+    Units: `n_ctx` tokens per slot.
     """
 
     n_slots: int
@@ -28,7 +29,7 @@ class ServerProps:
 
 @dataclass(frozen=True, slots=True)
 class ModelMeta:
-    """What a server says of its model; None where this server does not tell."""
+    """The model's metadata; None for values that the server does not report."""
 
     n_vocab: int | None = None
     n_ctx_train: int | None = None
@@ -39,9 +40,9 @@ class ModelMeta:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One slot, as the server lists it; which tokens it holds, llama-server does not tell.
+    """One slot as the server lists it, which does not include the tokens themselves.
 
-    Units: `n_tokens` tokens held, None from a server that does not tell.
+    Units: `n_tokens` tokens held, None if the server does not report it.
     """
 
     id: int
@@ -52,7 +53,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class TokenProbabilities:
-    """The likeliest tokens at one position, best first."""
+    """The most likely tokens at one position, best first."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -60,12 +61,12 @@ class TokenProbabilities:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What one request brought.
+    """The answer to one request.
 
     Units: `n_prompt` ids sent, `n_cached` of them found in the slot, `n_prefilled` decoded;
-    `n_predicted` tokens sampled, `n_held` tokens in the slot afterwards (None: not told);
-    `first_token_s` is the time of the whole request less what the server needed for the tokens
-    after the first. A streamed answer's `token_ids` end where the stream left one out.
+    `n_predicted` tokens sampled, `n_held` tokens in the slot afterwards (None: not reported);
+    `first_token_s` is the time of the whole request minus the server's time for the tokens after
+    the first. A streamed answer's `token_ids` end before the first id that the stream omitted.
     """
 
     token_ids: TokenIds
@@ -84,7 +85,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a streamed answer; the last one has the whole answer's `completion`."""
+    """A part of a streamed answer; the last one has the `completion` of the whole answer."""
 
     text: str
     token_ids: TokenIds
@@ -102,13 +103,12 @@ class SlotFile:
 
 @dataclass(frozen=True, slots=True)
 class Reused:
-    """A completion, and how much of its prompt was there already.
+    """A completion, and how much of its prompt was reused.
 
-    Units: `n_live` first tokens of the prompt that the slot held by our record, or else
-    `n_restored` tokens of a saved file that the server used, which are fewer than the prompt has
-    in common with the file where the server goes back to a context checkpoint;
-    `completion.n_cached` is all that the server used. `first_token_s` includes waiting for a
-    slot, saving what it held, and restoring.
+    Units: the slot held the prompt's first `n_live` tokens by our record, or else the server used
+    `n_restored` tokens of a saved file. These are fewer than the tokens in common with the file if
+    the server went back to a context checkpoint. `completion.n_cached` counts all tokens that the
+    server reused. `first_token_s` includes waiting for a slot, saving its contents and restoring.
     """
 
     completion: Completion
@@ -122,10 +122,11 @@ class Reused:
 class ReuseStats:
     """Counters of the slot manager.
 
-    Units: `prompt_tokens` sent; of these the server decoded neither the `context_tokens`, which its
-    slot still held, nor the `restored_tokens` of a saved file; `refusals` what was not reused,
-    saved or kept, by reason; `n_stale_files` evicted files that lie on where the slot folder can't
-    be reached, `n_stale_bytes` their bytes (their names are used again first).
+    Units: `prompt_tokens` sent. Of these the server decoded neither the `context_tokens`, which its
+    slot still held, nor the `restored_tokens` of a saved file. `refusals` counts the times that
+    something was not reused, saved or kept, by reason. `n_stale_files` and `n_stale_bytes` are
+    evicted files that could not be deleted because the slot folder can't be reached; new files
+    take their names first.
     """
 
     requests: int
@@ -149,6 +150,6 @@ class ReuseStats:
 
     @property
     def token_hit_rate(self) -> float:
-        """Prompt tokens that were not decoded over all prompt tokens, 0.0 before the first."""
+        """The share of prompt tokens that were not decoded, 0.0 before the first."""
         n_reused = self.context_tokens + self.restored_tokens
         return n_reused / self.prompt_tokens if self.prompt_tokens else 0.0

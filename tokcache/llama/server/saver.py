@@ -1,4 +1,4 @@
-"""Saving, erasing and settling slots, on the request's path or off it."""
+"""Saves, erases and settles slots, on the request's path or in the background."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ if TYPE_CHECKING:
     from tokcache.llama.server.results import SlotFile
     from tokcache.llama.server.settings import SlotSettings
     from tokcache.llama.server.shelf import Shelf
-    from tokcache.llama.server.table import SlotRecord, SlotTable
+    from tokcache.llama.server.slot import SlotRecord
     from tokcache.llama.server.trust import Trust
+    from tokcache.text.token_ids import TokenIds
 
-_MAX_WORKERS = 4096  # one for each slot: none waits until another one is saved
+_MAX_WORKERS = 4096  # one for each slot, so no save waits for another
 _LOOK_AGAIN_S = 0.05
 _log = logging.getLogger(__name__)
 
 
 class Saver:
-    """What is done to a slot that one has.
+    """Saves and erases slots on behalf of whoever has them.
 
-    Threads: safe; the slot is the caller's until it is released.
+    Threads: safe; nobody else may change the slot until it is released.
     """
 
     def __init__(
         self,
         connection: Connection,
         settings: SlotSettings,
-        table: SlotTable,
         shelf: Shelf,
         trust: Trust,
     ) -> None:
         self._connection = connection
         self._settings = settings
-        self._table = table
+        self._lock = threading.Lock()
         self._shelf = shelf
         self._trust = trust
         self._pending: dict[SlotRecord, Future[None]] = {}
         self._workers = self._new_workers()
 
-    def is_worth_saving(self, slot: SlotRecord) -> bool:
-        """Return whether what a slot holds should be kept."""
-        if slot.space is None or len(slot.tokens) < self._settings.min_save_tokens:
+    def is_worth_saving(self, namespace: bytes | None, tokens: TokenIds) -> bool:
+        """Return whether a slot that holds `tokens` should be saved."""
+        if namespace is None or len(tokens) < self._settings.min_save_tokens:
             return False
-        return bool(self._trust.kinds(adapters_of(slot.space)))
+        return bool(self._trust.kinds(adapters_of(namespace)))
 
     def save(self, slot: SlotRecord, *, is_count_known: bool = True) -> Steps[None]:
-        """Write a slot to a file, unless one has just that, or it does not fit the budget."""
+        """Write a slot to a file, unless a file already covers it or the budget is too small."""
         name = self._name_for(slot)
         if name is None:
             return
@@ -65,16 +65,18 @@ class Saver:
         try:
             saved = yield calls.save_slot(slot.id, name)
         except ServerError as error:
-            with self._table.lock:
+            with slot.lock:
                 self._shelf.note_stale(name)
             self._trust.degrade("save_failed", error)
             return
-        is_as_recorded = saved.n_tokens == slot.n_held or not is_count_known or slot.space is None
+        is_as_recorded = (
+            saved.n_tokens == slot.n_held or not is_count_known or slot.namespace is None
+        )
         if not is_as_recorded or saved.n_tokens < self._settings.min_save_tokens:
             self._trust.refuse("slot_changed_by_others")
-            with self._table.lock:
+            with slot.lock:
                 self._shelf.note_stale(name)
-            slot.forget()
+            slot.lost()
             return
         self._trust.count("save", seconds=perf_counter() - began)
         self._trust.went_well("save_failed", "no_slot_save_path", "slot_changed_by_others")
@@ -83,46 +85,48 @@ class Saver:
     def _keep(self, slot: SlotRecord, saved: SlotFile) -> None:
         if saved.n_tokens:
             self._trust.saved = saved
-        with self._table.lock:
-            if slot.space is None or slot.is_condemned:  # forgotten while it was written
+        with slot.lock:
+            if slot.namespace is None or slot.is_condemned:  # cleared during the save
                 self._shelf.note_stale(saved.filename)
                 return
-            slot.n_held, slot.tokens = saved.n_tokens, slot.tokens[: saved.n_tokens]
+            slot.saved(saved.n_tokens)
             self._shelf.add(
                 saved,
-                slot.space,
+                slot.namespace,
                 slot.tokens,
                 n_prompt=slot.n_prompt,
                 conversation=slot.conversation[1] if slot.conversation else None,
-                is_pinned=self._table.is_pinned(slot),
-                is_superseding=not self._is_whole_only(slot.space),
+                is_pinned=slot.conversation in self._shelf.pinned,
+                is_superseding=not self._is_whole_only(slot.namespace),
                 gap=slot.gap,
             )
 
-    def _is_whole_only(self, space: bytes) -> bool:
-        # Where a file can't be used in part, a longer one does not replace it.
-        return self._settings.reproducible or PROMPT not in self._trust.kinds(adapters_of(space))
+    def _is_whole_only(self, namespace: bytes) -> bool:
+        # If the server can't use a part of a file, a longer file does not replace a shorter one.
+        return self._settings.reproducible or PROMPT not in self._trust.kinds(
+            adapters_of(namespace)
+        )
 
     def _name_for(self, slot: SlotRecord) -> str | None:
-        with self._table.lock:
-            slot.is_saved = True
-            if slot.space is None or not self.is_worth_saving(slot):
+        with slot.lock:
+            slot.saving()
+            if slot.namespace is None or not self.is_worth_saving(slot.namespace, slot.tokens):
                 return None
-            is_whole_only = self._is_whole_only(slot.space)
+            is_whole_only = self._is_whole_only(slot.namespace)
             if self._shelf.covers(
-                slot.space, slot.tokens, slot.n_held, is_whole_only=is_whole_only
+                slot.namespace, slot.tokens, slot.n_held, is_whole_only=is_whole_only
             ):
                 return None
-            if not self._shelf.make_room(int((self._trust.token_bytes or 0) * slot.n_held)):
+            if not self._shelf.make_room(int((self._trust.kv_bytes_per_token or 0) * slot.n_held)):
                 self._trust.refuse("file_over_budget")
                 return None
-            return self._shelf.name_for(slot.space, slot.tokens, slot.n_held)
+            return self._shelf.name_for(slot.namespace, slot.tokens, slot.n_held)
 
     def erase(self, slot: SlotRecord) -> Steps[None]:
         """Empty a slot."""
-        slot.forget()
+        slot.lost()
         if not self._trust.can_save:
-            return  # "cache_prompt": false drops what the slot holds, too
+            return  # the next request empties the slot with "cache_prompt": false
         try:
             yield calls.erase_slot(slot.id)
             self._trust.count("erase")
@@ -133,20 +137,21 @@ class Saver:
             self._trust.degrade("erase_failed", error)
 
     def empty(self, slot: SlotRecord) -> Steps[None]:
-        """Empty a slot, and leave nothing of it in the server's memory."""
+        """Empty a slot and leave none of its tokens in the server's memory."""
         yield from self.erase(slot)
-        # A server without a slot folder erases nothing either: there one token takes the place.
+        # A server without a slot folder can't erase: decoding one token replaces the contents.
         if not self._trust.can_save:
-            slot.adapters = None
+            slot.loaded(None)
             asked = {"n_predict": 0, "cache_prompt": False, "id_slot": slot.id}
             yield calls.completion(probe_tokens(None)[:1], asked)
 
     def settle(self, slot: SlotRecord, *, is_known: bool) -> Steps[None]:
-        """Wait until the server has noticed that a request is over; keep what is known.
+        """Save or erase a slot once the server has noticed that the request is over.
 
-        Saving and erasing wait for the slot; a completion sent to a busy slot would not be safe.
+        The server delays saving and erasing until the slot is idle. Without them, ask until it is:
+        the next completion must not reach a busy slot.
         """
-        if is_known and self.is_worth_saving(slot):
+        if is_known and self.is_worth_saving(slot.namespace, slot.tokens):
             yield from self.save(slot, is_count_known=False)
             if slot.n_held:
                 return
@@ -166,21 +171,21 @@ class Saver:
             threading.Event().wait(_LOOK_AGAIN_S)
 
     def in_background(self, slot: SlotRecord, steps: Steps[None]) -> None:
-        """Perform steps off the request's path; then the slot is free again."""
-        self._table.settle(slot)
-        with self._table.lock:
+        """Perform steps in the background, then release the slot."""
+        slot.settle()
+        with self._lock:
             workers = self._workers
         try:
             task = workers.submit(self._work, slot, steps)
-        except RuntimeError:  # closed meanwhile
+        except RuntimeError:  # the saver was closed
             self._work(slot, steps)
             return
-        with self._table.lock:
+        with self._lock:
             self._pending[slot] = task
 
     def pending(self, slot: SlotRecord) -> Future[None] | None:
-        """Return what ends when a slot is saved or has settled."""
-        with self._table.lock:
+        """Return the future of a slot's background steps, None if it never had any."""
+        with self._lock:
             return self._pending.get(slot)
 
     def _work(self, slot: SlotRecord, steps: Steps[Any]) -> None:
@@ -189,15 +194,15 @@ class Saver:
             if slot.is_condemned:
                 drive(self.empty(slot), self._connection)
         except ServerError as error:
-            slot.forget()
+            slot.lost()
             self._trust.refuse("settling_failed")
             _log.debug("slot %d: %s", slot.id, error)
         finally:
-            self._table.release(slot)
+            slot.release()
 
     def flush(self, timeout_s: float | None) -> None:
-        """Wait until all that is being saved is saved."""
-        with self._table.lock:
+        """Wait until all pending saves are done."""
+        with self._lock:
             pending = list(self._pending.values())
         _, late = wait(pending, timeout_s)
         if late:
@@ -206,11 +211,12 @@ class Saver:
             )
 
     def close(self) -> None:
-        """Wait for what is being saved."""
+        """Wait until all pending saves are done, and end the threads."""
         self._workers.shutdown(wait=True)
 
     def after_fork(self) -> None:
-        """Begin anew: threads do not live on in a child."""
+        """Start with new threads: those of the parent do not run in the child."""
+        self._lock = threading.Lock()
         self._pending = {}
         self._workers = self._new_workers()
 

@@ -9,29 +9,29 @@ from tokcache._validate import require_bool, require_int, require_seconds, requi
 from tokcache.errors import InvalidConfig
 from tokcache.llama.server.model import require_kv_type
 
-PART_TOKENS = 64  # what reports and look-ups count in
+PART_TOKENS = 64  # the step in which reports and look-ups count tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotSettings:
     """How slots are kept and reused.
 
-    `slot_folder` is the server's --slot-save-path where this process can reach it: files are
-    deleted there. `slot_ids` are the slots to use, all by default. `on_error`: "degrade" serves
-    without reuse what can't be saved or restored, and counts it; "raise" raises.
-    `reproducible` restores only what was decoded in pieces that end at multiples of
-    `block_tokens`, into an empty slot: with full attention, answers and their probabilities are
+    `slot_folder` is the server's --slot-save-path as this process reaches it, to delete files.
+    `slot_ids` are the slots to use, by default all. If a slot can't be saved or restored,
+    `on_error` "degrade" serves the prompt without reuse and counts that; "raise" raises.
+    `reproducible` restores only states that were decoded in pieces ending at multiples of
+    `block_tokens`, into an empty slot. With full attention, answers and probabilities then equal
     those of an uncached run on the same server (tests/integration/test_server_slots.py). The
-    server must decode in pieces of `block_tokens`, every slot in a stream of its own (--batch-size,
-    --ubatch-size, --no-kv-unified), and serve nobody else, for it decodes tokens of several slots
-    in one batch; requests take turns. For models with a sliding window, recurrent and hybrid ones
-    it must run with --ctx-checkpoints 0 then, for it stops decoding where it makes a checkpoint.
-    `kv_type` is the server's --cache-type-k and -v, which it does not tell. `save_when`
-    "answered" saves a slot after each answer, off the request's path, so that a restart of the
-    server loses nothing; "overwritten" saves it before another prompt takes the slot.
+    server must decode in pieces of `block_tokens` with a separate stream for each slot
+    (--batch-size, --ubatch-size, --no-kv-unified). It must serve nobody else, because it decodes
+    tokens of several slots in one batch; requests take turns. For models with a sliding window,
+    recurrent and hybrid models it must also run with --ctx-checkpoints 0, because making a
+    checkpoint ends a piece. `kv_type` is the server's --cache-type-k and -v, which it does not
+    report. `save_when` "answered" saves a slot after each answer, off the request's path, so a
+    restart of the server loses nothing; "overwritten" saves it before another prompt gets the slot.
 
-    Units:  `max_bytes` of all files, an int or a size such as "8G", with those that earlier clients
-            left in `slot_folder`; `max_age_s` since a file was last used; prompts shorter than
+    Units:  `max_bytes` of all files, those of earlier clients in `slot_folder` included, as an int
+            or a size such as "8G"; `max_age_s` since a file was last used; prompts shorter than
             `min_save_tokens` are not saved.
     Errors: InvalidConfig.
     """

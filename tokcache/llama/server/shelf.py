@@ -1,10 +1,9 @@
-"""The saved slots of one server: which file holds which tokens, and which must go.
+"""The saved slots of one server: the tokens that each file holds, and the choice of evictions.
 
-Files are named by a keyed digest of what they hold: nobody can guess a name, and no two clients,
-which may serve other models, have one in common. Where the
-slot folder can be reached, what is evicted is deleted, and before it what earlier clients left
-there; where it can't, its name is the first to be used again, so that the folder grows no further,
-and the figures say how much lies there.
+A file's name is a keyed digest of its contents. Nobody can guess a name, and two clients, which may
+use different models, never share one. If the slot folder can be reached, an evicted file is
+deleted, and the files of earlier clients go first. If it can't be reached, new files take the names
+of evicted ones first, so the folder stops growing, and the counters report the bytes in it.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ _SWEEP_EVERY_S = 60.0
 _DIGEST_BYTES = 20
 _SCOPE_BYTES = 16
 _PREFIX = "tokcache-"
-# What requests without adapters of their own use: those that the server was started with.
+# The key for requests that name no adapters: they use those that the server was started with.
 NO_ADAPTERS = b"null"
-_MAX_SCALE = 1e30  # an int beyond the range of floats is left as it is
+_MAX_SCALE = 1e30  # a larger int may not fit a float
 _NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{2 * _DIGEST_BYTES}}}\.bin")
 
 
@@ -44,13 +43,14 @@ _NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{2 * _DIGEST_BYTES}}}\.bin")
 class SavedSlot:
     """One file.
 
-    `is_whole_only`: the server that wrote it left out what it needs to use a part of it.
+    `is_whole_only`: the file lacks the checkpoints that the server needs to use a part of it.
 
-    Units: `n_saved` tokens in it, of which `tokens` are known, the first `n_prompt` a prompt's.
+    Units: the file holds `n_saved` tokens, of which `tokens` are known; the first `n_prompt` belong
+           to a prompt.
     """
 
     name: str
-    space: bytes
+    namespace: bytes
     tokens: TokenIds
     n_prompt: int
     n_saved: int
@@ -67,7 +67,7 @@ class SavedSlot:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file and how many of a prompt's first tokens it holds. `kind`: how the prompt continues."""
+    """A file that holds a prompt's first `n_tokens`; `kind` is how the prompt continues it."""
 
     file: SavedSlot
     n_tokens: int
@@ -75,7 +75,7 @@ class Found:
 
 
 def n_common(one: TokenIds, other: TokenIds) -> int:
-    """Return how many first tokens are the same."""
+    """Return the length of the common prefix."""
     n_both = min(len(one), len(other))
     is_different = one.numpy()[:n_both] != other.numpy()[:n_both]
     first = int(is_different.argmax()) if n_both else 0
@@ -83,13 +83,13 @@ def n_common(one: TokenIds, other: TokenIds) -> int:
 
 
 class Shelf:
-    """The files of one server, within a budget of bytes and of age.
+    """The files of one server, within limits of bytes and age.
+
+    `trust` counts the reasons why a file was not kept or not deleted.
 
     Units: `max_bytes` of all files; `max_age_s` since a file was last used; prefixes are looked
-           up in steps of `step` tokens, shorter ones are not found.
-    `trust` counts why a file was not kept or not deleted.
-
-    Threads: not safe; the slot manager's lock is around it.
+           up in steps of `step` tokens, and shorter ones are not found.
+    Threads: not safe; callers hold the lock of the table of slots.
     """
 
     def __init__(
@@ -109,7 +109,9 @@ class Shelf:
         self._files: dict[str, SavedSlot] = {}
         self._by_chain: dict[bytes, dict[SavedSlot, None]] = {}
         self._stale: dict[str, int] = {}
-        # What clients before this one left in the folder, oldest first, with its bytes.
+        # Conversations to keep, each with the key of its scope.
+        self.pinned: set[tuple[bytes, str]] = set()
+        # Files that earlier clients left in the folder, oldest first, and their bytes.
         self._left: dict[str, int] = {}
         self._swept_at = time.monotonic()
         self.is_folder_reachable: bool | None = None
@@ -125,46 +127,49 @@ class Shelf:
 
     @property
     def n_stale_files(self) -> int:
-        """Evicted files that lie on, for the folder can't be reached."""
+        """Evicted files that could not be deleted."""
         return len(self._stale)
 
     @property
     def n_stale_bytes(self) -> int:
-        """Bytes of those."""
+        """Bytes of evicted files that could not be deleted."""
         return sum(self._stale.values())
 
-    def find(self, space: bytes, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
-        """Return the file that holds the most of `prompt`; the last token is always decoded.
+    def find(self, namespace: bytes, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
+        """Return the file that holds most of `prompt`, its last token excluded.
 
-        `kinds`: how prompts may continue a file.
+        `kinds` are the allowed ways to continue a file. The last token is always decoded, to get
+        its logits.
 
-        Cost: the prompt's length, and the files that share as much of it as the best one.
+        Cost: O(len(prompt)), and a comparison with each file that shares as much as the best one.
         """
         self._sweep_when_due()
         best: Found | None = None
         seen: set[str] = set()
-        for link in reversed(self._chain(space, prompt)):
+        for link in reversed(self._chain(namespace, prompt)):
             for file in self._by_chain.get(link, ()):
                 if file.name not in seen:
                     seen.add(file.name)
                     best = _better(best, _match(file, prompt, kinds))
             if best is not None:
-                break  # files found at an earlier link share less
+                break  # files at earlier links share less
         return best
 
-    def name_for(self, space: bytes, tokens: TokenIds, n_held: int) -> str:
-        """Return the name for a slot that holds `n_held` tokens, `tokens` the first of them."""
+    def name_for(self, namespace: bytes, tokens: TokenIds, n_held: int) -> str:
+        """Return a file name for a slot of `n_held` tokens that starts with `tokens`."""
         if self._stale:
             return self._stale.popitem()[0]
         digest = hashlib.blake2b(key=self._key, digest_size=_DIGEST_BYTES)
-        digest.update(len(space).to_bytes(8, "little") + space)
+        digest.update(len(namespace).to_bytes(8, "little") + namespace)
         digest.update(n_held.to_bytes(8, "little"))
         digest.update(memoryview(tokens))
         return f"{_PREFIX}{digest.hexdigest()}.bin"
 
-    def covers(self, space: bytes, tokens: TokenIds, n_held: int, *, is_whole_only: bool) -> bool:
-        """Return whether a file serves all that a slot of `n_held` tokens would."""
-        chain = self._chain(space, tokens)
+    def covers(
+        self, namespace: bytes, tokens: TokenIds, n_held: int, *, is_whole_only: bool
+    ) -> bool:
+        """Return whether some file serves every prompt that a slot of `n_held` tokens serves."""
+        chain = self._chain(namespace, tokens)
         return any(
             _is_prefix(tokens, file.tokens)
             and (
@@ -176,7 +181,7 @@ class Shelf:
         )
 
     def make_room(self, n_bytes: int) -> bool:
-        """Evict until `n_bytes` more fit; return whether they do."""
+        """Evict files until `n_bytes` more fit; return whether they fit."""
         if n_bytes > self._max_bytes:
             return False
         n_over = self.n_bytes + sum(self._left.values()) + n_bytes - self._max_bytes
@@ -196,7 +201,7 @@ class Shelf:
     def add(
         self,
         saved: SlotFile,
-        space: bytes,
+        namespace: bytes,
         tokens: TokenIds,
         *,
         n_prompt: int,
@@ -205,7 +210,7 @@ class Shelf:
         is_superseding: bool,
         gap: Gap = NO_GAP,
     ) -> SavedSlot | None:
-        """Note a file that was written; None if it does not fit the budget, and is dropped."""
+        """Record a file that was written; drop it and return None if it exceeds the budget."""
         replaced = self._files.get(saved.filename)
         if replaced is not None:
             self._unlist(replaced)
@@ -213,7 +218,7 @@ class Shelf:
         self._sweep_when_due()
         file = SavedSlot(
             name=saved.filename,
-            space=space,
+            namespace=namespace,
             tokens=tokens,
             n_prompt=n_prompt,
             n_saved=saved.n_tokens,
@@ -221,7 +226,7 @@ class Shelf:
             conversation=conversation,
             is_pinned=is_pinned,
             gap=gap,
-            chain=tuple(self._chain(space, tokens)),
+            chain=tuple(self._chain(namespace, tokens)),
         )
         if self.is_folder_reachable is None:
             self.is_folder_reachable = self._is_there(saved)
@@ -237,25 +242,32 @@ class Shelf:
         return file
 
     def drop(self, file: SavedSlot) -> None:
-        """Forget a file, and delete it where that is possible."""
+        """Remove a file from the records, and delete it if possible."""
         if self._files.get(file.name) is not file:
             return
         self._unlist(file)
         self._remove(file.name, file.n_bytes)
 
     def clear(self, adapters: bytes | None = None) -> None:
-        """Forget all files, or those with `adapters`, and delete them where that is possible."""
+        """Drop all files, or those that were decoded with `adapters`."""
         for file in list(self):
-            if adapters is None or adapters_of(file.space) == adapters:
+            if adapters is None or adapters_of(file.namespace) == adapters:
                 self.drop(file)
 
-    def restrict(self, adapters: frozenset[bytes]) -> None:
-        """Note that the files with `adapters` are of use as a whole only."""
+    def pin(self, conversation: tuple[bytes, str], *, is_pinned: bool) -> None:
+        """Keep a conversation's slot and files from eviction, or allow it again."""
+        (self.pinned.add if is_pinned else self.pinned.discard)(conversation)
         for file in self:
-            file.is_whole_only |= adapters_of(file.space) in adapters
+            if (scope_of(file.namespace), file.conversation) == conversation:
+                file.is_pinned = is_pinned
+
+    def restrict(self, adapters: frozenset[bytes]) -> None:
+        """Record that the server can use files with these adapters only as a whole."""
+        for file in self:
+            file.is_whole_only |= adapters_of(file.namespace) in adapters
 
     def abandon(self) -> None:
-        """Forget all files without deleting one: they are another process's."""
+        """Remove all files from the records, but delete none: they belong to another process."""
         self._files.clear()
         self._by_chain.clear()
         self._stale.clear()
@@ -268,14 +280,14 @@ class Shelf:
         return list(self._stale)
 
     def note_overwritten(self, name: str, n_bytes: int) -> None:
-        """Note that a dropped file holds an empty slot now."""
+        """Record that a dropped file now holds an empty slot."""
         if name in self._stale:
             self._stale[name] = n_bytes
 
     def is_intact(self, file: SavedSlot) -> bool:
-        """Return whether a file is as long as it was, where that can be seen.
+        """Return whether a file still has its size; True if the folder can't be reached.
 
-        A server that reads a file that was cut off may end.
+        Reading a truncated file may crash the server.
         """
         if not self.is_folder_reachable or self._folder is None:
             return True
@@ -285,20 +297,20 @@ class Shelf:
             return False
 
     def note_stale(self, name: str) -> None:
-        """Note that a file may lie under `name`, half written, say."""
+        """Record that a file `name` may exist, for example half written."""
         if name not in self._files:
             self._remove(name, 0)
 
     def touch(self, file: SavedSlot) -> None:
-        """Note that a file was used."""
+        """Record that a file was used."""
         file.used_at = time.monotonic()
         file.n_uses += 1
         if self._folder is not None and self.is_folder_reachable:
-            with contextlib.suppress(OSError):  # pruned by its age meanwhile: found out on restore
+            with contextlib.suppress(OSError):  # deleted by others; the restore reports it
                 os.utime(self._folder / file.name)
 
     def take_stock(self) -> None:
-        """Count what earlier clients left in the folder: it is the first to go for the budget."""
+        """Count the files of earlier clients in the folder; the budget evicts them first."""
         if self._folder is None:
             return
         found = sorted(self._others(), key=lambda each: each[1].st_mtime)
@@ -310,7 +322,7 @@ class Shelf:
             self.sweep()
 
     def sweep(self) -> None:
-        """Drop what is too old, the files of others who are gone included."""
+        """Drop files that are too old, including those of other clients."""
         self._swept_at = time.monotonic()
         oldest = time.monotonic() - self._max_age_s
         for file in list(self):
@@ -323,13 +335,13 @@ class Shelf:
                 self._unlink_left(name)
 
     def _others(self) -> list[tuple[str, os.stat_result]]:
-        """Return the files in the folder that look like ours, and are not."""
+        """Return the files in the folder that have our form of name but are not ours."""
         found = []
         try:
             for entry in os.scandir(self._folder) if self._folder is not None else ():
                 is_ours = entry.name in self._files or entry.name in self._stale
                 if _NAME.fullmatch(entry.name) and not is_ours:
-                    with contextlib.suppress(FileNotFoundError):  # its owner was faster
+                    with contextlib.suppress(FileNotFoundError):  # its owner deleted it
                         found.append((entry.name, entry.stat()))
         except OSError:
             self._trust.refuse("folder_not_readable")
@@ -383,10 +395,10 @@ class Shelf:
             return False
 
     def _drop_older_than(self, newer: SavedSlot) -> None:
-        """Drop what a newer file holds, too.
+        """Drop the files that a newer file replaces.
 
-        Of an earlier turn of the same conversation the answer may differ: the conversation went on
-        with another one, as far as it was edited, or sampled again.
+        For an earlier turn of the same conversation only the prompt must agree: its answer may have
+        been edited or sampled again.
         """
         ending = [
             file
@@ -400,8 +412,8 @@ class Shelf:
             if is_idle and not is_kept and _is_replaced(file, newer):
                 self.drop(file)
 
-    def _chain(self, space: bytes, tokens: TokenIds) -> list[bytes]:
-        digest = hashlib.blake2b(space, key=self._key, digest_size=16)
+    def _chain(self, namespace: bytes, tokens: TokenIds) -> list[bytes]:
+        digest = hashlib.blake2b(namespace, key=self._key, digest_size=16)
         links = []
         view = memoryview(tokens).cast("B")
         n_bytes = self._step * memoryview(tokens).itemsize
@@ -414,7 +426,7 @@ class Shelf:
 def _match(file: SavedSlot, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
     n_same = n_common(file.tokens, prompt)
     n_tokens = min(n_same, len(prompt) - 1)
-    # Tokens of the file that are not known come after the known ones: then it is not whole.
+    # A file with unknown tokens after the known ones is never continued as a whole.
     if n_tokens == len(file.tokens) == file.n_saved:
         kind = WHOLE
     else:
@@ -427,7 +439,7 @@ def _match(file: SavedSlot, prompt: TokenIds, kinds: frozenset[str]) -> Found | 
 def _better(one: Found | None, other: Found | None) -> Found | None:
     if one is None or other is None:
         return one or other
-    # Of equals the smaller file is read faster.
+    # For equal lengths the smaller file is faster to read.
     ours, theirs = ((it.n_tokens, -it.file.n_bytes) for it in (one, other))
     return other if theirs > ours else one
 
@@ -449,30 +461,30 @@ def _value(file: SavedSlot) -> tuple[bool, float]:
 
 
 def scope_key(scope: str | None) -> bytes:
-    """Return what all spaces of a scope begin with."""
+    """Return the key of a scope, which all its namespaces start with."""
     return hashlib.blake2b(repr(scope).encode(), digest_size=_SCOPE_BYTES).digest()
 
 
-def scope_of(space: bytes) -> bytes:
-    """Return the key of a space's scope."""
-    return space[:_SCOPE_BYTES]
+def scope_of(namespace: bytes) -> bytes:
+    """Return the key of a namespace's scope."""
+    return namespace[:_SCOPE_BYTES]
 
 
-def space_of(scope: str | None, lora: Any = None) -> bytes:
-    """Return the name of the space that prompts share only among themselves."""
+def namespace_of(scope: str | None, lora: Any = None) -> bytes:
+    """Return the namespace of a scope and of adapters: prompts share states only within one."""
     return scope_key(scope) + adapters_key(lora)
 
 
-def adapters_of(space: bytes) -> bytes:
-    """Return the key of a space's adapters."""
-    return space[_SCOPE_BYTES:]
+def adapters_of(namespace: bytes) -> bytes:
+    """Return the key of a namespace's adapters."""
+    return namespace[_SCOPE_BYTES:]
 
 
 def adapters_key(lora: Any) -> bytes:
-    """Return the same key for every way to write the same `lora` setting of a request.
+    """Return one key for all ways to write the same `lora` setting of a request.
 
-    Source: llama-server reads no adapters and an empty list alike as those it was started with,
-    takes the last scale of an id that comes twice, and 0 for an id that does not come.
+    Source: for a missing or empty list llama-server uses the adapters that it was started with. It
+    takes the last scale of an id that occurs twice, and 0 for an id that is missing.
     """
     if not lora:
         return NO_ADAPTERS

@@ -1,7 +1,7 @@
-"""Who performs the steps of a request: a thread, or an event loop.
+"""Runs the steps of a request in a thread or in an event loop.
 
-A request is written once, as a generator that yields steps (a call to the server, or a future to
-wait for) and is sent what each brought; an error is raised where the step was yielded.
+A request is written once, as a generator. It yields steps (a call to the server, or a future to
+wait for) and receives each result; an error is raised at the `yield` of its step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def drive(steps: Steps[T], connection: Connection) -> T:
         done, error = None, None
         try:
             done = _perform(step, connection)
-        except BaseException as raised:  # noqa: BLE001 (handed on to the steps)
+        except BaseException as raised:  # noqa: BLE001 (thrown into the generator)
             error = raised
 
 
@@ -46,7 +46,7 @@ async def adrive(steps: Steps[T], connection: Connection) -> T:
         done, error = None, None
         try:
             done = await _aperform(step, connection)
-        except BaseException as raised:  # noqa: BLE001 (handed on to the steps)
+        except BaseException as raised:  # noqa: BLE001 (thrown into the generator)
             error = raised
 
 

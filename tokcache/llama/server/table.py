@@ -1,83 +1,40 @@
-"""What each slot holds, who has it, and which slot or file a prompt had best begin from.
+"""The table of slots: chooses the slot or file that a prompt starts from.
 
-Nothing here talks to the server. Requests that find no slot wait in line; a slot that is being
-saved or settles after an abort is waited for only by those that gain by what it holds.
+Nothing here talks to the server. Requests that find no free slot wait in a queue. A request waits
+for a settling slot only if that slot's contents save it enough decoding.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokcache.llama.server.checkpoints import NO_GAP, Gap
 from tokcache.llama.server.settings import PART_TOKENS
 from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common, scope_of
-from tokcache.text.token_ids import TokenIds
+from tokcache.llama.server.slot import Condition, SlotRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from tokcache.text.token_ids import TokenIds
 
-# Tokens. A llama-server decodes nothing while it writes a slot: going past it gains little time.
+# Tokens. llama-server decodes nothing while it writes a slot, so taking another slot saves little
+# time.
 _WORTH_WAITING = PART_TOKENS
-
-
-class Condition(Enum):
-    """Who has a slot."""
-
-    FREE = auto()
-    BUSY = auto()
-    SETTLING = auto()
-
-
-@dataclass(eq=False, slots=True)
-class SlotRecord:
-    """What one slot holds: the first `tokens` of `n_held`, for `space`.
-
-    Units: `n_prompt` tokens that were a prompt's, before those of an answer.
-    """
-
-    id: int
-    condition: Condition = Condition.FREE
-    space: bytes | None = None
-    tokens: TokenIds = field(default_factory=TokenIds)
-    n_held: int = 0
-    n_prompt: int = 0
-    gap: Gap = NO_GAP
-    conversation: tuple[bytes, str] | None = None
-    since: float = field(default_factory=time.monotonic)
-    used_at: float = 0.0
-    n_uses: int = 0
-    # How often each part of 64 tokens was reused: the report's.
-    reuse: list[int] = field(default_factory=list)
-    is_saved: bool = True
-    # The adapters of its last request, None if they are not known.
-    adapters: bytes | None = None
-    # For whom it works, and whether what it then holds is to be erased.
-    user: bytes | None = None
-    is_condemned: bool = False
-
-    def forget(self) -> None:
-        """Note that the slot is empty, or that what it holds is not known."""
-        self.space, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
-        self.gap = NO_GAP
-        self.conversation, self.reuse, self.n_uses = None, [], 0
-        self.since, self.is_saved = time.monotonic(), True
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a request needs of a slot.
+    """The needs of a request.
 
-    `kinds`: how it may continue a saved slot; `is_file_only`: live contents are not good enough.
+    `kinds` are the allowed ways to continue a saved slot. `is_file_only`: it may not continue the
+    live contents of a slot.
     """
 
-    space: bytes
+    namespace: bytes
     prompt: TokenIds
     conversation: tuple[bytes, str] | None
     kinds: frozenset[str]
@@ -86,7 +43,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a prompt begins: in `slot`, with `n_live` tokens there, or with those of a file."""
+    """The start of a prompt in `slot`: after its `n_live` live tokens, or after a file's."""
 
     slot: SlotRecord
     n_live: int
@@ -105,22 +62,22 @@ class _Waiter:
 
 
 class SlotTable:
-    """The slots of one server, and the requests that wait for one.
+    """The slots of one server, and the queue of requests that wait for one.
 
-    Threads: safe, by `lock`, which also guards the shelf and is never held over a request.
+    Threads: safe, by `lock`, which also guards the slots and the shelf. It is never held during a
+             request to the server.
     """
 
     def __init__(self, ids: Iterable[int], shelf: Shelf, *, is_one_at_a_time: bool = False) -> None:
         self._is_one_at_a_time = is_one_at_a_time
         self.lock = threading.RLock()
         self.shelf = shelf
-        self.slots = {number: SlotRecord(number) for number in ids}
-        self.pinned: set[tuple[bytes, str]] = set()
+        self.slots = {number: self._new_slot(number) for number in ids}
         self.epoch = 0
         self._waiters: deque[_Waiter] = deque()
 
     def acquire(self, wish: Wish) -> Future[Start]:
-        """Return where `wish` begins, now or when a slot becomes free."""
+        """Return a future of the start for `wish`; it is done once a slot is free."""
         waiter = _Waiter(wish, Future())
         with self.lock:
             self._waiters.append(waiter)
@@ -128,95 +85,81 @@ class SlotTable:
         return waiter.future
 
     def cancel(self, future: Future[Start]) -> None:
-        """Leave the line, and free the slot if one was given."""
+        """Leave the queue; release the slot if the request already has one."""
         with self.lock:
             self._waiters = deque(each for each in self._waiters if each.future is not future)
             if not future.cancel():
                 self._unread(future.result())
-                self.release(future.result().slot)
+                future.result().slot.release()
 
     def again(self, start: Start, wish: Wish) -> Start:
-        """Return where `wish` begins in the slot it has, after something was forgotten."""
+        """Choose a start again in the same slot, after records were reset."""
         with self.lock:
             self._unread(start)
             return self._begin(start.slot, wish)
 
     def take(self, slot: SlotRecord) -> bool:
-        """Take one slot, past the line, if it is free."""
+        """Take one slot if it is free, before the queue."""
         with self.lock:
             is_free = slot.condition is Condition.FREE
             if is_free:
-                self._give(slot, None)
+                slot.begin(None)
             return is_free
 
     def abandon(self) -> None:
-        """Begin anew in the child of a fork, where other threads' requests are not."""
+        """Start empty in the child of a fork, where other threads' requests do not run."""
         self.lock = threading.RLock()
+        # The child may still read a parent's stream to its end, which records that in its slot.
+        for slot in self.slots.values():
+            slot.lock = self.lock
         self.slots.clear()
         self._waiters.clear()
 
     def from_nothing(self, start: Start) -> Start:
-        """Return a start in the same slot that promises nothing."""
+        """Return a start in the same slot that reuses nothing."""
         with self.lock:
             self._unread(start)
             return Start(start.slot, 0, None)
 
-    def settle(self, slot: SlotRecord) -> None:
-        """Note that a slot is being saved, or waited for."""
-        with self.lock:
-            slot.condition = Condition.SETTLING
-            self._wake()
-
-    def release(self, slot: SlotRecord) -> None:
-        """Give a slot back."""
-        with self.lock:
-            slot.condition, slot.user = Condition.FREE, None
-            slot.used_at = time.monotonic()
-            self._wake()
-
     def read(self, file: SavedSlot) -> None:
-        """Note that a file is no longer being read."""
+        """Record that one reader of a file has finished."""
         with self.lock:
             file.n_readers -= 1
 
     def resize(self, ids: Iterable[int]) -> None:
-        """Note that the server has other slots now."""
+        """Set the slots that the server has."""
         with self.lock:
             wanted = set(ids)
             for number in wanted - set(self.slots):
-                self.slots[number] = SlotRecord(number)
+                self.slots[number] = self._new_slot(number)
             for number in set(self.slots) - wanted:
                 del self.slots[number]
             self._wake()
 
-    def forget_contents(self) -> None:
-        """Note that no slot holds what it held: the server was started again."""
+    def reset_contents(self) -> None:
+        """Reset all slots: the server was restarted."""
         with self.lock:
             self.epoch += 1
             for slot in self.slots.values():
-                slot.forget()
-                slot.adapters = None
+                slot.reset()
 
     def condemn(self, scope: bytes | None) -> list[SlotRecord]:
-        """Return the slots that hold a scope's prompts, or anyone's; note which to erase later."""
+        """Return the slots with prompts of a scope, or of any; condemn those in use."""
         with self.lock:
             held = [
                 slot
                 for slot in self.slots.values()
                 if any(
-                    space and scope in (None, scope_of(space)) for space in (slot.space, slot.user)
+                    namespace and scope in (None, scope_of(namespace))
+                    for namespace in (slot.namespace, slot.user)
                 )
             ]
             for slot in held:
-                slot.is_condemned = slot.condition is not Condition.FREE
+                slot.condemn()
             return held
 
-    def _give(self, slot: SlotRecord, user: bytes | None) -> None:
-        slot.condition, slot.user, slot.is_condemned = Condition.BUSY, user, False
-
-    def is_pinned(self, slot: SlotRecord) -> bool:
-        """Return whether a slot's conversation is pinned."""
-        return slot.conversation in self.pinned
+    def _new_slot(self, number: int) -> SlotRecord:
+        return SlotRecord(number, self.lock, self._wake)
 
     def _wake(self) -> None:
         waiting: deque[_Waiter] = deque()
@@ -226,7 +169,7 @@ class SlotTable:
             if start is None:
                 waiting.append(waiter)
             elif waiter.future.set_running_or_notify_cancel():
-                self._give(start.slot, waiter.wish.space)
+                start.slot.begin(waiter.wish.namespace)
                 waiter.future.set_result(start)
             else:
                 self._unread(start)
@@ -267,36 +210,41 @@ class SlotTable:
         return Start(slot, n_live, found)
 
     def _found(self, wish: Wish) -> Found | None:
-        return self.shelf.find(wish.space, wish.prompt, wish.kinds) if wish.kinds else None
+        return self.shelf.find(wish.namespace, wish.prompt, wish.kinds) if wish.kinds else None
 
     def _live(
         self, wish: Wish, slots: Iterable[SlotRecord], condition: Condition = Condition.FREE
     ) -> tuple[SlotRecord, int] | None:
-        """Return the slot that holds the most of a prompt, and how much of it."""
+        """Return the slot that holds most of a prompt, and the number of tokens."""
         if wish.is_file_only:
             return None
         matches = [
             (slot, _n_usable(slot, wish.prompt))
             for slot in slots
-            if slot.space == wish.space and slot.condition is condition
+            if slot.namespace == wish.namespace and slot.condition is condition
         ]
-        # Of equals the one that loses least.
+        # For equal matches take the slot that holds fewer other tokens.
         return max(matches, key=lambda match: (match[1], -match[0].n_held), default=None)
 
     def _is_better(self, live: tuple[SlotRecord, int], n_file: int) -> bool:
         slot, n_live = live
         if n_live != n_file:
             return n_live > n_file
-        # A slot that would lose most of what it holds is left alone where a file does as well.
+        # If a file serves as well, keep a slot that would lose most of its contents.
         return 2 * n_live >= slot.n_held
 
     def _loss(self, slot: SlotRecord) -> tuple[bool, bool, bool, float]:
         is_empty = slot.n_held == 0
-        return (not is_empty, self.is_pinned(slot), not slot.is_saved, slot.used_at)
+        return (
+            not is_empty,
+            slot.conversation in self.shelf.pinned,
+            not slot.is_saved,
+            slot.used_at,
+        )
 
 
 def _n_usable(slot: SlotRecord, prompt: TokenIds) -> int:
-    """Return how many first tokens of a prompt need not be decoded in a slot."""
+    """Return the number of a prompt's first tokens that a slot need not decode."""
     n_tokens = min(n_common(slot.tokens, prompt), len(prompt) - 1)
-    # A prompt that goes on where the slot ends goes back to no checkpoint.
+    # A prompt that continues at the slot's end needs no checkpoint.
     return 0 if n_tokens < slot.n_held and n_tokens in slot.gap else n_tokens

@@ -1,4 +1,4 @@
-"""What a server has shown to be true: counters, what it can do, which restores bring something."""
+"""Counters, and the evidence of whether a server can save slots and uses restored ones."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _NOT_RESTORED = {
     PROMPT: "saved slots are no longer restored for prompts that differ within the saved prompt",
 }
 _CHECKPOINTS = (
-    "models with a sliding window, recurrent and hybrid ones continue a restored slot only at"
+    "models with a sliding window, recurrent and hybrid models continue a restored slot only at"
     " llama-server's context checkpoints: start it with --ctx-checkpoints 32, its default, or use"
-    " tokcache.llama.Llama, which needs none"
+    " tokcache.llama.Llama, which needs no checkpoints"
 )
 _WITHOUT_CHECKPOINTS = (
-    "models with a sliding window, recurrent and hybrid ones continue a restored slot only at"
-    " llama-server's context checkpoints (--ctx-checkpoints 32), and those change in which pieces"
-    " it decodes, so that texts are not reproducible; tokcache.llama.Llama has both"
+    "models with a sliding window, recurrent and hybrid models continue a restored slot only at"
+    " llama-server's context checkpoints (--ctx-checkpoints 32), but those change the pieces in"
+    " which it decodes, so texts are not reproducible; tokcache.llama.Llama has no such limit"
 )
-# Refusals that someone can cure: what happens, and how it ends. Each is logged when it begins, and
-# when it is over; the counters have every one.
+# Refusals that the operator can end: the effect and the cure. The log has the first one and the end
+# of a series; the counters have every one.
 _IDLE_SLOTS = (
     "send no other requests to these slots, and start llama-server with --no-cache-idle-slots: with"
     " a unified KV cache it empties the idle slots at every request"
 )
 CURES = {
     "slot_not_used_by_server": (
-        "the server decoded again what a slot should hold",
+        "the server decoded tokens again that a slot should hold",
         f"{_IDLE_SLOTS}; {_CHECKPOINTS}",
     ),
-    "slot_changed_by_others": ("a slot held other tokens than were sent", _IDLE_SLOTS),
+    "slot_changed_by_others": ("a slot held other tokens than those we sent", _IDLE_SLOTS),
     "no_slot_save_path": (
         "slots are reused, but not saved",
         "start llama-server with --slot-save-path FOLDER",
@@ -56,16 +56,16 @@ CURES = {
     ),
     "restore_failed": (
         "a saved slot could not be restored",
-        "start llama-server with the options of the one that saved it, and leave its files alone",
+        "start llama-server with the options that it had when it saved, and keep its files unchanged",
     ),
     "erase_failed": ("a slot could not be erased", "the server's log says why"),
     "server_not_understood": (
         "its answers are not those of a llama-server; prompts are served without reuse",
-        "the url must be a llama-server's own, of 2024 or later",
+        "the url must be that of a llama-server of 2024 or later",
     ),
     "slots_not_told": ("the slots can't be listed", "start llama-server without --no-slots"),
     "file_over_budget": (
-        "a saved slot is larger than all files may be, or than what pinned ones leave",
+        "a saved slot does not fit max_bytes besides the pinned ones",
         "raise max_bytes of SlotSettings, or unpin conversations",
     ),
     "file_not_deleted": (
@@ -77,15 +77,15 @@ CURES = {
         "it must be the server's --slot-save-path, and readable for this process",
     ),
 }
-_N_GOOD_AGAIN = 8  # in a row: what fails now and then is one state, not many
+_N_GOOD_AGAIN = 8  # successes in a row that end a series, so that rare failures are one series
 
 
 class Trust:
-    """Counts what happened, and stops restores that bring nothing.
+    """Counts events, and stops restores that the server does not use.
 
-    Verdicts are kept by adapters and by the way in which a prompt continues a saved slot; they
-    hold for one model and one start of the server. A restore helped if the server then used at
-    least half of the tokens: at its context checkpoints it uses fewer than prompt and slot have in
+    Verdicts are kept for each set of adapters and each way to continue a saved slot; they hold for
+    one model and one start of the server. A restore helped if the server then used at least half of
+    its tokens: if it goes back to a context checkpoint, it uses fewer than prompt and slot have in
     common. A kind of restore stops once it has failed more often than it helped.
 
     Threads: safe.
@@ -94,7 +94,7 @@ class Trust:
     def __init__(self, url: str, *, is_strict: bool, is_reproducible: bool = False) -> None:
         self._url = url
         self._is_strict = is_strict
-        # A part is decoded in other pieces than those that were promised.
+        # Reproducible mode needs all tokens: after a part of them, the pieces would differ.
         self._is_enough = operator.le if is_reproducible else is_mostly_used
         self._advice = _WITHOUT_CHECKPOINTS if is_reproducible else _CHECKPOINTS
         self._lock = threading.Lock()
@@ -102,41 +102,41 @@ class Trust:
         self.counts: Counter[str] = Counter()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self.can_save = True
-        # What the last save wrote.
+        # The file of the last save.
         self.saved: SlotFile | None = None
-        # Whether the server was seen to go back to a context checkpoint.
+        # Whether the server ever went back to a context checkpoint.
         self.went_back = False
         self._verdicts: dict[tuple[bytes, str], _Verdict] = {}
-        # Refusals that go on, with how often it went well since the last one.
+        # Series of refusals, with the number of successes since the last one.
         self._ongoing: dict[str, int] = {}
 
     def kinds(self, adapters: bytes) -> frozenset[str]:
-        """Return for which prompts slots saved with `adapters` are restored; empty: for none."""
+        """Return the ways to continue slots saved with `adapters` that are still restored."""
         if not self.can_save:
             return frozenset()
         stopped = {kind for kind in KINDS if self._is_stopped(adapters, kind)}
         return frozenset() if WHOLE in stopped else KINDS - stopped
 
     @property
-    def token_bytes(self) -> float | None:
-        """What one token took in the last file, None before the first."""
+    def kv_bytes_per_token(self) -> float | None:
+        """Bytes per token in the last file, None before the first."""
         return self.saved.n_bytes / self.saved.n_tokens if self.saved else None
 
     def after_fork(self) -> None:
-        """Renew the lock, which another thread may have held."""
+        """Replace the lock, which another thread may have held."""
         self._lock = threading.Lock()
 
-    def learn_anew(self) -> None:
-        """Forget what holds for one model."""
+    def reset(self) -> None:
+        """Reset everything that was learned about the model."""
         with self._lock:
             self.can_save, self.saved, self.went_back = True, None, False
             self._verdicts.clear()
 
     def restart(self) -> frozenset[bytes]:
-        """Try again what one start of the server could not do.
+        """Reset the verdicts, because the server was restarted, maybe with other options.
 
-        Returns the adapters whose saved slots were of use as a whole only: what that start of the
-        server left out of their files is not there for the next one.
+        Returns the adapters with files that can only be used as a whole: the server wrote them
+        without the checkpoints that a partial use needs.
         """
         with self._lock:
             stopped = [key for key, verdict in self._verdicts.items() if verdict.is_stopped]
@@ -144,15 +144,15 @@ class Trust:
             self._verdicts.clear()
         return frozenset(adapters for adapters, _ in stopped)
 
-    def count(self, what: str, n: int = 1, seconds: float = 0.0) -> None:
-        """Count something that was done."""
+    def count(self, name: str, n: int = 1, seconds: float = 0.0) -> None:
+        """Add to the counter `name`, and to its seconds."""
         with self._lock:
-            self.counts[what] += n
-            if what in self.seconds:
-                self.seconds[what] += seconds
+            self.counts[name] += n
+            if name in self.seconds:
+                self.seconds[name] += seconds
 
     def refuse(self, reason: str, n: int = 1, error: ServerError | None = None) -> None:
-        """Count something that was not done; log it if that is new and can be cured."""
+        """Count a refusal; log it if it begins a series that the operator can end."""
         if not n:
             return
         with self._lock:
@@ -161,12 +161,12 @@ class Trust:
             if reason in CURES:
                 self._ongoing[reason] = 0
         if is_new:
-            what, cure = CURES[reason]
+            effect, cure = CURES[reason]
             found = f" ({error})" if error else ""
-            _log.warning("%s: %s%s; %s [%s]", self._url, what, found, cure, reason)
+            _log.warning("%s: %s%s; %s [%s]", self._url, effect, found, cure, reason)
 
     def went_well(self, *reasons: str) -> None:
-        """Note that something was done that is refused for `reasons` at other times."""
+        """Count a success of a step that `reasons` refuse at other times; log a series' end."""
         if not self._ongoing:
             return
         over = []
@@ -180,7 +180,7 @@ class Trust:
             _log.info("%s: over: %s [%s]", self._url, CURES[reason][0], reason)
 
     def degrade(self, reason: str, error: ServerError) -> None:
-        """Count an error and go on without reuse, unless errors are to be raised."""
+        """Count an error; raise it if the settings say so, else go on without reuse."""
         if isinstance(error, ServerUnsupported) and self.can_save and "/slots/" in str(error):
             self.can_save = False
             reason = "no_slot_save_path"
@@ -189,7 +189,7 @@ class Trust:
             raise error
 
     def verify(self, adapters: bytes, kind: str, n_promised: int, n_used: int) -> bool:
-        """Compare a restore's tokens with those used; return whether all restoring ends."""
+        """Record how much of a restore was used; return whether all restores stop now."""
         with self._lock:
             verdict = self._verdicts.setdefault((adapters, kind), _Verdict())
             if self._is_enough(n_promised, n_used):
@@ -201,7 +201,7 @@ class Trust:
                 return False
             verdict.is_stopped = True
         _log.warning(
-            "%s: %s%s, for the server used %d of the %d tokens of the last one; %s",
+            "%s: %s%s, because the server used %d of the %d tokens of the last one; %s",
             self._url,
             _NOT_RESTORED[kind],
             _with_adapters(adapters),
@@ -224,7 +224,7 @@ class _Verdict:
 
 
 def is_mostly_used(n_promised: int, n_used: int) -> bool:
-    """Return whether a server used what a slot held; at checkpoints it uses a part of it."""
+    """Return whether a server used most of a slot; going back to a checkpoint loses some."""
     return 2 * n_used >= n_promised
 
 

@@ -1,4 +1,4 @@
-"""Whether a tokenizer's ids mean the same text to a server's model."""
+"""Checks that a tokenizer's ids mean the same text to a server's model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
     from tokcache.text.token_ids import TokenIds
 
-# Letters and single spaces: a tokenizer that splits these in its own way is another one.
+# Letters and single spaces: a tokenizer that splits these differently is not the model's.
 _PLAIN = "the quick brown fox jumps over the lazy dog The Quick Brown Fox HELLO WORLD"
 _ODD = "don't pay 31,415.92 in 2026: x = f(y) + 1;\n\n\tna\u00efve caf\u00e9, \u65e5\u672c\u8a9e"
 _log = logging.getLogger(__name__)
-# Every id is compared up to this many, then ids evenly spread over the vocabulary.
+# Vocabularies up to this size are compared in full, larger ones at evenly spaced ids.
 _PROBED_IDS = 4096
 
 
 class ServerTokenizer(Protocol):
-    """What LlamaServer asks of a wrapped tokenizer."""
+    """The methods of a wrapped tokenizer that LlamaServer uses."""
 
     def token_ids(
         self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
@@ -35,10 +35,10 @@ class ServerTokenizer(Protocol):
 
 
 def check(wrapped: ServerTokenizer, url: str) -> Generator[Any, Any, None]:
-    """Raise VocabularyMismatch unless ids mean the same text, and plain words the same ids.
+    """Raise VocabularyMismatch unless ids mean the same text, and plain words have the same ids.
 
-    Of other texts it is only logged that they are split in another way: llama.cpp does so with
-    some, with the very same vocabulary, and ids are all that is sent.
+    Unusual text that is split differently is only logged: llama.cpp splits some text differently
+    with the same vocabulary, and the server receives ids, not text.
     """
     tokenizer = _backend(wrapped)
     n_ours, n_theirs = tokenizer.get_vocab_size(), (yield calls.model_meta()).n_vocab
@@ -82,7 +82,7 @@ def _check_decoding(tokenizer: Tokenizer, url: str) -> Generator[Any, Any, None]
 
 
 def _is_alike(ours: str, theirs: str) -> bool:
-    # SentencePiece decoders differ in the one space they put before a text.
+    # SentencePiece decoders differ in whether they put a space before the text.
     return ours.removeprefix(" ") == theirs.removeprefix(" ")
 
 
@@ -97,9 +97,9 @@ def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def _probe_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return ids whose text can be compared: added tokens, and others evenly spread."""
+    """Return ids with text to compare: added tokens and evenly spaced others."""
     n_vocab = tokenizer.get_vocab_size()
     spread = range(0, n_vocab, max(1, n_vocab // _PROBED_IDS))
     ids = sorted({*spread, *tokenizer.get_added_tokens_decoder()})
-    # A lone byte of a longer character has no text of its own.
+    # A single byte of a longer character has no text.
     return [i for i in ids if (text := _decode(tokenizer, [i])) and "\ufffd" not in text]

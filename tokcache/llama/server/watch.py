@@ -1,4 +1,4 @@
-"""Noticing that a server was started again, or serves another model."""
+"""Notices that a server was restarted or serves another model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from tokcache.llama.server.results import TokenProbabilities
     from tokcache.llama.server.settings import SlotSettings
     from tokcache.llama.server.shelf import Shelf
+    from tokcache.llama.server.slot import SlotRecord
     from tokcache.llama.server.steps import Steps
-    from tokcache.llama.server.table import SlotRecord, SlotTable
+    from tokcache.llama.server.table import SlotTable
     from tokcache.llama.server.trust import Trust
 
 
@@ -32,12 +33,12 @@ _N_PROBS = 16
 
 
 class Watch:
-    """What the server was when it was last looked at.
+    """The server's identity at the last look.
 
-    States carry no model's name: before a file is restored, the server must be the one that
-    saved it, with the same model, adapters, context size and build. What else changes a state
-    (the RoPE base, say) a server does not tell: at each start it is asked what it says after a
-    fixed prompt, and files of a start that said something else are not used.
+    A saved state does not name its model. Before a file is restored, the server must have the same
+    model, adapters, context size and build as when it saved the file. A server does not report
+    other options that change a state, such as the RoPE base. So after each start we compare its
+    probabilities after a fixed prompt, and drop the files of a start with other probabilities.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Watch:
         self._check_model = check_model
         self._identity: tuple[Any, ...] = ()
         self._adapters = ""
-        # What the model said when the files were saved, and at which start that was last checked.
+        # The probabilities when the files were saved, and the epoch of the last comparison.
         self._said: TokenProbabilities | None = None
         self._checked_epoch = 0
         self.props: ServerProps | None = None
@@ -63,11 +64,11 @@ class Watch:
 
     @property
     def epoch(self) -> int:
-        """How often all contents were forgotten."""
+        """The number of times that all slots were reset."""
         return self._table.epoch
 
     def connect(self) -> Steps[bool]:
-        """Learn what the server is, once; False where it tells nothing of use."""
+        """Read the server's identity once; return False if its answers are not understood."""
         if self.props is not None:
             return True
         try:
@@ -80,7 +81,7 @@ class Watch:
         return True
 
     def refresh(self) -> Steps[ServerProps]:
-        """Ask the server what it is, and notice if it is another one."""
+        """Read the server's properties, and reset the records if anything changed."""
         props: ServerProps = yield calls.props()
         # Adapters can't be added while a server runs, but their strengths can be changed.
         is_same = props == self.props
@@ -91,22 +92,21 @@ class Watch:
         return props
 
     def check_in(self, slot: SlotRecord) -> Steps[bool]:
-        """Compare, once a start, what the model says in `slot`; return whether that was done.
+        """Compare the model's probabilities, once per start; return whether that was done now.
 
-        Cost: 64 tokens are decoded, and what the slot held is gone.
+        Cost: decodes 64 tokens in `slot` and so replaces its contents.
         """
         epoch = self.epoch
         if self._checked_epoch == epoch:
             return False
-        slot.forget()
-        slot.adapters = None
+        slot.reset()
         said = yield from self._ask(slot)
         with self._table.lock:
             if self._checked_epoch == epoch or self.epoch != epoch:
                 return True
             if len(self._shelf) and not is_same_model(self._said, said):
                 self._drop_files()
-                self._table.forget_contents()
+                self._table.reset_contents()
             self._said, self._checked_epoch = said, self.epoch
         return True
 
@@ -122,7 +122,7 @@ class Watch:
         return completion.probabilities[0] if completion.probabilities else None
 
     def look(self) -> Steps[None]:
-        """Read what the server is; forget what another one, or another start of it, held."""
+        """Read the server's identity; reset the records if it was restarted or replaced."""
         props = yield calls.props()
         meta = yield calls.model_meta()
         adapters = yield from self._read_adapters()
@@ -134,7 +134,7 @@ class Watch:
             yield from self._check_model()
         with self._table.lock:
             if props == self.props and identity == self._identity:
-                return  # another request was first to notice
+                return  # another request noticed it first
             self._trust.count("restart", int(self.props not in (None, props)))
             self._adapters = adapters
             self._note(props, meta, identity, is_other=is_other)
@@ -156,22 +156,22 @@ class Watch:
     def _drop_files(self) -> None:
         self._trust.refuse("files_of_another_model", len(self._shelf))
         self._shelf.clear()
-        self._trust.learn_anew()
+        self._trust.reset()
 
     def _note(
         self, props: ServerProps, meta: ModelMeta, identity: tuple[Any, ...], *, is_other: bool
     ) -> None:
         if is_other:
             self._drop_files()
-        # It may have been started with a slot folder, or with context checkpoints, now.
+        # The new start may have a slot folder or context checkpoints.
         self._shelf.restrict(self._trust.restart())
         self._shelf.sweep()
         if self.props is None:
             self._shelf.take_stock()
         self.props, self.meta, self._identity = props, meta, identity
-        self._table.forget_contents()
+        self._table.reset_contents()
         self._table.resize(self._settings.slot_ids or range(props.n_slots))
 
-    def forget(self) -> None:
-        """Know nothing."""
+    def reset(self) -> None:
+        """Reset to the unconnected state."""
         self.props, self._identity = None, ()

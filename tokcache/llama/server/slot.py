@@ -1,0 +1,186 @@
+"""The record of one slot: its contents, its user, and all transitions of both.
+
+The life of a slot:
+1. FREE: any request may get it.
+2. `begin()`: one request has it (BUSY), and alone reads and changes it.
+   `lost()`, `reset()`, `restored()` and `decoded()` record its preparation, `answered()` or
+   `aborted()` its end.
+3. `settle()`: it is saved or erased off the request's path (SETTLING).
+4. `release()`: it is FREE again.
+
+Implementation: every transition takes the table's lock, so whoever compares a prompt with the slot
+sees all fields of one moment. `settle()` and `release()` also wake the requests that wait.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from tokcache.llama.server.checkpoints import NO_GAP, Gap
+from tokcache.llama.server.settings import PART_TOKENS
+from tokcache.text.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokcache.llama.server.shelf import SavedSlot
+
+
+class Condition(Enum):
+    """Who has a slot: nobody, a request, or the saver after a request."""
+
+    FREE = auto()
+    BUSY = auto()
+    SETTLING = auto()
+
+
+@dataclass(eq=False, slots=True)
+class SlotRecord:
+    """Our record of one slot of the server.
+
+    `namespace` is None while the slot is empty or its contents are unknown.
+
+    Units: the slot holds `n_held` tokens, of which `tokens` are known; the first `n_prompt` belong
+           to a prompt, the others to an answer.
+
+    Threads: safe, by `lock`, which all slots of a table share.
+    """
+
+    id: int
+    lock: threading.RLock
+    wake: Callable[[], None]
+    condition: Condition = Condition.FREE
+    namespace: bytes | None = None
+    tokens: TokenIds = field(default_factory=TokenIds)
+    n_held: int = 0
+    n_prompt: int = 0
+    gap: Gap = NO_GAP
+    conversation: tuple[bytes, str] | None = None
+    since: float = field(default_factory=time.monotonic)
+    used_at: float = 0.0
+    n_uses: int = 0
+    # How often each part of PART_TOKENS tokens was reused; only the report reads it.
+    reuse: list[int] = field(default_factory=list)
+    # Whether nothing is left to save: saved already, or not worth it.
+    is_saved: bool = True
+    # The adapters of the slot's last request, None if unknown.
+    adapters: bytes | None = None
+    # The namespace of the request that has the slot, and whether to erase the slot after it.
+    user: bytes | None = None
+    is_condemned: bool = False
+
+    # -- its user -----------------------------------------------------------------------------
+
+    def begin(self, user: bytes | None) -> None:
+        """Give the slot to a request of the namespace `user`, or to an erasure (None)."""
+        with self.lock:
+            self.condition, self.user, self.is_condemned = Condition.BUSY, user, False
+
+    def settle(self) -> None:
+        """Record that the request is over and that the slot is being saved or erased."""
+        with self.lock:
+            self.condition = Condition.SETTLING
+            self.wake()
+
+    def release(self) -> None:
+        """Make the slot free for any request."""
+        with self.lock:
+            self.condition, self.user = Condition.FREE, None
+            self.used_at = time.monotonic()
+            self.wake()
+
+    def condemn(self) -> None:
+        """Have the contents erased when the request that has the slot is over."""
+        with self.lock:
+            self.is_condemned = self.condition is not Condition.FREE
+
+    # -- its contents -------------------------------------------------------------------------
+
+    def lost(self) -> None:
+        """Record that the slot is empty or that its contents are unknown."""
+        with self.lock:
+            self.namespace, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
+            self.gap = NO_GAP
+            self.conversation, self.reuse, self.n_uses = None, [], 0
+            self.since, self.is_saved = time.monotonic(), True
+
+    def reset(self) -> None:
+        """Record that neither the contents nor the adapters are known."""
+        with self.lock:
+            self.lost()
+            self.adapters = None
+
+    def loaded(self, adapters: bytes | None) -> None:
+        """Record the adapters of the slot's last request; None if it may not have come through."""
+        with self.lock:
+            self.adapters = adapters
+
+    def restored(self, file: SavedSlot) -> None:
+        """Record that the server read `file` into the slot."""
+        with self.lock:
+            self.namespace, self.tokens, self.gap = file.namespace, file.tokens, file.gap
+            self.n_held, self.n_prompt = file.n_saved, file.n_prompt
+
+    def decoded(
+        self, namespace: bytes, head: TokenIds, conversation: tuple[bytes, str] | None
+    ) -> None:
+        """Record that the slot holds `head`, the first tokens of a prompt, and no answer."""
+        with self.lock:
+            self.namespace, self.tokens, self.conversation = namespace, head, conversation
+            self.n_held = self.n_prompt = len(head)
+
+    def answered(
+        self,
+        namespace: bytes,
+        tokens: TokenIds,
+        conversation: tuple[bytes, str] | None,
+        *,
+        n_prompt: int,
+        n_held: int,
+        n_used: int,
+        gap: Gap,
+        is_saved: bool,
+    ) -> None:
+        """Record a prompt and its answer, for which the server reused `n_used` tokens.
+
+        Counts of reuse go on if the prompt reused anything, and start again otherwise.
+        """
+        with self.lock:
+            reuse, n_uses = (self.reuse, self.n_uses) if n_used else ([], 0)
+            self.lost()
+            self.namespace, self.tokens, self.conversation = namespace, tokens, conversation
+            self.n_prompt, self.n_held, self.gap = n_prompt, n_held, gap
+            self.is_saved = is_saved
+            n_parts = -(-n_held // PART_TOKENS)
+            counts = (reuse + [0] * n_parts)[:n_parts]
+            n_whole = n_used // PART_TOKENS
+            self.reuse = [n + (part < n_whole) for part, n in enumerate(counts)]
+            self.n_uses = n_uses + (n_used > 0)
+
+    def aborted(
+        self,
+        namespace: bytes,
+        tokens: TokenIds,
+        conversation: tuple[bytes, str] | None,
+        *,
+        n_prompt: int,
+        gap: Gap,
+    ) -> None:
+        """Record that the slot holds at least some of `tokens`; the next save shows how many."""
+        with self.lock:
+            self.namespace, self.tokens, self.conversation = namespace, tokens, conversation
+            self.n_prompt, self.gap = n_prompt, gap
+
+    def saving(self) -> None:
+        """Record that the contents are being saved or are not worth it, so nobody tries again."""
+        with self.lock:
+            self.is_saved = True
+
+    def saved(self, n_tokens: int) -> None:
+        """Record that the slot holds the `n_tokens` that a save wrote."""
+        with self.lock:
+            self.n_held, self.tokens = n_tokens, self.tokens[:n_tokens]
