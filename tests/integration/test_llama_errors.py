@@ -408,3 +408,17 @@ def test_a_llama_tells_what_it_is() -> None:
     assert repr(llm) == f"<Llama {name}: closed>"
     assert "states not cached: no prefix_cache" in repr(llama())
     assert repr(tokcache.llama.Llama.__new__(tokcache.llama.Llama)) == "<Llama: not loaded>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_message_with_a_lone_surrogate_is_named_and_not_quoted(stream: bool) -> None:
+    llm = llama(store())
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": QUOTED + "\ud800"},
+    ]
+    words = rf"messages\[1\]\['content'\] has a lone surrogate at position {len(QUOTED)}"
+    with pytest.raises(InvalidText, match=words) as caught:
+        llm.create_chat_completion(messages, stream=stream, max_tokens=2)
+    assert QUOTED not in str(caught.value)
+    llm.close()

@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers import Tokenizer
 
 import tokcache
 from tests.integration.models import BLOCK, GREEDY, llama, llama_cpp, store, text
@@ -403,3 +404,34 @@ def test_a_stream_whose_scope_is_cleared_goes_on_and_stores_nothing() -> None:
     llm.close()
     assert len(cache) == 0
     assert cache.stats().refusals["cleared"] >= 1
+
+
+@pytest.mark.parametrize("kind", ["model", "wrapped"])
+def test_a_tenant_leaves_the_texts_and_the_context_of_a_model(kind: str) -> None:
+    tokenizer = None if kind == "model" else samples.tiny_tokenizer()
+    wrapped = None if tokenizer is None else tokcache.wrap(Tokenizer.from_file(str(tokenizer)))
+    llm = llama(model=samples.tiny_model(tokenizer), tokenizer=wrapped)
+    texts = llm.tokenizer_._l0 if wrapped is None else wrapped
+
+    def n_entries() -> int:
+        stats = texts.stats() if wrapped is None else texts.cache_stats().l0
+        return int(stats.n_entries)
+
+    for scope in ("a", "b", "a"):
+        for prompt in ("The import system", "of Python"):
+            llm.create_completion(prompt, scope=scope, **LONG)
+    assert n_entries() == 4
+    llm.create_completion("The import system", scope="a", **LONG)
+    llm.cache_clear(scope="b")
+    assert n_entries() == 2
+    llm.create_completion("The import system", scope="a", **LONG)
+    assert llm.last_reuse.n_in_context > 0
+    llm.cache_clear(scope="a")
+    assert n_entries() == 0
+    llm.create_completion("The import system", scope="a", **LONG)
+    assert reuse(llm) == (0, 0)
+    llm.cache_clear()
+    assert n_entries() == 0
+    with pytest.raises(InvalidScope):
+        llm.cache_clear(scope=5)
+    llm.close()

@@ -550,6 +550,23 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 self._sequence.clear()
             super().reset()
 
+    def cache_clear(self, scope: str | None = None) -> None:
+        """Forget the texts of one scope and what the context holds of it; without one, all.
+
+        Its states in the prefix cache go by `prefix_cache.clear(scope)`. A wrapped tokenizer that
+        others use too forgets the texts for all of them.
+
+        Errors: InvalidScope; ModelClosed.
+        """
+        scope = require_scope(scope)
+        self._require_open()
+        clear = getattr(self.tokenizer_, "cache_clear", None)  # llama_cpp's own have no cache
+        if clear is not None:
+            clear(scope)
+        with self._open_gate().step():
+            if scope in (None, self._held_scope):
+                self.reset()
+
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         """Sample a token, as llama_cpp.Llama does."""
         with self._open_gate().step():
@@ -1027,13 +1044,7 @@ def _checked_prompt(prompt: Any) -> Any:
         raise InvalidText(
             f"prompt must be a str, a list of ids or TokenIds, not {type(prompt).__name__}{cure}"
         )
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidText(
-            f"prompt has a lone surrogate at position {error.start}, which is no text; replace it "
-            "(prompt.encode('utf-8', 'replace').decode())"
-        ) from None
+    _require_utf8("prompt", prompt)
     return prompt
 
 
@@ -1063,7 +1074,23 @@ def _checked_messages(messages: Any) -> Any:
             "messages must be a list of dicts with 'role' and 'content', "
             f"not {type(messages).__name__}"
         )
+    if isinstance(messages, list | tuple):
+        for n, message in enumerate(messages):
+            content = message.get("content") if isinstance(message, Mapping) else None
+            if isinstance(content, str):
+                _require_utf8(f"messages[{n}]['content']", content)
     return messages
+
+
+def _require_utf8(name: str, text: str) -> None:
+    """Raise InvalidText if `text` has a lone surrogate: llama.cpp takes UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidText(
+            f"{name} has a lone surrogate at position {error.start}, which is no text; replace it "
+            "(text.encode('utf-8', 'replace').decode())"
+        ) from None
 
 
 def _checked_model(path: str | os.PathLike[str]) -> str:

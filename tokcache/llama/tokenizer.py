@@ -14,6 +14,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama_tokenizer import BaseLlamaTokenizer
 
+from tokcache._validate import require_scope
 from tokcache.errors import InvalidTokens, VocabularyMismatch
 from tokcache.text.l0 import L0Cache
 from tokcache.text.token_ids import TokenIds
@@ -67,6 +68,20 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
         tokens = ids.tolist()
         self._recent = (scope, tokens, ids)
         return list(tokens)
+
+    def cache_clear(self, scope: str | None = None) -> None:
+        """Forget the texts of one scope, or of all.
+
+        Errors: InvalidScope.
+        """
+        scope = require_scope(scope)
+        if scope is None:
+            self._l0.clear()
+        else:
+            for special in (False, True):
+                self._l0.clear(_cache_scope(special, scope))
+        if scope in (None, self._recent[0]):
+            self._recent = (None, [], TokenIds())
 
     def detokenize(
         self,
@@ -152,6 +167,16 @@ class WrappedTokenizer(ModelTokenizer):
         ids = self._ids(string, special, scope)
         tokens = self._handed_on(ids, scope)
         return self._framed(tokens, special) if add_bos else tokens
+
+    def cache_clear(self, scope: str | None = None) -> None:
+        """Forget the texts of one scope, or of all, in the wrapped tokenizer too.
+
+        Errors: InvalidScope.
+        """
+        super().cache_clear(scope)
+        clear = getattr(self._tokenizer, "cache_clear", None)  # it need only have `token_ids`
+        if clear is not None:
+            clear(scope)
 
     def _ids(self, text: str, special: bool, scope: str | None) -> TokenIds:
         if special:

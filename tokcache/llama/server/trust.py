@@ -56,7 +56,7 @@ CURES = {
     ),
     "restore_failed": (
         "a saved slot could not be restored",
-        "start llama-server with the options that it had when it saved, and keep its files unchanged",
+        "start llama-server with the options that it saved with, and keep its files unchanged",
     ),
     "erase_failed": ("a slot could not be erased", "the server's log says why"),
     "server_not_understood": (
