@@ -1,9 +1,9 @@
 """Keeper: one sequence's states, saved and restored in the way that its memory allows.
 
-Attention and windows: blocks of any length, or on the grid; the last one may be cut. Recurrent
-memories and hybrids: blocks on the grid, each saved as it is reached, for each holds the recurrent
-state at its end and no other. What follows the last of them (up to a prompt's last token but one,
-or to the end of an answer) is a tail: one opaque state that is loaded after its blocks.
+Attention and windows: blocks of any length, or aligned; the last one may be cut. Recurrent
+memories and hybrids: aligned blocks, each saved as it is reached, because it holds the recurrent
+state at its end and no other. The rest after the last block (up to a prompt's last token but one,
+or to the end of an answer) is a tail: a snapshot of these positions alone, loaded after its blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger("tokcache")
 
 
 class Restored(NamedTuple):
-    """What a restore did: positions [start, stop) were loaded, `stop` are held."""
+    """The result of a restore: positions [start, stop) were loaded, `stop` are held."""
 
     start: int
     stop: int
@@ -56,12 +56,14 @@ class Keeper:
 
         The sequence may hold more, where its memory keeps every position.
         """
-        # What can't go back can give up all of one position: that proves nothing.
+        # A memory that can't go back can still give up its only position: that proves nothing.
         if len(ids) <= 1 or not self._is_proven(states):
             return 0
         if self._memory.is_recurrent and len(ids) % states.block_tokens:
             return self._save_tail(states, ids)
-        return sum(self._save_blocks(states, ids[:stop]) for stop in self._block_stops(states, ids))
+        read, n_bytes = self._sequence.read_block, self._sequence.block_bytes
+        stops = self._block_stops(states, ids)
+        return sum(states.save(ids[:stop], read, n_bytes) for stop in stops)
 
     def _block_stops(self, states: Namespace, ids: Ids) -> list[int]:
         """Return where blocks must end, so that none since the last stop is too long."""
@@ -70,9 +72,6 @@ class Keeper:
         if step == n_block:
             return [n_tokens]
         return [*range((n_tokens - 1) // n_block * n_block + step, n_tokens, step), n_tokens]
-
-    def _save_blocks(self, states: Namespace, ids: Ids) -> int:
-        return states.save(ids, self._sequence.read_block, self._sequence.block_bytes)
 
     def _is_proven(self, states: Namespace) -> bool:
         """Return whether the memory, now that it holds something, behaves as its kind does."""
@@ -133,10 +132,10 @@ class Keeper:
         return self._sequence.trim(n_tokens)
 
     def _checked(self, states: Namespace, start: int, reached: int, goal: int) -> Restored:
-        """Return what was restored, if the sequence tells the same; else it is emptied.
+        """Return the restored positions if the sequence agrees; else empty it.
 
-        What came before a block that failed is good; but if that was for want of room, it would
-        take away the rest of it from other sequences.
+        Blocks before one that failed are good; but if it failed for lack of room, they would take
+        the room that is left from other sequences.
         """
         is_right = self._sequence.trim(reached) and self._sequence.is_at(reached)
         if is_right and (reached == goal or self._sequence.is_alone):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class _Own:
     """One sequence of the caller's, and whose states it holds.
 
-    `generation` counts what has replaced its positions.
+    `generation` counts how often its positions were replaced.
     """
 
     sequence: Sequence
@@ -122,9 +122,9 @@ class SequenceStates:
     def restore(self, tokens: object, seq_id: int, *, scope: str | None = OWN_SCOPE) -> int:
         """Put the longest known prefix of `tokens`, without the last, in place of the sequence.
 
-        Return its length: decode the tokens from there on. What the sequence held is removed.
-        From now on it serves `scope`: what is saved of it is that scope's; the object's by default.
-        A prompt that goes on in place instead is counted if you say so, by
+        Return its length: decode the tokens from there on. The positions that the sequence held are
+        removed. From now on it serves `scope`, by default the object's: its states are saved for
+        that scope. A prompt that goes on in place instead is counted if you say so, by
         `states.count_prompt(len(tokens), context_tokens=n_past)`.
         """
         states, own, ids = self._namespace(scope), self._sequence(seq_id), self._ids(tokens)
@@ -236,7 +236,7 @@ def _require_blocks(ctx: Any) -> None:
 
 
 def _mark(sequence: Sequence, n_tokens: int) -> bytes:
-    """Return what tells the state after these positions from another one of the same length."""
+    """Return a digest that distinguishes this state from others of the same length."""
     start = n_tokens - 1
     buffer = np.empty(sequence.block_bytes(start, n_tokens), np.uint8).data
     sequence.read_block(start, n_tokens, buffer)

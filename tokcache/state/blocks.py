@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tokcache")
 
 _TRIES = 3  # a save that another one overtook is planned again
-_Part = tuple[Owner, bytes, Work]  # who owns which beginning of a prompt, and the work on it
+_Part = tuple[Owner, bytes, Work]  # the owner of a prompt's beginning, its tokens, the work on it
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class _NewBlock:
 
 
 class BlockCache:
-    """States in blocks: what prefixes have in common is held once, to the token.
+    """States in blocks: the common beginning of prefixes is held once, to the token.
 
     Threads: safe; the store's lock is never held while a state is copied or a tier is asked.
     """
@@ -131,12 +131,12 @@ class BlockCache:
             return self._planned(paths, counts_tokens=counts_tokens)
 
     def _begun_parts(self, owner: Owner, wanted: bytes, n_public: int) -> list[_Part]:
-        """Return the parts of a prompt, noted as begun: what is cleared now is void for them."""
+        """Return the parts of a prompt, noted as begun: a clear from now on makes them void."""
         parts = self._parts(owner, wanted, n_public)
         return [(each, part, self._store.begun(each.scope)) for each, part in parts]
 
     def _parts(self, owner: Owner, wanted: bytes, n_public: int) -> Iterator[tuple[Owner, bytes]]:
-        """Yield who owns which beginning of a prompt: first what is public, then all of it."""
+        """Yield the owner of each beginning of a prompt: first of the public part, then of all."""
         public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], owner)
         if owner.scope is None or not public:
             yield owner, wanted
@@ -146,7 +146,7 @@ class BlockCache:
             yield rest_owner(owner, public), wanted
 
     def _found_anywhere(self, owner: Owner, wanted: bytes, work: Work) -> _Path:
-        """Return what memory and the tiers below hold of a part."""
+        """Return the blocks of a part that memory and the tiers below hold."""
         with self._store.lock:
             path = self._found(owner, wanted, work)
             is_all = path.n_tokens * TOKEN_BYTES >= len(wanted)
@@ -189,7 +189,7 @@ class BlockCache:
             old = self._store.untouched(path.nodes)
             addresses = [block_address(self._memory.index, node, path.owner) for node in old]
             self._store.touch_later(old, addresses)
-        if len(paths) > 1:  # what is public is never older than what can't be used without it
+        if len(paths) > 1:  # public blocks are never older than those that need them
             self._memory.use(paths[0].nodes, time.monotonic())
         pinned = [node for path in paths for node in path.pinned()]
         served = _served(blocks, n_tokens)
@@ -217,7 +217,7 @@ class BlockCache:
     # Restoring from below
 
     def _extend(self, path: _Path, wanted: bytes) -> None:
-        """Add what the tiers below hold beyond what memory does; the lock is not held."""
+        """Add the blocks of the tiers below that follow those in memory; the lock is not held."""
         before = path.n_tokens
         ended: dict[Below, int] = {}
         asked = self._store.worth_asking(path.owner)
@@ -229,9 +229,9 @@ class BlockCache:
     def _extend_from(
         self, below: Below, path: _Path, wanted: bytes, ended: dict[Below, int]
     ) -> bool:
-        """Add what one tier holds as far as its blocks are whole; False if it held nothing.
+        """Add the blocks of one tier, up to the first partial one; False if it had none.
 
-        `ended` tells at which position each tier is known to hold nothing more.
+        `ended`: the position from which each tier is known to hold nothing.
         """
         before = path.n_tokens
         if before * TOKEN_BYTES >= len(wanted) or ended.get(below, -1) >= before:
@@ -269,7 +269,7 @@ class BlockCache:
                 return self._promote(path, below, stored, wanted[path.n_tokens * TOKEN_BYTES :])
         except StateRefused as refusal:
             below.tier.refuse(str(refusal))
-        except Exception:  # noqa: BLE001  (whatever it is, the prompt can be decoded instead)
+        except Exception:  # noqa: BLE001  (any failure is a miss: the prompt is decoded)
             _log.warning("the %s tier failed", below.tier.label, exc_info=True)
             below.tier.refuse("error")
         return False
@@ -377,7 +377,7 @@ class BlockCache:
             n_saved = self._save_part(first, read, n_bytes, priority)
             for each in rest:
                 with self._kept(first) as is_there:
-                    if is_there:  # without it, what follows could not be found
+                    if is_there:  # without it, the rest could not be found
                         n_saved += self._save_part(each, read, n_bytes, priority)
         with self._store.lock:
             self._store.settle()
@@ -387,7 +387,7 @@ class BlockCache:
 
     @contextmanager
     def _kept(self, public: _Part) -> Iterator[bool]:
-        """Keep what is public, if it is there, while what follows it is saved, and beyond."""
+        """Keep the public blocks, if they are there, while those that follow are saved."""
         _, tokens, _ = public
         with self._store.lock:
             path = self._found(*public)
@@ -430,7 +430,7 @@ class BlockCache:
             self._store.release_later(path.pinned())
 
     def _learn_from_below(self, path: _Path, wanted: bytes) -> None:
-        """Take over what others have stored meanwhile, so that new blocks follow theirs."""
+        """Take over the blocks that others stored meanwhile, so that new ones follow theirs."""
         if not self._store.below:
             return
         self._extend(path, wanted)

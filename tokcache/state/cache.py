@@ -36,7 +36,7 @@ class PrefixStateCache:
     `disk` is a folder or a DiskTier, `redis` a URL or a RedisTier: saved states are written to
     each of them by a thread of its own, and states that are not in memory are looked up on the
     disk, then in Redis. A tier that is made here from a path or URL is closed with the cache; a
-    DiskTier or RedisTier may serve several caches, and whoever made it closes it.
+    DiskTier or RedisTier that you pass may serve several caches and stays open.
 
     Units:  `ram_bytes` bytes, or a size such as "4G", of all that is retained in memory (states,
             tokens, overhead, buffers waiting for their next use); `max_entries` stored prefixes
@@ -47,7 +47,7 @@ class PrefixStateCache:
     Errors: InvalidConfig for anything below 1. A state that can't be stored or read costs a miss
             and a counter, never an exception.
     Cost:   a look-up costs the prompt's length, not the number of entries.
-    Threads: safe; after a fork the child keeps what was stored and nothing that was in use.
+    Threads: safe; after a fork the child keeps stored states, except those in use at the fork.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class PrefixStateCache:
     ) -> Namespace:
         """Return the states of one model and scope, to look up and save.
 
-        `fingerprint` tells apart all that decides the numbers in a state: model, settings, build.
+        `fingerprint` covers everything that decides the numbers in a state: model, settings, build.
         `public_prefix` are token ids that prompts may begin with and that are no scope's secret: a
         system prompt, say; they are stored once for all scopes. `aligned` is for states that were
         decoded in pieces that end at multiples of `block_tokens`, and finds no others.
@@ -141,20 +141,20 @@ class PrefixStateCache:
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was saved is in the lower tiers; False if that took too long.
 
-        What a tier refused is counted, not waited for.
+        Writes that a tier refused are counted, not waited for.
         """
         return self._store.flush(timeout_s)
 
     def clear(self, scope: str | None = None) -> int:
         """Remove a tenant's states from every tier, or everything; return the states removed.
 
-        With a `scope` its states go, and nothing else: what its prompts begin with that is public
-        stays, counters go on. Without one everything goes, the shared space and the counters of
+        With a `scope` its states go, and nothing else: the public beginning of its prompts stays,
+        counters go on. Without one everything goes, the shared space and the counters of
         look-ups and memory too, and a disk tier's folder and a Redis tier's namespace are emptied
         for all that share them; the shared space alone can't be cleared, for the states of tenants
         follow on it. Nothing under way comes back: writes that wait are dropped, saves and
-        promotions that have begun store nothing, open handles and plans yield nothing more. What
-        another cache or process holds in its memory or queue is its own to clear. Where a tier
+        promotions that have begun store nothing, open handles and plans yield nothing more. States
+        in the memory or queue of another cache or process are not cleared. Where a tier
         fails to remove states, a counter and a line in the log say so.
 
         Errors: InvalidScope.
@@ -162,16 +162,16 @@ class PrefixStateCache:
         return self._store.clear(scope)
 
     def begin(self, scope: str | None) -> Work:
-        """Return what tells, later, whether `scope` was cleared since now.
+        """Return an object that becomes void when `scope` is cleared.
 
         Errors: InvalidScope.
         """
         return self._store.begin(scope)
 
     def close(self) -> None:
-        """Write what waits, then empty memory; from now on nothing is found and nothing stored.
+        """Finish waiting writes, then empty memory; after that nothing is found or stored.
 
-        What the tiers below hold stays there; an ephemeral tier's folder goes with its tier.
+        States in the tiers below stay; an ephemeral tier's folder goes with its tier.
         """
         self._store.close()
 
@@ -182,8 +182,8 @@ class PrefixStateCache:
     ) -> None:
         """Count a prompt: how many of its tokens were in the engine's context, how many restored.
 
-        `plan`, `find` and what they return count this themselves. It is for prompts that they were
-        not asked for, because the context held all but the last token, and for callers of
+        `plan`, `find` and the handles they return count this themselves. Call it for prompts that
+        need no look-up, because the context held all but the last token, and after
         `plan(…, counts_tokens=False)`.
 
         Errors: InvalidConfig.
@@ -197,7 +197,7 @@ class PrefixStateCache:
         self._store.refuse(reason)
 
     def stats(self) -> StateStats:
-        """Return the counters and what is held now."""
+        """Return the counters and the states held now."""
         return self._store.stats()
 
     def memory_usage(self) -> int:
@@ -214,7 +214,7 @@ class PrefixStateCache:
         return True
 
     def __repr__(self) -> str:
-        """Say what it holds, its budgets and its tiers."""
+        """Return its contents, budgets and tiers in one line."""
         below = "".join(f", {each.tier!r}" for each in self._store.below)
         return (
             f"<PrefixStateCache {len(self):,} of {self.max_entries:,} entries, "

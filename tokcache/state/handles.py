@@ -1,4 +1,4 @@
-"""What a look-up returns: a RestorePlan of blocks, or a StateHandle of a snapshot.
+"""Results of a look-up: a RestorePlan of blocks, or a StateHandle of a snapshot.
 
 Both are in use, so not evicted, until closed. They know their store by a protocol (Holder).
 """
@@ -23,7 +23,7 @@ _log = logging.getLogger("tokcache")
 BlockIO = Callable[[int, int, memoryview], None]
 """Copies the state of positions [start, stop) into or out of the buffer; raises if it can't."""
 Trim = Callable[[int], object]
-"""Removes the positions from `n_tokens` on from what was loaded; False or raises if it can't."""
+"""Removes the restored positions from `n_tokens` on; returns False or raises if it can't."""
 
 
 class Work:
@@ -79,8 +79,8 @@ class StoredBlock(NamedTuple):
 class RestorePlan:
     """The blocks of the longest usable prefix; in use, hence not evicted, until it is closed.
 
-    Units:  `n_tokens` positions that the blocks serve; the last block may reach further, what it
-            holds from `n_tokens` on belongs to other tokens and has to be trimmed.
+    Units:  `n_tokens` positions that the blocks serve; the last block may reach further, its
+            positions from `n_tokens` on belong to other tokens and have to be trimmed.
     Threads: one at a time; closing takes no lock, so the garbage collector may do it.
     """
 
@@ -111,17 +111,17 @@ class RestorePlan:
 
     @property
     def is_cleared(self) -> bool:
-        """Whether what the blocks hold was cleared since they were found: then none is restored."""
+        """Whether the blocks were cleared since they were found: then none is restored."""
         return any(work.is_void for work in self._works)
 
     def restore(self, load: BlockIO, *, start: int = 0, trim: Trim | None = None) -> int:
         """Load the blocks from position `start` on; return how many positions now hold.
 
-        What comes before `start` is in the engine's context, and counted as kept there. Where this
-        chain left another one inside a block, `trim` removes what the block holds beyond that point
-        before the next is loaded; without `trim` the restore ends there. A block that fails ends
-        the restore: what came before it stays, a counter tells. So does clearing the cache or the
-        scope.
+        Positions before `start` are in the engine's context, and counted as kept there. Where this
+        chain left another one inside a block, `trim` removes the block's positions beyond that
+        point before the next is loaded; without `trim` the restore ends there. A block that fails,
+        or a clear of the cache or scope, ends the restore: blocks before it stay, and a counter
+        goes up.
         """
         began, reached = time.perf_counter(), start
         for block in self.blocks:
@@ -137,7 +137,7 @@ class RestorePlan:
                     if trim is None:
                         break
                     _trim(trim, block.until)
-            except Exception:  # noqa: BLE001  (whatever it is, the prompt can be decoded instead)
+            except Exception:  # noqa: BLE001  (any failure is a miss: the prompt is decoded)
                 _log.debug("a block could not be restored", exc_info=True)
                 self._cache.refuse("restore_failed")
                 break
@@ -170,7 +170,7 @@ class RestorePlan:
 
 def _trim(trim: Trim, n_tokens: int) -> None:
     if trim(n_tokens) is False:
-        raise ValueError(f"what was loaded can't be trimmed to {n_tokens} positions")
+        raise ValueError(f"the restored blocks can't be trimmed to {n_tokens} positions")
 
 
 class StateHandle:
@@ -201,7 +201,7 @@ class StateHandle:
 
     @property
     def priority(self) -> int:
-        """What was given to `store`: the lowest goes first."""
+        """The priority given to `store`: the lowest goes first."""
         return self.snapshot.priority
 
     @property

@@ -1,9 +1,9 @@
 """The tree of blocks: which stored tokens a prompt begins with.
 
 A node is one block: tokens that follow those of its parent, all of them or, where a prompt left
-the parent's tokens before their end, the first of them. What two chains share is therefore held
-once, to the token, and two children of one point never begin with the same token: a look-up goes
-down one path and costs the prompt's length, however many entries there are.
+the parent's tokens before their end, the first of them. The common part of two chains is therefore
+held once, to the token, and two children of one point never begin with the same token: a look-up
+goes down one path and costs the prompt's length, however many entries there are.
 
 An aligned block (all are of equal length, decoded as such) is all or nothing: its children hang at
 its end, and two of them may begin alike.
@@ -73,7 +73,7 @@ class Node:
 
     @property
     def name(self) -> bytes:
-        """What the block is called; computed when first asked, for memory needs no names."""
+        """The name of the block; computed on first use, because memory needs no names."""
         unnamed: list[Node] = []
         node = self
         while node._name is None and node.parent is not None:
@@ -105,7 +105,7 @@ ROOT_BYTES = 560
 
 
 def root_bytes(owner: Owner) -> int:
-    """Return what the root of this owner costs; the caller chooses both names."""
+    """Return the bytes of this owner's root; the caller chooses both names."""
     n_after = getsizeof(owner.after) if owner.after else 0  # b"" is there in any case
     return ROOT_BYTES + getsizeof(owner.fingerprint) + getsizeof(owner.scope) + n_after
 
@@ -137,7 +137,7 @@ class Match:
     """The blocks of the longest stored prefix, from the owner's first position on.
 
     Units: `n_tokens` positions that match. A block may reach beyond the start of the next one, the
-           last one beyond `n_tokens`: what lies there belongs to other tokens.
+           last one beyond `n_tokens`: those positions belong to other tokens.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -158,7 +158,7 @@ class BlockIndex:
         self.n_ends = 0
 
     def grain(self, owner: Owner) -> int:
-        """Return how many bytes of tokens tell two children of one point apart."""
+        """Return how many bytes of tokens distinguish two children of one point."""
         return TOKEN_BYTES * (self.block_tokens if owner.kind == "aligned" else 1)
 
     def root(self, owner: Owner) -> Root | None:
@@ -202,7 +202,7 @@ class BlockIndex:
         """Add a block that follows position `at` of `parent`, and return it."""
         node = Node(parent, at, tokens, n_bytes)
         if at == parent.stop:
-            # A prefix that nothing continued hands that on to what continues it.
+            # The parent was the end of an entry; now the new block is.
             self.n_ends -= parent.is_end
             parent.n_after += 1
         parent.children[at, tokens[: root.grain]] = node

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 # Python objects of one block: node, heap item, places in dict and tier, its name. Its tokens are
 # added. Checked against tracemalloc by tests/state/test_cache.py::test_overhead_is_counted.
 NODE_BYTES = 1100
-_SWEEPS = 8  # what expires is looked for that many times in the time it lives
+_SWEEPS = 8  # sweeps for expired states in each `ttl_s`
 
 
 class StateMemory:
-    """Blocks, snapshots, their buffers and budgets; not thread-safe, the cache locks.
+    """Blocks, snapshots, their buffers and budgets; not thread-safe: the store holds its lock.
 
     Units: `ram_bytes` bytes of all that is retained, `max_entries` stored prefixes (chains that
            nothing continues, and snapshots), `ttl_s` seconds after the last use.
@@ -44,7 +44,7 @@ class StateMemory:
         self._dead: dict[int, memoryview] = {}
         self._swept_s = time.monotonic()
 
-    # What is there
+    # Finding
 
     def find(self, owner: Owner, tokens: bytes) -> tuple[Root | None, Match]:
         """Return the longest prefix of `tokens` that is held, noted as used now."""
@@ -128,7 +128,7 @@ class StateMemory:
         return buffer
 
     def drop(self, buffer: memoryview, overhead: int) -> None:
-        """Take back what `take` gave."""
+        """Take back a buffer that `take` returned."""
         self.overhead -= overhead
         self.tier.give_back(buffer)
 
@@ -164,7 +164,7 @@ class StateMemory:
         return True
 
     def _evict_entry(self) -> bool:
-        """Evict an entry: a leaf and what was last used together with it, or a snapshot."""
+        """Evict an entry: a leaf and the blocks last used together with it, or a snapshot."""
         victim = self._recent.victim()
         if victim is None:
             return False
@@ -197,11 +197,11 @@ class StateMemory:
         return node
 
     def watch(self, held: Node | Snapshot) -> None:
-        """Let it be evicted from now on, when its turn comes."""
+        """Make it a candidate for eviction."""
         self._recent.watch(held)
 
     def file_snapshot(self, snapshot: Snapshot, buffer: memoryview) -> None:
-        """Put a snapshot into its place; what was there goes."""
+        """Put a snapshot into its place, instead of the one there."""
         replaced = self.snapshots.same(snapshot)
         if replaced is not None:
             self.remove_snapshot(replaced)
@@ -216,7 +216,7 @@ class StateMemory:
         parent = node.parent
         self.index.remove(node)
         self.overhead -= NODE_BYTES + len(node.tokens)
-        self._let_go(node)
+        self._drop_payload(node)
         if isinstance(parent, Root):
             self.remove_if_idle(parent)
         elif parent is not None and not parent.children:
@@ -226,13 +226,13 @@ class StateMemory:
         """Take out a snapshot."""
         self.snapshots.remove(snapshot)
         self.overhead -= snapshot_overhead(snapshot)
-        self._let_go(snapshot)
+        self._drop_payload(snapshot)
 
-    def _let_go(self, held: Node | Snapshot) -> None:
+    def _drop_payload(self, held: Node | Snapshot) -> None:
         if not held.pins:
             self.tier.remove(held)
             return
-        payload = self.tier.lend(held)  # somebody still reads it
+        payload = self.tier.lend(held)  # a reader still has it
         if payload is not None:
             self._dead[id(held)] = payload
 
@@ -255,20 +255,20 @@ class StateMemory:
             self.tier.give_back(self._dead.pop(id(held)))
 
     def remove_all(self, owners: Iterable[Owner] | None = None) -> int:
-        """Remove what these owners hold, by default all do; return how many states went."""
+        """Remove the states of these owners, by default all; return how many went."""
         chosen = None if owners is None else set(owners)
         roots = [r for r in self.index.roots.values() if chosen is None or r.owner in chosen]
         doomed = [node for root in roots for node in self.index.below(root)]
         for node in doomed:
             self.remove(node)
         for root in roots:
-            if not root.is_dead:  # a save is at work: what it still files goes nowhere
+            if not root.is_dead:  # a save is at work: it can file nothing any more
                 self._remove_root(root)
         snapshots = [each for each in self.snapshots if chosen is None or each.owner in chosen]
         for snapshot in snapshots:
             self.remove_snapshot(snapshot)
         while self.tier.drop_pooled():
-            pass  # a tenant's bytes don't wait in the pool
+            pass  # a tenant's bytes must not stay in the pool
         return len(doomed) + len(snapshots)
 
     def owners(self) -> set[Owner]:
@@ -277,8 +277,8 @@ class StateMemory:
 
     # Forks
 
-    def forget_users(self) -> None:
-        """Remove what was in use: the users run on in the parent of the fork only."""
+    def drop_users(self) -> None:
+        """Remove states that were in use: their users run on only in the parent of the fork."""
         for root in list(self.index.roots.values()):
             root.pins = 0
             self.remove_if_idle(root)
@@ -293,7 +293,7 @@ class StateMemory:
         self.overhead = self.counted_overhead()
 
     def counted_overhead(self) -> int:
-        """Return the overhead of what is held, counted anew."""
+        """Return the overhead of all held states, recounted."""
         blocks = sum(NODE_BYTES + len(node.tokens) for node in self.index.nodes())
         roots = sum(root.n_bytes for root in self.index.roots.values())
         return blocks + roots + sum(snapshot_overhead(each) for each in self.snapshots)
@@ -312,7 +312,7 @@ class StateMemory:
 
 
 def snapshot_overhead(snapshot: Snapshot) -> int:
-    """Return the bytes of a snapshot beside its payload."""
+    """Return the bytes of a snapshot besides its payload."""
     return SNAPSHOT_BYTES + len(snapshot.tokens) + root_bytes(snapshot.owner)
 
 

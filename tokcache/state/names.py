@@ -1,4 +1,4 @@
-"""What a block is called: a keyed digest over all that leads to it.
+"""Names of blocks: a keyed digest over everything that leads to a block.
 
 The name of a block is H(point where it starts, its tokens); the chain starts at
 H(fingerprint, scope, kind). A point is a prefix of tokens, whatever blocks it is held in: H of the
@@ -26,7 +26,7 @@ Kind = Literal["free", "aligned", "snapshot"]
 
 
 class Owner(NamedTuple):
-    """Whose states these are: what makes two interchangeable, and who may see them.
+    """The owner of states: two of equal owner and tokens are interchangeable.
 
     Where a prompt begins with tokens that are public, the chain of the rest starts at position
     `start`, after the prefix whose name is `after`.
@@ -40,7 +40,7 @@ class Owner(NamedTuple):
 
 
 def digest(kind: bytes, key: bytes, *fields: bytes) -> bytes:
-    """Return the digest of `fields`, each of them told apart from its neighbours."""
+    """Return the digest of `fields`, delimited by their lengths."""
     state = blake2b(digest_size=DIGEST_BYTES, key=key, person=kind.ljust(16, b"\0"))
     for field in fields:
         # The length goes first: ("ab", "c") and ("a", "bc") must differ.
@@ -50,7 +50,7 @@ def digest(kind: bytes, key: bytes, *fields: bytes) -> bytes:
 
 
 def scope_name(scope: str | None, key: bytes = b"") -> bytes:
-    """Return what a scope is called; None is no scope's name."""
+    """Return the digest that names a scope; that of None is no other scope's."""
     if scope is None:
         return digest(_SCOPE, key)
     return digest(_SCOPE, key, scope.encode("utf-8", "surrogatepass"))
@@ -65,7 +65,7 @@ def root_name(owner: Owner, key: bytes = b"") -> bytes:
 
 
 def rest_owner(owner: Owner, public: bytes) -> Owner:
-    """Return the owner of what follows the tokens `public`, which all may see, in a prompt."""
+    """Return the owner of the rest of a prompt, after its public tokens."""
     start = len(public) // TOKEN_BYTES
     return owner._replace(start=start, after=digest(_PUBLIC, b"", public)) if public else owner
 
@@ -78,7 +78,7 @@ def child_name(point: bytes, tokens: bytes, key: bytes = b"") -> bytes:
 def common_tokens(left: bytes, right: bytes) -> int:
     """Return how many leading tokens two int32 byte strings share."""
     low, high = 0, min(len(left), len(right))
-    while low < high:  # [0, low) is equal; each step compares half of what is left, at C speed
+    while low < high:  # [0, low) is equal; each step compares half of the rest, at C speed
         middle = (low + high + 1) // 2
         if left[low:middle] == right[low:middle]:
             low = middle

@@ -23,9 +23,9 @@ _SAME: Any = object()
 class Namespace:
     """The states of one fingerprint and scope in a cache; `PrefixStateCache.namespace` makes it.
 
-    Blocks (`plan`, `save`) share what prefixes have in common, to the token; snapshots (`store`,
-    `find`) are any engine's bytes, one for a whole prefix. Tokens with which a prompt begins as
-    `public_prefix` does go to the shared scope, what follows them to `scope`.
+    Blocks (`plan`, `save`) share the common beginning of prefixes, to the token; snapshots
+    (`store`, `find`) are any engine's bytes, one for a whole prefix. The tokens that a prompt has
+    in common with `public_prefix` go to the shared scope, the rest to `scope`.
 
     Errors: InvalidTokens for ids that are not int32. A state that can't be stored or read costs a
             miss and a counter, never an exception.
@@ -57,7 +57,7 @@ class Namespace:
 
     @property
     def fingerprint(self) -> bytes:
-        """What tells apart all that decides the numbers in a state: model, settings, build."""
+        """Covers everything that decides the numbers in a state: model, settings, build."""
         return self._chain.fingerprint
 
     @property
@@ -86,7 +86,7 @@ class Namespace:
         return self._store.min_tokens
 
     def __repr__(self) -> str:
-        """Say whose states these are; of the fingerprint, the beginning."""
+        """Return the owner of the states, and the beginning of the fingerprint."""
         n_public = len(self._public) // TOKEN_BYTES
         return (
             f"<Namespace {self.fingerprint[:8].hex()}, scope {self.scope!r}"
@@ -129,8 +129,8 @@ class Namespace:
 
         `max_tokens` bounds the prefix: an engine must decode at least the last token itself. An
         aligned namespace finds whole blocks, so that the prefix ends at a multiple of
-        `block_tokens`. `counts_tokens=False` is for a caller that counts what became of its prompt
-        with `count_prompt`: then only the look-up is counted here.
+        `block_tokens`. `counts_tokens=False` is for a caller that counts its prompts itself, with
+        `count_prompt`: then only the look-up is counted here.
 
         Errors: InvalidTokens, InvalidConfig.
         """
@@ -194,7 +194,7 @@ class Namespace:
     def fill(self, tokens: object, n_bytes: int, read: Callable[[memoryview], object]) -> bool:
         """Store as `store` does the state that `read` copies into a buffer of `n_bytes`.
 
-        If it raises, nothing is stored, and a counter tells.
+        If it raises, nothing is stored, and it is counted.
         """
         held = token_bytes(tokens)
         return self._snapshots.fill(self._owner_of(held), held, n_bytes, read)

@@ -12,7 +12,7 @@ _MIN_HEAP = 64
 
 
 class Held(Protocol):
-    """What can be evicted: a block, or the state of a whole prefix (it never has children)."""
+    """A block, or a snapshot, which never has children."""
 
     pins: int
     priority: int
@@ -22,11 +22,11 @@ class Held(Protocol):
 
     @property
     def children(self) -> Sized:
-        """What depends on it: it stays as long as there is any."""
+        """Blocks that depend on it: it stays as long as there are any."""
 
 
 class Retention:
-    """Priority, then LRU, leaves first; not thread-safe, the cache locks.
+    """Priority, then LRU, leaves first; not thread-safe: the store holds its lock.
 
     A block is never less recent than those below it, so taking leaves first takes the least
     recent first too. Each block has at most one place in the heap; one that was used meanwhile,

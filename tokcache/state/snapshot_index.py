@@ -1,4 +1,4 @@
-"""States of whole prefixes, opaque to the cache: by tokens, the longest first."""
+"""Snapshots by owner and tokens."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def prefix_names(
 
 
 class SnapshotIndex:
-    """The states by owner and name; not thread-safe, the cache locks.
+    """The states by owner and name; not thread-safe: the store holds its lock.
 
     The same tokens may be held once for each priority.
     """
@@ -96,7 +96,7 @@ class SnapshotIndex:
         return best if best is not None and best.tokens == tokens else None
 
     def same(self, snapshot: Snapshot) -> Snapshot | None:
-        """Return what `snapshot` would take the place of."""
+        """Return the state that `snapshot` would replace."""
         return self._named.get((snapshot.owner, snapshot.name), {}).get(snapshot.priority)
 
     def add(self, snapshot: Snapshot) -> None:

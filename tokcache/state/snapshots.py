@@ -58,7 +58,7 @@ class SnapshotStore:
     def fill(
         self, owner: Owner, tokens: bytes, n_bytes: int, read: Callable[[memoryview], object]
     ) -> bool:
-        """Store what `read` copies into a buffer of `n_bytes`; False, and counted, if it raises."""
+        """Store the state that `read` copies into a buffer; False, and counted, if it raises."""
         snapshot = _new_snapshot(owner, tokens, None, 0)
         try:
             return self._keep(snapshot, require_int("n_bytes", n_bytes, 0), read, pin=False)
@@ -252,7 +252,7 @@ class SnapshotStore:
                     handle = self._promoted(below, owner, stored, work)
         except StateRefused as refusal:
             below.tier.refuse(str(refusal))
-        except Exception:  # noqa: BLE001  (whatever it is, it is a miss)
+        except Exception:  # noqa: BLE001  (any failure is a miss)
             _log.warning("the %s tier failed", below.tier.label, exc_info=True)
             below.tier.refuse("error")
         if handle is not None:
@@ -341,7 +341,7 @@ class SnapshotStore:
 
     def remove(self, snapshot: Snapshot) -> int:
         """Remove a state from every tier; return how many went."""
-        self._store.flush()  # what waits would come back to the tiers after its removal
+        self._store.flush()  # a waiting write would bring it back after its removal
         with self._store.lock:
             self._store.settle()
             is_there = not snapshot.is_dead

@@ -1,4 +1,4 @@
-"""Store: what blocks and snapshots share: the lock, memory, the tiers below, counters."""
+"""Store: the lock, memory, tiers below and counters that blocks and snapshots share."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ _COUNTED = (
 
 
 class Store(Forkable):
-    """The lock, what is held in memory, the tiers below, nearest first, and their queues.
+    """The lock, memory, the tiers below, nearest first, their queues, and the counters.
 
     Units:   `touch_s` seconds that the time of last use which other processes see may be old.
 
-    Threads: safe; after a fork the child keeps what was stored and nothing that was in use.
+    Threads: safe; after a fork the child keeps stored states, except those in use at the fork.
     """
 
     touch_s = 30.0
@@ -86,7 +86,7 @@ class Store(Forkable):
         self.block_tokens = require_int("block_tokens", block_tokens, minimum=1)
         self.min_tokens = require_int("min_tokens", min_tokens, minimum=1)
         self.enabled = require_bool("enabled", enabled)
-        # What waits can't be evicted: it must leave room for what is to be saved meanwhile.
+        # Waiting states can't be evicted: they must leave room for the next saves.
         queue = max(self.ram_bytes // 4, _MIN_QUEUE)
         if queue_bytes is not None:
             queue = require_size("queue_bytes", queue_bytes)
@@ -136,7 +136,7 @@ class Store(Forkable):
         return [each for each in self.below if each not in resting]
 
     def note_read(self, below: Below, owner: Owner, n_tokens: int, seconds: float) -> bool:
-        """Note what a tier took to bring `n_tokens`; return whether to go on asking it."""
+        """Note how long a tier took for `n_tokens`; return whether to go on asking it."""
         with self.lock:
             speed = self._prefill.get(owner.fingerprint)
             if speed is not None and n_tokens:
@@ -144,7 +144,7 @@ class Store(Forkable):
             return not below.worth.rests(owner.fingerprint)
 
     def queue_blocks(self, nodes: list[Node], owner: Owner) -> None:
-        """Queue what each tier does not have yet, parents first; the lock is held."""
+        """Queue the blocks that each tier lacks, parents first; the lock is held."""
         for below in self.below:
             for node in nodes:
                 if node.written & below.bit or node.is_dead:
@@ -153,7 +153,7 @@ class Store(Forkable):
                 if not self._queue(
                     below, node, block_address(self.memory.index, node, owner), record
                 ):
-                    break  # without it, what follows would not be found
+                    break  # without it, the rest would not be found
 
     def queue_snapshot(self, snapshot: Snapshot, address: Address) -> None:
         """Queue a snapshot for each tier that does not have it yet; the lock is held."""
@@ -203,7 +203,7 @@ class Store(Forkable):
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was saved is in the lower tiers; False if that took too long.
 
-        What a tier refused is counted, not waited for.
+        Writes that a tier refused are counted, not waited for.
         """
         until = None if timeout_s is None else time.monotonic() + timeout_s
         return all(each.writer.flush(_left(until)) for each in self.below)
@@ -222,7 +222,7 @@ class Store(Forkable):
             self._untold.append((f"{n_tokens:,}", f"{n_bytes:,}", f"{self.ram_bytes:,}"))
 
     def log_oversize(self) -> None:
-        """Log, once a model, what is too large; without the lock, which a handler may need."""
+        """Log states over the budget, once a model; without the lock: a log handler may need it."""
         while self._untold:
             with contextlib.suppress(IndexError):  # another thread was faster
                 _log.warning(
@@ -260,7 +260,7 @@ class Store(Forkable):
         self._released.append(held)
 
     def settle(self) -> None:
-        """Unpin what was released, and note what no tier could write; the lock is held."""
+        """Unpin released states, and note failed writes; the lock is held."""
         while self._unwritten:
             held, bit = self._unwritten.popleft()
             held.written &= ~bit
@@ -269,7 +269,7 @@ class Store(Forkable):
                 self.memory.release(each)
 
     def stats(self) -> StateStats:
-        """Return the counters and what is held now."""
+        """Return the counters and the states held now."""
         below = {each.tier.label: each.tier.stats() for each in self.below}
         with self.lock:
             self.settle()
@@ -298,7 +298,7 @@ class Store(Forkable):
     # Clearing
 
     def begin(self, scope: str | None) -> Work:
-        """Return what tells, later, whether `scope` was cleared since now.
+        """Return an object that becomes void when `scope` is cleared.
 
         Errors: InvalidScope.
         """
@@ -327,7 +327,7 @@ class Store(Forkable):
             n_removed = self._clear_memory(is_doomed)
             if scope is None:
                 self._reset_counters()
-        # What was saved between the two steps was filed before the lock was had.
+        # A save between the two steps filed its blocks before this thread had the lock.
         self._discard_queued(is_doomed)
         return max([n_removed, *(each.tier.clear(scope) for each in self.below)])
 
@@ -336,7 +336,7 @@ class Store(Forkable):
             below.writer.discard(is_doomed)
 
     def _clear_memory(self, is_doomed: Callable[[str | None], bool]) -> int:
-        """Remove what memory holds for these scopes, and stop what is under way for them."""
+        """Remove the states in memory of these scopes, and make work under way for them void."""
         self.settle()
         for work in list(self._works):
             work.is_void = work.is_void or is_doomed(work.scope)
@@ -353,10 +353,7 @@ class Store(Forkable):
         self.seconds = {"restore": 0.0, "save": 0.0}
 
     def close(self) -> None:
-        """Write what waits, then empty memory; from now on nothing is found and nothing stored.
-
-        What the tiers below hold stays there; an ephemeral tier's folder goes with its tier.
-        """
+        """Finish waiting writes, then empty memory; after that nothing is found or stored."""
         with self.lock:
             self.is_closed = True
         for below in self.below:
@@ -385,11 +382,11 @@ class Store(Forkable):
         self.lock.release()
 
     def after_fork_in_child(self) -> None:
-        """Forget what the parent's threads use; they run on there only."""
+        """Drop states that the parent's threads use; those threads run on only there."""
         self.lock = threading.Lock()
         self._released.clear()
         self._unwritten.clear()
-        self.memory.forget_users()
+        self.memory.drop_users()
 
 
 def block_address(index: BlockIndex, node: Node, owner: Owner) -> Address:
@@ -404,7 +401,7 @@ def _touch(
     held: Sequence[Node | Snapshot],
     unwritten: deque[tuple[Node | Snapshot, int]],
 ) -> None:
-    # What a tier has lost meanwhile is written again with the next save that passes by.
+    # A state that a tier has lost is written again with the next save that passes by.
     unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))
 
 

@@ -43,7 +43,7 @@ class WriteBehind(Forkable):
 
     Units:  `max_bytes` bytes of payloads waiting; one larger job is taken when none waits.
             `max_jobs` jobs.
-    Threads: safe. A forked child starts with an empty queue: the parent does what it had queued.
+    Threads: safe. A forked child starts with an empty queue: the parent does the queued jobs.
     """
 
     fork_rank = 1
@@ -127,7 +127,7 @@ class WriteBehind(Forkable):
             )
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Write what is queued and end the thread; False if that took too long."""
+        """Write queued jobs and end the thread; False if that took too long."""
         is_flushed = self.flush(timeout_s)
         with self._condition:
             self._is_closed = True
@@ -138,7 +138,7 @@ class WriteBehind(Forkable):
         return is_flushed
 
     def end(self) -> None:
-        """Take nothing any more; the thread writes what is queued and ends. Waits for nothing."""
+        """Accept no more jobs; the thread writes the queued ones and ends. Does not wait."""
         with self._condition:
             self._is_closed = True
             self._condition.notify_all()
@@ -152,7 +152,7 @@ class WriteBehind(Forkable):
         self._condition.release()
 
     def after_fork_in_child(self) -> None:
-        """Leave what was queued to the parent."""
+        """Leave queued jobs to the parent."""
         self._condition = threading.Condition(threading.RLock())
         self._waiting, self._n_bytes, self._running = deque(), 0, None
         self._thread = None

@@ -33,7 +33,7 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is stored beside a payload.
+    """The fields stored with a payload.
 
     Shapes: `tokens` int32 in native order: a block's own, or all of a whole prefix.
     """
@@ -47,14 +47,14 @@ class Record:
 class Stored(Protocol):
     """A payload that a tier found; open until it is closed.
 
-    Errors: StateRefused where the bytes are not what was stored.
+    Errors: StateRefused where the bytes are not those that were stored.
     """
 
     record: Record
     n_bytes: int
 
     def read_into(self, buffer: memoryview) -> None:
-        """Fill a buffer of `n_bytes`; what it holds then is verified."""
+        """Fill a buffer of `n_bytes` with the verified payload."""
 
     def view(self) -> memoryview:
         """Return the payload, verified and read-only, in no memory of this process if possible."""
@@ -74,10 +74,10 @@ class Stored(Protocol):
 class LowerTier(Protocol):
     """A store of states below memory, shared with other processes.
 
-    `is_mapped` tells whether the views of what is found take no memory of this process.
+    `is_mapped`: views of found states take no memory of this process.
 
     Errors: whatever goes wrong costs a miss and a counter by reason; only `read_into` and `view`
-            of what was found raise.
+            of a found state raise.
     Threads: safe; after a fork, too.
     """
 
@@ -85,11 +85,11 @@ class LowerTier(Protocol):
     is_mapped: bool
 
     def find_each(self, wanted: Iterable[tuple[Address, bytes]]) -> Iterator[Stored | None]:
-        """Yield what is stored at each address, in order, until it can't be told.
+        """Yield the state at each address, in order, until that can't be known.
 
-        Of several blocks in one place it is the one that shares most with the tokens beside the
-        address. A tier that is far away asks for several at once; what nobody takes from the
-        iterator is not counted.
+        Of several blocks in one place it is the one that shares most with the tokens given with
+        the address. A tier that is far away asks for several at once; states that nobody takes from
+        the iterator are not counted.
         """
 
     def lengths(self, owner: Owner) -> set[int]:
@@ -111,17 +111,17 @@ class LowerTier(Protocol):
         """Count a state that was not stored or not used."""
 
     def stats(self) -> TierStats:
-        """Return the counters and what is held."""
+        """Return the counters and the states held."""
 
     def close(self) -> None:
-        """Release resources; what is stored stays."""
+        """Release resources; stored states stay."""
 
 
 def is_in_place(held: Record, new: Record, kind: Kind) -> bool | None:
     """Return whether `held` serves in the place of `new`; None if both need one of their own.
 
     False: `new` is to take the place of `held`. Of snapshots of the same tokens the one of the
-    higher priority stays. What follows a block that was replaced follows a point of the longer.
+    higher priority stays. Blocks that followed a replaced block follow a point in the longer one.
     """
     if kind == "snapshot" and held.tokens == new.tokens:
         return held.priority > new.priority

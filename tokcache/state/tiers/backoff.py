@@ -1,17 +1,17 @@
-"""What prefilling and reading cost, learnt as it happens: a tier that brings nothing rests."""
+"""Measured costs of prefilling and reading: a tier that is slower than prefilling rests."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
 
-_KEEP = 0.8  # of what is known when something new comes: the last ten or so decide
+_KEEP = 0.8  # weight of older measurements: the last ten or so decide
 _MAX_LOSS_S = 0.25
 
 
 @dataclass(slots=True)
 class Speed:
-    """How long a token takes to prefill; what was measured last counts most."""
+    """How long a token takes to prefill; the last measurements count most."""
 
     _n_tokens: float = 0.0
     _seconds: float = 0.0
@@ -38,7 +38,7 @@ class Worth:
 
     For each read it is counted how much longer it took than prefilling the same tokens; reads that
     were faster make up for that, but no credit is kept. Once a quarter of a second is lost the tier
-    rests for `rest_s`, then it is tried anew. So it never costs more than that and one read in
+    rests for `rest_s`, then it is tried again. So it never costs more than that and one read in
     that time, and a single read that was slow by chance (the first one, a busy disk) is forgiven
     where others are fast.
 
@@ -49,7 +49,7 @@ class Worth:
     _accounts: dict[bytes, _Account] = field(default_factory=dict)
 
     def note(self, fingerprint: bytes, read_s: float, prefill_s: float) -> None:
-        """Note what a read took, and what prefilling the tokens it brought would have taken."""
+        """Note how long a read took, and how long prefilling its tokens would have taken."""
         account = self._accounts.setdefault(fingerprint, _Account())
         account.loss_s = max(0.0, account.loss_s + read_s - prefill_s)
         if account.loss_s > _MAX_LOSS_S:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Below:
-    """A tier below memory, what writes to it, and its bit in `written` of a block.
+    """A tier below memory, its write queue, and its bit in `written` of a block.
 
     `worth`: for which models it is left alone, because prefilling is faster.
     """
