@@ -1,12 +1,12 @@
 """The prefix-state cache: look-ups among many entries, branches of one prefix, growth, the disk.
 
-Look-up: a prompt of 8,192 tokens, the first 4,096 of which are one of 10,000 entries that share
-nothing. Branches: 50 of one prefix of 2,000 tokens, 128 tokens each, state bytes held against
-those of the unique tokens. Growth: look-ups and bytes an entry from 100 to 100,000 entries. Disk:
-a prefix of 2,048 tokens in 8 blocks of 2.4 MB, found in memory, and found in its files (in the
-system's cache) and taken into memory, against a memcpy of its bytes; they take turns. What is
-found is compared before anything is timed; a changed byte must be told. `--seals` compares
-checksums. Saving and restoring a model's state: bench restore.
+Look-up: a prompt of 8,192 tokens whose first 4,096 are one of 10,000 entries that share nothing.
+Branches: 50 branches of 128 tokens after one prefix of 2,000 tokens; the state bytes held are
+compared with those of the unique tokens. Growth: look-ups and bytes per entry from 100 to 100,000
+entries. Disk: a prefix of 2,048 tokens in 8 blocks of 2.4 MB, found in memory, or found in its
+files (in the system's page cache) and copied into memory, against a memcpy of its bytes; the three
+take turns. Results are compared before anything is timed; a changed byte must be detected.
+`--seals` compares checksums. `bench restore` measures saving and restoring a model's state.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from tokcache.state.tiers.disk import DiskTier
 
 MODEL = b"model"
 BLOCK = 256
-STATE_BYTES = 64  # of a block, where states are not what is measured
+STATE_BYTES = 64  # of a block, in cases that do not measure states
 BLOCK_BYTES = 2_400_000
 
 
 def save(cache: PrefixStateCache, tokens: Any, n_bytes: Callable[[int, int], int]) -> int:
-    """Save states that nobody fills."""
+    """Save states without filling their bytes; return the number of saved positions."""
     return cache.save(tokens, lambda *_: None, n_bytes, fingerprint=MODEL)
 
 
 def small(_start: int, _stop: int) -> int:
-    """Return the size of a state that is not measured."""
+    """Return the size of a state in cases that do not measure states."""
     return STATE_BYTES
 
 
 def random_tokens(rng: Any, n_tokens: int) -> Any:
-    """Return ids as they would come from a tokenizer."""
+    """Return random ids of the type that a tokenizer gives."""
     return rng.integers(0, 150_000, n_tokens, np.int32)
 
 
@@ -61,19 +61,19 @@ def timed(work: Callable[[], object], rounds: int) -> float:
 
 
 def n_found(cache: PrefixStateCache, tokens: Any) -> int:
-    """Return how many leading tokens are held."""
+    """Return how many leading tokens are in the cache."""
     with cache.plan(tokens, fingerprint=MODEL) as plan:
         return plan.n_tokens
 
 
 def filled(n_entries: int, n_tokens: int, rng: Any) -> tuple[PrefixStateCache, list[Any], float]:
-    """Return a cache of that many entries, some of them, and the median us of a save."""
+    """Return a cache with `n_entries` entries, a sample of them, and the median us of a save."""
     cache = PrefixStateCache(ram_bytes=1 << 40, max_entries=1 << 30, block_tokens=BLOCK)
     kept, times = [], []
     for n in range(n_entries):
         tokens = random_tokens(rng, n_tokens)
         began = perf_counter_ns()
-        assert save(cache, tokens, small) > n_tokens - 8  # some begin alike
+        assert save(cache, tokens, small) > n_tokens - 8  # a few entries begin alike by chance
         times.append(perf_counter_ns() - began)
         if n % max(n_entries // 100, 1) == 0:
             kept.append(tokens)
@@ -139,7 +139,7 @@ def _hit(cache: PrefixStateCache, prompts: list[Any], pick: random.Random) -> No
 
 
 class Files:
-    """One prefix in memory, in files, and as bare bytes."""
+    """One prefix in memory, in files, and as plain bytes."""
 
     def __init__(self, folder: Path) -> None:
         self.tokens = np.arange(8 * BLOCK, dtype=np.int32)
@@ -159,7 +159,7 @@ class Files:
         np.copyto(np.frombuffer(buffer, np.uint8), self.payload)
 
     def forget(self) -> None:
-        """Leave the prefix to the disk alone; the buffers wait for their next use."""
+        """Remove the prefix from memory, so that only the disk has it; buffers are used again."""
         memory = self.fresh._memory
         for node in list(memory.index.nodes()):
             memory.remove(node)
@@ -174,12 +174,12 @@ class Files:
             assert plan.restore(load) == 8 * BLOCK
 
     def copy(self) -> None:
-        """Copy as many bytes, in as many pieces."""
+        """Copy the same number of bytes in the same number of pieces."""
         for target, source in zip(self.targets, self.sources, strict=True):
             np.copyto(target, source)
 
     def compare(self) -> bool:
-        """Return whether files give the bytes that were saved, and a changed one is refused."""
+        """Return whether files give the saved bytes, and a changed file is refused."""
         self.forget()
         self.restore(self.fresh)
         is_equal = all(np.array_equal(each, self.payload) for each in self.targets)
@@ -192,7 +192,7 @@ class Files:
             opened.write(bytes([byte[0] ^ 1]))
         self.forget()
         is_told = n_found(self.fresh, self.tokens) < 8 * BLOCK
-        self.__init__(self.tier.path)  # type: ignore[misc]  # what was damaged is written anew
+        self.__init__(self.tier.path)  # type: ignore[misc]  # write the damaged file again
         return is_equal and is_told
 
 
