@@ -243,7 +243,7 @@ def play(systems: list[System], asked: list[tuple[int, TokenIds]]) -> tuple[Any,
 def main(argv: list[str]) -> int:
     """Compare, then measure; exit code 1 if answers are wrong or a bar is missed."""
     options = _report.parser(__doc__ or "")
-    options.add_argument("--turns", type=int, default=8, help="at most, per session")
+    options.add_argument("--turns", type=int, default=8, help="maximum of prompts per session")
     options.add_argument("--shared", action="store_true", help="one system prompt for all")
     args = options.parse_args(argv)
     model = big_model(n_layers=4, n_embd=384, n_heads=6, n_kv_heads=2, n_ff=1024)

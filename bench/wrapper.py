@@ -242,7 +242,9 @@ def main(argv: list[str]) -> int:
     """Exit code 1 if an answer differs or a bar is missed."""
     options = _report.parser(__doc__ or "")
     options.add_argument(
-        "--tokenizer", action="append", help="a tokenizer.json, a real one's name, or tiny; again"
+        "--tokenizer",
+        action="append",
+        help="a tokenizer.json, a real one's name, or tiny; repeatable",
     )
     options.add_argument("--chats", type=int, default=20)
     args = options.parse_args(argv)
