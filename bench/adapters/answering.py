@@ -161,7 +161,7 @@ class Tokcache(InProcess):
         super().__init__(llm)
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Finish pending writes, and end."""
         super().close()
         self.cache.close()
 
