@@ -1,4 +1,4 @@
-"""Run one benchmark: `python -m bench NAME [--json FILE]`; each module here with a main is one."""
+"""Runs one benchmark: `python -m bench NAME [--json FILE]`; NAME is a module here with a main."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import bench
 
 
 def names() -> list[str]:
-    """Return the benchmarks there are."""
+    """Return the names of all benchmarks."""
     found = pkgutil.iter_modules([str(Path(bench.__file__).parent)])
     shown = [m.name for m in found if not m.ispkg and not m.name.startswith("_")]
     return sorted(name.replace("_", "-") for name in shown)

@@ -1,4 +1,4 @@
-"""Keeps what one system leaves behind in a process out of the next one's figures."""
+"""Keeps the memory that one system used and freed from affecting the next one's figures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # from glibc 2.35 on
 def apart(
     module: str, function: str, *args: Any, first: str = "", settings: dict[str, str] | None = None
 ) -> Any:
-    """Return what a function returns, as JSON, in a process of its own.
+    """Return the result of a function that is called in a new process; it must be valid JSON.
 
-    `first` is a statement to run there before anything is imported, `settings` variables of its
-    environment.
+    `first` is a statement to run there before anything is imported; `settings` are variables of
+    its environment.
     """
     code = (
         f"{first}\nimport json, {module}\nprint(json.dumps({module}.{function}(*{list(args)!r})))"
@@ -35,11 +35,12 @@ def apart(
 
 
 def without_page_faults() -> None:
-    """Have malloc use huge pages and keep what is freed, where it is glibc's.
+    """Make glibc's malloc use huge pages and keep freed memory.
 
-    Else whoever comes next waits for new pages, about 2 us each in a virtual machine, or does not:
-    by what the system before left where. Ten microseconds a prompt, by chance. The command is
-    started anew if its environment does not say how malloc shall work.
+    Otherwise a system may or may not have to wait for new pages, about 2 us each in a virtual
+    machine, depending on the memory that the previous system left: up to ten microseconds per
+    prompt, by chance. If the environment does not have the malloc settings, the command is started
+    again with them.
     """
     if os.environ.keys().isdisjoint(_HUGE_PAGES):
         os.execve(sys.executable, sys.orig_argv, os.environ | _HUGE_PAGES)  # noqa: S606 (this one)
@@ -50,7 +51,7 @@ def without_page_faults() -> None:
 
 
 def settle() -> None:
-    """Have malloc sort now what the system before freed, not on the time of the next one.
+    """Make malloc sort the blocks that the previous system freed, before the next one is timed.
 
     A freed tokenizer leaves a million small blocks; glibc looks at 10,000 of them in each call.
     """

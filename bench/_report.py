@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's description, bars, the JSON file."""
+"""Parts that all benchmarks share: the machine's description, bars, the JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """Return a parser that knows `--json FILE`."""
+    """Return a parser with the option `--json FILE`."""
     made = argparse.ArgumentParser(prog="python -m bench", description=doc)
     made.add_argument("--json", type=Path, help="write the figures to this file")
     return made
@@ -46,7 +46,7 @@ def _version(name: str) -> str | None:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Return what a figure depends on: versions, CPU, commit."""
+    """Return the conditions of a measurement: versions, CPU, commit."""
     return {
         "python": sys.version.split()[0],
         "cpu": _cpu(),
@@ -58,7 +58,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure and what it must reach; one that could not be measured (None) misses."""
+    """A figure and its limit; a figure that could not be measured (None) misses the bar."""
 
     name: str
     value: float | None
@@ -68,7 +68,7 @@ class Bar:
 
     @property
     def is_met(self) -> bool:
-        """Whether the figure reaches the limit, or stays below it if that is a ceiling."""
+        """Whether the figure is at least the limit, or at most the limit if that is a ceiling."""
         if self.value is None:
             return False
         return self.value <= self.limit if self.is_ceiling else self.value >= self.limit

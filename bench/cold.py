@@ -1,10 +1,10 @@
 """One 128 KiB prompt with nothing cached: tokcache over an engine against that engine alone.
 
-English, code, JSON, Russian, Chinese; one core and two, each kind of text in a process of its own
-that is bound to its cores before anything is imported. Every sample has new objects (their making
-is not timed), so the engine's own cache of words is empty, too. Ids are compared first. Beside
-that, "words known": the same again with tokcache emptied and tokenizers' cache of words kept,
-which is what a prompt of known words and new sentences meets. Systems take turns in random order.
+English, code, JSON, Russian and Chinese, on one core and on two. Each kind of text has a new
+process, which is bound to its cores before anything is imported. Every sample has new objects,
+created outside the timed part, so the engine's own cache of words is empty, too. Ids are compared
+first. "Words known" is the same with tokcache cleared and tokenizers' cache of words kept, as for
+a prompt of known words in new sentences. Systems take turns in random order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_OF_GIGATOKEN = 1.15
 
 
 def encode_ms(system: peers.Encoder, text: str) -> float:
-    """Return the milliseconds that one fresh string takes."""
+    """Return the milliseconds for one new string object."""
     given = fresh(text)
     gc.collect()
     settle()
@@ -50,7 +50,7 @@ def encode_ms(system: peers.Encoder, text: str) -> float:
 
 
 def compare(file: Path, text: str) -> dict[str, str]:
-    """Return of every system "equal", "differs", or why it is unavailable."""
+    """Return "equal", "differs", or the reason why it is unavailable, for every system."""
     expected = np.array(peers.build(BASE, file).encode(text), np.int32)
     found = {}
     for name in SYSTEMS:
@@ -64,7 +64,7 @@ def compare(file: Path, text: str) -> dict[str, str]:
 
 
 def measure_here(tokenizer: str, kind: str, rounds: int) -> dict[str, Any]:
-    """Measure one kind of text in this process, on the cores it has."""
+    """Measure one kind of text in this process, on its cores."""
     file, text = Path(tokenizer), texts.text(kind, N_BYTES)
     ids = compare(file, text)
     order = [name for name, found in ids.items() if not found.startswith("unavailable")]
@@ -89,7 +89,7 @@ def measure_here(tokenizer: str, kind: str, rounds: int) -> dict[str, Any]:
 
 
 def measure(file: Path, kind: str, n_cores: int, rounds: int) -> dict[str, Any]:
-    """Measure in a process of its own that has `n_cores`."""
+    """Measure in a new process with `n_cores`."""
     cores = sorted(os.sched_getaffinity(0))[:n_cores]
     found: dict[str, Any] = apart(
         "bench.cold",
@@ -112,7 +112,7 @@ def ratio(ms: dict[str, float], name: str, base: str) -> float | None:
 
 
 def bars(n_cores: int, kind: str, found: dict[str, Any]) -> list[_report.Bar]:
-    """Return what must be reached for this text on so many cores."""
+    """Return the bars for this text on `n_cores`."""
     case, ms = f"{kind}, {n_cores} core(s)", found["ms"]
     limit = MIN_RATIO[n_cores][kind]
     return [
@@ -134,8 +134,8 @@ def show(n_cores: int, kind: str, found: dict[str, Any]) -> None:
             print(f"    {name:25} {ids}")
             continue
         known = found["ms, words known"].get(name)
-        beside = "" if known is None else f"  (words known: {known:,.2f} ms)"
-        print(f"    {name:25} {found['ms'][name]:9,.2f} ms  ids {ids}{beside}")
+        more = "" if known is None else f"  (words known: {known:,.2f} ms)"
+        print(f"    {name:25} {found['ms'][name]:9,.2f} ms  ids {ids}{more}")
 
 
 def run(name: str, rounds: int) -> dict[str, Any]:
@@ -166,7 +166,9 @@ def main(argv: list[str]) -> int:
     """Exit code 1 if tokcache's ids differ or a bar is missed."""
     options = _report.parser(__doc__ or "")
     options.add_argument(
-        "--tokenizer", action="append", help="a tokenizer.json, a real one's name, or tiny; again"
+        "--tokenizer",
+        action="append",
+        help="a tokenizer.json, a real one's name, or tiny; repeatable",
     )
     options.add_argument("--rounds", type=int, default=7)
     args = options.parse_args(argv)

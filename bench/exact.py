@@ -1,7 +1,7 @@
 """L0 against dict, lru_cache, cachetools, cachebox, lru-dict and `==`: hits, puts, memory.
 
-Every hit is timed on a string made fresh before it (no cached hash, another object), as a server
-gets it. Systems take turns in random order within one run; medians, and ratios of medians.
+Every hit is timed on a new string object (without a cached hash), as a server gets it. Systems
+take turns in random order within one run; figures are medians and ratios of medians.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SYSTEMS: dict[str, Any] = {
     "cachebox": peers.Cachebox,
     "lru-dict": peers.LruDict,
 }
-FRESH = 16  # strings made, then hit: few enough to be in the CPU's cache still, as a server's are
+FRESH = 16  # strings made, then hit: few enough to stay in the CPU's cache, as in a server
 Timed = Callable[[list[tuple[str, str]]], Any]
 
 
 def fresh(text: str) -> str:
-    """Return an equal string that is another object."""
+    """Return an equal string that is a new object."""
     return (text + "\0")[:-1]
 
 
@@ -55,7 +55,7 @@ def prompts(n: int, n_chars: int, filler: str) -> list[str]:
 
 
 def per_call(call: Timed, pairs: list[tuple[str, str]]) -> float:
-    """Return nanoseconds a call, the loop around it included."""
+    """Return nanoseconds per call, including the loop around it."""
     gc.disable()
     start = perf_counter_ns()
     call(pairs)
@@ -94,11 +94,11 @@ def _loop_tokcache_put(cache: L0Cache, ids: TokenIds) -> Timed:
 
 def _loop_equal(pairs: list[tuple[str, str]]) -> None:
     for text, stored in pairs:
-        text == stored  # noqa: B015 (the compare is what is timed)
+        text == stored  # noqa: B015 (the compare itself is timed)
 
 
 def filled(name: str, keys: Sequence[str], capacity: int, ids: TokenIds) -> Any:
-    """Return the system's adapter with every key stored, checked to give back what was stored."""
+    """Return the system's adapter with every key stored; check that it returns their values."""
     system = SYSTEMS[name](capacity, ids)
     for key in keys:
         system.miss(fresh(key))
@@ -109,7 +109,7 @@ def filled(name: str, keys: Sequence[str], capacity: int, ids: TokenIds) -> Any:
 def interleaved(
     timed: dict[str, Timed], make: Callable[[random.Random], list[tuple[str, str]]], rounds: int
 ) -> dict[str, float]:
-    """Return the median nanoseconds a call of each system; they take turns, in random order."""
+    """Return the median nanoseconds per call of each system; they take turns in random order."""
     rng = random.Random(7)
     samples: dict[str, list[float]] = {name: [] for name in timed}
     order = list(timed)
@@ -125,7 +125,7 @@ def interleaved(
 
 
 def hits(n_chars: int, filler: str, n_keys: int, rounds: int) -> dict[str, float]:
-    """Time hits on fresh strings of one length; `==` compares with a stored equal string."""
+    """Time hits on new strings of one length; `==` compares with a stored equal string."""
     keys = prompts(n_keys, n_chars, filler)
     ids = TokenIds(range(n_chars // 4))
     systems = {name: filled(name, keys, n_keys, ids) for name in SYSTEMS}
@@ -175,7 +175,7 @@ def puts(capacity: int, rounds: int, batch: int) -> dict[str, float]:
 
 
 def collisions(n_keys: int, rounds: int) -> dict[str, float]:
-    """Time 32 KiB keys that differ where no sample is taken against unrelated ones."""
+    """Time 32 KiB keys that differ only between the samples, against unrelated keys."""
     unrelated = prompts(n_keys, 32 << 10, "x")
     body = unrelated[0]
     template = [body[:40] + f"{i:08d}" + body[48:] for i in range(n_keys)]
@@ -203,7 +203,7 @@ def collisions(n_keys: int, rounds: int) -> dict[str, float]:
 
 
 def tolist(n_tokens: int, rounds: int) -> dict[str, float]:
-    """Time making a list of the ids of English text, as a tokenizer made from it gives them."""
+    """Time making a list of the ids that a tokenizer gives for English text."""
     tokenizer = Tokenizer.from_file(str(tiny_tokenizer()))
     text = "\n".join(topics.values())
     values = tokenizer.encode(text[: 8 * n_tokens]).ids[:n_tokens]
@@ -228,12 +228,12 @@ MEMORY_CASES = {"64 chars": (200_000, 64, 16), "4,096 chars": (20_000, 4096, 102
 
 
 def resident_bytes() -> int:
-    """Return this process's resident set."""
+    """Return the bytes of this process's resident set."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def memory_here(n_entries: int, n_chars: int, n_tokens: int) -> dict[str, float]:
-    """Fill a cache with strings nobody else keeps; return bytes an entry, reported and resident."""
+    """Fill a cache with strings that only it holds; return reported and resident bytes."""
     cache = L0Cache(max_entries=n_entries, max_bytes=1 << 40)
     template = list(range(n_tokens))
     TokenIds(template)
@@ -254,7 +254,7 @@ def memory_here(n_entries: int, n_chars: int, n_tokens: int) -> dict[str, float]
 
 
 def memory() -> dict[str, dict[str, float]]:
-    """Measure each case in a process of its own: what one freed, the next would reuse."""
+    """Measure each case in a new process, because it would use memory that the last one freed."""
     figures = {}
     for name, case in MEMORY_CASES.items():
         code = f"import json, bench.exact as e; print(json.dumps(e.memory_here(*{case})))"
@@ -266,7 +266,7 @@ def memory() -> dict[str, dict[str, float]]:
 
 
 def show(title: str, figures: dict[str, float], base: str | None = None) -> None:
-    """Print one row of medians, and tokcache's ratio to each."""
+    """Print one row of medians, and the ratio of tokcache to each."""
     cells = []
     for name, value in figures.items():
         ratio = f" ({figures[base] / value:.2f}x)" if base and name != base else ""
@@ -275,7 +275,7 @@ def show(title: str, figures: dict[str, float], base: str | None = None) -> None
 
 
 def main(argv: list[str]) -> int:
-    """Run it all; nanoseconds, in brackets tokcache's time over the peer's."""
+    """Run all cases; print nanoseconds and, in brackets, tokcache's time over the peer's."""
     options = _report.parser(__doc__ or "")
     options.add_argument("--quick", action="store_true", help="fewer rounds, no million keys")
     args = options.parse_args(argv)

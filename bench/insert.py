@@ -1,10 +1,11 @@
 """How much of an edited 64 KiB prompt is encoded again: one sentence inserted, documents swapped.
 
-A prompt of sixteen documents is encoded; then the same with a sentence put into the middle, and,
-after the first again in a new cache, with two documents that are not neighbours swapped. Counted
-are the characters that reach the engine, as a share of those looked up, and beside them those
-whose chunk is not there (over gigatoken, which has no smaller parts, both are the same); ids are
-compared with tokenizers'. Five kinds of text, several seeds; the worst counts.
+A prompt of sixteen documents is encoded, then the same prompt with a sentence inserted in the
+middle. In a new cache the prompt is encoded again, then with two documents swapped that are not
+neighbours. The figures are the characters that reach the engine, as a share of those looked up,
+and the characters in missing chunks (over gigatoken, which looks up no segments, both are the
+same). Ids are compared with those of tokenizers. There are five kinds of text and several seeds;
+the worst result counts.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ def original(kind: str, seed: int) -> list[str]:
 
 
 def joined(documents: list[str]) -> str:
-    """Return the prompt that they make."""
+    """Return the prompt that these documents make."""
     return "\n\n".join(documents)
 
 
 def with_sentence(kind: str, prompt: str) -> str:
-    """Return the prompt with one sentence more, after the first blank of its second half."""
+    """Return the prompt with a sentence inserted after the first space of its second half."""
     found = re.compile(r"\s").search(prompt, len(prompt) // 2)
     at = found.end() if found else len(prompt) // 2
     return prompt[:at] + texts.SENTENCES[kind] + prompt[at:]
 
 
 def with_swap(documents: list[str], seed: int) -> str:
-    """Return the prompt with two documents, not neighbours, in each other's place."""
+    """Return the prompt with two documents swapped that are not neighbours."""
     left, right = sorted(random.Random(seed).sample(range(0, N_DOCUMENTS, 2), 2))
     changed = list(documents)
     changed[left], changed[right] = changed[right], changed[left]
@@ -54,7 +55,10 @@ def with_swap(documents: list[str], seed: int) -> str:
 def missed_percent(
     file: Path, expect: peers.Encoder, before: str, after: str
 ) -> tuple[float, float, int]:
-    """Return what of `after` is encoded once `before` is known, what misses, wrong answers."""
+    """Encode `before`, then `after`; return shares of `after`, and the number of wrong answers.
+
+    The shares are the characters encoded, and those in missing chunks.
+    """
     cache = peers.over("tokenizers", file)
     expected = [np.array(expect.encode(text), np.int32) for text in (before, after)]
     n_wrong = peers.n_different(cache, [before], expected[:1])
@@ -103,7 +107,7 @@ def run(name: str, n_seeds: int) -> dict[str, Any]:
 
 
 def bars(figures: dict[str, Any]) -> list[_report.Bar]:
-    """Return what the worst of all texts and seeds must stay below."""
+    """Return the limits for the worst of all texts and seeds."""
     kinds = figures.get("percent", {}).values()
     return [
         _report.Bar(
@@ -121,7 +125,9 @@ def main(argv: list[str]) -> int:
     """Exit code 1 if ids differ or a bar is missed."""
     options = _report.parser(__doc__ or "")
     options.add_argument(
-        "--tokenizer", action="append", help="a tokenizer.json, a real one's name, or tiny; again"
+        "--tokenizer",
+        action="append",
+        help="a tokenizer.json, a real one's name, or tiny; repeatable",
     )
     options.add_argument("--seeds", type=int, default=10)
     args = options.parse_args(argv)

@@ -1,15 +1,16 @@
-"""Agent chats replayed turn by turn: tokenizers, its rivals, tokcache; microseconds a prompt.
+"""Agent chats replayed turn by turn: tokenizers, other encoders, tokcache; microseconds a prompt.
 
-Prompts are rendered first. Ids of every system are compared with tokenizers' before anything is
-timed: rivals that differ are timed all the same and marked, tokcache must not differ. In every
-round each system, new and with nothing cached, replays all prompts; order random; strings made
-fresh before each call, as a server gets them. Slow systems take every third round. Medians.
-Memory is on huge pages and stays with the process once freed: no system waits for new pages.
+Prompts are rendered first. The ids of every system are compared with those of tokenizers before
+anything is timed: other encoders that differ are timed and marked, tokcache must not differ. In
+every round each system, new and with nothing cached, replays all prompts in random order. Each call
+gets a new string object, as in a server. Slow systems take part in every third round. Figures are
+medians. Memory is on huge pages and stays with the process when freed, so that no system waits for
+new pages.
 
-"Every part known": prompts of about 12k characters of a replay that the segment cache has seen,
-with room for one whole prompt in L0, so that each is put together from its parts. Systems take
-turns of several replays, so that none is timed mostly on what the one before left in the CPU, in a
-process of their own: between what others freed, what is allocated lies scattered.
+"Every part known": prompts of about 12k characters from a replay that the segment cache has seen,
+with room for one whole prompt in L0, so that each is assembled from cached segments. Each system
+has several replays in turn, so that the CPU caches that the previous system left matter little.
+This runs in a new process, because memory that other systems freed would scatter the allocations.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bench.workloads.data import default_tokenizers, fresh, tokenizer_file
 
 BASE, ARRAY = "tokenizers", "gigatoken, array API"
 SLOW = (BASE, "tokenizers, encode_batch_fast", "dict over tokenizers")
-FRESH = 16  # strings made, then encoded: few enough to be in the CPU's cache still
+FRESH = 16  # strings made, then encoded: few enough to stay in the CPU's cache
 KNOWN_CHARS, N_KNOWN, A_TURN = 12_000, 64, 8
 Encode = Callable[[str], Any]
 
@@ -56,19 +57,19 @@ class Row:
 
     @property
     def median_us(self) -> float | None:
-        """Median over the rounds, None if there are none."""
+        """Median over the rounds, None without rounds."""
         return median(self.us) if self.us else None
 
     @property
     def verdict(self) -> str:
-        """What to say of the ids."""
+        """The result of comparing the ids, in words."""
         if not self.n_different:
             return "equal"
         return ("WRONG" if self.is_ours else "not exact") + f": {self.n_different:,} prompts differ"
 
 
 def replay_us(encode: Encode, prompts: list[str]) -> float:
-    """Return the mean microseconds a prompt; making the fresh strings is not timed."""
+    """Return the mean microseconds per prompt, without the time to make the strings."""
     elapsed = 0
     gc.disable()
     for start in range(0, len(prompts), FRESH):
@@ -82,7 +83,7 @@ def replay_us(encode: Encode, prompts: list[str]) -> float:
 
 
 def compare(file: Path, prompts: list[str]) -> list[Row]:
-    """Return a row a system, with how many prompts it encodes otherwise than tokenizers."""
+    """Return a row per system, with the number of prompts whose ids differ from tokenizers'."""
     encode = peers.build(BASE, file).encode
     expected = [np.array(encode(prompt), np.int32) for prompt in prompts]
     return [_compared(name, file, prompts, expected) for name in peers.SYSTEMS]
@@ -101,13 +102,13 @@ def _compared(name: str, file: Path, prompts: list[str], expected: list[Any]) ->
     if isinstance(system, peers.Tokcache):
         lookup, chunk_miss, engine = system.segment_chars()
         shares = {"chunk_miss": chunk_miss, "engine": engine}
-        if lookup:  # else the segment cache is off for this tokenizer: nothing to state
+        if lookup:  # otherwise the segment cache is off for this tokenizer
             row.miss_percent = {name: 100 * n / lookup for name, n in shares.items()}
     return row
 
 
 def measure(rows: list[Row], file: Path, prompts: list[str], rounds: int) -> None:
-    """Add to every row the microseconds of its rounds."""
+    """Add the microseconds of every round to the rows."""
     rng = random.Random(7)
     rows = [row for row in rows if row.unavailable is None]
     for turn in range(rounds):
@@ -122,7 +123,7 @@ def measure(rows: list[Row], file: Path, prompts: list[str], rounds: int) -> Non
 
 
 def known_parts(tokenizer: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
-    """Time prompts whose parts all are known, in turn with gigatoken's array API."""
+    """Time prompts whose segments are all cached, in turn with gigatoken's array API."""
     file = tokenizer_file(tokenizer)
     prompts = chats.prompts(chats.load(n_chats)[1], Tokenizer.from_file(str(file)))
     ours = peers.over("tokenizers", file, l0_max_entries=1)
@@ -132,10 +133,10 @@ def known_parts(tokenizer: str, n_chats: int | None, rounds: int) -> dict[str, A
             systems[name] = peers.build(name, file)
         except peers.Unavailable:
             continue
-    unlike = dict.fromkeys(prompts)  # equal neighbours would be L0's hits
+    unlike = dict.fromkeys(prompts)  # equal neighbours would hit in L0
     near = sorted(unlike, key=lambda prompt: abs(len(prompt) - KNOWN_CHARS))[:N_KNOWN]
     for system in systems.values():
-        for prompt in (*prompts, *near):  # again: what the replay evicted is known, too
+        for prompt in (*prompts, *near):  # cache evicted ones again
             system.encode(prompt)
     before, *missed_before = ours.segment_chars()
     samples: dict[str, list[float]] = {name: [] for name in systems}
@@ -154,7 +155,7 @@ def known_parts(tokenizer: str, n_chats: int | None, rounds: int) -> dict[str, A
 
 
 def bars(rows: dict[str, Row], known: dict[str, Any] | None) -> list[_report.Bar]:
-    """Return what must be reached."""
+    """Return the bars."""
     hf, giga = (rows[name] for name in peers.ENGINES)
     fastest = min(row.median_us for row in rows.values() if row.median_us and not row.is_ours)
     us = known["us"] if known and known["all known"] else {}
@@ -177,7 +178,7 @@ def _ratio(us: float | None, row: Row) -> float | None:
 
 
 def show(rows: list[Row], known: dict[str, Any] | None) -> None:
-    """Print a line a system."""
+    """Print a line per system."""
     base = next(row.median_us for row in rows if row.name == BASE)
     print(f"  {'':31} {'us a prompt':>12} {'x tokenizers':>13}  ids")
     for row in rows:
@@ -240,9 +241,11 @@ def main(argv: list[str]) -> int:
     """Exit code 1 if tokcache's ids differ or a bar is missed."""
     options = _report.parser(__doc__ or "")
     options.add_argument(
-        "--tokenizer", action="append", help="a tokenizer.json, a real one's name, or tiny; again"
+        "--tokenizer",
+        action="append",
+        help="a tokenizer.json, a real one's name, or tiny; repeatable",
     )
-    options.add_argument("--chats", type=int, help="the first so many chats alone")
+    options.add_argument("--chats", type=int, help="use only the first CHATS chats")
     options.add_argument("--rounds", type=int, default=9)
     args = options.parse_args(argv)
     without_page_faults()

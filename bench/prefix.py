@@ -1,11 +1,12 @@
 """Time to the first token of a second request that shares 2,000 tokens with the first.
 
-Systems: llama_cpp.Llama, the same with its LlamaRAMCache, tokcache in both modes; one model of
-4 layers x 384, one thread (two on a busy machine wait for each other), n_batch 256 for all, so
-that a fresh prefill of each has the decode boundaries of reproducible mode and texts can be
-compared before times are. Two cases: with another request in between (the context no longer holds
-the prefix), and without. Every round has texts nobody has seen; systems take turns in random
-order; medians. Reproducible mode decodes again what lies beyond the last multiple of 256.
+Systems: llama_cpp.Llama, the same with its LlamaRAMCache, and tokcache in both modes. All have the
+same model of 4 layers x 384, one thread (two threads on a busy machine wait for each other) and
+n_batch 256, so that an uncached prefill has the decode boundaries of reproducible mode and texts
+can be compared before times. There are two cases: with another request in between, after which the
+context no longer holds the prefix, and without. Every round has new texts; systems take turns in
+random order; figures are medians. Reproducible mode decodes the tokens after the last multiple of
+256 again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tokcache.state.cache import PrefixStateCache
 
 N_SHARED, N_CTX, N_BATCH = 2000, 4096, 256
 N_ANSWER = 8
-# What an uncached run with the same decode boundaries must give, token for token.
+# Systems that must give the answers of an uncached run with the same decode boundaries.
 MUST_BE_EQUAL = ("llama_cpp.Llama", "tokcache, reproducible")
 
 
@@ -46,7 +47,7 @@ def systems(n_threads: int) -> dict[str, Any]:
     ram.set_cache(llama_cpp.LlamaRAMCache())
 
     def ours(**settings: Any) -> Any:
-        # As much room as the peer has by default.
+        # The default capacity of the peer.
         cache = PrefixStateCache(ram_bytes=2 << 30, max_entries=1000, block_tokens=N_BATCH)
         llm = Llama(model, tokenizer=tokenizer, prefix_cache=cache, **settings, **common)
         llm.wait_for_fingerprint()
@@ -68,7 +69,7 @@ def _tokenizer() -> Any:
 
 
 def texts(llm: Any, seed: int) -> tuple[str, str, str]:
-    """Return two prompts that share at least `N_SHARED` tokens, and one that shares none."""
+    """Return two prompts that share at least `N_SHARED` tokens, and an unrelated one."""
     rng = random.Random(seed)
     words = ["import", "module", "the", "finder", "returns", "a", "loader", "for", "this", "name"]
 
@@ -106,7 +107,7 @@ Answers = dict[str, list[list[int]]]
 def play(
     named: dict[str, Any], rounds: int, *, is_interrupted: bool, seed: int
 ) -> tuple[dict[str, list[float]], Answers]:
-    """Ask every system in every round; return seconds of the second request, and all answers."""
+    """Run every system in every round; return seconds of the second request, and all answers."""
     rng = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in named}
     answers: Answers = {name: [] for name in named}
@@ -129,7 +130,7 @@ def play(
 
 
 def equal_share(answers: Answers) -> dict[str, float]:
-    """Return the share of each system's answers that are the expected ones."""
+    """Return the share of each system's answers that equal the expected ones."""
     expected = answers["expected"]
     return {
         name: sum(map(list.__eq__, given, expected)) / len(expected)
@@ -163,14 +164,15 @@ def report(
 
 
 def is_right(equal: dict[str, float], *, is_interrupted: bool) -> bool:
-    """Return whether those that must give the expected answers did."""
-    # Without a request in between, llama_cpp.Llama goes on where its context is, off the grid.
+    """Return whether the systems that must give the expected answers did."""
+    # Without a request in between, llama_cpp.Llama continues in its context, whose decodes do not
+    # end at multiples of 256.
     must: Callable[[str], bool] = lambda name: is_interrupted or "tokcache" in name  # noqa: E731
     return all(equal[name] == 1.0 for name in MUST_BE_EQUAL if must(name))
 
 
 def main(argv: list[str]) -> int:
-    """Run both cases; exit code 1 if answers differ that must not."""
+    """Run both cases; exit code 1 if answers differ that must be equal."""
     options = _report.parser(__doc__ or "")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)

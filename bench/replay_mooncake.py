@@ -1,17 +1,18 @@
-"""Mooncake's conversation trace through the retention of a PrefixStateCache.
+"""Mooncake's conversation trace, replayed through the retention of a PrefixStateCache.
 
-12,031 prompts of an hour at Kimi, each a list of ids that stand for blocks of 512 tokens. Every
-prompt is planned and saved as an engine would do it, by the real cache: an id stands for one block
-of a few tokens with a payload of 64 bytes, so that a budget in bytes is one in blocks of the trace.
+The trace has 12,031 prompts of one hour at Kimi, each a list of ids that stand for blocks of 512
+tokens. Every prompt is planned and saved in the real cache, as an engine would do it. Here an id
+stands for one block of a few tokens with a payload of 64 bytes, so that a budget in bytes is a
+budget in blocks of the trace.
 
-With a budget that is never reached the hits are compared with those of a plain set of ids first:
+First, with a budget that is never reached, the hits are compared with those of a plain set of ids:
 they must be the same for every prompt. The paper's table 2 (FAST'25) gives a cache ratio of 40%
-without saying over what; here it is the mean over the prompts of the share of a prompt's tokens
-that are a prefix seen before. The share of all tokens and that of all blocks are reported, too.
-Then come 10%, 25% and 50% of the bytes held in the end, against exact LRU, LFU and FIFO
-(cachetools) with as many blocks. A peer's hits are counted as a prefix, too, and it is told of a
-prompt's last block first, which gives each of them the most: the beginning of a prompt is then
-younger than what can't be used without it.
+and does not define it; here it is the share of a prompt's tokens that are a prefix seen before,
+averaged over the prompts. The shares of all tokens and of all blocks are reported, too. Then the
+budget is 10%, 25% and 50% of the bytes held at the end, and the peers are exact LRU, LFU and FIFO
+(cachetools) with the same number of blocks. A peer's hits are counted as a prefix, too, and the
+last block of a prompt is put into it first, which is best for each of them: the beginning of a
+prompt is then younger than the blocks that can't be used without it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from bench import _report
 from bench.workloads.data import read_json_lines, shared_file
 from tokcache.state.cache import PrefixStateCache
 
-TRACE_TOKENS = 512  # an id of the trace stands for so many
-TOKENS, STATE_BYTES = 4, 64  # and here for one block of so many, with a payload of that size
+TRACE_TOKENS = 512  # tokens that an id of the trace stands for
+TOKENS, STATE_BYTES = 4, 64  # of the block that it stands for here
 UNBOUNDED = 1 << 40
 SHARES = (0.10, 0.25, 0.50)
 PEERS: dict[str, Callable[[int], Any]] = {
@@ -52,7 +53,7 @@ class Prompt:
 
 
 def load() -> list[Prompt] | None:
-    """Return the prompts of the trace, None where it is absent."""
+    """Return the prompts of the trace, None if it is absent."""
     file = shared_file("traces", "mooncake", "conversation_trace.jsonl")
     if file is None:
         return None
@@ -85,12 +86,12 @@ def seen(prompts: list[Prompt]) -> Iterator[int]:
 
 
 def classic(cache: Any, prompts: list[Prompt]) -> Iterator[int]:
-    """Yield how many leading blocks of every prompt a cache of single blocks held."""
+    """Yield how many leading blocks of every prompt were in a cache of single blocks."""
     for prompt in prompts:
         yield _n_leading(prompt.ids, cache)
         for each in reversed(prompt.ids):
             if each in cache:
-                cache[each]  # is a use
+                cache[each]  # counts as a use
             else:
                 cache[each] = True
 
@@ -100,7 +101,7 @@ def _n_leading(ids: list[int], held: Any) -> int:
 
 
 def ratios(prompts: list[Prompt], found: list[int]) -> dict[str, float]:
-    """Return the hits in %: of a prompt's tokens on average, of all tokens, of all blocks."""
+    """Return the hits in %: averaged over prompts, of all tokens, and of all blocks."""
     tokens = [
         min(n * TRACE_TOKENS, prompt.n_tokens) for n, prompt in zip(found, prompts, strict=True)
     ]
@@ -113,7 +114,7 @@ def ratios(prompts: list[Prompt], found: list[int]) -> dict[str, float]:
 
 
 class Replay:
-    """Every run over the trace, with a bar that shows how far it is."""
+    """Runs over the trace, with a progress bar."""
 
     def __init__(self, prompts: list[Prompt], progress: Progress) -> None:
         self.prompts, self._progress = prompts, progress
@@ -125,7 +126,7 @@ class Replay:
         return list(self._progress.track(found, total=total, description=title))
 
     def unbounded(self) -> tuple[list[int], list[int]]:
-        """Return what the cache found without a limit, and what there was to find."""
+        """Return the hits of every prompt without a limit: the cache's, and the expected ones."""
         with_room = make_cache(UNBOUNDED)
         found = self._run(f"{OURS}, unbounded", cached(with_room, self.prompts))
         stats = with_room.stats()
@@ -134,7 +135,7 @@ class Replay:
         return found, list(seen(self.prompts))
 
     def bounded(self, share: float) -> dict[str, dict[str, float]]:
-        """Return the hits of all systems with a share of the room."""
+        """Return the hits of all systems with a share of the unbounded run's bytes."""
         cache = make_cache(int(share * self.n_bytes))
         title = f"{share:.0%}"
         found = {OURS: self._run(f"{OURS}, {title}", cached(cache, self.prompts))}
@@ -147,13 +148,13 @@ class Replay:
 
 
 def make_cache(ram_bytes: int) -> PrefixStateCache:
-    """Return a cache that only its bytes limit."""
+    """Return a cache that is limited only in bytes."""
     return PrefixStateCache(ram_bytes=ram_bytes, max_entries=1 << 30, block_tokens=TOKENS)
 
 
 def show(console: Console, found: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print a table: a line for each budget and system."""
-    table = Table("room", "system", title="hits in % of what was asked for")
+    """Print a table with a line for each budget and system."""
+    table = Table("budget", "system", title="hits in %")
     for name in ("a prompt", "tokens", "blocks"):
         table.add_column(name, justify="right")
     for room, systems in found.items():
@@ -164,7 +165,7 @@ def show(console: Console, found: dict[str, dict[str, dict[str, float]]]) -> Non
 
 
 def bars(found: dict[str, dict[str, dict[str, float]]], n_different: int) -> list[_report.Bar]:
-    """Return what must hold."""
+    """Return the bars: exact hits, the paper's ratio, and at least the best peer's hits."""
     off = abs(found["unbounded"][OURS]["a prompt"] - PAPER)
     made = [
         _report.Bar("unbounded: prompts with other hits", n_different, 0, "", is_ceiling=True),

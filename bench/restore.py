@@ -1,10 +1,11 @@
 """Saving and restoring a prefix of 1,024 tokens against a memcpy of the same bytes.
 
-A model of 12 layers x 768 (9.2 KB of state a token), flash attention, n_ctx 4,096, four blocks of
-256, buffers used again. First the logits after a restore are compared, bit for bit and at every
-position of a tail, with those of an uncached run with the same decode boundaries; a deliberately
-changed block must fail that comparison. Then saving (look-up, eviction of the round before, copy),
-restoring (look-up, copy) and a memcpy take turns; medians.
+The model has 12 layers x 768 (9.2 KB of state per token), flash attention and n_ctx 4,096; the
+prefix is four blocks of 256, and buffers are used again. First the logits after a restore are
+compared, bit for bit and at every position of a tail, with those of an uncached run with the same
+decode boundaries; a deliberately changed block must fail that comparison. Then saving (look-up,
+eviction of the previous round's states, copy), restoring (look-up, copy) and a memcpy take turns.
+Figures are medians.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BARS = {"restore": 2.0, "save": 2.5}
 
 
 def big_model(**sizes: Any) -> str:
-    """Return the path of a random model of the size that the bars are stated for."""
+    """Return the path of a random model of the size that the bars are for."""
     shape: dict[str, Any] = {
         "n_layers": 12,
         "n_embd": 768,
@@ -38,7 +39,7 @@ def big_model(**sizes: Any) -> str:
 
 
 def llama(cache: PrefixStateCache | None, model: str) -> Any:
-    """Return a reproducible Llama that keeps the logits of every position it decodes."""
+    """Return a reproducible Llama that keeps the logits of every decoded position."""
     llm = Llama(
         model, prefix_cache=cache, reproducible=True, n_ctx=N_CTX, flash_attn=True, verbose=False
     )
@@ -49,13 +50,13 @@ def llama(cache: PrefixStateCache | None, model: str) -> Any:
 
 
 def tail_logits(llm: Any, prompt: list[int]) -> Any:
-    """Decode `prompt` and one answer token; return the logits of the tail's positions, as bits."""
+    """Decode `prompt` and one answer token; return the bits of the logits of the tail."""
     next(llm.generate(prompt, temp=0.0))
     return llm.scores[N_PREFIX : len(prompt)].copy().view(np.int32)
 
 
 def compare(model: str, prompt: list[int]) -> dict[str, Any]:
-    """Return whether a restore gives the uncached logits, and whether a wrong one does not."""
+    """Return whether a restore gives the uncached logits, and whether a wrong state does not."""
     cache = PrefixStateCache(block_tokens=BLOCK)
     cached, uncached = llama(cache, model), llama(None, model)
     expected = tail_logits(uncached, prompt)
@@ -80,7 +81,7 @@ def compare(model: str, prompt: list[int]) -> dict[str, Any]:
 
 
 class Timed:
-    """One context that holds the prefix, one cache with room for just its blocks."""
+    """A context that holds the prefix, and a cache with room for exactly its blocks."""
 
     def __init__(self, model: str, prompt: list[int]) -> None:
         self.tokens = np.array(prompt[:N_PREFIX], np.int32)
@@ -89,7 +90,7 @@ class Timed:
         self.sequence = self.llm._sequence
         size = self.sequence.block_bytes(0, BLOCK)
         self.n_bytes = size * N_PREFIX // BLOCK
-        # The next save finds no room and takes the buffers of the one before.
+        # The next save finds no room and uses the buffers of the previous one.
         self.cache = PrefixStateCache(ram_bytes=self.n_bytes + size // 2, block_tokens=BLOCK)
         self.source = [np.ones(size, np.uint8) for _ in range(N_PREFIX // BLOCK)]
         self.target = [np.ones(size, np.uint8) for _ in range(N_PREFIX // BLOCK)]
@@ -97,25 +98,25 @@ class Timed:
         self.round = 0
 
     def save(self) -> None:
-        """Save all blocks under a new name."""
+        """Save all blocks as those of a new prefix."""
         self.round += 1
         self.states = self.cache.namespace(b"%d" % self.round)
         saved = self.states.save(self.tokens, self.sequence.read_block, self.sequence.block_bytes)
         assert saved == N_PREFIX
 
     def restore(self) -> None:
-        """Restore them into the emptied sequence."""
+        """Restore the blocks into the emptied sequence."""
         with self.states.plan(self.tokens) as plan:
             assert plan.restore(self.sequence.write_block) == N_PREFIX
 
     def memcpy(self) -> None:
-        """Copy as many bytes, in as many pieces."""
+        """Copy the same number of bytes in the same number of pieces."""
         for source, target in zip(self.source, self.target, strict=True):
             np.copyto(target, source)
 
 
 def measure(timed: Timed, rounds: int) -> dict[str, float]:
-    """Return the median microseconds of each; they take turns."""
+    """Return the median microseconds of each step; the steps take turns."""
     samples_ns: dict[str, list[int]] = {"memcpy": [], "save": [], "restore": []}
     for _ in range(rounds):
         for name, times in samples_ns.items():

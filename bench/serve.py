@@ -1,9 +1,9 @@
-"""A server's event loop while it tokenizes: how late it comes, how many requests it answers.
+"""A server's event loop while it tokenizes: its lateness, and the requests it answers per second.
 
-Agent chats are asked for turn by turn, interleaved, by sixteen clients at once in one event loop;
-beside them a ticker wants to wake every millisecond. Plain transformers in the loop, plain in
-threads, tokcache's `atoken_ids` over tokenizers. Ids are compared first; in every round each
-system starts with nothing cached; order random; medians over the rounds.
+Sixteen clients in one event loop send the interleaved turns of agent chats, while a ticker is due
+every millisecond. Systems: plain transformers in the loop, plain transformers in threads, and
+tokcache's `atoken_ids` over tokenizers. Ids are compared first; in every round each system starts
+with nothing cached, in random order; figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Ask = Callable[[str], Awaitable[Any]]
 
 
 def systems(plain: Any) -> dict[str, Callable[[], Ask]]:
-    """Return what makes each system, with nothing cached."""
+    """Return a factory for each system, which starts with nothing cached."""
 
     async def in_loop(text: str) -> Any:
         return plain(text, add_special_tokens=False)["input_ids"]
@@ -52,7 +52,7 @@ def systems(plain: Any) -> dict[str, Callable[[], Ask]]:
 
 
 def interleaved(plain: Any, n_chats: int) -> list[str]:
-    """Return the prompts of all chats, a turn of each in rotation."""
+    """Return the prompts of all chats, one turn of each in rotation."""
     found = chats.load(n_chats)[1]
     per_chat = [chats.prompts([chat], plain.backend_tokenizer) for chat in found]
     return [text for turn in zip_longest(*per_chat) for text in turn if text is not None]
@@ -106,7 +106,7 @@ def run(name: str, n_chats: int, n_rounds: int) -> dict[str, Any]:
 
 
 def bars(medians: dict[str, dict[str, float]]) -> list[_report.Bar]:
-    """Return what tokcache must reach beside the better of the plain ways."""
+    """Return the bars for tokcache, relative to the better of the plain systems."""
     ours, plain = medians[OURS], [found for one, found in medians.items() if one != OURS]
     return [
         _report.Bar(
@@ -127,7 +127,9 @@ def main(argv: list[str]) -> int:
     """Exit code 1 if ids differ or a bar is missed."""
     options = _report.parser(__doc__ or "")
     options.add_argument(
-        "--tokenizer", action="append", help="a tokenizer.json, a real one's name, or tiny; again"
+        "--tokenizer",
+        action="append",
+        help="a tokenizer.json, a real one's name, or tiny; repeatable",
     )
     options.add_argument("--chats", type=int, default=20)
     options.add_argument("--rounds", type=int, default=5)

@@ -1,16 +1,17 @@
 """Six interleaved sessions on a llama-server with two slots, and a restart half-way.
 
-Systems: the server alone; the server with its --cache-ram (8 GiB); through tokcache; the same in
-reproducible mode. Each has a server of its own: one model of 4 layers x 384, one thread (two on a
-busy machine wait for each other), pieces of 256 tokens. Every prompt is sent to all systems, in
-random order, one at a time; half-way every server is killed and started again on its folder.
+Systems: the server alone; the server with its --cache-ram (8 GiB); the server through tokcache; the
+same in reproducible mode. Each has its own server with the same model of 4 layers x 384, one thread
+(two threads on a busy machine wait for each other) and pieces of 256 tokens. Every prompt is sent
+to all systems, in random order, one at a time; half-way every server is killed and started again on
+its folder.
 
-First the answers are compared with those of prompts that are decoded from nothing: reproducible
-mode must give them all, token for token; where another system's answer differs, the two likeliest
-tokens at that place must be nearly equal, as for any other split into batches. Then come the
-tokens prefilled, as the server's `timings` say (prompt tokens less `cache_n`), over the least
-possible with every earlier state at hand, and the time to the first token, all that tokcache does
-beforehand included.
+First the answers are compared with those of prompts decoded from an empty slot: reproducible mode
+must give all of them, token for token. Where another system's answer differs, the two likeliest
+tokens at that place must be nearly equal, as for any other split into batches. The figures are the
+prefilled tokens according to the server's `timings` (prompt tokens less `cache_n`), divided by the
+least possible with every earlier state available, and the time to the first token, including the
+work that tokcache does before the request.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tokcache.samples.server_process import ServerProcess
 
 N_SESSIONS, N_SLOTS, BLOCK, N_CTX = 6, 2, 256, 8192
 N_ANSWER = 8
-NEAR_TIE = 0.05  # as the tolerance of tests/integration/test_llama_exact.py
+NEAR_TIE = 0.05  # the same tolerance as in tests/integration/test_llama_exact.py
 MAX_OVER_LEAST = 1.05
 ALONE, RAM, OURS, EXACT = (
     "llama-server",
@@ -47,14 +48,14 @@ ALONE, RAM, OURS, EXACT = (
 )
 SETTINGS: dict[str, dict[str, Any]] = {
     RAM: {"cache_ram_mib": 8192},
-    # Where a server makes checkpoints, it decodes in other pieces.
+    # With checkpoints a server decodes in other pieces.
     EXACT: {"n_ctx_checkpoints": 0},
 }
 
 
 @dataclass(slots=True)
 class Answer:
-    """What one prompt brought of one system."""
+    """The answer of one system to one prompt."""
 
     prompt: TokenIds
     completion: Completion
@@ -71,7 +72,7 @@ class Phase:
 
 
 class System:
-    """One server, and how it is asked."""
+    """One server and the way to send it prompts."""
 
     def __init__(self, name: str, model: str, tokenizer: Any) -> None:
         self.name = name
@@ -101,7 +102,7 @@ class System:
             found = self.client.complete(
                 prompt, n_predict=N_ANSWER, conversation=str(session), n_probs=2
             )
-            # Reproducible mode decodes a prompt's whole blocks in a request of their own.
+            # Reproducible mode decodes the complete blocks of a prompt in a separate request.
             n_used = found.n_restored if self.name == EXACT else found.completion.n_cached
             return Answer(prompt, found.completion, found.first_token_s, len(prompt) - n_used)
         completion = self.client.completion(prompt, n_predict=N_ANSWER, n_probs=2)
@@ -110,13 +111,13 @@ class System:
         )
 
     def ask_uncached(self, prompt: TokenIds) -> Completion:
-        """Return the answer to a prompt that is decoded from nothing."""
+        """Return the answer to a prompt that is decoded in an empty slot."""
         return self.client.completion(
             prompt, n_predict=N_ANSWER, n_probs=2, id_slot=0, cache_prompt=False
         )
 
     def restart(self) -> None:
-        """Kill the server and start it again, at the same address."""
+        """Kill the server and start it again at the same address."""
         self.client.flush()
         port = int(self._process.url.rpartition(":")[2])
         self._process.kill()
@@ -131,7 +132,7 @@ class System:
 
 
 def prompts(tokenizer: Any, n_turns: int, *, is_shared: bool) -> list[tuple[int, TokenIds]]:
-    """Return the sessions' prompts, taking turns: a session's next one continues its last."""
+    """Return the sessions' prompts in turns; each continues the previous one of its session."""
     made = (
         chats.made(N_SESSIONS)
         if is_shared
@@ -158,22 +159,22 @@ def replay(
 
 
 def differences(expected: list[Completion], answers: list[Answer]) -> list[float]:
-    """Return, of each answer that differs, how far the two likeliest tokens lie apart there."""
+    """Return, for each answer that differs, the gap between the two likeliest tokens there."""
     gaps = []
     for right, given in zip(expected, answers, strict=True):
         if right.token_ids == given.completion.token_ids:
             continue
         n_same = n_common(right.token_ids, given.completion.token_ids)
-        # One of the two may have ended here; the other one tells what it saw.
+        # One of the two may have ended here; then the other one has the probabilities.
         told = max(right.probabilities, given.completion.probabilities, key=len)
-        # Within an unfinished character nothing is told: that is not taken for a near tie.
+        # The server reports none within an unfinished character: that is not taken for a near tie.
         likely = told[n_same].logprobs[:2] if len(told) == N_ANSWER else (99.0, 0.0)
         gaps.append(likely[0] - likely[1])
     return gaps
 
 
 def least(answers: list[Answer], held: list[TokenIds]) -> Iterator[int]:
-    """Yield the least tokens to prefill for each prompt, with all earlier states in `held`."""
+    """Yield the least tokens to prefill for each prompt, with all earlier states of `held`."""
     for answer in answers:
         known = max((n_common(state, answer.prompt) for state in held), default=0)
         yield len(answer.prompt) - min(known, len(answer.prompt) - 1)
@@ -200,7 +201,7 @@ def figures(phase: Phase, held: dict[str, list[TokenIds]]) -> dict[str, dict[str
 
 
 def show(title: str, found: dict[str, dict[str, float]]) -> None:
-    """Print a line a system."""
+    """Print a line per system."""
     print(f"{title}: {found[OURS]['prompts']} prompts")
     for name, row in found.items():
         print(
@@ -211,7 +212,7 @@ def show(title: str, found: dict[str, dict[str, float]]) -> None:
 
 
 def compare(expected: list[Completion], phases: list[Phase]) -> dict[str, Any]:
-    """Print and return how many answers are those of an uncached run."""
+    """Print and return how many answers differ from those of an uncached run."""
     found = {}
     for name in (ALONE, RAM, OURS, EXACT):
         gaps = differences(expected, [one for phase in phases for one in phase.answers[name]])
@@ -242,7 +243,7 @@ def play(systems: list[System], asked: list[tuple[int, TokenIds]]) -> tuple[Any,
 def main(argv: list[str]) -> int:
     """Compare, then measure; exit code 1 if answers are wrong or a bar is missed."""
     options = _report.parser(__doc__ or "")
-    options.add_argument("--turns", type=int, default=8, help="at most so many a session")
+    options.add_argument("--turns", type=int, default=8, help="maximum of prompts per session")
     options.add_argument("--shared", action="store_true", help="one system prompt for all")
     args = options.parse_args(argv)
     model = big_model(n_layers=4, n_embd=384, n_heads=6, n_kv_heads=2, n_ff=1024)

@@ -1,15 +1,15 @@
 """Clients that abort at random, on a llama-server that is killed again and again.
 
-Eight clients hold chats through one LlamaServer on two slots, and eight more through another in
-reproducible mode on two other slots of the same server: whole completions, streams, from
-threads and from event loops; a third of the streams are closed early, some requests are cancelled.
-Every minute the server is killed and started again on its slot folder. A chat that meets an error
-of the server goes on when it is back.
+Eight clients have chats through one LlamaServer on two slots, and eight more through another one in
+reproducible mode on two other slots of the same server. They use whole completions and streams,
+from threads and from event loops; a third of the streams are closed early, and some requests are
+cancelled. Every minute the server is killed and started again on its slot folder. A chat that gets
+an error of the server continues when the server is back.
 
-What must hold: every answer is the one a server that nobody else uses gives (two tokens that are
-almost equally likely may change places, for the server decodes tokens of several slots in one
-batch), no slot is lost, the slot folder stays within its budget, and no error comes that is not one
-of a server that was killed.
+Every answer must be the one of a server without other clients (two tokens that are almost equally
+likely may change places, because the server decodes tokens of several slots in one batch). No slot
+may be lost, the slot folder must stay within its budget, and the only errors allowed are those of a
+server that was killed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from tokcache.samples.server_process import ServerProcess
 BLOCK, N_CTX, N_SLOTS, N_ANSWER = 64, 1024, 4, 6
 MAX_BYTES = 4_000_000
 NEAR_TIE = 0.05
-# What a server that was killed, or is just starting, may bring.
+# The errors of a server that was killed or is starting.
 EXPECTED = (ServerUnreachable, ServerTimeout, ServerFailed)
 
 
 @dataclass(slots=True)
 class Tally:
-    """What happened."""
+    """Counts of events and of errors."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -51,23 +51,23 @@ class Tally:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, gap: float) -> None:
-        """Note an answer that differs."""
+        """Record an answer that differs."""
         with self.lock:
             self.gaps.append(gap)
 
     def add(self, what: str) -> None:
-        """Count one."""
+        """Count one event."""
         with self.lock:
             self.counts[what] += 1
 
     def blame(self, what: str) -> None:
-        """Note what must not happen."""
+        """Record an error that must not happen."""
         with self.lock:
             self.wrong.append(what)
 
 
 class Reference:
-    """A server that nobody else uses: what is right."""
+    """A server without other clients, whose answers are right."""
 
     def __init__(self, server: LlamaServer) -> None:
         self._server = server
@@ -75,7 +75,7 @@ class Reference:
         self._known: dict[tuple[int, ...], Completion] = {}
 
     def answer(self, tokens: list[int]) -> Completion:
-        """Return the answer to a prompt that is decoded from nothing."""
+        """Return the answer to a prompt that is decoded in an empty slot."""
         key = tuple(tokens)
         with self._lock:
             if key not in self._known:
@@ -86,9 +86,9 @@ class Reference:
 
 
 def gap(given: Completion, expected: Completion) -> float | None:
-    """Return how much likelier the right token was where the answers part, 0 if they don't.
+    """Return how much likelier the right token was at the first difference, 0 without one.
 
-    None where the server does not tell: it leaves out what lies within an unfinished character.
+    None if the server does not report it: it leaves out tokens within an unfinished character.
     """
     n_told = 0
     for ours, theirs in zip(given.token_ids, expected.token_ids, strict=False):
@@ -100,12 +100,12 @@ def gap(given: Completion, expected: Completion) -> float | None:
                 return None
             likely = dict(zip(told.token_ids, told.logprobs, strict=True))
             return likely[theirs] - likely.get(ours, -99.0)
-    # A stream leaves out ids behind an unfinished character.
+    # A stream leaves out ids after an unfinished character.
     return 0.0 if len(given.token_ids) <= len(expected.token_ids) else 99.0
 
 
 class Client:
-    """One chat after the other, until the time is up."""
+    """A client that has one chat after the other until the time is up."""
 
     def __init__(
         self, number: int, server: LlamaServer, reference: Reference, tally: Tally, deadline: float
@@ -119,13 +119,13 @@ class Client:
         self._is_exact = server._manager.settings.reproducible
 
     def run(self) -> None:
-        """Chat; anything but a killed server's errors is noted."""
+        """Chat; record every error that is not one of a killed server."""
         try:
             while time.monotonic() < self._deadline:
                 tokens = _tokens(random.Random(self._rng.randrange(12)), 150)
                 for _ in range(self._rng.randrange(2, 6)):
                     tokens = self._turn(tokens)
-        except Exception as error:  # noqa: BLE001 (the soak must end and tell)
+        except Exception as error:  # noqa: BLE001 (the soak must end and report it)
             self._tally.blame(f"{type(error).__name__}: {error}")
 
     def _turn(self, tokens: list[int]) -> list[int]:
@@ -194,7 +194,7 @@ def _tokens(rng: random.Random, n_tokens: int) -> list[int]:
 
 
 class Killer:
-    """Kills the server again and again, and starts it again."""
+    """Kills the server and starts it again, at a fixed interval."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -222,15 +222,15 @@ class Killer:
             tally.add("killed")
 
     def close(self) -> None:
-        """End the server that runs now."""
+        """End the current server."""
         self.process.close()
 
 
 def watch(folder: Path, deadline: float) -> int:
-    """Return the most bytes that lay in the folder."""
+    """Return the most bytes that were in the folder."""
     most = 0
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):  # a file that was deleted while we looked
+        with contextlib.suppress(OSError):  # a file that was deleted meanwhile
             most = max(most, sum(file.stat().st_size for file in folder.iterdir()))
         time.sleep(0.1)
     return most
@@ -238,7 +238,7 @@ def watch(folder: Path, deadline: float) -> int:
 
 @contextlib.contextmanager
 def servers(folder: Path) -> Iterator[tuple[Killer, list[LlamaServer], Reference]]:
-    """Yield a server to kill, its two clients, and one that knows what is right."""
+    """Yield a server to kill, two LlamaServers for it, and a reference server."""
     killer = Killer(folder)
     with contextlib.ExitStack() as opened:
         opened.callback(killer.close)
@@ -266,7 +266,7 @@ def servers(folder: Path) -> Iterator[tuple[Killer, list[LlamaServer], Reference
 
 
 def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[str, Any]]:
-    """Run, and return what happened and the figures."""
+    """Run, and return the counts of events and the figures."""
     tally = Tally()
     with (
         tempfile.TemporaryDirectory(prefix="tokcache-soak-") as folder,
@@ -297,7 +297,7 @@ def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[st
             "answers that differ": len(tally.gaps),
             "largest gap": max(tally.gaps, default=0.0),
             "most bytes": most.result(),
-            # A file is deleted after the one that takes its place was written.
+            # A file is deleted only after its replacement was written.
             "byte bound": 2 * (MAX_BYTES + N_SLOTS * N_CTX * 1100),
             "stats": [repr(client.reuse_stats()) for client in clients],
         }
@@ -316,7 +316,7 @@ def main(argv: list[str]) -> int:
     try:
         tally, figures = soak(args.seconds, args.clients, args.kill_every)
     except ServerError as error:
-        print(f"the soak could not be held: {error}")
+        print(f"the soak could not be run: {error}")
         return 1
     for name, value in figures.items():
         print(f"{name}: {value}")

@@ -1,8 +1,8 @@
-"""`import tokcache` in fresh processes: how long it takes, beside what it stands on.
+"""The time of `import tokcache` in a new process, next to that of its dependencies.
 
-Each sample is an interpreter of its own that times one import; they take turns in random order.
-The least of each is reported, because all that a busy machine can do is add. That no optional
-library comes along is checked first.
+Each sample is a new interpreter that times one import; the imports take turns in random order. The
+minimum of each is reported, because load on the machine can only add time. First it is checked
+that no optional library is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_IMPORT_MS = 150
 
 
 def run(code: str) -> str:
-    """Return what `code` prints in an interpreter of its own."""
+    """Return the output of `code` in a new interpreter."""
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -28,7 +28,7 @@ def run(code: str) -> str:
 
 
 def import_ms(module: str) -> float:
-    """Return the milliseconds that an import takes, the interpreter's own start left out."""
+    """Return the milliseconds of an import, without the start of the interpreter."""
     return float(
         run(
             "from time import perf_counter as now\n"
@@ -38,7 +38,7 @@ def import_ms(module: str) -> float:
 
 
 def uninvited() -> list[str]:
-    """Return the optional libraries that `import tokcache` brings along."""
+    """Return the optional libraries that `import tokcache` imports."""
     return [
         one
         for one in run("import sys, tokcache; print(*sys.modules)").split()
@@ -47,11 +47,11 @@ def uninvited() -> list[str]:
 
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:
-    """Return the least and the median milliseconds of every import."""
+    """Return the minimum and the median milliseconds of every import."""
     order, rng = list(MODULES), random.Random(7)
     times: dict[str, list[float]] = {name: [] for name in order}
     for name in order:
-        import_ms(name)  # the first one reads from disk
+        import_ms(name)  # not counted: the first import reads from disk
     for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
@@ -60,19 +60,19 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main(argv: list[str]) -> int:
-    """Measure and report; 1 if a bar is missed."""
+    """Measure and report; return 1 if a bar is missed."""
     parser = _report.parser(str(__doc__))
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(argv)
     found = uninvited()
-    print(f"optional libraries that come along: {', '.join(found) or 'none'}")
+    print(f"optional libraries imported: {', '.join(found) or 'none'}")
     ms = measure(options.rounds)
     for name, one in ms.items():
         print(f"  import {name:13} {one['least']:8.1f} ms at least, median {one['median']:8.1f} ms")
     least = ms["tokcache"]["least"]
     bars = [
         _report.Bar("import tokcache", least, MAX_IMPORT_MS, "ms", is_ceiling=True),
-        _report.Bar("optional libraries along", len(found), 0, "", is_ceiling=True),
+        _report.Bar("optional libraries imported", len(found), 0, "", is_ceiling=True),
     ]
     figures = {"uninvited": found, "ms": ms, "bars": _report.show_bars(bars)}
     _report.finish({"environment": _report.environment(*MODULES[1:]), **figures}, options.json)

@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 
 MODEL = b"model"
 BLOCK = 256
-STATE_BYTES = 64  # of a block, where states are not what is measured
+STATE_BYTES = 64  # of a block, in cases that do not measure states
 BLOCK_BYTES = 2_400_000
 
 
 def save(states: Namespace, tokens: Any, n_bytes: Callable[[int, int], int]) -> int:
-    """Save states that nobody fills."""
+    """Save states without filling their bytes; return the number of saved positions."""
     return states.save(tokens, lambda *_: None, n_bytes)
 
 
 def small(_start: int, _stop: int) -> int:
-    """Return the size of a state that is not measured."""
+    """Return the size of a state in cases that do not measure states."""
     return STATE_BYTES
 
 
 def random_tokens(rng: Any, n_tokens: int) -> Any:
-    """Return ids as they would come from a tokenizer."""
+    """Return random ids of the type that a tokenizer gives."""
     return rng.integers(0, 150_000, n_tokens, np.int32)
 
 
@@ -64,13 +64,13 @@ def timed(work: Callable[[], object], rounds: int) -> float:
 
 
 def n_found(states: Namespace, tokens: Any) -> int:
-    """Return how many leading tokens are held."""
+    """Return how many leading tokens are in the cache."""
     with states.plan(tokens) as plan:
         return plan.n_tokens
 
 
 def filled(n_entries: int, n_tokens: int, rng: Any) -> tuple[PrefixStateCache, list[Any], float]:
-    """Return a cache of that many entries, some of them, and the median us of a save."""
+    """Return a cache with `n_entries` entries, a sample of them, and the median us of a save."""
     cache = PrefixStateCache(ram_bytes=1 << 40, max_entries=1 << 30, block_tokens=BLOCK)
     states = cache.namespace(MODEL)
     kept, times = [], []
@@ -146,7 +146,7 @@ def _hit(states: Namespace, prompts: list[Any], pick: random.Random) -> None:
 
 
 class Files:
-    """One prefix in memory, in files, and as bare bytes."""
+    """One prefix in memory, in files, and as plain bytes."""
 
     def __init__(self, folder: Path) -> None:
         self.tokens = np.arange(8 * BLOCK, dtype=np.int32)
@@ -166,7 +166,7 @@ class Files:
         np.copyto(np.frombuffer(buffer, np.uint8), self.payload)
 
     def forget(self) -> None:
-        """Leave the prefix to the disk alone; the buffers wait for their next use."""
+        """Remove the prefix from memory, so that only the disk has it; buffers are used again."""
         memory = self.fresh._store.memory
         for node in list(memory.index.nodes()):
             memory.remove(node)
@@ -181,12 +181,12 @@ class Files:
             assert plan.restore(load) == 8 * BLOCK
 
     def copy(self) -> None:
-        """Copy as many bytes, in as many pieces."""
+        """Copy the same number of bytes in the same number of pieces."""
         for target, source in zip(self.targets, self.sources, strict=True):
             np.copyto(target, source)
 
     def compare(self) -> bool:
-        """Return whether files give the bytes that were saved, and a changed one is refused."""
+        """Return whether files give the saved bytes, and a changed file is refused."""
         self.forget()
         self.restore(self.fresh)
         is_equal = all(np.array_equal(each, self.payload) for each in self.targets)

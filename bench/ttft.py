@@ -1,27 +1,27 @@
 """Six interleaved chats: tokens prefilled and time to the first token, tokcache and its peers.
 
-The first turns of tau-bench chats (chats of our own where those are absent) take turns round
-robin, so that a context of one sequence never holds what a prompt continues. Each system is a
-process of its own, all with the same random model, llama_cpp's default n_batch of 512 and one
-thread (two on a busy machine wait for each other); every prompt goes to all of them, one at a
-time, in random order. Half-way the disk systems are ended and started again on their folder, and
-the Redis ones are followed by another process.
+The first turns of tau-bench chats (or of chats made here, if those are absent) are interleaved
+round robin, so that a context with one sequence never holds the prefix of the next prompt. Each
+system has its own process, all with the same random model, llama_cpp's default n_batch of 512 and
+one thread (two threads on a busy machine wait for each other). Every prompt goes to all systems,
+one at a time, in random order. Half-way the disk systems are ended and started again on their
+folder, and the Redis systems continue in a new process.
 
-First the texts are compared with those of prompts decoded whole in pieces of 256: reproducible
-mode must give them all, token for token, in every tier; prompts whose first 256 tokens are others
-must give other texts, or the comparison shows nothing. llama-server has other kernels: it is
-compared by prefilled tokens only. Then come, for each system, the prompt tokens decoded over the
-least possible (what is beyond the longest prefix in common with any earlier prompt and its answer;
-at least one), the time to the first token, and that of whole requests, saving included.
+First the texts are compared with those of prompts decoded as a whole in pieces of 256:
+reproducible mode must give all of them, token for token, in every tier. As a control, prompts with
+other first 256 tokens must give other texts. llama-server has other kernels, so only its prefilled
+tokens are compared. The figures of each system are the decoded prompt tokens divided by the least
+possible (the tokens after the longest prefix in common with any earlier prompt and its answer, at
+least one), the time to the first token, and the time of whole requests, including saving.
 
-The bars are meant for the default mode, which reuses to the token; LlamaRAMCache does so, too.
-Reproducible mode reuses whole blocks of 256, so that its least possible is counted in those; its
-figures are printed beside. `unseen alone` has what was seen before put into its context while no
-clock runs: the time that decoding the unseen tokens takes. `--large` takes a model of 12 layers x
-768, where decoding is nearly all of the time and no cache can be much faster than another that
-finds as much; without it 4 layers x 384. LlamaRAMCache keeps a matrix of 310 MB with every state
-where a vocabulary has 151,665 tokens: 4 turns of 6 chats take 8 GB of memory, and of disk for
-LlamaDiskCache.
+The bars are for the default mode, which reuses prefixes to the token, as LlamaRAMCache does.
+Reproducible mode reuses complete blocks of 256, so its least possible is counted in blocks; its
+figures are printed as well. For `unseen alone` the seen tokens are put into the context before the
+clock starts: its time is that of decoding the unseen tokens. `--large` uses a model of 12 layers x
+768, with which decoding takes nearly all of the time, so that caches that find the same prefixes
+have about the same times; without it the model has 4 layers x 384. With a vocabulary of 151,665
+tokens LlamaRAMCache stores a matrix of 310 MB with every state: 4 turns of 6 chats take 8 GB of
+memory, and LlamaDiskCache the same on disk.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ Prompts = list[list[int]]
 
 @dataclass(slots=True)
 class Run:
-    """What one system answered, and where its process was followed by another one."""
+    """The answers of one system, and the prompt at which a new process continued."""
 
     answers: list[Answer] = field(default_factory=list)
     least: list[int] = field(default_factory=list)
 
 
 def prompts(tokenizer: Any, n_turns: int) -> tuple[str, Prompts]:
-    """Return where they are from, and the sessions' prompts, taking turns."""
+    """Return the source of the chats, and the sessions' prompts in turns."""
     source, found = chats.load()
     sessions = [chats.prompts([chat], tokenizer)[:n_turns] for chat in found]
     sessions = [one for one in sessions if len(one) == n_turns][:N_SESSIONS]
@@ -90,7 +90,7 @@ def prompts(tokenizer: Any, n_turns: int) -> tuple[str, Prompts]:
 
 
 def least(asked: Prompts, answers: list[Answer], grain: int) -> Iterator[int]:
-    """Yield the least tokens to prefill with all earlier states at hand, in whole `grain`s."""
+    """Yield the least tokens to prefill with all earlier states, reused in units of `grain`."""
     held: list[TokenIds] = []
     for prompt, answer in zip(asked, answers, strict=True):
         ids = TokenIds(prompt)
@@ -102,9 +102,9 @@ def least(asked: Prompts, answers: list[Answer], grain: int) -> Iterator[int]:
 def play(
     workers: list[Worker], asked: Prompts, progress: Progress
 ) -> tuple[dict[str, Run], list[Answer]]:
-    """Send every prompt to every system; half-way, some go on in another process.
+    """Send every prompt to every system; half-way some systems continue in another process.
 
-    Return the answers, and those to the last prompts with another beginning, decoded whole.
+    Return the answers, and those to the last prompts with another beginning and nothing cached.
     """
     rng = random.Random(3)
     runs = {worker.name: Run() for worker in workers}
@@ -125,12 +125,12 @@ def play(
 
 
 def last(each: list[Any]) -> list[Any]:
-    """Return those of the last turn."""
+    """Return the items of the last turn."""
     return each[-N_SESSIONS:]
 
 
 def half(asked: Prompts) -> int:
-    """Return how many prompts come before the restart: whole turns."""
+    """Return the number of prompts before the restart: a number of whole turns."""
     return len(asked) // (2 * N_SESSIONS) * N_SESSIONS
 
 
@@ -158,7 +158,7 @@ def figures(runs: dict[str, Run], name: str, part: slice) -> dict[str, float]:
 
 
 def n_equal(runs: dict[str, Run]) -> dict[str, int]:
-    """Return how many texts of each system are those of prompts decoded whole."""
+    """Return how many texts of each system equal those of prompts decoded as a whole."""
     right = [answer.token_ids for answer in runs[EXPECTED].answers]
     return {
         name: sum(answer.token_ids == one for answer, one in zip(run.answers, right, strict=True))
@@ -168,7 +168,7 @@ def n_equal(runs: dict[str, Run]) -> dict[str, int]:
 
 
 def show(console: Console, title: str, found: dict[str, dict[str, float]]) -> None:
-    """Print a table: a line a system."""
+    """Print a table with a line per system."""
     table = Table("system", title=title)
     columns = ("prefilled", "x least", "median", "p95", "sum", "x peer", "x ideal", "requests")
     for name in columns:
@@ -193,14 +193,14 @@ def show(console: Console, title: str, found: dict[str, dict[str, float]]) -> No
 
 
 def bars(parts: dict[str, dict[str, dict[str, float]]]) -> list[_report.Bar]:
-    """Return what the default mode must reach, then the same figures of reproducible mode."""
+    """Return the bars of the default mode, then the same figures of reproducible mode."""
     every, after, first = parts.values()
     made = []
     for mode in ("", REPRODUCIBLE):
         ram = RAM + mode
 
-        def ceiling(what: str, value: float, limit: float, mode: str = mode) -> None:
-            made.append(_report.Bar(what + mode, value, limit, is_ceiling=True))
+        def ceiling(name: str, value: float, limit: float, mode: str = mode) -> None:
+            made.append(_report.Bar(name + mode, value, limit, is_ceiling=True))
 
         def over(rows: dict[str, dict[str, float]], name: str, other: str) -> float:
             return rows[name]["ttft sum ms"] / rows[other]["ttft sum ms"]
@@ -208,16 +208,16 @@ def bars(parts: dict[str, dict[str, dict[str, float]]]) -> list[_report.Bar]:
         ceiling("prefilled over the least possible", every[ram]["over least"], MAX_OVER_LEAST)
         ceiling("sum of TTFT over LlamaRAMCache's", over(every, ram, PEER), MAX_OVER_PEER)
         ceiling("sum of TTFT over the unseen tokens'", over(every, ram, IDEAL), MAX_OVER_IDEAL)
-        for name, what in ((DISK, "disk after a restart"), (REDIS, "Redis in a second process")):
+        for name, case in ((DISK, "disk after a restart"), (REDIS, "Redis in a second process")):
             if name + mode in every:
-                ceiling(f"{what} over RAM", over(after, name + mode, ram), MAX_OVER_RAM)
+                ceiling(f"{case} over RAM", over(after, name + mode, ram), MAX_OVER_RAM)
                 ratio = over(first, name + mode, ram)
-                ceiling(f"{what} over RAM, first prompts", ratio, MAX_OVER_RAM)
+                ceiling(f"{case} over RAM, first prompts", ratio, MAX_OVER_RAM)
     return made
 
 
 def chosen() -> list[str]:
-    """Return the systems that can be measured; say why the others are left out."""
+    """Return the systems that can be measured; print why the others are left out."""
     found = []
     for name in SYSTEMS:
         why = why_without(name)
@@ -231,7 +231,7 @@ def chosen() -> list[str]:
 def run_all(
     args: Any, model: str, asked: Prompts, names: list[str], progress: Progress
 ) -> tuple[dict[str, Run], list[Answer]]:
-    """Start every system, ask, and end them."""
+    """Start every system, send the prompts, and end the systems."""
     with contextlib.ExitStack() as opened:
         folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="tokcache-bench-"))
         uses_redis = any(name.startswith(REDIS) for name in names)
@@ -246,12 +246,12 @@ def run_all(
 
 
 def main(argv: list[str]) -> int:
-    """Compare, then measure; exit code 1 if texts are wrong or a bar of the default mode missed."""
+    """Compare, then measure; exit code 1 if a text is wrong or the default mode misses a bar."""
     options = _report.parser(__doc__ or "")
-    options.add_argument("--turns", type=int, default=4, help="so many prompts a session")
+    options.add_argument("--turns", type=int, default=4, help="prompts per session")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--large", action="store_true", help="12 layers x 768 instead of 4 x 384")
-    options.add_argument("--tokenizer", help="default: qwen2.5 where it is, else the tiny one")
+    options.add_argument("--tokenizer", help="default: qwen2.5 if present, else the tiny one")
     args = options.parse_args(argv)
     (name,) = [args.tokenizer] if args.tokenizer else default_tokenizers("qwen2.5")
     file = tokenizer_file(name)

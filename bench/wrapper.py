@@ -1,8 +1,8 @@
-"""What a wrapped transformers tokenizer costs beside the plain one: hits, misses, chats.
+"""The cost of a wrapped transformers tokenizer against the plain one: hits, misses, chats.
 
 Answers are compared before anything is timed. Both tokenizers take turns, call by call or in
-short bursts, and every figure is a median; a miss is a text that was never seen, the same for
-both. "Overhead" is what transformers adds to tokenizers for a text of two characters.
+short bursts, and every figure is a median; a miss is a text that neither has seen, the same for
+both. "Overhead" is the time that transformers adds to tokenizers for a text of two characters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Call = Callable[[], Any]
 
 
 def interleaved_us(calls: dict[str, Call], n_bursts: int, burst: int) -> dict[str, float]:
-    """Return the median microseconds of each call; they take turns of short bursts."""
+    """Return the median microseconds of each call; the calls take turns in short bursts."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     rng = random.Random(3)
@@ -44,7 +44,7 @@ def interleaved_us(calls: dict[str, Call], n_bursts: int, burst: int) -> dict[st
 
 
 def load(name: str) -> Any:
-    """Return a transformers tokenizer: a folder's own class, or the plain one for a lone file."""
+    """Return a transformers tokenizer: of a folder's own class, or the base class for a file."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415 (seconds)
 
     file = tokenizer_file(name)
@@ -55,7 +55,7 @@ def load(name: str) -> Any:
 
 
 def text_of(plain: Any, n_tokens: int, seed: int) -> str:
-    """Return a text of about `n_tokens` tokens that no other seed gives."""
+    """Return a text of about `n_tokens` tokens, different for each seed."""
     source = texts.endless("English", seed)
     parts = [f"Text {seed}."]
     while len(plain.encode("\n".join(parts))) < n_tokens:
@@ -65,7 +65,7 @@ def text_of(plain: Any, n_tokens: int, seed: int) -> str:
 
 
 def compare(plain: Any, wrapped: Any, known: dict[str, str]) -> int:
-    """Return how many answers differ, from the first call and from the cache."""
+    """Return how many answers differ, in the first call or from the cache."""
     n_wrong = 0
     for text in (SHORT, *known.values()):
         expected, ids = dict(plain(text)), plain.encode(text)
@@ -77,7 +77,7 @@ def compare(plain: Any, wrapped: Any, known: dict[str, str]) -> int:
 
 
 def short_call(plain: Any, wrapped: Any) -> dict[str, float]:
-    """Return the microseconds of everything a call of two characters is made of."""
+    """Return the microseconds of each step of a call with two characters."""
     backend, ids = plain.backend_tokenizer, wrapped.token_ids(SHORT)
     alone = tokcache.L0Cache()
     alone.put(SHORT, ids)
@@ -99,7 +99,7 @@ def short_call(plain: Any, wrapped: Any) -> dict[str, float]:
 
 
 def hits(plain: Any, wrapped: Any, known: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Return the microseconds of known texts, by size."""
+    """Return the microseconds of cached texts, by size."""
     found = {}
     for size, text in known.items():
         calls: dict[str, Call] = {
@@ -113,7 +113,7 @@ def hits(plain: Any, wrapped: Any, known: dict[str, str]) -> dict[str, dict[str,
 
 
 def misses(plain: Any, wrapped: Any, seed: int) -> dict[str, dict[str, float]]:
-    """Return the microseconds of texts that were never seen, by size."""
+    """Return the microseconds of new texts, by size."""
     found = {}
     for size, n_tokens in SIZES.items():
         times: dict[str, list[float]] = {"plain": [], "tokcache": []}
@@ -133,7 +133,7 @@ def misses(plain: Any, wrapped: Any, seed: int) -> dict[str, dict[str, float]]:
 
 
 def chat_calls(plain: Any, wrapped: Any, n_chats: int) -> dict[str, float] | None:
-    """Return the median microseconds of a chat that is known: rendered, and made ids."""
+    """Return the median microseconds of a cached chat: rendering it, and making its ids."""
     if not plain.chat_template:
         return None
     times: dict[str, list[float]] = {}
@@ -141,8 +141,8 @@ def chat_calls(plain: Any, wrapped: Any, n_chats: int) -> dict[str, float] | Non
     asked: dict[str, Any] = {"add_generation_prompt": True}
     try:
         rendered = [plain.apply_chat_template(turn, tokenize=False, **asked) for turn in turns]
-    except Exception as reason:  # noqa: BLE001 (a template raises what it likes)
-        print(f"  the chats are not for this template: {reason}")
+    except Exception as reason:  # noqa: BLE001 (a template may raise anything)
+        print(f"  this template can't render the chats: {reason}")
         return None
     for turn, text in zip(turns, rendered, strict=True):
         expected = plain(text, add_special_tokens=False)["input_ids"]
@@ -153,7 +153,7 @@ def chat_calls(plain: Any, wrapped: Any, n_chats: int) -> dict[str, float] | Non
 
 
 def _chat_us(wrapped: Any, turn: chats.Chat, text: str) -> dict[str, float]:
-    """Return the least microseconds of each step; they take turns."""
+    """Return the minimum microseconds of each step; the steps take turns."""
     ids = wrapped.token_ids(text, add_special_tokens=False)
     best: dict[str, float] = {}
     asked: dict[str, Any] = {"add_generation_prompt": True}
@@ -167,7 +167,7 @@ def _chat_us(wrapped: Any, turn: chats.Chat, text: str) -> dict[str, float]:
     }
     for _ in range(9):
         for name, call in calls.items():
-            own = fresh(text)  # as rendering gives it: another object
+            own = fresh(text)  # a new object, as rendering returns
             began = perf_counter_ns()
             call(own)
             best[name] = min(best.get(name, 1e9), (perf_counter_ns() - began) / 1000)
@@ -175,12 +175,12 @@ def _chat_us(wrapped: Any, turn: chats.Chat, text: str) -> dict[str, float]:
 
 
 def _turns(chat: chats.Chat) -> list[chats.Chat]:
-    """Return what a server is sent before every answer."""
+    """Return the messages that a server is sent before each answer."""
     return [chat[:n] for n, message in enumerate(chat) if n and message["role"] == "assistant"]
 
 
 def bars(one: dict[str, Any]) -> list[_report.Bar]:
-    """Return what a wrapped tokenizer must stay below."""
+    """Return the limits for a wrapped tokenizer."""
     short, chat = one["short"], one["chat"]
     overhead = short["plain tok(text)"] - short["tokenizers.encode_batch"]
     made = [
@@ -242,7 +242,9 @@ def main(argv: list[str]) -> int:
     """Exit code 1 if an answer differs or a bar is missed."""
     options = _report.parser(__doc__ or "")
     options.add_argument(
-        "--tokenizer", action="append", help="a tokenizer.json, a real one's name, or tiny; again"
+        "--tokenizer",
+        action="append",
+        help="a tokenizer.json, a real one's name, or tiny; repeatable",
     )
     options.add_argument("--chats", type=int, default=20)
     args = options.parse_args(argv)

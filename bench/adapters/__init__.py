@@ -1,1 +1,1 @@
-"""One adapter a peer, each with the same face as `bench.adapters.exact.ExactCache`."""
+"""One adapter per peer; the adapters of a module have the same methods."""

@@ -1,7 +1,7 @@
-"""Systems that answer prompts from what they kept of earlier ones, each in a process of its own.
+"""Systems that answer prompts with states kept from earlier ones, each in its own process.
 
-A system is made by name in the process that asks nobody else; prompts go there and answers come
-back through a pipe. `restart` ends the process in an orderly way and starts another one.
+A system is created by name in its process; prompts and answers go through a pipe. `restart` ends
+the process in an orderly way and starts a new one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _START_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one prompt brought; seconds from the prompt on, `n_prefilled` of its tokens decoded."""
+    """The answer to one prompt; times are seconds since the prompt, `n_prefilled` its tokens."""
 
     token_ids: list[int]
     first_token_s: float
@@ -51,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What systems are made with; `folder` is the system's own and outlives its process."""
+    """The settings of a system; `folder` belongs to the system and outlives its process."""
 
     model: str
     n_threads: int
@@ -60,17 +60,17 @@ class Setting:
 
 
 class System(Protocol):
-    """What is measured."""
+    """A system to measure."""
 
     def ask(self, prompt: list[int]) -> Answer:
         """Answer a prompt."""
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Finish pending writes, and end."""
 
 
 class InProcess:
-    """A llama_cpp.Llama; the tokens that it decodes are counted where it decodes them."""
+    """A llama_cpp.Llama that counts the tokens it decodes."""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
@@ -107,7 +107,7 @@ class InProcess:
 
 
 class NothingKept(InProcess):
-    """Every prompt is decoded whole: the answers that all others are compared with."""
+    """Decodes every prompt as a whole; its answers are those that others are compared with."""
 
     def ask(self, prompt: list[int]) -> Answer:
         """Answer a prompt."""
@@ -116,7 +116,7 @@ class NothingKept(InProcess):
 
 
 class UnseenAlone(InProcess):
-    """What was seen before is put into the context first, and takes no time: the ideal."""
+    """Puts the seen tokens into the context before the clock starts: the ideal cache."""
 
     def __init__(self, llm: Any) -> None:
         super().__init__(llm)
@@ -130,14 +130,14 @@ class UnseenAlone(InProcess):
             self.llm.load_state(state)
         answer = super().ask(prompt)
         state = self.llm.save_state()
-        state.scores = np.zeros((1, 1), np.float32)  # nobody reads them, they are the most of it
+        state.scores = np.zeros((1, 1), np.float32)  # not read, and the largest part of it
         held = self.llm.input_ids[: self.llm.n_tokens].tolist()
         self._states.append((TokenIds(held), state))
         return answer
 
 
 class QuietDiskCache(llama_cpp.LlamaDiskCache):  # type: ignore[misc]
-    """LlamaDiskCache, without the lines that it prints at each step."""
+    """LlamaDiskCache without the lines that it prints at each step."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -145,7 +145,7 @@ class QuietDiskCache(llama_cpp.LlamaDiskCache):  # type: ignore[misc]
 
 
 class Tokcache(InProcess):
-    """tokcache.llama.Llama over the tiers that are named."""
+    """tokcache.llama.Llama over the given tiers."""
 
     def __init__(self, setting: Setting, *, reproducible: bool, **tiers: Any) -> None:
         self.cache = PrefixStateCache(
@@ -161,13 +161,13 @@ class Tokcache(InProcess):
         super().__init__(llm)
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Finish pending writes, and end."""
         super().close()
         self.cache.close()
 
 
 class Server:
-    """A llama-server with one slot, that keeps prompts in its --cache-ram."""
+    """A llama-server with one slot, which keeps prompts in its --cache-ram."""
 
     def __init__(self, setting: Setting) -> None:
         self._process = ServerProcess(
@@ -194,7 +194,7 @@ class Server:
 
 
 def llama_settings(setting: Setting) -> dict[str, Any]:
-    """Return the arguments of every llama_cpp.Llama; n_batch is its own default."""
+    """Return the arguments of every llama_cpp.Llama; n_batch is left at its default."""
     return {
         "n_ctx": N_CTX,
         "n_threads": setting.n_threads,
@@ -235,7 +235,7 @@ SYSTEMS: dict[str, Callable[[Setting], System]] = {
 
 
 class Worker:
-    """A system in a process of its own."""
+    """A system in its own process."""
 
     def __init__(self, name: str, setting: Setting) -> None:
         self.name, self._setting = name, setting
@@ -265,7 +265,7 @@ class Worker:
         self._start()
 
     def close(self) -> None:
-        """End the process, when it has written what waits."""
+        """End the process after its pending writes."""
         with contextlib.suppress(BrokenPipeError):
             self._pipe.send(None)
         self._process.join()
@@ -273,10 +273,10 @@ class Worker:
 
 
 def _serve(name: str, setting: Setting, pipe: Connection) -> None:
-    # Threads that wait for each other spinning take the time of the other processes.
+    # Threads that spin while they wait for each other take time from the other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     system = SYSTEMS[name](setting)
-    # What is done once (digest of the model file, connections, first pages) belongs to no prompt.
+    # One-time work (digest of the model file, connections, first pages) must count for no prompt.
     system.ask(random.Random(os.getpid()).choices(range(3, 2000), k=2 * BLOCK))
     pipe.send(None)
     with contextlib.suppress(EOFError):
@@ -290,7 +290,7 @@ def why_without(name: str) -> str | None:
     if name == "llama-server":
         try:
             require_xllamacpp()
-        except Exception as error:  # noqa: BLE001  (whatever it is, it is told)
+        except Exception as error:  # noqa: BLE001  (any error is reported)
             return str(error)
     if "Redis" in name:
         if "redis" not in inspect.signature(PrefixStateCache).parameters:
@@ -302,7 +302,7 @@ def why_without(name: str) -> str | None:
 
 @contextlib.contextmanager
 def redis_server() -> Iterator[str]:
-    """Run a Redis that writes nothing to the disk; yield its URL."""
+    """Run a redis-server that writes nothing to the disk; yield its URL."""
     program = shutil.which("redis-server") or shutil.which("valkey-server")
     if program is None:
         raise RuntimeError("there is no redis-server")

@@ -1,4 +1,4 @@
-"""The exact-string caches: tokcache and what people use instead, behind one face."""
+"""Adapters with one interface for exact-string caches: tokcache and its alternatives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokcache import L0Cache, TokenIds
 
 
 class ExactCache(Protocol):
-    """What is timed: `hit` on a text that is there, `miss` on one that isn't (it stores it)."""
+    """The timed calls: `hit` looks up a stored text, `miss` a new one, which it then stores."""
 
     hit: Callable[[str], Any]
     miss: Callable[[str], Any]
@@ -32,7 +32,7 @@ class Tokcache:
 
 
 class Dict:
-    """A dict: no bound, no recency; the floor of what Python itself does."""
+    """A dict without bound or recency: the lower limit for Python code."""
 
     def __init__(self, capacity: int, ids: TokenIds) -> None:
         del capacity
@@ -42,7 +42,7 @@ class Dict:
 
 
 class LruCache:
-    """functools.lru_cache around a function that has the answer at hand."""
+    """functools.lru_cache around a function that returns a prepared answer."""
 
     def __init__(self, capacity: int, ids: TokenIds) -> None:
         self.hit = self.miss = lru_cache(maxsize=capacity)(lambda _text: ids)

@@ -1,8 +1,8 @@
-"""What encodes prompts: tokenizers, its rivals, and tokcache over an engine, behind one face.
+"""Adapters with one interface for tokenizers, other encoders, and tokcache over an engine.
 
-No adapter adds the post-processor's special tokens: a rendered chat carries its own, and gigatoken
-has no switch for them. Libraries are imported when an adapter is built: one that is not installed,
-or refuses the tokenizer, is a row without figures.
+No adapter adds the post-processor's special tokens: a rendered chat contains its own, and gigatoken
+has no switch for them. A library is imported when its adapter is built; if it is not installed or
+refuses the tokenizer, its row has no figures.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Unavailable(Exception):
 
 
 class Encoder(Protocol):
-    """What is timed: `encode` returns a sequence of ids (list, numpy array or TokenIds)."""
+    """The interface: `encode` is timed and returns ids (a list, numpy array or TokenIds)."""
 
     encode: Callable[[str], Any]
 
 
 class Tokenizers:
-    """tokenizers.Tokenizer.encode, the call most code makes."""
+    """tokenizers.Tokenizer.encode, the most common call."""
 
     def __init__(self, file: Path) -> None:
         encode = Tokenizer.from_file(str(file)).encode
@@ -48,7 +48,7 @@ class TokenizersFast:
 
 
 class DictOverTokenizers:
-    """A dict of whole prompts, no bound, over tokenizers."""
+    """An unbounded dict of whole prompts, over tokenizers."""
 
     def __init__(self, file: Path) -> None:
         encode: Callable[[str], list[int]] = Tokenizers(file).encode
@@ -81,7 +81,7 @@ class Fastokens:
 
 
 class Gigatoken:
-    """gigatoken.Tokenizer.encode: its numpy array, or that as a list.
+    """gigatoken.Tokenizer.encode: the numpy array that it returns, or a list made from it.
 
     Of its two ways to a list (`encode(text).tolist()`, `encode_batch_list([text])[0]`) the first
     is the faster for one prompt.
@@ -114,7 +114,7 @@ class Tokcache:
             raise Unavailable(f"its engine is {engine}: {settings['engine']} was refused")
 
     def segment_chars(self) -> tuple[int, int, int]:
-        """Return the characters looked up, those that missed the chunks, those encoded."""
+        """Return the characters looked up, those in missing chunks, and those encoded."""
         stats: Any = self.tokenizer.cache_stats()
         return stats.l1.lookup_chars, stats.l1.chunk_miss_chars, stats.l1.engine_chars
 
@@ -140,16 +140,16 @@ def over(engine: str, file: Path, **settings: Any) -> Tokcache:
 
 
 def build(name: str, file: Path) -> Encoder:
-    """Return a new system with nothing cached; Unavailable, with the reason, if there is none."""
+    """Return a new system with nothing cached; raise Unavailable if it can't be built."""
     try:
         return SYSTEMS[name](file)
     except Unavailable:
         raise
-    except Exception as error:  # every library raises classes of its own, some only Exception
+    except Exception as error:  # every library has its own classes, some raise Exception
         raise Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 
 def n_different(encoder: Encoder, texts: list[str], expected: list[Any]) -> int:
-    """Return for how many texts the ids are not those of `expected`."""
+    """Return the number of texts whose ids differ from those of `expected`."""
     pairs = zip(texts, expected, strict=True)
     return sum(not np.array_equal(np.asarray(encoder.encode(text)), ids) for text, ids in pairs)

@@ -1,1 +1,1 @@
-"""What the benchmarks encode: seeded, the same for every system."""
+"""The texts and chats of the benchmarks: seeded, and the same for every system."""

@@ -1,4 +1,4 @@
-"""Agent chats, turn by turn: tau-bench's where they are, else seeded ones of our own."""
+"""Agent chats, turn by turn: those of tau-bench if present, else seeded ones made here."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _TITLES = ("Harbour Lights", "A Short History of Salt", "Winter Bees", "The Nint
 
 
 def load(n_chats: int | None = None) -> tuple[str, list[Chat]]:
-    """Return where the chats are from, and the first `n_chats` of them."""
+    """Return the source of the chats, and the first `n_chats` of them."""
     file = shared_file("traces", "tau-bench", "gpt-4o-airline.json")
     if file is None:
         return "made, seed 5", made(n_chats or _N_MADE_CHATS)
@@ -58,7 +58,7 @@ def load(n_chats: int | None = None) -> tuple[str, list[Chat]]:
 
 
 def made(n_chats: int, seed: int = 5) -> list[Chat]:
-    """Return chats of a library's help desk: one long policy, tool calls, JSON records."""
+    """Return chats of a library's help desk with one long policy, tool calls and JSON records."""
     rng = random.Random(seed)
     policy = "# Help desk policy\n\n" + "\n\n".join(_rule(rng) for _ in range(_N_RULES))
     return [list(_made_chat(rng, policy)) for _ in range(n_chats)]
@@ -84,7 +84,7 @@ def _made_chat(rng: random.Random, policy: str) -> Iterator[Message]:
 
 
 def record(rng: random.Random, member: str) -> dict[str, Any]:
-    """Return a member's record, as a tool of the help desk would."""
+    """Return the record of a member, as a tool of the help desk would."""
     return {
         "member": member,
         "card": {"number": rng.randrange(10**9), "valid_until": _date(rng)},
@@ -101,7 +101,7 @@ def _date(rng: random.Random) -> str:
 
 
 def prompts(chats: list[Chat], tokenizer: Tokenizer) -> list[str]:
-    """Return what a server is sent before every answer of every chat, rendered for `tokenizer`."""
+    """Return the prompt before every answer of every chat, rendered for `tokenizer`."""
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     made_prompts = []
     for chat in chats:
@@ -116,7 +116,7 @@ def prompts(chats: list[Chat], tokenizer: Tokenizer) -> list[str]:
 def _opening(role: str, added: set[str]) -> str:
     if "<|im_start|>" in added:
         return f"<|im_start|>{role}\n"
-    if "<|end|>" in added:  # Phi-3 has no token for tools: they speak as the user
+    if "<|end|>" in added:  # Phi-3 has no token for tools: their results are user messages
         return f"<|{role}|>\n" if f"<|{role}|>" in added else "<|user|>\n"
     return f"{role.capitalize()}: "
 

@@ -1,4 +1,4 @@
-"""Where the real tokenizers and corpora are, if they are here; no part of the project."""
+"""Finds the real tokenizers and corpora, which the project does not contain."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ TINY = "tiny"
 
 
 def shared_data() -> Path | None:
-    """Return the folder that TOKCACHE_SHARED_DATA names, or the one beside the repository."""
+    """Return the folder that TOKCACHE_SHARED_DATA names, or the one next to the repository."""
     folder = Path(os.environ.get("TOKCACHE_SHARED_DATA") or _BESIDE_THE_REPOSITORY)
     return folder if folder.is_dir() else None
 
 
 def shared_file(*parts: str) -> Path | None:
-    """Return a file of that folder, or None where it is absent."""
+    """Return a file of that folder, or None if it is absent."""
     folder = shared_data()
     file = folder.joinpath(*parts) if folder else None
     return file if file and file.is_file() else None
 
 
 def tokenizer_file(name: str) -> Path:
-    """Return the tokenizer.json of a real tokenizer's name, a path, or the project's tiny one.
+    """Return a tokenizer.json by the name of a real tokenizer, by path, or the sample's.
 
     Errors: MissingFile if there is none.
     """
@@ -47,7 +47,7 @@ def tokenizer_file(name: str) -> Path:
 
 
 def default_tokenizers(*names: str) -> list[str]:
-    """Return those of `names` that are here, or the tiny one alone."""
+    """Return those of `names` that are present, or only the tiny one."""
     here = [name for name in names if shared_file("tokenizers", name, "tokenizer.json")]
     return here or [TINY]
 
@@ -62,7 +62,7 @@ def strings(found: Any) -> Iterator[str]:
 
 
 def read_json_lines(text: str) -> list[Any]:
-    """Return what each line holds."""
+    """Return the value of each line."""
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 

@@ -1,12 +1,12 @@
-"""Long texts of five kinds: real corpora where they are, else Python's own or ours.
+"""Long texts of five kinds: from real corpora if present, else from Python or written here.
 
-Pieces come in seeded order, each once. Where they don't suffice (Russian and Chinese: interface
-strings, short) a chain over their words, or characters, says new things in the same language:
-repeating them would flatter every cache. Our own few sentences do so all the same: bars are for
-the real corpora.
+Pieces come in seeded order, each once. If there are not enough (the interface strings in Russian
+and Chinese are short), a Markov chain over their words or characters makes new sentences in the
+same language: repetitions would flatter every cache. The few sentences written here still repeat,
+so the bars apply to the real corpora.
 """
 
-# ruff: noqa: RUF001 (Russian and Chinese are meant)
+# ruff: noqa: RUF001 (texts in Russian and Chinese)
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ KINDS = tuple(_PIECES)
 
 @cache
 def pieces(kind: str) -> tuple[str, ...]:
-    """Return what texts of this kind are put together from."""
+    """Return the pieces that texts of this kind are assembled from."""
     return tuple(_PIECES[kind]())
 
 
@@ -149,7 +149,7 @@ def _walk(follow: dict[str, list[str]], unit: str, rng: random.Random) -> Iterat
 
 
 def documents(kind: str, n_bytes: int, n_documents: int, seed: int) -> list[str]:
-    """Return that many texts of equal size, together `n_bytes` of UTF-8 at most."""
+    """Return `n_documents` texts of equal size, together at most `n_bytes` of UTF-8."""
     source, each = endless(kind, seed), n_bytes // n_documents
     return [_filled(source, each) for _ in range(n_documents)]
 
@@ -164,5 +164,5 @@ def _filled(source: Iterator[str], n_bytes: int) -> str:
 
 
 def text(kind: str, n_bytes: int, seed: int = 1) -> str:
-    """Return one text of `n_bytes` of UTF-8 (less the rest of a cut character)."""
+    """Return one text of `n_bytes` of UTF-8, without an incomplete last character."""
     return documents(kind, n_bytes, 1, seed)[0]

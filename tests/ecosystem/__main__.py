@@ -207,7 +207,7 @@ _PAGE = """\
 Written by `python -m tests.ecosystem`; run it again rather than edit this page.
 
 With {versions}. Each use was run with plain tokenizers, with those that `tokcache.wrap` returns, \
-and with those loaded after `tokcache.patch_transformers()`, each in a process of its own with \
+and with those loaded after `tokcache.patch_transformers()`, each in a separate process with \
 another hash seed. "equal" means that all results were those of the plain tokenizer. Tokenizers: \
 {tokenizers}; uses that generate text are without BERT, and those of trl, `Hasher` and workers \
 that import torch again take the sample alone. The helpers of vLLM, SGLang, Triton and NeMo were \

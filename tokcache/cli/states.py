@@ -70,7 +70,7 @@ def list_states(folder: Folder) -> None:
 
 @states.command("stats")
 def show_stats(folder: Folder) -> None:
-    """Print the totals: states, bytes, scopes, models, and when states were last used."""
+    """Print the totals of the folder and when states were last used."""
     with _errors_in_one_line():
         files = list(_tier(folder).files())
     lines = {
@@ -141,7 +141,7 @@ def prune(
     ] = None,
     hmac_key_env: Key = None,
 ) -> None:
-    """Remove the states of a scope, the excess over a number of bytes, or unused states.
+    """Remove the states of a scope, or those least recently used.
 
     If the folder was written with an HMAC key, --scope needs that key: give --hmac-key-env.
     """

@@ -95,7 +95,7 @@ You may call these functions. Answer with one JSON object on a line of its own, 
   {"branch": "string", "card": "string or null", "text": "string"}}
 """
 
-# A question, the reply to it, the next question: one a block.
+# Questions and replies in turn, separated by blank lines.
 _LIBRARY_TURNS = """\
 I have three novels that are due tomorrow and I am travelling until the end of the month. Can I
 keep them longer without coming in?
@@ -224,7 +224,7 @@ You may call these functions. Answer with one JSON object on a line of its own, 
   {"reason": "string"}}
 """
 
-# A question, the reply to it, the next question: one a block.
+# Questions and replies in turn, separated by blank lines.
 _FERRY_TURNS = """\
 We are two adults with a camper van of 6.20 m and want to go to Heron Island on Saturday and come
 back a week later. What does it cost?
