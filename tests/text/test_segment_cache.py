@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -27,9 +27,12 @@ from tokcache.text.segments.char_classes import (
     NON_ASCII_PUNCTUATION_RANGES,
     CharClass,
 )
+from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.segments.id_lengths import token_bytes
-from tokcache.text.segments.plan import CutPlan, Variant, plan_cuts
 from tokcache.text.segments.scanner import class_behind
+
+if TYPE_CHECKING:
+    from tokcache.text.segments.cuts.plan import CutPlan, Variant
 
 LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
 KINDS = ("gpt2", "qwen2", "bert_uncased", "llama2", "unigram_first_split")

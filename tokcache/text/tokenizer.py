@@ -25,7 +25,7 @@ from tokcache.stats import CacheStats, L0Stats, L1Stats
 from tokcache.text.engines.copying import HuggingFaceEngine
 from tokcache.text.l0 import L0Cache
 from tokcache.text.segments.cache import CHARS_AT_ONCE, L1, Walk
-from tokcache.text.segments.plan import plan_cuts
+from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
     from tokcache.config import CacheConfig
     from tokcache.text.segments.cache import L1
-    from tokcache.text.segments.plan import CutPlan
+    from tokcache.text.segments.cuts.plan import CutPlan
     from tokcache.text.tokenizer import CachedTokenizer
 
 MIN_KEY_BYTES = 16

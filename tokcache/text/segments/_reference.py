@@ -26,7 +26,7 @@ from tokcache.text.segments.scanner import Part, Scanner, Unsure, class_behind, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from tokcache.text.segments.plan import CutPlan
+    from tokcache.text.segments.cuts.plan import CutPlan
 
 MIN_CHARS = 128  # a chunk is not cut before, but where a message opens
 MAX_CHARS = 1024  # nor later, where there is a place

@@ -1,7 +1,7 @@
 """L1: texts put together from parts that were encoded before.
 
 The segment cache finds the parts of a text and says which are missing; those are encoded
-together, by content, and kept. Every part is cut where `cuts` proves that it may be; a share of
+together, by content, and kept. Every part is cut where `cuts.planner` proves that it may be; a share of
 the answers can be encoded again in full (`verify_rate`), and the first difference ends the fast
 encoder that made it, or L1.
 """
@@ -33,8 +33,8 @@ from tokcache.text.engines.fast import (
     probe_texts,
     prove,
 )
+from tokcache.text.segments.cuts.plan import VOCABULARY_PROOF
 from tokcache.text.segments.id_lengths import TokenBytes, token_bytes
-from tokcache.text.segments.plan import VOCABULARY_PROOF
 from tokcache.text.segments.scanner import Scanner, Unsure, parts_of
 from tokcache.text.token_ids import TokenIds
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from tokcache.config import CacheConfig
     from tokcache.stats import L1Stats
-    from tokcache.text.segments.plan import CutPlan
+    from tokcache.text.segments.cuts.plan import CutPlan
 
 if TYPE_CHECKING or is_native():
     from tokcache.text.segments._l1 import CodePoints, SegmentCache, Walk

@@ -30,7 +30,7 @@ from tokcache.text.segments.components import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tokcache.text.segments.plan import Variant
+    from tokcache.text.segments.cuts.plan import Variant
 
 if TYPE_CHECKING or is_native():
     from tokcache.text.segments._l1 import CodePoints, TokenBytes
