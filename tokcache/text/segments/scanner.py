@@ -1,4 +1,7 @@
-"""The readable twin of the native scanner: added tokens, classes and cuts, in order."""
+"""Scans a text for added tokens, character classes and cuts, as the native scanner does.
+
+Native builds use it too, for a part that is encoded again from a cache file.
+"""
 
 from __future__ import annotations
 
