@@ -28,7 +28,7 @@ from tokcache.config import ENGINES, CacheConfig
 from tokcache.text import tokenizer as core
 from tokcache.text.segments import cache as l1
 from tokcache.text.segments.char_classes import N_CLASSES
-from tokcache.text.segments.plan import plan_cuts
+from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.token_ids import TokenIds
 from tokcache.text.tokenizer import CachedTokenizer
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.cli.explanation import Explanation
-    from tokcache.text.segments.plan import CutPlan
+    from tokcache.text.segments.cuts.plan import CutPlan
 
 WITHOUT_FAST = CacheConfig(engine="tokenizers")
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import tokcache
+from tests.text.implementations import both, implementation
 from tests.text.test_segment_cache import Cached, numbered, texts_of
 from tests.text.test_wrap_flight import CountingEngine, Wrapped, engine, ids, tok, wait_until
 from tests.text.tokenizers_synthetic import SYNTHETIC
-from tests.text.twins import both, twin
 from tokcache.errors import InvalidScope
 
 __all__ = ["engine", "tok"]  # fixtures
@@ -37,7 +37,7 @@ def asker() -> Iterator[ThreadPoolExecutor]:
 
 @both
 def test_l0_drops_the_entries_of_one_scope_alone(name: str) -> None:
-    cache = twin(name).l0_cache(max_entries=100_000)
+    cache = implementation(name).l0_cache(max_entries=100_000)
     rng = random.Random(1)
     rows = [(f"{n}" + "x" * rng.choice([0, 600]), n % 3 == 0, SCOPES[n % 5]) for n in range(4000)]
     for number, (text, flag, scope) in enumerate(rows):
@@ -60,7 +60,7 @@ def test_l0_drops_the_entries_of_one_scope_alone(name: str) -> None:
 
 @both
 def test_l0_has_room_again_for_what_left(name: str) -> None:
-    cache = twin(name).l0_cache(max_entries=10, max_bytes=20_000)
+    cache = implementation(name).l0_cache(max_entries=10, max_bytes=20_000)
     for n in range(10):
         cache.put(f"{n}", range(100), scope="a")
     cache.clear("a")
@@ -77,7 +77,7 @@ def test_l0_refuses_what_is_no_scope_and_clears_nothing_of_an_unknown_one(name: 
     class Named(str):
         __slots__ = ()
 
-    cache = twin(name).l0_cache()
+    cache = implementation(name).l0_cache()
     cache.put("text", [1], scope="a")
     for wrong in (5, b"a", True):
         with pytest.raises(InvalidScope):
@@ -90,7 +90,7 @@ def test_l0_refuses_what_is_no_scope_and_clears_nothing_of_an_unknown_one(name: 
 
 @both
 def test_l0_does_not_store_what_was_under_way_when_its_scope_was_cleared(name: str) -> None:
-    cache, some = twin(name).l0_cache(), twin(name).token_ids([1])
+    cache, some = implementation(name).l0_cache(), implementation(name).token_ids([1])
     since = cache._n_clears
     cache.clear("a")
     assert cache._put("text", True, some, "a", since) is False
@@ -232,15 +232,15 @@ class NativeMachine(_Machine):
     name = "native"
 
 
-class PythonMachine(_Machine):
-    name = "python"
+class ReferenceMachine(_Machine):
+    name = "reference"
 
 
 _SETTINGS = settings(max_examples=20, stateful_step_count=25, deadline=None)
 TestNative = NativeMachine.TestCase
 TestNative.settings = _SETTINGS
-TestPython = PythonMachine.TestCase
-TestPython.settings = _SETTINGS
+TestReference = ReferenceMachine.TestCase
+TestReference.settings = _SETTINGS
 
 
 # ---- a wrapped tokenizer
@@ -295,12 +295,11 @@ def test_what_waited_for_a_thread_as_its_scope_was_cleared_is_not_kept(
     assert engine.calls == [["x"], ["x"]]
 
 
-@pytest.mark.parametrize("name", ["python", "native"])
+@pytest.mark.parametrize("name", ["reference", "native"])
 def test_a_cleared_tenant_leaves_both_layers_and_nobody_else_does(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokcache.text.tokenizer.L0Cache", twin(name).l0_cache)
-    twin(name).use_for_parts(monkeypatch)
+    implementation(name).use(monkeypatch)
     plain = SYNTHETIC["gpt2"]()
     wrapped = tokcache.wrap(plain, tokcache.CacheConfig(engine="tokenizers"))
     texts = [numbered(30), "a secret"]

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from tokenizers import (
@@ -23,8 +23,11 @@ from tokenizers import (
 from tests.text.tokenizers_synthetic import PATTERNS, RANDOM, SYNTHETIC
 from tokcache.text.engines.copying import PartEncoder
 from tokcache.text.segments.char_classes import N_CLASSES, CharClass
-from tokcache.text.segments.plan import CutPlan, plan_cuts
+from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.segments.scanner import class_behind
+
+if TYPE_CHECKING:
+    from tokcache.text.segments.cuts.plan import CutPlan
 
 C = CharClass
 Build = Callable[[], Tokenizer]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.text.twins import both, native, twin
+from tests.text.implementations import both, implementation, native
 from tokcache.errors import InvalidConfig, InvalidScope, InvalidText, InvalidTokens
 
 
@@ -20,7 +20,7 @@ def fresh(text: str) -> str:
 
 @both
 def test_gives_back_what_was_stored(name: str) -> None:
-    cache = twin(name).l0_cache()
+    cache = implementation(name).l0_cache()
     assert cache.get("hello") is None
     assert cache.put("hello", [1, 2, 3]) is True
     assert cache.get(fresh("hello")) == [1, 2, 3]
@@ -34,7 +34,7 @@ def test_gives_back_what_was_stored(name: str) -> None:
 
 @both
 def test_counts_and_clears(name: str) -> None:
-    cache = twin(name).l0_cache()
+    cache = implementation(name).l0_cache()
     cache.put("a", [1, 2])
     cache.put("a", [2], add_special_tokens=False)
     for text in ("a", "a", "b"):
@@ -59,7 +59,7 @@ TRICKY = [
 
 @both
 def test_every_kind_of_string_is_its_own_key(name: str) -> None:
-    cache = twin(name).l0_cache()
+    cache = implementation(name).l0_cache()
     for number, text in enumerate(TRICKY):
         assert cache.put(text, [number])
     cache._check()
@@ -82,7 +82,7 @@ def test_a_str_subclass_is_its_content(name: str) -> None:
 
         __hash__ = str.__hash__
 
-    cache = twin(name).l0_cache()
+    cache = implementation(name).l0_cache()
     cache.put(Prompt("hello"), [1])
     assert cache.get("hello") == [1]
     assert cache.get("something else") is None
@@ -93,7 +93,7 @@ def test_a_str_subclass_is_its_content(name: str) -> None:
 @both
 @pytest.mark.parametrize("text", [b"hello", None, 5, ["hello"]])
 def test_refuses_what_is_no_text(name: str, text: Any) -> None:
-    cache = twin(name).l0_cache()
+    cache = implementation(name).l0_cache()
     with pytest.raises(InvalidText, match=type(text).__name__):
         cache.get(text)
     with pytest.raises(InvalidText):
@@ -109,12 +109,12 @@ def test_refuses_what_is_no_text(name: str, text: Any) -> None:
 
 @both
 def test_a_tenant_is_not_taken_for_the_flag(name: str) -> None:
-    cache = twin(name).l0_cache()
+    cache = implementation(name).l0_cache()
     cache.put("secret", [1, 2], scope="tenant-a")
     calls: list[Callable[[], Any]] = [
         lambda: cache.get("secret", "tenant-a"),
         lambda: cache.put("secret", [1, 2], "tenant-a"),
-        lambda: twin(name).l0_cache(10),
+        lambda: implementation(name).l0_cache(10),
     ]
     for call in calls:
         with pytest.raises(TypeError, match="positional"):
@@ -134,7 +134,7 @@ def test_a_tenant_is_not_taken_for_the_flag(name: str) -> None:
 @pytest.mark.parametrize("value", [0, -1, 1.5, "7x", None, True])
 def test_refuses_budgets_that_cannot_work(name: str, setting: str, value: Any) -> None:
     with pytest.raises(InvalidConfig, match=setting):
-        twin(name).l0_cache(**{setting: value})
+        implementation(name).l0_cache(**{setting: value})
 
 
 @both
@@ -146,8 +146,8 @@ def test_refuses_settings_beyond_what_can_be_counted(name: str) -> None:
         ("max_bytes", 1 << 63),
     ):
         with pytest.raises(InvalidConfig, match=f"{setting} must be at most"):
-            twin(name).l0_cache(**{setting: value})
-    cache = twin(name).l0_cache(max_entries=2, sample_size=1024)
+            implementation(name).l0_cache(**{setting: value})
+    cache = implementation(name).l0_cache(max_entries=2, sample_size=1024)
     for i in range(20):
         cache.put(str(i), [i])
     cache._check()
@@ -155,7 +155,7 @@ def test_refuses_settings_beyond_what_can_be_counted(name: str) -> None:
 
 @both
 def test_names_of_scopes_count(name: str) -> None:
-    cache = twin(name).l0_cache(max_bytes=1 << 20)
+    cache = implementation(name).l0_cache(max_bytes=1 << 20)
     for i in range(30):
         assert cache.put("text", [i], scope=f"{i:06d}" + "s" * 100_000)
         cache._check()
@@ -168,7 +168,7 @@ def test_names_of_scopes_count(name: str) -> None:
 
 @both
 def test_many_threads_at_once(name: str) -> None:
-    cache = twin(name).l0_cache(max_entries=20)
+    cache = implementation(name).l0_cache(max_entries=20)
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -198,7 +198,7 @@ def test_many_threads_at_once(name: str) -> None:
 
 @both
 def test_the_entry_budget_holds_over_both_maps(name: str) -> None:
-    cache = twin(name).l0_cache(max_entries=10)
+    cache = implementation(name).l0_cache(max_entries=10)
     for i in range(100):
         cache.put(f"text {i}", [i], add_special_tokens=i % 2 == 0)
         assert len(cache) == min(i + 1, 10)
@@ -208,7 +208,7 @@ def test_the_entry_budget_holds_over_both_maps(name: str) -> None:
 
 @both
 def test_the_victim_comes_from_the_larger_map(name: str) -> None:
-    cache = twin(name).l0_cache(max_entries=10)
+    cache = implementation(name).l0_cache(max_entries=10)
     for i in range(3):
         cache.put(f"few {i}", [i])
     for i in range(200):
@@ -218,7 +218,7 @@ def test_the_victim_comes_from_the_larger_map(name: str) -> None:
 
 @both
 def test_with_a_sample_of_all_the_least_recently_used_goes(name: str) -> None:
-    cache = twin(name).l0_cache(max_entries=4, sample_size=200)
+    cache = implementation(name).l0_cache(max_entries=4, sample_size=200)
     for text in "abcd":
         cache.put(text, [1])
     cache.get("a")
@@ -232,7 +232,7 @@ def test_with_a_sample_of_all_the_least_recently_used_goes(name: str) -> None:
 def test_draws_are_random_over_all_entries(name: str) -> None:
     survivors = set()
     for _ in range(60):
-        cache = twin(name).l0_cache(max_entries=20, sample_size=1)
+        cache = implementation(name).l0_cache(max_entries=20, sample_size=1)
         for i in range(21):
             cache.put(str(i), [i])
         survivors |= {i for i in range(20) if cache.get(str(i)) is None}
@@ -242,7 +242,7 @@ def test_draws_are_random_over_all_entries(name: str) -> None:
 
 @both
 def test_sampled_lru_keeps_what_is_used(name: str) -> None:
-    cache = twin(name).l0_cache(max_entries=100)
+    cache = implementation(name).l0_cache(max_entries=100)
     for i in range(50):
         cache.put(f"hot {i}", [i])
     kept = 0
@@ -255,7 +255,7 @@ def test_sampled_lru_keeps_what_is_used(name: str) -> None:
 
 @both
 def test_the_byte_budget_holds_and_a_giant_is_refused(name: str) -> None:
-    cache = twin(name).l0_cache(max_bytes=100_000)
+    cache = implementation(name).l0_cache(max_bytes=100_000)
     rng = random.Random(1)
     for i in range(300):
         cache.put(
@@ -275,7 +275,7 @@ def test_the_byte_budget_holds_and_a_giant_is_refused(name: str) -> None:
 
 @both
 def test_a_refused_put_leaves_no_older_answer(name: str) -> None:
-    cache = twin(name).l0_cache(max_bytes=10_000)
+    cache = implementation(name).l0_cache(max_bytes=10_000)
     cache.put("a", [1])
     assert cache.put("a", range(10_000)) is False
     assert cache.get("a") is None
@@ -283,7 +283,7 @@ def test_a_refused_put_leaves_no_older_answer(name: str) -> None:
 
 @both
 def test_a_budget_too_small_for_anything_refuses_everything(name: str) -> None:
-    cache = twin(name).l0_cache(max_bytes=1)
+    cache = implementation(name).l0_cache(max_bytes=1)
     assert cache.put("a", [1]) is False
     assert cache.get("a") is None
     assert len(cache) == cache.memory_usage() == 0
@@ -291,7 +291,7 @@ def test_a_budget_too_small_for_anything_refuses_everything(name: str) -> None:
 
 @both
 def test_scopes_never_meet(name: str) -> None:
-    cache = twin(name).l0_cache()
+    cache = implementation(name).l0_cache()
     scopes = [None, "", "a", "b", "None", "a\0", "\u4141", "AA"]
     for number, scope in enumerate(scopes):
         assert all(cache.get("text", scope=other) is None for other in scopes[number:])
@@ -304,7 +304,7 @@ def test_scopes_never_meet(name: str) -> None:
 
 @both
 def test_a_scope_without_entries_costs_nothing(name: str) -> None:
-    cache = twin(name).l0_cache(max_entries=10)
+    cache = implementation(name).l0_cache(max_entries=10)
     for i in range(1000):
         cache.put("text", [i], scope=f"tenant {i}")
         cache.get("text", scope=f"nobody {i}")
@@ -388,7 +388,7 @@ def test_what_a_caller_does_later_changes_nothing() -> None:
 @pytest.mark.parametrize("n_entries", [1, 2, 5, 8])
 def test_of_no_more_entries_than_are_drawn_the_oldest_goes(name: str, n_entries: int) -> None:
     rng = random.Random(n_entries)
-    cache = twin(name).l0_cache(max_entries=n_entries, sample_size=8)
+    cache = implementation(name).l0_cache(max_entries=n_entries, sample_size=8)
     by_age: list[str] = []
     for n in range(500):
         cache.put(f"{n}", [n])
@@ -402,7 +402,7 @@ def test_of_no_more_entries_than_are_drawn_the_oldest_goes(name: str, n_entries:
 @both
 def test_no_entry_is_drawn_twice(name: str) -> None:
     places = []  # of the victim in the order of age
-    cache = twin(name).l0_cache(max_entries=9, sample_size=8)
+    cache = implementation(name).l0_cache(max_entries=9, sample_size=8)
     for n in range(1000):
         before = [text for text, *_ in cache.held()][::-1]
         cache.put(f"{n}", [n])
@@ -414,7 +414,7 @@ def test_no_entry_is_drawn_twice(name: str) -> None:
 
 @both
 def test_an_empty_cache_is_a_cache(name: str) -> None:
-    cache = twin(name).l0_cache(max_entries=1000, max_bytes="2M")
+    cache = implementation(name).l0_cache(max_entries=1000, max_bytes="2M")
     assert cache
     assert len(cache) == 0
     assert repr(cache) == "<L0Cache: 0 of 1,000 entries, 0 of 2,097,152 bytes>"
@@ -441,10 +441,10 @@ for i in range(60_000):
 gc.collect()
 print(cache.memory_usage() / (resident() - before))
 """
-    off = {"TOKCACHE_NO_EXTENSIONS": "1" if name == "python" else "0"}
+    off = {"TOKCACHE_NO_EXTENSIONS": "1" if name == "reference" else "0"}
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code],
         capture_output=True, text=True, check=True, env={**os.environ, **off},
     )  # fmt: skip
-    slack = 0.05 if name == "native" else 0.25  # the twin estimates what Python's objects take
+    slack = 0.05 if name == "native" else 0.25  # the reference estimates what Python's objects take
     assert abs(float(done.stdout) - 1) < slack, done.stdout

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.text.twins import PYTHON, native
+from tests.text.implementations import REFERENCE, native
 
 
 # Short texts, long ones that differ only where a sampled digest may not look, and wide ones.
@@ -104,14 +104,14 @@ class NativeMachine(_Machine):
         self.cache_class = native().l0_cache
 
 
-class PythonMachine(_Machine):
+class ReferenceMachine(_Machine):
     def __init__(self) -> None:
         super().__init__()
-        self.cache_class = PYTHON.l0_cache
+        self.cache_class = REFERENCE.l0_cache
 
 
 _SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestNative = NativeMachine.TestCase
 TestNative.settings = _SETTINGS
-TestPython = PythonMachine.TestCase
-TestPython.settings = _SETTINGS
+TestReference = ReferenceMachine.TestCase
+TestReference.settings = _SETTINGS

@@ -16,8 +16,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 import tokcache
+from tests.text.implementations import both, implementation
 from tests.text.tokenizers_synthetic import SYNTHETIC, TRAINING, plain
-from tests.text.twins import both, twin
 from tokcache import CacheConfig
 from tokcache.errors import InvalidConfig, InvalidText
 from tokcache.text.segments.cache import CHARS_AT_ONCE, L1
@@ -290,7 +290,7 @@ def test_verification_finds_a_wrong_answer_and_ends_l1(
 def test_verification_drops_the_fast_encoder_whose_answer_was_wrong(
     name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twin(name).use_for_parts(monkeypatch)
+    implementation(name).use(monkeypatch)
     wrapped = _wrapped(verify_rate=1.0)
     _use(wrapped, _other_first)
     secret = wrapped.scoped("a")
@@ -376,7 +376,7 @@ SPOILERS: dict[str, Callable[[PartEncoder], Callable[[list[int]], list[int]]]] =
 def test_an_encoder_that_fails_later_is_dropped_loudly(
     name: str, how: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twin(name).use_for_parts(monkeypatch)
+    implementation(name).use(monkeypatch)
     wrapped = _wrapped(verify_rate=0.0)
     encoder = _use(wrapped)
     text = f"{TEXT}<s>Hello<s>{TEXT}"
@@ -473,7 +473,7 @@ def test_a_child_answers_right(is_fork_safe: bool) -> None:
 def test_a_child_made_of_a_used_cache_answers_right(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twin(name).use_for_parts(monkeypatch)
+    implementation(name).use(monkeypatch)
     wrapped = _wrapped(verify_rate=0.0)
     wrapped.token_ids(TEXT)
     right = {text: _right(SYNTHETIC["gpt2"](), text) for text in CHATS}
@@ -509,12 +509,12 @@ def _history(n_turns: int) -> Sequence[str]:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("native", kind) for kind in CHAT_KINDS]
-    + [("python", kind) for kind in ("gpt2", "bert_uncased", "llama2", "unigram_first_split")],
+    + [("reference", kind) for kind in ("gpt2", "bert_uncased", "llama2", "unigram_first_split")],
 )
 def test_a_chat_that_grows_is_put_together_from_known_parts(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twin(name).use_for_parts(monkeypatch)
+    implementation(name).use(monkeypatch)
     tokenizer = SYNTHETIC[kind]()
     wrapped = tokcache.wrap(tokenizer, SURE)
     prompts = _history(12)

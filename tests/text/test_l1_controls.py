@@ -22,7 +22,14 @@ from tests.text.tokenizers_combined import combination
 from tests.text.tokenizers_synthetic import PATTERNS, added_contents
 from tokcache import CacheConfig
 from tokcache.text.engines import copying as engines
-from tokcache.text.segments import plan as cuts
+from tokcache.text.segments.cuts import (
+    added_tokens,
+    normalizers,
+    patterns,
+    planner,
+    pre_tokenizers,
+    vocabulary,
+)
 
 MAX_DRAWS = 2500
 N_TEXTS = 25
@@ -30,7 +37,7 @@ N_TEXTS = 25
 Undo = Callable[[pytest.MonkeyPatch], None]
 Belongs = Callable[[Tokenizer, list[Any]], bool]
 
-_read_replace = cuts._read_replace
+_read_replace = normalizers._read_replace
 
 
 def _returning(module: Any, name: str, value: Any) -> Undo:
@@ -40,14 +47,14 @@ def _returning(module: Any, name: str, value: Any) -> Undo:
 def _reading_replace(**instead: Any) -> Undo:
     """Have what a Replace does to its text overlooked."""
     return lambda patch: patch.setattr(
-        cuts, "_read_replace", lambda *of: replace(_read_replace(*of), **instead)
+        normalizers, "_read_replace", lambda *of: replace(_read_replace(*of), **instead)
     )
 
 
 def _composing_nothing(patch: pytest.MonkeyPatch) -> None:
-    nfc = cuts.Normalizer("NFC")
-    patch.setitem(cuts._READ_NORMALIZER, "NFC", lambda *_: nfc)
-    patch.setitem(cuts._READ_NORMALIZER, "NFKC", lambda *_: replace(nfc, keeps_beyond=False))
+    nfc = normalizers.Normalizer("NFC")
+    patch.setitem(normalizers.READERS, "NFC", lambda *_: nfc)
+    patch.setitem(normalizers.READERS, "NFKC", lambda *_: replace(nfc, keeps_non_ascii=False))
 
 
 def _is_normalized(made: Tokenizer, added: list[Any]) -> bool:
@@ -92,35 +99,40 @@ def _state(made: Tokenizer, part: str) -> str:
 
 FAMILIES: dict[str, tuple[Undo, Belongs]] = {
     "normalized tokens behind a normalizer": (
-        _returning(cuts, "_may_appear", value=False),
+        _returning(planner, "may_appear", value=False),
         _is_normalized,
     ),
     "composed signs": (
-        lambda patch: patch.setattr(cuts, "_without_signs", lambda rule: rule),
+        lambda patch: patch.setattr(
+            pre_tokenizers, "_without_marked_punctuation", lambda rule: rule
+        ),
         _composes,
     ),
     "what the vocabulary says of composed characters": (_composing_nothing, _composes),
     "blanks that belong to another token": (
-        _returning(cuts._Planner, "_why_tokens_off", value=None),
+        _returning(added_tokens, "_why_not_found", value=None),
         _strips,
     ),
     "blanks hidden by ByteLevel": (
-        _returning(cuts, "_hides_blanks", value=False),
+        _returning(pre_tokenizers, "_hides_whitespace", value=False),
         _has_bytes_first,
     ),
     "a marked run": (_reading_replace(marks_runs=False), _replaces),
     "replaced strings": (_reading_replace(replaced=()), _replaces),
     "words beside a token of their piece": (
-        lambda patch: patch.setattr(cuts, "_MAYBE_WORDS", frozenset()),
+        lambda patch: patch.setattr(added_tokens, "_MAYBE_WORDS", frozenset()),
         _has_words_of_a_piece,
     ),
-    "bytes' tokens that merge": (_returning(cuts, "_has_plain_bytes", value=True), _has_no_stage),
+    "bytes' tokens that merge": (
+        _returning(vocabulary, "_has_plain_bytes", value=True),
+        _has_no_stage,
+    ),
     "merges that tell nothing": (
-        _returning(cuts, "_why_merges_tell_nothing", value=None),
+        _returning(vocabulary, "_why_merges_tell_nothing", value=None),
         _has_no_stage,
     ),
     "a word that begins with a digit": (
-        lambda patch: patch.setitem(cuts._PATTERNS, cuts._DEEPSEEK, cuts._cl100k_rules),
+        lambda patch: patch.setitem(patterns.PATTERNS, patterns.DEEPSEEK, patterns.CL100K_RULES),
         _splits_as_deepseek,
     ),
 }

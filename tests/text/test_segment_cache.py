@@ -1,4 +1,4 @@
-"""The segment cache by itself, both twins: budget, scopes, counters, and walks that end late."""
+"""The segment cache by itself, both implementations: budget, scopes, counters, late walks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from tests.text.fuzz_texts import random_text
+from tests.text.implementations import both, implementation
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
-from tests.text.twins import both, twin
 from tokcache.config import CacheConfig
 from tokcache.text.engines.copying import PartEncoder
 from tokcache.text.segments.cache import L1
@@ -27,9 +27,12 @@ from tokcache.text.segments.char_classes import (
     NON_ASCII_PUNCTUATION_RANGES,
     CharClass,
 )
+from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.segments.id_lengths import token_bytes
-from tokcache.text.segments.plan import CutPlan, Variant, plan_cuts
 from tokcache.text.segments.scanner import class_behind
+
+if TYPE_CHECKING:
+    from tokcache.text.segments.cuts.plan import CutPlan, Variant
 
 LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
 KINDS = ("gpt2", "qwen2", "bert_uncased", "llama2", "unigram_first_split")
@@ -48,7 +51,7 @@ class Cached:
         self, name: str, kind: str = "gpt2", max_bytes: int = 1 << 20, cuts_fine: bool = True
     ) -> None:
         self.tokenizer, self.plan = _plan(kind)
-        self.cache = twin(name).l1.SegmentCache(self.plan, max_bytes, cuts_fine)
+        self.cache = implementation(name).l1.SegmentCache(self.plan, max_bytes, cuts_fine)
         self.encoders = [
             PartEncoder(self.tokenizer, one.normalizer, one.pre_tokenizer)
             for one in self.plan.variants
@@ -87,9 +90,9 @@ class Cached:
 
 
 def bytes_in(name: str, tokenizer: Tokenizer, variant: Variant) -> Any:
-    """Return the bytes of ids, held by one twin."""
+    """Return the bytes of ids, held by one implementation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokcache.text.segments.id_lengths.TokenBytes", twin(name).l1.TokenBytes)
+        implementation(name).use(patch)
         return token_bytes(tokenizer, variant, {})
 
 
@@ -269,7 +272,7 @@ def test_short_parts_of_one_scope_are_not_known_in_another(name: str) -> None:
 def test_names_of_scopes_become_numbers_of_their_own(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twin(name).use_for_parts(monkeypatch)
+    implementation(name).use(monkeypatch)
     tokenizer, plan = _plan("gpt2")
     names = [None, "", "0", "None", "a", "a\0", "\0a", "A", "\ud800", "\u0430", "a" * 5000]
     l1 = L1(tokenizer, plan, CacheConfig(engine="tokenizers"), lambda *_: [])
@@ -282,7 +285,7 @@ def test_names_of_scopes_become_numbers_of_their_own(
     assert (stats.chunk_hits, stats.misses) == (0, len(names))
     assert stats.engine_chars > 0
     for scope in names:
-        assert not isinstance(l1.look(text, False, scope, 0), twin(name).l1.Walk)
+        assert not isinstance(l1.look(text, False, scope, 0), implementation(name).l1.Walk)
 
 
 # ---- counters
@@ -385,10 +388,10 @@ def test_cuts_cover_the_text_without_a_gap(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "whitespace", "digits"])
-def test_both_twins_know_the_same_classes(kind: str) -> None:
+def test_both_implementations_know_the_same_classes(kind: str) -> None:
     ranges = [*NON_ASCII_LETTER_RANGES, *NON_ASCII_PUNCTUATION_RANGES]
     edges = {point + more for one in ranges for point in one for more in (-1, 0, 1)}
-    caches = [Cached(name, kind).cache for name in ("native", "python")]
+    caches = [Cached(name, kind).cache for name in ("native", "reference")]
     for char in map(chr, [*range(128), *sorted(edges), 0x10000, 0x10FFFF]):
         text = f"a{char}b {char}\n{char}1{char}.{char}_{char}\n\n{char}\t{char}'{char}/{char}"
         native, python = (one.cut(text, True) for one in caches)
@@ -441,7 +444,7 @@ def _chunk_end(plan: CutPlan, seed: bytes, text: str, start: int) -> int:
 @pytest.fixture(params=[True, False], ids=["vectors", "no vectors"])
 def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
     """With the CPU's vectors, and without."""
-    l1 = twin("native").l1
+    l1 = implementation("native").l1
     if l1.use_vectors(request.param) != request.param:
         pytest.skip("this CPU has no AVX2")
     yield
@@ -454,7 +457,7 @@ def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str, wide: str) -> None:
     _, plan = _plan(kind)
     rng = random.Random(8)
-    cache: Any = twin("native").l1.SegmentCache(plan, 1 << 20)
+    cache: Any = implementation("native").l1.SegmentCache(plan, 1 << 20)
     every = "".join(map(chr, range(256)))
     for n in (1, 100, 129, 1000, 1200, 9000):
         for gaps in ("  ", " \n", " \n\t.x9", "x" * 200 + " ", "\n" * 9 + "\r \xa0\xe9", every):
@@ -471,7 +474,7 @@ def _resident() -> int:
 
 
 def test_a_long_part_leaves_no_room_behind_that_it_took() -> None:
-    cache = twin("native").l1.SegmentCache(_plan("gpt2")[1], 1 << 20)
+    cache = implementation("native").l1.SegmentCache(_plan("gpt2")[1], 1 << 20)
     before = _resident()
     cache.look("a" * 40_000_000 + " \u4f60", False, 0)  # two bytes a character, one in a key
     assert _resident() - before < 20 << 20
@@ -483,7 +486,7 @@ def test_nothing_is_an_added_token_where_there_are_none(name: str) -> None:
     state["added_tokens"] = []
     plan = plan_cuts(Tokenizer.from_str(json.dumps(state)))
     assert not plan.separators
-    cache = twin(name).l1.SegmentCache(plan, 1 << 20)
+    cache = implementation(name).l1.SegmentCache(plan, 1 << 20)
     for n in range(500, 530):  # a token is looked for up to so far
         text = f"{'a' * n}\0\n{'b' * 600} x"
         assert cache.cut(text, False) == cache.cut(text.replace("\0", "\1"), False)
@@ -649,7 +652,7 @@ def _joined(walk: Any, variant: int, between: str, **how: Any) -> list[str]:
 def test_joined_is_the_parts_joined(name: str, text: str, between: str) -> None:
     for kind in ("gpt2", "llama2"):
         _, walk = _walk(name, text, kind)
-        everything = twin(name).l1.CodePoints([(0, 0x10FFFF)])
+        everything = implementation(name).l1.CodePoints([(0, 0x10FFFF)])
         assert variants_of(walk)
         for variant in variants_of(walk):
             wanted = between.join(parts_of(walk, variant))
@@ -674,7 +677,7 @@ def test_joined_texts_keep_their_limits(name: str) -> None:
             assert all(len(group) == 1 or sum(map(len, group)) <= chars for group in groups)
             assert all(len(group) <= apart + 1 for group in groups)
             assert len(groups) < len(parts) or chars < 50 or apart == 0
-    everything = twin(name).l1.CodePoints([(0, 0x10FFFF)])
+    everything = implementation(name).l1.CodePoints([(0, 0x10FFFF)])
     short = [part for part in parts if len(part) <= 9]
     texts = _joined(walk, 0, "|", agreed=everything, chars=9)
     assert [part for one in texts for part in one.split("|")] == short
@@ -693,11 +696,13 @@ def test_joined_leaves_out_what_is_not_agreed(name: str, text: str) -> None:
         if char.isascii():
             continue  # what every encoder agrees on is not looked up
         ranges = [(0, point - 1)] + [(point + 1, 0x10FFFF)] * (point < 0x10FFFF)
-        agreed = twin(name).l1.CodePoints(ranges)
+        agreed = implementation(name).l1.CodePoints(ranges)
         assert not agreed.cover(char)
         texts = _joined(walk, variant, "|", agreed=agreed)
         assert "".join(texts) == "|".join(part for part in parts if char not in part), ascii(char)
-    of_parts = twin(name).l1.CodePoints([(ord(char), ord(char)) for char in sorted(chars)])
+    of_parts = implementation(name).l1.CodePoints(
+        [(ord(char), ord(char)) for char in sorted(chars)]
+    )
     assert _joined(walk, variant, "|", agreed=of_parts) == ["|".join(parts)]
     assert one.complete(walk) == one.right(text)
 
@@ -758,7 +763,7 @@ def test_ids_that_do_not_end_where_a_part_does_are_refused(name: str) -> None:
     cut = len(parts_of(walk, 0)[0])
     (found,) = _joined(walk, 0, encoder.between, sizes=sizes)
     assert found == text
-    assert found is text or name == "python"
+    assert found is text or name == "reference"
     tokens = {len(token): index for token, index in one.tokenizer.get_vocab().items()}
     for left, right in ((cut - 1, cut + 1), (cut - 2, cut + 1)):
         across = tokens[right - left]  # as many bytes as stand there, in one token
@@ -778,7 +783,7 @@ def test_ids_that_do_not_lie_side_by_side_are_refused() -> None:
 @both
 def test_code_points_cover_exactly_their_ranges(name: str) -> None:
     ranges = [(9, 13), (0x20, 0x7E), (0xC0, 0xFF), (0x4E00, 0x9FA5), (0x1F600, 0x1F640)]
-    agreed = twin(name).l1.CodePoints(ranges)
+    agreed = implementation(name).l1.CodePoints(ranges)
     for first, last in ranges:
         assert agreed.cover("ok " + chr(first) + chr(last))
         for point in (first - 1, last + 1):
@@ -867,7 +872,7 @@ def test_tokens_with_flags_take_their_blanks(name: str) -> None:
     tokenizer.add_special_tokens(
         [AddedToken("<m>", lstrip=True, rstrip=True), AddedToken("<w>", single_word=True)]
     )
-    cache_of_parts = twin(name).l1.SegmentCache(plan_cuts(tokenizer), 1 << 20)
+    cache_of_parts = implementation(name).l1.SegmentCache(plan_cuts(tokenizer), 1 << 20)
     text = "a <m>  b <w> c"
     tokens = [text[a:b] for a, b, is_token in cache_of_parts.cut(text, True) if is_token]
     assert tokens == [" <m>  ", "<w>"]

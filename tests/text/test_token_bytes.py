@@ -22,8 +22,8 @@ from tokcache.text.engines.fast import agreed_code_points
 from tokcache.text.segments import id_lengths as module
 from tokcache.text.segments._reference import TokenBytes
 from tokcache.text.segments.components import BYTE_NAMES, MARKER
+from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.segments.id_lengths import token_bytes
-from tokcache.text.segments.plan import plan_cuts
 
 CLAIMED = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcoder", "llama2"}
 CLAIMED |= {"phi3", "gemma", "mistral"}

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.text.twins import both, native, twin
+from tests.text.implementations import both, implementation, native
 from tokcache.errors import InvalidTokens
-from tokcache.text import _token_ids_py
+from tokcache.text._reference import token_ids as reference
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
 @both
 def test_is_a_sequence_of_the_ids_given(name: str) -> None:
-    ids = twin(name).token_ids([5, 1, 5, 70_000])
+    ids = implementation(name).token_ids([5, 1, 5, 70_000])
     assert len(ids) == 4
     assert list(ids) == ids.tolist() == [5, 1, 5, 70_000]
     assert ids[0] == 5
@@ -33,7 +33,7 @@ def test_is_a_sequence_of_the_ids_given(name: str) -> None:
     assert ids.count(5) == 2
     assert ids.index(5, 1) == 2
     assert bool(ids)
-    assert not twin(name).token_ids()
+    assert not implementation(name).token_ids()
     assert repr(ids) == str(ids) == "TokenIds([5, 1, 5, 70000])"
     with pytest.raises(IndexError):
         ids[4]
@@ -60,7 +60,7 @@ def test_is_a_sequence_of_the_ids_given(name: str) -> None:
 )
 def test_is_made_from_any_integers(name: str, source: Any) -> None:
     expected = [1, 2, 3] if isinstance(source, range) else [1, -2, 3]
-    assert twin(name).token_ids(source) == expected
+    assert implementation(name).token_ids(source) == expected
 
 
 @both
@@ -82,12 +82,12 @@ def test_is_made_from_any_integers(name: str, source: Any) -> None:
 )
 def test_refuses_what_is_no_int32(name: str, source: Any) -> None:
     with pytest.raises(InvalidTokens):
-        twin(name).token_ids(source)
+        implementation(name).token_ids(source)
 
 
 @both
 def test_equality_and_hash(name: str) -> None:
-    make = twin(name).token_ids
+    make = implementation(name).token_ids
     ids = make([1, 2, 3])
     assert ids == make((1, 2, 3))
     assert ids == [1, 2, 3]
@@ -101,7 +101,7 @@ def test_equality_and_hash(name: str) -> None:
 
 @both
 def test_is_immutable(name: str) -> None:
-    ids = twin(name).token_ids([1, 2, 3])
+    ids = implementation(name).token_ids([1, 2, 3])
     with pytest.raises(TypeError):
         memoryview(ids)[0] = 9
     with pytest.raises((TypeError, ValueError)):
@@ -121,7 +121,7 @@ def test_is_immutable(name: str) -> None:
 
 @both
 def test_buffer_is_int32_without_a_copy(name: str) -> None:
-    ids = twin(name).token_ids(range(100))
+    ids = implementation(name).token_ids(range(100))
     view = memoryview(ids)
     assert (view.format, view.itemsize, view.ndim, view.readonly) == ("i", 4, 1, True)
     assert view.shape == (100,)
@@ -135,32 +135,32 @@ def test_buffer_is_int32_without_a_copy(name: str) -> None:
 
 @both
 def test_a_slice_outlives_what_it_was_cut_from(name: str) -> None:
-    part = twin(name).token_ids(range(1000))[500:][:3]
+    part = implementation(name).token_ids(range(1000))[500:][:3]
     gc.collect()
     assert part == [500, 501, 502]
 
 
 @both
 def test_pickle_and_copy(name: str) -> None:
-    ids = twin(name).token_ids([1, 2, 3])[1:]
+    ids = implementation(name).token_ids([1, 2, 3])[1:]
     assert pickle.loads(pickle.dumps(ids)) == [2, 3]  # noqa: S301 (our own)
     assert copy.copy(ids) == copy.deepcopy(ids) == [2, 3]
 
 
-def test_twins_read_each_others_pickles() -> None:
-    plain = _token_ids_py.TokenIds([1, 2])
+def test_the_implementations_read_each_others_pickles() -> None:
+    plain = reference.TokenIds([1, 2])
     assert pickle.dumps(plain) == pickle.dumps(native().token_ids([1, 2]))
 
 
 @both
 def test_is_registered_as_a_sequence(name: str) -> None:
-    assert isinstance(twin(name).token_ids([1]), Sequence)
+    assert isinstance(implementation(name).token_ids([1]), Sequence)
 
 
 @both
 @given(values=st.lists(INT32, max_size=40), cut=st.slices(40))
 def test_behaves_as_a_list(name: str, values: list[int], cut: slice) -> None:
-    ids = twin(name).token_ids(values)
+    ids = implementation(name).token_ids(values)
     assert ids.tolist() == values
     assert ids[cut].tolist() == values[cut]
     assert ids[cut][::-1].tolist() == values[cut][::-1]

@@ -21,10 +21,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 
 import tokcache
+from tests.text.implementations import both, implementation
 from tests.text.test_l0 import TRICKY
 from tests.text.tokenizers_made import MADE, TEXTS, fast
 from tests.text.tokenizers_synthetic import RANDOM, SYNTHETIC
-from tests.text.twins import both, twin
 from tokcache.errors import (
     InvalidCacheFile,
     InvalidConfig,
@@ -46,21 +46,18 @@ LONG = ["".join(MESSAGES[:at]) for at in range(1, 7)]
 REAL = ("qwen2.5", "gpt2", "phi-3-mini", "bert-base-uncased", "t5-small", "minimind")
 
 Wrapped = Any
-on_both = pytest.mark.usefixtures("twins")
+on_both = pytest.mark.usefixtures("used")
 
 
-@pytest.fixture(params=["python", "native"])
-def twins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Have wrapped tokenizers keep texts and parts in one twin."""
+@pytest.fixture(params=["reference", "native"])
+def used(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Have wrapped tokenizers keep texts and parts in one implementation."""
     return use(request.param, monkeypatch)
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    one = twin(name)
-    one.use_for_parts(monkeypatch)
-    monkeypatch.setattr("tokcache.text.tokenizer.L0Cache", one.l0_cache)
-    monkeypatch.setattr("tokcache.text.tokenizer.TokenIds", one.token_ids)
-    monkeypatch.setattr("tokcache.text.cache_file.TokenIds", one.token_ids)
+    one = implementation(name)
+    one.use(monkeypatch)
     return name
 
 
@@ -117,7 +114,7 @@ def small_file(path: Path, key: bytes | None = None) -> bytes:
     "kind", [*MADE, "gpt2", "qwen2", "bert_uncased", "llama2", "phi3", "unigram_first_split"]
 )
 def test_what_was_known_is_known_again(
-    twins: str, kind: str, tmp_path: Path, engine_calls: Counter[str]
+    used: str, kind: str, tmp_path: Path, engine_calls: Counter[str]
 ) -> None:
     tok = filled(kind)
     dumped = tok.cache_dump(tmp_path / "cache")
@@ -128,7 +125,7 @@ def test_what_was_known_is_known_again(
     assert dumped.n_bytes == loaded.n_bytes == (tmp_path / "cache").stat().st_size
     assert dumped.left_out == {}
     assert set(loaded.left_out) <= {"no_room"}  # a set of short segments may be full
-    assert twins == "native" or loaded == dumped
+    assert used == "native" or loaded == dumped
     engine_calls.clear()
     for text in (*TEXTS, *LONG):
         for special in (True, False):
@@ -741,7 +738,7 @@ def test_byte_budgets_hold_and_nothing_goes_for_a_file(tmp_path: Path, max_bytes
 def test_l0_fills_behind_what_it_holds(name: str) -> None:
     rows = [(f"text {at}", True, [at], None if at % 3 else "s") for at in range(8)]
     for n_own in range(6):
-        cache = twin(name).l0_cache(max_entries=10, sample_size=200)
+        cache = implementation(name).l0_cache(max_entries=10, sample_size=200)
         for at in range(n_own):
             cache.put(f"own {at}", [at])
         assert cache.fill([*rows, rows[0]]) == (min(8, 10 - n_own), 1)
@@ -762,7 +759,7 @@ def test_l0_fills_behind_what_it_holds(name: str) -> None:
 
 @both
 def test_l0_holds_what_was_put(name: str) -> None:
-    rng, cache = random.Random(4), twin(name).l0_cache(max_entries=60)
+    rng, cache = random.Random(4), implementation(name).l0_cache(max_entries=60)
     model: dict[Any, Any] = {}
     for step in range(2000):
         text = rng.choice(TRICKY) + str(rng.randrange(9))
@@ -773,14 +770,14 @@ def test_l0_holds_what_was_put(name: str) -> None:
     assert len(found) == len(cache) == 60
     assert all(model[text, special, scope] == ids for text, special, ids, scope in found)
     assert [ids[0] for _, _, ids, _ in found] == sorted((row[2][0] for row in found), reverse=True)
-    other = twin(name).l0_cache()
+    other = implementation(name).l0_cache()
     assert other.fill(found) == (60, 0)
     other._check()
     assert other.held() == found
 
 
 def test_a_part_that_never_was_is_refused_by_the_native_cache() -> None:
-    one, plan = twin("native"), wrapped()._tokcache.l1.plan
+    one, plan = implementation("native"), wrapped()._tokcache.l1.plan
     parts, ids = one.l1.SegmentCache(plan, 1 << 20), one.token_ids([1])
     with pytest.raises(ValueError, match="end class 16"):
         parts.fill_chunks([("hello", ids, 0, 0, 16, False)])
@@ -788,8 +785,8 @@ def test_a_part_that_never_was_is_refused_by_the_native_cache() -> None:
         parts.fill_chunks([("hello", ids, 0, 9, 0, False)])
     with pytest.raises(ValueError, match="variant 9"):
         parts.fill_shorts([("hello", ids, 0, 9)])
-    for name in ("native", "python"):
-        other = twin(name).l1.SegmentCache(plan, 1 << 20)
+    for name in ("native", "reference"):
+        other = implementation(name).l1.SegmentCache(plan, 1 << 20)
         with pytest.raises(ValueError, match="a cut seed has"):
             other.cut_seed = b"abc"
 
@@ -818,8 +815,8 @@ def test_chunks_of_another_seed_replace_fewer(tmp_path: Path, engine_calls: Coun
     assert report.n_texts > 0
 
 
-@pytest.mark.parametrize(("one", "other"), [("native", "python"), ("python", "native")])
-def test_the_twins_read_each_other(
+@pytest.mark.parametrize(("one", "other"), [("native", "reference"), ("reference", "native")])
+def test_the_implementations_read_each_other(
     one: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(one, monkeypatch)

@@ -17,8 +17,8 @@ import pytest
 from tokenizers import processors
 
 import tokcache
+from tests.text.implementations import implementation
 from tests.text.tokenizers_made import MADE, TEXTS, fast
-from tests.text.twins import twin
 from tokcache.errors import InvalidConfig, InvalidScope, InvalidText
 from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
 
@@ -61,12 +61,10 @@ class Wrapped(WrappedTokenizer):
         self._tokcache_scope = None
 
 
-@pytest.fixture(params=["python", "native"])
+@pytest.fixture(params=["reference", "native"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CountingEngine:
-    chosen = twin(request.param)
-    monkeypatch.setattr("tokcache.text.tokenizer.L0Cache", chosen.l0_cache)
-    monkeypatch.setattr("tokcache.text.tokenizer.TokenIds", chosen.token_ids)
-    chosen.use_for_parts(monkeypatch)
+    chosen = implementation(request.param)
+    chosen.use(monkeypatch)
     return CountingEngine()
 
 

@@ -1,4 +1,4 @@
-"""A wrapped tokenizer gives what the plain one gives: real tokenizers, made ones, both twins."""
+"""A wrapped tokenizer gives the same as the plain one: real and made ones, both implementations."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ import pytest
 from tokenizers import Tokenizer
 
 import tokcache
+from tests.text.implementations import implementation
 from tests.text.tokenizers_made import MADE, TEXTS, fast
-from tests.text.twins import twin
 
 REAL = ["gpt2", "qwen2.5", "phi-3-mini", "t5-small", "bert-base-uncased", "minimind"]
 
 
-@pytest.fixture(params=["python", "native"])
+@pytest.fixture(params=["reference", "native"])
 def l0(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Have `wrap` build on one twin or the other."""
-    chosen = twin(request.param)
-    monkeypatch.setattr("tokcache.text.tokenizer.L0Cache", chosen.l0_cache)
-    monkeypatch.setattr("tokcache.text.tokenizer.TokenIds", chosen.token_ids)
-    chosen.use_for_parts(monkeypatch)
+    """Have `wrap` build on one implementation or the other."""
+    chosen = implementation(request.param)
+    chosen.use(monkeypatch)
     yield request.param
     made = tokcache.wrap(MADE["word_level"]())
     assert isinstance(made.token_ids("x"), chosen.token_ids)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.text.segments.cache import L1
-    from tokcache.text.segments.plan import CutPlan, Rule, Separator
+    from tokcache.text.segments.cuts.plan import CutPlan, Separator
+    from tokcache.text.segments.cuts.rules import Rule
     from tokcache.text.tokenizer import WrappedTokenizer
 
 _REASONS = {

@@ -1,4 +1,4 @@
-"""Decides, once, whether the native modules serve or their plain-Python twins."""
+"""Decides, once, whether the native modules serve or their reference implementation."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def is_native() -> bool:
 
 @cache
 def log_missing_extension() -> None:
-    """Say, at the first call only, that the slower twins serve because nothing was compiled."""
+    """Say, at the first call only, that the slower reference serves: nothing was compiled."""
     if not is_native() and not _is_switched_off():
         _log.warning(
-            "the native modules were not built, the plain-Python twins serve (same results, "
-            "slower look-ups); to build them: install a C compiler and reinstall tokcache"
+            "the native modules were not built, the plain-Python reference implementation serves "
+            "(same results, slower look-ups); to build them: install a C compiler and reinstall "
+            "tokcache"
         )

@@ -22,14 +22,14 @@ from tokcache._validate import require_bool, require_scope
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidText, TokcacheError
 from tokcache.stats import CacheStats, L0Stats, L1Stats
+from tokcache.text import _implementation as implementation
 from tokcache.text._native import is_native
 from tokcache.text.engines.copying import HuggingFaceEngine
-from tokcache.text.l0 import L0Cache
-from tokcache.text.segments.cache import CHARS_AT_ONCE, L1, Walk
-from tokcache.text.segments.plan import plan_cuts
-from tokcache.text.token_ids import TokenIds
+from tokcache.text.segments.cache import CHARS_AT_ONCE, L1
+from tokcache.text.segments.cuts.planner import plan_cuts
 
 if TYPE_CHECKING:
+    from tokcache.text._implementation import L0Cache, TokenIds, Walk
     from tokcache.text.cache_file import CacheFileReport
     from tokcache.text.engines.copying import Engine
 
@@ -282,7 +282,7 @@ class CachedTokenizer:
             self.engine(generation)
         l1 = generation.l1
         found = None if l1 is None else l1.look(text, add_special_tokens, scope, since)
-        if isinstance(found, TokenIds):
+        if isinstance(found, implementation.TokenIds):
             if len(text) > _LONG_CHARS:
                 self._n_long += 1
                 if self._n_long % _ADMIT_ONE_IN:
@@ -320,7 +320,7 @@ class CachedTokenizer:
             found = self._claim(generation, key)
             if found is None:
                 return self._encode(generation, [key], [walk])[0]
-            if isinstance(found, TokenIds):
+            if isinstance(found, implementation.TokenIds):
                 return found
             try:
                 return found.result()
@@ -413,12 +413,12 @@ class CachedTokenizer:
         done = [None] * len(keys) if l1 is None else _by_parts(l1, keys, walks)
         whole = [key[0] for key, ids in zip(keys, done, strict=True) if ids is None]
         encoded = iter(self._encode_whole(generation, whole, keys[0][1]) if whole else ())
-        return [TokenIds(next(encoded)) if ids is None else ids for ids in done]
+        return [implementation.TokenIds(next(encoded)) if ids is None else ids for ids in done]
 
     def _encode_uncached(self, generation: _Generation, keys: list[_Key]) -> list[TokenIds]:
         """Ask the plain tokenizer, which counts itself what it answers."""
         encoded = self._encode_whole(generation, [key[0] for key in keys], keys[0][1])
-        return [TokenIds(ids) for ids in encoded]
+        return [implementation.TokenIds(ids) for ids in encoded]
 
     def _encode_whole(
         self, generation: _Generation, texts: list[str], add_special_tokens: bool
@@ -462,7 +462,7 @@ class CachedTokenizer:
     def _renew(self) -> None:
         config = self._config
         self._generation = _Generation(
-            L0Cache(
+            implementation.L0Cache(
                 max_entries=config.l0_max_entries,
                 max_bytes=config.l0_max_bytes,
                 sample_size=config.l0_sample_size,
@@ -716,7 +716,7 @@ def _by_parts(l1: L1, keys: list[_Key], walks: list[Walk | None] | None) -> list
 
 def _by_parts_one(l1: L1, key: _Key, walk: Walk | None) -> TokenIds | None:
     found: TokenIds | Walk | None = l1.look(*key) if walk is None else walk
-    return l1.complete(found, key[0], key[1]) if isinstance(found, Walk) else found
+    return l1.complete(found, key[0], key[1]) if isinstance(found, implementation.Walk) else found
 
 
 def _sum_l1(old: L1Stats, l1: L1 | None) -> L1Stats:

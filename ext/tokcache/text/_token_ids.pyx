@@ -126,7 +126,7 @@ cdef class TokenIds:
         return f"TokenIds({self.tolist()!r})"
 
     def __reduce__(self):
-        from tokcache.text.token_ids import unpickle
+        from tokcache.text._pickling import unpickle
         return unpickle, (self.tobytes(),)
 
     def __copy__(self):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import tokenizers
 
@@ -29,6 +29,7 @@ from tokcache.errors import (
     NothingCached,
     TokenizerChanged,
 )
+from tokcache.text import _implementation as implementation
 from tokcache.text.cache_file.format import (
     MAX_SCOPE_BYTES,
     MAX_SCOPES,
@@ -51,15 +52,15 @@ from tokcache.text.engines.copying import (
     signature,
 )
 from tokcache.text.segments.char_classes import BMP_CLASSES, N_CLASSES
-from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.config import CacheConfig
+    from tokcache.text._implementation import TokenIds
+    from tokcache.text.engines.copying import Engine
     from tokcache.text.segments.cache import L1
-    from tokcache.text.segments.plan import CutPlan
-    from tokcache.text.tokenizer import CachedTokenizer
+    from tokcache.text.segments.cuts.plan import CutPlan
 
 MIN_KEY_BYTES = 16
 _N_VERIFIED = 16  # entries of each kind that are encoded anew
@@ -71,6 +72,20 @@ _IDS_AT_ONCE = 1 << 18  # ids that are looked at together
 
 Scopes = Collection[str | None]
 _Row = tuple[Any, ...]
+
+
+class Core(Protocol):
+    """The core of a tokenizer, as far as a file is written from it and loaded into it."""
+
+    @property
+    def config(self) -> CacheConfig:
+        """The settings of the cache."""
+
+    def fresh(self) -> Any:
+        """Return the generation of caches that holds now."""
+
+    def engine(self, generation: Any) -> Engine:
+        """Return the engine of a generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,7 @@ class CacheFileReport:
 
 
 def dump(
-    core: CachedTokenizer, path: str | os.PathLike[str], scopes: Scopes | None, key: bytes | None
+    core: Core, path: str | os.PathLike[str], scopes: Scopes | None, key: bytes | None
 ) -> CacheFileReport:
     """Write what the cache holds, of all scopes or some, to a file.
 
@@ -118,7 +133,7 @@ def dump(
 
 
 def load(
-    core: CachedTokenizer, path: str | os.PathLike[str], scopes: Scopes | None, key: bytes | None
+    core: Core, path: str | os.PathLike[str], scopes: Scopes | None, key: bytes | None
 ) -> CacheFileReport:
     """Put what a file holds, of all scopes or some, behind what the cache holds.
 
@@ -185,7 +200,7 @@ class _Rows:
         return len(self.texts) + len(self.chunks) + len(self.shorts)
 
 
-def _current(core: CachedTokenizer) -> tuple[Tokenizer, Any]:
+def _current(core: Core) -> tuple[Tokenizer, Any]:
     """Return the private copy of the tokenizer, and the generation that it answers for."""
     generation = core.fresh()
     engine = core.engine(generation)
@@ -356,7 +371,7 @@ class _Loading:
 
     def _keep(self, one: Entry, scope: str | None, reader: Reader) -> None:
         raw, raw_ids = reader.take(one.n_bytes), reader.take(4 * one.n_ids)
-        ids = TokenIds(bytes_to_ids(raw_ids))
+        ids = implementation.TokenIds(bytes_to_ids(raw_ids))
         self._ids.see(raw_ids)
         if one.kind is Kind.TEXT:
             self._rows.texts.append((decoded(raw), one.flag, ids, scope))

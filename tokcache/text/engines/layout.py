@@ -6,12 +6,10 @@ tokens are wanted, at nothing else: what it did to a few texts it does to all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
-
-from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -28,7 +26,7 @@ class Run:
         return self.n_times
 
 
-Segment = TokenIds | tuple[int, ...] | Run
+Segment = Collection[int] | Run
 Segments = Sequence[Segment]
 
 _PROBES = (("a", "b"), ("Hello, world", "a"), ("x 1 y", "Hello\nyou  there"))
@@ -68,7 +66,7 @@ class Layout:
         """Return whether every type id is 0."""
         return not any(chain.from_iterable(piece.type_ids for piece in self.pieces))
 
-    def segments(self, contents: Sequence[TokenIds]) -> list[TokenIds | tuple[int, ...]]:
+    def segments(self, contents: Sequence[Collection[int]]) -> list[Collection[int]]:
         """Return the ids of the texts and what stands around them, in order."""
         return [
             piece.ids if piece.text is None else contents[piece.text]

@@ -1,4 +1,4 @@
-"""The readable twin of the native SegmentCache, on cachetools: what it does, in order.
+"""The reference implementation of the native SegmentCache, on cachetools.
 
 One least-recently-used cache holds the chunks and the short segments inside them; there is no
 memory of which chunk came next, so every text is scanned.
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import cachetools
 
 from tokcache.stats import L1Stats
-from tokcache.text._token_ids_py import TokenIds
+from tokcache.text._reference.token_ids import TokenIds
 from tokcache.text.segments.char_classes import N_CLASSES, CharClass, class_of
 from tokcache.text.segments.scanner import Part, Scanner, Unsure, class_behind, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from tokcache.text.segments.plan import CutPlan
+    from tokcache.text.segments.cuts.plan import CutPlan
 
 MIN_CHARS = 128  # a chunk is not cut before, but where a message opens
 MAX_CHARS = 1024  # nor later, where there is a place

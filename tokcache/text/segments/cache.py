@@ -1,9 +1,9 @@
 """L1: texts put together from parts that were encoded before.
 
 The segment cache finds the parts of a text and says which are missing; those are encoded
-together, by content, and kept. Every part is cut where `cuts` proves that it may be; a share of
-the answers can be encoded again in full (`verify_rate`), and the first difference ends the fast
-encoder that made it, or L1.
+together, by content, and kept. Every part is cut where `cuts.planner` proves that it may be; a
+share of the answers can be encoded again in full (`verify_rate`), and the first difference ends
+the fast encoder that made it, or L1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from os import urandom
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import MissingExtra
-from tokcache.text._native import is_native
+from tokcache.text import _implementation as implementation
 from tokcache.text.engines.copying import PartEncoder, is_of_library
 from tokcache.text.engines.fast import (
     FastEncoder,
@@ -33,24 +33,25 @@ from tokcache.text.engines.fast import (
     probe_texts,
     prove,
 )
-from tokcache.text.segments.id_lengths import TokenBytes, token_bytes
-from tokcache.text.segments.plan import VOCABULARY_PROOF
+from tokcache.text.segments.cuts.plan import VOCABULARY_PROOF
+from tokcache.text.segments.id_lengths import token_bytes
 from tokcache.text.segments.scanner import Scanner, Unsure, parts_of
-from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.config import CacheConfig
     from tokcache.stats import L1Stats
-    from tokcache.text.segments.plan import CutPlan
+    from tokcache.text._implementation import (
+        CodePoints,
+        SegmentCache,
+        TokenBytes,
+        TokenIds,
+        Walk,
+    )
+    from tokcache.text.segments.cuts.plan import CutPlan
 
-if TYPE_CHECKING or is_native():
-    from tokcache.text.segments._l1 import CodePoints, SegmentCache, Walk
-else:
-    from tokcache.text.segments._reference import CodePoints, SegmentCache, Walk
-
-__all__ = ["L1", "Walk", "first_difference"]
+__all__ = ["L1", "first_difference"]
 
 _log = logging.getLogger("tokcache")
 _MAX_SCOPE_TAGS = 4096
@@ -124,7 +125,7 @@ class L1:
             return None
         tag = 0 if scope is None else self._tag(scope)
         found = self._cache.look(text, add_special_tokens, tag, since)
-        if self._verify_rate and isinstance(found, TokenIds) and self._is_drawn():
+        if self._verify_rate and isinstance(found, implementation.TokenIds) and self._is_drawn():
             return self._verified(text, add_special_tokens, found)
         return found
 
@@ -206,8 +207,9 @@ class L1:
         An encoder that holds the interpreter lock does so in turns, and gets no longer part.
         """
         max_chars = CHARS_AT_ONCE if encoder.holds_lock else _NO_LIMIT
+        agreed = _agreed(implementation.CodePoints)
         try:
-            is_right = _encode(walk, one, encoder.encode, _agreed(), max_chars)
+            is_right = _encode(walk, one, encoder.encode, agreed, max_chars)
         except BaseException as error:
             if not is_of_library(error):
                 raise
@@ -245,8 +247,13 @@ class L1:
         self.holds_lock = fast is not None and fast[0].holds_lock
         self.engine = fast[0].name if fast else "tokenizers"
         # A fast encoder is done with a whole chunk before its segments are looked up.
-        self._cache = SegmentCache(self.plan, self._max_bytes, fast is None)
+        self._cache: SegmentCache = implementation.SegmentCache(
+            self.plan, self._max_bytes, fast is None
+        )
         self._cache.clear(n_clears=self._n_clears)  # after it is in place: another may clear now
+
+    def _new_cache(self, *, cuts_fine: bool) -> SegmentCache:
+        return implementation.SegmentCache(self.plan, self._max_bytes, cuts_fine)
 
     def _made_variants(self, fast: Sequence[FastEncoder | None]) -> list[_Variant]:
         plan = self.plan
@@ -288,7 +295,7 @@ class L1:
         If they differ the engine goes, where tokenizers gives the right ids for the same parts;
         else L1 has come to its end.
         """
-        right = TokenIds(self._whole([text], add_special_tokens)[0])
+        right = implementation.TokenIds(self._whole([text], add_special_tokens)[0])
         self.counts["verified"] += 1
         if right == ids:
             return ids
@@ -315,8 +322,8 @@ class L1:
 
     def _from_sure_parts(self, text: str, add_special_tokens: bool) -> TokenIds | None:
         """Return the ids put together from parts that tokenizers encodes, all of them anew."""
-        found = SegmentCache(self.plan, self._max_bytes, True).look(text, add_special_tokens, 0)
-        if found is None or isinstance(found, TokenIds):
+        found = self._new_cache(cuts_fine=True).look(text, add_special_tokens, 0)
+        if found is None or isinstance(found, implementation.TokenIds):
             return found
         are_right = all(_encode_sure(found, one) for one in self._variants if found.n_chars)
         return found.finish() if are_right else None
@@ -335,8 +342,8 @@ class L1:
 
 
 @cache
-def _agreed() -> CodePoints:
-    return CodePoints(agreed_code_points())
+def _agreed(kind: type[CodePoints]) -> CodePoints:
+    return kind(agreed_code_points())
 
 
 def _encode_sure(walk: Walk, one: _Variant) -> bool:

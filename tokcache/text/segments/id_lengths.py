@@ -10,13 +10,13 @@ import json
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from tokcache.text._native import is_native
+from tokcache.text import _implementation as implementation
 from tokcache.text.engines.fast import agreed_code_points
 from tokcache.text.segments.components import (
     BYTE_NAME,
@@ -30,14 +30,10 @@ from tokcache.text.segments.components import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tokcache.text.segments.plan import Variant
+    from tokcache.text._implementation import CodePoints, TokenBytes
+    from tokcache.text.segments.cuts.plan import Variant
 
-if TYPE_CHECKING or is_native():
-    from tokcache.text.segments._l1 import CodePoints, TokenBytes
-else:
-    from tokcache.text.segments._reference import CodePoints, TokenBytes
-
-__all__ = ["TokenBytes", "token_bytes"]
+__all__ = ["token_bytes"]
 
 _BEYOND = 0x100
 _VOWELS = "\u09be\u09d7\u0bbe\u0bd7"  # all that are no marks and compose, of the agreed ones
@@ -60,13 +56,14 @@ def token_bytes(own: Tokenizer, variant: Variant, known: Mapping[int, bytes]) ->
     if _is_byte_level(normalizers, stages):
         if any(model.token_to_id(char) is None for char in ByteLevel.alphabet()):
             return None
-        exact = _unchanged_by_nfc if normalizers else None
+        exact = partial(_unchanged_by_nfc, implementation.CodePoints) if normalizers else None
         return _made(own, len, exact, known, len)
     # A marker that is no token would become bytes itself.
     has_marker = model.token_to_id(MARKER) is not None
     is_marked = _is_marked(normalizers, stages) and has_marker and has_all_bytes(model)
     if is_marked and not _may_spell_a_byte(model):
-        return _made(own, _marked_length, _all_but_marker, known, _unmarked_length)
+        exact = partial(_all_but_marker, implementation.CodePoints)
+        return _made(own, _marked_length, exact, known, _unmarked_length)
     return None
 
 
@@ -98,7 +95,9 @@ def _made(
         token = in_model(index)
         return 0 if token is None else length_of_token(token)
 
-    made = TokenBytes(2 * own.get_vocab_size(with_added_tokens=True), length_of, exact)
+    made = implementation.TokenBytes(
+        2 * own.get_vocab_size(with_added_tokens=True), length_of, exact
+    )
     sizes = [length_of_bytes(known.get(index, b"")) for index in range(max(known, default=-1) + 1)]
     for index in added.keys() & set(range(len(sizes))):
         sizes[index] = length_of(index)
@@ -149,12 +148,12 @@ def _unmarked_length(token: bytes) -> int:
 
 
 @cache
-def _all_but_marker() -> CodePoints:
-    return CodePoints([(0, ord(MARKER) - 1), (ord(MARKER) + 1, sys.maxunicode)])
+def _all_but_marker(kind: type[CodePoints]) -> CodePoints:
+    return kind([(0, ord(MARKER) - 1), (ord(MARKER) + 1, sys.maxunicode)])
 
 
 @cache
-def _unchanged_by_nfc() -> CodePoints:
+def _unchanged_by_nfc(kind: type[CodePoints]) -> CodePoints:
     """Return code points that NFC leaves as they are, whichever of them stand side by side.
 
     Latin-1, and of those on which all versions of Unicode agree what is no mark, no vowel sign
@@ -167,7 +166,7 @@ def _unchanged_by_nfc() -> CodePoints:
             fixed.append((points[0], last))
         else:
             fixed += [(point, point) for point in points if _are_fixed([point])]
-    return CodePoints(fixed)
+    return kind(fixed)
 
 
 def _are_fixed(points: Sequence[int]) -> bool:

@@ -1,4 +1,7 @@
-"""The readable twin of the native scanner: added tokens, classes and cuts, in order."""
+"""Scans a text for added tokens, character classes and cuts, as the native scanner does.
+
+Native builds use it too, for a part that is encoded again from a cache file.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING
 from tokcache.text.segments.char_classes import ASCII_CLASSES, WHITESPACE, CharClass, class_of
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.plan import CutPlan, Separator
+    from tokcache.text.segments.cuts.plan import CutPlan, Separator
 
 _WHITE_SPACE = frozenset(
     "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"

@@ -1,4 +1,4 @@
-"""The readable twin of the native TokenIds, on a numpy array.
+"""The reference implementation of the native TokenIds, on a numpy array.
 
 An ndarray subclass is the one plain-Python way to a read-only buffer of format "i" on
 Python 3.11 (`__buffer__` came with 3.12); arithmetic is switched off, so that it stays a sequence.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokcache.errors import InvalidTokens
+from tokcache.text._pickling import unpickle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,8 +102,6 @@ class TokenIds(_Array):  # type: ignore[misc]
         return f"TokenIds({self.tolist()!r})"
 
     def __reduce__(self) -> Any:
-        from tokcache.text.token_ids import unpickle  # noqa: PLC0415 (the selector imports us)
-
         return unpickle, (self.tobytes(),)
 
     def __copy__(self) -> TokenIds:

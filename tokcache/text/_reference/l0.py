@@ -1,4 +1,4 @@
-"""The readable twin of the native L0Cache, on cachetools: what it does, in order.
+"""The reference implementation of the native L0Cache, on cachetools.
 
 Two maps, split on `add_special_tokens`; both budgets hold over the two together; the victim is
 the least recently used of `sample_size` random entries of the larger map.
@@ -21,7 +21,7 @@ from tokcache._validate import require_bool, require_int, require_scope, require
 from tokcache.config import MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
-from tokcache.text._token_ids_py import TokenIds
+from tokcache.text._reference.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

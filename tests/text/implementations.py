@@ -1,0 +1,47 @@
+"""The native modules and the reference implementation; tests of a wrapper run on both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tokcache.text import _implementation
+from tokcache.text._reference import l0, token_ids
+from tokcache.text.segments import _reference
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The classes of one implementation; `l1` is the module that has those of L1."""
+
+    token_ids: Any
+    l0_cache: Any
+    l1: Any
+
+    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have everything that is wrapped from now on built of these classes."""
+        own = {"TokenIds": self.token_ids, "L0Cache": self.l0_cache}
+        for name in _implementation.__all__:
+            value = own[name] if name in own else getattr(self.l1, name)
+            monkeypatch.setattr(_implementation, name, value)
+
+
+REFERENCE = Implementation(token_ids.TokenIds, l0.L0Cache, _reference)
+
+
+def native() -> Implementation:
+    try:
+        from tokcache.text import _l0, _token_ids  # noqa: PLC0415 (may not be built)
+        from tokcache.text.segments import _l1  # noqa: PLC0415 (may not be built)
+    except ImportError:
+        pytest.skip("REQUIRED: the native modules are not built")
+    return Implementation(_token_ids.TokenIds, _l0.L0Cache, _l1)
+
+
+def implementation(name: str) -> Implementation:
+    return REFERENCE if name == "reference" else native()
+
+
+both = pytest.mark.parametrize("name", ["reference", "native"])
