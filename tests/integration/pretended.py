@@ -1,4 +1,4 @@
-"""A pretend llama-server, for what no real one would do."""
+"""A pretend llama-server, for behaviour that a real one does not show."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def answer(n_prompt: int, n_cached: int = 0, **changes: Any) -> dict[str, Any]:
 
 
 class Pretender:
-    """A server that answers what a test says, and counts what it was asked."""
+    """Gives the answers that a test sets, and counts the requests."""
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
@@ -86,7 +86,7 @@ class Pretender:
         if callable(said):
             said = said(body, path.rpartition("/")[2]) if action else said(body)
         status, said = said if isinstance(said, tuple) else (200, said)
-        if said is None:  # not a word: the connection breaks
+        if said is None:  # close the connection without an answer
             handler.close_connection = True
             return
         content = said if isinstance(said, bytes) else json.dumps(said).encode()
@@ -95,7 +95,7 @@ class Pretender:
         for header in self.headers.items():
             handler.send_header(*header)
         handler.end_headers()
-        with contextlib.suppress(ConnectionError):  # the client has had enough
+        with contextlib.suppress(ConnectionError):  # the client closed the connection
             step = 1 if self.drip_s else len(content) or 1
             for start in range(0, len(content), step):
                 time.sleep(self.drip_s)

@@ -1,4 +1,4 @@
-"""Real llama-servers for tests, prompts for them, and what is right."""
+"""Real llama-servers for tests, prompts for them, and the right answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ N_PREDICT = 6
 
 
 class Wrapped:
-    """What LlamaServer asks of a wrapped tokenizer, and no more."""
+    """Has exactly the methods of a wrapped tokenizer that LlamaServer uses."""
 
     def __init__(self, path: Path) -> None:
         self._plain = Tokenizer.from_file(str(path))
@@ -47,7 +47,7 @@ class Wrapped:
 
 
 def serve(folder: Path, *, port: int = 0, n_slots: int = 2, **settings: Any) -> ServerProcess:
-    """Start a server whose saved slots lie in `folder`."""
+    """Start a server that saves slots in `folder`."""
     model = settings.pop("model", None) or samples.tiny_model()
     return ServerProcess(
         model,
@@ -61,7 +61,7 @@ def serve(folder: Path, *, port: int = 0, n_slots: int = 2, **settings: Any) -> 
     )
 
 
-# xllamacpp's own process: ServerProcess takes plain values, and an adapter is an object.
+# A process of its own: ServerProcess passes on plain values only, and an adapter is an object.
 _WITH_ADAPTER = """
 import sys, xllamacpp
 model, adapter, folder, port = sys.argv[1:]
@@ -86,7 +86,7 @@ sys.stdin.read()
 def serve_with_adapter(
     folder: Path | str, model: Path | None = None, port: int = 0
 ) -> Iterator[str]:
-    """Serve a model with one LoRA adapter at scale 1 on two slots; yield the server's address."""
+    """Serve a model with one LoRA adapter at scale 1 on two slots; yield the server's url."""
     model = model or samples.tiny_model()
     command = [sys.executable, "-c", _WITH_ADAPTER, str(model), str(samples.tiny_lora(model))]
     with subprocess.Popen(  # noqa: S603 (fixed words)
@@ -109,7 +109,7 @@ def port_of(process: ServerProcess) -> int:
 
 
 def client(process: ServerProcess, **settings: Any) -> LlamaServer:
-    """Return a client whose slots are kept as `settings` say."""
+    """Return a client with these slot settings."""
     return LlamaServer(process.url, timeout_s=60, slot_settings=SlotSettings(**settings))
 
 
@@ -119,14 +119,14 @@ def prompt(seed: int, n_tokens: int) -> list[int]:
 
 
 def uncached(server: LlamaServer, tokens: list[int], n_predict: int = N_PREDICT) -> Completion:
-    """Return what the server says with nothing cached."""
+    """Return the server's answer without any reuse."""
     return server.completion(tokens, n_predict=n_predict, id_slot=0, n_probs=4, cache_prompt=False)
 
 
 def is_right(given: Completion, expected: Completion) -> bool:
-    """Return whether two greedy answers are equal, or part where two tokens are as likely."""
+    """Return whether two greedy answers are equal up to a near tie of two tokens."""
     if len(given.token_ids) != len(expected.token_ids):
         return False
     found = soak.gap(given, expected)
-    # A place within an unfinished character is not told; none of these prompts parts there.
+    # None: they differ within an unfinished character, which no right answer here does.
     return found is not None and found <= soak.NEAR_TIE

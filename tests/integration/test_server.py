@@ -44,7 +44,7 @@ N_PREDICT = 10
 
 
 class Wrapped:
-    """What LlamaServer asks of a wrapped tokenizer, and no more."""
+    """Has exactly the methods of a wrapped tokenizer that LlamaServer uses."""
 
     def __init__(self, path: Path) -> None:
         self._plain = Tokenizer.from_file(str(path))
@@ -82,7 +82,7 @@ def uncached(server: LlamaServer, tokens: list[int]) -> Completion:
     return server.completion(tokens, n_predict=N_PREDICT, id_slot=1, n_probs=8)
 
 
-def test_the_server_says_what_it_is(process: ServerProcess, server: LlamaServer) -> None:
+def test_the_server_reports_its_properties(process: ServerProcess, server: LlamaServer) -> None:
     assert server.health() == "ok"
     props = server.props()
     assert (props.n_slots, props.n_ctx) == (2, 2048)
@@ -93,7 +93,7 @@ def test_the_server_says_what_it_is(process: ServerProcess, server: LlamaServer)
     assert process.url.startswith("http://127.0.0.1:")
 
 
-def test_texts_go_both_ways(server: LlamaServer) -> None:
+def test_text_is_encoded_and_decoded(server: LlamaServer) -> None:
     text = "<|im_start|>user\nWhat does it cost?<|im_end|>"
     ids = server.token_ids(text)
     assert isinstance(ids, TokenIds)
@@ -132,12 +132,12 @@ def test_a_slot_is_saved_restored_and_erased(server: LlamaServer, process: Serve
     assert server.completion([*tokens, 9], n_predict=1, id_slot=0).n_cached == len(tokens)
 
 
-# Around every boundary of a block, and where llama-server splits a last batch itself.
+# Lengths near each end of a block, and those at which llama-server splits the last batch.
 LENGTHS = [1, 2, 63, 64, 65, 66, 68, 69, 127, 128, 129, 132, 133, 200, 256, 257, 500]
 
 
 @pytest.mark.parametrize("n_tokens", LENGTHS)
-def test_a_restored_slot_gives_bit_for_bit_what_an_uncached_one_gives(
+def test_a_restored_slot_answers_bit_for_bit_like_an_uncached_one(
     n_tokens: int, server: LlamaServer
 ) -> None:
     tokens = prompt(n_tokens, n_tokens)
@@ -152,7 +152,7 @@ def test_a_restored_slot_gives_bit_for_bit_what_an_uncached_one_gives(
         assert found.completion.probabilities == expected.probabilities
 
 
-def test_a_cut_elsewhere_is_not_exact_so_the_comparison_can_fail(server: LlamaServer) -> None:
+def test_the_comparison_fails_for_a_cut_within_a_block(server: LlamaServer) -> None:
     differ = 0
     for seed in range(10):
         tokens = prompt(seed, 300)
@@ -164,19 +164,19 @@ def test_a_cut_elsewhere_is_not_exact_so_the_comparison_can_fail(server: LlamaSe
     assert differ
 
 
-def test_branches_reuse_what_they_share(server: LlamaServer) -> None:
+def test_branches_reuse_their_common_prefix(server: LlamaServer) -> None:
     files = SlotFiles(server, block_tokens=BLOCK)
     shared = prompt(3, 4 * BLOCK + 10)
     branches = [shared + prompt(seed, 2 * BLOCK) for seed in (4, 5, 6)]
     found = [files.complete(branch, n_predict=N_PREDICT, n_probs=8) for branch in branches]
-    # The second branch shows what is shared, the third profits.
+    # The common prefix is known from the second branch on; the third one reuses it.
     assert [reused.n_restored for reused in found] == [0, 0, 4 * BLOCK]
     assert files.n_bytes > 0
     for branch, reused in zip(branches, found, strict=True):
         assert reused.completion.probabilities == uncached(server, branch).probabilities
 
 
-def test_a_damaged_file_costs_a_prefill_and_a_count(
+def test_a_damaged_file_costs_a_prefill_and_is_counted(
     server: LlamaServer, process: ServerProcess
 ) -> None:
     files = SlotFiles(server, block_tokens=BLOCK)
@@ -193,7 +193,7 @@ def test_a_damaged_file_costs_a_prefill_and_a_count(
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
-def test_other_memories_stay_exact_and_say_when_a_restore_is_not_used(architecture: str) -> None:
+def test_other_memories_stay_exact_and_report_unused_restores(architecture: str) -> None:
     model = samples.tiny_model(architecture=architecture)
     with (
         ServerProcess(
@@ -202,7 +202,7 @@ def test_other_memories_stay_exact_and_say_when_a_restore_is_not_used(architectu
             n_slots=2,
             block_tokens=BLOCK,
             n_threads=2,
-            # Where it makes checkpoints, llama-server decodes in other pieces.
+            # Making a checkpoint would end a piece and so change the bits.
             overrides={"n_ctx_checkpoints": 0},
         ) as running,
         LlamaServer(running.url) as server,
@@ -223,7 +223,7 @@ def test_other_memories_stay_exact_and_say_when_a_restore_is_not_used(architectu
         assert bool(files.refusals) == (architecture == "gemma3")
 
 
-def test_the_servers_own_words_come_through(server: LlamaServer) -> None:
+def test_errors_contain_the_servers_message(server: LlamaServer) -> None:
     with pytest.raises(ServerError, match="exceeds the available context size"):
         server.completion(prompt(1, 3000), n_predict=1)
     with pytest.raises(ServerError, match="invalid tokens"):
@@ -237,7 +237,7 @@ def test_the_servers_own_words_come_through(server: LlamaServer) -> None:
     assert server.health() == "ok"
 
 
-def test_a_server_that_is_not_there_is_named() -> None:
+def test_an_unreachable_server_is_named() -> None:
     url = "http://127.0.0.1:9"
     client = LlamaServer(url, timeout_s=2)
     with pytest.raises(ServerError, match=f"{url} is out of reach"):
@@ -245,7 +245,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
     client.close()
 
 
-def test_a_server_of_another_kind_is_told() -> None:
+def test_a_server_that_is_not_llama_server_is_an_error() -> None:
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -269,7 +269,7 @@ def test_a_server_of_another_kind_is_told() -> None:
 
 
 def variant(tmp_path: Path, old: str, new: str) -> Wrapped:
-    """Return the tiny tokenizer with one piece renamed wherever it stands."""
+    """Return the tiny tokenizer with one piece renamed in every entry."""
     description = json.loads(samples.tiny_tokenizer().read_text())
     vocab = description["model"]["vocab"]
     if old in vocab:
@@ -293,7 +293,7 @@ def test_one_different_piece_is_found_and_named(
         LlamaServer(server.url, tokenizer=variant(tmp_path, old, new))
 
 
-def test_a_larger_vocabulary_is_told(server: LlamaServer, tmp_path: Path) -> None:
+def test_a_larger_vocabulary_is_refused(server: LlamaServer, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(samples.tiny_tokenizer()))
     tokenizer.add_tokens(["<one more>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -311,7 +311,7 @@ def test_a_real_tokenizer_and_its_own_model_agree(name: str) -> None:
             LlamaServer(running.url, tokenizer=Wrapped(samples.tiny_tokenizer()))
 
 
-def test_models_that_cannot_be_served_are_told(tmp_path: Path) -> None:
+def test_models_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match=r"absent\.gguf"):
         ServerProcess(tmp_path / "absent.gguf")
     damaged = tmp_path / "damaged.gguf"
@@ -351,7 +351,7 @@ def test_the_server_ends_when_its_parent_is_killed() -> None:
 
 
 def is_running(pid: int) -> bool:
-    with contextlib.suppress(OSError):  # a process whose parent is gone may stay as a zombie
+    with contextlib.suppress(OSError):  # a process without a parent may stay as a zombie
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
 

@@ -1,4 +1,4 @@
-"""Requests with LoRA adapters of their own against real llama-servers: reuse, trust, exactness."""
+"""Requests that name LoRA adapters, against real llama-servers: reuse, trust, exactness."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HALF: dict[str, Any] = {"lora": [{"id": 0, "scale": 0.5}]}
 NONE: dict[str, Any] = {"lora": [{"id": 0, "scale": 0.0}]}
-WHOLE: dict[str, Any] = {}  # the server's own setting: scale 1
+WHOLE: dict[str, Any] = {}  # as the server was started: scale 1
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def right(server: LlamaServer, tokens: list[int], **settings: Any) -> Completion
     )
 
 
-def test_a_slot_has_a_requests_adapters_before_it_is_restored(
+def test_a_requests_adapters_are_applied_before_a_restore(
     url: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A request with other adapters empties the slot, also one that was just restored."""
+    """llama-server empties a slot at a request with other adapters, even after a restore."""
     tokens = prompt(1, 200)
     expected = {}
     with client(url, folder, slot_ids=(0,)) as server:
@@ -68,13 +68,13 @@ def test_a_slot_has_a_requests_adapters_before_it_is_restored(
             for name, settings in (("half", HALF), ("none", NONE), ("whole", WHOLE)):
                 found = complete(server, tokens, **settings)
                 assert found.completion.token_ids == expected[name].token_ids
-                # Each turn takes the one slot from other adapters, so each begins from a file.
+                # The only slot held other adapters before, so each turn starts from a file.
                 assert found.n_restored == found.completion.n_cached == (199 if turn else 0)
         assert server.reuse_stats().refusals == {}
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_after_a_restart_a_slot_has_a_requests_adapters_too(tmp_path: Path) -> None:
+def test_a_requests_adapters_are_applied_after_a_restart_too(tmp_path: Path) -> None:
     tokens = prompt(2, 200)
     with serve_with_adapter(tmp_path) as address:
         port = int(address.rpartition(":")[2])
@@ -88,7 +88,7 @@ def test_after_a_restart_a_slot_has_a_requests_adapters_too(tmp_path: Path) -> N
     server.close()
 
 
-def test_a_restore_that_fails_with_one_adapter_ends_it_for_no_other(
+def test_failed_restores_with_one_adapter_do_not_stop_those_with_others(
     url: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokens, other = prompt(3, 200), prompt(4, 200)
@@ -96,7 +96,7 @@ def test_a_restore_that_fails_with_one_adapter_ends_it_for_no_other(
         complete(server, tokens, **HALF)
         complete(server, tokens)
         complete(server, other, **NONE)
-        # What a server did that empties slots in its own way.
+        # As if the server had emptied the slots with this adapter.
         half = adapters_key(HALF["lora"])
         for kind in ("prompt", "whole"):
             assert server._manager.trust.verify(half, kind, 100, 0) == (kind == "whole")
@@ -112,7 +112,7 @@ def test_a_restore_that_fails_with_one_adapter_ends_it_for_no_other(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_reproducible_mode_decodes_what_it_saves_with_the_adapters(
+def test_reproducible_mode_saves_states_decoded_with_the_adapters(
     architecture: str, tmp_path: Path
 ) -> None:
     model = samples.tiny_model(architecture=architecture)
@@ -131,8 +131,8 @@ def test_reproducible_mode_decodes_what_it_saves_with_the_adapters(
             assert (architecture != "llama") or server.reuse_stats().refusals == {}
 
 
-def test_without_a_slot_save_path_no_adapters_slot_is_taken_for_another() -> None:
-    """llama-server itself would go on from what another adapter decoded, and be wrong."""
+def test_without_a_slot_save_path_adapters_do_not_share_slots() -> None:
+    """llama-server alone would continue a state of another adapter, and answer wrongly."""
     tokens = prompt(7, 200)
     with serve_with_adapter("") as address, LlamaServer(address) as server:
         complete(server, tokens, **HALF)

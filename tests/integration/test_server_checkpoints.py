@@ -1,4 +1,4 @@
-"""Saved slots of sliding windows, recurrent and hybrid models: reuse after a restart, exactness."""
+"""Saved slots of sliding window, recurrent and hybrid models: reuse after a restart, exactness."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("gemma3", "mamba2", "lfm2", "falcon-h1")
 TOKENS = prompt(1, 151)
 # llama-server makes a checkpoint 4 tokens before a prompt's end, and one n_ubatch (64) before
-# that; a checkpoint of a sliding window is used up to the token before.
+# that. From a checkpoint of a sliding window one token fewer is used.
 LAST = {"gemma3": 146, "mamba2": 147, "lfm2": 147, "falcon-h1": 147}
 FIRST = {"gemma3": 86, "mamba2": 87, "lfm2": 87, "falcon-h1": 87}
 
 
 @pytest.fixture
 def clients() -> Iterator[contextlib.ExitStack]:
-    """Clients that outlive a server."""
+    """Close clients that a test uses with several servers."""
     with contextlib.ExitStack() as opened:
         yield opened
 
 
 def serve_one(folder: Path, architecture: str, port: int = 0, **settings: Any) -> Any:
-    """Serve on slot 0 for a client, and on slot 1 for what is right."""
+    """Serve with slot 0 for the client and slot 1 for the expected answers."""
     model = samples.tiny_model(architecture=architecture, seed=settings.pop("seed", 0))
     return serve(folder, port=port, n_slots=2, model=model, **settings)
 
@@ -49,9 +49,9 @@ def uncached(server: LlamaServer, tokens: list[int]) -> Completion:
 
 
 def require_same(found: Completion, expected: Completion, tolerance: float = 1e-2) -> None:
-    """Assert that two greedy answers have the same logits, but for rounding, and the same text.
+    """Assert that two greedy answers have the same text and, up to rounding, the same logits.
 
-    They may part where two tokens are as likely.
+    They may differ from a tie of two tokens on.
     """
     ours, theirs = found.token_ids.tolist(), expected.token_ids.tolist()
     assert len(ours) == len(theirs)
@@ -90,12 +90,12 @@ def test_a_saved_slot_is_continued_after_a_restart(
     with serve_one(tmp_path, architecture, port=port), caplog.at_level(logging.WARNING):
         assert complete(server, TOKENS).n_restored == LAST[architecture]
         for name, (tokens, n_reused) in prompts.items():
-            complete(server, prompt(50, 100))  # the slot holds something else
+            complete(server, prompt(50, 100))  # other contents for the slot
             found = complete(server, tokens)
             assert found.n_restored == found.completion.n_cached, name
             assert found.n_restored == n_reused, name
             require_same(found.completion, uncached(server, tokens))
-        # What parts before the first checkpoint is decoded, and costs no trust in the others.
+        # A prompt that differs before the first checkpoint is decoded; other restores go on.
         complete(server, prompt(50, 100))
         early = [*TOKENS[:80], *prompt(9, 40)]
         found = complete(server, early)
@@ -130,7 +130,7 @@ def test_without_checkpoints_nothing_is_reused_and_the_log_names_the_option(
         (message,) = caplog.messages
         assert "--ctx-checkpoints 32" in message
         assert "used 0 of the 150 tokens" in message
-    # Started again as the message says, the server is tried again, with files that it writes now.
+    # After a restart with that option, restores are tried again, with newly written files.
     with serve_one(tmp_path, architecture, port=port):
         assert complete(server, TOKENS).completion.n_cached == 0
         complete(server, prompt(50, 100))
@@ -139,10 +139,8 @@ def test_without_checkpoints_nothing_is_reused_and_the_log_names_the_option(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_states_stay_right_however_often_they_are_restored(
-    architecture: str, tmp_path: Path
-) -> None:
-    """llama-server itself loses a token of the window each time it goes back to a checkpoint."""
+def test_states_stay_right_after_any_number_of_restores(architecture: str, tmp_path: Path) -> None:
+    """llama-server alone loses a token of the window each time it goes back to a checkpoint."""
     with (
         serve_one(tmp_path, architecture) as running,
         client(running, slot_folder=tmp_path, slot_ids=(0,)) as server,
@@ -150,23 +148,23 @@ def test_states_stay_right_however_often_they_are_restored(
         complete(server, TOKENS, conversation="chat")
         chat = [*TOKENS, 7, 8, 9]
         for turn in range(6):
-            complete(server, prompt(50, 100))  # the slot holds something else
+            complete(server, prompt(50, 100))  # other contents for the slot
             branch = [*TOKENS, *prompt(100 + turn, 20)]
             found = complete(server, branch)
             assert found.n_restored >= LAST[architecture] - 1
             require_same(found.completion, uncached(server, branch))
             complete(server, prompt(50, 100))
-            # A chat template that drops what was thought: a turn leaves the last one at its end.
+            # Like a chat template that drops thinking: a turn differs at the last one's end.
             chat = [*chat[:-3], *prompt(200 + turn, 25)]
             found = complete(server, chat, conversation="chat")
             assert found.n_restored >= len(chat) - 25 - 3 - 5
-            # Turns are decoded in other pieces than the whole: the difference of two runs of
-            # llama.cpp, a tenth of what the first missing token makes later on.
+            # Turns are decoded in other pieces than the whole chat, which changes llama.cpp's
+            # logits by a tenth of the effect of one missing token.
             require_same(found.completion, uncached(server, chat), 2e-2)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_slot_in_use_stays_right_however_often_the_server_goes_back(
+def test_a_slot_in_use_stays_right_after_the_server_went_back(
     architecture: str, tmp_path: Path
 ) -> None:
     with (
@@ -175,8 +173,8 @@ def test_a_slot_in_use_stays_right_however_often_the_server_goes_back(
     ):
         complete(server, TOKENS)
         for turn in range(4):
-            # So long that the window leaves the shared tokens behind, then so short that the
-            # server makes a checkpoint where it went back to.
+            # First so long that the shared tokens leave the window, then so short that the
+            # server makes a checkpoint at the position that it went back to.
             for n_more in (400, 20):
                 tokens = [*TOKENS, *prompt(100 + turn, n_more)]
                 found = complete(server, tokens)
@@ -185,8 +183,8 @@ def test_a_slot_in_use_stays_right_however_often_the_server_goes_back(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_wrong_state_would_be_seen(architecture: str, tmp_path: Path) -> None:
-    """The control: states of other weights are used up to the checkpoint, and the text differs."""
+def test_the_comparison_fails_for_a_wrong_state(architecture: str, tmp_path: Path) -> None:
+    """Control: with a state of other weights, used up to the checkpoint, the text differs."""
     with serve_one(tmp_path, architecture, seed=5) as running, client(running) as server:
         server.completion(TOKENS, n_predict=N_PREDICT, id_slot=0)
         server.save_slot(0, "wrong.bin")

@@ -1,6 +1,6 @@
-"""Servers that are away, slow, locked, garbled or lie: typed errors, and nothing lost.
+"""Servers that are unreachable, slow, locked or wrong: typed errors, and no slot lost.
 
-Where no real llama-server would do it, a small HTTP server of the standard library plays one.
+A small HTTP server stands in where a real llama-server does not behave so.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def url(pretender: Pretender) -> Iterator[str]:
         yield found
 
 
-def test_every_error_is_one_of_ours() -> None:
+def test_every_error_is_a_tokcache_error() -> None:
     kinds = [ServerUnreachable, ServerTimeout, RequestRejected, ServerFailed, InvalidAnswer]
     assert all(issubclass(kind, ServerError) for kind in kinds)
     assert issubclass(InvalidFilename, TokcacheError)
@@ -77,7 +77,7 @@ def test_a_host_that_does_not_exist_is_unreachable() -> None:
         server.props()
 
 
-def test_only_what_may_be_asked_twice_is(url: str, pretender: Pretender) -> None:
+def test_only_repeatable_requests_are_repeated(url: str, pretender: Pretender) -> None:
     answers = iter([None, None, {"status": "ok"}])
     pretender.say["/health"] = lambda _: next(answers)
     pretender.say["/completion"] = None
@@ -99,7 +99,7 @@ async def _ahealth(server: LlamaServer, _: object, pretender: Pretender) -> str:
         await server._connection.aclose()
 
 
-def test_a_slow_server_is_not_asked_again(url: str, pretender: Pretender) -> None:
+def test_a_request_that_timed_out_is_not_repeated(url: str, pretender: Pretender) -> None:
     def late(_: Any) -> Any:
         time.sleep(0.6)
         return {"status": "ok"}
@@ -136,7 +136,7 @@ def test_a_slow_server_is_not_asked_again(url: str, pretender: Pretender) -> Non
         ["in its own words"],
     ],
 )
-def test_statuses_have_their_kind_and_the_servers_words(
+def test_each_status_has_its_error_and_the_servers_message(
     status: int, kind: type[ServerError], body: Any, url: str, pretender: Pretender
 ) -> None:
     pretender.say["/health"] = (status, body)
@@ -170,7 +170,7 @@ GARBAGE: list[Any] = [
         ("restore", lambda server: server.restore_slot(0, "a.bin")),
     ],
 )
-def test_garbage_is_told_with_what_was_found(
+def test_garbage_is_an_error_that_quotes_it(
     path: str, ask: Callable[[LlamaServer], Any], said: Any, url: str, pretender: Pretender
 ) -> None:
     pretender.say[path] = said
@@ -224,14 +224,14 @@ VALID: list[tuple[Any, Any]] = [
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the way to every value inside a JSON value."""
+    """Return the path to every value inside a JSON value."""
     inner = list(value.items()) if isinstance(value, dict) else []
     inner += list(enumerate(value)) if isinstance(value, list) else []
     return [path, *(each for key, part in inner for each in places(part, (*path, key)))]
 
 
 def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """Return a JSON value with another one at a place."""
+    """Return a copy of a JSON value with `new` at `path`."""
     if not path:
         return new
     copied = json.loads(json.dumps(value))
@@ -319,7 +319,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("said", STREAMS)
-def test_streams_that_break_are_told_and_lose_no_slot(
+def test_broken_streams_are_errors_and_lose_no_slot(
     said: str, url: str, pretender: Pretender
 ) -> None:
     pretender.say["/completion"] = STREAMS[said]
@@ -360,7 +360,7 @@ def test_a_server_that_reports_nonsense_is_served_without_reuse(
         server.complete([1] * 100, n_predict=1)
 
 
-def test_nothing_is_restored_into_a_server_that_no_longer_says_what_it_is(
+def test_nothing_is_restored_if_the_servers_properties_cannot_be_read(
     url: str, pretender: Pretender
 ) -> None:
     with LlamaServer(url) as server:
@@ -379,7 +379,7 @@ def test_nothing_is_restored_into_a_server_that_no_longer_says_what_it_is(
         assert server.complete(prompt(1, 100), n_predict=1).completion.n_cached == 99
 
 
-def test_a_server_that_promises_and_does_not_keep_is_found_out(
+def test_a_server_that_does_not_use_its_restores_is_noticed(
     url: str, pretender: Pretender, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretender.say["/completion"] = lambda body: answer(len(body["prompt"]), 0)
@@ -392,7 +392,7 @@ def test_a_server_that_promises_and_does_not_keep_is_found_out(
     assert stats.restored_tokens == 0
 
 
-def test_a_server_that_restores_something_else_is_found_out(url: str, pretender: Pretender) -> None:
+def test_a_server_that_restores_another_state_is_noticed(url: str, pretender: Pretender) -> None:
     def restored(body: dict[str, Any], slot: str) -> Any:
         return {**pretender.restore(body, slot), "n_restored": 3}
 
@@ -408,7 +408,7 @@ def test_a_server_that_restores_something_else_is_found_out(url: str, pretender:
 
 @pytest.mark.parametrize("action", ["save", "restore", "erase"])
 @pytest.mark.parametrize("said", [(500, {"error": {"message": "no"}}), b"<html>", (404, b"")])
-def test_what_fails_beside_the_completion_costs_reuse_alone(
+def test_failures_other_than_the_completions_cost_only_reuse(
     action: str, said: Any, url: str, pretender: Pretender
 ) -> None:
     with LlamaServer(url) as server:
@@ -426,7 +426,7 @@ def test_what_fails_beside_the_completion_costs_reuse_alone(
         assert all(slot.condition.name == "FREE" for slot in server._manager.table.slots.values())
 
 
-def test_errors_are_raised_if_asked_to(url: str, pretender: Pretender) -> None:
+def test_errors_are_raised_with_on_error_raise(url: str, pretender: Pretender) -> None:
     with LlamaServer(url, slot_settings=SlotSettings(on_error="raise")) as server:
         for seed in (1, 2, 3):
             server.complete(prompt(seed, 100), n_predict=1)
@@ -438,7 +438,7 @@ def test_errors_are_raised_if_asked_to(url: str, pretender: Pretender) -> None:
         assert server.complete(prompt(1, 100), n_predict=1).completion.text == " it"
 
 
-def test_a_server_without_a_boot_mark_is_checked_by_what_its_slots_hold(
+def test_a_server_without_a_boot_mark_is_checked_by_its_slots_lengths(
     url: str, pretender: Pretender
 ) -> None:
     pretender.say["/props"] = {**PROPS, "media_marker": None}
@@ -449,7 +449,7 @@ def test_a_server_without_a_boot_mark_is_checked_by_what_its_slots_hold(
         server.flush(10)
         assert server.complete(prompt(1, 100), n_predict=1).n_live == 99
         server.flush(10)
-        pretender.say["/slots"] = SLOTS  # it says nothing of what it holds
+        pretender.say["/slots"] = SLOTS  # without the number of tokens
         assert server.complete(prompt(1, 100), n_predict=1).n_live == 99
         server.flush(10)
         pretender.say["/slots"] = [{**slot, "n_prompt_tokens": 0} for slot in SLOTS]
@@ -470,9 +470,7 @@ def test_filenames_from_outside_are_never_sent(name: Any, url: str, pretender: P
     assert not pretender.asked
 
 
-def test_names_of_files_say_nothing_and_no_client_has_anothers(
-    url: str, pretender: Pretender
-) -> None:
+def test_file_names_reveal_nothing_and_clients_share_none(url: str, pretender: Pretender) -> None:
     for _ in range(3):
         with LlamaServer(url) as server:
             server.complete(prompt(1, 100), n_predict=1, scope="tenant", conversation="../../x")
@@ -482,7 +480,7 @@ def test_names_of_files_say_nothing_and_no_client_has_anothers(
     assert all("tenant" not in name and "x" not in name for name in names)
 
 
-def test_a_key_is_sent_and_a_wrong_one_is_told(tmp_path: Path) -> None:
+def test_a_key_is_sent_and_a_wrong_one_is_an_error(tmp_path: Path) -> None:
     with serve(tmp_path, api_keys=["right"], endpoint_metrics=True) as running:
         for key in (None, "wrong"):
             with (
@@ -493,7 +491,7 @@ def test_a_key_is_sent_and_a_wrong_one_is_told(tmp_path: Path) -> None:
             assert "right" not in str(raised.value)
         with LlamaServer(running.url, api_key="right") as server:
             assert server.complete([1, 2, 3], n_predict=1).completion.n_prompt == 3
-            # With the 64 that every start of a server is asked once.
+            # Including the 64 of the check after each start of a server.
             assert server.metrics()["llamacpp:prompt_tokens_total"] == 64 + 3
 
 
@@ -531,7 +529,7 @@ def test_a_certificate_is_verified(tmp_path: Path, pretender: Pretender) -> None
             assert server.health() == "ok"
 
 
-def test_a_server_killed_in_the_middle_of_an_answer_is_told(tmp_path: Path) -> None:
+def test_a_server_killed_during_an_answer_is_an_error(tmp_path: Path) -> None:
     with serve(tmp_path) as running:
         server = client(running, slot_folder=tmp_path)
         pieces = server.stream(prompt(1, 100), n_predict=900)
@@ -548,7 +546,7 @@ def test_a_server_killed_in_the_middle_of_an_answer_is_told(tmp_path: Path) -> N
     server.close()
 
 
-def test_a_line_that_is_too_long_ends_in_an_error(tmp_path: Path) -> None:
+def test_waiting_too_long_for_a_slot_is_an_error(tmp_path: Path) -> None:
     with serve(tmp_path, n_slots=1) as running:
         server = LlamaServer(running.url, timeout_s=0.5)
         hold = server.stream(prompt(1, 100), n_predict=900)
@@ -561,7 +559,7 @@ def test_a_line_that_is_too_long_ends_in_an_error(tmp_path: Path) -> None:
         server.close()
 
 
-def test_the_servers_own_limit_is_told_where_ours_is_not_known(tmp_path: Path) -> None:
+def test_the_servers_own_limit_is_an_error_if_ours_is_unknown(tmp_path: Path) -> None:
     with serve(tmp_path) as running, client(running) as server:
         with pytest.raises(PromptTooLong):
             server.completion(prompt(1, 3000), n_predict=1)

@@ -1,4 +1,4 @@
-"""What once brought wrong text, kept data or an outage, with real llama-servers and pretenders."""
+"""Faults that once caused wrong text, kept data or an outage, on real and pretend servers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
     return found
 
 
-# -- another model behind the same words ----------------------------------------------------------
+# -- another model with the same properties ------------------------------------------------------
 
 
 def test_an_adapter_that_is_scaled_while_the_server_runs_is_another_model(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_an_adapter_that_is_scaled_while_the_server_runs_is_another_model(tmp_pa
         next(running)
         httpx.post(f"{address}/lora-adapters", json=[{"id": 0, "scale": 0.0}])
         found = complete(server, tokens)
-        list(running)  # begun with the one, ended with the other
+        list(running)  # started with one adapter scale, ended with the other
         assert complete(server, prompt(2, 200)).n_restored == 0
         right = uncached(server, tokens)
         assert (found.n_live, found.n_restored) == (0, 0)
@@ -115,7 +115,7 @@ def test_files_of_a_start_with_another_rope_base_are_not_restored(tmp_path: Path
     server.close()
 
 
-def test_a_model_that_cannot_be_asked_is_not_trusted_after_a_restart(
+def test_files_are_dropped_after_a_restart_if_the_model_cannot_be_compared(
     url: str, pretender: Pretender
 ) -> None:
     with LlamaServer(url) as server:
@@ -158,10 +158,10 @@ def test_two_models_in_one_folder_never_share_a_name(tmp_path: Path) -> None:
         assert found.completion.token_ids == uncached(ours, tokens).token_ids
 
 
-# -- what was forgotten ---------------------------------------------------------------------------
+# -- cleared scopes -------------------------------------------------------------------------------
 
 
-def test_a_forgotten_scope_leaves_nothing_that_was_being_saved_or_served(tmp_path: Path) -> None:
+def test_a_cleared_scope_leaves_nothing_that_was_being_saved_or_served(tmp_path: Path) -> None:
     with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
         server.complete(prompt(1, 400), n_predict=2, scope="a")
         server.clear("a")  # while it is being saved
@@ -210,7 +210,7 @@ def test_clear_without_a_scope_leaves_nothing_of_anyone(tmp_path: Path) -> None:
 def test_clear_overwrites_files_that_can_not_be_deleted_here(tmp_path: Path) -> None:
     secret, other = prompt(1, 200), prompt(2, 200)
     with serve(tmp_path) as running, client(running, max_bytes=500_000) as server:
-        for seed in range(3, 9):  # some of the tenant's files are evicted, and lie on
+        for seed in range(3, 9):  # evicts some of the tenant's files without deleting them
             complete(server, prompt(seed, 150), scope="a")
         complete(server, secret, scope="a")
         complete(server, other, scope="b")
@@ -235,11 +235,11 @@ def test_clear_without_a_slot_save_path_leaves_nothing_in_the_slot(tmp_path: Pat
     with serve(tmp_path, slot_save_path="") as running, client(running) as server:
         slot = complete(server, tokens, scope="a").id_slot
         server.clear("a")
-        # What whoever asks the server itself would find.
+        # A plain call to the server finds nothing either.
         assert server.completion(tokens, n_predict=1, id_slot=slot).n_cached == 0
 
 
-def test_clear_goes_on_where_one_slot_can_not_be_erased(url: str, pretender: Pretender) -> None:
+def test_clear_goes_on_if_one_slot_can_not_be_erased(url: str, pretender: Pretender) -> None:
     with LlamaServer(url) as server:
         for seed in range(2):
             complete(server, prompt(seed, 100), scope="a")
@@ -252,7 +252,7 @@ def test_clear_goes_on_where_one_slot_can_not_be_erased(url: str, pretender: Pre
             assert complete(server, prompt(seed, 100), scope="a").n_live == 0
 
 
-def test_scopes_and_pins_hold_whatever_the_adapters(url: str) -> None:
+def test_scopes_and_pins_hold_with_any_adapters(url: str) -> None:
     lora = [{"id": 0, "scale": 0.5}]
     with LlamaServer(url) as server:
         server.pin("c", scope="a")
@@ -265,7 +265,7 @@ def test_scopes_and_pins_hold_whatever_the_adapters(url: str) -> None:
         assert complete(server, prompt(1, 100), scope="a", lora=lora).n_live == 0
 
 
-# -- one request's fault is not the next one's ----------------------------------------------------
+# -- wrong arguments of one request ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,13 +302,13 @@ def test_names_of_another_type_are_refused(
 
 
 class Text(str):
-    """A str of its own class."""
+    """A subclass of str."""
 
     __slots__ = ()
 
 
 def test_scopes_reach_the_tokenizers_cache_too(process: ServerProcess) -> None:
-    """A text in a tenant's cache must not tell another tenant that it was sent before."""
+    """A hit in the cache would show one tenant that another one sent the text before."""
     tokenizer = Wrapped(samples.tiny_tokenizer())
     with LlamaServer(process.url, tokenizer=tokenizer) as server:
         tokenizer.scopes.clear()
@@ -327,7 +327,7 @@ def test_scopes_reach_the_tokenizers_cache_too(process: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("is_wrapped", [True, False])
-def test_text_that_is_not_text_is_refused_with_its_place(
+def test_invalid_text_is_refused_with_the_position(
     is_wrapped: bool, process: ServerProcess
 ) -> None:
     import tokcache  # noqa: PLC0415 (the wrapped tokenizer, this test alone)
@@ -357,7 +357,7 @@ def test_text_that_is_not_text_is_refused_with_its_place(
                 server.complete(wrong, n_predict=1)  # type: ignore[arg-type]
 
 
-def test_the_repr_says_which_server_and_what_is_kept(tmp_path: Path) -> None:
+def test_the_repr_names_the_server_and_counts_saved_slots(tmp_path: Path) -> None:
     with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
         assert repr(server) == (
             f"<LlamaServer {running.url}, model unknown, 0 slots, 0 saved (0 bytes)>"
@@ -369,7 +369,7 @@ def test_the_repr_says_which_server_and_what_is_kept(tmp_path: Path) -> None:
         )
 
 
-def test_a_file_that_was_cut_off_does_not_end_the_server(tmp_path: Path) -> None:
+def test_a_truncated_file_does_not_crash_the_server(tmp_path: Path) -> None:
     tokens = prompt(1, 300)
     with serve(tmp_path, n_slots=1) as running, client(running, slot_folder=tmp_path) as server:
         complete(server, tokens)
@@ -381,11 +381,11 @@ def test_a_file_that_was_cut_off_does_not_end_the_server(tmp_path: Path) -> None
         assert server.reuse_stats().refusals == {"restore_failed": 1}
 
 
-def test_a_file_the_server_ended_of_is_not_read_again(tmp_path: Path) -> None:
+def test_a_file_that_crashed_the_server_is_not_read_again(tmp_path: Path) -> None:
     tokens = prompt(1, 300)
     with serve(tmp_path, n_slots=1) as running:
         port = port_of(running)
-        server = client(running)  # where the folder can't be reached
+        server = client(running)  # without access to the folder
         complete(server, tokens)
         (file,) = tmp_path.iterdir()
         complete(server, prompt(2, 300))
@@ -397,7 +397,7 @@ def test_a_file_the_server_ended_of_is_not_read_again(tmp_path: Path) -> None:
     server.close()
 
 
-def test_a_lie_about_what_a_slot_holds_costs_no_slot(url: str, pretender: Pretender) -> None:
+def test_a_wrong_number_of_held_tokens_costs_no_slot(url: str, pretender: Pretender) -> None:
     lie = {"tokens_cached": 2**34}
     pretender.say["/completion"] = lambda body: answer(len(body["prompt"]), **lie)
     with LlamaServer(url, timeout_s=5) as server:
@@ -424,7 +424,7 @@ def n_bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def test_names_are_used_again_where_files_cannot_be_deleted(
+def test_names_are_used_again_if_files_cannot_be_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -445,7 +445,7 @@ def test_names_are_used_again_where_files_cannot_be_deleted(
         monkeypatch.undo()
 
 
-def test_what_earlier_clients_left_counts_as_ours(tmp_path: Path) -> None:
+def test_files_of_earlier_clients_count_for_the_budget(tmp_path: Path) -> None:
     budget = 500_000
     with serve(tmp_path, n_slots=1) as running:
         for turn in range(4):
@@ -453,7 +453,7 @@ def test_what_earlier_clients_left_counts_as_ours(tmp_path: Path) -> None:
                 for seed in range(2):
                     complete(server, prompt(10 * turn + seed, 150))
                     assert n_bytes_in(tmp_path) <= budget
-                # What this client saved is worth more than what none can find.
+                # This client's files stay; those that no client can find go first.
                 assert complete(server, prompt(10 * turn, 150)).completion.n_cached == 149
         with client(running, slot_folder=tmp_path, max_bytes=200_000) as server:
             complete(server, prompt(1, 10))
@@ -496,7 +496,7 @@ def test_the_same_pieces_cut_in_another_way_are_another_tokenizer(
         LlamaServer(process.url, tokenizer=changed(tmp_path, change))
 
 
-def test_exotic_texts_cut_in_another_way_are_only_told(
+def test_unusual_texts_cut_in_another_way_are_only_logged(
     process: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     accents = {"type": "Replace", "pattern": {"String": "\u00e9"}, "content": "e"}
@@ -516,7 +516,7 @@ def test_exotic_texts_cut_in_another_way_are_only_told(
     ("settings", "key", "reason"),
     [({"endpoint_slots": False}, None, "501"), ({"api_keys": ["right"]}, "wrong", "401")],
 )
-def test_a_server_that_tells_nothing_is_not_away(
+def test_a_server_that_lists_no_slots_is_still_reachable(
     settings: dict[str, Any], key: str | None, reason: str, tmp_path: Path
 ) -> None:
     with (
@@ -528,7 +528,7 @@ def test_a_server_that_tells_nothing_is_not_away(
         assert blocks.is_reachable
         assert reason in state.unknown[0]
         assert reason in blocks.unknown[0]
-        assert server.reuse_stats().refusals == {"slots_not_told": 2}
+        assert server.reuse_stats().refusals == {"slots_not_listed": 2}
         running.kill()
         assert not server.kv_state()[0].is_reachable
         assert "out of reach" in server.kv_state()[0].unknown[0]
@@ -585,7 +585,7 @@ def test_event_loops_that_ended_leave_no_connection(process: ServerProcess) -> N
         assert len(server._connection._loops) == 1
 
 
-def test_a_child_of_a_fork_waits_for_nothing_of_its_parent(process: ServerProcess) -> None:
+def test_a_forked_child_does_not_wait_for_its_parent(process: ServerProcess) -> None:
     with client(process) as server:
         pieces = server.stream(prompt(1, 300), n_predict=500, ignore_eos=True)
         next(pieces)
@@ -614,9 +614,9 @@ def ask_in_child(server: LlamaServer, seed: int) -> None:
 
 
 def in_child(do: Callable[[], object]) -> int:
-    """Return the exit status of a child; a signal ends it when it hangs."""
+    """Return the exit status of a child; a signal ends one that hangs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads is the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads, on purpose
         pid = os.fork()
     if pid == 0:
         signal.alarm(20)
@@ -628,7 +628,7 @@ def in_child(do: Callable[[], object]) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def test_slow_saves_hold_up_no_other_slot(url: str, pretender: Pretender) -> None:
+def test_slow_saves_do_not_delay_other_slots(url: str, pretender: Pretender) -> None:
     is_over = threading.Event()
 
     def save(body: dict[str, Any], slot: str) -> Any:
@@ -767,7 +767,9 @@ def test_a_redirect_names_its_location(url: str, pretender: Pretender) -> None:
         ),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
+def test_arguments_that_cannot_work_are_refused_at_once(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InvalidConfig, match=message):
         LlamaServer(**{"url": "https://127.0.0.1:9", **settings})
 
@@ -812,10 +814,10 @@ def test_ids_outside_the_vocabulary_empty_no_slot(process: ServerProcess) -> Non
         assert complete(server, prompt(1, 100)).n_live == 99
 
 
-# -- after the end --------------------------------------------------------------------------------
+# -- after close() --------------------------------------------------------------------------------
 
 
-def test_what_is_closed_says_so_in_the_middle_too(process: ServerProcess) -> None:
+def test_a_request_during_close_fails_with_the_reason(process: ServerProcess) -> None:
     server = client(process)
     errors: list[BaseException] = []
 
@@ -826,7 +828,7 @@ def test_what_is_closed_says_so_in_the_middle_too(process: ServerProcess) -> Non
                 list(server.stream(prompt(1, 100), **settings))
             else:
                 server.complete(prompt(2, 100), **settings)
-        except BaseException as error:  # noqa: BLE001 (looked at below)
+        except BaseException as error:  # noqa: BLE001 (checked below)
             errors.append(error)
 
     threads = [threading.Thread(target=ask, kwargs={"is_stream": is_it}) for is_it in (True, False)]

@@ -1,4 +1,4 @@
-"""The shelf of saved slots and the table of slots against plain models, without a server."""
+"""The shelf of saved slots and the table of slots, without a server."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def add(
 
 
 def check(on: Shelf) -> None:
-    """Assert what must hold after every step."""
+    """Assert the invariants that hold after every step."""
     assert on.n_bytes == sum(file.n_bytes for file in on) <= on._max_bytes
     listed = {file for files in on._by_chain.values() for file in files}
     assert listed == {file for file in on if len(file.tokens) >= STEP}
@@ -107,7 +107,7 @@ def test_the_longest_usable_file_is_found(
         assert (found.n_tokens if found else 0) == max(usable)
 
 
-def test_a_longer_file_takes_the_place_of_its_beginning() -> None:
+def test_a_longer_file_replaces_its_beginning() -> None:
     on = shelf()
     add(on, A, range(10), is_superseding=True)
     add(on, B, range(10), is_superseding=True)
@@ -117,7 +117,7 @@ def test_a_longer_file_takes_the_place_of_its_beginning() -> None:
     assert len(on) == 3
 
 
-def test_a_turn_takes_the_place_of_the_one_before_whatever_was_answered() -> None:
+def test_a_turn_replaces_the_one_before_whatever_its_answer() -> None:
     on = shelf()
     add(on, A, [*range(12), 50, 51], n_prompt=12, conversation="c", is_superseding=True)
     add(on, A, [*range(12), 60, 61], n_prompt=12, conversation="d", is_superseding=True)
@@ -125,7 +125,7 @@ def test_a_turn_takes_the_place_of_the_one_before_whatever_was_answered() -> Non
     assert sorted(len(file.tokens) for file in on) == [14, 22]
 
 
-def test_what_is_read_or_pinned_stays(tmp_path: Path) -> None:
+def test_files_being_read_or_pinned_are_not_evicted(tmp_path: Path) -> None:
     on = shelf(tmp_path, max_bytes=300)
     read, pinned = add(on, A, range(10), folder=tmp_path), add(on, B, range(10), folder=tmp_path)
     assert read is not None
@@ -144,7 +144,7 @@ def test_stale_names_are_used_first_and_counted() -> None:
     on = shelf(max_bytes=250)
     first = add(on, A, range(10))
     assert on.is_folder_reachable is False
-    add(on, A, range(20, 40))  # the first one has to go
+    add(on, A, range(20, 40))  # evicts the first one
     assert first is not None
     assert (on.n_stale_files, on.n_stale_bytes) == (1, 100)
     assert on.name_for(B, TokenIds(range(5)), 5) == first.name
@@ -161,20 +161,20 @@ def wish(tokens: Iterable[int], namespace: bytes = A) -> Wish:
     return Wish(namespace, TokenIds(tokens), None, KINDS)
 
 
-def test_a_slot_goes_to_whoever_waits_longest() -> None:
+def test_a_slot_goes_to_the_request_that_waits_longest() -> None:
     of = table(1)
     first, second, third = (of.acquire(wish(range(n))) for n in (5, 6, 7))
     assert (first.done(), second.done(), third.done()) == (True, False, False)
     first.result().slot.release()
     assert second.done()
     of.cancel(third)
-    of.cancel(second)  # it had its slot: that is free again
+    of.cancel(second)  # it had the slot, which is now free
     assert of.slots[0].condition is Condition.FREE
     with pytest.raises(CancelledError):
         third.result(0)
 
 
-def test_a_waiter_that_gave_up_is_passed_over() -> None:
+def test_a_cancelled_request_is_skipped() -> None:
     of = table(1)
     first, second, third = (of.acquire(wish(range(5))) for _ in range(3))
     assert second.cancel()
@@ -182,13 +182,13 @@ def test_a_waiter_that_gave_up_is_passed_over() -> None:
     assert third.done()
 
 
-def test_who_gains_much_by_a_settling_slot_waits_and_others_pass() -> None:
+def test_only_requests_that_gain_much_wait_for_a_settling_slot() -> None:
     of = table(2)
     held = of.acquire(wish(range(90))).result().slot
     held.decoded(A, TokenIds(range(90)), None)
     held.settle()
     follower = of.acquire(wish(range(100)))
-    passer = of.acquire(wish([*range(20), *range(100, 200)]))  # 20 tokens are worth no wait
+    passer = of.acquire(wish([*range(20), *range(100, 200)]))  # 20 tokens are not worth the wait
     assert not follower.done()
     assert passer.result().slot is not held
     held.release()
@@ -219,7 +219,7 @@ def test_a_slot_can_be_used_after_a_fork_by_a_thread_that_did_not_fork() -> None
     assert not reader.is_alive()
 
 
-def test_one_at_a_time_is_one_at_a_time() -> None:
+def test_one_at_a_time_gives_one_slot_only() -> None:
     of = SlotTable(range(3), shelf(), is_one_at_a_time=True)
     first, second = of.acquire(wish(range(5))), of.acquire(wish(range(6)))
     assert not second.done()
@@ -229,7 +229,7 @@ def test_one_at_a_time_is_one_at_a_time() -> None:
     assert second.done()
 
 
-def test_a_model_file_that_cannot_be_read_is_said_to_be_unknown(tmp_path: Path) -> None:
+def test_a_model_file_that_cannot_be_read_is_reported_as_unknown(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF" + bytes(20))
     for path, why in (
@@ -244,7 +244,7 @@ def test_a_model_file_that_cannot_be_read_is_said_to_be_unknown(tmp_path: Path) 
         assert shape.kv_bytes_per_token("f16") is None
 
 
-def test_a_file_that_is_another_model_is_not_taken_for_the_servers() -> None:
+def test_a_file_of_another_model_is_not_taken_for_the_servers() -> None:
     pytest.importorskip("gguf", reason="needs tokcache[demo]")
     from tokcache import samples  # noqa: PLC0415 (needs gguf)
 

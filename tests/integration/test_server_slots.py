@@ -62,7 +62,7 @@ def server(process: ServerProcess, folder: Path) -> Iterator[LlamaServer]:
 
 
 def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
-    """Complete, and have all saved: what comes next begins from there."""
+    """Complete and save, so that the next request finds the slot's file."""
     found = server.complete(tokens, n_predict=N_PREDICT, **settings)
     server.flush(30)
     return found
@@ -76,7 +76,7 @@ def is_idle(server: LlamaServer) -> bool:
     )
 
 
-def test_six_sessions_on_two_slots_prefill_only_what_is_new(
+def test_six_sessions_on_two_slots_prefill_only_new_tokens(
     server: LlamaServer, folder: Path
 ) -> None:
     sessions = [prompt(seed, 150) for seed in range(6)]
@@ -84,7 +84,7 @@ def test_six_sessions_on_two_slots_prefill_only_what_is_new(
     for turn in range(3):
         for tokens in sessions:
             found = complete(server, tokens)
-            # All of the last turn, and its answer but for the token that was never decoded.
+            # The last turn and its answer, except the last token, which was never decoded.
             n_known = len(tokens) - 21 if turn else 0
             assert found.completion.n_cached == n_known
             assert is_right(found.completion, uncached_elsewhere(server, tokens))
@@ -93,7 +93,10 @@ def test_six_sessions_on_two_slots_prefill_only_what_is_new(
     stats = server.reuse_stats()
     assert (stats.requests, stats.hits) == (18, 12)
     assert stats.prompt_tokens == n_prompt
-    assert (stats.context_tokens, stats.restored_tokens) == (0, n_cached)  # others came in between
+    assert (stats.context_tokens, stats.restored_tokens) == (
+        0,
+        n_cached,
+    )  # no slot is kept
     assert stats.token_hit_rate == n_cached / n_prompt
     assert stats.n_files == len(list(folder.iterdir())) == 6
     assert stats.n_bytes == sum(file.stat().st_size for file in folder.iterdir())
@@ -117,14 +120,14 @@ REFERENCE: list[LlamaServer] = []
 
 @pytest.fixture(autouse=True)
 def _with_reference(reference: LlamaServer) -> None:
-    """Every test can ask a server that nobody else uses what is right."""
+    """Serve the expected answers from a server that no client manages."""
 
 
 def uncached_elsewhere(_server: LlamaServer, tokens: list[int]) -> Any:
     return uncached(REFERENCE[0], tokens)
 
 
-def test_a_prompt_that_branches_off_takes_a_file_and_leaves_the_slot_alone(
+def test_a_branching_prompt_uses_a_file_and_leaves_the_slot_as_it_is(
     server: LlamaServer,
 ) -> None:
     shared = prompt(50, 100)
@@ -132,7 +135,7 @@ def test_a_prompt_that_branches_off_takes_a_file_and_leaves_the_slot_alone(
     branch = complete(server, shared + prompt(52, 40))
     assert branch.completion.n_cached == branch.n_restored == len(shared)
     assert branch.id_slot != first.id_slot
-    # The other one is still where it was.
+    # The slot of the first prompt is unchanged.
     again = complete(server, shared + prompt(51, 300))
     assert (again.n_live, again.n_restored) == (399, 0)
 
@@ -149,7 +152,7 @@ def test_a_live_slot_is_preferred_to_its_file(server: LlamaServer) -> None:
     assert stats.token_hit_rate == (len(longer) - 4) / (len(tokens) + len(longer))
 
 
-def test_a_killed_server_is_noticed_and_served_from_files(tmp_path: Path) -> None:
+def test_a_restart_after_a_kill_is_noticed_and_served_from_files(tmp_path: Path) -> None:
     sessions = [prompt(seed, 200) for seed in range(3)]
     with serve(tmp_path) as running:
         port = port_of(running)
@@ -171,7 +174,7 @@ def test_a_killed_server_is_noticed_and_served_from_files(tmp_path: Path) -> Non
     server.close()
 
 
-def test_a_quick_restart_is_noticed_before_anything_is_promised(tmp_path: Path) -> None:
+def test_a_quick_restart_is_noticed_before_a_record_is_used(tmp_path: Path) -> None:
     tokens = prompt(1, 200)
     with serve(tmp_path) as running:
         port = port_of(running)
@@ -180,11 +183,11 @@ def test_a_quick_restart_is_noticed_before_anything_is_promised(tmp_path: Path) 
         running.kill()
     with serve(tmp_path, port=port):
         found = complete(server, tokens)
-        # Nobody asked while it was away, and the slot's record would have promised as much.
+        # No request failed in between, and the old record would match the whole prompt.
         assert (found.n_live, found.n_restored, found.completion.n_cached) == (0, 199, 199)
     with serve(tmp_path, port=port, n_slots=3):
         found = complete(server, tokens)
-        # llama.cpp refuses states of another number of streams.
+        # llama.cpp refuses states with another number of streams.
         assert (found.n_live, found.n_restored, found.completion.n_cached) == (0, 0, 0)
         assert server.reuse_stats().refusals == {"restore_failed": 1}
         assert len(server._manager.table.slots) == 3
@@ -208,7 +211,7 @@ def test_files_of_another_model_are_never_restored(tmp_path: Path) -> None:
         assert found.completion.n_cached == 0
         assert found.completion.token_ids == right.token_ids
         assert server.reuse_stats().refusals["files_of_another_model"] == 1
-        # The server itself would have taken the file without a word, and been wrong.
+        # llama-server alone accepts the file without an error and answers wrongly.
         (tmp_path / file).write_bytes(content)
         server.restore_slot(0, file)
         wrong = server.completion(tokens, n_predict=N_PREDICT, id_slot=0)
@@ -235,7 +238,7 @@ def test_another_vocabulary_after_a_restart_is_an_error(tmp_path: Path) -> None:
     server.close()
 
 
-def test_scopes_never_meet_and_slots_are_erased_between_them(server: LlamaServer) -> None:
+def test_scopes_share_nothing_and_slots_are_erased_between_them(server: LlamaServer) -> None:
     tokens = prompt(70, 200)
     first = complete(server, tokens, scope="a")
     other = complete(server, tokens, scope="b")
@@ -248,7 +251,7 @@ def test_scopes_never_meet_and_slots_are_erased_between_them(server: LlamaServer
         assert is_right(found.completion, uncached_elsewhere(server, tokens))
 
 
-def test_a_scope_can_be_forgotten(server: LlamaServer, folder: Path) -> None:
+def test_a_scope_can_be_cleared(server: LlamaServer, folder: Path) -> None:
     tokens = prompt(71, 200)
     before = set(folder.iterdir())
     complete(server, tokens, scope="a")
@@ -258,7 +261,7 @@ def test_a_scope_can_be_forgotten(server: LlamaServer, folder: Path) -> None:
     assert complete(server, tokens, scope="a").completion.n_cached == 0
 
 
-def test_without_a_slot_save_path_slots_are_reused_and_it_is_said_once(
+def test_without_a_slot_save_path_slots_are_reused_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokens, other = prompt(1, 200), prompt(2, 200)
@@ -268,7 +271,7 @@ def test_without_a_slot_save_path_slots_are_reused_and_it_is_said_once(
                 complete(server, each)
             assert complete(server, other).completion.n_cached == 199
             assert complete(server, tokens).completion.n_cached == 0
-            # Nothing can be erased; the server is told to ignore what the slot holds.
+            # The server can't erase slots, so the request must ignore the slot's contents.
             assert complete(server, tokens, scope="a").completion.n_cached == 0
             assert server.reuse_stats().refusals == {"no_slot_save_path": 1}
             pieces = server.stream(tokens, n_predict=500)
@@ -286,7 +289,7 @@ def test_without_a_slot_save_path_slots_are_reused_and_it_is_said_once(
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
-def test_restores_that_bring_nothing_end_and_it_is_said_once(
+def test_restores_without_use_stop_with_one_warning(
     architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = samples.tiny_model(architecture=architecture)
@@ -296,7 +299,7 @@ def test_restores_that_bring_nothing_end_and_it_is_said_once(
         client(running, slot_folder=tmp_path) as server,
         caplog.at_level(logging.WARNING),
     ):
-        for seed in range(3):  # part of what was saved
+        for seed in range(3):  # a part of the saved tokens
             complete(server, prompt(90 + seed, 200))
             found = complete(server, [*shared, *prompt(seed, 50)])
             assert is_right(found.completion, uncached(server, [*shared, *prompt(seed, 50)]))
@@ -306,7 +309,7 @@ def test_restores_that_bring_nothing_end_and_it_is_said_once(
         first = complete(server, shared)
         complete(server, prompt(99, 100))
         longer = [*shared, *first.completion.token_ids, 5, 6, 7]
-        found = complete(server, longer)  # all of what was saved
+        found = complete(server, longer)  # all saved tokens
         if architecture == "gemma3":
             assert found.completion.n_cached == 0
             assert list(tmp_path.iterdir()) == []
@@ -315,7 +318,7 @@ def test_restores_that_bring_nothing_end_and_it_is_said_once(
         assert is_right(found.completion, uncached(server, longer))
 
 
-def test_many_requests_on_few_slots_are_all_right(server: LlamaServer) -> None:
+def test_many_requests_on_few_slots_get_right_answers(server: LlamaServer) -> None:
     heads = [prompt(seed, 120) for seed in range(4)]
     prompts = [heads[n % 4] + prompt(100 + n, 30) for n in range(32)]
     with ThreadPoolExecutor(16) as pool:
@@ -352,7 +355,7 @@ def test_a_stream_is_the_same_completion(server: LlamaServer) -> None:
     last = pieces[-1].completion
     assert last is not None
     assert last.text == "".join(piece.text for piece in pieces) == expected.text
-    # A stream leaves ids out only behind an unfinished character.
+    # A stream omits ids only after an unfinished character.
     assert expected.token_ids[: len(last.token_ids)] == last.token_ids
     assert (last.n_cached, last.stop, last.n_predicted) == (149, "limit", N_PREDICT)
     assert 0 < last.first_token_s <= last.seconds
@@ -367,7 +370,7 @@ def test_a_stream_is_the_same_completion(server: LlamaServer) -> None:
     assert is_idle(server)
 
 
-def test_an_aborted_stream_frees_its_slot_and_keeps_what_it_knows(server: LlamaServer) -> None:
+def test_an_aborted_stream_frees_its_slot_and_keeps_its_tokens(server: LlamaServer) -> None:
     tokens = prompt(81, 150)
     pieces = server.stream(tokens, n_predict=800)
     next(pieces)
@@ -388,7 +391,7 @@ def test_a_cancelled_request_frees_its_slot_and_fails_no_other(server: LlamaServ
         slots = server._manager.table.slots.values()
         while not all(slot.condition is Condition.BUSY for slot in slots):  # noqa: ASYNC110
             await asyncio.sleep(0)
-        for task in asked[:3]:  # two have a slot, one waits in line
+        for task in asked[:3]:  # two have a slot, one waits in the queue
             task.cancel()
         try:
             return await asyncio.gather(*asked, return_exceptions=True)
@@ -401,8 +404,8 @@ def test_a_cancelled_request_frees_its_slot_and_fails_no_other(server: LlamaServ
     assert is_idle(server)
 
 
-def test_a_slow_save_holds_nobody_up(server: LlamaServer) -> None:
-    """A slot that settles is waited for only by those that profit from it."""
+def test_a_slow_save_delays_no_other_request(server: LlamaServer) -> None:
+    """A request waits for a settling slot only if it profits from its contents."""
     table = server._manager.table
     first = complete(server, prompt(83, 200))
     slot = table.slots[first.id_slot]
@@ -415,15 +418,13 @@ def test_a_slow_save_holds_nobody_up(server: LlamaServer) -> None:
         )
         waiting.start()
         waiting.join(0.2)
-        # Its file would do as well: it need not wait.
+        # Its file serves as well, so it does not wait.
         assert not waiting.is_alive()
     finally:
         slot.release()
 
 
-def test_bytes_are_bounded_where_the_folder_is_reachable(
-    process: ServerProcess, folder: Path
-) -> None:
+def test_bytes_are_bounded_if_the_folder_is_reachable(process: ServerProcess, folder: Path) -> None:
     before = set(folder.iterdir())
     budget = 500_000
     with client(process, slot_folder=folder, max_bytes=budget) as server:
@@ -441,7 +442,7 @@ def test_bytes_are_bounded_where_the_folder_is_reachable(
         assert server.reuse_stats().refusals["file_over_budget"] == 1
 
 
-def test_names_are_used_again_where_the_folder_is_out_of_reach(tmp_path: Path) -> None:
+def test_names_are_used_again_if_the_folder_is_out_of_reach(tmp_path: Path) -> None:
     budget = 500_000
     with serve(tmp_path) as running, client(running, max_bytes=budget) as server:
         for seed in range(14):
@@ -469,7 +470,7 @@ def test_pinned_conversations_are_not_evicted(process: ServerProcess, folder: Pa
         assert complete(server, prompt(400, 150)).completion.n_cached == 0
 
 
-def test_what_is_old_is_pruned_also_what_an_earlier_client_left(
+def test_old_files_are_deleted_also_those_of_earlier_clients(
     process: ServerProcess, folder: Path
 ) -> None:
     with client(process, slot_folder=folder) as server:
@@ -487,12 +488,12 @@ def test_what_is_old_is_pruned_also_what_an_earlier_client_left(
     (folder / "someone-elses.bin").unlink()
 
 
-def test_a_damaged_file_costs_a_prefill_and_a_count(server: LlamaServer, folder: Path) -> None:
+def test_a_damaged_file_costs_a_prefill_and_is_counted(server: LlamaServer, folder: Path) -> None:
     tokens = prompt(600, 200)
     before = set(folder.iterdir())
     complete(server, tokens)
     (file,) = set(folder.iterdir()) - before
-    for seed in (601, 602):  # both slots hold something else
+    for seed in (601, 602):  # other contents for both slots
         complete(server, prompt(seed, 200))
     file.write_bytes(file.read_bytes()[:1000])
     found = complete(server, tokens)
@@ -501,10 +502,10 @@ def test_a_damaged_file_costs_a_prefill_and_a_count(server: LlamaServer, folder:
     assert server.reuse_stats().refusals == {"restore_failed": 1}
 
 
-def test_a_server_that_empties_idle_slots_is_told_of_once_with_the_cure(
+def test_a_server_that_empties_idle_slots_is_logged_once_with_the_cure(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """These are llama-server's own settings, but for the size of its cache in memory."""
+    """Use llama-server's default settings, except the size of its cache in memory."""
     chats = [prompt(1, 200), prompt(2, 200)]
     own = {"kv_unified": True, "cache_idle_slots": True, "cache_ram_mib": 64}
     settings: dict[str, Any] = {"min_save_tokens": 1000, "slot_folder": tmp_path}
@@ -525,7 +526,7 @@ def test_a_server_that_empties_idle_slots_is_told_of_once_with_the_cure(
                 for tokens in chats:
                     complete(server, tokens)
         (message,) = caplog.messages
-        assert "over: the server decoded again" in message
+        assert "over: the server decoded tokens again" in message
     caplog.clear()
     with serve(tmp_path, port=port, **own), caplog.at_level(logging.INFO, "tokcache"):
         for _ in range(3):
@@ -535,7 +536,7 @@ def test_a_server_that_empties_idle_slots_is_told_of_once_with_the_cure(
     server.close()
 
 
-def test_others_who_use_a_slot_cost_a_prefill_and_no_wrong_answer(
+def test_other_users_of_a_slot_cost_a_prefill_and_no_wrong_answer(
     server: LlamaServer, process: ServerProcess
 ) -> None:
     tokens = prompt(610, 200)
@@ -548,7 +549,7 @@ def test_others_who_use_a_slot_cost_a_prefill_and_no_wrong_answer(
     assert complete(server, tokens).completion.n_cached == 199
 
 
-def test_a_prompt_beyond_the_context_touches_nothing(server: LlamaServer) -> None:
+def test_a_prompt_beyond_the_context_changes_no_slot(server: LlamaServer) -> None:
     complete(server, prompt(620, 200))
     before = [slot.n_held for slot in server._manager.table.slots.values()]
     with pytest.raises(PromptTooLong, match=r"1,024 tokens.*room for 1,024"):
@@ -614,14 +615,14 @@ def test_kv_figures_are_the_models_own(process: ServerProcess, folder: Path) -> 
         assert (state.n_kv_dim, state.memory, state.source) == (4 * 2 * 64, "attention", "model")
         assert (state.n_ctx, state.n_tokens) == (1024, 205)
         assert state.share == 205 / 1024
-        # What llama.cpp itself writes: the cells, and a header of less than 3 %.
+        # llama.cpp writes the cells and a header of less than 3 %.
         (file,) = server._manager._shelf
         assert state.n_bytes <= file.n_bytes <= 1.03 * state.n_bytes
 
 
-def test_kv_figures_are_those_of_the_file_that_was_started_last(tmp_path: Path) -> None:
+def test_kv_figures_are_those_of_the_file_that_is_served_now(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    # As many parameters, and as wide a K and V of a token, as the other.
+    # Both models have the same number of parameters and the same width of K and V.
     first, second = (samples.tiny_model(n_heads=n, n_kv_heads=n // 2) for n in (4, 8))
     shutil.copy(first, path)
     with serve(tmp_path, model=path) as running:
@@ -645,7 +646,7 @@ def test_other_memories_are_measured(architecture: str, memory: str, tmp_path: P
         state = {slot.id: slot for slot in server.kv_state()}[found.id_slot]
         (file,) = server._manager._shelf
         assert (state.memory, state.source) == (memory, "measured")
-        # A file has the ids and a header, too.
+        # A file also has the ids and a header.
         assert 0.95 * file.n_bytes <= state.n_bytes <= file.n_bytes
 
 
@@ -681,7 +682,7 @@ def test_the_report_has_the_blocks_of_many_servers(
     other.close()
 
 
-def test_a_child_of_a_fork_begins_with_nothing_known(server: LlamaServer) -> None:
+def test_a_forked_child_starts_without_records(server: LlamaServer) -> None:
     tokens = prompt(820, 150)
     complete(server, tokens)
     pid = os.fork()

@@ -129,9 +129,9 @@ class KvReader:
             slots = yield calls.slots()
         except ServerError as error:
             is_away = isinstance(error, ServerUnreachable | ServerTimeout)
-            self._manager.trust.refuse("server_away" if is_away else "slots_not_told")
+            self._manager.trust.refuse("server_away" if is_away else "slots_not_listed")
             return _NotSeen(not is_away, str(error))
-        self._manager.trust.went_well("slots_not_told")
+        self._manager.trust.went_well("slots_not_listed")
         props, meta = self._manager.watch.props, self._manager.watch.meta
         key = (props, meta)
         # Read the file again after a restart of the server: it may hold another model.

@@ -56,14 +56,14 @@ CURES = {
     ),
     "restore_failed": (
         "a saved slot could not be restored",
-        "start llama-server with the options that it saved with, and keep its files unchanged",
+        "start llama-server with the options that it had when it saved, and keep its files as is",
     ),
     "erase_failed": ("a slot could not be erased", "the server's log says why"),
     "server_not_understood": (
         "its answers are not those of a llama-server; prompts are served without reuse",
         "the url must be that of a llama-server of 2024 or later",
     ),
-    "slots_not_told": ("the slots can't be listed", "start llama-server without --no-slots"),
+    "slots_not_listed": ("the slots can't be listed", "start llama-server without --no-slots"),
     "file_over_budget": (
         "a saved slot does not fit max_bytes besides the pinned ones",
         "raise max_bytes of SlotSettings, or unpin conversations",
