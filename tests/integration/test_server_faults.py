@@ -164,11 +164,11 @@ def test_two_models_in_one_folder_never_share_a_name(tmp_path: Path) -> None:
 def test_a_cleared_scope_leaves_nothing_that_was_being_saved_or_served(tmp_path: Path) -> None:
     with serve(tmp_path) as running, client(running, slot_folder=tmp_path) as server:
         server.complete(prompt(1, 400), n_predict=2, scope="a")
-        server.clear("a")  # while it is being saved
+        server.clear(scope="a")  # while it is being saved
         assert list(tmp_path.iterdir()) == []
         pieces = server.stream(prompt(2, 400), n_predict=20, scope="a")
         next(pieces)
-        server.clear("a")  # while it is being served
+        server.clear(scope="a")  # while it is being served
         assert list(pieces)[-1].completion is not None
         server.flush(30)
         assert list(tmp_path.iterdir()) == []
@@ -198,7 +198,7 @@ def test_clear_without_a_scope_leaves_nothing_of_anyone(tmp_path: Path) -> None:
         async def clear_one() -> None:
             complete(server, kept, scope="b")
             try:
-                await server.aclear("a")
+                await server.aclear(scope="a")
             finally:
                 await server._connection.aclose()
 
@@ -215,7 +215,7 @@ def test_clear_overwrites_files_that_can_not_be_deleted_here(tmp_path: Path) -> 
         complete(server, secret, scope="a")
         complete(server, other, scope="b")
         assert server.reuse_stats().n_stale_files > 0
-        server.clear("a")
+        server.clear(scope="a")
         held = [file.read_bytes() for file in tmp_path.iterdir()]
         for seed in range(3, 9):
             assert not any(has_tokens(content, prompt(seed, 150)) for content in held)
@@ -234,7 +234,7 @@ def test_clear_without_a_slot_save_path_leaves_nothing_in_the_slot(tmp_path: Pat
     tokens = prompt(1, 200)
     with serve(tmp_path, slot_save_path="") as running, client(running) as server:
         slot = complete(server, tokens, scope="a").id_slot
-        server.clear("a")
+        server.clear(scope="a")
         # A plain call to the server finds nothing either.
         assert server.completion(tokens, n_predict=1, id_slot=slot).n_cached == 0
 
@@ -245,7 +245,7 @@ def test_clear_goes_on_if_one_slot_can_not_be_erased(url: str, pretender: Preten
             complete(server, prompt(seed, 100), scope="a")
         pretender.say["erase"] = None  # the connection breaks
         with pytest.raises(ServerUnreachable):
-            server.clear("a")
+            server.clear(scope="a")
         pretender.say["erase"] = {}
         assert len(server._manager._shelf) == 0
         for seed in range(2):
@@ -260,7 +260,7 @@ def test_scopes_and_pins_hold_with_any_adapters(url: str) -> None:
         complete(server, prompt(1, 100), scope="b", lora=lora)
         shelf = server._manager._shelf
         assert sorted(file.is_pinned for file in shelf) == [False, True]
-        server.clear("a")
+        server.clear(scope="a")
         assert [file.is_pinned for file in shelf] == [False]
         assert complete(server, prompt(1, 100), scope="a", lora=lora).n_live == 0
 
@@ -282,7 +282,7 @@ def test_names_of_another_type_are_refused(
             await anext(server.astream(prompt(1, 100), n_predict=1, **{name: value}))
         if name == "scope":
             with pytest.raises(error, match=name):
-                await server.aclear(value)
+                await server.aclear(scope=value)
 
     with LlamaServer(url) as server:
         for ask in (server.complete, lambda *a, **k: list(server.stream(*a, **k))):
@@ -293,7 +293,10 @@ def test_names_of_another_type_are_refused(
                 pin(**{"conversation": "c", name: value})
         asyncio.run(ask_both(server))
         if name == "scope":
-            for each in (server.clear, lambda scope: server.token_ids("a", scope=scope)):
+            for each in (
+                lambda scope: server.clear(scope=scope),
+                lambda scope: server.token_ids("a", scope=scope),
+            ):
                 with pytest.raises(error, match=name):
                     each(value)
         assert not pretender.asked

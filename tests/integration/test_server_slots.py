@@ -256,7 +256,7 @@ def test_a_scope_can_be_cleared(server: LlamaServer, folder: Path) -> None:
     before = set(folder.iterdir())
     complete(server, tokens, scope="a")
     assert set(folder.iterdir()) - before
-    server.clear("a")
+    server.clear(scope="a")
     assert set(folder.iterdir()) == before
     assert complete(server, tokens, scope="a").completion.n_cached == 0
 

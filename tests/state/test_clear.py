@@ -64,7 +64,7 @@ def test_a_scope_is_a_str(medium: Medium, scope: Any) -> None:
     tier = medium.tier()
     cache = medium.cache(tier)
     for call in (
-        lambda: cache.clear(scope),
+        lambda: cache.clear(scope=scope),
         lambda: tier.clear(scope),
         lambda: cache.begin(scope),
         lambda: cache.namespace(b"m", scope=scope).plan(SECRET),

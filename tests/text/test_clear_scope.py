@@ -44,7 +44,7 @@ def test_l0_drops_the_entries_of_one_scope_alone(name: str) -> None:
         assert cache.put(text, [number], add_special_tokens=flag, scope=scope)
     for gone, scope in enumerate(SCOPES[1:], 1):
         before = cache.stats()
-        cache.clear(scope)
+        cache.clear(scope=scope)
         cache._check()
         after = cache.stats()
         assert after.n_entries == 800 * (5 - gone)
@@ -63,7 +63,7 @@ def test_l0_has_room_again_for_what_left(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=10, max_bytes=20_000)
     for n in range(10):
         cache.put(f"{n}", range(100), scope="a")
-    cache.clear("a")
+    cache.clear(scope="a")
     for n in range(10):
         cache.put(f"{n}", range(100), scope="b")
     assert cache.stats().evictions == 0
@@ -81,8 +81,8 @@ def test_l0_refuses_what_is_no_scope_and_clears_nothing_of_an_unknown_one(name: 
     cache.put("text", [1], scope="a")
     for wrong in (5, b"a", True):
         with pytest.raises(InvalidScope):
-            cache.clear(wrong)
-    cache.clear("unknown")
+            cache.clear(scope=wrong)
+    cache.clear(scope="unknown")
     assert len(cache) == 1
     cache.clear(Named("a"))
     assert len(cache) == 0
@@ -92,7 +92,7 @@ def test_l0_refuses_what_is_no_scope_and_clears_nothing_of_an_unknown_one(name: 
 def test_l0_does_not_store_what_was_under_way_when_its_scope_was_cleared(name: str) -> None:
     cache, some = implementation(name).l0_cache(), implementation(name).token_ids([1])
     since = cache._n_clears
-    cache.clear("a")
+    cache.clear(scope="a")
     assert cache._put("text", True, some, "a", since) is False
     assert cache._put("text", True, some, "b", since) is True
     assert cache._put("text", True, some, None, since) is True
@@ -100,7 +100,7 @@ def test_l0_does_not_store_what_was_under_way_when_its_scope_was_cleared(name: s
     assert cache.stats().refusals == {"cleared": 1}
     since = cache._n_clears
     for n in range(3000):  # more than are remembered one by one
-        cache.clear(f"tenant {n}")
+        cache.clear(scope=f"tenant {n}")
     for scope in ("tenant 0", "tenant 2000", "tenant 2999"):
         assert cache._put("text", True, some, scope, since) is False
     cache.clear()
@@ -120,7 +120,7 @@ def test_l1_drops_the_parts_of_one_scope_alone(name: str, kind: str) -> None:
         for scope in (0, 1, 2):
             one.ids(text, scope=scope)
     before = one.cache.stats()
-    one.cache.clear(1)
+    one.cache.clear(scope=1)
     one.check()
     after = one.cache.stats()
     assert after.n_bytes < before.n_bytes
@@ -135,7 +135,7 @@ def test_l1_drops_the_parts_of_one_scope_alone(name: str, kind: str) -> None:
         assert (one.cache.stats().engine_chars == before.engine_chars) is is_known
     one.check()
     for scope in (0, 1, 2):
-        one.cache.clear(scope)
+        one.cache.clear(scope=scope)
     assert one.cache.stats().n_chunks == one.cache.stats().n_shorts == 0
     assert one.cache.memory_usage() == 0
     assert one.ids(texts[0]) == one.right(texts[0])
@@ -146,7 +146,7 @@ def test_l1_drops_the_parts_of_one_scope_alone(name: str, kind: str) -> None:
 def test_l1_does_not_keep_what_was_under_way_when_its_scope_was_cleared(name: str) -> None:
     one, text = Cached(name), numbered(20) + "a short end"
     walks = {scope: one.cache.look(text, False, scope, 0) for scope in (0, 1, 2)}
-    one.cache.clear(1)
+    one.cache.clear(scope=1)
     late = one.cache.look("another " + text, False, 1, 0)  # it came before the scope was cleared
     for walk in (*walks.values(), late):
         assert one.complete(walk) in (one.right(text), one.right("another " + text))
@@ -154,8 +154,8 @@ def test_l1_does_not_keep_what_was_under_way_when_its_scope_was_cleared(name: st
     assert {scope for _, _, scope, *_ in one.cache.held_chunks()} == {0, 2}
     assert {scope for _, _, scope, _ in one.cache.held_shorts()} == {0, 2}
     assert one.cache.stats().refusals == {"cleared": 2}
-    one.cache.clear(0)
-    one.cache.clear(2)
+    one.cache.clear(scope=0)
+    one.cache.clear(scope=2)
     assert one.cache.memory_usage() == 0
 
 
@@ -203,7 +203,7 @@ class _Machine(RuleBasedStateMachine):
 
     @rule(scope=st.integers(0, 2))
     def clear_scope(self, scope: int) -> None:
-        self.one.cache.clear(scope)
+        self.one.cache.clear(scope=scope)
         self.empty.add(scope)
         self.cleared_since.update(
             id(walk) for walk_scope, _, walk in self.walks if walk_scope == scope
@@ -263,7 +263,7 @@ def test_an_encoding_under_way_does_not_land_after_the_clear(
     engine.gate.clear()
     early = [asker.submit(_asked(tok, how, "x", scope)) for scope in ("a", "b")]
     wait_until(lambda: len(engine.calls) == 2)
-    tok.cache_clear("a")
+    tok.cache_clear(scope="a")
     late = asker.submit(_asked(tok, how, "x", "a"))  # does not wait for the one before the clear
     wait_until(lambda: len(engine.calls) == 3)
     engine.gate.set()
@@ -284,7 +284,7 @@ def test_what_waited_for_a_thread_as_its_scope_was_cleared_is_not_kept(
         busy = [threads.submit(held.wait, 20) for _ in range(threads._max_workers)]
         later = asyncio.create_task(tok.atoken_ids("x", scope="a"))
         await asyncio.sleep(0.01)
-        tok.cache_clear("a")
+        tok.cache_clear(scope="a")
         held.set()
         assert all(one.result() for one in busy)
         return (await later).tolist()
@@ -318,13 +318,13 @@ def test_a_cleared_tenant_leaves_both_layers_and_nobody_else_does(
             assert wrapped.token_ids(text, scope=scope).tolist() == plain.encode(text).ids
             n_new = wrapped.cache_stats().encoded_texts - n_encoded
             assert n_new == (0 if is_known else 1)
-    wrapped.cache_clear("b")
-    wrapped.cache_clear("a")
+    wrapped.cache_clear(scope="b")
+    wrapped.cache_clear(scope="a")
     held = wrapped._tokcache._generation.l0.held()
     assert {scope for *_, scope in held} == {None}
     assert "a" not in wrapped._tokcache.l1._tags  # type: ignore[union-attr]
     with pytest.raises(InvalidScope):
-        wrapped.cache_clear(5)  # type: ignore[arg-type]
+        wrapped.cache_clear(scope=5)  # type: ignore[arg-type]
     wrapped.cache_clear()
     stats = wrapped.cache_stats()
     assert stats.l0.n_entries == stats.l1.n_chunks == stats.encoded_texts == 0
@@ -347,10 +347,10 @@ def test_clearing_while_many_ask_never_leaves_the_tenants_texts() -> None:
     with ThreadPoolExecutor(3) as pool:
         asking = [pool.submit(ask) for _ in range(3)]
         for _ in range(50):
-            wrapped.cache_clear("a")
+            wrapped.cache_clear(scope="a")
         is_over.set()
         assert sum(one.result() for one in asking) > 0
-    wrapped.cache_clear("a")
+    wrapped.cache_clear(scope="a")
     core = wrapped._tokcache
     assert {scope for *_, scope in core._generation.l0.held()} == {"b"}
     l1 = core.l1

@@ -36,7 +36,7 @@ def test_sizes_are_given_as_int_or_str_and_read_as_int() -> None:
     assert_type(cache.max_bytes, int)
     assert cache.max_bytes == 3 << 29
     assert_type(bool(cache), bool)
-    cache.clear("tenant-a")
+    cache.clear(scope="tenant-a")
 
 
 def test_wrapped_tokenizer() -> None:

@@ -154,7 +154,7 @@ def prune(
                     "these options exclude each other; give one of --scope, --shared, or"
                     " --max-bytes and --ttl-s"
                 )
-            tier.clear_shared() if scope is None else tier.clear(scope)
+            tier.clear_shared() if scope is None else tier.clear(scope=scope)
         elif max_bytes is None and ttl_s is None:
             raise InvalidConfig("give one of --scope, --shared, --max-bytes or --ttl-s")
         else:

@@ -550,10 +550,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 self._sequence.clear()
             super().reset()
 
-    def cache_clear(self, scope: str | None = None) -> None:
+    def cache_clear(self, *, scope: str | None = None) -> None:
         """Forget the texts of one scope and what the context holds of it; without one, all.
 
-        Its states in the prefix cache go by `prefix_cache.clear(scope)`. A wrapped tokenizer that
+        Its states in the prefix cache go by `prefix_cache.clear(scope=…)`. A wrapped tokenizer that
         others use too forgets the texts for all of them.
 
         Errors: InvalidScope; ModelClosed.
@@ -562,7 +562,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._require_open()
         clear = getattr(self.tokenizer_, "cache_clear", None)  # llama_cpp's own have no cache
         if clear is not None:
-            clear(scope)
+            clear(scope=scope)
         with self._open_gate().step():
             if scope in (None, self._held_scope):
                 self.reset()

@@ -44,7 +44,8 @@ _log = logging.getLogger("tokcache")
 
 FOLDER, KEY = "digests", "key"
 MAX_RECORDS = 256
-SWITCH = "TOKCACHE_REMEMBER_DIGESTS"  # "0": nothing is read or written here
+SWITCH = "TOKCACHE_REMEMBER_DIGESTS"
+_ON = ("", "1", "true", "yes", "on")  # with any other value nothing is read or written here
 _TEMPORARY = ".new-"
 _STALE_S = 900.0  # a temporary file that old was left by a writer that died
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -164,13 +165,15 @@ class RememberedDigests:
             self.refusals[reason] += 1
             is_first = self.refusals[reason] == 1
         if is_first and message:
-            _log.warning("%s", message)
+            _log.warning(
+                "%s (in tokcache's cache folder, %s)", message, user_cache_folder() / FOLDER
+            )
 
     @contextlib.contextmanager
     def _folder(self, *, make: bool) -> Iterator[int | None]:
         """Open the folder if nobody else can write to it; None if it is not there or not safe."""
         fd = None
-        if os.environ.get(SWITCH) != "0":
+        if os.environ.get(SWITCH, "").strip().lower() in _ON:
             try:
                 fd = _open_folder(make=make)
             except FileNotFoundError as error:

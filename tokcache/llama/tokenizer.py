@@ -69,7 +69,7 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
         self._recent = (scope, tokens, ids)
         return list(tokens)
 
-    def cache_clear(self, scope: str | None = None) -> None:
+    def cache_clear(self, *, scope: str | None = None) -> None:
         """Forget the texts of one scope, or of all.
 
         Errors: InvalidScope.
@@ -79,7 +79,7 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
             self._l0.clear()
         else:
             for special in (False, True):
-                self._l0.clear(_cache_scope(special, scope))
+                self._l0.clear(scope=_cache_scope(special, scope))
         if scope in (None, self._recent[0]):
             self._recent = (None, [], TokenIds())
 
@@ -168,15 +168,15 @@ class WrappedTokenizer(ModelTokenizer):
         tokens = self._handed_on(ids, scope)
         return self._framed(tokens, special) if add_bos else tokens
 
-    def cache_clear(self, scope: str | None = None) -> None:
+    def cache_clear(self, *, scope: str | None = None) -> None:
         """Forget the texts of one scope, or of all, in the wrapped tokenizer too.
 
         Errors: InvalidScope.
         """
-        super().cache_clear(scope)
+        super().cache_clear(scope=scope)
         clear = getattr(self._tokenizer, "cache_clear", None)  # it need only have `token_ids`
         if clear is not None:
-            clear(scope)
+            clear(scope=scope)
 
     def _ids(self, text: str, special: bool, scope: str | None) -> TokenIds:
         if special:

@@ -145,7 +145,7 @@ class PrefixStateCache:
         """
         return self._store.flush(timeout_s)
 
-    def clear(self, scope: str | None = None) -> int:
+    def clear(self, *, scope: str | None = None) -> int:
         """Remove a tenant's states from every tier, or everything; return the states removed.
 
         With a `scope` its states go, and nothing else: the public beginning of its prompts stays,
@@ -159,7 +159,7 @@ class PrefixStateCache:
 
         Errors: InvalidScope.
         """
-        return self._store.clear(scope)
+        return self._store.clear(scope=scope)
 
     def begin(self, scope: str | None) -> Work:
         """Return an object that becomes void when `scope` is cleared.

@@ -312,7 +312,7 @@ class Store(Forkable):
         self._works.add(work)
         return work
 
-    def clear(self, scope: str | None = None) -> int:
+    def clear(self, *, scope: str | None = None) -> int:
         """Remove a scope's states from every tier, or everything; return the states removed.
 
         Errors: InvalidScope.
@@ -329,7 +329,7 @@ class Store(Forkable):
                 self._reset_counters()
         # A save between the two steps filed its blocks before this thread had the lock.
         self._discard_queued(is_doomed)
-        return max([n_removed, *(each.tier.clear(scope) for each in self.below)])
+        return max([n_removed, *(each.tier.clear(scope=scope) for each in self.below)])
 
     def _discard_queued(self, is_doomed: Callable[[str | None], bool]) -> None:
         for below in self.below:

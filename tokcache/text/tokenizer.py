@@ -249,7 +249,7 @@ class CachedTokenizer:
             generation = self._generation
             if generation.l1 is not None:
                 generation.l1.clear(scope, _n_clears(generation) + 1)
-            generation.l0.clear(scope)
+            generation.l0.clear(scope=scope)
 
     def stats(self) -> CacheStats:
         """Return a snapshot of the counters."""
@@ -584,7 +584,7 @@ class WrappedTokenizer:
         """Return a snapshot of the counters."""
         return self._tokcache.stats()
 
-    def cache_clear(self, scope: str | None = None) -> None:
+    def cache_clear(self, *, scope: str | None = None) -> None:
         """Drop the entries of `scope`, or every entry and all counters.
 
         A scoped tokenizer drops those of its own scope. What is being encoded for a scope as it

@@ -207,7 +207,7 @@ cdef class L0Cache:
         self.insertions += 1
         return True
 
-    def clear(self, scope=None):
+    def clear(self, *, scope=None):
         """Remove every entry and set the counters to zero, or remove the entries of `scope` only.
 
         Errors: InvalidScope.

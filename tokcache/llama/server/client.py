@@ -364,7 +364,7 @@ class LlamaServer:
         """Allow a conversation's slot and saved files to be evicted again."""
         self._manager.pin(conversation, scope, is_pinned=False)
 
-    def clear(self, scope: str | None = None) -> None:
+    def clear(self, *, scope: str | None = None) -> None:
         """Clear one tenant's records, pins, saved files and slots; without a scope, everything.
 
         The server overwrites files that this process can't delete. Running requests go on, and
@@ -375,7 +375,7 @@ class LlamaServer:
         """
         self._drive(self._manager.clear(scope))
 
-    async def aclear(self, scope: str | None = None) -> None:
+    async def aclear(self, *, scope: str | None = None) -> None:
         """Clear one tenant's records, pins, saved files and slots; without a scope, everything."""
         await self._adrive(self._manager.clear(scope))
 

@@ -104,7 +104,7 @@ class LowerTier(Protocol):
     def remove(self, address: Address) -> None:
         """Remove one state."""
 
-    def clear(self, scope: str | None = None) -> int:
+    def clear(self, *, scope: str | None = None) -> int:
         """Remove all states of a scope, by default everything; return how many went."""
 
     def refuse(self, reason: str) -> None:

@@ -569,7 +569,7 @@ class DiskTier(Counting):
         finally:
             os.close(folder)
 
-    def clear(self, scope: str | None = None) -> int:
+    def clear(self, *, scope: str | None = None) -> int:
         """Remove all states of a scope, by default everything; return how many states went."""
         scope = require_scope(scope)
         layout = self.path / LAYOUT

@@ -560,7 +560,7 @@ class RedisTier(Counting):
         except StateRefused as refusal:
             self._not_removed(str(refusal))
 
-    def clear(self, scope: str | None = None) -> int:
+    def clear(self, *, scope: str | None = None) -> int:
         """Remove all states of a scope, by default all in the namespace; return how many went."""
         scope = require_scope(scope)
         prefix = f"{self.namespace}:{LAYOUT}" if scope is None else self._prefix(scope)

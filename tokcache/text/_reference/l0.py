@@ -102,7 +102,7 @@ class L0Cache:
         _ALL.add(self)
         self.clear()
 
-    def clear(self, scope: str | None = None) -> None:
+    def clear(self, *, scope: str | None = None) -> None:
         """Drop every entry and set the counters to zero, or drop the entries of `scope` alone.
 
         Errors: InvalidScope.
