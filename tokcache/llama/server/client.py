@@ -71,7 +71,10 @@ class LlamaServer:
         require_int("retries", retries, minimum=0, maximum=10)
         require_seconds("timeout_s", timeout_s)
         require_seconds("connect_timeout_s", connect_timeout_s)
-        _require_wrapped(tokenizer)
+        if tokenizer is not None and not hasattr(tokenizer, "unwrap"):
+            raise InvalidConfig(
+                f"tokenizer must be a wrapper; pass tokcache.wrap({type(tokenizer).__name__}(...))"
+            )
         self.url = url
         self._connection = Connection(
             url,
@@ -437,13 +440,6 @@ class LlamaServer:
 def kv_report(*servers: LlamaServer) -> tuple[SlotBlocks, ...]:
     """Return the blocks of all slots of several servers."""
     return tuple(slot for server in servers for slot in server.kv_report())
-
-
-def _require_wrapped(tokenizer: Any) -> None:
-    if tokenizer is not None and not hasattr(tokenizer, "unwrap"):
-        raise InvalidConfig(
-            f"tokenizer must be a wrapper; pass tokcache.wrap({type(tokenizer).__name__}(...))"
-        )
 
 
 def _asked(n_predict: int, temperature: float, n_probs: int) -> dict[str, Any]:

@@ -169,8 +169,7 @@ class SlotManager(Forkable):
         job = self._job(prompt, settings, scope, conversation)
         if not (yield from self.watch.connect()):
             return job
-        self._require_known_ids(prompt)
-        self._require_fit(prompt)
+        self._require_servable(prompt)
         job.epoch = self.watch.epoch
         future = self.table.acquire(job.wish)
         try:
@@ -194,11 +193,20 @@ class SlotManager(Forkable):
             raise
 
     def _finished(self, job: Job, completion: Completion) -> Reused:
-        self._require_sense(completion)
+        n_ctx = self.watch.props.n_ctx if self.watch.props else 0
+        if (completion.n_held or 0) > n_ctx > 0:
+            raise InvalidAnswer(
+                f"{self._connection.url} answered /completion: 'tokens_cached' is"
+                f" {completion.n_held:,} in a slot for {n_ctx:,} tokens"
+            )
         later_s = completion.seconds - completion.first_token_s
         first_token_s = perf_counter() - job.started - later_s
         n_used = completion.n_cached if job.n_used is None else job.n_used
-        self._count(completion, n_used, is_restored=job.n_restored > 0)
+        self.trust.count("request")
+        self.trust.count("prompt_tokens", completion.n_prompt)
+        # A restored file replaces all contents of the slot.
+        self.trust.count("restored_tokens" if job.n_restored else "context_tokens", n_used)
+        self.trust.count("hit", int(n_used > 0))
         if job.start is None:
             return Reused(completion, 0, first_token_s)
         slot, n_live = job.start.slot, job.start.n_live
@@ -280,33 +288,23 @@ class SlotManager(Forkable):
         )
         return Job(prompt, dict(settings), wish)
 
-    def _require_known_ids(self, prompt: TokenIds) -> None:
-        if not prompt:
-            return
+    def _require_servable(self, prompt: TokenIds) -> None:
+        """Refuse ids outside the vocabulary and prompts that leave no room for an answer."""
         n_vocab = self.watch.meta.n_vocab
-        for number in (int(prompt.numpy().min()), int(prompt.numpy().max())):
+        extremes = (int(prompt.numpy().min()), int(prompt.numpy().max())) if prompt else ()
+        for number in extremes:
             if number < 0 or (n_vocab is not None and number >= n_vocab):
                 size = "of unknown size" if n_vocab is None else f"of {n_vocab:,} tokens"
                 raise InvalidTokens(
                     f"token {number} is outside the vocabulary ({size}) of the model of"
                     f" {self._connection.url}; encode the prompt with the model's own tokenizer"
                 )
-
-    def _require_fit(self, prompt: TokenIds) -> None:
         n_ctx = self.watch.props.n_ctx if self.watch.props else 0
         if len(prompt) >= n_ctx > 0:
             raise PromptTooLong(
                 f"the prompt has {len(prompt):,} tokens, a slot of {self._connection.url} has room"
                 f" for {n_ctx:,} including the answer; shorten it, or start the server with more"
                 " context"
-            )
-
-    def _require_sense(self, completion: Completion) -> None:
-        n_ctx = self.watch.props.n_ctx if self.watch.props else 0
-        if (completion.n_held or 0) > n_ctx > 0:
-            raise InvalidAnswer(
-                f"{self._connection.url} answered /completion: 'tokens_cached' is"
-                f" {completion.n_held:,} in a slot for {n_ctx:,} tokens"
             )
 
     def _prepare(self, job: Job) -> Steps[None]:
@@ -439,13 +437,6 @@ class SlotManager(Forkable):
         return sorted({*shared[-1:], *heads[-1:]}, key=len)
 
     # -- after the completion ---------------------------------------------------------------------
-
-    def _count(self, completion: Completion, n_used: int, *, is_restored: bool) -> None:
-        self.trust.count("request")
-        self.trust.count("prompt_tokens", completion.n_prompt)
-        # A restored file replaces all contents of the slot.
-        self.trust.count("restored_tokens" if is_restored else "context_tokens", n_used)
-        self.trust.count("hit", int(n_used > 0))
 
     def _verify(self, job: Job, n_used: int) -> None:
         self.trust.went_back |= 0 < n_used < job.n_promised

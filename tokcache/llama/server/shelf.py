@@ -171,7 +171,7 @@ class Shelf:
         """Return whether some file serves every prompt that a slot of `n_held` tokens serves."""
         chain = self._chain(namespace, tokens)
         return any(
-            _is_prefix(tokens, file.tokens)
+            n_common(tokens, file.tokens) == len(tokens)
             and (
                 file.n_saved == n_held
                 if is_whole_only
@@ -450,10 +450,6 @@ def _is_replaced(older: SavedSlot, newer: SavedSlot) -> bool:
     is_same = older.conversation is not None and older.conversation == newer.conversation
     n_needed = older.n_prompt if is_same else len(older.tokens)
     return n_common(older.tokens, newer.tokens) >= n_needed
-
-
-def _is_prefix(shorter: TokenIds, longer: TokenIds) -> bool:
-    return n_common(shorter, longer) == len(shorter)
 
 
 def _value(file: SavedSlot) -> tuple[bool, float]:

@@ -114,7 +114,8 @@ class Trust:
         """Return the ways to continue slots saved with `adapters` that are still restored."""
         if not self.can_save:
             return frozenset()
-        stopped = {kind for kind in KINDS if self._is_stopped(adapters, kind)}
+        verdicts = {kind: self._verdicts.get((adapters, kind)) for kind in KINDS}
+        stopped = {kind for kind, verdict in verdicts.items() if verdict and verdict.is_stopped}
         return frozenset() if WHOLE in stopped else KINDS - stopped
 
     @property
@@ -204,16 +205,12 @@ class Trust:
             "%s: %s%s, because the server used %d of the %d tokens of the last one; %s",
             self._url,
             _NOT_RESTORED[kind],
-            _with_adapters(adapters),
+            "" if adapters == b"null" else f" with lora {adapters.decode()}",
             n_used,
             n_promised,
             self._advice,
         )
         return kind == WHOLE
-
-    def _is_stopped(self, adapters: bytes, kind: str) -> bool:
-        verdict = self._verdicts.get((adapters, kind))
-        return verdict is not None and verdict.is_stopped
 
 
 @dataclass(slots=True)
@@ -226,7 +223,3 @@ class _Verdict:
 def is_mostly_used(n_promised: int, n_used: int) -> bool:
     """Return whether a server used most of a slot; going back to a checkpoint loses some."""
     return 2 * n_used >= n_promised
-
-
-def _with_adapters(adapters: bytes) -> str:
-    return "" if adapters == b"null" else f" with lora {adapters.decode()}"

@@ -128,7 +128,9 @@ class Watch:
         adapters = yield from self._read_adapters()
         file = model_identity(props.model_path, meta)
         identity = (file, props.build, props.n_ctx, props.chat_template, adapters)
-        self._require_slots(props.n_slots)
+        absent = [n for n in self._settings.slot_ids or () if n >= props.n_slots]
+        if absent:
+            raise InvalidConfig(f"slot_ids names slot {absent[0]}, the server has {props.n_slots}")
         is_other = bool(self._identity) and identity != self._identity
         if is_other:
             yield from self._check_model()
@@ -138,11 +140,6 @@ class Watch:
             self._trust.count("restart", int(self.props not in (None, props)))
             self._adapters = adapters
             self._note(props, meta, identity, is_other=is_other)
-
-    def _require_slots(self, n_slots: int) -> None:
-        absent = [number for number in self._settings.slot_ids or () if number >= n_slots]
-        if absent:
-            raise InvalidConfig(f"slot_ids names slot {absent[0]}, the server has {n_slots}")
 
     def _read_adapters(self) -> Steps[str]:
         try:
