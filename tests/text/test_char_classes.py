@@ -99,13 +99,13 @@ def test_a_letter_in_lower_case_is_one_letter() -> None:
 
 
 @pytest.mark.parametrize("tables", [OLD, unicodedata], ids=["unicode_3_2", "unicode_now"])
-def test_punctuation_beyond_is_punctuation(tables: unicodedata.UCD) -> None:
+def test_non_ascii_punctuation_is_punctuation(tables: unicodedata.UCD) -> None:
     for char in SIGNS:
         assert tables.category(char).startswith("P"), ascii(char)
         assert tables.combining(char) == 0, ascii(char)
 
 
-def test_no_composition_begins_or_ends_with_punctuation_beyond() -> None:
+def test_no_composition_begins_or_ends_with_non_ascii_punctuation() -> None:
     signs = frozenset(SIGNS)
     assert [pair for pair in PAIRS if signs.intersection(pair)] == []
     assert [char for char in SIGNS if nfc(char) != char] == []

@@ -164,8 +164,8 @@ def test_copies_are_freed_with_their_last_reference(wrapped: Any) -> None:
         copy.copy(wrapped)
     gc.collect()
     kept = copy.copy(wrapped)
-    assert sum(one() is not None for one in wrapped._tokcache_backend.faces) == 2
-    assert len(wrapped._tokcache_backend.faces) == 2
+    assert sum(one() is not None for one in wrapped._tokcache_backend.wrappers) == 2
+    assert len(wrapped._tokcache_backend.wrappers) == 2
     gone = weakref.ref(kept)
     del kept
     assert gone() is None

@@ -416,13 +416,13 @@ def test_a_child_forked_beside_calls_past_the_cache_waits_for_none_of_them() -> 
         asker.join()
 
 
-@pytest.mark.parametrize("face", ["transformers", "tokenizers"])
-def test_a_short_call_past_the_cache_does_not_wait_for_a_long_one(face: str) -> None:
+@pytest.mark.parametrize("kind", ["transformers", "tokenizers"])
+def test_a_short_call_past_the_cache_does_not_wait_for_a_long_one(kind: str) -> None:
     plain = MADE["byte_level_bpe"]()
-    wrapped: Any = tokcache.wrap(plain if face == "tokenizers" else fast(plain))
+    wrapped: Any = tokcache.wrap(plain if kind == "tokenizers" else fast(plain))
 
     def ask(text: str) -> object:
-        if face == "tokenizers":
+        if kind == "tokenizers":
             return wrapped.encode_batch([text])[0].offsets
         return wrapped([text], return_offsets_mapping=True)["offset_mapping"][0]
 

@@ -122,7 +122,7 @@ def test_real_tokenizers_answer_a_call_alike(shared_data: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_tokenizer_files_behind_the_tokenizers_face(shared_data: Path, name: str) -> None:
+def test_real_tokenizer_files_in_the_tokenizers_wrapper(shared_data: Path, name: str) -> None:
     plain = Tokenizer.from_file(str(shared_data / "tokenizers" / name / "tokenizer.json"))
     wrapped = tokcache.wrap(plain)
     for text in real_texts(shared_data)[::7]:

@@ -1,1 +1,1 @@
-"""Text to token ids: the exact-string cache, the engines and the faces of the tokenizers."""
+"""Text to token ids: the exact-string cache, the engines and the wrappers of the tokenizers."""

@@ -1,4 +1,4 @@
-"""CachedTokenizer: L0, then L1, then the engine; shared by the faces of every kind of tokenizer.
+"""CachedTokenizer: L0, then L1, then the engine; shared by the wrappers of every kind of tokenizer.
 
 Everything an answer depends on hangs together in one `_Generation`: the engine, the entries it
 made and the texts it is encoding now. A change of the tokenizer starts a new generation, so an
@@ -545,7 +545,7 @@ class WrappedTokenizer:
         """
         if scope is None:
             scope = self._tokcache_scope
-        core = self._tokcache  # each attribute of a face is asked for in Python
+        core = self._tokcache  # each attribute of a wrapper is asked for in Python
         ids = core.get(text, add_special_tokens, scope)
         return core.miss(text, add_special_tokens, scope) if ids is None else ids
 

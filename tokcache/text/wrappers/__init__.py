@@ -11,7 +11,7 @@ from tokcache.errors import InvalidConfig, UnsupportedTokenizer
 from tokcache.text._native import log_missing_extension
 from tokcache.text.tokenizer import WrappedTokenizer
 from tokcache.text.wrappers.backend import Backend
-from tokcache.text.wrappers.tokenizers import TokenizerFace, accept_wrappers
+from tokcache.text.wrappers.tokenizers import TokenizersWrapper, accept_wrappers
 from tokcache.text.wrappers.transformers import is_fast_transformers, wrap_transformers
 
 
@@ -36,10 +36,10 @@ def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
         return _wrapped_again(tokenizer, config)
     if isinstance(tokenizer, Tokenizer):
         accept_wrappers()
-        return TokenizerFace(Backend(tokenizer, config), None)
+        return TokenizersWrapper(Backend(tokenizer, config), None)
     if is_fast_transformers(tokenizer):
-        face: WrappedTokenizer = wrap_transformers(tokenizer, config)
-        return face
+        wrapper: WrappedTokenizer = wrap_transformers(tokenizer, config)
+        return wrapper
     raise UnsupportedTokenizer(
         f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} can't be wrapped; pass a "
         "tokenizers.Tokenizer or a fast transformers tokenizer (transformers 5, "

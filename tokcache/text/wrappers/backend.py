@@ -1,4 +1,4 @@
-"""The tokenizer behind a face: a plain copy, and every way to change it.
+"""The tokenizer in a wrapper: a plain copy, and every way to change it.
 
 The copy shares only the model with the original, so that neither sees what is changed on the
 other; every way to change it leads through here, which tells the cache.
@@ -72,7 +72,7 @@ class Backend:
         self.splits_special_tokens = splits_special_tokens
         self._own_engine = own_engine
         # The transformers tokenizers that share this one: `copy.copy` shares the Rust object.
-        self.faces: list[weakref.ref[Any]] = []
+        self.wrappers: list[weakref.ref[Any]] = []
         self._handed_out: dict[str, _HandedOut] = {}
         self._has_stale_matcher = False
         self.core = CachedTokenizer(config, self._build_engine)
@@ -158,14 +158,14 @@ class Backend:
         self.core.count_bypass(reason, len(texts))
         return [encoding.ids for encoding in found]
 
-    def add_face(self, face: Any) -> None:
+    def add_wrapper(self, wrapper: Any) -> None:
         """Note one more transformers tokenizer that uses this backend."""
-        self.faces = [*(one for one in self.faces if one() is not None), weakref.ref(face)]
+        self.wrappers = [*(one for one in self.wrappers if one() is not None), weakref.ref(wrapper)]
 
-    def is_shared(self, face: Any) -> bool:
-        """Return whether a tokenizer with other attributes than `face` uses this backend, too."""
-        others = (one() for one in self.faces)
-        return any(one is not None and vars(one) is not vars(face) for one in others)
+    def is_shared(self, wrapper: Any) -> bool:
+        """Return whether a tokenizer with other attributes uses this backend, too."""
+        others = (one() for one in self.wrappers)
+        return any(one is not None and vars(one) is not vars(wrapper) for one in others)
 
     def copied(self) -> Backend:
         """Return a backend with a copy of the tokenizer and an empty cache, for a copied wrapper.

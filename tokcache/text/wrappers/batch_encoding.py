@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from tokcache.text.engines.layout import Run
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
+    from tokcache.text.engines.copying import Engine
     from tokcache.text.engines.layout import Layout, Segment, Segments
 
 _SIDES = ("left", "right")
@@ -148,22 +150,22 @@ class _NotFromIdsError(Exception):
     """Ids can't answer a call; the argument says why, as a counter's key."""
 
 
-def read(face: Any, asked: dict[str, Any]) -> Asked | str:
+def read(wrapper: Any, asked: dict[str, Any]) -> Asked | str:
     """Return what the arguments of `_encode_plus` ask for, or why ids can't answer it."""
     try:
-        return _read(face, dict(asked))
+        return _read(wrapper, dict(asked))
     except _NotFromIdsError as reason:
         return str(reason)
 
 
-def _read(face: Any, asked: dict[str, Any]) -> Asked:
+def _read(wrapper: Any, asked: dict[str, Any]) -> Asked:
     text, pair = asked.pop("text", None), asked.pop("text_pair", None)
     splits = asked.pop("split_special_tokens", None)
-    if not (splits is None or splits is face.split_special_tokens):
+    if not (splits is None or splits is wrapper.split_special_tokens):
         raise _NotFromIdsError("split_special_tokens")
     max_length, tensors = asked.pop("max_length", None), asked.pop("return_tensors", None)
-    truncation = _truncation(face, asked, max_length)
-    padding = _padding(face, asked, max_length)
+    truncation = _truncation(wrapper, asked, max_length)
+    padding = _padding(wrapper, asked, max_length)
     for name, value in asked.items():
         # By identity: 0 is no False to transformers.
         if not any(value is one for one in _ANSWERED.get(name, ())):
@@ -210,8 +212,8 @@ def _strategy(asked: dict[str, Any], name: str) -> str:
     return str(getattr(value, "value", value))
 
 
-def _truncation(face: Any, asked: dict[str, Any], max_length: Any) -> Truncation | None:
-    strategy, side = _strategy(asked, "truncation_strategy"), face.truncation_side
+def _truncation(wrapper: Any, asked: dict[str, Any], max_length: Any) -> Truncation | None:
+    strategy, side = _strategy(asked, "truncation_strategy"), wrapper.truncation_side
     if strategy.startswith("do_not"):
         return None
     if type(max_length) is not int or side not in _SIDES:
@@ -219,14 +221,14 @@ def _truncation(face: Any, asked: dict[str, Any], max_length: Any) -> Truncation
     return Truncation(max_length, strategy, side)
 
 
-def _padding(face: Any, asked: dict[str, Any], max_length: Any) -> Padding | None:
+def _padding(wrapper: Any, asked: dict[str, Any], max_length: Any) -> Padding | None:
     strategy = _strategy(asked, "padding_strategy")
     multiple, side = asked.pop("pad_to_multiple_of", None), asked.pop("padding_side", None)
     if strategy.startswith("do_not"):
         return None
-    side = face.padding_side if side is None else side
+    side = wrapper.padding_side if side is None else side
     length = max_length if strategy == "max_length" else None
-    token, token_id, type_id = face.pad_token, face.pad_token_id, face.pad_token_type_id
+    token, token_id, type_id = wrapper.pad_token, wrapper.pad_token_id, wrapper.pad_token_type_id
     numbers = [one for one in (length, multiple) if one is not None]
     is_plain = all(type(one) is int and one > 0 for one in numbers)
     if side not in _SIDES or not is_plain or type(token_id) is not int or type(type_id) is not int:
@@ -370,3 +372,78 @@ def _as_array(lines: Sequence[Segments], width: int) -> Any:
             row[start:stop] = _filling(segment)
             start = stop
     return array
+
+
+# ---- answers
+
+
+def ids_alone(_wrapper: Any, ids: list[int], *_rest: Any) -> list[int]:
+    """Return the ids and nothing else, as `encode` does."""
+    return ids
+
+
+def batch_encoding(
+    wrapper: Any, ids: list[int], engine: Engine, text: str, add_special_tokens: bool
+) -> Any:
+    """Return what a call with nothing but a text gives; None if type ids are not to be had."""
+    names = wrapper.model_input_names
+    data: dict[str, Any] = {"input_ids": ids}
+    if "token_type_ids" in names:
+        layout = engine.layout(1, add_special_tokens)
+        if layout is None or not layout.is_type_zero:
+            return None
+        data["token_type_ids"] = [0] * len(ids)
+    if "attention_mask" in names:
+        data["attention_mask"] = [1] * len(ids)
+    return _lazy_batch_encoding().make(data, 1, engine, [text], add_special_tokens, None, None)
+
+
+def shaped(asked: Asked, engine: Engine, data: dict[str, Any]) -> Any:
+    """Return the fields of a call, as tensors or as one row where it asked for that."""
+    if asked.tensors is None and not asked.is_batch:
+        data = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in data.items()}
+    made = _lazy_batch_encoding().make(
+        data, len(asked.texts), engine, asked.inputs, asked.add_special_tokens, *asked.settings
+    )
+    return made.convert_to_tensors(asked.tensors)
+
+
+@cache
+def _lazy_batch_encoding() -> Any:
+    from transformers.tokenization_utils_base import BatchEncoding  # noqa: PLC0415
+
+    class LazyBatchEncoding(BatchEncoding):
+        """A BatchEncoding whose `encodings` are computed when first asked for."""
+
+        @classmethod
+        def make(cls, data: dict[str, Any], n_sequences: int, *source: Any) -> Any:
+            """Return an answer; `source` are an engine and what its `encodings` is to be given."""
+            made = cls.__new__(cls)
+            made.__dict__.update(data=data, _n_sequences=n_sequences, _source=source)
+            return made
+
+        @property
+        def _encodings(self) -> Any:
+            own = self.__dict__
+            if "_made" not in own:
+                engine, *asked = own["_source"]
+                own["_made"] = engine.encodings(*asked)
+            return own["_made"]
+
+        @_encodings.setter
+        def _encodings(self, value: Any) -> None:
+            self.__dict__["_made"] = value
+
+        @property
+        def is_fast(self) -> bool:
+            own = self.__dict__
+            return own["_made"] is not None if "_made" in own else True
+
+        def __reduce_ex__(self, _protocol: Any) -> Any:
+            plain: Any = BatchEncoding.__new__(BatchEncoding)
+            plain.__setstate__({"data": self.data, "encodings": self._encodings})
+            return plain.__reduce_ex__(1)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(LazyBatchEncoding, name, getattr(BatchEncoding, name))
+    return LazyBatchEncoding

@@ -1,6 +1,6 @@
-"""The face of `tokenizers.Tokenizer`.
+"""The wrapper of `tokenizers.Tokenizer`.
 
-Behind it stands a copy of the tokenizer; two limits: attributes of a model object
+It holds a copy of the tokenizer; two limits: attributes of a model object
 (`model.dropout = …`) and training in place are shared with the original, and what is done to them
 there needs `cache_clear()`; and the Rust object itself is not handed out. The methods of tokenizers
 that insist on it are taught to take a wrapped one (`accept_wrappers`); for other native code there
@@ -22,7 +22,7 @@ from tokcache.text.tokenizer import WrappedTokenizer
 from tokcache.text.wrappers.backend import COMPONENTS, Backend, own_copy
 
 
-class TokenizerFace(WrappedTokenizer):
+class TokenizersWrapper(WrappedTokenizer):
     """A `tokenizers.Tokenizer` with a cache; `isinstance` holds, though it can't be subclassed.
 
     `encode` and its kin return Encoding objects as before, uncached: the cached way to ids is
@@ -46,9 +46,9 @@ class TokenizerFace(WrappedTokenizer):
         """Return a plain Tokenizer as this one is now; later changes are not shared."""
         return own_copy(self._backend.raw)
 
-    def scoped(self, scope: str | None) -> TokenizerFace:
+    def scoped(self, scope: str | None) -> TokenizersWrapper:
         """Return the same tokenizer with `scope` for every call that names none."""
-        return TokenizerFace(self._backend, require_scope(scope))
+        return TokenizersWrapper(self._backend, require_scope(scope))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend.raw, name)
@@ -73,15 +73,15 @@ class TokenizerFace(WrappedTokenizer):
         return str(self._backend.raw)
 
     def __dir__(self) -> list[str]:
-        return sorted({*dir(TokenizerFace), *dir(self._backend.raw)})
+        return sorted({*dir(TokenizersWrapper), *dir(self._backend.raw)})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.unwrap().__reduce_ex__(protocol)
 
-    def __copy__(self) -> TokenizerFace:
-        return TokenizerFace(self._backend.copied(), self._tokcache_scope)
+    def __copy__(self) -> TokenizersWrapper:
+        return TokenizersWrapper(self._backend.copied(), self._tokcache_scope)
 
-    def __deepcopy__(self, memo: Any) -> TokenizerFace:
+    def __deepcopy__(self, memo: Any) -> TokenizersWrapper:
         return self.__copy__()
 
 
@@ -89,7 +89,7 @@ class _Forward:
     """A method of the Rust class, called through the backend; one set on the object hides it."""
 
     def __init__(self, kind: str, method: str) -> None:
-        def forward(self: TokenizerFace, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: TokenizersWrapper, *args: Any, **kwargs: Any) -> Any:
             return getattr(self._backend, kind)(method, *args, **kwargs)
 
         forward.__name__, forward.__qualname__ = method, f"Tokenizer.{method}"
@@ -99,12 +99,12 @@ class _Forward:
             forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
         self._forward = forward
 
-    def __get__(self, face: TokenizerFace | None, owner: type[Any]) -> Any:
-        if face is None:
+    def __get__(self, wrapper: TokenizersWrapper | None, owner: type[Any]) -> Any:
+        if wrapper is None:
             return self._forward
-        raw = face._backend.raw  # noqa: SLF001 (ours)
+        raw = wrapper._backend.raw  # noqa: SLF001 (ours)
         own = vars(raw).get(self._forward.__name__)
-        return self._forward.__get__(face) if own is None else own
+        return self._forward.__get__(wrapper) if own is None else own
 
 
 def _forward_component(name: str) -> property:
@@ -131,9 +131,9 @@ _FORWARDED = {
 for _kind, _methods in _FORWARDED.items():
     for _method in _methods:
         if hasattr(Tokenizer, _method):
-            setattr(TokenizerFace, _method, _Forward(_kind, _method))
+            setattr(TokenizersWrapper, _method, _Forward(_kind, _method))
 for _name in COMPONENTS:
-    setattr(TokenizerFace, _name, _forward_component(_name))
+    setattr(TokenizersWrapper, _name, _forward_component(_name))
 
 
 # The methods of tokenizers that take a Tokenizer and insist on the Rust object. They are found by
@@ -159,12 +159,12 @@ def accept_wrappers() -> None:
 
 def _accepting(plain: Any, *, is_training: bool) -> Callable[..., Any]:
     def train(self: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(tokenizer) is not TokenizerFace:
+        if type(tokenizer) is not TokenizersWrapper:
             return plain(self, tokenizer, *args, **kwargs)
         return tokenizer._backend.train_by(lambda raw: plain(self, raw, *args, **kwargs))  # noqa: SLF001
 
     def read(self: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(tokenizer) is TokenizerFace:
+        if type(tokenizer) is TokenizersWrapper:
             tokenizer = tokenizer._backend.raw  # noqa: SLF001 (ours)
         return plain(self, tokenizer, *args, **kwargs)
 
@@ -172,6 +172,6 @@ def _accepting(plain: Any, *, is_training: bool) -> Callable[..., Any]:
 
 
 def set_slots(instance: Any, **values: Any) -> None:
-    """Set attributes past a face that hands them on."""
+    """Set attributes past a wrapper that hands them on."""
     for name, value in values.items():
         object.__setattr__(instance, name, value)

@@ -62,7 +62,7 @@ _ENDS = (  # shared by every pattern of the GPT family
         "visible | space",
         VISIBLE,
         frozenset({C.SPACE, C.TAB}),
-        "no alternative goes on from a visible character over a blank",
+        "no alternative goes on from a visible character over whitespace",
     ),
     Rule(
         "digit | other",
@@ -81,15 +81,15 @@ _NEWLINE_VISIBLE = Rule(
     "newline | visible",
     LINE_ENDS,
     VISIBLE,
-    "white space up to its last newline is one part, whatever comes behind",
+    "whitespace up to its last newline is one part, whatever follows",
 )
 
 GPT2_RULES = (
     *_ENDS,
     _LETTER,
-    Rule("sign | newline", PUNCTUATION, _LINES, "punctuation ends before white space"),
+    Rule("punctuation | newline", PUNCTUATION, _LINES, "punctuation ends before whitespace"),
     Rule(
-        "sign | word",
+        "punctuation | word",
         PUNCTUATION - {C.APOSTROPHE},
         LETTERS | DIGITS,
         "punctuation ends before a letter or digit; only an apostrophe can begin with one",
@@ -98,10 +98,12 @@ GPT2_RULES = (
         "newline | visible",
         NEWLINE,
         VISIBLE,
-        "one newline behind a visible character is a part of its own, followed or not",
+        "one newline after a visible character is a part of its own, followed or not",
     ),
 )
-_PUNCTUATION_DIGIT = Rule("sign | digit", PUNCTUATION, DIGITS, "punctuation ends before a digit")
+_PUNCTUATION_DIGIT = Rule(
+    "punctuation | digit", PUNCTUATION, DIGITS, "punctuation ends before a digit"
+)
 CL100K_RULES = (*_ENDS, _LETTER, _PUNCTUATION_DIGIT, _NEWLINE_VISIBLE)
 QWEN_RULES = (
     *CL100K_RULES,

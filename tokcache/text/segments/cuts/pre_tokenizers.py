@@ -98,10 +98,10 @@ def _without_marked_punctuation(rule: Rule) -> Rule:
 
 
 def _whitespace_split(_stage: Any = None) -> Rules:
-    why = "white space separates words and is dropped"
+    why = "whitespace separates words and is dropped"
     return (
-        Rule("visible | blank", VISIBLE, WHITESPACE, why, is_apart=True),
-        Rule("blank | visible", WHITESPACE_LEFT, VISIBLE, why, is_apart=True),
+        Rule("visible | whitespace", VISIBLE, WHITESPACE, why, is_apart=True),
+        Rule("whitespace | visible", WHITESPACE_LEFT, VISIBLE, why, is_apart=True),
     )
 
 
@@ -164,8 +164,8 @@ def _metaspace(stage: Any) -> Rules:
         raise Unrecognised(f"Metaspace with {stage['replacement']!r} is not known")
     if not stage.get("split", True):
         raise Unrecognised("Metaspace without split forces no boundary")
-    why = "a part begins with every blank"
-    return (Rule("visible | blank", VISIBLE, SPACE, why, is_apart=True),)
+    why = "a part begins with every space"
+    return (Rule("visible | space", VISIBLE, SPACE, why, is_apart=True),)
 
 
 def _split(stage: Any) -> tuple[Rules, bool]:

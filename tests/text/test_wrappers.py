@@ -86,7 +86,7 @@ def test_repr_says_that_it_is_wrapped_and_what_the_cache_holds(kind: str) -> Non
 # ---- tokenizers.Tokenizer
 
 
-def test_the_face_is_a_tokenizer_to_isinstance() -> None:
+def test_the_wrapper_is_a_tokenizer_to_isinstance() -> None:
     wrapped: Any = tokcache.wrap(MADE["unigram"]())
     assert isinstance(wrapped, Tokenizer)
     assert isinstance(wrapped, WrappedTokenizer)
@@ -154,7 +154,7 @@ def test_copies_of_a_wrapper_are_wrapped_and_its_pickle_is_plain(
     assert made.to_str() != wrapped.to_str()
 
 
-def test_scopes_of_the_face() -> None:
+def test_scopes_of_the_wrapper() -> None:
     wrapped = tokcache.wrap(MADE["unigram"]())
     view = wrapped.scoped("a")
     assert type(view) is type(wrapped)
@@ -370,7 +370,7 @@ class _OwnCall(PreTrainedTokenizerFast):
         return super()._encode_plus(*args, **kwargs)
 
 
-def _faces() -> dict[str, tuple[Any, Any]]:
+def _wrappers() -> dict[str, tuple[Any, Any]]:
     made: dict[str, tuple[Any, Any]] = {}
     make: Any = _OwnCall
     for kind in MADE:
@@ -386,7 +386,7 @@ def _faces() -> dict[str, tuple[Any, Any]]:
 
 @pytest.mark.parametrize("kind", [*MADE, *(f"fast {kind}" for kind in MADE), "own call"])
 def test_a_lone_surrogate_is_no_text_and_its_place_is_named(kind: str) -> None:
-    _, wrapped = _faces()[kind]
+    _, wrapped = _wrappers()[kind]
     text = "hello " * 500 + "\udfff and \ud800"
     for scope in (None, "a"):
         for flag in (True, False):
@@ -410,7 +410,7 @@ def test_a_lone_surrogate_is_no_text_and_its_place_is_named(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [*MADE, *(f"fast {kind}" for kind in MADE), "own call"])
 def test_the_tokenizers_own_calls_raise_the_plain_ones_error_for_a_surrogate(kind: str) -> None:
-    plain, wrapped = _faces()[kind]
+    plain, wrapped = _wrappers()[kind]
     calls: list[Callable[[Any], Any]] = [
         lambda tok: tok.encode(LONE),
         lambda tok: tok.encode(LONE, add_special_tokens=False),

@@ -1,0 +1,188 @@
+"""The classes of wrapped transformers tokenizers, made from plain ones: their views and pickles."""
+
+from __future__ import annotations
+
+import copyreg
+import threading
+from abc import ABCMeta
+from collections.abc import Sequence
+from functools import update_wrapper
+from inspect import getattr_static
+from operator import itemgetter
+from types import FunctionType
+from typing import Any
+
+from tokcache.text.engines.copying import Engine, PlainEngine
+
+_lock = threading.RLock()  # of the classes that are made once
+
+# Methods that a class may not have changed, for its calls to be answered from ids.
+STANDARD = (
+    "__call__",
+    "encode",
+    "_encode_plus",
+    "_convert_encoding",
+    "_eventual_warn_about_too_long_sequence",
+    "_get_padding_truncation_strategies",
+    "set_truncation_and_padding",
+)
+
+# Class methods that load a tokenizer from files.
+_LOADING = ("from_pretrained", "_from_pretrained", "convert_to_native_format")
+
+
+class PlainLayout:
+    """The first base of our classes: it gives their objects the layout of a plain tokenizer's.
+
+    CPython assigns `__class__` only between classes whose chains of first bases add the same
+    fields: here `__dict__` and `__weakref__`, added by a class that derives from `object` alone.
+    """
+
+
+class ViewLayout(PlainLayout):
+    """The first base of the classes of scoped views: they have one field more."""
+
+    __slots__ = ("_tokcache_scope",)
+
+
+def is_wrapper_base(kind: type) -> bool:
+    """Return whether this is the class of ours that all wrapped classes derive from."""
+    return PlainLayout in kind.__bases__ and kind is not ViewLayout
+
+
+class WrapperType(ABCMeta):
+    """The type of our classes: `pickle` makes the plain class of one, in any process.
+
+    It derives from ABCMeta, so that a class may derive from one of ours and from an abstract one.
+    """
+
+
+class _OfPlainClass:
+    """A class method bound to the plain class: transformers looks into the class it loads for.
+
+    Looked up at each call, because `patch_transformers` replaces it.
+    """
+
+    def __init__(self, plain: type[Any], name: str) -> None:
+        self._plain, self._name = plain, name
+
+    def __get__(self, instance: object, owner: type[Any]) -> Any:
+        return getattr(self._plain, self._name)
+
+
+def wrapper_class(plain: type[Any], base: type[Any]) -> type[Any]:
+    """Return the class of wrapped tokenizers of one kind, with the kind's own name.
+
+    It derives from `base`, the class of ours that answers calls, and from the plain class.
+
+    It is an attribute of the plain class, and its qualified name says so: picklers that store a
+    class by its name (dill, cloudpickle, and with them the fingerprints of datasets) find it there.
+    """
+    with _lock:
+        if "_tokcache_class" not in vars(plain):
+            plain._tokcache_class = _made_class(plain, base)  # noqa: SLF001 (ours)
+        return plain._tokcache_class  # type: ignore[no-any-return]  # noqa: SLF001 (ours)
+
+
+def _made_class(plain: type[Any], base: type[Any]) -> type[Any]:
+    body = {
+        "__slots__": (),
+        "__module__": plain.__module__,
+        "__qualname__": f"{plain.__qualname__}._tokcache_class",
+        "__doc__": plain.__doc__,
+        "__call__": _signed_like(plain.__call__, base.__call__),
+        "encode": _signed_like(plain.encode, base.encode),
+        "apply_chat_template": _chat_method(plain, base),
+        "_tokcache_plain": plain,
+        **{name: _OfPlainClass(plain, name) for name in _LOADING},
+    }
+    make: Any = WrapperType
+    made: type[Any] = make(plain.__name__, (base, plain), body)
+    return made
+
+
+def _chat_method(plain: type[Any], base: type[Any]) -> Any:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase  # noqa: PLC0415
+
+    own = plain.apply_chat_template
+    if own is not PreTrainedTokenizerBase.apply_chat_template:
+        return own
+    return _signed_like(own, base.apply_chat_template)
+
+
+def _signed_like(plain: Any, own: Any) -> Any:
+    """Return `own` with the signature and documentation of the method it stands for."""
+    copy = FunctionType(
+        own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__
+    )
+    return update_wrapper(copy, plain)
+
+
+def is_view(kind: type[Any]) -> bool:
+    """Return whether this is the class of scoped views of a wrapped tokenizer."""
+    return kind._tokcache_scope is not None  # noqa: SLF001 (ours; a slot there, None elsewhere)
+
+
+def view_class(kind: type[Any]) -> type[Any]:
+    """Return the class of scoped views of a wrapped tokenizer: they share its attributes."""
+    if is_view(kind):
+        return kind
+    with _lock:
+        if "_tokcache_view" not in vars(kind):
+            body = {
+                "__slots__": (),
+                "__module__": kind.__module__,
+                "__qualname__": f"{kind.__qualname__}._tokcache_view",
+                "__doc__": kind.__doc__,
+                "_tokcache_viewed": kind,
+            }
+            if "_tokcache_plain" in vars(kind):
+                body["_tokcache_plain"] = kind._tokcache_plain  # noqa: SLF001 (ours)
+            made: Any = type(kind)
+            kind._tokcache_view = made(kind.__name__, (ViewLayout, kind), body)  # noqa: SLF001 (ours)
+        return kind._tokcache_view  # type: ignore[no-any-return]  # noqa: SLF001 (ours)
+
+
+def _reduced_class(kind: type[Any]) -> Any:
+    own = vars(kind)
+    if "_tokcache_plain" in own:
+        return itemgetter(0), ((own["_tokcache_plain"],),)
+    if "_tokcache_viewed" in own:
+        return view_class, (own["_tokcache_viewed"],)
+    return kind.__qualname__  # a class that others derived from ours: found by its name
+
+
+copyreg.pickle(WrapperType, _reduced_class)
+
+
+# ---- classes that encode in a way of their own
+
+
+def own_engine(wrapper: Any) -> Engine | None:
+    """Return the engine of a tokenizer that encodes in a way of its own: its plain call.
+
+    None for all others.
+    """
+    kind = type(wrapper)
+    own = [name for name in STANDARD if name in vars(wrapper) or _is_overridden(kind, name)]
+    if hasattr(kind, "_switch_to_input_mode"):
+        own.append("_switch_to_input_mode")
+    if not own:
+        return None
+
+    def call(texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        found = [wrapper(text, add_special_tokens=add_special_tokens) for text in texts]
+        return [one["input_ids"] for one in found]
+
+    return PlainEngine(f"own_{own[0].strip('_')}", call)
+
+
+def _is_overridden(kind: type[Any], name: str) -> bool:
+    """Return whether a class between ours and TokenizersBackend has this method of its own."""
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend  # noqa: PLC0415
+
+    for base in kind.__mro__:
+        is_ours = is_wrapper_base(base) or "_tokcache_plain" in vars(base)
+        if name in vars(base) and not is_ours:
+            return vars(base)[name] is not getattr_static(TokenizersBackend, name)
+    return False
