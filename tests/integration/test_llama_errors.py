@@ -236,6 +236,11 @@ QUOTED = "a prompt that no error may quote"
         ([5, QUOTED], InvalidTokens, "not str \\(at position 1\\)"),
         ([QUOTED], InvalidTokens, "not str"),
         ([5.0], InvalidTokens, "not float"),
+        (
+            [5, 999_999],
+            InvalidTokens,
+            "token 999,999 at position 1 is not in the model's vocabulary",
+        ),
         ([], InvalidTokens, "no tokens"),
         ("", InvalidTokens, "no tokens"),
     ],

@@ -307,6 +307,41 @@ def test_an_object_of_a_derived_class_is_pickled_as_one(plain: Any, wrapped: Any
     assert_same_answers(made, plain)
 
 
+LOADED_ELSEWHERE = """
+import pickle, sys
+if sys.argv[2] == "patched":
+    import tokcache
+    tokcache.patch_transformers(tokcache.CacheConfig(engine="tokenizers"))
+with open(sys.argv[1], "rb") as file:
+    tok = pickle.load(file)
+assert type(tok).__name__ == "Local", type(tok)
+print(len(tok), hasattr(tok, "cache_stats"), tok("hello world")["input_ids"])
+"""
+
+
+@pytest.mark.parametrize("where", ["patched", "unpatched"])
+def test_a_class_put_on_a_copy_is_pickled_by_value_for_other_processes(
+    plain: Any, wrapped: Any, where: str, tmp_path: Path
+) -> None:
+    made = copy.copy(wrapped)
+
+    class Local(wrapped.__class__):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return 12345
+
+    Local.__module__ = "__main__"
+    made.__class__ = Local
+    path = tmp_path / "tokenizer.pickle"
+    path.write_bytes(cloudpickle.dumps(made))
+    command = [sys.executable, "-c", LOADED_ELSEWHERE, str(path), where]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert not done.returncode, done.stderr[-800:]
+    n_tokens, is_wrapped, ids = done.stdout.strip().split(" ", 2)
+    assert n_tokens == "12345"
+    assert ids == str(plain("hello world")["input_ids"])
+    assert is_wrapped == "True" or where == "unpatched"
+
+
 @pytest.mark.usefixtures("patched")
 def test_what_is_unpickled_where_transformers_is_patched_is_wrapped(
     plain: Any, wrapped: Any

@@ -710,6 +710,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         ids = self._int32_ids(tokens, scope)
         if not len(ids):
             raise InvalidTokens("the prompt has no tokens, and the model adds no BOS to it")
+        if ids.max() >= self._n_vocab:  # llama.cpp would fail in the middle of the prompt
+            position = int((ids >= self._n_vocab).argmax())
+            raise InvalidTokens(
+                f"token {ids[position]:,} at position {position:,} is not in the model's vocabulary, "
+                f"which has {self._n_vocab:,} tokens; encode the prompt with the model's tokenizer"
+            )
         # Of another scope's positions, those alone are used that are no secret.
         is_same = scope == self._held_scope and not self._is_cleared()
         n_usable = len(ids) if is_same else _n_shared(self._public_prefix, ids)

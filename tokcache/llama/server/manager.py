@@ -381,7 +381,7 @@ class SlotManager(Forkable):
         try:
             if not self._shelf.is_intact(found.file):
                 self._drop(found.file)
-                self.trust.refuse("restore_failed")
+                self.trust.refuse("cleared" if slot.is_condemned else "restore_failed")
                 return
             restored = yield calls.restore_slot(slot.id, found.file.name)
         except ServerUnreachable as error:
@@ -390,7 +390,10 @@ class SlotManager(Forkable):
             raise
         except ServerError as error:
             self._drop(found.file)
-            self.trust.degrade("restore_failed", error)
+            if slot.is_condemned:  # its file was removed while the server read it
+                self.trust.refuse("cleared")
+            else:
+                self.trust.degrade("restore_failed", error)
             return
         finally:
             self.table.read(found.file)

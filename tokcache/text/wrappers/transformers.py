@@ -357,9 +357,16 @@ def wrap_loaded(tokenizer: Any, config: CacheConfig) -> None:
 
 
 def _wrapped_as(kind: type[Any], plain: Any, config: CacheConfig | None, scope: str | None) -> Any:
-    """Return a plain tokenizer wrapped, as an object of a class that derives from a wrapped one."""
-    made = wrap_transformers(plain, config)
-    if is_view(kind):
+    """Return a tokenizer as an object of a class that derived from a wrapped one.
+
+    Where transformers is patched, `plain` was wrapped as it was loaded. Picklers that store a class
+    by value (cloudpickle, dill) make `kind` again from the plain class: then its objects are plain,
+    unless transformers is patched.
+    """
+    made, is_wrapper = plain, issubclass(kind, TransformersWrapper)
+    if is_wrapper and not isinstance(plain, TransformersWrapper):
+        made = wrap_transformers(plain, config)
+    if is_wrapper and is_view(kind):
         made = made.scoped(scope)
     made.__class__ = kind
     return made
