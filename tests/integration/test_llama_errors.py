@@ -256,7 +256,7 @@ def test_a_prompt_that_is_none_is_a_clear_error_where_the_plain_one_is_raw(
         return list(answer) if stream else answer
 
     theirs.reset()
-    with pytest.raises((TypeError, ValueError, AssertionError)):
+    with pytest.raises((TypeError, ValueError, AssertionError, RuntimeError)):
         ask(theirs)
     with pytest.raises(error, match=words) as caught:
         ask(ours)
