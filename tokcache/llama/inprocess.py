@@ -713,8 +713,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if ids.max() >= self._n_vocab:  # llama.cpp would fail in the middle of the prompt
             position = int((ids >= self._n_vocab).argmax())
             raise InvalidTokens(
-                f"token {ids[position]:,} at position {position:,} is not in the model's vocabulary "
-                f"of {self._n_vocab:,} tokens; encode the prompt with the model's tokenizer"
+                f"token {ids[position]:,} at position {position:,} is not in the model's "
+                f"vocabulary of {self._n_vocab:,} tokens; encode the prompt with its tokenizer"
             )
         # Of another scope's positions, those alone are used that are no secret.
         is_same = scope == self._held_scope and not self._is_cleared()
