@@ -15,12 +15,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import tokcache
 from tests.text.fuzz_texts import random_text
+from tests.text.implementations import REFERENCE
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
 from tokcache.text.engines.copying import PartEncoder
 from tokcache.text.engines.fast import agreed_code_points
 from tokcache.text.segments import id_lengths as module
-from tokcache.text.segments._reference import TokenBytes
 from tokcache.text.segments.components import BYTE_NAMES, MARKER
 from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.segments.id_lengths import token_bytes
@@ -38,7 +38,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 def _claims(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    monkeypatch.setattr(module, "TokenBytes", TokenBytes)
+    REFERENCE.use(monkeypatch)
     made = []
     for one in plan_cuts(tokenizer).variants:
         own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer)
@@ -155,7 +155,7 @@ def test_ids_far_apart_keep_the_engine(engine: str) -> None:
 
 
 def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TokenBytes", TokenBytes)
+    REFERENCE.use(monkeypatch)
     tokenizer = plain(SYNTHETIC["gpt2"])
     (one,) = plan_cuts(tokenizer).variants
     own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
@@ -190,7 +190,7 @@ def test_what_nfc_leaves_alone_is_left_alone() -> None:
         and len(found.split()) == 2
     }
     seconds |= {*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)}
-    unchanged = module._unchanged_by_nfc()
+    unchanged = module._unchanged_by_nfc(REFERENCE.l1.CodePoints)
     assert unchanged.cover("".join(map(chr, range(256))))
     points = {point for point in range(256, 0x110000) if unchanged.cover(chr(point))}
     agreed = {p for first, last in agreed_code_points() for p in range(first, last + 1)}
