@@ -214,7 +214,8 @@ that import torch again take the sample alone. The helpers of vLLM, SGLang, Trit
 written from their behaviour; the packages themselves were not run.
 
 The column "cache" counts, over both runs, the texts answered from token ids and the calls that \
-the plain tokenizer answered, by reason. The calls made in worker processes are not counted.
+the plain tokenizer answered, by reason; tokenizers that a use drops before its end, and worker \
+processes, are not counted.
 """
 
 

@@ -148,7 +148,10 @@ def vllm_batches(given: Given) -> Any:
     return [dict(call.result()) for call in calls]
 
 
-@case("Triton", "its frontend's tokenizer: a class with cached properties assigned in place")
+@case(
+    "Triton server",
+    "its OpenAI frontend's tokenizer: a class with cached properties assigned in place",
+)
 def triton_cached(given: Given) -> Any:
     tokenizer = given.load()
     special_ids, size = set(tokenizer.all_special_ids), len(tokenizer)
