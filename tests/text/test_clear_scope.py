@@ -84,7 +84,7 @@ def test_l0_refuses_what_is_no_scope_and_clears_nothing_of_an_unknown_one(name: 
             cache.clear(scope=wrong)
     cache.clear(scope="unknown")
     assert len(cache) == 1
-    cache.clear(Named("a"))
+    cache.clear(scope=Named("a"))
     assert len(cache) == 0
 
 

@@ -73,7 +73,7 @@ class _Machine(RuleBasedStateMachine):
     def clear_scope(self, scope: str) -> None:
         before = self.cache.stats()
         n_held = sum(key[2] == scope for key in self.model)
-        self.cache.clear(scope)
+        self.cache.clear(scope=scope)
         self.model = {key: ids for key, ids in self.model.items() if key[2] != scope}
         after = self.cache.stats()
         assert before.n_entries - after.n_entries <= n_held

@@ -97,8 +97,9 @@ def answer(ask: Callable[[], Any]) -> Answer:
     try:
         return list(ask())
     except Exception as error:  # noqa: BLE001 (which ones is the tokenizer's business)
-        is_binding = isinstance(error, TypeError)  # says it in as many ways as it has methods
-        return Failure(type(error).__name__, "" if is_binding else str(error))
+        if isinstance(error, TypeError):  # the binding's own, or InvalidText: not a text
+            return Failure("TypeError", "")
+        return Failure(type(error).__name__, str(error))
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
