@@ -65,7 +65,7 @@ def test_a_scope_is_a_str(medium: Medium, scope: Any) -> None:
     cache = medium.cache(tier)
     for call in (
         lambda: cache.clear(scope=scope),
-        lambda: tier.clear(scope),
+        lambda: tier.clear(scope=scope),
         lambda: cache.begin(scope),
         lambda: cache.namespace(b"m", scope=scope).plan(SECRET),
         lambda: cache.namespace(b"m", scope=scope).find(SECRET),
