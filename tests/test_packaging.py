@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).parent.parent
 SNIPPET = """
@@ -89,3 +91,12 @@ def test_the_wheel_installs_and_wraps_a_tokenizer(
         assert done.stdout.split() == ["tokcache.text._reference.l0"]
         assert done.stderr.count("\n") == 1
         assert "native modules were not built" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["1.0.0rc3", "1.0.0", "1.2.0"])
+def test_a_tokenizers_with_another_api_is_not_installed(version: str) -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    required = [Requirement(one) for one in project["project"]["dependencies"]]
+    [tokenizers] = [one for one in required if one.name == "tokenizers"]
+    assert tokenizers.specifier.contains("0.23.3")
+    assert not tokenizers.specifier.contains(version, prereleases=True)
