@@ -1,4 +1,4 @@
-"""The counters of reuse: with what was decoded they add up to all prompt tokens, to the token."""
+"""The counters of reuse: context, restored and decoded tokens add up to all prompt tokens."""
 
 from __future__ import annotations
 
