@@ -44,7 +44,7 @@ def test_what_prefilling_takes_is_told_in_tokens_of_this_model() -> None:
     llm = llama(cache)
     llm.create_completion(OTHER, **GREEDY)
     ((fingerprint, speed),) = cache._store._prefill.items()
-    assert fingerprint == llm._key()
+    assert fingerprint == llm._states._key()
     assert speed._n_tokens == len(OTHER)  # the answer's tokens, one by one, are not counted
     assert 0 < speed.seconds(1) < 1
     llm.close()

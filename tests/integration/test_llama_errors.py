@@ -338,7 +338,7 @@ def test_a_llama_that_will_run_uncached_warns_once_with_the_cure(
     if "model" in settings:
         settings["model"] = samples.tiny_model(architecture=settings["model"])
     if settings.pop("unknown", False):
-        monkeypatch.setattr("tokcache.llama.memories.ARCHITECTURES", frozenset())
+        monkeypatch.setattr("tokcache.llama.memory_type.ARCHITECTURES", frozenset())
     with caplog.at_level(logging.DEBUG, "tokcache"):
         llm = llama(cache, **settings)
         if not settings.get("embedding"):

@@ -79,7 +79,7 @@ def test_a_conversation_that_takes_up_its_own_answers_is_equal(pair: tuple[Any, 
         uncached.reset()
         # Generated one by one, an answer's positions are not what a prefill of them would give.
         answer = assert_equal_answers(cached, uncached, prompt, n=2 * BLOCK + 5)
-        assert cached._n_grid <= len(prompt)
+        assert cached._record.n_aligned <= len(prompt)
         prompt = prompt + answer + list(range(50 + turn, 60 + turn))
     assert cached.last_reuse.n_in_context > BLOCK
 
@@ -320,4 +320,4 @@ def test_a_generation_suspend_brings_no_grid_back_into_another_mode() -> None:
     list(_taken(llm, [7, 8, 9]))
     llm.block_tokens = 48
     next(paused)
-    assert llm._n_grid == 0
+    assert llm._record.n_aligned == 0

@@ -189,9 +189,12 @@ def test_a_stream_may_move_from_thread_to_thread(llm: Any, expected: dict[str, s
 def test_a_stream_whose_state_is_lost_says_so(
     llm: Any, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def no_memory() -> None:
+        raise MemoryError
+
     kept = stream(llm, PROMPTS[0])
     next(kept)
-    monkeypatch.setattr(type(llm), "_snapshot", lambda _: None)
+    monkeypatch.setattr(llm._sequence, "snapshot", no_memory)
     assert text(llm.create_completion(PROMPTS[1], **LONG)) == expected[PROMPTS[1]]
     with pytest.raises(StateError, match="suspended"):
         next(kept)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import tokcache.llama.memories
+import tokcache.llama.memory_type
 from tests.integration.models import (
     BLOCK,
     GREEDY,
@@ -260,7 +260,7 @@ class Recorded:
             done += n_kept
             if n_kept < len(tokens):
                 assert llama_cpp.llama_memory_seq_rm(llm._sequence._memory, 0, done, -1)
-                llm._n_tokens = done
+                llm._record.trimmed(done)
         assert llm.n_tokens == self.cached.n_tokens
         self.worst = max(self.worst, differences(self.cached, llm, first))
         self.n_compared += self.cached.n_tokens - first
@@ -531,7 +531,7 @@ def disturb(
         llm.reset()
         llm.eval(prompt[: len(prompt) // 2 + 1])
         llm.n_tokens = llm.n_tokens // 2
-        if llm._memory.is_plain:
+        if llm._states.memory.is_plain:
             llm.eval(fresh(rng, 20))
     return []
 
@@ -544,7 +544,7 @@ def test_positions_that_a_user_goes_back_on_are_saved_where_that_is_sound(memory
     llm.eval(ids)
     llm.n_tokens = BLOCK + 3  # as llama_cpp does with drafts; it goes on with any state
     if memory in RECURRENT:
-        assert llm._n_own == 0
+        assert llm._record.n_known == 0
         prompt = ids[: BLOCK + 3]
     else:
         llm.eval(other)
@@ -628,7 +628,7 @@ def test_control_a_hole_that_no_position_tells_of_is_seen(memory: str) -> None:
     prompt = fresh(random.Random(9), 4 * BLOCK + 9)
     twins.ask(prompt)
     twins.cached.reset()
-    restore = twins.cached._keeper.restore
+    restore = twins.cached._states.keeper.restore
 
     def with_a_hole(*args: Any) -> Any:
         restored = restore(*args)
@@ -638,7 +638,7 @@ def test_control_a_hole_that_no_position_tells_of_is_seen(memory: str) -> None:
         assert twins.cached._sequence.end() == 4 * BLOCK
         return restored
 
-    twins.cached._keeper.restore = with_a_hole
+    twins.cached._states.keeper.restore = with_a_hole
     with pytest.raises(AssertionError):
         twins.ask(prompt)
     assert twins.restored() == 4 * BLOCK
@@ -666,10 +666,10 @@ def test_control_blocks_that_are_saved_later_are_seen(
     twins = Twins(memory)
     prompt = fresh(random.Random(11), 3 * BLOCK + 9)
     cached = twins.cached
-    monkeypatch.setattr(type(cached), "_save_as_reached", lambda _: None)
+    monkeypatch.setattr(cached._states, "save_as_reached", lambda: None)
     twins.ask(prompt)
     monkeypatch.setattr(Sequence, "_require_span", lambda *_: None)
-    cached._save(2 * BLOCK)
+    cached._states.save(2 * BLOCK)
     cached.reset()
     twins.ask(prompt)  # the state's position is not the blocks': it is found out
     assert cached.prefix_cache.stats().refusals == {"restore_incomplete": 1}
@@ -710,8 +710,8 @@ def test_an_unknown_architecture_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "tokcache")
-    known = tokcache.llama.memories.ARCHITECTURES
-    monkeypatch.setattr(tokcache.llama.memories, "ARCHITECTURES", known - {"lfm2"})
+    known = tokcache.llama.memory_type.ARCHITECTURES
+    monkeypatch.setattr(tokcache.llama.memory_type, "ARCHITECTURES", known - {"lfm2"})
     llm = model("lfm2", store())
     for _ in range(2):
         answer(llm, list(range(100, 180)))
@@ -722,13 +722,13 @@ def test_an_unknown_architecture_is_refused(
 
 
 def test_a_memory_that_behaves_unlike_its_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = tokcache.llama.memories.Memory.of.__func__  # type: ignore[attr-defined]
+    of = tokcache.llama.memory_type.MemoryType.of.__func__  # type: ignore[attr-defined]
 
     def mistaken(_: Any, ctx: Any, /, **settings: Any) -> Any:
-        found = of(tokcache.llama.memories.Memory, ctx, **settings)
-        return tokcache.llama.memories.Memory("attention", refusal=found.refusal)
+        found = of(tokcache.llama.memory_type.MemoryType, ctx, **settings)
+        return tokcache.llama.memory_type.MemoryType("attention", refusal=found.refusal)
 
-    monkeypatch.setattr(tokcache.llama.memories.Memory, "of", classmethod(mistaken))
+    monkeypatch.setattr(tokcache.llama.memory_type.MemoryType, "of", classmethod(mistaken))
     for memory in ("mamba", "lfm2", "window"):
         llm = model(memory, store())
         answer(llm, list(range(100, 180)))

@@ -26,7 +26,7 @@ def test_contexts_that_need_every_row_run_uncached(settings: Any, reason: str) -
     llm = llama(store(), **settings)
     if reason == "embedding_context":
         assert len(llm.embed("Hello")) > 0
-        assert llm._uncached == reason
+        assert llm._states.uncached == reason
         return
     for _ in range(2):
         answer = llm.create_completion("Hello " * 40, logprobs=2, **GREEDY)
@@ -129,17 +129,17 @@ def test_blocks_restored_after_a_foreign_state_make_nothing_savable() -> None:
     llm.load_state(other.save_state())
     next(llm.generate([5] * 100 + [6] * 50, temp=0.0))
     assert (llm.last_reuse.n_in_context, llm.last_reuse.n_restored) == (50, 50)
-    assert llm._n_own == 0
+    assert llm._record.n_known == 0
 
 
 def test_blocks_are_refused_where_seq_cp_would_end_the_process() -> None:
     from tokcache.errors import StateError  # noqa: PLC0415
-    from tokcache.llama.memories import Memory  # noqa: PLC0415
+    from tokcache.llama.memory_type import MemoryType  # noqa: PLC0415
     from tokcache.llama.sequence import Sequence  # noqa: PLC0415
 
     single = plain()
     single.eval([5] * BLOCK)
-    sequence = Sequence(single.ctx, Memory.of(single.ctx), is_unified=False)
+    sequence = Sequence(single.ctx, MemoryType.of(single.ctx), is_unified=False)
     for use in (
         lambda: sequence.read_block(0, BLOCK, memoryview(bytearray(9))),
         lambda: sequence.write_block(0, BLOCK, memoryview(bytearray(9))),

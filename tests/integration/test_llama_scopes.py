@@ -18,7 +18,7 @@ from tests.integration.models import BLOCK, GREEDY, llama, llama_cpp, store, tex
 from tokcache import samples
 from tokcache.errors import InvalidScope
 from tokcache.llama import Reuse
-from tokcache.llama.inprocess import Scoped
+from tokcache.llama.scopes import ScopedItems
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,19 +134,19 @@ def test_a_chat_handler_that_asks_late_asks_for_the_requests_scope() -> None:
 
     def late(*, llama: Any, stream: bool, **_: Any) -> Any:
         assert stream
-        seen.append(llama._request_scope())
+        seen.append(llama._scopes.current())
         for part in llama.create_completion(PROMPT, stream=True, **LONG):
-            seen.append(llama._request_scope())
+            seen.append(llama._scopes.current())
             yield part
 
     llm._chat_handlers["late"], llm.chat_format = late, "late"
 
     def ask(scope: str) -> None:
         answer = llm.create_chat_completion(USER, stream=True, scope=scope)
-        assert isinstance(answer, Scoped)
-        assert llm._request_scope() is None
+        assert isinstance(answer, ScopedItems)
+        assert llm._scopes.current() is None
         for _ in answer:
-            assert llm._request_scope() is None
+            assert llm._scopes.current() is None
         answer.close()
 
     ask("a")
@@ -173,7 +173,7 @@ def test_interleaved_streams_of_two_scopes_keep_theirs(
             part = next(stream, None)
             if part is not None:
                 parts[k] += text(part)
-                assert llm._held_scope == scopes[k]
+                assert llm._record.scope == scopes[k]
             if i == 0:
                 reused.append(sum(reuse(llm)))
     assert reused[:2] == [0, 0]
@@ -316,7 +316,7 @@ def test_threads_of_many_scopes_never_meet(expected: dict[str, str]) -> None:
 
     def held(tokens: Any) -> Any:
         rest = hold(tokens)
-        found.append((llm._request_scope(), sum(reuse(llm))))
+        found.append((llm._scopes.current(), sum(reuse(llm))))
         return rest
 
     llm._hold = held

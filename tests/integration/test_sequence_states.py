@@ -355,7 +355,7 @@ def test_llama_and_a_loop_of_ones_own_restore_the_same_blocks(loops: list[Loop])
     llm.close()
     loop, alone = Loop("attention", n_seq_max=2), Loop("attention")
     loops += [loop, alone]
-    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=llm._fingerprint)
+    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=llm._states.fingerprint)
     n_past = sequences.restore(prompt, 0)
     assert n_past == len(prompt) - 1
     ours = loop.decode(prompt[n_past:], 0, n_past)

@@ -145,15 +145,27 @@ def model_files(path: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What `describe` asks of a llama_cpp.Llama."""
+class LoadedModel:
+    """The settings with which a model and its context were made."""
 
     context_params: Any
     model_params: Any
-    kv_overrides: Any
+    kv_overrides: Mapping[str, Any] | None
     lora_scale: float
     tensor_split: Sequence[float] | None
     metadata: Mapping[str, str]
+
+    @classmethod
+    def of(cls, llm: Any) -> LoadedModel:
+        """Return those of a llama_cpp.Llama."""
+        return cls(
+            llm.context_params,
+            llm.model_params,
+            llm.kv_overrides,
+            llm.lora_scale,
+            llm.tensor_split,
+            llm.metadata,
+        )
 
 
 def state_fingerprint(
@@ -182,7 +194,7 @@ def state_fingerprint(
     files = LoadedFiles.at(str(model_path), lora_path)
     if files is None:
         raise MissingFile(f"{model_path}, a part of it or the LoRA file {lora_path} is not there")
-    loaded = _Loaded(context_params, model_params, kv_overrides, lora_scale, tensor_split, {})
+    loaded = LoadedModel(context_params, model_params, kv_overrides, lora_scale, tensor_split, {})
     return fingerprint(loaded, files, None)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tokcache._validate import require_int
 from tokcache.errors import InvalidConfig, StateError
 from tokcache.llama.keeper import Keeper
-from tokcache.llama.memories import Memory
+from tokcache.llama.memory_type import MemoryType
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import OWN_SCOPE
 from tokcache.state.cache import PrefixStateCache
@@ -88,7 +88,7 @@ class SequenceStates:
             raise InvalidConfig(f"fingerprint must be bytes, at least one, not {fingerprint!r}")
         _require_blocks(ctx)
         self._ctx = ctx
-        self._memory = Memory.of(ctx)
+        self._memory = MemoryType.of(ctx)
         self._cache = states
         self._states = states.namespace(fingerprint, scope=scope, aligned=self._memory.is_recurrent)
         self._scratch = int(llama_cpp.llama_n_seq_max(ctx)) - 1
@@ -113,7 +113,7 @@ class SequenceStates:
         """
         n_past = require_int("n_past", n_past, 0)
         n_tokens = require_int("n_tokens", n_tokens, n_past)
-        step = self._memory.stops(self._cache.block_tokens, is_exact=False)
+        step = self._memory.stops(self._cache.block_tokens, is_reproducible=False)
         stops = set(range(n_past // step * step + step, n_tokens, step) if step else ())
         if self._memory.is_recurrent:
             stops.add(n_tokens - 1)
@@ -207,7 +207,7 @@ class SequenceStates:
                 scratch=self._scratch,
                 is_alone=False,
             )
-            keeper = Keeper(sequence, self._memory, is_exact=False)
+            keeper = Keeper(sequence, self._memory)
             self._own[seq_id] = _Own(sequence, keeper, self._states)
         return self._own[seq_id]
 
