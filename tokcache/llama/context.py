@@ -1,7 +1,7 @@
 """ContextRecord: which tokens a llama.cpp context holds, and how each position was written.
 
-llama.cpp keeps states and forgets the tokens that they come from. The record keeps the tokens and
-three claims, each about the first positions of the context:
+llama.cpp keeps states, but not the tokens that they come from. The record keeps the tokens and
+three claims about the first positions of the context:
 
     0 <= n_aligned <= n_known <= n_tokens
 

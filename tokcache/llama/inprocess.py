@@ -222,7 +222,7 @@ class Llama(LoadedLlama):
                 super().load_state(state)
             except BaseException:
                 self._record.loaded(self._scopes.current())
-                self.reset()  # nobody knows how much of it was loaded
+                self.reset()  # it is not known how much of it was loaded
                 raise
             self._record.loaded(self._scopes.current())
 

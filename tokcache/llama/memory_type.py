@@ -109,7 +109,7 @@ class MemoryType:
         if self.window and block_tokens > self.window:
             return "window_smaller_than_block"
         if self.window and self.n_cells < n_ctx and self.n_cells % block_tokens:
-            return "window_off_the_grid"
+            return "window_not_aligned"
         return None
 
 

@@ -2,7 +2,7 @@
 
 It decides whether states are cached at all and under which fingerprint, where a decode has to stop
 because a state can't be saved later, and how much of the context a prompt can build on. `Keeper`
-knows how a memory type saves and restores; `ContextRecord` knows what the context holds.
+knows how a memory type saves and restores; `ContextRecord` knows the held positions.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class ModelStates:
                 self.uncached = "model_file_changed" if is_change else "fingerprint_failed"
         return self.fingerprint
 
-    # Decoding: where to stop, and what to save there
+    # Decoding: where to stop and save
 
     def n_next(self, n_left: int, n_batch: int) -> int:
         """Return how many of `n_left` tokens to decode in one batch: not beyond the next save."""
@@ -254,6 +254,9 @@ class ModelStates:
             n_in_context = min(n_in_context, record.n_aligned) // n_block * n_block
         if not self.trim(n_in_context):
             n_in_context = 0
+            if self.sequence is not None:
+                self.sequence.clear()
+                record.reset()
         record.prompt_begins(scope, work, len(ids))
         n_held = self.restore(ids, n_in_context)
         return min(n_in_context, n_held), n_held

@@ -42,7 +42,7 @@ REASONS = {
         "with reproducible=True a block must not be longer than the model's sliding window",
         "pass PrefixStateCache(block_tokens=…) no larger than the window, or reproducible=False",
     ),
-    "window_off_the_grid": Reason(
+    "window_not_aligned": Reason(
         "with reproducible=True the cells of the sliding window must be a multiple of a block's",
         "pass PrefixStateCache(block_tokens=…) that divides 256, swa_full=True, or "
         "reproducible=False",

@@ -31,7 +31,7 @@ OWN_SCOPE: Any = object()
 
 
 class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
-    """llama.cpp's own tokenizer behind an L0 cache, keyed by bytes, add_bos, special and scope."""
+    """llama.cpp's own tokenizer with an L0 cache, keyed by bytes, add_bos, special and scope."""
 
     def __init__(self, model: Any, scope: str | None, l0: L0Cache | None = None) -> None:
         self._model = model
