@@ -261,7 +261,7 @@ ContextMachine.TestCase.settings = settings(max_examples=100, stateful_step_coun
 TestContextMachine = ContextMachine.TestCase
 
 
-# What the machine's bounds would also allow a record that never claims anything
+# A record that never claims anything would pass the machine: these need the claims
 
 
 def eval_tokens(record: ContextRecord, n: int, n_batch: int, scope: str | None = None) -> None:
