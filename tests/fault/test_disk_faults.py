@@ -308,8 +308,9 @@ def test_a_file_that_may_not_grow_is_taken_back(tmp_path: Path) -> None:
 
 def test_a_permission_that_is_lost_costs_a_miss(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    for parent in list(tmp_path.parents)[:2]:
-        parent.chmod(0o755)
+    for parent in tmp_path.parents:  # made 0700 by pytest, one more of them in a process of -n
+        if parent.name.startswith(("pytest-", "popen-")):
+            parent.chmod(0o755)
 
     def work() -> None:
         if os.geteuid() == 0:  # root may all
