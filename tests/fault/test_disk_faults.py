@@ -26,9 +26,10 @@ import pytest
 
 from tests.state.engine import Engine, restored
 from tests.state.test_disk import all_bytes, cache_on, files, found, int32
+from tokcache.errors import StateRefused
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.names import Owner, child_name, root_name
-from tokcache.state.tiers import Address, StateRefused
+from tokcache.state.tiers import Address
 from tokcache.state.tiers.block_file import HEAD_BYTES, MAGIC
 from tokcache.state.tiers.disk import MARKER, DiskTier
 
