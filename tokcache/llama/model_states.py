@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tokcache.errors import StateError
+from tokcache.errors import FileChanged, StateError
 from tokcache.llama.context import MIXED, UNKNOWN, n_shared
-from tokcache.llama.file_digests import FileChanged
 from tokcache.llama.fingerprint import fingerprint
 from tokcache.llama.keeper import Keeper
 from tokcache.llama.reasons import explained, is_known
