@@ -150,8 +150,8 @@ class Llama(LoadedLlama):
             super().eval(tokens)
         except BaseException as error:
             # Only of attention is it known that a failed batch has changed nothing before it.
-            is_plain = states.memory.is_plain and self._sequence is not None
-            is_intact = is_plain and self._sequence.trim(start, in_place=self.reproducible)
+            sequence = self._sequence if states.memory.is_plain else None
+            is_intact = sequence is not None and sequence.trim(start, in_place=self.reproducible)
             if not is_intact:
                 self._ctx.kv_cache_clear()
             record.decode_failed(is_rest_intact=is_intact)
@@ -217,12 +217,15 @@ class Llama(LoadedLlama):
     def load_state(self, state: Any) -> None:
         """Load a whole context's state; it is never stored in the prefix cache."""
         with self._open_gate().step():
+            ids = self._record.ids
             self._record.update_begins()
             try:
                 super().load_state(state)
             except BaseException:
+                # It is not known how much of the state was loaded.
                 self._record.loaded(self._scopes.current())
-                self.reset()  # it is not known how much of it was loaded
+                self._record.ids = ids
+                self.reset()
                 raise
             self._record.loaded(self._scopes.current())
 
