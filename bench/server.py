@@ -254,7 +254,7 @@ def main(argv: list[str]) -> int:
         for system in systems:
             opened.callback(system.close)
         expected, phases = play(systems, asked)
-        stats = {name: systems[i].client.reuse_stats() for i, name in ((2, OURS), (3, EXACT))}
+        stats = {name: systems[i].client.stats() for i, name in ((2, OURS), (3, EXACT))}
     equality = compare(expected, phases)
     held: dict[str, list[TokenIds]] = {}
     found = {phase.name: figures(phase, held) for phase in phases}
