@@ -376,7 +376,7 @@ def test_added_tokens_are_grouped_by_kind_and_only_some_are_named() -> None:
     shown = report(explained("many_gpt2"))
     assert "cut out, but no chunk begins there (added tokens overlap" in shown
     assert " and 39 more" in shown
-    blanks = report(explained("with_blanks_gpt2"))
+    blanks = report(explained("with_whitespace_gpt2"))
     assert '"New York"' in blanks
     assert "a⏎b" in blanks
 
