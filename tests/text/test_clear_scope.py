@@ -147,9 +147,7 @@ def test_l1_does_not_store_walks_from_before_their_scope_was_cleared(name: str) 
     one, text = CacheWithEncoders(name), numbered(20) + "a short end"
     walks = {scope: one.cache.look(text, False, scope, 0) for scope in (0, 1, 2)}
     one.cache.clear(scope=1)
-    late = one.cache.look(
-        "another " + text, False, 1, 0
-    )  # `since=0`: before the clear
+    late = one.cache.look("another " + text, False, 1, 0)  # `since=0`: before the clear
     for walk in (*walks.values(), late):
         assert one.complete(walk) in (one.right(text), one.right("another " + text))
         one.check()
