@@ -131,14 +131,14 @@ def test_l1_clears_the_chunks_and_segments_of_one_scope_only(name: str, kind: st
     )
     for scope, is_known in ((0, True), (2, True), (1, False)):
         before = one.cache.stats()
-        assert one.ids(texts[0], scope=scope) == one.right(texts[0])
+        assert one.ids(texts[0], scope=scope) == one.expected(texts[0])
         assert (one.cache.stats().engine_chars == before.engine_chars) is is_known
     one.check()
     for scope in (0, 1, 2):
         one.cache.clear(scope=scope)
     assert one.cache.stats().n_chunks == one.cache.stats().n_shorts == 0
     assert one.cache.memory_usage() == 0
-    assert one.ids(texts[0]) == one.right(texts[0])
+    assert one.ids(texts[0]) == one.expected(texts[0])
     one.check()
 
 
@@ -149,7 +149,7 @@ def test_l1_does_not_store_walks_from_before_their_scope_was_cleared(name: str) 
     one.cache.clear(scope=1)
     late = one.cache.look("another " + text, False, 1, 0)  # `since=0`: before the clear
     for walk in (*walks.values(), late):
-        assert one.complete(walk) in (one.right(text), one.right("another " + text))
+        assert one.complete(walk) in (one.expected(text), one.expected("another " + text))
         one.check()
     assert {scope for _, _, scope, *_ in one.cache.held_chunks()} == {0, 2}
     assert {scope for _, _, scope, _ in one.cache.held_shorts()} == {0, 2}
@@ -181,7 +181,7 @@ class _Machine(RuleBasedStateMachine):
         before = self.one.cache.stats()
         found = self.one.ids(self.texts[at], scope=scope)
         after = self.one.cache.stats()
-        assert found in (None, self.one.right(self.texts[at]))
+        assert found in (None, self.one.expected(self.texts[at]))
         if scope in self.empty and found is not None:
             assert after.chunk_hits == before.chunk_hits
         self.empty.discard(scope)
@@ -197,7 +197,7 @@ class _Machine(RuleBasedStateMachine):
         if self.walks:
             at = data.draw(st.integers(0, len(self.walks) - 1))
             scope, text, walk = self.walks.pop(at)
-            assert self.one.complete(walk) == self.one.right(text)
+            assert self.one.complete(walk) == self.one.expected(text)
             if id(walk) not in self.cleared_since:
                 self.empty.discard(scope)
 

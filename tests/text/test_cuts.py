@@ -112,11 +112,11 @@ def _cuts(rng: random.Random) -> Iterator[Cut]:
         for more in ["", *SOME]:
             yield Cut(more + left, right)
             yield Cut(left, right + more)
-    for before, left, right, behind in product(SOME, repeat=4):
-        yield Cut(before + left, right + behind)
+    for before, left, right, after in product(SOME, repeat=4):
+        yield Cut(before + left, right + after)
     around = ["", *FEW, *map("".join, product(FEW, repeat=2))]
-    for before, left, right, behind in product(around, FEW, FEW, around):
-        yield Cut(before + left, right + behind)
+    for before, left, right, after in product(around, FEW, FEW, around):
+        yield Cut(before + left, right + after)
     for _ in range(N_RANDOM):
         sides = ["".join(rng.choices(MANY, k=rng.randint(1, 3))) for _ in range(2)]
         yield Cut(*sides)
@@ -423,7 +423,9 @@ ON: dict[str, Build] = {
     "dropout_zero": SYNTHETIC["dropout_zero"],
     "no_normalizer": _added("gpt2", AddedToken("hello", normalized=True, lstrip=True)),
     "first_phase": _added("bert_uncased", AddedToken("hello", normalized=False, rstrip=True)),
-    "apart": _added("gpt2", AddedToken("ab|", normalized=False), AddedToken("cd", normalized=True)),
+    "no_overlap": _added(
+        "gpt2", AddedToken("ab|", normalized=False), AddedToken("cd", normalized=True)
+    ),
 }
 
 
@@ -438,7 +440,7 @@ def test_l1_stays_on_if_one_condition_for_off_is_missing(name: str) -> None:
 # ---- tokenizers that allow cuts at added tokens only
 
 
-def _bpe_alone(**settings: Any) -> Build:
+def _bpe_without_pre_tokenizer(**settings: Any) -> Build:
     def made() -> Tokenizer:
         tokens = [*map(chr, range(32, 127)), "ab</w>", "##b", "ab"]
         vocabulary = {one: at for at, one in enumerate(tokens)}
@@ -447,7 +449,7 @@ def _bpe_alone(**settings: Any) -> Build:
     return made
 
 
-def _word_piece_alone() -> Tokenizer:
+def _word_piece_without_pre_tokenizer() -> Tokenizer:
     return Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))  # noqa: S106
 
 
@@ -517,19 +519,19 @@ NO_CUT: dict[str, tuple[Build, str]] = {
         _NO_PROOF + "only BPE merges neighbours and nothing else",
     ),
     "word_piece_alone": (
-        _word_piece_alone,
+        _word_piece_without_pre_tokenizer,
         _NO_PROOF + "only BPE merges neighbours and nothing else",
     ),
     "merges_ignored": (
-        _bpe_alone(ignore_merges=True),
+        _bpe_without_pre_tokenizer(ignore_merges=True),
         _NO_PROOF + "a whole text in the vocabulary skips the merges",
     ),
     "ends_marked": (
-        _bpe_alone(end_of_word_suffix="</w>"),
+        _bpe_without_pre_tokenizer(end_of_word_suffix="</w>"),
         _NO_PROOF + "the ends of a text are marked",
     ),
     "beginnings_marked": (
-        _bpe_alone(continuing_subword_prefix="##"),
+        _bpe_without_pre_tokenizer(continuing_subword_prefix="##"),
         _NO_PROOF + "the ends of a text are marked",
     ),
 }
@@ -548,7 +550,7 @@ def test_cuts_in_text_are_refused_for_the_stated_reason(name: str) -> None:
 
 
 def test_a_plain_bpe_vocabulary_proves_cuts() -> None:
-    plan = plan_cuts(_bpe_alone()())
+    plan = plan_cuts(_bpe_without_pre_tokenizer()())
     assert plan.refused == ()
     assert plan.allows(C.DIGIT, C.LETTER)
     assert not plan.allows(C.LETTER, C.LETTER)  # the token "ab"
@@ -557,8 +559,8 @@ def test_a_plain_bpe_vocabulary_proves_cuts() -> None:
 
 def test_an_unknown_post_processor_refuses_texts_with_special_tokens() -> None:
     around = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    behind = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    plan = plan_cuts(_with("gpt2", post_processor=processors.Sequence([around, behind]))())
+    after = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    plan = plan_cuts(_with("gpt2", post_processor=processors.Sequence([around, after]))())
     assert plan.refused == ("the post-processor does more than put ids around",)
     assert plan.affixes == (((), ()), None)
     assert any(plan.fine)

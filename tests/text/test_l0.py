@@ -309,7 +309,7 @@ def test_scopes_without_entries_take_no_memory(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=10)
     for i in range(1000):
         cache.put("text", [i], scope=f"tenant {i}")
-        cache.get("text", scope=f"nobody {i}")
+        cache.get("text", scope=f"unused {i}")
     cache._check()
     assert len(cache) == 10
     assert cache.memory_usage() < 20_000

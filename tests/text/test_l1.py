@@ -333,7 +333,7 @@ def test_verification_finds_a_wrong_answer_that_was_cached(
     assert _cached_ids(wrapped, TEXT) == right
 
 
-def test_without_verification_a_wrong_answer_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_verification_a_wrong_answer_is_not_found(caplog: pytest.LogCaptureFixture) -> None:
     wrapped = _wrapped(verify_rate=0.0)
     _use(wrapped, _with_a_wrong_first_id)
     right = _plain_ids(SYNTHETIC["gpt2"](), TEXT)

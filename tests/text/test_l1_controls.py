@@ -98,7 +98,7 @@ def _state(made: Tokenizer, part: str) -> str:
 
 
 REFUSALS: dict[str, tuple[Disable, IsConcerned]] = {
-    "normalized tokens behind a normalizer": (
+    "normalized tokens with a normalizer": (
         _replaced_by(planner, "may_appear", value=False),
         _is_normalized,
     ),

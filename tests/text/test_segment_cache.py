@@ -80,7 +80,7 @@ class CacheWithEncoders:
             texts = walk.joined(variant, -1, encoder.between, sizes, None, max_chars, 64)
             assert walk.take(encoder.encode(texts), encoder.separator, sizes)
 
-    def right(self, text: str, special: bool = False) -> list[int]:
+    def expected(self, text: str, special: bool = False) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
@@ -134,7 +134,7 @@ def test_two_byte_words_hit_inside_four_byte_strings() -> None:
         "ef \u0438\u0439 gh \U0001f601",
         "ij \u0438\u0439 kl",
     ):
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
     assert one.cache.stats().short_hits == 2
 
 
@@ -142,7 +142,7 @@ def test_two_byte_words_hit_inside_four_byte_strings() -> None:
 def test_a_chunk_over_the_budget_evicts_nothing(name: str) -> None:
     one = CacheWithEncoders(name, max_bytes=9_000, cuts_fine=False)
     for text in ("hello", "a" * 20_000, "hello"):
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
     assert one.cache.stats().hits == 1
 
 
@@ -176,7 +176,7 @@ def test_ids_are_correct_and_the_budget_is_kept(name: str, kind: str, max_bytes:
     for text in map(_without_surrogates, texts_with_shared_passages(rng, 8)):
         special, scope = rng.random() < 0.5, rng.choice([0, 0, 1, 2**64 - 1])
         for _ in range(2):
-            assert one.ids(text, special, scope) in (one.right(text, special), None)
+            assert one.ids(text, special, scope) in (one.expected(text, special), None)
             one.check()
     stats = one.cache.stats()
     assert stats.evictions > 0 or max_bytes != 20_000
@@ -191,13 +191,13 @@ def test_evicted_chunks_are_encoded_again(name: str) -> None:
     one = CacheWithEncoders(name, max_bytes=60_000, cuts_fine=False)
     texts = [numbered(15, first=1000 * at) for at in range(20)]
     for text in [*texts, *texts]:
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
         one.check()
     stats = one.cache.stats()
     assert stats.evictions > 20
     assert stats.insertions - stats.evictions == stats.n_chunks
     assert stats.misses > 20
-    assert one.ids(texts[-1]) == one.right(texts[-1])
+    assert one.ids(texts[-1]) == one.expected(texts[-1])
     assert one.cache.stats().hits > stats.hits  # the newest chunk is still cached
 
 
@@ -205,7 +205,7 @@ def test_evicted_chunks_are_encoded_again(name: str) -> None:
 def test_a_chunk_larger_than_the_budget_is_counted_and_not_stored(name: str) -> None:
     one = CacheWithEncoders(name, max_bytes=9_000, cuts_fine=False)
     for text in ("hello", "a" * 20_000, "hello"):
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
         one.check()
     stats = one.cache.stats()
     assert stats.refusals == {"oversize": 1}
@@ -219,7 +219,7 @@ def test_a_run_of_65537_characters_without_a_cut_is_not_stored(name: str) -> Non
     one = CacheWithEncoders(name, max_bytes=64 << 20, cuts_fine=False)
     longest, longer = "a" * (1 << 16), "a" * ((1 << 16) + 1)
     for text in (longest, longest, longer, longer):
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
     stats = one.cache.stats()
     assert (stats.hits, stats.misses, stats.refusals) == (1, 3, {"no_cut": 2})
 
@@ -229,11 +229,11 @@ def test_texts_without_a_proof_are_refused_with_a_reason(name: str) -> None:
     one = CacheWithEncoders(name)
     assert one.ids("half of a pair: \ud83d") is None
     assert one.cache.stats().refusals == {"surrogate": 1}
-    assert one.ids("hello") == one.right("hello")
+    assert one.ids("hello") == one.expected("hello")
     strict = CacheWithEncoders(name, "sequence_of_two_templates")
     assert strict.cache.look("hello", True, 0) is None
     assert strict.cache.stats().refusals == {"post_processor": 1}
-    assert strict.ids("hello", special=False) == strict.right("hello")
+    assert strict.ids("hello", special=False) == strict.expected("hello")
 
 
 # ---- scopes
@@ -246,13 +246,13 @@ def test_scopes_share_nothing(name: str) -> None:
     scopes = [0, 1, 2, 1 << 8, 1 << 16, 1 << 32, 1 << 63, 2**64 - 1]
     for scope in scopes:
         before = one.cache.stats()
-        assert one.ids(text, scope=scope) == one.right(text)
+        assert one.ids(text, scope=scope) == one.expected(text)
         now = one.cache.stats()
         assert (now.hits, now.chunk_hits) == (before.hits, before.chunk_hits)
         assert now.engine_chars > before.engine_chars
     for scope in scopes:
         before = one.cache.stats()
-        assert one.ids(text, scope=scope) == one.right(text)
+        assert one.ids(text, scope=scope) == one.expected(text)
         assert one.cache.stats().engine_chars == before.engine_chars
         assert one.cache.stats().hits == before.hits + 1
     one.check()
@@ -308,7 +308,7 @@ def test_counters_add_up(name: str, kind: str) -> None:
             one.complete(walk)
         n_texts += 1
         n_chars += len(text)
-        n_tokens += len(one.right(text))
+        n_tokens += len(one.expected(text))
     stats = one.cache.stats()
     assert stats.hits + stats.misses == n_texts
     assert stats.lookup_chars == n_chars
@@ -328,7 +328,7 @@ def test_a_cached_text_needs_no_engine(name: str) -> None:
     text = numbered(30)
     one.ids(text)
     before = one.cache.stats()
-    assert one.ids(text) == one.right(text)
+    assert one.ids(text) == one.expected(text)
     now = one.cache.stats()
     assert (now.hits, now.misses) == (before.hits + 1, before.misses)
     assert now.engine_chars == before.engine_chars
@@ -343,7 +343,7 @@ def test_an_insertion_changes_only_nearby_chunks(name: str) -> None:
     one.ids(text)
     before = one.cache.stats()
     changed = text[:9000] + "something new " + text[9000:]
-    assert one.ids(changed) == one.right(changed)
+    assert one.ids(changed) == one.expected(changed)
     assert one.cache.stats().chunk_miss_chars - before.chunk_miss_chars < 8192
 
 
@@ -358,7 +358,7 @@ def test_clear_removes_entries_and_counters(name: str) -> None:
     empty = one.cache.stats()
     assert empty == type(empty)()
     assert one.cache.memory_usage() == 0
-    assert one.ids(text) == one.right(text)
+    assert one.ids(text) == one.expected(text)
     assert (one.cache.stats().hits, one.cache.stats().misses) == (0, 1)
     one.check()
 
@@ -511,7 +511,7 @@ def test_chunks_hit_in_strings_of_another_character_width(name: str, late: str) 
     one.ids(text)
     before = one.cache.stats()
     longer = text + late  # `late` decides the character width of the whole string
-    assert one.ids(longer) == one.right(longer)
+    assert one.ids(longer) == one.expected(longer)
     now = one.cache.stats()
     assert now.chunk_miss_chars - before.chunk_miss_chars <= 2048  # only the last chunk
     assert now.lookup_chars - before.lookup_chars > 6000
@@ -525,7 +525,7 @@ def test_segments_hit_in_strings_of_another_character_width(name: str) -> None:
     one.ids("alpha beta")
     for at, late in enumerate(("\xe9", "\u201d", "\U0001f600")):
         text = f"alpha beta {late}"
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
         assert one.cache.stats().short_hits == 2 * (at + 1) > 0
     one.check()
 
@@ -537,8 +537,8 @@ def test_equal_bytes_of_another_character_width_are_different_keys(
 ) -> None:
     one = CacheWithEncoders(name)
     for text in (wide * 8, bytes_ * 8, wide * 300, bytes_ * 300, wide * 8, bytes_ * 300):
-        assert one.ids(text) == one.right(text)
-        assert one.ids(text + "\U0001f600") == one.right(text + "\U0001f600")
+        assert one.ids(text) == one.expected(text)
+        assert one.ids(text + "\U0001f600") == one.expected(text + "\U0001f600")
     one.check()
 
 
@@ -556,10 +556,10 @@ def test_a_walk_that_finishes_after_clear_is_correct(name: str, kind: str) -> No
     one.cache.clear()
     one.ids(numbered(3, first=777))
     whole = text[:1500] + "New York " + text[1500:] + "the end"
-    assert one.complete(walk) == one.right(whole, special=True)
+    assert one.complete(walk) == one.expected(whole, special=True)
     one.check()
     for again in (text, whole, text[:1500]):
-        assert one.ids(again) == one.right(again)
+        assert one.ids(again) == one.expected(again)
     one.check()
 
 
@@ -574,15 +574,15 @@ def test_walks_that_finish_in_any_order_are_correct(name: str, kind: str) -> Non
         if hasattr(found, "finish"):
             open_walks.append((found, text))
         elif found is not None:
-            assert found.tolist() == one.right(text)
+            assert found.tolist() == one.expected(text)
         if rng.random() < 0.05:
             one.cache.clear()
         while len(open_walks) > 6:
             walk, of = open_walks.pop(rng.randrange(len(open_walks)))
-            assert one.complete(walk) == one.right(of)
+            assert one.complete(walk) == one.expected(of)
             one.check()
     for walk, of in open_walks:
-        assert one.complete(walk) == one.right(of)
+        assert one.complete(walk) == one.expected(of)
     one.check()
 
 
@@ -595,7 +595,7 @@ def test_an_abandoned_walk_stores_nothing(name: str) -> None:
         assert walk.n_chars > 0
         del walk
     assert one.cache.stats().engine_chars == 0
-    assert one.ids(text) == one.right(text)
+    assert one.ids(text) == one.expected(text)
     one.check()
 
 
@@ -604,12 +604,12 @@ def test_two_walks_of_one_text_store_its_chunks_once(name: str) -> None:
     one = CacheWithEncoders(name)
     text = numbered(20)
     first, second = (one.cache.look(text, False, 0) for _ in range(2))
-    assert one.complete(first) == one.complete(second) == one.right(text)
+    assert one.complete(first) == one.complete(second) == one.expected(text)
     one.check()
     stats = one.cache.stats()
     distinct = {text[start:stop] for start, stop, _ in one.cache.cut(text, False)}
     assert 0 < stats.n_chunks <= len(distinct)
-    assert one.ids(text) == one.right(text)
+    assert one.ids(text) == one.expected(text)
     assert one.cache.stats().hits == stats.hits + 1
 
 
@@ -624,7 +624,7 @@ def test_finish_before_take_raises(name: str) -> None:
     if others:
         with pytest.raises(RuntimeError, match="before every part was taken"):
             walk.finish()
-    assert one.complete(walk) == one.right("hello <s> world")
+    assert one.complete(walk) == one.expected("hello <s> world")
 
 
 # ---- joined
@@ -644,9 +644,17 @@ TEXTS = {
 
 
 def _joined(walk: Any, variant: int, between: str, **how: Any) -> list[str]:
-    settings = {"blank": -1, "sizes": None, "agreed": None, "chars": 10**9, "apart": 10**9} | how
-    blank, sizes, agreed, chars, apart = settings.values()
-    texts: list[str] = walk.joined(variant, blank, between, sizes, agreed, chars, apart)
+    settings = {
+        "spaced_variant": -1,
+        "sizes": None,
+        "agreed": None,
+        "max_chars": 10**9,
+        "max_separators": 10**9,
+    } | how
+    spaced_variant, sizes, agreed, max_chars, max_separators = settings.values()
+    texts: list[str] = walk.joined(
+        variant, spaced_variant, between, sizes, agreed, max_chars, max_separators
+    )
     return texts
 
 
@@ -666,7 +674,7 @@ def test_joined_returns_the_segments_with_the_separator_between(
             assert found == wanted
             assert (found.isascii(), max(found)) == (wanted.isascii(), max(wanted))
             assert hash(found) == hash(wanted)
-            (found,) = _joined(walk, 30, between, blank=variant)
+            (found,) = _joined(walk, 30, between, spaced_variant=variant)
             assert found == between.join(" " + part for part in segments_to_encode(walk, variant))
         assert _joined(walk, 30, between) == []
 
@@ -676,16 +684,19 @@ def test_joined_keeps_the_limits_on_characters_and_segments(name: str) -> None:
     _, walk = _walk(name, "".join(f"<s>{n:04d} {n * 7:09d}" for n in range(100)))
     parts = segments_to_encode(walk, 0)
     assert max(map(len, parts)) < 20
-    for chars in (0, 1, 20, 50, 1000):
-        for apart in (0, 1, 7, 10**9):
-            groups = [one.split("|") for one in _joined(walk, 0, "|", chars=chars, apart=apart)]
+    for max_chars in (0, 1, 20, 50, 1000):
+        for max_separators in (0, 1, 7, 10**9):
+            groups = [
+                one.split("|")
+                for one in _joined(walk, 0, "|", max_chars=max_chars, max_separators=max_separators)
+            ]
             assert [part for group in groups for part in group] == parts
-            assert all(len(group) == 1 or sum(map(len, group)) <= chars for group in groups)
-            assert all(len(group) <= apart + 1 for group in groups)
-            assert len(groups) < len(parts) or chars < 50 or apart == 0
+            assert all(len(group) == 1 or sum(map(len, group)) <= max_chars for group in groups)
+            assert all(len(group) <= max_separators + 1 for group in groups)
+            assert len(groups) < len(parts) or max_chars < 50 or max_separators == 0
     everything = implementation(name).l1.CodePoints([(0, 0x10FFFF)])
     short = [part for part in parts if len(part) <= 9]
-    texts = _joined(walk, 0, "|", agreed=everything, chars=9)
+    texts = _joined(walk, 0, "|", agreed=everything, max_chars=9)
     assert [part for one in texts for part in one.split("|")] == short
     assert len(short) < len(parts)
 
@@ -712,7 +723,7 @@ def test_joined_leaves_out_segments_with_characters_the_encoders_disagree_on(
         [(ord(char), ord(char)) for char in sorted(chars)]
     )
     assert _joined(walk, variant, "|", agreed=of_parts) == ["|".join(parts)]
-    assert one.complete(walk) == one.right(text)
+    assert one.complete(walk) == one.expected(text)
 
 
 @both
@@ -727,10 +738,10 @@ def test_segments_at_proven_cuts_are_joined_without_a_separator(name: str, kind:
     variant = one.plan.variant_of[2]
     sizes = one.sizes[variant]
     assert sizes is not None
-    (apart,) = _joined(walk, variant, "|")
+    (separated,) = _joined(walk, variant, "|")
     (seamless,) = _joined(walk, variant, "|", sizes=sizes)
-    assert seamless.count("|") < apart.count("|") // 2
-    assert seamless.replace("|", "") == apart.replace("|", "")
+    assert seamless.count("|") < separated.count("|") // 2
+    assert seamless.replace("|", "") == separated.replace("|", "")
     encoder = one.encoders[variant]
     (together,) = _joined(walk, variant, encoder.between, sizes=sizes)
     (ids,) = encoder.encode([together])
@@ -739,8 +750,8 @@ def test_segments_at_proven_cuts_are_joined_without_a_separator(name: str, kind:
     assert not walk.take([], encoder.separator, sizes)
     assert not walk.take([ids, ids], encoder.separator, sizes)
     assert walk.take([ids], encoder.separator, sizes)
-    assert one.complete(walk) == one.right(text)
-    assert one.ids(text) == one.right(text)
+    assert one.complete(walk) == one.expected(text)
+    assert one.ids(text) == one.expected(text)
 
 
 @both
@@ -759,7 +770,7 @@ def test_ids_that_lack_a_separator_are_refused(name: str) -> None:
             assert walk.take([ids[:i] + wrong + ids[i + 1 :]], encoder.separator, sizes) is False
     assert walk.take([[10**6, *ids[1:]]], encoder.separator, sizes) is None
     assert walk.take([ids], encoder.separator, sizes)
-    assert one.complete(walk) == one.right(text)
+    assert one.complete(walk) == one.expected(text)
 
 
 @both
@@ -775,10 +786,10 @@ def test_a_token_across_the_end_of_a_chunk_is_refused(name: str) -> None:
     tokens = {len(token): index for token, index in one.tokenizer.get_vocab().items()}
     for left, right in ((cut - 1, cut + 1), (cut - 2, cut + 1)):
         across = tokens[right - left]  # one token of the same length in bytes
-        ids = [*one.right(text[:left]), across, *one.right(text[right:])]
+        ids = [*one.expected(text[:left]), across, *one.expected(text[right:])]
         assert not walk.take([ids], encoder.separator, sizes)
-    assert walk.take([one.right(text)], encoder.separator, sizes)
-    assert one.complete(walk) == one.right(text)
+    assert walk.take([one.expected(text)], encoder.separator, sizes)
+    assert one.complete(walk) == one.expected(text)
 
 
 def test_a_strided_buffer_of_ids_is_refused() -> None:
@@ -832,7 +843,7 @@ def test_take_accepts_every_form_of_ids(name: str, form: Any) -> None:
     assert walk.take([form(ids)], 99, None)
     assert walk.finish().tolist() == [11, 12, 13, 0]
     _, walk = _walk(name, "alpha beta<s>gamma")
-    assert len(_joined(walk, 0, "|", apart=1)) == 2
+    assert len(_joined(walk, 0, "|", max_separators=1)) == 2
     assert walk.take([form([11, 99, 12]), form([13])], 99, None)
     assert walk.finish().tolist() == [11, 12, 0, 13]
 
@@ -858,20 +869,22 @@ def test_take_refuses_a_wrong_number_of_segments(name: str, encoded: Sequence[li
     assert len(_joined(walk, 0, "|")) == 1
     assert not walk.take([array("i", ids) for ids in encoded], 99, None)
     assert not walk.take(list(encoded), 99, None)
-    assert one.complete(walk) == one.right("alpha beta<s>gamma")  # correct ids are still accepted
+    assert one.complete(walk) == one.expected(
+        "alpha beta<s>gamma"
+    )  # correct ids are still accepted
     one.check()
-    assert one.ids("alpha beta<s>gamma") == one.right("alpha beta<s>gamma")
+    assert one.ids("alpha beta<s>gamma") == one.expected("alpha beta<s>gamma")
 
 
 @both
 def test_take_accepts_ids_one_variant_at_a_time(name: str) -> None:
     one, walk = _walk(name, "alpha beta<s>gamma alpha", "llama2")
     first, inside = variants_to_encode(walk)
-    assert len(_joined(walk, inside, "", chars=0)) == len(segments_to_encode(walk, inside)) > 0
+    assert len(_joined(walk, inside, "", max_chars=0)) == len(segments_to_encode(walk, inside)) > 0
     assert not walk.take([[1]] * (len(segments_to_encode(walk, inside)) + 1), -1, None)
     one.take(walk, [first])
     assert _joined(walk, first, "") == []
-    assert one.complete(walk) == one.right("alpha beta<s>gamma alpha")
+    assert one.complete(walk) == one.expected("alpha beta<s>gamma alpha")
 
 
 @both

@@ -443,7 +443,7 @@ FALSE_ENTRIES: dict[str, tuple[tuple[Entry, bytes, bytes], str]] = {
     "a scope without a name": (entry("hello", HELLO, scope=2), "no known kind"),
     "an unknown kind": (entry("hello", HELLO, kind=3), "no known kind"),
     "an unknown flag": (entry("hello", HELLO, flag=2), "no known kind"),
-    "an id beyond the vocabulary": (entry("hello", [5000]), "the token id 5,000"),
+    "an id outside the vocabulary": (entry("hello", [5000]), "the token id 5,000"),
     "the largest id": (entry("hello", [2**31 - 1]), "the token id 2,147,483,647"),
     "a negative id": (entry("hello", [-1]), "the token id 4,294,967,295"),
     "other ids": (entry("hello", [*HELLO, 7]), "other ids for a text"),
@@ -590,7 +590,7 @@ def filled_by_tenants(**settings: Any) -> Wrapped:
     return tok
 
 
-def n_known_in(tok: Wrapped, scope: str | None) -> tuple[int, int]:
+def n_entries_of_scope(tok: Wrapped, scope: str | None) -> tuple[int, int]:
     """Return the number of texts of a scope, and the number of its segments."""
     l0, l1 = tok._tokcache._generation.l0, tok._tokcache.l1
     parts = [*l1.parts.held_chunks(), *l1.parts.held_shorts()]
@@ -601,12 +601,12 @@ def n_known_in(tok: Wrapped, scope: str | None) -> tuple[int, int]:
 
 
 @on_both
-def test_scopes_stay_apart(tmp_path: Path, engine_calls: Counter[str]) -> None:
+def test_loaded_entries_stay_in_their_scope(tmp_path: Path, engine_calls: Counter[str]) -> None:
     tok, new = filled_by_tenants(), wrapped()
     tok.cache_dump(tmp_path / "cache")
     new.cache_load(tmp_path / "cache")
     for scope in (None, "a", "b"):
-        n_texts, n_parts = n_known_in(new, scope)
+        n_texts, n_parts = n_entries_of_scope(new, scope)
         assert n_texts == len(LONG)
         assert n_parts > 0
         engine_calls.clear()
@@ -616,13 +616,13 @@ def test_scopes_stay_apart(tmp_path: Path, engine_calls: Counter[str]) -> None:
         other = "b" if scope == "a" else "a"
         assert new._tokcache.get(f"{scope}: {LONG[0]}", True, other) is None
         before = new.cache_stats().l1.engine_chars
-        new.token_ids(f"{scope}: {LONG[0]}", scope=f"nobody {scope}")
+        new.token_ids(f"{scope}: {LONG[0]}", scope=f"another {scope}")
         assert new.cache_stats().l1.engine_chars > before
-    assert n_known_in(new, "c") == (0, 0)
+    assert n_entries_of_scope(new, "c") == (0, 0)
 
 
 @on_both
-@pytest.mark.parametrize("scopes", [["a"], [None], ["a", None], ("b",), {"nobody"}, []])
+@pytest.mark.parametrize("scopes", [["a"], [None], ["a", None], ("b",), {"another"}, []])
 def test_only_the_given_scopes_are_dumped_or_loaded(tmp_path: Path, scopes: Any) -> None:
     tok = filled_by_tenants()
     whole = tok.cache_dump(tmp_path / "whole")
@@ -635,7 +635,7 @@ def test_only_the_given_scopes_are_dumped_or_loaded(tmp_path: Path, scopes: Any)
     for new, file, asked in ((wrapped(), "some", None), (wrapped(), "whole", scopes)):
         new.cache_load(tmp_path / file, scopes=asked)
         for scope in (None, "a", "b"):
-            n_texts, n_parts = n_known_in(new, scope)
+            n_texts, n_parts = n_entries_of_scope(new, scope)
             assert n_texts == len(LONG) * (scope in scopes)
             assert (n_parts > 0) == (scope in scopes)
     raw = (tmp_path / "some").read_bytes()
@@ -651,9 +651,13 @@ def test_a_scoped_tokenizer_dumps_and_loads_its_own_scope(tmp_path: Path) -> Non
     tok.cache_dump(tmp_path / "all")
     new = wrapped()
     new.scoped("b").cache_load(tmp_path / "all")
-    assert [n_known_in(new, scope)[0] for scope in (None, "a", "b")] == [0, 0, len(LONG)]
+    assert [n_entries_of_scope(new, scope)[0] for scope in (None, "a", "b")] == [0, 0, len(LONG)]
     new.scoped("b").cache_load(tmp_path / "all", scopes=["a"])
-    assert [n_known_in(new, scope)[0] for scope in (None, "a", "b")] == [0, len(LONG), len(LONG)]
+    assert [n_entries_of_scope(new, scope)[0] for scope in (None, "a", "b")] == [
+        0,
+        len(LONG),
+        len(LONG),
+    ]
 
 
 @pytest.mark.parametrize("scopes", ["tenant-a", b"a", 5, [5], [b"a"], iter(["a"])])
@@ -674,8 +678,8 @@ def test_segments_whose_scope_name_is_gone_are_left_out(tmp_path: Path) -> None:
     assert report.left_out["no_name"] > 0
     new = wrapped()
     new.cache_load(tmp_path / "cache")
-    assert n_known_in(new, None)[1] > 0
-    assert [n_known_in(new, scope) for scope in ("a", "b")] == [(0, 0), (0, 0)]
+    assert n_entries_of_scope(new, None)[1] > 0
+    assert [n_entries_of_scope(new, scope) for scope in ("a", "b")] == [(0, 0), (0, 0)]
 
 
 def test_a_file_holds_at_most_max_scopes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -684,8 +688,8 @@ def test_a_file_holds_at_most_max_scopes(tmp_path: Path, monkeypatch: pytest.Mon
     assert report.left_out["scopes"] > 0
     new = wrapped()
     new.cache_load(tmp_path / "cache")
-    assert sorted(n_known_in(new, scope)[0] for scope in ("a", "b")) == [0, len(LONG)]
-    assert n_known_in(new, None)[0] == len(LONG)
+    assert sorted(n_entries_of_scope(new, scope)[0] for scope in ("a", "b")) == [0, len(LONG)]
+    assert n_entries_of_scope(new, None)[0] == len(LONG)
 
 
 # ---- budgets

@@ -71,12 +71,12 @@ def test_repr_shows_the_wrapped_tokenizer_and_the_cache_sizes(kind: str) -> None
     wrapped: Any = tokcache.wrap(plain, tokcache.CacheConfig(engine="tokenizers"))
     wrapped.token_ids("a secret of two words", scope="tenant-a")
     stats = wrapped.cache_stats()
-    n_parts = stats.l1.n_chunks + stats.l1.n_shorts
+    n_segments = stats.l1.n_chunks + stats.l1.n_shorts
     start = (
-        f"<tokcache.wrap of {plain!r}: 1 texts and {n_parts} parts held, "
+        f"<tokcache.wrap of {plain!r}: 1 texts and {n_segments} parts held, "
         f"{stats.l0.n_bytes + stats.l1.n_bytes:,} bytes"
     )
-    assert n_parts > 0
+    assert n_segments > 0
     assert repr(wrapped) == f"{start}>"
     assert repr(wrapped.scoped("tenant-a")) == f"{start}, scope 'tenant-a'>"
     assert repr(wrapped.unwrap()) == repr(plain)
@@ -196,7 +196,7 @@ def with_sampling() -> Tokenizer:
     return made
 
 
-def with_python_part() -> Tokenizer:
+def with_python_component() -> Tokenizer:
     made: Any = MADE["word_level"]()
     made.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Spaces())
     return made  # type: ignore[no-any-return]
@@ -213,7 +213,7 @@ def with_empty_token() -> Tokenizer:
 UNCACHED = {
     "bpe_dropout": with_dropout,
     "unigram_sampling": with_sampling,
-    "python_component": with_python_part,
+    "python_component": with_python_component,
     "empty_added_token": with_empty_token,
 }
 
@@ -306,7 +306,7 @@ ARGUMENTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-def test_every_argument_gives_the_tokenizers_own_result(
+def test_every_argument_gives_the_result_of_the_plain_tokenizer(
     plain: Any, wrapped: Any, arguments: dict[str, Any]
 ) -> None:
     for text in ("hello <s> world, quick brown", ["hello world", "fox", "the lazy dog"]):

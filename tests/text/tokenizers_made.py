@@ -98,12 +98,12 @@ def _serialised(make: Callable[[], Tokenizer]) -> str:
     return make().to_str()  # trained once, because the trainers break ties at random
 
 
-def _again(make: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
+def _from_serialised(make: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
     return lambda: Tokenizer.from_str(_serialised(make))
 
 
 KINDS = (byte_level_bpe, word_piece, unigram, word_level)
-MADE: dict[str, Callable[[], Tokenizer]] = {kind.__name__: _again(kind) for kind in KINDS}
+MADE: dict[str, Callable[[], Tokenizer]] = {kind.__name__: _from_serialised(kind) for kind in KINDS}
 
 
 def fast(tokenizer: Tokenizer, **settings: Any) -> Any:

@@ -713,7 +713,7 @@ def _serialised(base: Build) -> str:
     return base().to_str()
 
 
-def _again(base: Build) -> Build:
+def _from_serialised(base: Build) -> Build:
     return lambda: Tokenizer.from_str(_serialised(base))
 
 
@@ -722,12 +722,12 @@ def _tokens(*contents: str, **flags: bool) -> list[AddedToken]:
     return [AddedToken(content, **flags) for content in contents]
 
 
-_GPT2 = _again(_gpt2)
-_QWEN2 = _again(_SPLITS["qwen2"])
-_BERT = _again(_bert)
-_FIRST = _again(_metaspace_first)
-_LLAMA2 = _again(_llama2)
-_MISTRAL = _again(_mistral)
+_GPT2 = _from_serialised(_gpt2)
+_QWEN2 = _from_serialised(_SPLITS["qwen2"])
+_BERT = _from_serialised(_bert)
+_FIRST = _from_serialised(_metaspace_first)
+_LLAMA2 = _from_serialised(_llama2)
+_MISTRAL = _from_serialised(_mistral)
 _BASES = {"gpt2": _GPT2, "bert": _BERT, "first": _FIRST, "llama2": _LLAMA2}
 
 _NORMALIZERS: dict[str, list[Any]] = {
@@ -770,7 +770,7 @@ _NORMALISED: dict[str, Build] = {
     for kind, base in (
         ("qwen2", _QWEN2),
         ("first", _FIRST),
-        ("words", _again(_CLASSIC["whitespace"])),
+        ("words", _from_serialised(_CLASSIC["whitespace"])),
     )
     if kind != "words" or name in {"nfkc", "strip", "replace_grows", "replace_spanning"}
 }
@@ -843,7 +843,7 @@ _PROCESSED: dict[str, Build] = {
     ),
     "bert_processing": _processed(_GPT2, processors.BertProcessing(_END, _S)),
     "roberta_processing": _processed(
-        _again(_SPLITS["gpt2_prefix_space"]),
+        _from_serialised(_SPLITS["gpt2_prefix_space"]),
         processors.RobertaProcessing(_END, _S, trim_offsets=True, add_prefix_space=True),
     ),
     "byte_level_processing": _processed(_GPT2, processors.ByteLevel(trim_offsets=True)),
@@ -888,7 +888,7 @@ def _with_dropout(base: Build, dropout: float | None) -> Build:
     return made
 
 
-_BOTH = _again(_PROCESSED["template_both"])
+_BOTH = _from_serialised(_PROCESSED["template_both"])
 _SETTINGS: dict[str, Build] = {
     "truncation": _truncated(_BOTH, "right"),
     "truncation_left": _truncated(_BERT, "left", stride=2),
@@ -905,16 +905,16 @@ _LITERAL: dict[str, Build] = {
         "gpt2": _BOTH,
         "bert": _BERT,
         "llama2": _LLAMA2,
-        "phi3": _again(_phi3),
+        "phi3": _from_serialised(_phi3),
         "first": _FIRST,
-        "nested": _again(_CONTAINED["nested_gpt2"]),
-        "greedy_strips": _again(_CONTAINED["greedy_strips_gpt2"]),
-        "normalized": _again(_FLAGGED["added_normalized_special_bert"]),
+        "nested": _from_serialised(_CONTAINED["nested_gpt2"]),
+        "greedy_strips": _from_serialised(_CONTAINED["greedy_strips_gpt2"]),
+        "normalized": _from_serialised(_FLAGGED["added_normalized_special_bert"]),
     }.items()
 }
 
 SYNTHETIC: dict[str, Build] = {
-    name: _again(build)
+    name: _from_serialised(build)
     for group in (
         _SPLITS,
         _CLASSIC,
@@ -929,8 +929,8 @@ SYNTHETIC: dict[str, Build] = {
 } | {name: _literal(build) for name, build in _LITERAL.items()}  # not in the serialised form
 
 RANDOM: dict[str, Build] = {
-    "dropout_half": _again(_with_dropout(_GPT2, 0.5)),
-    "dropout_half_llama2": _again(_with_dropout(_LLAMA2, 0.5)),
+    "dropout_half": _from_serialised(_with_dropout(_GPT2, 0.5)),
+    "dropout_half_llama2": _from_serialised(_with_dropout(_LLAMA2, 0.5)),
 }
 
 _MAPPED = ("always", "first", "spaces", "unsplit", "qwen2")
@@ -948,7 +948,7 @@ def precompiled(t5_file: Path) -> dict[str, Build]:
             data["normalizer"] = {"type": "Sequence", "normalizers": [charsmap, *more]}
             return Tokenizer.from_str(json.dumps(data))
 
-        return _again(made)
+        return _from_serialised(made)
 
     made = {
         "precompiled_always": with_map(_MARKED["unigram_always_split"]),
@@ -961,7 +961,7 @@ def precompiled(t5_file: Path) -> dict[str, Build]:
         f"{name}_added": _added(build, *_CONTENTS["non_ascii_normalized"], *_CONTENTS["nested"])
         for name, build in made.items()
     }
-    return {name: _again(build) for name, build in (made | flagged).items()}
+    return {name: _from_serialised(build) for name, build in (made | flagged).items()}
 
 
 def plain(build: Build) -> Tokenizer:
