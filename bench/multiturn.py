@@ -7,10 +7,11 @@ gets a new string object, as in a server. Slow systems take part in every third 
 medians. Memory is on huge pages and stays with the process when freed, so that no system waits for
 new pages.
 
-"All segments cached": prompts of about 12k characters from a replay that the segment cache has seen,
-with room for one whole prompt in L0, so that each is assembled from cached segments. Each system
-has several replays in turn, so that the CPU caches that the previous system left matter little.
-This runs in a new process, because memory that other systems freed would scatter the allocations.
+"All segments cached": prompts of about 12k characters from a replay that the segment cache has
+seen, with room for one whole prompt in L0, so that each is assembled from cached segments. Each
+system has several replays in turn, so that the CPU caches that the previous system left matter
+little. This runs in a new process, because memory that other systems freed would scatter the
+allocations.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def show(rows: list[Row], known: dict[str, Any] | None) -> None:
     if known:
         cells = ", ".join(f"{name} {value:,.2f} us" for name, value in known["us"].items())
         size = f"{known['mean chars']:,.0f} chars"
-        print(f"  all segments cached ({known['all known']}), {size}: {cells}")
+        print(f"  all segments cached ({known['all cached']}), {size}: {cells}")
 
 
 def run(name: str, n_chats: int | None, rounds: int) -> dict[str, Any]:

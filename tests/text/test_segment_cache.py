@@ -98,8 +98,8 @@ def id_lengths_of(name: str, tokenizer: Tokenizer, variant: Variant) -> Any:
 
 def segments_to_encode(walk: Any, variant: int) -> list[str]:
     """Return the segments that a variant has to encode, in order; `take` now expects their ids."""
-    parts: list[str] = walk.joined(variant, -1, "", None, None, 0, 0)
-    return parts
+    segments: list[str] = walk.joined(variant, -1, "", None, None, 0, 0)
+    return segments
 
 
 def variants_to_encode(walk: Any) -> list[int]:
@@ -300,9 +300,9 @@ def test_counters_add_up(name: str, kind: str) -> None:
             continue
         if hasattr(walk, "finish"):
             assert walk.n_chars == sum(
-                len(part)
+                len(segment)
                 for variant in variants_to_encode(walk)
-                for part in segments_to_encode(walk, variant)
+                for segment in segments_to_encode(walk, variant)
             )
             n_encoded += walk.n_chars
             one.complete(walk)
@@ -373,11 +373,11 @@ def test_cuts_cover_the_text_without_a_gap(name: str, kind: str) -> None:
     for text in map(_without_surrogates, texts_with_shared_passages(random.Random(3), 12)):
         coarse = one.cache.cut(text, False)
         fine = one.cache.cut(text, True)
-        for parts in (coarse, fine):
-            stops = [stop for _, stop, _ in parts]
-            assert [start for start, _, _ in parts] == [0, *stops[:-1]]
+        for segments in (coarse, fine):
+            stops = [stop for _, stop, _ in segments]
+            assert [start for start, _, _ in segments] == [0, *stops[:-1]]
             assert stops[-1] == len(text)
-            assert all(start < stop for start, stop, _ in parts)
+            assert all(start < stop for start, stop, _ in segments)
         assert {stop for _, stop, _ in coarse} <= {stop for _, stop, _ in fine}
         assert len(fine) > len(coarse)
         contents = {token.content for token in one.plan.separators}
@@ -675,30 +675,32 @@ def test_joined_returns_the_segments_with_the_separator_between(
             assert (found.isascii(), max(found)) == (wanted.isascii(), max(wanted))
             assert hash(found) == hash(wanted)
             (found,) = _joined(walk, 30, between, spaced_variant=variant)
-            assert found == between.join(" " + part for part in segments_to_encode(walk, variant))
+            assert found == between.join(
+                " " + segment for segment in segments_to_encode(walk, variant)
+            )
         assert _joined(walk, 30, between) == []
 
 
 @both
 def test_joined_keeps_the_limits_on_characters_and_segments(name: str) -> None:
     _, walk = _walk(name, "".join(f"<s>{n:04d} {n * 7:09d}" for n in range(100)))
-    parts = segments_to_encode(walk, 0)
-    assert max(map(len, parts)) < 20
+    segments = segments_to_encode(walk, 0)
+    assert max(map(len, segments)) < 20
     for max_chars in (0, 1, 20, 50, 1000):
         for max_separators in (0, 1, 7, 10**9):
             groups = [
                 one.split("|")
                 for one in _joined(walk, 0, "|", max_chars=max_chars, max_separators=max_separators)
             ]
-            assert [part for group in groups for part in group] == parts
+            assert [segment for group in groups for segment in group] == segments
             assert all(len(group) == 1 or sum(map(len, group)) <= max_chars for group in groups)
             assert all(len(group) <= max_separators + 1 for group in groups)
-            assert len(groups) < len(parts) or max_chars < 50 or max_separators == 0
+            assert len(groups) < len(segments) or max_chars < 50 or max_separators == 0
     everything = implementation(name).l1.CodePoints([(0, 0x10FFFF)])
-    short = [part for part in parts if len(part) <= 9]
+    short = [segment for segment in segments if len(segment) <= 9]
     texts = _joined(walk, 0, "|", agreed=everything, max_chars=9)
-    assert [part for one in texts for part in one.split("|")] == short
-    assert len(short) < len(parts)
+    assert [segment for one in texts for segment in one.split("|")] == short
+    assert len(short) < len(segments)
 
 
 @both
@@ -708,8 +710,8 @@ def test_joined_leaves_out_segments_with_characters_the_encoders_disagree_on(
 ) -> None:
     one, walk = _walk(name, text)
     (variant,) = variants_to_encode(walk)
-    parts = segments_to_encode(walk, variant)
-    chars = set("".join(parts))
+    segments = segments_to_encode(walk, variant)
+    chars = set("".join(segments))
     for char in chars:
         point = ord(char)
         if char.isascii():
@@ -718,11 +720,13 @@ def test_joined_leaves_out_segments_with_characters_the_encoders_disagree_on(
         agreed = implementation(name).l1.CodePoints(ranges)
         assert not agreed.cover(char)
         texts = _joined(walk, variant, "|", agreed=agreed)
-        assert "".join(texts) == "|".join(part for part in parts if char not in part), ascii(char)
-    of_parts = implementation(name).l1.CodePoints(
+        assert "".join(texts) == "|".join(segment for segment in segments if char not in segment), (
+            ascii(char)
+        )
+    of_segments = implementation(name).l1.CodePoints(
         [(ord(char), ord(char)) for char in sorted(chars)]
     )
-    assert _joined(walk, variant, "|", agreed=of_parts) == ["|".join(parts)]
+    assert _joined(walk, variant, "|", agreed=of_segments) == ["|".join(segments)]
     assert one.complete(walk) == one.expected(text)
 
 
@@ -836,8 +840,8 @@ def _as_view(ids: list[int]) -> Any:
 @pytest.mark.parametrize("form", [_as_list, _as_int, _as_unsigned, _as_view])
 def test_take_accepts_every_form_of_ids(name: str, form: Any) -> None:
     _, walk = _walk(name, "alpha beta<s>gamma")
-    parts = segments_to_encode(walk, 0)
-    assert len(parts) == 3
+    segments = segments_to_encode(walk, 0)
+    assert len(segments) == 3
     ids = [11, 12, 99, 13, 99]  # no ids for the last segment
     assert len(_joined(walk, 0, "|")) == 1
     assert walk.take([form(ids)], 99, None)
