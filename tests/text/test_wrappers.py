@@ -203,7 +203,7 @@ def with_python_component() -> Tokenizer:
 
 
 def with_empty_token() -> Tokenizer:
-    """Return a tokenizer with a token that BertNormalizer empties; single encodes can hang."""
+    """Return one with a token that BertNormalizer empties, so the search for it may not end."""
     made: Any = MADE["word_level"]()
     made.normalizer = normalizers.BertNormalizer()
     made.add_tokens([AddedToken("\0", rstrip=True), AddedToken("\0\u4f60>")])
