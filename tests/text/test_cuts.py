@@ -579,7 +579,7 @@ def _pairs_lost_by(base: str, *tokens: AddedToken) -> set[Pair]:
     return _allowed(before) - _allowed(now)
 
 
-def test_lstrip_removes_cuts_before_the_token_after_whitespace() -> None:
+def test_lstrip_removes_cuts_between_a_newline_and_the_token() -> None:
     gone = _pairs_lost_by("llama3_isolated", AddedToken("<t>", lstrip=True, normalized=False))
     assert gone == {(left, C.PUNCTUATION) for left in (C.RETURN, C.NEWLINE, C.NEWLINE_RUN)}
 

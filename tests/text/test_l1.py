@@ -81,7 +81,7 @@ def test_hostile_texts_get_correct_ids_in_bounded_memory(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama2", "unigram_first_split"])
 @pytest.mark.parametrize("content", [" ", "  ", "\n", "a", "\u2581"])
-def test_an_added_token_at_almost_every_position(kind: str, content: str) -> None:
+def test_an_added_token_at_almost_every_position_gives_correct_ids(kind: str, content: str) -> None:
     tokenizer = SYNTHETIC[kind]()
     tokenizer.add_tokens([AddedToken(content, normalized=False)])
     wrapped = tokcache.wrap(tokenizer, WITHOUT_FAST_ENCODER)

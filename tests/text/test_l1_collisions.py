@@ -64,7 +64,7 @@ def test_colliding_texts_get_correct_ids_in_bounded_time(
     texts = [_text(seed) for seed in range(N_TEXTS)]
     right = [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
     start = time.process_time()
-    for _ in range(2):  # encoded, then from L0
+    for _ in range(2):  # the first round encodes, in the second L0 answers
         for text, ids in zip(texts, right, strict=True):
             assert cached.token_ids(text, add_special_tokens=False) == ids
     for one, other in zip(

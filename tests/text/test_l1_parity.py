@@ -289,7 +289,7 @@ def _run(name: str, build: Build, corpus: list[str], tally: Tally) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_histories(name: str, corpus: list[str], tally: Tally) -> None:
+def test_histories_of_synthetic_tokenizers(name: str, corpus: list[str], tally: Tally) -> None:
     _run(name, KINDS[name], corpus, tally)
 
 
@@ -451,7 +451,7 @@ def test_smg_a_special_token_with_single_word(base: str, rest: str, tally: Tally
 
 
 @pytest.mark.parametrize("name", ["unigram_unsplit_words", "unigram_alone"])
-def test_unigram_scores_that_round_differently_after_another_text(name: str, tally: Tally) -> None:
+def test_unigram_scores_that_round_differently_give_correct_ids(name: str, tally: Tally) -> None:
     one = Histories(SYNTHETIC[name], CONFIGS[:1], tally)
     for seed in range(12):  # "\n" + "\n\n\n\n" and the reverse differ in the last bit of the score
         text = random_text(random.Random(seed), [], n_chars=20_000)
@@ -459,7 +459,9 @@ def test_unigram_scores_that_round_differently_after_another_text(name: str, tal
 
 
 @pytest.mark.parametrize("name", ["ignore_merges_unsplit", "ignore_merges_first"])
-def test_words_that_are_tokens_only_if_they_are_the_whole_text(name: str, tally: Tally) -> None:
+def test_words_that_are_tokens_only_as_a_whole_text_get_correct_ids(
+    name: str, tally: Tally
+) -> None:
     one = Histories(SYNTHETIC[name], CONFIGS, tally)
     for text in (LONG, "grumble", LONG + "<s>grumble", " grumble", LONG + " grumble grumble", LONG):
         one.compare(text, add_special_tokens=False)
@@ -511,7 +513,7 @@ TEXT = st.lists(PART, max_size=6).map("".join)
 @given(
     name=st.sampled_from(sorted(KINDS)), before=TEXT, shared=TEXT, after=TEXT, special=st.booleans()
 )
-def test_texts_that_share_a_passage(
+def test_texts_that_share_a_passage_get_correct_ids(
     name: str, before: str, shared: str, after: str, special: bool
 ) -> None:
     build = KINDS[name]

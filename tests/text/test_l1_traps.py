@@ -224,7 +224,7 @@ def test_a_very_long_added_token_turns_l1_off() -> None:
     assert l1.off == "long_added_token"
 
 
-def test_added_tokens_that_are_equal_after_normalization_are_not_cut_at() -> None:
+def test_added_tokens_that_are_equal_after_normalization_get_correct_ids() -> None:
     """The order of a hash map decides, per copy of the tokenizer, which of the two is found."""
     for _ in range(12):
         tokenizer = words(norm.Lowercase(), pre.WhitespaceSplit(), Added("Ba"), Added("BA"))

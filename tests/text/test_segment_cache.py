@@ -483,7 +483,7 @@ def test_memory_for_a_huge_chunk_is_released() -> None:
 
 
 @both
-def test_without_added_tokens_no_text_is_one(name: str) -> None:
+def test_without_added_tokens_nothing_is_taken_for_one(name: str) -> None:
     state = json.loads(plain(SYNTHETIC["gpt2"]).to_str())
     state["added_tokens"] = []
     plan = plan_cuts(Tokenizer.from_str(json.dumps(state)))
@@ -495,7 +495,7 @@ def test_without_added_tokens_no_text_is_one(name: str) -> None:
         assert not any(is_token for _, _, is_token in cache.cut(text, True))
 
 
-def test_unproven_neighbours_stay_one_segment_and_words_are_segments() -> None:
+def test_long_adjacent_segments_are_encoded_as_one_and_short_words_separately() -> None:
     _, walk = _walk("native", "a" * 30 + "1" * 30 + "!" * 30)
     assert segments_to_encode(walk, 0) == ["a" * 30 + "1" * 30 + "!" * 30]
     for word in ("word", "\u0441\u043b\u043e\u0432\u043e"):

@@ -164,7 +164,7 @@ def test_loaded_chunks_in_another_order_need_no_engine(
 
 @on_both
 @pytest.mark.parametrize("name", REAL)
-def test_real_tokenizers(
+def test_real_tokenizers_answer_from_a_loaded_cache(
     shared_data: Path, name: str, tmp_path: Path, engine_calls: Counter[str]
 ) -> None:
     file = str(shared_data / "tokenizers" / name / "tokenizer.json")
