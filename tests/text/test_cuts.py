@@ -244,6 +244,7 @@ UNSAFE = [
 
 @pytest.mark.parametrize(("name", "left", "right"), UNSAFE)
 def test_the_check_finds_unsafe_pairs(name: str, left: C, right: C) -> None:
+    """Control: allows one unsafe pair, which `check` must find."""
     tokenizer = KINDS[name]()
     plan = plan_cuts(tokenizer)
     assert not plan.allows(left, right)
@@ -592,6 +593,7 @@ def test_single_word_removes_cuts_next_to_the_token() -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert_uncased", "gemma"])
 def test_a_normalized_token_leaves_only_cuts_at_raw_tokens(kind: str) -> None:
+    """Any characters may become those of the token by normalization."""
     plan = plan_cuts(_added(kind, AddedToken("x1_", normalized=True))())
     assert plan.off is None
     assert not any(plan.fine)
@@ -600,6 +602,7 @@ def test_a_normalized_token_leaves_only_cuts_at_raw_tokens(kind: str) -> None:
 
 
 def test_a_token_with_a_space_inside_removes_chunk_ends_between_letter_and_space() -> None:
+    """A chunk that ended inside "New York" would hide the token."""
     before = plan_cuts(SYNTHETIC["gpt2"]())
     plan = plan_cuts(_added("gpt2", AddedToken("New York", normalized=False))())
     assert _allowed(plan) == _allowed(before)

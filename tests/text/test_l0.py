@@ -210,6 +210,7 @@ def test_the_entry_budget_holds_over_both_maps(name: str) -> None:
 
 @both
 def test_the_victim_comes_from_the_larger_map(name: str) -> None:
+    """Texts with and without special tokens are in two maps with one budget."""
     cache = implementation(name).l0_cache(max_entries=10)
     for i in range(3):
         cache.put(f"few {i}", [i])
@@ -330,6 +331,7 @@ def test_texts_of_one_template_do_not_collide(position: int) -> None:
 
 
 def test_long_texts_that_differ_in_one_character_do_not_collide() -> None:
+    """A digest of samples does not see every character; after a collision a full hash is used."""
     cache = native().l0_cache()
     positions = range(32, 3900, 7)
     for wide in ("", "\u6c49", "\U0001f600"):
@@ -371,6 +373,7 @@ def test_the_native_cache_releases_its_keys(wide: str) -> None:
 
 
 def test_a_cached_slice_does_not_keep_the_whole_array_alive() -> None:
+    """The cache would otherwise use more memory than it counts."""
     whole = native().token_ids(range(100_000))
     cache = native().l0_cache(max_bytes=10_000)
     assert cache.put("a", whole[5:8])

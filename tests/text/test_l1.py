@@ -208,6 +208,7 @@ def _use(wrapped: Any, spoil: Callable[[list[int]], list[int]] = list, **how: An
 
 
 def test_an_encoder_that_holds_the_gil_gets_a_long_text_in_several_calls() -> None:
+    """Other threads can run between the calls."""
     wrapped = _wrapped(0.0)
     encoder = _use(wrapped, holds_lock=True)
     words = "".join(f"line {n:06d} of many\n" for n in range(30_000))
@@ -420,6 +421,8 @@ def test_an_encoder_used_by_two_variants_is_dropped_once(caplog: pytest.LogCaptu
 
 
 def test_an_interrupt_does_not_drop_the_encoder() -> None:
+    """Ctrl-C says nothing about the encoder."""
+
     def interrupted(_: list[int]) -> list[int]:
         raise KeyboardInterrupt
 

@@ -462,6 +462,7 @@ def test_unigram_scores_that_round_differently_give_correct_ids(name: str, tally
 def test_words_that_are_tokens_only_as_a_whole_text_get_correct_ids(
     name: str, tally: Tally
 ) -> None:
+    """With `ignore_merges`, a text that is a token gets its id even if no merges make it."""
     one = Histories(SYNTHETIC[name], CONFIGS, tally)
     for text in (LONG, "grumble", LONG + "<s>grumble", " grumble", LONG + " grumble grumble", LONG):
         one.compare(text, add_special_tokens=False)

@@ -272,6 +272,7 @@ def test_the_class_of_a_wrapped_tokenizer_loads_wrapped_only_while_patched(folde
 
 
 def test_a_later_patch_by_another_library_is_kept(folder: Path) -> None:
+    """Restoring the original method would also remove the other patch."""
     original = vars(base())["from_pretrained"]
     patch_transformers(CONFIG)
     ours = vars(base())["from_pretrained"]

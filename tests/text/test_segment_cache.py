@@ -474,6 +474,7 @@ def _resident_bytes() -> int:
 
 
 def test_memory_for_a_huge_chunk_is_released() -> None:
+    """The key is narrower than the text, so the cache has to copy it."""
     cache = implementation("native").l1.SegmentCache(_plan("gpt2")[1], 1 << 20)
     before = _resident_bytes()
     cache.look(
@@ -506,6 +507,7 @@ def test_long_adjacent_segments_are_encoded_as_one_and_short_words_separately() 
 @both
 @pytest.mark.parametrize("late", ["\xe9", "\u201d", "\U0001f600", "\u201d\U0001f600"])
 def test_chunks_hit_in_strings_of_another_character_width(name: str, late: str) -> None:
+    """One wide character makes Python store every character of a string with its width."""
     one = CacheWithEncoders(name, cuts_fine=False)
     text = numbered(60)
     one.ids(text)
@@ -535,6 +537,7 @@ def test_segments_hit_in_strings_of_another_character_width(name: str) -> None:
 def test_equal_bytes_of_another_character_width_are_different_keys(
     name: str, wide: str, bytes_: str
 ) -> None:
+    """Both strings have the same bytes in memory, so the width belongs to the key."""
     one = CacheWithEncoders(name)
     for text in (wide * 8, bytes_ * 8, wide * 300, bytes_ * 300, wide * 8, bytes_ * 300):
         assert one.ids(text) == one.expected(text)
@@ -566,6 +569,7 @@ def test_a_walk_that_finishes_after_clear_is_correct(name: str, kind: str) -> No
 @both
 @pytest.mark.parametrize("kind", KINDS)
 def test_walks_that_finish_in_any_order_are_correct(name: str, kind: str) -> None:
+    """Threads finish their walks in any order, while others insert and evict."""
     one = CacheWithEncoders(name, kind, max_bytes=60_000)
     rng = random.Random(11)
     open_walks: list[tuple[Any, str]] = []
@@ -733,6 +737,7 @@ def test_joined_leaves_out_segments_with_characters_the_encoders_disagree_on(
 @both
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama2"])
 def test_segments_at_proven_cuts_are_joined_without_a_separator(name: str, kind: str) -> None:
+    """The lengths of the ids then tell where each segment ends."""
     one = CacheWithEncoders(name, kind)
     known = "alpha beta gamma delta epsilon "
     for text in (known * 9, known * 9 + "<s>" + known * 9):
@@ -779,6 +784,7 @@ def test_ids_that_lack_a_separator_are_refused(name: str) -> None:
 
 @both
 def test_a_token_across_the_end_of_a_chunk_is_refused(name: str) -> None:
+    """Such ids can not be divided between two chunks."""
     one = CacheWithEncoders(name, "gpt2", cuts_fine=False)
     text = numbered(100)
     walk = one.cache.look(text, False, 0)

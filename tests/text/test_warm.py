@@ -803,6 +803,7 @@ def test_impossible_segments_are_refused_by_the_segment_cache() -> None:
 def test_chunks_of_another_cut_seed_are_loaded_if_they_outnumber_the_own(
     tmp_path: Path, engine_calls: Counter[str]
 ) -> None:
+    """The ends of chunks depend on the seed, and a cache has one seed only."""
     tok = filled()
     tok.cache_dump(tmp_path / "cache")
     few = filled(texts=["hello there"])
@@ -827,6 +828,7 @@ def test_chunks_of_another_cut_seed_are_loaded_if_they_outnumber_the_own(
 def test_each_implementation_reads_files_of_the_other(
     one: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Chunks are left out, because the cut seeds of the implementations differ in length."""
     use_implementation(one, monkeypatch)
     tok = filled()
     dumped = tok.cache_dump(tmp_path / "cache")
@@ -871,6 +873,7 @@ def test_segments_are_not_dumped_after_l1_was_turned_off(tmp_path: Path) -> None
 def test_a_fast_encoder_dumps_chunks_and_loads_no_segments(
     shared_data: Path, kind: str, tmp_path: Path, engine_calls: Counter[str]
 ) -> None:
+    """A fast encoder is quicker than the look-up of segments, so they are not used with it."""
     pytest.importorskip(kind, reason=f"{kind} is not installed")
     file = str(shared_data / "tokenizers" / "qwen2.5" / "tokenizer.json")
     fast_one = tokcache.wrap(Tokenizer.from_file(file), tokcache.CacheConfig(engine=kind))
@@ -987,6 +990,7 @@ os._exit(0)
 
 @pytest.mark.parametrize("before", ["load", "batch"])
 def test_loading_before_a_fork_leaves_children_parallel(tmp_path: Path, before: str) -> None:
+    """A batch that tokenizers encodes in parallel before a fork makes the children serial."""
     filled("gpt2").cache_dump(tmp_path / "cache")
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", FORKING, str(tmp_path / "cache"), before],

@@ -137,6 +137,7 @@ def test_a_changed_tokenizer_of_another_kind_gives_the_new_ids(name: str) -> Non
 
 
 def test_components_are_watched_only_while_the_user_holds_them() -> None:
+    """A component in the hands of the user may change, so each call compares its state."""
     wrapped = tokcache.wrap(MADE["byte_level_bpe"]())
     usual = wrapped._tokcache.get.__qualname__
     held = wrapped.pre_tokenizer

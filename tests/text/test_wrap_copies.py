@@ -327,6 +327,7 @@ print(len(tok), hasattr(tok, "cache_stats"), tok("hello world")["input_ids"])
 def test_a_local_class_assigned_to_a_copy_loads_in_another_process(
     plain: Any, wrapped: Any, process: str, tmp_path: Path
 ) -> None:
+    """cloudpickle stores a local class by value, with the class of the wrapper as its base."""
     made = copy.copy(wrapped)
 
     class Local(wrapped.__class__):  # type: ignore[misc]
