@@ -21,12 +21,11 @@ from itertools import zip_longest
 from os import urandom
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import MissingExtra
+from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
 from tokcache.text.engines.copying import PartEncoder, is_of_library
 from tokcache.text.engines.fast import (
     FastEncoder,
-    FastEncoderUnavailable,
     agreed_code_points,
     build,
     installed,
@@ -35,7 +34,7 @@ from tokcache.text.engines.fast import (
 )
 from tokcache.text.segments.cuts.plan import VOCABULARY_PROOF
 from tokcache.text.segments.id_lengths import token_bytes
-from tokcache.text.segments.scanner import Scanner, Unsure, parts_of
+from tokcache.text.segments.scanner import Scanner, parts_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
