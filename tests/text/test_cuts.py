@@ -21,13 +21,13 @@ from tokenizers import (
 )
 
 from tests.text.tokenizers_synthetic import PATTERNS, RANDOM, SYNTHETIC
+from tokcache.text.cuts.char_classes import N_CLASSES, CharClass
+from tokcache.text.cuts.planner import plan_cuts
+from tokcache.text.cuts.scanner import class_behind
 from tokcache.text.engines.copying import PartEncoder
-from tokcache.text.segments.char_classes import N_CLASSES, CharClass
-from tokcache.text.segments.cuts.planner import plan_cuts
-from tokcache.text.segments.scanner import class_behind
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.cuts.plan import CutPlan
+    from tokcache.text.cuts.plan import CutPlan
 
 C = CharClass
 Build = Callable[[], Tokenizer]

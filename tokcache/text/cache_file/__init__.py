@@ -44,6 +44,7 @@ from tokcache.text.cache_file.format import (
     read,
     write,
 )
+from tokcache.text.cuts.char_classes import BMP_CLASSES, N_CLASSES
 from tokcache.text.engines.copying import (
     ENCODING_PARTS,
     HuggingFaceEngine,
@@ -51,16 +52,15 @@ from tokcache.text.engines.copying import (
     is_of_library,
     signature,
 )
-from tokcache.text.segments.char_classes import BMP_CLASSES, N_CLASSES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.config import CacheConfig
     from tokcache.text._implementation import TokenIds
+    from tokcache.text.cuts.plan import CutPlan
     from tokcache.text.engines.copying import Engine
     from tokcache.text.segments.cache import L1
-    from tokcache.text.segments.cuts.plan import CutPlan
 
 MIN_KEY_BYTES = 16
 _N_VERIFIED = 16  # entries of each kind that are encoded anew

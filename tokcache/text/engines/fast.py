@@ -23,8 +23,8 @@ from unicodedata import normalize
 from tokenizers.models import BPE
 
 from tokcache.errors import TokcacheError
+from tokcache.text.engines.components import BYTE_NAME, has_all_bytes
 from tokcache.text.engines.copying import is_of_library
-from tokcache.text.segments.components import BYTE_NAME, has_all_bytes
 
 if TYPE_CHECKING:
     import numpy as np

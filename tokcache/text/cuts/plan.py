@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokcache.text.segments.char_classes import N_CLASSES, CharClass
+from tokcache.text.cuts.char_classes import N_CLASSES, CharClass
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.cuts.rules import Affixes, Rule
+    from tokcache.text.cuts.rules import Affixes, Rule
 
 VOCABULARY_PROOF = ("model", "BPE without a pre-tokenizer, the vocabulary as proof")
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tokcache.text.segments.char_classes import VISIBLE, WHITESPACE
-from tokcache.text.segments.components import MARKER
-from tokcache.text.segments.cuts.rules import (
+from tokcache.text.cuts.char_classes import VISIBLE, WHITESPACE
+from tokcache.text.cuts.rules import (
     NON_ASCII,
     SPACE,
     WHITESPACE_LEFT,
@@ -16,6 +15,7 @@ from tokcache.text.segments.cuts.rules import (
     Rule,
     Unrecognised,
 )
+from tokcache.text.engines.components import MARKER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tokcache.text.segments.char_classes import VISIBLE
-from tokcache.text.segments.cuts.rules import (
+from tokcache.text.cuts.char_classes import VISIBLE
+from tokcache.text.cuts.rules import (
     DIGITS,
     LETTERS,
     LINE_ENDS,

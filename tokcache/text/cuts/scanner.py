@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokcache.text.segments.char_classes import ASCII_CLASSES, WHITESPACE, CharClass, class_of
+from tokcache.text.cuts.char_classes import ASCII_CLASSES, WHITESPACE, CharClass, class_of
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.cuts.plan import CutPlan, Separator
+    from tokcache.text.cuts.plan import CutPlan, Separator
 
 _WHITE_SPACE = frozenset(
     "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"

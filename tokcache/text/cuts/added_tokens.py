@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+from tokcache.text.cuts.char_classes import WHITESPACE, class_of
+from tokcache.text.cuts.plan import Separator
+from tokcache.text.cuts.rules import DIGITS, LETTERS, WHITESPACE_LEFT, C, Pair, pairs_in
 from tokcache.text.engines.copying import added_tokens, free_edge
-from tokcache.text.segments.char_classes import WHITESPACE, class_of
-from tokcache.text.segments.cuts.plan import Separator
-from tokcache.text.segments.cuts.rules import DIGITS, LETTERS, WHITESPACE_LEFT, C, Pair, pairs_in
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tokcache.text.segments.char_classes import VISIBLE, WHITESPACE
-from tokcache.text.segments.components import MARKER
-from tokcache.text.segments.cuts.patterns import CJK, GPT2_RULES, NUMBERS, PATTERNS
-from tokcache.text.segments.cuts.rules import (
+from tokcache.text.cuts.char_classes import VISIBLE, WHITESPACE
+from tokcache.text.cuts.patterns import CJK, GPT2_RULES, NUMBERS, PATTERNS
+from tokcache.text.cuts.rules import (
     DIGITS,
     LETTERS,
     NEWLINE,
@@ -24,9 +23,10 @@ from tokcache.text.segments.cuts.rules import (
     Rule,
     Unrecognised,
 )
+from tokcache.text.engines.components import MARKER
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.cuts.normalizers import Normalizer
+    from tokcache.text.cuts.normalizers import Normalizer
 
 Rules = tuple[Rule, ...]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tokcache.text.segments.char_classes import VISIBLE, WHITESPACE, CharClass, class_of
-from tokcache.text.segments.components import MARKER
+from tokcache.text.cuts.char_classes import VISIBLE, WHITESPACE, CharClass, class_of
+from tokcache.text.engines.components import MARKER
 
 C = CharClass
 Pair = tuple[CharClass, CharClass]

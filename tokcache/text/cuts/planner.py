@@ -19,10 +19,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from tokcache.text.engines.copying import CopyError, component_state, why_random
-from tokcache.text.segments.char_classes import N_CLASSES
-from tokcache.text.segments.components import stages_of
-from tokcache.text.segments.cuts.added_tokens import (
+from tokcache.text.cuts.added_tokens import (
     Phases,
     may_appear,
     pairs_inside,
@@ -30,12 +27,15 @@ from tokcache.text.segments.cuts.added_tokens import (
     why_no_cuts,
     without_unsafe,
 )
-from tokcache.text.segments.cuts.affixes import find_affixes, find_blank_variant, find_variants
-from tokcache.text.segments.cuts.normalizers import narrowed, read_normalizer
-from tokcache.text.segments.cuts.plan import CutPlan
-from tokcache.text.segments.cuts.pre_tokenizers import forced_cuts, splitting_stages
-from tokcache.text.segments.cuts.rules import Findings, Pair, Unrecognised, is_coarse, pairs_in
-from tokcache.text.segments.cuts.vocabulary import cuts_of_vocabulary, proves_none
+from tokcache.text.cuts.affixes import find_affixes, find_blank_variant, find_variants
+from tokcache.text.cuts.char_classes import N_CLASSES
+from tokcache.text.cuts.normalizers import narrowed, read_normalizer
+from tokcache.text.cuts.plan import CutPlan
+from tokcache.text.cuts.pre_tokenizers import forced_cuts, splitting_stages
+from tokcache.text.cuts.rules import Findings, Pair, Unrecognised, is_coarse, pairs_in
+from tokcache.text.cuts.vocabulary import cuts_of_vocabulary, proves_none
+from tokcache.text.engines.components import stages_of
+from tokcache.text.engines.copying import CopyError, component_state, why_random
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -11,10 +11,10 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tokcache.text.cuts.plan import Variant
+from tokcache.text.cuts.rules import Affixes, Unrecognised
+from tokcache.text.engines.components import MARKER, MARKS_BLANKS, stages_of
 from tokcache.text.engines.copying import is_of_library
-from tokcache.text.segments.components import MARKER, MARKS_BLANKS, stages_of
-from tokcache.text.segments.cuts.plan import Variant
-from tokcache.text.segments.cuts.rules import Affixes, Unrecognised
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

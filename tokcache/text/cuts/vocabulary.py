@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers.models import BPE
 
-from tokcache.text.segments.char_classes import VISIBLE, CharClass, class_of
-from tokcache.text.segments.components import BYTE_NAME, BYTE_NAMES
-from tokcache.text.segments.cuts.plan import VOCABULARY_PROOF
-from tokcache.text.segments.cuts.rules import NON_ASCII, C, Findings, Pair, Rule, pairs_in
+from tokcache.text.cuts.char_classes import VISIBLE, CharClass, class_of
+from tokcache.text.cuts.plan import VOCABULARY_PROOF
+from tokcache.text.cuts.rules import NON_ASCII, C, Findings, Pair, Rule, pairs_in
+from tokcache.text.engines.components import BYTE_NAME, BYTE_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tokcache.text.segments.cuts.normalizers import Normalizer
+    from tokcache.text.cuts.normalizers import Normalizer
 
 
 def cuts_of_vocabulary(tokenizer: Tokenizer, normalizer: Normalizer) -> Findings:
