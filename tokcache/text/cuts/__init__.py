@@ -1,1 +1,1 @@
-"""Where texts may be cut for a tokenizer: the rules, the proof for each, and the plan of them."""
+"""Where the texts of a tokenizer may be cut: the rules, a proof for each, and the plan of cuts."""

@@ -1,4 +1,4 @@
-"""The plan of the cuts for one tokenizer: everything that the segment cache knows of it."""
+"""The cut plan of one tokenizer: everything that the segment cache knows about the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ VOCABULARY_PROOF = ("model", "BPE without a pre-tokenizer, the vocabulary as pro
 
 @dataclass(frozen=True, slots=True)
 class Separator:
-    """An added token that is found in the raw text and separates what stands around it.
+    """An added token that is found in the raw text and separates the text on its two sides.
 
-    `skips` says that it is passed over and becomes text (`encode_special_tokens`); `opens` that a
-    chunk may begin with it whatever stands before.
+    `lstrip`, `rstrip` and `single_word` are its flags. A token that is `in_piece` is found in the
+    second phase, so its neighbours are the characters in its piece of the text. A token that
+    `skips` is ordinary text, because of `encode_special_tokens`. A chunk may begin with a token
+    that `opens`, whatever text stands before it.
     """
 
     content: str
@@ -26,14 +28,14 @@ class Separator:
     lstrip: bool
     rstrip: bool
     single_word: bool
-    in_piece: bool  # found in the second phase: its neighbours are those in its piece
+    in_piece: bool
     skips: bool
     opens: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The components that encode a part of a text, as JSON."""
+    """The components that encode the segments of one kind, as JSON."""
 
     normalizer: str
     pre_tokenizer: str
@@ -43,14 +45,19 @@ class Variant:
 class CutPlan:
     """The cuts that are safe for a tokenizer, and how the text between them is encoded.
 
-    `off` is the reason why no text may be cut at all, else None. `coarse` and `fine` are rows of
-    bytes, [left * N_CLASSES + right]; fine cuts are looked for only where added tokens were found,
-    coarse ones hold next to any added token. `variants` encode a part that begins the text, one
-    after an added token and one at a cut; equal ones are listed once, `variant_of` names each
-    one's. Parts that don't stand side by side may be joined at a pair of `seams`; the variant for
-    cuts encodes a space and a part as `blank_variant` the part alone (-1: there is no such
-    variant). `affixes` are the ids put before and after a text, by add_special_tokens, or None if
-    unknown.
+    `off` is the reason why no text may be cut at all, or None. `refused` are sentences that say
+    why components allow no cuts; `recognised` are pairs (part, name) of components.
+
+    `coarse`, `fine` and `seams` are tables of 0 and 1, one byte for a pair of classes, at
+    `left * N_CLASSES + right`. Chunks begin and end at coarse cuts, which also hold next to any
+    added token. Fine cuts hold only in a text whose added tokens were found. Two segments that
+    are not neighbours in their text may be joined for encoding at a pair of `seams`.
+
+    `variants` are the distinct ways to encode a segment. `variant_of` has the index of the one
+    for a segment at the beginning of a text, after an added token, and at a cut. With the variant
+    for cuts, a space and a segment have the ids that the segment alone has with `blank_variant`;
+    -1 if there is no such variant. `affixes` are the ids put around a text without and with
+    special tokens, or None where they are unknown.
     """
 
     off: str | None
@@ -68,10 +75,10 @@ class CutPlan:
 
     @property
     def piece_left(self) -> CharClass:
-        """The class taken to stand before a piece.
+        """The class that is assumed on the left of a text, or of the text after an added token.
 
-        A newline that begins one is like a newline after a visible character, unless something
-        is put before the piece.
+        A newline at the beginning counts as a newline after a visible character, unless the
+        tokenizer puts something before the text.
         """
         return CharClass.LETTER if len(self.variants) == 1 else CharClass.OTHER
 
