@@ -268,7 +268,7 @@ def test_no_right_part_is_taken_for_a_wrong_one(kind: str) -> None:
 
 
 def assert_refused(
-    tok: Wrapped, path: Path, match: str = "nothing of it was loaded", key: bytes | None = None
+    tok: Wrapped, path: Path, match: str = "nothing was loaded", key: bytes | None = None
 ) -> None:
     before = held(tok)
     with pytest.raises(InvalidCacheFile, match=match):
@@ -302,7 +302,7 @@ def test_every_truncation_and_every_byte_more_is_refused(tmp_path: Path) -> None
     path.write_bytes(b"")
     assert_refused(new, path, "too short")
     path.write_bytes(b"#!/usr/bin/env python3\n" * 99)
-    assert_refused(new, path, "is no cache file")
+    assert_refused(new, path, "is not a cache file")
 
 
 def retokenized(change: Callable[[Tokenizer], Any]) -> Tokenizer:
@@ -438,27 +438,27 @@ LIES: dict[str, tuple[tuple[Entry, bytes, bytes], str]] = {
     "more text than there is": (entry("hello", HELLO, n_bytes=1 << 62), "ends within"),
     "more ids than there are": (entry("hello", HELLO, n_ids=0xFFFFFFFF), "ends within"),
     "less ids than there are": (entry("hello", HELLO, n_ids=0), "belong to no entry"),
-    "a scope that is not named": (entry("hello", HELLO, scope=2), "no known kind"),
-    "a kind that is none": (entry("hello", HELLO, kind=3), "no known kind"),
-    "a flag that is none": (entry("hello", HELLO, flag=2), "no known kind"),
+    "a scope that is not named": (entry("hello", HELLO, scope=2), "an unknown kind"),
+    "a kind that is none": (entry("hello", HELLO, kind=3), "an unknown kind"),
+    "a flag that is none": (entry("hello", HELLO, flag=2), "an unknown kind"),
     "an id beyond the vocabulary": (entry("hello", [5000]), "the token id 5,000"),
     "an id beyond all": (entry("hello", [2**31 - 1]), "the token id 2,147,483,647"),
     "a negative id": (entry("hello", [-1]), "the token id 4,294,967,295"),
     "other ids": (entry("hello", [*HELLO, 7]), "other ids for a text"),
     "no ids": (entry("hello", []), "other ids for a text"),
     "half of a pair": (entry("\ud800", [7]), "other ids for a text"),
-    "no UTF-8": (entry(b"\xff\xfe", [7]), "no UTF-8"),
-    "an overlong form": (entry(b"\xc0\x80", [7]), "no UTF-8"),
-    "a part with half of a pair": (entry("\ud800", [7], kind=Kind.CHUNK), "no UTF-8"),
-    "an empty part": (entry("", [7], kind=Kind.CHUNK), "no text is cut into"),
+    "no UTF-8": (entry(b"\xff\xfe", [7]), "not UTF-8"),
+    "an overlong form": (entry(b"\xc0\x80", [7]), "not UTF-8"),
+    "a part with half of a pair": (entry("\ud800", [7], kind=Kind.CHUNK), "not UTF-8"),
+    "an empty part": (entry("", [7], kind=Kind.CHUNK), "into which no text is cut"),
     "a variant that is none": (
-        entry("hello", HELLO, kind=Kind.CHUNK, variant=9), "no text is cut into"
+        entry("hello", HELLO, kind=Kind.CHUNK, variant=9), "into which no text is cut"
     ),
     "a class that is none": (
-        entry("hello", HELLO, kind=Kind.CHUNK, end_class=16), "no text is cut into"
+        entry("hello", HELLO, kind=Kind.CHUNK, end_class=16), "into which no text is cut"
     ),
-    "other ids of a chunk": (entry("hello", [7], kind=Kind.CHUNK), "other ids for a part"),
-    "other ids of a segment": (entry("hello", [7], kind=Kind.SHORT), "other ids for a part"),
+    "other ids of a chunk": (entry("hello", [7], kind=Kind.CHUNK), "other ids for a segment"),
+    "other ids of a segment": (entry("hello", [7], kind=Kind.SHORT), "other ids for a segment"),
 }  # fmt: skip
 
 
@@ -1022,8 +1022,8 @@ def test_folders_and_pipes_are_no_cache_files(tmp_path: Path) -> None:
     tok = wrapped()
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
-        assert_refused(tok, path, "no regular file")
-    with pytest.raises(MissingFile, match="there is no cache file"):
+        assert_refused(tok, path, "not a regular file")
+    with pytest.raises(MissingFile, match="nothing does not exist"):
         tok.cache_load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError):
         tok.cache_load(str(tmp_path / "nothing"))
@@ -1033,7 +1033,7 @@ def test_a_path_that_cannot_be_written(folder: Path) -> None:
     tok = filled(texts=["hello"])
     (folder / "kept").write_bytes(b"kept")
     (folder / "cache").mkdir()
-    missing = re.escape(f"there is no folder {folder / 'no such folder'} to write cache into; make")
+    missing = re.escape(f"the folder {folder / 'no such folder'}, in which cache is to be written")
     with pytest.raises(MissingFile, match=missing):
         tok.cache_dump(folder / "no such folder" / "cache")
     with pytest.raises(NotADirectoryError) as caught:
