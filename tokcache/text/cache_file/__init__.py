@@ -53,7 +53,7 @@ from tokcache.text.engines.copying import (
     ENCODING_PARTS,
     HuggingFaceEngine,
     component_state,
-    is_of_library,
+    result_or_error,
     signature,
 )
 
@@ -131,7 +131,20 @@ def dump(
         rows.seed = l1.parts.cut_seed
         rows.chunks, rows.shorts = l1.parts.held_chunks(), l1.parts.held_shorts()
     entries = list(_named_entries(rows, l1, wanted))
-    names = _numbered(entries, rows.left_out)
+
+    # The place of each scope in the file's list; the scopes over its limits are left out.
+    names: dict[str, int] = {}
+    n_left = MAX_SCOPE_BYTES
+    for _, scope, *_ in entries:
+        if scope is None or scope in names:
+            continue
+        n_bytes = len(scope.encode("utf-8", "surrogatepass"))
+        if len(names) == MAX_SCOPES or n_bytes > n_left:
+            rows.left_out["scopes"] += 1
+            continue
+        n_left -= n_bytes
+        names[scope] = len(names) + 1
+
     kept = [one for one in entries if one[1] is None or one[1] in names]
     header = Header(fingerprint(tokenizer), _plan_digest(l1), rows.seed, len(kept))
     n_bytes = write(Path(path), header, names, _encoded(kept, names), key)
@@ -289,22 +302,6 @@ def _named_entries(rows: _Rows, l1: L1 | None, wanted: Scopes | None) -> Iterato
             rows.left_out["scope"] += 1
         else:
             yield one
-
-
-def _numbered(entries: list[_Named], left_out: Counter[str]) -> dict[str, int]:
-    """Return each scope's place in the file's list; scopes over its limits are left out."""
-    names: dict[str, int] = {}
-    n_left = MAX_SCOPE_BYTES
-    for _, scope, *_ in entries:
-        if scope is None or scope in names:
-            continue
-        n_bytes = len(scope.encode("utf-8", "surrogatepass"))
-        if len(names) == MAX_SCOPES or n_bytes > n_left:
-            left_out["scopes"] += 1
-            continue
-        n_left -= n_bytes
-        names[scope] = len(names) + 1
-    return names
 
 
 def _encoded(
@@ -471,30 +468,22 @@ def _verify(file: Path, tokenizer: Tokenizer, l1: L1 | None, rows: _Rows) -> Non
         ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
-    for text, special, ids, _ in _sample(rows.texts):
-        _require_equal(file, "text", ids, _outcome(encode_text, text, special))
+    samples: list[tuple[str, TokenIds, Callable[..., list[int] | None], Any]] = [
+        ("text", ids, encode_text, (text, special)) for text, special, ids, _ in _sample(rows.texts)
+    ]
     if l1 is not None:
-        for text, ids, _, variant, *_ in [*_sample(rows.chunks), *_sample(rows.shorts)]:
-            _require_equal(file, "segment", ids, _outcome(l1.encode_part, text, variant))
+        samples += [
+            ("segment", ids, l1.encode_part, (text, variant))
+            for text, ids, _, variant, *_ in [*_sample(rows.chunks), *_sample(rows.shorts)]
+        ]
+    for kind, ids, encode, args in samples:
+        right = result_or_error(encode, *args)
+        if right is not None and right != ids.tolist():  # None: it can't be encoded by itself
+            raise InvalidCacheFile(
+                f"{file} has other ids for a {kind} than the tokenizer gives; nothing was loaded: "
+                "dump a new file with cache_dump"
+            )
 
 
 def _sample(rows: list[_Row]) -> list[_Row]:
     return random.SystemRandom().sample(rows, min(_N_VERIFIED, len(rows)))
-
-
-def _outcome(encode: Callable[..., list[int] | None], *args: Any) -> list[int] | str | None:
-    """Return the ids of a text, or the error in words."""
-    try:
-        return encode(*args)
-    except BaseException as error:  # a tokenizer without an unknown token raises bare Exception
-        if not is_of_library(error):
-            raise
-        return f"an error: {error}"
-
-
-def _require_equal(file: Path, kind: str, ids: TokenIds, right: list[int] | str | None) -> None:
-    if right is not None and right != ids.tolist():  # None: it can't be encoded by itself
-        raise InvalidCacheFile(
-            f"{file} has other ids for a {kind} than the tokenizer gives; nothing was loaded: dump "
-            "a new file with cache_dump"
-        )

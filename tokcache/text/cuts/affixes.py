@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokcache.text.cuts.plan import Variant
 from tokcache.text.cuts.rules import Affixes, Unrecognised
 from tokcache.text.engines.components import MARKER, MARKS_BLANKS, stages_of
-from tokcache.text.engines.copying import is_of_library
+from tokcache.text.engines.copying import result_or_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -80,13 +80,8 @@ def read_affixes(state: Any) -> Affixes:
 
 
 def _encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-    except BaseException as error:  # a tokenizer without an unknown token raises bare Exception
-        if not is_of_library(error):
-            raise
-        return []
-    return ids
+    found = result_or_error(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    return [] if isinstance(found, BaseException) else found.ids
 
 
 # ---- variants

@@ -12,13 +12,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
 from tokcache.errors import TokcacheError
 from tokcache.text.engines.layout import Layout, learn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # The components that decide ids. The decoder is copied too, but it is not part of the proof.
 ENCODING_PARTS = ("normalizer", "pre_tokenizer", "post_processor")
@@ -102,12 +105,8 @@ class HuggingFaceEngine:
         """Return the layout of encodings of one or two texts, None if it is not known."""
         key = n_texts, add_special_tokens
         if key not in self._layouts:
-            try:
-                self._layouts[key] = learn(self._tokenizer, n_texts, add_special_tokens)
-            except BaseException as error:  # a tokenizer without an unknown token raises Exception
-                if not is_of_library(error):
-                    raise
-                self._layouts[key] = None
+            found = result_or_error(learn, self._tokenizer, n_texts, add_special_tokens)
+            self._layouts[key] = None if isinstance(found, BaseException) else found
         return self._layouts[key]
 
     def encodings(
@@ -318,36 +317,46 @@ def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
         return False
     if why_random(source.model) is not None:
         return True  # the encodings can't be compared, and they are not cached
+
+    tokens = added_tokens(source)
+    step = max(1, len(tokens) // _MAX_PROBED_TOKENS)
+    probes = [*_PROBES, *_normalized_contents(source)]
+    probes += [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in tokens[::step]]
+    if source.encode_special_tokens:
+        # All added tokens: one that was special once is skipped as long as special ones are.
+        probes.append(" ".join(token.content for token in tokens))
     return all(
         _outcome(own, text, add_special_tokens) == _outcome(source, text, add_special_tokens)
-        for text in _probe_texts(source)
+        for text in probes
         for add_special_tokens in (True, False)
     )
 
 
 def _outcome(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> object:
     # A batch would start threads, after which the children of a fork encode without threads.
+    found = result_or_error(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    return str(found) if isinstance(found, BaseException) else (found.ids, found.type_ids)
+
+
+def result_or_error(
+    call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> T | BaseException:
+    """Return the result of a call into an encoder's library, or the error that the library raised.
+
+    The libraries raise bare Exception, such as tokenizers without an unknown token, and a panic in
+    Rust is a BaseException.
+    """
     try:
-        found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except BaseException as error:  # a tokenizer without an unknown token raises bare Exception
+        return call(*args, **kwargs)
+    except BaseException as error:
         if not is_of_library(error):
             raise
-        return str(error)
-    return found.ids, found.type_ids
+        return error
 
 
 def is_of_library(error: BaseException) -> bool:
-    """Return whether the encoder raised this error; a panic in Rust is not an Exception."""
+    """Return whether an encoder raised this error itself; a panic in Rust is not an Exception."""
     return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError)
-
-
-def _probe_texts(tokenizer: Tokenizer) -> list[str]:
-    added = added_tokens(tokenizer)
-    step = max(1, len(added) // _MAX_PROBED_TOKENS)
-    around = [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in added[::step]]
-    # All added tokens: one that was special once is skipped as long as special ones are.
-    together = [" ".join(t.content for t in added)] if tokenizer.encode_special_tokens else []
-    return [*_PROBES, *around, *together, *_normalized_contents(tokenizer)]
 
 
 def _normalized_contents(tokenizer: Tokenizer) -> list[str]:

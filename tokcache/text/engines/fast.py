@@ -26,7 +26,7 @@ from tokenizers.models import BPE
 
 from tokcache.errors import TokcacheError
 from tokcache.text.engines.components import BYTE_NAME, has_all_bytes
-from tokcache.text.engines.copying import is_of_library
+from tokcache.text.engines.copying import added_tokens, result_or_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -258,14 +258,12 @@ def build(name: str, tokenizer_json: str) -> FastEncoder:
     if name not in _ENCODERS:
         known = ", ".join(_ENCODERS)
         raise FastEncoderUnavailable(name, f"no such encoder, known are {known}")
-    try:
-        return _ENCODERS[name](tokenizer_json)
-    except ImportError as error:
-        raise FastEncoderUnavailable(name, f"not installed ({error})") from error
-    except BaseException as error:
-        if not is_of_library(error):
-            raise
-        raise FastEncoderUnavailable(name, _first_line(error)) from error
+    found = result_or_error(_ENCODERS[name], tokenizer_json)
+    if isinstance(found, ImportError):
+        raise FastEncoderUnavailable(name, f"not installed ({found})") from found
+    if isinstance(found, BaseException):
+        raise FastEncoderUnavailable(name, _first_line(found)) from found
+    return found
 
 
 def prove(encoder: FastEncoder, reference: Tokenizer, probes: Sequence[str]) -> str | None:
@@ -281,11 +279,14 @@ def prove(encoder: FastEncoder, reference: Tokenizer, probes: Sequence[str]) -> 
 def _why_never(reference: Tokenizer) -> str | None:
     """Return why an encoder may differ on texts that are too rare for probes, None if it can't."""
     # Both libraries may find such added tokens differently from tokenizers.
-    added = reference.get_added_tokens_decoder().values()
+    added = added_tokens(reference)
     if any(token.single_word for token in added):
         return "an added token must be a whole word (single_word)"
-    if reference.normalizer is not None and any(_may_be_composed(one.content) for one in added):
-        return "a normalizer may make an added token of other characters"
+    if reference.normalizer is not None:
+        # No agreed character becomes an ASCII one.
+        chars = {char for token in added for char in token.content if not char.isascii()}
+        if any(normalize("NFD", char) != char or char in _made_of_others() for char in chars):
+            return "a normalizer may make an added token of other characters"
 
     pre_tokenizer = reference.pre_tokenizer
     state = json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer is not None else {}
@@ -311,13 +312,6 @@ def _why_never(reference: Tokenizer) -> str | None:
     return None
 
 
-def _may_be_composed(content: str) -> bool:
-    """Return whether a normalizer may make a character of this string from other characters."""
-    if content.isascii():
-        return False  # no agreed character becomes an ASCII one
-    return any(normalize("NFD", char) != char or char in _made_of_others() for char in content)
-
-
 @cache
 def _made_of_others() -> frozenset[str]:
     """Return the characters that NFC makes of a single other agreed character."""
@@ -328,21 +322,22 @@ def _made_of_others() -> frozenset[str]:
 def _first_difference(
     encoder: FastEncoder, reference: Tokenizer, probes: Sequence[str]
 ) -> str | None:
+    def right(text: str) -> list[int]:
+        ids: list[int] = reference.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def own(text: str) -> list[int]:
+        ids: list[int] = encoder.encode([text])[0].tolist()
+        return ids
+
     for text in probes:
-        wanted = _outcome(lambda text: reference.encode(text, add_special_tokens=False).ids, text)
-        found = _outcome(lambda text: encoder.encode([text])[0].tolist(), text)
+        wanted, found = (
+            f"an error ({_first_line(ids)})" if isinstance(ids, BaseException) else ids
+            for ids in (result_or_error(right, text), result_or_error(own, text))
+        )
         if found != wanted:
             return f"{text!r} is {found} in {encoder.name}, {wanted} in tokenizers"
     return None
-
-
-def _outcome(encode: Callable[[str], list[int]], text: str) -> list[int] | str:
-    try:
-        return encode(text)
-    except BaseException as error:
-        if not is_of_library(error):
-            raise
-        return f"an error ({_first_line(error)})"
 
 
 def _first_line(error: BaseException) -> str:
@@ -391,17 +386,13 @@ def probe_texts(tokenizer: Tokenizer) -> list[str]:
     for _ in range(_N_DENSE):
         few = [*rng.sample(_DENSE, 6), *rng.sample(pieces, min(3, len(pieces)))]
         dense.append("".join(rng.choices(few, k=30)))
-    return [*filter(is_agreed, chain(_SAMPLES, joined, dense)), *_around_added(tokenizer)]
-
-
-def _around_added(tokenizer: Tokenizer) -> list[str]:
-    """Return texts in which some added tokens, at least one of each kind, meet other text."""
-    added = [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+    # Some added tokens, at least one of each kind, next to other text and next to each other.
+    added = added_tokens(tokenizer)
     step = max(1, len(added) // _N_ADDED)
     of_kinds = list({_kind(token): token.content for token in added}.values())
-    texts = []
+    around = []
     for content in dict.fromkeys([*(token.content for token in added[::step]), *of_kinds]):
-        texts += [
+        around += [
             f"a{content}b<0x41>",
             f"{content}<0x41>",  # the name of a byte's token is text
             f" {content} ",
@@ -410,8 +401,8 @@ def _around_added(tokenizer: Tokenizer) -> list[str]:
             f"{content.lower()} {content.upper()} {content[:-1]}{content[1:]}",
         ]
     for a, b in product(of_kinds, repeat=2):
-        texts += [f"{a}{b}", f"{a} {b}", f"{a}x{b}"]
-    return texts
+        around += [f"{a}{b}", f"{a} {b}", f"{a}x{b}"]
+    return [*filter(is_agreed, chain(_SAMPLES, joined, dense)), *around]
 
 
 def _kind(token: Any) -> tuple[bool, ...]:
