@@ -247,7 +247,7 @@ def to_the_shorter_one(first: int, second: int, _room: int) -> tuple[int, int]:
         ("bpe", "Truncation.cut", from_the_other_side),
         ("bert", "_both", to_the_shorter_one),
         ("bert_template", "_is_wanted", lambda *_: True),
-        ("unigram", "_filled", lambda line, *_: line),
+        ("unigram", "Padding.width", lambda *_: 0),
     ],
 )
 def test_the_drawn_calls_find_a_wrong_answer(

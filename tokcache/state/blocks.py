@@ -20,7 +20,7 @@ from operator import index
 from typing import TYPE_CHECKING
 
 from tokcache._validate import MAX_INT, require_int
-from tokcache.errors import InvalidConfig
+from tokcache.errors import InvalidConfig, StateRefused
 from tokcache.state.handles import BlockIO, RestorePlan, StoredBlock, Work
 from tokcache.state.index import Node, Root, root_bytes
 from tokcache.state.memory import NODE_BYTES
@@ -32,7 +32,7 @@ from tokcache.state.names import (
     rest_owner,
 )
 from tokcache.state.store import block_address
-from tokcache.state.tiers import Address, StateRefused, Stored
+from tokcache.state.tiers import Address, Stored
 
 if TYPE_CHECKING:
     from tokcache.state.store import Store

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from tokcache._validate import require_bool, require_scope, require_seconds, require_size
-from tokcache.errors import InvalidConfig
+from tokcache.errors import InvalidConfig, StateRefused
 from tokcache.state.names import Owner, common_tokens
-from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
+from tokcache.state.tiers import Address, Record, is_in_place
 from tokcache.state.tiers.block_file import StateCodec
 from tokcache.state.tiers.counting import Counting
 from tokcache.state.tiers.disk_file import LAYOUT, READ, REASONS, DiskFile, File, read_head

@@ -27,6 +27,7 @@ import tokenizers
 
 from tokcache._validate import require_scope
 from tokcache.errors import (
+    Damaged,
     InvalidCacheFile,
     InvalidConfig,
     InvalidScope,
@@ -37,7 +38,6 @@ from tokcache.text import _implementation as implementation
 from tokcache.text.cache_file.format import (
     MAX_SCOPE_BYTES,
     MAX_SCOPES,
-    Damaged,
     Entry,
     Header,
     Kind,
@@ -176,7 +176,21 @@ def load(
         )
     filled = {Kind.TEXT: generation.l0.fill(rows.texts)}
     if l1 is not None:
-        filled |= _fill_parts(l1, rows)
+        if not l1.parts.cuts_fine:
+            rows.left_out["l1_off"] += len(rows.shorts)
+            rows.shorts = []
+        # The cut seed decides where chunks begin, so chunks are useful only under their own seed.
+        # A cache that holds fewer chunks than the file takes over the file's seed.
+        own, n_chunks = l1.parts.cut_seed, l1.parts.stats().n_chunks
+        if own != rows.seed:
+            if len(own) != len(rows.seed) or n_chunks >= len(rows.chunks):
+                rows.left_out["cuts"] += len(rows.chunks)
+                rows.chunks = []
+            else:
+                l1.parts.cut_seed = rows.seed
+        # First short segments: their table may double, and chunks get the rest.
+        filled[Kind.SHORT] = l1.parts.fill_shorts(rows.shorts)
+        filled[Kind.CHUNK] = l1.parts.fill_chunks(rows.chunks)
     n_there = sum(there for _, there in filled.values())
     counts = Counter({kind: n for kind, (n, _) in filled.items()})
     rows.left_out["held"] += n_there
@@ -431,30 +445,6 @@ class _Ids:
         for index in self._np.flatnonzero(self._seen).tolist():
             if self._tokenizer.id_to_token(index) is None and index not in around:
                 raise Damaged(f"has the token id {index:,}, which the tokenizer doesn't have")
-
-
-def _fill_parts(l1: L1, rows: _Rows) -> dict[Kind, tuple[int, int]]:
-    """Put chunks and short segments into L1, and return how many were put, and were there.
-
-    The cut seed decides where chunks begin, so chunks are useful only under the file's own seed.
-    A cache that holds fewer chunks than the file takes over the file's seed.
-    """
-    parts = l1.parts
-    if not parts.cuts_fine:
-        rows.left_out["l1_off"] += len(rows.shorts)
-        rows.shorts = []
-    is_same = parts.cut_seed == rows.seed
-    if not is_same and (
-        len(parts.cut_seed) != len(rows.seed) or parts.stats().n_chunks >= len(rows.chunks)
-    ):
-        rows.left_out["cuts"] += len(rows.chunks)
-        rows.chunks = []
-    elif not is_same:
-        parts.cut_seed = rows.seed
-    shorts = parts.fill_shorts(
-        rows.shorts
-    )  # first: their table may double, and chunks get the rest
-    return {Kind.CHUNK: parts.fill_chunks(rows.chunks), Kind.SHORT: shorts}
 
 
 def _verify(file: Path, tokenizer: Tokenizer, l1: L1 | None, rows: _Rows) -> None:

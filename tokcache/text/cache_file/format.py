@@ -27,7 +27,7 @@ from pathlib import Path
 from struct import Struct
 from typing import IO, Any, TypeVar
 
-from tokcache.errors import InvalidCacheFile, MissingFile
+from tokcache.errors import Damaged, InvalidCacheFile, MissingFile
 
 MAX_SCOPES = 1 << 20  # in one file
 MAX_SCOPE_BYTES = 64 << 20  # of the names of all scopes together
@@ -89,10 +89,6 @@ class Entry:
     def n_content(self) -> int:
         """The number of bytes of text and ids."""
         return self.n_bytes + 4 * self.n_ids
-
-
-class Damaged(Exception):
-    """A file is damaged or can't be used; the message follows the file's path in a sentence."""
 
 
 # ---- writing

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import Unrecognised
 from tokcache.text.cuts.char_classes import VISIBLE, WHITESPACE
 from tokcache.text.cuts.rules import (
     NON_ASCII,
@@ -13,7 +14,6 @@ from tokcache.text.cuts.rules import (
     WHITESPACE_LEFT,
     C,
     Rule,
-    Unrecognised,
 )
 from tokcache.text.engines.components import MARKER
 

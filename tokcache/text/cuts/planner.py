@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import CopyError, Unrecognised
 from tokcache.text.cuts.added_tokens import (
     Phases,
     may_appear,
@@ -33,10 +34,10 @@ from tokcache.text.cuts.char_classes import N_CLASSES
 from tokcache.text.cuts.normalizers import narrowed, read_normalizer
 from tokcache.text.cuts.plan import CutPlan
 from tokcache.text.cuts.pre_tokenizers import forced_cuts, splitting_stages
-from tokcache.text.cuts.rules import Findings, Pair, Unrecognised, is_coarse, pairs_in
+from tokcache.text.cuts.rules import Findings, Pair, is_coarse, pairs_in
 from tokcache.text.cuts.vocabulary import cuts_of_vocabulary, proves_none
 from tokcache.text.engines.components import stages_of
-from tokcache.text.engines.copying import CopyError, component_state, why_random
+from tokcache.text.engines.copying import component_state, why_random
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import Unrecognised
 from tokcache.text.cuts.char_classes import VISIBLE, WHITESPACE
 from tokcache.text.cuts.patterns import CJK, GPT2_RULES, NUMBERS, PATTERNS
 from tokcache.text.cuts.rules import (
@@ -20,7 +21,6 @@ from tokcache.text.cuts.rules import (
     WHITESPACE_LEFT,
     C,
     Rule,
-    Unrecognised,
 )
 from tokcache.text.engines.components import MARKER
 

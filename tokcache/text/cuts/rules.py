@@ -25,10 +25,6 @@ LINE_ENDS = frozenset({C.NEWLINE, C.NEWLINE_RUN, C.RETURN})
 WHITESPACE_LEFT = WHITESPACE | {C.NEWLINE_RUN}  # the whitespace classes on the left of a cut
 
 
-class Unrecognised(Exception):
-    """No rule knows a component of the tokenizer; the message follows the component's kind."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Cuts between any class of `left` and any class of `right`, and the reason they are safe.

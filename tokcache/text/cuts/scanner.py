@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tokcache.errors import Unsure
 from tokcache.text.cuts.char_classes import ASCII_CLASSES, WHITESPACE, CharClass, class_of
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ _WHITE_SPACE = frozenset(
 )
 _WORDS = frozenset({CharClass.LETTER, CharClass.DIGIT, CharClass.UNDERSCORE})
 _IN_RUN = WHITESPACE | {CharClass.NEWLINE_RUN, CharClass.OTHER}
-
-
-class Unsure(Exception):
-    """A character next to a whole-word added token may or may not belong to a word."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
-from tokcache.errors import TokcacheError
+from tokcache.errors import CopyError
 from tokcache.text.engines.layout import Layout, learn
 
 P = ParamSpec("P")
@@ -52,14 +52,6 @@ _PROBES = (
     "Ünïcödé, e\u0301, ﬁ, 東京, русский, שלום, 👩‍👩‍👧 \u200b",
 )
 _MAX_PROBED_TOKENS = 64
-
-
-class CopyError(TokcacheError, RuntimeError):
-    """A tokenizer can't be copied with proof; `reason` names why, as a counter's key."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the tokenizer can't be copied with proof: {reason}")
-        self.reason = reason
 
 
 class Engine(Protocol):
@@ -325,17 +317,17 @@ def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
     if source.encode_special_tokens:
         # All added tokens: one that was special once is skipped as long as special ones are.
         probes.append(" ".join(token.content for token in tokens))
+
+    def outcome(tokenizer: Tokenizer, text: str, special: bool) -> object:
+        # A batch would start threads, after which the children of a fork encode without threads.
+        found = result_or_error(tokenizer.encode, text, add_special_tokens=special)
+        return str(found) if isinstance(found, BaseException) else (found.ids, found.type_ids)
+
     return all(
-        _outcome(own, text, add_special_tokens) == _outcome(source, text, add_special_tokens)
+        outcome(own, text, special) == outcome(source, text, special)
         for text in probes
-        for add_special_tokens in (True, False)
+        for special in (True, False)
     )
-
-
-def _outcome(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> object:
-    # A batch would start threads, after which the children of a fork encode without threads.
-    found = result_or_error(tokenizer.encode, text, add_special_tokens=add_special_tokens)
-    return str(found) if isinstance(found, BaseException) else (found.ids, found.type_ids)
 
 
 def result_or_error(

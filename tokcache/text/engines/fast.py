@@ -24,7 +24,7 @@ from unicodedata import normalize
 
 from tokenizers.models import BPE
 
-from tokcache.errors import TokcacheError
+from tokcache.errors import FastEncoderUnavailable
 from tokcache.text.engines.components import BYTE_NAME, has_all_bytes
 from tokcache.text.engines.copying import added_tokens, result_or_error
 
@@ -144,14 +144,6 @@ _N_PIECES = 64
 _N_ADDED = 12
 
 
-class FastEncoderUnavailable(TokcacheError, RuntimeError):
-    """An encoder is not installed or can't encode with this tokenizer; `reason` says why."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} can't encode with this tokenizer: {reason}; use tokenizers")
-        self.reason = reason
-
-
 class FastEncoder(Protocol):
     """Encodes whole texts, without special tokens around them, truncation and padding.
 
@@ -267,18 +259,13 @@ def build(name: str, tokenizer_json: str) -> FastEncoder:
 
 
 def prove(encoder: FastEncoder, reference: Tokenizer, probes: Sequence[str]) -> str | None:
-    """Return None if both encode every probe alike, else the first difference in words.
+    """Return None if `encoder` is equal to `reference`, else why it is not or may not be.
 
     `reference` must be the tokenizer for which `encoder` was built, with all added tokens and
     without truncation. It encodes text by text: a batch would start threads, after which the
     children of a fork encode without threads.
     """
-    return _why_never(reference) or _first_difference(encoder, reference, probes)
-
-
-def _why_never(reference: Tokenizer) -> str | None:
-    """Return why an encoder may differ on texts that are too rare for probes, None if it can't."""
-    # Both libraries may find such added tokens differently from tokenizers.
+    # First the tokenizers for which both libraries differ on texts too rare for probes.
     added = added_tokens(reference)
     if any(token.single_word for token in added):
         return "an added token must be a whole word (single_word)"
@@ -294,6 +281,11 @@ def _why_never(reference: Tokenizer) -> str | None:
     if any(one["type"] == "Split" for one in parts) and any(one.get("use_regex") for one in parts):
         return "a ByteLevel pre-tokenizer splits again the parts of another one"
 
+    return _why_never_model(reference) or _first_difference(encoder, reference, probes)
+
+
+def _why_never_model(reference: Tokenizer) -> str | None:
+    """Return why the model's tokens may be merged differently, None if they can't."""
     model = reference.model
     if not isinstance(model, BPE):
         return None
@@ -305,8 +297,10 @@ def _why_never(reference: Tokenizer) -> str | None:
     )
     if has_merged_bytes:
         return "a byte's token may be merged with its neighbours"
-    components = [one for one in (reference.normalizer, pre_tokenizer) if one is not None]
-    is_byte_level = any(b'"ByteLevel"' in one.__getstate__() for one in components)
+    components = (reference.normalizer, reference.pre_tokenizer)
+    is_byte_level = any(
+        one is not None and b'"ByteLevel"' in one.__getstate__() for one in components
+    )
     if model.unk_token is None and not (is_byte_level or has_all_bytes(model)):
         return "unknown characters are dropped, and their neighbours may be merged"
     return None

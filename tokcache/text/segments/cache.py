@@ -21,14 +21,13 @@ from itertools import zip_longest
 from os import urandom
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import MissingExtra
+from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
 from tokcache.text.cuts.plan import VOCABULARY_PROOF
-from tokcache.text.cuts.scanner import Scanner, Unsure, parts_of
+from tokcache.text.cuts.scanner import Scanner, parts_of
 from tokcache.text.engines.copying import PartEncoder, is_of_library
 from tokcache.text.engines.fast import (
     FastEncoder,
-    FastEncoderUnavailable,
     agreed_code_points,
     build,
     installed,

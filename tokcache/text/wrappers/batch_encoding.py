@@ -15,6 +15,7 @@ from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import NotFromIds
 from tokcache.text.engines.layout import Run
 from tokcache.text.token_ids import TokenIds
 
@@ -58,14 +59,7 @@ class Truncation:
         if n_over <= 0:
             return lengths
         if self.strategy == "longest_first":
-            if len(lengths) == 1:
-                return (room,)
-            # The longer text is cut down to the shorter one's length, then both to a half.
-            short, long = sorted(lengths)
-            long = short if short > room else max(short, room - short)
-            if short + long > room:
-                short, long = room // 2, room // 2 + room % 2
-            return (long, short) if lengths[0] > lengths[1] else (short, long)
+            return (room,) if len(lengths) == 1 else _both(lengths[0], lengths[1], room)
         place = 0 if self.strategy == "only_first" else 1
         if place >= len(lengths) or lengths[place] <= n_over:
             return None
@@ -85,6 +79,18 @@ class Truncation:
             "strategy": self.strategy,
             "direction": self.side,
         }
+
+
+def _both(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return the lengths of two texts that are too long together, as tokenizers truncates them.
+
+    The longer text is cut down to the length of the shorter one, then both to a half of the room.
+    """
+    short, long = sorted((first, second))
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room // 2 + room % 2
+    return (long, short) if first > second else (short, long)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +153,11 @@ class Asked:
         return list(self.texts[0] if len(self.texts) == 1 else zip(*self.texts, strict=True))
 
 
-class _NotFromIdsError(Exception):
-    """Ids can't answer a call; the message is the key of the counter."""
-
-
 def read(wrapper: Any, asked: dict[str, Any]) -> Asked | str:
     """Return the arguments of an `_encode_plus` call, or the reason why ids can't answer it."""
     try:
         return _read(wrapper, dict(asked))
-    except _NotFromIdsError as reason:
+    except NotFromIds as reason:
         return str(reason)
 
 
@@ -163,19 +165,19 @@ def _read(wrapper: Any, asked: dict[str, Any]) -> Asked:
     text, pair = asked.pop("text", None), asked.pop("text_pair", None)
     splits = asked.pop("split_special_tokens", None)
     if not (splits is None or splits is wrapper.split_special_tokens):
-        raise _NotFromIdsError("split_special_tokens")
+        raise NotFromIds("split_special_tokens")
     max_length, tensors = asked.pop("max_length", None), asked.pop("return_tensors", None)
     truncation = None
     strategy, side = _strategy(asked, "truncation_strategy"), wrapper.truncation_side
     if not strategy.startswith("do_not"):
         if type(max_length) is not int or side not in _SIDES:
-            raise _NotFromIdsError("truncation")
+            raise NotFromIds("truncation")
         truncation = Truncation(max_length, strategy, side)
     padding = _padding(wrapper, asked, max_length)
     for name, value in asked.items():
         # By identity: transformers does not take 0 for False.
         if not any(value is one for one in _ANSWERED.get(name, ())):
-            raise _NotFromIdsError(name if name in _ANSWERED else "other_argument")
+            raise NotFromIds(name if name in _ANSWERED else "other_argument")
     return Asked(
         texts=_texts(text, pair),
         is_batch=not isinstance(text, str),
@@ -202,13 +204,13 @@ def _texts(text: Any, pair: Any) -> tuple[Sequence[str], ...]:
         is_even = isinstance(pair, list | tuple) and len(pair) == len(text)
         if is_even and _are_texts(text) and _are_texts(pair):
             return text, pair
-    raise _NotFromIdsError("input_type")
+    raise NotFromIds("input_type")
 
 
 def _pairs(rows: Sequence[Any]) -> tuple[Sequence[str], ...]:
     if all(isinstance(row, tuple) and len(row) == 2 and _are_texts(row) for row in rows):  # noqa: PLR2004 (a pair)
         return tuple(zip(*rows, strict=True))
-    raise _NotFromIdsError("input_type")
+    raise NotFromIds("input_type")
 
 
 def _are_texts(values: Sequence[Any]) -> bool:
@@ -231,7 +233,7 @@ def _padding(wrapper: Any, asked: dict[str, Any], max_length: Any) -> Padding | 
     numbers = [one for one in (length, multiple) if one is not None]
     is_plain = all(type(one) is int and one > 0 for one in numbers)
     if side not in _SIDES or not is_plain or type(token_id) is not int or type(type_id) is not int:
-        raise _NotFromIdsError("padding")
+        raise NotFromIds("padding")
     return Padding(length, multiple, side, str(token), token_id, type_id)
 
 
@@ -294,18 +296,14 @@ def make_fields(
     is_even = width >= longest or all(len(row) == longest for row in rows)
     is_left = padding is not None and padding.side == "left"
 
-    def is_wanted(name: str) -> bool:
-        flag = asked.flags.get(f"return_{name}")
-        return name in names if flag is None else bool(flag)
-
     # The name of each field, its rows, and the value with which rows are padded.
     fields: list[tuple[str, Sequence[Segments], int]] = [
         ("input_ids", [row.segments for row in rows], padding.token_id if padding else 0)
     ]
-    if is_wanted("token_type_ids"):
+    if _is_wanted("token_type_ids", asked.flags, names):
         types = [layout.type_ids(row.lengths) for row in rows]
         fields.append(("token_type_ids", types, padding.type_id if padding else 0))
-    if is_wanted("attention_mask"):
+    if _is_wanted("attention_mask", asked.flags, names):
         fields.append(("attention_mask", [[Run(1, len(row))] for row in rows], 0))
     if asked.flags.get("return_special_tokens_mask"):
         masks = [layout.special_tokens_mask(row.lengths) for row in rows]
@@ -330,6 +328,11 @@ def make_fields(
     if asked.flags.get("return_length"):
         data["length"] = [len(ids) for ids in data["input_ids"]]
     return data
+
+
+def _is_wanted(name: str, flags: dict[str, Any], names: Sequence[str]) -> bool:
+    flag = flags.get(f"return_{name}")
+    return name in names if flag is None else bool(flag)
 
 
 def _plain(segment: Segment) -> list[int]:

@@ -80,18 +80,26 @@ def wrapper_class(plain: type[Any], base: type[Any]) -> type[Any]:
     """
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase  # noqa: PLC0415
 
+    def signed(name: str) -> Any:
+        """Return a copy of a method of `base` with the plain one's signature and docstring."""
+        own = getattr(base, name)
+        copy = FunctionType(
+            own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__
+        )
+        return update_wrapper(copy, getattr(plain, name))
+
     with _lock:
         if "_tokcache_class" not in vars(plain):
             chat = plain.apply_chat_template  # a class may have one of its own, which is kept
             if chat is PreTrainedTokenizerBase.apply_chat_template:
-                chat = _signed_like(chat, base.apply_chat_template)
+                chat = signed("apply_chat_template")
             body = {
                 "__slots__": (),
                 "__module__": plain.__module__,
                 "__qualname__": f"{plain.__qualname__}._tokcache_class",
                 "__doc__": plain.__doc__,
-                "__call__": _signed_like(plain.__call__, base.__call__),
-                "encode": _signed_like(plain.encode, base.encode),
+                "__call__": signed("__call__"),
+                "encode": signed("encode"),
                 "apply_chat_template": chat,
                 "_tokcache_plain": plain,
                 **{name: _OfPlainClass(plain, name) for name in _LOADING},
@@ -99,14 +107,6 @@ def wrapper_class(plain: type[Any], base: type[Any]) -> type[Any]:
             make: Any = WrapperType
             plain._tokcache_class = make(plain.__name__, (base, plain), body)  # noqa: SLF001 (ours)
         return plain._tokcache_class  # type: ignore[no-any-return]  # noqa: SLF001 (ours)
-
-
-def _signed_like(plain: Any, own: Any) -> Any:
-    """Return a copy of `own` with the signature and docstring of the method that it replaces."""
-    copy = FunctionType(
-        own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__
-    )
-    return update_wrapper(copy, plain)
 
 
 def is_view(kind: type[Any]) -> bool:
