@@ -25,6 +25,7 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
+from tokcache._prefix import common_tokens
 from tokcache._validate import (
     require_bool,
     require_int,
@@ -33,7 +34,6 @@ from tokcache._validate import (
     require_size,
 )
 from tokcache.errors import InvalidConfig, LinkFailed, StateRefused
-from tokcache.state.names import common_tokens
 from tokcache.state.tiers import Address, Record, is_in_place
 from tokcache.state.tiers.block_file import MAX_TOKENS, Head, StateCodec
 from tokcache.state.tiers.circuit import Circuit
