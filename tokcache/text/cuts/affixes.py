@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import Unrecognised
 from tokcache.text.cuts.plan import Variant
-from tokcache.text.cuts.rules import Affixes
 from tokcache.text.engines.components import MARKER, MARKS_BLANKS, stages_of
 from tokcache.text.engines.copying import result_or_error
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-    from tokcache.text.segments.cuts.rules import Affixes
+    from tokcache.text.cuts.rules import Affixes
 
     Variants = tuple[Variant, Variant, Variant]
 

@@ -16,7 +16,7 @@ from tokcache.text.cuts.char_classes import ASCII_CLASSES, WHITESPACE, CharClass
 if TYPE_CHECKING:
     from tokcache.text.cuts.plan import CutPlan, Separator
 
-_WHITE_SPACE = frozenset(
+_WHITESPACE_CHARS = frozenset(
     "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
     + "".join(map(chr, range(0x2000, 0x200B)))
 )
@@ -68,11 +68,11 @@ class Scanner:
         if one.skips or (one.single_word and self._touches_word(text, one, i, piece)):
             return Match(one, start, stop, end, is_text=True)
         if one.lstrip:
-            while start > 0 and text[start - 1] in _WHITE_SPACE:
+            while start > 0 and text[start - 1] in _WHITESPACE_CHARS:
                 start -= 1
             start = max(start, piece)
         if one.rstrip:
-            while stop < len(text) and text[stop] in _WHITE_SPACE:
+            while stop < len(text) and text[stop] in _WHITESPACE_CHARS:
                 stop += 1
         return Match(one, start, stop, end, is_text=False)
 

@@ -269,12 +269,13 @@ def make_rows(asked: Asked, layout: Layout, found: Sequence[TokenIds]) -> list[R
                 rows.append(Row([ids], (n_tokens,)))
                 continue
             texts = (ids[layout.n_before : layout.n_before + n_tokens],)
-        lengths: Sequence[int] | None = [len(one) for one in texts]
+        lengths: Sequence[int] = [len(one) for one in texts]
         if truncation is not None:
-            lengths = truncation.lengths(layout, [len(one) for one in texts])
-            if lengths is None:
+            kept = truncation.lengths(layout, lengths)
+            if kept is None:
                 return None
-            texts = [truncation.cut(one, n) for one, n in zip(texts, lengths, strict=True)]
+            texts = [truncation.cut(one, n) for one, n in zip(texts, kept, strict=True)]
+            lengths = kept
         rows.append(Row(layout.segments(texts), lengths))
     return rows
 
@@ -349,10 +350,12 @@ def _as_array(lines: Sequence[Segments], width: int) -> Any:
         start = 0
         for segment in line:
             stop = start + len(segment)
+            values: Any = segment
             if isinstance(segment, TokenIds):
-                row[start:stop] = segment.numpy()
-            else:
-                row[start:stop] = segment.value if isinstance(segment, Run) else segment
+                values = segment.numpy()
+            elif isinstance(segment, Run):
+                values = segment.value
+            row[start:stop] = values
             start = stop
     return array
 
