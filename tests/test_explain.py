@@ -26,9 +26,9 @@ from tokcache.cli.explain_report import print_explanation, visible
 from tokcache.cli.explanation import Grain, Origin, explain, read_sample
 from tokcache.config import ENGINES, CacheConfig
 from tokcache.text import tokenizer as core
+from tokcache.text.cuts.char_classes import N_CLASSES
+from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.segments import cache as l1
-from tokcache.text.segments.char_classes import N_CLASSES
-from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.token_ids import TokenIds
 from tokcache.text.tokenizer import CachedTokenizer
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.cli.explanation import Explanation
-    from tokcache.text.segments.cuts.plan import CutPlan
+    from tokcache.text.cuts.plan import CutPlan
 
 WITHOUT_FAST = CacheConfig(engine="tokenizers")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import tokcache
+from tokcache.text._native import NATIVE
 
 ROOT = Path(tokcache.__file__).parent
 LEAVES = {"errors", "config", "stats"}
@@ -55,6 +56,37 @@ def test_a_package_imports_only_the_packages_below_it(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "tokcache" and len(parts) > 1 and is_package(parts[1]):
             assert parts[1] in MAY_IMPORT[package_of(path)], f"{path.name} imports {name}"
+
+
+# The rooms of text/, from the lowest floor up: each imports only rooms of the floors below it.
+TEXT_FLOORS = (
+    {"_native", "_pickling", "engines"},
+    {"cuts"},
+    {"_reference"},
+    {"_implementation"},
+    {"l0", "segments", "token_ids"},
+    {"cache_file"},
+    {"tokenizer"},
+    {"wrappers"},
+)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "text").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_a_room_of_text_imports_only_the_floors_below_it(path: Path) -> None:
+    own = path.relative_to(ROOT / "text").parts[0].removesuffix(".py")
+    below: set[str] = {own}
+    for floor in TEXT_FLOORS:
+        if own in floor:
+            break
+        below |= floor
+    compiled = tuple(f"tokcache.text.{name}" for name in NATIVE)
+    for name in imports(ast.parse(path.read_text())):
+        parts = name.split(".")
+        is_own = parts[:2] == ["tokcache", "text"] and len(parts) > 2
+        if is_own and not name.startswith(compiled):
+            assert parts[2] in below, f"{path.name} imports {name}"
 
 
 def test_importing_tokcache_loads_no_optional_library() -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tokcache.text import _implementation
-from tokcache.text._reference import l0, token_ids
-from tokcache.text.segments import _reference
+from tokcache.text._reference import l0, segments, token_ids
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Implementation:
             monkeypatch.setattr(_implementation, name, value)
 
 
-REFERENCE = Implementation(token_ids.TokenIds, l0.L0Cache, _reference)
+REFERENCE = Implementation(token_ids.TokenIds, l0.L0Cache, segments)
 
 
 def native() -> Implementation:

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from tokcache.text.segments.char_classes import (
+from tokcache.text.cuts.char_classes import (
     ASCII_CLASSES,
     N_CLASSES,
     NON_ASCII_LETTER_RANGES,

@@ -21,13 +21,13 @@ from tokenizers import (
 )
 
 from tests.text.tokenizers_synthetic import PATTERNS, RANDOM, SYNTHETIC
+from tokcache.text.cuts.char_classes import N_CLASSES, CharClass
+from tokcache.text.cuts.planner import plan_cuts
+from tokcache.text.cuts.scanner import class_behind
 from tokcache.text.engines.copying import PartEncoder
-from tokcache.text.segments.char_classes import N_CLASSES, CharClass
-from tokcache.text.segments.cuts.planner import plan_cuts
-from tokcache.text.segments.scanner import class_behind
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.cuts.plan import CutPlan
+    from tokcache.text.cuts.plan import CutPlan
 
 C = CharClass
 Build = Callable[[], Tokenizer]
@@ -378,27 +378,27 @@ OFF: dict[str, tuple[Build, str, str | None]] = {
     "dropout": (RANDOM["dropout_half"], "bpe_dropout", None),
     "sampling": (_sampling, "unigram_sampling", None),
     "written_in_python": (_custom, "python_component", None),
-    "text_named_twice": (_text_twice, "post_processor", "names the text not exactly once"),
+    "text_named_twice": (_text_twice, "post_processor", "does not name the text exactly once"),
     "overlap": (
         _added("gpt2", AddedToken("ab|cd", normalized=False), AddedToken("cd|ef", normalized=True)),
         "added_tokens_overlap",
-        "both phases overlap each other",
+        "of the two phases may overlap",
     ),
     "nested": (
         _added("gpt2", AddedToken("<a><b>", normalized=True), AddedToken("<b>", normalized=False)),
         "added_tokens_overlap",
-        "both phases overlap each other",
+        "of the two phases may overlap",
     ),
     "prefix": (
         _added("llama2", AddedToken("hello", normalized=True)),
         "normalized_token_prefix",
-        "read otherwise behind a cut",
+        "may not be found after a cut",
     ),
 } | {
     f"normalized_{flag}": (
         _added("bert_uncased", AddedToken("hello", normalized=True, **{flag: True})),
         "normalized_token_flags",
-        "with flags is looked for in the normalised text",
+        "with flags is searched for in the normalised text",
     )
     for flag in ("lstrip", "rstrip", "single_word")
 }
@@ -501,11 +501,11 @@ NO_CUT: dict[str, tuple[Build, str]] = {
             pre_tokenizers.Digits(),
             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
         ),
-        "ByteLevel puts a blank before every part of a text",
+        "ByteLevel puts a space before every part of a text",
     ),
     "blanks_hidden": (
         _with("gpt2", normalizer=_MARKS),
-        "ByteLevel behind a normalizer that hides blanks",
+        "ByteLevel after a normalizer that replaces spaces",
     ),
     "split_by_string": (
         _pre(pre_tokenizers.Split(" ", "isolated"), _BYTES),
@@ -517,23 +517,23 @@ NO_CUT: dict[str, tuple[Build, str]] = {
     ),
     "unigram_alone": (
         SYNTHETIC["unigram_alone"],
-        _NO_PROOF + "only BPE merges neighbours and nothing else",
+        _NO_PROOF + "only the tokens of BPE are made by merging neighbours",
     ),
     "word_piece_alone": (
         _word_piece_without_pre_tokenizer,
-        _NO_PROOF + "only BPE merges neighbours and nothing else",
+        _NO_PROOF + "only the tokens of BPE are made by merging neighbours",
     ),
     "merges_ignored": (
         _bpe_without_pre_tokenizer(ignore_merges=True),
-        _NO_PROOF + "a whole text in the vocabulary skips the merges",
+        _NO_PROOF + "a text that is a token is not merged from its characters",
     ),
     "ends_marked": (
         _bpe_without_pre_tokenizer(end_of_word_suffix="</w>"),
-        _NO_PROOF + "the ends of a text are marked",
+        _NO_PROOF + "the model marks the beginning or end of a text",
     ),
     "beginnings_marked": (
         _bpe_without_pre_tokenizer(continuing_subword_prefix="##"),
-        _NO_PROOF + "the ends of a text are marked",
+        _NO_PROOF + "the model marks the beginning or end of a text",
     ),
 }
 
@@ -562,7 +562,7 @@ def test_an_unknown_post_processor_refuses_texts_with_special_tokens() -> None:
     around = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     after = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     plan = plan_cuts(_with("gpt2", post_processor=processors.Sequence([around, after]))())
-    assert plan.refused == ("the post-processor does more than put ids around",)
+    assert plan.refused == ("the post-processor does more than put ids around a text",)
     assert plan.affixes == (((), ()), None)
     assert any(plan.fine)
     plan = plan_cuts(_with("gpt2", post_processor=around)())
@@ -598,7 +598,7 @@ def test_a_normalized_token_leaves_only_cuts_at_raw_tokens(kind: str) -> None:
     assert plan.off is None
     assert not any(plan.fine)
     assert plan.separators
-    assert "other characters may have become its own" in plan.refused[0]
+    assert "it may be made of other characters" in plan.refused[0]
 
 
 def test_a_token_with_a_space_inside_removes_chunk_ends_between_letter_and_space() -> None:

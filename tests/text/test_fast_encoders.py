@@ -182,7 +182,7 @@ def test_an_encoder_with_another_pre_tokenizer_fails_the_proof(name: str) -> Non
     state = json.loads(reference.to_str())
     split = {"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated"}
     parts = [{**split, "invert": False}, {**state["pre_tokenizer"], "use_regex": False}]
-    for use_regex, reason in ((True, "splits anew"), (False, " in tokenizers")):
+    for use_regex, reason in ((True, "splits again"), (False, " in tokenizers")):
         parts[1]["use_regex"] = use_regex
         state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
         other = Tokenizer.from_str(json.dumps(state))
@@ -274,7 +274,7 @@ def test_the_proof_reports_a_panic_and_passes_an_interrupt_on() -> None:
 def test_an_added_token_that_nfc_can_produce_fails_the_proof(content: str, text: str) -> None:
     tokenizer = plain(SYNTHETIC["qwen2"])
     assert b"NFC" in tokenizer.normalizer.__getstate__()
-    reason = "other characters may become an added token's once normalised"
+    reason = "a normalizer may make an added token of other characters"
     fixed = FixedEncoder(lambda _text: [])
     assert prove(fixed, tokenizer, []) is None
     tokenizer.add_tokens([AddedToken(content, normalized=False, special=False)])

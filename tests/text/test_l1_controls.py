@@ -21,8 +21,7 @@ from tests.text.fuzz_texts import dense_text
 from tests.text.tokenizers_combined import combination
 from tests.text.tokenizers_synthetic import PATTERNS, added_contents
 from tokcache import CacheConfig
-from tokcache.text.engines import copying as engines
-from tokcache.text.segments.cuts import (
+from tokcache.text.cuts import (
     added_tokens,
     normalizers,
     patterns,
@@ -30,6 +29,7 @@ from tokcache.text.segments.cuts import (
     pre_tokenizers,
     vocabulary,
 )
+from tokcache.text.engines import copying as engines
 
 MAX_DRAWS = 2500
 N_TEXTS = 25

@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers as pre
 
 import tokcache
 from tests.text.tokenizers_synthetic import PATTERNS, SYNTHETIC
-from tokcache.text.segments.cuts.planner import plan_cuts
+from tokcache.text.cuts.planner import plan_cuts
 
 WORDS = ["[UNK]", *"ab=1, \u2260\u2581\u0120`'\"", "new", "york", "cafe", "au", "lait", "foo"]
 

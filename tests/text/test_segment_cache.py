@@ -19,20 +19,20 @@ from tests.text.fuzz_texts import random_text
 from tests.text.implementations import both, implementation
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
-from tokcache.text.engines.copying import PartEncoder
-from tokcache.text.segments.cache import L1
-from tokcache.text.segments.char_classes import (
+from tokcache.text.cuts.char_classes import (
     N_CLASSES,
     NON_ASCII_LETTER_RANGES,
     NON_ASCII_PUNCTUATION_RANGES,
     CharClass,
 )
-from tokcache.text.segments.cuts.planner import plan_cuts
+from tokcache.text.cuts.planner import plan_cuts
+from tokcache.text.cuts.scanner import class_behind
+from tokcache.text.engines.copying import PartEncoder
+from tokcache.text.segments.cache import L1
 from tokcache.text.segments.id_lengths import token_bytes
-from tokcache.text.segments.scanner import class_behind
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.cuts.plan import CutPlan, Variant
+    from tokcache.text.cuts.plan import CutPlan, Variant
 
 LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
 KINDS = ("gpt2", "qwen2", "bert_uncased", "llama2", "unigram_first_split")

@@ -18,11 +18,11 @@ from tests.text.fuzz_texts import random_text
 from tests.text.implementations import REFERENCE
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
+from tokcache.text.cuts.planner import plan_cuts
+from tokcache.text.engines.components import BYTE_NAMES, MARKER
 from tokcache.text.engines.copying import PartEncoder
 from tokcache.text.engines.fast import agreed_code_points
 from tokcache.text.segments import id_lengths as module
-from tokcache.text.segments.components import BYTE_NAMES, MARKER
-from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.segments.id_lengths import token_bytes
 
 WITH_LENGTHS = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcoder", "llama2"}

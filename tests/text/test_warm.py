@@ -271,7 +271,7 @@ def test_verification_accepts_every_correct_segment(kind: str) -> None:
 
 
 def assert_refused(
-    tok: Wrapped, path: Path, match: str = "nothing of it was loaded", key: bytes | None = None
+    tok: Wrapped, path: Path, match: str = "nothing was loaded", key: bytes | None = None
 ) -> None:
     before = cache_contents(tok)
     with pytest.raises(InvalidCacheFile, match=match):
@@ -305,7 +305,7 @@ def test_truncated_and_extended_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert_refused(new, path, "too short")
     path.write_bytes(b"#!/usr/bin/env python3\n" * 99)
-    assert_refused(new, path, "is no cache file")
+    assert_refused(new, path, "is not a cache file")
 
 
 def retokenized(change: Callable[[Tokenizer], Any]) -> Tokenizer:
@@ -441,27 +441,27 @@ FALSE_ENTRIES: dict[str, tuple[tuple[Entry, bytes, bytes], str]] = {
     "a text longer than the file": (entry("hello", HELLO, n_bytes=1 << 62), "ends within"),
     "more ids than the file has": (entry("hello", HELLO, n_ids=0xFFFFFFFF), "ends within"),
     "fewer ids than the file has": (entry("hello", HELLO, n_ids=0), "belong to no entry"),
-    "a scope without a name": (entry("hello", HELLO, scope=2), "no known kind"),
-    "an unknown kind": (entry("hello", HELLO, kind=3), "no known kind"),
-    "an unknown flag": (entry("hello", HELLO, flag=2), "no known kind"),
+    "a scope without a name": (entry("hello", HELLO, scope=2), "an unknown kind"),
+    "an unknown kind": (entry("hello", HELLO, kind=3), "an unknown kind"),
+    "an unknown flag": (entry("hello", HELLO, flag=2), "an unknown kind"),
     "an id outside the vocabulary": (entry("hello", [5000]), "the token id 5,000"),
     "the largest id": (entry("hello", [2**31 - 1]), "the token id 2,147,483,647"),
     "a negative id": (entry("hello", [-1]), "the token id 4,294,967,295"),
     "other ids": (entry("hello", [*HELLO, 7]), "other ids for a text"),
     "no ids": (entry("hello", []), "other ids for a text"),
     "a lone surrogate": (entry("\ud800", [7]), "other ids for a text"),
-    "invalid UTF-8": (entry(b"\xff\xfe", [7]), "no UTF-8"),
-    "overlong UTF-8": (entry(b"\xc0\x80", [7]), "no UTF-8"),
-    "a chunk with a lone surrogate": (entry("\ud800", [7], kind=Kind.CHUNK), "no UTF-8"),
-    "an empty chunk": (entry("", [7], kind=Kind.CHUNK), "no text is cut into"),
+    "invalid UTF-8": (entry(b"\xff\xfe", [7]), "not UTF-8"),
+    "overlong UTF-8": (entry(b"\xc0\x80", [7]), "not UTF-8"),
+    "a chunk with a lone surrogate": (entry("\ud800", [7], kind=Kind.CHUNK), "not UTF-8"),
+    "an empty chunk": (entry("", [7], kind=Kind.CHUNK), "into which no text is cut"),
     "an unknown variant": (
-        entry("hello", HELLO, kind=Kind.CHUNK, variant=9), "no text is cut into"
+        entry("hello", HELLO, kind=Kind.CHUNK, variant=9), "into which no text is cut"
     ),
     "an unknown end class": (
-        entry("hello", HELLO, kind=Kind.CHUNK, end_class=16), "no text is cut into"
+        entry("hello", HELLO, kind=Kind.CHUNK, end_class=16), "into which no text is cut"
     ),
-    "other ids of a chunk": (entry("hello", [7], kind=Kind.CHUNK), "other ids for a part"),
-    "other ids of a segment": (entry("hello", [7], kind=Kind.SHORT), "other ids for a part"),
+    "other ids of a chunk": (entry("hello", [7], kind=Kind.CHUNK), "other ids for a segment"),
+    "other ids of a segment": (entry("hello", [7], kind=Kind.SHORT), "other ids for a segment"),
 }  # fmt: skip
 
 
@@ -1035,8 +1035,8 @@ def test_folders_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     tok = wrapped()
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
-        assert_refused(tok, path, "no regular file")
-    with pytest.raises(MissingFile, match="there is no cache file"):
+        assert_refused(tok, path, "not a regular file")
+    with pytest.raises(MissingFile, match="nothing does not exist"):
         tok.cache_load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError):
         tok.cache_load(str(tmp_path / "nothing"))
@@ -1046,7 +1046,7 @@ def test_dumping_to_an_unusable_path_raises_a_clear_error(folder: Path) -> None:
     tok = filled(texts=["hello"])
     (folder / "kept").write_bytes(b"kept")
     (folder / "cache").mkdir()
-    missing = re.escape(f"there is no folder {folder / 'no such folder'} to write cache into; make")
+    missing = re.escape(f"the folder {folder / 'no such folder'}, in which cache is to be written")
     with pytest.raises(MissingFile, match=missing):
         tok.cache_dump(folder / "no such folder" / "cache")
     with pytest.raises(NotADirectoryError) as caught:

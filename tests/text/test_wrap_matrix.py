@@ -254,7 +254,7 @@ def truncate_the_other_text(first: int, second: int, _room: int) -> tuple[int, i
         ("bpe", "Truncation.cut", cut_at_the_wrong_side),
         ("bert", "_both", truncate_the_other_text),
         ("bert_template", "_is_wanted", lambda *_: True),
-        ("unigram", "_filled", lambda line, *_: line),
+        ("unigram", "Padding.width", lambda *_: 0),
     ],
 )
 def test_random_calls_find_an_injected_error(

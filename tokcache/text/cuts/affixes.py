@@ -1,8 +1,8 @@
-"""What a tokenizer puts before a text and after it: ids around the whole, a marker at its start.
+"""The ids that a post-processor puts around a text, and the variants that encode its segments.
 
-The ids are read from the post-processor. What puts something before each text (Prepend, Metaspace,
-add_prefix_space, Strip) must not do so in the middle of one: the variants are the components that
-a continuation is encoded with.
+A component that puts something before each text, or strips its left end (Prepend, Metaspace,
+add_prefix_space, Strip), must not do so in the middle of a text. So the segments after the first
+one are encoded with variants of the components that don't.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import Unrecognised
-from tokcache.text.engines.copying import is_of_library
-from tokcache.text.segments.components import MARKER, MARKS_BLANKS, stages_of
-from tokcache.text.segments.cuts.plan import Variant
+from tokcache.text.cuts.plan import Variant
+from tokcache.text.engines.components import MARKER, MARKS_BLANKS, stages_of
+from tokcache.text.engines.copying import result_or_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tokenizers import Tokenizer
 
-    from tokcache.text.segments.cuts.rules import Affixes
+    from tokcache.text.cuts.rules import Affixes
 
     Variants = tuple[Variant, Variant, Variant]
 
@@ -34,23 +34,24 @@ def find_affixes(
 ) -> tuple[tuple[Affixes | None, Affixes | None], tuple[str, ...]]:
     """Return the ids put around a text without and with special tokens, and why they are unknown.
 
-    They are read from the serialised post-processor and compared with the ids of two texts.
+    They are read from the serialised post-processor and verified on two texts.
     """
     try:
         around = read_affixes(post_processor)
     except Unrecognised as unknown:
-        return (None, None), (f"post-processor {unknown}: nothing is known to stand around a text",)
+        reason = f"post-processor {unknown}: the ids around a text are unknown"
+        return (None, None), (reason,)
     plain: Affixes = ((), ())
     for text in ("a", "a b"):
         bare = _encoded(tokenizer, text, add_special_tokens=False)
         whole = _encoded(tokenizer, text, add_special_tokens=True)
         if whole != [*around[0], *bare, *around[1]]:
-            return (plain, None), ("the post-processor does more than put ids around",)
+            return (plain, None), ("the post-processor does more than put ids around a text",)
     return (plain, around), ()
 
 
 def read_affixes(state: Any) -> Affixes:
-    """Return the ids that a post-processor puts before and after a text.
+    """Return the ids that a post-processor, serialised as `state`, puts before and after a text.
 
     Errors: Unrecognised for a post-processor that may do more.
     """
@@ -60,7 +61,16 @@ def read_affixes(state: Any) -> Affixes:
     if kind in ("BertProcessing", "RobertaProcessing"):
         return (state["cls"][1],), (state["sep"][1],)
     if kind == "TemplateProcessing":
-        return _template_affixes(state)
+        sides: list[list[int]] = [[]]  # the ids before the text, then those after it
+        for piece in state["single"]:
+            if "Sequence" in piece:
+                sides.append([])
+            else:
+                name = piece["SpecialToken"]["id"]
+                sides[-1] += state["special_tokens"][name]["ids"]
+        if len(sides) != 2:  # noqa: PLR2004 (before and after)
+            raise Unrecognised("TemplateProcessing that does not name the text exactly once")
+        return tuple(sides[0]), tuple(sides[1])
     if kind == "Sequence":
         before: tuple[int, ...] = ()
         after: tuple[int, ...] = ()
@@ -71,34 +81,16 @@ def read_affixes(state: Any) -> Affixes:
     raise Unrecognised(f"{kind} is not known")
 
 
-def _template_affixes(state: Any) -> Affixes:
-    sides: list[list[int]] = [[]]
-    for piece in state["single"]:
-        if "Sequence" in piece:
-            sides.append([])
-        else:
-            name = piece["SpecialToken"]["id"]
-            sides[-1] += state["special_tokens"][name]["ids"]
-    if len(sides) != 2:  # noqa: PLR2004 (before the text and after it)
-        raise Unrecognised("TemplateProcessing that names the text not exactly once")
-    return tuple(sides[0]), tuple(sides[1])
-
-
 def _encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-    except BaseException as error:  # a tokenizer without unk raises bare Exception
-        if not is_of_library(error):
-            raise
-        return []
-    return ids
+    found = result_or_error(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    return [] if isinstance(found, BaseException) else found.ids
 
 
 # ---- variants
 
 
 def find_variants(normalizer: Any, pre_tokenizer: Any) -> Variants:
-    """Return the components for a text's first part, one after an added token, and one at a cut."""
+    """Return the variants for a segment that begins the text, follows an added token or a cut."""
     first = Variant(json.dumps(normalizer), json.dumps(pre_tokenizer))
     later = replace(first, pre_tokenizer=json.dumps(_never_first(pre_tokenizer)))
     inside = Variant(
@@ -109,26 +101,23 @@ def find_variants(normalizer: Any, pre_tokenizer: Any) -> Variants:
 
 
 def find_blank_variant(variants: Variants, contents: Iterable[str]) -> int:
-    """Return the variant that puts a space before a part and does nothing else, or -1.
+    """Return the index of the variant that only puts a space before a segment, or -1.
 
-    `contents` are the added tokens: one with a space could be found where the space was put.
+    `contents` are the added tokens: one that holds a space could be found at the space put there.
     """
-    is_free = not any(set(content) & {" ", MARKER} for content in contents)
-    return 0 if is_free and _puts_a_space(*variants) else -1
-
-
-def _puts_a_space(first: Variant, later: Variant, inside: Variant) -> bool:
-    """Return whether `first` and `later` put a space before a part, and nothing else is done."""
-    return (
+    first, later, inside = variants
+    puts_only_a_space = (
         first == later != inside
         and first.pre_tokenizer == inside.pre_tokenizer
         and stages_of(json.loads(first.normalizer))
         == [{"type": "Prepend", "prepend": MARKER}, MARKS_BLANKS]
     )
+    has_spaces = any(set(content) & {" ", MARKER} for content in contents)
+    return 0 if puts_only_a_space and not has_spaces else -1
 
 
 def _never_first(state: Any) -> Any:
-    """Return a pre-tokenizer that treats no part as the beginning of the text."""
+    """Return a pre-tokenizer that treats no segment as the beginning of the text."""
     if state is None:
         return None
     if state["type"] == "Sequence":
@@ -139,7 +128,7 @@ def _never_first(state: Any) -> Any:
 
 
 def _without_prefix_space(state: Any) -> Any:
-    """Return a pre-tokenizer that puts nothing before a part that was cut off."""
+    """Return a pre-tokenizer that puts nothing before a segment."""
     if state is None:
         return None
     if state["type"] == "Sequence":
@@ -155,7 +144,7 @@ def _without_prefix_space(state: Any) -> Any:
 
 
 def _without_prefix(state: Any) -> Any:
-    """Return a normalizer that neither prepends nor strips at the left end."""
+    """Return a normalizer that neither prepends anything nor strips the left end."""
     if state is None:
         return None
     if state["type"] == "Prepend":

@@ -1,17 +1,18 @@
-"""Derives where a text may be cut for a tokenizer, and why.
+"""Derives the cut plan of a tokenizer from its components.
 
 A cut is safe if T(left) + T(right) = T(left + right) for every left and right. The safe cuts are
 derived from the tokenizer's components alone, stage by stage, as pairs of character classes: the
 class of the last character of `left` and that of the first of `right` (`char_classes`). Every
-rule carries its reason; a component that is not recognised allows no cut, and says so.
+rule carries its reason. A component that is not recognised allows no cut, and the plan says so.
 
 1. The ids around a text must be known (`affixes`).
-2. The normalizer must map the characters of a pair each by itself (`normalizers`).
-3. A pre-tokenizer that forces a boundary in a pair makes it safe (`pre_tokenizers`, `patterns`).
-4. Where no stage forces a boundary, a BPE vocabulary can: no token spans the pair (`vocabulary`).
-5. Added tokens are cut out of a text before all that, and may forbid cuts (`added_tokens`).
+2. The normalizer must map each character of a pair by itself (`normalizers`).
+3. A pre-tokenizer that forces a boundary in a pair makes a cut safe (`pre_tokenizers`, `patterns`).
+4. Where no stage forces a boundary, a BPE vocabulary can prove one: no token spans the pair
+   (`vocabulary`).
+5. The library finds added tokens before all that, and they may forbid cuts (`added_tokens`).
 
-Implementation: each step returns its findings; only `plan_cuts` puts them together.
+Implementation: each step returns its findings, and `plan_cuts` alone puts them together.
 """
 
 from __future__ import annotations
@@ -20,10 +21,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import CopyError, Unrecognised
-from tokcache.text.engines.copying import component_state, why_random
-from tokcache.text.segments.char_classes import N_CLASSES
-from tokcache.text.segments.components import stages_of
-from tokcache.text.segments.cuts.added_tokens import (
+from tokcache.text.cuts.added_tokens import (
     Phases,
     may_appear,
     pairs_inside,
@@ -31,22 +29,25 @@ from tokcache.text.segments.cuts.added_tokens import (
     why_no_cuts,
     without_unsafe,
 )
-from tokcache.text.segments.cuts.affixes import find_affixes, find_blank_variant, find_variants
-from tokcache.text.segments.cuts.normalizers import narrowed, read_normalizer
-from tokcache.text.segments.cuts.plan import CutPlan
-from tokcache.text.segments.cuts.pre_tokenizers import forced_cuts, splitting_stages
-from tokcache.text.segments.cuts.rules import Findings, Pair, is_coarse, pairs_in
-from tokcache.text.segments.cuts.vocabulary import cuts_of_vocabulary, proves_none
+from tokcache.text.cuts.affixes import find_affixes, find_blank_variant, find_variants
+from tokcache.text.cuts.char_classes import N_CLASSES
+from tokcache.text.cuts.normalizers import narrowed, read_normalizer
+from tokcache.text.cuts.plan import CutPlan
+from tokcache.text.cuts.pre_tokenizers import forced_cuts, splitting_stages
+from tokcache.text.cuts.rules import Findings, Pair, is_coarse, pairs_in
+from tokcache.text.cuts.vocabulary import cuts_of_vocabulary, proves_none
+from tokcache.text.engines.components import stages_of
+from tokcache.text.engines.copying import component_state, why_random
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
 def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
-    """Derive where texts may be cut for `tokenizer`, which truncates and pads nothing.
+    """Return the cut plan of `tokenizer`, in which truncation and padding are off.
 
     Cost: well under a millisecond where a pre-tokenizer forces the cuts; a pass over the
-          vocabulary where only that can.
+          vocabulary where only the vocabulary can prove them.
     """
     reason = why_random(tokenizer.model)
     if reason is not None:
@@ -76,9 +77,9 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
     if may_appear(tokenizer, phases):
         found = Findings((), found.recognised, (*found.refused, _MAY_APPEAR))
 
-    parted_by = separators(tokenizer, phases)
-    safe = without_unsafe({pair for rule in found.rules for pair in rule.pairs()}, parted_by)
-    inside = {pair for one in parted_by for pair in pairs_in(one.content)}
+    separated_by = separators(tokenizer, phases)
+    safe = without_unsafe({pair for rule in found.rules for pair in rule.pairs()}, separated_by)
+    inside = {pair for one in separated_by for pair in pairs_in(one.content)}
     coarse = {pair for pair in safe - inside if is_coarse(pair)}
     return CutPlan(
         off=None,
@@ -88,7 +89,7 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
         coarse=_matrix(coarse),
         fine=_matrix(safe),
         seams=_matrix(coarse - pairs_inside(tokenizer, phases)),
-        separators=parted_by,
+        separators=separated_by,
         variants=distinct,
         variant_of=tuple(map(distinct.index, variants)),  # type: ignore[arg-type]
         blank_variant=find_blank_variant(variants, [token.content for token in phases.all]),
@@ -97,13 +98,13 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
 
 
 _MAY_APPEAR = (
-    "an added token is looked for in the normalised text, where other characters may have become "
-    "its own: cuts at added tokens of the raw text only"
+    "an added token is searched for in the normalised text, where it may be made of other "
+    "characters: cuts at added tokens of the raw text only"
 )
 
 
 def _find_rules(tokenizer: Tokenizer, normalizer: Any, pre_tokenizer: Any) -> Findings:
-    """Return the cuts that the components allow, added tokens aside."""
+    """Return the cuts that normalizer, pre-tokenizer and model allow, without added tokens."""
     try:
         normal = read_normalizer(tokenizer, normalizer)
     except Unrecognised as unknown:

@@ -1,6 +1,7 @@
-"""Scans a text for added tokens, character classes and cuts, as the native scanner does.
+"""Finds the added tokens, character classes and cuts in a text, as the native scanner does.
 
-Native builds use it too, for a part that is encoded again from a cache file.
+The reference implementation uses this scanner for every text. Builds with native modules use it
+to verify segments of a cache file, which are encoded again.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokcache.errors import Unsure
-from tokcache.text.segments.char_classes import ASCII_CLASSES, WHITESPACE, CharClass, class_of
+from tokcache.text.cuts.char_classes import ASCII_CLASSES, WHITESPACE, CharClass, class_of
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.cuts.plan import CutPlan, Separator
+    from tokcache.text.cuts.plan import CutPlan, Separator
 
-_WHITE_SPACE = frozenset(
+_WHITESPACE_CHARS = frozenset(
     "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
     + "".join(map(chr, range(0x2000, 0x200B)))
 )
@@ -25,7 +26,12 @@ _IN_RUN = WHITESPACE | {CharClass.NEWLINE_RUN, CharClass.OTHER}
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """An added token in a text; the search goes on at `end`, whatever its flags took more."""
+    """An added token found in a text.
+
+    [`start`, `stop`) is its place, with the whitespace that its flags `lstrip` and `rstrip` add.
+    `end` is the end of its content, where the search goes on. `is_text` is true if the token is
+    ordinary text here.
+    """
 
     token: Separator
     start: int
@@ -35,7 +41,7 @@ class Match:
 
 
 def class_behind(char: str, left: CharClass) -> CharClass:
-    """Return the class of a character whose left neighbour has the class `left`."""
+    """Return the class of a character, given the class `left` of the character before it."""
     own = class_of(char)
     return CharClass.NEWLINE_RUN if own is CharClass.NEWLINE and left in _IN_RUN else own
 
@@ -49,55 +55,53 @@ class Scanner:
             self._by_first.setdefault(one.content[0], []).append(one)
 
     def match(self, text: str, i: int, piece: int) -> Match | None:
-        """Return the added token at `i`; `piece` is where the text since the last one begins."""
-        for one in self._by_first.get(text[i], ()):
-            if text.startswith(one.content, i):
-                return self._judged(text, one, i, piece)
-        return None
+        """Return the added token at `i`; `piece` is the end of the added token before it, or 0.
+
+        Errors: Unsure.
+        """
+        candidates = self._by_first.get(text[i], ())
+        one = next((one for one in candidates if text.startswith(one.content, i)), None)
+        if one is None:
+            return None
+        start, end = i, i + len(one.content)
+        stop = end
+        if one.skips or (one.single_word and self._touches_word(text, one, i, piece)):
+            return Match(one, start, stop, end, is_text=True)
+        if one.lstrip:
+            while start > 0 and text[start - 1] in _WHITESPACE_CHARS:
+                start -= 1
+            start = max(start, piece)
+        if one.rstrip:
+            while stop < len(text) and text[stop] in _WHITESPACE_CHARS:
+                stop += 1
+        return Match(one, start, stop, end, is_text=False)
 
     def opens(self, text: str, i: int) -> bool:
         """Return whether an added token starts at `i` that a chunk may begin with."""
         match = self.match(text, i, i)
         return match is not None and not match.is_text and match.token.opens
 
-    def _judged(self, text: str, one: Separator, i: int, piece: int) -> Match:
-        start, end = i, i + len(one.content)
-        stop = end
-        is_text = one.skips or (one.single_word and self._touches_word(text, one, i, piece))
-        if is_text:
-            return Match(one, start, stop, end, is_text=True)
-        if one.lstrip:
-            while start > 0 and text[start - 1] in _WHITE_SPACE:
-                start -= 1
-            start = max(start, piece)
-        if one.rstrip:
-            while stop < len(text) and text[stop] in _WHITE_SPACE:
-                stop += 1
-        return Match(one, start, stop, end, is_text=False)
-
     def _touches_word(self, text: str, one: Separator, i: int, piece: int) -> bool:
+        """Return whether the token `one` at `i` has a word's character before or after it."""
         end = i + len(one.content)
-        touches = False
+        neighbours = []
         if i > 0 and not (one.in_piece and i == piece):
-            touches = _is_word(text[i - 1])
+            neighbours.append(text[i - 1])
         if end < len(text):
             if text[end] in self._by_first:
-                raise Unsure
-            touches = _is_word(text[end]) or touches
+                raise Unsure  # another added token may begin there
+            neighbours.append(text[end])
+        if any(ord(char) >= len(ASCII_CLASSES) for char in neighbours):
+            raise Unsure
+        touches = any(class_of(char) in _WORDS for char in neighbours)
         if touches and i == piece and piece > 0:
-            raise Unsure  # as text it must be encoded together with what it touches
+            raise Unsure  # as text it must be encoded together with the token that it touches
         return touches
-
-
-def _is_word(char: str) -> bool:
-    if ord(char) >= len(ASCII_CLASSES):
-        raise Unsure
-    return class_of(char) in _WORDS
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a text: an added token, or text between two safe places."""
+    """A segment of a text: one added token, or the text between two cuts (`token` is None)."""
 
     start: int
     stop: int
@@ -108,7 +112,12 @@ class Part:
 def parts_of(
     plan: CutPlan, scanner: Scanner, text: str, span: tuple[int, int], variant: int, *, fine: bool
 ) -> Iterator[Part]:
-    """Yield the parts of a chunk: added tokens, and what lies between fine cuts."""
+    """Yield the added tokens of a chunk, and the segments between them or between fine cuts.
+
+    `span` is the chunk's place in the text. The first segment is encoded with `variant`.
+
+    Errors: Unsure.
+    """
     i = start = span[0]
     left = CharClass.LETTER if i else plan.piece_left
     while i < span[1]:

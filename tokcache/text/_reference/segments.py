@@ -21,13 +21,13 @@ import cachetools
 from tokcache.errors import IdLengthUnknown, Unsure
 from tokcache.stats import L1Stats
 from tokcache.text._reference.token_ids import TokenIds
-from tokcache.text.segments.char_classes import N_CLASSES, CharClass, class_of
-from tokcache.text.segments.scanner import Part, Scanner, class_behind, parts_of
+from tokcache.text.cuts.char_classes import N_CLASSES, CharClass, class_of
+from tokcache.text.cuts.scanner import Part, Scanner, class_behind, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from tokcache.text.segments.cuts.plan import CutPlan
+    from tokcache.text.cuts.plan import CutPlan
 
 MIN_CHARS = 128  # a chunk is not cut before, but where a message opens
 MAX_CHARS = 1024  # nor later, where there is a place

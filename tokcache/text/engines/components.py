@@ -1,4 +1,4 @@
-"""Names and forms of components in serialised tokenizers that several rules ask for."""
+"""Names and values in serialised tokenizers that several modules compare with."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 __all__ = ["BYTE_NAME", "BYTE_NAMES", "MARKER", "MARKS_BLANKS", "has_all_bytes", "stages_of"]
 
-MARKER = "\u2581"  # stands for a blank (SentencePiece)
+MARKER = "\u2581"  # SentencePiece's character for a space
 MARKS_BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": MARKER}
-BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # a byte that is no token's, with byte_fallback
+BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # the token of a byte, with byte_fallback
 BYTE_NAMES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def stages_of(state: Any) -> list[Any]:
-    """Return the normalizers or pre-tokenizers of which a serialised one consists, in order."""
+    """Return the stages of a serialised normalizer or pre-tokenizer, in order."""
     if state is None:
         return []
     if state["type"] == "Sequence":
@@ -27,5 +27,5 @@ def stages_of(state: Any) -> list[Any]:
 
 
 def has_all_bytes(model: BPE) -> bool:
-    """Return whether every character that is no token becomes tokens of its bytes."""
+    """Return whether a character without a token of its own becomes the tokens of its bytes."""
     return model.byte_fallback and all(model.token_to_id(name) is not None for name in BYTE_NAMES)

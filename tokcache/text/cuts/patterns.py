@@ -1,15 +1,15 @@
-"""The patterns of Split and ByteLevel that are known, and the cuts that each of them forces.
+"""The known patterns of Split and ByteLevel, and the cuts that each of them forces.
 
-A pattern is recognised by its text alone: one that differs in a character has no rules.
-Source: the tokenizer.json files of the models that the names say.
+A pattern is recognised by its text: one that differs in a single character has no rules.
+Source: the tokenizer.json files of the models after which the patterns are named.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from tokcache.text.segments.char_classes import VISIBLE
-from tokcache.text.segments.cuts.rules import (
+from tokcache.text.cuts.char_classes import VISIBLE
+from tokcache.text.cuts.rules import (
     DIGITS,
     LETTERS,
     LINE_ENDS,
@@ -52,12 +52,12 @@ DEEPSEEK = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_WHITESPACE}"
 )
-# Two stages of DeepSeek that stand before its pattern and leave the rest of the text to it.
+# Two stages of DeepSeek that come before its pattern and leave the rest of the text to it.
 NUMBERS = r"\p{N}{1,3}"
 CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 _LINES = frozenset({C.NEWLINE, C.RETURN})
-_ENDS = (  # shared by every pattern of the GPT family
+_ENDS = (  # rules that every pattern of the GPT family has
     Rule(
         "visible | space",
         VISIBLE,
@@ -75,13 +75,13 @@ _LETTER = Rule(
     "letter | other",
     LETTERS,
     PUNCTUATION | DIGITS | _LINES,
-    "a run of letters ends before anything else, and nothing looks further",
+    "a run of letters ends before anything else, and no alternative looks further",
 )
 _NEWLINE_VISIBLE = Rule(
     "newline | visible",
     LINE_ENDS,
     VISIBLE,
-    "whitespace up to its last newline is one part, whatever follows",
+    "whitespace up to its last newline is one part, whatever comes next",
 )
 
 GPT2_RULES = (
@@ -98,7 +98,7 @@ GPT2_RULES = (
         "newline | visible",
         NEWLINE,
         VISIBLE,
-        "one newline after a visible character is a part of its own, followed or not",
+        "one newline after a visible character is a part of its own, whatever comes next",
     ),
 )
 _PUNCTUATION_DIGIT = Rule(
@@ -109,14 +109,15 @@ QWEN_RULES = (
     *CL100K_RULES,
     Rule("digit | digit", DIGITS, DIGITS, "every digit is a part of its own"),
 )
-# A contraction belongs to the word before it, and slashes follow newlines into punctuation.
+# A contraction belongs to the word before it, and a run of punctuation may have slashes after its
+# newlines.
 O200K_RULES = (
     *_ENDS,
     replace(_LETTER, right=_LETTER.right - {C.APOSTROPHE}),
     _PUNCTUATION_DIGIT,
     replace(_NEWLINE_VISIBLE, right=VISIBLE - {C.SLASH}),
 )
-# A word may begin with a digit; where numbers are split before, that stage forces the cut.
+# A word may begin with a digit. Where an earlier stage splits off the numbers, it forces the cut.
 DEEPSEEK_RULES = tuple(
     replace(rule, right=rule.right - LETTERS) if rule.left == DIGITS else rule
     for rule in CL100K_RULES

@@ -1,7 +1,7 @@
-"""The classes of characters that the rules for cuts speak of.
+"""The character classes between which the rules allow cuts, and the class of each character.
 
-A class is narrow on purpose: a character that could behave otherwise under some normalizer,
-pattern or newer Unicode table is `OTHER`, and no text is ever cut beside one of those.
+The classes are narrow on purpose. A character that another normalizer, pattern or Unicode version
+could treat differently is `OTHER`, and no text is ever cut next to such a character.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ N_CLASSES = 16
 
 
 class CharClass(IntEnum):
-    """What a cut may stand between; the last two are seen on the left of a cut only."""
+    """The class of the character on one side of a cut; the last two occur on the left only."""
 
     OTHER = 0
     LETTER = 1  # a-z, A-Z
@@ -24,20 +24,20 @@ class CharClass(IntEnum):
     SPACE = 7
     TAB = 8
     RETURN = 9
-    NEWLINE = 10  # on the left of a cut: one newline behind a visible character
+    NEWLINE = 10  # on the left of a cut: a newline that follows a visible character
     NON_ASCII_LETTER = 11  # letters of the scripts in `NON_ASCII_LETTER_RANGES`
     NON_ASCII_PUNCTUATION = 12  # `NON_ASCII_PUNCTUATION_RANGES`
-    NEWLINE_RUN = 13  # a newline behind white space
-    TOKEN_END = 14  # whatever ends an added token
+    NEWLINE_RUN = 13  # a newline that follows whitespace
+    TOKEN_END = 14  # the last character of an added token, of any class
 
 
-# Letters in Unicode 3.2 and ever since, of combining class 0: under NFC none of them turns into
-# something else than a letter, and none combines with a space or with punctuation behind it.
+# Letters since Unicode 3.2, of combining class 0: NFC turns each of them into letters only, and
+# none of them combines with a space or a punctuation character that follows it.
 NON_ASCII_LETTER_RANGES: tuple[tuple[int, int], ...] = (
     (0x00C0, 0x00D6),
     (0x00D8, 0x00F6),
     (0x00F8, 0x012F),
-    (0x0131, 0x017E),  # without the dotted capital I, which two characters make in lower case
+    (0x0131, 0x017E),  # without the dotted capital I: its lower case is two characters
     (0x0391, 0x03A1),
     (0x03A3, 0x03CE),
     (0x0400, 0x0481),
@@ -53,7 +53,7 @@ NON_ASCII_LETTER_RANGES: tuple[tuple[int, int], ...] = (
     (0xAC00, 0xD7A3),
 )
 
-# Punctuation in Unicode 3.2 and ever since that no composition begins or ends with.
+# Punctuation since Unicode 3.2 with which no composition begins or ends.
 NON_ASCII_PUNCTUATION_RANGES: tuple[tuple[int, int], ...] = (
     (0x2013, 0x2014),
     (0x2018, 0x201E),
@@ -77,19 +77,7 @@ _SINGLE = {
 }
 
 
-def _ascii_class(char: str) -> CharClass:
-    if char in _SINGLE:
-        return _SINGLE[char]
-    if char.isalpha():
-        return CharClass.LETTER
-    if char.isdigit():
-        return CharClass.DIGIT
-    return CharClass.PUNCTUATION if "!" <= char <= "~" else CharClass.OTHER
-
-
-ASCII_CLASSES = bytes(_ascii_class(chr(point)) for point in range(128))
-
-# (first, last, class) of the non-ASCII ranges, in order.
+# (first, last, class) of each non-ASCII range, in order of code points.
 RANGES: tuple[tuple[int, int, CharClass], ...] = tuple(
     sorted(
         [(first, last, CharClass.NON_ASCII_LETTER) for first, last in NON_ASCII_LETTER_RANGES]
@@ -102,14 +90,23 @@ RANGES: tuple[tuple[int, int, CharClass], ...] = tuple(
 
 
 def _bmp_classes() -> bytes:
-    classes = bytearray(ASCII_CLASSES) + bytes([CharClass.OTHER]) * (0x10000 - len(ASCII_CLASSES))
+    classes = bytearray([CharClass.OTHER]) * 0x10000
+    for point in range(ord("!"), ord("~") + 1):
+        char = chr(point)
+        if char.isalpha():
+            classes[point] = CharClass.LETTER
+        else:
+            classes[point] = CharClass.DIGIT if char.isdigit() else CharClass.PUNCTUATION
+    for char, char_class in _SINGLE.items():
+        classes[ord(char)] = char_class
     for first, last, char_class in RANGES:
         classes[first : last + 1] = bytes([char_class]) * (last + 1 - first)
     return bytes(classes)
 
 
-# Of every code point below 0x10000; all others are OTHER.
+# The class of every code point below 0x10000; every code point above it is OTHER.
 BMP_CLASSES = _bmp_classes()
+ASCII_CLASSES = BMP_CLASSES[:128]
 
 VISIBLE = frozenset(
     {
@@ -127,6 +124,6 @@ WHITESPACE = frozenset({CharClass.SPACE, CharClass.TAB, CharClass.RETURN, CharCl
 
 
 def class_of(char: str) -> CharClass:
-    """Return the class of a character, without what its left neighbour adds."""
+    """Return the class of a character, whatever its left neighbour is: never NEWLINE_RUN."""
     point = ord(char)
     return CharClass(BMP_CLASSES[point]) if point < len(BMP_CLASSES) else CharClass.OTHER
