@@ -44,6 +44,18 @@ class StateError(TokcacheError, RuntimeError):
     """A KV state could not be saved or restored; the sequence is unchanged."""
 
 
+class StateRefused(TokcacheError):
+    """Stored bytes can't be used; the text is the reason that is counted. Stays in the cache."""
+
+
+class LinkFailed(TokcacheError):
+    """A Redis did not answer; the text is the reason that is counted. Stays in the cache."""
+
+
+class TierUnavailable(TokcacheError, RuntimeError):
+    """A tier below memory can't be used now; the message has the cause and the cure."""
+
+
 class ServerError(TokcacheError, RuntimeError):
     """A llama-server was unreachable or answered with an error; the message quotes the error."""
 

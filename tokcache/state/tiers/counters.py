@@ -1,4 +1,4 @@
-"""Counting: what every tier counts."""
+"""TierCounters: the counters that every tier below memory has."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tokcache.stats import TierStats
 _NAMES = ("hits", "misses", "writes", "evictions", "read_bytes", "written_bytes")
 
 
-class Counting(Forkable):
-    """The counters of a tier and their lock.
+class TierCounters(Forkable):
+    """The counters of one tier and the lock that guards them.
 
-    Threads: safe, after a fork, too.
+    Threads: safe; after a fork, too.
     """
 
     fork_rank = 2
@@ -26,21 +26,17 @@ class Counting(Forkable):
         tell_of_forks(self)
 
     def count(self, name: str, n: int = 1) -> None:
-        """Count one of what `TierStats` has."""
+        """Add `n` to a counter; `name` is that of a field of TierStats."""
         with self._lock:
             self._counts[name] += n
-
-    def count_read(self, n_bytes: int) -> None:
-        """Count a payload that was read."""
-        self.count("read_bytes", n_bytes)
 
     def refuse(self, reason: str) -> None:
         """Count a state that was not stored or not used."""
         with self._lock:
             self._refusals[reason] += 1
 
-    def counted(self, n_bytes: int = 0) -> TierStats:
-        """Return the counters, and that so many bytes are held."""
+    def stats(self, n_bytes: int = 0) -> TierStats:
+        """Return the counters, with `n_bytes` as the number of bytes held."""
         with self._lock:
             return TierStats(
                 **{name: self._counts[name] for name in _NAMES},
@@ -53,7 +49,7 @@ class Counting(Forkable):
         self._lock.acquire()
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Release the lock."""
         self._lock.release()
 
     def after_fork_in_child(self) -> None:
