@@ -1,4 +1,4 @@
-"""StateMemory: all that is held in memory, and the budgets it keeps to."""
+"""StateMemory: all states in memory, and their budgets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tokcache.state.snapshot_index import SNAPSHOT_BYTES, Snapshot, SnapshotInde
 from tokcache.state.tiers.ram import RamTier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from tokcache.state.names import Owner
     from tokcache.state.retention import Held
 
-# Python objects of one block: node, heap item, places in dict and tier, its name. Its tokens are
+# Python objects of one block: node, heap item, dict and tier entries, name. Its tokens are
 # added. Checked against tracemalloc by tests/state/test_cache.py::test_overhead_is_counted.
 NODE_BYTES = 1100
 _SWEEPS = 8  # sweeps for expired states in each `ttl_s`
@@ -26,8 +26,8 @@ _SWEEPS = 8  # sweeps for expired states in each `ttl_s`
 class StateMemory:
     """Blocks, snapshots, their buffers and budgets; not thread-safe: the store holds its lock.
 
-    Units: `ram_bytes` bytes of all that is retained, `max_entries` stored prefixes (chains that
-           nothing continues, and snapshots), `ttl_s` seconds after the last use.
+    Units: `ram_bytes` bytes of all that is retained, `max_entries` stored prefixes (ends of chains,
+           and snapshots), `ttl_s` seconds after the last use.
     """
 
     def __init__(
@@ -47,9 +47,15 @@ class StateMemory:
     # Finding
 
     def find(self, owner: Owner, tokens: bytes) -> tuple[Root | None, Match]:
-        """Return the longest prefix of `tokens` that is held, noted as used now."""
+        """Return the longest stored prefix of `tokens`, and note that it is used now."""
         now = time.monotonic()
-        self._sweep(now)
+        if self.ttl_s is not None and now - self._swept_s >= self.ttl_s / _SWEEPS:
+            self._swept_s = now
+            self._expire([node for node in self.index.nodes() if self.is_expired(node, now)])
+            for snapshot in self.snapshots:
+                if self.is_expired(snapshot, now) and not snapshot.is_kept:
+                    self.remove_snapshot(snapshot)
+                    self.counts["expirations"] += 1
         root = self.index.root(owner)
         if root is None:
             return None, Match(n_tokens=owner.start)
@@ -71,18 +77,8 @@ class StateMemory:
                 each.used_s = now
 
     def is_expired(self, held: Node | Snapshot, now: float) -> bool:
-        """Return whether it was not used for too long."""
+        """Return whether its last use was longer ago than `ttl_s`."""
         return self.ttl_s is not None and now - held.used_s > self.ttl_s
-
-    def _sweep(self, now: float) -> None:
-        if self.ttl_s is None or now - self._swept_s < self.ttl_s / _SWEEPS:
-            return
-        self._swept_s = now
-        self._expire([node for node in self.index.nodes() if self.is_expired(node, now)])
-        for snapshot in self.snapshots:
-            if self.is_expired(snapshot, now) and not snapshot.is_kept:
-                self.remove_snapshot(snapshot)
-                self.counts["expirations"] += 1
 
     def _expire(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
@@ -92,7 +88,7 @@ class StateMemory:
 
     @property
     def n_entries(self) -> int:
-        """How many stored prefixes there are."""
+        """The number of stored prefixes."""
         return self.index.n_ends + self.snapshots.n_states
 
     def held_bytes(self) -> int:
@@ -133,7 +129,7 @@ class StateMemory:
         self.tier.give_back(buffer)
 
     def has_room(self, size: int, overhead: int) -> bool:
-        """Make room for one payload; False if all that is left is in use."""
+        """Make room for one payload; False if all states that are left are in use."""
         while True:
             fresh = 0 if self.tier.has_pooled(size) else size
             if self.held_bytes() + fresh + overhead <= self.ram_bytes:
@@ -152,7 +148,7 @@ class StateMemory:
                 continue
             if not parent.is_end:
                 return False
-            # The last entry left is the one that the new chain shares its beginning with.
+            # The only entry left shares its beginning with the new chain.
             self.index.give_up(parent)
         return True
 
@@ -201,7 +197,7 @@ class StateMemory:
         self._recent.watch(held)
 
     def file_snapshot(self, snapshot: Snapshot, buffer: memoryview) -> None:
-        """Put a snapshot into its place, instead of the one there."""
+        """Put a snapshot into its place, and remove the one that was there."""
         replaced = self.snapshots.same(snapshot)
         if replaced is not None:
             self.remove_snapshot(replaced)
@@ -238,7 +234,7 @@ class StateMemory:
 
     def remove_if_idle(self, root: Root) -> None:
         """Take out a root without chains that nobody uses."""
-        # Below 0: a save that began before a fork ended in the child, where nothing is in use.
+        # Pins are below 0 after a save that began before a fork and ended in the child.
         if not (root.is_dead or root.children or root.pins > 0):
             self._remove_root(root)
 
@@ -247,7 +243,7 @@ class StateMemory:
         self.overhead -= root.n_bytes
 
     def release(self, held: Node | Snapshot) -> None:
-        """Note that one user less needs it."""
+        """Note that one user fewer needs it."""
         held.pins -= 1
         if isinstance(held, Root):
             self.remove_if_idle(held)
@@ -255,14 +251,14 @@ class StateMemory:
             self.tier.give_back(self._dead.pop(id(held)))
 
     def remove_all(self, owners: Iterable[Owner] | None = None) -> int:
-        """Remove the states of these owners, by default all; return how many went."""
+        """Remove the states of these owners, by default all; return the states removed."""
         chosen = None if owners is None else set(owners)
         roots = [r for r in self.index.roots.values() if chosen is None or r.owner in chosen]
         doomed = [node for root in roots for node in self.index.below(root)]
         for node in doomed:
             self.remove(node)
         for root in roots:
-            if not root.is_dead:  # a save is at work: it can file nothing any more
+            if not root.is_dead:  # a save is under way; it can't file blocks any more
                 self._remove_root(root)
         snapshots = [each for each in self.snapshots if chosen is None or each.owner in chosen]
         for snapshot in snapshots:
@@ -272,28 +268,34 @@ class StateMemory:
         return len(doomed) + len(snapshots)
 
     def owners(self) -> set[Owner]:
-        """Return whose states are held."""
+        """Return the owners that have states in memory."""
         return {*self.index.roots, *(snapshot.owner for snapshot in self.snapshots)}
 
     # Forks
 
     def drop_users(self) -> None:
-        """Remove states that were in use: their users run on only in the parent of the fork."""
+        """Remove states that were in use: their users exist only in the parent of the fork."""
         for root in list(self.index.roots.values()):
             root.pins = 0
             self.remove_if_idle(root)
-        in_use = [n for n in self.index.nodes() if any(s.pins for s in _with_ancestors(n))]
+        in_use: list[Node] = []
+        for node in self.index.nodes():
+            step: Node | None = node
+            while step is not None and not step.pins:  # its own, or an ancestor's
+                step = step.parent
+            if step is not None:
+                in_use.append(node)
         for node in in_use:
             self.remove(node)
         for snapshot in self.snapshots:
             if snapshot.pins > snapshot.is_kept:
                 self.remove_snapshot(snapshot)
         self._dead.clear()
-        self.tier.forget_lent()
+        self.tier.drop_lent()
         self.overhead = self.counted_overhead()
 
     def counted_overhead(self) -> int:
-        """Return the overhead of all held states, recounted."""
+        """Return the overhead of all states, counted again."""
         blocks = sum(NODE_BYTES + len(node.tokens) for node in self.index.nodes())
         roots = sum(root.n_bytes for root in self.index.roots.values())
         return blocks + roots + sum(snapshot_overhead(each) for each in self.snapshots)
@@ -314,10 +316,3 @@ class StateMemory:
 def snapshot_overhead(snapshot: Snapshot) -> int:
     """Return the bytes of a snapshot besides its payload."""
     return SNAPSHOT_BYTES + len(snapshot.tokens) + root_bytes(snapshot.owner)
-
-
-def _with_ancestors(node: Node) -> Iterator[Node]:
-    step: Node | None = node
-    while step is not None:
-        yield step
-        step = step.parent

@@ -61,8 +61,7 @@ _COUNTED = (
 class Store(Forkable):
     """The lock, memory, the tiers below, nearest first, their queues, and the counters.
 
-    Units:   `touch_s` seconds that the time of last use which other processes see may be old.
-
+    Units:   `touch_s` seconds by which the time of last use in the tiers below may lag.
     Threads: safe; after a fork the child keeps stored states, except those in use at the fork.
     """
 
@@ -86,7 +85,7 @@ class Store(Forkable):
         self.block_tokens = require_int("block_tokens", block_tokens, minimum=1)
         self.min_tokens = require_int("min_tokens", min_tokens, minimum=1)
         self.enabled = require_bool("enabled", enabled)
-        # Waiting states can't be evicted: they must leave room for the next saves.
+        # States that wait to be written can't be evicted; they must leave room for the next saves.
         queue = max(self.ram_bytes // 4, _MIN_QUEUE)
         if queue_bytes is not None:
             queue = require_size("queue_bytes", queue_bytes)
@@ -101,7 +100,7 @@ class Store(Forkable):
         self._unwritten: deque[tuple[Node | Snapshot, int]] = deque()
         self.is_closed = False
         self._notices = Notices()
-        self._untold: deque[tuple[str, str, str]] = deque()
+        self._unlogged: deque[tuple[str, str, str]] = deque()
         self._works: weakref.WeakSet[Work] = weakref.WeakSet()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
@@ -110,7 +109,7 @@ class Store(Forkable):
         if enabled:
             self.below = open_tiers(disk, redis, queue)
         for below in self.below:
-            # Not waited for here: the garbage collector may run this under any lock.
+            # It must not wait: the garbage collector may run this while any lock is held.
             weakref.finalize(self, below.writer.end).atexit = False
         tell_of_forks(self)
 
@@ -153,7 +152,7 @@ class Store(Forkable):
                 if not self._queue(
                     below, node, block_address(self.memory.index, node, owner), record
                 ):
-                    break  # without it, the rest would not be found
+                    break  # without it, the blocks that follow would not be found
 
     def queue_snapshot(self, snapshot: Snapshot, address: Address) -> None:
         """Queue a snapshot for each tier that does not have it yet; the lock is held."""
@@ -173,7 +172,7 @@ class Store(Forkable):
             try:
                 is_there = tier.write(address, record, payload)
             finally:
-                if not is_there:  # it is tried again with the next save that passes by
+                if not is_there:  # the next save of these tokens tries again
                     unwritten.append((held, bit))
 
         done = lambda: released.append([held])  # type: ignore[arg-type]  # noqa: E731
@@ -183,7 +182,7 @@ class Store(Forkable):
         return False
 
     def touch_later(self, held: Sequence[Node | Snapshot], addresses: list[Address]) -> None:
-        """Tell the tiers, off the request path, that these are in use; the lock is held."""
+        """Report to the tiers, off the request path, that these are in use; the lock is held."""
         if not self.below or not addresses:
             return
         now = time.monotonic()
@@ -194,7 +193,7 @@ class Store(Forkable):
             below.writer.put(Job(addresses[0].owner.scope, 0, touch))
 
     def untouched(self, nodes: list[Node]) -> list[Node]:
-        """Return the blocks whose last use the tiers have not been told for `touch_s`."""
+        """Return the blocks whose last use was not reported to the tiers for `touch_s`."""
         if not self.below:
             return []
         old = time.monotonic() - self.touch_s
@@ -219,20 +218,20 @@ class Store(Forkable):
         """Count a state that is larger than all memory may be; the lock is held."""
         self.memory.refusals["over_budget"] += 1
         if self._notices.is_first(fingerprint):
-            self._untold.append((f"{n_tokens:,}", f"{n_bytes:,}", f"{self.ram_bytes:,}"))
+            self._unlogged.append((f"{n_tokens:,}", f"{n_bytes:,}", f"{self.ram_bytes:,}"))
 
     def log_oversize(self) -> None:
         """Log states over the budget, once a model; without the lock: a log handler may need it."""
-        while self._untold:
+        while self._unlogged:
             with contextlib.suppress(IndexError):  # another thread was faster
                 _log.warning(
                     "the state of a prompt of %s tokens takes %s bytes, more than ram_bytes=%s: "
-                    "prompts that long are not stored; raise ram_bytes (said once a model)",
-                    *self._untold.popleft(),
+                    "prompts that long are not stored; raise ram_bytes (logged once a model)",
+                    *self._unlogged.popleft(),
                 )
 
     def count_prompt(self, n_tokens: int, *, context_tokens: int, restored_tokens: int) -> None:
-        """Count a prompt: how many of its tokens were in the engine's context, how many restored.
+        """Count a prompt, and its tokens that were in the engine's context or were restored.
 
         Errors: InvalidConfig.
         """
@@ -307,7 +306,7 @@ class Store(Forkable):
             return self.begun(scope)
 
     def begun(self, scope: str | None) -> Work:
-        """Return what `begin` does; the lock is held."""
+        """Return a new Work for `scope`; the lock is held."""
         work = Work(scope)
         self._works.add(work)
         return work
@@ -322,18 +321,16 @@ class Store(Forkable):
         def is_doomed(each: str | None) -> bool:
             return scope is None or each == scope
 
-        self._discard_queued(is_doomed)
+        for below in self.below:
+            below.writer.discard(is_doomed)
         with self.lock:
             n_removed = self._clear_memory(is_doomed)
             if scope is None:
                 self._reset_counters()
         # A save between the two steps filed its blocks before this thread had the lock.
-        self._discard_queued(is_doomed)
-        return max([n_removed, *(each.tier.clear(scope=scope) for each in self.below)])
-
-    def _discard_queued(self, is_doomed: Callable[[str | None], bool]) -> None:
         for below in self.below:
             below.writer.discard(is_doomed)
+        return max([n_removed, *(each.tier.clear(scope=scope) for each in self.below)])
 
     def _clear_memory(self, is_doomed: Callable[[str | None], bool]) -> int:
         """Remove the states in memory of these scopes, and make work under way for them void."""
@@ -378,11 +375,11 @@ class Store(Forkable):
         self.lock.acquire()
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Release the lock."""
         self.lock.release()
 
     def after_fork_in_child(self) -> None:
-        """Drop states that the parent's threads use; those threads run on only there."""
+        """Drop the states that the parent's threads use: the child has no such threads."""
         self.lock = threading.Lock()
         self._released.clear()
         self._unwritten.clear()
@@ -390,7 +387,7 @@ class Store(Forkable):
 
 
 def block_address(index: BlockIndex, node: Node, owner: Owner) -> Address:
-    """Return where tiers keep a block."""
+    """Return the address of a block in the tiers."""
     head = node.tokens[: index.grain(owner)]
     return Address(owner, node.start, node.base, child_name(node.base, head))
 
@@ -401,7 +398,7 @@ def _touch(
     held: Sequence[Node | Snapshot],
     unwritten: deque[tuple[Node | Snapshot, int]],
 ) -> None:
-    # A state that a tier has lost is written again with the next save that passes by.
+    # A state that a tier has lost is written again by the next save of its tokens.
     unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))
 
 
