@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from tokcache._prefix import common_tokens
 from tokcache.state.memory import NODE_BYTES
-from tokcache.state.names import TOKEN_BYTES, child_name, common_tokens
+from tokcache.state.names import TOKEN_BYTES, child_name
 from tokcache.state.path import NewBlock
 from tokcache.state.tiers import Address
 

@@ -19,8 +19,8 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
+from tokcache._prefix import common_tokens
 from tokcache.errors import StateRefused
-from tokcache.state.names import Owner, common_tokens
 from tokcache.state.tiers import BROKEN, Address, Record, is_in_place
 from tokcache.state.tiers.disk.budget import FUTURE_S, ByteBudget
 from tokcache.state.tiers.disk.file import READ, DiskFile, read_head
@@ -29,6 +29,7 @@ from tokcache.state.tiers.disk.folder import CREATE, TEMPORARY, StateFolder, pos
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tokcache.state.names import Owner
     from tokcache.state.tiers.block_file import StateCodec
     from tokcache.state.tiers.counters import TierCounters
 

@@ -6,8 +6,8 @@ import re
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
+from tokcache._prefix import common_tokens
 from tokcache.errors import StateRefused
-from tokcache.state.names import common_tokens
 from tokcache.state.tiers import BROKEN, Stored
 from tokcache.state.tiers.block_file import MAX_TOKENS, Head
 from tokcache.state.tiers.redis.commands import DISCARD, HEAD, Refused
