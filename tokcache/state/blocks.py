@@ -55,7 +55,7 @@ class BlockCache:
             parts = [(owner._replace(scope=None), public)]
             if len(public) < len(wanted):
                 parts.append((rest_owner(owner, public), wanted))
-        return [(each, part, self._store.begun(each.scope)) for each, part in parts]
+        return [(each, part, self._store.works.begin(each.scope)) for each, part in parts]
 
     def _whole_blocks(self, wanted: bytes, owner: Owner) -> bytes:
         if owner.kind != "aligned":
@@ -145,7 +145,7 @@ class BlockCache:
             addresses = [block_address(self._memory.index, node, path.owner) for node in old]
             self._store.touch_later(old, addresses)
         if len(paths) > 1:  # public blocks are never older than those that need them
-            self._memory.use(paths[0].nodes, time.monotonic())
+            self._memory.retention.use(paths[0].nodes, time.monotonic())
         # Each block serves the positions up to the start of the next one.
         ends = [start for start, _, _ in blocks[1:]]
         ends.append(min(n_tokens, blocks[-1][1]) if blocks else 0)
@@ -187,7 +187,7 @@ class BlockCache:
         with self._store.lock:
             self._store.settle()
             self._store.seconds["save"] += time.perf_counter() - started
-        self._store.log_oversize()
+        self._store.notices.log()
         return n_saved
 
     @contextmanager
@@ -200,7 +200,7 @@ class BlockCache:
             yield path.n_tokens * TOKEN_BYTES == len(tokens)
         finally:
             with self._store.lock:
-                self._memory.use(path.nodes, time.monotonic())
+                self._memory.retention.use(path.nodes, time.monotonic())
             self._store.release_later(path.pinned())
 
     def _save_part(
@@ -252,7 +252,8 @@ class BlockCache:
                 return []
             n_total = path.held_bytes + overhead + sum(sizes)
             if n_total > self._store.ram_bytes:
-                self._store.refuse_oversize(path.owner.fingerprint, stop, n_total)
+                self._memory.refusals["over_budget"] += 1
+                self._store.notices.oversize(path.owner.fingerprint, stop, n_total)
                 return []
             if not path.has_entry_room():
                 if path.root is not None:  # the lack of a root was counted already

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
@@ -35,6 +36,24 @@ class Work:
     def __init__(self, scope: str | None) -> None:
         self.scope = scope
         self.is_void = False
+
+
+class Works:
+    """The operations that are under way; not thread-safe: the store holds its lock."""
+
+    def __init__(self) -> None:
+        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
+
+    def begin(self, scope: str | None) -> Work:
+        """Return an object that becomes void when `scope` is cleared."""
+        work = Work(scope)
+        self._works.add(work)
+        return work
+
+    def make_void(self, is_doomed: Callable[[str | None], bool]) -> None:
+        """Make the operations of these scopes void."""
+        for work in list(self._works):
+            work.is_void = work.is_void or is_doomed(work.scope)
 
 
 class Holder(Protocol):

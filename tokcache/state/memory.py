@@ -12,7 +12,7 @@ from tokcache.state.snapshot_index import SNAPSHOT_BYTES, Snapshot, SnapshotInde
 from tokcache.state.tiers.ram import RamTier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from tokcache.state.names import Owner
     from tokcache.state.retention import Held
@@ -40,7 +40,7 @@ class StateMemory:
         self.counts: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self.overhead = 0
-        self._recent = Retention()
+        self.retention = Retention(ttl_s)
         self._dead: dict[int, memoryview] = {}
         self._swept_s = time.monotonic()
 
@@ -51,9 +51,11 @@ class StateMemory:
         now = time.monotonic()
         if self.ttl_s is not None and now - self._swept_s >= self.ttl_s / _SWEEPS:
             self._swept_s = now
-            self._expire([node for node in self.index.nodes() if self.is_expired(node, now)])
+            self._expire(
+                [node for node in self.index.nodes() if self.retention.is_expired(node, now)]
+            )
             for snapshot in self.snapshots:
-                if self.is_expired(snapshot, now) and not snapshot.is_kept:
+                if self.retention.is_expired(snapshot, now) and not snapshot.is_kept:
                     self.remove_snapshot(snapshot)
                     self.counts["expirations"] += 1
         root = self.index.root(owner)
@@ -61,24 +63,13 @@ class StateMemory:
             return None, Match(n_tokens=owner.start)
         match = self.index.longest(root, tokens)
         for n_good, node in enumerate(match.nodes if self.ttl_s is not None else ()):
-            if self.is_expired(node, now):
+            if self.retention.is_expired(node, now):
                 match.n_tokens = node.start
                 del match.nodes[n_good:]
                 self._expire([*self.index.below(node), node])
                 break
-        self.use(match.nodes, now)
+        self.retention.use(match.nodes, now)
         return (None if root.is_dead else root), match
-
-    def use(self, held: Iterable[Node | Snapshot], now: float) -> None:
-        """Note that these serve a request now."""
-        self._recent.use(held)
-        if self.ttl_s is not None:
-            for each in held:
-                each.used_s = now
-
-    def is_expired(self, held: Node | Snapshot, now: float) -> bool:
-        """Return whether its last use was longer ago than `ttl_s`."""
-        return self.ttl_s is not None and now - held.used_s > self.ttl_s
 
     def _expire(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
@@ -136,7 +127,7 @@ class StateMemory:
                 return True
             if self.tier.drop_pooled():
                 continue
-            victim = self._recent.victim()
+            victim = self.retention.victim()
             if victim is None:
                 return False
             self._evict(victim)
@@ -161,7 +152,7 @@ class StateMemory:
 
     def _evict_entry(self) -> bool:
         """Evict an entry: a leaf and the blocks last used together with it, or a snapshot."""
-        victim = self._recent.victim()
+        victim = self.retention.victim()
         if victim is None:
             return False
         step: Node | None = victim if isinstance(victim, Node) else None
@@ -189,12 +180,8 @@ class StateMemory:
         n_bytes = buffer.nbytes + NODE_BYTES + len(tokens)
         node = self.index.add(root, parent, at, tokens, n_bytes)
         self.tier.put(node, buffer)
-        self.use([node], time.monotonic())
+        self.retention.use([node], time.monotonic())
         return node
-
-    def watch(self, held: Node | Snapshot) -> None:
-        """Make it a candidate for eviction."""
-        self._recent.watch(held)
 
     def file_snapshot(self, snapshot: Snapshot, buffer: memoryview) -> None:
         """Put a snapshot into its place, and remove the one that was there."""
@@ -204,8 +191,8 @@ class StateMemory:
         snapshot.n_bytes = buffer.nbytes + snapshot_overhead(snapshot)
         self.snapshots.add(snapshot)
         self.tier.put(snapshot, buffer)
-        self.use([snapshot], time.monotonic())
-        self.watch(snapshot)
+        self.retention.use([snapshot], time.monotonic())
+        self.retention.watch(snapshot)
 
     def remove(self, node: Node) -> None:
         """Take a leaf out of the tree."""
@@ -214,9 +201,9 @@ class StateMemory:
         self.overhead -= NODE_BYTES + len(node.tokens)
         self._drop_payload(node)
         if isinstance(parent, Root):
-            self.remove_if_idle(parent)
+            self.remove_root(parent)
         elif parent is not None and not parent.children:
-            self._recent.watch(parent)
+            self.retention.watch(parent)
 
     def remove_snapshot(self, snapshot: Snapshot) -> None:
         """Take out a snapshot."""
@@ -232,44 +219,35 @@ class StateMemory:
         if payload is not None:
             self._dead[id(held)] = payload
 
-    def remove_if_idle(self, root: Root) -> None:
-        """Take out a root without chains that nobody uses."""
+    def remove_root(self, root: Root, *, is_idle: bool = True) -> None:
+        """Take out a root without chains; with `is_idle`, only if it is not in use."""
         # Pins are below 0 after a save that began before a fork and ended in the child.
-        if not (root.is_dead or root.children or root.pins > 0):
-            self._remove_root(root)
-
-    def _remove_root(self, root: Root) -> None:
-        self.index.remove_root(root)
-        self.overhead -= root.n_bytes
+        if not (root.is_dead or root.children or (is_idle and root.pins > 0)):
+            self.index.remove_root(root)
+            self.overhead -= root.n_bytes
 
     def release(self, held: Node | Snapshot) -> None:
         """Note that one user fewer needs it."""
         held.pins -= 1
         if isinstance(held, Root):
-            self.remove_if_idle(held)
+            self.remove_root(held)
         elif held.is_dead and not held.pins and id(held) in self._dead:
             self.tier.give_back(self._dead.pop(id(held)))
 
-    def remove_all(self, owners: Iterable[Owner] | None = None) -> int:
-        """Remove the states of these owners, by default all; return the states removed."""
-        chosen = None if owners is None else set(owners)
-        roots = [r for r in self.index.roots.values() if chosen is None or r.owner in chosen]
+    def remove_all(self, is_doomed: Callable[[str | None], bool]) -> int:
+        """Remove the states of these scopes; return the states removed."""
+        roots = [root for root in self.index.roots.values() if is_doomed(root.owner.scope)]
         doomed = [node for root in roots for node in self.index.below(root)]
         for node in doomed:
             self.remove(node)
-        for root in roots:
-            if not root.is_dead:  # a save is under way; it can't file blocks any more
-                self._remove_root(root)
-        snapshots = [each for each in self.snapshots if chosen is None or each.owner in chosen]
+        for root in roots:  # a save that uses one is under way: it can't file blocks any more
+            self.remove_root(root, is_idle=False)
+        snapshots = [each for each in self.snapshots if is_doomed(each.owner.scope)]
         for snapshot in snapshots:
             self.remove_snapshot(snapshot)
         while self.tier.drop_pooled():
             pass  # a tenant's bytes must not stay in the pool
         return len(doomed) + len(snapshots)
-
-    def owners(self) -> set[Owner]:
-        """Return the owners that have states in memory."""
-        return {*self.index.roots, *(snapshot.owner for snapshot in self.snapshots)}
 
     # Forks
 
@@ -277,7 +255,7 @@ class StateMemory:
         """Remove states that were in use: their users exist only in the parent of the fork."""
         for root in list(self.index.roots.values()):
             root.pins = 0
-            self.remove_if_idle(root)
+            self.remove_root(root)
         in_use: list[Node] = []
         for node in self.index.nodes():
             step: Node | None = node

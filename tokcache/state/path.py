@@ -117,7 +117,7 @@ class Path:
     def append(self, node: Node, n_tokens: int) -> None:
         """Extend the path by a block in memory, up to `n_tokens` positions."""
         node.pins += 1
-        self.store.memory.watch(node)
+        self.store.memory.retention.watch(node)
         self.nodes.append(node)
         self.n_tokens = n_tokens
 

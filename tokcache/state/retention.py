@@ -19,6 +19,7 @@ class Held(Protocol):
     tick: int
     is_dead: bool
     is_queued: bool
+    used_s: float
 
     @property
     def children(self) -> Sized:
@@ -26,26 +27,33 @@ class Held(Protocol):
 
 
 class Retention:
-    """Priority, then LRU, leaves first; not thread-safe: the store holds its lock.
+    """Priority, then LRU, leaves first, and a time to live; the store holds its lock.
 
     A block is never less recent than those below it, so taking leaves first takes the least
     recent first too. Each block has at most one place in the heap. A block that was used after it
     was pushed, or is no longer a leaf, is corrected when it is popped: using a block costs no heap
     operation.
 
-    Cost: O(1) a use, O(log n) a victim.
+    Units: `ttl_s` seconds after its last use a state is expired; None: never.
+    Cost:  O(1) a use, O(log n) a victim.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ttl_s: float | None) -> None:
+        self.ttl_s = ttl_s
         self._clock = 0
         self._heap: list[tuple[int, int, int, Held]] = []
         self._compact_at = _MIN_HEAP
 
-    def use(self, held: Iterable[Held]) -> None:
+    def use(self, held: Iterable[Held], now: float) -> None:
         """Note that these serve a request now."""
         self._clock += 1
         for each in held:
             each.tick = self._clock
+            each.used_s = now
+
+    def is_expired(self, held: Held, now: float) -> bool:
+        """Return whether the last use was longer ago than `ttl_s`."""
+        return self.ttl_s is not None and now - held.used_s > self.ttl_s
 
     def watch(self, held: Held) -> None:
         """Note that `held` has no children and may become a victim."""

@@ -82,10 +82,10 @@ class SnapshotStore:
             return False
         with self._store.lock:
             self._store.settle()
-            work = self._store.begun(snapshot.owner.scope)
+            work = self._store.works.begin(snapshot.owner.scope)
             buffer = self._buffer_for(snapshot, n_bytes)
         if buffer is None:
-            self._store.log_oversize()
+            self._store.notices.log()
             return False
         memory, is_filed = self._memory, False
         try:
@@ -120,7 +120,8 @@ class SnapshotStore:
             return None
         if n_bytes + overhead > self._store.ram_bytes:
             n_total = n_bytes + overhead
-            self._store.refuse_oversize(snapshot.owner.fingerprint, snapshot.n_tokens, n_total)
+            memory.refusals["over_budget"] += 1
+            self._store.notices.oversize(snapshot.owner.fingerprint, snapshot.n_tokens, n_total)
             return None
         if not memory.has_snapshot_room(self._n_replaced(snapshot)):
             memory.refusals["entries_in_use"] += 1
@@ -206,7 +207,7 @@ class SnapshotStore:
     def _live(self, owner: Owner, name: bytes, tokens: bytes) -> Snapshot | None:
         snapshot = self._memory.snapshots.get(owner, name, tokens)
         while snapshot is not None and not snapshot.is_kept:
-            if not self._memory.is_expired(snapshot, time.monotonic()):
+            if not self._memory.retention.is_expired(snapshot, time.monotonic()):
                 return snapshot
             self._memory.remove_snapshot(snapshot)
             self._memory.counts["expirations"] += 1
@@ -216,7 +217,7 @@ class SnapshotStore:
     def _used(self, snapshot: Snapshot) -> StateHandle | None:
         snapshot.hits += 1
         snapshot.used_at = time.time()
-        self._memory.use([snapshot], time.monotonic())
+        self._memory.retention.use([snapshot], time.monotonic())
         if snapshot.written and time.monotonic() - snapshot.touched_s > self._store.touch_s:
             self._store.touch_later([snapshot], [_address_of(snapshot)])
         return self._handle(snapshot)
@@ -312,7 +313,7 @@ class SnapshotStore:
             if snapshot.is_dead:
                 return False
             snapshot.used_at = time.time()
-            self._memory.use([snapshot], time.monotonic())
+            self._memory.retention.use([snapshot], time.monotonic())
             self._store.touch_later([snapshot], [_address_of(snapshot)])
             return True
 

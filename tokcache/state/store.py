@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
-import threading
 import time
 import weakref
 from collections import deque
@@ -14,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tokcache._forks import Forkable, tell_of_forks
 from tokcache._validate import (
     require_bool,
     require_int,
@@ -23,12 +20,13 @@ from tokcache._validate import (
     require_size,
 )
 from tokcache.errors import InvalidConfig
-from tokcache.state.handles import Work
+from tokcache.state.handles import Work, Works
+from tokcache.state.locked import Locked
 from tokcache.state.memory import StateMemory
+from tokcache.state.memory_notices import MemoryNotices
 from tokcache.state.names import Owner, child_name
 from tokcache.state.tiers import Address, Record
 from tokcache.state.tiers.backoff import Speed
-from tokcache.state.tiers.notices import Notices
 from tokcache.state.tiers.opening import Below, open_tiers
 from tokcache.state.write_behind import Job
 from tokcache.stats import StateStats, TierStats
@@ -58,7 +56,7 @@ _COUNTED = (
 )
 
 
-class Store(Forkable):
+class Store(Locked):
     """The lock, memory, the tiers below, nearest first, their queues, and the counters.
 
     Units:   `touch_s` seconds by which the time of last use in the tiers below may lag.
@@ -95,13 +93,11 @@ class Store(Forkable):
             self.block_tokens,
             None if ttl_s is None else require_seconds("ttl_s", ttl_s),
         )
-        self.lock = threading.Lock()
         self._released: deque[list[Node] | list[Snapshot]] = deque()
         self._unwritten: deque[tuple[Node | Snapshot, int]] = deque()
         self.is_closed = False
-        self._notices = Notices()
-        self._unlogged: deque[tuple[str, str, str]] = deque()
-        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
+        self.notices = MemoryNotices(self.ram_bytes)
+        self.works = Works()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
         self.loose: weakref.WeakSet[Snapshot] = weakref.WeakSet()
@@ -111,7 +107,7 @@ class Store(Forkable):
         for below in self.below:
             # It must not wait: the garbage collector may run this while any lock is held.
             weakref.finalize(self, below.writer.end).atexit = False
-        tell_of_forks(self)
+        super().__init__()
 
     # Lower tiers
 
@@ -214,22 +210,6 @@ class Store(Forkable):
         with self.lock:
             self.memory.refusals[reason] += 1
 
-    def refuse_oversize(self, fingerprint: bytes, n_tokens: int, n_bytes: int) -> None:
-        """Count a state that is larger than all memory may be; the lock is held."""
-        self.memory.refusals["over_budget"] += 1
-        if self._notices.is_first(fingerprint):
-            self._unlogged.append((f"{n_tokens:,}", f"{n_bytes:,}", f"{self.ram_bytes:,}"))
-
-    def log_oversize(self) -> None:
-        """Log states over the budget, once a model; without the lock: a log handler may need it."""
-        while self._unlogged:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                _log.warning(
-                    "the state of a prompt of %s tokens takes %s bytes, more than ram_bytes=%s: "
-                    "prompts that long are not stored; raise ram_bytes (logged once a model)",
-                    *self._unlogged.popleft(),
-                )
-
     def count_prompt(self, n_tokens: int, *, context_tokens: int, restored_tokens: int) -> None:
         """Count a prompt, and its tokens that were in the engine's context or were restored.
 
@@ -303,13 +283,7 @@ class Store(Forkable):
         """
         scope = require_scope(scope)
         with self.lock:
-            return self.begun(scope)
-
-    def begun(self, scope: str | None) -> Work:
-        """Return a new Work for `scope`; the lock is held."""
-        work = Work(scope)
-        self._works.add(work)
-        return work
+            return self.works.begin(scope)
 
     def clear(self, *, scope: str | None = None) -> int:
         """Remove a scope's states from every tier, or everything; return the states removed.
@@ -324,30 +298,25 @@ class Store(Forkable):
         for below in self.below:
             below.writer.discard(is_doomed)
         with self.lock:
-            n_removed = self._clear_memory(is_doomed)
-            if scope is None:
-                self._reset_counters()
+            n_removed = self._clear_memory(is_doomed, is_all=scope is None)
         # A save between the two steps filed its blocks before this thread had the lock.
         for below in self.below:
             below.writer.discard(is_doomed)
         return max([n_removed, *(each.tier.clear(scope=scope) for each in self.below)])
 
-    def _clear_memory(self, is_doomed: Callable[[str | None], bool]) -> int:
-        """Remove the states in memory of these scopes, and make work under way for them void."""
+    def _clear_memory(self, is_doomed: Callable[[str | None], bool], *, is_all: bool) -> int:
+        """Remove the states in memory of these scopes, and make operations under way void."""
         self.settle()
-        for work in list(self._works):
-            work.is_void = work.is_void or is_doomed(work.scope)
+        self.works.make_void(is_doomed)
         for snapshot in list(self.loose):
             snapshot.is_dead = snapshot.is_dead or is_doomed(snapshot.owner.scope)
-        return self.memory.remove_all(
-            [owner for owner in self.memory.owners() if is_doomed(owner.scope)]
-        )
-
-    def _reset_counters(self) -> None:
-        self.memory.counts.clear()
-        self.memory.refusals.clear()
-        self._notices = Notices()
-        self.seconds = {"restore": 0.0, "save": 0.0}
+        n_removed = self.memory.remove_all(is_doomed)
+        if is_all:
+            self.memory.counts.clear()
+            self.memory.refusals.clear()
+            self.notices = MemoryNotices(self.ram_bytes)
+            self.seconds = {"restore": 0.0, "save": 0.0}
+        return n_removed
 
     def close(self) -> None:
         """Finish waiting writes, then empty memory; after that nothing is found or stored."""
@@ -356,8 +325,7 @@ class Store(Forkable):
         for below in self.below:
             below.writer.close()
         with self.lock:
-            self._clear_memory(lambda _: True)
-            self._reset_counters()
+            self._clear_memory(lambda _: True, is_all=True)
         for below in self.below:
             if below.is_owned:
                 below.tier.close()
@@ -370,17 +338,9 @@ class Store(Forkable):
 
     # Forks
 
-    def before_fork(self) -> None:
-        """Wait until no operation is half done."""
-        self.lock.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        """Release the lock."""
-        self.lock.release()
-
     def after_fork_in_child(self) -> None:
         """Drop the states that the parent's threads use: the child has no such threads."""
-        self.lock = threading.Lock()
+        super().after_fork_in_child()
         self._released.clear()
         self._unwritten.clear()
         self.memory.drop_users()

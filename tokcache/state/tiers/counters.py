@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 
-from tokcache._forks import Forkable, tell_of_forks
+from tokcache.state.locked import Locked
 from tokcache.stats import TierStats
 
 _NAMES = ("hits", "misses", "writes", "evictions", "read_bytes", "written_bytes")
 
 
-class TierCounters(Forkable):
+class TierCounters(Locked):
     """The counters of one tier and the lock that guards them.
 
     Threads: safe; after a fork, too.
@@ -20,38 +19,25 @@ class TierCounters(Forkable):
     fork_rank = 2
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        super().__init__()
         self._counts: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
-        tell_of_forks(self)
 
     def count(self, name: str, n: int = 1) -> None:
         """Add `n` to a counter; `name` is that of a field of TierStats."""
-        with self._lock:
+        with self.lock:
             self._counts[name] += n
 
     def refuse(self, reason: str) -> None:
         """Count a state that was not stored or not used."""
-        with self._lock:
+        with self.lock:
             self._refusals[reason] += 1
 
     def stats(self, n_bytes: int = 0) -> TierStats:
         """Return the counters, with `n_bytes` as the number of bytes held."""
-        with self._lock:
+        with self.lock:
             return TierStats(
                 **{name: self._counts[name] for name in _NAMES},
                 refusals=dict(self._refusals),
                 n_bytes=n_bytes,
             )
-
-    def before_fork(self) -> None:
-        """Wait until no counter is half changed."""
-        self._lock.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        """Release the lock."""
-        self._lock.release()
-
-    def after_fork_in_child(self) -> None:
-        """Make a new lock."""
-        self._lock = threading.Lock()

@@ -6,14 +6,12 @@ a line is logged only when the reason changes. No line has a scope, a token or a
 
 from __future__ import annotations
 
-import threading
-
-from tokcache._forks import Forkable, tell_of_forks
+from tokcache.state.locked import Locked
 
 _MAX_LOGGED = 1000  # models; above it, models that were logged long ago are logged again
 
 
-class Notices(Forkable):
+class Notices(Locked):
     """The present troubles, and the models that a line was logged for.
 
     Threads: safe; after a fork, too: the child starts without troubles and finds its own.
@@ -22,16 +20,15 @@ class Notices(Forkable):
     fork_rank = 3
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        super().__init__()
         self._troubles: dict[str, str] = {}
         self._logged: set[bytes] = set()
-        tell_of_forks(self)
 
     def is_changed(self, subject: str, reason: str = "") -> bool:
         """Note the reason of a trouble, "" for none; return whether it was another one before."""
         if not reason and subject not in self._troubles:  # nearly always: no lock
             return False
-        with self._lock:
+        with self.lock:
             before = self._troubles.pop(subject, "")
             if reason:
                 self._troubles[subject] = reason
@@ -39,7 +36,7 @@ class Notices(Forkable):
 
     def is_first(self, fingerprint: bytes) -> bool:
         """Return whether this is the first time for that model."""
-        with self._lock:
+        with self.lock:
             if fingerprint in self._logged:
                 return False
             if len(self._logged) >= _MAX_LOGGED:
@@ -47,15 +44,7 @@ class Notices(Forkable):
             self._logged.add(fingerprint)
             return True
 
-    def before_fork(self) -> None:
-        """Wait until no trouble is half noted."""
-        self._lock.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        """Release the lock."""
-        self._lock.release()
-
     def after_fork_in_child(self) -> None:
         """Make a new lock, and start without troubles."""
-        self._lock = threading.Lock()
+        super().after_fork_in_child()
         self._troubles = {}

@@ -8,13 +8,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tokcache._forks import Forkable, tell_of_forks
 from tokcache.errors import LinkFailed, StateRefused
+from tokcache.state.locked import Locked
 from tokcache.state.tiers.redis.circuit import Circuit
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Deadline:
         self.until_s += n_bytes / _SLOWEST
 
 
-class Calls(Forkable):
+class Calls(Locked):
     """Commands to a Redis that is given up for a while after failures in a row.
 
     Units:  `timeout_s` seconds of a look-up or write.
@@ -62,9 +61,8 @@ class Calls(Forkable):
         retry_s: float,
     ) -> None:
         self.link, self._notices, self._timeout_s = link, notices, timeout_s
-        self._lock = threading.Lock()
         self._all, self._writes = Circuit(n_failures, retry_s), Circuit(n_failures, retry_s)
-        tell_of_forks(self)
+        super().__init__()
 
     def deadline(self) -> Deadline:
         """Return the deadline of a look-up or write that begins now."""
@@ -90,7 +88,7 @@ class Calls(Forkable):
         return self._call(partial(self.link.ask, commands), (), deadline)
 
     def _require_closed(self) -> None:
-        with self._lock:
+        with self.lock:
             if not self._all.lets_through():
                 raise StateRefused("circuit_open")
 
@@ -109,14 +107,14 @@ class Calls(Forkable):
             if reason in ("auth", "permission"):
                 self._notices.no_access(reason)
             else:
-                with self._lock:
+                with self.lock:
                     is_chance = not self._all.would_open()
                 if not is_chance:
                     circuit = self._all
                     self._notices.no_answer(reason, circuit.n_failures, circuit.retry_s)
             raise StateRefused(reason) from failure
         finally:
-            with self._lock:
+            with self.lock:
                 self._all.note(is_good=is_good)
         self._notices.answered(commands, replies)
         return replies
@@ -127,7 +125,7 @@ class Calls(Forkable):
 
         Errors: StateRefused while writes are paused.
         """
-        with self._lock:
+        with self.lock:
             if not self._writes.lets_through():
                 raise StateRefused("writes_paused")
         reason = ""
@@ -137,25 +135,15 @@ class Calls(Forkable):
             reason = str(refusal)
             raise
         finally:
-            with self._lock:
+            with self.lock:
                 self._writes.note(is_good=reason not in _NO_WRITES)
                 is_open = self._writes.is_open
             if is_open:
                 self._notices.not_written(reason)
 
-    # Forks
-
-    def before_fork(self) -> None:
-        """Wait until no circuit is half changed."""
-        self._lock.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        """Release the lock."""
-        self._lock.release()
-
     def after_fork_in_child(self) -> None:
         """Make a new lock and closed circuits; the parent's connections are not used."""
-        self._lock = threading.Lock()
+        super().after_fork_in_child()
         self.link.forget()
         for circuit in (self._all, self._writes):
             circuit.note(is_good=True)

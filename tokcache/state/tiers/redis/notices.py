@@ -127,7 +127,7 @@ class RedisNotices(Notices):
             return
         verdicts = {command[0]: reply for command, reply in zip(commands, replies, strict=False)}
         denied = {name for name, reply in verdicts.items() if reply == _NO_RIGHT}
-        with self._lock:
+        with self.lock:
             self._denied = (self._denied - set(verdicts)) | denied
             names = sorted(self._denied)
         if not self.is_changed("rights", "permission" if names else ""):
