@@ -191,7 +191,7 @@ class Files:
         self.restore(self.fresh)
         is_equal = all(np.array_equal(each, self.payload) for each in self.targets)
         file = next(iter(self.tier.files()))
-        path, place = self.tier.path / file.place, 5000
+        path, place = self.tier.path / file.path, 5000
         with path.open("r+b") as opened:
             opened.seek(place)
             byte = opened.read(1)
