@@ -122,7 +122,7 @@ L1_REFUSALS = {
     ),
     "engine_dropped": Reason(
         "the faster encoder failed or differed, and tokenizers encodes from then on",
-        "see the log; choose `engine=\"tokenizers\"`",
+        'see the log; choose `engine="tokenizers"`',
     ),
 }
 

@@ -35,6 +35,7 @@ def with_sections(docstring: str) -> str:
 class DocstringSections(griffe.Extension):
     """Rewrites every docstring as it is loaded."""
 
-    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+    def on_instance(self, *, obj: griffe.Object, **_kwargs: Any) -> None:
+        """Rewrite the docstring of a module, class, function or attribute."""
         if obj.docstring is not None:
             obj.docstring.value = with_sections(obj.docstring.value)

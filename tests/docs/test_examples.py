@@ -1,12 +1,16 @@
 """Every code block of the documentation and the README runs, and prints the output it shows.
 
-Blocks of one page share their names, as a reader who types them in has them. Python blocks show
-their output as `#> text` (`pytest tests/docs --update-examples` writes it). Of shell blocks those
-lines run that begin with `tokcache`; the others install, or start servers.
+Blocks of one page share their names, as a reader who types them in has them. A Python block shows
+its output in lines `#> text` below each print. Of shell blocks those lines run that begin with
+`tokcache`; the others install packages or start servers.
+
+Sybil finds the blocks: it keeps a page's line numbers in tracebacks, and needs no other package.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -14,15 +18,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-pytest.importorskip("pytest_examples", reason="needs tokcache[test]")
+pytest.importorskip("sybil", reason="needs tokcache[test]")
 pytest.importorskip("llama_cpp", reason="needs tokcache[llama]")
 pytest.importorskip("xllamacpp", reason="needs tokcache[demo]")
 
-from pytest_examples import CodeExample, EvalExample, find_examples
+from sybil import Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser
 
 from tokcache import samples
 from tokcache.samples.server_process import ServerProcess
@@ -33,16 +38,26 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _SERVER = "http://127.0.0.1:8080"  # the address that the pages show
+_SHOWN = re.compile(r"^ *#> (.*)$", re.MULTILINE)
 _SHELL = re.compile(r"^ *```sh\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 
-def _examples() -> dict[str, list[CodeExample]]:
-    found: dict[str, list[CodeExample]] = {}
-    for example in find_examples(*PAGES):
-        if not example.prefix.startswith("python"):
-            continue
-        found.setdefault(str(example.path.relative_to(ROOT)), []).append(example)
-    return found
+def _run(example: Example) -> str | None:
+    """Run a block in its page's namespace; return a message if it prints something else."""
+    source = example.parsed
+    if _SERVER in source:
+        source = source.replace(_SERVER, example.namespace["_llama_server"]())
+    printed = io.StringIO()
+    code = compile("\n" * example.parsed.line_offset + source, example.path, "exec")
+    example.namespace["__name__"] = "__page__"
+    with contextlib.redirect_stdout(printed):
+        exec(code, example.namespace)  # noqa: S102 (our own pages)
+    shown = [found[1] for found in _SHOWN.finditer(source)]
+    lines = printed.getvalue().splitlines()
+    return None if lines == shown else f"{example.path} shows {shown}, and prints {lines}"
+
+
+PYTHON = Sybil([CodeBlockParser("python", _run)], path=str(ROOT))
 
 
 def _commands() -> dict[str, list[str]]:
@@ -55,7 +70,10 @@ def _commands() -> dict[str, list[str]]:
     return found
 
 
-EXAMPLES, COMMANDS = _examples(), _commands()
+EXAMPLES = [
+    str(page.relative_to(ROOT)) for page in PAGES if "```python" in page.read_text(encoding="utf-8")
+]
+COMMANDS = _commands()
 
 
 @pytest.fixture
@@ -86,26 +104,21 @@ def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("page", EXAMPLES)
 def test_the_examples_of_a_page_run_and_print_their_output(
-    page: str, eval_example: EvalExample, request: pytest.FixtureRequest
+    page: str, request: pytest.FixtureRequest
 ) -> None:
-    names: dict[str, Any] = {}
-    for example in EXAMPLES[page]:
-        if _SERVER in example.source:
-            url = request.getfixturevalue("llama_server")
-            example.source = example.source.replace(_SERVER, url)
-        if eval_example.update_examples:
-            names = eval_example.run_print_update(example, module_globals=names)
-            example.source = example.source.replace(request.getfixturevalue("llama_server"), _SERVER)
-        else:
-            names = eval_example.run_print_check(example, module_globals=names)
+    document = PYTHON.parse(ROOT / page)
+    document.namespace["_llama_server"] = lambda: request.getfixturevalue("llama_server")
+    examples = list(document.examples())
+    assert examples
+    for example in examples:
+        example.evaluate()
 
 
 @pytest.mark.parametrize("page", COMMANDS)
 def test_the_commands_of_a_page_run(page: str, reader: Path) -> None:
     import tokcache  # noqa: PLC0415
 
-    with tokcache.DiskTier(reader / "states") as _:  # the folder that the pages list and prune
-        pass
+    tokcache.DiskTier(reader / "states").close()  # the folder that the pages list and prune
     for line in COMMANDS[page]:
         command = [sys.executable, "-m", "tokcache", *shlex.split(line, comments=True)[1:]]
         done = subprocess.run(  # noqa: S603 (our own pages)
