@@ -82,7 +82,7 @@ def test_a_room_of_text_imports_only_the_floors_below_it(path: Path) -> None:
             break
         below |= floor
     compiled = tuple(f"tokcache.text.{name}" for name in NATIVE)
-    for name in imports(ast.parse(path.read_text())):
+    for name in imported_names(ast.parse(path.read_text())):
         parts = name.split(".")
         is_own = parts[:2] == ["tokcache", "text"] and len(parts) > 2
         if is_own and not name.startswith(compiled):

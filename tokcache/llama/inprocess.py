@@ -150,8 +150,8 @@ class Llama(LoadedLlama):
             super().eval(tokens)
         except BaseException as error:
             # Only of attention is it known that a failed batch has changed nothing before it.
-            is_plain = states.memory.is_plain and self._sequence is not None
-            is_intact = is_plain and self._sequence.trim(start, in_place=self.reproducible)
+            sequence = self._sequence if states.memory.is_plain else None
+            is_intact = sequence is not None and sequence.trim(start, in_place=self.reproducible)
             if not is_intact:
                 self._ctx.kv_cache_clear()
             record.decode_failed(is_rest_intact=is_intact)
