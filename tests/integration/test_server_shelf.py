@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from tokcache import TokenIds
 from tokcache.llama.server.model import KvShape, kv_shape
+from tokcache.llama.server.namespaces import namespace_of
 from tokcache.llama.server.results import ModelMeta, SlotFile
-from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common, namespace_of
+from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common
 from tokcache.llama.server.slot import Condition
 from tokcache.llama.server.table import SlotTable, Wish
 from tokcache.llama.server.trust import KINDS, WHOLE, Trust
@@ -143,14 +144,14 @@ def test_files_being_read_or_pinned_are_not_evicted(tmp_path: Path) -> None:
 def test_stale_names_are_used_first_and_counted() -> None:
     on = shelf(max_bytes=250)
     first = add(on, A, range(10))
-    assert on.is_folder_reachable is False
+    assert on.folder.is_reachable is False
     add(on, A, range(20, 40))  # evicts the first one
     assert first is not None
-    assert (on.n_stale_files, on.n_stale_bytes) == (1, 100)
+    assert on.stale == {first.name: 100}
     assert on.name_for(B, TokenIds(range(5)), 5) == first.name
-    assert on.n_stale_files == 0
+    assert on.stale == {}
     on.note_stale(first.name)
-    assert on.n_stale_files == 1
+    assert on.stale == {first.name: 0}
 
 
 def table(n_slots: int) -> SlotTable:
