@@ -56,15 +56,15 @@ class Tally:
         with self.lock:
             self.gaps.append(gap)
 
-    def add(self, what: str) -> None:
+    def add(self, event: str) -> None:
         """Count one event."""
         with self.lock:
-            self.counts[what] += 1
+            self.counts[event] += 1
 
-    def blame(self, what: str) -> None:
+    def blame(self, error: str) -> None:
         """Record an error that must not happen."""
         with self.lock:
-            self.wrong.append(what)
+            self.wrong.append(error)
 
 
 class Reference:
@@ -91,15 +91,16 @@ def gap(given: Completion, expected: Completion) -> float | None:
 
     None if the server does not report it: it leaves out tokens within an unfinished character.
     """
-    n_told = 0
+    n_reported = 0
     for ours, theirs in zip(given.token_ids, expected.token_ids, strict=False):
-        told = expected.probabilities[n_told] if n_told < len(expected.probabilities) else None
-        is_told = told is not None and told.token_ids[0] == theirs
-        n_told += is_told
+        is_left = n_reported < len(expected.probabilities)
+        reported = expected.probabilities[n_reported] if is_left else None
+        is_reported = reported is not None and reported.token_ids[0] == theirs
+        n_reported += is_reported
         if ours != theirs:
-            if told is None or not is_told:
+            if reported is None or not is_reported:
                 return None
-            likely = dict(zip(told.token_ids, told.logprobs, strict=True))
+            likely = dict(zip(reported.token_ids, reported.logprobs, strict=True))
             return likely[theirs] - likely.get(ours, -99.0)
     # A stream leaves out ids after an unfinished character.
     return 0.0 if len(given.token_ids) <= len(expected.token_ids) else 99.0

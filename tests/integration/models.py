@@ -1,4 +1,4 @@
-"""Tiny models behind llama.cpp, and what tests ask of their contexts."""
+"""Tiny models for llama.cpp, and helpers that read and write their contexts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store(**settings: Any) -> PrefixStateCache:
 
 
 def llama(cache: PrefixStateCache | None = None, **settings: Any) -> Any:
-    """Return a Llama on the grid of `store()`, with a cache or without."""
+    """Return a Llama with the block size of `store()`, with or without a cache."""
     model = settings.pop("model", None) or samples.tiny_model()
     llm = Llama(model, prefix_cache=cache, **{"verbose": False, **SETTINGS, **settings})
     if cache is None:
@@ -41,14 +41,16 @@ def llama(cache: PrefixStateCache | None = None, **settings: Any) -> Any:
 
 
 def plain(**settings: Any) -> Any:
-    """Return the llama_cpp.Llama that knows nothing of tokcache."""
+    """Return a plain llama_cpp.Llama."""
     model = settings.pop("model", None) or samples.tiny_model()
     return llama_cpp.Llama(str(model), **{"verbose": False, **SETTINGS, **settings})
 
 
 def keep_logits(llm: Any) -> None:
-    """Let eval keep the logits of every position it decodes (a Llama made with logits_all is not
-    cached, and that is another test)."""
+    """Make eval keep the logits of every position that it decodes.
+
+    `logits_all` would do that too, but such a Llama is not cached.
+    """
     llm._logits_all = True
     llm.scores = np.zeros((llm.n_ctx(), llm.n_vocab()), np.float32)
 
