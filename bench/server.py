@@ -32,8 +32,8 @@ from bench import _report
 from bench.restore import big_model
 from bench.workloads import chats
 from tokcache import TokenIds, samples
+from tokcache._prefix import n_common
 from tokcache.llama.server import Completion, LlamaServer, SlotSettings
-from tokcache.llama.server.shelf import n_common
 from tokcache.samples.server_process import ServerProcess
 
 N_SESSIONS, N_SLOTS, BLOCK, N_CTX = 6, 2, 256, 8192

@@ -56,7 +56,7 @@ from bench.restore import big_model
 from bench.workloads import chats
 from bench.workloads.data import default_tokenizers, tokenizer_file
 from tokcache import TokenIds
-from tokcache.llama.server.shelf import n_common
+from tokcache._prefix import n_common
 
 N_SESSIONS = 6
 SMALL = {"n_layers": 4, "n_embd": 384, "n_heads": 6, "n_kv_heads": 2, "n_ff": 1024}

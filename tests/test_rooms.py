@@ -12,7 +12,8 @@ import pytest
 import tokcache
 
 ROOT = Path(tokcache.__file__).parent
-LEAVES = {"errors", "config", "stats", "_cache_folder", "_forks", "_validate", "_version"}
+LEAVES = {"errors", "config", "stats"}
+LEAVES |= {"_cache_folder", "_forks", "_prefix", "_validate", "_version"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
     "text": LEAVES | {"text"},

@@ -26,9 +26,10 @@ from tests.fault.test_disk_faults import SCALE, exit_code, in_child, prompt
 from tests.state.engine import Engine, restored
 from tests.state.redis_server import RedisServer, free_port
 from tests.state.test_disk import SECRET, cache_on, found
+from tokcache.errors import StateRefused
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.names import Owner, child_name, root_name
-from tokcache.state.tiers import Address, StateRefused
+from tokcache.state.tiers import Address
 from tokcache.state.tiers.block_file import HEAD_BYTES, MAGIC
 from tokcache.state.tiers.redis import CHUNK_BYTES, HEAD, RedisTier
 

@@ -26,6 +26,7 @@ from tests.integration.models import (
 )
 from tokcache import samples
 from tokcache.errors import (
+    FileChanged,
     InvalidConfig,
     InvalidModel,
     InvalidScope,
@@ -34,7 +35,6 @@ from tokcache.errors import (
     MissingExtra,
     MissingFile,
 )
-from tokcache.llama.file_digests import FileChanged
 from tokcache.llama.fingerprint import LoadedFiles
 from tokcache.llama.reasons import REASONS, explained
 

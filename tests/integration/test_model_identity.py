@@ -22,8 +22,9 @@ import pytest
 
 from tests.integration.models import BLOCK, GREEDY, llama, llama_cpp, plain, store, text
 from tokcache import samples
+from tokcache.errors import FileChanged
 from tokcache.llama import file_digests, remembered_digests, state_fingerprint
-from tokcache.llama.file_digests import DIGESTS, FileChanged, FileDigests, file_identity
+from tokcache.llama.file_digests import DIGESTS, FileDigests, file_identity
 from tokcache.llama.remembered_digests import FileDigest, FileIdentity, RememberedDigests
 from tokcache.llama.server.model import model_identity
 from tokcache.llama.server.results import ModelMeta

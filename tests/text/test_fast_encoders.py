@@ -22,10 +22,10 @@ import tokcache
 from tests.text.tokenizers_made import MADE
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
+from tokcache.errors import FastEncoderUnavailable
 from tokcache.text.engines import fast as fast_encoders
 from tokcache.text.engines.fast import (
     FastEncoder,
-    FastEncoderUnavailable,
     agreed_code_points,
     build,
     installed,

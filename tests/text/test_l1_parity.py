@@ -38,6 +38,7 @@ from tests.text.tokenizers_synthetic import (
     precompiled,
 )
 from tokcache import CacheConfig
+from tokcache._prefix import n_common
 
 Build = Callable[[], Tokenizer]
 
@@ -225,8 +226,7 @@ class Histories:
 def _difference(got: Answer, right: Answer) -> str:
     if isinstance(got, Failure) or isinstance(right, Failure):
         return f"got {str(got)[:200]}, expected {str(right)[:200]}"
-    pairs = zip(got, right, strict=False)
-    at = next((at for at, (one, other) in enumerate(pairs) if one != other), len(right))
+    at = n_common(got, right)
     around = slice(max(0, at - 3), at + 5)
     return f"from token {at}: got …{got[around]}…, expected …{right[around]}…"
 

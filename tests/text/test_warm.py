@@ -26,6 +26,7 @@ from tests.text.test_l0 import TRICKY
 from tests.text.tokenizers_made import MADE, TEXTS, fast
 from tests.text.tokenizers_synthetic import RANDOM, SYNTHETIC
 from tokcache.errors import (
+    Damaged,
     InvalidCacheFile,
     InvalidConfig,
     InvalidScope,
@@ -1101,7 +1102,7 @@ def test_a_file_that_becomes_shorter_is_refused(tmp_path: Path) -> None:
             super().__init__(file, key)
             os.truncate(path, len(raw) - 50)
 
-    with path.open("rb") as file, pytest.raises(warm_file.Damaged, match="became shorter"):
+    with path.open("rb") as file, pytest.raises(Damaged, match="became shorter"):
         Shrinking(file, None).header()
 
 

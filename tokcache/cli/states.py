@@ -20,8 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from tokcache._validate import require_size
-from tokcache.errors import InvalidConfig, MissingFile, TokcacheError
-from tokcache.state.tiers import StateRefused
+from tokcache.errors import InvalidConfig, MissingFile, StateRefused, TokcacheError
 from tokcache.state.tiers.disk import MARKER, DiskTier
 from tokcache.state.tiers.disk_file import File, verified_file
 

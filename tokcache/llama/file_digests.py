@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
+from tokcache.errors import FileChanged
 from tokcache.llama.remembered_digests import (
     BlockDigest,
     FileDigest,
@@ -59,10 +60,6 @@ _RACY_NS = 2 * _SECOND_NS
 _PAUSE_S = 0.05
 _N_AT_ONCE = 2  # the parts of a model are many files, and generations need the cores, too
 _THREAD = "tokcache-digest"
-
-
-class FileChanged(OSError):
-    """A file on disk is no longer the one that was loaded, so its digest would be another's."""
 
 
 class Hashing:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
-from tokcache.errors import MissingFile
-from tokcache.llama.file_digests import DIGESTS, FileChanged, Hashing, file_identity
+from tokcache.errors import FileChanged, MissingFile
+from tokcache.llama.file_digests import DIGESTS, Hashing, file_identity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -24,6 +24,7 @@ import numpy as np
 
 from tokcache._validate import require_bool, require_int, require_scope
 from tokcache.errors import (
+    FileChanged,
     InvalidConfig,
     InvalidModel,
     InvalidText,
@@ -32,7 +33,6 @@ from tokcache.errors import (
     ModelClosed,
     StateError,
 )
-from tokcache.llama.file_digests import FileChanged
 from tokcache.llama.fingerprint import LoadedFiles, fingerprint
 from tokcache.llama.gate import Gate, Steps
 from tokcache.llama.keeper import Keeper

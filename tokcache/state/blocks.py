@@ -19,20 +19,15 @@ from itertools import pairwise
 from operator import index
 from typing import TYPE_CHECKING
 
+from tokcache._prefix import common_tokens
 from tokcache._validate import MAX_INT, require_int
-from tokcache.errors import InvalidConfig
+from tokcache.errors import InvalidConfig, StateRefused
 from tokcache.state.handles import BlockIO, RestorePlan, StoredBlock, Work
 from tokcache.state.index import Node, Root, root_bytes
 from tokcache.state.memory import NODE_BYTES
-from tokcache.state.names import (
-    TOKEN_BYTES,
-    Owner,
-    child_name,
-    common_tokens,
-    rest_owner,
-)
+from tokcache.state.names import TOKEN_BYTES, Owner, child_name, rest_owner
 from tokcache.state.store import block_address
-from tokcache.state.tiers import Address, StateRefused, Stored
+from tokcache.state.tiers import Address, Stored
 
 if TYPE_CHECKING:
     from tokcache.state.store import Store

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from sys import getsizeof
 from typing import TYPE_CHECKING
 
-from tokcache.state.names import TOKEN_BYTES, Owner, child_name, common_tokens, root_name
+from tokcache._prefix import common_tokens
+from tokcache.state.names import TOKEN_BYTES, Owner, child_name, root_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -75,18 +75,6 @@ def child_name(point: bytes, tokens: bytes, key: bytes = b"") -> bytes:
     return digest(_CHILD, key, point, tokens)
 
 
-def common_tokens(left: bytes, right: bytes) -> int:
-    """Return how many leading tokens two int32 byte strings share."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:  # [0, low) is equal; each step compares half of the rest, at C speed
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low // TOKEN_BYTES
-
-
 def token_bytes(tokens: object) -> bytes:
     """Return the ids as int32 in native order: of a list, any iterable of integers, or an array.
 

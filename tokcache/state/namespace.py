@@ -5,9 +5,10 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from tokcache._prefix import common_tokens
 from tokcache._validate import require_bool, require_scope
 from tokcache.errors import InvalidConfig
-from tokcache.state.names import TOKEN_BYTES, Owner, common_tokens, token_bytes
+from tokcache.state.names import TOKEN_BYTES, Owner, token_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,12 +7,12 @@ import time
 from typing import TYPE_CHECKING
 
 from tokcache._validate import MAX_INT, require_int
-from tokcache.errors import InvalidConfig, InvalidTokens
+from tokcache.errors import InvalidConfig, InvalidTokens, StateRefused
 from tokcache.state.handles import StateHandle, Work
 from tokcache.state.memory import snapshot_overhead
 from tokcache.state.names import TOKEN_BYTES, Owner, root_name
 from tokcache.state.snapshot_index import Snapshot, prefix_names
-from tokcache.state.tiers import Address, StateRefused, Stored
+from tokcache.state.tiers import Address, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache._validate import require_bool, require_scope
 from tokcache.config import CacheConfig
-from tokcache.errors import InvalidText, TokcacheError
+from tokcache.errors import Abandoned, InvalidText
 from tokcache.stats import CacheStats, L0Stats, L1Stats
 from tokcache.text import _implementation as implementation
 from tokcache.text._native import is_native
@@ -42,10 +42,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _Key = tuple[str, bool, str | None, int]
 _NO_L0 = L0Stats(0, 0, 0, 0, {}, 0, 0, 0)
 _NO_L1 = L1Stats()
-
-
-class _Abandoned(TokcacheError):
-    """Whoever encoded this text failed over something else: ask again."""
 
 
 @dataclass(slots=True)
@@ -193,7 +189,7 @@ class CachedTokenizer:
         while True:
             try:
                 return await wrap_future(self._depart(generation, key))
-            except _Abandoned:
+            except Abandoned:
                 continue
 
     def fresh(self) -> _Generation:
@@ -324,7 +320,7 @@ class CachedTokenizer:
                 return found
             try:
                 return found.result()
-            except _Abandoned:
+            except Abandoned:
                 continue
 
     def _encode_all(self, generation: _Generation, keys: list[_Key]) -> dict[_Key, TokenIds]:
@@ -455,7 +451,7 @@ class CachedTokenizer:
             waiting = [generation.flights.pop(key, None) for key in keys]
         for future in waiting:
             if future is not None:
-                future.set_exception(error if is_own else _Abandoned())
+                future.set_exception(error if is_own else Abandoned())
 
     # ---- state
 
@@ -703,7 +699,7 @@ def _running() -> Future[TokenIds]:
 def _result_or_none(future: Future[TokenIds]) -> TokenIds | None:
     try:
         return future.result()
-    except _Abandoned:
+    except Abandoned:
         return None
 
 

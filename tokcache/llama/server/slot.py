@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from tokcache._prefix import n_common
 from tokcache.llama.server.checkpoints import NO_GAP, Gap
 from tokcache.llama.server.settings import STEP_TOKENS
-from tokcache.llama.server.shelf import n_common
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:

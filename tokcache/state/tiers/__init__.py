@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
-from tokcache.errors import TokcacheError
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
@@ -128,7 +126,3 @@ def is_in_place(held: Record, new: Record, kind: Kind) -> bool | None:
     if held.tokens.startswith(new.tokens):
         return True
     return False if new.tokens.startswith(held.tokens) else None
-
-
-class StateRefused(TokcacheError):
-    """Stored bytes can't be used; the text is the reason that is counted. Stays in the cache."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import InvalidConfig, MissingExtra
+from tokcache.errors import InvalidConfig, MissingExtra, StateRefused
 from tokcache.state.names import (
     DIGEST_BYTES,
     TOKEN_BYTES,
@@ -33,7 +33,7 @@ from tokcache.state.names import (
     root_name,
     scope_name,
 )
-from tokcache.state.tiers import Address, Record, StateRefused
+from tokcache.state.tiers import Address, Record
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM

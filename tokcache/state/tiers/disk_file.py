@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from tokcache.state.tiers import Record, StateRefused
+from tokcache.errors import StateRefused
 from tokcache.state.tiers.block_file import HEAD_BYTES, HMAC_FLAG, MAX_TOKENS, Head, StateCodec
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
+
+    from tokcache.state.tiers import Record
 
 LAYOUT = "1"
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block

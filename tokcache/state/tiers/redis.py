@@ -25,6 +25,7 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
+from tokcache._prefix import common_tokens
 from tokcache._validate import (
     require_bool,
     require_int,
@@ -32,13 +33,12 @@ from tokcache._validate import (
     require_seconds,
     require_size,
 )
-from tokcache.errors import InvalidConfig
-from tokcache.state.names import common_tokens
-from tokcache.state.tiers import Address, Record, StateRefused, is_in_place
+from tokcache.errors import InvalidConfig, LinkFailed, StateRefused
+from tokcache.state.tiers import Address, Record, is_in_place
 from tokcache.state.tiers.block_file import MAX_TOKENS, Head, StateCodec
 from tokcache.state.tiers.circuit import Circuit
 from tokcache.state.tiers.counting import Counting
-from tokcache.state.tiers.redis_link import Command, Link, LinkFailed, Refused
+from tokcache.state.tiers.redis_link import Command, Link, Refused
 from tokcache.state.tiers.redis_notices import RedisNotices
 
 if TYPE_CHECKING:

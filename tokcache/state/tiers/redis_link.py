@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tokcache.errors import InvalidConfig, MissingExtra, TokcacheError
+from tokcache.errors import InvalidConfig, LinkFailed, MissingExtra
 
 try:
     import redis.exceptions as errors
@@ -78,10 +78,6 @@ _CODES = {
 }
 _CODE = re.compile(rf"\b({'|'.join(_CODES)})\b")
 _DOWN = {"auth", "loading", "cluster_down", "busy"}  # answered, but not to be asked now
-
-
-class LinkFailed(TokcacheError):
-    """There was no answer, or none of a Redis; the text is the reason that is counted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ import tokenizers
 
 from tokcache._validate import require_scope
 from tokcache.errors import (
+    Damaged,
     InvalidCacheFile,
     InvalidConfig,
     InvalidScope,
@@ -33,7 +34,6 @@ from tokcache.text import _implementation as implementation
 from tokcache.text.cache_file.format import (
     MAX_SCOPE_BYTES,
     MAX_SCOPES,
-    Damaged,
     Entry,
     Header,
     Kind,

@@ -26,7 +26,7 @@ from pathlib import Path
 from struct import Struct
 from typing import IO, Any, TypeVar
 
-from tokcache.errors import InvalidCacheFile, MissingFile
+from tokcache.errors import Damaged, InvalidCacheFile, MissingFile
 
 MAX_SCOPES = 1 << 20  # of one file
 MAX_SCOPE_BYTES = 64 << 20  # of all their names
@@ -86,10 +86,6 @@ class Entry:
     def n_content(self) -> int:
         """Bytes of text and ids."""
         return self.n_bytes + 4 * self.n_ids
-
-
-class Damaged(Exception):
-    """What is wrong with a file, in words that follow its path."""
 
 
 # ---- writing

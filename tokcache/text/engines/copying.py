@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
-from tokcache.errors import TokcacheError
+from tokcache.errors import CopyError
 from tokcache.text.engines.layout import Layout, learn
 
 # The components that decide ids; the decoder is copied too, but none of the proof rests on it.
@@ -49,14 +49,6 @@ _PROBES = (
     "Ünïcödé, e\u0301, ﬁ, 東京, русский, שלום, 👩‍👩‍👧 \u200b",
 )
 _MAX_PROBED_TOKENS = 64
-
-
-class CopyError(TokcacheError, RuntimeError):
-    """A tokenizer can't be copied with proof; `reason` names why, as a counter's key."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the tokenizer can't be copied with proof: {reason}")
-        self.reason = reason
 
 
 class Engine(Protocol):

@@ -22,7 +22,7 @@ from unicodedata import normalize
 
 from tokenizers.models import BPE
 
-from tokcache.errors import TokcacheError
+from tokcache.errors import FastEncoderUnavailable
 from tokcache.text.engines.copying import is_of_library
 from tokcache.text.segments.components import BYTE_NAME, has_all_bytes
 
@@ -140,14 +140,6 @@ _DENSE += ["\u0301", "\u0338", "\xe9", "\u4f60", "\u2026", "\u2260", "\u0434"]
 _N_DENSE = 150
 _N_PIECES = 64
 _N_ADDED = 12
-
-
-class FastEncoderUnavailable(TokcacheError, RuntimeError):
-    """An encoder is not installed or can't encode with this tokenizer; `reason` says why."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} can't encode with this tokenizer: {reason}; use tokenizers")
-        self.reason = reason
 
 
 class FastEncoder(Protocol):

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import cachetools
 
+from tokcache.errors import IdLengthUnknown, Unsure
 from tokcache.stats import L1Stats
 from tokcache.text._reference.token_ids import TokenIds
 from tokcache.text.segments.char_classes import N_CLASSES, CharClass, class_of
-from tokcache.text.segments.scanner import Part, Scanner, Unsure, class_behind, parts_of
+from tokcache.text.segments.scanner import Part, Scanner, class_behind, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -142,7 +143,7 @@ class Walk:
         for units, ids in zip(self._picked, map(_listed, encoded), strict=True):
             try:
                 parts = _parted(units, ids, separator, sizes)
-            except _Untold:
+            except IdLengthUnknown:
                 return None
             if parts is None:
                 return False
@@ -544,10 +545,6 @@ class TokenBytes:
         return len(part.encode()) if is_exact else 0
 
 
-class _Untold(Exception):
-    """An id does not tell its bytes."""
-
-
 def _parted(
     units: list[_Unit], ids: list[int], separator: int, sizes: TokenBytes | None
 ) -> list[_Ids] | None:
@@ -562,7 +559,7 @@ def _parted(
                     return None
                 size = sizes.of_id(ids[i])
                 if size == 0:
-                    raise _Untold
+                    raise IdLengthUnknown
                 left -= size
                 i += 1
             if left < 0:

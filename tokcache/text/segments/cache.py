@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
-from itertools import zip_longest
 from os import urandom
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import MissingExtra
+from tokcache._prefix import first_difference
+from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
 from tokcache.text.engines.copying import PartEncoder, is_of_library
 from tokcache.text.engines.fast import (
     FastEncoder,
-    FastEncoderUnavailable,
     agreed_code_points,
     build,
     installed,
@@ -35,7 +34,7 @@ from tokcache.text.engines.fast import (
 )
 from tokcache.text.segments.cuts.plan import VOCABULARY_PROOF
 from tokcache.text.segments.id_lengths import token_bytes
-from tokcache.text.segments.scanner import Scanner, Unsure, parts_of
+from tokcache.text.segments.scanner import Scanner, parts_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     )
     from tokcache.text.segments.cuts.plan import CutPlan
 
-__all__ = ["L1", "first_difference"]
+__all__ = ["L1"]
 
 _log = logging.getLogger("tokcache")
 _MAX_SCOPE_TAGS = 4096
@@ -303,7 +302,7 @@ class L1:
         if self.engine != "tokenizers" and self._from_sure_parts(text, add_special_tokens) == right:
             self._drop_fast(
                 "it gave other token ids than tokenizers: first difference at token "
-                f"{first_difference(right.tolist(), ids.tolist())} of {len(right)}, in a text of "
+                f"{first_difference(right, ids)} of {len(right)}, in a text of "
                 f"{len(text)} characters; the right ids were returned"
             )
             return right
@@ -314,7 +313,7 @@ class L1:
             "from now on for this tokenizer: first difference at token %d of %d, in a text of %d "
             "characters; the right ids were returned",
             self.engine,
-            first_difference(right.tolist(), ids.tolist()),
+            first_difference(right, ids),
             len(right),
             len(text),
         )
@@ -374,9 +373,3 @@ def _encode(  # noqa: PLR0917 (what `joined` takes)
         if is_right is not None:
             return is_right
     return False
-
-
-def first_difference(right: Sequence[int], found: Sequence[int]) -> int | None:
-    """Return the place of the first id that differs, None if all are equal."""
-    pairs = enumerate(zip_longest(right, found))
-    return next((index for index, (one, other) in pairs if one != other), None)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tokcache.errors import Unsure
 from tokcache.text.segments.char_classes import ASCII_CLASSES, WHITESPACE, CharClass, class_of
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ _WHITE_SPACE = frozenset(
 )
 _WORDS = frozenset({CharClass.LETTER, CharClass.DIGIT, CharClass.UNDERSCORE})
 _IN_RUN = WHITESPACE | {CharClass.NEWLINE_RUN, CharClass.OTHER}
-
-
-class Unsure(Exception):
-    """What stands beside an added token can't be judged here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tokcache.text.engines.copying import CopyError
+from tokcache.errors import CopyError
 
 # Methods that do not decide the ids of a text.
 _READING = frozenset(

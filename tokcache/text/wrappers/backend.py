@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from tokcache.errors import CopyError
 from tokcache.text.engines.copying import (
-    CopyError,
     Engine,
     HuggingFaceEngine,
     PlainEngine,

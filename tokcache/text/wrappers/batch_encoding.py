@@ -12,6 +12,7 @@ from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import NotFromIds
 from tokcache.text.engines.layout import Run
 from tokcache.text.token_ids import TokenIds
 
@@ -146,15 +147,11 @@ class Asked:
         return list(self.texts[0] if len(self.texts) == 1 else zip(*self.texts, strict=True))
 
 
-class _NotFromIdsError(Exception):
-    """Ids can't answer a call; the argument says why, as a counter's key."""
-
-
 def read(wrapper: Any, asked: dict[str, Any]) -> Asked | str:
     """Return what the arguments of `_encode_plus` ask for, or why ids can't answer it."""
     try:
         return _read(wrapper, dict(asked))
-    except _NotFromIdsError as reason:
+    except NotFromIds as reason:
         return str(reason)
 
 
@@ -162,14 +159,14 @@ def _read(wrapper: Any, asked: dict[str, Any]) -> Asked:
     text, pair = asked.pop("text", None), asked.pop("text_pair", None)
     splits = asked.pop("split_special_tokens", None)
     if not (splits is None or splits is wrapper.split_special_tokens):
-        raise _NotFromIdsError("split_special_tokens")
+        raise NotFromIds("split_special_tokens")
     max_length, tensors = asked.pop("max_length", None), asked.pop("return_tensors", None)
     truncation = _truncation(wrapper, asked, max_length)
     padding = _padding(wrapper, asked, max_length)
     for name, value in asked.items():
         # By identity: 0 is no False to transformers.
         if not any(value is one for one in _ANSWERED.get(name, ())):
-            raise _NotFromIdsError(name if name in _ANSWERED else "other_argument")
+            raise NotFromIds(name if name in _ANSWERED else "other_argument")
     return Asked(
         texts=_texts(text, pair),
         is_batch=not isinstance(text, str),
@@ -194,13 +191,13 @@ def _texts(text: Any, pair: Any) -> tuple[Sequence[str], ...]:
         is_even = isinstance(pair, list | tuple) and len(pair) == len(text)
         if is_even and _are_texts(text) and _are_texts(pair):
             return text, pair
-    raise _NotFromIdsError("input_type")
+    raise NotFromIds("input_type")
 
 
 def _pairs(rows: Sequence[Any]) -> tuple[Sequence[str], ...]:
     if all(isinstance(row, tuple) and len(row) == 2 and _are_texts(row) for row in rows):  # noqa: PLR2004 (a pair)
         return tuple(zip(*rows, strict=True))
-    raise _NotFromIdsError("input_type")
+    raise NotFromIds("input_type")
 
 
 def _are_texts(values: Sequence[Any]) -> bool:
@@ -217,7 +214,7 @@ def _truncation(wrapper: Any, asked: dict[str, Any], max_length: Any) -> Truncat
     if strategy.startswith("do_not"):
         return None
     if type(max_length) is not int or side not in _SIDES:
-        raise _NotFromIdsError("truncation")
+        raise NotFromIds("truncation")
     return Truncation(max_length, strategy, side)
 
 
@@ -232,7 +229,7 @@ def _padding(wrapper: Any, asked: dict[str, Any], max_length: Any) -> Padding | 
     numbers = [one for one in (length, multiple) if one is not None]
     is_plain = all(type(one) is int and one > 0 for one in numbers)
     if side not in _SIDES or not is_plain or type(token_id) is not int or type(type_id) is not int:
-        raise _NotFromIdsError("padding")
+        raise NotFromIds("padding")
     return Padding(length, multiple, side, str(token), token_id, type_id)
 
 

@@ -11,15 +11,17 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import Unrecognised
 from tokcache.text.engines.copying import is_of_library
 from tokcache.text.segments.components import MARKER, MARKS_BLANKS, stages_of
 from tokcache.text.segments.cuts.plan import Variant
-from tokcache.text.segments.cuts.rules import Affixes, Unrecognised
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tokenizers import Tokenizer
+
+    from tokcache.text.segments.cuts.rules import Affixes
 
     Variants = tuple[Variant, Variant, Variant]
 

@@ -6,16 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import Unrecognised
 from tokcache.text.segments.char_classes import VISIBLE, WHITESPACE
 from tokcache.text.segments.components import MARKER
-from tokcache.text.segments.cuts.rules import (
-    NON_ASCII,
-    SPACE,
-    WHITESPACE_LEFT,
-    C,
-    Rule,
-    Unrecognised,
-)
+from tokcache.text.segments.cuts.rules import NON_ASCII, SPACE, WHITESPACE_LEFT, C, Rule
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from tokcache.text.engines.copying import CopyError, component_state, why_random
+from tokcache.errors import CopyError, Unrecognised
+from tokcache.text.engines.copying import component_state, why_random
 from tokcache.text.segments.char_classes import N_CLASSES
 from tokcache.text.segments.components import stages_of
 from tokcache.text.segments.cuts.added_tokens import (
@@ -34,7 +35,7 @@ from tokcache.text.segments.cuts.affixes import find_affixes, find_blank_variant
 from tokcache.text.segments.cuts.normalizers import narrowed, read_normalizer
 from tokcache.text.segments.cuts.plan import CutPlan
 from tokcache.text.segments.cuts.pre_tokenizers import forced_cuts, splitting_stages
-from tokcache.text.segments.cuts.rules import Findings, Pair, Unrecognised, is_coarse, pairs_in
+from tokcache.text.segments.cuts.rules import Findings, Pair, is_coarse, pairs_in
 from tokcache.text.segments.cuts.vocabulary import cuts_of_vocabulary, proves_none
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import Unrecognised
 from tokcache.text.segments.char_classes import VISIBLE, WHITESPACE
 from tokcache.text.segments.components import MARKER
 from tokcache.text.segments.cuts.patterns import CJK, GPT2_RULES, NUMBERS, PATTERNS
@@ -22,7 +23,6 @@ from tokcache.text.segments.cuts.rules import (
     WHITESPACE_LEFT,
     C,
     Rule,
-    Unrecognised,
 )
 
 if TYPE_CHECKING:

@@ -25,10 +25,6 @@ LINE_ENDS = frozenset({C.NEWLINE, C.NEWLINE_RUN, C.RETURN})
 WHITESPACE_LEFT = WHITESPACE | {C.NEWLINE_RUN}  # on the left of a cut
 
 
-class Unrecognised(Exception):
-    """A component that no rule knows."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Cuts between any class of `left` and any of `right`, with the reason they are safe."""
