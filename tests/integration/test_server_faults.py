@@ -538,14 +538,14 @@ def changed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Wrapp
         lambda found: found["model"].update(merges=[]),
     ],
 )
-def test_the_same_pieces_cut_in_another_way_are_another_tokenizer(
+def test_a_tokenizer_that_splits_plain_words_differently_is_refused(
     change: Callable[[dict[str, Any]], object], process: ServerProcess, tmp_path: Path
 ) -> None:
     with pytest.raises(VocabularyMismatch, match="quick brown fox"):
         LlamaServer(process.url, tokenizer=changed(tmp_path, change))
 
 
-def test_unusual_texts_cut_in_another_way_are_only_logged(
+def test_a_tokenizer_that_splits_unusual_text_differently_is_only_logged(
     process: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     accents = {"type": "Replace", "pattern": {"String": "\u00e9"}, "content": "e"}
@@ -607,7 +607,7 @@ def test_the_state_of_a_sequence_does_not_grow_with_its_tokens(
 
 @both_clients
 @pytest.mark.parametrize("separator", ["\\u2028", "\\u2029", "\\u0085"])
-def test_a_stream_is_cut_at_newlines_alone(
+def test_a_stream_is_split_at_newlines_only(
     separator: str, connect: Connect, process: ServerProcess
 ) -> None:
     grammar = f'root ::= "a{separator}b"'
@@ -792,7 +792,7 @@ def test_figures_that_are_too_large_are_typed_errors(url: str, pretender: Preten
                 assert server.completion([1, 2], n_predict=1).first_token_s > 0
 
 
-def test_a_charset_is_not_believed(url: str, pretender: Pretender) -> None:
+def test_the_charset_of_an_answer_is_ignored(url: str, pretender: Pretender) -> None:
     pretender.headers = {"Content-Type": "text/html; charset=utf-16"}
     pretender.say["/health"] = {"status": "ok"}
     with LlamaServer(url) as server:

@@ -119,7 +119,7 @@ def test_a_longer_file_replaces_its_beginning() -> None:
     assert len(on) == 3
 
 
-def test_a_turn_replaces_the_one_before_whatever_its_answer() -> None:
+def test_a_turn_replaces_the_one_before_also_with_another_answer() -> None:
     on = shelf()
     add(on, A, [*range(12), 50, 51], n_prompt=12, conversation="c", is_superseding=True)
     add(on, A, [*range(12), 60, 61], n_prompt=12, conversation="d", is_superseding=True)

@@ -290,7 +290,7 @@ def test_without_a_slot_save_path_slots_are_reused_with_one_warning(
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
-def test_restores_without_use_stop_with_one_warning(
+def test_restores_that_the_server_does_not_use_stop_with_one_warning(
     architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = samples.tiny_model(architecture=architecture)
