@@ -1,4 +1,4 @@
-"""Tiny models for llama.cpp, and helpers that read and write their contexts."""
+"""Tiny models in llama.cpp, and helpers for tests of their contexts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store(**settings: Any) -> PrefixStateCache:
 
 
 def llama(cache: PrefixStateCache | None = None, **settings: Any) -> Any:
-    """Return a Llama with the block size of `store()`, with or without a cache."""
+    """Return a Llama with the block length of `store()`, with a cache or without."""
     model = settings.pop("model", None) or samples.tiny_model()
     llm = Llama(model, prefix_cache=cache, **{"verbose": False, **SETTINGS, **settings})
     if cache is None:
@@ -47,10 +47,8 @@ def plain(**settings: Any) -> Any:
 
 
 def keep_logits(llm: Any) -> None:
-    """Make eval keep the logits of every position that it decodes.
-
-    `logits_all` would do that too, but such a Llama is not cached.
-    """
+    """Let eval keep the logits of every position it decodes (a Llama made with logits_all is not
+    cached, and that is another test)."""
     llm._logits_all = True
     llm.scores = np.zeros((llm.n_ctx(), llm.n_vocab()), np.float32)
 
