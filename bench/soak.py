@@ -1,4 +1,4 @@
-"""Clients that abort at random, on a llama-server that is killed again and again.
+"""Soak test: clients that abort at random, on a llama-server that is killed repeatedly.
 
 Sixteen clients have chats through four connections to the same server: a LlamaServer and an
 AsyncLlamaServer, each with and without reproducible mode, on two slots each. They use whole
@@ -6,10 +6,10 @@ completions and streams; a third of the streams are closed early, and some reque
 Every minute the server is killed and started again on its slot folder. A chat that gets
 an error of the server continues when the server is back.
 
-Every answer must be the one of a server without other clients (two tokens that are almost equally
-likely may change places, because the server decodes tokens of several slots in one batch). No slot
-may be lost, the slot folder must stay within its budget, and the only errors allowed are those of a
-server that was killed.
+Every answer must be that of a server without other clients; two tokens that are almost equally
+likely may change places, because the server decodes tokens of several slots in one batch. No slot
+may be lost, the slot folder must stay within its budget, and only errors of a killed server are
+allowed.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ class Tally:
         with self.lock:
             self.gaps.append(gap)
 
-    def add(self, what: str) -> None:
+    def add(self, event: str) -> None:
         """Count one event."""
         with self.lock:
-            self.counts[what] += 1
+            self.counts[event] += 1
 
-    def blame(self, what: str) -> None:
+    def report(self, error: str) -> None:
         """Record an error that must not happen."""
         with self.lock:
-            self.wrong.append(what)
+            self.wrong.append(error)
 
 
 class Reference:
-    """A server without other clients, whose answers are right."""
+    """A server without other clients, which gives the correct answers."""
 
     def __init__(self, server: LlamaServer) -> None:
         self._server = server
@@ -87,19 +87,21 @@ class Reference:
 
 
 def gap(given: Completion, expected: Completion) -> float | None:
-    """Return how much likelier the right token was at the first difference, 0 without one.
+    """Return the log probability by which the right token was likelier at the first difference.
 
-    None if the server does not report it: it leaves out tokens within an unfinished character.
+    0 without a difference. None if the server does not report the probabilities: it leaves out
+    tokens within an unfinished character.
     """
-    n_told = 0
+    n_reported = 0
     for ours, theirs in zip(given.token_ids, expected.token_ids, strict=False):
-        told = expected.probabilities[n_told] if n_told < len(expected.probabilities) else None
-        is_told = told is not None and told.token_ids[0] == theirs
-        n_told += is_told
+        is_left = n_reported < len(expected.probabilities)
+        reported = expected.probabilities[n_reported] if is_left else None
+        is_reported = reported is not None and reported.token_ids[0] == theirs
+        n_reported += is_reported
         if ours != theirs:
-            if told is None or not is_told:
+            if reported is None or not is_reported:
                 return None
-            likely = dict(zip(told.token_ids, told.logprobs, strict=True))
+            likely = dict(zip(reported.token_ids, reported.logprobs, strict=True))
             return likely[theirs] - likely.get(ours, -99.0)
     # A stream leaves out ids after an unfinished character.
     return 0.0 if len(given.token_ids) <= len(expected.token_ids) else 99.0
@@ -120,14 +122,14 @@ class Client:
         self._is_exact = server._manager.settings.reproducible
 
     def run(self) -> None:
-        """Chat; record every error that is not one of a killed server."""
+        """Chat until the time is up; record every error that a killed server does not explain."""
         try:
             while time.monotonic() < self._deadline:
                 tokens = _tokens(random.Random(self._rng.randrange(12)), 150)
                 for _ in range(self._rng.randrange(2, 6)):
                     tokens = self._turn(tokens)
         except Exception as error:  # noqa: BLE001 (the soak must end and report it)
-            self._tally.blame(f"{type(error).__name__}: {error}")
+            self._tally.report(f"{type(error).__name__}: {error}")
 
     def _turn(self, tokens: list[int]) -> list[int]:
         if time.monotonic() > self._deadline or len(tokens) > N_CTX - 100:
@@ -151,7 +153,7 @@ class Client:
         if found > 0:
             self._tally.note(found)
         if found > NEAR_TIE:
-            self._tally.blame(
+            self._tally.report(
                 f"{len(tokens)} tokens, {self._is_exact=}: {given.token_ids} not"
                 f" {expected.token_ids}, {found:.3f}"
             )
@@ -243,10 +245,10 @@ class Killer:
 
 
 def watch(folder: Path, deadline: float) -> int:
-    """Return the most bytes that were in the folder."""
+    """Return the largest size of the folder in bytes until the deadline."""
     most = 0
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):  # a file that was deleted meanwhile
+        with contextlib.suppress(OSError):  # a file was deleted during the loop
             most = max(most, sum(file.stat().st_size for file in folder.iterdir()))
         time.sleep(0.1)
     return most
@@ -290,7 +292,7 @@ def close(client: AnyServer) -> None:
 
 
 def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[str, Any]]:
-    """Run, and return the counts of events and the figures."""
+    """Run the soak test; return the counts of events and the figures."""
     tally = Tally()
     with (
         tempfile.TemporaryDirectory(prefix="tokcache-soak-") as folder,
@@ -310,11 +312,11 @@ def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[st
             client._manager.flush(60)
             for slot in client._manager.table.slots.values():
                 if slot.condition is not Condition.FREE:
-                    tally.blame(f"slot {slot.id} is {slot.condition.name}")
+                    tally.report(f"slot {slot.id} is {slot.condition.name}")
         with LlamaServer(clients[0].url) as other:
             for listed in other.slots():
                 if listed.is_processing:
-                    tally.blame(f"slot {listed.id} is still decoding")
+                    tally.report(f"slot {listed.id} is still decoding")
         figures: dict[str, Any] = {
             "counts": dict(tally.counts),
             "wrong": tally.wrong[:20],
@@ -326,7 +328,7 @@ def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[st
             "stats": [repr(client._manager.stats()) for client in clients],
         }
     if figures["most bytes"] > figures["byte bound"]:
-        tally.blame(f"{figures['most bytes']:,} bytes in the slot folder")
+        tally.report(f"{figures['most bytes']:,} bytes in the slot folder")
     return tally, figures
 
 

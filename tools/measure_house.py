@@ -1,8 +1,8 @@
 """Measure how the code reads: `python tools/measure_house.py [--json]`.
 
-Five figures, each with the bar it is held against:
+Five figures, each with its bar:
 
-1. "what" in 1,000 words of prose (comments and docstrings), for tokcache/, ext/ and tests/.
+1. "what" per 1,000 words of prose (comments and docstrings), for tokcache/, ext/ and tests/.
    A sentence that needs the word often has no subject.
 2. Private functions that exactly one function calls, as a share of all functions of tokcache/.
 3. The largest class that wraps no foreign class, in methods, those of its own bases included.
@@ -50,7 +50,7 @@ def cython_prose(source: str) -> list[str]:
 
 
 def what_per_thousand(folder: str) -> float:
-    """Return how often "what" stands in 1,000 words of prose."""
+    """Return the number of times that "what" occurs in 1,000 words of prose."""
     n_words = n_what = 0
     for path in sorted((ROOT / folder).rglob("*.py*")):
         if path.suffix not in (".py", ".pyi", ".pyx", ".pxd"):
@@ -90,7 +90,7 @@ def one_caller_percent(trees: dict[str, ast.Module]) -> float:
 
 
 def _names(tree: ast.AST, place: int = 0) -> list[tuple[int, str]]:
-    """Return every name that is used, and which function it is used in."""
+    """Return every name that is used, with the id of the function that uses it."""
     found = []
     for node in ast.iter_child_nodes(tree):
         inner = id(node) if isinstance(node, _FUNCTION) else place
@@ -103,10 +103,10 @@ def _names(tree: ast.AST, place: int = 0) -> list[tuple[int, str]]:
 
 
 def largest_class(trees: dict[str, ast.Module]) -> tuple[str, int]:
-    """Return the class with most methods, inherited ones included; no wrapper of a foreign class.
+    """Return the class with the most methods that wraps no foreign class, and their number.
 
-    A class wraps a foreign one if it has a base that tokcache does not define and that is no plain
-    base of the standard library.
+    A class wraps a foreign one if it has a base that neither tokcache nor the standard library
+    defines.
     """
     classes = {
         node.name: node
@@ -138,12 +138,12 @@ def _bases(node: ast.ClassDef) -> list[str]:
     found = []
     for base in node.bases:
         inner = base.value if isinstance(base, ast.Subscript) else base
-        found.append(ast.unparse(inner))  # `llama_cpp.Llama` is no class of ours
+        found.append(ast.unparse(inner))  # such as `llama_cpp.Llama`, which is foreign
     return found
 
 
 def imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """Return which modules each one imports, anywhere in it."""
+    """Return the modules that each module imports, at any place in it."""
     graph: dict[str, set[str]] = {name: set() for name in trees}
     for name, tree in trees.items():
         for node in ast.walk(tree):
@@ -158,7 +158,7 @@ def imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return circles of imports until none is left, taking one import out of each."""
+    """Return circles of imports; after each, one of its imports is removed, until none is left."""
     left = {name: set(others) for name, others in graph.items()}
     found = []
     while True:
@@ -219,7 +219,7 @@ def measure() -> dict[str, object]:
 
 
 def main() -> None:
-    """Print the figures, beside their bars."""
+    """Print the figures with their bars."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     found = measure()

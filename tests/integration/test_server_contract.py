@@ -224,7 +224,8 @@ def test_a_closed_client_says_so(connect: Connect, process: ServerProcess) -> No
     server: Any = connect(process.url)
     server.health()
     server.close()
-    ask = partial(asyncio.run, server.inner.health()) if connect is InLoop else server.health
+    in_loop = isinstance(server, InLoop)
+    ask = partial(asyncio.run, server.inner.health()) if in_loop else server.health
     with pytest.raises(ServerUnreachable, match="this client was closed"):
         ask()
 

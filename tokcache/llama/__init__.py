@@ -1,4 +1,4 @@
-"""llama.cpp with the caches, in this process or behind llama-server; imported when first used."""
+"""llama.cpp with the caches, in this process or through llama-server; imported when first used."""
 
 from __future__ import annotations
 
@@ -45,14 +45,11 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _MODULES[name] in _IN_PROCESS:
-        _require_llama_cpp(name)
+        try:
+            import llama_cpp  # noqa: F401, PLC0415 (an extra, and 0.3 s)
+        except ImportError as error:
+            raise MissingExtra(
+                f"tokcache.llama.{name} needs llama-cpp-python ({error}): "
+                "pip install 'tokcache[llama]'"
+            ) from error
     return getattr(import_module(f"tokcache.llama.{_MODULES[name]}"), name)
-
-
-def _require_llama_cpp(name: str) -> None:
-    try:
-        import llama_cpp  # noqa: F401, PLC0415 (an extra, and 0.3 s)
-    except ImportError as error:
-        raise MissingExtra(
-            f"tokcache.llama.{name} needs llama-cpp-python ({error}): pip install 'tokcache[llama]'"
-        ) from error

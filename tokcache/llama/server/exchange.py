@@ -111,9 +111,7 @@ class Exchange:
             answer = call.read(found)
             if isinstance(answer, Completion):
                 first_token_s = body.seconds - calls.predicted_seconds(found)
-                return replace(  # type: ignore[return-value]
-                    answer, seconds=body.seconds, first_token_s=first_token_s
-                )
+                return replace(answer, seconds=body.seconds, first_token_s=first_token_s)
         except InvalidAnswer as error:
             raise InvalidAnswer(f"{self.url} answered {call.path}: {error}") from None
         return answer

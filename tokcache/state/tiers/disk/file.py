@@ -1,8 +1,8 @@
-"""An open file of a state: read, verified, and only then handed on.
+"""One file of a state: opened, verified, and only then passed on.
 
-A payload is read into memory of this process and verified there, where nobody else can change it,
-and where a disk that fails gives an error instead of a signal. Only what memory has no room for is
-mapped.
+A payload is read into memory of this process and verified there: no other process can change it
+any more, and a disk that fails gives an error instead of a signal. Only payloads that memory has no
+room for are mapped.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from tokcache.errors import StateRefused
+from tokcache.state.tiers import Record, Stored
 from tokcache.state.tiers.block_file import HEAD_BYTES, HMAC_FLAG, MAX_TOKENS, Head, StateCodec
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
-    from tokcache.state.tiers import Record
+    from tokcache.state.tiers.counters import TierCounters
 
 LAYOUT = "1"
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block
 _FIRST_READ = 8192  # the head and some 1,900 tokens: one read for most blocks
 
-REASONS = {
+_REASONS = {
     errno.ENOSPC: "full",
     errno.EDQUOT: "full",
     errno.EFBIG: "full",
@@ -39,6 +39,11 @@ REASONS = {
     errno.ENOTDIR: "symlink",
     errno.ENOENT: "missing",
 }
+
+
+def reason_of(error: OSError) -> str:
+    """Return the reason under which an error of the system is counted."""
+    return _REASONS.get(error.errno or 0, "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +61,17 @@ class File:
     used_at: float
 
     @property
-    def place(self) -> str:
-        """Its path below the folder."""
+    def path(self) -> str:
+        """Its path below the tier's folder."""
         return f"{LAYOUT}/{self.scope}/{self.owner}/{self.name}"
 
 
-class DiskFile:
-    """An open file of a state whose head was verified; `read_into` and `view` verify the rest."""
+class DiskFile(Stored):
+    """An open file of a state whose head was verified; `read_into` and `view` verify the rest.
+
+    `folder` is an open descriptor of the folder in which the file is called `name`; the file owns
+    `fd` and a copy of `folder`.
+    """
 
     def __init__(
         self,
@@ -72,13 +81,17 @@ class DiskFile:
         record: Record,
         *,
         codec: StateCodec,
-        count: Callable[[int], object],
+        counters: TierCounters,
+        name: str,
+        folder: int,
     ) -> None:
-        self._fd, self._head, self._first = fd, head, first
-        self._codec, self._count = codec, count
+        self._fd = -1  # until the copy of `folder` exists, `fd` is still the caller's to close
+        self._folder = os.dup(folder)
+        self._fd, self._name = fd, name
+        self._head, self._first = head, first
+        self._codec, self._counters = codec, counters
         self.record = record
         self.n_bytes = head.payload_bytes - head.tag_bytes
-        self.place = ("", 0)
 
     def _checksum(self) -> bytes:
         end = self._head.head_bytes + self._head.payload_bytes
@@ -91,11 +104,11 @@ class DiskFile:
         """
         with _refusing():
             if self._head.tag_bytes:
-                buffer[:] = self._payload()
+                buffer[:] = self._mapped_payload()
             else:
                 _read_exactly(self._fd, buffer, self._head.head_bytes)
                 self._codec.opened_payload(self._head, self._first, buffer, self._checksum())
-        self._count(self.n_bytes)
+        self._counters.count("read_bytes", self.n_bytes)
 
     def view(self) -> memoryview:
         """Map the payload into memory and verify it.
@@ -103,11 +116,11 @@ class DiskFile:
         Errors: StateRefused.
         """
         with _refusing():
-            payload = self._payload()
-        self._count(self.n_bytes)
+            payload = self._mapped_payload()
+        self._counters.count("read_bytes", self.n_bytes)
         return payload
 
-    def _payload(self) -> memoryview:
+    def _mapped_payload(self) -> memoryview:
         head = self._head
         if head.payload_bytes == 0:
             self._codec.opened_payload(head, self._first, memoryview(b""), self._checksum())
@@ -120,32 +133,18 @@ class DiskFile:
         return memoryview(payload).toreadonly()
 
     def discard(self) -> None:
-        """Remove the file: what it holds is damaged."""
-        name, folder = self.place[0], self.place[1]
+        """Remove the file, whose content is damaged, unless another one has taken its name."""
         with contextlib.suppress(OSError):
-            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            found = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
             if found.st_ino == os.fstat(self._fd).st_ino:
-                os.unlink(name, dir_fd=folder)
+                os.unlink(self._name, dir_fd=self._folder)
 
     def close(self) -> None:
         """Close the file; a view stays valid."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-            os.close(self.place[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, StateRefused) and error.args[0] in ("damaged", "forged"):
-            self.discard()
-        self.close()
+            os.close(self._folder)
 
     def __del__(self) -> None:
         self.close()
@@ -153,11 +152,11 @@ class DiskFile:
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-    """Make what the system refuses a reason to be counted."""
+    """Turn an error of the system into a reason to be counted."""
     try:
         yield
     except OSError as error:
-        raise StateRefused(REASONS.get(error.errno or 0, "error")) from error
+        raise StateRefused(reason_of(error)) from error
     except MemoryError as error:
         raise StateRefused("no_memory") from error
 
@@ -165,12 +164,12 @@ def _refusing() -> Iterator[None]:
 def verified_file(folder: Path, file: File, codec: StateCodec) -> Head:
     """Read all of a file that a scan found and check its checksums; return its head.
 
-    Tokens and states are not looked at: without the prompt it can't be known that they are in their
-    place, only that the file stands in the folder, and under the name, that its head says.
+    Tokens and states are not looked at: without the prompt nothing shows whether they belong
+    there, only whether the file stands in the folder, and under the name, that its head says.
 
     Errors: StateRefused; OSError.
     """
-    fd = os.open(folder / file.place, READ)
+    fd = os.open(folder / file.path, READ)
     try:
         head, first = read_head(fd, os.fstat(fd).st_size)
         if head.flags & HMAC_FLAG != codec.flags & HMAC_FLAG:
@@ -190,7 +189,7 @@ def verified_file(folder: Path, file: File, codec: StateCodec) -> Head:
 
 
 def read_head(fd: int, n_file_bytes: int) -> tuple[Head, bytes]:
-    """Return the head of an open file, and all that stands before its payload.
+    """Return the head of an open file, and all bytes that precede its payload.
 
     Errors: StateRefused; OSError.
     """

@@ -1,4 +1,4 @@
-"""Circuit: keeps from asking, again and again, what does not answer."""
+"""Circuit: holds back calls to a server that does not answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Circuit:
 
     Units:  `n_failures` failures in a row that open it; `retry_s` seconds that it is open first,
             twice as long after each probe that failed, a minute at most.
-    Threads: not safe, its tier locks.
+    Threads: not safe; its owner locks.
     """
 
     def __init__(self, n_failures: int, retry_s: float) -> None:
@@ -24,7 +24,7 @@ class Circuit:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls are kept back, but for a probe now and then."""
+        """Whether calls are held back, except for a probe now and then."""
         return self._failed >= self.n_failures
 
     def would_open(self) -> bool:
@@ -32,7 +32,7 @@ class Circuit:
         return self._failed + 1 >= self.n_failures
 
     def lets_through(self) -> bool:
-        """Return whether a call may be made; each that may has to be followed by `note`."""
+        """Return whether a call may be made; `note` must follow each that may."""
         if not self.is_open:
             return True
         if self._is_probed or time.monotonic() < self._open_until_s:

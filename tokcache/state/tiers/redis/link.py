@@ -1,8 +1,8 @@
 """Link: commands to a Redis server or a cluster, answered in time or not at all.
 
 The one file that imports redis-py, which brings connections, TLS, authentication, the protocol
-and the map of a cluster. Its time-out is one of each read from a socket, which a server that sends
-a byte now and then never exceeds: here, a call has to end at a point in time.
+and the map of a cluster. Its time-out bounds each read from a socket, and a server that sends a
+byte now and then never exceeds it: here, a call has to end at a point in time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tokcache.errors import InvalidConfig, LinkFailed, MissingExtra
+from tokcache.state.tiers.redis.commands import Command, Refused
 
 try:
     import redis.exceptions as errors
@@ -38,11 +38,8 @@ except ImportError as error:
 
 _log = logging.getLogger("tokcache")
 
-Command = tuple[Any, ...]
-"""A command and its arguments; the key comes first, after the number of keys in an EVAL."""
-
 _PAGE = 1000  # keys that one SCAN looks at
-_LINE, _LONGEST_LINE = 32, 4096  # bytes read for a reply's first line, and what it may have
+_LINE, _LONGEST_LINE = 32, 4096  # bytes read for a reply's first line, and its greatest length
 _LARGEST_REPLY = 1 << 30  # bytes; a server's own limit is half of that
 _MAX_CONNECTIONS = 1 << 20  # each thread that asks has one
 _REASONS: tuple[tuple[type[BaseException], str], ...] = (
@@ -77,18 +74,11 @@ _CODES = {
     "MASTERDOWN": "cluster_down",
 }
 _CODE = re.compile(rf"\b({'|'.join(_CODES)})\b")
-_DOWN = {"auth", "loading", "cluster_down", "busy"}  # answered, but not to be asked now
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The reply to a command that the server refused."""
-
-    reason: str
+_DOWN = {"auth", "loading", "cluster_down", "busy"}  # such a server can't serve any command now
 
 
 class _Call(threading.local):
-    """When the call of this thread has to end."""
+    """The time at which the call of this thread has to end."""
 
     until = float("inf")
 
@@ -113,7 +103,7 @@ def _left_s() -> float:
 
 
 class _TimedSocket:
-    """A socket whose reads and writes end when the call of the thread has to."""
+    """A socket whose reads and writes end at the deadline of the thread's call."""
 
     def __init__(self, sock: Any) -> None:
         self._socket = sock
@@ -143,7 +133,7 @@ class _TimedSocket:
 
 
 class _Payloads:
-    """Replies of known lengths, received right where they belong.
+    """Replies of known lengths, received straight into their buffers.
 
     redis-py's parser copies a payload three times before it has it: 8 MiB took 9 ms, not 4.
     """
@@ -155,12 +145,9 @@ class _Payloads:
     def read(self, room: memoryview) -> Any:
         """Fill `room` and return how many bytes came; None or Refused if there are none.
 
-        Errors: LinkFailed where that is no reply.
+        Errors: LinkFailed where that is not such a reply.
         """
         line = self._line()
-        if line == b"$%d" % room.nbytes:
-            self._fill(room)
-            return self._ended(room.nbytes)
         if line == b"$-1":
             return None
         if line.startswith(b"-"):
@@ -168,12 +155,13 @@ class _Payloads:
         length = line[1:]
         if line[:1] != b"$" or not length.isdigit() or int(length) > _LARGEST_REPLY:
             raise LinkFailed("garbage")
-        scratch = memoryview(bytearray(min(int(length), 1 << 16)))
-        for done in range(0, int(length), 1 << 16):
-            self._fill(scratch[: int(length) - done])
-        return self._ended(int(length))
-
-    def _ended(self, n_bytes: int) -> int:
+        n_bytes = int(length)
+        if n_bytes == room.nbytes:
+            self._fill(room)
+        else:  # a reply of another length is read and dropped
+            scratch = memoryview(bytearray(min(n_bytes, 1 << 16)))
+            for done in range(0, n_bytes, 1 << 16):
+                self._fill(scratch[: n_bytes - done])
         if self._line() != b"":
             raise LinkFailed("garbage")
         return n_bytes
@@ -200,7 +188,7 @@ class _Payloads:
 
     @property
     def is_at_end(self) -> bool:
-        """Whether nothing came that was not asked for."""
+        """Whether no more bytes came than were asked for."""
         return not self._ahead
 
 
@@ -233,7 +221,7 @@ _TIMED: dict[type, type] = {
 
 
 class _Pool(ConnectionPool):
-    """Connections that keep to the time of a call, and never try a thing twice."""
+    """Connections that keep to the deadline of a call, and never try twice."""
 
     def __init__(self, connection_class: type = Connection, **options: Any) -> None:
         options |= {"protocol": 2, "decode_responses": False, "health_check_interval": 0}
@@ -246,7 +234,7 @@ class Link:
     """A server, or all nodes of a cluster, by URL.
 
     Units:  `until` on the monotonic clock, `timeout_s` seconds.
-    Errors: InvalidConfig for a URL that can't be; LinkFailed where a call got no answer.
+    Errors: InvalidConfig for a malformed URL; LinkFailed where a call got no answer.
     Threads: safe. A forked child has to `forget` its parent's connections.
     """
 
@@ -257,7 +245,7 @@ class Link:
         self.forget()
 
     def forget(self) -> None:
-        """Start without connections; those there were are not touched."""
+        """Start without connections; present ones are not touched."""
         self._lock = threading.Lock()
         self._cluster: Any = None
         self._is_stale = False
@@ -276,7 +264,7 @@ class Link:
     def ask(self, commands: Sequence[Command], until: float) -> list[Any]:
         """Send all commands at once and return a reply to each, bytes as they came.
 
-        Errors: LinkFailed; what the server refuses is in the replies as Refused.
+        Errors: LinkFailed; a command that the server refuses has Refused for a reply.
         """
         with self._failing(until):
             if not self._is_cluster:
@@ -304,15 +292,26 @@ class Link:
         Errors: LinkFailed.
         """
         with self._failing(time.monotonic() + self._timeout_s):
-            pools = self._all_pools()
+            pools = [self._pool]
+            if self._is_cluster:
+                nodes = self._nodes()
+                pools = [
+                    nodes.get_redis_connection(each).connection_pool
+                    for each in nodes.get_primaries()
+                ]
         for pool in pools:
             cursor, seen = b"0", set[bytes]()
             while cursor not in seen:
                 seen.add(cursor)
                 command = ("SCAN", cursor, "MATCH", pattern, "COUNT", _PAGE)
                 with self._failing(time.monotonic() + self._timeout_s):
-                    cursor, keys = _page(_exchange(pool, [command])[0])
-                yield keys
+                    (reply,) = _exchange(pool, [command])
+                    if isinstance(reply, Refused):
+                        raise LinkFailed(reply.reason)
+                    cursor, keys = reply
+                    if not all(isinstance(each, bytes) for each in (cursor, *keys)):
+                        raise LinkFailed("garbage")
+                yield list(keys)
                 if cursor == b"0":
                     break
 
@@ -325,7 +324,7 @@ class Link:
             self._is_stale = True
             raise
         except Exception as error:
-            # Whatever a stranger answers: redis-py raises what its parser stumbles over.
+            # Any class: redis-py's parser raises all kinds of errors over other protocols.
             _log.debug("the Redis at %s failed", self.place, exc_info=error)
             self._is_stale = True
             raise LinkFailed(_reason(error)) from error
@@ -333,7 +332,7 @@ class Link:
     # Clusters
 
     def _nodes(self) -> Any:
-        """Return the map of the cluster, drawn anew after a failure or a move."""
+        """Return the map of the cluster, made again after a failure or a move."""
         if not self._lock.acquire(timeout=_left_s()):
             raise TimeoutError("another thread waits for the map of the cluster")
         try:
@@ -346,22 +345,18 @@ class Link:
                     require_full_coverage=False,
                 )
             elif self._is_stale:
-                self._redraw()
+                # At most half of the time that is left; if that fails the old map is used.
+                self._is_stale = False
+                try:
+                    with _ending(time.monotonic() + _left_s() / 2):
+                        self._cluster.nodes_manager.initialize()
+                except Exception as error:  # noqa: BLE001  (of any class; the next call tries again)
+                    message = "the map of the cluster at %s could not be made"
+                    _log.debug(message, self.place, exc_info=error)
+                    self._is_stale = True
             return self._cluster
         finally:
             self._lock.release()
-
-    def _redraw(self) -> None:
-        """Draw the map anew, in half of the time there is; if that fails the old one is used."""
-        self._is_stale = False
-        try:
-            with _ending(time.monotonic() + _left_s() / 2):
-                self._cluster.nodes_manager.initialize()
-        except Exception as error:  # noqa: BLE001  (whatever it is, the next call tries again)
-            _log.debug(
-                "the map of the cluster at %s could not be drawn", self.place, exc_info=error
-            )
-            self._is_stale = True
 
     def _ask_nodes(self, commands: Sequence[Command]) -> list[Any]:
         places: dict[Any, list[int]] = defaultdict(list)
@@ -384,19 +379,13 @@ class Link:
         node = nodes.get_node_from_key(_key(command))
         return nodes.get_redis_connection(node).connection_pool
 
-    def _all_pools(self) -> list[Any]:
-        if not self._is_cluster:
-            return [self._pool]
-        nodes = self._nodes()
-        return [nodes.get_redis_connection(each).connection_pool for each in nodes.get_primaries()]
-
 
 def _checked(url: str, *, is_cluster: bool) -> tuple[str, bool]:
-    """Return where a URL leads to, without its secrets, and whether it has a password.
+    """Return the address in a URL, without its secrets, and whether it has a password.
 
     Errors: InvalidConfig.
     """
-    # No word of redis-py's own errors: they may repeat a part of the password.
+    # redis-py's own errors are not quoted: they may repeat a part of the password.
     try:
         options = parse_url(url)  # type: ignore[no-untyped-call]
         pool = _Pool.from_url(url)
@@ -405,10 +394,12 @@ def _checked(url: str, *, is_cluster: bool) -> tuple[str, bool]:
         raise InvalidConfig(
             "the URL of a Redis must be redis://[[user]:[password]@]host[:port][/db], rediss://… "
             "(TLS) or unix://[[user]:[password]@]/path, with redis-py's options after a '?'; "
-            "percent-encode what is special in a password"
+            "percent-encode special characters in a password"
         ) from None
     if is_cluster and ("path" in options or options.get("db", 0) != 0):
-        raise InvalidConfig("a cluster has no Unix sockets and no databases but 0; name a host")
+        raise InvalidConfig(
+            "a cluster has no Unix sockets, and no databases other than 0; name a host"
+        )
     has_password = bool(options.get("password"))
     if "path" in options:
         return str(options["path"]), has_password
@@ -426,7 +417,7 @@ def _sent(pool: Any, commands: Sequence[Command]) -> Iterator[Any]:
         connection.send_packed_command(connection.pack_commands(commands))
         yield connection
     except BaseException:
-        connection.disconnect()  # replies may be on their way: nobody must take them for others
+        connection.disconnect()  # late replies must not be taken for those of another call
         raise
     finally:
         pool.release(connection)
@@ -468,12 +459,3 @@ def _reason(error: BaseException) -> str:
         code = _CODE.search(str(error))
         return _CODES[code[1]] if code else "server_error"
     return "garbage"
-
-
-def _page(reply: Any) -> tuple[bytes, list[bytes]]:
-    if isinstance(reply, Refused):
-        raise LinkFailed(reply.reason)
-    cursor, keys = reply
-    if not isinstance(cursor, bytes) or not all(isinstance(key, bytes) for key in keys):
-        raise LinkFailed("garbage")
-    return cursor, list(keys)

@@ -1,11 +1,11 @@
-"""DiskNotices: a line in the log when a folder gets into trouble, and one when it is out of it."""
+"""DiskNotices: a line in the log when a folder gets into trouble, and one when that is over."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
 
-from tokcache.state.tiers.disk_file import REASONS
+from tokcache.state.tiers.disk.file import reason_of
 from tokcache.state.tiers.notices import Notices
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class DiskNotices(Notices):
 
     def folder(self, error: OSError | None = None) -> None:
         """Log that the folder can't be opened any more, or can be again."""
-        reason = "" if error is None else REASONS.get(error.errno or 0, "error")
+        reason = "" if error is None else reason_of(error)
         if not self.is_changed("folder", reason):
             return
         if error is None:
@@ -32,7 +32,7 @@ class DiskNotices(Notices):
         elif reason == "missing":
             _log.warning(
                 "the folder of states %s is gone, and its states with it; the next write makes it "
-                "again. Keep it out of reach of whatever cleans up there",
+                "again. Keep programs that clean up away from it",
                 self._path,
             )
         else:
@@ -42,27 +42,32 @@ class DiskNotices(Notices):
                 *(self._path, error.strerror),
             )
 
+    def cure(self, error: OSError) -> str:
+        """Return the advice for an error of writing."""
+        cures = {
+            "full": f"free some space, or lower max_bytes (now {self._max_bytes:,})",
+            "permission": "give this user the right to write there",
+            "missing": "the folder is gone, and the next write makes it again; keep programs that "
+            "clean up away from it",
+        }
+        reason = reason_of(error)
+        return cures.get(reason, "look at the folder and its disk")
+
     def not_written(self, n_bytes: int, error: OSError) -> None:
         """Log why states can't be written any more, where the folder is there."""
         if "folder" in self._troubles:
             return
-        reason = REASONS.get(error.errno or 0, "error")
         self._unwritable_bytes = max(n_bytes, self._unwritable_bytes)
-        if self.is_changed("writes", reason):
-            cures = {
-                "full": f"free some space, or lower max_bytes (now {self._max_bytes:,})",
-                "permission": "give this user the right to write there",
-            }
+        if self.is_changed("writes", reason_of(error)):
             _log.warning(
                 "states can't be written to %s (%s): they are not stored there; %s",
-                *(self._path, error.strerror),
-                cures.get(reason, "see what became of the folder and its disk"),
+                *(self._path, error.strerror, self.cure(error)),
             )
 
     def written(self, n_bytes: int) -> None:
-        """Log that states can be written again, once one as large as those that could not was.
+        """Log that states can be written again, once one as large as the failed ones was.
 
-        On a disk that is nearly full small ones still fit, between large ones that do not.
+        On a disk that is nearly full small states still fit between large ones that do not.
         """
         if n_bytes >= self._unwritable_bytes and self.is_changed("writes"):
             self._unwritable_bytes = 0
@@ -73,6 +78,6 @@ class DiskNotices(Notices):
         if self.is_first(fingerprint):
             _log.warning(
                 "a state takes %s bytes, and the folder of states %s may hold %s: states that "
-                "large are not stored there; raise max_bytes (said once a model)",
+                "large are not stored there; raise max_bytes (logged once a model)",
                 *(f"{n_bytes:,}", self._path, f"{self._max_bytes:,}"),
             )
