@@ -57,7 +57,7 @@ def scope_name(scope: str | None, key: bytes = b"") -> bytes:
 
 
 def root_name(root_key: RootKey, key: bytes = b"") -> bytes:
-    """Return the name that the chains of this root key start from."""
+    """Return the name that the chains with this root key start from."""
     fields = [root_key.fingerprint, root_key.kind.encode(), scope_name(root_key.scope)]
     if root_key.after:
         fields.append(root_key.after)

@@ -86,7 +86,7 @@ class SnapshotIndex:
         self.n_states = 0
 
     def lengths(self, root_key: RootKey) -> set[int]:
-        """Return the numbers of tokens of this root key's states."""
+        """Return the numbers of tokens of the states with this root key."""
         return set(self._lengths.get(root_key, ()))
 
     def get(self, root_key: RootKey, name: bytes, tokens: bytes) -> Snapshot | None:

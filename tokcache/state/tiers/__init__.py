@@ -115,7 +115,7 @@ class Tier(Protocol):
         """
 
     def lengths(self, root_key: RootKey) -> set[int]:
-        """Return the numbers of tokens of this root key's snapshots."""
+        """Return the numbers of tokens of the snapshots with this root key."""
 
     def write(self, address: Address, record: Record, payload: memoryview) -> bool:
         """Store a payload; True if it is there now."""

@@ -141,7 +141,7 @@ class StateFiles:
         return status.st_size
 
     def lengths(self, root_key: RootKey) -> set[int]:
-        """Return the numbers of tokens of this root key's snapshots.
+        """Return the numbers of tokens of the snapshots with this root key.
 
         Errors: OSError.
         """

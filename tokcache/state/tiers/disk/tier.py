@@ -138,7 +138,7 @@ class DiskTier:
         return found
 
     def lengths(self, root_key: RootKey) -> set[int]:
-        """Return the numbers of tokens of this root key's snapshots."""
+        """Return the numbers of tokens of the snapshots with this root key."""
         try:
             return self._files.lengths(root_key)
         except OSError as error:

@@ -85,7 +85,7 @@ class StateKeys:
         return [f"{key}:{place}" for place in PLACES]
 
     def lengths(self, root_key: RootKey) -> str:
-        """Return the key of the numbers of tokens of this root key's snapshots."""
+        """Return the key of the numbers of tokens of the snapshots with this root key."""
         return f"{self.prefix(root_key.scope)}{{{self._codec.root(root_key).hex()}}}:lengths"
 
     def used(self, key: str) -> Command:

@@ -230,7 +230,7 @@ class StateReader:
             along = []
 
     def lengths(self, root_key: RootKey) -> set[int]:
-        """Return the numbers of tokens of this root key's snapshots.
+        """Return the numbers of tokens of the snapshots with this root key.
 
         Errors: StateRefused.
         """

@@ -153,7 +153,7 @@ class RedisTier:
         return self._reader.find_each(wanted)
 
     def lengths(self, root_key: RootKey) -> set[int]:
-        """Return the numbers of tokens of this root key's snapshots."""
+        """Return the numbers of tokens of the snapshots with this root key."""
         try:
             return self._reader.lengths(root_key)
         except StateRefused as refusal:
