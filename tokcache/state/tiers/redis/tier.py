@@ -145,6 +145,7 @@ class RedisTier:
         if refused or replies[n_read] != PROBED:
             reason = refused[0][0] if refused else "garbage"
             raise TierUnavailable(self._notices.explained(reason))
+        self._calls.close_circuits()
 
     # Reading
 
