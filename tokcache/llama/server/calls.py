@@ -280,22 +280,21 @@ def _adapters(found: Any) -> str:
 
 
 def _slots(found: Any) -> tuple[Slot, ...]:
-    listed = tuple(_slot(entry) for entry in _list(found, "the list of slots"))
+    listed = tuple(
+        Slot(
+            id=integer(entry, "id", _MAX_SLOTS),
+            n_ctx=integer(entry, "n_ctx"),
+            is_processing=bool(
+                entry["state"] if "state" in entry else member(entry, "is_processing")
+            ),
+            # Until 2025 n_past, unless idle; since then n_prompt_tokens, after the first request.
+            n_tokens=optional_integer(entry, "n_past", "n_prompt_tokens"),
+        )
+        for entry in _list(found, "the list of slots")
+    )
     if len({slot.id for slot in listed}) != len(listed):
         raise InvalidAnswer("two slots have the same id")
     return listed
-
-
-def _slot(found: Any) -> Slot:
-    number = integer(found, "id", _MAX_SLOTS)
-    is_processing = found["state"] if "state" in found else member(found, "is_processing")
-    return Slot(
-        id=number,
-        n_ctx=integer(found, "n_ctx"),
-        is_processing=bool(is_processing),
-        # Until 2025 n_past, unless idle; since then n_prompt_tokens, after the first request.
-        n_tokens=optional_integer(found, "n_past", "n_prompt_tokens"),
-    )
 
 
 def _model_meta(found: Any) -> ModelMeta:
@@ -333,17 +332,23 @@ def read_completion(found: Any) -> Completion:
         n_cached = max(0, n_prompt - n_prefilled)
     if n_cached > n_prompt:
         raise InvalidAnswer(f"'cache_n' is {n_cached:,} for a prompt of {n_prompt:,} tokens")
-    positions = found.get("completion_probabilities") or []
-    ids = token_ids(found, "tokens") if "tokens" in found else TokenIds()
+    probabilities = []
+    for position in _list(found.get("completion_probabilities") or [], "probabilities"):
+        top = _list(member(position, "top_logprobs"), "'top_logprobs'")
+        ids, logprobs = (
+            [integer(each, "id") for each in top],
+            [number(each, "logprob") for each in top],
+        )
+        probabilities.append(TokenProbabilities(tuple(ids), tuple(logprobs)))
     return Completion(
-        token_ids=ids,
+        token_ids=token_ids(found, "tokens") if "tokens" in found else TokenIds(),
         text=text(found, "content"),
         n_prompt=n_prompt,
         n_cached=n_cached,
         stop=text(found, "stop_type", ""),
         seconds=0.0,
         first_token_s=0.0,
-        probabilities=tuple(map(_probabilities, _list(positions, "probabilities"))),
+        probabilities=tuple(probabilities),
         n_prefilled=max(0, n_prefilled),
         n_predicted=optional_integer(found, "tokens_predicted") or 0,
         n_held=optional_integer(found, "tokens_cached"),
@@ -357,11 +362,3 @@ def predicted_seconds(found: Any) -> float:
     if not isinstance(value, int | float) or not 0 <= value <= _MAX_COUNT:
         return 0.0
     return float(value) / 1000
-
-
-def _probabilities(position: Any) -> TokenProbabilities:
-    top = _list(member(position, "top_logprobs"), "'top_logprobs'")
-    return TokenProbabilities(
-        tuple(integer(entry, "id") for entry in top),
-        tuple(number(entry, "logprob") for entry in top),
-    )
