@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -282,8 +283,13 @@ class Collector(_Base):
             with self._lock:
                 shown = {id(one) for one in self._living().values()}
                 for name, core in patch.loaded():
-                    if id(core) not in shown:
-                        self._show(self._free_label(name or "unnamed"), core)
+                    if id(core) in shown:
+                        continue
+                    # Several tokenizers may have been loaded from one name.
+                    taken = {label for kind, label in self._living() if kind is CachedTokenizer}
+                    numbered = (f"{name or 'unnamed'}#{n}" for n in count(2))
+                    labels = chain([name or "unnamed"], numbered)
+                    self._show(next(label for label in labels if label not in taken), core)
         living = list(self._living().items())
         yield _build()
         yield from _loads(patch.load_stats())
@@ -309,14 +315,6 @@ class Collector(_Base):
         living[type(observed), model] = observed
         # A new dict, because a scrape may be reading the old one without the lock.
         self._observed = {key: weakref.ref(one) for key, one in living.items()}
-
-    def _free_label(self, name: str) -> str:
-        taken = {label for kind, label in self._living() if kind is CachedTokenizer}
-        label, n = name, 1
-        while label in taken:
-            n += 1
-            label = f"{name}#{n}"
-        return label
 
 
 def _observed(cache: object) -> _Observed:
