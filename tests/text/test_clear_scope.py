@@ -152,7 +152,7 @@ def test_l1_does_not_keep_what_was_under_way_when_its_scope_was_cleared(name: st
         assert one.complete(walk) in (one.right(text), one.right("another " + text))
         one.check()
     assert {scope for _, _, scope, *_ in one.cache.held_chunks()} == {0, 2}
-    assert {scope for _, _, scope, _ in one.cache.held_shorts()} == {0, 2}
+    assert {scope for _, _, scope, _ in one.cache.held_segments()} == {0, 2}
     assert one.cache.stats().refusals == {"cleared": 2}
     one.cache.clear(scope=0)
     one.cache.clear(scope=2)
@@ -208,7 +208,7 @@ class _Machine(RuleBasedStateMachine):
         self.cleared_since.update(
             id(walk) for walk_scope, _, walk in self.walks if walk_scope == scope
         )
-        held = [*self.one.cache.held_chunks(), *self.one.cache.held_shorts()]
+        held = [*self.one.cache.held_chunks(), *self.one.cache.held_segments()]
         assert scope not in {row[2] for row in held}
 
     @rule()
@@ -357,6 +357,6 @@ def test_clearing_while_many_ask_never_leaves_the_tenants_texts() -> None:
     assert {scope for *_, scope in core._generation.l0.held()} == {"b"}
     l1 = core.l1
     assert l1 is not None
-    assert {scope for _, _, scope, *_ in l1.parts.held_chunks()} == {l1.tag("b")}
+    assert {scope for _, _, scope, *_ in l1.cache.held_chunks()} == {l1.tag("b")}
     core._generation.l0._check()
-    l1.parts._check()
+    l1.cache._check()

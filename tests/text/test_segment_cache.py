@@ -28,7 +28,7 @@ from tokcache.text.segments.char_classes import (
     CharClass,
 )
 from tokcache.text.segments.cuts.planner import plan_cuts
-from tokcache.text.segments.id_lengths import token_bytes
+from tokcache.text.segments.id_lengths import id_lengths
 from tokcache.text.segments.scanner import class_behind
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def bytes_in(name: str, tokenizer: Tokenizer, variant: Variant) -> Any:
     """Return the bytes of ids, held by one implementation."""
     with pytest.MonkeyPatch.context() as patch:
         implementation(name).use(patch)
-        return token_bytes(tokenizer, variant, {})
+        return id_lengths(tokenizer, variant, {})
 
 
 def parts_of(walk: Any, variant: int) -> list[str]:
@@ -156,8 +156,9 @@ def test_a_lone_surrogate_is_refused(name: str, cuts_fine: bool, beside: str) ->
     assert one.cache.stats().refusals == {"surrogate": 2}
 
 
-def test_a_walk_ends_once() -> None:
-    one = Cached("native")
+@both
+def test_a_walk_ends_once(name: str) -> None:
+    one = Cached(name)
     walk = one.cache.look("hello", False, 0)
     one.complete(walk)
     with pytest.raises(RuntimeError, match="before"):
@@ -613,12 +614,12 @@ def test_two_walks_of_one_text_keep_it_once(name: str) -> None:
 def test_finish_before_take_raises(name: str) -> None:
     one = Cached(name, "llama2")
     walk = one.cache.look("hello <s> world", False, 0)
-    with pytest.raises(RuntimeError, match="before every part was taken"):
+    with pytest.raises(RuntimeError, match="before every segment was taken"):
         walk.finish()
     first, *others = variants_of(walk)
     one.take(walk, [first])
     if others:
-        with pytest.raises(RuntimeError, match="before every part was taken"):
+        with pytest.raises(RuntimeError, match="before every segment was taken"):
             walk.finish()
     assert one.complete(walk) == one.right("hello <s> world")
 

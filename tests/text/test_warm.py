@@ -96,7 +96,7 @@ def held(tok: Wrapped) -> Any:
     """Return all that a cache holds, and its counters."""
     core = tok._tokcache
     l1 = core.l1
-    parts = (l1.parts.held_chunks(), l1.parts.held_shorts(), l1.parts.cut_seed) if l1 else None
+    parts = (l1.cache.held_chunks(), l1.cache.held_segments(), l1.cache.cut_seed) if l1 else None
     return core._generation.l0.held(), parts, core.stats()
 
 
@@ -137,7 +137,7 @@ def test_what_was_known_is_known_again(
     assert stats.l0.hits == stats.l0.n_entries
     new._tokcache._generation.l0._check()
     if new._tokcache.l1 is not None:
-        new._tokcache.l1.parts._check()
+        new._tokcache.l1.cache._check()
 
 
 @on_both
@@ -258,10 +258,10 @@ def test_no_right_part_is_taken_for_a_wrong_one(kind: str) -> None:
     l1 = tok._tokcache.l1
     if l1 is None or l1.off is not None:
         pytest.skip(f"no parts are kept: {l1 and l1.off}")
-    rows = [*l1.parts.held_chunks(), *l1.parts.held_shorts()]
+    rows = [*l1.cache.held_chunks(), *l1.cache.held_segments()]
     for text, ids, _, variant, *_ in rows:
-        assert l1.encode_part(text, variant) in (ids.tolist(), None), text
-    assert any(l1.encode_part(text, variant) is not None for text, _, _, variant, *_ in rows)
+        assert l1.encode_chunk(text, variant) in (ids.tolist(), None), text
+    assert any(l1.encode_chunk(text, variant) is not None for text, _, _, variant, *_ in rows)
 
 
 # ---- files that are refused
@@ -411,7 +411,7 @@ def forge(
     own = {
         "fingerprint": warm.fingerprint(tokenizer),
         "plan": warm._plan_digest(generation.l1),
-        "cut_seed": generation.l1.parts.cut_seed,
+        "cut_seed": generation.l1.cache.cut_seed,
         "n_entries": len(entries),
     }
     warm_file.write(path, Header(**(own | header)), scopes, entries, key)
@@ -589,7 +589,7 @@ def of_tenants(**settings: Any) -> Wrapped:
 def known_in(tok: Wrapped, scope: str | None) -> tuple[int, int]:
     """Return how many texts a scope has, and how many parts."""
     l0, l1 = tok._tokcache._generation.l0, tok._tokcache.l1
-    parts = [*l1.parts.held_chunks(), *l1.parts.held_shorts()]
+    parts = [*l1.cache.held_chunks(), *l1.cache.held_segments()]
     return (
         sum(row[3] == scope for row in l0.held()),
         sum(row[2] == l1.tag(scope) for row in parts),
@@ -729,7 +729,7 @@ def test_byte_budgets_hold_and_nothing_goes_for_a_file(tmp_path: Path, max_bytes
     assert report.left_out["no_room"] > 0
     assert max_bytes == 5_000 or (report.n_texts > 0) == (max_bytes == 60_000)
     new._tokcache._generation.l0._check()
-    new._tokcache.l1.parts._check()
+    new._tokcache.l1.cache._check()
     for text in (*LONG, LINE * 30 + "7"):
         assert new.token_ids(text).tolist() == new.encode(text).ids
 
@@ -784,7 +784,7 @@ def test_a_part_that_never_was_is_refused_by_the_native_cache() -> None:
     with pytest.raises(ValueError, match="variant 9"):
         parts.fill_chunks([("hello", ids, 0, 9, 0, False)])
     with pytest.raises(ValueError, match="variant 9"):
-        parts.fill_shorts([("hello", ids, 0, 9)])
+        parts.fill_segments([("hello", ids, 0, 9)])
     for name in ("native", "reference"):
         other = implementation(name).l1.SegmentCache(plan, 1 << 20)
         with pytest.raises(ValueError, match="a cut seed has"):
@@ -800,18 +800,18 @@ def test_chunks_of_another_seed_replace_fewer(tmp_path: Path, engine_calls: Coun
     few = filled(texts=["hello there"])
     report = few.cache_load(tmp_path / "cache")
     assert report.n_chunks > 0
-    assert few._tokcache.l1.parts.cut_seed == tok._tokcache.l1.parts.cut_seed
+    assert few._tokcache.l1.cache.cut_seed == tok._tokcache.l1.cache.cut_seed
     engine_calls.clear()
     few._tokcache._generation.l0.clear()
     for text in LONG:
         few.token_ids(text)
     assert engine_calls == {}
     many = filled(texts=[f"{LINE}{at} of it. " * 20 for at in range(60)])
-    seed = many._tokcache.l1.parts.cut_seed
+    seed = many._tokcache.l1.cache.cut_seed
     report = many.cache_load(tmp_path / "cache")
     assert report.n_chunks == 0
     assert report.left_out["cuts"] > 0
-    assert many._tokcache.l1.parts.cut_seed == seed
+    assert many._tokcache.l1.cache.cut_seed == seed
     assert report.n_texts > 0
 
 
@@ -956,7 +956,7 @@ def test_others_may_encode_meanwhile(tmp_path: Path) -> None:
         one.join()
     assert wrong == []
     tok._tokcache._generation.l0._check()
-    tok._tokcache.l1.parts._check()
+    tok._tokcache.l1.cache._check()
     assert wrapped().cache_load(tmp_path / "other 1").n_texts > 0
 
 

@@ -122,8 +122,8 @@ def dump(
     rows = _Rows()
     rows.texts = generation.l0.held()
     if l1 is not None and l1.off is None:
-        rows.seed = l1.parts.cut_seed
-        rows.chunks, rows.shorts = l1.parts.held_chunks(), l1.parts.held_shorts()
+        rows.seed = l1.cache.cut_seed
+        rows.chunks, rows.shorts = l1.cache.held_chunks(), l1.cache.held_segments()
     entries = list(_named_entries(rows, l1, wanted))
     names = _numbered(entries, rows.left_out)
     kept = [one for one in entries if one[1] is None or one[1] in names]
@@ -424,7 +424,7 @@ class _Ids:
 
 def _fill_parts(l1: L1, rows: _Rows) -> dict[Kind, tuple[int, int]]:
     """Put parts into L1; chunks are of use only where texts are cut with the same secret."""
-    parts = l1.parts
+    parts = l1.cache
     if not parts.cuts_fine:
         rows.left_out["l1_off"] += len(rows.shorts)
         rows.shorts = []
@@ -436,7 +436,7 @@ def _fill_parts(l1: L1, rows: _Rows) -> dict[Kind, tuple[int, int]]:
         rows.chunks = []
     elif not is_same:
         parts.cut_seed = rows.seed
-    shorts = parts.fill_shorts(rows.shorts)  # first: their table doubles, chunks take the rest
+    shorts = parts.fill_segments(rows.shorts)  # first: their table doubles, chunks take the rest
     return {Kind.CHUNK: parts.fill_chunks(rows.chunks), Kind.SHORT: shorts}
 
 
@@ -446,7 +446,7 @@ def _verify(file: Path, tokenizer: Tokenizer, l1: L1 | None, rows: _Rows) -> Non
         _compare(file, "text", ids, _made_anew(_encode, tokenizer, text, special))
     if l1 is not None:
         for text, ids, _, variant, *_ in [*_sample(rows.chunks), *_sample(rows.shorts)]:
-            _compare(file, "part of texts", ids, _made_anew(l1.encode_part, text, variant))
+            _compare(file, "part of texts", ids, _made_anew(l1.encode_chunk, text, variant))
 
 
 def _sample(rows: list[_Row]) -> list[_Row]:

@@ -22,7 +22,6 @@ from os import urandom
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import MissingExtra
-from tokcache.text import _implementation as implementation
 from tokcache.text.engines.copying import PartEncoder, is_of_library
 from tokcache.text.engines.fast import (
     FastEncoder,
@@ -34,22 +33,23 @@ from tokcache.text.engines.fast import (
     prove,
 )
 from tokcache.text.segments.cuts.plan import VOCABULARY_PROOF
-from tokcache.text.segments.id_lengths import token_bytes
+from tokcache.text.segments.id_lengths import id_lengths
 from tokcache.text.segments.scanner import Scanner, Unsure, parts_of
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from tokcache.text import _implementation as implementation
 
+if TYPE_CHECKING:
     from tokcache.config import CacheConfig
     from tokcache.stats import L1Stats
     from tokcache.text._implementation import (
         CodePoints,
+        IdLengths,
         SegmentCache,
-        TokenBytes,
         TokenIds,
         Walk,
     )
     from tokcache.text.segments.cuts.plan import CutPlan
+    from tokenizers import Tokenizer
 
 __all__ = ["L1", "first_difference"]
 
@@ -74,7 +74,7 @@ class _Variant:
     blank: int
     is_apart: bool
     sure: PartEncoder
-    sizes: TokenBytes | None
+    sizes: IdLengths | None
     fast: FastEncoder | None = None
 
 
@@ -165,7 +165,7 @@ class L1:
     # ---- for a warm start
 
     @property
-    def parts(self) -> SegmentCache:
+    def cache(self) -> SegmentCache:
         """The parts that are held."""
         return self._cache
 
@@ -177,7 +177,7 @@ class L1:
         """Return which scope each tag stands for, of those asked for lately and `more`."""
         return {0: None} | {self._tag(one): one for one in [*self._tags, *more]}
 
-    def encode_part(self, text: str, variant: int) -> list[int] | None:
+    def encode_chunk(self, text: str, variant: int) -> list[int] | None:
         """Return the ids of a part, made anew; None if an added token in it can't be judged."""
         ids: list[int] = []
         scanner, span = Scanner(self.plan), (0, len(text))
@@ -271,7 +271,7 @@ class L1:
                 known
             ) == sure.tokenizer.get_vocab_size(with_added_tokens=True)
             sizes = (
-                token_bytes(sure.tokenizer, plan.variants[number], known) if is_distinct else None
+                id_lengths(sure.tokenizer, plan.variants[number], known) if is_distinct else None
             )
             made.append(_Variant(number, blank, is_apart, sure, sizes, own))
         return made

@@ -23,7 +23,7 @@ from tokcache.text.engines.fast import agreed_code_points
 from tokcache.text.segments import id_lengths as module
 from tokcache.text.segments.components import BYTE_NAMES, MARKER
 from tokcache.text.segments.cuts.planner import plan_cuts
-from tokcache.text.segments.id_lengths import token_bytes
+from tokcache.text.segments.id_lengths import id_lengths
 
 CLAIMED = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcoder", "llama2"}
 CLAIMED |= {"phi3", "gemma", "mistral"}
@@ -42,7 +42,7 @@ def _claims(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> list[tuple
     made = []
     for one in plan_cuts(tokenizer).variants:
         own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer)
-        made.append((own, token_bytes(own.tokenizer, one, {})))
+        made.append((own, id_lengths(own.tokenizer, one, {})))
     return made
 
 
@@ -57,7 +57,7 @@ def test_the_bytes_of_ids_are_those_of_the_text(kind: str, monkeypatch: pytest.M
         if sizes is None:
             continue
         for text in texts:
-            if any("\ud800" <= char <= "\udfff" for char in text) or not sizes.of_part(text):
+            if any("\ud800" <= char <= "\udfff" for char in text) or not sizes.encoded_bytes(text):
                 continue
             (ids,) = own.encode([text])
             lengths = [sizes.of_id(index) for index in ids]
@@ -85,7 +85,7 @@ def test_a_marker_that_is_no_token_becomes_bytes(has_marker: bool) -> None:
     tokenizer.normalizer = Replace(" ", "\u2581")
     (one,) = plan_cuts(tokenizer).variants
     own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
-    assert (token_bytes(own, one, {}) is not None) == has_marker
+    assert (id_lengths(own, one, {}) is not None) == has_marker
     wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers"))
     for text in ("a b", " a b a", "\u2581a b", "b a " * 100):
         assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
@@ -108,7 +108,7 @@ def test_a_byte_that_merges_may_spell_has_no_bytes(spells: bool) -> None:
     assert (tokenizer.encode("<0x41>").ids == [spelled]) == spells
     (one,) = plan_cuts(tokenizer).variants
     own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
-    assert token_bytes(own, one, {}) is None
+    assert id_lengths(own, one, {}) is None
     wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers", l0_max_entries=1))
     for n in range(40):
         text = f"{'a ' * n}<0x41> b{' <0x41>' * n} ab{' b' * n}"
@@ -166,10 +166,10 @@ def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.Monk
         index: name.encode() if index in added else b"".join(alphabet[char] for char in name)
         for index, name in names.items()
     }
-    sizes: Any = token_bytes(own, one, known)
-    asked: Any = token_bytes(own, one, {})
+    sizes: Any = id_lengths(own, one, known)
+    asked: Any = id_lengths(own, one, {})
     assert sizes._known == {index: asked.of_id(index) for index in range(max(known) + 1)}
-    wrong: Any = token_bytes(own, one, {index: name + b"x" for index, name in known.items()})
+    wrong: Any = id_lengths(own, one, {index: name + b"x" for index, name in known.items()})
     assert wrong._known == {}
 
 
