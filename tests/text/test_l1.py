@@ -314,12 +314,12 @@ def test_verification_finds_a_wrong_answer_that_was_kept(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrapped = _wrapped(verify_rate=0.5)
-    _l1(wrapped)._is_drawn = lambda: False  # type: ignore[method-assign]  # as by chance
+    _l1(wrapped)._verify_rate = 0.0  # as if none were drawn, by chance
     _spoil_parts(wrapped, monkeypatch)
     right = _right(SYNTHETIC["gpt2"](), TEXT)
     assert _ids(wrapped, TEXT) != right
     wrapped.token_ids("another")
-    del _l1(wrapped)._is_drawn
+    _l1(wrapped)._verify_rate = 0.5
     with caplog.at_level("ERROR", logger="tokcache"):
         for at in range(100):
             wrapped.token_ids(f"another {at}")

@@ -71,12 +71,12 @@ def test_repr_says_that_it_is_wrapped_and_what_the_cache_holds(kind: str) -> Non
     wrapped: Any = tokcache.wrap(plain, tokcache.CacheConfig(engine="tokenizers"))
     wrapped.token_ids("a secret of two words", scope="tenant-a")
     stats = wrapped.cache_stats()
-    n_parts = stats.l1.n_chunks + stats.l1.n_shorts
+    n_segments = stats.l1.n_chunks + stats.l1.n_shorts
     said = (
-        f"<tokcache.wrap of {plain!r}: 1 texts and {n_parts} parts held, "
+        f"<tokcache.wrap of {plain!r}: 1 texts and {n_segments} segments held, "
         f"{stats.l0.n_bytes + stats.l1.n_bytes:,} bytes"
     )
-    assert n_parts > 0
+    assert n_segments > 0
     assert repr(wrapped) == f"{said}>"
     assert repr(wrapped.scoped("tenant-a")) == f"{said}, scope 'tenant-a'>"
     assert repr(wrapped.unwrap()) == repr(plain)
@@ -100,7 +100,7 @@ def test_every_method_of_the_plain_tokenizer_answers(kind: str, tmp_path: Path) 
     wrapped = tokcache.wrap(plain)
     assert wrapped.to_str() == plain.to_str()
     assert str(wrapped) == str(plain)
-    assert repr(wrapped) == f"<tokcache.wrap of {plain!r}: 0 texts and 0 parts held, 0 bytes>"
+    assert repr(wrapped) == f"<tokcache.wrap of {plain!r}: 0 texts and 0 segments held, 0 bytes>"
     assert wrapped.get_vocab() == plain.get_vocab()
     assert wrapped.decode([1, 2, 3]) == plain.decode([1, 2, 3])
     assert wrapped.num_special_tokens_to_add(False) == plain.num_special_tokens_to_add(False)
