@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokcache import TokenIds
+from tokcache._prefix import n_common
 from tokcache.llama.server.model import KvShape, kv_shape
 from tokcache.llama.server.results import ModelMeta, SlotFile
-from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common, namespace_of
+from tokcache.llama.server.shelf import SavedSlot, Shelf, namespace_of
 from tokcache.llama.server.slot import Condition
 from tokcache.llama.server.table import SlotTable, Wish
 from tokcache.llama.server.trust import KINDS, WHOLE, Trust

@@ -17,8 +17,8 @@ if TYPE_CHECKING or is_native():
     from tokcache.text.segments._l1 import CodePoints, IdLengths, SegmentCache, Walk
 else:
     from tokcache.text._reference.l0 import L0Cache
+    from tokcache.text._reference.segments import CodePoints, IdLengths, SegmentCache, Walk
     from tokcache.text._reference.token_ids import TokenIds
-    from tokcache.text.segments._reference import CodePoints, IdLengths, SegmentCache, Walk
 
 __all__ = ["CodePoints", "IdLengths", "L0Cache", "SegmentCache", "TokenIds", "Walk"]
 

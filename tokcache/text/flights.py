@@ -13,7 +13,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from tokcache.errors import TokcacheError
+from tokcache.errors import Abandoned
 
 if TYPE_CHECKING:
     import threading
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 # A text, add_special_tokens, its scope, and how often a scope had been cleared when the call began:
 # a call from before a clear shares nothing with a call from after it.
 Key = tuple[str, bool, str | None, int]
-
-
-class Abandoned(TokcacheError):
-    """The batch that owned this text failed on another one; retry."""
 
 
 class Flights:

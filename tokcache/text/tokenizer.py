@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache._validate import require_bool, require_scope
 from tokcache.config import CacheConfig
-from tokcache.errors import InvalidText
+from tokcache.errors import Abandoned, InvalidText
 from tokcache.stats import CacheStats, L0Stats, L1Stats
 from tokcache.text import _implementation as implementation
 from tokcache.text._native import is_native
+from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.engines.copying import HuggingFaceEngine
-from tokcache.text.flights import Abandoned, Flights, Key, new_flight
+from tokcache.text.flights import Flights, Key, new_flight
 from tokcache.text.segments.cache import L1
-from tokcache.text.segments.cuts.planner import plan_cuts
 
 if TYPE_CHECKING:
     from tokcache.text._implementation import L0Cache, TokenIds

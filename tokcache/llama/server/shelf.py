@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokcache._prefix import n_common
 from tokcache.llama.server.checkpoints import NO_GAP, Gap
 from tokcache.llama.server.trust import ANSWER, PROMPT, WHOLE
 
@@ -72,14 +73,6 @@ class Found:
     file: SavedSlot
     n_tokens: int
     kind: str
-
-
-def n_common(one: TokenIds, other: TokenIds) -> int:
-    """Return the length of the common prefix."""
-    n_both = min(len(one), len(other))
-    is_different = one.numpy()[:n_both] != other.numpy()[:n_both]
-    first = int(is_different.argmax()) if n_both else 0
-    return first if n_both and is_different[first] else n_both
 
 
 class Shelf:

@@ -12,8 +12,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tokcache._prefix import n_common
 from tokcache.llama.server.settings import PART_TOKENS
-from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common, scope_of
+from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, scope_of
 from tokcache.llama.server.slot import Condition, SlotRecord
 
 if TYPE_CHECKING:

@@ -23,25 +23,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import blake2b
-from itertools import zip_longest
 from os import urandom
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import MissingExtra
+from tokcache._prefix import first_difference
+from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
+from tokcache.text.cuts.plan import VOCABULARY_PROOF
+from tokcache.text.cuts.scanner import Scanner, parts_of
 from tokcache.text.engines.copying import PartEncoder, is_of_library
 from tokcache.text.engines.fast import (
     FastEncoder,
-    FastEncoderUnavailable,
     agreed_code_points,
     build,
     installed,
     probe_texts,
     prove,
 )
-from tokcache.text.segments.cuts.plan import VOCABULARY_PROOF
 from tokcache.text.segments.id_lengths import id_lengths
-from tokcache.text.segments.scanner import Scanner, Unsure, parts_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,10 +54,9 @@ if TYPE_CHECKING:
         TokenIds,
         Walk,
     )
-    from tokcache.text.flights import Key
-    from tokcache.text.segments.cuts.plan import CutPlan
+    from tokcache.text.cuts.plan import CutPlan
 
-__all__ = ["L1", "first_difference"]
+__all__ = ["L1"]
 
 _log = logging.getLogger("tokcache")
 _MAX_SCOPE_TAGS = 4096
@@ -67,6 +65,9 @@ _CHARS_FOR_A_THREAD = 4096  # for fewer, a second thread costs more than it save
 _MAX_APART = 64  # more separators in a text make tokenizers slower
 _NO_LIMIT = sys.maxsize
 _N_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# A text, add_special_tokens, its scope, and the number of clears when the call began.
+_Key = tuple[str, bool, str | None, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ class L1:
         add_special_tokens: bool,
         scope: str | None,
         since: int,
-        encode_once: Callable[[Key, Callable[[], TokenIds | None]], TokenIds] | None = None,
+        encode_once: Callable[[_Key, Callable[[], TokenIds | None]], TokenIds] | None = None,
     ) -> tuple[TokenIds | None, bool]:
         """Return the ids of `text`, and whether all segments were cached; None: encode it whole.
 
@@ -325,7 +326,7 @@ class L1:
         if self.engine != "tokenizers" and self._encode_surely(text, add_special_tokens) == right:
             self._drop_fast(
                 "it gave other token ids than tokenizers: first difference at token "
-                f"{first_difference(right.tolist(), ids.tolist())} of {len(right)}, in a text of "
+                f"{first_difference(right, ids)} of {len(right)}, in a text of "
                 f"{len(text)} characters; the right ids were returned"
             )
             return right
@@ -336,7 +337,7 @@ class L1:
             "from now on for this tokenizer: first difference at token %d of %d, in a text of %d "
             "characters; the right ids were returned",
             self.engine,
-            first_difference(right.tolist(), ids.tolist()),
+            first_difference(right, ids),
             len(right),
             len(text),
         )
@@ -394,9 +395,3 @@ def _encode_missing(  # noqa: PLR0917 (the arguments of `joined`)
         if is_right is not None:
             return is_right
     return False
-
-
-def first_difference(right: Sequence[int], found: Sequence[int]) -> int | None:
-    """Return the position of the first id that differs, or None if all are equal."""
-    pairs = enumerate(zip_longest(right, found))
-    return next((index for index, (one, other) in pairs if one != other), None)

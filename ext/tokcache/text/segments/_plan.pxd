@@ -16,7 +16,7 @@ cdef enum:
 
 cdef inline int read_plan(Plan* plan, source) except -1:
     """Fill an empty Plan; `release_plan` frees its tables, also after an exception."""
-    from tokcache.text.segments.char_classes import BMP_CLASSES
+    from tokcache.text.cuts.char_classes import BMP_CLASSES
 
     cdef uint32_t left, right
     cdef uint8_t allowed
