@@ -64,7 +64,7 @@ TEXT_LAYERS = (
     {"cuts"},
     {"_reference"},
     {"_implementation"},
-    {"l0", "segments", "token_ids"},
+    {"flights", "l0", "segments", "token_ids"},
     {"cache_file"},
     {"tokenizer"},
     {"wrappers"},
