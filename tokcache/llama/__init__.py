@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from tokcache.llama.inprocess import Llama as Llama
     from tokcache.llama.inprocess import Reuse as Reuse
     from tokcache.llama.sequence_states import SequenceStates as SequenceStates
+    from tokcache.llama.server import AsyncLlamaServer as AsyncLlamaServer
     from tokcache.llama.server import LlamaServer as LlamaServer
     from tokcache.llama.server import SlotSettings as SlotSettings
     from tokcache.llama.server import kv_report as kv_report
 
 __all__ = [
+    "AsyncLlamaServer",
     "Llama",
     "LlamaServer",
     "Reuse",
@@ -31,6 +33,7 @@ _MODULES = {
     "Reuse": "inprocess",
     "SequenceStates": "sequence_states",
     "state_fingerprint": "fingerprint",
+    "AsyncLlamaServer": "server",
     "LlamaServer": "server",
     "SlotSettings": "server",
     "kv_report": "server",

@@ -440,7 +440,7 @@ class Steps(Generator[Any, Any, Any]):
                 return
             self.suspended, self._is_closed = None, True
             if self._advancing_in is not None:  # it pauses between two decodes
-                self._generator = (item for item in [None])  # `_end` closes it
+                self._generator = (item for item in list[Any]())
             self._end()
 
 
