@@ -311,6 +311,33 @@ def test_a_restore_is_aligned_in_reproducible_mode_only() -> None:
         assert record.is_repeatable == is_reproducible
 
 
+def test_a_batch_that_was_cut_can_not_be_repeated() -> None:
+    record = record_of(2)
+    eval_tokens(record, 1, 4)
+    assert record.is_repeatable
+    record.trimmed(1)  # inside the first batch
+    assert not record.is_repeatable
+
+
+def test_a_restore_after_a_foreign_state_does_not_make_it_known() -> None:
+    record = record_of(is_reproducible=False)
+    record.update_begins()
+    record.assigned(8, is_intact=False)
+    record.loaded(None)
+    record.restored(4, np.full(12, 5, np.int32))
+    assert (record.n_tokens, record.n_known) == (12, 0)
+
+
+def test_a_generation_is_not_aligned_after_a_change_of_settings() -> None:
+    record = record_of(8)
+    copy = record.copy()
+    for n_block, n_aligned in ((8, 0), (4, 8)):
+        record.realigned(Alignment(True, n_block))
+        record.reset()
+        record.resumed(copy)
+        assert (record.n_known, record.n_aligned) == (8, n_aligned)
+
+
 def test_tokens_of_two_scopes_belong_to_neither() -> None:
     record = record_of(8)
     eval_tokens(record, 8, 4, "a")
