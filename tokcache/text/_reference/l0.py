@@ -90,6 +90,8 @@ class L0Cache:
     Threads: safe, and after fork.
     """
 
+    _maps: tuple[_Map, _Map]
+
     def __init__(
         self, *, max_entries: int = 10_000, max_bytes: int | str = "64M", sample_size: int = 8
     ) -> None:

@@ -203,6 +203,8 @@ class SegmentCache:
     Source:  content-defined chunks: FastCDC (Xia et al., USENIX ATC 2016).
     """
 
+    _n_bytes: int
+
     def __init__(self, plan: CutPlan, max_bytes: int, cuts_fine: bool = True) -> None:
         self.max_bytes = max_bytes
         self.cuts_fine = cuts_fine
