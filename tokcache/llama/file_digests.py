@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
+from tokcache._forks import call_in_child
 from tokcache.errors import FileChanged
 from tokcache.llama.remembered_digests import (
     BlockDigest,
@@ -324,4 +325,4 @@ def _is_same(fd: int, block: BlockDigest) -> bool:
 
 DIGESTS = FileDigests(RememberedDigests())
 """The process's own: every Llama takes its digests from it."""
-os.register_at_fork(after_in_child=DIGESTS.start_without_threads)
+call_in_child(DIGESTS.start_without_threads)
