@@ -1,4 +1,4 @@
-"""Every exception class stands in errors.py, is rooted at TokcacheError and is raised somewhere."""
+"""Every exception is defined in errors.py, derives from TokcacheError and is used."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_native_modules_define_no_exception() -> None:
     assert not [path for path in EXT.rglob("*.p[yx][xd]") if pattern.search(path.read_text())]
 
 
-def test_every_exception_is_rooted_at_tokcache_error() -> None:
+def test_every_exception_derives_from_tokcache_error() -> None:
     assert all(issubclass(getattr(errors, name), errors.TokcacheError) for name in OWN)
 
 

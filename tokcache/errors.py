@@ -45,6 +45,10 @@ class StateError(TokcacheError, RuntimeError):
     """A KV state could not be saved or restored; the sequence is unchanged."""
 
 
+class TierUnavailable(TokcacheError, RuntimeError):
+    """A tier below memory can't be used now; the message has the cause and the cure."""
+
+
 class ServerError(TokcacheError, RuntimeError):
     """A llama-server was unreachable or answered with an error; the message quotes the error."""
 

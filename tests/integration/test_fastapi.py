@@ -64,7 +64,8 @@ def url(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         fd, address = listening.fileno(), f"http://127.0.0.1:{listening.getsockname()[1]}"
         server = subprocess.Popen(  # noqa: S603 (our own app)
             [sys.executable, "-m", "uvicorn", "tests.integration.tokenizing_app:app",
-             "--fd", str(fd), "--log-level", "warning", "--no-access-log"],
+             "--fd", str(fd), "--log-level", "warning", "--no-access-log",
+             "--timeout-keep-alive", "120"],  # a client may be slow to use a connection again
             cwd=ROOT, env={**os.environ, "TOKENIZER": str(home)}, pass_fds=[fd],
             stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""LlamaServer, SlotFiles and ServerProcess against a real llama-server."""
+"""LlamaServer, its reproducible mode and ServerProcess against a real llama-server."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ from tokcache.errors import (
 pytest.importorskip("xllamacpp", reason="needs tokcache[demo]")
 pytest.importorskip("httpx", reason="needs tokcache[server]")
 
-from tokcache.demo.slot_files import SlotFiles
-from tokcache.llama.server import Completion, LlamaServer
+from tokcache.llama.server import AsyncLlamaServer, Completion, LlamaServer, SlotSettings
 from tokcache.samples.server_process import ServerProcess
 
 if TYPE_CHECKING:
@@ -72,6 +71,12 @@ def server(process: ServerProcess) -> Iterator[LlamaServer]:
         yield client
 
 
+def reproducible(url: str) -> LlamaServer:
+    """Return a client that manages slot 0 alone, in reproducible mode."""
+    settings = SlotSettings(reproducible=True, block_tokens=BLOCK, slot_ids=(0,), min_save_tokens=1)
+    return LlamaServer(url, slot_settings=settings)
+
+
 def prompt(seed: int, n_tokens: int) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(3, 2048) for _ in range(n_tokens)]
@@ -89,7 +94,7 @@ def test_the_server_reports_its_properties(process: ServerProcess, server: Llama
     assert Path(props.model_path) == samples.tiny_model()
     assert props.chat_template == samples.CHAT_TEMPLATE
     assert [(slot.id, slot.is_processing) for slot in server.slots()] == [(0, False), (1, False)]
-    assert server.n_vocab() == 2048
+    assert server.model_meta().n_vocab == 2048
     assert process.url.startswith("http://127.0.0.1:")
 
 
@@ -142,14 +147,14 @@ def test_a_restored_slot_answers_bit_for_bit_like_an_uncached_one(
 ) -> None:
     tokens = prompt(n_tokens, n_tokens)
     expected = uncached(server, tokens)
-    files = SlotFiles(server, block_tokens=BLOCK)
-    for round_number in range(2):
-        found = files.complete(tokens, n_predict=N_PREDICT, n_probs=8)
-        reusable = (n_tokens - 1) // BLOCK * BLOCK
-        assert found.n_restored == (reusable if round_number else 0)
-        assert found.completion.n_cached == reusable
-        assert found.completion.token_ids == expected.token_ids
-        assert found.completion.probabilities == expected.probabilities
+    with reproducible(server.url) as managed:
+        for round_number in range(2):
+            found = managed.complete(tokens, n_predict=N_PREDICT, n_probs=8)
+            reusable = (n_tokens - 1) // BLOCK * BLOCK
+            assert found.n_restored == (reusable if round_number else 0)
+            assert found.completion.n_cached == reusable
+            assert found.completion.token_ids == expected.token_ids
+            assert found.completion.probabilities == expected.probabilities
 
 
 def test_the_comparison_fails_for_a_cut_within_a_block(server: LlamaServer) -> None:
@@ -165,13 +170,13 @@ def test_the_comparison_fails_for_a_cut_within_a_block(server: LlamaServer) -> N
 
 
 def test_branches_reuse_their_common_prefix(server: LlamaServer) -> None:
-    files = SlotFiles(server, block_tokens=BLOCK)
     shared = prompt(3, 4 * BLOCK + 10)
     branches = [shared + prompt(seed, 2 * BLOCK) for seed in (4, 5, 6)]
-    found = [files.complete(branch, n_predict=N_PREDICT, n_probs=8) for branch in branches]
+    with reproducible(server.url) as managed:
+        found = [managed.complete(branch, n_predict=N_PREDICT, n_probs=8) for branch in branches]
+        assert managed.stats().n_bytes > 0
     # The common prefix is known from the second branch on; the third one reuses it.
     assert [reused.n_restored for reused in found] == [0, 0, 4 * BLOCK]
-    assert files.n_bytes > 0
     for branch, reused in zip(branches, found, strict=True):
         assert reused.completion.probabilities == uncached(server, branch).probabilities
 
@@ -179,17 +184,17 @@ def test_branches_reuse_their_common_prefix(server: LlamaServer) -> None:
 def test_a_damaged_file_costs_a_prefill_and_is_counted(
     server: LlamaServer, process: ServerProcess
 ) -> None:
-    files = SlotFiles(server, block_tokens=BLOCK)
     tokens = prompt(8, 3 * BLOCK)
     before = set(process.slot_folder.iterdir())
-    files.complete(tokens, n_predict=1)
-    (made,) = set(process.slot_folder.iterdir()) - before
-    made.write_bytes(made.read_bytes()[:1000])
-    found = files.complete(tokens, n_predict=N_PREDICT, n_probs=8)
-    assert found.n_restored == 0
-    assert files.refusals == {"restore_failed": 1}
-    assert found.completion.probabilities == uncached(server, tokens).probabilities
-    assert files.complete(tokens, n_predict=1).n_restored == 2 * BLOCK
+    with reproducible(server.url) as managed:
+        managed.complete(tokens, n_predict=1)
+        (made,) = set(process.slot_folder.iterdir()) - before
+        made.write_bytes(made.read_bytes()[:1000])
+        found = managed.complete(tokens, n_predict=N_PREDICT, n_probs=8)
+        assert found.n_restored == 0
+        assert managed.stats().refusals == {"restore_failed": 1}
+        assert found.completion.probabilities == uncached(server, tokens).probabilities
+        assert managed.complete(tokens, n_predict=1).n_restored == 2 * BLOCK
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
@@ -205,22 +210,22 @@ def test_other_memories_stay_exact_and_report_unused_restores(architecture: str)
             # Making a checkpoint would end a piece and so change the bits.
             overrides={"n_ctx_checkpoints": 0},
         ) as running,
-        LlamaServer(running.url) as server,
+        reproducible(running.url) as server,
     ):
-        files = SlotFiles(server, block_tokens=BLOCK)
         tokens = prompt(7, 300)
         prompts = [tokens, tokens, tokens + prompt(8, 200), tokens]
-        found = [files.complete(each, n_predict=N_PREDICT, n_probs=8) for each in prompts]
+        found = [server.complete(each, n_predict=N_PREDICT, n_probs=8) for each in prompts]
         for each, reused in zip(prompts, found, strict=True):
             assert reused.completion.probabilities == uncached(server, each).probabilities
         restored = [reused.n_restored for reused in found]
-        if files.refusals:
-            assert files.refusals == {"restore_not_used_by_server": 1}
+        stats = server.stats()
+        if stats.refusals:
+            assert stats.refusals == {"restore_not_used_by_server": 1}
             assert restored == [0, 0, 0, 0]
-            assert files.n_bytes == 0
+            assert stats.n_bytes == 0
         else:
             assert restored == [0, 256, 256, 256]
-        assert bool(files.refusals) == (architecture == "gemma3")
+        assert bool(stats.refusals) == (architecture == "gemma3")
 
 
 def test_errors_contain_the_servers_message(server: LlamaServer) -> None:
@@ -356,5 +361,6 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def test_the_public_name_is_tokcache_llama_llamaserver() -> None:
+def test_the_public_names_are_those_of_tokcache_llama() -> None:
     assert tokcache.llama.LlamaServer is LlamaServer
+    assert tokcache.llama.AsyncLlamaServer is AsyncLlamaServer

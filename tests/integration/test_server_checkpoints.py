@@ -103,7 +103,7 @@ def test_a_saved_slot_is_continued_after_a_restart(
         require_same(found.completion, uncached(server, early))
         complete(server, prompt(50, 100))
         assert complete(server, TOKENS).n_restored == LAST[architecture]
-        assert server.reuse_stats().refusals == {"restore_not_used_by_server": 1}
+        assert server.stats().refusals == {"restore_not_used_by_server": 1}
         assert caplog.messages == []
 
 
@@ -126,7 +126,7 @@ def test_without_checkpoints_nothing_is_reused_and_the_log_names_the_option(
                 assert found.n_restored == found.completion.n_cached == 0
                 require_same(found.completion, uncached(server, TOKENS))
                 complete(server, prompt(50, 100))
-        assert server.reuse_stats().refusals == {"restore_not_used_by_server": 1}
+        assert server.stats().refusals == {"restore_not_used_by_server": 1}
         (message,) = caplog.messages
         assert "--ctx-checkpoints 32" in message
         assert "used 0 of the 150 tokens" in message
@@ -135,7 +135,7 @@ def test_without_checkpoints_nothing_is_reused_and_the_log_names_the_option(
         assert complete(server, TOKENS).completion.n_cached == 0
         complete(server, prompt(50, 100))
         assert complete(server, TOKENS).n_restored == LAST[architecture]
-        assert server.reuse_stats().refusals == {"restore_not_used_by_server": 1}
+        assert server.stats().refusals == {"restore_not_used_by_server": 1}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""A Redis for the whole run, emptied for each test; tests that harm one start their own."""
+"""A Redis for the whole run, emptied for each test; tests that stop or change one start it."""
 
 from __future__ import annotations
 

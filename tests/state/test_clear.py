@@ -36,7 +36,7 @@ def filled(medium: Medium) -> PrefixStateCache:
     return cache
 
 
-def test_a_tenant_is_cleared_and_counters_go_on(medium: Medium) -> None:
+def test_a_tenant_is_cleared_and_counters_stay(medium: Medium) -> None:
     cache = filled(medium)
     before = cache.stats()
     assert cache.clear(scope="a") == 6
@@ -50,7 +50,7 @@ def test_a_tenant_is_cleared_and_counters_go_on(medium: Medium) -> None:
     cache.close()
 
 
-def test_without_a_scope_everything_goes_counters_too(medium: Medium) -> None:
+def test_without_a_scope_everything_is_cleared_counters_too(medium: Medium) -> None:
     cache = filled(medium)
     assert cache.clear() == 18
     assert medium.states() == {}
@@ -89,7 +89,7 @@ def test_a_handle_removes_its_state_and_nothing_else(medium: Medium) -> None:
     cache.close()
 
 
-def test_what_is_public_stays(medium: Medium) -> None:
+def test_public_states_stay(medium: Medium) -> None:
     cache = medium.cache()
     for scope in ("a", "b"):
         Engine().save(cache, PUBLIC + REST, scope=scope, public_tokens=20)
@@ -105,7 +105,7 @@ def test_what_is_public_stays(medium: Medium) -> None:
         with each.namespace(b"m", scope="a", public_prefix=PUBLIC).find(PUBLIC) as handle:  # type: ignore[union-attr]
             assert bytes(handle.state) == b"public"
         each._check()
-    assert int32(REST[:8]) in medium.all_bytes()  # b's
+    assert int32(REST[:8]) in medium.all_bytes()  # of tenant b
     cache.clear(scope="b")
     assert int32(REST[:8]) not in medium.all_bytes()
     cache.close()
@@ -133,10 +133,10 @@ def test_open_handles_and_plans_yield_nothing_more(medium: Medium) -> None:
     cache.close()
 
 
-def test_what_memory_had_no_room_for_goes_too(medium: Medium) -> None:
+def test_states_served_from_below_are_cleared_too(medium: Medium) -> None:
     cache = filled(medium)
     cache.close()
-    tiny = medium.cache(ram_bytes=1000)  # all is served from the tier
+    tiny = medium.cache(ram_bytes=1000)  # memory has no room for any state
     handle = tiny.namespace(b"m", scope="a").find(SECRET)
     plan = tiny.namespace(b"m", scope="a").plan(SECRET)
     assert handle is not None
@@ -164,7 +164,7 @@ def test_a_plan_that_is_cleared_while_it_is_restored_ends_there() -> None:
     assert cache.stats().refusals == {"cleared": 1}
 
 
-# Work that has begun
+# Operations under way
 
 
 def state_bytes(start: int, stop: int) -> int:
@@ -180,7 +180,7 @@ def saving(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callable
 
 
 def sizing(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callable[[], object]:
-    """A save that has found nothing yet, and has no place of its own when it is cleared."""
+    """A save that has found no blocks yet, and has no root when its scope is cleared."""
 
     def n_bytes(start: int, stop: int) -> int:
         meanwhile()
@@ -216,7 +216,7 @@ def filling(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callabl
 
 @pytest.mark.parametrize("operation", [saving, sizing, saving_the_public_part, filling])
 @pytest.mark.parametrize("cleared", ["a", None, "b"])
-def test_a_save_that_has_begun_stores_nothing_of_what_was_cleared(
+def test_a_save_under_way_stores_nothing_of_a_cleared_scope(
     medium: Medium, operation: Any, cleared: str | None
 ) -> None:
     cache = medium.cache()
@@ -241,7 +241,7 @@ def test_a_save_that_has_begun_stores_nothing_of_what_was_cleared(
 
 
 class _Held:
-    """A tier whose next answer waits until it is released: what it found is on its way up."""
+    """A tier that finds a state, then waits with its answer until it is released."""
 
     def __init__(self, cache: PrefixStateCache, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_found, self.goes_on = threading.Event(), threading.Event()
@@ -260,7 +260,7 @@ class _Held:
 
 @pytest.mark.parametrize("kind", ["blocks", "whole"])
 @pytest.mark.parametrize("cleared", ["a", None, "b"])
-def test_a_promotion_that_has_begun_brings_nothing_back(
+def test_a_promotion_under_way_brings_nothing_back(
     medium: Medium, monkeypatch: pytest.MonkeyPatch, kind: str, cleared: str | None
 ) -> None:
     writer = filled(medium)
@@ -291,7 +291,7 @@ def test_a_promotion_that_has_begun_brings_nothing_back(
     cache.close()
 
 
-def test_another_tenants_work_goes_on(medium: Medium) -> None:
+def test_operations_of_another_tenant_continue(medium: Medium) -> None:
     cache = medium.cache()
     gate = threading.Event()
     cache._store.below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
@@ -308,7 +308,7 @@ def test_another_tenants_work_goes_on(medium: Medium) -> None:
 
 
 def test_tenants_are_cleared_while_many_save_and_find(tmp_path: Path) -> None:
-    """After the last clear nothing of the tenant is anywhere, whatever was under way."""
+    """After the last clear no tier has a state of the tenant, even with operations under way."""
     cache = PrefixStateCache(block_tokens=8, max_entries=1000, disk=tmp_path)
     stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The cache against a plain set of prefixes, every invariant checked after every step."""
+"""The cache against a plain set of prefixes; every invariant is checked after every step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Owner = tuple[bytes, str | None]
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Budgets differ by subclass: with room for all nothing may be missing."""
+    """Subclasses set the budgets: with room for all states none may be missing."""
 
     max_entries = 10_000
     ram_bytes = 1 << 30
@@ -47,7 +47,7 @@ class CacheMachine(RuleBasedStateMachine):
         known = self.stored.setdefault(owner, set())
         known.update(tuple(tokens[: n + 1]) for n in range(len(tokens)))
         if self.has_room:
-            assert n_saved == len(tokens) - before  # what is shared is held once, to the token
+            assert n_saved == len(tokens) - before  # the shared part is held once, to the token
 
     @rule(owner=OWNERS, tokens=TOKENS)
     def save_on_the_grid(self, owner: Owner, tokens: list[int]) -> None:
@@ -114,7 +114,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.end_plans("a", None)
 
     def end_plans(self, *scopes: str | None) -> None:
-        """Check that what was cleared can't be restored from plans that are still open."""
+        """Check that open plans restore no states that were cleared."""
         for plan, tokens, scope in self.plans:
             if scope in scopes:
                 assert restored(plan, tokens) == 0

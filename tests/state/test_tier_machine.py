@@ -1,4 +1,4 @@
-"""Two caches that share a tier, restarts and damage included, against a plain set of prefixes."""
+"""Two caches with one tier against a plain set of prefixes, with restarts and damage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCOPES = st.sampled_from([None, "a"])
 
 
 class SharedTier(RuleBasedStateMachine):
-    """Every save reaches the tier before the next step: then nothing may be missing anywhere."""
+    """Every save reaches the tier before the next step: then no state may be missing anywhere."""
 
     medium: Medium
     settings: dict[str, Any]
@@ -60,7 +60,7 @@ class SharedTier(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_damaged)
     @rule(who=WHO, scope=SCOPES, tokens=TOKENS.filter(bool), state=st.binary(max_size=8))
     def store(self, who: int, scope: str | None, tokens: list[int], state: bytes) -> None:
-        # One whose memory has an older state for these tokens would go on serving that.
+        # A cache that has an older state of these tokens in memory would still serve that.
         if tuple(tokens) in self.whole[scope]:
             return
         if self.caches[who].namespace(b"m", scope=scope).store(tokens, state):

@@ -1,4 +1,4 @@
-"""How many bytes ids stand for: true for every text, or not claimed."""
+"""The byte length of each id's text: correct for every text, or no table is built."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from tests.text.fuzz_texts import random_text
 from tests.text.implementations import REFERENCE
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
+from tokcache.text.cuts.planner import plan_cuts
+from tokcache.text.engines.components import BYTE_NAMES, MARKER
 from tokcache.text.engines.copying import PartEncoder
 from tokcache.text.engines.fast import agreed_code_points
 from tokcache.text.segments import id_lengths as module
-from tokcache.text.segments.components import BYTE_NAMES, MARKER
-from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.segments.id_lengths import token_bytes
 
-CLAIMED = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcoder", "llama2"}
-CLAIMED |= {"phi3", "gemma", "mistral"}
+WITH_LENGTHS = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcoder", "llama2"}
+WITH_LENGTHS |= {"phi3", "gemma", "mistral"}
 
 
 @pytest.fixture(params=["tokenizers", "gigatoken"])
 def engine(request: pytest.FixtureRequest) -> str:
-    """Name one of the engines that are installed."""
+    """Return the name of an installed engine."""
     if request.param != "tokenizers":
         pytest.importorskip(request.param)
     return str(request.param)
 
 
-def _claims(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+def _encoders_and_lengths(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Any, Any]]:
     REFERENCE.use(monkeypatch)
     made = []
     for one in plan_cuts(tokenizer).variants:
@@ -47,13 +49,15 @@ def _claims(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> list[tuple
 
 
 @pytest.mark.parametrize("kind", SYNTHETIC)
-def test_the_bytes_of_ids_are_those_of_the_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lengths_of_all_ids_add_up_to_the_bytes_of_the_text(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = plain(SYNTHETIC[kind])
     rng = random.Random(11)
     texts = [random_text(rng, ["<s>", "</s>"], n_chars=60) for _ in range(150)]
     texts += ["<0x41>", "\u2581", "a\u2581b", "e\u0301", "\u0439", "\uac00", "\u1100\u1161"]
     n_checked = 0
-    for own, sizes in _claims(tokenizer, monkeypatch):
+    for own, sizes in _encoders_and_lengths(tokenizer, monkeypatch):
         if sizes is None:
             continue
         for text in texts:
@@ -62,23 +66,23 @@ def test_the_bytes_of_ids_are_those_of_the_text(kind: str, monkeypatch: pytest.M
             (ids,) = own.encode([text])
             lengths = [sizes.of_id(index) for index in ids]
             if 0 in lengths:
-                continue  # a token that takes blanks: no part of a text holds one
+                continue  # an added token that strips whitespace; no segment contains one
             if "<0x" in text and sum(lengths) < len(text.encode()):
-                continue  # the name of a byte is taken for the byte: too few, which is found
+                continue  # text that spells a byte token: the sum is too small, which is detected
             assert sum(lengths) == len(text.encode()), ascii(text)
             n_checked += 1
-    assert n_checked > 50 or kind not in CLAIMED
+    assert n_checked > 50 or kind not in WITH_LENGTHS
 
 
-def test_common_kinds_claim_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert CLAIMED - set(SYNTHETIC) == set()
-    for kind in CLAIMED:
-        claims = _claims(plain(SYNTHETIC[kind]), monkeypatch)
-        assert claims[-1][1] is not None, kind
+def test_common_kinds_have_a_length_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert WITH_LENGTHS - set(SYNTHETIC) == set()
+    for kind in WITH_LENGTHS:
+        made = _encoders_and_lengths(plain(SYNTHETIC[kind]), monkeypatch)
+        assert made[-1][1] is not None, kind
 
 
 @pytest.mark.parametrize("has_marker", [True, False])
-def test_a_marker_that_is_no_token_becomes_bytes(has_marker: bool) -> None:
+def test_without_a_token_for_the_marker_there_is_no_length_table(has_marker: bool) -> None:
     names = [f"<0x{byte:02X}>" for byte in range(256)] + ["a", "b", *["\u2581"] * has_marker]
     model = BPE({name: index for index, name in enumerate(names)}, [], byte_fallback=True)
     tokenizer = Tokenizer(model)
@@ -92,11 +96,11 @@ def test_a_marker_that_is_no_token_becomes_bytes(has_marker: bool) -> None:
     assert "parts_differ" not in wrapped.cache_stats().l1.refusals
 
 
-@pytest.mark.parametrize("spells", [True, False])
-def test_a_byte_that_merges_may_spell_has_no_bytes(spells: bool) -> None:
+@pytest.mark.parametrize("has_all_merges", [True, False])
+def test_merges_that_spell_a_byte_token_allow_no_length_table(has_all_merges: bool) -> None:
     names = [f"<0x{byte:02X}>" for byte in range(256)] + [*"<0x41>ab", "\u2581"]
     merges, made = [], "<"
-    for char in "0x41>"[: 5 if spells else 4]:
+    for char in "0x41>"[: 5 if has_all_merges else 4]:
         merges.append((made, char))
         made += char
         names.append(made)
@@ -105,7 +109,7 @@ def test_a_byte_that_merges_may_spell_has_no_bytes(spells: bool) -> None:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = Replace(" ", "\u2581")
     spelled = tokenizer.token_to_id("<0x41>")
-    assert (tokenizer.encode("<0x41>").ids == [spelled]) == spells
+    assert (tokenizer.encode("<0x41>").ids == [spelled]) == has_all_merges
     (one,) = plan_cuts(tokenizer).variants
     own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
     assert token_bytes(own, one, {}) is None
@@ -116,7 +120,7 @@ def test_a_byte_that_merges_may_spell_has_no_bytes(spells: bool) -> None:
     assert "parts_differ" not in wrapped.cache_stats().l1.refusals
 
 
-def test_a_token_merged_with_a_byte_has_no_bytes() -> None:
+def test_ids_are_correct_if_a_byte_token_takes_part_in_merges() -> None:
     names = [*BYTE_NAMES, "a", "b", MARKER, "a<0x5F>", "<0x5F>b"]
     merges = [("a", "<0x5F>"), ("<0x5F>", "b")]
     model = BPE({name: index for index, name in enumerate(names)}, merges, byte_fallback=True)
@@ -130,10 +134,10 @@ def test_a_token_merged_with_a_byte_has_no_bytes() -> None:
     assert "parts_differ" not in wrapped.cache_stats().l1.refusals
 
 
-def test_an_id_of_two_tokens_has_no_bytes(engine: str) -> None:
+def test_ids_are_correct_if_two_tokens_share_an_id(engine: str) -> None:
     bytes_of_gpt2 = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary = bytes_of_gpt2 | {"bc": bytes_of_gpt2["x"], "gg": bytes_of_gpt2["z"]}
-    for _ in range(40):  # which of the two a model names is drawn anew for each
+    for _ in range(40):  # in each model, a random one of the two tokens has the id
         tokenizer = Tokenizer(BPE(vocabulary, [("b", "c"), ("g", "g")]))
         tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
         wrapped = tokcache.wrap(tokenizer, CacheConfig(engine=engine, l0_max_entries=1))
@@ -142,7 +146,7 @@ def test_an_id_of_two_tokens_has_no_bytes(engine: str) -> None:
         assert "parts_differ" not in wrapped.cache_stats().l1.refusals
 
 
-def test_ids_far_apart_keep_the_engine(engine: str) -> None:
+def test_a_vocabulary_with_large_gaps_keeps_the_engine(engine: str) -> None:
     vocabulary = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(vocabulary | {"ab": 5000}, [("a", "b")]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -154,7 +158,9 @@ def test_ids_far_apart_keep_the_engine(engine: str) -> None:
     assert wrapped._tokcache.l1.engine == engine
 
 
-def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engines_vocabulary_is_used_if_a_sample_of_it_is_correct(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     REFERENCE.use(monkeypatch)
     tokenizer = plain(SYNTHETIC["gpt2"])
     (one,) = plan_cuts(tokenizer).variants
@@ -174,14 +180,14 @@ def test_known_tokens_are_believed_if_a_sample_is_right(monkeypatch: pytest.Monk
 
 
 def _byte_names() -> dict[int, str]:
-    """Return the character that stands for each byte (GPT-2's table)."""
+    """Return the character that represents each byte in GPT-2's vocabulary."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     names = {byte: chr(byte) for byte in visible}
     others = [byte for byte in range(256) if byte not in names]
     return names | {byte: chr(0x100 + place) for place, byte in enumerate(others)}
 
 
-def test_what_nfc_leaves_alone_is_left_alone() -> None:
+def test_characters_marked_unchanged_by_nfc_are_unchanged() -> None:
     seconds = {
         int(found.split()[1], 16)
         for point in range(0x110000)
@@ -201,7 +207,7 @@ def test_what_nfc_leaves_alone_is_left_alone() -> None:
     assert {0x439, 0x4E00, 0xAC00, 0x1F600, 0x2026} <= points
 
 
-def test_tokens_of_any_length_and_with_flags_keep_the_engine(engine: str) -> None:
+def test_very_long_tokens_keep_the_engine(engine: str) -> None:
     tokenizer = plain(SYNTHETIC["gpt2"])
     state = json.loads(tokenizer.to_str())
     model, length = state["model"], 1

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
+    from tokcache.text.cuts.plan import CutPlan, Separator
+    from tokcache.text.cuts.rules import Rule
     from tokcache.text.segments.cache import L1
-    from tokcache.text.segments.cuts.plan import CutPlan, Separator
-    from tokcache.text.segments.cuts.rules import Rule
     from tokcache.text.tokenizer import WrappedTokenizer
 
 _REASONS = {

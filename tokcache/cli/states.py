@@ -21,8 +21,9 @@ from rich.table import Table
 
 from tokcache._validate import require_size
 from tokcache.errors import InvalidConfig, MissingFile, StateRefused, TokcacheError
-from tokcache.state.tiers.disk import MARKER, DiskTier
-from tokcache.state.tiers.disk_file import File, verified_file
+from tokcache.state.tiers.disk import DiskTier
+from tokcache.state.tiers.disk.file import File, verified_file
+from tokcache.state.tiers.disk.folder import MARKER
 
 DAMAGED, BAD_INPUT = 1, 2
 _SHOWN = 12  # leading digits of a digest that are printed
@@ -99,8 +100,8 @@ def verify(
         tier = _tier(folder, hmac_key_env)
         files = list(tier.files())
         refused = _verified(tier, files, remove=remove)
-    for place, reason in refused.items():
-        typer.echo(f"{reason}: {place}")
+    for path, reason in refused.items():
+        typer.echo(f"{reason}: {path}")
     gone = " and removed" if remove and refused else ""
     typer.echo(f"{len(files) - len(refused):,} of {len(files):,} whole, {len(refused):,} not{gone}")
     raise typer.Exit(DAMAGED if refused else 0)
@@ -115,7 +116,7 @@ def _verified(tier: DiskTier, files: list[File], *, remove: bool) -> dict[str, s
             except FileNotFoundError:
                 continue  # another process that uses the folder pruned it
             except (StateRefused, OSError) as error:
-                refused[file.place] = str(error)
+                refused[file.path] = str(error)
                 if remove and str(error) in ("damaged", "forged"):
                     tier.unlink(file)
     return refused

@@ -1,10 +1,10 @@
 """Names of blocks: a keyed digest over everything that leads to a block.
 
 The name of a block is H(point where it starts, its tokens); the chain starts at
-H(fingerprint, scope, kind). A point is a prefix of tokens, whatever blocks it is held in: H of the
-point where its last block starts and of that block's tokens up to here. Equal names therefore
-mean: same model and settings, same tenant, same tokens from position 0 on. Names address a block
-in a lower tier; the tokens are compared all the same.
+H(fingerprint, scope, kind). A point is the end of a prefix: H of the point where the last block of
+the prefix starts, and of that block's tokens up to here. Equal names therefore mean: same model and
+settings, same tenant, same tokens from position 0 on. Names address a block in a tier below memory;
+its tokens are compared all the same.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def digest(kind: bytes, key: bytes, *fields: bytes) -> bytes:
 
 
 def scope_name(scope: str | None, key: bytes = b"") -> bytes:
-    """Return the digest that names a scope; that of None is no other scope's."""
+    """Return the digest that names a scope; None has one that no str has."""
     if scope is None:
         return digest(_SCOPE, key)
     return digest(_SCOPE, key, scope.encode("utf-8", "surrogatepass"))
@@ -98,10 +98,6 @@ def token_bytes(tokens: object) -> bytes:
         return view.tobytes()
     if view.format == "O":
         return _from_integers(tokens)
-    return _from_array(view)
-
-
-def _from_array(view: memoryview) -> bytes:
     import numpy as np  # noqa: PLC0415 (60 ms of `import tokcache`)
 
     values = np.asarray(view)
@@ -136,7 +132,7 @@ def _from_integers(tokens: object) -> bytes:
 
 
 def _not_int32(position: int, value: object) -> InvalidTokens:
-    # Whatever is not a number may be text of a prompt, and is not repeated.
+    # A value that is not a number may be text of a prompt, and is not repeated.
     found = f"{index(value):,}" if hasattr(value, "__index__") else f"a {type(value).__name__}"
     return InvalidTokens(
         f"token ids must be int32 integers (-2,147,483,648 to 2,147,483,647); at position "

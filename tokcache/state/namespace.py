@@ -1,4 +1,4 @@
-"""Namespace: the states of one model and scope, with all that names them bound once."""
+"""Namespace: the states of one model and scope; it binds the parts of their names once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Namespace:
 
     Blocks (`plan`, `save`) share the common beginning of prefixes, to the token; snapshots
     (`store`, `find`) are any engine's bytes, one for a whole prefix. The tokens that a prompt has
-    in common with `public_prefix` go to the shared scope, the rest to `scope`.
+    in common with `public_prefix` are kept in the shared scope, the rest in `scope`.
 
     Errors: InvalidTokens for ids that are not int32. A state that can't be stored or read costs a
             miss and a counter, never an exception.
@@ -58,7 +58,7 @@ class Namespace:
 
     @property
     def fingerprint(self) -> bytes:
-        """Covers everything that decides the numbers in a state: model, settings, build."""
+        """The bytes that identify model, settings and build: all that decides a state's numbers."""
         return self._chain.fingerprint
 
     @property
@@ -78,12 +78,12 @@ class Namespace:
 
     @property
     def block_tokens(self) -> int:
-        """How many positions a block has at most."""
+        """The number of positions that a block has at most."""
         return self._store.block_tokens
 
     @property
     def min_tokens(self) -> int:
-        """Prefixes below are neither saved nor used."""
+        """The number of tokens below which prefixes are neither saved nor used."""
         return self._store.min_tokens
 
     def __repr__(self) -> str:
@@ -118,7 +118,7 @@ class Namespace:
         )
 
     def _n_public(self, tokens: bytes) -> int:
-        """Return with how many tokens that are no scope's secret `tokens` begin."""
+        """Return the number of public tokens that `tokens` begin with."""
         return common_tokens(self._public, tokens) if self._public else 0
 
     # Blocks
@@ -130,8 +130,8 @@ class Namespace:
 
         `max_tokens` bounds the prefix: an engine must decode at least the last token itself. An
         aligned namespace finds whole blocks, so that the prefix ends at a multiple of
-        `block_tokens`. `counts_tokens=False` is for a caller that counts its prompts itself, with
-        `count_prompt`: then only the look-up is counted here.
+        `block_tokens`. With `counts_tokens=False` only the look-up is counted: the caller counts
+        its prompts with `count_prompt`.
 
         Errors: InvalidTokens, InvalidConfig.
         """
@@ -208,9 +208,8 @@ class Namespace:
         """Return the state of the longest stored prefix of `tokens`, None if there is none.
 
         Of equal length the one of the highest priority is returned; states of public tokens alone
-        are looked for in the shared scope, too. Close the handle, or use it in a `with`: until
-        then its state is not evicted. `is_counted=False` is for a part of a look-up that is
-        counted elsewhere.
+        are looked up in the shared scope, too. Close the handle, or use it in a `with`: until then
+        its state is not evicted. `is_counted=False` is for look-ups that the caller counts.
 
         Errors: InvalidTokens.
         """
@@ -228,9 +227,9 @@ class Namespace:
     def note_prefill(self, n_tokens: int, seconds: float) -> None:
         """Note how long the engine took to prefill `n_tokens`.
 
-        Reads from a lower tier that take longer than that are counted; once they have cost a
-        quarter of a second the tier is not asked for this model's states for half a minute, then
-        it is tried again. Without this nothing is known, and every tier is asked.
+        Reads from a tier below memory that take longer than that are counted. Once they have cost a
+        quarter of a second, the tier is not asked for this model's states for half a minute, then
+        it is tried again. Without this call every tier is always asked.
 
         Errors: InvalidConfig.
         """

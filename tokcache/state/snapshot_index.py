@@ -1,4 +1,4 @@
-"""Snapshots by owner and tokens."""
+"""SnapshotIndex: the snapshots in memory, by owner and tokens."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Snapshot:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens the state is of."""
+        """The number of tokens of the prefix."""
         return len(self.tokens) // TOKEN_BYTES
 
 
@@ -86,7 +86,7 @@ class SnapshotIndex:
         self.n_states = 0
 
     def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens that this owner's states are of."""
+        """Return the numbers of tokens of this owner's states."""
         return set(self._lengths.get(owner, ()))
 
     def get(self, owner: Owner, name: bytes, tokens: bytes) -> Snapshot | None:

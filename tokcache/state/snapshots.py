@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tokcache._validate import MAX_INT, require_int
-from tokcache.errors import InvalidConfig, InvalidTokens, StateRefused
+from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.handles import StateHandle, Work
 from tokcache.state.memory import snapshot_overhead
 from tokcache.state.names import TOKEN_BYTES, Owner, root_name
@@ -48,7 +48,14 @@ class SnapshotStore:
     ) -> bool:
         """Store a copy of the bytes of the state after all of `tokens`; False without room."""
         snapshot = _new_snapshot(owner, tokens, n_past, priority)
-        view = _checked_state(state)
+        try:
+            view = memoryview(state)  # type: ignore[arg-type]
+            view = view.cast("B") if view.nbytes else memoryview(b"")
+        except TypeError as error:
+            raise InvalidConfig(
+                "a state must be bytes, or a contiguous buffer of them, not "
+                f"{type(state).__name__} ({error})"
+            ) from None
 
         def copy(buffer: memoryview) -> None:
             buffer[:] = view
@@ -70,16 +77,17 @@ class SnapshotStore:
     def _keep(
         self, snapshot: Snapshot, n_bytes: int, read: Callable[[memoryview], object], *, pin: bool
     ) -> bool:
+        """Store the state that `read` copies into a buffer; False if there is no room for it."""
         if not self._store.enabled:
             return False
         with self._store.lock:
             self._store.settle()
-            work = self._store.begun(snapshot.owner.scope)
+            work = self._store.works.begin(snapshot.owner.scope)
             buffer = self._buffer_for(snapshot, n_bytes)
         if buffer is None:
-            self._store.log_oversize()
+            self._store.notices.log()
             return False
-        is_filed = False
+        memory, is_filed = self._memory, False
         try:
             read(buffer)
             is_filed = True
@@ -87,11 +95,20 @@ class SnapshotStore:
             with self._store.lock:
                 # Cleared while the bytes were copied: then this comes too late.
                 is_filed = is_filed and not (work.is_void or self._store.is_closed)
-                is_filed = is_filed and self._memory.has_snapshot_room(self._n_replaced(snapshot))
+                is_filed = is_filed and memory.has_snapshot_room(self._n_replaced(snapshot))
                 if is_filed:
-                    self._file_snapshot(snapshot, buffer, pin=pin)
+                    replaced = memory.snapshots.same(snapshot)
+                    is_kept = pin or (replaced is not None and replaced.is_kept)
+                    if replaced is not None and replaced.is_kept:
+                        self._set_kept(replaced, is_kept=False)
+                    snapshot.used_at = time.time()
+                    memory.file_snapshot(snapshot, buffer)
+                    self._set_kept(snapshot, is_kept=is_kept)
+                    memory.counts["saved_blocks"] += 1
+                    memory.counts["saved_tokens"] += snapshot.n_tokens
+                    self._store.queue_snapshot(snapshot, _address_of(snapshot))
                 else:
-                    self._memory.drop(buffer, snapshot_overhead(snapshot))
+                    memory.drop(buffer, snapshot_overhead(snapshot))
         return is_filed
 
     def _n_replaced(self, snapshot: Snapshot) -> int:
@@ -103,24 +120,13 @@ class SnapshotStore:
             return None
         if n_bytes + overhead > self._store.ram_bytes:
             n_total = n_bytes + overhead
-            self._store.refuse_oversize(snapshot.owner.fingerprint, snapshot.n_tokens, n_total)
+            memory.refusals["over_budget"] += 1
+            self._store.notices.oversize(snapshot.owner.fingerprint, snapshot.n_tokens, n_total)
             return None
         if not memory.has_snapshot_room(self._n_replaced(snapshot)):
             memory.refusals["entries_in_use"] += 1
             return None
         return memory.take(n_bytes, overhead)
-
-    def _file_snapshot(self, snapshot: Snapshot, buffer: memoryview, *, pin: bool) -> None:
-        replaced = self._memory.snapshots.same(snapshot)
-        is_kept = pin or (replaced is not None and replaced.is_kept)
-        if replaced is not None and replaced.is_kept:
-            self._set_kept(replaced, is_kept=False)
-        snapshot.used_at = time.time()
-        self._memory.file_snapshot(snapshot, buffer)
-        self._set_kept(snapshot, is_kept=is_kept)
-        self._memory.counts["saved_blocks"] += 1
-        self._memory.counts["saved_tokens"] += snapshot.n_tokens
-        self._store.queue_snapshot(snapshot, _address_of(snapshot))
 
     # Finding
 
@@ -128,23 +134,21 @@ class SnapshotStore:
         self, owner: Owner, wanted: bytes, n_public: int, *, is_counted: bool
     ) -> StateHandle | None:
         """Return the state of the longest stored prefix of `wanted`, None if there is none."""
-        if not is_counted:
-            return self._find_both(owner, wanted, n_public)
-        with self._store.lock:
-            self._memory.counts["lookups"] += 1
-            self._memory.counts["prompt_tokens"] += len(wanted) // TOKEN_BYTES
-        found = self._find_both(owner, wanted, n_public)
-        with self._store.lock:
-            self._memory.counts["hits"] += found is not None
-        return found
-
-    def _find_both(self, owner: Owner, wanted: bytes, n_public: int) -> StateHandle | None:
+        if is_counted:
+            with self._store.lock:
+                self._memory.counts["lookups"] += 1
+                self._memory.counts["prompt_tokens"] += len(wanted) // TOKEN_BYTES
         found = self._find(owner, wanted)
         n_found = 0 if found is None else found.n_tokens
-        if n_found >= n_public or owner.scope is None:
-            return found
-        shared = self._find(owner._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
-        return shared if shared is not None and shared.n_tokens > n_found else found
+        if n_found < n_public and owner.scope is not None:
+            # States of public tokens alone are in the shared scope.
+            shared = self._find(owner._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
+            if shared is not None and shared.n_tokens > n_found:
+                found = shared
+        if is_counted:
+            with self._store.lock:
+                self._memory.counts["hits"] += found is not None
+        return found
 
     def handle(self, owner: Owner, wanted: bytes) -> StateHandle | None:
         """Return the state in memory of exactly these tokens; counts as no look-up and no use."""
@@ -157,9 +161,20 @@ class SnapshotStore:
         return None
 
     def _find(self, owner: Owner, wanted: bytes) -> StateHandle | None:
-        longest = self._of_all(owner, wanted) if self._store.below else None
-        if longest is not None:  # nothing below is longer
-            return longest
+        """Return the state of the longest stored prefix in the scope of `owner`."""
+        n_wanted = len(wanted) // TOKEN_BYTES
+        if self._store.below and n_wanted >= self._store.min_tokens:
+            # A state in memory of all tokens is as long as any that a tier has.
+            with self._store.lock:
+                self._store.settle()
+                is_held = n_wanted in self._memory.snapshots.lengths(owner)
+            if is_held and not self._store.is_closed:
+                ((_, name),) = prefix_names(owner, wanted, [n_wanted])
+                with self._store.lock:
+                    snapshot = self._live(owner, name, wanted)
+                    longest = None if snapshot is None else self._used(snapshot)
+                if longest is not None:
+                    return longest
         work = self._store.begin(owner.scope)  # before a tier is asked: it may be cleared meanwhile
         worth = self._store.worth_asking(owner)
         lengths = [below.tier.lengths(owner) for below in worth]
@@ -168,9 +183,7 @@ class SnapshotStore:
             if self._store.is_closed:
                 return None
             everywhere = self._memory.snapshots.lengths(owner).union(*lengths)
-        usable = sorted(
-            n for n in everywhere if self._store.min_tokens <= n <= len(wanted) // TOKEN_BYTES
-        )
+        usable = sorted(n for n in everywhere if self._store.min_tokens <= n <= n_wanted)
         names = dict(prefix_names(owner, wanted, usable))
         usable.reverse()
         asked = [
@@ -191,24 +204,10 @@ class SnapshotStore:
                     return handle
         return None
 
-    def _of_all(self, owner: Owner, wanted: bytes) -> StateHandle | None:
-        """Return the state in memory of exactly these tokens."""
-        n_tokens = len(wanted) // TOKEN_BYTES
-        with self._store.lock:
-            self._store.settle()
-            if self._store.is_closed or n_tokens not in self._memory.snapshots.lengths(owner):
-                return None
-        ((_, name),) = prefix_names(owner, wanted, [n_tokens])
-        with self._store.lock:
-            snapshot = (
-                self._live(owner, name, wanted) if n_tokens >= self._store.min_tokens else None
-            )
-            return self._used(snapshot) if snapshot is not None else None
-
     def _live(self, owner: Owner, name: bytes, tokens: bytes) -> Snapshot | None:
         snapshot = self._memory.snapshots.get(owner, name, tokens)
         while snapshot is not None and not snapshot.is_kept:
-            if not self._memory.is_expired(snapshot, time.monotonic()):
+            if not self._memory.retention.is_expired(snapshot, time.monotonic()):
                 return snapshot
             self._memory.remove_snapshot(snapshot)
             self._memory.counts["expirations"] += 1
@@ -218,7 +217,7 @@ class SnapshotStore:
     def _used(self, snapshot: Snapshot) -> StateHandle | None:
         snapshot.hits += 1
         snapshot.used_at = time.time()
-        self._memory.use([snapshot], time.monotonic())
+        self._memory.retention.use([snapshot], time.monotonic())
         if snapshot.written and time.monotonic() - snapshot.touched_s > self._store.touch_s:
             self._store.touch_later([snapshot], [_address_of(snapshot)])
         return self._handle(snapshot)
@@ -241,20 +240,15 @@ class SnapshotStore:
         tokens: bytes,
         work: Work,
     ) -> StateHandle | None:
-        """Return the next that a tier found, if it is of `tokens`."""
+        """Return the next state that a tier found, if it is of `tokens`."""
         began, handle = time.perf_counter(), None
-        try:
+        with below.counting_failures():
             stored = next(found, None)
             if stored is None:
                 return None
             with stored:
                 if stored.record.tokens == tokens:
                     handle = self._promoted(below, owner, stored, work)
-        except StateRefused as refusal:
-            below.tier.refuse(str(refusal))
-        except Exception:  # noqa: BLE001  (any failure is a miss)
-            _log.warning("the %s tier failed", below.tier.label, exc_info=True)
-            below.tier.refuse("error")
         if handle is not None:
             self._store.note_read(below, owner, handle.n_tokens, time.perf_counter() - began)
         return handle
@@ -262,6 +256,7 @@ class SnapshotStore:
     def _promoted(
         self, below: Below, owner: Owner, stored: Stored, work: Work
     ) -> StateHandle | None:
+        """Return a state from below, copied into memory if that has room; None if cleared."""
         record = stored.record
         snapshot = Snapshot(owner, record.name, record.tokens, record.n_past, record.priority)
         with self._store.lock:
@@ -270,7 +265,13 @@ class SnapshotStore:
             has_room = stored.n_bytes + snapshot_overhead(snapshot) <= self._store.ram_bytes
             buffer = self._buffer_for(snapshot, stored.n_bytes) if has_room else None
         if buffer is None:
-            return self._loose_handle(snapshot, stored.view(), work)
+            payload = stored.view()
+            snapshot.pins, snapshot.used_at, snapshot.hits = 1, time.time(), 1
+            with self._store.lock:
+                if work.is_void:
+                    return None
+                self._store.loose.add(snapshot)
+            return StateHandle(self, snapshot, payload)
         is_read = False
         handle: StateHandle | None = None
         try:
@@ -289,17 +290,6 @@ class SnapshotStore:
                 else:
                     self._memory.drop(buffer, snapshot_overhead(snapshot))
         return handle
-
-    def _loose_handle(
-        self, snapshot: Snapshot, payload: memoryview, work: Work
-    ) -> StateHandle | None:
-        """Return the handle of a state that memory has no room for."""
-        snapshot.pins, snapshot.used_at, snapshot.hits = 1, time.time(), 1
-        with self._store.lock:
-            if work.is_void:
-                return None
-            self._store.loose.add(snapshot)
-        return StateHandle(self, snapshot, payload)
 
     # For handles
 
@@ -323,7 +313,7 @@ class SnapshotStore:
             if snapshot.is_dead:
                 return False
             snapshot.used_at = time.time()
-            self._memory.use([snapshot], time.monotonic())
+            self._memory.retention.use([snapshot], time.monotonic())
             self._store.touch_later([snapshot], [_address_of(snapshot)])
             return True
 
@@ -381,14 +371,3 @@ def _new_snapshot(owner: Owner, tokens: bytes, n_past: int | None, priority: int
     priority = require_int("priority", priority, -MAX_INT)
     ((_, name),) = prefix_names(owner, tokens, [n_tokens])
     return Snapshot(owner, name, tokens, n_past, priority)
-
-
-def _checked_state(state: object) -> memoryview:
-    try:
-        view = memoryview(state)  # type: ignore[arg-type]
-        return view.cast("B") if view.nbytes else memoryview(b"")
-    except TypeError as error:
-        raise InvalidConfig(
-            f"a state must be bytes, or a contiguous buffer of them, not {type(state).__name__} "
-            f"({error})"
-        ) from None

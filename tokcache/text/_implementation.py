@@ -17,8 +17,8 @@ if TYPE_CHECKING or is_native():
     from tokcache.text.segments._l1 import CodePoints, SegmentCache, TokenBytes, Walk
 else:
     from tokcache.text._reference.l0 import L0Cache
+    from tokcache.text._reference.segments import CodePoints, SegmentCache, TokenBytes, Walk
     from tokcache.text._reference.token_ids import TokenIds
-    from tokcache.text.segments._reference import CodePoints, SegmentCache, TokenBytes, Walk
 
 __all__ = ["CodePoints", "L0Cache", "SegmentCache", "TokenBytes", "TokenIds", "Walk"]
 

@@ -24,9 +24,9 @@ from tokcache.errors import Abandoned, InvalidText
 from tokcache.stats import CacheStats, L0Stats, L1Stats
 from tokcache.text import _implementation as implementation
 from tokcache.text._native import is_native
+from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.engines.copying import HuggingFaceEngine
 from tokcache.text.segments.cache import CHARS_AT_ONCE, L1
-from tokcache.text.segments.cuts.planner import plan_cuts
 
 if TYPE_CHECKING:
     from tokcache.text._implementation import L0Cache, TokenIds, Walk

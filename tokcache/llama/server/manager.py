@@ -52,7 +52,6 @@ from tokcache.llama.server.shelf import (
     scope_of,
 )
 from tokcache.llama.server.slot import Condition, SlotRecord
-from tokcache.llama.server.steps import Steps, drive
 from tokcache.llama.server.table import SlotTable, Start, Wish
 from tokcache.llama.server.trust import WHOLE, Trust, is_mostly_used
 from tokcache.llama.server.watch import Watch
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from tokcache.llama.server.calls import Call
     from tokcache.llama.server.connection import Connection
     from tokcache.llama.server.results import Completion
+    from tokcache.llama.server.steps import Steps
 
 _MAX_SEEN = 65_536
 _RESERVED = {"id_slot", "cache_prompt", "n_cache_reuse"}
@@ -553,10 +553,6 @@ class SlotManager(Forkable):
     def close(self) -> None:
         """Wait until all pending saves are done; the files stay."""
         self._saver.close()
-
-    def drive(self, steps: Steps[Reused]) -> Reused:
-        """Perform a request's steps in this thread."""
-        return drive(steps, self._connection)
 
     def stats(self) -> ReuseStats:
         """Return the counters."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import ServerError, ServerTimeout, ServerUnreachable
@@ -136,7 +137,8 @@ class KvReader:
         key = (props, meta)
         # Read the file again after a restart of the server: it may hold another model.
         if key not in self._shapes:
-            self._shapes = {key: kv_shape(props.model_path if props else "", meta)}
+            shape = yield partial(kv_shape, props.model_path if props else "", meta)
+            self._shapes = {key: shape}
         return self._shapes[key], slots
 
     def _bytes(self, shape: KvShape, n_tokens: int) -> tuple[int, str]:

@@ -3,7 +3,7 @@ from typing import Any, TypeAlias, final
 
 from tokcache.stats import L1Stats
 from tokcache.text._token_ids import TokenIds
-from tokcache.text.segments.cuts.plan import CutPlan
+from tokcache.text.cuts.plan import CutPlan
 
 _Chunk: TypeAlias = tuple[str, TokenIds, int, int, int, bool]
 _Short: TypeAlias = tuple[str, TokenIds, int, int]

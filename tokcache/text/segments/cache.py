@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from tokcache._prefix import first_difference
 from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
+from tokcache.text.cuts.plan import VOCABULARY_PROOF
+from tokcache.text.cuts.scanner import Scanner, parts_of
 from tokcache.text.engines.copying import PartEncoder, is_of_library
 from tokcache.text.engines.fast import (
     FastEncoder,
@@ -32,9 +34,7 @@ from tokcache.text.engines.fast import (
     probe_texts,
     prove,
 )
-from tokcache.text.segments.cuts.plan import VOCABULARY_PROOF
 from tokcache.text.segments.id_lengths import token_bytes
-from tokcache.text.segments.scanner import Scanner, parts_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         TokenIds,
         Walk,
     )
-    from tokcache.text.segments.cuts.plan import CutPlan
+    from tokcache.text.cuts.plan import CutPlan
 
 __all__ = ["L1"]
 

@@ -17,8 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tokcache.text import _implementation as implementation
-from tokcache.text.engines.fast import agreed_code_points
-from tokcache.text.segments.components import (
+from tokcache.text.engines.components import (
     BYTE_NAME,
     BYTE_NAMES,
     MARKER,
@@ -26,12 +25,13 @@ from tokcache.text.segments.components import (
     has_all_bytes,
     stages_of,
 )
+from tokcache.text.engines.fast import agreed_code_points
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.text._implementation import CodePoints, TokenBytes
-    from tokcache.text.segments.cuts.plan import Variant
+    from tokcache.text.cuts.plan import Variant
 
 __all__ = ["token_bytes"]
 

@@ -1797,7 +1797,7 @@ cdef inline bint short_key(const Text* t, size_t start, size_t stop, Short* key)
 
 
 cdef int read_plan(Plan* plan, source) except -1:
-    from tokcache.text.segments.char_classes import BMP_CLASSES
+    from tokcache.text.cuts.char_classes import BMP_CLASSES
 
     plan.classes = <const uint8_t*> <const char*> <bytes> BMP_CLASSES  # the module keeps it alive
     memcpy(plan.coarse, <const char*> <bytes> source.coarse, 256)

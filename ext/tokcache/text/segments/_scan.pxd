@@ -11,7 +11,7 @@ from tokcache.text._places cimport Pairs
 
 cdef enum:
     N_CLASSES = 16
-    OTHER = 0            # names from tokcache.text.segments.char_classes.CharClass
+    OTHER = 0            # names from tokcache.text.cuts.char_classes.CharClass
     LETTER = 1
     UNDERSCORE = 4
     DIGIT = 2
