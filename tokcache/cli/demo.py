@@ -55,7 +55,10 @@ def demo(
     *,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="PATH_OR_HUB_ID", help="A tokenizer.json, its folder, or a hub name."),
+        typer.Option(
+            metavar="PATH_OR_HUB_ID",
+            help="A tokenizer.json, its folder, a hub name, or a GGUF; by default --model's own.",
+        ),
     ] = None,
     model: Annotated[
         Path | None,
@@ -89,11 +92,12 @@ def demo(
     2: bad input.
     """
     with errors_in_one_line():
-        source = find_tokenizer(tokenizer)
+        if model is not None and tokenizer is None and not model.is_file():
+            raise MissingFile(f"no such model file: {model}")
+        # Without --tokenizer a model is used with the tokenizer in its file.
+        source = find_tokenizer(str(model) if tokenizer is None and model else tokenizer)
         plain = source.load()
         requests, form = _requests(prompts, source, plain)
-        if model is not None and tokenizer is None:
-            raise InvalidConfig("--model needs --tokenizer: its own tokenizer.json or hub name")
         path, chosen, why = _model_and_backend(model, source, backend)
         cached = tokcache.wrap(source.load())
         console = Console(highlight=False)
@@ -122,6 +126,8 @@ def _model_and_backend(
     """Return the model (None if none is used), the backend, and why it is not a better one."""
     if asked is Backend.TOKENS and model is not None:
         raise InvalidConfig("--backend tokens uses no model; leave out --model, or the backend")
+    if model is None and source.in_gguf is not None:
+        model = source.path
     chosen, why = (
         backends.choose_backend(has_model=model is not None)
         if asked is Backend.AUTO
