@@ -65,7 +65,7 @@ def list_states(folder: Folder) -> None:
             f"{_size(files):,}",
             _ago(max(file.used_at for file in files)),
         )
-    _console().print(table)
+    Console(highlight=False).print(table)
 
 
 @states.command("stats")
@@ -216,10 +216,6 @@ def _ago(used_at: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit} ago"
     return f"{seconds:.0f} seconds ago"
-
-
-def _console() -> Console:
-    return Console(highlight=False)
 
 
 def _progress() -> Progress:
