@@ -117,12 +117,16 @@ def test_without_llama_cpp_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
         tokcache.wrap(model)
 
 
-def test_explain_and_demo_take_a_model_file() -> None:
+def test_explain_and_demo_take_a_model_file(tmp_path: Path) -> None:
     model = str(samples.tiny_model())
     done = CliRunner().invoke(cli.app, ["explain", model, "--engine", "tokenizers"])
     assert done.exit_code == 0, done.output
     assert "ids compared with the plain tokenizer's" in done.stdout
-    arguments = ["demo", "--model", model, "--backend", "inprocess", "--max-tokens", "1"]
-    done = CliRunner().invoke(cli.app, arguments)
-    assert done.exit_code == 0, done.output
-    assert "the tokenizer's template" in done.stdout
+    prompts = tmp_path / "chats.jsonl"
+    prompts.write_text('[{"role": "user", "content": "Which rule applies?"}]')
+    for option in ("--model", "--tokenizer"):
+        arguments = ["demo", option, model, "--prompts", str(prompts), "--max-tokens", "1"]
+        done = CliRunner().invoke(cli.app, [*arguments, "--backend", "inprocess"])
+        assert done.exit_code == 0, done.output
+        assert "the tokenizer's template" in done.stdout
+        assert Path(model).name in done.stdout
