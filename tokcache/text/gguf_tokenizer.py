@@ -23,7 +23,13 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from tokcache._prefix import first_difference
-from tokcache.errors import InvalidModel, MissingExtra, MissingFile, UnsupportedTokenizer
+from tokcache.errors import (
+    InvalidModel,
+    MissingExtra,
+    MissingFile,
+    TokcacheError,
+    UnsupportedTokenizer,
+)
 from tokcache.text.engines.fast import probe_texts
 
 if TYPE_CHECKING:
@@ -114,7 +120,14 @@ def read_gguf_tokenizer(path: str | os.PathLike[str]) -> GgufTokenizer:
         raise InvalidModel(f"llama.cpp can't read {path} as a GGUF: {error}") from None
     try:
         file = _File(path, model.metadata(), llama_cpp, model.vocab)
-        tokenizer = _build(file)
+        try:
+            tokenizer = _build(file)
+        except TokcacheError:
+            raise
+        except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
+            raise UnsupportedTokenizer(
+                f"no tokenizer can be built from {path.name}: {error}; {_CURE}"
+            ) from None
         difference = _first_difference(file, tokenizer, model)
     finally:
         model.close()
@@ -226,7 +239,7 @@ def _strings(path: Path, wanted: str) -> list[str]:
                 count = int.from_bytes(data[at + 4 : at + 12], "little")
                 at += 12
             if kind != _STRING:
-                at += count * _SIZES[kind]
+                at += count * _SIZES[kind]  # no file has an array of arrays
                 continue
             values = []
             for _ in range(count):
