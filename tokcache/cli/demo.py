@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -13,12 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 import tokcache
-from tokcache.cli._common import DIFFERS, errors_in_one_line
+from tokcache.cli._common import BAD_INPUT, DIFFERS, errors_in_one_line
 from tokcache.demo import backends
 from tokcache.demo.chat import built_in_prompts
 from tokcache.demo.prompts import read_prompts
 from tokcache.demo.replay import Replay, Request
-from tokcache.demo.table import Summary, lines, table
+from tokcache.demo.table import Summary, as_json, lines, table
 from tokcache.demo.tokenizers import TokenizerSource, chat_format, find_tokenizer
 from tokcache.errors import InvalidConfig, MissingFile, UnsupportedTokenizer
 from tokcache.samples import tiny_model
@@ -85,6 +86,10 @@ def demo(
     threads: Annotated[
         int | None, typer.Option(min=1, help="llama.cpp's threads; by default half the cores.")
     ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the times of each prompt to a file."),
+    ] = None,
 ) -> None:
     """Replay prompts without and with tokcache; time both and compare every token.
 
@@ -114,6 +119,13 @@ def demo(
     console.print()
     for line in lines(summary):
         console.print(line, markup=False)
+    if json_file is not None:
+        written = json.dumps(as_json(summary), indent=1) + "\n"
+        try:
+            json_file.write_text(written, encoding="utf-8")
+        except OSError as error:
+            typer.echo(f"tokcache: {json_file} can't be written: {error.strerror}", err=True)
+            raise typer.Exit(BAD_INPUT) from None
     raise typer.Exit(DIFFERS if summary.differences() else 0)
 
 

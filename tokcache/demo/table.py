@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -73,6 +74,26 @@ class Summary:
         """Return the number of generated tokens that were compared."""
         generations = (outcome.plain.generation for outcome in self.outcomes)
         return sum(len(generation.token_ids) for generation in generations if generation)
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """Return the figures of each prompt, in the order of the demo.
+
+    Units: tokens; seconds to the first token, tokenization included (without a model: to the ids).
+    """
+    return {
+        "cores": os.cpu_count(),
+        "differences": summary.differences(),
+        "prompts": [
+            {
+                "kind": str(outcome.kind),
+                "n_tokens": len(outcome.plain.token_ids),
+                "without_s": outcome.plain.first_token_s,
+                "with_s": outcome.cached.first_token_s,
+            }
+            for outcome in summary.outcomes
+        ],
+    }
 
 
 def _plain(outcome: Outcome) -> Side:
