@@ -194,7 +194,7 @@ def test_missing_and_unreadable_files_end_with_exit_code_2(tmp_path: Path) -> No
         (("--tokenizer", tmp_path / "absent.json"), "no such tokenizer file"),
         (("--tokenizer", tmp_path), "no such tokenizer file"),
         (("--tokenizer", tmp_path / "no.json"), "holds no tokenizer"),
-        (("--model", tmp_path / "absent.gguf"), "--model needs --tokenizer"),
+        (("--model", tmp_path / "absent.gguf"), "no such model file"),
         (("--tokenizer", samples.tiny_tokenizer(), "--model", "absent"), "no such model file"),
         (("--model", "x", "--backend", "tokens", "--tokenizer", samples.tiny_tokenizer()), "no mo"),
     ):

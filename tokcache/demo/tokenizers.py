@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from tokcache.errors import InvalidPrompts, MissingFile, UnsupportedTokenizer
 from tokcache.samples import tiny_tokenizer
+from tokcache.text.gguf_tokenizer import is_gguf, read_gguf_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,14 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """A tokenizer.json, the tokenizer_config.json next to it, and the name to show."""
+    """A tokenizer.json or a GGUF, its tokenizer_config.json, and the name to show.
+
+    `in_gguf` is the tokenizer of a GGUF as JSON.
+    """
 
     name: str
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
+    in_gguf: str | None = None
 
     def load(self) -> Tokenizer:
         """Return a new tokenizer, shared with nobody."""
+        if self.in_gguf is not None:
+            return Tokenizer.from_str(self.in_gguf)
         try:
             return Tokenizer.from_file(str(self.path))
         except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
@@ -37,7 +44,6 @@ class TokenizerSource:
 
 # First bytes of other files that people pass as a tokenizer.json, and the kind of each.
 _OTHER_FILES = (
-    (b"GGUF", "is a model file (GGUF): the tokenizer in it is llama.cpp's own"),
     (b"\n\x0e\n\x05<unk>", "is a SentencePiece model"),
     (b"PK", "is an archive"),
 )
@@ -56,7 +62,8 @@ def _unreadable(path: Path, error: Exception) -> str:
 def find_tokenizer(named: str | None) -> TokenizerSource:
     """Return the tokenizer of a file, a folder or a hub name; the tiny one if `named` is None.
 
-    Errors: MissingFile if a path does not exist or a hub name can't be fetched.
+    Errors: MissingFile if a path does not exist or a hub name can't be fetched; those of
+            `read_gguf_tokenizer` for a GGUF.
     """
     if named is None:
         return _from_file(tiny_tokenizer(), "tokcache's tiny one, 2,048 tokens")
@@ -65,13 +72,16 @@ def find_tokenizer(named: str | None) -> TokenizerSource:
     path = Path(named)
     if path.is_dir():
         return _from_file(path / "tokenizer.json", named)
-    looks_like_path = named.endswith(".json") or named.startswith((".", "/", "~"))
+    looks_like_path = named.endswith((".json", ".gguf")) or named.startswith((".", "/", "~"))
     return _from_file(path, named) if path.exists() or looks_like_path else _from_hub(named)
 
 
 def _from_file(path: Path, name: str) -> TokenizerSource:
     if not path.is_file():
         raise MissingFile(f"no such tokenizer file: {path}")
+    if is_gguf(path):
+        found = read_gguf_tokenizer(path)
+        return TokenizerSource(name, path, found.config, found.tokenizer.to_str())
     return TokenizerSource(name, path, _config(path.with_name("tokenizer_config.json")))
 
 
