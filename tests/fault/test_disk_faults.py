@@ -29,16 +29,15 @@ from tests.state.engine import Engine, restored
 from tests.state.test_disk import all_bytes, cache_on, files, found, int32
 from tokcache.errors import StateRefused
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.names import Owner, child_name, root_name
+from tokcache.state.names import RootKey, child_name, root_name
 from tokcache.state.tiers import Address
 from tokcache.state.tiers.block_file import HEAD_BYTES, MAGIC
 from tokcache.state.tiers.disk import DiskTier
 from tokcache.state.tiers.disk.folder import MARKER
 
 SCALE = float(os.environ.get("TOKCACHE_FAULTS", "1"))
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # forks of a process with threads
+# Forks of a process with threads are deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -92,9 +91,9 @@ def test_a_killed_writer_leaves_no_damage_and_loses_no_finished_state(tmp_path: 
         os.kill(pid, signal.SIGKILL)
         assert exit_code(pid) == -signal.SIGKILL
         with os.fdopen(receiver, "rb") as pipe:
-            told = pipe.read()
+            reported = pipe.read()
         reader = cache_on(DiskTier(tmp_path), max_entries=100_000)
-        for (n,) in struct.iter_unpack("<I", told[: len(told) // 4 * 4]):
+        for (n,) in struct.iter_unpack("<I", reported[: len(reported) // 4 * 4]):
             assert found(reader, prompt(n)) == len(prompt(n))
             n_finished += 1
         assert reader.stats().refusals == {}
@@ -141,14 +140,14 @@ def is_served(tier: DiskTier) -> bool:
 def test_every_flipped_byte_is_detected(tmp_path: Path, n_bytes: int, keys: Any) -> None:
     tier, path = one_file(tmp_path, n_bytes, **keys)
     assert is_served(tier)
-    rng, whole, kept = random.Random(2), path.read_bytes(), tmp_path / "kept"
+    rng, intact, kept = random.Random(2), path.read_bytes(), tmp_path / "kept"
     kept.hardlink_to(path)
     fd = os.open(kept, os.O_WRONLY)
     address, rest = address_of(tier, path)
     opened = tier.find(address, rest)
     assert opened is not None
     buffer = memoryview(bytearray(opened.n_bytes))
-    for offset, byte in enumerate(whole):
+    for offset, byte in enumerate(intact):
         os.pwrite(fd, bytes([byte ^ rng.randint(1, 255)]), offset)
         if offset % 97 == 0 or offset < 1000:
             assert not is_read(tier, address, rest), offset
@@ -169,24 +168,24 @@ def test_every_truncation_and_every_longer_file_is_detected(tmp_path: Path) -> N
     kept = tmp_path / "kept"
     kept.hardlink_to(path)
     address, rest = address_of(tier, path)
-    whole = path.read_bytes()
-    kept.write_bytes(whole + b"\0")
+    intact = path.read_bytes()
+    kept.write_bytes(intact + b"\0")
     assert not is_read(tier, address, rest)
-    for n_bytes in range(len(whole) - 1, -1, -1):
+    for n_bytes in range(len(intact) - 1, -1, -1):
         if not path.exists():
             path.hardlink_to(kept)
         os.truncate(kept, n_bytes)
         assert not is_read(tier, address, rest), n_bytes
-    kept.write_bytes(whole)
+    kept.write_bytes(intact)
     path.hardlink_to(kept)
     assert is_served(tier)
 
 
 def address_of(tier: DiskTier, path: Path) -> Any:
     """Return the arguments of `find` for the only file."""
-    owner = Owner(b"m", None, "free")
-    root, rest = root_name(owner), int32(list(range(64)))
-    address = Address(owner, 0, root, child_name(root, rest[:4]))
+    root_key = RootKey(b"m", None, "free")
+    root, rest = root_name(root_key), int32(list(range(64)))
+    address = Address(root_key, 0, root, child_name(root, rest[:4]))
     assert path.name == tier._files.names(address)[0]
     return address, rest
 

@@ -1,6 +1,6 @@
 """A Redis that is absent, slow, full, restarted, paused, cut off, read-only, or another program.
 
-No request sees an exception or waits longer than it was told to, nothing wrong is ever served, and
+No request sees an exception or waits longer than its time-out, nothing wrong is ever served, and
 counters say why. `TOKCACHE_FAULTS=N` makes the long tests N times as long.
 """
 
@@ -29,16 +29,15 @@ from tests.state.redis_server import RedisServer, free_port
 from tests.state.test_disk import SECRET, cache_on, found
 from tokcache.errors import StateRefused
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.names import Owner, child_name, root_name
+from tokcache.state.names import RootKey, child_name, root_name
 from tokcache.state.tiers import Address
 from tokcache.state.tiers.block_file import HEAD_BYTES, MAGIC
 from tokcache.state.tiers.redis import RedisTier
 from tokcache.state.tiers.redis.commands import HEAD
 from tokcache.state.tiers.redis.reading import CHUNK_BYTES
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # forks of a process with threads
+# Forks of a process with threads are deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
@@ -295,9 +294,9 @@ def one_state(server: RedisServer, n_bytes: int, **keys: Any) -> tuple[RedisTier
     )
     writer.close()
     (key,) = server.states()
-    owner, rest = Owner(b"m", None, "free"), struct.pack("<64i", *range(64))
-    root = root_name(owner)
-    return tier, key, (Address(owner, 0, root, child_name(root, rest[:4])), rest)
+    root_key, rest = RootKey(b"m", None, "free"), struct.pack("<64i", *range(64))
+    root = root_name(root_key)
+    return tier, key, (Address(root_key, 0, root, child_name(root, rest[:4])), rest)
 
 
 def is_served(tier: RedisTier, wanted: Any) -> bool:
@@ -326,8 +325,8 @@ def test_every_flipped_byte_and_every_other_length_is_detected(
     assert is_served(tier, wanted)
     rng = random.Random(2)
     with server.client() as client:
-        whole = client.hgetall(key)
-        assert sorted(whole) == [b"0", HEAD]
+        intact = client.hgetall(key)
+        assert sorted(intact) == [b"0", HEAD]
 
         def is_detected(field: bytes, value: bytes | None) -> bool:
             if value is None:
@@ -335,10 +334,10 @@ def test_every_flipped_byte_and_every_other_length_is_detected(
             else:
                 client.hset(key, field, value)
             is_right = not is_served(tier, wanted)
-            client.hset(key, mapping=whole)  # it may have been removed
+            client.hset(key, mapping=intact)  # it may have been removed
             return is_right
 
-        for field, value in whole.items():
+        for field, value in intact.items():
             for offset, byte in enumerate(value):
                 flipped = bytearray(value)
                 flipped[offset] = byte ^ rng.randint(1, 255)
@@ -355,22 +354,22 @@ def test_every_flipped_byte_and_every_other_length_is_detected(
 def test_chunks_that_are_swapped_or_gone_are_detected_and_removed(server: RedisServer) -> None:
     tier, key, wanted = one_state(server, 3 * CHUNK_BYTES)
     with server.client() as client:
-        whole = client.hgetall(key)
+        intact = client.hgetall(key)
         damages: list[dict[bytes, bytes]] = [
-            whole | {b"0": whole[b"1"], b"1": whole[b"0"]},
-            {field: value for field, value in whole.items() if field != b"1"},
-            {field: value for field, value in whole.items() if field != b"2"},
-            whole | {b"2": whole[b"2"][:-1]},
-            whole | {b"1": whole[b"1"] * 5},
-            whole | {b"0": b""},
-            whole | {b"0": b"$-1\r\n"},
+            intact | {b"0": intact[b"1"], b"1": intact[b"0"]},
+            {field: value for field, value in intact.items() if field != b"1"},
+            {field: value for field, value in intact.items() if field != b"2"},
+            intact | {b"2": intact[b"2"][:-1]},
+            intact | {b"1": intact[b"1"] * 5},
+            intact | {b"0": b""},
+            intact | {b"0": b"$-1\r\n"},
         ]
         for damaged in damages:
             client.delete(key)
             client.hset(key, mapping=damaged)
             assert not is_served(tier, wanted)
             assert not client.exists(key)  # a damaged state is removed
-        client.hset(key, mapping=whole | {b"3": b"of nobody", b"x": b"y"})
+        client.hset(key, mapping=intact | {b"3": b"of nobody", b"x": b"y"})
         assert is_served(tier, wanted)
         assert tier.stats().refusals == {"damaged": 5, "missing": 2}
 
@@ -438,7 +437,7 @@ def test_keys_of_other_programs_are_unchanged(server: RedisServer) -> None:
         client.delete(lengths)
         client.sadd(lengths, "a", "-1", "0", "99999999999999999999", "1", b"\xff", "16777217")
         assert fresh.redis is not None
-        assert fresh.redis.lengths(Owner(b"m", None, "snapshot")) == {1}
+        assert fresh.redis.lengths(RootKey(b"m", None, "snapshot")) == {1}
         fresh.clear()  # all of its namespace, other kinds of keys too
         assert list(client.scan_iter()) == [b"other"]
         fresh.close()
@@ -472,10 +471,10 @@ def test_a_state_removed_while_it_is_written_never_appears_in_part(
     Meddling(tier, n_call, lambda: cache(server.url).clear())
     assert one.namespace(b"m").store([1], state)
     one.flush()
-    is_whole = n_call <= 2  # removed before any write
-    assert reasons(one) == (set() if is_whole else {"removed"})
+    is_complete = n_call <= 2  # removed before any write
+    assert reasons(one) == (set() if is_complete else {"removed"})
     handle = cache(server.url).namespace(b"m").find([1])
-    assert (handle is not None) == is_whole
+    assert (handle is not None) == is_complete
     assert handle is None or handle.state == state
     with server.client() as client:
         assert not [key for key in client.scan_iter() if b".new-" in key]
@@ -606,11 +605,11 @@ def test_a_server_that_answers_garbage_costs_misses(answer: bytes, is_cluster: b
 
 def test_random_garbage_costs_misses() -> None:
     rng = random.Random(6)
-    pieces = [b"$", b"*", b"+", b"-", b":", b"\r\n", b"1", b"0", b"9", b"OK", b"head", b"published"]
+    parts = [b"$", b"*", b"+", b"-", b":", b"\r\n", b"1", b"0", b"9", b"OK", b"head", b"published"]
 
     def answer(connection: socket.socket) -> None:
         while connection.recv(1 << 16):
-            connection.sendall(b"".join(rng.choices(pieces, k=rng.randint(1, 60))))
+            connection.sendall(b"".join(rng.choices(parts, k=rng.randint(1, 60))))
 
     with Stranger(answer) as stranger:
         for _ in range(int(30 * SCALE)):
@@ -666,7 +665,7 @@ def test_a_server_that_sends_too_slowly_is_given_up(server: RedisServer) -> None
         one.close()
     # A payload has the time that its size allows, and no more.
     tier, _, wanted = one_state(server, 2 * CHUNK_BYTES)
-    with Proxy(server, pause_s=0.05, piece=1 << 10) as proxy:
+    with Proxy(server, pause_s=0.05, n_bytes=1 << 10) as proxy:
         slow = RedisTier(proxy.url, timeout_s=0.3)
         began = time.perf_counter()
         assert not is_served(slow, wanted)
@@ -684,10 +683,10 @@ class Proxy(Stranger):
         server: RedisServer,
         *,
         pause_s: float = 0.0,
-        piece: int = 1 << 16,
+        n_bytes: int = 1 << 16,
         cut_after: Callable[[], int] = lambda: 1 << 60,
     ) -> None:
-        self._server, self._pause_s, self._piece = server, pause_s, piece
+        self._server, self._pause_s, self._n_bytes = server, pause_s, n_bytes
         self._cut_after = cut_after
         super().__init__(self._through)
 
@@ -701,7 +700,7 @@ class Proxy(Stranger):
 
     def _pump(self, source: socket.socket, target: socket.socket, left: list[int]) -> None:
         with suppress(OSError):
-            while data := source.recv(self._piece):
+            while data := source.recv(self._n_bytes):
                 time.sleep(self._pause_s)
                 target.sendall(data[: max(left[0], 0)])
                 left[0] -= len(data)
@@ -784,9 +783,9 @@ def test_a_killed_writer_leaves_no_damage_and_loses_no_finished_state(
         os.kill(pid, signal.SIGKILL)
         assert exit_code(pid) == -signal.SIGKILL
         with os.fdopen(receiver, "rb") as pipe:
-            told = pipe.read()
+            reported = pipe.read()
         reader = cache(server.url)
-        for (n,) in struct.iter_unpack("<I", told[: len(told) // 4 * 4]):
+        for (n,) in struct.iter_unpack("<I", reported[: len(reported) // 4 * 4]):
             tokens = prompt(1000 * n_round + n)
             assert found(reader, tokens) == len(tokens)
             with reader.namespace(b"m").find([n_round, n]) as handle:  # type: ignore[union-attr]

@@ -19,8 +19,9 @@ import pytest
 from tokenizers import Tokenizer
 
 import tokcache
+from tests.integration.served import Wrapped
 from tests.test_samples import bundled
-from tokcache import TokenIds, samples
+from tokcache import samples
 from tokcache.errors import (
     InvalidConfig,
     InvalidTokens,
@@ -40,22 +41,6 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 N_PREDICT = 10
-
-
-class Wrapped:
-    """Has exactly the methods of a wrapped tokenizer that LlamaServer uses."""
-
-    def __init__(self, path: Path) -> None:
-        self._plain = Tokenizer.from_file(str(path))
-
-    def token_ids(
-        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
-    ) -> TokenIds:
-        assert scope is None
-        return TokenIds(self._plain.encode(text, add_special_tokens=add_special_tokens).ids)
-
-    def unwrap(self) -> Tokenizer:
-        return self._plain
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +83,6 @@ def test_the_server_reports_its_properties(process: ServerProcess, server: Llama
     assert process.url.startswith("http://127.0.0.1:")
 
 
-def test_text_is_encoded_and_decoded(server: LlamaServer) -> None:
-    text = "<|im_start|>user\nWhat does it cost?<|im_end|>"
-    ids = server.token_ids(text)
-    assert isinstance(ids, TokenIds)
-    assert server.tokenize(text) == ids
-    assert server.detokenize(ids) == text
-    with LlamaServer(server.url) as without:
-        assert without.token_ids(text) == ids
-
-
 def test_a_prompt_found_in_the_slot_is_counted_and_timed(server: LlamaServer) -> None:
     tokens = prompt(1, 300)
     first = uncached(server, tokens)
@@ -121,20 +96,6 @@ def test_a_prompt_found_in_the_slot_is_counted_and_timed(server: LlamaServer) ->
     assert likeliest == first.token_ids.tolist()
     ignored = server.completion(tokens, n_predict=1, id_slot=1, cache_prompt=False)
     assert ignored.n_cached == 0
-
-
-def test_a_slot_is_saved_restored_and_erased(server: LlamaServer, process: ServerProcess) -> None:
-    tokens = prompt(2, 3 * BLOCK)
-    server.erase_slot(0)
-    server.completion(tokens, n_predict=0, id_slot=0)
-    saved = server.save_slot(0, "kept.bin")
-    assert saved.n_tokens == len(tokens)
-    assert saved.n_bytes == (process.slot_folder / "kept.bin").stat().st_size
-    server.erase_slot(0)
-    assert server.completion(tokens, n_predict=1, id_slot=0).n_cached == 0
-    server.erase_slot(0)
-    assert server.restore_slot(0, "kept.bin") == saved
-    assert server.completion([*tokens, 9], n_predict=1, id_slot=0).n_cached == len(tokens)
 
 
 # Lengths near each end of a block, and those at which llama-server splits the last batch.

@@ -12,7 +12,7 @@ from tests.integration.served import BLOCK, N_PREDICT, prompt, serve_with_adapte
 from tokcache import samples
 from tokcache.errors import RequestRejected
 from tokcache.llama.server import LlamaServer, SlotSettings
-from tokcache.llama.server.shelf import adapters_key
+from tokcache.llama.server.namespaces import adapters_key
 from tokcache.llama.server.slot import Condition
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def test_failed_restores_with_one_adapter_do_not_stop_those_with_others(
         half = adapters_key(HALF["lora"])
         for kind in ("prompt", "whole"):
             assert server._manager.trust.verify(half, kind, 100, 0) == (kind == "whole")
-        server._manager._shelf.clear(half)
+        server._manager.records.shelf.clear(half)
         assert complete(server, tokens).completion.n_cached == 199
         assert complete(server, other, **NONE).completion.n_cached == 199
         assert complete(server, tokens, **HALF).completion.n_cached == 0

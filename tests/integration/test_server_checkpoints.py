@@ -51,7 +51,7 @@ def uncached(server: LlamaServer, tokens: list[int]) -> Completion:
 def require_same(found: Completion, expected: Completion, tolerance: float = 1e-2) -> None:
     """Assert that two greedy answers have the same text and, up to rounding, the same logits.
 
-    They may differ from a tie of two tokens on.
+    After a tie of two tokens they may differ.
     """
     ours, theirs = found.token_ids.tolist(), expected.token_ids.tolist()
     assert len(ours) == len(theirs)
@@ -173,8 +173,8 @@ def test_a_slot_in_use_stays_right_after_the_server_went_back(
     ):
         complete(server, TOKENS)
         for turn in range(4):
-            # First so long that the shared tokens leave the window, then so short that the
-            # server makes a checkpoint at the position that it went back to.
+            # The first prompt is so long that the shared tokens leave the window, the second so
+            # short that the server makes a checkpoint at the position that it went back to.
             for n_more in (400, 20):
                 tokens = [*TOKENS, *prompt(100 + turn, n_more)]
                 found = complete(server, tokens)

@@ -219,6 +219,39 @@ def test_an_async_client_checks_the_tokenizer_at_its_first_request_at_the_latest
     asyncio.run(ask())
 
 
+class Slow(Wrapped):
+    """A tokenizer that takes a quarter of a second a text."""
+
+    def token_ids(
+        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
+    ) -> TokenIds:
+        time.sleep(0.25)
+        return super().token_ids(text, add_special_tokens=add_special_tokens, scope=scope)
+
+
+def test_an_event_loop_stays_free_while_a_tokenizer_works(process: ServerProcess) -> None:
+    async def longest_pause_s(doing: Any) -> float:
+        task, pauses = asyncio.create_task(doing), [0.0]
+        while not task.done():
+            began = time.monotonic()
+            await asyncio.sleep(0.005)
+            pauses.append(time.monotonic() - began)
+        await task
+        return max(pauses)
+
+    async def check() -> None:
+        server = AsyncLlamaServer(process.url, tokenizer=Slow(samples.tiny_tokenizer()))
+        for doing in (
+            server.__aenter__(),
+            server.token_ids("a text"),
+            server.complete("a text", n_predict=1),
+        ):
+            assert await longest_pause_s(doing) < 0.2
+        await server.aclose()
+
+    asyncio.run(check())
+
+
 @both_clients
 def test_a_closed_client_says_so(connect: Connect, process: ServerProcess) -> None:
     server: Any = connect(process.url)

@@ -23,6 +23,7 @@ from tokenizers.models import BPE
 from tests.integration.pretended import PROPS, Pretender, answer, pretend
 from tests.integration.served import (
     N_PREDICT,
+    InLoop,
     Wrapped,
     async_client,
     both_clients,
@@ -46,7 +47,7 @@ from tokcache.errors import (
     ServerUnreachable,
     VocabularyMismatch,
 )
-from tokcache.llama.server import LlamaServer, exchange
+from tokcache.llama.server import LlamaServer, SlotSettings, exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -193,8 +194,8 @@ def test_clear_without_a_scope_leaves_nothing_of_anyone(tmp_path: Path) -> None:
         server.flush(30)
         assert list(tmp_path.iterdir()) == []
         assert all(slot.n_tokens == 0 for slot in server.slots())
-        manager = server._manager
-        assert (len(manager._shelf), manager._shelf.pinned, len(manager._seen)) == (0, set(), 0)
+        records = server._manager.records
+        assert (len(records.shelf), records.shelf.pinned, len(records._seen)) == (0, set(), 0)
         for seed, scope in enumerate(("a", "b", None)):
             assert complete(server, prompt(seed, 200), scope=scope).completion.n_cached == 0
         complete(server, kept, scope="b")
@@ -243,7 +244,7 @@ def test_clear_goes_on_if_one_slot_can_not_be_erased(url: str, pretender: Preten
         with pytest.raises(ServerUnreachable):
             server.clear(scope="a")
         pretender.say["erase"] = {}
-        assert len(server._manager._shelf) == 0
+        assert len(server._manager.records.shelf) == 0
         for seed in range(2):
             assert complete(server, prompt(seed, 100), scope="a").n_live == 0
 
@@ -254,11 +255,81 @@ def test_scopes_and_pins_hold_with_any_adapters(url: str) -> None:
         server.pin("c", scope="a")
         complete(server, prompt(1, 100), scope="a", lora=lora, conversation="c")
         complete(server, prompt(1, 100), scope="b", lora=lora)
-        shelf = server._manager._shelf
+        shelf = server._manager.records.shelf
         assert sorted(file.is_pinned for file in shelf) == [False, True]
         server.clear(scope="a")
         assert [file.is_pinned for file in shelf] == [False]
         assert complete(server, prompt(1, 100), scope="a", lora=lora).n_live == 0
+
+
+def clear_during(server: LlamaServer, pretender: Pretender, path: str, answer: Any) -> None:
+    """Clear the scope "a" once, while the server works on a request to `path`."""
+    usual = pretender.say[path]
+
+    def say(*asked: Any) -> Any:
+        pretender.say[path] = usual
+        server.clear(scope="a")
+        return answer(*asked)
+
+    pretender.say[path] = say
+
+
+def filled(server: LlamaServer) -> None:
+    """Save a prompt of the scope "a", and fill both slots with prompts of another scope."""
+    complete(server, prompt(1, 100), scope="a")
+    for seed in (2, 3):
+        complete(server, prompt(seed, 100))
+
+
+@both_clients
+@pytest.mark.parametrize("said", ["an error", "another number of tokens"])
+def test_a_scope_cleared_while_its_file_is_read_is_not_a_failure_of_the_server(
+    said: str, connect: Connect, url: str, pretender: Pretender
+) -> None:
+    answers = {
+        "an error": lambda *_: (400, {"error": {"message": "no such file"}}),
+        "another number of tokens": lambda *_: {"n_restored": 3, "n_read": 1},
+    }
+    # With on_error "raise" a failure of the server would be raised.
+    with connect(url, slot_settings=SlotSettings(on_error="raise")) as server:
+        filled(server)
+        clear_during(server, pretender, "restore", answers[said])
+        found = complete(server, prompt(1, 100), scope="a")
+        assert (found.n_restored, found.completion.text) == (0, " it")
+        assert server.stats().refusals == {"cleared": 1}
+        assert server.stats().n_files == 2  # nothing of the cleared scope was kept
+        # Without the clearing it is.
+        pretender.say["restore"] = answers[said]
+        if said == "an error":
+            with pytest.raises(RequestRejected, match="no such file"):
+                complete(server, prompt(2, 100))
+        else:
+            assert complete(server, prompt(2, 100)).n_restored == 0
+        assert server.stats().refusals == {"cleared": 1, "restore_failed": 1}
+
+
+@both_clients
+def test_a_scope_cleared_before_its_file_is_read_is_not_a_failure_of_the_server(
+    connect: Connect, url: str, pretender: Pretender, tmp_path: Path
+) -> None:
+    def save(body: dict[str, Any], slot: str) -> Any:
+        said = pretender.save(body, slot)
+        (tmp_path / body["filename"]).write_bytes(bytes(said["n_written"]))
+        return said
+
+    pretender.say["save"] = save
+    with connect(url, slot_settings=SlotSettings(slot_folder=tmp_path)) as server:
+        filled(server)
+        clear_during(server, pretender, "/props", lambda *_: PROPS)
+        assert complete(server, prompt(1, 100), scope="a").n_restored == 0
+        assert server.stats().refusals == {"cleared": 1}
+        assert pretender.asked["restore"] == 0
+        # Without the clearing it is: one of these two is no longer in a slot.
+        for file in tmp_path.iterdir():
+            file.unlink()
+        for seed in (2, 3):
+            complete(server, prompt(seed, 100))
+        assert server.stats().refusals == {"cleared": 1, "restore_failed": 1}
 
 
 # -- wrong arguments of one request ---------------------------------------------------------------
@@ -467,14 +538,14 @@ def changed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Wrapp
         lambda found: found["model"].update(merges=[]),
     ],
 )
-def test_the_same_pieces_cut_in_another_way_are_another_tokenizer(
+def test_a_tokenizer_that_splits_plain_words_differently_is_refused(
     change: Callable[[dict[str, Any]], object], process: ServerProcess, tmp_path: Path
 ) -> None:
     with pytest.raises(VocabularyMismatch, match="quick brown fox"):
         LlamaServer(process.url, tokenizer=changed(tmp_path, change))
 
 
-def test_unusual_texts_cut_in_another_way_are_only_logged(
+def test_a_tokenizer_that_splits_unusual_text_differently_is_only_logged(
     process: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     accents = {"type": "Replace", "pattern": {"String": "\u00e9"}, "content": "e"}
@@ -536,7 +607,7 @@ def test_the_state_of_a_sequence_does_not_grow_with_its_tokens(
 
 @both_clients
 @pytest.mark.parametrize("separator", ["\\u2028", "\\u2029", "\\u0085"])
-def test_a_stream_is_cut_at_newlines_alone(
+def test_a_stream_is_split_at_newlines_only(
     separator: str, connect: Connect, process: ServerProcess
 ) -> None:
     grammar = f'root ::= "a{separator}b"'
@@ -584,6 +655,19 @@ def test_a_forked_child_does_not_wait_for_its_parent(process: ServerProcess) -> 
     assert statuses == [0] * 9
 
 
+def test_a_forked_child_uses_an_async_client_of_its_parent(process: ServerProcess) -> None:
+    with InLoop(process.url) as server:
+        server.complete(prompt(1, 40), n_predict=1)  # the loop's connections stay open
+
+        def ask() -> None:
+            found = asyncio.run(server.inner.complete(prompt(1, 40), n_predict=1))
+            assert found.n_live == 0  # the child knows of no slot
+
+        statuses = [in_child(ask) for _ in range(4)]
+        assert server.complete(prompt(2, 40), n_predict=1).completion.n_prompt == 40
+    assert statuses == [0] * 4
+
+
 def ask_in_child(server: LlamaServer, seed: int) -> None:
     server.stats()
     server.complete(prompt(seed, 40), n_predict=1)
@@ -595,6 +679,7 @@ def in_child(do: Callable[[], object]) -> int:
         warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads, on purpose
         pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest's handler would not end the child
         signal.alarm(20)
         try:
             do()
@@ -701,7 +786,7 @@ def test_figures_that_are_too_large_are_typed_errors(url: str, pretender: Preten
                 assert server.completion([1, 2], n_predict=1).first_token_s > 0
 
 
-def test_a_charset_is_not_believed(url: str, pretender: Pretender) -> None:
+def test_the_charset_of_an_answer_is_ignored(url: str, pretender: Pretender) -> None:
     pretender.headers = {"Content-Type": "text/html; charset=utf-16"}
     pretender.say["/health"] = {"status": "ok"}
     with LlamaServer(url) as server:

@@ -290,7 +290,7 @@ def test_without_a_slot_save_path_slots_are_reused_with_one_warning(
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
-def test_restores_without_use_stop_with_one_warning(
+def test_restores_that_the_server_does_not_use_stop_with_one_warning(
     architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = samples.tiny_model(architecture=architecture)
@@ -398,7 +398,7 @@ def test_a_cancelled_request_frees_its_slot_and_fails_no_other(process: ServerPr
             return ended
 
     *ended, last = asyncio.run(cancelled())
-    assert all(isinstance(each, asyncio.CancelledError) for each in ended)
+    assert [type(each) for each in ended] == [asyncio.CancelledError] * 3
     assert len(last.completion.token_ids) == 4
 
 
@@ -481,7 +481,7 @@ def test_old_files_are_deleted_also_those_of_earlier_clients(
         complete(server, prompt(501, 150))
         assert not left & set(folder.iterdir())
         time.sleep(0.25)
-        server._manager._shelf.sweep()
+        server._manager.records.shelf.sweep()
         assert [file.name for file in folder.iterdir()] == ["someone-elses.bin"]
     (folder / "someone-elses.bin").unlink()
 
@@ -614,7 +614,7 @@ def test_kv_figures_are_the_models_own(process: ServerProcess, folder: Path) -> 
         assert (state.n_ctx, state.n_tokens) == (1024, 205)
         assert state.share == 205 / 1024
         # llama.cpp writes the cells and a header of less than 3 %.
-        (file,) = server._manager._shelf
+        (file,) = server._manager.records.shelf
         assert state.n_bytes <= file.n_bytes <= 1.03 * state.n_bytes
 
 
@@ -642,7 +642,7 @@ def test_other_memories_are_measured(architecture: str, memory: str, tmp_path: P
     with serve(tmp_path, model=model) as running, client(running, slot_folder=tmp_path) as server:
         found = complete(server, prompt(1, 200))
         state = {slot.id: slot for slot in server.kv_state()}[found.id_slot]
-        (file,) = server._manager._shelf
+        (file,) = server._manager.records.shelf
         assert (state.memory, state.source) == (memory, "measured")
         # A file also has the ids and a header.
         assert 0.95 * file.n_bytes <= state.n_bytes <= file.n_bytes

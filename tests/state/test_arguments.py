@@ -97,7 +97,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("form", sorted(WRONG))
 def test_the_error_names_the_position_of_the_first_wrong_id(form: str) -> None:
-    tokens, told = WRONG[form]
+    tokens, expected = WRONG[form]
     cache = PrefixStateCache()
     key: dict[str, Any] = {"fingerprint": b"m"}
     calls: list[Any] = [
@@ -112,7 +112,7 @@ def test_the_error_names_the_position_of_the_first_wrong_id(form: str) -> None:
     for call in calls:
         with pytest.raises(InvalidTokens) as caught:
             call()
-        assert told in str(caught.value)
+        assert expected in str(caught.value)
         assert "secret" not in str(caught.value)
     assert len(cache) == 0
 

@@ -1,3 +1,5 @@
+"""Blocks in memory: look-ups, saves, budgets, scopes, threads and forks."""
+
 from __future__ import annotations
 
 import os
@@ -15,9 +17,9 @@ from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.index import root_bytes
 from tokcache.state.memory import NODE_BYTES
-from tokcache.state.names import Owner
+from tokcache.state.names import RootKey
 
-ROOT = root_bytes(Owner(b"m", None, "free"))
+ROOT = root_bytes(RootKey(b"m", None, "free"))
 
 
 def small(**settings: Any) -> PrefixStateCache:
@@ -401,7 +403,7 @@ def test_scopes_with_long_names_stay_within_the_budget() -> None:
     assert 5 <= len(cache) <= 10
     cache._check()
     for root in list(cache._store.memory.index.roots.values()):
-        cache.clear(scope=root.owner.scope)
+        cache.clear(scope=root.root_key.scope)
     assert cache.memory_usage() == 0
 
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 PUBLIC, REST = list(range(100, 120)), list(range(200, 220))
 
 
-def whole(cache: PrefixStateCache, scope: str | None, tokens: list[int] = SECRET) -> bytes | None:
+def snapshot_of(
+    cache: PrefixStateCache, scope: str | None, tokens: list[int] = SECRET
+) -> bytes | None:
     with cache.namespace(b"m", scope=scope).find(tokens) or memoryview(b"") as found_state:
         return None if isinstance(found_state, memoryview) else bytes(found_state.state)
 
@@ -31,7 +33,7 @@ def filled(medium: Medium) -> PrefixStateCache:
     cache = medium.cache()
     for scope in ("a", "b", None):
         Engine().save(cache, SECRET, scope=scope)
-        cache.namespace(b"m", scope=scope).store(SECRET, b"whole")
+        cache.namespace(b"m", scope=scope).store(SECRET, b"state")
     cache.flush()
     return cache
 
@@ -45,7 +47,11 @@ def test_a_tenant_is_cleared_and_counters_stay(medium: Medium) -> None:
     assert after.n_bytes < before.n_bytes
     for each in (cache, medium.cache()):
         assert [found(each, SECRET, scope=scope) for scope in ("a", "b", None)] == [0, 40, 40]
-        assert [whole(each, scope) for scope in ("a", "b", None)] == [None, b"whole", b"whole"]
+        assert [snapshot_of(each, scope) for scope in ("a", "b", None)] == [
+            None,
+            b"state",
+            b"state",
+        ]
         each._check()
     cache.close()
 
@@ -84,7 +90,7 @@ def test_a_handle_removes_its_state_and_nothing_else(medium: Medium) -> None:
     with cache.namespace(b"m", scope="a").find(SECRET) as handle:  # type: ignore[union-attr]
         assert handle.remove() == 1
         assert handle.remove() == 0
-    assert whole(cache, "a") is None
+    assert snapshot_of(cache, "a") is None
     assert found(cache, SECRET, scope="a") == 40
     cache.close()
 
@@ -125,7 +131,7 @@ def test_open_handles_and_plans_yield_nothing_more(medium: Medium) -> None:
     with pytest.raises(StateError, match="removed"):
         _ = kept["handle of a"].state
     assert restored(kept["plan of a"], SECRET) == 0
-    assert bytes(kept["handle of b"].state) == b"whole"
+    assert bytes(kept["handle of b"].state) == b"state"
     assert restored(kept["plan of b"], SECRET) == 40
     for each in kept.values():
         each.close()
@@ -140,7 +146,7 @@ def test_states_served_from_below_are_cleared_too(medium: Medium) -> None:
     handle = tiny.namespace(b"m", scope="a").find(SECRET)
     plan = tiny.namespace(b"m", scope="a").plan(SECRET)
     assert handle is not None
-    assert bytes(handle.state) == b"whole"
+    assert bytes(handle.state) == b"state"
     assert plan.n_tokens > 0
     tiny.clear(scope="a")
     assert handle.is_stale
@@ -230,12 +236,12 @@ def test_a_save_under_way_stores_nothing_of_a_cleared_scope(
     assert calls
     cache.flush()
     public = SECRET[:8] if operation is saving_the_public_part else []
-    is_kept, is_whole = cleared == "b", operation is filling
-    expected = 40 * (not is_whole) if is_kept else len(public) * (cleared == "a")
+    is_kept, is_snapshot = cleared == "b", operation is filling
+    expected = 40 * (not is_snapshot) if is_kept else len(public) * (cleared == "a")
     for each in (cache, medium.cache()):
         assert found(each, SECRET, scope="a", public_prefix=public) == expected
         handle = each.namespace(b"m", scope="a").find(SECRET)
-        assert (handle is not None) == (is_kept and is_whole)
+        assert (handle is not None) == (is_kept and is_snapshot)
         each._check()
     cache.close()
 
@@ -258,7 +264,7 @@ class _Held:
         monkeypatch.setattr(tier, "find_each", held)
 
 
-@pytest.mark.parametrize("kind", ["blocks", "whole"])
+@pytest.mark.parametrize("kind", ["blocks", "snapshot"])
 @pytest.mark.parametrize("cleared", ["a", None, "b"])
 def test_a_promotion_under_way_brings_nothing_back(
     medium: Medium, monkeypatch: pytest.MonkeyPatch, kind: str, cleared: str | None
@@ -269,7 +275,7 @@ def test_a_promotion_under_way_brings_nothing_back(
     held = _Held(cache, monkeypatch)
 
     def ask() -> object:
-        return found(cache, SECRET, scope="a") if kind == "blocks" else whole(cache, "a")
+        return found(cache, SECRET, scope="a") if kind == "blocks" else snapshot_of(cache, "a")
 
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
@@ -281,12 +287,12 @@ def test_a_promotion_under_way_brings_nothing_back(
         answer = asked.result(20)
     cache.flush()
     if cleared == "b":
-        assert answer == (40 if kind == "blocks" else b"whole")
+        assert answer == (40 if kind == "blocks" else b"state")
     else:
         assert answer in (0, None)
         assert len(cache) == 0
         assert found(cache, SECRET, scope="a") == 0
-        assert whole(cache, "a") is None
+        assert snapshot_of(cache, "a") is None
     cache._check()
     cache.close()
 
@@ -297,7 +303,7 @@ def test_operations_of_another_tenant_continue(medium: Medium) -> None:
     cache._store.below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
     for scope in ("a", "b"):
         Engine().save(cache, SECRET, scope=scope)
-        cache.namespace(b"m", scope=scope).store(SECRET, b"whole")
+        cache.namespace(b"m", scope=scope).store(SECRET, b"state")
     assert cache.clear(scope="a") == 6
     gate.set()
     assert cache.flush()
@@ -316,7 +322,7 @@ def test_tenants_are_cleared_while_many_save_and_find(tmp_path: Path) -> None:
         n_found = 0
         while not stop.is_set():
             Engine().save(cache, SECRET, scope=scope)
-            cache.namespace(b"m", scope=scope).store(SECRET, b"whole")
+            cache.namespace(b"m", scope=scope).store(SECRET, b"state")
             n_found += found(cache, SECRET, scope=scope)
         return n_found
 

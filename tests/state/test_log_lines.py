@@ -35,9 +35,9 @@ class Lines:
 
     def new(self) -> list[str]:
         """Return the lines since the last call, as "level: text"; none of them has a secret."""
-        told = [record for record in self._caplog.records if record.name.startswith("tokcache")]
-        lines = [f"{each.levelname}: {each.getMessage()}" for each in told[self._n_seen :]]
-        self._n_seen = len(told)
+        logged = [record for record in self._caplog.records if record.name.startswith("tokcache")]
+        lines = [f"{each.levelname}: {each.getMessage()}" for each in logged[self._n_seen :]]
+        self._n_seen = len(logged)
         for line in lines:
             assert "gehe1m" not in line
             assert "tenant" not in line

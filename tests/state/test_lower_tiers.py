@@ -11,7 +11,7 @@ import pytest
 
 from tests.state.engine import Engine, state_of
 from tests.state.test_disk import IDS, KEYS, SECRET, found, int32
-from tokcache.state.names import Owner
+from tokcache.state.names import RootKey
 from tokcache.state.write_behind import Job
 
 if TYPE_CHECKING:
@@ -249,9 +249,9 @@ def test_a_state_copied_to_another_scope_is_refused(medium: Medium) -> None:
             if state == own:
                 continue
             medium.put(name, state)
-            owners = (b"m", "a"), (b"m", "b"), (b"n", "a")
+            root_keys = (b"m", "a"), (b"m", "b"), (b"n", "a")
             fresh = medium.cache()
-            hits = [found(fresh, [1, 2, 3], fingerprint=f, scope=s) for f, s in owners]
+            hits = [found(fresh, [1, 2, 3], fingerprint=f, scope=s) for f, s in root_keys]
             assert sorted(hits) == [0, 3, 3]
             assert fresh.stats().refusals == {f"{medium.label}: misfiled": 1}
             medium.put(name, own)
@@ -374,15 +374,15 @@ def test_an_empty_state_and_one_of_many_chunks(medium: Medium) -> None:
 
 def test_names_depend_on_everything_that_makes_states_differ(medium: Medium) -> None:
     tier = medium.tier(hmac_key=b"k" * 32)
-    owners = [
-        Owner(b"m", None, "free"),
-        Owner(b"m", "", "free"),
-        Owner(b"m", "a", "free"),
-        Owner(b"ma", "", "free"),
-        Owner(b"m", "a", "aligned"),
-        Owner(b"m", "a", "snapshot"),
+    root_keys = [
+        RootKey(b"m", None, "free"),
+        RootKey(b"m", "", "free"),
+        RootKey(b"m", "a", "free"),
+        RootKey(b"ma", "", "free"),
+        RootKey(b"m", "a", "aligned"),
+        RootKey(b"m", "a", "snapshot"),
     ]
-    assert len({tier.codec.owner(owner) for owner in owners}) == len(owners)
+    assert len({tier.codec.root(root_key) for root_key in root_keys}) == len(root_keys)
 
 
 def test_states_that_a_tier_has_lost_are_written_again(medium: Medium) -> None:

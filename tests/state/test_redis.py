@@ -86,7 +86,7 @@ def test_keys_are_of_digests_and_all_of_a_state_is_in_one_slot(redis_server: Red
     assert sum(bool(state.fullmatch(key)) for key in found_keys) == 6
     assert sum(bool(lengths.fullmatch(key)) for key in found_keys) == 1
     own = tier(redis_server)
-    address = Address(tokcache.state.names.Owner(b"m", "t", "free"), 3, b"base", b"slot")
+    address = Address(tokcache.state.names.RootKey(b"m", "t", "free"), 3, b"base", b"slot")
     places = own._keys.places(address)
     assert len({key_slot(key.encode()) for key in (*places, f"{places[0]}.new-1")}) == 1
     assert len({key_slot(key.encode()) for key in found_keys}) > 4  # states are spread
@@ -318,9 +318,7 @@ def test_states_live_for_ttl_s_after_their_last_use(redis_server: RedisServer) -
         assert all(90_000 < client.pttl(key) <= 100_000 for key in keys(redis_server))
         for key in keys(redis_server):
             client.pexpire(key, 50_000)
-        assert (
-            found(ours, [1] * 8) == 8
-        )  # in memory; the use is reported to Redis in the background
+        assert found(ours, [1] * 8) == 8  # from memory; Redis learns of the use later
         assert ours.namespace(b"m").find([1]) is not None
         ours.flush()
         young = [client.pttl(key) > 60_000 for key in keys(redis_server)]

@@ -21,9 +21,9 @@ from bench.replay_mooncake import (  # noqa: E402
 )
 from tokcache.state.index import root_bytes  # noqa: E402
 from tokcache.state.memory import NODE_BYTES  # noqa: E402
-from tokcache.state.names import TOKEN_BYTES, Owner  # noqa: E402
+from tokcache.state.names import TOKEN_BYTES, RootKey  # noqa: E402
 
-ROOT = root_bytes(Owner(b"mooncake", None, "free"))
+ROOT = root_bytes(RootKey(b"mooncake", None, "free"))
 
 
 def trace(n_prompts: int, seed: int) -> list[Prompt]:
@@ -47,9 +47,8 @@ def test_the_least_recently_used_goes_first_as_in_an_exact_lru(n_blocks: int, se
     ours = list(cached(cache, prompts))
     cache._check()
     assert ours == list(classic(cachetools.LRUCache(n_blocks), prompts))
-    assert ours != list(
-        classic(cachetools.FIFOCache(n_blocks), prompts)
-    )  # the trace distinguishes the policies
+    # The trace distinguishes the policies.
+    assert ours != list(classic(cachetools.FIFOCache(n_blocks), prompts))
     assert cache.stats().evictions > 0
 
 

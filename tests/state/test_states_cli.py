@@ -156,7 +156,7 @@ def test_the_error_for_another_folder_describes_it(tmp_path: Path, command: str)
     (tmp_path / "empty").mkdir()
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.txt").write_text("dear")
-    for path, told in (
+    for path, expected in (
         (tmp_path / "missing", "there is no folder"),
         (tmp_path / "others" / "thesis.txt", "is a file"),
         (tmp_path / "empty", "is an empty folder"),
@@ -164,7 +164,7 @@ def test_the_error_for_another_folder_describes_it(tmp_path: Path, command: str)
     ):
         done = run(command, path)
         assert done.exit_code == 2
-        assert told in done.output
+        assert expected in done.output
         assert str(path) in done.output
     assert not (tmp_path / "missing").exists()
     assert list((tmp_path / "empty").iterdir()) == []

@@ -308,12 +308,21 @@ def test_a_check_reports_a_wrong_user_password_or_right(tmp_path: Path) -> None:
 
 def test_a_check_reports_a_server_that_takes_no_writes(tmp_path: Path) -> None:
     with RedisServer(tmp_path / "r") as server, server.client() as client:
-        tier = RedisTier(server.url, timeout_s=5.0)
+        tier = RedisTier(server.url, timeout_s=5.0, n_failures=1, retry_s=60.0)
+        cache = PrefixStateCache(redis=tier)
         client.config_set("maxmemory", 1)
         with pytest.raises(TierUnavailable, match=r"full.*raise its maxmemory"):
             tier.check()
+        for n in range(2):
+            assert cache.namespace(b"m").store([n], b"state")
+            assert cache.flush()
+        assert cache.stats().refusals == {"redis: full": 1, "redis: writes_paused": 1}
         client.config_set("maxmemory", 0)
         tier.check()
+        assert cache.namespace(b"m").store([2], b"state")  # writes are not paused any more
+        assert cache.flush()
+        assert cache.stats().redis.writes == 1
+        cache.close()
         client.execute_command("REPLICAOF", "127.0.0.1", free_port())
         with pytest.raises(TierUnavailable, match=r"read_only.*name the primary"):
             tier.check()

@@ -152,7 +152,7 @@ def test_l1_does_not_store_walks_from_before_their_scope_was_cleared(name: str) 
         assert one.complete(walk) in (one.expected(text), one.expected("another " + text))
         one.check()
     assert {scope for _, _, scope, *_ in one.cache.held_chunks()} == {0, 2}
-    assert {scope for _, _, scope, _ in one.cache.held_shorts()} == {0, 2}
+    assert {scope for _, _, scope, _ in one.cache.held_segments()} == {0, 2}
     assert one.cache.stats().refusals == {"cleared": 2}
     one.cache.clear(scope=0)
     one.cache.clear(scope=2)
@@ -208,7 +208,7 @@ class _Machine(RuleBasedStateMachine):
         self.cleared_since.update(
             id(walk) for walk_scope, _, walk in self.walks if walk_scope == scope
         )
-        held = [*self.one.cache.held_chunks(), *self.one.cache.held_shorts()]
+        held = [*self.one.cache.held_chunks(), *self.one.cache.held_segments()]
         assert scope not in {row[2] for row in held}
 
     @rule()
@@ -359,6 +359,6 @@ def test_clearing_during_concurrent_calls_leaves_no_entry_of_the_scope() -> None
     assert {scope for *_, scope in core._generation.l0.held()} == {"b"}
     l1 = core.l1
     assert l1 is not None
-    assert {scope for _, _, scope, *_ in l1.parts.held_chunks()} == {l1.tag("b")}
+    assert {scope for _, _, scope, *_ in l1.cache.held_chunks()} == {l1.tag("b")}
     core._generation.l0._check()
-    l1.parts._check()
+    l1.cache._check()

@@ -317,12 +317,12 @@ def test_verification_finds_a_wrong_answer_that_was_cached(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrapped = _wrapped(verify_rate=0.5)
-    _l1(wrapped)._is_drawn = lambda: False  # type: ignore[method-assign]  # no text is verified yet
+    _l1(wrapped)._verify_rate = 0.0  # no text is verified yet
     _spoil_reference_encoder(wrapped, monkeypatch)
     right = _plain_ids(SYNTHETIC["gpt2"](), TEXT)
     assert _cached_ids(wrapped, TEXT) != right
     wrapped.token_ids("another")
-    del _l1(wrapped)._is_drawn
+    _l1(wrapped)._verify_rate = 0.5
     with caplog.at_level("ERROR", logger="tokcache"):
         for at in range(100):
             wrapped.token_ids(f"another {at}")

@@ -29,7 +29,7 @@ from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.cuts.scanner import class_behind
 from tokcache.text.engines.copying import PartEncoder
 from tokcache.text.segments.cache import L1
-from tokcache.text.segments.id_lengths import token_bytes
+from tokcache.text.segments.id_lengths import id_lengths
 
 if TYPE_CHECKING:
     from tokcache.text.cuts.plan import CutPlan, Variant
@@ -93,7 +93,7 @@ def id_lengths_of(name: str, tokenizer: Tokenizer, variant: Variant) -> Any:
     """Return the table of id lengths, built by one implementation."""
     with pytest.MonkeyPatch.context() as patch:
         implementation(name).use(patch)
-        return token_bytes(tokenizer, variant, {})
+        return id_lengths(tokenizer, variant, {})
 
 
 def segments_to_encode(walk: Any, variant: int) -> list[str]:
@@ -156,8 +156,9 @@ def test_a_lone_surrogate_is_refused(name: str, cuts_fine: bool, neighbour: str)
     assert one.cache.stats().refusals == {"surrogate": 2}
 
 
-def test_finish_can_be_called_only_once() -> None:
-    one = CacheWithEncoders("native")
+@both
+def test_finish_can_be_called_only_once(name: str) -> None:
+    one = CacheWithEncoders(name)
     walk = one.cache.look("hello", False, 0)
     one.complete(walk)
     with pytest.raises(RuntimeError, match="before"):
@@ -276,14 +277,14 @@ def test_each_scope_name_gets_its_own_number(name: str, monkeypatch: pytest.Monk
     l1 = L1(tokenizer, plan, CacheConfig(engine="tokenizers"), lambda *_: [])
     text = numbered(10)
     for scope in names:
-        walk: Any = l1.look(text, False, scope, 0)
-        assert sum(map(len, segments_to_encode(walk, 0))) == walk.n_chars > 0
-        l1.complete(walk, text, False)
+        ids, was_cached = l1.encode(text, False, scope, 0)
+        assert ids == tokenizer.encode(text, add_special_tokens=False).ids
+        assert not was_cached
     stats = l1.stats()
     assert (stats.chunk_hits, stats.misses) == (0, len(names))
     assert stats.engine_chars > 0
     for scope in names:
-        assert not isinstance(l1.look(text, False, scope, 0), implementation(name).l1.Walk)
+        assert l1.encode(text, False, scope, 0)[1]
 
 
 # ---- counters
@@ -621,12 +622,12 @@ def test_two_walks_of_one_text_store_its_chunks_once(name: str) -> None:
 def test_finish_before_take_raises(name: str) -> None:
     one = CacheWithEncoders(name, "llama2")
     walk = one.cache.look("hello <s> world", False, 0)
-    with pytest.raises(RuntimeError, match="before every part was taken"):
+    with pytest.raises(RuntimeError, match="before every segment was taken"):
         walk.finish()
     first, *others = variants_to_encode(walk)
     one.take(walk, [first])
     if others:
-        with pytest.raises(RuntimeError, match="before every part was taken"):
+        with pytest.raises(RuntimeError, match="before every segment was taken"):
             walk.finish()
     assert one.complete(walk) == one.expected("hello <s> world")
 

@@ -97,7 +97,7 @@ def cache_contents(tok: Wrapped) -> Any:
     """Return the texts and segments of a cache, and its counters."""
     core = tok._tokcache
     l1 = core.l1
-    parts = (l1.parts.held_chunks(), l1.parts.held_shorts(), l1.parts.cut_seed) if l1 else None
+    parts = (l1.cache.held_chunks(), l1.cache.held_segments(), l1.cache.cut_seed) if l1 else None
     return core._generation.l0.held(), parts, core.stats()
 
 
@@ -138,7 +138,7 @@ def test_a_loaded_cache_answers_without_the_engine(
     assert stats.l0.hits == stats.l0.n_entries
     new._tokcache._generation.l0._check()
     if new._tokcache.l1 is not None:
-        new._tokcache.l1.parts._check()
+        new._tokcache.l1.cache._check()
 
 
 @on_both
@@ -261,10 +261,10 @@ def test_verification_accepts_every_correct_segment(kind: str) -> None:
     l1 = tok._tokcache.l1
     if l1 is None or l1.off is not None:
         pytest.skip(f"L1 is off: {l1 and l1.off}")
-    rows = [*l1.parts.held_chunks(), *l1.parts.held_shorts()]
+    rows = [*l1.cache.held_chunks(), *l1.cache.held_segments()]
     for text, ids, _, variant, *_ in rows:
-        assert l1.encode_part(text, variant) in (ids.tolist(), None), text
-    assert any(l1.encode_part(text, variant) is not None for text, _, _, variant, *_ in rows)
+        assert l1.encode_chunk(text, variant) in (ids.tolist(), None), text
+    assert any(l1.encode_chunk(text, variant) is not None for text, _, _, variant, *_ in rows)
 
 
 # ---- files that are refused
@@ -414,7 +414,7 @@ def forge(
     own = {
         "fingerprint": warm.fingerprint(tokenizer),
         "plan": warm._plan_digest(generation.l1),
-        "cut_seed": generation.l1.parts.cut_seed,
+        "cut_seed": generation.l1.cache.cut_seed,
         "n_entries": len(entries),
     }
     warm_file.write(path, Header(**(own | header)), scopes, entries, key)
@@ -594,7 +594,7 @@ def filled_by_tenants(**settings: Any) -> Wrapped:
 def n_entries_of_scope(tok: Wrapped, scope: str | None) -> tuple[int, int]:
     """Return the number of texts of a scope, and the number of its segments."""
     l0, l1 = tok._tokcache._generation.l0, tok._tokcache.l1
-    parts = [*l1.parts.held_chunks(), *l1.parts.held_shorts()]
+    parts = [*l1.cache.held_chunks(), *l1.cache.held_segments()]
     return (
         sum(row[3] == scope for row in l0.held()),
         sum(row[2] == l1.tag(scope) for row in parts),
@@ -736,7 +736,7 @@ def test_loading_keeps_the_byte_budgets_and_evicts_nothing(tmp_path: Path, max_b
     assert report.left_out["no_room"] > 0
     assert max_bytes == 5_000 or (report.n_texts > 0) == (max_bytes == 60_000)
     new._tokcache._generation.l0._check()
-    new._tokcache.l1.parts._check()
+    new._tokcache.l1.cache._check()
     for text in (*LONG, LINE * 30 + "7"):
         assert new.token_ids(text).tolist() == new.encode(text).ids
 
@@ -791,7 +791,7 @@ def test_impossible_segments_are_refused_by_the_segment_cache() -> None:
     with pytest.raises(ValueError, match="variant 9"):
         parts.fill_chunks([("hello", ids, 0, 9, 0, False)])
     with pytest.raises(ValueError, match="variant 9"):
-        parts.fill_shorts([("hello", ids, 0, 9)])
+        parts.fill_segments([("hello", ids, 0, 9)])
     for name in ("native", "reference"):
         other = implementation(name).l1.SegmentCache(plan, 1 << 20)
         with pytest.raises(ValueError, match="a cut seed has"):
@@ -810,18 +810,18 @@ def test_chunks_of_another_cut_seed_are_loaded_if_they_outnumber_the_own(
     few = filled(texts=["hello there"])
     report = few.cache_load(tmp_path / "cache")
     assert report.n_chunks > 0
-    assert few._tokcache.l1.parts.cut_seed == tok._tokcache.l1.parts.cut_seed
+    assert few._tokcache.l1.cache.cut_seed == tok._tokcache.l1.cache.cut_seed
     engine_calls.clear()
     few._tokcache._generation.l0.clear()
     for text in LONG:
         few.token_ids(text)
     assert engine_calls == {}
     many = filled(texts=[f"{LINE}{at} of it. " * 20 for at in range(60)])
-    seed = many._tokcache.l1.parts.cut_seed
+    seed = many._tokcache.l1.cache.cut_seed
     report = many.cache_load(tmp_path / "cache")
     assert report.n_chunks == 0
     assert report.left_out["cuts"] > 0
-    assert many._tokcache.l1.parts.cut_seed == seed
+    assert many._tokcache.l1.cache.cut_seed == seed
     assert report.n_texts > 0
 
 
@@ -968,7 +968,7 @@ def test_other_threads_may_encode_during_dump_and_load(tmp_path: Path) -> None:
         one.join()
     assert wrong == []
     tok._tokcache._generation.l0._check()
-    tok._tokcache.l1.parts._check()
+    tok._tokcache.l1.cache._check()
     assert wrapped().cache_load(tmp_path / "other 1").n_texts > 0
 
 

@@ -73,7 +73,7 @@ def test_repr_shows_the_wrapped_tokenizer_and_the_cache_sizes(kind: str) -> None
     stats = wrapped.cache_stats()
     n_segments = stats.l1.n_chunks + stats.l1.n_shorts
     start = (
-        f"<tokcache.wrap of {plain!r}: 1 texts and {n_segments} parts held, "
+        f"<tokcache.wrap of {plain!r}: 1 texts and {n_segments} segments held, "
         f"{stats.l0.n_bytes + stats.l1.n_bytes:,} bytes"
     )
     assert n_segments > 0
@@ -100,7 +100,7 @@ def test_methods_of_the_plain_tokenizer_work_on_the_wrapper(kind: str, tmp_path:
     wrapped = tokcache.wrap(plain)
     assert wrapped.to_str() == plain.to_str()
     assert str(wrapped) == str(plain)
-    assert repr(wrapped) == f"<tokcache.wrap of {plain!r}: 0 texts and 0 parts held, 0 bytes>"
+    assert repr(wrapped) == f"<tokcache.wrap of {plain!r}: 0 texts and 0 segments held, 0 bytes>"
     assert wrapped.get_vocab() == plain.get_vocab()
     assert wrapped.decode([1, 2, 3]) == plain.decode([1, 2, 3])
     assert wrapped.num_special_tokens_to_add(False) == plain.num_special_tokens_to_add(False)

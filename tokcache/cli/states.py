@@ -68,15 +68,15 @@ def list_states(
         names |= {tier.codec.scope(one).hex(): one for one in scope or ()}
         groups: dict[tuple[str, str], list[File]] = defaultdict(list)
         for file in tier.files():
-            groups[file.scope, file.owner].append(file)
+            groups[file.scope, file.root].append(file)
     if not groups:
         typer.echo(f"{folder} holds no states")
         return
     table = Table("scope", "model", "states", "bytes", "last used")
-    for (digest, owner), files in sorted(groups.items(), key=lambda item: -_size(item[1])):
+    for (digest, root), files in sorted(groups.items(), key=lambda item: -_size(item[1])):
         table.add_row(
             Text(names.get(digest, digest[:_SHOWN])),  # Text: a scope may hold rich's markup
-            owner[:_SHOWN],
+            root[:_SHOWN],
             f"{len(files):,}",
             f"{_size(files):,}",
             _ago(max(file.used_at for file in files)),
@@ -93,7 +93,7 @@ def show_stats(folder: Folder) -> None:
         "States": f"{len(files):,}",
         "Bytes": f"{_size(files):,}",
         "Scopes": f"{len({file.scope for file in files}):,}",
-        "Models": f"{len({file.owner for file in files}):,} (per scope and kind of state)",
+        "Models": f"{len({file.root for file in files}):,} (per scope and kind of state)",
     }
     if files:
         lines["Last used"] = _ago(max(file.used_at for file in files))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from tokcache._validate import MAX_INT, require_int
 from tokcache.state.handles import BlockIO, RestorePlan, StoredBlock, Work
 from tokcache.state.memory import NODE_BYTES
-from tokcache.state.names import TOKEN_BYTES, Owner, rest_owner
+from tokcache.state.names import TOKEN_BYTES, RootKey, rest_key
 from tokcache.state.path import NewBlock, Path
 from tokcache.state.promotion import Promotion
 from tokcache.state.store import block_address
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tokcache")
 
 _TRIES = 3  # a save that another one overtook is planned again
-_Part = tuple[Owner, bytes, Work]  # the owner of a prompt's beginning, its tokens, the work on it
+_Part = tuple[RootKey, bytes, Work]  # of a prompt's beginning: the root key, tokens and work
 
 
 class BlockCache:
@@ -44,30 +44,30 @@ class BlockCache:
         self._store, self._memory = store, store.memory
         self._promotion = Promotion(store)
 
-    def _begun_parts(self, owner: Owner, wanted: bytes, n_public: int) -> list[_Part]:
+    def _begun_parts(self, root_key: RootKey, wanted: bytes, n_public: int) -> list[_Part]:
         """Return the beginnings of a prompt: first its public tokens, then all; the lock is held.
 
         The work on each is noted as begun: a clear from now on makes it void.
         """
-        public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], owner)
-        parts = [(owner, wanted)]
-        if owner.scope is not None and public:
-            parts = [(owner._replace(scope=None), public)]
+        public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], root_key)
+        parts = [(root_key, wanted)]
+        if root_key.scope is not None and public:
+            parts = [(root_key._replace(scope=None), public)]
             if len(public) < len(wanted):
-                parts.append((rest_owner(owner, public), wanted))
+                parts.append((rest_key(root_key, public), wanted))
         return [(each, part, self._store.works.begin(each.scope)) for each, part in parts]
 
-    def _whole_blocks(self, wanted: bytes, owner: Owner) -> bytes:
-        if owner.kind != "aligned":
+    def _whole_blocks(self, wanted: bytes, root_key: RootKey) -> bytes:
+        if root_key.kind != "aligned":
             return wanted
-        block = self._memory.index.grain(owner)
+        block = self._memory.index.grain(root_key)
         return wanted[: len(wanted) // block * block]
 
     # Restoring
 
     def plan(
         self,
-        owner: Owner,
+        root_key: RootKey,
         wanted: bytes,
         n_public: int,
         *,
@@ -83,7 +83,7 @@ class BlockCache:
             self._store.settle()
             self._memory.counts["lookups"] += 1
             self._memory.counts["prompt_tokens"] += n_tokens * counts_tokens
-            parts = self._begun_parts(owner, self._whole_blocks(wanted, owner), n_public)
+            parts = self._begun_parts(root_key, self._whole_blocks(wanted, root_key), n_public)
         paths: list[Path] = []
         try:
             for part in parts:
@@ -99,9 +99,9 @@ class BlockCache:
 
     def _found_anywhere(self, part: _Part) -> Path:
         """Return the blocks of a part that memory and the tiers below hold."""
-        owner, wanted, work = part
+        root_key, wanted, work = part
         with self._store.lock:
-            path = Path.found(self._store, owner, wanted, work)
+            path = Path.found(self._store, root_key, wanted, work)
             is_all = path.n_tokens * TOKEN_BYTES >= len(wanted)
             if is_all or not self._store.below or self._store.is_closed:
                 return path
@@ -111,7 +111,7 @@ class BlockCache:
             self._store.release_later(path.pinned())
             raise
         with self._store.lock:
-            self._store.queue_blocks(path.nodes, owner)
+            self._store.queue_blocks(path.nodes, root_key)
         return path
 
     def _planned(self, paths: list[Path], *, counts_tokens: bool) -> RestorePlan:
@@ -124,7 +124,7 @@ class BlockCache:
         for path in paths:
             is_complete = not path.work.is_void
             if not is_complete:
-                path.cut(path.owner.start)
+                path.cut(path.root_key.start)
             for node in path.nodes if is_complete else ():
                 payload = self._memory.tier.get(node)
                 if payload is None:
@@ -142,7 +142,7 @@ class BlockCache:
         self._memory.counts["hits"] += bool(blocks)
         for path in paths:
             old = self._store.untouched(path.nodes)
-            addresses = [block_address(self._memory.index, node, path.owner) for node in old]
+            addresses = [block_address(self._memory.index, node, path.root_key) for node in old]
             self._store.touch_later(old, addresses)
         if len(paths) > 1:  # public blocks are never older than those that need them
             self._memory.retention.use(paths[0].nodes, time.monotonic())
@@ -163,7 +163,7 @@ class BlockCache:
 
     def save(
         self,
-        owner: Owner,
+        root_key: RootKey,
         wanted: bytes,
         n_public: int,
         read: BlockIO,
@@ -173,12 +173,12 @@ class BlockCache:
     ) -> int:
         """Store the state of `wanted` where it is not stored yet; return the new positions."""
         started = time.perf_counter()
-        wanted = self._whole_blocks(wanted, owner)
+        wanted = self._whole_blocks(wanted, root_key)
         priority = require_int("priority", priority, -MAX_INT)
         n_saved = 0
         if self._store.enabled and len(wanted) >= self._store.min_tokens * TOKEN_BYTES:
             with self._store.lock:
-                first, *rest = self._begun_parts(owner, wanted, n_public)
+                first, *rest = self._begun_parts(root_key, wanted, n_public)
             n_saved = self._save_part(first, read, n_bytes, priority)
             for each in rest:
                 with self._kept(first) as is_there:
@@ -193,9 +193,9 @@ class BlockCache:
     @contextmanager
     def _kept(self, public: _Part) -> Iterator[bool]:
         """Keep the public blocks, if they are there, while those that follow are saved."""
-        owner, tokens, work = public
+        root_key, tokens, work = public
         with self._store.lock:
-            path = Path.found(self._store, owner, tokens, work)
+            path = Path.found(self._store, root_key, tokens, work)
         try:
             yield path.n_tokens * TOKEN_BYTES == len(tokens)
         finally:
@@ -207,7 +207,7 @@ class BlockCache:
         self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
     ) -> int:
         """Store the new blocks of one beginning of a prompt; return their positions."""
-        owner, wanted, work = part
+        root_key, wanted, work = part
         n_saved, is_overtaken, n_tries_left = 0, True, _TRIES
         while is_overtaken and n_tries_left:
             n_tries_left -= 1
@@ -215,7 +215,7 @@ class BlockCache:
                 self._store.settle()
                 if work.is_void or self._store.is_closed:
                     break
-                path = Path.found(self._store, owner, wanted, work)
+                path = Path.found(self._store, root_key, wanted, work)
                 for node in path.nodes:
                     node.priority = max(node.priority, priority)
             try:
@@ -253,7 +253,7 @@ class BlockCache:
             n_total = path.held_bytes + overhead + sum(sizes)
             if n_total > self._store.ram_bytes:
                 self._memory.refusals["over_budget"] += 1
-                self._store.notices.oversize(path.owner.fingerprint, stop, n_total)
+                self._store.notices.oversize(path.root_key.fingerprint, stop, n_total)
                 return []
             if not path.has_entry_room():
                 if path.root is not None:  # the lack of a root was counted already
@@ -293,6 +293,6 @@ class BlockCache:
                 self._memory.counts["saved_tokens"] += n_saved
                 for block in blocks[n_filed:]:
                     self._memory.drop(block.buffer, block.overhead)
-                self._store.queue_blocks(path.nodes, path.owner)
+                self._store.queue_blocks(path.nodes, path.root_key)
                 is_overtaken = n_filed < n_filled and path.in_the_way(blocks[n_filed]) is not None
         return n_saved, is_overtaken

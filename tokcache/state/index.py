@@ -16,7 +16,7 @@ from sys import getsizeof
 from typing import TYPE_CHECKING
 
 from tokcache._prefix import common_tokens
-from tokcache.state.names import TOKEN_BYTES, Owner, child_name, root_name
+from tokcache.state.names import TOKEN_BYTES, RootKey, child_name, root_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,37 +105,37 @@ class Node:
 ROOT_BYTES = 560
 
 
-def root_bytes(owner: Owner) -> int:
-    """Return the bytes of this owner's root; the caller chooses the length of both names."""
-    n_after = getsizeof(owner.after) if owner.after else 0  # b"" is shared by all
-    return ROOT_BYTES + getsizeof(owner.fingerprint) + getsizeof(owner.scope) + n_after
+def root_bytes(root_key: RootKey) -> int:
+    """Return the bytes of the root with this key; the caller chooses the length of its names."""
+    n_after = getsizeof(root_key.after) if root_key.after else 0  # b"" is shared by all
+    return ROOT_BYTES + getsizeof(root_key.fingerprint) + getsizeof(root_key.scope) + n_after
 
 
 class Root(Node):
-    """The start of all chains of one owner; in use while a save extends it.
+    """The start of all chains of one root key; in use while a save extends it.
 
     Units: the first `grain` bytes of their tokens distinguish children; the `start` positions
            before the first are public, and held elsewhere.
     """
 
-    __slots__ = ("grain", "owner")
+    __slots__ = ("grain", "root_key")
 
-    def __init__(self, owner: Owner, grain: int) -> None:
-        super().__init__(None, owner.start, b"", root_bytes(owner))
-        self.owner = owner
+    def __init__(self, root_key: RootKey, grain: int) -> None:
+        super().__init__(None, root_key.start, b"", root_bytes(root_key))
+        self.root_key = root_key
         self.grain = grain
 
     @property
     def name(self) -> bytes:
         """The name that the chains start from."""
         if self._name is None:
-            self._name = root_name(self.owner)
+            self._name = root_name(self.root_key)
         return self._name
 
 
 @dataclass(slots=True)
 class Match:
-    """The blocks of the longest stored prefix, from the owner's first position on.
+    """The blocks of the longest stored prefix, from the root's first position on.
 
     Units: `n_tokens` positions that match. A block may extend beyond the start of the next one, and
            the last one beyond `n_tokens`: those positions belong to other tokens.
@@ -146,7 +146,7 @@ class Match:
 
 
 class BlockIndex:
-    """All chains, by owner; not thread-safe, the cache locks.
+    """All chains, by root key; not thread-safe: the store locks.
 
     Units: `block_tokens` positions of an aligned block; `n_ends` prefixes that no block
            continues.
@@ -154,28 +154,28 @@ class BlockIndex:
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
-        self.roots: dict[Owner, Root] = {}
+        self.roots: dict[RootKey, Root] = {}
         self.n_nodes = 0
         self.n_ends = 0
 
-    def grain(self, owner: Owner) -> int:
+    def grain(self, root_key: RootKey) -> int:
         """Return how many bytes of tokens distinguish two children of one point."""
-        return TOKEN_BYTES * (self.block_tokens if owner.kind == "aligned" else 1)
+        return TOKEN_BYTES * (self.block_tokens if root_key.kind == "aligned" else 1)
 
-    def root(self, owner: Owner) -> Root | None:
-        """Return the root of an owner, None if it has no blocks."""
-        return self.roots.get(owner)
+    def root(self, root_key: RootKey) -> Root | None:
+        """Return the root with this key, None if it has no blocks."""
+        return self.roots.get(root_key)
 
-    def add_root(self, owner: Owner) -> Root:
-        """Add the root of an owner and return it."""
-        root = self.roots[owner] = Root(owner, self.grain(owner))
+    def add_root(self, root_key: RootKey) -> Root:
+        """Add the root with this key and return it."""
+        root = self.roots[root_key] = Root(root_key, self.grain(root_key))
         return root
 
     def remove_root(self, root: Root) -> None:
         """Take out a root that has no chains."""
         if root.children:
             raise AssertionError("only an empty root can be removed")
-        del self.roots[root.owner]
+        del self.roots[root.root_key]
         root.is_dead = True
 
     def longest(self, root: Root, tokens: bytes) -> Match:
@@ -256,8 +256,8 @@ class BlockIndex:
             raise AssertionError(f"{self.n_nodes} blocks counted, {len(nodes)} found")
         if sum(node.is_end for node in nodes) != self.n_ends:
             raise AssertionError("ends miscounted")
-        for owner, root in self.roots.items():
-            if root.is_dead or root.owner != owner or root.grain != self.grain(owner):
+        for root_key, root in self.roots.items():
+            if root.is_dead or root.root_key != root_key or root.grain != self.grain(root_key):
                 raise AssertionError("a dead or misfiled root")
             if not (root.children or root.pins):
                 raise AssertionError("an empty root that is not in use")
@@ -277,7 +277,7 @@ class BlockIndex:
             if not (node.start < at <= node.stop or (node is root and at == root.start)):
                 raise AssertionError("a block follows a point outside its parent")
             offset = (at - node.start) * TOKEN_BYTES
-            if root.owner.kind == "aligned":
+            if root.root_key.kind == "aligned":
                 if at != node.stop or len(child.tokens) != root.grain:
                     raise AssertionError("an aligned chain holds another block")
             elif at < node.stop and head == node.tokens[offset : offset + TOKEN_BYTES]:

@@ -14,7 +14,7 @@ from tokcache.state.tiers.ram import RamTier
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from tokcache.state.names import Owner
+    from tokcache.state.names import RootKey
     from tokcache.state.retention import Held
 
 # Python objects of one block: node, heap item, dict and tier entries, name. Its tokens are
@@ -46,7 +46,7 @@ class StateMemory:
 
     # Finding
 
-    def find(self, owner: Owner, tokens: bytes) -> tuple[Root | None, Match]:
+    def find(self, root_key: RootKey, tokens: bytes) -> tuple[Root | None, Match]:
         """Return the longest stored prefix of `tokens`, and note that it is used now."""
         now = time.monotonic()
         if self.ttl_s is not None and now - self._swept_s >= self.ttl_s / _SWEEPS:
@@ -58,9 +58,9 @@ class StateMemory:
                 if self.retention.is_expired(snapshot, now) and not snapshot.is_kept:
                     self.remove_snapshot(snapshot)
                     self.counts["expirations"] += 1
-        root = self.index.root(owner)
+        root = self.index.root(root_key)
         if root is None:
-            return None, Match(n_tokens=owner.start)
+            return None, Match(n_tokens=root_key.start)
         match = self.index.longest(root, tokens)
         for n_good, node in enumerate(match.nodes if self.ttl_s is not None else ()):
             if self.retention.is_expired(node, now):
@@ -88,15 +88,15 @@ class StateMemory:
 
     # Room
 
-    def pin_root(self, owner: Owner) -> Root | None:
-        """Return the root of an owner, in use; None if there is no room for a new one."""
-        root = self.index.root(owner)
+    def pin_root(self, root_key: RootKey) -> Root | None:
+        """Return the root with this key, in use; None if there is no room for a new one."""
+        root = self.index.root(root_key)
         if root is None:
-            n_bytes = root_bytes(owner)
+            n_bytes = root_bytes(root_key)
             if not self.has_room(0, n_bytes):
                 self.refusals["blocks_in_use"] += 1
                 return None
-            root = self.index.add_root(owner)
+            root = self.index.add_root(root_key)
             self.overhead += n_bytes
         root.pins += 1
         return root
@@ -236,13 +236,13 @@ class StateMemory:
 
     def remove_all(self, is_doomed: Callable[[str | None], bool]) -> int:
         """Remove the states of these scopes; return the states removed."""
-        roots = [root for root in self.index.roots.values() if is_doomed(root.owner.scope)]
+        roots = [root for root in self.index.roots.values() if is_doomed(root.root_key.scope)]
         doomed = [node for root in roots for node in self.index.below(root)]
         for node in doomed:
             self.remove(node)
         for root in roots:  # a save that uses one is under way: it can't file blocks any more
             self.remove_root(root, is_idle=False)
-        snapshots = [each for each in self.snapshots if is_doomed(each.owner.scope)]
+        snapshots = [each for each in self.snapshots if is_doomed(each.root_key.scope)]
         for snapshot in snapshots:
             self.remove_snapshot(snapshot)
         while self.tier.drop_pooled():
@@ -293,4 +293,4 @@ class StateMemory:
 
 def snapshot_overhead(snapshot: Snapshot) -> int:
     """Return the bytes of a snapshot besides its payload."""
-    return SNAPSHOT_BYTES + len(snapshot.tokens) + root_bytes(snapshot.owner)
+    return SNAPSHOT_BYTES + len(snapshot.tokens) + root_bytes(snapshot.root_key)

@@ -25,8 +25,8 @@ Kind = Literal["free", "aligned", "snapshot"]
 """Blocks of any length; aligned blocks, all of equal length; snapshots."""
 
 
-class Owner(NamedTuple):
-    """The owner of states: two of equal owner and tokens are interchangeable.
+class RootKey(NamedTuple):
+    """All that decides a state besides its tokens: states equal in both are interchangeable.
 
     Where a prompt begins with tokens that are public, the chain of the rest starts at position
     `start`, after the prefix whose name is `after`.
@@ -56,18 +56,20 @@ def scope_name(scope: str | None, key: bytes = b"") -> bytes:
     return digest(_SCOPE, key, scope.encode("utf-8", "surrogatepass"))
 
 
-def root_name(owner: Owner, key: bytes = b"") -> bytes:
-    """Return the name that the chains of this owner start from."""
-    fields = [owner.fingerprint, owner.kind.encode(), scope_name(owner.scope)]
-    if owner.after:
-        fields.append(owner.after)
+def root_name(root_key: RootKey, key: bytes = b"") -> bytes:
+    """Return the name that the chains with this root key start from."""
+    fields = [root_key.fingerprint, root_key.kind.encode(), scope_name(root_key.scope)]
+    if root_key.after:
+        fields.append(root_key.after)
     return digest(_ROOT, key, *fields)
 
 
-def rest_owner(owner: Owner, public: bytes) -> Owner:
-    """Return the owner of the rest of a prompt, after its public tokens."""
+def rest_key(root_key: RootKey, public: bytes) -> RootKey:
+    """Return the root key of the rest of a prompt, after its public tokens."""
     start = len(public) // TOKEN_BYTES
-    return owner._replace(start=start, after=digest(_PUBLIC, b"", public)) if public else owner
+    return (
+        root_key._replace(start=start, after=digest(_PUBLIC, b"", public)) if public else root_key
+    )
 
 
 def child_name(point: bytes, tokens: bytes, key: bytes = b"") -> bytes:

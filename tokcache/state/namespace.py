@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tokcache._prefix import common_tokens
 from tokcache._validate import require_bool, require_scope
 from tokcache.errors import InvalidConfig
-from tokcache.state.names import TOKEN_BYTES, Owner, token_bytes
+from tokcache.state.names import TOKEN_BYTES, RootKey, token_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,8 +52,8 @@ class Namespace:
             raise InvalidConfig(f"fingerprint must be bytes, not {type(fingerprint).__name__}")
         scope = require_scope(scope)
         is_aligned = require_bool("aligned", aligned)
-        self._chain = Owner(fingerprint, scope, "aligned" if is_aligned else "free")
-        self._single = Owner(fingerprint, scope, "snapshot")
+        self._chain = RootKey(fingerprint, scope, "aligned" if is_aligned else "free")
+        self._single = RootKey(fingerprint, scope, "snapshot")
         self._public = token_bytes(public_prefix)
 
     @property
@@ -87,7 +87,7 @@ class Namespace:
         return self._store.min_tokens
 
     def __repr__(self) -> str:
-        """Return the owner of the states, and the beginning of the fingerprint."""
+        """Return the scope of the states, and the beginning of the fingerprint."""
         n_public = len(self._public) // TOKEN_BYTES
         return (
             f"<Namespace {self.fingerprint[:8].hex()}, scope {self.scope!r}"
@@ -189,8 +189,10 @@ class Namespace:
                 object, and for numbers out of range.
         """
         held = token_bytes(tokens)
-        owner = self._owner_of(held)
-        return self._snapshots.store(owner, held, state, n_past=n_past, priority=priority, pin=pin)
+        root_key = self._key_of(held)
+        return self._snapshots.store(
+            root_key, held, state, n_past=n_past, priority=priority, pin=pin
+        )
 
     def fill(self, tokens: object, n_bytes: int, read: Callable[[memoryview], object]) -> bool:
         """Store as `store` does the state that `read` copies into a buffer of `n_bytes`.
@@ -198,9 +200,9 @@ class Namespace:
         If it raises, nothing is stored, and it is counted.
         """
         held = token_bytes(tokens)
-        return self._snapshots.fill(self._owner_of(held), held, n_bytes, read)
+        return self._snapshots.fill(self._key_of(held), held, n_bytes, read)
 
-    def _owner_of(self, held: bytes) -> Owner:
+    def _key_of(self, held: bytes) -> RootKey:
         is_public = self._n_public(held) * TOKEN_BYTES == len(held)
         return self._single._replace(scope=None) if is_public else self._single
 

@@ -11,7 +11,7 @@ from tokcache.state.memory import NODE_BYTES
 if TYPE_CHECKING:
     from tokcache.state.handles import Work
     from tokcache.state.index import Node
-    from tokcache.state.names import Owner
+    from tokcache.state.names import RootKey
     from tokcache.state.store import Store
 
 
@@ -42,7 +42,7 @@ class Path:
     """
 
     store: Store
-    owner: Owner
+    root_key: RootKey
     work: Work
     root: Root | None
     nodes: list[Node]
@@ -51,10 +51,10 @@ class Path:
     loose_point: bytes = b""
 
     @classmethod
-    def found(cls, store: Store, owner: Owner, wanted: bytes, work: Work) -> Self:
+    def found(cls, store: Store, root_key: RootKey, wanted: bytes, work: Work) -> Self:
         """Return the blocks in memory that `wanted` begins with."""
-        root, match = store.memory.find(owner, wanted)
-        path = cls(store, owner, work, root, match.nodes, match.n_tokens)
+        root, match = store.memory.find(root_key, wanted)
+        path = cls(store, root_key, work, root, match.nodes, match.n_tokens)
         for node in path.pinned():
             node.pins += 1
         return path
@@ -65,7 +65,7 @@ class Path:
         if self.nodes:
             return self.nodes[-1]
         if self.root is None:
-            raise AssertionError("this owner has no root")
+            raise AssertionError("this path has no root")
         return self.root
 
     @property
@@ -76,14 +76,14 @@ class Path:
     @property
     def held_bytes(self) -> int:
         """The bytes of memory that the path takes already."""
-        return root_bytes(self.owner) + sum(node.n_bytes for node in self.nodes)
+        return root_bytes(self.root_key) + sum(node.n_bytes for node in self.nodes)
 
     def point(self) -> bytes:
         """Return the name of the prefix that the blocks hold."""
         if self.loose:
             return self.loose_point
         if self.root is None:
-            return Root(self.owner, 0).name
+            return Root(self.root_key, 0).name
         return self.last.point(self.n_tokens)
 
     def pinned(self) -> list[Node]:
@@ -93,7 +93,7 @@ class Path:
     def has_entry_room(self) -> bool:
         """Make room for a chain that continues the path, and its root; False if there is none."""
         if self.root is None:
-            self.root = self.store.memory.pin_root(self.owner)
+            self.root = self.store.memory.pin_root(self.root_key)
         return self.root is not None and self.store.memory.has_entry_room(self.last, self.n_tokens)
 
     def in_the_way(self, block: NewBlock) -> Node | None:

@@ -39,7 +39,7 @@ class Promotion:
         """Add the blocks of the tiers below that follow those in memory."""
         before = path.n_tokens
         ended: dict[Below, int] = {}
-        asked = self._store.worth_asking(path.owner)
+        asked = self._store.worth_asking(path.root_key)
         while any(self._extend_from(below, path, wanted, ended) for below in asked):
             pass
         with self._store.lock:
@@ -67,7 +67,7 @@ class Promotion:
                         rest = wanted[path.n_tokens * TOKEN_BYTES :]
                         is_more = self._promote(path, below, stored, rest)
             seconds = time.perf_counter() - began
-            goes_on = self._store.note_read(below, path.owner, path.n_tokens - start, seconds)
+            goes_on = self._store.note_read(below, path.root_key, path.n_tokens - start, seconds)
             if not (is_more and goes_on):
                 # It has no more blocks, or it rests from now on whatever other tiers add.
                 ended[below] = path.n_tokens if goes_on else len(wanted)
@@ -77,16 +77,21 @@ class Promotion:
     def _ahead(self, path: Path, wanted: bytes) -> Iterator[tuple[Address, bytes]]:
         """Yield where the next blocks are if each is whole, and the tokens from there on."""
         at, point = path.n_tokens, path.point()
-        grain, block = self._memory.index.grain(path.owner), self._store.block_tokens * TOKEN_BYTES
+        grain, block = (
+            self._memory.index.grain(path.root_key),
+            self._store.block_tokens * TOKEN_BYTES,
+        )
         while rest := wanted[at * TOKEN_BYTES :]:
-            yield Address(path.owner, at, point, child_name(point, rest[:grain])), rest
+            yield Address(path.root_key, at, point, child_name(point, rest[:grain])), rest
             at, point = at + self._store.block_tokens, child_name(point, rest[:block])
 
     def _promote(self, path: Path, below: Below, stored: Stored, rest: bytes) -> bool:
         """Add a block that was found below; False if it shares no tokens with the prompt."""
         tokens = stored.record.tokens
         n_shared = common_tokens(tokens, rest)
-        if not n_shared or (path.owner.kind == "aligned" and n_shared != self._store.block_tokens):
+        if not n_shared or (
+            path.root_key.kind == "aligned" and n_shared != self._store.block_tokens
+        ):
             return False
         start, stop = path.n_tokens, path.n_tokens + len(tokens) // TOKEN_BYTES
         buffer = None

@@ -10,7 +10,7 @@ from tokcache._validate import MAX_INT, require_int
 from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.handles import StateHandle, Work
 from tokcache.state.memory import snapshot_overhead
-from tokcache.state.names import TOKEN_BYTES, Owner, root_name
+from tokcache.state.names import TOKEN_BYTES, RootKey, root_name
 from tokcache.state.snapshot_index import Snapshot, prefix_names
 from tokcache.state.tiers import Address, Stored
 
@@ -38,7 +38,7 @@ class SnapshotStore:
 
     def store(
         self,
-        owner: Owner,
+        root_key: RootKey,
         tokens: bytes,
         state: object,
         *,
@@ -47,7 +47,7 @@ class SnapshotStore:
         pin: bool,
     ) -> bool:
         """Store a copy of the bytes of the state after all of `tokens`; False without room."""
-        snapshot = _new_snapshot(owner, tokens, n_past, priority)
+        snapshot = _new_snapshot(root_key, tokens, n_past, priority)
         try:
             view = memoryview(state)  # type: ignore[arg-type]
             view = view.cast("B") if view.nbytes else memoryview(b"")
@@ -63,10 +63,10 @@ class SnapshotStore:
         return self._keep(snapshot, view.nbytes, copy, pin=pin)
 
     def fill(
-        self, owner: Owner, tokens: bytes, n_bytes: int, read: Callable[[memoryview], object]
+        self, root_key: RootKey, tokens: bytes, n_bytes: int, read: Callable[[memoryview], object]
     ) -> bool:
         """Store the state that `read` copies into a buffer; False, and counted, if it raises."""
-        snapshot = _new_snapshot(owner, tokens, None, 0)
+        snapshot = _new_snapshot(root_key, tokens, None, 0)
         try:
             return self._keep(snapshot, require_int("n_bytes", n_bytes, 0), read, pin=False)
         except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
@@ -82,7 +82,7 @@ class SnapshotStore:
             return False
         with self._store.lock:
             self._store.settle()
-            work = self._store.works.begin(snapshot.owner.scope)
+            work = self._store.works.begin(snapshot.root_key.scope)
             buffer = self._buffer_for(snapshot, n_bytes)
         if buffer is None:
             self._store.notices.log()
@@ -121,7 +121,7 @@ class SnapshotStore:
         if n_bytes + overhead > self._store.ram_bytes:
             n_total = n_bytes + overhead
             memory.refusals["over_budget"] += 1
-            self._store.notices.oversize(snapshot.owner.fingerprint, snapshot.n_tokens, n_total)
+            self._store.notices.oversize(snapshot.root_key.fingerprint, snapshot.n_tokens, n_total)
             return None
         if not memory.has_snapshot_room(self._n_replaced(snapshot)):
             memory.refusals["entries_in_use"] += 1
@@ -131,18 +131,18 @@ class SnapshotStore:
     # Finding
 
     def find(
-        self, owner: Owner, wanted: bytes, n_public: int, *, is_counted: bool
+        self, root_key: RootKey, wanted: bytes, n_public: int, *, is_counted: bool
     ) -> StateHandle | None:
         """Return the state of the longest stored prefix of `wanted`, None if there is none."""
         if is_counted:
             with self._store.lock:
                 self._memory.counts["lookups"] += 1
                 self._memory.counts["prompt_tokens"] += len(wanted) // TOKEN_BYTES
-        found = self._find(owner, wanted)
+        found = self._find(root_key, wanted)
         n_found = 0 if found is None else found.n_tokens
-        if n_found < n_public and owner.scope is not None:
+        if n_found < n_public and root_key.scope is not None:
             # States of public tokens alone are in the shared scope.
-            shared = self._find(owner._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
+            shared = self._find(root_key._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
             if shared is not None and shared.n_tokens > n_found:
                 found = shared
         if is_counted:
@@ -150,68 +150,70 @@ class SnapshotStore:
                 self._memory.counts["hits"] += found is not None
         return found
 
-    def handle(self, owner: Owner, wanted: bytes) -> StateHandle | None:
+    def handle(self, root_key: RootKey, wanted: bytes) -> StateHandle | None:
         """Return the state in memory of exactly these tokens; counts as no look-up and no use."""
         with self._store.lock:
             self._store.settle()
-            for _, name in prefix_names(owner, wanted, [len(wanted) // TOKEN_BYTES]):
-                snapshot = self._live(owner, name, wanted)
+            for _, name in prefix_names(root_key, wanted, [len(wanted) // TOKEN_BYTES]):
+                snapshot = self._live(root_key, name, wanted)
                 if snapshot is not None:
                     return self._handle(snapshot)
         return None
 
-    def _find(self, owner: Owner, wanted: bytes) -> StateHandle | None:
-        """Return the state of the longest stored prefix in the scope of `owner`."""
+    def _find(self, root_key: RootKey, wanted: bytes) -> StateHandle | None:
+        """Return the state of the longest stored prefix in the scope of `root_key`."""
         n_wanted = len(wanted) // TOKEN_BYTES
         if self._store.below and n_wanted >= self._store.min_tokens:
             # A state in memory of all tokens is as long as any that a tier has.
             with self._store.lock:
                 self._store.settle()
-                is_held = n_wanted in self._memory.snapshots.lengths(owner)
+                is_held = n_wanted in self._memory.snapshots.lengths(root_key)
             if is_held and not self._store.is_closed:
-                ((_, name),) = prefix_names(owner, wanted, [n_wanted])
+                ((_, name),) = prefix_names(root_key, wanted, [n_wanted])
                 with self._store.lock:
-                    snapshot = self._live(owner, name, wanted)
+                    snapshot = self._live(root_key, name, wanted)
                     longest = None if snapshot is None else self._used(snapshot)
                 if longest is not None:
                     return longest
-        work = self._store.begin(owner.scope)  # before a tier is asked: it may be cleared meanwhile
-        worth = self._store.worth_asking(owner)
-        lengths = [below.tier.lengths(owner) for below in worth]
+        work = self._store.begin(
+            root_key.scope
+        )  # before a tier is asked: it may be cleared meanwhile
+        worth = self._store.worth_asking(root_key)
+        lengths = [below.tier.lengths(root_key) for below in worth]
         with self._store.lock:
             self._store.settle()
             if self._store.is_closed:
                 return None
-            everywhere = self._memory.snapshots.lengths(owner).union(*lengths)
+            everywhere = self._memory.snapshots.lengths(root_key).union(*lengths)
         usable = sorted(n for n in everywhere if self._store.min_tokens <= n <= n_wanted)
-        names = dict(prefix_names(owner, wanted, usable))
+        names = dict(prefix_names(root_key, wanted, usable))
         usable.reverse()
         asked = [
-            (below, held, _ask(below, owner, wanted, {n: names[n] for n in usable if n in held}))
+            (below, held, _ask(below, root_key, wanted, {n: names[n] for n in usable if n in held}))
             for below, held in zip(worth, lengths, strict=True)
         ]
         for n_tokens in usable:
             tokens = wanted[: n_tokens * TOKEN_BYTES]
             with self._store.lock:
-                snapshot = self._live(owner, names[n_tokens], tokens)
+                snapshot = self._live(root_key, names[n_tokens], tokens)
                 if snapshot is not None:
                     return self._used(snapshot)
             for below, held, found in asked:
                 if n_tokens not in held:
                     continue
-                handle = self._from_below(below, found, owner, tokens, work)
+                handle = self._from_below(below, found, root_key, tokens, work)
                 if handle is not None:
                     return handle
         return None
 
-    def _live(self, owner: Owner, name: bytes, tokens: bytes) -> Snapshot | None:
-        snapshot = self._memory.snapshots.get(owner, name, tokens)
+    def _live(self, root_key: RootKey, name: bytes, tokens: bytes) -> Snapshot | None:
+        snapshot = self._memory.snapshots.get(root_key, name, tokens)
         while snapshot is not None and not snapshot.is_kept:
             if not self._memory.retention.is_expired(snapshot, time.monotonic()):
                 return snapshot
             self._memory.remove_snapshot(snapshot)
             self._memory.counts["expirations"] += 1
-            snapshot = self._memory.snapshots.get(owner, name, tokens)
+            snapshot = self._memory.snapshots.get(root_key, name, tokens)
         return snapshot
 
     def _used(self, snapshot: Snapshot) -> StateHandle | None:
@@ -236,7 +238,7 @@ class SnapshotStore:
         self,
         below: Below,
         found: Iterator[Stored | None],
-        owner: Owner,
+        root_key: RootKey,
         tokens: bytes,
         work: Work,
     ) -> StateHandle | None:
@@ -248,17 +250,17 @@ class SnapshotStore:
                 return None
             with stored:
                 if stored.record.tokens == tokens:
-                    handle = self._promoted(below, owner, stored, work)
+                    handle = self._promoted(below, root_key, stored, work)
         if handle is not None:
-            self._store.note_read(below, owner, handle.n_tokens, time.perf_counter() - began)
+            self._store.note_read(below, root_key, handle.n_tokens, time.perf_counter() - began)
         return handle
 
     def _promoted(
-        self, below: Below, owner: Owner, stored: Stored, work: Work
+        self, below: Below, root_key: RootKey, stored: Stored, work: Work
     ) -> StateHandle | None:
         """Return a state from below, copied into memory if that has room; None if cleared."""
         record = stored.record
-        snapshot = Snapshot(owner, record.name, record.tokens, record.n_past, record.priority)
+        snapshot = Snapshot(root_key, record.name, record.tokens, record.n_past, record.priority)
         with self._store.lock:
             if work.is_void:
                 return None
@@ -346,28 +348,28 @@ class SnapshotStore:
 
 
 def _ask(
-    below: Below, owner: Owner, wanted: bytes, names: dict[int, bytes]
+    below: Below, root_key: RootKey, wanted: bytes, names: dict[int, bytes]
 ) -> Iterator[Stored | None]:
     """Ask a tier for the states of these lengths, in this order, when it is their turn."""
     return below.tier.find_each(
-        (_address(owner, name, n_tokens), wanted[: n_tokens * TOKEN_BYTES])
+        (_address(root_key, name, n_tokens), wanted[: n_tokens * TOKEN_BYTES])
         for n_tokens, name in names.items()
     )
 
 
 def _address_of(snapshot: Snapshot) -> Address:
-    return _address(snapshot.owner, snapshot.name, snapshot.n_tokens)
+    return _address(snapshot.root_key, snapshot.name, snapshot.n_tokens)
 
 
-def _address(owner: Owner, name: bytes, n_tokens: int) -> Address:
-    return Address(owner, n_tokens, root_name(owner), name)
+def _address(root_key: RootKey, name: bytes, n_tokens: int) -> Address:
+    return Address(root_key, n_tokens, root_name(root_key), name)
 
 
-def _new_snapshot(owner: Owner, tokens: bytes, n_past: int | None, priority: int) -> Snapshot:
+def _new_snapshot(root_key: RootKey, tokens: bytes, n_past: int | None, priority: int) -> Snapshot:
     n_tokens = len(tokens) // TOKEN_BYTES
     if not n_tokens:
         raise InvalidTokens("a state is of at least one token; these are none")
     n_past = require_int("n_past", n_tokens if n_past is None else n_past, 0)
     priority = require_int("priority", priority, -MAX_INT)
-    ((_, name),) = prefix_names(owner, tokens, [n_tokens])
-    return Snapshot(owner, name, tokens, n_past, priority)
+    ((_, name),) = prefix_names(root_key, tokens, [n_tokens])
+    return Snapshot(root_key, name, tokens, n_past, priority)

@@ -24,7 +24,7 @@ from tokcache.state.handles import Work, Works
 from tokcache.state.locked import Locked
 from tokcache.state.memory import StateMemory
 from tokcache.state.memory_notices import MemoryNotices
-from tokcache.state.names import Owner, child_name
+from tokcache.state.names import RootKey, child_name
 from tokcache.state.tiers import Address, Record
 from tokcache.state.tiers.backoff import Speed
 from tokcache.state.tiers.opening import Below, open_tiers
@@ -122,23 +122,23 @@ class Store(Locked):
         with self.lock:
             self._prefill.setdefault(fingerprint, Speed()).note(n_tokens, seconds)
 
-    def worth_asking(self, owner: Owner) -> list[Below]:
+    def worth_asking(self, root_key: RootKey) -> list[Below]:
         """Return the tiers that may be faster than prefilling; count the others."""
         with self.lock:
-            resting = [each for each in self.below if each.worth.rests(owner.fingerprint)]
+            resting = [each for each in self.below if each.worth.rests(root_key.fingerprint)]
         for below in resting:
             below.tier.refuse("slower_than_prefill")
         return [each for each in self.below if each not in resting]
 
-    def note_read(self, below: Below, owner: Owner, n_tokens: int, seconds: float) -> bool:
+    def note_read(self, below: Below, root_key: RootKey, n_tokens: int, seconds: float) -> bool:
         """Note how long a tier took for `n_tokens`; return whether to go on asking it."""
         with self.lock:
-            speed = self._prefill.get(owner.fingerprint)
+            speed = self._prefill.get(root_key.fingerprint)
             if speed is not None and n_tokens:
-                below.worth.note(owner.fingerprint, seconds, speed.seconds(n_tokens))
-            return not below.worth.rests(owner.fingerprint)
+                below.worth.note(root_key.fingerprint, seconds, speed.seconds(n_tokens))
+            return not below.worth.rests(root_key.fingerprint)
 
-    def queue_blocks(self, nodes: list[Node], owner: Owner) -> None:
+    def queue_blocks(self, nodes: list[Node], root_key: RootKey) -> None:
         """Queue the blocks that each tier lacks, parents first; the lock is held."""
         for below in self.below:
             for node in nodes:
@@ -146,7 +146,7 @@ class Store(Locked):
                     continue
                 record = Record(node.name, node.tokens, priority=node.priority)
                 if not self._queue(
-                    below, node, block_address(self.memory.index, node, owner), record
+                    below, node, block_address(self.memory.index, node, root_key), record
                 ):
                     break  # without it, the blocks that follow would not be found
 
@@ -172,7 +172,7 @@ class Store(Locked):
                     unwritten.append((held, bit))
 
         done = lambda: released.append([held])  # type: ignore[arg-type]  # noqa: E731
-        if below.write(held, Job(address.owner.scope, payload.nbytes, run, done)):
+        if below.write(held, Job(address.root_key.scope, payload.nbytes, run, done)):
             return True
         self.memory.refusals[f"{tier.label}: queue_full"] += 1
         return False
@@ -186,7 +186,7 @@ class Store(Locked):
             each.touched_s = now
         for below in self.below:
             touch = partial(_touch, below, addresses, held, self._unwritten)
-            below.writer.put(Job(addresses[0].owner.scope, 0, touch))
+            below.writer.put(Job(addresses[0].root_key.scope, 0, touch))
 
     def untouched(self, nodes: list[Node]) -> list[Node]:
         """Return the blocks whose last use was not reported to the tiers for `touch_s`."""
@@ -309,7 +309,7 @@ class Store(Locked):
         self.settle()
         self.works.make_void(is_doomed)
         for snapshot in list(self.loose):
-            snapshot.is_dead = snapshot.is_dead or is_doomed(snapshot.owner.scope)
+            snapshot.is_dead = snapshot.is_dead or is_doomed(snapshot.root_key.scope)
         n_removed = self.memory.remove_all(is_doomed)
         if is_all:
             self.memory.counts.clear()
@@ -346,10 +346,10 @@ class Store(Locked):
         self.memory.drop_users()
 
 
-def block_address(index: BlockIndex, node: Node, owner: Owner) -> Address:
+def block_address(index: BlockIndex, node: Node, root_key: RootKey) -> Address:
     """Return the address of a block in the tiers."""
-    head = node.tokens[: index.grain(owner)]
-    return Address(owner, node.start, node.base, child_name(node.base, head))
+    head = node.tokens[: index.grain(root_key)]
+    return Address(root_key, node.start, node.base, child_name(node.base, head))
 
 
 def _touch(

@@ -72,16 +72,24 @@ class Exchange:
     ) -> None:
         self.retries = require_int("retries", retries, minimum=0, maximum=10)
         self.timeout_s = require_seconds("timeout_s", timeout_s)
-        self.httpx = _httpx()
-        self.url = _require_url(self.httpx, url)
+        if api_key and not (
+            isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()
+        ):
+            raise InvalidConfig("api_key must be a str of printable ASCII characters")
+        try:
+            import httpx  # noqa: PLC0415 (an extra)
+        except ImportError:
+            raise MissingExtra("LlamaServer needs httpx: pip install 'tokcache[server]'") from None
+        self.httpx = httpx
+        self.url = _require_url(httpx, url)
         self.is_closed = False
         timeout = require_seconds("connect_timeout_s", connect_timeout_s)
         # The arguments of httpx.Client and httpx.AsyncClient.
         self.client_settings: dict[str, Any] = {
             "base_url": self.url,
-            "timeout": self.httpx.Timeout(self.timeout_s, connect=timeout),
-            "headers": _headers(api_key),
-            "limits": self.httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S),
+            "timeout": httpx.Timeout(self.timeout_s, connect=timeout),
+            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            "limits": httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S),
             "verify": _trusted(url, verify),
         }
 
@@ -214,7 +222,7 @@ class Body:
 
     @property
     def text(self) -> str:
-        """Return the answer as text: llama-server writes UTF-8, whatever its headers claim."""
+        """Return the answer as text: llama-server writes UTF-8, also if its headers differ."""
         return self._content.decode("utf-8", "replace")
 
     def clear(self) -> None:
@@ -254,7 +262,7 @@ class StreamReader:
     def __init__(self, exchange: Exchange, path: str) -> None:
         self._exchange = exchange
         self._path = path
-        self._body = Body(exchange.url, path, math.inf)  # whoever reads a stream may take any time
+        self._body = Body(exchange.url, path, math.inf)  # the reader of a stream may take any time
         self._is_complete = False
         self._first_token_s: float | None = None
         self._texts: list[str] = []
@@ -335,14 +343,6 @@ def _require_url(httpx: ModuleType, url: Any) -> str:
     return str(url)
 
 
-def _headers(api_key: Any) -> dict[str, str]:
-    if not api_key:
-        return {}
-    if not isinstance(api_key, str) or not api_key.isascii() or not api_key.isprintable():
-        raise InvalidConfig("api_key must be a str of printable ASCII characters")
-    return {"Authorization": f"Bearer {api_key}"}
-
-
 def _trusted(url: str, verify: Any) -> bool | ssl.SSLContext:
     if not isinstance(verify, bool | str | ssl.SSLContext):
         raise InvalidConfig(f"verify must be a bool, a file or an SSLContext, not {verify!r}")
@@ -353,11 +353,3 @@ def _trusted(url: str, verify: Any) -> bool | ssl.SSLContext:
             raise InvalidConfig(f"verify: {verify!r} can't be used: {error}") from None
     # Plain HTTP has no certificates, and loading the system's takes 30 ms.
     return False if url.startswith("http://") else verify
-
-
-def _httpx() -> ModuleType:
-    try:
-        import httpx  # noqa: PLC0415 (an extra)
-    except ImportError:
-        raise MissingExtra("LlamaServer needs httpx: pip install 'tokcache[server]'") from None
-    return httpx

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokcache._validate import require_scope
 from tokcache.errors import InvalidConfig
 from tokcache.llama.server import calls, vocabulary
-from tokcache.llama.server.manager import Job, SlotManager
+from tokcache.llama.server.manager import SlotManager
 from tokcache.llama.server.report import KvReader
 from tokcache.llama.server.settings import SlotSettings
 from tokcache.text.token_ids import TokenIds
@@ -22,6 +22,7 @@ from tokcache.text.token_ids import TokenIds
 if TYPE_CHECKING:
     from tokcache.llama.server.calls import Call
     from tokcache.llama.server.connection import Connection
+    from tokcache.llama.server.job import Job
     from tokcache.llama.server.results import Completion, Piece, Reused
     from tokcache.llama.server.steps import Steps
 

@@ -58,7 +58,9 @@ async def adrive(steps: Steps[T], connection: AsyncConnection) -> T:
             if isinstance(step, Call):
                 done = await connection.do(step)
             elif isinstance(step, Future):
-                done = await asyncio.wait_for(asyncio.wrap_future(step), connection.timeout_s)
+                # In Python 3.11 wait_for ignores a cancellation if the future is done.
+                async with asyncio.timeout(connection.timeout_s):
+                    done = await asyncio.wrap_future(step)
             else:
                 done = await asyncio.to_thread(step)
         except BaseException as raised:  # noqa: BLE001 (thrown into the generator)

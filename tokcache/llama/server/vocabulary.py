@@ -51,12 +51,13 @@ def check(wrapped: ServerTokenizer, url: str) -> Steps[None]:
             " pass the model's own tokenizer"
         )
     # Decoding: compare all probed ids at once, and search for the first difference only if there
-    # is one.
+    # is one. SentencePiece decoders differ in whether they put a space before the text.
     ids = yield partial(_probe_ids, tokenizer)
-    if not _is_alike(_decode(tokenizer, ids), (yield calls.detokenize(ids))):
+    ours, theirs = _decode(tokenizer, ids), (yield calls.detokenize(ids))
+    if ours.removeprefix(" ") != theirs.removeprefix(" "):
         for number in ids:
             ours, theirs = _decode(tokenizer, [number]), (yield calls.detokenize([number]))
-            if not _is_alike(ours, theirs):
+            if ours.removeprefix(" ") != theirs.removeprefix(" "):
                 break
         raise VocabularyMismatch(
             f"token {number} is {ours!r} for the tokenizer and {theirs!r} for the model of {url};"
@@ -75,11 +76,6 @@ def check(wrapped: ServerTokenizer, url: str) -> Steps[None]:
         if text == _PLAIN:
             raise VocabularyMismatch(f"{message}; pass the model's own tokenizer, unchanged")
         _log.warning("%s; the tokenizer's ids are sent", message)
-
-
-def _is_alike(ours: str, theirs: str) -> bool:
-    # SentencePiece decoders differ in whether they put a space before the text.
-    return ours.removeprefix(" ") == theirs.removeprefix(" ")
 
 
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

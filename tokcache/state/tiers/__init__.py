@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
-    from tokcache.state.names import Kind, Owner
+    from tokcache.state.names import Kind, RootKey
     from tokcache.stats import TierStats
 
 BROKEN = frozenset({"damaged", "forged", "missing"})
@@ -25,11 +25,11 @@ class Address(NamedTuple):
     A block is addressed by values that are known before the block is: `position`, where it starts;
     `base`, the name of the prefix before it; `slot`, the name of `base` and of as many of its first
     tokens as tell two blocks apart that follow `base`. That is the index of a block's children, in
-    any tier, for any process. For a snapshot `position` is its number of tokens, `base` its owner's
-    root, `slot` its name.
+    any tier, for any process. For a snapshot `position` is its number of tokens, `base` the name of
+    its root, `slot` its own name.
     """
 
-    owner: Owner
+    root_key: RootKey
     position: int
     base: bytes
     slot: bytes
@@ -114,8 +114,8 @@ class Tier(Protocol):
         from the iterator are not counted.
         """
 
-    def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's snapshots."""
+    def lengths(self, root_key: RootKey) -> set[int]:
+        """Return the numbers of tokens of the snapshots with this root key."""
 
     def write(self, address: Address, record: Record, payload: memoryview) -> bool:
         """Store a payload; True if it is there now."""

@@ -1,4 +1,4 @@
-"""The format of a stored state: it names owner and tokens, and has a checksum or MAC.
+"""The format of a stored state: it names its root and tokens, and has a checksum or MAC.
 
     fixed head (magic, version, lengths, digests) | tokens | checksum of all so far
     payload | checksum of everything before it
@@ -27,7 +27,7 @@ from tokcache.errors import InvalidConfig, MissingExtra, StateRefused
 from tokcache.state.names import (
     DIGEST_BYTES,
     TOKEN_BYTES,
-    Owner,
+    RootKey,
     child_name,
     digest,
     root_name,
@@ -66,7 +66,7 @@ class Head:
     token_nonce: bytes
     payload_nonce: bytes
     scope: bytes
-    owner: bytes
+    root: bytes
     fingerprint: bytes
     base: bytes
     name: bytes
@@ -88,7 +88,7 @@ class Head:
             self.token_nonce,
             self.payload_nonce,
             self.scope,
-            self.owner,
+            self.root,
             self.fingerprint,
             self.base,
             self.name,
@@ -194,9 +194,9 @@ class StateCodec:
         """Return this tier's name of a scope."""
         return scope_name(scope, self._name_key)
 
-    def owner(self, owner: Owner) -> bytes:
-        """Return this tier's name of an owner."""
-        return root_name(owner, self._name_key)
+    def root(self, root_key: RootKey) -> bytes:
+        """Return this tier's name of a root."""
+        return root_name(root_key, self._name_key)
 
     def keyed(self, name: bytes) -> bytes:
         """Return this tier's name of a block, a point or a fingerprint."""
@@ -252,9 +252,9 @@ class StateCodec:
             created_at=time.time(),
             token_nonce=os.urandom(NONCE),
             payload_nonce=os.urandom(NONCE),
-            scope=self.scope(address.owner.scope),
-            owner=self.owner(address.owner),
-            fingerprint=self.keyed(address.owner.fingerprint),
+            scope=self.scope(address.root_key.scope),
+            root=self.root(address.root_key),
+            fingerprint=self.keyed(address.root_key.fingerprint),
             base=self.keyed(address.base),
             name=self.keyed(record.name),
             slot=self.keyed(address.slot),
@@ -279,21 +279,21 @@ class StateCodec:
             raise StateRefused("other_keys")
         end = head.head_bytes - head.checksum_bytes
         self.verify(first[end:], first[:end])
-        owner = address.owner
+        root_key = address.root_key
         expected = (
-            self.scope(owner.scope),
-            self.owner(owner),
-            self.keyed(owner.fingerprint),
+            self.scope(root_key.scope),
+            self.root(root_key),
+            self.keyed(root_key.fingerprint),
             self.keyed(address.base),
             self.keyed(address.slot),
         )
-        found = (head.scope, head.owner, head.fingerprint, head.base, head.slot)
+        found = (head.scope, head.root, head.fingerprint, head.base, head.slot)
         is_equal = hmac.compare_digest(b"".join(found), b"".join(expected))
         if not is_equal or head.position != address.position:
             raise StateRefused("misfiled")
         stored = first[HEAD_BYTES:end]
         tokens = bytes(self._decrypted(head.token_nonce, stored, first[:HEAD_BYTES]))
-        name = address.slot if owner.kind == "snapshot" else child_name(address.base, tokens)
+        name = address.slot if root_key.kind == "snapshot" else child_name(address.base, tokens)
         if not hmac.compare_digest(self.keyed(name), head.name):
             raise StateRefused("misfiled")
         return Record(name, tokens, head.n_past, head.priority)

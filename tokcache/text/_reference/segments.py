@@ -25,51 +25,55 @@ from tokcache.text.cuts.char_classes import N_CLASSES, CharClass, class_of
 from tokcache.text.cuts.scanner import Part, Scanner, class_behind, parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from tokcache.text.cuts.plan import CutPlan
 
-MIN_CHARS = 128  # a chunk is not cut before, but where a message opens
-MAX_CHARS = 1024  # nor later, where there is a place
-OPENING_CHARS = 96  # a chunk of so many ends where a message opens
-GAP_CHARS = 64  # the greatest weight of a place
-CHOSEN = 1 << 23  # a place of a lower rank, as one character in 512 has, ends a chunk
-WINDOW = 16  # characters before a place that decide
-STORED_CHARS = 1 << 16  # a longer part, in which no place was found, is not kept
-SHORT_CHARS = 24
+MIN_CHARS = 128  # minimum chunk length, except at the start of a message
+MAX_CHARS = 1024  # maximum chunk length, if there is a coarse cut before
+OPENING_CHARS = 96  # minimum length of a chunk that ends at the start of a message
+GAP_CHARS = 64  # maximum weight of a cut
+CHOSEN = 1 << 23  # a cut with a lower rank ends a chunk: about one in 512 characters
+WINDOW = 16  # characters before a cut that its rank depends on
+STORED_CHARS = 1 << 16  # a longer chunk, in which no cut was found, is not stored
+SEGMENT_CHARS = 24  # a longer segment is not stored
 SEED_BYTES = 4
 _ENTRY_BYTES = 400
-_MAX_CLEARED = 1024  # scopes whose last clear is remembered one by one
+_MAX_CLEARED = 1024  # scopes whose last clear is remembered individually
 
 _Key = tuple[str, int, int]  # text, scope, variant
 _Ids = tuple[int, ...]
 _Chunk = tuple[str, TokenIds, int, int, int, bool]
-_Short = tuple[str, TokenIds, int, int]
+_Segment = tuple[str, TokenIds, int, int]
 
 
 @dataclass(slots=True)
-class _Unit:
-    part: str
+class _Pending:
+    """A segment that the engine must encode."""
+
+    text: str
     variant: int
-    start: int  # where it stands first
+    start: int  # its first position in the text
     ids: _Ids | None = None
-    given: str = ""  # to the engine: with a blank before it, or without
-    n_bytes: int = 0  # of what is given; 0: ids don't tell
-    is_seamless: bool = False  # nothing stands between it and the next one given
+    given: str = ""  # the text for the engine: with a space before it, or without
+    n_bytes: int = 0  # of `given` in UTF-8; 0: id lengths are unknown
+    is_seamless: bool = False  # no separator between it and the next one
 
 
 @dataclass(slots=True)
 class _Missed:
+    """A chunk that is not cached: its cached and pending segments."""
+
     key: _Key
-    pieces: list[_Ids | _Unit] = field(default_factory=list)
+    segments: list[_Ids | _Pending] = field(default_factory=list)
 
     def ids(self) -> _Ids:
-        known = (one.ids or () if isinstance(one, _Unit) else one for one in self.pieces)
+        known = (one.ids or () if isinstance(one, _Pending) else one for one in self.segments)
         return tuple(index for ids in known for index in ids)
 
 
 class Walk:
-    """A text on its way: what of it is known, and the units that the engine must encode."""
+    """The look-up of one text: its cached ids, and the segments that the engine must encode."""
 
     def __init__(
         self, cache: SegmentCache, text: str, scope: int, special: bool, since: int
@@ -80,119 +84,126 @@ class Walk:
         self.special = special
         self.since = since
         self.chunks: list[_Ids | _Missed] = []
-        self.units: dict[_Key, _Unit] = {}
+        self.pending: dict[_Key, _Pending] = {}
         self.counts: Counter[str] = Counter(lookup_chars=len(text))
-        self._picked: list[list[_Unit]] = []
+        self._picked: list[list[_Pending]] = []
+        self._is_finished = False
 
     @property
     def n_chars(self) -> int:
-        """Characters that the engine must encode yet."""
-        return sum(len(unit.part) for unit in self.units.values() if unit.ids is None)
+        """Number of characters that the engine has yet to encode."""
+        return sum(len(one.text) for one in self.pending.values() if one.ids is None)
 
-    def joined(  # noqa: PLR0917 (by place, as the native one is called)
+    def joined(  # noqa: PLR0917 (by position, as the native one is called)
         self,
         variant: int,
-        blank_variant: int,
+        space_variant: int,
         between: str,
-        sizes: TokenBytes | None,
+        lengths: IdLengths | None,
         agreed: CodePoints | None,
         max_chars: int,
         max_apart: int,
     ) -> list[str]:
-        """Return texts that hold all parts which `variant` must encode and has not yet.
+        """Return texts that together contain all segments that `variant` has yet to encode.
 
-        With them those of `blank_variant` (-1: none), a blank before each: `variant` encodes that
-        as the other one does the part. A text has up to `max_chars` characters, or one part, and
-        up to `max_apart` times `between`, which is ASCII, between two parts; parts that may stand
-        side by side, and whose ids tell by `sizes` where each ends, have nothing between them.
-        With `agreed`, only parts of these code points and of up to `max_chars` characters.
+        Segments of `space_variant` (-1: none) are included with a space before each: with it
+        `variant` gives the same ids as the other variant without. A text has at most `max_chars`
+        characters, or one segment, and contains `between`, which is ASCII, at most `max_apart`
+        times. `between` is put between two segments, unless these may be adjacent and the id
+        lengths show where each ends. With `agreed`, only segments of these code points and of at
+        most `max_chars` characters are included.
         """
         self._picked = []
         n_chars = n_apart = 0
-        for unit in self.units.values():
-            n = len(unit.part)
-            if unit.ids is not None or unit.variant not in (variant, blank_variant):
+        for one in self.pending.values():
+            n = len(one.text)
+            if one.ids is not None or one.variant not in (variant, space_variant):
                 continue
-            if agreed is not None and (n > max_chars or not agreed.cover(unit.part)):
+            if agreed is not None and (n > max_chars or not agreed.cover(one.text)):
                 continue
-            unit.given = " " * (unit.variant == blank_variant) + unit.part
-            unit.n_bytes = sizes.of_part(unit.given) if sizes is not None else 0
+            one.given = " " * (one.variant == space_variant) + one.text
+            one.n_bytes = lengths.encoded_bytes(one.given) if lengths is not None else 0
             before = self._picked[-1][-1] if self._picked else None
             if before is not None:
-                before.is_seamless = self._is_seam(before, unit, variant)
+                before.is_seamless = self._is_seam(before, one, variant)
                 n_apart += not before.is_seamless
             if before is None or n_chars + n > max_chars or n_apart > max_apart:
                 if before is not None:
                     before.is_seamless = False
                 self._picked.append([])
                 n_chars = n_apart = 0
-            unit.is_seamless = False
-            self._picked[-1].append(unit)
+            one.is_seamless = False
+            self._picked[-1].append(one)
             n_chars += n
-        return [self._text_of(units, between) for units in self._picked]
+        return [
+            "".join(one.given + ("" if one.is_seamless else between) for one in group[:-1])
+            + group[-1].given
+            for group in self._picked
+        ]
 
-    def take(self, encoded: Sequence[Any], separator: int, sizes: TokenBytes | None) -> bool | None:
-        """Take the ids of the texts that `joined` returned; return False if they are not theirs.
+    def _is_seam(self, before: _Pending, one: _Pending, variant: int) -> bool:
+        """Return whether two segments need no separator in a joined text.
 
-        None if an id doesn't tell its bytes. Each of `encoded` is a list or a buffer of 32-bit
-        integers.
+        They need none if they are adjacent in the text, or if a text may be cut between two such
+        characters and no added token contains them side by side.
+        """
+        plan = self._cache._plan  # noqa: SLF001 (its own walk)
+        if not before.n_bytes or not one.n_bytes or variant != plan.variant_of[2]:
+            return False
+        if before.start + len(before.text) == one.start and one.given == one.text:
+            return True
+        left = class_of(before.text[-1])
+        if left is CharClass.NEWLINE:
+            if len(before.text) == 1:
+                return False  # its class depends on a character before the segment
+            left = class_behind(before.text[-1], class_of(before.text[-2]))
+        right = class_behind(one.given[0], left)
+        return bool(plan.seams[left * N_CLASSES + right])
+
+    def take(
+        self, encoded: Sequence[Any], separator: int, lengths: IdLengths | None
+    ) -> bool | None:
+        """Assign the ids of the texts that `joined` returned to the segments; return True.
+
+        Return False if the ids do not fit the segments, None if the length of an id is unknown.
+        Each item of `encoded` is a list or a buffer of 32-bit integers.
         """
         if len(encoded) != len(self._picked):
             return False
         found: list[_Ids] = []
-        for units, ids in zip(self._picked, map(_listed, encoded), strict=True):
+        for group, ids in zip(self._picked, map(_listed, encoded), strict=True):
             try:
-                parts = _parted(units, ids, separator, sizes)
+                split = _split(group, ids, separator, lengths)
             except IdLengthUnknown:
                 return None
-            if parts is None:
+            if split is None:
                 return False
-            found += parts
-        for unit, part in zip(
-            (unit for units in self._picked for unit in units), found, strict=True
-        ):
-            unit.ids = part
+            found += split
+        taken = (one for group in self._picked for one in group)
+        for one, own in zip(taken, found, strict=True):
+            one.ids = own
         return True
 
-    def _is_seam(self, before: _Unit, unit: _Unit, variant: int) -> bool:
-        """Return whether nothing need stand between two parts in a joined text.
-
-        They do so in the text, too, or a text may be cut between such characters and no added
-        token has them side by side.
-        """
-        plan = self._cache._plan  # noqa: SLF001 (its own walk)
-        if not before.n_bytes or not unit.n_bytes or variant != plan.variant_of[2]:
-            return False
-        if before.start + len(before.part) == unit.start and unit.given == unit.part:
-            return True
-        left = class_of(before.part[-1])
-        if left is CharClass.NEWLINE:
-            if len(before.part) == 1:
-                return False  # what stands before it decides
-            left = class_behind(before.part[-1], class_of(before.part[-2]))
-        right = class_behind(unit.given[0], left)
-        return bool(plan.seams[left * N_CLASSES + right])
-
-    @staticmethod
-    def _text_of(units: list[_Unit], between: str) -> str:
-        pieces = [unit.given + between * (not unit.is_seamless) for unit in units[:-1]]
-        return "".join([*pieces, units[-1].given])
-
     def finish(self) -> TokenIds:
-        """Keep what was encoded and return the ids of the whole text."""
-        if any(unit.ids is None for unit in self.units.values()):
-            raise RuntimeError("finish() before every part was taken")
+        """Store the encoded segments and return the ids of the whole text."""
+        if self._is_finished:
+            raise RuntimeError("finish() was called before")
+        if any(one.ids is None for one in self.pending.values()):
+            raise RuntimeError("finish() before every segment was taken")
+        self._is_finished = True
         return self._cache.finish(self)
 
 
 class SegmentCache:
-    """The ids of the parts of texts, cut as `plan` says.
+    """The token ids of chunks and short segments of texts, cut as `plan` says.
 
-    Units:   `max_bytes` bytes: keys, ids and tables.
+    Units:   `max_bytes` is for keys, ids and tables.
     Cost:    one pass over the text in Python.
-    Threads: safe; the lock is made anew in a forked child.
+    Threads: safe, and after fork.
     Source:  content-defined chunks: FastCDC (Xia et al., USENIX ATC 2016).
     """
+
+    _n_bytes: int
 
     def __init__(self, plan: CutPlan, max_bytes: int, cuts_fine: bool = True) -> None:
         self.max_bytes = max_bytes
@@ -206,37 +217,33 @@ class SegmentCache:
         self.clear(n_clears=0)
 
     def clear(self, scope: int | None = None, n_clears: int | None = None) -> None:
-        """Drop every part and set the counters to zero, or drop the parts of `scope` alone.
+        """Remove all entries and set the counters to zero, or remove those of `scope` only.
 
-        `n_clears` is what the attribute of this name is set to, one more than it was by default.
+        `n_clears` is the new value of that attribute; by default it grows by one.
         """
         with self._lock:
             self.n_clears = self.n_clears + 1 if n_clears is None else n_clears
+            if scope is not None and len(self._cleared) < _MAX_CLEARED:
+                self._cleared[scope] = self.n_clears
+            else:
+                self._cleared_all = self.n_clears
+                self._cleared: dict[int, int] = {}  # scope -> n_clears at its last clear
             if scope is not None:
-                self._clear_scope(scope)
+                for key in [key for key in self._held if key[1] == scope]:
+                    self._n_bytes -= _n_bytes(key, self._held.pop(key))
                 return
-            self._cleared_all = self.n_clears
-            self._cleared: dict[int, int] = {}  # scope -> n_clears when it was cleared last
             self._held: cachetools.LRUCache[_Key, _Ids] = cachetools.LRUCache(sys.maxsize)
             self._n_bytes = 0
             self._counts: Counter[str] = Counter()
             self._refusals: Counter[str] = Counter()
 
-    def _clear_scope(self, scope: int) -> None:
-        if len(self._cleared) < _MAX_CLEARED:
-            self._cleared[scope] = self.n_clears
-        else:
-            self._cleared_all, self._cleared = self.n_clears, {}
-        for key in [key for key in self._held if key[1] == scope]:
-            self._n_bytes -= _n_bytes(key, self._held.pop(key))
-
     def look(
         self, text: str, add_special_tokens: bool, scope: int, since: int | None = None
     ) -> TokenIds | Walk | None:
-        """Return the ids of `text` if every part is known, a Walk if some are to be encoded.
+        """Return the ids of `text` if all of it is cached, else a Walk with the segments to encode.
 
-        None, counted by reason, if the text can't be cut with proof. Nothing of it is kept if its
-        scope was cleared since `n_clears` was `since`, or is before the Walk is finished.
+        Return None, counted by reason, if the text can't be cut safely. Nothing is stored if the
+        scope was cleared after `n_clears` was `since`, or is cleared before the Walk is finished.
         """
         with self._lock:
             if self._plan.affixes[add_special_tokens] is None:
@@ -252,21 +259,21 @@ class SegmentCache:
             except Unsure:
                 self._refuse("beside_single_word")
                 return None
-            return walk if walk.units else self.finish(walk)
+            return walk if walk.pending else self.finish(walk)
 
     def finish(self, walk: Walk) -> TokenIds:
-        """Keep the parts of a walk and return the ids of its text."""
+        """Store the segments of a Walk and return the ids of its text."""
         with self._lock:
             last = max(self._cleared.get(walk.scope, 0), self._cleared_all)
             keeps = last <= walk.since
-            for key, unit in walk.units.items():
-                self._counts["engine_chars"] += len(unit.part)
-                self._counts["engine_tokens"] += len(unit.ids or ())
-                if len(unit.part) <= SHORT_CHARS and keeps:
-                    self._keep(key, unit.ids or ())
+            for key, one in walk.pending.items():
+                self._counts["engine_chars"] += len(one.text)
+                self._counts["engine_tokens"] += len(one.ids or ())
+                if len(one.text) <= SEGMENT_CHARS and keeps:
+                    self._keep(key, one.ids or ())
             missed = [one for one in walk.chunks if isinstance(one, _Missed)]
-            for one in missed if keeps else ():
-                self._keep(one.key, one.ids())
+            for chunk in missed if keeps else ():
+                self._keep(chunk.key, chunk.ids())
             if not keeps:
                 self._refuse("cleared")
             self._counts["misses" if missed else "hits"] += 1
@@ -288,24 +295,27 @@ class SegmentCache:
     def stats(self) -> L1Stats:
         """Return a snapshot of the counters."""
         with self._lock:
-            n_shorts = sum(len(text) <= SHORT_CHARS for text, _, _ in self._held)
+            n_segments = sum(len(text) <= SEGMENT_CHARS for text, _, _ in self._held)
             return L1Stats(
                 **self._counts,
                 refusals=dict(self._refusals),
-                n_shorts=n_shorts,
-                n_chunks=len(self._held) - n_shorts,
+                n_shorts=n_segments,
+                n_chunks=len(self._held) - n_segments,
                 n_bytes=self._n_bytes,
             )
 
     def cut(self, text: str, fine: bool) -> list[tuple[int, int, bool]] | None:
-        """Return the parts of `text` as (start, stop, is_token); for people and tests."""
+        """Return the chunks (or with `fine` the segments) of `text` as (start, stop, is_token).
+
+        Return None if the text can't be cut. For `explain` and tests.
+        """
         found, p = [], 0
         try:
             while p < len(text):
                 end = self._chunk_end(text, p)
                 if fine:
-                    parts = self._parts(text, p, end, 0)
-                    found += [(one.start, one.stop, one.token is not None) for one in parts]
+                    spans = self._spans(text, p, end, 0)
+                    found += [(one.start, one.stop, one.token is not None) for one in spans]
                 else:
                     found.append((p, end, False))
                 p = end
@@ -313,11 +323,11 @@ class SegmentCache:
             return None
         return found
 
-    # ---- to be kept elsewhere and brought back
+    # ---- dump and load
 
     @property
     def cut_seed(self) -> bytes:
-        """The secret that chooses where chunks end: with another one, others are looked up."""
+        """The secret that chooses where chunks end: dumped chunks are useful only with it."""
         return self._seed.to_bytes(SEED_BYTES, "little")
 
     @cut_seed.setter
@@ -329,42 +339,42 @@ class SegmentCache:
     def held_chunks(self) -> list[_Chunk]:
         """Return (text, ids, scope, variant, end_class, is_tail) of every chunk, newest first.
 
-        What is no longer than a short segment is returned by `held_shorts` alone; the last two,
-        which only the native cache keeps, are 0 and False.
+        Chunks as short as a segment are returned by `held_segments` instead. The last two values
+        are 0 and False; only the native cache needs them.
         """
-        return [(*row, 0, False) for row in self._held_rows() if len(row[0]) > SHORT_CHARS]
+        return [(*row, 0, False) for row in self._held_rows() if len(row[0]) > SEGMENT_CHARS]
 
-    def held_shorts(self) -> list[_Short]:
+    def held_segments(self) -> list[_Segment]:
         """Return (text, ids, scope, variant) of every short segment, newest first."""
-        return [row for row in self._held_rows() if len(row[0]) <= SHORT_CHARS]
+        return [row for row in self._held_rows() if len(row[0]) <= SEGMENT_CHARS]
 
     def fill_chunks(self, rows: Iterable[_Chunk]) -> tuple[int, int]:
-        """Keep chunks as `held_chunks` returns them, as far as nothing must go for them.
+        """Store chunks in the form that `held_chunks` returns, without evicting any.
 
-        They count as older than all that is held. Return how many were kept, and how many were
-        there.
+        They count as older than all present entries. Return the number stored, and the number that
+        were already present.
         """
-        return self.fill_shorts(row[:4] for row in rows)
+        return self.fill_segments(row[:4] for row in rows)
 
-    def fill_shorts(self, rows: Iterable[_Short]) -> tuple[int, int]:
-        """Keep short segments as `held_shorts` returns them; like `fill_chunks`."""
+    def fill_segments(self, rows: Iterable[_Segment]) -> tuple[int, int]:
+        """Store short segments in the form that `held_segments` returns; like `fill_chunks`."""
         with self._lock:
-            all_of_it = dict(self._by_age())
-            n_held, n_there = len(all_of_it), 0
+            entries = dict(self._by_age())
+            n_held, n_present = len(entries), 0
             for text, ids, scope, variant in rows:
                 key, own = (text, scope, variant), tuple(ids)
                 n_bytes = self._n_bytes + _n_bytes(key, own)
-                n_there += key in all_of_it
-                if key not in all_of_it and len(text) <= STORED_CHARS and n_bytes <= self.max_bytes:
-                    all_of_it[key] = own
+                n_present += key in entries
+                if key not in entries and len(text) <= STORED_CHARS and n_bytes <= self.max_bytes:
+                    entries[key] = own
                     self._n_bytes = n_bytes
             self._held = cachetools.LRUCache(sys.maxsize)
-            for key in reversed(all_of_it):
-                self._held[key] = all_of_it[key]
-            self._counts["insertions"] += len(all_of_it) - n_held
-            return len(all_of_it) - n_held, n_there
+            for key in reversed(entries):
+                self._held[key] = entries[key]
+            self._counts["insertions"] += len(entries) - n_held
+            return len(entries) - n_held, n_present
 
-    def _held_rows(self) -> list[_Short]:
+    def _held_rows(self) -> list[_Segment]:
         with self._lock:
             return [
                 (text, TokenIds(ids), scope, variant)
@@ -372,7 +382,7 @@ class SegmentCache:
             ]
 
     def _by_age(self) -> list[tuple[_Key, _Ids]]:
-        """Return all that is held, newest first."""
+        """Return all entries, newest first."""
         found = [self._held.popitem() for _ in range(len(self._held))]
         for key, ids in found:
             self._held[key] = ids
@@ -387,13 +397,16 @@ class SegmentCache:
     # ---- inside
 
     def _refuse(self, reason: str) -> None:
-        """Count why a text or a part is not held."""
+        """Count why a text is not cut, or why a chunk is not stored."""
         self._refusals[reason] += 1
 
     def _follow(self, walk: Walk) -> None:
-        text, p = walk.text, 0
+        """Look up the text chunk by chunk; `Unsure` if an added token can't be judged."""
+        text, plan, p = walk.text, self._plan, 0
         while p < len(text):
-            end, variant = self._chunk_end(text, p), self._variant_at(text, p)
+            end = self._chunk_end(text, p)
+            opens = self._scanner.opens(text, p)
+            variant = plan.variant_of[1 if opens else 0 if p == 0 else 2]
             key = (text[p:end], walk.scope, variant)
             ids = self._held.get(key)
             if ids is not None:
@@ -401,54 +414,49 @@ class SegmentCache:
                 walk.chunks.append(ids)
             else:
                 walk.counts["chunk_miss_chars"] += end - p
-                missed = _Missed(key)
-                for part in self._parts(text, p, end, variant):
-                    missed.pieces.append(self._piece(walk, part))
-                walk.chunks.append(missed)
+                spans = self._spans(text, p, end, variant)
+                segments = [self._segment(walk, span) for span in spans]
+                walk.chunks.append(_Missed(key, segments))
             p = end
 
-    def _piece(self, walk: Walk, part: Part) -> _Ids | _Unit:
-        if part.token is not None:
-            return (part.token.id,)
-        text = walk.text[part.start : part.stop]
-        key = (text, walk.scope, part.variant)
-        ids = self._held.get(key) if len(text) <= SHORT_CHARS else None
+    def _segment(self, walk: Walk, span: Part) -> _Ids | _Pending:
+        """Return the ids of a segment if they are cached, else list it as pending."""
+        if span.token is not None:
+            return (span.token.id,)
+        text = walk.text[span.start : span.stop]
+        key = (text, walk.scope, span.variant)
+        ids = self._held.get(key) if len(text) <= SEGMENT_CHARS else None
         if ids is not None:
             walk.counts["short_hits"] += 1
             return ids
-        walk.counts["short_misses"] += key not in walk.units
-        return walk.units.setdefault(key, _Unit(text, part.variant, part.start))
+        walk.counts["short_misses"] += key not in walk.pending
+        return walk.pending.setdefault(key, _Pending(text, span.variant, span.start))
 
-    def _parts(self, text: str, start: int, stop: int, variant: int) -> Any:
+    def _spans(self, text: str, start: int, stop: int, variant: int) -> Iterator[Part]:
         return parts_of(
             self._plan, self._scanner, text, (start, stop), variant, fine=self.cuts_fine
         )
 
-    def _variant_at(self, text: str, p: int) -> int:
-        if self._scanner.opens(text, p):
-            return self._plan.variant_of[1]
-        return self._plan.variant_of[0 if p == 0 else 2]
-
     def _chunk_end(self, text: str, p: int) -> int:
-        """Return where the chunk that begins at `p` ends; `Unsure` if a token can't be judged."""
-        i = piece = cut = p
+        """Return the end of the chunk that begins at `p`; `Unsure` if a token can't be judged."""
+        i = base = cut = p
         left, last, best = CharClass.LETTER if p else self._plan.piece_left, 0, 1 << 32
         while i < len(text):
-            match = self._scanner.match(text, i, piece)
+            match = self._scanner.match(text, i, base)
             if match is not None and not match.is_text:
                 if match.token.opens and i >= p + OPENING_CHARS:
                     return i
                 if last and i > p + MAX_CHARS:
                     return last
-                piece, i, left = match.stop, match.end, CharClass.TOKEN_END
+                base, i, left = match.stop, match.end, CharClass.TOKEN_END
                 continue
-            if i < piece:
+            if i < base:
                 i += 1
                 continue
-            if i == piece and i > p:
+            if i == base and i > p:
                 left, cut = self._plan.piece_left, i
             own = class_behind(text[i], left)
-            if match is None and i > piece and self._is_coarse(left, own):
+            if match is None and i > base and self._plan.allows(left, own, fine=False):
                 if i >= p + MIN_CHARS:
                     is_late = i > p + MAX_CHARS
                     rank = 0 if is_late else self._rank(text, i, i - cut)
@@ -460,15 +468,12 @@ class SegmentCache:
             i += 1
         return len(text) if last == 0 or len(text) - p <= MAX_CHARS else last
 
-    def _is_coarse(self, left: CharClass, right: CharClass) -> bool:
-        return self._plan.allows(left, right, fine=False)
-
     def _rank(self, text: str, i: int, gap: int) -> int:
-        """Return the rank of a coarse cut; the lowest one ends a chunk.
+        """Return the rank of a coarse cut: a digest of the characters before it, over its weight.
 
-        What stands before it decides; `gap`, the characters since the coarse cut before, is its
-        weight, so that texts with few places have chunks of the same length. Characters beyond
-        Latin-1, which say more each, weigh four times.
+        The lowest ends a chunk. The weight is `gap`, the characters since the previous coarse cut,
+        so that texts with few cuts have chunks of the same length as others. It is four times as
+        large for characters beyond Latin-1, because each of them carries more text.
         """
         window = text[i - WINDOW : i]
         digest = zlib.crc32(window.encode("utf-8", "surrogatepass"), self._seed)
@@ -504,16 +509,16 @@ class CodePoints:
         self._all = re.compile(f"[{spans}]*")
 
     def cover(self, text: str) -> bool:
-        """Return whether every character of `text` is one of them."""
+        """Return whether every character of `text` is in the set."""
         return self._all.fullmatch(text) is not None
 
 
-class TokenBytes:
-    """How many bytes of a text each token id stands for.
+class IdLengths:
+    """The number of bytes of text that each token id stands for.
 
-    `length_of` tells it of one of `n_ids`, 0 where it can't: asked once for each that is met.
-    `exact` returns the code points that are encoded as they are; without it all are, and all of
-    Latin-1 in any case.
+    `length_of(id)` returns it for an id below `n_ids`, or 0 if it is unknown; it is called once for
+    each id that occurs. `exact()` returns the code points that are encoded unchanged; Latin-1
+    always is, and without `exact` all code points are.
     """
 
     def __init__(
@@ -527,40 +532,40 @@ class TokenBytes:
         self._exact = exact
         self._known: dict[int, int] = {}
 
-    def fill(self, sizes: list[int]) -> None:
-        """Take the bytes of the first ids at once; 0 where they are unknown."""
-        self._known.update(enumerate(sizes))
+    def fill(self, lengths: list[int]) -> None:
+        """Set the lengths of the first ids, 0 for an unknown one."""
+        self._known.update(enumerate(lengths))
 
     def of_id(self, index: int) -> int:
-        """Return the bytes of an id, 0 where they are unknown."""
+        """Return the bytes of an id, or 0 if they are unknown."""
         if not 0 <= index < self._n_ids:
             return 0
         if index not in self._known:
             self._known[index] = self._length_of(index)
         return self._known[index]
 
-    def of_part(self, part: str) -> int:
-        """Return the bytes of a part in UTF-8, or 0 where the ids don't tell them."""
-        is_exact = self._exact is None or max(part) <= "\xff" or self._exact().cover(part)
-        return len(part.encode()) if is_exact else 0
+    def encoded_bytes(self, text: str) -> int:
+        """Return the UTF-8 bytes of a text, or 0 if some characters are not encoded unchanged."""
+        is_exact = self._exact is None or max(text) <= "\xff" or self._exact().cover(text)
+        return len(text.encode()) if is_exact else 0
 
 
-def _parted(
-    units: list[_Unit], ids: list[int], separator: int, sizes: TokenBytes | None
+def _split(
+    group: list[_Pending], ids: list[int], separator: int, lengths: IdLengths | None
 ) -> list[_Ids] | None:
-    """Return what of a text's ids is each unit's, None if they are not theirs."""
+    """Split the ids of a joined text into those of each segment; None if they do not fit."""
     found: list[_Ids] = []
     i, was_seamless = 0, False
-    for unit in units:
-        start, left = i, unit.n_bytes
-        if sizes is not None and (was_seamless or unit.is_seamless):
+    for one in group:
+        start, left = i, one.n_bytes
+        if lengths is not None and (was_seamless or one.is_seamless):
             while left > 0:
                 if i == len(ids):
                     return None
-                size = sizes.of_id(ids[i])
-                if size == 0:
+                n_bytes = lengths.of_id(ids[i])
+                if n_bytes == 0:
                     raise IdLengthUnknown
-                left -= size
+                left -= n_bytes
                 i += 1
             if left < 0:
                 return None
@@ -568,8 +573,8 @@ def _parted(
             while i < len(ids) and ids[i] != separator:
                 i += 1
         found.append(tuple(ids[start:i]))
-        was_seamless = unit.is_seamless
-        if unit is not units[-1] and not was_seamless:
+        was_seamless = one.is_seamless
+        if one is not group[-1] and not was_seamless:
             if i == len(ids) or ids[i] != separator:
                 return None
             i += 1

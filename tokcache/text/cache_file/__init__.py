@@ -128,8 +128,8 @@ def dump(
     rows = _Rows()
     rows.texts = generation.l0.held()
     if l1 is not None and l1.off is None:
-        rows.seed = l1.parts.cut_seed
-        rows.chunks, rows.shorts = l1.parts.held_chunks(), l1.parts.held_shorts()
+        rows.seed = l1.cache.cut_seed
+        rows.chunks, rows.shorts = l1.cache.held_chunks(), l1.cache.held_segments()
     entries = list(_named_entries(rows, l1, wanted))
 
     # The place of each scope in the file's list; the scopes over its limits are left out.
@@ -176,21 +176,21 @@ def load(
         )
     filled = {Kind.TEXT: generation.l0.fill(rows.texts)}
     if l1 is not None:
-        if not l1.parts.cuts_fine:
+        if not l1.cache.cuts_fine:
             rows.left_out["l1_off"] += len(rows.shorts)
             rows.shorts = []
         # The cut seed decides where chunks begin, so chunks are useful only under their own seed.
         # A cache that holds fewer chunks than the file takes over the file's seed.
-        own, n_chunks = l1.parts.cut_seed, l1.parts.stats().n_chunks
+        own, n_chunks = l1.cache.cut_seed, l1.cache.stats().n_chunks
         if own != rows.seed:
             if len(own) != len(rows.seed) or n_chunks >= len(rows.chunks):
                 rows.left_out["cuts"] += len(rows.chunks)
                 rows.chunks = []
             else:
-                l1.parts.cut_seed = rows.seed
+                l1.cache.cut_seed = rows.seed
         # First short segments: their table may double, and chunks get the rest.
-        filled[Kind.SHORT] = l1.parts.fill_shorts(rows.shorts)
-        filled[Kind.CHUNK] = l1.parts.fill_chunks(rows.chunks)
+        filled[Kind.SHORT] = l1.cache.fill_segments(rows.shorts)
+        filled[Kind.CHUNK] = l1.cache.fill_chunks(rows.chunks)
     n_there = sum(there for _, there in filled.values())
     counts = Counter({kind: n for kind, (n, _) in filled.items()})
     rows.left_out["held"] += n_there
@@ -463,7 +463,7 @@ def _verify(file: Path, tokenizer: Tokenizer, l1: L1 | None, rows: _Rows) -> Non
     ]
     if l1 is not None:
         samples += [
-            ("segment", ids, l1.encode_part, (text, variant))
+            ("segment", ids, l1.encode_chunk, (text, variant))
             for text, ids, _, variant, *_ in [*_sample(rows.chunks), *_sample(rows.shorts)]
         ]
     for kind, ids, encode, args in samples:

@@ -51,8 +51,9 @@ class _HandedOut:
 class Backend:
     """A plain tokenizer, with all methods that change it.
 
-    `settled` are the truncation and padding that the last call of transformers has set, or None if
-    they, or `encode_special_tokens`, may have been changed since.
+    `own_engine` is the engine of a transformers tokenizer whose class overrides how it encodes, or
+    None; `set_own_engine` sets it. `settled` are the truncation and padding that the last call of
+    transformers has set, or None if they, or `encode_special_tokens`, may have been changed since.
 
     Threads: safe; `core.plain_lock` is held while the tokenizer encodes or is changed. A call that
              finds the lock taken encodes with a copy.
@@ -70,7 +71,7 @@ class Backend:
         self._lent = threading.local()
         self.settled: Settings | None = None
         self.splits_special_tokens = splits_special_tokens
-        self._own_engine = own_engine
+        self.own_engine = own_engine
         # The transformers tokenizers that use this backend: `copy.copy` shares the Rust object.
         self.wrappers: list[weakref.ref[Any]] = []
         self._handed_out: dict[str, _HandedOut] = {}
@@ -126,8 +127,8 @@ class Backend:
                 self._lent.copy = None
 
     def _build_engine(self) -> Engine:
-        if self._own_engine is not None:
-            return self._own_engine
+        if self.own_engine is not None:
+            return self.own_engine
         reason = self._why_not_copied or why_own(self.raw) or why_random(self.raw.model)
         if reason is None and self._has_stale_matcher:
             reason = "normalizer_changed_in_place"
@@ -177,15 +178,10 @@ class Backend:
         raw.encode_special_tokens = False
         return Backend(raw, self.core.config, splits_special_tokens=self.splits_special_tokens)
 
-    @property
-    def has_own_engine(self) -> bool:
-        """Whether the tokenizer's class overrides how it encodes, so that it has its own engine."""
-        return self._own_engine is not None
-
     def set_own_engine(self, engine: Engine | None) -> None:
         """Encode with this engine from now on, or with one of ours if it is None."""
         with self.core.plain_lock:
-            self._own_engine = engine
+            self.own_engine = engine
             self.core.invalidate()
 
     def settle(

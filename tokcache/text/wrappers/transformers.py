@@ -144,7 +144,7 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
             found = self._whole_text(text, kwargs.get("add_special_tokens", True), batch_encoding)
             if found is not None:
                 return found
-        if self._tokcache_backend.has_own_engine:  # its calls may switch between two modes
+        if self._tokcache_backend.own_engine is not None:  # its calls may switch between two modes
             with self._tokcache.plain_lock:
                 return super().__call__(text, *args, **kwargs)
         return super().__call__(text, *args, **kwargs)
@@ -286,7 +286,7 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
             value = view_class(value)
         object.__setattr__(self, "__class__", value)
         own = own_engine(self)
-        if own is not None or self._tokcache_backend.has_own_engine:
+        if own is not None or self._tokcache_backend.own_engine is not None:
             self._detach()
             self._tokcache_backend.set_own_engine(own)
 

@@ -54,7 +54,7 @@ class File:
     """
 
     scope: str
-    owner: str
+    root: str
     name: str
     position: int
     n_bytes: int
@@ -63,7 +63,7 @@ class File:
     @property
     def path(self) -> str:
         """Its path below the tier's folder."""
-        return f"{LAYOUT}/{self.scope}/{self.owner}/{self.name}"
+        return f"{LAYOUT}/{self.scope}/{self.root}/{self.name}"
 
 
 class DiskFile(Stored):
@@ -183,7 +183,7 @@ def verified_file(folder: Path, file: File, codec: StateCodec) -> Head:
     finally:
         os.close(fd)
     stem = f"{head.position:x}-{head.slot.hex()}"
-    if (head.scope.hex(), head.owner.hex(), stem) != (file.scope, file.owner, file.name[:-2]):
+    if (head.scope.hex(), head.root.hex(), stem) != (file.scope, file.root, file.name[:-2]):
         raise StateRefused("misfiled")
     return head
 

@@ -4,7 +4,7 @@ A state's file is named POSITION-SLOT.PLACE: each slot has two places, 0 and 1. 
 block that shares only its first tokens with the one in the first, which happens where two processes
 store both at once.
 
-1. A writer writes the file under a temporary name, syncs it, and reserves its bytes.
+1. A writer reserves the bytes of the file, writes it under a temporary name, and syncs it.
 2. Under the writers' lock it looks again whether the place is free, and renames the file.
 3. It syncs the folder. At each moment the whole file is there, or none of it.
 """
@@ -29,7 +29,7 @@ from tokcache.state.tiers.disk.folder import CREATE, TEMPORARY, StateFolder, pos
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tokcache.state.names import Owner
+    from tokcache.state.names import RootKey
     from tokcache.state.tiers.block_file import StateCodec
     from tokcache.state.tiers.counters import TierCounters
 
@@ -41,7 +41,7 @@ _MAX_LISTED = 1024
 class StateFiles:
     """The files of states, one at an address.
 
-    A damaged file is removed and counted, as are files that can't be used for other reasons.
+    A file that can't be used is counted by its reason; a damaged one is removed, too.
 
     Threads: safe, for threads and processes.
     """
@@ -61,9 +61,9 @@ class StateFiles:
         self._listed: dict[str, tuple[tuple[int, int], set[int]]] = {}
 
     @contextlib.contextmanager
-    def _opened_folder(self, owner: Owner, *, make: bool = False) -> Iterator[int]:
-        """Yield a descriptor of an owner's folder."""
-        names = self._codec.scope(owner.scope).hex(), self._codec.owner(owner).hex()
+    def _opened_folder(self, root_key: RootKey, *, make: bool = False) -> Iterator[int]:
+        """Yield a descriptor of the folder of one root key."""
+        names = self._codec.scope(root_key.scope).hex(), self._codec.root(root_key).hex()
         fd = self._folder.open(*names, make=make)
         try:
             yield fd
@@ -83,7 +83,7 @@ class StateFiles:
         Errors: OSError.
         """
         found: list[DiskFile] = []
-        with self._opened_folder(address.owner) as folder:
+        with self._opened_folder(address.root_key) as folder:
             for name in self.names(address):
                 file = self._open_file(folder, name, address)
                 if file is not None:
@@ -140,13 +140,13 @@ class StateFiles:
             raise StateRefused("expired")
         return status.st_size
 
-    def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's snapshots.
+    def lengths(self, root_key: RootKey) -> set[int]:
+        """Return the numbers of tokens of the snapshots with this root key.
 
         Errors: OSError.
         """
-        key = self._codec.owner(owner).hex()
-        with self._opened_folder(owner) as folder:
+        key = self._codec.root(root_key).hex()
+        with self._opened_folder(root_key) as folder:
             # Taken before the listing: a file that is added during it may not change them later.
             status, now = os.fstat(folder), time.time()
             # ctime: programs that copy folders (rsync, tar) set their mtime back.
@@ -174,13 +174,13 @@ class StateFiles:
 
         Errors: StateRefused; OSError; FileNotFoundError if the folder was removed meanwhile.
         """
-        with self._opened_folder(address.owner, make=True) as folder:
+        with self._opened_folder(address.root_key, make=True) as folder:
             if self._free_name(folder, address, record) is None:
                 return 0
             parts = self._codec.packed(address, record, payload)
             n_bytes = sum(len(part) for part in parts)
             if n_bytes > self._budget.max_bytes:
-                self._folder.notices.oversize(address.owner.fingerprint, n_bytes)
+                self._folder.notices.oversize(address.root_key.fingerprint, n_bytes)
             self._budget.reserve(n_bytes)
             n_spare = n_bytes
             try:
@@ -210,7 +210,7 @@ class StateFiles:
             if file is None:
                 return name
             with file:
-                is_held = is_in_place(file.record, record, address.owner.kind)
+                is_held = is_in_place(file.record, record, address.root_key.kind)
             if is_held is not None:
                 return None if is_held else name
         raise StateRefused("place_taken")
@@ -258,7 +258,7 @@ class StateFiles:
         Errors: OSError.
         """
         is_there = False
-        with self._opened_folder(address.owner) as folder:
+        with self._opened_folder(address.root_key) as folder:
             for name in self.names(address):
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(name, ns=(now, now), dir_fd=folder, follow_symlinks=False)
@@ -270,7 +270,7 @@ class StateFiles:
 
         Errors: OSError.
         """
-        with self._opened_folder(address.owner) as folder:
+        with self._opened_folder(address.root_key) as folder:
             for name in self.names(address):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=folder)

@@ -2,7 +2,7 @@
 
     DIR/tokcache-states          the marker: shows that the folder belongs to tokcache
     DIR/usage                    the number of bytes reserved so far; see budget.py
-    DIR/1/SCOPE/OWNER/…          the files of states; SCOPE and OWNER are digests
+    DIR/1/SCOPE/ROOT/…          the files of states; SCOPE and ROOT are digests
     DIR/1/.gone-…                a subfolder that is being removed
 
 Nothing else is written there.
@@ -134,16 +134,19 @@ class StateFolder:
     # Scans
 
     def entries(self) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
-        """Yield all entries of the owners' folders, with the names of scope and owner."""
+        """Yield all entries of the folders of states, with the names of scope and root."""
         for scope in self.subfolders():
-            for owner in self.subfolders(scope):
-                with contextlib.suppress(OSError), os.scandir(self.layout / scope / owner) as found:
+            for root in self.subfolders(scope):
+                with (
+                    contextlib.suppress(OSError),
+                    os.scandir(self.layout / scope / root) as found,
+                ):
                     for entry in found:
-                        yield scope, owner, entry
+                        yield scope, root, entry
 
     def files(self) -> Iterator[File]:
         """Yield every state's file; other entries of the folder are skipped."""
-        for scope, owner, entry in self.entries():
+        for scope, root, entry in self.entries():
             position = position_of(entry.name)
             if position < 0:
                 continue
@@ -151,7 +154,7 @@ class StateFolder:
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode):
                     size, used = status.st_size, status.st_mtime
-                    yield File(scope, owner, entry.name, position, size, used)
+                    yield File(scope, root, entry.name, position, size, used)
 
     def subfolders(self, *names: str) -> list[str]:
         """Return the names of the folders at that path that are digests; links are skipped."""

@@ -26,7 +26,7 @@ from tokcache.state.tiers.disk.notices import DiskNotices
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from tokcache.state.names import Owner
+    from tokcache.state.names import RootKey
     from tokcache.state.tiers import Address, Record
     from tokcache.state.tiers.disk.file import DiskFile, File
     from tokcache.stats import TierStats
@@ -137,10 +137,10 @@ class DiskTier:
         self._counters.count("misses" if found is None else "hits")
         return found
 
-    def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's snapshots."""
+    def lengths(self, root_key: RootKey) -> set[int]:
+        """Return the numbers of tokens of the snapshots with this root key."""
         try:
-            return self._files.lengths(owner)
+            return self._files.lengths(root_key)
         except OSError as error:
             if error.errno != errno.ENOENT:
                 self._folder.refuse(error)

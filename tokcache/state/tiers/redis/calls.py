@@ -141,9 +141,14 @@ class Calls(Locked):
             if is_open:
                 self._notices.not_written(reason)
 
+    def close_circuits(self) -> None:
+        """Let calls and writes through again."""
+        with self.lock:
+            for circuit in (self._all, self._writes):
+                circuit.note(is_good=True)
+
     def after_fork_in_child(self) -> None:
-        """Make a new lock and closed circuits; the parent's connections are not used."""
+        """Make a new lock and close the circuits; the parent's connections are not used."""
         super().after_fork_in_child()
         self.link.forget()
-        for circuit in (self._all, self._writes):
-            circuit.note(is_good=True)
+        self.close_circuits()

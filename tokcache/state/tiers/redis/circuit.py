@@ -12,7 +12,7 @@ class Circuit:
 
     Units:  `n_failures` failures in a row that open it; `retry_s` seconds that it is open first,
             twice as long after each probe that failed, a minute at most.
-    Threads: not safe; its owner locks.
+    Threads: not safe; Calls locks.
     """
 
     def __init__(self, n_failures: int, retry_s: float) -> None:

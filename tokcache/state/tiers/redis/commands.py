@@ -1,10 +1,10 @@
 """The keys of a Redis tier, and the commands and scripts that it uses.
 
-    NAMESPACE:1:SCOPE:OWNER:{POSITION-SLOT}:PLACE   a hash, one state; names are digests
-        head                                        a disk tier's file without its payload
-        0, 1, 2, …                                  the payload, in chunks
-    … :PLACE.new-RANDOM                             the same while it is written; expires, too
-    NAMESPACE:1:SCOPE:{OWNER}:lengths               a set: the numbers of tokens of the snapshots
+    NAMESPACE:1:SCOPE:ROOT:{POSITION-SLOT}:PLACE   a hash, one state; names are digests
+        head                                       a disk tier's file without its payload
+        0, 1, 2, …                                 the payload, in chunks
+    … :PLACE.new-RANDOM                            the same while it is written; expires, too
+    NAMESPACE:1:SCOPE:{ROOT}:lengths               a set: the numbers of tokens of the snapshots
 
 Each slot has two places, 0 and 1; the second takes a block that shares only its first tokens with
 the one in the first. A state is one key, so that it is evicted, expires and is removed as a whole,
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokcache.state.names import Owner
+    from tokcache.state.names import RootKey
     from tokcache.state.tiers import Address
     from tokcache.state.tiers.block_file import StateCodec
 
@@ -79,14 +79,14 @@ class StateKeys:
 
     def places(self, address: Address) -> list[str]:
         """Return the keys that a state may have, one a place."""
-        owner = self._codec.owner(address.owner).hex()
+        root = self._codec.root(address.root_key).hex()
         slot = f"{address.position:x}-{self._codec.keyed(address.slot).hex()}"
-        key = f"{self.prefix(address.owner.scope)}{owner}:{{{slot}}}"
+        key = f"{self.prefix(address.root_key.scope)}{root}:{{{slot}}}"
         return [f"{key}:{place}" for place in PLACES]
 
-    def lengths(self, owner: Owner) -> str:
-        """Return the key of the numbers of tokens of this owner's snapshots."""
-        return f"{self.prefix(owner.scope)}{{{self._codec.owner(owner).hex()}}}:lengths"
+    def lengths(self, root_key: RootKey) -> str:
+        """Return the key of the numbers of tokens of the snapshots with this root key."""
+        return f"{self.prefix(root_key.scope)}{{{self._codec.root(root_key).hex()}}}:lengths"
 
     def used(self, key: str) -> Command:
         """Return the command that starts the time of a key again."""
@@ -94,9 +94,9 @@ class StateKeys:
 
     def lengths_used(self, address: Address) -> list[Command]:
         """Return the commands that keep a snapshot's length for as long as the snapshot."""
-        if address.owner.kind != "snapshot":
+        if address.root_key.kind != "snapshot":
             return []
-        key = self.lengths(address.owner)
+        key = self.lengths(address.root_key)
         return [("SADD", key, address.position), self.used(key)]
 
     def probe(self) -> tuple[list[Command], int]:

@@ -15,7 +15,7 @@ from tokcache.state.tiers.redis.commands import DISCARD, HEAD, Refused
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from tokcache.state.names import Owner
+    from tokcache.state.names import RootKey
     from tokcache.state.tiers import Address
     from tokcache.state.tiers.block_file import StateCodec
     from tokcache.state.tiers.counters import TierCounters
@@ -38,7 +38,7 @@ class RedisState(Stored):
     ) -> None:
         self._reader, self._value, self._deadline = reader, value, deadline
         self.key, self._base = key, address.base
-        self._fingerprint = address.owner.fingerprint
+        self._fingerprint = address.root_key.fingerprint
         self.next: RedisState | None = None
         self._fetched: bytearray | None = None
         self._head = Head.read(value)
@@ -229,12 +229,12 @@ class StateReader:
                     each.fetched(payload)
             along = []
 
-    def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's snapshots.
+    def lengths(self, root_key: RootKey) -> set[int]:
+        """Return the numbers of tokens of the snapshots with this root key.
 
         Errors: StateRefused.
         """
-        ask = [("SMEMBERS", self._keys.lengths(owner))]
+        ask = [("SMEMBERS", self._keys.lengths(root_key))]
         (reply,) = self._calls.ask(ask, self._calls.deadline())
         if isinstance(reply, Refused):
             raise StateRefused(reply.reason)

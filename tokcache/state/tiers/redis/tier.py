@@ -30,7 +30,7 @@ from tokcache.state.tiers.redis.writing import StateWriter
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from tokcache.state.names import Owner
+    from tokcache.state.names import RootKey
     from tokcache.state.tiers import Address, Record
     from tokcache.state.tiers.redis.commands import Command
     from tokcache.state.tiers.redis.reading import RedisState
@@ -145,6 +145,7 @@ class RedisTier:
         if refused or replies[n_read] != PROBED:
             reason = refused[0][0] if refused else "garbage"
             raise TierUnavailable(self._notices.explained(reason))
+        self._calls.close_circuits()
 
     # Reading
 
@@ -152,10 +153,10 @@ class RedisTier:
         """Yield the state at each address, in order; many are asked for at once."""
         return self._reader.find_each(wanted)
 
-    def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens of this owner's snapshots."""
+    def lengths(self, root_key: RootKey) -> set[int]:
+        """Return the numbers of tokens of the snapshots with this root key."""
         try:
-            return self._reader.lengths(owner)
+            return self._reader.lengths(root_key)
         except StateRefused as refusal:
             self.refuse(str(refusal))
             return set()

@@ -50,7 +50,7 @@ class StateWriter:
 
         Errors: StateRefused.
         """
-        self._reader.require_size(payload.nbytes, address.owner.fingerprint)
+        self._reader.require_size(payload.nbytes, address.root_key.fingerprint)
         deadline = self._calls.deadline()
         deadline.extend(payload.nbytes)
         for _ in range(_TRIES):
@@ -80,7 +80,7 @@ class StateWriter:
                 continue  # another program's key
             if state is None:
                 return _Target(key, b"")
-            is_held = is_in_place(state.record, record, address.owner.kind)
+            is_held = is_in_place(state.record, record, address.root_key.kind)
             if is_held is not None:
                 return None if is_held else _Target(key, value)
         raise StateRefused("place_taken")

@@ -23,7 +23,7 @@ from tokcache.text.engines.components import BYTE_NAMES, MARKER
 from tokcache.text.engines.copying import PartEncoder
 from tokcache.text.engines.fast import agreed_code_points
 from tokcache.text.segments import id_lengths as module
-from tokcache.text.segments.id_lengths import token_bytes
+from tokcache.text.segments.id_lengths import id_lengths
 
 WITH_LENGTHS = {"gpt2", "qwen2", "llama3", "o200k", "deepseek_v3", "falcon", "starcoder", "llama2"}
 WITH_LENGTHS |= {"phi3", "gemma", "mistral"}
@@ -44,7 +44,7 @@ def _encoders_and_lengths(
     made = []
     for one in plan_cuts(tokenizer).variants:
         own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer)
-        made.append((own, token_bytes(own.tokenizer, one, {})))
+        made.append((own, id_lengths(own.tokenizer, one, {})))
     return made
 
 
@@ -61,7 +61,7 @@ def test_the_lengths_of_all_ids_add_up_to_the_bytes_of_the_text(
         if sizes is None:
             continue
         for text in texts:
-            if any("\ud800" <= char <= "\udfff" for char in text) or not sizes.of_part(text):
+            if any("\ud800" <= char <= "\udfff" for char in text) or not sizes.encoded_bytes(text):
                 continue
             (ids,) = own.encode([text])
             lengths = [sizes.of_id(index) for index in ids]
@@ -89,7 +89,7 @@ def test_without_a_token_for_the_marker_there_is_no_length_table(has_marker: boo
     tokenizer.normalizer = Replace(" ", "\u2581")
     (one,) = plan_cuts(tokenizer).variants
     own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
-    assert (token_bytes(own, one, {}) is not None) == has_marker
+    assert (id_lengths(own, one, {}) is not None) == has_marker
     wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers"))
     for text in ("a b", " a b a", "\u2581a b", "b a " * 100):
         assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
@@ -112,7 +112,7 @@ def test_merges_that_spell_a_byte_token_allow_no_length_table(has_all_merges: bo
     assert (tokenizer.encode("<0x41>").ids == [spelled]) == has_all_merges
     (one,) = plan_cuts(tokenizer).variants
     own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
-    assert token_bytes(own, one, {}) is None
+    assert id_lengths(own, one, {}) is None
     wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers", l0_max_entries=1))
     for n in range(40):
         text = f"{'a ' * n}<0x41> b{' <0x41>' * n} ab{' b' * n}"
@@ -172,10 +172,10 @@ def test_the_engines_vocabulary_is_used_if_a_sample_of_it_is_correct(
         index: name.encode() if index in added else b"".join(alphabet[char] for char in name)
         for index, name in names.items()
     }
-    sizes: Any = token_bytes(own, one, known)
-    asked: Any = token_bytes(own, one, {})
+    sizes: Any = id_lengths(own, one, known)
+    asked: Any = id_lengths(own, one, {})
     assert sizes._known == {index: asked.of_id(index) for index in range(max(known) + 1)}
-    wrong: Any = token_bytes(own, one, {index: name + b"x" for index, name in known.items()})
+    wrong: Any = id_lengths(own, one, {index: name + b"x" for index, name in known.items()})
     assert wrong._known == {}
 
 
