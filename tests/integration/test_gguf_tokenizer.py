@@ -16,8 +16,8 @@ from tests.text.tokenizers_made import unigram
 from tokcache import cli, samples
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidModel, MissingExtra, MissingFile, UnsupportedTokenizer
-from tokcache.text import gguf_tokenizer
-from tokcache.text.gguf_tokenizer import read_gguf_tokenizer
+from tokcache.text.wrappers import gguf_tokenizer
+from tokcache.text.wrappers.gguf_tokenizer import read_gguf_tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp's own ids are compared")
 pytest.importorskip("gguf", reason="tiny models are written with gguf")
@@ -79,9 +79,8 @@ def test_the_tokenizer_of_a_real_model_gives_the_ids_of_llama_cpp() -> None:
 def test_a_difference_from_llama_cpp_is_named_and_refuses_the_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Digits in groups of three, where the file's pattern takes one at a time.
-    llama3 = gguf_tokenizer._PATTERNS["llama3"]
-    monkeypatch.setitem(gguf_tokenizer._PATTERNS, "qwen2", llama3)
+    # Spaces apart from words, where the file's pattern joins them.
+    monkeypatch.setitem(gguf_tokenizer._PATTERNS, "qwen2", " |[^ ]+")
     message = r"differs at token \d+: .* llama.cpp has .*; pass the model's own tokenizer.json"
     with pytest.raises(UnsupportedTokenizer, match=message):
         read_gguf_tokenizer(samples.tiny_model(**SIZES))

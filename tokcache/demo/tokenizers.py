@@ -12,12 +12,18 @@ from tokenizers import Tokenizer
 
 from tokcache.errors import InvalidPrompts, MissingFile, UnsupportedTokenizer
 from tokcache.samples import tiny_tokenizer
-from tokcache.text.gguf_tokenizer import is_gguf, read_gguf_tokenizer
+from tokcache.text.wrappers.gguf_tokenizer import is_gguf, read_gguf_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tokcache.demo.prompts import Message, Prompt
+
+# First bytes of other files that people pass as a tokenizer.json, and the kind of each.
+_OTHER_FILES = (
+    (b"\n\x0e\n\x05<unk>", "is a SentencePiece model"),
+    (b"PK", "is an archive"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +45,15 @@ class TokenizerSource:
         try:
             return Tokenizer.from_file(str(self.path))
         except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
-            raise UnsupportedTokenizer(_unreadable(self.path, error)) from None
-
-
-# First bytes of other files that people pass as a tokenizer.json, and the kind of each.
-_OTHER_FILES = (
-    (b"\n\x0e\n\x05<unk>", "is a SentencePiece model"),
-    (b"PK", "is an archive"),
-)
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    """Return the error message for a file that tokenizers can't read."""
-    with path.open("rb") as file:
-        start = file.read(16)
-    for magic, kind in _OTHER_FILES:
-        if start.startswith(magic):
-            return f"{path} {kind}; pass the tokenizer.json of the model, or its folder or hub name"
-    return f"{path} holds no tokenizer: {error}"
+            with self.path.open("rb") as file:
+                start = file.read(16)
+            kind = next((kind for magic, kind in _OTHER_FILES if start.startswith(magic)), None)
+            if kind is None:
+                raise UnsupportedTokenizer(f"{self.path} holds no tokenizer: {error}") from None
+            raise UnsupportedTokenizer(
+                f"{self.path} {kind}; pass the tokenizer.json of the model, or its folder or hub "
+                "name"
+            ) from None
 
 
 def find_tokenizer(named: str | None) -> TokenizerSource:
@@ -160,7 +157,11 @@ def _template_writer(template: str, config: dict[str, Any]) -> Callable[[Sequenc
 
     def write(messages: Sequence[Message]) -> str:
         as_dicts = [{"role": each.role, "content": each.content} for each in messages]
-        special = {key: _token(config, key) for key in ("bos_token", "eos_token")}
+        special = {}
+        for key in ("bos_token", "eos_token"):
+            found = config.get(key)
+            found = found.get("content") if isinstance(found, dict) else found
+            special[key] = found if isinstance(found, str) else ""
         try:
             compiled = environment.from_string(template)
             return compiled.render(messages=as_dicts, add_generation_prompt=True, **special)
@@ -170,9 +171,3 @@ def _template_writer(template: str, config: dict[str, Any]) -> Callable[[Sequenc
             ) from None
 
     return write
-
-
-def _token(config: dict[str, Any], key: str) -> str:
-    found = config.get(key)
-    found = found.get("content") if isinstance(found, dict) else found
-    return found if isinstance(found, str) else ""

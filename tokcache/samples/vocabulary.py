@@ -95,14 +95,21 @@ def _kind(model: dict[str, Any]) -> str:
 
 
 def _byte_level(description: dict[str, Any], config: dict[str, Any]) -> Vocabulary:
-    pre = _pre_name(description)
-    if pre is None:
+    parts = _components(description.get("pre_tokenizer"))
+    byte_level = next((part for part in parts if part["type"] == "ByteLevel"), None)
+    if byte_level is None:
         raise UnsupportedTokenizer(
             "llama.cpp has no counterpart of a BPE tokenizer with neither a ByteLevel pre-tokenizer"
             " nor byte fallback"
         )
-    vocab = description["model"]["vocab"]
-    tokens, types = _table(vocab, description)
+    # llama.cpp's name for the pre-tokenizer.
+    pattern = next(
+        (part["pattern"].get("Regex") for part in parts if part["type"] == "Split"), None
+    )
+    pre = _PRE_BY_PATTERN.get(pattern, "default")
+    if pattern is None:
+        pre = "gpt-2" if byte_level.get("use_regex", True) else "default"
+    tokens, types = _table(description["model"]["vocab"], description)
     return Vocabulary(
         model="gpt2",
         pre=pre,
@@ -190,20 +197,6 @@ def _components(component: object) -> list[dict[str, Any]]:
         return []
     inner = component.get("pretokenizers") or component.get("processors")
     return [part for each in inner for part in _components(each)] if inner else [component]
-
-
-def _pre_name(description: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name for the pre-tokenizer; None if it is not byte-level."""
-    parts = _components(description.get("pre_tokenizer"))
-    byte_level = next((part for part in parts if part["type"] == "ByteLevel"), None)
-    if byte_level is None:
-        return None
-    pattern = next(
-        (part["pattern"].get("Regex") for part in parts if part["type"] == "Split"), None
-    )
-    if pattern is None:
-        return "gpt-2" if byte_level.get("use_regex", True) else "default"
-    return _PRE_BY_PATTERN.get(pattern, "default")
 
 
 def _common(

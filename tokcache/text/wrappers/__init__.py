@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidConfig, MissingFile, UnsupportedTokenizer
 from tokcache.text._native import log_missing_extension
-from tokcache.text.gguf_tokenizer import is_gguf, read_gguf_tokenizer
 from tokcache.text.tokenizer import WrappedTokenizer
 from tokcache.text.wrappers.backend import Backend
+from tokcache.text.wrappers.gguf_tokenizer import is_gguf, read_gguf_tokenizer
 from tokcache.text.wrappers.tokenizers import TokenizersWrapper, accept_wrappers
 from tokcache.text.wrappers.transformers import is_fast_transformers, wrap_transformers
 
@@ -48,7 +48,17 @@ def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
             )
         return tokenizer
     if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = _of_model_file(Path(tokenizer))
+        path = Path(tokenizer)
+        if not path.is_file():
+            raise MissingFile(
+                f"no such model file: {path}; wrap takes the path of a GGUF, or a loaded tokenizer"
+            )
+        if not is_gguf(path):
+            raise UnsupportedTokenizer(
+                f"{path} is not a GGUF; load a tokenizer.json with tokenizers.Tokenizer.from_file "
+                "and wrap the result"
+            )
+        tokenizer = read_gguf_tokenizer(path).tokenizer
     if isinstance(tokenizer, Tokenizer):
         accept_wrappers()
         return TokenizersWrapper(Backend(tokenizer, config), None)
@@ -59,17 +69,4 @@ def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
         f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} can't be wrapped; pass a "
         "tokenizers.Tokenizer or a fast transformers tokenizer (transformers 5, "
         "AutoTokenizer.from_pretrained(…) with is_fast True)"
-    )
-
-
-def _of_model_file(path: Path) -> Tokenizer:
-    if is_gguf(path):
-        return read_gguf_tokenizer(path).tokenizer
-    if path.is_file():
-        raise UnsupportedTokenizer(
-            f"{path} is not a GGUF; load a tokenizer.json with tokenizers.Tokenizer.from_file and "
-            "wrap the result"
-        )
-    raise MissingFile(
-        f"no such model file: {path}; wrap takes the path of a GGUF, or a loaded tokenizer"
     )

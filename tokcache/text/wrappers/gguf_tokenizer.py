@@ -117,7 +117,10 @@ def read_gguf_tokenizer(path: str | os.PathLike[str]) -> GgufTokenizer:
     try:
         model = LlamaModel(path_model=str(path), params=parameters, verbose=False)
     except ValueError as error:
-        raise InvalidModel(f"llama.cpp can't read {path} as a GGUF: {error}") from None
+        raise InvalidModel(
+            f"llama.cpp can't read the model file {path}: {error}; pass a whole GGUF, or the "
+            "model's own tokenizer.json"
+        ) from None
     try:
         file = _File(path, model.metadata(), llama_cpp, model.vocab)
         try:
