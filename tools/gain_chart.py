@@ -70,7 +70,7 @@ def chart(runs: list[dict[str, Any]], about: str) -> str:
 
 def _round_step(top: float) -> float:
     """Return a round distance of the lines, for about five of them."""
-    scale = 10 ** math.floor(math.log10(top / 5))
+    scale: float = 10 ** math.floor(math.log10(top / 5))
     return next(scale * n for n in (1, 2, 5, 10) if top / (scale * n) <= 6)  # noqa: PLR2004
 
 
