@@ -1,0 +1,556 @@
+"""Carries a request through: waits for its slot, prepares it, streams the answer, records it.
+
+1. `open` queues the request until the router assigns a slot, saves, erases and restores as the
+   assignment says, and sends the request with `id_slot`.
+2. `Turn.events` yields the events of the upstream's stream and records the counts of the last one.
+3. `Turn.close` releases the slot. If the answer was cut off, it does so once llama-server has
+   stopped working on it.
+
+A server that fails before the first event is replaced by another one, or waited for. A task looks
+at the servers, starts a crashed one again and writes the list of files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from tokcache.errors import InvalidConfig, ServerError, ServerRefused, ServerUnreachable
+from tokcache.gateway.api.errors import ApiError, upstream_error
+from tokcache.gateway.body import event_object, with_settings
+from tokcache.gateway.config import UpstreamConfig
+from tokcache.gateway.files import Files, remove_strangers
+from tokcache.gateway.process import ManagedServer
+from tokcache.gateway.router import Assignment, QueueFull, Router, Server, Slot, Wish
+from tokcache.gateway.upstream import Lines, Look, Upstream
+from tokcache.llama.server.model import is_same_model
+from tokcache.llama.server.results import TokenProbabilities
+
+if TYPE_CHECKING:
+    from tokcache.gateway.api.streams import Answer
+    from tokcache.gateway.chain import Prompt
+    from tokcache.gateway.config import GatewayConfig
+
+_TRIES = 4
+_TICK_S = 0.05
+_LOOK_S = 1.0
+_SETTLE_S = 120.0
+_SETTLE_LOOK_S = 0.05
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_N_RECENT = 50
+_KEY_BYTES = 32
+_OK = 200
+_log = logging.getLogger("tokcache.gateway")
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """One answered request in numbers, for the page."""
+
+    at: float
+    api: str
+    plan: str
+    n_prompt: int
+    n_cached: int
+    n_predicted: int
+    first_s: float
+    reason: str
+
+
+class Turn:
+    """A request and the slot that it was assigned; whoever opens it closes it."""
+
+    def __init__(
+        self, service: Service, made: Assignment, prompt: Prompt, answer: Answer, api: str
+    ) -> None:
+        self.made = made
+        self.answer = answer
+        self.n_tokens = 0
+        self.plan, self.n_promised = made.source, made.n_promised
+        self._service = service
+        self._prompt = prompt
+        self._api = api
+        self._stack = AsyncExitStack()
+        self._response: Any = None
+        self._has_begun = False
+        self._is_finished = False
+        self._is_closed = False
+        self._first_s = 0.0
+        service.n_turns += 1
+
+    async def send(self, path: str, body: bytes) -> None:
+        """Send the request; raise ApiError if the upstream rejects it.
+
+        Errors: ServerUnreachable before the first byte of an answer.
+        """
+        upstream = self._service.upstreams[self.made.slot.server.name]
+        body = with_settings(body, {"id_slot": self.made.slot.id, "cache_prompt": True})
+        self._response = await self._stack.enter_async_context(upstream.stream(path, body))
+        if self._response.status_code != _OK:
+            raise upstream_error(self._response.status_code, await upstream.body_of(self._response))
+
+    async def events(self) -> AsyncIterator[tuple[str, bytes, dict[str, Any] | None]]:
+        """Yield the name, data and object of each event; `[DONE]` has no object.
+
+        Errors: ApiError if the upstream breaks off, reports an error or sends no JSON.
+        """
+        lines = Lines()
+        try:
+            async for chunk in self._response.aiter_bytes():
+                for name, data in lines.feed(chunk):
+                    if data == b"[DONE]":
+                        yield name, data, None
+                        continue
+                    found = event_object(data)
+                    self.answer.feed({"error": found} if name == "error" else found)
+                    if not self._has_begun:
+                        self._has_begun = True
+                        self._first_s = time.monotonic() - self.made.wish.arrived
+                    if self.answer.counts is not None and not self._is_finished:
+                        self._finish()
+                    if self._is_finished and ("timings" in found or "usage" in found):
+                        found["tokcache"] = self.happened()
+                        data = b""  # noqa: PLW2901 (the object has changed)
+                    yield name, data, found
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ApiError(502, "the llama-server sent an event of another form") from error
+        except self._service.broken as error:
+            raise ApiError(502, "the llama-server broke off in the middle of the answer") from error
+        if not self._is_finished:
+            raise ApiError(502, "the llama-server ended its answer without the counts at its end")
+
+    @property
+    def is_responses(self) -> bool:
+        """Return whether the client called the Responses API, whose errors have another form."""
+        return self._api == "/v1/responses"
+
+    def happened(self) -> dict[str, Any]:
+        """Return what was planned, what happened and why it fell short."""
+        counts = self.answer.counts
+        return {
+            "plan": self.plan,
+            "planned_tokens": self.n_promised,
+            "cached_tokens": counts.n_cached if counts else 0,
+            "prompt_tokens": counts.n_prompt if counts else 0,
+            "reason": self.made.reason,
+        }
+
+    def _finish(self) -> None:
+        counts, router = self.answer.counts, self._service.router
+        if counts is None:
+            return
+        self._is_finished = True
+        self.n_tokens = counts.n_prompt + counts.n_predicted
+        router.measured(self.made.slot.server, counts.n_prompt - counts.n_cached, counts.prompt_s)
+        reason = router.finish(
+            self.made,
+            self._prompt.chain(self.answer.element()),
+            n_prompt=counts.n_prompt,
+            n_cached=counts.n_cached,
+            n_tokens=self.n_tokens,
+        )
+        self._service.recent.append(
+            Recent(
+                time.time(),
+                self._api,
+                self.plan,
+                counts.n_prompt,
+                counts.n_cached,
+                counts.n_predicted,
+                self._first_s,
+                reason,
+            )
+        )
+
+    def close(self) -> None:
+        """Release the slot, at once or when the upstream has noticed that the request is over.
+
+        It does not wait: it also runs when the task of a client that left is cancelled.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if not self._is_finished:
+            self._service.router.abort(self.made, has_begun=self._has_begun)
+        self._service.in_background(self._settle())
+
+    def rejected(self) -> None:
+        """Release the slot of a request that the upstream rejected."""
+        self._is_closed = True
+        self._service.router.reject(self.made)
+        self._service.in_background(self._settle())
+
+    async def _settle(self) -> None:
+        try:
+            with contextlib.suppress(*self._service.broken):
+                await self._stack.aclose()
+            if not self._is_finished:
+                await self._service.wait_until_idle(self.made.slot)
+        finally:
+            self._service.n_turns -= 1
+            self._service.release(self.made.slot)
+
+
+class Service:
+    """The servers, the router, and the requests under way.
+
+    Errors:  ApiError for a request; ServerError, InvalidConfig from `start`.
+    Threads: not safe; one event loop.
+    """
+
+    def __init__(self, config: GatewayConfig) -> None:
+        import httpx  # noqa: PLC0415 (an extra)
+
+        self.config = config
+        self.broken = (ServerError, httpx.HTTPError, OSError)
+        self.folder = Path(config.folder or platformdirs.user_cache_path("tokcache") / "gateway")
+        self.files = Files(int(config.max_bytes))
+        self.router = Router(
+            self.files,
+            max_queue=config.max_queue,
+            min_save_tokens=config.min_save_tokens,
+            side_tokens=config.side_tokens,
+        )
+        self.router.erases_between_scopes = bool(config.tenants)
+        self.upstreams: dict[str, Upstream] = {}
+        self.looks: dict[str, Look] = {}
+        self.recent: deque[Recent] = deque(maxlen=_N_RECENT)
+        self.counts: Counter[str] = Counter()
+        self.managed = ManagedServer(config, self.folder / "slots") if config.model else None
+        self.key = b""
+        self.is_draining = False
+        self._waiting: dict[Wish, asyncio.Future[Assignment]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.n_turns = 0
+        self._is_list_old = False
+
+    @property
+    def is_healthy(self) -> bool:
+        """Return whether a server is up."""
+        return any(server.is_up for server in self.router.servers.values())
+
+    # -- start and stop -----------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start or reach the servers, and find the files of an earlier run."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.key = self._read_key()
+        self.files.read_list(self.folder / "files.json")
+        if self.managed is not None:
+            remove_strangers(self.folder / "slots", self.files)
+        configs = list(self.config.upstreams)
+        if self.managed is not None:
+            url = await asyncio.to_thread(self.managed.start)
+            configs = [UpstreamConfig(url=url, slot_folder=str(self.folder / "slots"))]
+        for config in configs:
+            upstream = Upstream(config, read_timeout_s=self.config.read_timeout_s)
+            self.upstreams[config.url] = upstream
+            self.router.servers.setdefault(config.url, Server(config.url))
+            try:
+                await self._look(config.url)
+            except ServerError as error:
+                # Others may serve meanwhile, and it may come up later.
+                self._down(config.url, error)
+        if not self.is_healthy and self.managed is not None:
+            raise ServerError("the started llama-server does not answer")
+        self.in_background(self._watch())
+        self.in_background(self._tick())
+
+    async def stop(self) -> None:
+        """Wait for the requests under way, save the slots, and end the servers."""
+        self.is_draining = True
+        deadline = time.monotonic() + self.config.drain_timeout_s
+        while (self.n_turns or self._waiting) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_TICK_S)
+        for slot in self.router.idle():
+            if time.monotonic() < deadline and self.router.is_worth_saving(slot):
+                await self._save(slot)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._write_list()
+        for upstream in self.upstreams.values():
+            await upstream.close()
+        if self.managed is not None:
+            await asyncio.to_thread(self.managed.stop)
+
+    def any_upstream(self, model: str) -> Upstream:
+        """Return a server that is up and has the model."""
+        for server in self.router.servers.values():
+            if server.is_up and model in ("", server.model):
+                return self.upstreams[server.name]
+        raise ApiError(503, "no llama-server is up; try again", retry_after_s=5)
+
+    def in_background(self, work: Any) -> None:
+        """Run a coroutine that nobody waits for."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _read_key(self) -> bytes:
+        path = self.folder / "key"
+        if not path.exists():
+            made = path.with_suffix(".new")
+            made.touch(mode=0o600)
+            made.write_bytes(secrets.token_bytes(_KEY_BYTES))
+            made.replace(path)
+        key = path.read_bytes()
+        if len(key) != _KEY_BYTES:
+            raise InvalidConfig(f"{path} is damaged; delete it and {self.folder / 'files.json'}")
+        return key
+
+    # -- one request --------------------------------------------------------------------------
+
+    async def open(
+        self, wish: Wish, prompt: Prompt, path: str, body: bytes, answer: Answer
+    ) -> Turn:
+        """Get a slot for a request, prepare it, and send the request."""
+        if self.is_draining:
+            raise ApiError(503, "the gateway is shutting down; try again", retry_after_s=5)
+        for _ in range(_TRIES):
+            made = await self._slot_for(wish)
+            turn = Turn(self, made, prompt, answer, path)
+            try:
+                await self._prepare(made)
+                turn.plan, turn.n_promised = made.source, made.n_promised
+                await turn.send(path, body)
+            except ServerUnreachable as error:
+                # Before the first byte, another slot or server can take the request.
+                self.counts["failover"] += 1
+                if isinstance(error, ServerRefused):
+                    self._down(made.slot.server.name, error)
+                turn.close()
+            except ServerError as error:
+                turn.close()
+                raise ApiError(502, "the llama-server failed before it answered") from error
+            except ApiError:
+                turn.rejected()
+                raise
+            except BaseException:
+                turn.close()
+                raise
+            else:
+                return turn
+        raise ApiError(503, "no llama-server could take the request; try again", retry_after_s=5)
+
+    async def _slot_for(self, wish: Wish) -> Assignment:
+        try:
+            self.router.enqueue(wish)
+        except QueueFull as full:
+            raise ApiError(
+                429,
+                f"{self.config.max_queue} requests are waiting already; try again later",
+                code="queue_full",
+                retry_after_s=full.retry_after_s,
+            ) from None
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[wish] = future
+        self.assign()
+        is_taken = False
+        try:
+            made: Assignment = await asyncio.wait_for(future, self.config.queue_timeout_s)
+            is_taken = True
+        except TimeoutError:
+            self.router.reasons["queue_timeout"] += 1
+            raise ApiError(
+                429 if self.is_healthy else 503,
+                f"no slot became free within {self.config.queue_timeout_s:g} s; try again later",
+                code="queue_timeout",
+                retry_after_s=5,
+            ) from None
+        finally:
+            del self._waiting[wish]
+            self.router.cancel(wish)
+            if not is_taken and future.done() and not future.cancelled():
+                # The slot was assigned in the moment in which the client left.
+                self._give_back(future.result())
+        return made
+
+    def _give_back(self, made: Assignment) -> None:
+        self.router.read_done(made)
+        self.release(made.slot)
+
+    def assign(self) -> None:
+        """Give waiting requests to idle slots."""
+        for made in self.router.assign(time.monotonic()):
+            future = self._waiting.get(made.wish)
+            if future is None or future.done():
+                self._give_back(made)
+            else:
+                future.set_result(made)
+
+    def release(self, slot: Slot) -> None:
+        """Make a slot idle and give it to the next request."""
+        self.router.release(slot)
+        self.assign()
+
+    async def _prepare(self, made: Assignment) -> None:
+        upstream = self.upstreams[made.slot.server.name]
+        try:
+            for slot in made.save:
+                await self._save(slot)
+            if made.copied is not None:
+                made.file = made.copied.saved
+                if made.file is not None:
+                    made.file.n_readers += 1
+                # Its conversation may go on at once.
+                source, made.copied = made.copied, None
+                self.release(source)
+            if made.is_erased:
+                await upstream.erase(made.slot.id)
+                made.slot.emptied()
+                self.router.counts["erase"] += 1
+            if made.source == "file":
+                await self._restore(made, upstream)
+        finally:
+            self.router.read_done(made)
+
+    async def _restore(self, made: Assignment, upstream: Upstream) -> None:
+        file = made.file
+        if file is None or file not in self.files or not self.files.is_intact(file):
+            # Reading a truncated file could crash the server.
+            if file is not None:
+                self.files.drop(file)
+            self.router.not_restored(made, "file_gone")
+            return
+        try:
+            await upstream.restore(made.slot.id, file.name)
+        except ServerUnreachable:
+            raise
+        except ServerError as error:
+            _log.warning("slot %d could not be restored: %s", made.slot.id, type(error).__name__)
+            self.files.drop(file)
+            self.router.not_restored(made, "restore_failed")
+            return
+        self.router.restored(made, file)
+
+    async def _save(self, slot: Slot) -> None:
+        server = slot.server
+        name = self.files.new_name(server.pool)
+        try:
+            saved = await self.upstreams[server.name].save(slot.id, name)
+        except ServerUnreachable:
+            self.files.discard(server.pool, name)
+            raise
+        except ServerError as error:
+            self.router.reasons["save_failed"] += 1
+            _log.warning("slot %d could not be saved: %s", slot.id, type(error).__name__)
+            self.files.discard(server.pool, name)
+            return
+        self._is_list_old = True
+        if abs(saved.n_tokens - slot.n_tokens) > slot.n_tokens // 2:
+            # Somebody else uses the server: the slot holds other tokens than we recorded.
+            self.router.reasons["slot_changed_by_others"] += 1
+            self.files.discard(server.pool, name)
+            slot.lost()
+            return
+        self.router.saved(slot, name, saved.n_tokens, saved.n_bytes)
+
+    async def wait_until_idle(self, slot: Slot) -> None:
+        """Wait until a server has noticed that the request in a slot is over."""
+        deadline = time.monotonic() + _SETTLE_S
+        upstream = self.upstreams[slot.server.name]
+        while slot.server.is_up and time.monotonic() < deadline:
+            try:
+                if not await upstream.is_processing(slot.id):
+                    return
+            except ServerError:
+                self.counts["settle_failed"] += 1
+                slot.lost()
+                return
+            await asyncio.sleep(_SETTLE_LOOK_S)
+
+    # -- the servers --------------------------------------------------------------------------
+
+    async def _look(self, name: str) -> None:
+        """Read a server's identity; if it has started since the last look, record that."""
+        upstream = self.upstreams[name]
+        look = await upstream.look()
+        server = self.router.servers[name]
+        if self.looks.get(name) == look and server.is_up:
+            return
+        can_save, is_folder_ours = False, False
+        if upstream.slot_folder is not None or look.is_text_only:
+            said = await upstream.probe()
+            can_save, is_folder_ours = await upstream.probe_saving()
+            known = self.files.probes.get(look.pool)
+            if known is not None and not is_same_model(_probabilities(known), said):
+                self.router.reasons["files_of_another_model"] += 1
+                self.files.clear(look.pool)
+            if said is not None:
+                told = {"token_ids": list(said.token_ids), "logprobs": list(said.logprobs)}
+                self.files.probes[look.pool] = told
+        if is_folder_ours and upstream.slot_folder is not None:
+            self.files.folders[look.pool] = upstream.slot_folder
+        self.counts["server_start"] += int(name in self.looks)
+        self.looks[name] = look
+        self.router.server_up(
+            name, model=look.model, pool=look.pool, can_save=can_save, n_slots=look.n_slots
+        )
+        self.assign()
+
+    def _down(self, name: str, error: Exception) -> None:
+        if self.router.servers[name].is_up or name not in self.looks:
+            _log.warning("%s is down: %s", name, error)
+        self.router.server_down(name)
+
+    async def _watch(self) -> None:
+        """Look at every server, and start a crashed one again."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self.managed is not None and not self.managed.is_running():
+                name = self.managed.url
+                self._down(name, ServerRefused("its process ended"))
+                self.counts["server_crash"] += 1
+                try:
+                    await asyncio.to_thread(self.managed.start)
+                    pause_s = _FIRST_PAUSE_S
+                except (ServerError, OSError) as error:
+                    _log.warning("the llama-server did not start again: %s", error)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+                    continue
+            for name in self.upstreams:
+                try:
+                    await self._look(name)
+                except (ServerError, OSError) as error:
+                    self._down(name, error)
+
+    async def _tick(self) -> None:
+        """Reconsider waiting requests, whose wait for a prefix may be over, and write the list."""
+        n_ticks = 0
+        while True:
+            await asyncio.sleep(_TICK_S)
+            n_ticks += 1
+            if self.router.queue:
+                self.assign()
+            if self._is_list_old and n_ticks * _TICK_S >= _LOOK_S:
+                n_ticks = 0
+                self._write_list()
+
+    def _write_list(self) -> None:
+        self._is_list_old = False
+        try:
+            self.files.write_list(self.folder / "files.json")
+        except OSError as error:
+            self.counts["list_not_written"] += 1
+            _log.warning("the list of files could not be written: %s", error)
+
+
+def _probabilities(told: dict[str, list[Any]]) -> TokenProbabilities | None:
+    try:
+        return TokenProbabilities(tuple(told["token_ids"]), tuple(told["logprobs"]))
+    except (KeyError, TypeError):
+        return None
