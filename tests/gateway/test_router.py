@@ -95,8 +95,10 @@ def test_a_request_waits_for_a_prefix_that_is_being_decoded_but_not_for_ever() -
     made.enqueue(wish(prompt([LONG, "a"]).chain()))
     (first,) = made.assign(0.0)
     made.enqueue(wish(prompt([LONG, "b"]).chain()))
-    assert made.assign(0.1) == []
-    (second,) = made.assign(5.0)
+    assert made.assign(5.0) == []
+    made.begun(first.slot, 5.0)
+    assert made.assign(5.2) == []
+    (second,) = made.assign(7.0)
     assert second.slot is not first.slot
     assert second.reason == "busy"
 

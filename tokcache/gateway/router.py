@@ -7,7 +7,7 @@
 
 A slot serves one request at a time. A request goes where most of its prefix is held: a slot whose
 conversation it continues, else a saved file or another conversation's slot, which is saved first.
-While a busy slot decodes a prefix that it needs, it waits, but no longer than decoding would take.
+It waits while a busy slot decodes a prefix that it needs, and then about as long as decoding takes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tokcache.gateway.files import Files, SavedFile, tokens_at
 MIN_RESTORE_TOKENS = 64
 _MIN_WAIT_TOKENS = 256
 _MAX_BYPASSED_S = 2.0  # a request that waited so long is served before later ones
-_MIN_SHARE_WAIT_S, _MAX_SHARE_WAIT_S = 0.5, 10.0
+_MIN_SHARE_WAIT_S, _MAX_SHARE_WAIT_S = 1.0, 10.0
 _FEW_SLOTS = 3
 _FIRST_TOKENS_PER_CHAR = 0.3
 _FIRST_TOKENS_PER_S = 1_000.0
@@ -58,6 +58,8 @@ class Slot:
     # May hold tokens of a scope, even if the record of them was lost.
     is_dirty: bool = False
     coming: Chain = EMPTY
+    # When its request's prompt was decoded; None before that.
+    begun_at: float | None = None
     used_at: int = 0
     n_uses: int = 0
 
@@ -334,9 +336,12 @@ class Router:
                 n_shared = slot.coming.n_common(wish.chain)
                 n_tokens = int(wish.chain.chars_at(n_shared) * self._tokens_per_char)
                 n_more = n_tokens - best.n_gained
+                if n_more < _MIN_WAIT_TOKENS or now - wish.arrived > _MAX_SHARE_WAIT_S:
+                    continue
+                # Decoding the prefix a second time would not be ready before the first time is.
+                # After that the slot is free when the answer ends, which may take long.
                 wait_s = max(_MIN_SHARE_WAIT_S, n_more / server.tokens_per_s)
-                wait_s = min(_MAX_SHARE_WAIT_S, wait_s)
-                if n_more >= _MIN_WAIT_TOKENS and now - wish.arrived < wait_s:
+                if slot.begun_at is None or now - slot.begun_at < wait_s:
                     return True
         return False
 
@@ -359,7 +364,7 @@ class Router:
         if choice.file is not None:
             choice.file.n_readers += 1
         slot.is_busy = True
-        slot.coming = wish.chain
+        slot.coming, slot.begun_at = wish.chain, None
         others = [each for each in slot.server.slots if each is not slot]
         is_only = len(others) + 1 >= _FEW_SLOTS and not any(each.is_side for each in others)
         slot.is_side = is_only and self._is_side(wish)
@@ -473,6 +478,10 @@ class Router:
             return
         links, chars = slot.chain.links[: made.n_links], slot.chain.n_chars[: made.n_links]
         slot.holds(Chain(links, chars), made.n_links, made.n_promised, made.n_promised)
+
+    def begun(self, slot: Slot, now: float) -> None:
+        """Record that a slot's prompt was decoded and its answer began."""
+        slot.begun_at = now
 
     def measured(self, server: Server, n_tokens: int, seconds: float) -> None:
         """Record how long a server took to decode part of a prompt."""

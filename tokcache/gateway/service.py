@@ -96,7 +96,16 @@ class Turn:
         """
         upstream = self._service.upstreams[self.made.slot.server.name]
         body = with_settings(body, {"id_slot": self.made.slot.id, "cache_prompt": True})
-        self._response = await self._stack.enter_async_context(upstream.stream(path, body))
+        enter = self._stack.enter_async_context
+        try:
+            self._response = await enter(upstream.stream(path, body))
+        except ServerRefused:
+            raise
+        except ServerUnreachable:
+            # llama-server closes a connection after 100 requests, without announcing it. A pinned
+            # request can be sent twice: the slot serves one after the other.
+            self._service.counts["reconnect"] += 1
+            self._response = await enter(upstream.stream(path, body))
         if self._response.status_code != _OK:
             raise upstream_error(self._response.status_code, await upstream.body_of(self._response))
 
@@ -107,7 +116,7 @@ class Turn:
         """
         lines = Lines()
         try:
-            async for chunk in self._response.aiter_bytes():
+            async for chunk in self._response.aiter_raw():
                 for name, data in lines.feed(chunk):
                     if data == b"[DONE]":
                         yield name, data, None
@@ -116,7 +125,9 @@ class Turn:
                     self.answer.feed({"error": found} if name == "error" else found)
                     if not self._has_begun:
                         self._has_begun = True
-                        self._first_s = time.monotonic() - self.made.wish.arrived
+                        now = time.monotonic()
+                        self._first_s = now - self.made.wish.arrived
+                        self._service.router.begun(self.made.slot, now)
                     if self.answer.counts is not None and not self._is_finished:
                         self._finish()
                     if self._is_finished and ("timings" in found or "usage" in found):

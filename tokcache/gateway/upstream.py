@@ -84,7 +84,7 @@ class Upstream:
             limits=limits,
             verify=is_tls,
             trust_env=False,
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
         )
 
     async def close(self) -> None:
