@@ -174,7 +174,8 @@ async def ask(
     client: httpx.AsyncClient, url: str, body: dict[str, Any]
 ) -> tuple[str, dict[str, Any], float]:
     """Return a streamed answer's text, its timings and the seconds to the first text."""
-    began, first_s, parts, timings = time.perf_counter(), 0.0, [], {}
+    began, first_s, parts = time.perf_counter(), 0.0, []
+    timings: dict[str, Any] = {}
     asked = {**body, "stream": True, "temperature": 0}
     request = client.build_request("POST", url + CHAT, json=asked)
     try:
@@ -264,7 +265,8 @@ async def least(url: str, prompts: list[list[dict[str, str]]]) -> int:
             body = {"content": rendered["prompt"], "add_special": True, "parse_special": True}
             ids.append((await client.post("/tokenize", json=body)).json()["tokens"])
     ids.sort()
-    n_distinct, before = 0, []
+    n_distinct = 0
+    before: list[int] = []
     for each in ids:
         n_shared = 0
         for one, other in zip(each, before, strict=False):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 KEYS = {"one": "key-of-one", "two": "key-of-two", "boss": "key-of-boss"}
-TENANTS = [
+TENANTS: list[dict[str, Any]] = [
     {"name": "one", "key_sha256": digest_of(KEYS["one"])},
     {"name": "two", "key_sha256": digest_of(KEYS["two"]), "max_in_flight": 1},
     {"name": "boss", "key_sha256": digest_of(KEYS["boss"]), "is_admin": True,

@@ -48,7 +48,7 @@ _WITH_UNREAD_BODY = {408, 413}
 _NO_STORE = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 _PAGE_HEADERS = {
     **_NO_STORE,
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline';"
+    "content-security-policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline';"
     " script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'",
     "referrer-policy": "no-referrer",
 }

@@ -42,9 +42,9 @@ form { margin-top: 1rem } input { font: inherit; padding: .3rem; width: 100%; ma
 <input id="key" type="password" autocomplete="off"></label> <button>Show</button></form>
 <main id="main" hidden>
 <div class="tiles" id="tiles"></div>
-<h2>Share of prompt tokens reused, since this page was opened</h2>
+<h2>Share of prompt tokens reused, last requests, newest on the right</h2>
 <svg id="chart" viewBox="0 0 100 40" preserveAspectRatio="none" role="img"
- aria-label="share of prompt tokens reused over time"><polyline points=""/></svg>
+ aria-label="share of prompt tokens reused in each of the last requests"><polyline points=""/></svg>
 <h2>Servers</h2><div id="servers"></div>
 <h2>Why less was reused</h2><div class="wide"><table id="reasons"></table></div>
 <h2>Last requests</h2><div class="wide"><table id="recent"></table></div>
@@ -53,8 +53,7 @@ form { margin-top: 1rem } input { font: inherit; padding: .3rem; width: 100%; ma
 "use strict";
 const by = id => document.getElementById(id);
 const number = new Intl.NumberFormat("en");
-let key = "", before = null;
-const shares = [];
+let key = "";
 function node(tag, text, name) {
   const made = document.createElement(tag);
   if (text !== undefined) made.textContent = text;
@@ -98,12 +97,7 @@ function show(found) {
     tile.prepend(node("b", value));
     return tile;
   }));
-  if (before && t.prompt_tokens > before.prompt_tokens) {
-    shares.push((t.cached_tokens - before.cached_tokens)
-      / (t.prompt_tokens - before.prompt_tokens));
-    if (shares.length > 100) shares.shift();
-  }
-  before = t;
+  const shares = found.recent.map(r => r.n_prompt ? r.n_cached / r.n_prompt : 0).reverse();
   const step = 100 / Math.max(1, shares.length - 1);
   by("chart").firstElementChild.setAttribute("points",
     shares.map((y, x) => (x * step).toFixed(1) + "," + (38 - 36 * y).toFixed(1)).join(" "));

@@ -500,8 +500,10 @@ class Service:
                 self.router.reasons["files_of_another_model"] += 1
                 self.files.clear(look.pool)
             if said is not None:
-                told = {"token_ids": list(said.token_ids), "logprobs": list(said.logprobs)}
-                self.files.probes[look.pool] = told
+                self.files.probes[look.pool] = {
+                    "token_ids": list(said.token_ids),
+                    "logprobs": list(said.logprobs),
+                }
         if is_folder_ours and upstream.slot_folder is not None:
             self.files.folders[look.pool] = upstream.slot_folder
         self.counts["server_start"] += int(name in self.looks)

@@ -104,10 +104,11 @@ class Upstream:
         identity = (model_identity(props.model_path, meta), props.build, props.n_ctx, adapters)
         place = str(self.slot_folder) if self.slot_folder else self.url
         pool = hashlib.blake2b(repr((identity, place)).encode(), digest_size=16).hexdigest()
-        alias = raw.get("model_alias")
+        # Without an alias llama-server shows the path of the file on its host.
+        alias = str(raw.get("model_alias") or props.model_path).rpartition("/")[2]
         return Look(
             boot=props.boot,
-            model=alias if isinstance(alias, str) and alias else Path(props.model_path).name,
+            model=alias or "model",
             build=props.build,
             pool=pool,
             n_slots=props.n_slots,
@@ -161,7 +162,8 @@ class Upstream:
         if status != _OK:
             raise upstream_error(status, found)
         prompt = calls.text(found, "prompt")
-        return len(await self._do(calls.tokenize(prompt, add_special=True)))
+        ids = await self._do(calls.tokenize(prompt, add_special=True))
+        return len(ids)
 
     async def get(self, path: str) -> tuple[int, Any]:
         """Return the status and JSON answer of a GET."""
