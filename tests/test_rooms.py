@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "gateway": LEAVES | {"text", "state", "llama", "samples", "gateway"},
 }
 OPTIONAL = {"transformers", "llama_cpp", "redis", "prometheus_client", "httpx", "xllamacpp", "gguf"}
-OPTIONAL |= {"starlette", "uvicorn", "gigatoken", "fastokens", "xxhash", "cryptography", "platformdirs"}
+OPTIONAL |= {"gigatoken", "fastokens", "xxhash", "cryptography", "platformdirs"}
+OPTIONAL |= {"starlette", "uvicorn"}
 
 
 def room(path: Path) -> str:

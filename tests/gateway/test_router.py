@@ -9,9 +9,10 @@ import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tokcache.gateway.chain import Chain, chat_prompt
-from tokcache.gateway.files import Files, SavedFile
-from tokcache.gateway.router import Assignment, QueueFull, Router, Wish
+from tokcache.gateway.routing.chain import Chain, chat_prompt
+from tokcache.gateway.routing.files import Files, SavedFile
+from tokcache.gateway.routing.router import QueueFull, Router
+from tokcache.gateway.routing.slots import Assignment, Wish
 
 KEY = bytes(32)
 TOKENS_PER_CHAR = 0.25

@@ -102,7 +102,7 @@ def _print_new_key() -> None:
 
 
 def _print_settings(settings: GatewayConfig) -> None:
-    from tokcache.gateway.process import ManagedServer  # noqa: PLC0415
+    from tokcache.gateway.servers.process import ManagedServer  # noqa: PLC0415
 
     told = dataclasses.asdict(settings)
     for tenant in told["tenants"]:

@@ -21,18 +21,18 @@ from starlette.routing import Route
 
 from tokcache.errors import ServerError
 from tokcache.gateway.api import messages
-from tokcache.gateway.api.errors import ApiError, error_body
-from tokcache.gateway.api.streams import Answer, ChatAnswer, ResponsesAnswer, TextAnswer
-from tokcache.gateway.body import (
+from tokcache.gateway.api.body import (
     read_object,
     require_no_fetches,
     require_one_answer,
     with_settings,
 )
-from tokcache.gateway.chain import Prompt, chat_prompt, responses_prompt, text_prompt
+from tokcache.gateway.api.errors import ApiError, error_body
+from tokcache.gateway.api.streams import Answer, ChatAnswer, ResponsesAnswer, TextAnswer
 from tokcache.gateway.metrics import exposition, status
 from tokcache.gateway.page import PAGE
-from tokcache.gateway.router import Wish
+from tokcache.gateway.routing.chain import Prompt, chat_prompt, responses_prompt, text_prompt
+from tokcache.gateway.routing.slots import Wish
 from tokcache.gateway.tenants import Tenant, Tenants
 
 if TYPE_CHECKING:

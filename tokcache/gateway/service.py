@@ -27,20 +27,21 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from tokcache.errors import InvalidConfig, ServerError, ServerRefused, ServerUnreachable
+from tokcache.gateway.api.body import event_object, with_settings
 from tokcache.gateway.api.errors import ApiError, upstream_error
-from tokcache.gateway.body import event_object, with_settings
 from tokcache.gateway.config import UpstreamConfig
-from tokcache.gateway.files import Files, remove_strangers
-from tokcache.gateway.process import ManagedServer
-from tokcache.gateway.router import Assignment, QueueFull, Router, Server, Slot, Wish
-from tokcache.gateway.upstream import Lines, Look, Upstream
+from tokcache.gateway.routing.files import Files, remove_strangers
+from tokcache.gateway.routing.router import QueueFull, Router
+from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
+from tokcache.gateway.servers.process import ManagedServer
+from tokcache.gateway.servers.upstream import Lines, Look, Upstream
 from tokcache.llama.server.model import is_same_model
 from tokcache.llama.server.results import TokenProbabilities
 
 if TYPE_CHECKING:
     from tokcache.gateway.api.streams import Answer
-    from tokcache.gateway.chain import Prompt
     from tokcache.gateway.config import GatewayConfig
+    from tokcache.gateway.routing.chain import Prompt
 
 _TRIES = 4
 _TICK_S = 0.05

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tokcache.gateway.api.errors import ApiError, upstream_error
-from tokcache.gateway.chain import canonical_item, canonical_message
+from tokcache.gateway.routing.chain import canonical_item, canonical_message
 
 _MAX_CALLS = 1024
 

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 
-from tokcache.gateway.chain import EMPTY, Chain
-from tokcache.gateway.files import Files, SavedFile, tokens_at
+from tokcache.gateway.routing.chain import EMPTY, Chain
+from tokcache.gateway.routing.choice import MIN_RESTORE_TOKENS, Choice, choices, rank
+from tokcache.gateway.routing.files import Files, SavedFile
+from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
 
-MIN_RESTORE_TOKENS = 64
 _MIN_WAIT_TOKENS = 256
 _MAX_BYPASSED_S = 2.0  # a request that waited so long is served before later ones
 _MIN_SHARE_WAIT_S, _MAX_SHARE_WAIT_S = 1.0, 10.0
 _FEW_SLOTS = 3
 _FIRST_TOKENS_PER_CHAR = 0.3
-_FIRST_TOKENS_PER_S = 1_000.0
 _KEPT = 0.9  # the share of the newest value in a running mean
 
 
@@ -36,122 +34,6 @@ class QueueFull(Exception):
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(retry_after_s)
         self.retry_after_s = retry_after_s
-
-
-@dataclass(eq=False, slots=True)
-class Slot:
-    """One slot and its contents by our record; `saved` is a file that holds them too.
-
-    Units: `n_tokens` held; the first `n_prompt` of them are the chain's first `n_prompt_links`.
-    """
-
-    server: Server
-    id: int
-    scope: str | None = None
-    chain: Chain = EMPTY
-    n_prompt_links: int = 0
-    n_prompt: int = 0
-    n_tokens: int = 0
-    saved: SavedFile | None = None
-    is_busy: bool = False
-    is_side: bool = False
-    # May hold tokens of a scope, even if the record of them was lost.
-    is_dirty: bool = False
-    coming: Chain = EMPTY
-    # When its request's prompt was decoded; None before that.
-    begun_at: float | None = None
-    used_at: int = 0
-    n_uses: int = 0
-
-    def tokens_at(self, n_links: int) -> int:
-        """Return about how many tokens the first `n_links` links take."""
-        return tokens_at(self.chain, n_links, self.n_prompt_links, self.n_prompt)
-
-    def holds(self, chain: Chain, n_links: int, n_prompt: int, n_tokens: int) -> None:
-        """Record new contents."""
-        self.chain, self.n_prompt_links = chain, n_links
-        self.n_prompt, self.n_tokens = n_prompt, n_tokens
-        self.saved = None
-        self.is_dirty = True
-
-    def lost(self) -> None:
-        """Record that the contents are unknown."""
-        is_dirty = self.is_dirty
-        self.holds(EMPTY, 0, 0, 0)
-        self.is_dirty = is_dirty
-
-    def emptied(self) -> None:
-        """Record that the slot was erased."""
-        self.lost()
-        self.is_dirty = False
-        self.scope = None
-
-
-@dataclass(eq=False, slots=True)
-class Server:
-    """One llama-server as the router sees it; `pool` names the servers that share its files."""
-
-    name: str
-    model: str = ""
-    pool: str = ""
-    can_save: bool = False
-    is_up: bool = False
-    slots: list[Slot] = field(default_factory=list)
-    tokens_per_s: float = _FIRST_TOKENS_PER_S
-    # Restores after which the server used less than half, less those of which it used more.
-    n_useless_restores: int = 0
-
-    @property
-    def can_restore(self) -> bool:
-        """Return whether restores are tried: not after three that helped nothing."""
-        return self.can_save and self.n_useless_restores < _FEW_SLOTS
-
-
-@dataclass(eq=False, slots=True)
-class Wish:
-    """A request that waits for a slot.
-
-    Units: `arrived` in seconds of any monotonic clock.
-    """
-
-    chain: Chain
-    scope: str | None
-    model: str
-    arrived: float
-    has_waited_for_prefix: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Assignment:
-    """A request, its slot, and the steps before it is sent.
-
-    The steps are, in this order: save each slot in `save`, erase, restore `file` (or the file that
-    `copied` was saved to). `reason` says why the promise is not larger.
-    """
-
-    wish: Wish
-    slot: Slot
-    source: str = "none"
-    n_promised: int = 0
-    reason: str = ""
-    save: list[Slot] = field(default_factory=list)
-    is_erased: bool = False
-    file: SavedFile | None = None
-    copied: Slot | None = None
-    n_links: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """A slot for a request; `net` is the gain in tokens less half of the tokens that are lost."""
-
-    slot: Slot
-    net: float
-    n_gained: int
-    n_links: int
-    source: str
-    file: SavedFile | None = None
-    copied: Slot | None = None
 
 
 class Router:
@@ -241,91 +123,31 @@ class Router:
         def rank(wish: Wish) -> tuple[int, float]:
             if now - wish.arrived > _MAX_BYPASSED_S:
                 return 0, wish.arrived
-            is_continued = any(self._is_continuation(slot, wish) for slot in idle)
+            is_continued = any(slot.is_continued_by(wish) for slot in idle)
             return (1 if is_continued else 2), wish.arrived
 
         return sorted(self.queue, key=rank)
-
-    @staticmethod
-    def _is_continuation(slot: Slot, wish: Wish) -> bool:
-        held = slot.n_prompt_links
-        return held > 0 and slot.scope == wish.scope and slot.chain.n_common(wish.chain) >= held
 
     def _try(self, wish: Wish, now: float) -> Assignment | None:
         idle = self.idle(wish.model)
         if not idle:
             return None
-        best = max(self._choices(wish, idle), key=lambda choice: self._rank(choice, wish))
+        is_side = self._is_side(wish)
+        best = max(
+            choices(self.files, wish, idle),
+            key=lambda each: rank(each, wish, is_side=is_side, side_tokens=self._side_tokens),
+        )
         if self._is_worth_waiting(wish, best, now):
             wish.has_waited_for_prefix = True
             return None
         self.queue.remove(wish)
         return self._assigned(wish, best)
 
-    def _choices(self, wish: Wish, idle: list[Slot]) -> Iterable[_Choice]:
-        """Yield, for each idle slot, the ways in which it can serve a request."""
-        others = [
-            (slot, slot.chain.n_common(wish.chain)) for slot in idle if slot.scope == wish.scope
-        ]
-        for slot in idle:
-            server = slot.server
-            is_own = slot.scope == wish.scope
-            n_links = slot.chain.n_common(wish.chain) if is_own else 0
-            n_live = slot.tokens_at(n_links)
-            yield _Choice(
-                slot,
-                n_live - self._loss(slot, n_live),
-                n_live,
-                n_links,
-                "slot" if n_live else "none",
-            )
-            if not server.can_restore:
-                continue
-            # A restored file replaces all that the slot holds.
-            found = self.files.find(server.pool, wish.chain)
-            if found is not None:
-                file, n_links = found
-                n_gained = file.tokens_at(n_links)
-                if n_gained >= n_live + MIN_RESTORE_TOKENS:
-                    loss = self._loss(slot, 0)
-                    yield _Choice(slot, n_gained - loss, n_gained, n_links, "file", file)
-            # A copy of another conversation's slot leaves that one as it is.
-            for other, n_links in others:
-                n_gained = other.tokens_at(n_links)
-                is_worth = n_gained >= n_live + MIN_RESTORE_TOKENS and other is not slot
-                if is_worth and other.server.pool == server.pool and other.server.can_save:
-                    loss = self._loss(slot, 0)
-                    yield _Choice(slot, n_gained - loss, n_gained, n_links, "file", None, other)
-
-    def _loss(self, slot: Slot, n_kept: int) -> float:
-        """Return the tokens that nobody could get back, at half of their worth."""
-        if slot.saved is not None or slot.server.can_restore:
-            return 0.0
-        return max(0, slot.n_tokens - n_kept) / 2
-
-    def _rank(self, choice: _Choice, wish: Wish) -> tuple[float, ...]:
-        """Return the order of choices: tokens gained, then the least disturbance."""
-        slot = choice.slot
-        is_continued = choice.source == "slot" and self._is_continuation(slot, wish)
-        is_small = slot.n_tokens < self._side_tokens
-        # Side requests take the place of small contents; other requests leave the side slot alone.
-        is_fitting = is_small if self._is_side(wish) else not slot.is_side
-        return (
-            choice.net,
-            is_continued,
-            slot.n_tokens == 0 or is_continued,
-            is_fitting,
-            is_small,
-            choice.copied is None,
-            -slot.used_at,
-            sum(not each.is_busy for each in slot.server.slots),
-        )
-
     def _is_side(self, wish: Wish) -> bool:
         n_chars = wish.chain.chars_at(len(wish.chain))
         return n_chars * self._tokens_per_char < self._side_tokens
 
-    def _is_worth_waiting(self, wish: Wish, best: _Choice, now: float) -> bool:
+    def _is_worth_waiting(self, wish: Wish, best: Choice, now: float) -> bool:
         """Return whether a busy slot will hold much more, sooner than it could be decoded."""
         for server in self.servers.values():
             if not server.is_up or not server.can_restore or wish.model not in ("", server.model):
@@ -345,18 +167,20 @@ class Router:
                     return True
         return False
 
-    def _assigned(self, wish: Wish, choice: _Choice) -> Assignment:
+    def _assigned(self, wish: Wish, choice: Choice) -> Assignment:
         slot = choice.slot
         made = Assignment(
             wish, slot, choice.source, choice.n_gained, "", file=choice.file, copied=choice.copied
         )
         made.n_links = choice.n_links
-        made.reason = self._reason(wish, choice)
+        if choice.n_links < len(wish.chain) - 1:  # more than the last piece has to be decoded
+            made.reason = "different_text" if choice.n_links else "never_stored"
+            made.reason = "busy" if wish.has_waited_for_prefix else made.reason
         if choice.copied is not None:
             choice.copied.is_busy = True
             if not self._is_saved(choice.copied):
                 made.save.append(choice.copied)
-        keeps_all = choice.source == "slot" and self._is_continuation(slot, wish)
+        keeps_all = choice.source == "slot" and slot.is_continued_by(wish)
         if not keeps_all and self.is_worth_saving(slot):
             made.save.append(slot)
         is_of_another = slot.is_dirty and slot.scope != wish.scope
@@ -371,14 +195,6 @@ class Router:
         slot.used_at = next(self._clock)
         self.counts[f"plan_{choice.source}"] += 1
         return made
-
-    def _reason(self, wish: Wish, choice: _Choice) -> str:
-        """Return why no more of the prompt is held, "" if all but its last pieces are."""
-        if choice.n_links >= len(wish.chain) - 1:
-            return ""
-        if wish.has_waited_for_prefix:
-            return "busy"
-        return "different_text" if choice.n_links else "never_stored"
 
     # -- reports of the service ---------------------------------------------------------------
 

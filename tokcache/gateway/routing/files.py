@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokcache.gateway.chain import Chain
+from tokcache.gateway.routing.chain import Chain
 
 _FORMAT = 1
 _USE_IS_WORTH_S = 600.0  # a file used again counts as used that much later, for each use
