@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, S
 from starlette.routing import Route
 
 from tokcache.errors import ServerError
-from tokcache.gateway.api import messages
+from tokcache.gateway.api import messages, rules
 from tokcache.gateway.api.body import (
     read_object,
     require_no_fetches,
@@ -209,6 +209,10 @@ class Endpoints:
         raw = await self._body(request)
         body = read_object(raw)
         api = _APIS[request.url.path]
+        if api.path == _CHAT:
+            body, changed = self._ruled(body)
+            raw = json.dumps(body).encode() if changed else raw
+            request.state.rules = changed
         is_stream = body.get("stream") is True
         if not is_stream:
             settings: dict[str, Any] = {"stream": True}
@@ -219,31 +223,46 @@ class Endpoints:
         if opened is None:
             raise ClientDisconnect
         turn, answer = opened
+        headers = _headers(request, turn)
         if is_stream:
-            return _Stream(self._streamed(turn), turn, tenant)
+            return _Stream(self._streamed(turn), turn, tenant, headers)
         await self._collect(request, turn, tenant)
-        return JSONResponse({**answer.body(), "tokcache": turn.happened()}, headers=_headers(turn))
+        return JSONResponse(
+            {**answer.body(), "tokcache": turn.happened()}, headers=_headers(request, turn)
+        )
 
     async def message(self, request: Request) -> Response:
         """Answer an Anthropic message by a chat completion."""
         tenant = self._tenants.find(request.headers)
         body = read_object(await self._body(request))
-        chat = _translated(body)
+        chat, request.state.rules = self._ruled(_translated(body))
         is_stream = chat.get("stream") is True
         chat |= {"stream": True, "stream_options": {"include_usage": True}}
         opened = await self._open(request, tenant, _APIS[_CHAT], chat, json.dumps(chat).encode())
         if opened is None:
             raise ClientDisconnect
         turn, answer = opened
+        headers = _headers(request, turn)
         if not isinstance(answer, ChatAnswer):  # never; for the type checker
             raise TypeError
         message_id = f"msg_{secrets.token_hex(_ID_BYTES)}"
         model = str(body.get("model") or turn.made.slot.server.model)
         if is_stream:
             events = messages.MessageEvents(answer, message_id, model)
-            return _Stream(self._streamed_message(turn, events), turn, tenant)
+            return _Stream(
+                self._streamed_message(turn, events), turn, tenant, _headers(request, turn)
+            )
         await self._collect(request, turn, tenant)
-        return JSONResponse(messages.from_chat(answer, message_id, model), headers=_headers(turn))
+        return JSONResponse(
+            messages.from_chat(answer, message_id, model), headers=_headers(request, turn)
+        )
+
+    def _ruled(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return a body after the configured rules; count the volatile parts that are left."""
+        body, changed = rules.apply(body, self._config.rules)
+        for name in rules.suggested(body):
+            self._service.router.reasons[f"volatile_{name}"] += 1
+        return body, changed
 
     async def _open(
         self, request: Request, tenant: Tenant, api: _Api, body: Mapping[str, Any], raw: bytes
@@ -395,8 +414,10 @@ def _translated(body: dict[str, Any], *, is_counting: bool = False) -> dict[str,
 class _Stream(StreamingResponse):
     """A stream of events that closes its turn, also if the client leaves before the first one."""
 
-    def __init__(self, content: AsyncIterator[bytes], turn: Turn, tenant: Tenant) -> None:
-        super().__init__(content, media_type="text/event-stream", headers=_headers(turn))
+    def __init__(
+        self, content: AsyncIterator[bytes], turn: Turn, tenant: Tenant, headers: dict[str, str]
+    ) -> None:
+        super().__init__(content, media_type="text/event-stream", headers=headers)
         self._turn = turn
         self._tenant = tenant
 
@@ -408,12 +429,15 @@ class _Stream(StreamingResponse):
             self._tenant.end(self._turn.n_tokens)
 
 
-def _headers(turn: Turn) -> dict[str, str]:
-    return {
+def _headers(request: Request, turn: Turn) -> dict[str, str]:
+    headers = {
         **_NO_STORE,
         "x-tokcache-plan": turn.plan,
         "x-tokcache-planned-tokens": str(turn.n_promised),
     }
+    if changed := getattr(request.state, "rules", None):
+        headers["x-tokcache-rules"] = ",".join(changed)
+    return headers
 
 
 def _event(found: dict[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from tokcache._validate import require_bool, require_int, require_seconds, require_size
 from tokcache.errors import InvalidConfig, MissingFile
+from tokcache.gateway.api.rules import RULES
 
 _PREFIX = "TOKCACHE_SERVE_"
 _MAX_PORT = 65_535
@@ -103,6 +104,8 @@ class GatewayConfig:
     read_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
     start_timeout_s: float = 300.0
+    rules: tuple[str, ...] = ()
+    warm_folder: str | None = None
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     tls_certfile: str | None = None
@@ -131,6 +134,11 @@ class GatewayConfig:
         for field in dataclasses.fields(self):
             if field.name.endswith("_s"):
                 require_seconds(field.name, getattr(self, field.name))
+        unknown = sorted(set(self.rules) - RULES.keys())
+        if unknown:
+            raise InvalidConfig(f"rules: {unknown[0]!r} is unknown; known are {', '.join(RULES)}")
+        if self.warm_folder and not Path(self.warm_folder).is_dir():
+            raise MissingFile(f"there is no folder {self.warm_folder} (warm_folder)")
         if bool(self.tls_certfile) != bool(self.tls_keyfile):
             raise InvalidConfig("TLS needs both tls_certfile and tls_keyfile")
         names = [each.name for each in self.tenants]
@@ -165,7 +173,7 @@ def load(
         )
     settings["upstreams"] = _made(UpstreamConfig, "upstreams", settings.get("upstreams", ()))
     settings["tenants"] = _made(TenantConfig, "tenants", settings.get("tenants", ()))
-    for name in ("server_args", "allowed_origins", "allowed_hosts"):
+    for name in ("server_args", "rules", "allowed_origins", "allowed_hosts"):
         value = settings.get(name, ())
         if isinstance(value, str) or not all(isinstance(each, str) for each in value):
             raise InvalidConfig(f"{name} must be a list of texts")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 import time
@@ -27,9 +28,11 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from tokcache.errors import InvalidConfig, ServerError, ServerRefused, ServerUnreachable
-from tokcache.gateway.api.body import event_object, with_settings
+from tokcache.gateway.api.body import event_object, read_object, with_settings
 from tokcache.gateway.api.errors import ApiError, upstream_error
+from tokcache.gateway.api.streams import ChatAnswer
 from tokcache.gateway.config import UpstreamConfig
+from tokcache.gateway.routing.chain import chat_prompt
 from tokcache.gateway.routing.files import Files, remove_strangers
 from tokcache.gateway.routing.router import QueueFull, Router
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
@@ -513,6 +516,39 @@ class Service:
             name, model=look.model, pool=look.pool, can_save=can_save, n_slots=look.n_slots
         )
         self.assign()
+        if can_save and self.config.warm_folder:
+            self.in_background(self._warm(Path(self.config.warm_folder), look.pool))
+
+    async def _warm(self, folder: Path, pool: str) -> None:
+        """Decode and save the prompts of the warm folder that no file holds.
+
+        Files are bodies of chat completions, NAME.json without tenants, SCOPE/NAME.json with them.
+        """
+        pattern = "*/*.json" if self.config.tenants else "*.json"
+        for path in await asyncio.to_thread(lambda: sorted(folder.glob(pattern))):
+            scope = path.parent.name if self.config.tenants else None
+            try:
+                body = {**read_object(path.read_bytes()), "max_tokens": 1, "stream": True}
+                prompt = chat_prompt(body, self.key, scope)
+                held = self.files.covers(pool, prompt.chain())
+                if held is not None:
+                    held.is_pinned = True
+                    continue
+                wish = Wish(prompt.chain(), scope, "", time.monotonic())
+                chat = "/v1/chat/completions"
+                turn = await self.open(wish, prompt, chat, json.dumps(body).encode(), ChatAnswer())
+                try:
+                    async for _ in turn.events():
+                        pass
+                    await self._save(turn.made.slot)
+                finally:
+                    turn.close()
+                if turn.made.slot.saved is not None:
+                    turn.made.slot.saved.is_pinned = True
+                self.counts["warmed"] += 1
+            except (ApiError, ServerError, OSError) as error:
+                self.counts["warm_failed"] += 1
+                _log.warning("%s could not be warmed: %s", path, error)
 
     def _down(self, name: str, error: Exception) -> None:
         if self.router.servers[name].is_up or name not in self.looks:

@@ -6,16 +6,13 @@ llama-server has /v1/messages, but ignores `id_slot` there (measured with xllama
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from tokcache.gateway.api.errors import ApiError
+from tokcache.gateway.api.rules import blanked
 from tokcache.gateway.api.streams import ChatAnswer
 
-# A client's billing line at the start of the system text holds a nonce that ends every prefix.
-# llama-server's own /v1/messages blanks it too.
-_NONCE = re.compile(r"\A(x-anthropic-billing-header:[^\n]*?\bcch=)[0-9A-Za-z]+")
 _PASSED = ("model", "temperature", "top_p", "top_k", "stream", "max_tokens", "chat_template_kwargs")
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -53,11 +50,11 @@ def _system(found: Any) -> list[dict[str, Any]]:
     if not found:
         return []
     if isinstance(found, list) and all(isinstance(each, dict) for each in found):
-        # Each block is blanked alone: the billing line is a block of its own.
-        texts = [_NONCE.sub(r"\g<1>0", str(each.get("text", ""))) for each in found]
+        # llama-server's own /v1/messages blanks the billing line too; it is a block of its own.
+        texts = [blanked(str(each.get("text", ""))) for each in found]
         return [{"role": "system", "content": "\n".join(texts)}]
     if isinstance(found, str):
-        return [{"role": "system", "content": _NONCE.sub(r"\g<1>0", found)}]
+        return [{"role": "system", "content": blanked(found)}]
     raise ApiError(400, "system: a text or a list of text blocks is required")
 
 

@@ -42,6 +42,8 @@ class SavedFile:
     used_at: float = field(default_factory=time.time)
     n_uses: int = 0
     n_readers: int = 0
+    # A file of the warm folder: neither evicted nor replaced by a longer one.
+    is_pinned: bool = False
 
     def tokens_at(self, n_links: int) -> int:
         """Return about how many tokens the first `n_links` links take."""
@@ -117,7 +119,8 @@ class Files:
         for link in file.chain.links:
             for other in list(self._by_link.get((file.pool, link), ())):
                 is_within = len(other.chain) <= len(file.chain) and other.chain.links[-1] == link
-                if is_within and not other.n_readers and other.name != file.name:
+                is_free = not other.n_readers and not other.is_pinned
+                if is_within and is_free and other.name != file.name:
                     self.drop(other)
         if file.name in self._files:
             self._unlist(self._files[file.name])
@@ -135,7 +138,7 @@ class Files:
         for file in sorted(self._files.values(), key=_value):
             if self.n_bytes + n_bytes <= self.max_bytes:
                 break
-            if not file.n_readers:
+            if not file.n_readers and not file.is_pinned:
                 self.n_evictions += 1
                 self.drop(file)
         return self.n_bytes + n_bytes <= self.max_bytes
