@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from typer.testing import CliRunner
@@ -132,6 +132,14 @@ class Command:
         )
         return answer.json()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
     def stop(self) -> str:
         self.process.send_signal(signal.SIGTERM)
         _, errors = self.process.communicate(timeout=60)
@@ -147,18 +155,18 @@ def test_what_was_cached_is_there_after_a_restart(tmp_path: Path, is_program: bo
     if is_program:
         arguments += ["--llama-server", str(_program(tmp_path))]
     port = free_port()
-    command = Command(*arguments, port=port)
-    assert f"OPENAI_BASE_URL={command.url}/v1" in command.first_line
-    assert command.chat(1)["tokcache"]["cached_tokens"] == 0
-    assert command.stop() == ""
+    with Command(*arguments, port=port) as command:
+        assert f"OPENAI_BASE_URL={command.url}/v1" in command.first_line
+        assert command.chat(1)["tokcache"]["cached_tokens"] == 0
+        assert command.stop() == ""
     assert stat.S_IMODE((folder / "files.json").stat().st_mode) == 0o600
     assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o600
     assert len(list((folder / "slots").glob("*.bin"))) == 1
-    again = Command(*arguments, port=port)
-    told = again.chat(2)["tokcache"]
-    assert told["plan"] == "file"
-    assert told["cached_tokens"] > 200
-    again.stop()
+    with Command(*arguments, port=port) as again:
+        told = again.chat(2)["tokcache"]
+        assert told["plan"] == "file"
+        assert told["cached_tokens"] > 200
+        again.stop()
 
 
 # A llama-server program for the test: reads the flags and starts xllamacpp's.

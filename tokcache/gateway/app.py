@@ -227,9 +227,7 @@ class Endpoints:
         if is_stream:
             return _Stream(self._streamed(turn), turn, tenant, headers)
         await self._collect(request, turn, tenant)
-        return JSONResponse(
-            {**answer.body(), "tokcache": turn.happened()}, headers=_headers(request, turn)
-        )
+        return JSONResponse({**answer.body(), "tokcache": turn.happened()}, headers=headers)
 
     async def message(self, request: Request) -> Response:
         """Answer an Anthropic message by a chat completion."""
@@ -249,13 +247,9 @@ class Endpoints:
         model = str(body.get("model") or turn.made.slot.server.model)
         if is_stream:
             events = messages.MessageEvents(answer, message_id, model)
-            return _Stream(
-                self._streamed_message(turn, events), turn, tenant, _headers(request, turn)
-            )
+            return _Stream(self._streamed_message(turn, events), turn, tenant, headers)
         await self._collect(request, turn, tenant)
-        return JSONResponse(
-            messages.from_chat(answer, message_id, model), headers=_headers(request, turn)
-        )
+        return JSONResponse(messages.from_chat(answer, message_id, model), headers=headers)
 
     def _ruled(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Return a body after the configured rules; count the volatile parts that are left."""
