@@ -62,6 +62,7 @@ def carry(made: Router, assignment: Assignment) -> None:
         else:
             made.restored(assignment, file)
     made.read_done(assignment)
+    assignment.is_sent = True
 
 
 def up(made: Router, name: str = "one", *, n_slots: int = 2, can_save: bool = True) -> None:
@@ -122,6 +123,39 @@ def test_the_queue_is_bounded() -> None:
         made.enqueue(wish(prompt(["2"]).chain()))
 
 
+def test_a_request_that_was_never_sent_does_not_take_over_a_slot() -> None:
+    made = router()
+    made.erases_between_scopes = True
+    up(made, n_slots=1)
+    made.enqueue(wish(prompt([LONG], "a").chain(), "a"))
+    (first,) = made.assign(0.0)
+    carry(made, first)
+    chain = prompt([LONG], "a").chain("answer")
+    made.finish(first, chain, n_prompt=1000, n_cached=0, n_tokens=1005)
+    made.release(first.slot)
+    for _ in range(2):
+        made.enqueue(wish(prompt([LONG], "b").chain(), "b"))
+        (second,) = made.assign(0.0)
+        assert second.is_erased
+        made.read_done(second)
+        made.abort(second, has_begun=False)
+        made.release(second.slot)
+
+
+def test_an_answer_of_a_server_that_was_restarted_is_not_recorded() -> None:
+    made = router()
+    up(made)
+    asked = prompt([LONG])
+    made.enqueue(wish(asked.chain()))
+    (first,) = made.assign(0.0)
+    carry(made, first)
+    up(made)
+    made.finish(first, asked.chain("a"), n_prompt=1000, n_cached=0, n_tokens=1005)
+    assert first.slot.n_tokens == 0
+    made.abort(first, has_begun=True)
+    assert first.slot.n_tokens == 0
+
+
 def test_restores_stop_after_three_that_helped_nothing() -> None:
     made = router()
     up(made, n_slots=1)
@@ -168,6 +202,9 @@ class Machine(RuleBasedStateMachine):
         self.running: list[tuple[Assignment, Any]] = []
         self.now = 0.0
         self.asked: dict[Wish, Any] = {}
+        self.fails_next = False
+        # Whose tokens each slot really holds.
+        self.holder: dict[Any, str] = {}
         for name in ("one", "two"):
             up(self.router, name)
 
@@ -197,10 +234,19 @@ class Machine(RuleBasedStateMachine):
                 assert made.copied.scope == scope
             if made.source == "slot":
                 assert made.slot.scope == scope
-            if made.slot.is_dirty and made.slot.scope != scope:
-                assert made.is_erased
+            holder = self.holder.get(made.slot)
+            assert made.is_erased or holder in (None, f"{scope}")
+            if (
+                self.fails_next
+            ):  # the client leaves, or the server fails, before the request is sent
+                self.fails_next = False
+                self.router.read_done(made)
+                self.router.abort(made, has_begun=False)
+                self.router.release(made.slot)
+                continue
             copied = made.copied
             carry(self.router, made)
+            self.holder[made.slot] = f"{scope}"
             if copied is not None:
                 assert not copied.is_busy
             self.running.append((made, self.asked[made.wish]))
@@ -238,10 +284,16 @@ class Machine(RuleBasedStateMachine):
         self.router.release(made.slot)
         self._assign()
 
+    @rule()
+    def fail_next(self) -> None:
+        self.fails_next = True
+
     @rule(name=strategies.sampled_from(["one", "two"]))
     def restart(self, name: str) -> None:
         self.router.server_down(name)
         up(self.router, name)
+        for slot in self.router.servers[name].slots:
+            self.holder.pop(slot, None)
         self._assign()
 
     @rule(seconds=strategies.floats(0.1, 20))

@@ -428,6 +428,7 @@ class Service:
                 self.router.counts["erase"] += 1
             if made.source == "file":
                 await self._restore(made, upstream)
+            made.is_sent = True
         finally:
             self.router.read_done(made)
 

@@ -64,6 +64,7 @@ class Router:
         server = self.servers.setdefault(name, Server(name))
         server.model, server.pool, server.can_save = model, pool, can_save
         server.is_up = True
+        server.epoch += 1
         server.n_useless_restores = 0
         while len(server.slots) < n_slots:
             server.slots.append(Slot(server, len(server.slots)))
@@ -77,6 +78,7 @@ class Router:
         """Record that a server can't be reached; what its slots held is lost."""
         server = self.servers[name]
         server.is_up = False
+        server.epoch += 1
         for slot in server.slots:
             slot.lost()
 
@@ -172,7 +174,7 @@ class Router:
         made = Assignment(
             wish, slot, choice.source, choice.n_gained, "", file=choice.file, copied=choice.copied
         )
-        made.n_links = choice.n_links
+        made.n_links, made.epoch = choice.n_links, slot.server.epoch
         if choice.n_links < len(wish.chain) - 1:  # more than the last piece has to be decoded
             made.reason = "different_text" if choice.n_links else "never_stored"
             made.reason = "busy" if wish.has_waited_for_prefix else made.reason
@@ -256,6 +258,8 @@ class Router:
         slot.holds(chain, len(wish.chain), n_prompt, n_tokens)
         slot.scope = wish.scope
         slot.n_uses += 1
+        if made.epoch != slot.server.epoch:
+            slot.lost()
         n_chars = wish.chain.chars_at(len(wish.chain))
         if n_chars and n_prompt:
             share = n_prompt / n_chars
@@ -277,23 +281,30 @@ class Router:
         return made.reason
 
     def reject(self, made: Assignment) -> None:
-        """Record that the server rejected the request before it changed the slot."""
-        made.slot.scope = made.wish.scope if made.slot.n_tokens == 0 else made.slot.scope
+        """Record that the server rejected the request; the slot's contents are as before."""
+        if made.is_sent:  # for safety, as if it had decoded some of the prompt
+            made.slot.scope, made.slot.is_dirty = made.wish.scope, True
         self.counts["rejected"] += 1
 
     def abort(self, made: Assignment, *, has_begun: bool) -> None:
         """Record that a request was cut off; only the shared prefix, or the prompt, is certain."""
         slot, wish = made.slot, made.wish
         self.counts["aborted"] += 1
+        if not made.is_sent:
+            # The slot may still hold the tokens of its scope, or half of a restored file.
+            slot.lost()
+            return
         slot.scope = wish.scope
         slot.is_dirty = True
-        if has_begun:
+        if made.epoch != slot.server.epoch:
+            slot.lost()
+        elif has_begun:
             n_chars = wish.chain.chars_at(len(wish.chain))
             n_tokens = int(n_chars * self._tokens_per_char)
             slot.holds(wish.chain, len(wish.chain), n_tokens, n_tokens)
-            return
-        links, chars = slot.chain.links[: made.n_links], slot.chain.n_chars[: made.n_links]
-        slot.holds(Chain(links, chars), made.n_links, made.n_promised, made.n_promised)
+        else:
+            links, chars = slot.chain.links[: made.n_links], slot.chain.n_chars[: made.n_links]
+            slot.holds(Chain(links, chars), made.n_links, made.n_promised, made.n_promised)
 
     def begun(self, slot: Slot, now: float) -> None:
         """Record that a slot's prompt was decoded and its answer began."""

@@ -74,6 +74,8 @@ class Server:
     pool: str = ""
     can_save: bool = False
     is_up: bool = False
+    # Starts and failures so far; what was under way in an earlier epoch is lost.
+    epoch: int = 0
     slots: list[Slot] = field(default_factory=list)
     tokens_per_s: float = _FIRST_TOKENS_PER_S
     # Restores after which the server used less than half, less those of which it used more.
@@ -117,3 +119,6 @@ class Assignment:
     file: SavedFile | None = None
     copied: Slot | None = None
     n_links: int = 0
+    epoch: int = 0
+    # All steps are done and the request was sent, so the slot holds its tokens.
+    is_sent: bool = False
