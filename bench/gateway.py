@@ -1,4 +1,4 @@
-"""`tokcache serve` beside bare llama-servers: added time, tokens prefilled, requests a second.
+"""`tokcache serve` and bare llama-servers: added time, tokens prefilled, requests a second.
 
 1. Added time: a streamed chat of 12,000 characters whose prompt is held but for the last token, to
    the bare server's pinned slot and through the gateway, in turns. First the answers are compared.
@@ -60,7 +60,7 @@ WORDS = (
 
 @dataclass(slots=True)
 class Figures:
-    """What one system did."""
+    """The figures of one system."""
 
     n_prefilled: int = 0
     n_prompt: int = 0
@@ -98,7 +98,7 @@ class Bare:
     def start(self) -> None:
         """Start all servers."""
         for _ in range(N_SERVERS):
-            # The gateway's servers share a folder, so that each can restore what another saved.
+            # The gateway's servers share a folder, so that each can restore the files of another.
             self._servers.append(
                 ServerProcess(
                     samples.tiny_model(),
@@ -121,7 +121,7 @@ class Bare:
 
 
 class Ours(Bare):
-    """The same servers behind a gateway in a process of its own."""
+    """The same servers with a gateway in front, in a process of its own."""
 
     def __init__(self, folder: Path) -> None:
         self._gateway: subprocess.Popen[str] | None = None

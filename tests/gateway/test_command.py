@@ -148,7 +148,7 @@ class Command:
 
 
 @pytest.mark.parametrize("is_program", [False, True])
-def test_what_was_cached_is_there_after_a_restart(tmp_path: Path, is_program: bool) -> None:
+def test_a_cached_prompt_is_there_after_a_restart(tmp_path: Path, is_program: bool) -> None:
     folder = tmp_path / "own"
     arguments = [str(samples.tiny_model()), "--folder", str(folder), "--slots", "2",
                  "--ctx", "2048", "--threads", "1"]  # fmt: skip

@@ -75,7 +75,7 @@ WRONG: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", WRONG)
-def test_what_can_not_be_translated_is_named(settings: dict[str, Any]) -> None:
+def test_a_member_that_can_not_be_translated_is_named(settings: dict[str, Any]) -> None:
     with pytest.raises(ApiError) as caught:
         to_chat(ask(**settings))
     assert caught.value.status == 400

@@ -18,7 +18,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def shown(served: Gateway, folder: Path, size: str) -> tuple[str, str]:
-    """Return the page after its scripts ran, and what the console said."""
+    """Return the page after its scripts ran, and the messages of the console."""
     if BROWSER is None:
         pytest.skip("needs Debian's chromium")
     done = subprocess.run(  # noqa: S603 (the browser that is installed)

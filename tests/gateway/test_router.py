@@ -105,7 +105,7 @@ def test_a_request_waits_for_a_prefix_that_is_being_decoded_but_not_for_ever() -
     assert second.reason == "busy"
 
 
-def test_another_request_does_not_wait_behind_one_that_waits_for_a_prefix() -> None:
+def test_another_request_overtakes_one_that_waits_for_a_prefix() -> None:
     made = router()
     up(made)
     made.enqueue(wish(prompt([LONG, "a"]).chain()))

@@ -54,8 +54,8 @@ def serve(
     """Serve a model under an OpenAI and Anthropic URL without prefilling a prefix twice.
 
     Paste http://127.0.0.1:8000/v1 into an OpenAI client (OPENAI_BASE_URL), or http://127.0.0.1:8000
-    into an Anthropic client (ANTHROPIC_BASE_URL). The page at http://127.0.0.1:8000/ shows what is
-    reused.
+    into an Anthropic client (ANTHROPIC_BASE_URL). The page at http://127.0.0.1:8000/ shows the
+    reuse.
     """
     with errors_in_one_line():
         if new_key:

@@ -125,7 +125,7 @@ class Endpoints:
         # A web page can make a browser send requests here under another name (DNS rebinding).
         self._hosts = hosts if is_loopback or self._config.allowed_hosts else None
 
-    # -- what all handlers share --------------------------------------------------------------
+    # -- shared by all handlers ---------------------------------------------------------------
 
     def wrapped(self, handler: Handler) -> Handler:
         """Return a handler that refuses foreign pages and answers errors in the API's form."""

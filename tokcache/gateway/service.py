@@ -151,7 +151,7 @@ class Turn:
         return self._api == "/v1/responses"
 
     def happened(self) -> dict[str, Any]:
-        """Return what was planned, what happened and why it fell short."""
+        """Return the plan, the tokens that were really cached, and the reason for any shortfall."""
         counts = self.answer.counts
         return {
             "plan": self.plan,

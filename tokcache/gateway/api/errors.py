@@ -32,7 +32,7 @@ _MAX_MESSAGE = 2_000
 
 
 class ApiError(Exception):
-    """An error that is answered with an HTTP status; the message says what to do.
+    """An error that is answered with an HTTP status; the message names the cure.
 
     Units: `retry_after_s` goes into the header Retry-After.
     """

@@ -72,7 +72,7 @@ class Files:
         self.n_bytes = 0
         self.n_evictions = 0
         self.folders: dict[str, Path] = {}
-        # What each pool's model answered to a fixed prompt when the files were saved.
+        # The probabilities of each pool's model after a fixed prompt, when its files were saved.
         self.probes: dict[str, dict[str, list[Any]]] = {}
         self.refusals: Counter[str] = Counter()
         self._files: dict[str, SavedFile] = {}

@@ -1,9 +1,9 @@
-"""Decides which slot serves a request and what is saved, restored or erased before. No I/O.
+"""Decides which slot serves a request, and the saves and restores before that. No I/O.
 
 1. `enqueue` takes a request; `assign` gives requests to idle slots and returns the assignments.
 2. The service saves, restores and erases as an assignment says and reports each with `saved`,
    `restored` and `emptied`; then it sends the request to the assigned slot.
-3. `finish`, `reject` or `abort` records what the slot holds afterwards; `release` makes it idle.
+3. `finish`, `reject` or `abort` records the slot's contents afterwards; `release` makes it idle.
 
 A slot serves one request at a time. A request goes where most of its prefix is held: a slot whose
 conversation it continues, else a saved file or another conversation's slot, which is saved first.
@@ -75,7 +75,7 @@ class Router:
             slot.is_dirty = True
 
     def server_down(self, name: str) -> None:
-        """Record that a server can't be reached; what its slots held is lost."""
+        """Record that a server can't be reached; the contents of its slots are lost."""
         server = self.servers[name]
         server.is_up = False
         server.epoch += 1

@@ -74,7 +74,7 @@ class Server:
     pool: str = ""
     can_save: bool = False
     is_up: bool = False
-    # Starts and failures so far; what was under way in an earlier epoch is lost.
+    # Starts and failures so far; a request of an earlier epoch has lost its slot.
     epoch: int = 0
     slots: list[Slot] = field(default_factory=list)
     tokens_per_s: float = _FIRST_TOKENS_PER_S
