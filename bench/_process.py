@@ -13,7 +13,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # from glibc 2.35 on
 
 
-def apart(
+def in_new_process(
     module: str, function: str, *args: Any, first: str = "", settings: dict[str, str] | None = None
 ) -> Any:
     """Return the result of a function that is called in a new process; it must be valid JSON.

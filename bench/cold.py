@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench import _report
-from bench._process import apart, settle
+from bench._process import in_new_process, settle
 from bench.adapters import tokenizing as peers
 from bench.workloads import texts
 from bench.workloads.data import default_tokenizers, fresh, tokenizer_file
@@ -91,7 +91,7 @@ def measure_here(tokenizer: str, kind: str, rounds: int) -> dict[str, Any]:
 def measure(file: Path, kind: str, n_cores: int, rounds: int) -> dict[str, Any]:
     """Measure in a new process with `n_cores`."""
     cores = sorted(os.sched_getaffinity(0))[:n_cores]
-    found: dict[str, Any] = apart(
+    found: dict[str, Any] = in_new_process(
         "bench.cold",
         "measure_here",
         str(file),

@@ -7,10 +7,11 @@ gets a new string object, as in a server. Slow systems take part in every third 
 medians. Memory is on huge pages and stays with the process when freed, so that no system waits for
 new pages.
 
-"Every part known": prompts of about 12k characters from a replay that the segment cache has seen,
-with room for one whole prompt in L0, so that each is assembled from cached segments. Each system
-has several replays in turn, so that the CPU caches that the previous system left matter little.
-This runs in a new process, because memory that other systems freed would scatter the allocations.
+"All segments cached": prompts of about 12k characters from a replay that the segment cache has
+seen, with room for one whole prompt in L0, so that each is assembled from cached segments. Each
+system has several replays in turn, so that the CPU caches that the previous system left matter
+little. This runs in a new process, because memory that other systems freed would scatter the
+allocations.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bench import _report
-from bench._process import apart, settle, without_page_faults
+from bench._process import in_new_process, settle, without_page_faults
 from bench.adapters import tokenizing as peers
 from bench.workloads import chats
 from bench.workloads.data import default_tokenizers, fresh, tokenizer_file
@@ -122,7 +123,7 @@ def measure(rows: list[Row], file: Path, prompts: list[str], rounds: int) -> Non
             row.us.append(replay_us(system.encode, prompts))
 
 
-def known_parts(tokenizer: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
+def all_segments_cached(tokenizer: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
     """Time prompts whose segments are all cached, in turn with gigatoken's array API."""
     file = tokenizer_file(tokenizer)
     prompts = chats.prompts(chats.load(n_chats)[1], Tokenizer.from_file(str(file)))
@@ -150,7 +151,7 @@ def known_parts(tokenizer: str, n_chats: int | None, rounds: int) -> dict[str, A
     return {
         "us": {name: median(values) for name, values in samples.items()},
         "mean chars": mean(map(len, near)),
-        "all known": missed_before == missed_after and after - before == looked_up,
+        "all cached": missed_before == missed_after and after - before == looked_up,
     }
 
 
@@ -158,7 +159,7 @@ def bars(rows: dict[str, Row], known: dict[str, Any] | None) -> list[_report.Bar
     """Return the bars."""
     hf, giga = (rows[name] for name in peers.ENGINES)
     fastest = min(row.median_us for row in rows.values() if row.median_us and not row.is_ours)
-    us = known["us"] if known and known["all known"] else {}
+    us = known["us"] if known and known["all cached"] else {}
     miss = hf.miss_percent
     return [
         _report.Bar("tokcache over tokenizers / tokenizers", _ratio(rows[BASE].median_us, hf), 60),
@@ -166,7 +167,7 @@ def bars(rows: dict[str, Row], known: dict[str, Any] | None) -> list[_report.Bar
         _report.Bar("characters that miss the chunks", miss.get("chunk_miss"), 5.5, "%", True),
         _report.Bar("characters that reach the engine", miss.get("engine"), 1, "%", True),
         _report.Bar(
-            "every part known / gigatoken, array API",
+            "all segments cached / gigatoken, array API",
             us[ARRAY] / us["tokcache"] if ARRAY in us else None,
             8,
         ),
@@ -191,7 +192,7 @@ def show(rows: list[Row], known: dict[str, Any] | None) -> None:
     if known:
         cells = ", ".join(f"{name} {value:,.2f} us" for name, value in known["us"].items())
         size = f"{known['mean chars']:,.0f} chars"
-        print(f"  every part known ({known['all known']}), {size}: {cells}")
+        print(f"  all segments cached ({known['all cached']}), {size}: {cells}")
 
 
 def run(name: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
@@ -210,7 +211,9 @@ def run(name: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
     by_name = {row.name: row for row in rows}
     has_segments = by_name["tokcache over tokenizers"].unavailable is None
     known = (
-        apart("bench.multiturn", "known_parts", name, n_chats, 4 * rounds) if has_segments else None
+        in_new_process("bench.multiturn", "all_segments_cached", name, n_chats, 4 * rounds)
+        if has_segments
+        else None
     )
     show(rows, known)
     return {
@@ -227,7 +230,7 @@ def run(name: str, n_chats: int | None, rounds: int) -> dict[str, Any]:
             }
             for row in rows
         },
-        "every part known": known,
+        "all segments cached": known,
         "bars": _report.show_bars(bars(by_name, known)),
     }
 

@@ -62,7 +62,7 @@ def load() -> list[Prompt] | None:
 
 
 def cached(cache: PrefixStateCache, prompts: list[Prompt]) -> Iterator[int]:
-    """Plan and save every prompt; yield how many of its blocks were found."""
+    """Plan and save every prompt; yield the number of its blocks that were found."""
     states = cache.namespace(b"mooncake")
     for prompt in prompts:
         tokens = np.repeat(np.array(prompt.ids, np.int32), TOKENS)
@@ -78,7 +78,7 @@ def _fill(start: int, _stop: int, buffer: memoryview) -> None:
 
 
 def seen(prompts: list[Prompt]) -> Iterator[int]:
-    """Yield how many leading blocks of every prompt were in an earlier one."""
+    """Yield the number of leading blocks of every prompt that were in an earlier prompt."""
     known: set[int] = set()
     for prompt in prompts:
         yield _n_leading(prompt.ids, known)
@@ -86,7 +86,7 @@ def seen(prompts: list[Prompt]) -> Iterator[int]:
 
 
 def classic(cache: Any, prompts: list[Prompt]) -> Iterator[int]:
-    """Yield how many leading blocks of every prompt were in a cache of single blocks."""
+    """Yield the number of leading blocks of every prompt that were in a cache of single blocks."""
     for prompt in prompts:
         yield _n_leading(prompt.ids, cache)
         for each in reversed(prompt.ids):
@@ -114,7 +114,7 @@ def ratios(prompts: list[Prompt], found: list[int]) -> dict[str, float]:
 
 
 class Replay:
-    """Runs over the trace, with a progress bar."""
+    """Replays the trace through caches of several sizes, with a progress bar."""
 
     def __init__(self, prompts: list[Prompt], progress: Progress) -> None:
         self.prompts, self._progress = prompts, progress

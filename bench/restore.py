@@ -27,7 +27,7 @@ BARS = {"restore": 2.0, "save": 2.5}
 
 
 def big_model(**sizes: Any) -> str:
-    """Return the path of a random model of the size that the bars are for."""
+    """Return the path of a random model; by default of the size for which the bars are set."""
     shape: dict[str, Any] = {
         "n_layers": 12,
         "n_embd": 768,
@@ -110,7 +110,7 @@ class Timed:
             assert plan.restore(self.sequence.write_block) == N_PREFIX
 
     def memcpy(self) -> None:
-        """Copy the same number of bytes in the same number of pieces."""
+        """Copy the same number of bytes as a restore does, in the same number of copies."""
         for source, target in zip(self.source, self.target, strict=True):
             np.copyto(target, source)
 

@@ -10,8 +10,8 @@ First the answers are compared with those of prompts decoded from an empty slot:
 must give all of them, token for token. Where another system's answer differs, the two likeliest
 tokens at that place must be nearly equal, as for any other split into batches. The figures are the
 prefilled tokens according to the server's `timings` (prompt tokens less `cache_n`), divided by the
-least possible with every earlier state available, and the time to the first token, including the
-work that tokcache does before the request.
+least possible with every earlier state available, and the time to the first token, including
+tokcache's work before the request.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from bench import _report
 from bench.restore import big_model
 from bench.workloads import chats
 from tokcache import TokenIds, samples
+from tokcache._prefix import n_common
 from tokcache.llama.server import Completion, LlamaServer, SlotSettings
-from tokcache.llama.server.shelf import n_common
 from tokcache.samples.server_process import ServerProcess
 
 N_SESSIONS, N_SLOTS, BLOCK, N_CTX = 6, 2, 256, 8192
@@ -166,9 +166,9 @@ def differences(expected: list[Completion], answers: list[Answer]) -> list[float
             continue
         n_same = n_common(right.token_ids, given.completion.token_ids)
         # One of the two may have ended here; then the other one has the probabilities.
-        told = max(right.probabilities, given.completion.probabilities, key=len)
-        # The server reports none within an unfinished character: that is not taken for a near tie.
-        likely = told[n_same].logprobs[:2] if len(told) == N_ANSWER else (99.0, 0.0)
+        reported = max(right.probabilities, given.completion.probabilities, key=len)
+        # Within an unfinished character the server reports none; then it can't be a near tie.
+        likely = reported[n_same].logprobs[:2] if len(reported) == N_ANSWER else (99.0, 0.0)
         gaps.append(likely[0] - likely[1])
     return gaps
 
@@ -212,7 +212,7 @@ def show(title: str, found: dict[str, dict[str, float]]) -> None:
 
 
 def compare(expected: list[Completion], phases: list[Phase]) -> dict[str, Any]:
-    """Print and return how many answers differ from those of an uncached run."""
+    """Print and return the number of answers that differ from those of an uncached run."""
     found = {}
     for name in (ALONE, RAM, OURS, EXACT):
         gaps = differences(expected, [one for phase in phases for one in phase.answers[name]])
@@ -221,14 +221,14 @@ def compare(expected: list[Completion], phases: list[Phase]) -> dict[str, Any]:
         found[name] = {"different": len(gaps), "largest gap": largest, "right": is_right}
         print(
             f"  {name:26} {len(expected) - len(gaps)} of {len(expected)} answers equal, largest"
-            f" gap where not {largest:.4f}: {'right' if is_right else 'WRONG'}",
+            f" gap of the others {largest:.4f}: {'right' if is_right else 'WRONG'}",
             flush=True,
         )
     return found
 
 
 def play(systems: list[System], asked: list[tuple[int, TokenIds]]) -> tuple[Any, list[Phase]]:
-    """Ask the first half, restart, ask the second; return uncached answers and both phases."""
+    """Send the first half, restart, send the second; return uncached answers and both phases."""
     before, after = Phase("before the restart"), Phase("after the restart")
     half = len(asked) // (2 * N_SESSIONS) * N_SESSIONS
     rng = random.Random(3)
@@ -254,7 +254,7 @@ def main(argv: list[str]) -> int:
         for system in systems:
             opened.callback(system.close)
         expected, phases = play(systems, asked)
-        stats = {name: systems[i].client.reuse_stats() for i, name in ((2, OURS), (3, EXACT))}
+        stats = {name: systems[i].client.stats() for i, name in ((2, OURS), (3, EXACT))}
     equality = compare(expected, phases)
     held: dict[str, list[TokenIds]] = {}
     found = {phase.name: figures(phase, held) for phase in phases}

@@ -1,15 +1,15 @@
-"""Clients that abort at random, on a llama-server that is killed again and again.
+"""Soak test: clients that abort at random, on a llama-server that is killed repeatedly.
 
-Eight clients have chats through one LlamaServer on two slots, and eight more through another one in
-reproducible mode on two other slots of the same server. They use whole completions and streams,
-from threads and from event loops; a third of the streams are closed early, and some requests are
-cancelled. Every minute the server is killed and started again on its slot folder. A chat that gets
+Sixteen clients have chats through four connections to the same server: a LlamaServer and an
+AsyncLlamaServer, each with and without reproducible mode, on two slots each. They use whole
+completions and streams; a third of the streams are closed early, and some requests are cancelled.
+Every minute the server is killed and started again on its slot folder. A chat that gets
 an error of the server continues when the server is back.
 
-Every answer must be the one of a server without other clients (two tokens that are almost equally
-likely may change places, because the server decodes tokens of several slots in one batch). No slot
-may be lost, the slot folder must stay within its budget, and the only errors allowed are those of a
-server that was killed.
+Every answer must be that of a server without other clients; two tokens that are almost equally
+likely may change places, because the server decodes tokens of several slots in one batch. No slot
+may be lost, the slot folder must stay within its budget, and only errors of a killed server are
+allowed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from typing import Any
 from bench import _report
 from tokcache import samples
 from tokcache.errors import ServerError, ServerFailed, ServerTimeout, ServerUnreachable
-from tokcache.llama.server import Completion, LlamaServer, SlotSettings
+from tokcache.llama.server import AsyncLlamaServer, Completion, LlamaServer, SlotSettings
 from tokcache.llama.server.slot import Condition
 from tokcache.samples.server_process import ServerProcess
 
-BLOCK, N_CTX, N_SLOTS, N_ANSWER = 64, 1024, 4, 6
+BLOCK, N_CTX, N_SLOTS, N_ANSWER = 64, 1024, 8, 6
 MAX_BYTES = 4_000_000
 NEAR_TIE = 0.05
+AnyServer = LlamaServer | AsyncLlamaServer
 # The errors of a server that was killed or is starting.
 EXPECTED = (ServerUnreachable, ServerTimeout, ServerFailed)
 
@@ -55,19 +56,19 @@ class Tally:
         with self.lock:
             self.gaps.append(gap)
 
-    def add(self, what: str) -> None:
+    def add(self, event: str) -> None:
         """Count one event."""
         with self.lock:
-            self.counts[what] += 1
+            self.counts[event] += 1
 
-    def blame(self, what: str) -> None:
+    def report(self, error: str) -> None:
         """Record an error that must not happen."""
         with self.lock:
-            self.wrong.append(what)
+            self.wrong.append(error)
 
 
 class Reference:
-    """A server without other clients, whose answers are right."""
+    """A server without other clients, which gives the correct answers."""
 
     def __init__(self, server: LlamaServer) -> None:
         self._server = server
@@ -86,19 +87,21 @@ class Reference:
 
 
 def gap(given: Completion, expected: Completion) -> float | None:
-    """Return how much likelier the right token was at the first difference, 0 without one.
+    """Return the log probability by which the right token was likelier at the first difference.
 
-    None if the server does not report it: it leaves out tokens within an unfinished character.
+    0 without a difference. None if the server does not report the probabilities: it leaves out
+    tokens within an unfinished character.
     """
-    n_told = 0
+    n_reported = 0
     for ours, theirs in zip(given.token_ids, expected.token_ids, strict=False):
-        told = expected.probabilities[n_told] if n_told < len(expected.probabilities) else None
-        is_told = told is not None and told.token_ids[0] == theirs
-        n_told += is_told
+        is_left = n_reported < len(expected.probabilities)
+        reported = expected.probabilities[n_reported] if is_left else None
+        is_reported = reported is not None and reported.token_ids[0] == theirs
+        n_reported += is_reported
         if ours != theirs:
-            if told is None or not is_told:
+            if reported is None or not is_reported:
                 return None
-            likely = dict(zip(told.token_ids, told.logprobs, strict=True))
+            likely = dict(zip(reported.token_ids, reported.logprobs, strict=True))
             return likely[theirs] - likely.get(ours, -99.0)
     # A stream leaves out ids after an unfinished character.
     return 0.0 if len(given.token_ids) <= len(expected.token_ids) else 99.0
@@ -108,7 +111,7 @@ class Client:
     """A client that has one chat after the other until the time is up."""
 
     def __init__(
-        self, number: int, server: LlamaServer, reference: Reference, tally: Tally, deadline: float
+        self, number: int, server: AnyServer, reference: Reference, tally: Tally, deadline: float
     ) -> None:
         self._rng = random.Random(number)
         self._server = server
@@ -119,21 +122,21 @@ class Client:
         self._is_exact = server._manager.settings.reproducible
 
     def run(self) -> None:
-        """Chat; record every error that is not one of a killed server."""
+        """Chat until the time is up; record every error that a killed server does not explain."""
         try:
             while time.monotonic() < self._deadline:
                 tokens = _tokens(random.Random(self._rng.randrange(12)), 150)
                 for _ in range(self._rng.randrange(2, 6)):
                     tokens = self._turn(tokens)
         except Exception as error:  # noqa: BLE001 (the soak must end and report it)
-            self._tally.blame(f"{type(error).__name__}: {error}")
+            self._tally.report(f"{type(error).__name__}: {error}")
 
     def _turn(self, tokens: list[int]) -> list[int]:
         if time.monotonic() > self._deadline or len(tokens) > N_CTX - 100:
             return tokens
-        ask = self._rng.choice([self._whole, self._streamed, self._in_a_loop])
+        ask = self._ask_in_a_loop if isinstance(self._server, AsyncLlamaServer) else self._ask
         try:
-            given = ask(tokens)
+            given = ask(self._server, tokens, is_stream=self._rng.random() < 1 / 2)
         except EXPECTED as error:
             self._tally.add(type(error).__name__)
             time.sleep(0.2 * self._rng.random())
@@ -150,43 +153,58 @@ class Client:
         if found > 0:
             self._tally.note(found)
         if found > NEAR_TIE:
-            self._tally.blame(
+            self._tally.report(
                 f"{len(tokens)} tokens, {self._is_exact=}: {given.token_ids} not"
                 f" {expected.token_ids}, {found:.3f}"
             )
         return [*tokens, *given.token_ids, *_tokens(self._rng, 25)]
 
-    def _whole(self, tokens: list[int]) -> Completion:
-        return self._server.complete(tokens, n_predict=N_ANSWER, scope=self._scope).completion
-
-    def _streamed(self, tokens: list[int]) -> Completion | None:
-        n_read = self._rng.randrange(1, 4) if self._rng.random() < 1 / 3 else None
-        n_predict = N_ANSWER if n_read is None else 400
-        pieces = self._server.stream(tokens, n_predict=n_predict, scope=self._scope)
-        with contextlib.closing(pieces):  # type: ignore[type-var]
+    def _ask(self, server: Any, tokens: list[int], *, is_stream: bool) -> Completion | None:
+        if not is_stream:
+            found = server.complete(tokens, n_predict=N_ANSWER, scope=self._scope)
+            return found.completion  # type: ignore[no-any-return]
+        n_read, n_predict = self._length()
+        pieces = server.stream(tokens, n_predict=n_predict, scope=self._scope)
+        with contextlib.closing(pieces):
             for n_pieces, piece in enumerate(pieces, start=1):
                 if n_pieces == n_read:
                     return None
                 if piece.completion is not None:
-                    return piece.completion
+                    return piece.completion  # type: ignore[no-any-return]
         return None
 
-    def _in_a_loop(self, tokens: list[int]) -> Completion | None:
-        is_aborted = self._rng.random() < 1 / 3
-        limit_s = self._rng.random() * 0.2 if is_aborted else None
-        n_predict = 400 if is_aborted else N_ANSWER
+    def _ask_in_a_loop(
+        self, server: Any, tokens: list[int], *, is_stream: bool
+    ) -> Completion | None:
+        n_read, n_predict = self._length()
 
-        async def ask() -> Completion | None:
-            asked = self._server.acomplete(tokens, n_predict=n_predict, scope=self._scope)
+        async def streamed() -> Completion | None:
+            pieces = server.stream(tokens, n_predict=n_predict, scope=self._scope)
+            n_pieces = 0
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    n_pieces += 1
+                    if n_pieces == n_read:
+                        return None
+                    if piece.completion is not None:
+                        return piece.completion  # type: ignore[no-any-return]
+            return None
+
+        async def whole() -> Completion | None:
+            limit_s = None if n_read is None else self._rng.random() * 0.2
+            asked = server.complete(tokens, n_predict=n_predict, scope=self._scope)
             try:
                 found = await asyncio.wait_for(asked, limit_s)
             except TimeoutError:
                 return None
-            finally:
-                await self._server._connection.aclose()
-            return found.completion if not is_aborted else None
+            return found.completion if limit_s is None else None
 
-        return asyncio.run(ask())
+        return asyncio.run(streamed() if is_stream else whole())
+
+    def _length(self) -> tuple[int | None, int]:
+        """Return the number of pieces after which to abort, a third of the time, and n_predict."""
+        is_aborted = self._rng.random() < 1 / 3
+        return (self._rng.randrange(1, 4), 400) if is_aborted else (None, N_ANSWER)
 
 
 def _tokens(rng: random.Random, n_tokens: int) -> list[int]:
@@ -227,36 +245,36 @@ class Killer:
 
 
 def watch(folder: Path, deadline: float) -> int:
-    """Return the most bytes that were in the folder."""
+    """Return the largest size of the folder in bytes until the deadline."""
     most = 0
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):  # a file that was deleted meanwhile
+        with contextlib.suppress(OSError):  # a file was deleted during the loop
             most = max(most, sum(file.stat().st_size for file in folder.iterdir()))
         time.sleep(0.1)
     return most
 
 
 @contextlib.contextmanager
-def servers(folder: Path) -> Iterator[tuple[Killer, list[LlamaServer], Reference]]:
-    """Yield a server to kill, two LlamaServers for it, and a reference server."""
+def servers(folder: Path) -> Iterator[tuple[Killer, list[AnyServer], Reference]]:
+    """Yield a server to kill, four clients of it, and a reference server."""
     killer = Killer(folder)
     with contextlib.ExitStack() as opened:
         opened.callback(killer.close)
         url = killer.process.url
-        managed = [
-            SlotSettings(
+        clients: list[AnyServer] = []
+        for number in range(4):
+            settings = SlotSettings(
                 slot_folder=folder,
                 max_bytes=MAX_BYTES,
-                slot_ids=slot_ids,
-                reproducible=is_exact,
+                slot_ids=(2 * number, 2 * number + 1),
+                reproducible=number % 2 == 1,
                 block_tokens=BLOCK,
             )
-            for slot_ids, is_exact in (((0, 1), False), ((2, 3), True))
-        ]
-        clients = [
-            opened.enter_context(LlamaServer(url, timeout_s=60, slot_settings=each))
-            for each in managed
-        ]
+            if number < 2:
+                clients.append(LlamaServer(url, timeout_s=60, slot_settings=settings))
+            else:
+                clients.append(AsyncLlamaServer(url, timeout_s=60, slot_settings=settings))
+            opened.callback(close, clients[-1])
         right = opened.enter_context(
             ServerProcess(
                 samples.tiny_model(), n_ctx=N_CTX, n_slots=1, block_tokens=BLOCK, n_threads=1
@@ -265,8 +283,16 @@ def servers(folder: Path) -> Iterator[tuple[Killer, list[LlamaServer], Reference
         yield killer, clients, Reference(opened.enter_context(LlamaServer(right.url)))
 
 
+def close(client: AnyServer) -> None:
+    """Close either client."""
+    if isinstance(client, AsyncLlamaServer):
+        asyncio.run(client.aclose())
+    else:
+        client.close()
+
+
 def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[str, Any]]:
-    """Run, and return the counts of events and the figures."""
+    """Run the soak test; return the counts of events and the figures."""
     tally = Tally()
     with (
         tempfile.TemporaryDirectory(prefix="tokcache-soak-") as folder,
@@ -277,20 +303,20 @@ def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[st
         most = pool.submit(watch, Path(folder), deadline)
         killing = pool.submit(killer.run, every_s, deadline, tally)
         chats = [
-            pool.submit(Client(n, clients[n % 2], reference, tally, deadline).run)
+            pool.submit(Client(n, clients[n % 4], reference, tally, deadline).run)
             for n in range(n_clients)
         ]
         for task in (*chats, killing):
             task.result()
         for client in clients:
-            client.flush(60)
-            slots = client._manager.table.slots.values()
-            for slot in slots:
+            client._manager.flush(60)
+            for slot in client._manager.table.slots.values():
                 if slot.condition is not Condition.FREE:
-                    tally.blame(f"slot {slot.id} is {slot.condition.name}")
-        for listed in clients[0].slots():
-            if listed.is_processing:
-                tally.blame(f"slot {listed.id} is still decoding")
+                    tally.report(f"slot {slot.id} is {slot.condition.name}")
+        with LlamaServer(clients[0].url) as other:
+            for listed in other.slots():
+                if listed.is_processing:
+                    tally.report(f"slot {listed.id} is still decoding")
         figures: dict[str, Any] = {
             "counts": dict(tally.counts),
             "wrong": tally.wrong[:20],
@@ -298,11 +324,11 @@ def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[st
             "largest gap": max(tally.gaps, default=0.0),
             "most bytes": most.result(),
             # A file is deleted only after its replacement was written.
-            "byte bound": 2 * (MAX_BYTES + N_SLOTS * N_CTX * 1100),
-            "stats": [repr(client.reuse_stats()) for client in clients],
+            "byte bound": len(clients) * MAX_BYTES + 2 * N_SLOTS * N_CTX * 1100,
+            "stats": [repr(client._manager.stats()) for client in clients],
         }
     if figures["most bytes"] > figures["byte bound"]:
-        tally.blame(f"{figures['most bytes']:,} bytes in the slot folder")
+        tally.report(f"{figures['most bytes']:,} bytes in the slot folder")
     return tally, figures
 
 

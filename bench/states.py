@@ -1,11 +1,11 @@
 """The prefix-state cache: look-ups among many entries, branches of one prefix, growth, the disk.
 
-Look-up: a prompt of 8,192 tokens, the first 4,096 of which are one of 10,000 entries that share
-nothing. Branches: 50 of one prefix of 2,000 tokens, 128 tokens each, state bytes held against
-those of the unique tokens. Growth: look-ups and bytes an entry from 100 to 100,000 entries. Disk:
-a prefix of 2,048 tokens in 8 blocks of 2.4 MB, found in memory, and found in its files (in the
-system's cache) and taken into memory, against a memcpy of its bytes; they take turns. What is
-found is compared before anything is timed; a changed byte must be told. `--checksums` compares
+Look-up: prompts of 8,192 tokens, the first 4,096 of which are one of 10,000 unrelated entries.
+Branches: 50 continuations of 128 tokens of one prefix of 2,000 tokens; the state bytes in memory
+are compared with those of the unique tokens. Growth: look-ups, and bytes per entry, from 100 to
+100,000 entries. Disk: a prefix of 2,048 tokens in 8 blocks of 2.4 MB, restored from memory and from
+files in the system's page cache, against a memcpy of its bytes; the three take turns. Results are
+compared before anything is timed, and a changed byte must be detected. `--checksums` compares
 checksums. Saving and restoring a model's state: bench restore.
 """
 
@@ -64,7 +64,7 @@ def timed(work: Callable[[], object], rounds: int) -> float:
 
 
 def n_found(states: Namespace, tokens: Any) -> int:
-    """Return how many leading tokens are in the cache."""
+    """Return the number of leading tokens that are in the cache."""
     with states.plan(tokens) as plan:
         return plan.n_tokens
 
@@ -77,7 +77,7 @@ def filled(n_entries: int, n_tokens: int, rng: Any) -> tuple[PrefixStateCache, l
     for n in range(n_entries):
         tokens = random_tokens(rng, n_tokens)
         began = perf_counter_ns()
-        assert save(states, tokens, small) > n_tokens - 8  # some begin alike
+        assert save(states, tokens, small) > n_tokens - 8  # a few share their first tokens
         times.append(perf_counter_ns() - began)
         if n % max(n_entries // 100, 1) == 0:
             kept.append(tokens)
@@ -105,7 +105,7 @@ def lookups(rounds: int, n_entries: int) -> dict[str, float]:
 
 
 def branches() -> dict[str, float]:
-    """Return the bytes that 50 branches of one prefix hold, and those of the unique tokens."""
+    """Return the bytes of 50 branches of one prefix, and the bytes of their unique tokens."""
     rng, token_bytes = np.random.default_rng(2), 9216
     cache = PrefixStateCache(ram_bytes=1 << 40, max_entries=100, block_tokens=BLOCK)
     states = cache.namespace(MODEL)
@@ -146,7 +146,7 @@ def _hit(states: Namespace, prompts: list[Any], pick: random.Random) -> None:
 
 
 class Files:
-    """One prefix in memory, in files, and as plain bytes."""
+    """The same prefix in memory, in files, and as plain bytes."""
 
     def __init__(self, folder: Path) -> None:
         self.tokens = np.arange(8 * BLOCK, dtype=np.int32)
@@ -165,14 +165,14 @@ class Files:
     def _read(self, _start: int, _stop: int, buffer: memoryview) -> None:
         np.copyto(np.frombuffer(buffer, np.uint8), self.payload)
 
-    def forget(self) -> None:
-        """Remove the prefix from memory, so that only the disk has it; buffers are used again."""
+    def remove_from_memory(self) -> None:
+        """Remove the prefix from memory, so that only the disk has it; buffers are reused."""
         memory = self.fresh._store.memory
         for node in list(memory.index.nodes()):
             memory.remove(node)
 
     def restore(self, cache: PrefixStateCache) -> None:
-        """Copy the prefix's blocks as an engine would."""
+        """Copy the prefix's blocks out of a cache, as an engine would."""
 
         def load(start: int, _stop: int, payload: memoryview) -> None:
             np.copyto(self.targets[start // BLOCK], np.frombuffer(payload, np.uint8))
@@ -181,26 +181,26 @@ class Files:
             assert plan.restore(load) == 8 * BLOCK
 
     def copy(self) -> None:
-        """Copy the same number of bytes in the same number of pieces."""
+        """Copy the same number of bytes as `restore` does, in the same number of copies."""
         for target, source in zip(self.targets, self.sources, strict=True):
             np.copyto(target, source)
 
     def compare(self) -> bool:
-        """Return whether files give the saved bytes, and a changed file is refused."""
-        self.forget()
+        """Return whether the files give the saved bytes and a damaged file is refused."""
+        self.remove_from_memory()
         self.restore(self.fresh)
         is_equal = all(np.array_equal(each, self.payload) for each in self.targets)
         file = next(iter(self.tier.files()))
-        path, place = self.tier.path / file.place, 5000
+        path, place = self.tier.path / file.path, 5000
         with path.open("r+b") as opened:
             opened.seek(place)
             byte = opened.read(1)
             opened.seek(place)
             opened.write(bytes([byte[0] ^ 1]))
-        self.forget()
-        is_told = n_found(self.fresh.namespace(MODEL), self.tokens) < 8 * BLOCK
-        self.__init__(self.tier.path)  # type: ignore[misc]  # what was damaged is written anew
-        return is_equal and is_told
+        self.remove_from_memory()
+        is_refused = n_found(self.fresh.namespace(MODEL), self.tokens) < 8 * BLOCK
+        self.__init__(self.tier.path)  # type: ignore[misc]  # writes the damaged file again
+        return is_equal and is_refused
 
 
 def disk(rounds: int) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def disk(rounds: int) -> dict[str, Any]:
         is_right = files.compare()
         times: dict[str, list[int]] = {"memcpy": [], "memory": [], "files": []}
         for _ in range(rounds):
-            files.forget()
+            files.remove_from_memory()
             for name, work in (
                 ("memcpy", files.copy),
                 ("memory", lambda: files.restore(files.memory)),

@@ -56,7 +56,7 @@ from bench.restore import big_model
 from bench.workloads import chats
 from bench.workloads.data import default_tokenizers, tokenizer_file
 from tokcache import TokenIds
-from tokcache.llama.server.shelf import n_common
+from tokcache._prefix import n_common
 
 N_SESSIONS = 6
 SMALL = {"n_layers": 4, "n_embd": 384, "n_heads": 6, "n_kv_heads": 2, "n_ff": 1024}
@@ -158,7 +158,7 @@ def figures(runs: dict[str, Run], name: str, part: slice) -> dict[str, float]:
 
 
 def n_equal(runs: dict[str, Run]) -> dict[str, int]:
-    """Return how many texts of each system equal those of prompts decoded as a whole."""
+    """Return the number of texts of each system that equal those of prompts decoded as a whole."""
     right = [answer.token_ids for answer in runs[EXPECTED].answers]
     return {
         name: sum(answer.token_ids == one for answer, one in zip(run.answers, right, strict=True))
@@ -263,7 +263,7 @@ def main(argv: list[str]) -> int:
         runs, others = run_all(args, model, asked, names, progress)
     equal = n_equal(runs)
     right = [answer.token_ids for answer in last(runs[EXPECTED].answers)]
-    n_told = sum(a.token_ids != b for a, b in zip(others, right, strict=True))
+    n_control_differs = sum(a.token_ids != b for a, b in zip(others, right, strict=True))
     print(f"{source}: {len(asked)} prompts, {sum(map(len, asked)):,} tokens of {name}")
     for system, n in equal.items():
         print(f"  {system:30} {n} of {len(asked)} texts equal")
@@ -280,15 +280,15 @@ def main(argv: list[str]) -> int:
     for title, rows in found.items():
         show(console, f"{title}; ms; in brackets the median of the ratios of each prompt", rows)
     is_right = all(n == len(asked) for system, n in equal.items() if REPRODUCIBLE in system)
-    is_right = is_right and n_told == len(others)
-    print(f"another beginning, another text: {n_told} of {len(others)}")
+    is_right = is_right and n_control_differs == len(others)
+    print(f"control, other first block: {n_control_differs} texts differ of {len(others)}")
     print(f"reproducible mode: {'all texts equal' if is_right else 'WRONG'}")
     made = bars(found)
     figures_made = {
         "environment": _report.environment("llama-cpp-python", "xllamacpp", "numpy", "redis"),
         "workload": {"source": source, "tokenizer": name, "large": args.large, "turns": args.turns},
         "equal texts": equal,
-        "control differs": n_told == len(others),
+        "control differs": n_control_differs == len(others),
         "figures": found,
         "bars": _report.show_bars(made),
     }

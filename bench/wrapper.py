@@ -65,7 +65,7 @@ def text_of(plain: Any, n_tokens: int, seed: int) -> str:
 
 
 def compare(plain: Any, wrapped: Any, known: dict[str, str]) -> int:
-    """Return how many answers differ, in the first call or from the cache."""
+    """Return the number of answers that differ, in the first call or from the cache."""
     n_wrong = 0
     for text in (SHORT, *known.values()):
         expected, ids = dict(plain(text)), plain.encode(text)

@@ -39,7 +39,7 @@ def demo(*arguments: object) -> Any:
 
 
 def write_chats(path: Path, n_turns: int = 2) -> Path:
-    """Write two interleaved chats; each prompt is longer than a block, the last one is repeated."""
+    """Write two interleaved chats; each prompt is longer than a block, and the last one repeats."""
     system = "Answer briefly and name the rule. " * 120
     chats: dict[str, list[dict[str, str]]] = {
         topic: [{"role": "system", "content": f"You know about {topic}. {system}"}]
@@ -324,10 +324,10 @@ def test_the_error_names_the_kind_of_a_wrong_file_and_the_file_to_pass(
     arguments = [str(path)] if command == "explain" else ["--tokenizer", str(path)]
     done = CliRunner().invoke(cli.app, [command, *arguments])
     assert done.exit_code == BAD_INPUT
-    said = " ".join(done.output.split())
-    assert kind in said
-    assert "tokenizer.json" in said
-    assert "holds no tokenizer" not in said
+    output = " ".join(done.output.split())
+    assert kind in output
+    assert "tokenizer.json" in output
+    assert "holds no tokenizer" not in output
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

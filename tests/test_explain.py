@@ -26,9 +26,9 @@ from tokcache.cli.explain_report import print_explanation, visible
 from tokcache.cli.explanation import Grain, Origin, explain, read_sample
 from tokcache.config import ENGINES, CacheConfig
 from tokcache.text import tokenizer as core
+from tokcache.text.cuts.char_classes import N_CLASSES
+from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.segments import cache as l1
-from tokcache.text.segments.char_classes import N_CLASSES
-from tokcache.text.segments.cuts.planner import plan_cuts
 from tokcache.text.token_ids import TokenIds
 from tokcache.text.tokenizer import CachedTokenizer
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.cli.explanation import Explanation
-    from tokcache.text.segments.cuts.plan import CutPlan
+    from tokcache.text.cuts.plan import CutPlan
 
 WITHOUT_FAST = CacheConfig(engine="tokenizers")
 
@@ -240,10 +240,10 @@ def test_ids_that_run_across_a_cut_are_reported(monkeypatch: pytest.MonkeyPatch)
 def test_a_wrong_id_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     right = CachedTokenizer.miss
 
-    def other_first(self: CachedTokenizer, *asked: Any) -> TokenIds:
+    def with_wrong_first_id(self: CachedTokenizer, *asked: Any) -> TokenIds:
         return TokenIds([right(self, *asked)[0] + 1, *right(self, *asked)[1:]])
 
-    monkeypatch.setattr(CachedTokenizer, "miss", other_first)
+    monkeypatch.setattr(CachedTokenizer, "miss", with_wrong_first_id)
     done = run(samples.tiny_tokenizer(), "--engine", "tokenizers")
     assert done.exit_code == 1
     assert "Identical:   NO: id 0 is " in done.stdout
@@ -376,12 +376,12 @@ def test_added_tokens_are_grouped_by_kind_and_only_some_are_named() -> None:
     shown = report(explained("many_gpt2"))
     assert "cut out, but no chunk begins there (added tokens overlap" in shown
     assert " and 39 more" in shown
-    blanks = report(explained("with_blanks_gpt2"))
-    assert '"New York"' in blanks
-    assert "a⏎b" in blanks
+    shown_whitespace = report(explained("with_whitespace_gpt2"))
+    assert '"New York"' in shown_whitespace
+    assert "a⏎b" in shown_whitespace
 
 
-def test_affixes_and_continuations() -> None:
+def test_affixes_and_changes_of_continuations_are_shown() -> None:
     bert = explained("bert_uncased")
     assert bert.affixes is not None
     assert (bert.affixes.before, bert.affixes.after) == (("[CLS]",), ("[SEP]",))
@@ -473,7 +473,7 @@ def test_bad_input_ends_with_exit_code_2_and_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["gpt2", "qwen2.5", "phi-3-mini", "t5-small", "bert-base-uncased", "minimind"]
 )
-def test_real_tokenizers_are_cached_by_parts_and_identical(name: str, shared_data: Path) -> None:
+def test_real_tokenizers_are_cached_in_segments_and_identical(name: str, shared_data: Path) -> None:
     found = as_json(shared_data / "tokenizers" / name)
     assert found["why_not_parts"] is None
     assert found["identical"] is True

@@ -36,7 +36,7 @@ def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def unpacked_copy(sdist: Path, folder: Path) -> Path:
+def unpack(sdist: Path, folder: Path) -> Path:
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     return next(folder.iterdir())
@@ -49,7 +49,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.tar.gz"))
 
 
-def built_wheel(source: Path, folder: Path, **env: str) -> Path:
+def build_wheel(source: Path, folder: Path, **env: str) -> Path:
     run("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, **env)
     return next(folder.glob("*.whl"))
 
@@ -72,9 +72,9 @@ def test_the_sdist_holds_sources_tests_and_benchmarks(sdist: Path) -> None:
 def test_the_wheel_installs_and_wraps_a_tokenizer(
     sdist: Path, tmp_path: Path, compiler: str
 ) -> None:
-    source = unpacked_copy(sdist, tmp_path / "source")
+    source = unpack(sdist, tmp_path / "source")
     env = {} if compiler == "real" else {"CC": "no-such-compiler", "LDSHARED": "no-such-compiler"}
-    wheel = built_wheel(source, tmp_path / "dist", **env)
+    wheel = build_wheel(source, tmp_path / "dist", **env)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")  # noqa: S202 (our own wheel)
         native = [n for n in archive.namelist() if n.endswith(".so")]
@@ -94,7 +94,7 @@ def test_the_wheel_installs_and_wraps_a_tokenizer(
 
 
 @pytest.mark.parametrize("version", ["1.0.0rc3", "1.0.0", "1.2.0"])
-def test_a_tokenizers_with_another_api_is_not_installed(version: str) -> None:
+def test_the_requirements_exclude_tokenizers_versions_with_another_api(version: str) -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     required = [Requirement(one) for one in project["project"]["dependencies"]]
     [tokenizers] = [one for one in required if one.name == "tokenizers"]

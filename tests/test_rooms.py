@@ -1,4 +1,4 @@
-"""Imports between rooms point one way; an optional library is imported in one file, when used."""
+"""Packages import only those below them, and `import tokcache` loads no optional library."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import tokcache
+from tokcache.text._native import NATIVE
 
 ROOT = Path(tokcache.__file__).parent
-LEAVES = {"errors", "config", "stats", "_cache_folder", "_forks", "_validate", "_version"}
+LEAVES = {"errors", "config", "stats"}
+LEAVES |= {"_cache_folder", "_forks", "_prefix", "_validate", "_version"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
     "text": LEAVES | {"text"},
@@ -26,15 +28,15 @@ OPTIONAL |= {"gigatoken", "fastokens", "xxhash", "cryptography", "platformdirs"}
 OPTIONAL |= {"starlette", "uvicorn"}
 
 
-def room(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def is_room(name: str) -> bool:
+def is_package(name: str) -> bool:
     return (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()
 
 
-def imports(tree: ast.AST) -> list[str]:
+def imported_names(tree: ast.AST) -> list[str]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -44,21 +46,52 @@ def imports(tree: ast.AST) -> list[str]:
     return found
 
 
-# These rooms may import anything, and no other room imports them.
+# These packages may import anything, and no other package may import them.
 ON_TOP = {"__init__", "__main__", "cli", "demo", "observe"}
-SOURCES = sorted(p for p in ROOT.rglob("*.py") if room(p) not in ON_TOP)
+SOURCES = sorted(p for p in ROOT.rglob("*.py") if package_of(p) not in ON_TOP)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_room_imports_only_the_rooms_below_it(path: Path) -> None:
+def test_a_package_imports_only_the_packages_below_it(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    for name in imports(tree):
+    for name in imported_names(tree):
         parts = name.split(".")
-        if parts[0] == "tokcache" and len(parts) > 1 and is_room(parts[1]):
-            assert parts[1] in MAY_IMPORT[room(path)], f"{path.name} imports {name}"
+        if parts[0] == "tokcache" and len(parts) > 1 and is_package(parts[1]):
+            assert parts[1] in MAY_IMPORT[package_of(path)], f"{path.name} imports {name}"
 
 
-def test_importing_tokcache_loads_no_more_than_it_needs() -> None:
+# The packages of text/ in layers, the lowest first; each may import the layers below its own.
+TEXT_LAYERS = (
+    {"_native", "_pickling", "engines"},
+    {"cuts"},
+    {"_reference"},
+    {"_implementation"},
+    {"flights", "l0", "segments", "token_ids"},
+    {"cache_file"},
+    {"tokenizer"},
+    {"wrappers"},
+)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "text").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_a_package_of_text_imports_only_the_layers_below_it(path: Path) -> None:
+    own = path.relative_to(ROOT / "text").parts[0].removesuffix(".py")
+    below: set[str] = {own}
+    for layer in TEXT_LAYERS:
+        if own in layer:
+            break
+        below |= layer
+    compiled = tuple(f"tokcache.text.{name}" for name in NATIVE)
+    for name in imported_names(ast.parse(path.read_text())):
+        parts = name.split(".")
+        is_own = parts[:2] == ["tokcache", "text"] and len(parts) > 2
+        if is_own and not name.startswith(compiled):
+            assert parts[2] in below, f"{path.name} imports {name}"
+
+
+def test_importing_tokcache_loads_no_optional_library() -> None:
     code = "import sys, tokcache; print('\\n'.join(sys.modules))"
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -66,4 +99,4 @@ def test_importing_tokcache_loads_no_more_than_it_needs() -> None:
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert not loaded & (OPTIONAL | {"torch", "typer", "rich", "matplotlib", "jinja2"})
     assert "tokenizers" in loaded
-    assert "numpy" not in loaded  # importing it takes half of the time that ours may take
+    assert "numpy" not in loaded  # importing it takes half of our time limit

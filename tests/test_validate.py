@@ -30,7 +30,7 @@ from tokcache.errors import InvalidConfig, InvalidScope
         ("2T", 2 << 40),
     ],
 )
-def test_a_size_is_a_number_of_bytes_or_a_number_with_a_unit(given: object, n_bytes: int) -> None:
+def test_a_size_may_have_a_unit(given: object, n_bytes: int) -> None:
     assert require_size("max_bytes", given) == n_bytes
 
 
@@ -38,25 +38,25 @@ def test_a_size_is_a_number_of_bytes_or_a_number_with_a_unit(given: object, n_by
     "given",
     ["", "4GB", "G", "-4G", "4X", "1e9", "٤G", "0", 0, -1, 4.0, True, None, b"4G", "9" * 30],
 )
-def test_any_other_size_is_refused_by_name(given: object) -> None:
+def test_invalid_sizes_are_refused_and_the_setting_is_named(given: object) -> None:
     with pytest.raises(InvalidConfig, match="max_bytes must be"):
         require_size("max_bytes", given)
 
 
-def test_the_message_about_a_size_says_which_units_there_are() -> None:
+def test_the_error_for_a_size_lists_the_units() -> None:
     with pytest.raises(InvalidConfig, match=r"\"64M\".*powers of 1,024.*'4GB'"):
         require_size("max_bytes", "4GB")
 
 
 @pytest.mark.parametrize("given", [1, np.int64(1), np.uint8(1)])
-def test_an_integer_of_any_library_is_an_int(given: object) -> None:
+def test_integers_of_numpy_become_int(given: object) -> None:
     found = require_int("n", given, minimum=1)
     assert type(found) is int
     assert found == 1
 
 
 @pytest.mark.parametrize("given", [True, 1.0, np.float64(1), "1", None, 0, 2**63])
-def test_any_other_number_is_refused_by_name(given: object) -> None:
+def test_invalid_integers_are_refused_and_the_setting_is_named(given: object) -> None:
     with pytest.raises(InvalidConfig, match="n must be"):
         require_int("n", given, minimum=1)
 
@@ -72,7 +72,7 @@ def test_a_scope_is_a_str_or_none() -> None:
 
 
 @pytest.mark.parametrize("given", [5, b"tenant", True, ("a",)])
-def test_any_other_scope_is_refused(given: object) -> None:
+def test_invalid_scopes_are_refused(given: object) -> None:
     with pytest.raises(InvalidScope, match="scope must be a str or None"):
         require_scope(given)
 

@@ -35,7 +35,7 @@ def require_int(name: str, value: object, minimum: int, maximum: int = MAX_INT) 
 def require_size(name: str, value: object, minimum: int = 1) -> int:
     """Return a size in bytes, given as an int or as a str such as "64M", "1.5G" or "4GiB".
 
-    Units:  K, M, G and T are powers of 1,024. "4GB" is refused: for some it is a power of 1,000.
+    Units:  K, M, G and T are powers of 1,024. "4GB" is refused: it may mean a power of 1,000.
     Errors: InvalidConfig.
     """
     if not isinstance(value, str):

@@ -1,6 +1,7 @@
 """Every exception tokcache raises, rooted at `TokcacheError`.
 
-Errors of the wrapped libraries pass through unchanged; these are tokcache's own.
+Errors of the wrapped libraries pass through unchanged; these are tokcache's own. The last group is
+caught inside tokcache and turned into a counted reason or an error of the first group.
 """
 
 
@@ -42,6 +43,10 @@ class ModelClosed(TokcacheError, RuntimeError):
 
 class StateError(TokcacheError, RuntimeError):
     """A KV state could not be saved or restored; the sequence is unchanged."""
+
+
+class TierUnavailable(TokcacheError, RuntimeError):
+    """A tier below memory can't be used now; the message has the cause and the cure."""
 
 
 class ServerError(TokcacheError, RuntimeError):
@@ -95,6 +100,10 @@ class InvalidAnswer(ServerError):
     """A server's answer is not one of a llama-server; the message names the field and its value."""
 
 
+class FileChanged(TokcacheError, OSError):
+    """A file on disk is no longer the loaded one, so its digest would be another file's."""
+
+
 class InvalidFilename(TokcacheError, ValueError):
     """A slot file's name was not made by tokcache; names from outside are refused."""
 
@@ -124,3 +133,54 @@ class NothingCached(TokcacheError, RuntimeError):
 
 class TokenizerChanged(TokcacheError, RuntimeError):
     """The tokenizer was changed while a cache file was loaded; the loaded entries are not used."""
+
+
+# ---- caught inside tokcache: callers do not see these
+
+
+class Abandoned(TokcacheError):
+    """The thread that was encoding this text failed on another text; ask again."""
+
+
+class CopyError(TokcacheError, RuntimeError):
+    """A tokenizer can't be copied with proof; `reason` is the key of the counter."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the tokenizer can't be copied with proof: {reason}")
+        self.reason = reason
+
+
+class FastEncoderUnavailable(TokcacheError, RuntimeError):
+    """An encoder is not installed or can't encode with this tokenizer; `reason` says why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} can't encode with this tokenizer: {reason}; use tokenizers")
+        self.reason = reason
+
+
+class Unrecognised(TokcacheError):
+    """No rule knows a component of a tokenizer; the text names the component."""
+
+
+class Unsure(TokcacheError):
+    """The text next to an added token can't be classified, so no cut is proven there."""
+
+
+class IdLengthUnknown(TokcacheError):
+    """The length in bytes of a token id's text is not known."""
+
+
+class NotFromIds(TokcacheError):
+    """A call can't be answered from token ids; the text is the key of the counter."""
+
+
+class Damaged(TokcacheError):
+    """A cache file is damaged; the text follows the file's path in a message."""
+
+
+class StateRefused(TokcacheError):
+    """Stored bytes can't be used; the text is the key of the counter."""
+
+
+class LinkFailed(TokcacheError):
+    """A Redis did not answer as a Redis does; the text is the key of the counter."""

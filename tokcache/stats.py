@@ -103,7 +103,7 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Counters of a tier below memory; look-ups that memory answered are not among them.
+    """Counters of a tier below memory, without the look-ups that memory answered.
 
     Units: `hits` and `misses` count states looked up; `n_bytes` is the bytes held now, by all
     processes that share the tier; `refusals` counts, by reason, states not stored or not used. For

@@ -1,13 +1,16 @@
 """Measure how the code reads: `python tools/measure_house.py [--json]`.
 
-Five figures, each with the bar it is held against:
+Five figures, each with its bar:
 
-1. "what" in 1,000 words of prose (comments and docstrings), for tokcache/, ext/ and tests/.
+1. "what" per 1,000 words of prose (comments and docstrings), for tokcache/, ext/ and tests/.
    A sentence that needs the word often has no subject.
 2. Private functions that exactly one function calls, as a share of all functions of tokcache/.
 3. The largest class that wraps no foreign class, in methods, those of its own bases included.
-4. Floors of imports in tokcache/text/: the longest chain of modules that import each other.
-5. Circles of imports in tokcache/, type-checking imports included.
+4. Floors of imports in tokcache/text/, as a reader of the folder sees it: each folder in it counts
+   as one room, like each module that is directly in it; the longest chain of rooms that import
+   each other.
+5. Circles of imports in tokcache/, type-checking imports included: between modules, between the
+   rooms of tokcache/, and between those of tokcache/text/.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ def cython_prose(source: str) -> list[str]:
 
 
 def what_per_thousand(folder: str) -> float:
-    """Return how often "what" stands in 1,000 words of prose."""
+    """Return the number of times that "what" occurs in 1,000 words of prose."""
     n_words = n_what = 0
     for path in sorted((ROOT / folder).rglob("*.py*")):
         if path.suffix not in (".py", ".pyi", ".pyx", ".pxd"):
@@ -87,7 +90,7 @@ def one_caller_percent(trees: dict[str, ast.Module]) -> float:
 
 
 def _names(tree: ast.AST, place: int = 0) -> list[tuple[int, str]]:
-    """Return every name that is used, and which function it is used in."""
+    """Return every name that is used, with the id of the function that uses it."""
     found = []
     for node in ast.iter_child_nodes(tree):
         inner = id(node) if isinstance(node, _FUNCTION) else place
@@ -100,10 +103,10 @@ def _names(tree: ast.AST, place: int = 0) -> list[tuple[int, str]]:
 
 
 def largest_class(trees: dict[str, ast.Module]) -> tuple[str, int]:
-    """Return the class with most methods, inherited ones included; no wrapper of a foreign class.
+    """Return the class with the most methods that wraps no foreign class, and their number.
 
-    A class wraps a foreign one if it has a base that tokcache does not define and that is no plain
-    base of the standard library.
+    A class wraps a foreign one if it has a base that neither tokcache nor the standard library
+    defines.
     """
     classes = {
         node.name: node
@@ -135,12 +138,12 @@ def _bases(node: ast.ClassDef) -> list[str]:
     found = []
     for base in node.bases:
         inner = base.value if isinstance(base, ast.Subscript) else base
-        found.append(ast.unparse(inner))  # `llama_cpp.Llama` is no class of ours
+        found.append(ast.unparse(inner))  # such as `llama_cpp.Llama`, which is foreign
     return found
 
 
 def imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """Return which modules each one imports, anywhere in it."""
+    """Return the modules that each module imports, at any place in it."""
     graph: dict[str, set[str]] = {name: set() for name in trees}
     for name, tree in trees.items():
         for node in ast.walk(tree):
@@ -155,7 +158,7 @@ def imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return circles of imports until none is left, taking one import out of each."""
+    """Return circles of imports; after each, one of its imports is removed, until none is left."""
     left = {name: set(others) for name, others in graph.items()}
     found = []
     while True:
@@ -170,18 +173,31 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
             return found
 
 
-def floors(graph: dict[str, set[str]], room: str) -> int:
-    """Return how many modules of a room stand on top of each other; a circle counts as one."""
-    inside = {name for name in graph if name.startswith(room) and graph[name] is not None}
+def rooms(graph: dict[str, set[str]], parent: str) -> dict[str, set[str]]:
+    """Return which rooms of a package each of its rooms imports: its modules and its folders."""
+
+    def room(name: str) -> str:
+        return ".".join(name.split(".")[: parent.count(".") + 2])
+
+    found: dict[str, set[str]] = {}
+    for name, others in graph.items():
+        if name.startswith(f"{parent}."):
+            inside = {room(one) for one in others if one.startswith(f"{parent}.")}
+            found.setdefault(room(name), set()).update(inside - {room(name)})
+    return found
+
+
+def floors(graph: dict[str, set[str]]) -> int:
+    """Return how many modules or rooms stand on top of each other; a circle counts as one."""
     depth: dict[str, int] = {}
 
     def floor(name: str, above: tuple[str, ...] = ()) -> int:
         if name not in depth:
-            below = [one for one in graph[name] & inside if one not in above]
+            below = [one for one in graph[name] if one not in above]
             depth[name] = 1 + max((floor(one, (*above, name)) for one in below), default=0)
         return depth[name]
 
-    return max(map(floor, inside))
+    return max(map(floor, graph))
 
 
 def measure() -> dict[str, object]:
@@ -189,19 +205,21 @@ def measure() -> dict[str, object]:
     trees = modules()
     graph = imports(trees)
     name, size = largest_class(trees)
+    in_text = rooms(graph, "tokcache.text")
+    all_circles = [*circles(graph), *circles(rooms(graph, "tokcache")), *circles(in_text)]
     return {
         "what_per_1000_words": {one: round(what_per_thousand(one), 1) for one in PROSE},
         "one_caller_percent": round(one_caller_percent(trees), 1),
         "largest_class": size,
         "largest_class_name": name,
-        "floors_in_text": floors(graph, "tokcache.text."),
-        "circles": len(circles(graph)),
-        "circles_are": [" -> ".join(circle) for circle in circles(graph)],
+        "floors_in_text": floors(in_text),
+        "circles": len(all_circles),
+        "circles_are": [" -> ".join(circle) for circle in all_circles],
     }
 
 
 def main() -> None:
-    """Print the figures, beside their bars."""
+    """Print the figures with their bars."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     found = measure()

@@ -28,9 +28,9 @@ import llama_cpp
 import numpy as np
 
 from tokcache import TokenIds
+from tokcache._prefix import n_common
 from tokcache.llama import Llama
 from tokcache.llama.server import LlamaServer
-from tokcache.llama.server.shelf import n_common
 from tokcache.samples.server_process import ServerProcess, require_xllamacpp
 from tokcache.state.cache import PrefixStateCache
 

@@ -11,13 +11,13 @@ from typing import Any
 from tokcache.errors import MissingFile
 from tokcache.samples import tiny_tokenizer
 
-_BESIDE_THE_REPOSITORY = Path(__file__).resolve().parents[3] / "shared" / "data"
+_NEXT_TO_THE_REPOSITORY = Path(__file__).resolve().parents[3] / "shared" / "data"
 TINY = "tiny"
 
 
 def shared_data() -> Path | None:
     """Return the folder that TOKCACHE_SHARED_DATA names, or the one next to the repository."""
-    folder = Path(os.environ.get("TOKCACHE_SHARED_DATA") or _BESIDE_THE_REPOSITORY)
+    folder = Path(os.environ.get("TOKCACHE_SHARED_DATA") or _NEXT_TO_THE_REPOSITORY)
     return folder if folder.is_dir() else None
 
 

@@ -70,7 +70,7 @@ class Given:
     def both_rust(self) -> Iterator[tuple[str, Any]]:
         """Yield a separate Rust tokenizer and the one inside a transformers tokenizer."""
         yield "alone", self.load_rust()
-        yield "behind", self.load()._tokenizer
+        yield "backend", self.load()._tokenizer
 
 
 def used() -> dict[str, Any]:

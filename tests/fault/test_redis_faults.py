@@ -1,6 +1,6 @@
-"""A Redis that is away, slow, full, restarted, paused, cut off, read-only, or no Redis at all.
+"""A Redis that is absent, slow, full, restarted, paused, cut off, read-only, or another program.
 
-No request sees an exception or waits longer than it was told to, nothing wrong is ever served, and
+No request sees an exception or waits longer than its time-out, nothing wrong is ever served, and
 counters say why. `TOKCACHE_FAULTS=N` makes the long tests N times as long.
 """
 
@@ -10,6 +10,7 @@ import os
 import random
 import re
 import resource
+import select
 import signal
 import socket
 import struct
@@ -26,13 +27,17 @@ from tests.fault.test_disk_faults import SCALE, exit_code, in_child, prompt
 from tests.state.engine import Engine, restored
 from tests.state.redis_server import RedisServer, free_port
 from tests.state.test_disk import SECRET, cache_on, found
+from tokcache.errors import StateRefused
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.names import Owner, child_name, root_name
-from tokcache.state.tiers import Address, StateRefused
+from tokcache.state.names import RootKey, child_name, root_name
+from tokcache.state.tiers import Address
 from tokcache.state.tiers.block_file import HEAD_BYTES, MAGIC
-from tokcache.state.tiers.redis import CHUNK_BYTES, HEAD, RedisTier
+from tokcache.state.tiers.redis import RedisTier
+from tokcache.state.tiers.redis.commands import HEAD
+from tokcache.state.tiers.redis.reading import CHUNK_BYTES
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forks beside threads
+# Forks of a process with threads are deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
@@ -64,10 +69,10 @@ def is_asked(one: PrefixStateCache) -> bool:
     return sum(one.stats().refusals.values()) == before
 
 
-# A server that is not there
+# A server that does not answer
 
 
-def test_a_server_that_is_away_costs_misses_and_later_nothing(tmp_path: Path) -> None:
+def test_an_absent_server_costs_misses_and_then_no_time(tmp_path: Path) -> None:
     port = free_port()
     one = cache(f"redis://127.0.0.1:{port}", retry_s=0.3)
     for _ in range(3):
@@ -81,9 +86,9 @@ def test_a_server_that_is_away_costs_misses_and_later_nothing(tmp_path: Path) ->
     assert one.stats().refusals["redis: circuit_open"] >= 50
     Engine().save(one, SECRET)
     assert one.flush(10)
-    assert found(one, SECRET) == 40  # memory has it
+    assert found(one, SECRET) == 40  # from memory
     one._check()
-    # Now it comes up: a probe finds that, and the next save writes what was dropped.
+    # Now it starts: a probe notices that, and the next save writes the dropped states.
     with RedisServer(tmp_path / "late") as late:
         late.kill()
         late.port = port
@@ -118,7 +123,7 @@ def test_a_server_that_is_killed_and_restarted_empty(server: RedisServer) -> Non
     Engine().save(one, SECRET)
     Engine().save(one, [2] * 8)
     one.flush()
-    fresh = cache(server.url)  # what was lost is there again, what was dropped too
+    fresh = cache(server.url)  # lost and dropped states are there again
     assert (found(fresh, SECRET), found(fresh, [2] * 8)) == (40, 8)
     assert reasons(fresh) == set()
     for each in (one, fresh):
@@ -126,12 +131,12 @@ def test_a_server_that_is_killed_and_restarted_empty(server: RedisServer) -> Non
         each.close()
 
 
-def test_a_paused_server_is_waited_for_a_few_times_only(server: RedisServer) -> None:
+def test_a_paused_server_is_waited_for_only_a_few_times(server: RedisServer) -> None:
     one = cache(server.url, timeout_s=0.5, retry_s=1.0)
     Engine().save(one, SECRET)
     one.flush()
     fresh = cache(server.url, timeout_s=0.5, retry_s=1.0)
-    fresh._store.touch_s = 1e9  # in the background it would fail, too
+    fresh._store.touch_s = 1e9  # no calls in the background, which would fail too
     assert found(fresh, SECRET[:8]) == 8
     server.pause()
     try:
@@ -146,7 +151,7 @@ def test_a_paused_server_is_waited_for_a_few_times_only(server: RedisServer) -> 
         began = time.perf_counter()
         Engine().save(one, [1] * 8)
         Engine().save(one, [2] * 8)
-        one.close()  # what waits is tried, and given up
+        one.close()  # waiting writes are tried and given up
         assert time.perf_counter() - began < 8
         assert reasons(fresh) == {"timeout", "circuit_open"}
     finally:
@@ -156,7 +161,7 @@ def test_a_paused_server_is_waited_for_a_few_times_only(server: RedisServer) -> 
     fresh.close()
 
 
-def test_cut_connections_are_made_anew(server: RedisServer) -> None:
+def test_cut_connections_are_made_again(server: RedisServer) -> None:
     writer, reader = cache(server.url), cache(server.url)
     for n in range(10):
         with server.client() as client:
@@ -183,7 +188,7 @@ def test_a_flush_by_its_owner_costs_misses(server: RedisServer) -> None:
         each.close()
 
 
-# A server that is full, or does not take writes
+# A server that is full or refuses writes
 
 
 def fill_up(server: RedisServer, policy: str) -> None:
@@ -213,7 +218,7 @@ def n_right(one: PrefixStateCache) -> int:
     return n_found
 
 
-def test_a_full_server_still_gives_what_it_has(server: RedisServer) -> None:
+def test_a_full_server_still_serves_its_states(server: RedisServer) -> None:
     fill_up(server, "noeviction")
     one = cache(server.url, retry_s=0.2)
     save_much(one)
@@ -226,7 +231,7 @@ def test_a_full_server_still_gives_what_it_has(server: RedisServer) -> None:
     with server.client() as client:
         assert not [
             key for key in client.scan_iter() if b".new-" in key
-        ]  # what failed left nothing
+        ]  # failed writes leave no keys
         client.config_set("maxmemory", 0)
 
     def is_written() -> bool:
@@ -240,15 +245,15 @@ def test_a_full_server_still_gives_what_it_has(server: RedisServer) -> None:
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl", "allkeys-random"])
-def test_what_a_server_evicts_is_a_miss(server: RedisServer, policy: str) -> None:
+def test_a_state_evicted_by_the_server_is_a_miss(server: RedisServer, policy: str) -> None:
     fill_up(server, policy)
     one = cache(server.url)
     save_much(one)
     fresh = cache(server.url)
     assert 0 < n_right(fresh) < 12
-    # A state in several chunks goes whole, or is seen to have gone meanwhile.
+    # A state in several chunks is evicted as a whole, or its eviction is noticed.
     assert reasons(fresh) <= {"missing"}
-    if policy == "volatile-ttl":  # what is new goes last, even while it is written
+    if policy == "volatile-ttl":  # new states go last, even while they are written
         assert one.stats().redis.writes == 12
     for each in (one, fresh):
         each.close()
@@ -274,11 +279,11 @@ def test_a_replica_and_a_server_without_replicas_take_no_writes(server: RedisSer
         each.close()
 
 
-# States that rot
+# Damaged states
 
 
 def one_state(server: RedisServer, n_bytes: int, **keys: Any) -> tuple[RedisTier, str, Any]:
-    """Store one block; return its tier, its key, and what `find_each` is asked for it."""
+    """Store one block; return its tier, its key, and the arguments that find it."""
     tier = RedisTier(server.url, timeout_s=5.0, **keys)
     writer = PrefixStateCache(redis=tier, block_tokens=64)
     rng = random.Random(1)
@@ -289,9 +294,9 @@ def one_state(server: RedisServer, n_bytes: int, **keys: Any) -> tuple[RedisTier
     )
     writer.close()
     (key,) = server.states()
-    owner, rest = Owner(b"m", None, "free"), struct.pack("<64i", *range(64))
-    root = root_name(owner)
-    return tier, key, (Address(owner, 0, root, child_name(root, rest[:4])), rest)
+    root_key, rest = RootKey(b"m", None, "free"), struct.pack("<64i", *range(64))
+    root = root_name(root_key)
+    return tier, key, (Address(root_key, 0, root, child_name(root, rest[:4])), rest)
 
 
 def is_served(tier: RedisTier, wanted: Any) -> bool:
@@ -320,8 +325,8 @@ def test_every_flipped_byte_and_every_other_length_is_detected(
     assert is_served(tier, wanted)
     rng = random.Random(2)
     with server.client() as client:
-        whole = client.hgetall(key)
-        assert sorted(whole) == [b"0", HEAD]
+        intact = client.hgetall(key)
+        assert sorted(intact) == [b"0", HEAD]
 
         def is_detected(field: bytes, value: bytes | None) -> bool:
             if value is None:
@@ -329,10 +334,10 @@ def test_every_flipped_byte_and_every_other_length_is_detected(
             else:
                 client.hset(key, field, value)
             is_right = not is_served(tier, wanted)
-            client.hset(key, mapping=whole)  # it may have been removed
+            client.hset(key, mapping=intact)  # it may have been removed
             return is_right
 
-        for field, value in whole.items():
+        for field, value in intact.items():
             for offset, byte in enumerate(value):
                 flipped = bytearray(value)
                 flipped[offset] = byte ^ rng.randint(1, 255)
@@ -342,34 +347,34 @@ def test_every_flipped_byte_and_every_other_length_is_detected(
             assert is_detected(field, value + b"\0")
             assert is_detected(field, value * 2)
             assert is_detected(field, None)
-    assert is_served(tier, wanted)  # the control: unharmed, it is served
+    assert is_served(tier, wanted)  # the control: undamaged, it is served
     assert tier.stats().refusals["forged" if "hmac_key" in keys else "damaged"] > 300
 
 
 def test_chunks_that_are_swapped_or_gone_are_detected_and_removed(server: RedisServer) -> None:
     tier, key, wanted = one_state(server, 3 * CHUNK_BYTES)
     with server.client() as client:
-        whole = client.hgetall(key)
+        intact = client.hgetall(key)
         damages: list[dict[bytes, bytes]] = [
-            whole | {b"0": whole[b"1"], b"1": whole[b"0"]},
-            {field: value for field, value in whole.items() if field != b"1"},
-            {field: value for field, value in whole.items() if field != b"2"},
-            whole | {b"2": whole[b"2"][:-1]},
-            whole | {b"1": whole[b"1"] * 5},
-            whole | {b"0": b""},
-            whole | {b"0": b"$-1\r\n"},
+            intact | {b"0": intact[b"1"], b"1": intact[b"0"]},
+            {field: value for field, value in intact.items() if field != b"1"},
+            {field: value for field, value in intact.items() if field != b"2"},
+            intact | {b"2": intact[b"2"][:-1]},
+            intact | {b"1": intact[b"1"] * 5},
+            intact | {b"0": b""},
+            intact | {b"0": b"$-1\r\n"},
         ]
         for damaged in damages:
             client.delete(key)
             client.hset(key, mapping=damaged)
             assert not is_served(tier, wanted)
-            assert not client.exists(key)  # what is damaged is removed
-        client.hset(key, mapping=whole | {b"3": b"of nobody", b"x": b"y"})
+            assert not client.exists(key)  # a damaged state is removed
+        client.hset(key, mapping=intact | {b"3": b"of nobody", b"x": b"y"})
         assert is_served(tier, wanted)
         assert tier.stats().refusals == {"damaged": 5, "missing": 2}
 
 
-def test_what_took_a_damaged_states_place_meanwhile_is_not_removed(server: RedisServer) -> None:
+def test_a_state_that_replaced_a_damaged_one_is_not_removed(server: RedisServer) -> None:
     tier, key, wanted = one_state(server, 2 * CHUNK_BYTES)
     stored = next(tier.find_each([wanted]))
     assert stored is not None
@@ -409,7 +414,7 @@ def test_a_head_with_absurd_lengths_is_refused_before_memory_is_taken(
     reader.close()
 
 
-def test_keys_of_somebody_else_are_left_alone(server: RedisServer) -> None:
+def test_keys_of_other_programs_are_unchanged(server: RedisServer) -> None:
     one = cache(server.url)
     Engine().save(one, [1, 2, 3])
     one.namespace(b"m").store([1], b"x")
@@ -423,7 +428,7 @@ def test_keys_of_somebody_else_are_left_alone(server: RedisServer) -> None:
         fresh = cache(server.url)
         assert found(fresh, [1, 2, 3]) == 0
         assert fresh.namespace(b"m").find([1, 2]) is None
-        Engine().save(fresh, [1, 2, 3])  # the second way is free
+        Engine().save(fresh, [1, 2, 3])  # the second place is free
         fresh.flush()
         assert reasons(fresh) == {"wrong_type"}
         assert found(cache(server.url), [1, 2, 3]) == 3
@@ -432,19 +437,19 @@ def test_keys_of_somebody_else_are_left_alone(server: RedisServer) -> None:
         client.delete(lengths)
         client.sadd(lengths, "a", "-1", "0", "99999999999999999999", "1", b"\xff", "16777217")
         assert fresh.redis is not None
-        assert fresh.redis.lengths(Owner(b"m", None, "snapshot")) == {1}
-        fresh.clear()  # of its namespace, whatever is there
+        assert fresh.redis.lengths(RootKey(b"m", None, "snapshot")) == {1}
+        fresh.clear()  # all of its namespace, other kinds of keys too
         assert list(client.scan_iter()) == [b"other"]
         fresh.close()
     one.close()
 
 
 class Meddling:
-    """Does something else just before a tier's n-th call."""
+    """Calls a function just before the n-th call of a tier."""
 
     def __init__(self, tier: RedisTier, n_call: int, meddle: Callable[[], object]) -> None:
-        self._link, self._left, self._meddle = tier._link, n_call, meddle
-        tier._link = self  # type: ignore[assignment]
+        self._link, self._left, self._meddle = tier._calls.link, n_call, meddle
+        tier._calls.link = self  # type: ignore[assignment]
 
     def ask(self, commands: Any, until: float) -> list[Any]:
         self._left -= 1
@@ -457,7 +462,7 @@ class Meddling:
 
 
 @pytest.mark.parametrize("n_call", [1, 2, 3, 4])
-def test_what_is_removed_while_it_is_written_never_appears_by_half(
+def test_a_state_removed_while_it_is_written_never_appears_in_part(
     server: RedisServer, n_call: int
 ) -> None:
     tier = RedisTier(server.url, timeout_s=5.0)
@@ -466,18 +471,18 @@ def test_what_is_removed_while_it_is_written_never_appears_by_half(
     Meddling(tier, n_call, lambda: cache(server.url).clear())
     assert one.namespace(b"m").store([1], state)
     one.flush()
-    is_whole = n_call <= 2  # it went before anything was written
-    assert reasons(one) == (set() if is_whole else {"removed"})
+    is_complete = n_call <= 2  # removed before any write
+    assert reasons(one) == (set() if is_complete else {"removed"})
     handle = cache(server.url).namespace(b"m").find([1])
-    assert (handle is not None) == is_whole
+    assert (handle is not None) == is_complete
     assert handle is None or handle.state == state
     with server.client() as client:
         assert not [key for key in client.scan_iter() if b".new-" in key]
     one.close()
 
 
-def test_of_writers_at_once_each_finds_a_place(server: RedisServer) -> None:
-    """Both have seen that the first way is free; the second then sees that it is not any more."""
+def test_two_writers_at_once_each_get_a_place(server: RedisServer) -> None:
+    """Both have seen that the first place is free; the second then sees that it is taken."""
     prompts = [[1, 2, 3, 4], [1, 7, 8, 9]]
     tier = RedisTier(server.url, timeout_s=5.0)
     one, other = cache_on(None, redis=tier), cache(server.url)
@@ -486,7 +491,7 @@ def test_of_writers_at_once_each_finds_a_place(server: RedisServer) -> None:
         Engine().save(other, prompts[1])
         other.flush()
 
-    Meddling(tier, 3, meddle)  # look-up, heads, and now the write
+    Meddling(tier, 3, meddle)  # after the look-up and the heads: before the write
     Engine().save(one, prompts[0])
     one.flush()
     assert len(server.states()) == 2
@@ -496,11 +501,11 @@ def test_of_writers_at_once_each_finds_a_place(server: RedisServer) -> None:
         each.close()
 
 
-# What is no Redis
+# Other programs than Redis
 
 
 class Stranger:
-    """Listens, and answers each connection as it was told to."""
+    """Listens, and calls a function to answer each connection."""
 
     def __init__(self, answer: Callable[[socket.socket], object]) -> None:
         self._answer = answer
@@ -517,7 +522,7 @@ class Stranger:
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with suppress(OSError), connection:  # one accepted while we end is in no list
+        with suppress(OSError), connection:  # one accepted during __exit__ is in no list
             self._answer(connection)
 
     def __enter__(self) -> Self:
@@ -542,7 +547,7 @@ def always(answer: bytes) -> Callable[[socket.socket], None]:
 
 
 def use_all(one: PrefixStateCache) -> None:
-    """Ask and write in every way there is."""
+    """Use every method that asks or writes."""
     assert found(one, SECRET) == 0
     Engine().save(one, SECRET)
     one._store.touch_s = 0.0
@@ -600,11 +605,11 @@ def test_a_server_that_answers_garbage_costs_misses(answer: bytes, is_cluster: b
 
 def test_random_garbage_costs_misses() -> None:
     rng = random.Random(6)
-    pieces = [b"$", b"*", b"+", b"-", b":", b"\r\n", b"1", b"0", b"9", b"OK", b"head", b"published"]
+    parts = [b"$", b"*", b"+", b"-", b":", b"\r\n", b"1", b"0", b"9", b"OK", b"head", b"published"]
 
     def answer(connection: socket.socket) -> None:
         while connection.recv(1 << 16):
-            connection.sendall(b"".join(rng.choices(pieces, k=rng.randint(1, 60))))
+            connection.sendall(b"".join(rng.choices(parts, k=rng.randint(1, 60))))
 
     with Stranger(answer) as stranger:
         for _ in range(int(30 * SCALE)):
@@ -627,7 +632,7 @@ def test_random_garbage_costs_misses() -> None:
         (b"-ERR unknown command 'HGET'", "server_error", False),
     ],
 )
-def test_what_a_server_says_is_the_reason_that_is_counted(
+def test_the_errors_of_a_server_are_counted_by_reason(
     line: bytes, reason: str, opens: bool
 ) -> None:
     def answer(connection: socket.socket) -> None:
@@ -642,8 +647,8 @@ def test_what_a_server_says_is_the_reason_that_is_counted(
         one.close()
 
 
-def test_a_server_that_drips_is_not_waited_for(server: RedisServer) -> None:
-    """Each byte comes within the time of a read from a socket; all of them do not."""
+def test_a_server_that_sends_too_slowly_is_given_up(server: RedisServer) -> None:
+    """Each byte comes within the time-out of a socket, but all of them together do not."""
 
     def drip(connection: socket.socket) -> None:
         connection.recv(1 << 16)
@@ -658,9 +663,9 @@ def test_a_server_that_drips_is_not_waited_for(server: RedisServer) -> None:
         assert 0.2 < time.perf_counter() - began < 2
         assert reasons(one) == {"timeout"}
         one.close()
-    # The payload is waited for as long as its size allows, and no longer.
+    # A payload has the time that its size allows, and no more.
     tier, _, wanted = one_state(server, 2 * CHUNK_BYTES)
-    with Proxy(server, pause_s=0.05, piece=1 << 10) as proxy:
+    with Proxy(server, pause_s=0.05, n_bytes=1 << 10) as proxy:
         slow = RedisTier(proxy.url, timeout_s=0.3)
         began = time.perf_counter()
         assert not is_served(slow, wanted)
@@ -671,17 +676,17 @@ def test_a_server_that_drips_is_not_waited_for(server: RedisServer) -> None:
 
 
 class Proxy(Stranger):
-    """Stands before a real server; slow, or cuts connections anywhere."""
+    """A proxy of a real server: slow, or one that cuts connections anywhere."""
 
     def __init__(
         self,
         server: RedisServer,
         *,
         pause_s: float = 0.0,
-        piece: int = 1 << 16,
+        n_bytes: int = 1 << 16,
         cut_after: Callable[[], int] = lambda: 1 << 60,
     ) -> None:
-        self._server, self._pause_s, self._piece = server, pause_s, piece
+        self._server, self._pause_s, self._n_bytes = server, pause_s, n_bytes
         self._cut_after = cut_after
         super().__init__(self._through)
 
@@ -695,7 +700,7 @@ class Proxy(Stranger):
 
     def _pump(self, source: socket.socket, target: socket.socket, left: list[int]) -> None:
         with suppress(OSError):
-            while data := source.recv(self._piece):
+            while data := source.recv(self._n_bytes):
                 time.sleep(self._pause_s)
                 target.sendall(data[: max(left[0], 0)])
                 left[0] -= len(data)
@@ -706,7 +711,7 @@ class Proxy(Stranger):
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def test_connections_cut_anywhere_lose_nothing_but_time(server: RedisServer) -> None:
+def test_connections_cut_anywhere_cost_only_time(server: RedisServer) -> None:
     rng = random.Random(7)
     seconds = 3 * SCALE
     wrong: list[object] = []
@@ -746,16 +751,16 @@ def test_connections_cut_anywhere_lose_nothing_but_time(server: RedisServer) -> 
     fresh = cache(server.url)
     n_served = sum(found(fresh, prompt(n)) > 0 for n in range(61))
     assert n_served > 10
-    assert reasons(fresh) == set()  # what was half written, nobody ever sees
+    assert reasons(fresh) == set()  # unfinished states are never seen
     with server.client() as client:
         assert all(client.ttl(key) > 0 for key in client.scan_iter(count=1000))
     fresh.close()
 
 
-# Writers that die
+# Killed writers
 
 
-def test_a_killed_writer_leaves_nothing_damaged_and_loses_nothing_finished(
+def test_a_killed_writer_leaves_no_damage_and_loses_no_finished_state(
     server: RedisServer,
 ) -> None:
     rng, n_finished, n_left = random.Random(4), 0, 0
@@ -772,13 +777,15 @@ def test_a_killed_writer_leaves_nothing_damaged_and_loses_nothing_finished(
 
         pid = in_child(work)
         os.close(sender)
+        if n_round % 2:  # on a busy machine it may not finish a state in the time below
+            select.select([receiver], [], [], 30)
         time.sleep(rng.uniform(0.005, 0.12))
         os.kill(pid, signal.SIGKILL)
         assert exit_code(pid) == -signal.SIGKILL
         with os.fdopen(receiver, "rb") as pipe:
-            told = pipe.read()
+            reported = pipe.read()
         reader = cache(server.url)
-        for (n,) in struct.iter_unpack("<I", told[: len(told) // 4 * 4]):
+        for (n,) in struct.iter_unpack("<I", reported[: len(reported) // 4 * 4]):
             tokens = prompt(1000 * n_round + n)
             assert found(reader, tokens) == len(tokens)
             with reader.namespace(b"m").find([n_round, n]) as handle:  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
-"""Chat templates in the manner of seven families of models, written for these tests.
+"""Chat templates like those of seven families of models, written for these tests.
 
-Each has what is peculiar to its family: who speaks first, which roles there are, where tools and
-documents go, what is trimmed or raised, and which tokens stand around it all.
+Each has the peculiarities of its family: the first speaker, the roles, the places of tools and
+documents, the contents that are trimmed or refused, and the special tokens around them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny models behind llama.cpp, and what tests ask of their contexts."""
+"""Tiny models in llama.cpp, and helpers for tests of their contexts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store(**settings: Any) -> PrefixStateCache:
 
 
 def llama(cache: PrefixStateCache | None = None, **settings: Any) -> Any:
-    """Return a Llama on the grid of `store()`, with a cache or without."""
+    """Return a Llama with the block length of `store()`, with a cache or without."""
     model = settings.pop("model", None) or samples.tiny_model()
     llm = Llama(model, prefix_cache=cache, **{"verbose": False, **SETTINGS, **settings})
     if cache is None:
@@ -41,7 +41,7 @@ def llama(cache: PrefixStateCache | None = None, **settings: Any) -> Any:
 
 
 def plain(**settings: Any) -> Any:
-    """Return the llama_cpp.Llama that knows nothing of tokcache."""
+    """Return a plain llama_cpp.Llama."""
     model = settings.pop("model", None) or samples.tiny_model()
     return llama_cpp.Llama(str(model), **{"verbose": False, **SETTINGS, **settings})
 

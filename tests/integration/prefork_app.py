@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import tokcache
 
-signal.alarm(240)  # the parent ends by itself, and its children with it
+signal.alarm(240)  # ends the parent, and its children with it, if the test does not
 tok: Any = tokcache.wrap(
     AutoTokenizer.from_pretrained(os.environ["TOKENIZER"]),
     tokcache.CacheConfig(engine="tokenizers"),
@@ -23,12 +23,12 @@ WRAPPED_IN = os.getpid()
 
 
 def n_threads() -> int:
-    """Return how many threads the process has, those of native code included."""
+    """Return the number of threads of this process, those of native code included."""
     return len(list(Path("/proc/self/task").iterdir()))
 
 
 def answer(texts: list[str]) -> dict[str, Any]:
-    """Encode texts in every way there is, and tell which process did it with how many threads."""
+    """Encode texts in every way; report the process too, and its threads before and after."""
     before = n_threads()
     batch = [ids.tolist() for ids in tok.token_ids_batch(texts)]
     after = n_threads()

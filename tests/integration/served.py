@@ -1,12 +1,14 @@
-"""Real llama-servers for tests, prompts for them, and the right answers."""
+"""Real llama-servers and both clients for tests, prompts for them, and the right answers."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from tokenizers import Tokenizer
@@ -17,12 +19,14 @@ pytest.importorskip("xllamacpp", reason="needs tokcache[demo]")
 pytest.importorskip("httpx", reason="needs tokcache[server]")
 
 from bench import soak
-from tokcache.llama.server import Completion, LlamaServer, SlotSettings
+from tokcache.llama.server import AsyncLlamaServer, Completion, LlamaServer, SlotSettings
 from tokcache.samples.server_process import ServerProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Coroutine, Generator, Iterator
     from pathlib import Path
+
+    from tokcache.llama.server import Piece
 
 BLOCK = 64
 N_CTX = 1024
@@ -111,6 +115,75 @@ def port_of(process: ServerProcess) -> int:
 def client(process: ServerProcess, **settings: Any) -> LlamaServer:
     """Return a client with these slot settings."""
     return LlamaServer(process.url, timeout_s=60, slot_settings=SlotSettings(**settings))
+
+
+class InLoop:
+    """Has the methods of LlamaServer, and performs them with an AsyncLlamaServer in a loop."""
+
+    def __init__(self, url: str, **settings: Any) -> None:
+        self.inner = AsyncLlamaServer(url, **settings)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        try:
+            self.wait(self.inner.__aenter__())
+        except BaseException:
+            self._end()
+            raise
+
+    def wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine in the loop and return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(120)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.inner, name)
+        if not asyncio.iscoroutinefunction(method):
+            return method
+        return lambda *args, **settings: self.wait(method(*args, **settings))
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+    def stream(self, *args: Any, **settings: Any) -> Generator[Piece]:
+        async def following() -> Piece | None:
+            return await anext(pieces, None)
+
+        pieces = self.inner.stream(*args, **settings)
+        try:
+            while (piece := self.wait(following())) is not None:
+                yield piece
+        finally:
+            self.wait(pieces.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self.wait(self.inner.aclose())
+            self._end()
+
+    def _end(self) -> None:
+        self.wait(self._loop.shutdown_default_executor())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+# Runs a test on both clients: `connect(url, ...)` returns a client with the methods of LlamaServer.
+both_clients = pytest.mark.parametrize(
+    "connect", [LlamaServer, InLoop], ids=["LlamaServer", "AsyncLlamaServer"]
+)
+if TYPE_CHECKING:
+    Connect = Callable[..., LlamaServer]
+
+
+def async_client(process: ServerProcess, **settings: Any) -> AsyncLlamaServer:
+    """Return a client for event loops with these slot settings."""
+    return AsyncLlamaServer(process.url, timeout_s=60, slot_settings=SlotSettings(**settings))
 
 
 def prompt(seed: int, n_tokens: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""apply_chat_template of seven families' templates: as with the plain tokenizer, then cached."""
+"""apply_chat_template with the templates of seven families: equal to the plain one, then cached."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CONFIG = tokcache.CacheConfig(engine="tokenizers")
 
 
 def weather(city: str, days: int = 1) -> str:
-    """Tell what the weather will be.
+    """Return the weather forecast.
 
     Args:
-        city: Where.
-        days: For how long.
+        city: The city.
+        days: The number of days.
     """
     return f"{city}: rain for {days} days"
 
@@ -61,7 +61,7 @@ CHATS: dict[str, Any] = {
     "no such role": [{"role": "narrator", "content": "Meanwhile …"}],
 }
 
-# What a second call answers from the cache, and what it may ask the plain tokenizer for.
+# A second call with these arguments is answered from the cache; OTHERS need not be.
 CACHED: dict[str, dict[str, Any]] = {
     "": {},
     "generation prompt": {"add_generation_prompt": True},
@@ -105,7 +105,7 @@ def plain(request: pytest.FixtureRequest) -> Any:
 
 
 def comparable(answer: Any) -> Any:
-    """Return an answer as something that compares by type and value, arrays and encodings too."""
+    """Return an answer in a form that compares by type and value, also arrays and encodings."""
     if hasattr(answer, "encodings"):
         tokens = [(one.ids, one.offsets, one.word_ids) for one in answer.encodings or []]
         return type(answer).__name__, comparable(dict(answer)), tokens
@@ -119,12 +119,12 @@ def comparable(answer: Any) -> Any:
 def outcome(ask: Callable[[], Any]) -> Any:
     try:
         return comparable(ask())
-    except Exception as error:  # noqa: BLE001 (whatever the plain one raises)
+    except Exception as error:  # noqa: BLE001 (any error of the plain tokenizer)
         return type(error), str(error)
 
 
 @pytest.mark.parametrize("arguments", [*CACHED, *OTHERS])
-def test_every_chat_is_tokenized_as_by_the_plain_tokenizer(plain: Any, arguments: str) -> None:
+def test_every_chat_has_the_plain_tokenizers_result(plain: Any, arguments: str) -> None:
     given = {**CACHED, **OTHERS}[arguments]
     wrapped = tokcache.wrap(plain, CONFIG)
     n_answers = 0
@@ -178,7 +178,7 @@ def test_the_assistants_tokens_are_marked(plain: Any) -> None:
         assert "prefix cache" not in wrapped.decode(marked)
 
 
-def test_answers_are_the_callers_own(plain: Any) -> None:
+def test_changing_an_answer_does_not_change_the_cache(plain: Any) -> None:
     wrapped = tokcache.wrap(plain, CONFIG)
     expected = wrapped.apply_chat_template(PLAIN_CHAT, return_dict=False).copy()
     wrapped.apply_chat_template(PLAIN_CHAT, return_dict=False).append(9)

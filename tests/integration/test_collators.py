@@ -1,6 +1,6 @@
-"""transformers' data collators make the same batches of a wrapped tokenizer's answers.
+"""transformers' data collators make equal batches from a wrapped and a plain tokenizer.
 
-With arrays of numpy: the collators' other kind needs PyTorch.
+The batches are NumPy arrays, because the collators' other kind needs PyTorch.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def comparable(batch: Any) -> Any:
 def assert_equal(
     name: str, plain: Any, wrapped: Any, features: Callable[[Any], list[Any]], **settings: Any
 ) -> None:
-    """Compare what a collator makes with either tokenizer, twice: the second from the cache."""
+    """Compare a collator's batches from both tokenizers twice; the second time from the cache."""
     given = features(plain)
     expected = comparable(seeded(collator(name, plain, **settings))(copy.deepcopy(given)))
     assert expected["input_ids"][1]
@@ -74,7 +74,7 @@ def assert_equal(
 
 
 def seeded(made: Any) -> Any:
-    np.random.seed(7)  # noqa: NPY002 (what the collators without a seed of their own draw from)
+    np.random.seed(7)  # noqa: NPY002 (collators without a seed of their own draw from it)
     random.seed(7)
     return made
 
@@ -160,7 +160,7 @@ def test_flattening(plain: Any, wrapped: Any) -> None:
 
 
 def test_a_data_set_that_is_mapped_and_collated(shared_data: Path) -> None:
-    """Batches of a real tokenizer, truncated as for training, collated from the lists alone."""
+    """Collate the columns of a real tokenizer, truncated as for training."""
     from transformers import AutoTokenizer  # noqa: PLC0415 (seconds to import)
 
     plain: Any = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "bert-base-uncased")

@@ -1,4 +1,4 @@
-"""A FastAPI service under load: right answers, one encoding a text, an event loop that runs on."""
+"""A FastAPI service under load: right answers, each text encoded once, a free event loop."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tokcache.samples import tiny_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"The {n}th question: what is a prefix cache? " * (n % 7 + 1) for n in range(24)]
 _RANDOM = random.Random(3)
-# No word comes twice, so that all of it has to be encoded: a second or so.
+# No word occurs twice, so all of the text has to be encoded, which takes about a second.
 LONG = " ".join("".join(_RANDOM.choices(ascii_lowercase, k=9)) for _ in range(100_000))
 
 
 def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        assert server.poll() is None, "the server ended as it began"
+        assert server.poll() is None, "the server ended while starting"
         try:
             httpx.get(f"{url}/metrics/", timeout=10)
         except httpx.TransportError:
@@ -64,7 +64,8 @@ def url(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         fd, address = listening.fileno(), f"http://127.0.0.1:{listening.getsockname()[1]}"
         server = subprocess.Popen(  # noqa: S603 (our own app)
             [sys.executable, "-m", "uvicorn", "tests.integration.tokenizing_app:app",
-             "--fd", str(fd), "--log-level", "warning", "--no-access-log"],
+             "--fd", str(fd), "--log-level", "warning", "--no-access-log",
+             "--timeout-keep-alive", "120"],  # a client may be slow to use a connection again
             cwd=ROOT, env={**os.environ, "TOKENIZER": str(home)}, pass_fds=[fd],
             stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -90,7 +91,7 @@ def client(url: str) -> httpx.AsyncClient:
 
 
 async def ask_all(server: httpx.AsyncClient, path: str, bodies: list[Any]) -> list[Any]:
-    """Ask 32 at a time; httpx itself takes long over a long queue."""
+    """Send 32 requests at a time, because httpx is slow with a long queue."""
     gate = asyncio.Semaphore(32)
 
     async def one(body: Any) -> Any:
@@ -112,7 +113,7 @@ def metrics(url: str) -> dict[str, float]:
     return {one.name: one.value for one in samples if one.labels.get("model") == "chat"}
 
 
-def test_answers_under_load_are_the_plain_tokenizers(url: str, plain: Any) -> None:
+def test_answers_under_load_equal_the_plain_tokenizers(url: str, plain: Any) -> None:
     asked = [
         {"text": text, "add_special_tokens": special, "scope": scope}
         for text in TEXTS
@@ -138,7 +139,7 @@ def test_answers_under_load_are_the_plain_tokenizers(url: str, plain: Any) -> No
     assert after["tokcache_l0_bytes"] <= after["tokcache_l0_max_bytes"]
 
 
-def test_the_event_loop_runs_on_while_a_long_text_is_encoded(url: str, plain: Any) -> None:
+def test_the_event_loop_stays_free_while_a_long_text_is_encoded(url: str, plain: Any) -> None:
     async def load() -> tuple[Any, list[bool], list[Any]]:
         async with client(url) as server:
             await ask(server, "/tokenize", text="known already")
@@ -155,7 +156,7 @@ def test_the_event_loop_runs_on_while_a_long_text_is_encoded(url: str, plain: An
     assert long["n"] == len(expected)
     assert long["sha256"] == hashlib.sha256(array("i", expected)).hexdigest()
     assert long["n_ticks"] >= 20
-    assert done.count(False) >= 5  # others were answered before it was
+    assert done.count(False) >= 5  # other requests were answered first
     assert all(one == answers[0] for one in answers)
 
 
@@ -173,7 +174,7 @@ def test_a_long_text_that_many_ask_for_is_encoded_once(url: str) -> None:
     assert metrics(url)[name] - before[name] == 1
 
 
-def test_chats_from_threads_are_the_plain_tokenizers(url: str, plain: Any) -> None:
+def test_chats_encoded_in_threads_equal_the_plain_tokenizers(url: str, plain: Any) -> None:
     chats = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": "It depends."}]
         for text in TEXTS
@@ -187,7 +188,7 @@ def test_chats_from_threads_are_the_plain_tokenizers(url: str, plain: Any) -> No
         assert answer == plain.apply_chat_template(one, add_generation_prompt=True).data
 
 
-def test_bad_input_is_answered_and_harms_nobody(url: str, plain: Any) -> None:
+def test_bad_input_is_refused_and_other_requests_succeed(url: str, plain: Any) -> None:
     async def load() -> list[httpx.Response]:
         async with client(url) as server:
             post = server.post

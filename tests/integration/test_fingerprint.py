@@ -1,4 +1,4 @@
-"""What makes two states interchangeable: each part of it, changed alone, makes another key."""
+"""The fingerprint: each of its fields, changed alone, makes another one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def loaded() -> Any:
-    """Return what a Llama tells of itself, with llama.cpp's own default structures."""
+    """Return the attributes of a Llama that count, with llama.cpp's default structures."""
     return SimpleNamespace(
         context_params=llama_cpp.llama_context_default_params(),
         model_params=llama_cpp.llama_model_default_params(),
@@ -39,7 +39,7 @@ def files() -> LoadedFiles:
 
 
 def changed(name: str) -> Change:
-    """Return what gives one of the context's settings another value."""
+    """Return a function that gives one of the context's settings another value."""
 
     def change(llm: Any) -> None:
         value = getattr(llm.context_params, name)
@@ -51,7 +51,7 @@ def changed(name: str) -> Change:
 
 @pytest.mark.parametrize("block_tokens", [None, 256])
 @pytest.mark.parametrize("name", module._CONTEXT)
-def test_each_setting_of_the_context_makes_another_key(
+def test_each_setting_of_the_context_makes_another_fingerprint(
     name: str, block_tokens: int | None, files: LoadedFiles
 ) -> None:
     llm = loaded()
@@ -83,20 +83,22 @@ OTHERS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_each_setting_of_the_model_makes_another_key(what: str, files: LoadedFiles) -> None:
+@pytest.mark.parametrize("change", OTHERS)
+def test_each_setting_of_the_model_makes_another_fingerprint(
+    change: str, files: LoadedFiles
+) -> None:
     llm = loaded()
     before = fingerprint(llm, files, None)
-    OTHERS[what](llm)
+    OTHERS[change](llm)
     assert fingerprint(llm, files, None) != before
 
 
-def test_the_mode_and_its_block_length_make_other_keys(files: LoadedFiles) -> None:
-    keys = {fingerprint(loaded(), files, block_tokens) for block_tokens in (None, 128, 256)}
-    assert len(keys) == 3
+def test_the_mode_and_its_block_length_make_other_fingerprints(files: LoadedFiles) -> None:
+    made = {fingerprint(loaded(), files, block_tokens) for block_tokens in (None, 128, 256)}
+    assert len(made) == 3
 
 
-def test_files_make_other_keys(files: LoadedFiles) -> None:
+def test_files_make_other_fingerprints(files: LoadedFiles) -> None:
     lora = samples.tiny_lora(samples.tiny_model())
     with_lora = LoadedFiles.at(str(samples.tiny_model()), lora)
     other_lora = LoadedFiles.at(
@@ -108,9 +110,9 @@ def test_files_make_other_keys(files: LoadedFiles) -> None:
     assert other is not None
     scaled = loaded()
     scaled.lora_scale = 0.5
-    keys = {fingerprint(loaded(), each, None) for each in (files, with_lora, other_lora, other)}
-    keys.add(fingerprint(scaled, with_lora, None))
-    assert len(keys) == 5
+    made = {fingerprint(loaded(), each, None) for each in (files, with_lora, other_lora, other)}
+    made.add(fingerprint(scaled, with_lora, None))
+    assert len(made) == 5
     assert fingerprint(scaled, files, None) == fingerprint(loaded(), files, None)
 
 
@@ -123,30 +125,30 @@ def test_files_make_other_keys(files: LoadedFiles) -> None:
         ("LLAMA_SESSION_VERSION", 99),
     ],
 )
-def test_another_build_of_llama_cpp_makes_another_key(
+def test_another_build_of_llama_cpp_makes_another_fingerprint(
     name: str, value: Any, files: LoadedFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = fingerprint(loaded(), files, None)
     monkeypatch.setattr(llama_cpp, name, value)
-    module._SYSTEM.forget()
+    module._SYSTEM.reset()
     assert fingerprint(loaded(), files, None) != before
-    module._SYSTEM.forget()
+    module._SYSTEM.reset()
 
 
-def test_threads_that_ask_at_once_get_the_same_key(files: LoadedFiles) -> None:
-    module._SYSTEM.forget()  # llama.cpp's own answer is not safe to ask for at once
+def test_threads_that_ask_at_once_get_the_same_fingerprint(files: LoadedFiles) -> None:
+    module._SYSTEM.reset()  # llama.cpp's own answer must not be asked for at once
     with ThreadPoolExecutor(8) as pool:
-        made = pool.map(lambda _: fingerprint(loaded(), files, None), range(200))
-    assert len(set(made)) == 1
+        found = pool.map(lambda _: fingerprint(loaded(), files, None), range(200))
+    assert len(set(found)) == 1
 
 
-def test_every_setting_that_is_named_is_one_of_llama_cpps(files: LoadedFiles) -> None:
+def test_the_settings_are_those_of_llama_cpp(files: LoadedFiles) -> None:
     described = describe(loaded(), files, 256)
     settings = {**described["context"], **described["batches"]}
     assert {name for name, value in settings.items() if value is None} == set()
     known = {name for name, *_ in llama_cpp.llama_context_params._fields_}
-    # What says nothing about the numbers: callbacks, timings, samplers, room for other sequences.
-    silent = {
+    # Without influence on the numbers: callbacks, timings, samplers, room for other sequences.
+    other = {
         "ctx_other",
         "n_outputs_max",
         "n_outputs_max_per_seq",
@@ -160,4 +162,4 @@ def test_every_setting_that_is_named_is_one_of_llama_cpps(files: LoadedFiles) ->
         "n_samplers",
         "defrag_thold",
     }
-    assert known - set(settings) - silent == set()
+    assert known - set(settings) - other == set()

@@ -1,4 +1,4 @@
-"""Llama tells its cache what prefilling takes; a disk that is slower is left alone."""
+"""Llama tells its cache how long prefilling takes; a disk that is slower is not asked."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_a_disk_is_used_if_it_is_faster_than_prefilling(
     cache.close()
 
 
-def test_what_prefilling_takes_is_told_in_tokens_of_this_model() -> None:
+def test_the_cache_learns_how_long_this_model_takes_to_prefill() -> None:
     cache = store()
     llm = llama(cache)
     llm.create_completion(OTHER, **GREEDY)
     ((fingerprint, speed),) = cache._store._prefill.items()
-    assert fingerprint == llm._key()
+    assert fingerprint == llm._states._key()
     assert speed._n_tokens == len(OTHER)  # the answer's tokens, one by one, are not counted
     assert 0 < speed.seconds(1) < 1
     llm.close()

@@ -25,7 +25,7 @@ N_ANSWER = 6
 
 
 class Chat:
-    """A Llama that is asked by ids; counts what llama.cpp is given to decode."""
+    """A Llama that is asked with ids; counts the tokens that llama.cpp is given to decode."""
 
     def __init__(
         self, cache: PrefixStateCache, architecture: str = "llama", **settings: Any
@@ -67,7 +67,7 @@ class Chat:
 
 
 def shown_rate(cache: PrefixStateCache) -> float:
-    """Return what the dashboard shows for the samples that the collector exports."""
+    """Return the rate that the dashboard shows for the samples of the collector."""
     registry = CollectorRegistry()
     Collector(registry).add("m", cache)
     text = (Path(prometheus.__file__).parent / "grafana_dashboard.json").read_text()
@@ -110,14 +110,14 @@ def test_counters_add_up_to_the_prompts(architecture: str, reproducible: bool) -
     for seed in range(3):
         chat.converse()
         rng = random.Random(seed)
-        kept = A[: rng.randrange(1, 100)]  # it leaves a stored prefix inside a block
+        kept = A[: rng.randrange(1, 100)]  # it diverges inside a stored block
         chat.ask(kept + rng.choices(range(3, 500), k=3 * BLOCK))
     stats = cache.stats()
     assert stats.prompt_tokens == chat.n_prompt
     n_reused = stats.context_tokens + stats.restored_tokens
     assert n_reused == chat.n_prompt - (chat.n_decoded - chat.n_answered)
     assert stats.restored_tokens > 0
-    # A recurrent state can't go back, and in reproducible mode an answer is no part of it.
+    # A recurrent state can't go back, and in reproducible mode an answer's tokens are not reused.
     assert (stats.context_tokens > 0) == (architecture in ("llama", "gemma3") or not reproducible)
     assert shown_rate(cache) == pytest.approx(stats.token_hit_rate)
     chat.llm.close()
@@ -126,7 +126,7 @@ def test_counters_add_up_to_the_prompts(architecture: str, reproducible: bool) -
 def test_a_chat_completion_is_counted() -> None:
     cache = store()
     chat = Chat(cache, n_ctx=2048)
-    messages = [{"role": "user", "content": "hello world, what is new?"}]
+    messages = [{"role": "user", "content": "hello world, is it late?"}]
     for _ in range(2):
         chat.llm.create_chat_completion(messages, **GREEDY)
     reuse, stats = chat.llm.last_reuse, cache.stats()
@@ -136,7 +136,7 @@ def test_a_chat_completion_is_counted() -> None:
     chat.llm.close()
 
 
-def test_a_prompt_that_is_held_whole_is_counted_though_the_cache_is_not_asked() -> None:
+def test_a_prompt_that_the_context_holds_whole_is_counted_without_a_look_up() -> None:
     cache = store()
     chat = Chat(cache)
     for _ in range(3):
@@ -164,7 +164,7 @@ def test_a_model_that_runs_uncached_counts_its_prompts() -> None:
 
 
 def test_a_suspended_generation_is_one_prompt() -> None:
-    """Another request in between: what is decoded or restored to go on is no prompt's."""
+    """Tokens that are decoded or restored to resume a generation count for no prompt."""
     cache = store()
     for reproducible in (False, True):
         chat = Chat(cache, reproducible=reproducible)

@@ -26,6 +26,7 @@ from tests.integration.models import (
 )
 from tokcache import samples
 from tokcache.errors import (
+    FileChanged,
     InvalidConfig,
     InvalidModel,
     InvalidScope,
@@ -34,7 +35,6 @@ from tokcache.errors import (
     MissingExtra,
     MissingFile,
 )
-from tokcache.llama.file_digests import FileChanged
 from tokcache.llama.fingerprint import LoadedFiles
 from tokcache.llama.reasons import REASONS, explained
 
@@ -76,7 +76,7 @@ def test_a_scope_is_a_str_or_none() -> None:
         llama(scope=7)
 
 
-def test_without_llama_cpp_the_message_says_what_to_install(
+def test_without_llama_cpp_the_message_names_the_package_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -211,7 +211,7 @@ def test_settings_that_are_changed_later_are_checked_too() -> None:
 
 
 @pytest.mark.parametrize("token", [1 << 40, -(1 << 40), None, "x", 5.5, [5]])
-def test_what_can_be_no_token_id_is_named(token: Any) -> None:
+def test_a_wrong_token_id_is_named(token: Any) -> None:
     for llm in (llama(), llama(tokenizer=Tokenizer.from_file(str(samples.tiny_tokenizer())))):
         found = f"{token:,}" if isinstance(token, int) else type(token).__name__
         with pytest.raises(InvalidTokens, match=rf"not {re.escape(found)} \(at position 1\)"):
@@ -219,7 +219,7 @@ def test_what_can_be_no_token_id_is_named(token: Any) -> None:
         assert llm.create_completion([5, 6], **GREEDY)["usage"]["prompt_tokens"] == 2
 
 
-QUOTED = "a prompt that no error may quote"
+QUOTED = "a prompt that must not be in an error"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -245,7 +245,7 @@ QUOTED = "a prompt that no error may quote"
         ("", InvalidTokens, "no tokens"),
     ],
 )
-def test_a_prompt_that_is_none_is_a_clear_error_where_the_plain_one_is_raw(
+def test_a_wrong_prompt_is_a_clear_error_where_llama_cpp_has_a_raw_one(
     prompt: Any, error: type[Exception], words: str, stream: bool
 ) -> None:
     ours, theirs = llama(store()), plain()
@@ -265,7 +265,7 @@ def test_a_prompt_that_is_none_is_a_clear_error_where_the_plain_one_is_raw(
     ours.close()
 
 
-def test_prompts_that_the_plain_one_takes_are_taken() -> None:
+def test_prompts_that_llama_cpp_takes_are_taken() -> None:
     ours, theirs = llama(store(), reproducible=True), plain()
     for prompt in ([5, 6], [np.int64(5), np.int32(6)], [True, 6], "Hello", " "):
         theirs.reset()
@@ -319,7 +319,7 @@ UNCACHED: dict[str, dict[str, Any]] = {
         "cache": {"block_tokens": 256},
         "reproducible": True,
     },
-    "window_off_the_grid": {
+    "window_not_aligned": {
         "model": "gemma3",
         "cache": {"block_tokens": 20},
         "reproducible": True,
@@ -338,7 +338,7 @@ def test_a_llama_that_will_run_uncached_warns_once_with_the_cure(
     if "model" in settings:
         settings["model"] = samples.tiny_model(architecture=settings["model"])
     if settings.pop("unknown", False):
-        monkeypatch.setattr("tokcache.llama.memories.ARCHITECTURES", frozenset())
+        monkeypatch.setattr("tokcache.llama.memory_type.ARCHITECTURES", frozenset())
     with caplog.at_level(logging.DEBUG, "tokcache"):
         llm = llama(cache, **settings)
         if not settings.get("embedding"):
@@ -353,14 +353,14 @@ def test_a_llama_that_will_run_uncached_warns_once_with_the_cure(
     llm.close()
 
 
-def test_a_llama_that_is_cached_or_has_no_cache_warns_of_nothing(
+def test_a_llama_that_is_cached_or_has_no_cache_does_not_warn(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, "tokcache"):
         llama(store()).close()
         llm = llama(logits_all=True)
         assert caplog.records == []
-        # A cache that is set later brings nothing either; said once.
+        # A cache that is set later is not used either; the log says so once.
         for _ in range(2):
             llm.prefix_cache = store()
         assert len(caplog.records) == 1
@@ -368,7 +368,7 @@ def test_a_llama_that_is_cached_or_has_no_cache_warns_of_nothing(
 
 
 def test_every_reason_has_a_cause_and_a_cure() -> None:
-    assert "swa_full=True" in explained("window_off_the_grid")
+    assert "swa_full=True" in explained("window_not_aligned")
     assert explained("architecture: deepseek2").startswith("architecture: deepseek2 (")
     assert explained("fingerprint_failed") == "fingerprint_failed"
 
@@ -376,7 +376,7 @@ def test_every_reason_has_a_cause_and_a_cure() -> None:
 def test_llama_cpps_server_needs_logits_all_switched_off(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its ModelSettings say logits_all=True: tokcache's Llama then caches nothing, and says so."""
+    """Its ModelSettings have logits_all=True: Llama then caches no states, and warns."""
     pytest.importorskip("pydantic_settings", reason="needs llama-cpp-python[server]")
     from llama_cpp.server.model import LlamaProxy  # noqa: PLC0415
     from llama_cpp.server.settings import ModelSettings  # noqa: PLC0415
@@ -401,7 +401,7 @@ def test_llama_cpps_server_needs_logits_all_switched_off(
         assert (cache.stats().n_entries > 0) == (n_warnings == 0)
 
 
-def test_a_llama_tells_what_it_is() -> None:
+def test_the_repr_names_model_context_and_settings() -> None:
     llm = llama(store(), reproducible=True, scope="a")
     name = Path(llm.model_path).name
     llm.create_completion([5, 6, 7], **GREEDY)

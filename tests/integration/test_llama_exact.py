@@ -72,14 +72,14 @@ def test_reproducible_context_reuse_is_equal_without_a_cache(pair: tuple[Any, An
     assert reused > 500
 
 
-def test_a_conversation_that_takes_up_its_own_answers_is_equal(pair: tuple[Any, Any]) -> None:
+def test_a_conversation_that_continues_its_own_answers_is_equal(pair: tuple[Any, Any]) -> None:
     cached, uncached = pair
     prompt = list(range(5, 100))
     for turn in range(4):
         uncached.reset()
-        # Generated one by one, an answer's positions are not what a prefill of them would give.
+        # An answer is decoded token by token: a prefill of it gives other last bits.
         answer = assert_equal_answers(cached, uncached, prompt, n=2 * BLOCK + 5)
-        assert cached._n_grid <= len(prompt)
+        assert cached._record.n_aligned <= len(prompt)
         prompt = prompt + answer + list(range(50 + turn, 60 + turn))
     assert cached.last_reuse.n_in_context > BLOCK
 
@@ -116,7 +116,7 @@ def test_negative_control_a_block_of_other_tokens_changes_the_answer(
     pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached, uncached = pair
-    monkeypatch.setattr("tokcache.state.index.BlockIndex.longest", _first_chain_whatever_the_tokens)
+    monkeypatch.setattr("tokcache.state.index.BlockIndex.longest", _first_chain_of_any_tokens)
     list(_taken(cached, list(range(100, 200))))
     cached.reset()
     uncached.reset()
@@ -125,7 +125,7 @@ def test_negative_control_a_block_of_other_tokens_changes_the_answer(
     assert cached.last_reuse.n_restored > 0
 
 
-def _first_chain_whatever_the_tokens(_self: Any, root: Any, _tokens: Any, **_: Any) -> Any:
+def _first_chain_of_any_tokens(_self: Any, root: Any, _tokens: Any, **_: Any) -> Any:
     from tokcache.state.index import Match  # noqa: PLC0415
 
     nodes = []
@@ -186,7 +186,7 @@ def test_states_are_found_by_another_llama_of_the_same_settings_only() -> None:
     def restored(**settings: Any) -> int:
         llm = llama(cache, **settings)
         list(_taken(llm, prompt))
-        llm.close()  # what was decoded is saved
+        llm.close()  # it saves the decoded state
         return int(llm.last_reuse.n_restored)
 
     assert restored() == 79
@@ -202,7 +202,7 @@ def test_states_are_found_by_another_llama_of_the_same_settings_only() -> None:
     assert restored(reproducible=True) == 64
 
 
-def test_a_lora_gives_what_the_uncached_lora_gives() -> None:
+def test_a_lora_gives_the_answers_of_the_uncached_lora() -> None:
     lora = str(samples.tiny_lora(samples.tiny_model()))
     cache, settings = store(), {"reproducible": True}
     base = llama(cache, **settings)
@@ -290,7 +290,7 @@ def test_a_restore_that_raises_never_reaches_the_request(monkeypatch: pytest.Mon
 def test_reproducible_mode_that_is_set_later_starts_from_nothing(block_tokens: int) -> None:
     cached = llama(store())
     uncached = llama(reproducible=True)
-    prompt = list(range(5, 5 + 6 * 48))  # ends on either grid
+    prompt = list(range(5, 5 + 6 * 48))  # a multiple of either block length
     list(_taken(cached, prompt))
     uncached.block_tokens = block_tokens
     cached.prefix_cache = store(block_tokens=block_tokens)
@@ -313,11 +313,11 @@ def test_no_state_of_the_default_mode_is_served_after_a_change_of_mode() -> None
     assert restored == [False, False, True, True]
 
 
-def test_a_generation_suspend_brings_no_grid_back_into_another_mode() -> None:
+def test_a_suspended_generation_is_not_aligned_after_a_change_of_block_tokens() -> None:
     llm = llama(reproducible=True)
     paused = llm.generate(list(range(5, 300)), temp=0.0)
     next(paused)
     list(_taken(llm, [7, 8, 9]))
     llm.block_tokens = 48
     next(paused)
-    assert llm._n_grid == 0
+    assert llm._record.n_aligned == 0

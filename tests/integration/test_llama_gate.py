@@ -1,8 +1,8 @@
-"""How long the users of one Llama wait for each other, and what keeps a Llama alive.
+"""How long the users of one Llama wait for each other, and when a Llama is freed.
 
 Waiting is counted in calls of llama_decode, not in seconds: a decode is stopped in the middle
-(`Decodes`), the others take their places behind it, and each decode that starts before they are
-served is counted.
+(`Decodes`), the other threads queue up, and each decode that starts before they are served is
+counted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Decodes:
 
 
 class Worker(threading.Thread):
-    """A thread whose result or error can be asked for."""
+    """A thread that returns its result or raises its error in `result`."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
@@ -158,7 +158,7 @@ def test_a_call_waits_for_the_decode_in_progress_alone(
     waiting.result()
     # The generation may start its next decode before this thread reads the counter.
     assert n_decodes[0] <= 1
-    # It goes on as if nothing had happened.
+    # The generation is not disturbed.
     assert generation.result() == expected[0]
     assert answer(llm, PROMPTS[0]) == expected[0]
     assert llm.prefix_cache.stats().refusals == {}
@@ -212,7 +212,7 @@ def test_the_model_closes_within_a_decode(
     assert decodes.n == stop_at
     with pytest.raises(ModelClosed):
         generation.result()
-    # Nothing wrong was saved.
+    # No wrong state was saved.
     cache._check()
     after = model(
         cache=cache, model=samples.tiny_model(architecture=architecture), reproducible=True
@@ -271,7 +271,7 @@ def test_waiters_are_served_in_the_order_of_arrival() -> None:
 
 
 def test_two_streams_of_one_thread_do_not_starve_a_third() -> None:
-    """Each of them is never idle for long: the third gets in when the two change places."""
+    """Neither of them is ever idle for long: the third enters when the two alternate."""
     llm = model(reproducible=True)
     expected = [answer(llm, prompt) for prompt in PROMPTS[:3]]
     streams = [llm.create_completion(prompt, stream=True, **LONG) for prompt in PROMPTS[:2]]
@@ -333,7 +333,7 @@ def test_an_interrupted_waiter_leaves_the_queue() -> None:
 
 
 class Interrupting(threading.Condition):
-    """Where a Ctrl-C arrives as soon as somebody else is inside."""
+    """A condition whose `wait` raises KeyboardInterrupt as soon as another thread is inside."""
 
     inside = threading.Event()
 
@@ -375,7 +375,7 @@ def test_an_interrupt_in_a_pause_is_raised_once_the_gate_is_held(
     llm.close()
 
 
-# What keeps a model alive
+# Which references keep a model alive
 
 
 @contextmanager
@@ -435,7 +435,7 @@ KEPT: dict[str, Callable[[Any], Any]] = {
 
 
 def is_freed(llm_made: Callable[[], Any], use: Callable[[Any], Any], *, first: str) -> list[bool]:
-    """Return whether the model was freed after each of two drops: of the model, of what it gave."""
+    """Drop the model and its result; return after each drop whether the model was freed."""
     llm = llm_made()
     freed: list[int] = []
     llm._stack.callback(freed.append, 1)
@@ -478,7 +478,7 @@ def test_an_abandoned_stream_is_saved_at_the_next_request() -> None:
 
 @pytest.mark.parametrize("lock", ["cache", "gate", "step of another thread"])
 def test_nothing_waits_in_a_garbage_collection(lock: str) -> None:
-    """A generator of the user's that delegates to a stream closes it when it is collected."""
+    """A generator of the user that delegates to a stream closes it when it is collected."""
     llm = model()
     stream = llm.create_completion(PROMPTS[0], stream=True, **LONG)
 

@@ -85,7 +85,9 @@ def test_a_stream_is_saved_when_it_ends_is_closed_or_fails(llm: Any) -> None:
         next(closed)
 
 
-def test_an_abandoned_stream_blocks_nobody_and_is_saved(llm: Any, expected: dict[str, str]) -> None:
+def test_an_abandoned_stream_blocks_no_other_and_is_saved(
+    llm: Any, expected: dict[str, str]
+) -> None:
     abandoned = llm.create_completion(PROMPTS[0], stream=True, **LONG)
     next(abandoned)
     del abandoned
@@ -95,7 +97,7 @@ def test_an_abandoned_stream_blocks_nobody_and_is_saved(llm: Any, expected: dict
     assert llm.last_reuse.n_restored > 0
 
 
-def test_a_stream_that_is_kept_but_not_asked_blocks_nobody(
+def test_a_stream_that_is_kept_but_not_read_blocks_no_other(
     llm: Any, expected: dict[str, str]
 ) -> None:
     kept = stream(llm, PROMPTS[0])
@@ -113,7 +115,7 @@ def test_a_stream_that_is_kept_but_not_asked_blocks_nobody(
 
 
 @pytest.mark.parametrize("reproducible", [True, False])
-def test_interleaved_streams_give_what_each_gives_alone(reproducible: bool) -> None:
+def test_interleaved_streams_give_the_same_as_alone(reproducible: bool) -> None:
     alone, llm = llama(reproducible=reproducible), llama(store(), reproducible=reproducible)
     answers = []
     for prompt in PROMPTS[1:]:
@@ -189,9 +191,12 @@ def test_a_stream_may_move_from_thread_to_thread(llm: Any, expected: dict[str, s
 def test_a_stream_whose_state_is_lost_says_so(
     llm: Any, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def no_memory() -> None:
+        raise MemoryError
+
     kept = stream(llm, PROMPTS[0])
     next(kept)
-    monkeypatch.setattr(type(llm), "_snapshot", lambda _: None)
+    monkeypatch.setattr(llm._sequence, "snapshot", no_memory)
     assert text(llm.create_completion(PROMPTS[1], **LONG)) == expected[PROMPTS[1]]
     with pytest.raises(StateError, match="suspended"):
         next(kept)

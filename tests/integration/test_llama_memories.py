@@ -1,4 +1,4 @@
-"""Every memory that llama.cpp has: what is restored is what an uncached run computes.
+"""Every memory type of llama.cpp: a restored state is that of an uncached run.
 
 Logits are compared at all positions that are decoded after a restore. In reproducible mode they
 must be equal bit for bit. So must those of recurrent memories and hybrids in the default mode, to
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import tokcache.llama.memories
+import tokcache.llama.memory_type
 from tests.integration.models import (
     BLOCK,
     GREEDY,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 F16, Q8_0 = 1, 8
 N_CTX = 1024
-# Of the default mode, where what is held was decoded in other batches than what is stored, or a
+# Of the default mode, where held and stored positions were decoded in different batches, or a
 # window's cells come to lie elsewhere. A wrong state differs by 0.2 to 9.
 TOLERANCE = 0.05
 
@@ -59,7 +59,7 @@ MEMORIES = {
 }
 RECURRENT = {"mamba", "mamba2", "lfm2", "granitehybrid", "falcon-h1", "hybrid with a window"}
 WINDOWED = {"window", "window, full", "hybrid with a window"}
-# What a small memory, a full queue and evictions may cost.
+# Refusals that a small memory, a full queue and evictions may cause.
 ALLOWED = {"tail_without_blocks", "save_failed", "entries_in_use", "disk: queue_full"}
 IS_ALL = os.environ.get("TOKCACHE_MEMORIES") == "1"
 # flash attention, type of K and V, tokens a micro-batch
@@ -115,9 +115,9 @@ def conversations(ask: Callable[[list[int], int], list[int]], seed: int = 0) -> 
         a += ask(a, 6) + fresh(rng, 11)
         b += ask(b, BLOCK + 3) + fresh(rng, 2 * BLOCK - 5)
     ask(a, 3)
-    ask(a, 3)  # what the context holds
+    ask(a, 3)  # the context holds it
     ask(b, 3)
-    ask(a, 3)  # what it does not
+    ask(a, 3)  # the context does not hold it
     ask(a[: 2 * BLOCK + 9] + fresh(rng, 20), 5)  # another way, from the middle of a block
     ask(a[: 3 * BLOCK] + fresh(rng, 1), 2)
     ask(b[: 4 * BLOCK], 2)  # ends with a block
@@ -144,8 +144,8 @@ def differences(cached: Any, expected: Any, first: int, stop: int | None = None)
 # Reproducible mode
 
 
-class Twins:
-    """The same model cached, and with nothing in its context, ever; reproducible both."""
+class Pair:
+    """A cached model, and an uncached one that begins with an empty context; both reproducible."""
 
     def __init__(self, memory: str, cache: Any = None, **settings: Any) -> None:
         self.cached = model(memory, cache or store(), reproducible=True, **settings)
@@ -174,38 +174,38 @@ class Twins:
 def test_reproducible_logits_are_equal_bit_for_bit(
     memory: str, flash: bool, kind: int, n_ubatch: int
 ) -> None:
-    twins = Twins(memory, **combined(flash, kind, n_ubatch))
-    conversations(twins.ask)
-    stats = twins.cached.prefix_cache.stats()
+    pair = Pair(memory, **combined(flash, kind, n_ubatch))
+    conversations(pair.ask)
+    stats = pair.cached.prefix_cache.stats()
     assert stats.refusals == {}
     assert stats.restored_tokens > 40 * BLOCK
-    assert twins.n_compared > 1000
-    twins.cached.prefix_cache._check()
-    twins.close()
+    assert pair.n_compared > 1000
+    pair.cached.prefix_cache._check()
+    pair.close()
 
 
 @every_memory
 def test_completions_and_streams_give_the_uncached_text(memory: str) -> None:
-    twins = Twins(memory)
+    pair = Pair(memory)
     prompts = ["The import system of Python: " * 12, "Hello " * 40, "The import system " * 20]
     n_restored = 0
     for prompt in (*prompts, *prompts):
-        twins.uncached.reset()
+        pair.uncached.reset()
         texts = [
-            text(llm.create_completion(prompt, **GREEDY)) for llm in (twins.cached, twins.uncached)
+            text(llm.create_completion(prompt, **GREEDY)) for llm in (pair.cached, pair.uncached)
         ]
-        n_restored += twins.restored()
-        parts = twins.cached.create_completion(prompt, stream=True, **GREEDY)
+        n_restored += pair.restored()
+        parts = pair.cached.create_completion(prompt, stream=True, **GREEDY)
         assert texts == ["".join(text(part) for part in parts)] * 2
     assert n_restored >= 3 * 2 * BLOCK
-    twins.close()
+    pair.close()
 
 
 # The default mode
 
 
 class Recorded:
-    """A cached model in the default mode, and one that repeats the batches behind its state."""
+    """A cached model in the default mode, and one that repeats the batches of its state."""
 
     def __init__(self, memory: str, cache: Any = None, **settings: Any) -> None:
         self.memory = memory
@@ -232,7 +232,7 @@ class Recorded:
             rest = hold(tokens)
             n_held = len(prompt) - len(rest)
             if self.cached.last_reuse.n_restored:
-                self.batches = self.behind(prompt[:n_held])
+                self.batches = self.batches_of(prompt[:n_held])
             else:
                 self.batches = cut(self.batches, n_held)
             return rest
@@ -243,7 +243,7 @@ class Recorded:
         self.compare(len(prompt) - self.cached.last_reuse.n_decoded)
         return tokens
 
-    def behind(self, prefix: list[int]) -> list[tuple[list[int], int]]:
+    def batches_of(self, prefix: list[int]) -> list[tuple[list[int], int]]:
         """Return the batches of the run that first held `prefix`, and could be saved there."""
         n = len(prefix)
         for ids, batches in self.runs:
@@ -260,7 +260,7 @@ class Recorded:
             done += n_kept
             if n_kept < len(tokens):
                 assert llama_cpp.llama_memory_seq_rm(llm._sequence._memory, 0, done, -1)
-                llm._n_tokens = done
+                llm._record.trimmed(done)
         assert llm.n_tokens == self.cached.n_tokens
         self.worst = max(self.worst, differences(self.cached, llm, first))
         self.n_compared += self.cached.n_tokens - first
@@ -315,11 +315,11 @@ def test_blocks_larger_than_a_window_are_kept_in_parts(memory: str, n_ubatch: in
     recorded.close()
 
 
-# What is decoded at all
+# How much is decoded
 
 
 @every_memory
-def test_only_what_is_new_is_decoded(memory: str) -> None:
+def test_only_new_tokens_are_decoded(memory: str) -> None:
     llm = model(memory, store())
     rng = random.Random(1)
     a, b = fresh(rng, 2 * BLOCK + 6), fresh(rng, 3 * BLOCK + 17)
@@ -380,14 +380,14 @@ def test_logits_after_a_restart_are_equal(memory: str, tmp_path: Path) -> None:
     prompt = fresh(random.Random(3), 5 * BLOCK + 9)
     for n_restored in (0, 5 * BLOCK):
         cache = store(disk=tmp_path)
-        twins = Twins(memory, cache, flash_attn=True)
-        twins.ask(prompt)
-        assert twins.restored() == n_restored
-        twins.close()
+        pair = Pair(memory, cache, flash_attn=True)
+        pair.ask(prompt)
+        assert pair.restored() == n_restored
+        pair.close()
         cache.close()
 
 
-# What goes wrong
+# Failures
 
 
 @every_memory
@@ -458,9 +458,36 @@ def test_interleaved_generations_are_those_of_each_alone(
         stream.close()
 
 
+@pytest.mark.parametrize("memory", sorted(WINDOWED))
+@pytest.mark.parametrize("change", ["prefix_cache", "reproducible"])
+def test_a_generation_that_is_suspended_after_a_change_of_settings_is_resumed(
+    memory: str, change: str
+) -> None:
+    settings: dict[str, Any] = {"flash_attn": True, "n_ubatch": 64, "reproducible": True}
+    cached, alone = model(memory, store(), **settings), model(memory, **settings)
+    rng = random.Random(14)
+    prompt, other = fresh(rng, 12 * BLOCK + 3), fresh(rng, 10 * BLOCK)
+    stream = cached.generate(prompt, temp=0.0)
+    tokens = [next(stream) for _ in range(3)]
+    if change == "prefix_cache":
+        cached.prefix_cache = store()
+    else:
+        cached.reproducible = False
+        cached.reproducible = True
+    answer(cached, other, 1)
+    tokens += [next(stream) for _ in range(9)]
+    stream.close()
+    alone.eval(prompt)
+    for token in tokens[:-1]:
+        alone.eval([token])
+    # It no longer knows its batches, so it goes back to a snapshot, which moves a window's cells.
+    assert differences(cached, alone, len(prompt)) <= TOLERANCE
+    assert cached._sequence.end() == cached.n_tokens
+
+
 @every_memory
 @pytest.mark.parametrize("reproducible", [True, False])
-def test_whatever_happens_in_between(
+def test_restores_are_right_after_any_disturbance(
     memory: str, reproducible: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts that branch anywhere, among failures, pauses, evictions and restarts."""
@@ -487,7 +514,7 @@ def test_whatever_happens_in_between(
             uncached.reset()
             answers = [answer(llm, prompt, 5) for llm in (cached, uncached)]
             first = len(prompt) - cached.last_reuse.n_decoded
-            # What follows may be other tokens, where two are all but equally likely.
+            # The answers may differ, where two tokens are almost equally likely.
             stop = None if reproducible else len(prompt)
             worst = differences(cached, uncached, first, stop)
             assert worst <= (0.0 if reproducible else 3 * TOLERANCE), (seed, event)
@@ -531,20 +558,20 @@ def disturb(
         llm.reset()
         llm.eval(prompt[: len(prompt) // 2 + 1])
         llm.n_tokens = llm.n_tokens // 2
-        if llm._memory.is_plain:
+        if llm._states.memory.is_plain:
             llm.eval(fresh(rng, 20))
     return []
 
 
 @every_memory
-def test_positions_that_a_user_goes_back_on_are_saved_where_that_is_sound(memory: str) -> None:
+def test_positions_before_an_assigned_n_tokens_are_saved_where_they_are_intact(memory: str) -> None:
     llm = model(memory, store())
     rng = random.Random(6)
     ids, other = fresh(rng, 4 * BLOCK), fresh(rng, 2 * BLOCK)
     llm.eval(ids)
     llm.n_tokens = BLOCK + 3  # as llama_cpp does with drafts; it goes on with any state
     if memory in RECURRENT:
-        assert llm._n_own == 0
+        assert llm._record.n_known == 0
         prompt = ids[: BLOCK + 3]
     else:
         llm.eval(other)
@@ -559,7 +586,7 @@ def test_positions_that_a_user_goes_back_on_are_saved_where_that_is_sound(memory
     assert llm.last_reuse.n_restored == (BLOCK if memory in RECURRENT else len(prompt))
 
 
-# Negative controls: a wrong restore is seen by the same comparison
+# Negative controls: the same comparison finds a wrong restore
 
 
 def test_control_covers_every_memory() -> None:
@@ -572,17 +599,17 @@ def test_control_covers_every_memory() -> None:
 
 
 @every_memory
-def test_control_a_block_of_another_prompt_is_seen(memory: str) -> None:
-    twins = Twins(memory)
+def test_control_a_block_of_another_prompt_is_found(memory: str) -> None:
+    pair = Pair(memory)
     rng = random.Random(7)
     prompts = [fresh(rng, 3 * BLOCK + 2) for _ in range(2)]
     for prompt in prompts:
-        twins.ask(prompt)
-    swap_last_blocks(twins.cached.prefix_cache, 2 * BLOCK)
-    twins.cached.reset()
+        pair.ask(prompt)
+    swap_last_blocks(pair.cached.prefix_cache, 2 * BLOCK)
+    pair.cached.reset()
     with pytest.raises(AssertionError):
-        twins.ask(prompts[0])
-    assert twins.restored() == 3 * BLOCK
+        pair.ask(prompts[0])
+    assert pair.restored() == 3 * BLOCK
 
 
 def swap_last_blocks(cache: Any, start: int) -> None:
@@ -596,7 +623,7 @@ def swap_last_blocks(cache: Any, start: int) -> None:
 
 
 @every_memory
-def test_control_a_tail_of_another_prompt_is_seen(memory: str) -> None:
+def test_control_a_tail_of_another_prompt_is_found(memory: str) -> None:
     recorded = Recorded(memory)
     rng = random.Random(8)
     prompts = [fresh(rng, BLOCK + 2) for _ in range(2)]
@@ -623,34 +650,36 @@ def swap_tails(cache: Any) -> None:
 
 
 @pytest.mark.parametrize("memory", sorted(set(MEMORIES) - {"mamba", "mamba2"}))
-def test_control_a_hole_that_no_position_tells_of_is_seen(memory: str) -> None:
-    twins = Twins(memory)
+def test_control_a_hole_that_no_position_shows_is_found(memory: str) -> None:
+    pair = Pair(memory)
     prompt = fresh(random.Random(9), 4 * BLOCK + 9)
-    twins.ask(prompt)
-    twins.cached.reset()
-    restore = twins.cached._keeper.restore
+    pair.ask(prompt)
+    pair.cached.reset()
+    restore = pair.cached._states.keeper.restore
 
     def with_a_hole(*args: Any) -> Any:
         restored = restore(*args)
-        memory = twins.cached._sequence._memory
+        memory = pair.cached._sequence._memory
         # Of the last block: a model that has but windows would not miss an earlier one.
         llama_cpp.llama_memory_seq_rm(memory, 0, 3 * BLOCK, 4 * BLOCK - 8)
-        assert twins.cached._sequence.end() == 4 * BLOCK
+        assert pair.cached._sequence.end() == 4 * BLOCK
         return restored
 
-    twins.cached._keeper.restore = with_a_hole
+    pair.cached._states.keeper.restore = with_a_hole
     with pytest.raises(AssertionError):
-        twins.ask(prompt)
-    assert twins.restored() == 4 * BLOCK
+        pair.ask(prompt)
+    assert pair.restored() == 4 * BLOCK
 
 
-def test_control_a_cut_that_llama_cpp_calls_fine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_a_wrong_cut_that_llama_cpp_accepts_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     recorded = Recorded("window", n_ubatch=64)
     prompt = fresh(random.Random(10), 20 * BLOCK)
     branch = prompt[: 6 * BLOCK] + [7] * 20
     recorded.ask(prompt)
     recorded.ask(branch)
-    assert recorded.cached.last_reuse.n_in_context == 0  # not cut, but restored
+    assert recorded.cached.last_reuse.n_in_context == 0  # it was restored, not cut
     assert recorded.worst <= TOLERANCE
     recorded.ask(prompt)
     monkeypatch.setattr(Sequence, "_has_before", lambda *_, **__: True)
@@ -660,33 +689,33 @@ def test_control_a_cut_that_llama_cpp_calls_fine_is_seen(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("memory", sorted(RECURRENT - {"mamba", "mamba2"}))
-def test_control_blocks_that_are_saved_later_are_seen(
+def test_control_blocks_that_are_saved_too_late_are_found(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twins = Twins(memory)
+    pair = Pair(memory)
     prompt = fresh(random.Random(11), 3 * BLOCK + 9)
-    cached = twins.cached
-    monkeypatch.setattr(type(cached), "_save_as_reached", lambda _: None)
-    twins.ask(prompt)
+    cached = pair.cached
+    monkeypatch.setattr(cached._states, "save_as_reached", lambda: None)
+    pair.ask(prompt)
     monkeypatch.setattr(Sequence, "_require_span", lambda *_: None)
-    cached._save(2 * BLOCK)
+    cached._states.save(2 * BLOCK)
     cached.reset()
-    twins.ask(prompt)  # the state's position is not the blocks': it is found out
+    pair.ask(prompt)  # the state's position is not the blocks': it is found out
     assert cached.prefix_cache.stats().refusals == {"restore_incomplete": 1}
     monkeypatch.setattr(Keeper, "_checked", lambda _, __, start, stop, ___: Restored(start, stop))
     cached.reset()
     with pytest.raises((AssertionError, RuntimeError)):
-        twins.ask(prompt)
+        pair.ask(prompt)
     assert cached.prefix_cache.stats().saved_blocks == 2
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
-    ("block_tokens", "reason"), [(48, "window_smaller_than_block"), (24, "window_off_the_grid")]
+    ("block_tokens", "reason"), [(48, "window_smaller_than_block"), (24, "window_not_aligned")]
 )
-def test_a_window_that_would_come_to_lie_elsewhere_is_refused(
+def test_a_window_that_would_be_restored_to_other_cells_is_refused(
     block_tokens: int, reason: str
 ) -> None:
     architecture, _ = MEMORIES["window"]
@@ -710,8 +739,8 @@ def test_an_unknown_architecture_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "tokcache")
-    known = tokcache.llama.memories.ARCHITECTURES
-    monkeypatch.setattr(tokcache.llama.memories, "ARCHITECTURES", known - {"lfm2"})
+    known = tokcache.llama.memory_type.ARCHITECTURES
+    monkeypatch.setattr(tokcache.llama.memory_type, "ARCHITECTURES", known - {"lfm2"})
     llm = model("lfm2", store())
     for _ in range(2):
         answer(llm, list(range(100, 180)))
@@ -722,13 +751,13 @@ def test_an_unknown_architecture_is_refused(
 
 
 def test_a_memory_that_behaves_unlike_its_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = tokcache.llama.memories.Memory.of.__func__  # type: ignore[attr-defined]
+    of = tokcache.llama.memory_type.MemoryType.of.__func__  # type: ignore[attr-defined]
 
     def mistaken(_: Any, ctx: Any, /, **settings: Any) -> Any:
-        found = of(tokcache.llama.memories.Memory, ctx, **settings)
-        return tokcache.llama.memories.Memory("attention", refusal=found.refusal)
+        found = of(tokcache.llama.memory_type.MemoryType, ctx, **settings)
+        return tokcache.llama.memory_type.MemoryType("attention", refusal=found.refusal)
 
-    monkeypatch.setattr(tokcache.llama.memories.Memory, "of", classmethod(mistaken))
+    monkeypatch.setattr(tokcache.llama.memory_type.MemoryType, "of", classmethod(mistaken))
     for memory in ("mamba", "lfm2", "window"):
         llm = model(memory, store())
         answer(llm, list(range(100, 180)))
@@ -738,17 +767,17 @@ def test_a_memory_that_behaves_unlike_its_kind_is_refused(monkeypatch: pytest.Mo
 
 
 def test_a_tail_whose_blocks_are_gone_is_not_used() -> None:
-    twins = model("lfm2", store())
+    pair = model("lfm2", store())
     expected = model("lfm2", store())
     prompt = fresh(random.Random(12), 2 * BLOCK + 9)
-    answer(twins, prompt)
-    memory = twins.prefix_cache._store.memory
+    answer(pair, prompt)
+    memory = pair.prefix_cache._store.memory
     for node in list(memory.index.nodes()):
         memory.remove(node)
-    twins.reset()
-    assert answer(twins, prompt) == answer(expected, prompt)
-    assert twins.last_reuse.n_decoded == len(prompt)
-    assert twins.prefix_cache.stats().refusals == {"tail_without_blocks": 1}
+    pair.reset()
+    assert answer(pair, prompt) == answer(expected, prompt)
+    assert pair.last_reuse.n_decoded == len(prompt)
+    assert pair.prefix_cache.stats().refusals == {"tail_without_blocks": 1}
 
 
 @pytest.mark.parametrize("memory", ["mamba", "lfm2"])

@@ -1,4 +1,4 @@
-"""Which contexts are cached at all, and positions that no token wrote."""
+"""Contexts that are not cached, and positions that something else than a token wrote."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_contexts_that_need_every_row_run_uncached(settings: Any, reason: str) -
     llm = llama(store(), **settings)
     if reason == "embedding_context":
         assert len(llm.embed("Hello")) > 0
-        assert llm._uncached == reason
+        assert llm._states.uncached == reason
         return
     for _ in range(2):
         answer = llm.create_completion("Hello " * 40, logprobs=2, **GREEDY)
@@ -86,10 +86,10 @@ def test_two_images_with_the_same_text_around_them(reproducible: bool) -> None:
     cached.prefix_cache._check()
 
 
-def test_what_lay_at_image_positions_never_matches_a_prompt() -> None:
+def test_ids_of_an_earlier_prompt_at_image_positions_never_match_a_prompt() -> None:
     handler = ImageHandler()
     cached, uncached = llama(store(), chat_handler=handler), llama()
-    # This prompt's ids lie in input_ids where the image's positions come to be.
+    # This prompt's ids are in input_ids where the image is written later.
     prompt = cached.tokenize(b"Look at " * 30 + b"the same words, over and over " * 12)
     next(cached.generate(prompt, temp=0.0))
     before = cached.tokenize(b"Look at " * 30, special=True)
@@ -105,7 +105,7 @@ def test_a_handlers_stream_that_another_request_overtakes() -> None:
     alone = ask(cached, 1)
     message = [{"role": "user", "content": ("Look at " * 30, 1, " what is it?")}]
     streamed = cached.create_chat_completion(message, stream=True)
-    # Filled already, not one token asked for: another request comes first.
+    # The context is filled, and another request comes before the first token is sampled.
     assert text(cached.create_completion("Hello " * 30, **GREEDY))
     assert "".join(text(part) for part in streamed) == alone
 
@@ -121,7 +121,21 @@ def test_positions_after_a_foreign_state_are_not_saved() -> None:
     assert llm.prefix_cache.stats().saved_tokens == 0
 
 
-def test_blocks_restored_after_a_foreign_state_make_nothing_savable() -> None:
+def test_a_state_that_can_not_be_loaded_leaves_an_empty_context() -> None:
+    llm, other = llama(store()), llama()
+    other.eval([5] * 50)
+    state = other.save_state()
+    state.llama_state = bytes(len(state.llama_state))
+    llm.eval([7] * 20)
+    with pytest.raises(RuntimeError, match="Failed to set llama state"):
+        llm.load_state(state)
+    assert llm.n_tokens == llm._sequence.end() == 0
+    llm._record._check()
+    assert next(llm.generate([5] * 60, temp=0.0)) == next(other.generate([5] * 60, temp=0.0))
+    assert llm.last_reuse.n_decoded == 60
+
+
+def test_a_restore_after_a_foreign_state_does_not_make_it_savable() -> None:
     llm, other = llama(store()), llama()
     next(llm.generate([5] * 100, temp=0.0))
     next(llm.generate([7] * 10, temp=0.0))
@@ -129,17 +143,17 @@ def test_blocks_restored_after_a_foreign_state_make_nothing_savable() -> None:
     llm.load_state(other.save_state())
     next(llm.generate([5] * 100 + [6] * 50, temp=0.0))
     assert (llm.last_reuse.n_in_context, llm.last_reuse.n_restored) == (50, 50)
-    assert llm._n_own == 0
+    assert llm._record.n_known == 0
 
 
-def test_blocks_are_refused_where_seq_cp_would_end_the_process() -> None:
+def test_blocks_are_refused_where_llama_cpp_would_end_the_process() -> None:
     from tokcache.errors import StateError  # noqa: PLC0415
-    from tokcache.llama.memories import Memory  # noqa: PLC0415
+    from tokcache.llama.memory_type import MemoryType  # noqa: PLC0415
     from tokcache.llama.sequence import Sequence  # noqa: PLC0415
 
     single = plain()
     single.eval([5] * BLOCK)
-    sequence = Sequence(single.ctx, Memory.of(single.ctx), is_unified=False)
+    sequence = Sequence(single.ctx, MemoryType.of(single.ctx), is_unified=False)
     for use in (
         lambda: sequence.read_block(0, BLOCK, memoryview(bytearray(9))),
         lambda: sequence.write_block(0, BLOCK, memoryview(bytearray(9))),

@@ -1,10 +1,10 @@
 """Reproducible mode against plain llama_cpp.Llama, bit for bit, at every position.
 
 A plain one with `n_batch=block_tokens` decodes the same pieces from an empty context. Where both
-keep all positions, their logits are equal. A window that forgets does so elsewhere: its cells are
-n_swa for each of n_seq_max sequences and n_ubatch more, rounded up to 256 (llama_kv_cache_iswa of
-llama.cpp), and states are copied through a second sequence. From the position on at which plain
-llama_cpp writes into the first cells again, the same numbers are added up in another order.
+keep all positions, their logits are equal. A window has n_swa cells for each of n_seq_max sequences
+and n_ubatch more, rounded up to 256 (llama_kv_cache_iswa of llama.cpp); states are copied through a
+second sequence, so ours has more. From the position on at which plain llama_cpp writes into the
+first cells again, the same numbers are added up in another order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.integration.test_llama_memories import MEMORIES, WINDOWED, answer, di
 from tokcache import samples
 
 N_PLAIN_CELLS = 256  # a window of 32 and batches of 32, rounded up
-FORGETFUL = sorted(name for name in WINDOWED if not MEMORIES[name][1])
+SMALL_WINDOWS = sorted(name for name in WINDOWED if not MEMORIES[name][1])
 
 
 def pair(memory: str, **settings: Any) -> tuple[Any, Any]:
@@ -37,7 +37,7 @@ def test_reproducible_logits_are_those_of_plain_llama_cpp(memory: str, flash_att
     cached, theirs = pair(memory, flash_attn=flash_attn)
     for llm in (cached, theirs):
         keep_logits(llm)
-    n_equal = N_PLAIN_CELLS if memory in FORGETFUL else cached.n_ctx()
+    n_equal = N_PLAIN_CELLS if memory in SMALL_WINDOWS else cached.n_ctx()
     rng = random.Random(1)
     prompt: list[int] = []
     for n_kept, n_new in ((0, 1), (0, 31), (31, 1), (20, 90), (100, 95), (64, 140), (150, 450)):
@@ -54,8 +54,8 @@ def test_reproducible_logits_are_those_of_plain_llama_cpp(memory: str, flash_att
     assert stats.refusals == {}
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
-def test_a_forgetful_window_differs_from_where_plain_llama_cpp_uses_its_cells_again(
+@pytest.mark.parametrize("memory", SMALL_WINDOWS)
+def test_a_small_window_differs_from_where_plain_llama_cpp_uses_its_cells_again(
     memory: str,
 ) -> None:
     ours, theirs = pair(memory, flash_attn=True)
@@ -84,7 +84,7 @@ def test_texts_are_those_of_plain_llama_cpp_with_batches_of_a_block() -> None:
         texts = [text(llm.create_completion(prompt, **GREEDY)) for llm in (cached, theirs)]
         assert texts[0] == texts[1]
     assert cached.last_reuse.n_restored > 0
-    # Negative control: other batches, other last bits; so it is the batches that were compared.
+    # Negative control: other batches give other last bits, so the comparison can fail.
     prompt_ids = larger.tokenize(prompts[0].encode())
     for llm in (theirs, larger):
         llm.reset()

@@ -1,4 +1,4 @@
-"""A system prompt that all tenants share, and the rest that none of them does."""
+"""All tenants share the states of the system prompt, and none of those that follow it."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def test_tenants_share_the_system_prompt_and_nothing_else(
     found = {
         "b": asked(PUBLIC + REST, "b"),
         "a": asked(PUBLIC + REST, "a"),
-        "c, without": asked(PUBLIC + REST, "c", ()),
+        "c, no public prefix": asked(PUBLIC + REST, "c", ()),
         "d, half of it": asked(PUBLIC[:50] + OTHER, "d"),
-        "e, all of it": asked(PUBLIC + REST, "e", PUBLIC + REST),
+        "e, the whole prompt": asked(PUBLIC + REST, "e", PUBLIC + REST),
     }
     assert {name: n_restored for name, (n_restored, _) in found.items()} == {
         "b": whole(100),
         "a": whole(n_all - 1),
-        "c, without": 0,
+        "c, no public prefix": 0,
         "d, half of it": whole(50),
-        "e, all of it": whole(100),
+        "e, the whole prompt": whole(100),
     }
     if reproducible:
         assert {name: answer for name, (_, answer) in found.items() if "d" not in name} == (
-            dict.fromkeys(("b", "a", "c, without", "e, all of it"), expected)
+            dict.fromkeys(("b", "a", "c, no public prefix", "e, the whole prompt"), expected)
         )
     assert caches[-1].stats().refusals == {}
     caches[-1]._check()
@@ -64,7 +64,7 @@ def test_tenants_share_the_system_prompt_and_nothing_else(
     uncached.close()
 
 
-def test_what_is_public_is_told_in_ids() -> None:
+def test_the_public_prefix_is_given_in_ids() -> None:
     llm = llama(store(), public_prefix=np.array(PUBLIC, np.int32))
     assert llm.public_prefix.tolist() == PUBLIC
     assert llm.__getstate__()["public_prefix"].tolist() == PUBLIC
@@ -72,19 +72,21 @@ def test_what_is_public_is_told_in_ids() -> None:
     llm = llama(store(), public_prefix=np.array(PUBLIC, np.int64))
     assert llm.public_prefix.tolist() == PUBLIC
     llm.close()
-    for bad, told in (
+    for wrong, words in (
         ("You are a helpful assistant.", "not str; encode a text first"),
         (["You", "are"], "at position 0 there is a str"),
         (None, "not NoneType"),
         ([1, 2**40], "at position 1 there is"),
     ):
-        with pytest.raises(InvalidTokens, match=told):
-            llama(store(), public_prefix=bad)
+        with pytest.raises(InvalidTokens, match=words):
+            llama(store(), public_prefix=wrong)
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
-def test_other_memories_share_it_as_far_as_they_can(architecture: str, reproducible: bool) -> None:
+def test_other_memories_share_the_system_prompt_up_to_a_position_that_they_can_restore(
+    architecture: str, reproducible: bool
+) -> None:
     cache, model = store(), samples.tiny_model(architecture=architecture)
 
     def asked(scope: str | None, public: Any = PUBLIC, **key: Any) -> tuple[int, str]:

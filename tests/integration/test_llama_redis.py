@@ -1,4 +1,4 @@
-"""What one process has prefilled, another restores from Redis: the same logits, bit for bit."""
+"""One process prefills a prompt, another restores it from Redis: equal logits, bit for bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_another_process_continues_bit_for_bit(tmp_path: Path, flash: bool) -> N
         assert np.array_equal(ours.view(np.int32), theirs.view(np.int32))
         stats = cached.prefix_cache.stats()
         assert (stats.redis.hits, stats.refusals) == (6, {})
-        server.kill()  # the request goes on without it
+        server.kill()  # requests are answered without it
         cached.reset()
         assert answered(cached) == answered(uncached)
         for llm in (cached, uncached):

@@ -1,6 +1,6 @@
 """One Llama for many tenants: a request's scope, in the context, the cache and the tokenizer.
 
-The attack: tenant b asks with tenant a's prompt. Nothing but the public prefix may be there.
+The attack: tenant b sends tenant a's prompt. Only the public prefix may be reused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.integration.models import BLOCK, GREEDY, llama, llama_cpp, store, tex
 from tokcache import samples
 from tokcache.errors import InvalidScope
 from tokcache.llama import Reuse
-from tokcache.llama.inprocess import Scoped
+from tokcache.llama.scopes import ScopedItems
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,19 +134,19 @@ def test_a_chat_handler_that_asks_late_asks_for_the_requests_scope() -> None:
 
     def late(*, llama: Any, stream: bool, **_: Any) -> Any:
         assert stream
-        seen.append(llama._request_scope())
+        seen.append(llama._scopes.current())
         for part in llama.create_completion(PROMPT, stream=True, **LONG):
-            seen.append(llama._request_scope())
+            seen.append(llama._scopes.current())
             yield part
 
     llm._chat_handlers["late"], llm.chat_format = late, "late"
 
     def ask(scope: str) -> None:
         answer = llm.create_chat_completion(USER, stream=True, scope=scope)
-        assert isinstance(answer, Scoped)
-        assert llm._request_scope() is None
+        assert isinstance(answer, ScopedItems)
+        assert llm._scopes.current() is None
         for _ in answer:
-            assert llm._request_scope() is None
+            assert llm._scopes.current() is None
         answer.close()
 
     ask("a")
@@ -173,15 +173,15 @@ def test_interleaved_streams_of_two_scopes_keep_theirs(
             part = next(stream, None)
             if part is not None:
                 parts[k] += text(part)
-                assert llm._held_scope == scopes[k]
+                assert llm._record.scope == scopes[k]
             if i == 0:
                 reused.append(sum(reuse(llm)))
     assert reused[:2] == [0, 0]
-    if memory != "mamba":  # it saves at the end what a suspended one has not reached
+    if memory != "mamba":  # it saves at the end of an answer, and no answer has ended
         assert reused[2] > 0
     if reproducible:
         assert set(parts) == {expected[memory]}
-    # Whatever they saved went to their own scope: c finds nothing, b no more than b's.
+    # Each saved to its own scope: scopes that no stream had find nothing.
     for unknown in ("c", None):
         llm.create_completion(PROMPT, scope=unknown, **LONG)
         assert reuse(llm) == (0, 0)
@@ -190,7 +190,7 @@ def test_interleaved_streams_of_two_scopes_keep_theirs(
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_what_another_request_ends_is_saved_for_its_own_scope(memory: str) -> None:
+def test_a_stream_that_another_request_ends_is_saved_for_its_own_scope(memory: str) -> None:
     cache = store()
     llm = model(memory, cache)
     stream = llm.create_completion(PROMPT, stream=True, scope="a", **LONG)
@@ -205,7 +205,7 @@ def test_what_another_request_ends_is_saved_for_its_own_scope(memory: str) -> No
     after.close()
 
 
-def test_a_scope_of_none_is_the_shared_one_whatever_the_objects_is() -> None:
+def test_a_scope_of_none_is_the_shared_one_also_if_the_object_has_another() -> None:
     llm = model(scope="own")
     for scope in ({}, {"scope": "own"}, {"scope": None}, {"scope": None}):
         llm.create_completion(PROMPT, **LONG, **scope)
@@ -232,16 +232,16 @@ def test_without_a_cache_the_context_is_kept_apart_too() -> None:
     assert reuse(llm) == (len(PUBLIC), 0)
     llm.create_completion(PROMPT, scope="b", **LONG)
     assert reuse(llm) == (len(PROMPT) - 1, 0)
-    # A prompt that is all public is nobody's.
+    # A prompt that is all public is reused by any scope.
     llm.create_completion(PUBLIC, scope="c", **LONG)
     assert reuse(llm) == (len(PUBLIC) - 1, 0)
     llm.close()
 
 
-def test_tokens_decoded_by_hand_for_another_scope_are_nobodys() -> None:
+def test_tokens_decoded_by_hand_after_those_of_another_scope_are_not_reused() -> None:
     llm = model()
     llm.create_completion(PROMPT, scope="a", **LONG)
-    llm.eval(OTHER)  # the object's own scope, behind a's
+    llm.eval(OTHER)  # for the object's own scope, after those of a
     held = llm.input_ids[: llm.n_tokens].tolist()
     n_saved = llm.prefix_cache.stats().saved_tokens
     for scope in ("a", None, "b"):
@@ -296,7 +296,9 @@ def test_the_tokenizers_entries_are_the_scopes(is_wrapped: bool) -> None:
         assert n_hits() - before == is_hit + 1
     assert llm.tokenizer_._recent[0] == "b"
     tokens = llm.tokenizer_._recent[1]
-    assert llm.tokenizer_.int32_ids(tokens, scope="a").flags.writeable  # converted, not handed on
+    assert llm.tokenizer_.int32_ids(
+        tokens, scope="a"
+    ).flags.writeable  # a copy: the list was that of another scope
     llm.close()
 
 
@@ -316,7 +318,7 @@ def test_threads_of_many_scopes_never_meet(expected: dict[str, str]) -> None:
 
     def held(tokens: Any) -> Any:
         rest = hold(tokens)
-        found.append((llm._request_scope(), sum(reuse(llm))))
+        found.append((llm._scopes.current(), sum(reuse(llm))))
         return rest
 
     llm._hold = held
@@ -371,7 +373,7 @@ def test_a_call_of_the_object_is_a_completion() -> None:
 
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_what_the_context_holds_of_a_cleared_scope_is_neither_stored_nor_reused(
+def test_held_positions_of_a_cleared_scope_are_neither_stored_nor_reused(
     memory: str, reproducible: bool
 ) -> None:
     cache = store()
@@ -393,7 +395,7 @@ def test_what_the_context_holds_of_a_cleared_scope_is_neither_stored_nor_reused(
     other.close()
 
 
-def test_a_stream_whose_scope_is_cleared_goes_on_and_stores_nothing() -> None:
+def test_a_stream_whose_scope_is_cleared_continues_and_is_not_stored() -> None:
     cache = store()
     llm = model(cache=cache)
     whole = WAYS["stream"](model(), PROMPT, scope="a")
@@ -407,7 +409,7 @@ def test_a_stream_whose_scope_is_cleared_goes_on_and_stores_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ["model", "wrapped"])
-def test_a_tenant_leaves_the_texts_and_the_context_of_a_model(kind: str) -> None:
+def test_cache_clear_removes_a_tenants_texts_and_tokens_in_the_context(kind: str) -> None:
     tokenizer = None if kind == "model" else samples.tiny_tokenizer()
     wrapped = None if tokenizer is None else tokcache.wrap(Tokenizer.from_file(str(tokenizer)))
     llm = llama(model=samples.tiny_model(tokenizer), tokenizer=wrapped)
@@ -435,3 +437,33 @@ def test_a_tenant_leaves_the_texts_and_the_context_of_a_model(kind: str) -> None
     with pytest.raises(InvalidScope):
         llm.cache_clear(scope=5)
     llm.close()
+
+
+def test_cache_clear_of_either_scope_empties_a_context_of_both() -> None:
+    for scope in ("a", "b"):
+        llm = llama()
+        llm.create_completion(PROMPT, scope="a", **LONG)
+        with llm.serving("b"):
+            llm.eval(OTHER)
+        llm.cache_clear(scope=scope)
+        assert llm.n_tokens == 0
+        llm.close()
+
+
+def test_an_answer_to_a_public_prompt_of_another_scope_is_not_stored_after_a_clear() -> None:
+    """The context holds exactly the prompt, from another scope, so nothing is decoded for it."""
+    cache = store()
+    llm = model(cache=cache, public_prefix=PUBLIC)
+    first = llm.generate(PUBLIC, temp=0.0, scope="a")
+    next(first)
+    first.close()
+    stream = llm.generate(PUBLIC, temp=0.0, scope="b")
+    tokens = [next(stream) for _ in range(BLOCK + 8)]
+    assert reuse(llm) == (len(PUBLIC), 0)
+    cache.clear(scope="b")
+    stream.close()
+    llm.close()
+    other = model(cache=cache, public_prefix=PUBLIC)
+    other.create_completion([*PUBLIC, *tokens, 7], scope="b", **LONG)
+    assert reuse(other) == (0, len(PUBLIC))
+    other.close()

@@ -1,4 +1,4 @@
-"""The tokenizer hook: llama.cpp's own rules, with another tokenizer's ids."""
+"""The `tokenizer=` argument: the rules of llama.cpp, with the ids of another tokenizer."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_plain_tokenizer_is_wrapped_and_the_cache_is_used() -> None:
     assert llm.tokenizer_._tokenizer.cache_stats().l0.hits == 2
 
 
-def test_the_models_own_tokenizer_stands_behind_l0() -> None:
+def test_the_models_own_tokenizer_is_cached_by_l0() -> None:
     llm = llama(scope="a")
     calls: list[bytes] = []
     original = llm._model.tokenize
@@ -192,12 +192,12 @@ def test_ids_of_the_last_text_are_not_converted_again() -> None:
         assert llm.tokenizer_.int32_ids(other).tolist() == other
 
 
-def test_bytes_that_are_no_utf8_are_the_models_own_business() -> None:
+def test_bytes_that_are_not_utf8_are_encoded_by_the_model() -> None:
     llm, own = llama(tokenizer=tokcache.wrap(tiny())), plain()
     assert llm.tokenize(b"caf\xc3", False, True) == own.tokenize(b"caf\xc3", False, True)
 
 
-def test_detokenizing_is_the_models_own() -> None:
+def test_the_model_detokenizes() -> None:
     llm, own = llama(tokenizer=tokcache.wrap(tiny())), plain()
     tokens = own.tokenize(TEXTS[2].encode() + b"<|im_end|>", special=True)
     for special in (True, False):

@@ -22,8 +22,9 @@ import pytest
 
 from tests.integration.models import BLOCK, GREEDY, llama, llama_cpp, plain, store, text
 from tokcache import samples
+from tokcache.errors import FileChanged
 from tokcache.llama import file_digests, remembered_digests, state_fingerprint
-from tokcache.llama.file_digests import DIGESTS, FileChanged, FileDigests, file_identity
+from tokcache.llama.file_digests import DIGESTS, FileDigests, file_identity
 from tokcache.llama.remembered_digests import FileDigest, FileIdentity, RememberedDigests
 from tokcache.llama.server.model import model_identity
 from tokcache.llama.server.results import ModelMeta
@@ -35,7 +36,7 @@ LARGE_BYTES = file_digests.SMALL_BYTES + (4 << 20)
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return where digests are remembered: in a cache folder of this test's own."""
+    """Return the folder of remembered digests, in a cache folder of this test alone."""
     path = tmp_path / "cache"
     monkeypatch.setenv("TOKCACHE_CACHE_DIR", str(path))
     return path / remembered_digests.FOLDER
@@ -50,7 +51,7 @@ def models() -> list[Path]:
 
 
 def large(source: Path, path: Path, n_bytes: int = LARGE_BYTES) -> Path:
-    """Copy a model and pad it: llama.cpp reads the tensors that the head names and no more."""
+    """Copy a model and pad it: llama.cpp reads only the tensors that the header names."""
     shutil.copy(source, path)
     os.truncate(path, n_bytes)
     return path
@@ -64,7 +65,7 @@ def settle(path: Path) -> Path:
 
 
 def overwrite(path: Path, source: Path, n_bytes: int | None = None) -> None:
-    """Put another file's bytes in place: size, inode and mtime stay, as package managers do it."""
+    """Overwrite a file with another's bytes; size, inode and mtime stay, as with `cp -p`."""
     before = path.stat()
     with path.open("r+b") as file:
         file.write(source.read_bytes())
@@ -135,7 +136,7 @@ def test_a_model_overwritten_before_its_first_prompt_is_not_cached(
     assert cache.stats().n_entries == 0
 
 
-def test_a_stat_that_lies_is_found_out_by_the_blocks(
+def test_a_wrong_stat_is_noticed_by_the_blocks(
     models: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths = [settle(large(model, tmp_path / model.name)) for model in models]
@@ -167,7 +168,7 @@ def test_a_stat_that_lies_is_found_out_by_the_blocks(
         (10**11, 0, False),  # whole seconds: an image, FAT
     ],
 )
-def test_only_times_that_a_change_would_move_are_trusted(
+def test_only_file_times_that_a_change_would_move_are_trusted(
     age_ns: int, fraction_ns: int, is_settled: bool
 ) -> None:
     changed_ns = (time.time_ns() - age_ns) // 10**9 * 10**9 + fraction_ns
@@ -178,7 +179,7 @@ def test_only_times_that_a_change_would_move_are_trusted(
     assert file_digests._is_settled(FileIdentity(1, 2, 3, old + 10**11 + 10**9, old)) is False
 
 
-def test_a_file_that_changes_while_it_is_hashed_is_found_out(tmp_path: Path, folder: Path) -> None:
+def test_a_file_that_changes_while_it_is_hashed_is_noticed(tmp_path: Path, folder: Path) -> None:
     path = large(samples.tiny_model(folder=SHARED), tmp_path / "model.gguf")
     cache = store()
     with DIGESTS.paused():
@@ -240,7 +241,7 @@ def test_a_digest_that_comes_within_a_generation_is_used_at_its_end(tmp_path: Pa
     assert cache.stats().saved_tokens >= len(PROMPT)
 
 
-def test_closing_stores_what_came_before_the_digest(tmp_path: Path) -> None:
+def test_closing_stores_the_states_that_came_before_the_digest(tmp_path: Path) -> None:
     path = large(samples.tiny_model(folder=SHARED), tmp_path / "model.gguf")
     cache = store()
     with DIGESTS.paused():
@@ -265,7 +266,7 @@ MEMORIES = [
 
 @pytest.mark.parametrize("reproducible", [True, False])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_no_memory_is_stored_wrong_after_a_late_digest(
+def test_states_of_every_memory_are_right_after_a_late_digest(
     tmp_path: Path, memory: str, reproducible: bool
 ) -> None:
     architecture, _, full = memory.partition(" ")
@@ -310,7 +311,7 @@ def test_a_public_fingerprint_waits_for_the_digest(tmp_path: Path) -> None:
             while not threads():
                 assert time.monotonic() < until
             time.sleep(0.1)
-            assert len(threads()) == 1  # of one file there is one thread
+            assert len(threads()) == 1  # one for each file
             assert not any(each.done() for each in waiting)
         made = {each.result(timeout=60) for each in waiting}
     assert made == {state_fingerprint(path, *params)}
@@ -337,7 +338,7 @@ def test_every_part_of_a_split_model_and_the_lora_are_hashed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("end", ["close", "del"])
-def test_a_llama_that_goes_while_its_file_is_hashed_is_freed_at_once(
+def test_a_llama_that_is_dropped_while_its_file_is_hashed_is_freed_at_once(
     tmp_path: Path, folder: Path, end: str
 ) -> None:
     path = large(samples.tiny_model(folder=SHARED), tmp_path / "model.gguf")
@@ -393,15 +394,15 @@ if sys.argv[2] == "fork":
 """
 
 
-@pytest.mark.parametrize("what", ["exit", "fork"])
-def test_a_process_that_ends_or_forks_while_a_file_is_hashed(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("end", ["exit", "fork"])
+def test_a_process_that_ends_or_forks_while_a_file_is_hashed(tmp_path: Path, end: str) -> None:
     path = large(samples.tiny_model(folder=SHARED), tmp_path / "model.gguf")
     done = subprocess.run(  # noqa: S603 (our own code)
-        [sys.executable, "-c", SCRIPT, str(path), what],
+        [sys.executable, "-c", SCRIPT, str(path), end],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert done.stderr == ""
-    if what == "fork":
+    if end == "fork":
         assert done.stdout.strip() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -447,7 +448,7 @@ def test_a_digest_is_remembered_for_the_next_process(tmp_path: Path, folder: Pat
     assert not is_remembered(file)
 
 
-def test_nothing_is_remembered_of_a_small_file_or_if_turned_off(
+def test_small_files_are_not_remembered_nor_any_if_it_is_turned_off(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest(settle(samples.tiny_model(folder=tmp_path)))
@@ -477,7 +478,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_record_is_not_there_and_is_written_again(
+def test_a_damaged_record_is_not_used_and_is_written_again(
     file: Path, folder: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = digest(file)
@@ -493,7 +494,7 @@ def test_a_damaged_record_is_not_there_and_is_written_again(
     assert is_remembered(file)
 
 
-def test_a_record_of_another_key_or_another_file_is_not_taken(
+def test_a_record_of_another_key_or_another_file_is_not_used(
     file: Path, folder: Path, tmp_path: Path
 ) -> None:
     expected = digest(file)
@@ -562,7 +563,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("how", UNUSABLE)
-def test_a_folder_that_is_not_safe_is_left_alone_and_said_once(
+def test_an_unsafe_folder_is_not_used_and_is_logged_once(
     file: Path, folder: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     if how == "of another user" and os.geteuid() != 0:
@@ -580,7 +581,7 @@ def test_a_folder_that_is_not_safe_is_left_alone_and_said_once(
         assert [each.name for each in folder.iterdir() if each.name != "key"] == []
 
 
-def test_no_home_and_no_room_cost_nothing_but_the_hashing(
+def test_without_a_home_or_room_only_the_hashing_is_repeated(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tokcache.llama.remembered_digests.user_cache_folder", lambda: Path("~/x"))
@@ -616,7 +617,7 @@ def test_processes_write_the_same_folder_at_once(file: Path, folder: Path) -> No
 # Files that can't be read
 
 
-def test_a_file_that_is_gone_or_can_not_be_read_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_a_file_that_is_gone_or_unreadable_raises_its_own_error(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")
     identity = file_identity(str(path))

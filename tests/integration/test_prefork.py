@@ -1,4 +1,4 @@
-"""A tokenizer that is wrapped before a fork serves the children, in parallel; all end cleanly."""
+"""A tokenizer wrapped before a fork works in the children, in parallel; all processes end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plain(home: Path) -> Any:
 
 
 def quiet(**more: str) -> dict[str, str]:
-    """Return an environment in which only what goes wrong is said."""
+    """Return an environment in which libraries report errors only."""
     env = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", **more}
     env.pop("TOKENIZERS_PARALLELISM", None)
     return env
@@ -104,12 +104,12 @@ def test_every_worker_encodes_as_the_plain_tokenizer(by_worker: dict[int, Any], 
     assert len({answer["wrapped_in"] for answer in by_worker.values()}) == 1
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU: nothing runs in parallel")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two CPUs")
 def test_the_workers_encode_in_parallel(by_worker: dict[int, Any]) -> None:
     for answer in by_worker.values():
         before, after = answer["n_threads"]
-        assert before == 1  # none of the parent's came along
-        assert after > before  # those of the encoder: its threads were not given up at the fork
+        assert before == 1  # the child has none of the parent's threads
+        assert after > before  # the encoder's threads: it still encodes in parallel
 
 
 def test_the_workers_answer_again_from_their_caches(
@@ -165,7 +165,7 @@ sys.modules["kept"] = tok
 @pytest.mark.parametrize(
     "more", ["", IN_FLIGHT, FORKED, KEPT], ids=["used", "flight", "fork", "kept"]
 )
-def test_an_interpreter_ends_without_a_word(more: str, home: Path) -> None:
+def test_an_interpreter_ends_without_output(more: str, home: Path) -> None:
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", USED + more, home / "tokenizer.json"],
         capture_output=True, text=True, check=False, timeout=60,

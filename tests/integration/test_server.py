@@ -1,4 +1,4 @@
-"""LlamaServer, SlotFiles and ServerProcess against a real llama-server."""
+"""LlamaServer, its reproducible mode and ServerProcess against a real llama-server."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ import pytest
 from tokenizers import Tokenizer
 
 import tokcache
+from tests.integration.served import Wrapped
 from tests.test_samples import bundled
-from tokcache import TokenIds, samples
+from tokcache import samples
 from tokcache.errors import (
     InvalidConfig,
     InvalidTokens,
@@ -32,8 +33,7 @@ from tokcache.errors import (
 pytest.importorskip("xllamacpp", reason="needs tokcache[demo]")
 pytest.importorskip("httpx", reason="needs tokcache[server]")
 
-from tokcache.demo.slot_files import SlotFiles
-from tokcache.llama.server import Completion, LlamaServer
+from tokcache.llama.server import AsyncLlamaServer, Completion, LlamaServer, SlotSettings
 from tokcache.samples.server_process import ServerProcess
 
 if TYPE_CHECKING:
@@ -41,22 +41,6 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 N_PREDICT = 10
-
-
-class Wrapped:
-    """Has exactly the methods of a wrapped tokenizer that LlamaServer uses."""
-
-    def __init__(self, path: Path) -> None:
-        self._plain = Tokenizer.from_file(str(path))
-
-    def token_ids(
-        self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
-    ) -> TokenIds:
-        assert scope is None
-        return TokenIds(self._plain.encode(text, add_special_tokens=add_special_tokens).ids)
-
-    def unwrap(self) -> Tokenizer:
-        return self._plain
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +54,12 @@ def process() -> Iterator[ServerProcess]:
 def server(process: ServerProcess) -> Iterator[LlamaServer]:
     with LlamaServer(process.url, tokenizer=Wrapped(samples.tiny_tokenizer())) as client:
         yield client
+
+
+def reproducible(url: str) -> LlamaServer:
+    """Return a client that manages slot 0 alone, in reproducible mode."""
+    settings = SlotSettings(reproducible=True, block_tokens=BLOCK, slot_ids=(0,), min_save_tokens=1)
+    return LlamaServer(url, slot_settings=settings)
 
 
 def prompt(seed: int, n_tokens: int) -> list[int]:
@@ -89,18 +79,8 @@ def test_the_server_reports_its_properties(process: ServerProcess, server: Llama
     assert Path(props.model_path) == samples.tiny_model()
     assert props.chat_template == samples.CHAT_TEMPLATE
     assert [(slot.id, slot.is_processing) for slot in server.slots()] == [(0, False), (1, False)]
-    assert server.n_vocab() == 2048
+    assert server.model_meta().n_vocab == 2048
     assert process.url.startswith("http://127.0.0.1:")
-
-
-def test_text_is_encoded_and_decoded(server: LlamaServer) -> None:
-    text = "<|im_start|>user\nWhat does it cost?<|im_end|>"
-    ids = server.token_ids(text)
-    assert isinstance(ids, TokenIds)
-    assert server.tokenize(text) == ids
-    assert server.detokenize(ids) == text
-    with LlamaServer(server.url) as without:
-        assert without.token_ids(text) == ids
 
 
 def test_a_prompt_found_in_the_slot_is_counted_and_timed(server: LlamaServer) -> None:
@@ -118,20 +98,6 @@ def test_a_prompt_found_in_the_slot_is_counted_and_timed(server: LlamaServer) ->
     assert ignored.n_cached == 0
 
 
-def test_a_slot_is_saved_restored_and_erased(server: LlamaServer, process: ServerProcess) -> None:
-    tokens = prompt(2, 3 * BLOCK)
-    server.erase_slot(0)
-    server.completion(tokens, n_predict=0, id_slot=0)
-    saved = server.save_slot(0, "kept.bin")
-    assert saved.n_tokens == len(tokens)
-    assert saved.n_bytes == (process.slot_folder / "kept.bin").stat().st_size
-    server.erase_slot(0)
-    assert server.completion(tokens, n_predict=1, id_slot=0).n_cached == 0
-    server.erase_slot(0)
-    assert server.restore_slot(0, "kept.bin") == saved
-    assert server.completion([*tokens, 9], n_predict=1, id_slot=0).n_cached == len(tokens)
-
-
 # Lengths near each end of a block, and those at which llama-server splits the last batch.
 LENGTHS = [1, 2, 63, 64, 65, 66, 68, 69, 127, 128, 129, 132, 133, 200, 256, 257, 500]
 
@@ -142,14 +108,14 @@ def test_a_restored_slot_answers_bit_for_bit_like_an_uncached_one(
 ) -> None:
     tokens = prompt(n_tokens, n_tokens)
     expected = uncached(server, tokens)
-    files = SlotFiles(server, block_tokens=BLOCK)
-    for round_number in range(2):
-        found = files.complete(tokens, n_predict=N_PREDICT, n_probs=8)
-        reusable = (n_tokens - 1) // BLOCK * BLOCK
-        assert found.n_restored == (reusable if round_number else 0)
-        assert found.completion.n_cached == reusable
-        assert found.completion.token_ids == expected.token_ids
-        assert found.completion.probabilities == expected.probabilities
+    with reproducible(server.url) as managed:
+        for round_number in range(2):
+            found = managed.complete(tokens, n_predict=N_PREDICT, n_probs=8)
+            reusable = (n_tokens - 1) // BLOCK * BLOCK
+            assert found.n_restored == (reusable if round_number else 0)
+            assert found.completion.n_cached == reusable
+            assert found.completion.token_ids == expected.token_ids
+            assert found.completion.probabilities == expected.probabilities
 
 
 def test_the_comparison_fails_for_a_cut_within_a_block(server: LlamaServer) -> None:
@@ -165,13 +131,13 @@ def test_the_comparison_fails_for_a_cut_within_a_block(server: LlamaServer) -> N
 
 
 def test_branches_reuse_their_common_prefix(server: LlamaServer) -> None:
-    files = SlotFiles(server, block_tokens=BLOCK)
     shared = prompt(3, 4 * BLOCK + 10)
     branches = [shared + prompt(seed, 2 * BLOCK) for seed in (4, 5, 6)]
-    found = [files.complete(branch, n_predict=N_PREDICT, n_probs=8) for branch in branches]
+    with reproducible(server.url) as managed:
+        found = [managed.complete(branch, n_predict=N_PREDICT, n_probs=8) for branch in branches]
+        assert managed.stats().n_bytes > 0
     # The common prefix is known from the second branch on; the third one reuses it.
     assert [reused.n_restored for reused in found] == [0, 0, 4 * BLOCK]
-    assert files.n_bytes > 0
     for branch, reused in zip(branches, found, strict=True):
         assert reused.completion.probabilities == uncached(server, branch).probabilities
 
@@ -179,17 +145,17 @@ def test_branches_reuse_their_common_prefix(server: LlamaServer) -> None:
 def test_a_damaged_file_costs_a_prefill_and_is_counted(
     server: LlamaServer, process: ServerProcess
 ) -> None:
-    files = SlotFiles(server, block_tokens=BLOCK)
     tokens = prompt(8, 3 * BLOCK)
     before = set(process.slot_folder.iterdir())
-    files.complete(tokens, n_predict=1)
-    (made,) = set(process.slot_folder.iterdir()) - before
-    made.write_bytes(made.read_bytes()[:1000])
-    found = files.complete(tokens, n_predict=N_PREDICT, n_probs=8)
-    assert found.n_restored == 0
-    assert files.refusals == {"restore_failed": 1}
-    assert found.completion.probabilities == uncached(server, tokens).probabilities
-    assert files.complete(tokens, n_predict=1).n_restored == 2 * BLOCK
+    with reproducible(server.url) as managed:
+        managed.complete(tokens, n_predict=1)
+        (made,) = set(process.slot_folder.iterdir()) - before
+        made.write_bytes(made.read_bytes()[:1000])
+        found = managed.complete(tokens, n_predict=N_PREDICT, n_probs=8)
+        assert found.n_restored == 0
+        assert managed.stats().refusals == {"restore_failed": 1}
+        assert found.completion.probabilities == uncached(server, tokens).probabilities
+        assert managed.complete(tokens, n_predict=1).n_restored == 2 * BLOCK
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
@@ -205,22 +171,22 @@ def test_other_memories_stay_exact_and_report_unused_restores(architecture: str)
             # Making a checkpoint would end a piece and so change the bits.
             overrides={"n_ctx_checkpoints": 0},
         ) as running,
-        LlamaServer(running.url) as server,
+        reproducible(running.url) as server,
     ):
-        files = SlotFiles(server, block_tokens=BLOCK)
         tokens = prompt(7, 300)
         prompts = [tokens, tokens, tokens + prompt(8, 200), tokens]
-        found = [files.complete(each, n_predict=N_PREDICT, n_probs=8) for each in prompts]
+        found = [server.complete(each, n_predict=N_PREDICT, n_probs=8) for each in prompts]
         for each, reused in zip(prompts, found, strict=True):
             assert reused.completion.probabilities == uncached(server, each).probabilities
         restored = [reused.n_restored for reused in found]
-        if files.refusals:
-            assert files.refusals == {"restore_not_used_by_server": 1}
+        stats = server.stats()
+        if stats.refusals:
+            assert stats.refusals == {"restore_not_used_by_server": 1}
             assert restored == [0, 0, 0, 0]
-            assert files.n_bytes == 0
+            assert stats.n_bytes == 0
         else:
             assert restored == [0, 256, 256, 256]
-        assert bool(files.refusals) == (architecture == "gemma3")
+        assert bool(stats.refusals) == (architecture == "gemma3")
 
 
 def test_errors_contain_the_servers_message(server: LlamaServer) -> None:
@@ -356,5 +322,6 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def test_the_public_name_is_tokcache_llama_llamaserver() -> None:
+def test_the_public_names_are_those_of_tokcache_llama() -> None:
     assert tokcache.llama.LlamaServer is LlamaServer
+    assert tokcache.llama.AsyncLlamaServer is AsyncLlamaServer

@@ -12,7 +12,7 @@ from tests.integration.served import BLOCK, N_PREDICT, prompt, serve_with_adapte
 from tokcache import samples
 from tokcache.errors import RequestRejected
 from tokcache.llama.server import LlamaServer, SlotSettings
-from tokcache.llama.server.shelf import adapters_key
+from tokcache.llama.server.namespaces import adapters_key
 from tokcache.llama.server.slot import Condition
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def test_a_requests_adapters_are_applied_before_a_restore(
                 assert found.completion.token_ids == expected[name].token_ids
                 # The only slot held other adapters before, so each turn starts from a file.
                 assert found.n_restored == found.completion.n_cached == (199 if turn else 0)
-        assert server.reuse_stats().refusals == {}
+        assert server.stats().refusals == {}
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -84,7 +84,7 @@ def test_a_requests_adapters_are_applied_after_a_restart_too(tmp_path: Path) -> 
         found = complete(server, tokens, **HALF)
         assert found.n_restored == found.completion.n_cached == 199
         assert found.completion.token_ids == first.completion.token_ids
-        assert server.reuse_stats().refusals == {}
+        assert server.stats().refusals == {}
     server.close()
 
 
@@ -100,7 +100,7 @@ def test_failed_restores_with_one_adapter_do_not_stop_those_with_others(
         half = adapters_key(HALF["lora"])
         for kind in ("prompt", "whole"):
             assert server._manager.trust.verify(half, kind, 100, 0) == (kind == "whole")
-        server._manager._shelf.clear(half)
+        server._manager.records.shelf.clear(half)
         assert complete(server, tokens).completion.n_cached == 199
         assert complete(server, other, **NONE).completion.n_cached == 199
         assert complete(server, tokens, **HALF).completion.n_cached == 0
@@ -128,7 +128,7 @@ def test_reproducible_mode_saves_states_decoded_with_the_adapters(
                     if architecture == "llama":
                         assert found.completion.probabilities == expected.probabilities
                         assert found.n_restored == (128 if turn else 0)
-            assert (architecture != "llama") or server.reuse_stats().refusals == {}
+            assert (architecture != "llama") or server.stats().refusals == {}
 
 
 def test_without_a_slot_save_path_adapters_do_not_share_slots() -> None:
@@ -139,7 +139,7 @@ def test_without_a_slot_save_path_adapters_do_not_share_slots() -> None:
         found = complete(server, tokens)
         assert found.completion.n_cached == 0
         assert found.completion.token_ids == right(server, tokens).token_ids
-        assert server.reuse_stats().refusals == {"no_slot_save_path": 1}
+        assert server.stats().refusals == {"no_slot_save_path": 1}
 
 
 def test_adapters_that_the_server_refuses_cost_no_slot_and_no_file(url: str, folder: Path) -> None:

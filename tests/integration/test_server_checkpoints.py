@@ -51,7 +51,7 @@ def uncached(server: LlamaServer, tokens: list[int]) -> Completion:
 def require_same(found: Completion, expected: Completion, tolerance: float = 1e-2) -> None:
     """Assert that two greedy answers have the same text and, up to rounding, the same logits.
 
-    They may differ from a tie of two tokens on.
+    After a tie of two tokens they may differ.
     """
     ours, theirs = found.token_ids.tolist(), expected.token_ids.tolist()
     assert len(ours) == len(theirs)
@@ -103,7 +103,7 @@ def test_a_saved_slot_is_continued_after_a_restart(
         require_same(found.completion, uncached(server, early))
         complete(server, prompt(50, 100))
         assert complete(server, TOKENS).n_restored == LAST[architecture]
-        assert server.reuse_stats().refusals == {"restore_not_used_by_server": 1}
+        assert server.stats().refusals == {"restore_not_used_by_server": 1}
         assert caplog.messages == []
 
 
@@ -126,7 +126,7 @@ def test_without_checkpoints_nothing_is_reused_and_the_log_names_the_option(
                 assert found.n_restored == found.completion.n_cached == 0
                 require_same(found.completion, uncached(server, TOKENS))
                 complete(server, prompt(50, 100))
-        assert server.reuse_stats().refusals == {"restore_not_used_by_server": 1}
+        assert server.stats().refusals == {"restore_not_used_by_server": 1}
         (message,) = caplog.messages
         assert "--ctx-checkpoints 32" in message
         assert "used 0 of the 150 tokens" in message
@@ -135,7 +135,7 @@ def test_without_checkpoints_nothing_is_reused_and_the_log_names_the_option(
         assert complete(server, TOKENS).completion.n_cached == 0
         complete(server, prompt(50, 100))
         assert complete(server, TOKENS).n_restored == LAST[architecture]
-        assert server.reuse_stats().refusals == {"restore_not_used_by_server": 1}
+        assert server.stats().refusals == {"restore_not_used_by_server": 1}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -173,8 +173,8 @@ def test_a_slot_in_use_stays_right_after_the_server_went_back(
     ):
         complete(server, TOKENS)
         for turn in range(4):
-            # First so long that the shared tokens leave the window, then so short that the
-            # server makes a checkpoint at the position that it went back to.
+            # The first prompt is so long that the shared tokens leave the window, the second so
+            # short that the server makes a checkpoint at the position that it went back to.
             for n_more in (400, 20):
                 tokens = [*TOKENS, *prompt(100 + turn, n_more)]
                 found = complete(server, tokens)

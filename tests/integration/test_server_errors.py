@@ -5,7 +5,6 @@ A small HTTP server stands in where a real llama-server does not behave so.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import ssl
@@ -18,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.integration.pretended import PROPS, SLOTS, Pretender, answer, pretend
-from tests.integration.served import N_PREDICT, client, port_of, prompt, serve
+from tests.integration.served import N_PREDICT, InLoop, client, port_of, prompt, serve
 from tokcache.errors import (
     InvalidAnswer,
     InvalidConfig,
@@ -41,6 +40,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tests.integration.served import Connect
+
+
+@pytest.fixture(params=[LlamaServer, InLoop], ids=["LlamaServer", "AsyncLlamaServer"])
+def connect(request: pytest.FixtureRequest) -> Connect:
+    return request.param  # type: ignore[no-any-return]
+
 
 @pytest.fixture
 def pretender() -> Pretender:
@@ -59,54 +65,48 @@ def test_every_error_is_a_tokcache_error() -> None:
     assert issubclass(InvalidFilename, TokcacheError)
 
 
-def test_a_refused_connection_is_tried_again_then_named() -> None:
+def test_a_refused_connection_is_tried_again_then_named(connect: Connect) -> None:
     began = time.monotonic()
     with (
-        LlamaServer("http://127.0.0.1:9", retries=2) as server,
+        connect("http://127.0.0.1:9", retries=2) as server,
         pytest.raises(ServerRefused, match="out of reach"),
     ):
         server.complete([1, 2, 3], n_predict=1)
     assert 0.3 <= time.monotonic() - began < 5
 
 
-def test_a_host_that_does_not_exist_is_unreachable() -> None:
+def test_a_host_that_does_not_exist_is_unreachable(connect: Connect) -> None:
     with (
-        LlamaServer("http://no-such-host.invalid:1", retries=0) as server,
+        connect("http://no-such-host.invalid:1", retries=0) as server,
         pytest.raises(ServerUnreachable, match="out of reach"),
     ):
         server.props()
 
 
-def test_only_repeatable_requests_are_repeated(url: str, pretender: Pretender) -> None:
+def test_only_repeatable_requests_are_repeated(
+    connect: Connect, url: str, pretender: Pretender
+) -> None:
     answers = iter([None, None, {"status": "ok"}])
     pretender.say["/health"] = lambda _: next(answers)
     pretender.say["/completion"] = None
-    with LlamaServer(url, retries=2) as server:
+    with connect(url, retries=2) as server:
         assert server.health() == "ok"
         assert pretender.asked["/health"] == 3
         with pytest.raises(ServerUnreachable):
             server.completion([1, 2], n_predict=1)
         assert pretender.asked["/completion"] == 1
-        assert asyncio.run(_ahealth(server, answers, pretender)) == "ok"
 
 
-async def _ahealth(server: LlamaServer, _: object, pretender: Pretender) -> str:
-    answers = iter([None, {"status": "ok"}])
-    pretender.say["/health"] = lambda _: next(answers)
-    try:
-        return await server.ahealth()
-    finally:
-        await server._connection.aclose()
-
-
-def test_a_request_that_timed_out_is_not_repeated(url: str, pretender: Pretender) -> None:
+def test_a_request_that_timed_out_is_not_repeated(
+    connect: Connect, url: str, pretender: Pretender
+) -> None:
     def late(_: Any) -> Any:
         time.sleep(0.6)
         return {"status": "ok"}
 
     pretender.say["/health"] = late
     with (
-        LlamaServer(url, timeout_s=0.15) as server,
+        connect(url, timeout_s=0.15) as server,
         pytest.raises(ServerTimeout, match="did not answer /health in time"),
     ):
         server.health()
@@ -137,7 +137,11 @@ def test_a_request_that_timed_out_is_not_repeated(url: str, pretender: Pretender
     ],
 )
 def test_each_status_has_its_error_and_the_servers_message(
-    status: int, kind: type[ServerError], body: Any, url: str, pretender: Pretender
+    status: int,
+    kind: type[ServerError],
+    body: Any,
+    url: str,
+    pretender: Pretender,
 ) -> None:
     pretender.say["/health"] = (status, body)
     with LlamaServer(url) as server, pytest.raises(kind, match="in its own words") as raised:
@@ -161,8 +165,8 @@ GARBAGE: list[Any] = [
 @pytest.mark.parametrize(
     ("path", "ask"),
     [
-        ("/health", LlamaServer.health),
-        ("/props", LlamaServer.props),
+        ("/health", lambda server: server.health()),
+        ("/props", lambda server: server.props()),
         ("/completion", lambda server: server.completion([1, 2], n_predict=1)),
         ("/tokenize", lambda server: server.tokenize("a")),
         ("/detokenize", lambda server: server.detokenize([1])),
@@ -171,7 +175,11 @@ GARBAGE: list[Any] = [
     ],
 )
 def test_garbage_is_an_error_that_quotes_it(
-    path: str, ask: Callable[[LlamaServer], Any], said: Any, url: str, pretender: Pretender
+    path: str,
+    ask: Callable[[LlamaServer], Any],
+    said: Any,
+    url: str,
+    pretender: Pretender,
 ) -> None:
     pretender.say[path] = said
     with LlamaServer(url) as server, pytest.raises(InvalidAnswer, match=r"127\.0\.0\.1"):
@@ -189,9 +197,11 @@ def test_garbage_is_an_error_that_quotes_it(
         {"slots": []},
     ],
 )
-def test_slots_that_make_no_sense_are_refused(said: Any, url: str, pretender: Pretender) -> None:
+def test_slots_that_make_no_sense_are_refused(
+    connect: Connect, said: Any, url: str, pretender: Pretender
+) -> None:
     pretender.say["/slots"] = said
-    with LlamaServer(url) as server, pytest.raises(InvalidAnswer, match="/slots"):
+    with connect(url) as server, pytest.raises(InvalidAnswer, match="/slots"):
         server.slots()
 
 
@@ -256,14 +266,16 @@ def test_any_json_is_read_or_refused(data: st.DataObject) -> None:
         assert calls.predicted_seconds(said) >= 0
 
 
-def test_slots_of_old_and_new_servers_are_read(url: str, pretender: Pretender) -> None:
+def test_slots_of_old_and_new_servers_are_read(
+    connect: Connect, url: str, pretender: Pretender
+) -> None:
     pretender.say["/slots"] = [
         {"id": 0, "n_ctx": 8, "state": 1, "n_past": 7},
         {"id": 1, "n_ctx": 8, "state": 0, "n_past": 0},
         {"id": 2, "n_ctx": 8, "is_processing": True, "id_task": 4, "n_prompt_tokens": 6},
         {"id": 3, "n_ctx": 8, "is_processing": False},
     ]
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         assert server.slots() == (
             Slot(0, 8, True, 7),
             Slot(1, 8, False, 0),
@@ -272,9 +284,9 @@ def test_slots_of_old_and_new_servers_are_read(url: str, pretender: Pretender) -
         )
 
 
-def test_answers_of_old_servers_are_read(url: str, pretender: Pretender) -> None:
+def test_answers_of_old_servers_are_read(connect: Connect, url: str, pretender: Pretender) -> None:
     pretender.say["/completion"] = answer(10, timings={"prompt_n": 4, "predicted_ms": 0.1})
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         assert server.completion([1] * 10, n_predict=1).n_cached == 6
 
 
@@ -293,10 +305,10 @@ def test_answers_of_old_servers_are_read(url: str, pretender: Pretender) -> None
     ],
 )
 def test_answers_that_make_no_sense_are_refused(
-    changes: dict[str, Any], url: str, pretender: Pretender
+    connect: Connect, changes: dict[str, Any], url: str, pretender: Pretender
 ) -> None:
     pretender.say["/completion"] = answer(10, **changes)
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         with pytest.raises(InvalidAnswer, match="/completion"):
             server.complete([1] * 10, n_predict=1)
         pretender.say["/completion"] = pretender.complete
@@ -320,50 +332,40 @@ STREAMS = {
 
 @pytest.mark.parametrize("said", STREAMS)
 def test_broken_streams_are_errors_and_lose_no_slot(
-    said: str, url: str, pretender: Pretender
+    connect: Connect, said: str, url: str, pretender: Pretender
 ) -> None:
     pretender.say["/completion"] = STREAMS[said]
-
-    async def streamed(server: LlamaServer) -> None:
-        try:
-            async for _ in server.astream([1, 2, 3], n_predict=3):
-                pass
-        finally:
-            await server._connection.aclose()
-
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         for _ in range(3):
             with pytest.raises((InvalidAnswer, ServerUnreachable, ServerFailed)) as raised:
                 list(server.stream([1, 2, 3], n_predict=3))
             assert "own words" in str(raised.value) or "error" not in said
-            with pytest.raises(type(raised.value)):
-                asyncio.run(streamed(server))
         server.flush(10)
 
 
 def test_a_server_that_reports_nonsense_is_served_without_reuse(
-    url: str, pretender: Pretender
+    connect: Connect, url: str, pretender: Pretender
 ) -> None:
     pretender.say["/props"] = {"total_slots": "two"}
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         assert server.complete([1] * 100, n_predict=1).completion.text == " it"
-        assert server.reuse_stats().refusals == {"server_not_understood": 1}
+        assert server.stats().refusals == {"server_not_understood": 1}
         assert "id_slot" not in pretender.bodies[-1]
         pretender.say["/props"] = PROPS
         assert server.complete([1] * 100, n_predict=1).id_slot >= 0
     strict = SlotSettings(on_error="raise")
     pretender.say["/props"] = {"total_slots": 0}
     with (
-        LlamaServer(url, slot_settings=strict) as server,
+        connect(url, slot_settings=strict) as server,
         pytest.raises(InvalidAnswer, match="total_slots"),
     ):
         server.complete([1] * 100, n_predict=1)
 
 
 def test_nothing_is_restored_if_the_servers_properties_cannot_be_read(
-    url: str, pretender: Pretender
+    connect: Connect, url: str, pretender: Pretender
 ) -> None:
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         for seed in (1, 2, 3):
             server.complete(prompt(seed, 100), n_predict=1)
             server.flush(10)
@@ -374,44 +376,46 @@ def test_nothing_is_restored_if_the_servers_properties_cannot_be_read(
             assert (found.n_live, found.n_restored, found.completion.n_cached) == (0, 0, 0)
             server.flush(10)
         assert pretender.asked["restore"] == n_restores
-        assert server.reuse_stats().refusals == {"server_not_understood": 3}
+        assert server.stats().refusals == {"server_not_understood": 3}
         pretender.say["/props"] = PROPS
         assert server.complete(prompt(1, 100), n_predict=1).completion.n_cached == 99
 
 
 def test_a_server_that_does_not_use_its_restores_is_noticed(
-    url: str, pretender: Pretender, caplog: pytest.LogCaptureFixture
+    connect: Connect, url: str, pretender: Pretender, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretender.say["/completion"] = lambda body: answer(len(body["prompt"]), 0)
-    with LlamaServer(url) as server, caplog.at_level(logging.WARNING):
+    with connect(url) as server, caplog.at_level(logging.WARNING):
         for seed in (1, 2, 3, 1, 2, 3, 1):
             server.complete(prompt(seed, 100), n_predict=1)
             server.flush(10)
-        stats = server.reuse_stats()
+        stats = server.stats()
     assert stats.refusals["slot_changed_by_others"] or stats.refusals["restore_not_used_by_server"]
     assert stats.restored_tokens == 0
 
 
-def test_a_server_that_restores_another_state_is_noticed(url: str, pretender: Pretender) -> None:
+def test_a_server_that_restores_another_state_is_noticed(
+    connect: Connect, url: str, pretender: Pretender
+) -> None:
     def restored(body: dict[str, Any], slot: str) -> Any:
         return {**pretender.restore(body, slot), "n_restored": 3}
 
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         for seed in (1, 2, 3):
             server.complete(prompt(seed, 100), n_predict=1)
             server.flush(10)
         pretender.say["restore"] = restored
         found = server.complete(prompt(1, 100), n_predict=1)
         assert (found.n_restored, found.completion.n_cached) == (0, 0)
-        assert server.reuse_stats().refusals == {"restore_failed": 1}
+        assert server.stats().refusals == {"restore_failed": 1}
 
 
 @pytest.mark.parametrize("action", ["save", "restore", "erase"])
 @pytest.mark.parametrize("said", [(500, {"error": {"message": "no"}}), b"<html>", (404, b"")])
 def test_failures_other_than_the_completions_cost_only_reuse(
-    action: str, said: Any, url: str, pretender: Pretender
+    connect: Connect, action: str, said: Any, url: str, pretender: Pretender
 ) -> None:
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         for seed in (1, 2, 3):
             server.complete(prompt(seed, 100), n_predict=1)
             server.flush(10)
@@ -421,13 +425,15 @@ def test_failures_other_than_the_completions_cost_only_reuse(
             found = server.complete(prompt(seed, 100), n_predict=1)
             assert found.completion.text == " it"
             server.flush(10)
-        refusals = server.reuse_stats().refusals
+        refusals = server.stats().refusals
         assert refusals[f"{action}_failed"] > 0
         assert all(slot.condition.name == "FREE" for slot in server._manager.table.slots.values())
 
 
-def test_errors_are_raised_with_on_error_raise(url: str, pretender: Pretender) -> None:
-    with LlamaServer(url, slot_settings=SlotSettings(on_error="raise")) as server:
+def test_errors_are_raised_with_on_error_raise(
+    connect: Connect, url: str, pretender: Pretender
+) -> None:
+    with connect(url, slot_settings=SlotSettings(on_error="raise")) as server:
         for seed in (1, 2, 3):
             server.complete(prompt(seed, 100), n_predict=1)
             server.flush(10)
@@ -439,12 +445,12 @@ def test_errors_are_raised_with_on_error_raise(url: str, pretender: Pretender) -
 
 
 def test_a_server_without_a_boot_mark_is_checked_by_its_slots_lengths(
-    url: str, pretender: Pretender
+    connect: Connect, url: str, pretender: Pretender
 ) -> None:
     pretender.say["/props"] = {**PROPS, "media_marker": None}
     held = [{**slot, "n_prompt_tokens": 100} for slot in SLOTS]
     pretender.say["/slots"] = held
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         server.complete(prompt(1, 100), n_predict=1)
         server.flush(10)
         assert server.complete(prompt(1, 100), n_predict=1).n_live == 99
@@ -455,24 +461,28 @@ def test_a_server_without_a_boot_mark_is_checked_by_its_slots_lengths(
         pretender.say["/slots"] = [{**slot, "n_prompt_tokens": 0} for slot in SLOTS]
         found = server.complete(prompt(1, 100), n_predict=1)
         assert (found.n_live, found.n_restored) == (0, 99)
-        assert server.reuse_stats().refusals == {"slot_changed_by_others": 1}
+        assert server.stats().refusals == {"slot_changed_by_others": 1}
 
 
 NAMES = ["", ".", "..", "../a", "a/b", "a\\b", "a\0b", "/etc/passwd", "a..b", ".a", "a" * 200, "ü"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, None, 7])
-def test_filenames_from_outside_are_never_sent(name: Any, url: str, pretender: Pretender) -> None:
-    with LlamaServer(url) as server:
+def test_filenames_from_outside_are_never_sent(
+    connect: Connect, name: Any, url: str, pretender: Pretender
+) -> None:
+    with connect(url) as server:
         for ask in (server.save_slot, server.restore_slot):
             with pytest.raises(InvalidFilename, match="can't name a slot file"):
                 ask(0, name)
     assert not pretender.asked
 
 
-def test_file_names_reveal_nothing_and_clients_share_none(url: str, pretender: Pretender) -> None:
+def test_file_names_reveal_nothing_and_clients_share_none(
+    connect: Connect, url: str, pretender: Pretender
+) -> None:
     for _ in range(3):
-        with LlamaServer(url) as server:
+        with connect(url) as server:
             server.complete(prompt(1, 100), n_predict=1, scope="tenant", conversation="../../x")
             server.flush(10)
     names = {body["filename"] for body in pretender.bodies if body and "filename" in body}
@@ -480,16 +490,16 @@ def test_file_names_reveal_nothing_and_clients_share_none(url: str, pretender: P
     assert all("tenant" not in name and "x" not in name for name in names)
 
 
-def test_a_key_is_sent_and_a_wrong_one_is_an_error(tmp_path: Path) -> None:
+def test_a_key_is_sent_and_a_wrong_one_is_an_error(connect: Connect, tmp_path: Path) -> None:
     with serve(tmp_path, api_keys=["right"], endpoint_metrics=True) as running:
         for key in (None, "wrong"):
             with (
-                LlamaServer(running.url, api_key=key) as server,
+                connect(running.url, api_key=key) as server,
                 pytest.raises(KeyRejected, match="401") as raised,
             ):
                 server.complete([1, 2, 3], n_predict=1)
             assert "right" not in str(raised.value)
-        with LlamaServer(running.url, api_key="right") as server:
+        with connect(running.url, api_key="right") as server:
             assert server.complete([1, 2, 3], n_predict=1).completion.n_prompt == 3
             # Including the 64 of the check after each start of a server.
             assert server.metrics()["llamacpp:prompt_tokens_total"] == 64 + 3
@@ -504,7 +514,7 @@ def test_metrics_must_be_switched_on(tmp_path: Path) -> None:
         server.metrics()
 
 
-def test_a_certificate_is_verified(tmp_path: Path, pretender: Pretender) -> None:
+def test_a_certificate_is_verified(connect: Connect, tmp_path: Path, pretender: Pretender) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     made = (
         "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1"
@@ -518,14 +528,14 @@ def test_a_certificate_is_verified(tmp_path: Path, pretender: Pretender) -> None
     context.load_cert_chain(certificate, key)
     pretender.say["/health"] = {"status": "ok"}
     with pretend(pretender, context) as url:
-        with LlamaServer(url, verify=str(certificate)) as server:
+        with connect(url, verify=str(certificate)) as server:
             assert server.health() == "ok"
         with (
-            LlamaServer(url, retries=0) as server,
+            connect(url, retries=0) as server,
             pytest.raises(ServerUnreachable, match="certificate"),
         ):
             server.health()
-        with LlamaServer(url, verify=False) as server:
+        with connect(url, verify=False) as server:
             assert server.health() == "ok"
 
 
@@ -546,14 +556,14 @@ def test_a_server_killed_during_an_answer_is_an_error(tmp_path: Path) -> None:
     server.close()
 
 
-def test_waiting_too_long_for_a_slot_is_an_error(tmp_path: Path) -> None:
+def test_waiting_too_long_for_a_slot_is_an_error(connect: Connect, tmp_path: Path) -> None:
     with serve(tmp_path, n_slots=1) as running:
-        server = LlamaServer(running.url, timeout_s=0.5)
+        server = connect(running.url, timeout_s=0.5)
         hold = server.stream(prompt(1, 100), n_predict=900)
         next(hold)
         with pytest.raises(ServerTimeout, match="no slot"):
             server.complete(prompt(2, 100), n_predict=1)
-        hold.close()  # type: ignore[attr-defined]
+        hold.close()
         server.flush(30)
         assert server.complete(prompt(2, 100), n_predict=1).completion.n_prompt == 100
         server.close()
@@ -571,6 +581,6 @@ def test_the_servers_own_limit_is_an_error_if_ours_is_unknown(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "settings", [{"timeout_s": 0}, {"connect_timeout_s": -1}, {"retries": -1}, {"retries": 99}]
 )
-def test_settings_of_a_connection_are_checked(settings: dict[str, Any]) -> None:
+def test_settings_of_a_connection_are_checked(connect: Connect, settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(settings))):
-        LlamaServer("http://127.0.0.1:9", **settings)
+        connect("http://127.0.0.1:9", **settings)

@@ -23,7 +23,10 @@ from tokenizers.models import BPE
 from tests.integration.pretended import PROPS, Pretender, answer, pretend
 from tests.integration.served import (
     N_PREDICT,
+    InLoop,
     Wrapped,
+    async_client,
+    both_clients,
     client,
     port_of,
     prompt,
@@ -44,11 +47,12 @@ from tokcache.errors import (
     ServerUnreachable,
     VocabularyMismatch,
 )
-from tokcache.llama.server import LlamaServer, connection
+from tokcache.llama.server import LlamaServer, SlotSettings, exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.integration.served import Connect
     from tokcache.llama.server import Reused
     from tokcache.samples.server_process import ServerProcess
 
@@ -94,7 +98,7 @@ def test_an_adapter_that_is_scaled_while_the_server_runs_is_another_model(tmp_pa
         right = uncached(server, tokens)
         assert (found.n_live, found.n_restored) == (0, 0)
         assert found.completion.token_ids == right.token_ids != with_adapter.token_ids
-        assert server.reuse_stats().restarts == 0
+        assert server.stats().restarts == 0
         assert complete(server, tokens).completion.n_cached == 299
 
 
@@ -110,7 +114,7 @@ def test_files_of_a_start_with_another_rope_base_are_not_restored(tmp_path: Path
         found = complete(server, tokens)
         assert found.completion.token_ids == uncached(server, tokens).token_ids
         assert found.n_restored == 0
-        assert server.reuse_stats().refusals == {"files_of_another_model": 1}
+        assert server.stats().refusals == {"files_of_another_model": 1}
         assert complete(server, tokens).completion.n_cached == 199
     server.close()
 
@@ -123,7 +127,7 @@ def test_files_are_dropped_after_a_restart_if_the_model_cannot_be_compared(
         pretender.say["/props"] = {**PROPS, "media_marker": "two"}
         pretender.say["/completion"] = lambda body: answer(len(body["prompt"]))
         assert complete(server, prompt(1, 100)).n_restored == 0
-        assert server.reuse_stats().refusals == {"files_of_another_model": 1}
+        assert server.stats().refusals == {"files_of_another_model": 1}
 
 
 @pytest.mark.parametrize("said", [(503, {"error": "loading"}), (429, b"")])
@@ -139,7 +143,7 @@ def test_adapters_that_cannot_be_read_for_a_moment_cost_no_file(
         assert complete(server, prompt(1, 100)).n_restored == 0
         pretender.say["/lora-adapters"] = adapters
         assert complete(server, prompt(2, 100)).n_restored == 99
-        assert server.reuse_stats().refusals == {"server_not_understood": 1}
+        assert server.stats().refusals == {"server_not_understood": 1}
 
 
 def test_two_models_in_one_folder_never_share_a_name(tmp_path: Path) -> None:
@@ -190,19 +194,12 @@ def test_clear_without_a_scope_leaves_nothing_of_anyone(tmp_path: Path) -> None:
         server.flush(30)
         assert list(tmp_path.iterdir()) == []
         assert all(slot.n_tokens == 0 for slot in server.slots())
-        manager = server._manager
-        assert (len(manager._shelf), manager._shelf.pinned, len(manager._seen)) == (0, set(), 0)
+        records = server._manager.records
+        assert (len(records.shelf), records.shelf.pinned, len(records._seen)) == (0, set(), 0)
         for seed, scope in enumerate(("a", "b", None)):
             assert complete(server, prompt(seed, 200), scope=scope).completion.n_cached == 0
-
-        async def clear_one() -> None:
-            complete(server, kept, scope="b")
-            try:
-                await server.aclear(scope="a")
-            finally:
-                await server._connection.aclose()
-
-        asyncio.run(clear_one())
+        complete(server, kept, scope="b")
+        server.clear(scope="a")
         assert complete(server, prompt(0, 200), scope="a").completion.n_cached == 0
         assert complete(server, kept, scope="b").completion.n_cached == 99
 
@@ -214,7 +211,7 @@ def test_clear_overwrites_files_that_can_not_be_deleted_here(tmp_path: Path) -> 
             complete(server, prompt(seed, 150), scope="a")
         complete(server, secret, scope="a")
         complete(server, other, scope="b")
-        assert server.reuse_stats().n_stale_files > 0
+        assert server.stats().n_stale_files > 0
         server.clear(scope="a")
         held = [file.read_bytes() for file in tmp_path.iterdir()]
         for seed in range(3, 9):
@@ -222,7 +219,7 @@ def test_clear_overwrites_files_that_can_not_be_deleted_here(tmp_path: Path) -> 
         assert not any(has_tokens(content, secret) for content in held)
         assert any(has_tokens(content, other) for content in held)
         assert complete(server, other, scope="b").completion.n_cached == 199
-        stats = server.reuse_stats()
+        stats = server.stats()
         assert n_bytes_in(tmp_path) == stats.n_bytes + stats.n_stale_bytes
 
 
@@ -247,7 +244,7 @@ def test_clear_goes_on_if_one_slot_can_not_be_erased(url: str, pretender: Preten
         with pytest.raises(ServerUnreachable):
             server.clear(scope="a")
         pretender.say["erase"] = {}
-        assert len(server._manager._shelf) == 0
+        assert len(server._manager.records.shelf) == 0
         for seed in range(2):
             assert complete(server, prompt(seed, 100), scope="a").n_live == 0
 
@@ -258,40 +255,100 @@ def test_scopes_and_pins_hold_with_any_adapters(url: str) -> None:
         server.pin("c", scope="a")
         complete(server, prompt(1, 100), scope="a", lora=lora, conversation="c")
         complete(server, prompt(1, 100), scope="b", lora=lora)
-        shelf = server._manager._shelf
+        shelf = server._manager.records.shelf
         assert sorted(file.is_pinned for file in shelf) == [False, True]
         server.clear(scope="a")
         assert [file.is_pinned for file in shelf] == [False]
         assert complete(server, prompt(1, 100), scope="a", lora=lora).n_live == 0
 
 
+def clear_during(server: LlamaServer, pretender: Pretender, path: str, answer: Any) -> None:
+    """Clear the scope "a" once, while the server works on a request to `path`."""
+    usual = pretender.say[path]
+
+    def say(*asked: Any) -> Any:
+        pretender.say[path] = usual
+        server.clear(scope="a")
+        return answer(*asked)
+
+    pretender.say[path] = say
+
+
+def filled(server: LlamaServer) -> None:
+    """Save a prompt of the scope "a", and fill both slots with prompts of another scope."""
+    complete(server, prompt(1, 100), scope="a")
+    for seed in (2, 3):
+        complete(server, prompt(seed, 100))
+
+
+@both_clients
+@pytest.mark.parametrize("said", ["an error", "another number of tokens"])
+def test_a_scope_cleared_while_its_file_is_read_is_not_a_failure_of_the_server(
+    said: str, connect: Connect, url: str, pretender: Pretender
+) -> None:
+    answers = {
+        "an error": lambda *_: (400, {"error": {"message": "no such file"}}),
+        "another number of tokens": lambda *_: {"n_restored": 3, "n_read": 1},
+    }
+    # With on_error "raise" a failure of the server would be raised.
+    with connect(url, slot_settings=SlotSettings(on_error="raise")) as server:
+        filled(server)
+        clear_during(server, pretender, "restore", answers[said])
+        found = complete(server, prompt(1, 100), scope="a")
+        assert (found.n_restored, found.completion.text) == (0, " it")
+        assert server.stats().refusals == {"cleared": 1}
+        assert server.stats().n_files == 2  # nothing of the cleared scope was kept
+        # Without the clearing it is.
+        pretender.say["restore"] = answers[said]
+        if said == "an error":
+            with pytest.raises(RequestRejected, match="no such file"):
+                complete(server, prompt(2, 100))
+        else:
+            assert complete(server, prompt(2, 100)).n_restored == 0
+        assert server.stats().refusals == {"cleared": 1, "restore_failed": 1}
+
+
+@both_clients
+def test_a_scope_cleared_before_its_file_is_read_is_not_a_failure_of_the_server(
+    connect: Connect, url: str, pretender: Pretender, tmp_path: Path
+) -> None:
+    def save(body: dict[str, Any], slot: str) -> Any:
+        said = pretender.save(body, slot)
+        (tmp_path / body["filename"]).write_bytes(bytes(said["n_written"]))
+        return said
+
+    pretender.say["save"] = save
+    with connect(url, slot_settings=SlotSettings(slot_folder=tmp_path)) as server:
+        filled(server)
+        clear_during(server, pretender, "/props", lambda *_: PROPS)
+        assert complete(server, prompt(1, 100), scope="a").n_restored == 0
+        assert server.stats().refusals == {"cleared": 1}
+        assert pretender.asked["restore"] == 0
+        # Without the clearing it is: one of these two is no longer in a slot.
+        for file in tmp_path.iterdir():
+            file.unlink()
+        for seed in (2, 3):
+            complete(server, prompt(seed, 100))
+        assert server.stats().refusals == {"cleared": 1, "restore_failed": 1}
+
+
 # -- wrong arguments of one request ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "error"), [("scope", InvalidScope), ("conversation", InvalidConfig)]
-)
+@both_clients
+@pytest.mark.parametrize("name", ["scope", "conversation"])
 @pytest.mark.parametrize("value", [["a"], 7, b"a", {"a": 1}])
 def test_names_of_another_type_are_refused(
-    name: str, error: type[Exception], value: Any, url: str, pretender: Pretender
+    name: str, value: Any, connect: Connect, url: str, pretender: Pretender
 ) -> None:
-    async def ask_both(server: LlamaServer) -> None:
-        with pytest.raises(error, match=name):
-            await server.acomplete(prompt(1, 100), n_predict=1, **{name: value})
-        with pytest.raises(error, match=name):
-            await anext(server.astream(prompt(1, 100), n_predict=1, **{name: value}))
-        if name == "scope":
-            with pytest.raises(error, match=name):
-                await server.aclear(scope=value)
-
-    with LlamaServer(url) as server:
+    error = InvalidScope if name == "scope" else InvalidConfig
+    with connect(url) as server:
         for ask in (server.complete, lambda *a, **k: list(server.stream(*a, **k))):
             with pytest.raises(error, match=name):
                 ask(prompt(1, 100), n_predict=1, **{name: value})
         for pin in (server.pin, server.unpin):
             with pytest.raises(error, match=name):
                 pin(**{"conversation": "c", name: value})
-        asyncio.run(ask_both(server))
         if name == "scope":
             for each in (
                 lambda scope: server.clear(scope=scope),
@@ -310,42 +367,31 @@ class Text(str):
     __slots__ = ()
 
 
-def test_scopes_reach_the_tokenizers_cache_too(process: ServerProcess) -> None:
+@both_clients
+def test_scopes_reach_the_tokenizers_cache_too(connect: Connect, process: ServerProcess) -> None:
     """A hit in the cache would show one tenant that another one sent the text before."""
     tokenizer = Wrapped(samples.tiny_tokenizer())
-    with LlamaServer(process.url, tokenizer=tokenizer) as server:
+    with connect(process.url, tokenizer=tokenizer) as server:
         tokenizer.scopes.clear()
         for scope in ("a", Text("b"), None):
             server.complete("some text", n_predict=1, scope=scope)
         list(server.stream("some text", n_predict=1, scope="c"))
-
-        async def ask() -> None:
-            try:
-                await server.acomplete("some text", n_predict=1, scope="d")
-            finally:
-                await server._connection.aclose()
-
-        asyncio.run(ask())
-        assert tokenizer.scopes == ["a", "b", None, "c", "d"]
+        assert tokenizer.scopes == ["a", "b", None, "c"]
 
 
+@both_clients
 @pytest.mark.parametrize("is_wrapped", [True, False])
 def test_invalid_text_is_refused_with_the_position(
-    is_wrapped: bool, process: ServerProcess
+    is_wrapped: bool, connect: Connect, process: ServerProcess
 ) -> None:
     import tokcache  # noqa: PLC0415 (the wrapped tokenizer, this test alone)
 
     plain = Tokenizer.from_file(str(samples.tiny_tokenizer()))
     tokenizer = tokcache.wrap(plain) if is_wrapped else None
-    with LlamaServer(process.url, tokenizer=tokenizer) as server:
-
-        async def ask() -> None:
-            await server.acomplete("caf\ud800", n_predict=1)
-
+    with connect(process.url, tokenizer=tokenizer) as server:
         for each in (
             lambda: server.complete("caf\ud800", n_predict=1),
             lambda: list(server.stream("caf\ud800", n_predict=1)),
-            lambda: asyncio.run(ask()),
             lambda: server.token_ids("caf\ud800"),
             lambda: server.tokenize("caf\ud800"),
         ):
@@ -366,7 +412,7 @@ def test_the_repr_names_the_server_and_counts_saved_slots(tmp_path: Path) -> Non
             f"<LlamaServer {running.url}, model unknown, 0 slots, 0 saved (0 bytes)>"
         )
         complete(server, prompt(1, 100))
-        name, n_bytes = samples.tiny_model().name, server.reuse_stats().n_bytes
+        name, n_bytes = samples.tiny_model().name, server.stats().n_bytes
         assert repr(server) == (
             f"<LlamaServer {running.url}, model {name}, 2 slots, 1 saved ({n_bytes:,} bytes)>"
         )
@@ -381,7 +427,7 @@ def test_a_truncated_file_does_not_crash_the_server(tmp_path: Path) -> None:
         os.truncate(file, file.stat().st_size // 2)
         found = complete(server, tokens)
         assert found.completion.token_ids == uncached(server, tokens).token_ids
-        assert server.reuse_stats().refusals == {"restore_failed": 1}
+        assert server.stats().refusals == {"restore_failed": 1}
 
 
 def test_a_file_that_crashed_the_server_is_not_read_again(tmp_path: Path) -> None:
@@ -441,7 +487,7 @@ def test_names_are_used_again_if_files_cannot_be_deleted(
         monkeypatch.setattr(Path, "unlink", refuse)
         for seed in range(12):
             complete(server, prompt(seed, 150))
-        stats = server.reuse_stats()
+        stats = server.stats()
         assert stats.is_folder_reachable
         assert stats.refusals["file_not_deleted"] > 0
         assert n_bytes_in(tmp_path) == stats.n_bytes + stats.n_stale_bytes < budget + 200_000
@@ -471,7 +517,7 @@ def test_age_is_limited_while_a_client_runs(tmp_path: Path) -> None:
         complete(server, prompt(1, 150))
         time.sleep(0.6)
         complete(server, prompt(2, 150))
-        assert len(list(tmp_path.iterdir())) == server.reuse_stats().n_files == 1
+        assert len(list(tmp_path.iterdir())) == server.stats().n_files == 1
 
 
 # -- vocabularies ---------------------------------------------------------------------------------
@@ -492,14 +538,14 @@ def changed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Wrapp
         lambda found: found["model"].update(merges=[]),
     ],
 )
-def test_the_same_pieces_cut_in_another_way_are_another_tokenizer(
+def test_a_tokenizer_that_splits_plain_words_differently_is_refused(
     change: Callable[[dict[str, Any]], object], process: ServerProcess, tmp_path: Path
 ) -> None:
     with pytest.raises(VocabularyMismatch, match="quick brown fox"):
         LlamaServer(process.url, tokenizer=changed(tmp_path, change))
 
 
-def test_unusual_texts_cut_in_another_way_are_only_logged(
+def test_a_tokenizer_that_splits_unusual_text_differently_is_only_logged(
     process: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     accents = {"type": "Replace", "pattern": {"String": "\u00e9"}, "content": "e"}
@@ -531,7 +577,7 @@ def test_a_server_that_lists_no_slots_is_still_reachable(
         assert blocks.is_reachable
         assert reason in state.unknown[0]
         assert reason in blocks.unknown[0]
-        assert server.reuse_stats().refusals == {"slots_not_listed": 2}
+        assert server.stats().refusals == {"slots_not_listed": 2}
         running.kill()
         assert not server.kv_state()[0].is_reachable
         assert "out of reach" in server.kv_state()[0].unknown[0]
@@ -559,46 +605,44 @@ def test_the_state_of_a_sequence_does_not_grow_with_its_tokens(
 # -- connections ----------------------------------------------------------------------------------
 
 
+@both_clients
 @pytest.mark.parametrize("separator", ["\\u2028", "\\u2029", "\\u0085"])
-def test_a_stream_is_cut_at_newlines_alone(separator: str, process: ServerProcess) -> None:
+def test_a_stream_is_split_at_newlines_only(
+    separator: str, connect: Connect, process: ServerProcess
+) -> None:
     grammar = f'root ::= "a{separator}b"'
-    with client(process) as server:
+    with connect(process.url) as server:
         expected = complete(server, prompt(1, 80), n_predict=20, grammar=grammar).completion.text
         assert len(expected) == 3
         pieces = server.stream(prompt(1, 80), n_predict=20, grammar=grammar)
         assert "".join(piece.text for piece in pieces) == expected
-
-        async def streamed() -> str:
-            pieces = server.astream(prompt(1, 80), n_predict=20, grammar=grammar)
-            return "".join([piece.text async for piece in pieces])
-
-        assert asyncio.run(streamed()) == expected
 
 
 def test_event_loops_that_ended_leave_no_connection(process: ServerProcess) -> None:
     def n_open() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
-    with client(process) as server:
-        asyncio.run(server.acomplete(prompt(1, 80), n_predict=1))
-        before = n_open()
-        for _ in range(10):
-            asyncio.run(server.acomplete(prompt(1, 80), n_predict=1))
-        assert n_open() <= before + 2
-        assert len(server._connection._loops) == 1
+    server = async_client(process)
+    asyncio.run(server.complete(prompt(1, 80), n_predict=1))
+    before = n_open()
+    for _ in range(10):
+        asyncio.run(server.complete(prompt(1, 80), n_predict=1))
+    assert n_open() <= before + 2
+    assert len(server._connection._loops) == 1
+    asyncio.run(server.aclose())
 
 
 def test_a_forked_child_does_not_wait_for_its_parent(process: ServerProcess) -> None:
     with client(process) as server:
         pieces = server.stream(prompt(1, 300), n_predict=500, ignore_eos=True)
         next(pieces)
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
         statuses = [in_child(lambda: server.flush(5))]
         is_over = threading.Event()
 
         def busy() -> None:
             while not is_over.is_set():
-                server.reuse_stats()
+                server.stats()
                 server.slots()
 
         threads = [threading.Thread(target=busy) for _ in range(3)]
@@ -611,8 +655,28 @@ def test_a_forked_child_does_not_wait_for_its_parent(process: ServerProcess) -> 
     assert statuses == [0] * 9
 
 
+def test_a_forked_child_uses_an_async_client_of_its_parent(process: ServerProcess) -> None:
+    with InLoop(process.url) as server:
+        is_over = threading.Event()
+
+        def busy() -> None:
+            while not is_over.is_set():
+                server.slots()
+
+        def ask(seed: int) -> None:
+            asyncio.run(server.inner.complete(prompt(seed, 40), n_predict=1))
+
+        thread = threading.Thread(target=busy)
+        thread.start()
+        statuses = [in_child(partial(ask, seed)) for seed in range(8)]
+        is_over.set()
+        thread.join()
+        assert server.complete(prompt(1, 40), n_predict=1).completion.n_prompt == 40
+    assert statuses == [0] * 8
+
+
 def ask_in_child(server: LlamaServer, seed: int) -> None:
-    server.reuse_stats()
+    server.stats()
     server.complete(prompt(seed, 40), n_predict=1)
 
 
@@ -631,7 +695,10 @@ def in_child(do: Callable[[], object]) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def test_slow_saves_do_not_delay_other_slots(url: str, pretender: Pretender) -> None:
+@both_clients
+def test_slow_saves_do_not_delay_other_slots(
+    connect: Connect, url: str, pretender: Pretender
+) -> None:
     is_over = threading.Event()
 
     def save(body: dict[str, Any], slot: str) -> Any:
@@ -641,7 +708,7 @@ def test_slow_saves_do_not_delay_other_slots(url: str, pretender: Pretender) -> 
 
     pretender.say["/props"] = {**PROPS, "total_slots": 8}
     pretender.say["save"] = save
-    with LlamaServer(url, timeout_s=20) as server:
+    with connect(url, timeout_s=20) as server:
         try:
             for seed in range(5):
                 assert server.complete(prompt(seed, 99), n_predict=1).id_slot == seed
@@ -654,19 +721,19 @@ def test_slow_saves_do_not_delay_other_slots(url: str, pretender: Pretender) -> 
             is_over.set()
 
 
+@both_clients
 def test_a_dripping_answer_and_an_endless_one_are_ended(
-    url: str, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+    connect: Connect, url: str, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretender.drip_s = 0.1
     pretender.say["/health"] = b" " * 100
-    with LlamaServer(url, timeout_s=0.5) as server:
-        for ask in (server.health, lambda: asyncio.run(server.ahealth())):
-            began = time.monotonic()
-            with pytest.raises(ServerTimeout, match="in full"):
-                ask()
-            assert time.monotonic() - began < 2
+    with connect(url, timeout_s=0.5) as server:
+        began = time.monotonic()
+        with pytest.raises(ServerTimeout, match="in full"):
+            server.health()
+        assert time.monotonic() - began < 2
         pretender.drip_s = 0.0
-        monkeypatch.setattr(connection, "_MAX_ANSWER_BYTES", 1000)
+        monkeypatch.setattr(exchange, "_MAX_ANSWER_BYTES", 1000)
         for path in ("/health", "/completion"):
             pretender.say[path] = b" " * 2000
         with pytest.raises(InvalidAnswer, match="more than 1,000 bytes"):
@@ -725,7 +792,7 @@ def test_figures_that_are_too_large_are_typed_errors(url: str, pretender: Preten
                 assert server.completion([1, 2], n_predict=1).first_token_s > 0
 
 
-def test_a_charset_is_not_believed(url: str, pretender: Pretender) -> None:
+def test_the_charset_of_an_answer_is_ignored(url: str, pretender: Pretender) -> None:
     pretender.headers = {"Content-Type": "text/html; charset=utf-16"}
     pretender.say["/health"] = {"status": "ok"}
     with LlamaServer(url) as server:
@@ -777,6 +844,7 @@ def test_arguments_that_cannot_work_are_refused_at_once(
         LlamaServer(**{"url": "https://127.0.0.1:9", **settings})
 
 
+@both_clients
 @pytest.mark.parametrize(
     "settings",
     [
@@ -789,12 +857,9 @@ def test_arguments_that_cannot_work_are_refused_at_once(
     ],
 )
 def test_settings_that_cannot_be_sent_or_read_are_refused_before_a_slot_is_touched(
-    settings: dict[str, Any], url: str, pretender: Pretender
+    settings: dict[str, Any], connect: Connect, url: str, pretender: Pretender
 ) -> None:
-    async def ask(call: Any) -> None:
-        await call([1, 2], n_predict=1, **settings)
-
-    with LlamaServer(url) as server:
+    with connect(url) as server:
         for call in (
             server.complete,
             server.completion,
@@ -802,9 +867,6 @@ def test_settings_that_cannot_be_sent_or_read_are_refused_before_a_slot_is_touch
         ):
             with pytest.raises(InvalidConfig, match=next(iter(settings))):
                 call([1, 2], n_predict=1, **settings)
-        for acall in (server.acomplete, server.acompletion):
-            with pytest.raises(InvalidConfig, match=next(iter(settings))):
-                asyncio.run(ask(acall))
     assert not pretender.asked
 
 
@@ -844,7 +906,6 @@ def test_a_request_during_close_fails_with_the_reason(process: ServerProcess) ->
     assert [type(error) for error in errors] == [ServerUnreachable] * len(errors)
     for ask_again in (
         lambda: server.complete([1, 2], n_predict=1),
-        lambda: asyncio.run(server.acomplete([1, 2], n_predict=1)),
         server.health,
     ):
         with pytest.raises(ServerUnreachable, match="closed"):

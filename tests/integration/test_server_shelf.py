@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokcache import TokenIds
+from tokcache._prefix import n_common
 from tokcache.llama.server.model import KvShape, kv_shape
+from tokcache.llama.server.namespaces import namespace_of
 from tokcache.llama.server.results import ModelMeta, SlotFile
-from tokcache.llama.server.shelf import SavedSlot, Shelf, n_common, namespace_of
+from tokcache.llama.server.shelf import SavedSlot, Shelf
 from tokcache.llama.server.slot import Condition
 from tokcache.llama.server.table import SlotTable, Wish
 from tokcache.llama.server.trust import KINDS, WHOLE, Trust
@@ -117,7 +119,7 @@ def test_a_longer_file_replaces_its_beginning() -> None:
     assert len(on) == 3
 
 
-def test_a_turn_replaces_the_one_before_whatever_its_answer() -> None:
+def test_a_turn_replaces_the_one_before_also_with_another_answer() -> None:
     on = shelf()
     add(on, A, [*range(12), 50, 51], n_prompt=12, conversation="c", is_superseding=True)
     add(on, A, [*range(12), 60, 61], n_prompt=12, conversation="d", is_superseding=True)
@@ -143,14 +145,14 @@ def test_files_being_read_or_pinned_are_not_evicted(tmp_path: Path) -> None:
 def test_stale_names_are_used_first_and_counted() -> None:
     on = shelf(max_bytes=250)
     first = add(on, A, range(10))
-    assert on.is_folder_reachable is False
+    assert on.folder.is_reachable is False
     add(on, A, range(20, 40))  # evicts the first one
     assert first is not None
-    assert (on.n_stale_files, on.n_stale_bytes) == (1, 100)
+    assert on.stale == {first.name: 100}
     assert on.name_for(B, TokenIds(range(5)), 5) == first.name
-    assert on.n_stale_files == 0
+    assert on.stale == {}
     on.note_stale(first.name)
-    assert on.n_stale_files == 1
+    assert on.stale == {first.name: 0}
 
 
 def table(n_slots: int) -> SlotTable:

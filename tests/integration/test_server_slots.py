@@ -18,6 +18,7 @@ from tests.integration.served import (
     BLOCK,
     N_PREDICT,
     Wrapped,
+    async_client,
     client,
     is_right,
     port_of,
@@ -90,7 +91,7 @@ def test_six_sessions_on_two_slots_prefill_only_new_tokens(
             assert is_right(found.completion, uncached_elsewhere(server, tokens))
             n_prompt, n_cached = n_prompt + len(tokens), n_cached + n_known
             tokens += [*found.completion.token_ids, *prompt(len(tokens), 20)]
-    stats = server.reuse_stats()
+    stats = server.stats()
     assert (stats.requests, stats.hits) == (18, 12)
     assert stats.prompt_tokens == n_prompt
     assert (stats.context_tokens, stats.restored_tokens) == (
@@ -123,7 +124,7 @@ def _with_reference(reference: LlamaServer) -> None:
     """Serve the expected answers from a server that no client manages."""
 
 
-def uncached_elsewhere(_server: LlamaServer, tokens: list[int]) -> Any:
+def uncached_elsewhere(_server: object, tokens: list[int]) -> Any:
     return uncached(REFERENCE[0], tokens)
 
 
@@ -147,7 +148,7 @@ def test_a_live_slot_is_preferred_to_its_file(server: LlamaServer) -> None:
     found = complete(server, longer)
     assert (found.id_slot, found.n_restored) == (first.id_slot, 0)
     assert found.n_live == found.completion.n_cached == len(longer) - 4
-    stats = server.reuse_stats()
+    stats = server.stats()
     assert (stats.context_tokens, stats.restored_tokens) == (len(longer) - 4, 0)
     assert stats.token_hit_rate == (len(longer) - 4) / (len(tokens) + len(longer))
 
@@ -169,7 +170,7 @@ def test_a_restart_after_a_kill_is_noticed_and_served_from_files(tmp_path: Path)
             assert is_right(found.completion, answer.completion) or is_right(
                 found.completion, uncached_elsewhere(server, tokens)
             )
-        assert server.reuse_stats().restarts == 1
+        assert server.stats().restarts == 1
         assert is_idle(server)
     server.close()
 
@@ -189,7 +190,7 @@ def test_a_quick_restart_is_noticed_before_a_record_is_used(tmp_path: Path) -> N
         found = complete(server, tokens)
         # llama.cpp refuses states with another number of streams.
         assert (found.n_live, found.n_restored, found.completion.n_cached) == (0, 0, 0)
-        assert server.reuse_stats().refusals == {"restore_failed": 1}
+        assert server.stats().refusals == {"restore_failed": 1}
         assert len(server._manager.table.slots) == 3
         assert complete(server, tokens).completion.n_cached == 199
     server.close()
@@ -210,7 +211,7 @@ def test_files_of_another_model_are_never_restored(tmp_path: Path) -> None:
         right = uncached(server, tokens)
         assert found.completion.n_cached == 0
         assert found.completion.token_ids == right.token_ids
-        assert server.reuse_stats().refusals["files_of_another_model"] == 1
+        assert server.stats().refusals["files_of_another_model"] == 1
         # llama-server alone accepts the file without an error and answers wrongly.
         (tmp_path / file).write_bytes(content)
         server.restore_slot(0, file)
@@ -244,7 +245,7 @@ def test_scopes_share_nothing_and_slots_are_erased_between_them(server: LlamaSer
     other = complete(server, tokens, scope="b")
     public = complete(server, tokens)
     assert [each.completion.n_cached for each in (first, other, public)] == [0, 0, 0]
-    assert server.reuse_stats().erases >= 1
+    assert server.stats().erases >= 1
     for scope in ("a", "b", None):
         found = complete(server, tokens, scope=scope)
         assert found.completion.n_cached == 199
@@ -273,10 +274,10 @@ def test_without_a_slot_save_path_slots_are_reused_with_one_warning(
             assert complete(server, tokens).completion.n_cached == 0
             # The server can't erase slots, so the request must ignore the slot's contents.
             assert complete(server, tokens, scope="a").completion.n_cached == 0
-            assert server.reuse_stats().refusals == {"no_slot_save_path": 1}
+            assert server.stats().refusals == {"no_slot_save_path": 1}
             pieces = server.stream(tokens, n_predict=500)
             next(pieces)
-            pieces.close()  # type: ignore[attr-defined]
+            pieces.close()
             assert is_idle(server)
         (message,) = caplog.messages
         assert "start llama-server with --slot-save-path" in message
@@ -289,7 +290,7 @@ def test_without_a_slot_save_path_slots_are_reused_with_one_warning(
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
-def test_restores_without_use_stop_with_one_warning(
+def test_restores_that_the_server_does_not_use_stop_with_one_warning(
     architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = samples.tiny_model(architecture=architecture)
@@ -304,7 +305,7 @@ def test_restores_without_use_stop_with_one_warning(
             found = complete(server, [*shared, *prompt(seed, 50)])
             assert is_right(found.completion, uncached(server, [*shared, *prompt(seed, 50)]))
             server._manager.table.reset_contents()
-        assert server.reuse_stats().refusals["restore_not_used_by_server"] == 1
+        assert server.stats().refusals["restore_not_used_by_server"] == 1
         assert len([m for m in caplog.messages if "tokcache.llama.Llama" in m]) == 1
         first = complete(server, shared)
         complete(server, prompt(99, 100))
@@ -329,23 +330,23 @@ def test_many_requests_on_few_slots_get_right_answers(server: LlamaServer) -> No
     assert sum(each.completion.n_cached > 0 for each in found) > 16
 
 
-def test_event_loops_share_the_slots_with_threads(server: LlamaServer) -> None:
-    prompts = [prompt(200 + n % 3, 100) for n in range(12)]
+def test_event_loops_of_several_threads_share_the_slots(
+    process: ServerProcess, folder: Path
+) -> None:
+    prompts = [prompt(200 + n % 3, 100) for n in range(6)]
+    server = async_client(process, slot_folder=folder)
 
     async def ask() -> list[Reused]:
-        try:
-            asked = [server.acomplete(each, n_predict=N_PREDICT) for each in prompts]
-            return await asyncio.gather(*asked)
-        finally:
-            await server._connection.aclose()
+        return await asyncio.gather(*(server.complete(each, n_predict=6) for each in prompts))
 
-    with ThreadPoolExecutor(1) as pool:
-        beside = pool.submit(server.complete, prompts[0], n_predict=N_PREDICT)
-        found = asyncio.run(ask())
-        found.append(beside.result(60))
-    for tokens, each in zip([*prompts, prompts[0]], found, strict=True):
-        assert is_right(each.completion, uncached_elsewhere(server, tokens))
-    assert is_idle(server)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda _: asyncio.run(ask()), range(2)):
+            for tokens, each in zip(prompts, found, strict=True):
+                assert is_right(each.completion, uncached_elsewhere(server, tokens))
+    asyncio.run(server.flush(30))
+    slots = server._manager.table.slots.values()
+    assert [slot.condition for slot in slots] == [Condition.FREE] * 2
+    asyncio.run(server.aclose())
 
 
 def test_a_stream_is_the_same_completion(server: LlamaServer) -> None:
@@ -359,14 +360,6 @@ def test_a_stream_is_the_same_completion(server: LlamaServer) -> None:
     assert expected.token_ids[: len(last.token_ids)] == last.token_ids
     assert (last.n_cached, last.stop, last.n_predicted) == (149, "limit", N_PREDICT)
     assert 0 < last.first_token_s <= last.seconds
-
-    async def streamed() -> str:
-        try:
-            return "".join([piece.text async for piece in server.astream(tokens, n_predict=6)])
-        finally:
-            await server._connection.aclose()
-
-    assert asyncio.run(streamed()) == expected.text
     assert is_idle(server)
 
 
@@ -374,34 +367,39 @@ def test_an_aborted_stream_frees_its_slot_and_keeps_its_tokens(server: LlamaServ
     tokens = prompt(81, 150)
     pieces = server.stream(tokens, n_predict=800)
     next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert is_idle(server)
     found = complete(server, tokens)
     assert found.completion.n_cached == 149
     assert is_right(found.completion, uncached_elsewhere(server, tokens))
 
 
-def test_a_cancelled_request_frees_its_slot_and_fails_no_other(server: LlamaServer) -> None:
+def test_a_cancelled_request_frees_its_slot_and_fails_no_other(process: ServerProcess) -> None:
     tokens = prompt(82, 150)
 
     async def cancelled() -> Any:
-        asked = [
-            asyncio.create_task(server.acomplete(tokens, n_predict=n)) for n in (700, 700, 700, 4)
-        ]
-        slots = server._manager.table.slots.values()
-        while not all(slot.condition is Condition.BUSY for slot in slots):  # noqa: ASYNC110
-            await asyncio.sleep(0)
-        for task in asked[:3]:  # two have a slot, one waits in the queue
-            task.cancel()
-        try:
-            return await asyncio.gather(*asked, return_exceptions=True)
-        finally:
-            await server._connection.aclose()
+        async with async_client(process) as server:
+            table = server._manager.table
+            asked = [
+                asyncio.create_task(server.complete(tokens, n_predict=n))
+                for n in (700, 700, 700, 4)
+            ]
+            # The slots are known after the first request has connected.
+            while not table.slots or not all(  # noqa: ASYNC110
+                slot.condition is Condition.BUSY for slot in table.slots.values()
+            ):
+                await asyncio.sleep(0)
+            for task in asked[:3]:  # two have a slot, one waits in the queue
+                task.cancel()
+            ended = await asyncio.gather(*asked, return_exceptions=True)
+            await server.flush(30)
+            assert all(slot.condition is Condition.FREE for slot in table.slots.values())
+            assert not any(slot.is_processing for slot in await server.slots())
+            return ended
 
     *ended, last = asyncio.run(cancelled())
-    assert all(isinstance(each, asyncio.CancelledError) for each in ended)
+    assert [type(each) for each in ended] == [asyncio.CancelledError] * 3
     assert len(last.completion.token_ids) == 4
-    assert is_idle(server)
 
 
 def test_a_slow_save_delays_no_other_request(server: LlamaServer) -> None:
@@ -432,14 +430,14 @@ def test_bytes_are_bounded_if_the_folder_is_reachable(process: ServerProcess, fo
             complete(server, prompt(300 + seed, 150))
             ours = set(folder.iterdir()) - before
             assert sum(file.stat().st_size for file in ours) <= budget
-        stats = server.reuse_stats()
+        stats = server.stats()
         assert stats.evictions > 0
         assert 0 < stats.n_bytes <= budget
         assert complete(server, prompt(300, 150)).completion.n_cached == 0
     with client(process, slot_folder=folder, max_bytes=1000) as server:
         complete(server, prompt(320, 150))
-        assert server.reuse_stats().n_files == 0
-        assert server.reuse_stats().refusals["file_over_budget"] == 1
+        assert server.stats().n_files == 0
+        assert server.stats().refusals["file_over_budget"] == 1
 
 
 def test_names_are_used_again_if_the_folder_is_out_of_reach(tmp_path: Path) -> None:
@@ -447,7 +445,7 @@ def test_names_are_used_again_if_the_folder_is_out_of_reach(tmp_path: Path) -> N
     with serve(tmp_path) as running, client(running, max_bytes=budget) as server:
         for seed in range(14):
             complete(server, prompt(300 + seed, 150))
-        stats = server.reuse_stats()
+        stats = server.stats()
         assert stats.is_folder_reachable is False
         files = list(tmp_path.iterdir())
         assert stats.n_files + stats.n_stale_files == len(files) <= 4
@@ -483,7 +481,7 @@ def test_old_files_are_deleted_also_those_of_earlier_clients(
         complete(server, prompt(501, 150))
         assert not left & set(folder.iterdir())
         time.sleep(0.25)
-        server._manager._shelf.sweep()
+        server._manager.records.shelf.sweep()
         assert [file.name for file in folder.iterdir()] == ["someone-elses.bin"]
     (folder / "someone-elses.bin").unlink()
 
@@ -499,7 +497,7 @@ def test_a_damaged_file_costs_a_prefill_and_is_counted(server: LlamaServer, fold
     found = complete(server, tokens)
     assert found.completion.n_cached == 0
     assert is_right(found.completion, uncached_elsewhere(server, tokens))
-    assert server.reuse_stats().refusals == {"restore_failed": 1}
+    assert server.stats().refusals == {"restore_failed": 1}
 
 
 def test_a_server_that_empties_idle_slots_is_logged_once_with_the_cure(
@@ -516,7 +514,7 @@ def test_a_server_that_empties_idle_slots_is_logged_once_with_the_cure(
             for _ in range(4):
                 for tokens in chats:
                     assert complete(server, tokens).completion.n_cached == 0
-        assert server.reuse_stats().refusals == {"slot_not_used_by_server": 6}
+        assert server.stats().refusals == {"slot_not_used_by_server": 6}
         (message,) = caplog.messages
         assert "--no-cache-idle-slots" in message
     caplog.clear()
@@ -545,7 +543,7 @@ def test_other_users_of_a_slot_cost_a_prefill_and_no_wrong_answer(
         other.completion(prompt(611, 100), n_predict=1, id_slot=first.id_slot)
     found = complete(server, tokens)
     assert is_right(found.completion, uncached_elsewhere(server, tokens))
-    assert server.reuse_stats().refusals == {"slot_not_used_by_server": 1}
+    assert server.stats().refusals == {"slot_not_used_by_server": 1}
     assert complete(server, tokens).completion.n_cached == 199
 
 
@@ -574,7 +572,7 @@ def test_an_answer_that_fills_the_context_is_recorded_as_it_is(server: LlamaServ
     assert found.completion.n_held is not None
     again = complete(server, [*tokens, *found.completion.token_ids[:10]])
     assert again.completion.n_cached == 1009
-    assert not server.reuse_stats().refusals
+    assert not server.stats().refusals
 
 
 def test_reproducible_mode_is_bit_for_bit_on_several_slots(
@@ -616,7 +614,7 @@ def test_kv_figures_are_the_models_own(process: ServerProcess, folder: Path) -> 
         assert (state.n_ctx, state.n_tokens) == (1024, 205)
         assert state.share == 205 / 1024
         # llama.cpp writes the cells and a header of less than 3 %.
-        (file,) = server._manager._shelf
+        (file,) = server._manager.records.shelf
         assert state.n_bytes <= file.n_bytes <= 1.03 * state.n_bytes
 
 
@@ -644,7 +642,7 @@ def test_other_memories_are_measured(architecture: str, memory: str, tmp_path: P
     with serve(tmp_path, model=model) as running, client(running, slot_folder=tmp_path) as server:
         found = complete(server, prompt(1, 200))
         state = {slot.id: slot for slot in server.kv_state()}[found.id_slot]
-        (file,) = server._manager._shelf
+        (file,) = server._manager.records.shelf
         assert (state.memory, state.source) == (memory, "measured")
         # A file also has the ids and a header.
         assert 0.95 * file.n_bytes <= state.n_bytes <= file.n_bytes

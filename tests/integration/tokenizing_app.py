@@ -1,4 +1,4 @@
-"""A small tokenization service, as a server would have one; test_fastapi.py runs it by uvicorn."""
+"""A small tokenization service; test_fastapi.py runs it with uvicorn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import tokcache
 from tokcache.observe.prometheus import Collector
 from tokcache.text.wrappers.patch import patch_transformers
 
-_LIFE_S = 240  # it ends by itself, whatever becomes of the test
+_LIFE_S = 240  # the service ends itself then, if the test does not
 
 patch_transformers(tokcache.CacheConfig(engine="tokenizers"))
 tok: Any = AutoTokenizer.from_pretrained(os.environ["TOKENIZER"])
@@ -29,7 +29,7 @@ n_ticks = 0
 
 
 async def tick() -> None:
-    """Count how often the event loop comes round."""
+    """Count the iterations of the event loop."""
     global n_ticks  # noqa: PLW0603 (one loop, one counter)
     while True:
         await asyncio.sleep(0.001)
@@ -77,7 +77,7 @@ async def tokenize(ask: Ask) -> dict[str, Any]:
 
 @app.post("/digest")
 async def digest(ask: Ask) -> dict[str, Any]:
-    """Return a digest of the ids of a long text, and how often the loop came round meanwhile."""
+    """Return a digest of the ids of a long text, and the event loop's iterations meanwhile."""
     before = n_ticks
     ids = await tok.atoken_ids(ask.text, add_special_tokens=ask.add_special_tokens)
     meanwhile = n_ticks - before
@@ -86,5 +86,5 @@ async def digest(ask: Ask) -> dict[str, Any]:
 
 @app.post("/chat")
 def chat(ask: Chat) -> dict[str, Any]:
-    """Return the ids of a conversation: no coroutine, so FastAPI runs it in a thread."""
+    """Return the ids of a conversation; FastAPI runs a plain function in a thread."""
     return dict(tok.apply_chat_template(ask.messages, add_generation_prompt=True))

@@ -159,7 +159,7 @@ def test_a_model_may_have_a_tokenizer_and_states(
     assert value(registry, "state_hits_total", "b") is None
 
 
-# ---- labels and lives
+# ---- labels and lifetimes
 
 
 def test_a_label_belongs_to_one_living_tokenizer(
@@ -181,7 +181,7 @@ def test_a_label_belongs_to_one_living_tokenizer(
 
 
 @pytest.mark.parametrize("kind", ["tokenizers", "transformers", "states"])
-def test_a_garbage_collected_cache_disappears(
+def test_a_cache_that_was_garbage_collected_is_no_longer_shown(
     registry: CollectorRegistry, collector: Collector, kind: str
 ) -> None:
     cache: Any = {

@@ -1,4 +1,4 @@
-"""A Redis for the whole run, emptied for each test; tests that harm one start their own."""
+"""A Redis for the whole run, emptied for each test; tests that stop one start their own."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def state_of(tokens: Sequence[int], start: int, stop: int) -> bytes:
 
 
 class Engine:
-    """Counts what it is asked to copy, and fails where it is told to."""
+    """Counts the positions that it copies, and fails at a chosen one."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.fail_at = fail_at
@@ -55,13 +55,13 @@ class Engine:
 
 
 def restored(plan: RestorePlan, tokens: Sequence[int]) -> int:
-    """Restore `plan`, compare every position it serves, return how many there are."""
+    """Restore `plan`, compare every position that it serves, and return their number."""
 
     until = {block.start: block.until for block in plan.blocks}
     loaded: list[int] = [0]
 
     def load(start: int, stop: int, payload: memoryview) -> None:
-        assert start == loaded[-1]  # what came before ends here, or was trimmed to here
+        assert start == loaded[-1]  # the blocks before end here, or were trimmed to here
         n_bytes = (until[start] - start) * POSITION_BYTES
         assert len(payload) == (stop - start) * POSITION_BYTES
         assert bytes(payload[:n_bytes]) == state_of(tokens, start, until[start])

@@ -1,4 +1,4 @@
-"""Where lower tiers keep states, for tests that hold for each of them."""
+"""The storage of tiers below memory, for tests that every tier has to pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Medium(ABC):
-    """What several processes share."""
+    """The storage that several processes share."""
 
     label: str
 
@@ -24,20 +24,24 @@ class Medium(ABC):
         """Return a tier that another process could have opened."""
 
     def cache(self, tier: Any = None, **settings: Any) -> PrefixStateCache:
-        """Return a cache with nothing but that tier, and memory."""
+        """Return a cache of that tier and memory, and no other tier."""
         return cache_on(**{"disk": None, self.label: tier or self.tier(), **settings})
 
     @abstractmethod
     def states(self) -> dict[str, Any]:
-        """Return the states that are held, by name, as they are held."""
+        """Return the stored states by name, as they are stored."""
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Return the names of all files or keys, states or not."""
 
     @abstractmethod
     def put(self, name: str, state: Any) -> None:
-        """Hold that in the place of a state."""
+        """Replace a stored state."""
 
     @abstractmethod
     def all_bytes(self) -> bytes:
-        """Return everything that is held."""
+        """Return all stored bytes, names included."""
 
 
 class DiskMedium(Medium):
@@ -51,6 +55,9 @@ class DiskMedium(Medium):
 
     def states(self) -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in files(self.path)}
+
+    def names(self) -> set[str]:
+        return {str(path) for path in self.path.rglob("*")}
 
     def put(self, name: str, state: bytes) -> None:
         Path(name).write_bytes(state)
@@ -73,6 +80,10 @@ class RedisMedium(Medium):
 
     def states(self) -> dict[str, dict[bytes, bytes]]:
         return self.server.states()
+
+    def names(self) -> set[str]:
+        with self.server.client() as client:
+            return {key.decode() for key in client.scan_iter(count=1000)}
 
     def put(self, name: str, state: dict[bytes, bytes]) -> None:
         with self.server.client() as client:

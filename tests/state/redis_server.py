@@ -1,4 +1,4 @@
-"""A real redis-server of the test's own: on a loopback port, in a folder, gone afterwards."""
+"""A real redis-server for tests: on a loopback port, in a folder, stopped at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _START_S = 20.0
 
 
 def required_binary() -> str:
-    """Return the path of redis-server; skip where there is none."""
+    """Return the path of redis-server; skip the test if it is not installed."""
     found = shutil.which("redis-server")
     if found is None:
         required = "REQUIRED: " if os.environ.get("TOKCACHE_REQUIRE_REDIS") else ""
@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """Started when it is made; `options` are lines of redis.conf."""
+    """A server that starts when it is constructed; `options` are lines of redis.conf."""
 
     def __init__(self, folder: Path, *options: str, tls: bool = False) -> None:
         self._binary = required_binary()
@@ -88,7 +88,7 @@ class RedisServer:
             self._process = None
 
     def states(self) -> dict[str, dict[bytes, bytes]]:
-        """Return the states that are held, as they are held."""
+        """Return the stored states: the fields of each hash by its key."""
         with self.client() as client:
             return {
                 key.decode(): client.hgetall(key)
@@ -97,7 +97,7 @@ class RedisServer:
             }
 
     def all_bytes(self) -> bytes:
-        """Return all that the server holds, names too: its dump, not compressed."""
+        """Return the uncompressed dump of the server: all keys and values."""
         with self.client() as client:
             client.save()
         return (self.folder / "dump.rdb").read_bytes()

@@ -1,4 +1,4 @@
-"""What the state room takes as token ids, sizes and counts, and what it says of the rest."""
+"""Arguments of the state classes: token ids, sizes and counts that are accepted, and errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FORMS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
-def test_ids_are_those_that_token_ids_takes(form: str) -> None:
+def test_the_accepted_ids_are_those_of_token_ids(form: str) -> None:
     tokens = list(FORMS[form]) if form == "generator" else FORMS[form]
     held = (each for each in tokens) if form == "generator" else tokens
     assert token_bytes(held) == memoryview(TokenIds(tokens)).tobytes()
@@ -51,7 +51,7 @@ def test_ids_are_those_that_token_ids_takes(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", sorted(set(FORMS) - {"generator"}))
-def test_every_way_in_takes_them(form: str) -> None:
+def test_every_method_accepts_the_same_ids(form: str) -> None:
     tokens, cache = FORMS[form], PrefixStateCache(block_tokens=4)
     key: dict[str, Any] = {"fingerprint": b"m"}
 
@@ -96,8 +96,8 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("form", sorted(WRONG))
-def test_what_are_no_ids_is_named_by_its_position(form: str) -> None:
-    tokens, told = WRONG[form]
+def test_the_error_names_the_position_of_the_first_wrong_id(form: str) -> None:
+    tokens, expected = WRONG[form]
     cache = PrefixStateCache()
     key: dict[str, Any] = {"fingerprint": b"m"}
     calls: list[Any] = [
@@ -112,7 +112,7 @@ def test_what_are_no_ids_is_named_by_its_position(form: str) -> None:
     for call in calls:
         with pytest.raises(InvalidTokens) as caught:
             call()
-        assert told in str(caught.value)
+        assert expected in str(caught.value)
         assert "secret" not in str(caught.value)
     assert len(cache) == 0
 
@@ -136,7 +136,7 @@ def test_sizes_have_units(tmp_path: Path, size: Any) -> None:
 
 @pytest.mark.parametrize("size", ["4GB", "", "much", "-1", 0, "0", 1.5, None, True])
 @pytest.mark.parametrize("name", ["ram_bytes", "queue_bytes", "max_bytes"])
-def test_sizes_that_are_none_are_refused(tmp_path: Path, name: str, size: Any) -> None:
+def test_invalid_sizes_are_refused(tmp_path: Path, name: str, size: Any) -> None:
     if (name, size) == ("queue_bytes", None):
         return  # a share of ram_bytes
     make: Any = DiskTier if name == "max_bytes" else PrefixStateCache

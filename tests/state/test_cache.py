@@ -1,3 +1,5 @@
+"""Blocks in memory: look-ups, saves, budgets, scopes, threads and forks."""
+
 from __future__ import annotations
 
 import os
@@ -15,9 +17,9 @@ from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.index import root_bytes
 from tokcache.state.memory import NODE_BYTES
-from tokcache.state.names import Owner
+from tokcache.state.names import RootKey
 
-ROOT = root_bytes(Owner(b"m", None, "free"))
+ROOT = root_bytes(RootKey(b"m", None, "free"))
 
 
 def small(**settings: Any) -> PrefixStateCache:
@@ -53,7 +55,7 @@ def test_max_tokens_and_aligned_bound_the_prefix() -> None:
     cache._check()
 
 
-def test_what_was_not_decoded_on_the_grid_is_not_found_there() -> None:
+def test_blocks_that_are_not_aligned_are_not_found_as_aligned() -> None:
     cache, tokens = small(), list(range(8))
     Engine().save(cache, tokens)
     assert found(cache, tokens, aligned=True) == 0
@@ -62,7 +64,7 @@ def test_what_was_not_decoded_on_the_grid_is_not_found_there() -> None:
     assert found(cache, tokens, aligned=True) == 4
 
 
-def test_blocks_on_the_grid_are_whole_and_may_begin_alike() -> None:
+def test_aligned_blocks_are_whole_and_may_begin_alike() -> None:
     cache, engine = small(), Engine()
     first, second = [1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 2, 2, 3, 3]
     for tokens in (first, second):
@@ -75,7 +77,7 @@ def test_blocks_on_the_grid_are_whole_and_may_begin_alike() -> None:
     cache._check()
 
 
-def test_branches_hold_what_they_share_once_to_the_token() -> None:
+def test_branches_hold_their_shared_part_once_to_the_token() -> None:
     cache, engine = PrefixStateCache(block_tokens=256, max_entries=100), Engine()
     shared = list(range(2000))
     branches = [shared + [5000 + n] * 128 for n in range(50)]
@@ -89,7 +91,7 @@ def test_branches_hold_what_they_share_once_to_the_token() -> None:
     cache._check()
 
 
-def test_a_chain_that_left_another_inside_a_block_needs_a_trim() -> None:
+def test_a_chain_that_branches_off_inside_a_block_needs_a_trim() -> None:
     cache = small()
     Engine().save(cache, [1, 2, 3, 4])
     Engine().save(cache, [1, 2, 9, 9])
@@ -103,7 +105,7 @@ def test_a_chain_that_left_another_inside_a_block_needs_a_trim() -> None:
     assert cache.stats().refusals == {"restore_failed": 1}
 
 
-def test_a_leaf_makes_way_before_what_it_branched_off_from() -> None:
+def test_a_leaf_is_evicted_before_the_block_it_branched_off_from() -> None:
     cache = small(max_entries=2)
     Engine().save(cache, [1, 2, 3, 4])
     Engine().save(cache, [1, 2, 8])
@@ -126,7 +128,7 @@ def test_the_last_entry_gives_up_its_end_to_the_chain_that_shares_its_beginning(
     cache._check()
 
 
-def test_a_save_that_another_overtakes_stores_what_is_left() -> None:
+def test_a_save_that_another_overtakes_stores_the_rest() -> None:
     cache = small()
     has_run: list[int] = []
 
@@ -162,7 +164,7 @@ def test_only_new_blocks_are_read() -> None:
     assert len(cache) == 1
 
 
-def test_scopes_and_fingerprints_never_meet() -> None:
+def test_scopes_and_fingerprints_are_apart() -> None:
     cache, tokens = small(), list(range(8))
     scopes = [None, "", "a", "None", "a\0", "\ud800", "a" * 1000]
     for scope in scopes:
@@ -177,7 +179,7 @@ def test_scopes_and_fingerprints_never_meet() -> None:
     cache._check()
 
 
-def test_remove_takes_one_scope_and_leaves_the_others() -> None:
+def test_clear_removes_one_scope_and_keeps_the_others() -> None:
     cache, tokens = small(), list(range(9))
     for scope in (None, "a", "b"):
         Engine().save(cache, tokens, scope=scope)
@@ -213,7 +215,7 @@ def test_bytes_are_bounded_and_leaves_go_first() -> None:
     cache._check()
 
 
-def test_what_is_larger_than_the_budget_is_refused_and_evicts_nothing() -> None:
+def test_a_prompt_larger_than_the_budget_is_refused_and_evicts_nothing() -> None:
     cache = small(ram_bytes=2 * (NODE_BYTES + 32) + ROOT)
     Engine().save(cache, [1, 2, 3, 4])
     engine = Engine()
@@ -223,7 +225,7 @@ def test_what_is_larger_than_the_budget_is_refused_and_evicts_nothing() -> None:
     assert found(cache, [1, 2, 3, 4]) == 4
 
 
-def test_entries_are_bounded_and_the_least_recent_goes() -> None:
+def test_entries_are_bounded_and_the_least_recently_used_is_evicted() -> None:
     cache = small(max_entries=2)
     for first in (1, 2, 3):
         Engine().save(cache, [first] * 9)
@@ -283,7 +285,7 @@ def test_a_plan_yields_nothing_once_cleared_and_its_buffers_are_not_used_again()
     cache._check()
 
 
-def test_a_reader_that_fails_costs_its_block_and_a_counter() -> None:
+def test_a_failing_reader_costs_its_block_and_a_counter() -> None:
     cache, tokens = small(), list(range(12))
     assert Engine(fail_at=9).save(cache, tokens) == 8
     assert cache.stats().refusals == {"save_failed": 1}
@@ -292,7 +294,7 @@ def test_a_reader_that_fails_costs_its_block_and_a_counter() -> None:
     cache._check()
 
 
-def test_a_loader_that_fails_leaves_what_came_before() -> None:
+def test_a_failing_loader_keeps_the_blocks_before() -> None:
     cache, tokens = small(), list(range(12))
     Engine().save(cache, tokens)
 
@@ -306,7 +308,7 @@ def test_a_loader_that_fails_leaves_what_came_before() -> None:
     assert cache.stats().restored_tokens == 4
 
 
-def test_a_tier_that_lost_a_payload_serves_what_comes_before() -> None:
+def test_the_blocks_before_a_lost_payload_are_served() -> None:
     cache, tokens = small(), list(range(12))
     Engine().save(cache, tokens)
     with cache.namespace(b"m").plan(tokens) as plan:
@@ -318,7 +320,7 @@ def test_a_tier_that_lost_a_payload_serves_what_comes_before() -> None:
 
 @pytest.mark.parametrize("size", [-1, None, 1.5, "4", 1 << 65])
 @pytest.mark.parametrize("ram_bytes", [1 << 20, 1 << 62])
-def test_a_size_that_is_none_costs_a_counter(size: Any, ram_bytes: int) -> None:
+def test_an_invalid_size_costs_a_counter(size: Any, ram_bytes: int) -> None:
     cache = small(ram_bytes=ram_bytes)
     sizes = {0: 4, 4: size}
     saved = cache.namespace(b"m").save(range(6), lambda *_: None, lambda start, _: sizes[start])
@@ -339,7 +341,7 @@ def test_an_interrupt_while_reading_gives_everything_back() -> None:
     assert (len(cache), cache._store.memory.overhead) == (0, 0)
 
 
-def test_restore_from_the_block_that_is_needed() -> None:
+def test_a_restore_starts_from_the_first_needed_block() -> None:
     cache, tokens = small(), list(range(12))
     Engine().save(cache, tokens)
     with cache.namespace(b"m").plan(tokens) as plan:
@@ -401,7 +403,7 @@ def test_scopes_with_long_names_stay_within_the_budget() -> None:
     assert 5 <= len(cache) <= 10
     cache._check()
     for root in list(cache._store.memory.index.roots.values()):
-        cache.clear(scope=root.owner.scope)
+        cache.clear(scope=root.root_key.scope)
     assert cache.memory_usage() == 0
 
 
@@ -428,7 +430,7 @@ def test_a_scope_removed_while_it_is_saved_stays_removed() -> None:
 
 
 @pytest.mark.parametrize("ids", [array("i", [1, 2, 3]), np.array([1, 2, 3], np.int32), (1, 2, 3)])
-def test_any_int32_buffer_or_sequence_will_do(ids: object) -> None:
+def test_any_int32_buffer_or_sequence_is_accepted(ids: object) -> None:
     cache = small()
     Engine().save(cache, [1, 2, 3, 4])
     with cache.namespace(b"m").plan(ids) as plan:
@@ -436,7 +438,7 @@ def test_any_int32_buffer_or_sequence_will_do(ids: object) -> None:
 
 
 @pytest.mark.parametrize("ids", [["a"], [2**31], b"abcd", np.zeros((2, 2), np.int32), 7])
-def test_what_is_no_int32_is_a_clear_error(ids: object) -> None:
+def test_ids_that_are_not_int32_are_a_clear_error(ids: object) -> None:
     cache = small()
     with pytest.raises(InvalidTokens):
         cache.namespace(b"m").plan(ids)
@@ -470,7 +472,7 @@ def test_a_save_while_the_cache_closes_leaves_nothing() -> None:
     cache = small()
 
     class Lock:
-        """Let a save run as soon as the lock is free: between any two steps of `close`."""
+        """Runs a save as soon as the lock is free: between any two steps of `close`."""
 
         def __init__(self, lock: threading.Lock) -> None:
             self.lock = lock
@@ -542,7 +544,7 @@ def test_many_threads_save_and_restore_the_right_states() -> None:
 
 
 @pytest.mark.parametrize("stem", [[], [7, 7, 7, 7]])
-def test_saves_that_end_together_keep_to_the_entries(stem: list[int]) -> None:
+def test_saves_that_end_together_stay_within_max_entries(stem: list[int]) -> None:
     cache, barrier = small(max_entries=1), threading.Barrier(8)
     Engine().save(cache, stem)
 
@@ -563,7 +565,7 @@ def test_saves_that_end_together_keep_to_the_entries(stem: list[int]) -> None:
     assert stats.evictions + stats.refusals.get("entries_in_use", 0) == 7
 
 
-def test_a_save_finds_no_room_where_all_entries_are_in_use_by_now() -> None:
+def test_a_save_is_refused_if_all_entries_came_into_use_meanwhile() -> None:
     cache, plans = small(max_entries=1), []
 
     def read(_start: int, _stop: int, _buffer: memoryview) -> None:
@@ -577,7 +579,7 @@ def test_a_save_finds_no_room_where_all_entries_are_in_use_by_now() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_keeps_what_nobody_used() -> None:
+def test_a_forked_child_keeps_the_states_that_were_not_in_use() -> None:
     cache = small()
     Engine().save(cache, [1, 2, 3, 4])
     Engine().save(cache, [5, 6, 7, 8])
@@ -601,13 +603,13 @@ def test_a_forked_child_keeps_what_nobody_used() -> None:
     cache._check()
 
 
-def test_of_lower_priority_goes_first() -> None:
+def test_states_of_lower_priority_are_evicted_first() -> None:
     cache = small(max_entries=2)
     for first, priority in ((1, 5), (2, 0)):
         cache.namespace(b"m").save(
             [first] * 4, lambda *_: None, lambda a, b: b - a, priority=priority
         )
-    with cache.namespace(b"m").plan([2] * 4) as plan:  # used last, and yet
+    with cache.namespace(b"m").plan([2] * 4) as plan:  # used last, but of lower priority
         assert plan.n_tokens == 4
     Engine().save(cache, [3] * 4)
     with cache.namespace(b"m").plan([1] * 4) as plan:
@@ -616,18 +618,18 @@ def test_of_lower_priority_goes_first() -> None:
         assert plan.n_tokens == 0
 
 
-def test_what_was_not_used_for_too_long_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_unused_for_ttl_s_expire(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr("tokcache.state.memory.time.monotonic", lambda: now[0])
     cache = small(ttl_s=10)
     Engine().save(cache, [1] * 8)
     Engine().save(cache, [2] * 4)
     now[0] += 9
-    assert found(cache, [1] * 4) == 4  # used: its time begins anew, its continuation's does not
+    assert found(cache, [1] * 4) == 4  # its time starts again, that of its continuation does not
     now[0] += 2
     assert found(cache, [1] * 8) == 4
     cache._check()
-    assert cache.stats().n_blocks == 1  # the other prompt went unasked for
+    assert cache.stats().n_blocks == 1  # the other prompt expired without a look-up
     assert cache.stats().expirations == 2
 
 

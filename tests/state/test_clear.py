@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 PUBLIC, REST = list(range(100, 120)), list(range(200, 220))
 
 
-def whole(cache: PrefixStateCache, scope: str | None, tokens: list[int] = SECRET) -> bytes | None:
+def snapshot_of(
+    cache: PrefixStateCache, scope: str | None, tokens: list[int] = SECRET
+) -> bytes | None:
     with cache.namespace(b"m", scope=scope).find(tokens) or memoryview(b"") as found_state:
         return None if isinstance(found_state, memoryview) else bytes(found_state.state)
 
@@ -31,12 +33,12 @@ def filled(medium: Medium) -> PrefixStateCache:
     cache = medium.cache()
     for scope in ("a", "b", None):
         Engine().save(cache, SECRET, scope=scope)
-        cache.namespace(b"m", scope=scope).store(SECRET, b"whole")
+        cache.namespace(b"m", scope=scope).store(SECRET, b"state")
     cache.flush()
     return cache
 
 
-def test_a_tenant_is_cleared_and_counters_go_on(medium: Medium) -> None:
+def test_a_tenant_is_cleared_and_counters_stay(medium: Medium) -> None:
     cache = filled(medium)
     before = cache.stats()
     assert cache.clear(scope="a") == 6
@@ -45,12 +47,16 @@ def test_a_tenant_is_cleared_and_counters_go_on(medium: Medium) -> None:
     assert after.n_bytes < before.n_bytes
     for each in (cache, medium.cache()):
         assert [found(each, SECRET, scope=scope) for scope in ("a", "b", None)] == [0, 40, 40]
-        assert [whole(each, scope) for scope in ("a", "b", None)] == [None, b"whole", b"whole"]
+        assert [snapshot_of(each, scope) for scope in ("a", "b", None)] == [
+            None,
+            b"state",
+            b"state",
+        ]
         each._check()
     cache.close()
 
 
-def test_without_a_scope_everything_goes_counters_too(medium: Medium) -> None:
+def test_without_a_scope_everything_is_cleared_counters_too(medium: Medium) -> None:
     cache = filled(medium)
     assert cache.clear() == 18
     assert medium.states() == {}
@@ -84,12 +90,12 @@ def test_a_handle_removes_its_state_and_nothing_else(medium: Medium) -> None:
     with cache.namespace(b"m", scope="a").find(SECRET) as handle:  # type: ignore[union-attr]
         assert handle.remove() == 1
         assert handle.remove() == 0
-    assert whole(cache, "a") is None
+    assert snapshot_of(cache, "a") is None
     assert found(cache, SECRET, scope="a") == 40
     cache.close()
 
 
-def test_what_is_public_stays(medium: Medium) -> None:
+def test_public_states_stay(medium: Medium) -> None:
     cache = medium.cache()
     for scope in ("a", "b"):
         Engine().save(cache, PUBLIC + REST, scope=scope, public_tokens=20)
@@ -105,7 +111,7 @@ def test_what_is_public_stays(medium: Medium) -> None:
         with each.namespace(b"m", scope="a", public_prefix=PUBLIC).find(PUBLIC) as handle:  # type: ignore[union-attr]
             assert bytes(handle.state) == b"public"
         each._check()
-    assert int32(REST[:8]) in medium.all_bytes()  # b's
+    assert int32(REST[:8]) in medium.all_bytes()  # of tenant b
     cache.clear(scope="b")
     assert int32(REST[:8]) not in medium.all_bytes()
     cache.close()
@@ -125,7 +131,7 @@ def test_open_handles_and_plans_yield_nothing_more(medium: Medium) -> None:
     with pytest.raises(StateError, match="removed"):
         _ = kept["handle of a"].state
     assert restored(kept["plan of a"], SECRET) == 0
-    assert bytes(kept["handle of b"].state) == b"whole"
+    assert bytes(kept["handle of b"].state) == b"state"
     assert restored(kept["plan of b"], SECRET) == 40
     for each in kept.values():
         each.close()
@@ -133,14 +139,14 @@ def test_open_handles_and_plans_yield_nothing_more(medium: Medium) -> None:
     cache.close()
 
 
-def test_what_memory_had_no_room_for_goes_too(medium: Medium) -> None:
+def test_states_served_from_below_are_cleared_too(medium: Medium) -> None:
     cache = filled(medium)
     cache.close()
-    tiny = medium.cache(ram_bytes=1000)  # all is served from the tier
+    tiny = medium.cache(ram_bytes=1000)  # memory has no room for any state
     handle = tiny.namespace(b"m", scope="a").find(SECRET)
     plan = tiny.namespace(b"m", scope="a").plan(SECRET)
     assert handle is not None
-    assert bytes(handle.state) == b"whole"
+    assert bytes(handle.state) == b"state"
     assert plan.n_tokens > 0
     tiny.clear(scope="a")
     assert handle.is_stale
@@ -164,7 +170,7 @@ def test_a_plan_that_is_cleared_while_it_is_restored_ends_there() -> None:
     assert cache.stats().refusals == {"cleared": 1}
 
 
-# Work that has begun
+# Operations under way
 
 
 def state_bytes(start: int, stop: int) -> int:
@@ -180,7 +186,7 @@ def saving(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callable
 
 
 def sizing(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callable[[], object]:
-    """A save that has found nothing yet, and has no place of its own when it is cleared."""
+    """A save that has found no blocks yet, and has no root when its scope is cleared."""
 
     def n_bytes(start: int, stop: int) -> int:
         meanwhile()
@@ -216,7 +222,7 @@ def filling(cache: PrefixStateCache, meanwhile: Callable[[], object]) -> Callabl
 
 @pytest.mark.parametrize("operation", [saving, sizing, saving_the_public_part, filling])
 @pytest.mark.parametrize("cleared", ["a", None, "b"])
-def test_a_save_that_has_begun_stores_nothing_of_what_was_cleared(
+def test_a_save_under_way_stores_nothing_of_a_cleared_scope(
     medium: Medium, operation: Any, cleared: str | None
 ) -> None:
     cache = medium.cache()
@@ -230,18 +236,18 @@ def test_a_save_that_has_begun_stores_nothing_of_what_was_cleared(
     assert calls
     cache.flush()
     public = SECRET[:8] if operation is saving_the_public_part else []
-    is_kept, is_whole = cleared == "b", operation is filling
-    expected = 40 * (not is_whole) if is_kept else len(public) * (cleared == "a")
+    is_kept, is_snapshot = cleared == "b", operation is filling
+    expected = 40 * (not is_snapshot) if is_kept else len(public) * (cleared == "a")
     for each in (cache, medium.cache()):
         assert found(each, SECRET, scope="a", public_prefix=public) == expected
         handle = each.namespace(b"m", scope="a").find(SECRET)
-        assert (handle is not None) == (is_kept and is_whole)
+        assert (handle is not None) == (is_kept and is_snapshot)
         each._check()
     cache.close()
 
 
 class _Held:
-    """A tier whose next answer waits until it is released: what it found is on its way up."""
+    """A tier that finds a state, then waits with its answer until it is released."""
 
     def __init__(self, cache: PrefixStateCache, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_found, self.goes_on = threading.Event(), threading.Event()
@@ -258,9 +264,9 @@ class _Held:
         monkeypatch.setattr(tier, "find_each", held)
 
 
-@pytest.mark.parametrize("kind", ["blocks", "whole"])
+@pytest.mark.parametrize("kind", ["blocks", "snapshot"])
 @pytest.mark.parametrize("cleared", ["a", None, "b"])
-def test_a_promotion_that_has_begun_brings_nothing_back(
+def test_a_promotion_under_way_brings_nothing_back(
     medium: Medium, monkeypatch: pytest.MonkeyPatch, kind: str, cleared: str | None
 ) -> None:
     writer = filled(medium)
@@ -269,7 +275,7 @@ def test_a_promotion_that_has_begun_brings_nothing_back(
     held = _Held(cache, monkeypatch)
 
     def ask() -> object:
-        return found(cache, SECRET, scope="a") if kind == "blocks" else whole(cache, "a")
+        return found(cache, SECRET, scope="a") if kind == "blocks" else snapshot_of(cache, "a")
 
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
@@ -281,23 +287,23 @@ def test_a_promotion_that_has_begun_brings_nothing_back(
         answer = asked.result(20)
     cache.flush()
     if cleared == "b":
-        assert answer == (40 if kind == "blocks" else b"whole")
+        assert answer == (40 if kind == "blocks" else b"state")
     else:
         assert answer in (0, None)
         assert len(cache) == 0
         assert found(cache, SECRET, scope="a") == 0
-        assert whole(cache, "a") is None
+        assert snapshot_of(cache, "a") is None
     cache._check()
     cache.close()
 
 
-def test_another_tenants_work_goes_on(medium: Medium) -> None:
+def test_operations_of_another_tenant_continue(medium: Medium) -> None:
     cache = medium.cache()
     gate = threading.Event()
     cache._store.below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
     for scope in ("a", "b"):
         Engine().save(cache, SECRET, scope=scope)
-        cache.namespace(b"m", scope=scope).store(SECRET, b"whole")
+        cache.namespace(b"m", scope=scope).store(SECRET, b"state")
     assert cache.clear(scope="a") == 6
     gate.set()
     assert cache.flush()
@@ -308,7 +314,7 @@ def test_another_tenants_work_goes_on(medium: Medium) -> None:
 
 
 def test_tenants_are_cleared_while_many_save_and_find(tmp_path: Path) -> None:
-    """After the last clear nothing of the tenant is anywhere, whatever was under way."""
+    """After the last clear no tier has a state of the tenant, even with operations under way."""
     cache = PrefixStateCache(block_tokens=8, max_entries=1000, disk=tmp_path)
     stop = threading.Event()
 
@@ -316,7 +322,7 @@ def test_tenants_are_cleared_while_many_save_and_find(tmp_path: Path) -> None:
         n_found = 0
         while not stop.is_set():
             Engine().save(cache, SECRET, scope=scope)
-            cache.namespace(b"m", scope=scope).store(SECRET, b"whole")
+            cache.namespace(b"m", scope=scope).store(SECRET, b"state")
             n_found += found(cache, SECRET, scope=scope)
         return n_found
 

@@ -1,4 +1,4 @@
-"""A tier that is slower than prefilling is left alone; it is tried again now and then."""
+"""A tier that is slower than prefilling is not asked; it is tried again now and then."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N, BLOCK = 80, 8
 
 
 class SlowDisk(DiskTier):
-    """Files whose reads take `delay_s` longer."""
+    """A disk tier whose reads take `delay_s` longer."""
 
     delay_s = 0.1
     n_reads = 0
@@ -47,7 +47,7 @@ def filled(path: Path, n_prompts: int) -> SlowDisk:
 
 
 def on(tier: DiskTier, prefill_s: float | None, fingerprint: bytes = b"m") -> PrefixStateCache:
-    """Return a cache that knows what a token takes to prefill."""
+    """Return a cache that knows the time that a token takes to prefill."""
     cache = PrefixStateCache(disk=tier, block_tokens=BLOCK)
     if prefill_s is not None:
         cache.namespace(fingerprint).note_prefill(100, 100 * prefill_s)
@@ -60,7 +60,7 @@ def found(cache: PrefixStateCache, tokens: list[int]) -> int:
         return plan.n_tokens
 
 
-def test_a_slow_tier_is_left_alone_after_a_quarter_of_a_second(tmp_path: Path) -> None:
+def test_a_slow_tier_is_not_asked_after_a_loss_of_a_quarter_of_a_second(tmp_path: Path) -> None:
     tier = filled(tmp_path, 3)
     cache = on(tier, 0.001)
     assert found(cache, prompt(0)) == 3 * BLOCK  # each read 0.09 s slower: the third was too much
@@ -69,7 +69,7 @@ def test_a_slow_tier_is_left_alone_after_a_quarter_of_a_second(tmp_path: Path) -
     assert tier.n_reads == 3
     assert found(cache, prompt(0)) == 3 * BLOCK  # from memory
     assert cache.stats().refusals == {"disk: slower_than_prefill": 3}
-    Engine().save(cache, prompt(1000))  # nor are others' blocks read before a save
+    Engine().save(cache, prompt(1000))  # before a save it is not read either
     assert tier.n_reads == 3
     assert found(cache, prompt(1000)) == N
     cache._check()
@@ -103,7 +103,7 @@ def test_one_slow_read_is_forgiven(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_after_a_rest_it_is_tried_again(tmp_path: Path) -> None:
+def test_after_a_rest_a_slow_tier_is_tried_again(tmp_path: Path) -> None:
     tier = filled(tmp_path, 4)
     cache = on(tier, 0.001)
     (below,) = cache._store.below
@@ -130,7 +130,7 @@ def test_each_model_has_its_own_measure(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_snapshots_are_left_alone_too(tmp_path: Path) -> None:
+def test_a_slow_tier_is_not_asked_for_snapshots_either(tmp_path: Path) -> None:
     tier = filled(tmp_path, 3)
     cache = on(tier, 0.001)
     tier.delay_s = 0.5
@@ -142,7 +142,7 @@ def test_snapshots_are_left_alone_too(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_what_was_measured_last_counts_most() -> None:
+def test_the_last_measurements_count_most() -> None:
     speed = Speed()
     speed.note(100, 1.0)
     assert speed.seconds(200) == pytest.approx(2.0)
@@ -166,6 +166,6 @@ def test_fast_reads_give_no_credit() -> None:
     ("n_tokens", "seconds"),
     [(0, 1.0), (-1, 1.0), (1.5, 1.0), (10, -1.0), (10, math.nan), (10, math.inf), (10, "1")],
 )
-def test_a_measure_that_can_not_be_is_refused(n_tokens: Any, seconds: Any) -> None:
+def test_an_invalid_measurement_is_refused(n_tokens: Any, seconds: Any) -> None:
     with pytest.raises(InvalidConfig):
         PrefixStateCache().namespace(b"m").note_prefill(n_tokens, seconds)

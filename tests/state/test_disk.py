@@ -1,4 +1,4 @@
-"""The disk tier: what one process wrote, another finds; nobody finds anything else."""
+"""The disk tier: its files, budget, times and checks of its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokcache.state.cache import PrefixStateCache
 from tokcache.state.tiers.disk import DiskTier
 from tokcache.state.write_behind import Job, WriteBehind
 
-SECRET = list(range(7001, 7041))  # a prompt that must not be found where it was removed
+SECRET = list(range(7001, 7041))  # a prompt that no file may contain after its removal
 KEYS = [{}, {"hmac_key": b"k" * 32}, {"encryption_key": b"e" * 32}]
 KEYS += [{"hmac_key": b"k" * 32, "encryption_key": b"e" * 16}]
 IDS = ["plain", "hmac", "encrypted", "both"]
@@ -73,7 +73,7 @@ def test_a_crafted_scope_stays_in_its_folder(tmp_path: Path, scope: str) -> None
     cache.close()
 
 
-def test_the_budget_holds_and_the_least_recent_goes(tmp_path: Path) -> None:
+def test_the_budget_holds_and_the_least_recently_used_is_evicted(tmp_path: Path) -> None:
     disk = DiskTier(tmp_path, max_bytes=8000)
     cache = cache_on(disk, block_tokens=64)
     for first in range(60):
@@ -100,7 +100,7 @@ def test_one_state_over_the_budget_is_refused_and_removes_nothing(tmp_path: Path
     cache.close()
 
 
-def test_what_is_used_in_memory_does_not_grow_old_on_disk(tmp_path: Path) -> None:
+def test_use_in_memory_keeps_a_state_young_on_disk(tmp_path: Path) -> None:
     disk = DiskTier(tmp_path)
     cache = cache_on(disk)
     cache._store.touch_s = 0.0
@@ -134,7 +134,7 @@ def test_states_expire_on_disk(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_a_writer_ends_its_thread_and_takes_nothing_afterwards() -> None:
+def test_a_closed_writer_has_no_thread_and_accepts_no_jobs() -> None:
     writer = WriteBehind("test", 100)
     ran: list[int] = []
     assert writer.put(Job(None, 1, lambda: ran.append(1)))
@@ -144,7 +144,7 @@ def test_a_writer_ends_its_thread_and_takes_nothing_afterwards() -> None:
     assert not any(t.name == "tokcache-test" for t in threading.enumerate())
 
 
-def test_the_end_of_the_interpreter_writes_what_waits(tmp_path: Path) -> None:
+def test_waiting_writes_are_done_when_the_interpreter_ends(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
@@ -160,18 +160,18 @@ Engine().save(cache, list(range(80)))
     assert found(cache_on(tmp_path), list(range(80))) == 80
 
 
-def test_an_ephemeral_tier_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ephemeral_tier_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tier = DiskTier.ephemeral()
     cache = cache_on(tier)
     Engine().save(cache, [1] * 8)
     cache.close()
-    assert files(tier.path) != []  # the tier is its owner's to close
+    assert files(tier.path) != []  # closing the cache does not close the tier
     tier.close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("dear")
     with pytest.raises(InvalidConfig, match="other files"):
         DiskTier(tmp_path)
@@ -185,7 +185,7 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
         DiskTier(tmp_path / "d")
 
 
-def test_a_folder_that_can_not_be_is_a_clear_error(tmp_path: Path) -> None:
+def test_an_unusable_path_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidConfig, match="can't be a folder"):
         DiskTier(tmp_path / "file" / "d")
@@ -205,12 +205,12 @@ def test_a_folder_that_can_not_be_is_a_clear_error(tmp_path: Path) -> None:
         {"encryption_key": b"e" * 33},
     ],
 )
-def test_settings_that_can_not_be_are_refused(tmp_path: Path, settings: Any) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path, settings: Any) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(settings))):
         DiskTier(tmp_path, **settings)
 
 
-def test_a_missing_library_says_how_to_get_it(
+def test_the_error_for_a_missing_library_has_the_pip_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
@@ -221,12 +221,12 @@ def test_a_missing_library_says_how_to_get_it(
         DiskTier(tmp_path)
 
 
-def test_an_unfinished_removal_is_finished_by_the_next_open(tmp_path: Path) -> None:
+def test_an_interrupted_removal_is_finished_by_the_next_tier(tmp_path: Path) -> None:
     cache = cache_on(tmp_path)
     Engine().save(cache, SECRET, scope="a")
     cache.close()
     scope = DiskTier(tmp_path).codec.scope("a").hex()
-    (tmp_path / "1" / scope).rename(tmp_path / "1" / ".gone-0")  # and then the power failed
+    (tmp_path / "1" / scope).rename(tmp_path / "1" / ".gone-0")  # as after a power failure
     assert int32(SECRET[:8]) in all_bytes(tmp_path)
     DiskTier(tmp_path)
     assert int32(SECRET[:8]) not in all_bytes(tmp_path)
@@ -247,9 +247,9 @@ def put_junk(path: Path) -> None:
     ],
     ids=["fifo", "folder", "junk", "link to a device", "dangling link"],
 )
-@pytest.mark.parametrize("is_told_first", [True, False])
-def test_whatever_stands_where_bytes_are_counted_the_tier_goes_on(
-    tmp_path: Path, put: Any, is_told_first: bool
+@pytest.mark.parametrize("is_counted_first", [True, False])
+def test_the_tier_works_with_anything_in_place_of_the_usage_file(
+    tmp_path: Path, put: Any, is_counted_first: bool
 ) -> None:
     cache = cache_on(tmp_path / "d")
     cache.namespace(b"m").store([1], b"x" * 3000)
@@ -257,7 +257,7 @@ def test_whatever_stands_where_bytes_are_counted_the_tier_goes_on(
     usage = tmp_path / "d" / "usage"
     usage.unlink()
     put(usage)
-    if is_told_first:
+    if is_counted_first:
         assert cache.stats().disk.n_bytes < 10_000
     cache.namespace(b"m").store([2], b"y" * 3000)
     cache.flush()
@@ -268,6 +268,6 @@ def test_whatever_stands_where_bytes_are_counted_the_tier_goes_on(
     assert not (tmp_path / "d" / "absent").exists()
 
 
-def test_a_path_that_can_be_none_is_refused(tmp_path: Path) -> None:
+def test_a_path_with_a_null_character_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="can't be a path"):
         PrefixStateCache(disk=f"{tmp_path}/a\0b")

@@ -1,4 +1,4 @@
-"""Every lower tier: what one process wrote, another finds; nobody finds anything else."""
+"""Every tier below memory: processes find each other's states, and only those of their scope."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.state.engine import Engine, state_of
 from tests.state.test_disk import IDS, KEYS, SECRET, found, int32
-from tokcache.state.names import Owner
+from tokcache.state.names import RootKey
 from tokcache.state.write_behind import Job
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def test_another_process_finds_short_blocks_and_points_inside_blocks(medium: Med
     assert ours.flush()
     assert found(theirs, [1, 2, 3, 4, 9, 9, 9]) == 7
     assert found(theirs, [1, 2, 3, 4, 5, 6]) == 6
-    # What it found there it extends there, and the first finds that.
+    # The second cache extends a chain of the first, and the first finds that.
     Engine().save(theirs, [1, 2, 3, 4, 9, 9, 9, 8, 8])
     assert theirs.flush()
     assert found(ours, [1, 2, 3, 4, 9, 9, 9, 8, 8]) == 9
@@ -59,7 +59,7 @@ def test_another_process_finds_short_blocks_and_points_inside_blocks(medium: Med
         cache.close()
 
 
-def test_blocks_that_two_processes_stored_at_once_both_find_a_place(medium: Medium) -> None:
+def test_blocks_that_two_processes_store_at_once_both_get_a_place(medium: Medium) -> None:
     caches = [medium.cache() for _ in range(2)]
     prompts = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 7, 7]]
     both_saved = threading.Event()
@@ -70,7 +70,7 @@ def test_blocks_that_two_processes_stored_at_once_both_find_a_place(medium: Medi
     for cache in caches:
         cache.close()
     assert [found(medium.cache(), tokens) for tokens in prompts] == [6, 6]
-    # One that has the first in memory builds on that.
+    # A cache that has the first block in memory extends that one.
     both = medium.cache()
     assert [found(both, tokens) for tokens in prompts] == [6, 3]
     Engine().save(both, prompts[1])
@@ -80,19 +80,19 @@ def test_blocks_that_two_processes_stored_at_once_both_find_a_place(medium: Medi
     fresh._check()
 
 
-def test_a_longer_block_takes_the_place_of_the_shorter_and_keeps_what_follows(
+def test_a_longer_block_replaces_the_shorter_and_keeps_its_followers(
     medium: Medium,
 ) -> None:
     writer = medium.cache()
     Engine().save(writer, [1, 2, 3])
     Engine().save(writer, [1, 2, 3, 9, 9])
     writer.close()
-    # Saved by a process that had not looked: the block [1, 2, 3, 4, 5].
+    # Saved by a process that has not looked below: the block [1, 2, 3, 4, 5].
     blind = medium.cache()
     blind._store.below, below = (), blind._store.below
     Engine().save(blind, [1, 2, 3, 4, 5])
     blind._store.below = below
-    Engine().save(blind, [1, 2, 3, 4, 5])  # what is not there yet is written now
+    Engine().save(blind, [1, 2, 3, 4, 5])  # only the missing part is written
     blind.close()
     fresh = medium.cache()
     assert found(fresh, [1, 2, 3, 4, 5]) == 5
@@ -101,7 +101,7 @@ def test_a_longer_block_takes_the_place_of_the_shorter_and_keeps_what_follows(
     fresh.close()
 
 
-def test_what_memory_evicted_is_served_from_below(medium: Medium) -> None:
+def test_evicted_blocks_are_served_from_below(medium: Medium) -> None:
     cache = medium.cache(max_entries=2)
     prompts = [[first] * 20 for first in range(10)]
     for tokens in prompts:
@@ -114,7 +114,7 @@ def test_what_memory_evicted_is_served_from_below(medium: Medium) -> None:
 
 
 @pytest.mark.parametrize("keys", KEYS, ids=IDS)
-def test_what_memory_has_no_room_for_is_served_from_below(medium: Medium, keys: Any) -> None:
+def test_blocks_without_room_in_memory_are_served_from_below(medium: Medium, keys: Any) -> None:
     writer = medium.cache(medium.tier(**keys))
     Engine().save(writer, SECRET)
     writer.namespace(b"m").store([1, 2], bytes(9000))
@@ -130,7 +130,7 @@ def test_what_memory_has_no_room_for_is_served_from_below(medium: Medium, keys: 
 
 
 @pytest.mark.parametrize("keys", [{}, {"encryption_key": b"e" * 16}], ids=["plain", "encrypted"])
-def test_views_of_blocks_take_no_more_memory_than_there_may_be(medium: Medium, keys: Any) -> None:
+def test_views_of_blocks_stay_within_the_memory_budget(medium: Medium, keys: Any) -> None:
     block_bytes = 3000
 
     def read(start: int, _stop: int, buffer: memoryview) -> None:
@@ -140,7 +140,7 @@ def test_views_of_blocks_take_no_more_memory_than_there_may_be(medium: Medium, k
     writer.namespace(b"m").save(SECRET, read, lambda *_: block_bytes)
     writer.close()
     tiny = medium.cache(medium.tier(**keys), ram_bytes=7000)
-    user = tiny.namespace(b"m").plan(SECRET[:1])  # what is in use leaves no room
+    user = tiny.namespace(b"m").plan(SECRET[:1])  # blocks in use leave no room
     with user, tiny.namespace(b"m").plan(SECRET) as plan:
         for block in plan.blocks:
             assert block.payload == bytes([block.start]) * block_bytes
@@ -163,7 +163,7 @@ def test_encrypted_states_show_neither_tokens_nor_states(medium: Medium) -> None
 
 
 @pytest.mark.parametrize("keys", KEYS, ids=IDS)
-def test_removing_a_scope_takes_its_bytes_away(medium: Medium, keys: Any) -> None:
+def test_clearing_a_scope_removes_its_bytes(medium: Medium, keys: Any) -> None:
     cache = medium.cache(medium.tier(**keys))
     other = list(range(9001, 9041))
     Engine().save(cache, SECRET, scope="a")
@@ -193,7 +193,7 @@ def test_removing_a_scope_takes_its_bytes_away(medium: Medium, keys: Any) -> Non
     cache.close()
 
 
-def test_what_waits_to_be_written_is_not_written_after_its_removal(medium: Medium) -> None:
+def test_a_waiting_write_is_dropped_when_its_scope_is_cleared(medium: Medium) -> None:
     cache = medium.cache()
     gate = threading.Event()
     cache._store.below[0].writer.put(Job("other", 0, lambda: gate.wait(10)))
@@ -220,7 +220,7 @@ def test_another_key_finds_nothing_and_destroys_nothing(medium: Medium) -> None:
     assert found(medium.cache(medium.tier(hmac_key=b"a" * 32)), SECRET, scope="a") == 40
 
 
-def test_a_state_with_another_keys_mac_is_refused_where_it_is_put(medium: Medium) -> None:
+def test_a_state_with_the_mac_of_another_key_is_refused(medium: Medium) -> None:
     for key in (b"a" * 32, b"b" * 32):
         cache = medium.cache(medium.tier(hmac_key=key))
         Engine().save(cache, [1, 2, 3])
@@ -236,7 +236,7 @@ def test_a_state_with_another_keys_mac_is_refused_where_it_is_put(medium: Medium
     cache.close()
 
 
-def test_a_state_of_another_scope_is_refused_where_it_is_put(medium: Medium) -> None:
+def test_a_state_copied_to_another_scope_is_refused(medium: Medium) -> None:
     cache = medium.cache()
     Engine().save(cache, [1, 2, 3], scope="a")
     Engine().save(cache, [1, 2, 3], scope="b")
@@ -249,22 +249,22 @@ def test_a_state_of_another_scope_is_refused_where_it_is_put(medium: Medium) -> 
             if state == own:
                 continue
             medium.put(name, state)
-            owners = (b"m", "a"), (b"m", "b"), (b"n", "a")
+            root_keys = (b"m", "a"), (b"m", "b"), (b"n", "a")
             fresh = medium.cache()
-            hits = [found(fresh, [1, 2, 3], fingerprint=f, scope=s) for f, s in owners]
+            hits = [found(fresh, [1, 2, 3], fingerprint=f, scope=s) for f, s in root_keys]
             assert sorted(hits) == [0, 3, 3]
             assert fresh.stats().refusals == {f"{medium.label}: misfiled": 1}
             medium.put(name, own)
 
 
 @pytest.mark.parametrize("scope", ["*", "[a-z]", "a:b", "{a}", "tenant-a", "\r\nFLUSHALL\r\n"])
-def test_scopes_never_meet_and_their_names_are_not_held(medium: Medium, scope: str) -> None:
+def test_scopes_are_apart_and_their_names_are_not_stored(medium: Medium, scope: str) -> None:
     cache = medium.cache()
     Engine().save(cache, [1, 2, 3], scope=scope)
     Engine().save(cache, [1, 2, 3], scope="b")
     Engine().save(cache, [1, 2, 3])
     cache.flush()
-    if len(scope) > 5:  # a shorter one may stand in the bytes of a digest
+    if len(scope) > 5:  # a shorter one may occur in a digest by chance
         assert scope.encode() not in medium.all_bytes()
     fresh = medium.cache()
     assert found(fresh, [1, 2, 3], scope=scope) == 3
@@ -275,7 +275,7 @@ def test_scopes_never_meet_and_their_names_are_not_held(medium: Medium, scope: s
     cache.close()
 
 
-def test_a_full_queue_drops_and_counts_and_the_next_save_writes_what_is_missing(
+def test_a_full_queue_drops_and_counts_and_the_next_save_writes_the_rest(
     medium: Medium,
 ) -> None:
     cache = medium.cache(queue_bytes=100)
@@ -293,21 +293,21 @@ def test_a_full_queue_drops_and_counts_and_the_next_save_writes_what_is_missing(
     cache.close()
 
 
-def test_a_cache_that_nobody_closed_is_written_all_the_same(medium: Medium) -> None:
+def test_the_writes_of_a_collected_cache_are_done(medium: Medium) -> None:
     cache = medium.cache()
     writer = cache._store.below[0].writer
     writer.put(Job(None, 0, lambda: time.sleep(0.2)))
     Engine().save(cache, SECRET)
     began = time.perf_counter()
     del cache
-    assert time.perf_counter() - began < 0.15  # nothing waits where a cache is let go
+    assert time.perf_counter() - began < 0.15  # releasing a cache does not wait
     assert writer.flush(10)
     assert not writer.put(Job(None, 0, list))
     assert found(medium.cache(), SECRET) == 40
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_writes_and_the_parent_goes_on(medium: Medium) -> None:
+def test_a_forked_child_and_its_parent_both_write(medium: Medium) -> None:
     cache = medium.cache()
     Engine().save(cache, [1] * 8)
     cache.flush()
@@ -338,7 +338,7 @@ def test_a_state_of_higher_priority_stays(medium: Medium) -> None:
     assert len(medium.states()) == 1
 
 
-def test_the_longest_whole_state_below_is_found(medium: Medium) -> None:
+def test_the_longest_snapshot_below_is_found(medium: Medium) -> None:
     cache = medium.cache()
     for n_tokens in (*range(1, 40), 60):
         cache.namespace(b"m").store(SECRET[:n_tokens], b"%d" % n_tokens)
@@ -372,20 +372,20 @@ def test_an_empty_state_and_one_of_many_chunks(medium: Medium) -> None:
     fresh.close()
 
 
-def test_names_depend_on_all_that_makes_states_differ(medium: Medium) -> None:
+def test_names_depend_on_everything_that_makes_states_differ(medium: Medium) -> None:
     tier = medium.tier(hmac_key=b"k" * 32)
-    owners = [
-        Owner(b"m", None, "free"),
-        Owner(b"m", "", "free"),
-        Owner(b"m", "a", "free"),
-        Owner(b"ma", "", "free"),
-        Owner(b"m", "a", "aligned"),
-        Owner(b"m", "a", "snapshot"),
+    root_keys = [
+        RootKey(b"m", None, "free"),
+        RootKey(b"m", "", "free"),
+        RootKey(b"m", "a", "free"),
+        RootKey(b"ma", "", "free"),
+        RootKey(b"m", "a", "aligned"),
+        RootKey(b"m", "a", "snapshot"),
     ]
-    assert len({tier.codec.owner(owner) for owner in owners}) == len(owners)
+    assert len({tier.codec.root(root_key) for root_key in root_keys}) == len(root_keys)
 
 
-def test_what_a_tier_has_lost_is_written_again(medium: Medium) -> None:
+def test_states_that_a_tier_has_lost_are_written_again(medium: Medium) -> None:
     cache = medium.cache()
     cache._store.touch_s = 0.0
     Engine().save(cache, SECRET)
@@ -395,8 +395,8 @@ def test_what_a_tier_has_lost_is_written_again(medium: Medium) -> None:
     assert medium.states() == {}
     Engine().save(cache, SECRET)
     assert cache.flush()
-    assert medium.states() == {}  # it was told so, and does not know better
-    assert found(cache, SECRET) == 40  # it is used, of which the tier is told
+    assert medium.states() == {}  # the cache does not know yet that the tier lost them
+    assert found(cache, SECRET) == 40  # the use is reported to the tier
     assert cache.flush()
     Engine().save(cache, SECRET)
     cache.namespace(b"m").store([1], b"x")

@@ -1,4 +1,4 @@
-"""The cache against a plain set of prefixes, every invariant checked after every step."""
+"""The cache against a plain set of prefixes; every invariant is checked after every step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from tokcache.state.handles import RestorePlan
 
 TOKENS = st.lists(st.integers(0, 2), max_size=14)
-OWNERS = st.tuples(st.sampled_from([b"m", b"n"]), st.sampled_from([None, "a"]))
-Owner = tuple[bytes, str | None]
+KEYS = st.tuples(st.sampled_from([b"m", b"n"]), st.sampled_from([None, "a"]))
+Key = tuple[bytes, str | None]
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Budgets differ by subclass: with room for all nothing may be missing."""
+    """Subclasses set the budgets: with room for all states none may be missing."""
 
     max_entries = 10_000
     ram_bytes = 1 << 30
@@ -31,63 +31,63 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = PrefixStateCache(
             ram_bytes=self.ram_bytes, max_entries=self.max_entries, block_tokens=4
         )
-        self.stored: dict[Owner, set[tuple[int, ...]]] = {}
-        self.on_grid: dict[Owner, set[tuple[int, ...]]] = {}
+        self.stored: dict[Key, set[tuple[int, ...]]] = {}
+        self.aligned: dict[Key, set[tuple[int, ...]]] = {}
         self.plans: list[tuple[RestorePlan, list[int], str | None]] = []
 
-    def best(self, owner: Owner, tokens: list[int]) -> int:
-        prefixes = self.stored.get(owner, set())
+    def best(self, key: Key, tokens: list[int]) -> int:
+        prefixes = self.stored.get(key, set())
         return max((n for n in range(len(tokens) + 1) if tuple(tokens[:n]) in prefixes), default=0)
 
-    @rule(owner=OWNERS, tokens=TOKENS)
-    def save(self, owner: Owner, tokens: list[int]) -> None:
-        before = self.best(owner, tokens)
-        n_saved = Engine().save(self.cache, tokens, *owner)
+    @rule(key=KEYS, tokens=TOKENS)
+    def save(self, key: Key, tokens: list[int]) -> None:
+        before = self.best(key, tokens)
+        n_saved = Engine().save(self.cache, tokens, *key)
         assert n_saved <= len(tokens)
-        known = self.stored.setdefault(owner, set())
+        known = self.stored.setdefault(key, set())
         known.update(tuple(tokens[: n + 1]) for n in range(len(tokens)))
         if self.has_room:
-            assert n_saved == len(tokens) - before  # what is shared is held once, to the token
+            assert n_saved == len(tokens) - before  # the shared part is held once, to the token
 
-    @rule(owner=OWNERS, tokens=TOKENS)
-    def save_on_the_grid(self, owner: Owner, tokens: list[int]) -> None:
-        known = self.on_grid.setdefault(owner, set())
+    @rule(key=KEYS, tokens=TOKENS)
+    def save_aligned(self, key: Key, tokens: list[int]) -> None:
+        known = self.aligned.setdefault(key, set())
         before = len(known)
-        n_saved = Engine().save(self.cache, tokens, *owner, aligned=True)
+        n_saved = Engine().save(self.cache, tokens, *key, aligned=True)
         known.update(tuple(tokens[: n + 4]) for n in range(0, len(tokens) - 3, 4))
         if self.has_room:
             assert n_saved == 4 * (len(known) - before)
 
-    @rule(owner=OWNERS, tokens=TOKENS, fail_at=st.integers(0, 13))
-    def save_that_fails(self, owner: Owner, tokens: list[int], fail_at: int) -> None:
-        Engine(fail_at).save(self.cache, tokens, *owner)
-        with self.cache.namespace(owner[0], scope=owner[1]).plan(tokens) as plan:
-            known = self.stored.setdefault(owner, set())
+    @rule(key=KEYS, tokens=TOKENS, fail_at=st.integers(0, 13))
+    def save_that_fails(self, key: Key, tokens: list[int], fail_at: int) -> None:
+        Engine(fail_at).save(self.cache, tokens, *key)
+        with self.cache.namespace(key[0], scope=key[1]).plan(tokens) as plan:
+            known = self.stored.setdefault(key, set())
             known.update(tuple(tokens[: n + 1]) for n in range(plan.n_tokens))
 
-    @rule(owner=OWNERS, tokens=TOKENS)
-    def find(self, owner: Owner, tokens: list[int]) -> None:
-        with self.cache.namespace(owner[0], scope=owner[1]).plan(tokens) as plan:
+    @rule(key=KEYS, tokens=TOKENS)
+    def find(self, key: Key, tokens: list[int]) -> None:
+        with self.cache.namespace(key[0], scope=key[1]).plan(tokens) as plan:
             assert restored(plan, tokens) == plan.n_tokens
-            best = self.best(owner, tokens)
+            best = self.best(key, tokens)
             assert plan.n_tokens <= best
             if self.has_room:
                 assert plan.n_tokens == best
 
-    @rule(owner=OWNERS, tokens=TOKENS)
-    def find_on_the_grid(self, owner: Owner, tokens: list[int]) -> None:
-        with self.cache.namespace(owner[0], scope=owner[1], aligned=True).plan(tokens) as plan:
+    @rule(key=KEYS, tokens=TOKENS)
+    def find_aligned(self, key: Key, tokens: list[int]) -> None:
+        with self.cache.namespace(key[0], scope=key[1], aligned=True).plan(tokens) as plan:
             assert restored(plan, tokens) == plan.n_tokens
-            known = self.on_grid.get(owner, set())
+            known = self.aligned.get(key, set())
             best = max((len(one) for one in known if tuple(tokens[: len(one)]) == one), default=0)
             assert plan.n_tokens <= best
             if self.has_room:
                 assert plan.n_tokens == best
 
-    @rule(owner=OWNERS, tokens=TOKENS)
-    def hold(self, owner: Owner, tokens: list[int]) -> None:
-        plan = self.cache.namespace(owner[0], scope=owner[1]).plan(tokens)
-        self.plans.append((plan, tokens, owner[1]))
+    @rule(key=KEYS, tokens=TOKENS)
+    def hold(self, key: Key, tokens: list[int]) -> None:
+        plan = self.cache.namespace(key[0], scope=key[1]).plan(tokens)
+        self.plans.append((plan, tokens, key[1]))
 
     @precondition(lambda self: self.plans)
     @rule(data=st.data())
@@ -101,20 +101,20 @@ class CacheMachine(RuleBasedStateMachine):
         before = self.cache.stats()
         self.cache.clear(scope="a")
         assert self.cache.stats().saved_tokens == before.saved_tokens
-        for stored in (self.stored, self.on_grid):
-            for owner in [owner for owner in stored if owner[1] == "a"]:
-                del stored[owner]
+        for stored in (self.stored, self.aligned):
+            for key in [key for key in stored if key[1] == "a"]:
+                del stored[key]
         self.end_plans("a")
 
     @rule()
     def clear(self) -> None:
         self.cache.clear()
         self.stored.clear()
-        self.on_grid.clear()
+        self.aligned.clear()
         self.end_plans("a", None)
 
     def end_plans(self, *scopes: str | None) -> None:
-        """Check that what was cleared can't be restored from plans that are still open."""
+        """Check that open plans restore no states that were cleared."""
         for plan, tokens, scope in self.plans:
             if scope in scopes:
                 assert restored(plan, tokens) == 0

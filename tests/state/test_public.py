@@ -1,4 +1,4 @@
-"""Prompts with a public part: all share that, and nobody meets another's rest."""
+"""Prompts with a public beginning: all scopes share that, and none finds another's rest."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def found(
 ) -> int:
     ns = cache.namespace(b"m", scope=scope, public_prefix=tokens[:n_public], **key)
     with ns.plan(tokens) as plan:
-        assert restored(plan, tokens) == plan.n_tokens  # what is wrong is not restored
+        assert restored(plan, tokens) == plan.n_tokens  # fails if a position is wrong
         return plan.n_tokens
 
 
 def held(state: Any) -> bytes:
-    """Return a state's bytes: a file's, or all of a hash."""
+    """Return the bytes of a state: of a file, or of all fields of a hash."""
     return state if isinstance(state, bytes) else b"".join(state.values())
 
 
 def look_ups(cache: PrefixStateCache) -> dict[str, int]:
-    """Ask for what tenant a has saved, as itself and in every other way."""
+    """Ask for the prompts of tenant a, as that tenant and in every other way."""
     return {
         "a": found(cache, PROMPT, "a", N_PUBLIC),
         "b": found(cache, PROMPT, "b", N_PUBLIC),
@@ -76,12 +76,12 @@ EXPECTED = {
 }
 
 
-def test_what_is_public_is_shared_and_the_rest_is_not(medium: Medium) -> None:
+def test_the_public_beginning_is_shared_and_the_rest_is_not(medium: Medium) -> None:
     cache = medium.cache()
     assert save(cache, PROMPT, "a", N_PUBLIC) == 40
     assert look_ups(cache) == EXPECTED
     cache._check()
-    assert save(cache, PUBLIC + OTHER, "b", N_PUBLIC) == 20  # what is public was there
+    assert save(cache, PUBLIC + OTHER, "b", N_PUBLIC) == 20  # the public beginning was there
     assert found(cache, PUBLIC + OTHER, "b", N_PUBLIC) == 40
     assert look_ups(cache) == EXPECTED
     cache._check()
@@ -93,7 +93,7 @@ def test_the_same_holds_below_memory(medium: Medium) -> None:
     save(first, PROMPT, "a", N_PUBLIC)
     first.close()
     for name, n_tokens in EXPECTED.items():
-        cache = medium.cache()  # nothing in memory
+        cache = medium.cache()  # with empty memory
         assert look_ups(cache)[name] == n_tokens
         cache._check()
         cache.close()
@@ -106,7 +106,7 @@ def test_the_same_holds_below_memory(medium: Medium) -> None:
         assert scope_name(scope).hex() in name
 
 
-def test_clearing_a_scope_removes_its_rest_and_leaves_what_is_public(medium: Medium) -> None:
+def test_clearing_a_scope_removes_its_rest_and_keeps_the_public_beginning(medium: Medium) -> None:
     cache = medium.cache()
     save(cache, PROMPT, "a", N_PUBLIC)
     save(cache, PUBLIC + OTHER, "b", N_PUBLIC)
@@ -118,20 +118,20 @@ def test_clearing_a_scope_removes_its_rest_and_leaves_what_is_public(medium: Med
         assert found(each, PROMPT, "a", N_PUBLIC) == N_PUBLIC
         assert found(each, PUBLIC + OTHER, "b", N_PUBLIC) == 40
         each._check()
-    assert cache.clear() > 0  # the shared space goes with all that follows on it
+    assert cache.clear() > 0  # the shared scope, and all blocks that follow it
     assert medium.states() == {}
     assert save(cache, PUBLIC, None, 0) == N_PUBLIC
     assert found(cache, PUBLIC + OTHER, "b", N_PUBLIC) == N_PUBLIC
     cache.close()
 
 
-def test_on_the_grid_what_is_public_ends_at_a_whole_block(medium: Medium) -> None:
+def test_an_aligned_public_beginning_ends_with_a_whole_block(medium: Medium) -> None:
     cache = medium.cache()
     assert save(cache, PROMPT, "a", N_PUBLIC, aligned=True) == 40
     assert found(cache, PROMPT, "a", N_PUBLIC, aligned=True) == 40
     assert found(cache, PROMPT, "b", N_PUBLIC, aligned=True) == 16
     assert found(cache, PROMPT, "a", N_PUBLIC) == 0
-    assert save(cache, PROMPT, "c", 7, aligned=True) == 40  # no whole block of it is public
+    assert save(cache, PROMPT, "c", 7, aligned=True) == 40  # no whole block is public
     assert found(cache, PROMPT, "d", 7, aligned=True) == 0
     cache._check()
     cache.close()
@@ -148,7 +148,7 @@ def test_for_the_shared_scope_all_is_public() -> None:
 
 
 @pytest.mark.parametrize("is_planned", [False, True])
-def test_what_is_public_is_evicted_after_what_follows_it(is_planned: bool) -> None:
+def test_a_public_beginning_is_evicted_after_the_blocks_that_follow_it(is_planned: bool) -> None:
     cache = made(ram_bytes=12_000)
     save(cache, PROMPT, "a", N_PUBLIC)
     if is_planned:
@@ -177,7 +177,7 @@ def test_the_same_rest_after_another_beginning_is_another_state(medium: Medium) 
         each.close()
 
 
-def test_what_is_public_outlives_what_follows_it() -> None:
+def test_a_public_beginning_outlives_the_blocks_that_follow_it() -> None:
     cache = made(ram_bytes=30_000, max_entries=1000)
     rng = random.Random(3)
     for n in range(60):
@@ -190,7 +190,7 @@ def test_what_is_public_outlives_what_follows_it() -> None:
     assert cache.stats().refusals == {}
 
 
-def test_a_rest_is_not_saved_where_its_beginning_has_no_room() -> None:
+def test_a_rest_is_not_saved_if_its_beginning_has_no_room() -> None:
     cache = made(ram_bytes=4000)
     assert save(cache, list(range(900)), "a", 860) == 0
     assert len(cache) == 0
@@ -258,12 +258,12 @@ def test_snapshots(medium: Medium) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["text", 1, [1.0], [2**31], None])
-def test_a_prefix_that_is_not_token_ids_is_refused(prefix: Any) -> None:
+def test_a_public_prefix_must_be_token_ids(prefix: Any) -> None:
     with pytest.raises(InvalidTokens):
         made().namespace(b"m", scope="a", public_prefix=prefix)
 
 
-def test_a_prompt_that_leaves_the_prefix_is_public_up_to_there() -> None:
+def test_a_prompt_is_public_up_to_where_it_diverges_from_the_prefix() -> None:
     cache = made()
     ns = cache.namespace(b"m", scope="a", public_prefix=PUBLIC)
     left = PUBLIC[:11] + REST
@@ -273,7 +273,7 @@ def test_a_prompt_that_leaves_the_prefix_is_public_up_to_there() -> None:
             assert plan.n_tokens == n_found
 
 
-def test_a_namespace_keeps_the_prefix_that_it_was_given() -> None:
+def test_a_namespace_keeps_its_public_prefix() -> None:
     prefix = array("i", PUBLIC)
     ns = made().namespace(b"m", scope="a", public_prefix=prefix)
     prefix[0] = 1

@@ -28,13 +28,14 @@ from tests.state.test_disk import SECRET, cache_on, files, found
 from tokcache.errors import InvalidConfig, MissingExtra
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.tiers import Address
-from tokcache.state.tiers.circuit import Circuit
-from tokcache.state.tiers.redis import CHUNK_BYTES, RedisTier
+from tokcache.state.tiers.redis import RedisTier
+from tokcache.state.tiers.redis.circuit import Circuit
+from tokcache.state.tiers.redis.reading import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tokcache.state.tiers.redis_link import Link
+    from tokcache.state.tiers.redis.link import Link
 
 
 def tier(server: RedisServer, **settings: Any) -> RedisTier:
@@ -85,13 +86,13 @@ def test_keys_are_of_digests_and_all_of_a_state_is_in_one_slot(redis_server: Red
     assert sum(bool(state.fullmatch(key)) for key in found_keys) == 6
     assert sum(bool(lengths.fullmatch(key)) for key in found_keys) == 1
     own = tier(redis_server)
-    address = Address(tokcache.state.names.Owner(b"m", "t", "free"), 3, b"base", b"slot")
-    places = own._keys(address)
+    address = Address(tokcache.state.names.RootKey(b"m", "t", "free"), 3, b"base", b"slot")
+    places = own._keys.places(address)
     assert len({key_slot(key.encode()) for key in (*places, f"{places[0]}.new-1")}) == 1
     assert len({key_slot(key.encode()) for key in found_keys}) > 4  # states are spread
 
 
-def test_namespaces_do_not_meet(redis_server: RedisServer) -> None:
+def test_namespaces_are_apart(redis_server: RedisServer) -> None:
     for name in ("a", "a.1", "b"):
         one = cache_on(None, redis=tier(redis_server, namespace=name))
         Engine().save(one, SECRET)
@@ -141,9 +142,9 @@ class Counted:
 
 def counted(one: PrefixStateCache) -> Counted:
     assert one.redis is not None
-    link = Counted(one.redis._link)
-    one.redis._link = link  # type: ignore[assignment]
-    one._store.touch_s = 1e9  # what is told in the background is not counted
+    link = Counted(one.redis._calls.link)
+    one.redis._calls.link = link  # type: ignore[assignment]
+    one._store.touch_s = 1e9  # no calls in the background, which would be counted
     return link
 
 
@@ -155,11 +156,11 @@ def test_a_long_prompt_takes_few_round_trips(redis_server: RedisServer) -> None:
     theirs = cache_on(None, redis=tier(redis_server), block_tokens=256)
     link = counted(theirs)
     assert found(theirs, tokens) == 8192
-    # Heads of 8 blocks, two ways each, and their payloads; then those of 24.
+    # Heads of 8 blocks, two places each, and their payloads; then those of 24.
     assert link.n_commands == [16, -8, 48, -24]
     assert theirs.stats().redis.hits == 32
     link.n_commands.clear()
-    assert found(theirs, [*tokens[:300], *range(50_000, 58_000)]) == 300  # memory has it
+    assert found(theirs, [*tokens[:300], *range(50_000, 58_000)]) == 300  # from memory
     assert link.n_commands == [16]
     link.n_commands.clear()
     assert found(theirs, list(range(60_000, 68_000))) == 0
@@ -188,7 +189,7 @@ def test_small_payloads_are_fetched_together(
         assert [block.payload for block in plan.blocks] == payloads
     assert link.n_commands == n_commands
     assert theirs.stats().redis.read_bytes == 20 * block_bytes
-    # One that is damaged is told when it is its turn; what stands before it is used.
+    # A damaged payload is detected when it is its turn; the blocks before it are used.
     states = {int(key.partition("{")[2].partition("-")[0], 16): key for key in keys(redis_server)}
     with redis_server.client() as client:
         client.hset(states[40], "0", bytes(block_bytes))
@@ -202,7 +203,7 @@ def test_small_payloads_are_fetched_together(
         each.close()
 
 
-def test_a_write_takes_two_round_trips_and_none_where_it_is_there(
+def test_a_write_takes_two_round_trips_and_one_if_the_state_is_there(
     redis_server: RedisServer,
 ) -> None:
     ours = cache_on(None, redis=tier(redis_server))
@@ -233,14 +234,14 @@ def test_snapshots_of_many_lengths_take_few_round_trips(redis_server: RedisServe
     link.n_commands.clear()
     with theirs.namespace(b"m").find(SECRET[:1]) as handle:  # type: ignore[union-attr]
         assert bytes(handle.state) == b"the one"
-    assert link.n_commands == []  # memory has all of it
+    assert link.n_commands == []  # from memory
     theirs.close()
 
 
 # Several tiers
 
 
-def test_what_redis_has_goes_to_the_disk_and_the_other_way_round(
+def test_states_found_in_one_tier_are_written_to_the_other(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     remote = cache(redis_server)
@@ -257,7 +258,7 @@ def test_what_redis_has_goes_to_the_disk_and_the_other_way_round(
     both.close()
     with redis_server.client() as client:
         client.flushall()
-    # Now it is on the disk alone: the disk gives it to memory, and to Redis.
+    # Now only the disk has the states; they are copied to memory and to Redis.
     again = cache_on(tmp_path / "a", redis=tier(redis_server))
     assert found(again, SECRET) == 40
     assert again.namespace(b"m").find([5, 6]) is not None
@@ -269,7 +270,7 @@ def test_what_redis_has_goes_to_the_disk_and_the_other_way_round(
     again.close()
 
 
-def test_a_chain_is_put_together_from_disk_and_redis(
+def test_a_chain_is_assembled_from_disk_and_redis(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     ours = cache_on(tmp_path, redis=tier(redis_server))
@@ -286,7 +287,7 @@ def test_a_chain_is_put_together_from_disk_and_redis(
     assert found(theirs, SECRET) == 40
     assert (theirs.stats().disk.hits, theirs.stats().redis.hits) == (2, 3)
     assert theirs.flush()
-    assert len(files(tmp_path)) == len(redis_server.states()) == 5  # both are whole again
+    assert len(files(tmp_path)) == len(redis_server.states()) == 5  # both have all blocks again
     theirs.close()
 
 
@@ -306,7 +307,7 @@ def test_removal_empties_both_tiers(redis_server: RedisServer, tmp_path: Path) -
 # Time
 
 
-def test_states_live_for_their_time_after_their_last_use(redis_server: RedisServer) -> None:
+def test_states_live_for_ttl_s_after_their_last_use(redis_server: RedisServer) -> None:
     ours = cache_on(None, redis=tier(redis_server, ttl_s=100.0))
     ours._store.touch_s = 0.0
     Engine().save(ours, [1] * 8)
@@ -317,7 +318,7 @@ def test_states_live_for_their_time_after_their_last_use(redis_server: RedisServ
         assert all(90_000 < client.pttl(key) <= 100_000 for key in keys(redis_server))
         for key in keys(redis_server):
             client.pexpire(key, 50_000)
-        assert found(ours, [1] * 8) == 8  # in memory: Redis is told, in the background
+        assert found(ours, [1] * 8) == 8  # from memory; Redis learns of the use later
         assert ours.namespace(b"m").find([1]) is not None
         ours.flush()
         young = [client.pttl(key) > 60_000 for key in keys(redis_server)]
@@ -339,7 +340,7 @@ def test_states_expire(redis_server: RedisServer) -> None:
     fresh.close()
 
 
-def test_without_a_time_states_stay(redis_server: RedisServer) -> None:
+def test_without_ttl_s_states_stay(redis_server: RedisServer) -> None:
     ours = cache_on(None, redis=tier(redis_server, ttl_s=None))
     ours._store.touch_s = 0.0
     Engine().save(ours, SECRET)
@@ -380,7 +381,7 @@ def test_no_value_is_larger_than_a_chunk(tmp_path: Path) -> None:
         theirs.close()
 
 
-# Rights and ways
+# Users, rights and connections
 
 
 def with_user(url: str, user: str) -> str:
@@ -413,7 +414,7 @@ def test_a_password_and_a_user_with_few_rights_by_url(tmp_path: Path) -> None:
                 each.close()
 
 
-def test_what_a_user_may_not_do_is_a_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_right_costs_a_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     acl = "user reader on nopass ~tokcache:* -@all +hget +smembers +scan"
     with RedisServer(tmp_path / "r", acl) as server:
         writer = cache(server)
@@ -442,7 +443,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:
-    """Make a certificate of this host that signs itself."""
+    """Make a self-signed certificate of this host."""
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     host = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
     secret, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
@@ -477,7 +478,7 @@ def test_tls_by_url(tmp_path: Path) -> None:
         with theirs.namespace(b"m").find([1]) as handle:  # type: ignore[union-attr]
             assert handle.state == state
         assert theirs.stats().refusals == ours.stats().refusals == {}
-        # A server that nobody vouches for is not spoken to.
+        # A server whose certificate is not trusted is not used.
         stranger = PrefixStateCache(redis=url, block_tokens=8)
         assert found(stranger, SECRET) == 0
         assert stranger.stats().refusals == {"redis: unreachable": 1}
@@ -578,7 +579,7 @@ def test_a_cluster_holds_states_in_all_its_nodes(cluster: Cluster) -> None:
     theirs.close()
 
 
-def test_a_node_of_a_cluster_that_stops_costs_what_it_holds(cluster: Cluster) -> None:
+def test_a_stopped_node_of_a_cluster_costs_only_its_own_states(cluster: Cluster) -> None:
     ours = on_cluster(cluster)
     for n in range(12):
         Engine().save(ours, [n] * 8)
@@ -620,7 +621,7 @@ def test_slots_that_move_to_another_node_are_followed(cluster: Cluster) -> None:
             client.execute_command("CLUSTER SETSLOT", slot, "NODE", new)
     theirs = on_cluster(cluster)
     ours._store.touch_s = 0.0
-    assert found(ours, tokens) == 8  # it tells the node that had it, which sends it elsewhere
+    assert found(ours, tokens) == 8  # reports the use to the former node, which redirects it
     assert ours.flush()
     until = time.monotonic() + 10
     while not target.states():
@@ -636,7 +637,7 @@ def test_slots_that_move_to_another_node_are_followed(cluster: Cluster) -> None:
         each.close()
 
 
-def test_a_server_that_is_no_cluster_costs_a_miss(redis_server: RedisServer) -> None:
+def test_a_single_server_given_as_a_cluster_costs_a_miss(redis_server: RedisServer) -> None:
     one = cache_on(None, redis=tier(redis_server, is_cluster=True))
     assert found(one, SECRET) == 0
     Engine().save(one, SECRET)
@@ -648,7 +649,7 @@ def test_a_server_that_is_no_cluster_costs_a_miss(redis_server: RedisServer) -> 
 # Threads and forks
 
 
-def test_threads_ask_at_once(redis_server: RedisServer) -> None:
+def test_many_threads_ask_at_once(redis_server: RedisServer) -> None:
     ours = cache(redis_server)
     prompts = [[n, *range(100 * n, 100 * n + 30)] for n in range(16)]
     for tokens in prompts:
@@ -701,7 +702,7 @@ def test_a_forked_child_uses_connections_of_its_own(redis_server: RedisServer) -
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert before <= clients()  # what the child did, closed none of its parent's
+    assert before <= clients()  # the child closed no connection of its parent
     assert found(fresh, [5] * 8) == 8
     assert found(fresh, SECRET) == 40
     assert fresh.stats().refusals == {}
@@ -709,7 +710,7 @@ def test_a_forked_child_uses_connections_of_its_own(redis_server: RedisServer) -
         each.close()
 
 
-def test_the_end_of_the_interpreter_writes_what_waits(redis_server: RedisServer) -> None:
+def test_waiting_writes_are_done_when_the_interpreter_ends(redis_server: RedisServer) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
@@ -750,7 +751,7 @@ Engine().save(cache, list(range(80)))
         {"encryption_key": b"e" * 17},
     ],
 )
-def test_settings_that_can_not_be_are_refused(settings: Any) -> None:
+def test_invalid_settings_are_refused(settings: Any) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(settings))):
         RedisTier("redis://127.0.0.1", **settings)
 
@@ -769,14 +770,14 @@ def test_settings_that_can_not_be_are_refused(settings: Any) -> None:
         "redis://:geheim@[127.0.0.1",
     ],
 )
-def test_a_url_that_can_not_be_is_refused_and_its_password_not_told(url: str) -> None:
+def test_an_invalid_url_is_refused_without_showing_its_password(url: str) -> None:
     with pytest.raises(InvalidConfig, match="URL of a Redis must be") as caught:
         RedisTier(url)
     assert "gehe" not in str(caught.value)
     assert caught.value.__cause__ is None
 
 
-def test_what_is_no_url_is_refused() -> None:
+def test_values_other_than_urls_are_refused() -> None:
     with pytest.raises(InvalidConfig, match="redis must be a URL"):
         PrefixStateCache(redis=7)  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match="url must be a str"):
@@ -785,7 +786,9 @@ def test_what_is_no_url_is_refused() -> None:
         RedisTier("redis://127.0.0.1/3", is_cluster=True)
 
 
-def test_options_of_the_url_can_not_change_what_the_tier_needs(redis_server: RedisServer) -> None:
+def test_options_of_the_url_do_not_change_the_settings_of_the_tier(
+    redis_server: RedisServer,
+) -> None:
     url = f"{redis_server.url}?decode_responses=true&protocol=3&health_check_interval=1&db=2"
     ours = PrefixStateCache(redis=url, block_tokens=8)
     Engine().save(ours, SECRET)
@@ -795,7 +798,7 @@ def test_options_of_the_url_can_not_change_what_the_tier_needs(redis_server: Red
     assert found(PrefixStateCache(redis=url, block_tokens=8), SECRET) == 40
 
 
-def test_a_missing_library_says_how_to_get_it() -> None:
+def test_the_error_for_a_missing_library_has_the_pip_command() -> None:
     code = """
 import sys
 sys.modules["redis"] = sys.modules["redis.exceptions"] = None
@@ -824,7 +827,7 @@ def test_a_circuit_opens_after_failures_in_a_row_and_probes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("tokcache.state.tiers.circuit.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tokcache.state.tiers.redis.circuit.time.monotonic", lambda: now[0])
     circuit = Circuit(3, 1.0)
 
     def call(*, is_good: bool) -> bool:
@@ -834,7 +837,7 @@ def test_a_circuit_opens_after_failures_in_a_row_and_probes(
         return True
 
     assert [call(is_good=good) for good in (False, False, True, False, False)] == [True] * 5
-    assert not circuit.is_open  # no three in a row
+    assert not circuit.is_open  # never three in a row
     assert call(is_good=False)
     delays = []
     for _ in range(9):
@@ -850,5 +853,5 @@ def test_a_circuit_opens_after_failures_in_a_row_and_probes(
     assert call(is_good=True)
     assert not circuit.is_open
     assert [call(is_good=False) for _ in range(4)] == [True, True, True, False]
-    now[0] += 1  # the time begins anew
+    now[0] += 1  # the delay is one second again
     assert call(is_good=True)

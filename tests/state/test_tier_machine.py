@@ -1,4 +1,4 @@
-"""Two caches that share a tier, restarts and damage included, against a plain set of prefixes."""
+"""Two caches with one tier against a plain set of prefixes, with restarts and damage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCOPES = st.sampled_from([None, "a"])
 
 
 class SharedTier(RuleBasedStateMachine):
-    """Every save reaches the tier before the next step: then nothing may be missing anywhere."""
+    """Every save reaches the tier before the next step: then no state may be missing anywhere."""
 
     medium: Medium
     settings: dict[str, Any]
@@ -33,7 +33,7 @@ class SharedTier(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.stored: dict[str | None, set[tuple[int, ...]]] = {None: set(), "a": set()}
-        self.whole: dict[str | None, dict[tuple[int, ...], bytes]] = {None: {}, "a": {}}
+        self.snapshots: dict[str | None, dict[tuple[int, ...], bytes]] = {None: {}, "a": {}}
         self.is_damaged = False
         self.caches = [self.opened(max_entries) for max_entries in (1000, 2)]
 
@@ -60,16 +60,16 @@ class SharedTier(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_damaged)
     @rule(who=WHO, scope=SCOPES, tokens=TOKENS.filter(bool), state=st.binary(max_size=8))
     def store(self, who: int, scope: str | None, tokens: list[int], state: bytes) -> None:
-        # One whose memory has an older state for these tokens would go on serving that.
-        if tuple(tokens) in self.whole[scope]:
+        # A cache that has an older state of these tokens in memory would still serve that.
+        if tuple(tokens) in self.snapshots[scope]:
             return
         if self.caches[who].namespace(b"m", scope=scope).store(tokens, state):
             assert self.caches[who].flush()
-            self.whole[scope][tuple(tokens)] = state
+            self.snapshots[scope][tuple(tokens)] = state
 
     @rule(who=WHO, scope=SCOPES, tokens=TOKENS)
-    def find_whole(self, who: int, scope: str | None, tokens: list[int]) -> None:
-        known = self.whole[scope]
+    def find_snapshot(self, who: int, scope: str | None, tokens: list[int]) -> None:
+        known = self.snapshots[scope]
         handle = self.caches[who].namespace(b"m", scope=scope).find(tokens)
         best = [n for n in range(len(tokens) + 1) if tuple(tokens[:n]) in known]
         if handle is None:
@@ -89,7 +89,7 @@ class SharedTier(RuleBasedStateMachine):
     def clear(self, scope: str | None) -> None:
         for cache in self.caches:
             cache.clear(scope=scope)
-        for stored in (self.stored, self.whole):
+        for stored in (self.stored, self.snapshots):
             for each in [scope] if scope is not None else list(stored):
                 stored[each].clear()
 

@@ -1,9 +1,9 @@
-"""Texts that try a cache of segments: whatever changes its ids beside a cut, and histories.
+"""Texts to test a segment cache with: fragments whose ids depend on their neighbours, and chats.
 
-Everything is drawn from a `random.Random`, so a seed gives the same texts again. `added` names
-the strings of the tokenizer's added tokens; `corpus` may hold more texts to take parts from.
+Everything is drawn from a `random.Random`, so the same seed gives the same texts. `added` are the
+strings of the tokenizer's added tokens; `corpus` may hold more texts to take excerpts from.
 """
-# ruff: noqa: RUF001 (letters of many scripts are what this file is about)
+# ruff: noqa: RUF001 (this file needs letters of many scripts)
 
 from __future__ import annotations
 
@@ -34,44 +34,46 @@ WORDS = {
 }
 
 
-def _apart(words: str) -> list[str]:
+def _split(words: str) -> list[str]:
     return words.split(" ")
 
 
-BLANKS = list(
+WHITESPACE = list(
     " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2003\u2009\u200a\u2028\u2029\u202f"
     "\u205f\u3000"
 )
-NOT_BLANK = list("\x00\x01\x07\x08\x1b\x7f\x80\x9f\xad\u180e\u200b\u2060\ufeff\ufffd\ufff9\ufffe")
-NEWLINES = [*_apart("\n \r\n \r \n\r \n\n \r\n\r\n \n\t \u2028 \n\n\n"), " \n", "\n "]
-# The \u017f is a long s, which (?i:'s) may take.
+NOT_WHITESPACE = list(
+    "\x00\x01\x07\x08\x1b\x7f\x80\x9f\xad\u180e\u200b\u2060\ufeff\ufffd\ufff9\ufffe"
+)
+NEWLINES = [*_split("\n \r\n \r \n\r \n\n \r\n\r\n \n\t \u2028 \n\n\n"), " \n", "\n "]
+# The \u017f is a long s, which (?i:'s) may match.
 CONTRACTIONS = [
-    *_apart(
+    *_split(
         "'s 't 're 've 'm 'll 'd 'S 'T 'LL 'Re 'lL ' '' ''s s' 'x ’s ’t ‘ 's's 'll's '\u017f '\n"
     ),
     " 's",
     "' s",
 ]
-DIGITS = _apart(
+DIGITS = _split(
     "0 1 12 123 1234 123456789012345678901234567890 3.14 1,000 ½ ² Ⅷ ١٢ ① 𝟙𝟚 १ 0x1F 1e-9 "
     "12:30 2024-01-02 ٣.٥ ㊿"
 )
-EMOJI = _apart(
+EMOJI = _split(
     "😀 👩\u200d💻 👨\u200d👩\u200d👧\u200d👦 🏳\ufe0f\u200d🌈 🇩🇪 🇩 👍🏽 ❤\ufe0f ☎ \u200d \ufe0f 🫠 "
     "1\ufe0f⃣ 🏽"
 )
-MARKS = _apart(
+MARKS = _split(
     "e\u0301 \u0301 a\u0323\u0307 \u0307\u0323 n\u0303o \u0345 \u0f71\u0f72 ำ "
     "q\u0307\u0323\u0307 =\u0338 <\u0338 .e\u0301 \u1e9b\u0323 \u2126 \u212b \uac00\u11a8 \u093c"
 )
-FOLDS = _apart("ﬁ ﬀ ß ẞ ĳ İ \u212a \u017f \u2126 ﷺ Ａｂ … ℃ ㌔ ª µ ǆ `` ''")
-LATE = _apart(
+FOLDED = _split("ﬁ ﬀ ß ẞ ĳ İ \u212a \u017f \u2126 ﷺ Ａｂ … ℃ ㌔ ª µ ǆ `` ''")
+NEWER_UNICODE = _split(
     "\ua7dc \u1c89 \U00010ec3 \U00016d40 \U0001c8c0 \U000105c0 \u0897 \U00011f02 "
     "\U00031350 \U0002ebf0 ꟲ ࡰ \U0001e4d0 \U0001fae9 ⃀ \U0001cc00 \U000e0041 \u0378 "
     "\U0010ffff \ue000"
 )
-ASTRAL = _apart("𝒳 𐐀𐐨 𠀀 𞤀 𝕳𝖊𝖑𝖑𝖔 𐍈 𐎀 𒀀 𓀀 𐲀")
-PUNCTUATION = _apart(
+ASTRAL = _split("𝒳 𐐀𐐨 𠀀 𞤀 𝕳𝖊𝖑𝖑𝖔 𐍈 𐎀 𒀀 𓀀 𐲀")
+PUNCTUATION = _split(
     "... — // / :// -> == !! ?! ， 。 ！？ «» _ __ ▁ ▁▁ Ġ ## ##a < > </ <| |> $ € ` ^ ~ + | ( "
     ")}] .\n !\n\n ;\r\n )\n/ \n/ //\n/ ...\n//x ¿ · ’ “x” % &amp;"
 )
@@ -124,7 +126,7 @@ TEMPLATES = [
     ("\r\n> ", "\r\n"),
     ("", ""),
 ]
-CEILINGS = (0x7F, 0xFF, 0xFFFF, 0x10FFFF)  # Python stores a string by its highest code point
+CEILINGS = (0x7F, 0xFF, 0xFFFF, 0x10FFFF)  # the largest code point of each width of Python strings
 
 _Maker = Callable[[random.Random, list[str]], str]
 
@@ -150,14 +152,14 @@ def _sentence(rng: random.Random, _: list[str]) -> str:
     )
 
 
-def _blank_run(rng: random.Random, _: list[str]) -> str:
+def _whitespace_run(rng: random.Random, _: list[str]) -> str:
     if rng.random() < 0.6:
         return rng.choice(" \n\t") * rng.choice([1, 2, 2, 3, 4, 7, 16, 40])
-    return "".join(rng.choice(BLANKS) for _ in range(rng.randint(1, 5)))
+    return "".join(rng.choice(WHITESPACE) for _ in range(rng.randint(1, 5)))
 
 
 def _letters(rng: random.Random, _: list[str]) -> str:
-    """Return any code points at all, near each other."""
+    """Return arbitrary code points that are close to each other."""
     start = rng.choice([0x20, 0xA0, 0x300, 0x600, 0x900, 0x2000, 0x3000, 0xA000, 0xFB00])
     start = rng.randrange(0xE000, 0x110000 - 64) if rng.random() < 0.2 else start
     return "".join(chr(start + rng.randrange(64)) for _ in range(rng.randint(1, 6)))
@@ -172,7 +174,7 @@ def _json(rng: random.Random, added: list[str]) -> str:
 
 
 def _added(rng: random.Random, added: list[str]) -> str:
-    """Return an added token's string: glued, cut short, overlapping, in another case."""
+    """Return an added token's string: joined to others, truncated, overlapping, in another case."""
     if not added:
         return ""
     one, other = rng.choice(added), rng.choice(added)
@@ -203,7 +205,7 @@ def _added(rng: random.Random, added: list[str]) -> str:
     )
 
 
-# Beside each of these a cut could be wrong.
+# A cut next to any of these could be wrong.
 CHARS = (
     *"aabbeAE1122=!.,'_/`<>\"- ",
     *["  ", " ", " ", " ", "\n", "\n", "\t", "\r\n", "\n\n", "``", "''"],
@@ -213,7 +215,7 @@ CHARS = (
 
 
 def dense_text(rng: random.Random, added: Sequence[str], n_chars: int = 40) -> str:
-    """Return a text of few different characters, so that those meet that seldom do."""
+    """Return a text of few different characters, so that rare pairs of neighbours occur."""
     parts: list[str] = []
     few = rng.sample(CHARS, rng.randint(2, 12))
     length = 0
@@ -226,7 +228,7 @@ def dense_text(rng: random.Random, added: Sequence[str], n_chars: int = 40) -> s
 _MAKERS: list[tuple[int, _Maker]] = [
     (30, _word),
     (22, _sentence),
-    (18, _blank_run),
+    (18, _whitespace_run),
     (16, _added),
     (6, _pick(NEWLINES)),
     (6, _pick(PUNCTUATION)),
@@ -234,9 +236,9 @@ _MAKERS: list[tuple[int, _Maker]] = [
     (4, _pick(DIGITS)),
     (3, _pick(CODE)),
     (3, _pick(NAUGHTY)),
-    (3, _pick(MARKS, FOLDS)),
+    (3, _pick(MARKS, FOLDED)),
     (2, _pick(EMOJI, ASTRAL)),
-    (2, _pick(LATE, NOT_BLANK)),
+    (2, _pick(NEWER_UNICODE, NOT_WHITESPACE)),
     (2, _json),
     (2, lambda rng, added: dense_text(rng, added, 12)),
     (2, _letters),
@@ -245,7 +247,7 @@ _WEIGHTS = [weight for weight, _ in _MAKERS]
 
 
 def fragment(rng: random.Random, added: list[str]) -> str:
-    """Return one ingredient."""
+    """Return one random fragment: a word, a sentence, whitespace, an added token and so on."""
     maker = rng.choices(_MAKERS, _WEIGHTS)[0][1]
     return maker(rng, added)
 
@@ -256,7 +258,7 @@ def _excerpt(rng: random.Random, corpus: Sequence[str]) -> str:
     return text[start : start + rng.choice([30, 200, 1500])]
 
 
-def _below(text: str, ceiling: int) -> str:
+def _without_above(text: str, ceiling: int) -> str:
     if text.isascii():
         return text
     return "".join(letter for letter in text if ord(letter) <= ceiling)
@@ -269,7 +271,7 @@ def random_text(
     ceiling: int = CEILINGS[-1],
     n_chars: int | None = None,
 ) -> str:
-    """Return a text of about `n_chars` characters, by default mostly short and at times long."""
+    """Return a text of about `n_chars` characters; by default most are short and some are long."""
     if n_chars is None:
         n_chars = rng.choice([0, 1, 3, 10, 30, 30, 100, 100, 300, 300, 1000, 3000])
     parts: list[str] = []
@@ -282,7 +284,7 @@ def random_text(
             part = rng.choice(parts)
         else:
             part = fragment(rng, added)
-        part = _below(part, ceiling) + (glue if rng.random() < 0.7 else "")
+        part = _without_above(part, ceiling) + (glue if rng.random() < 0.7 else "")
         parts.append(part)
         length += max(1, len(part))
     return "".join(parts)
@@ -295,10 +297,10 @@ def _message(rng: random.Random, added: list[str], corpus: Sequence[str], ceilin
 
 
 def _edited(rng: random.Random, text: str, added: list[str], ceiling: int) -> str:
-    """Return `text` with a few characters inserted, taken out or replaced somewhere."""
+    """Return `text` with a few characters inserted, removed or replaced."""
     start = rng.randint(0, len(text))
     end = min(len(text), start + rng.choice([0, 0, 1, 1, 2, 30]))
-    new = "" if rng.random() < 0.2 else _below(fragment(rng, added), ceiling)
+    new = "" if rng.random() < 0.2 else _without_above(fragment(rng, added), ceiling)
     return text[:start] + new + text[end:]
 
 
@@ -309,16 +311,16 @@ def histories(
     max_chars: int = 20_000,
     n_steps: int = 16,
 ) -> Iterator[str]:
-    """Yield a chat as it is asked for turn by turn, with edits, cuts and swaps between.
+    """Yield the prompts of a growing chat, with messages edited, truncated and swapped in between.
 
-    No yielded text is longer than `max_chars`. One history may stay in one width of strings, or
-    go from one to another and back.
+    No prompt is longer than `max_chars`. The character width of the strings may change within a
+    history, or stay the same.
     """
     ceiling = rng.choice(CEILINGS)
     parts = [_message(rng, added, corpus, ceiling) for _ in range(rng.randint(1, 3))]
     for _ in range(n_steps):
         whole = "".join(parts)
-        if len(whole) > max_chars:  # a front is lost, at a place that is no boundary of parts
+        if len(whole) > max_chars:  # drop the front, within a message
             parts = [whole[len(whole) - max_chars * rng.randint(3, 9) // 10 :]]
             whole = parts[0]
         yield whole
@@ -328,25 +330,25 @@ def histories(
 def _step(
     rng: random.Random, parts: list[str], added: list[str], corpus: Sequence[str], ceiling: int
 ) -> None:
-    """Change a history the way chats and agents change theirs."""
+    """Change a history as chats and agents do."""
     at = rng.randrange(len(parts))
-    what = rng.random()
-    if what < 0.45:
+    draw = rng.random()
+    if draw < 0.45:
         parts.append(_message(rng, added, corpus, ceiling))
-    elif what < 0.55:
+    elif draw < 0.55:
         parts.append(parts[at])
-    elif what < 0.7:
+    elif draw < 0.7:
         parts[at] = _edited(rng, parts[at], added, ceiling)
-    elif what < 0.77:
+    elif draw < 0.77:
         other = rng.randrange(len(parts))
         parts[at], parts[other] = parts[other], parts[at]
-    elif what < 0.84:
+    elif draw < 0.84:
         parts[0] = parts[0][rng.randint(0, len(parts[0])) :]
-    elif what < 0.9:
+    elif draw < 0.9:
         parts[-1] = parts[-1][: rng.randint(0, len(parts[-1]))]
-    elif what < 0.95:
-        parts.append(_below(fragment(rng, added), ceiling))
-    else:  # one letter that makes the whole string wider
+    elif draw < 0.95:
+        parts.append(_without_above(fragment(rng, added), ceiling))
+    else:  # a letter that may change the character width of the whole string
         parts.append(rng.choice("aé你😀"))
 
 

@@ -1,4 +1,4 @@
-"""The native modules and the reference implementation; tests of a wrapper run on both."""
+"""The native modules and the reference implementation; most tests run on both."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from typing import Any
 import pytest
 
 from tokcache.text import _implementation
-from tokcache.text._reference import l0, token_ids
-from tokcache.text.segments import _reference
+from tokcache.text._reference import l0, segments, token_ids
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """The classes of one implementation; `l1` is the module that has those of L1."""
+    """The classes of one implementation; `l1` is the module with the classes of L1."""
 
     token_ids: Any
     l0_cache: Any
     l1: Any
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have everything that is wrapped from now on built of these classes."""
+        """Build all tokenizers that are wrapped from now on with these classes."""
         own = {"TokenIds": self.token_ids, "L0Cache": self.l0_cache}
         for name in _implementation.__all__:
             value = own[name] if name in own else getattr(self.l1, name)
             monkeypatch.setattr(_implementation, name, value)
 
 
-REFERENCE = Implementation(token_ids.TokenIds, l0.L0Cache, _reference)
+REFERENCE = Implementation(token_ids.TokenIds, l0.L0Cache, segments)
 
 
 def native() -> Implementation:

@@ -1,4 +1,4 @@
-"""The classes of characters against the Unicode tables of Python, old and new."""
+"""The character classes against Python's Unicode tables, version 3.2 and the current one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from tokcache.text.segments.char_classes import (
+from tokcache.text.cuts.char_classes import (
     ASCII_CLASSES,
     N_CLASSES,
     NON_ASCII_LETTER_RANGES,
@@ -31,11 +31,11 @@ def chars_of(ranges: tuple[tuple[int, int], ...]) -> Iterator[str]:
 
 
 LETTERS = list(chars_of(NON_ASCII_LETTER_RANGES))
-SIGNS = list(chars_of(NON_ASCII_PUNCTUATION_RANGES))
+PUNCTUATION = list(chars_of(NON_ASCII_PUNCTUATION_RANGES))
 
 
 def canonical_pairs() -> list[tuple[str, str]]:
-    """Return what each character that is made of two canonically is made of."""
+    """Return the two parts of each character that has a canonical decomposition into two."""
     found = []
     for point in range(sys.maxunicode + 1):
         parts = unicodedata.decomposition(chr(point)).split()
@@ -56,7 +56,7 @@ def nfc(text: str) -> str:
 
 
 @pytest.mark.parametrize("tables", [OLD, unicodedata], ids=["unicode_3_2", "unicode_now"])
-def test_letters_are_letters_that_combine_with_nothing_before(tables: unicodedata.UCD) -> None:
+def test_letters_are_uncombining_letters_in_old_and_new_unicode(tables: unicodedata.UCD) -> None:
     for char in LETTERS:
         assert tables.category(char) in {"Lu", "Ll", "Lt", "Lm", "Lo"}, ascii(char)
         assert tables.combining(char) == 0, ascii(char)
@@ -67,7 +67,7 @@ def test_a_letter_stays_a_letter_under_nfc() -> None:
     assert changed == []
 
 
-def test_a_letter_with_a_mark_behind_it_is_composed_to_a_letter() -> None:
+def test_a_letter_and_a_following_mark_compose_to_a_letter() -> None:
     letters = frozenset(LETTERS)
     composed = [nfc(first + second) for first, second in PAIRS if first in letters]
     assert len(composed) > 100
@@ -75,19 +75,19 @@ def test_a_letter_with_a_mark_behind_it_is_composed_to_a_letter() -> None:
         assert unicodedata.category(text[0]).startswith("L"), ascii(text)
 
 
-def test_no_letter_joins_what_stands_before_it() -> None:
+def test_no_letter_composes_with_the_character_before_it() -> None:
     letters = frozenset(LETTERS) | frozenset(string.ascii_letters)
     assert [pair for pair in PAIRS if pair[1] in letters] == []
 
 
-def test_no_letter_combines_with_a_blank_or_punctuation_behind_it() -> None:
-    behind = [char for char in map(chr, range(128)) if class_of(char) is not C.OTHER]
+def test_no_letter_composes_with_following_ascii_or_punctuation() -> None:
+    following = [char for char in map(chr, range(128)) if class_of(char) is not C.OTHER]
     for char in LETTERS:
-        text = char + char.join([*behind, *SIGNS])
+        text = char + char.join([*following, *PUNCTUATION])
         assert nfc(text) == text, ascii(char)
 
 
-def test_a_letter_in_lower_case_is_one_letter() -> None:
+def test_the_lower_case_of_a_letter_is_one_letter() -> None:
     for char in LETTERS:
         assert len(char.lower()) == 1, ascii(char)
         assert unicodedata.category(char.lower()).startswith("L"), ascii(char)
@@ -100,21 +100,21 @@ def test_a_letter_in_lower_case_is_one_letter() -> None:
 
 @pytest.mark.parametrize("tables", [OLD, unicodedata], ids=["unicode_3_2", "unicode_now"])
 def test_non_ascii_punctuation_is_punctuation(tables: unicodedata.UCD) -> None:
-    for char in SIGNS:
+    for char in PUNCTUATION:
         assert tables.category(char).startswith("P"), ascii(char)
         assert tables.combining(char) == 0, ascii(char)
 
 
 def test_no_composition_begins_or_ends_with_non_ascii_punctuation() -> None:
-    signs = frozenset(SIGNS)
-    assert [pair for pair in PAIRS if signs.intersection(pair)] == []
-    assert [char for char in SIGNS if nfc(char) != char] == []
+    punctuation = frozenset(PUNCTUATION)
+    assert [pair for pair in PAIRS if punctuation.intersection(pair)] == []
+    assert [char for char in PUNCTUATION if nfc(char) != char] == []
 
 
 # ---- ASCII
 
 
-def test_every_ascii_character_has_the_class_its_name_says() -> None:
+def test_every_ascii_character_has_the_class_of_its_name() -> None:
     assert len(ASCII_CLASSES) == 128
     assert [class_of(char) for char in "_'/ \t\r\n"] == [
         C.UNDERSCORE, C.APOSTROPHE, C.SLASH, C.SPACE, C.TAB, C.RETURN, C.NEWLINE,
@@ -131,7 +131,7 @@ def test_every_ascii_character_has_the_class_its_name_says() -> None:
         assert class_of(char) is wanted, ascii(char)
 
 
-def test_visible_and_blank_are_all_that_a_text_has_but_the_others() -> None:
+def test_every_character_is_visible_whitespace_or_other() -> None:
     assert not VISIBLE & WHITESPACE
     only_on_the_left = {C.NEWLINE_RUN, C.TOKEN_END}
     assert set(C) == VISIBLE | WHITESPACE | only_on_the_left | {C.OTHER}
@@ -144,11 +144,11 @@ def test_visible_and_blank_are_all_that_a_text_has_but_the_others() -> None:
 # ---- ranges
 
 
-def test_ranges_are_in_order_apart_and_beyond_ascii() -> None:
+def test_ranges_are_sorted_disjoint_and_non_ascii() -> None:
     assert RANGES[0][0] >= 128
     assert all(first <= last for first, last in RANGES)
     assert all(last < first for (_, last), (first, _) in pairwise(RANGES))
-    assert len(LETTERS) + len(SIGNS) == sum(last - first + 1 for first, last in RANGES)
+    assert len(LETTERS) + len(PUNCTUATION) == sum(last - first + 1 for first, last in RANGES)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,9 @@ def test_ranges_are_in_order_apart_and_beyond_ascii() -> None:
     ],
     ids=["letters", "punctuation"],
 )
-def test_a_range_ends_where_it_says(ranges: tuple[tuple[int, int], ...], wanted: C) -> None:
+def test_characters_next_to_a_range_are_in_class_other(
+    ranges: tuple[tuple[int, int], ...], wanted: C
+) -> None:
     inside = {point for first, last in RANGES for point in range(first, last + 1)}
     for first, last in ranges:
         assert class_of(chr(first)) is class_of(chr(last)) is wanted
@@ -167,7 +169,7 @@ def test_a_range_ends_where_it_says(ranges: tuple[tuple[int, int], ...], wanted:
             assert point in inside or class_of(chr(point)) is C.OTHER, hex(point)
 
 
-def test_what_other_tables_may_see_otherwise_is_other() -> None:
+def test_characters_whose_properties_vary_are_in_class_other() -> None:
     for char in "\x00\x0b\x0c\x1c\x7f\x85\xa0\xd7\xf7\u0130\u017f\u0301\u0e31\u0e33\u200b\u2028":
         assert class_of(char) is C.OTHER, ascii(char)
     for char in "\u3000\u3099\u309b\u30fb\ufeff\uffff\U0001f600\U00020000\U0010ffff\ud800":

@@ -1,4 +1,4 @@
-"""A tenant's entries leave L0 and L1 together, and those of no other do."""
+"""Clearing a scope removes its entries, and only its entries, from L0 and L1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import tokcache
 from tests.text.implementations import both, implementation
-from tests.text.test_segment_cache import Cached, numbered, texts_of
+from tests.text.test_segment_cache import CacheWithEncoders, numbered, texts_with_shared_passages
 from tests.text.test_wrap_flight import CountingEngine, Wrapped, engine, ids, tok, wait_until
 from tests.text.tokenizers_synthetic import SYNTHETIC
 from tokcache.errors import InvalidScope
@@ -27,7 +27,7 @@ SCOPES = [None, "", "a", "b", "\ud800"]
 
 
 @pytest.fixture
-def asker() -> Iterator[ThreadPoolExecutor]:
+def pool_of_threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as pool:
         yield pool
 
@@ -36,7 +36,7 @@ def asker() -> Iterator[ThreadPoolExecutor]:
 
 
 @both
-def test_l0_drops_the_entries_of_one_scope_alone(name: str) -> None:
+def test_l0_clears_the_entries_of_one_scope_only(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=100_000)
     rng = random.Random(1)
     rows = [(f"{n}" + "x" * rng.choice([0, 600]), n % 3 == 0, SCOPES[n % 5]) for n in range(4000)]
@@ -59,7 +59,7 @@ def test_l0_drops_the_entries_of_one_scope_alone(name: str) -> None:
 
 
 @both
-def test_l0_has_room_again_for_what_left(name: str) -> None:
+def test_l0_reuses_the_room_of_cleared_entries(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=10, max_bytes=20_000)
     for n in range(10):
         cache.put(f"{n}", range(100), scope="a")
@@ -73,7 +73,7 @@ def test_l0_has_room_again_for_what_left(name: str) -> None:
 
 
 @both
-def test_l0_refuses_what_is_no_scope_and_clears_nothing_of_an_unknown_one(name: str) -> None:
+def test_l0_clear_refuses_invalid_scopes_and_ignores_unknown_ones(name: str) -> None:
     class Named(str):
         __slots__ = ()
 
@@ -89,7 +89,7 @@ def test_l0_refuses_what_is_no_scope_and_clears_nothing_of_an_unknown_one(name: 
 
 
 @both
-def test_l0_does_not_store_what_was_under_way_when_its_scope_was_cleared(name: str) -> None:
+def test_l0_does_not_store_ids_from_before_its_scope_was_cleared(name: str) -> None:
     cache, some = implementation(name).l0_cache(), implementation(name).token_ids([1])
     since = cache._n_clears
     cache.clear(scope="a")
@@ -99,7 +99,7 @@ def test_l0_does_not_store_what_was_under_way_when_its_scope_was_cleared(name: s
     assert cache._put("later", True, some, "a", cache._n_clears) is True
     assert cache.stats().refusals == {"cleared": 1}
     since = cache._n_clears
-    for n in range(3000):  # more than are remembered one by one
+    for n in range(3000):  # more than the cache remembers individually
         cache.clear(scope=f"tenant {n}")
     for scope in ("tenant 0", "tenant 2000", "tenant 2999"):
         assert cache._put("text", True, some, scope, since) is False
@@ -113,9 +113,9 @@ def test_l0_does_not_store_what_was_under_way_when_its_scope_was_cleared(name: s
 
 @both
 @pytest.mark.parametrize("kind", ["gpt2", "llama2", "bert_uncased"])
-def test_l1_drops_the_parts_of_one_scope_alone(name: str, kind: str) -> None:
-    one = Cached(name, kind)
-    texts = [numbered(30), *texts_of(random.Random(5), 3)]
+def test_l1_clears_the_chunks_and_segments_of_one_scope_only(name: str, kind: str) -> None:
+    one = CacheWithEncoders(name, kind)
+    texts = [numbered(30), *texts_with_shared_passages(random.Random(5), 3)]
     for text in texts:
         for scope in (0, 1, 2):
             one.ids(text, scope=scope)
@@ -131,28 +131,28 @@ def test_l1_drops_the_parts_of_one_scope_alone(name: str, kind: str) -> None:
     )
     for scope, is_known in ((0, True), (2, True), (1, False)):
         before = one.cache.stats()
-        assert one.ids(texts[0], scope=scope) == one.right(texts[0])
+        assert one.ids(texts[0], scope=scope) == one.expected(texts[0])
         assert (one.cache.stats().engine_chars == before.engine_chars) is is_known
     one.check()
     for scope in (0, 1, 2):
         one.cache.clear(scope=scope)
     assert one.cache.stats().n_chunks == one.cache.stats().n_shorts == 0
     assert one.cache.memory_usage() == 0
-    assert one.ids(texts[0]) == one.right(texts[0])
+    assert one.ids(texts[0]) == one.expected(texts[0])
     one.check()
 
 
 @both
-def test_l1_does_not_keep_what_was_under_way_when_its_scope_was_cleared(name: str) -> None:
-    one, text = Cached(name), numbered(20) + "a short end"
+def test_l1_does_not_store_walks_from_before_their_scope_was_cleared(name: str) -> None:
+    one, text = CacheWithEncoders(name), numbered(20) + "a short end"
     walks = {scope: one.cache.look(text, False, scope, 0) for scope in (0, 1, 2)}
     one.cache.clear(scope=1)
-    late = one.cache.look("another " + text, False, 1, 0)  # it came before the scope was cleared
+    late = one.cache.look("another " + text, False, 1, 0)  # `since=0`: before the clear
     for walk in (*walks.values(), late):
-        assert one.complete(walk) in (one.right(text), one.right("another " + text))
+        assert one.complete(walk) in (one.expected(text), one.expected("another " + text))
         one.check()
     assert {scope for _, _, scope, *_ in one.cache.held_chunks()} == {0, 2}
-    assert {scope for _, _, scope, _ in one.cache.held_shorts()} == {0, 2}
+    assert {scope for _, _, scope, _ in one.cache.held_segments()} == {0, 2}
     assert one.cache.stats().refusals == {"cleared": 2}
     one.cache.clear(scope=0)
     one.cache.clear(scope=2)
@@ -160,7 +160,7 @@ def test_l1_does_not_keep_what_was_under_way_when_its_scope_was_cleared(name: st
 
 
 class _Machine(RuleBasedStateMachine):
-    """L1 with scopes that are cleared while texts are looked up and walks are under way."""
+    """L1, with scopes cleared between and during walks, against the tokenizer itself."""
 
     name: str
 
@@ -170,18 +170,18 @@ class _Machine(RuleBasedStateMachine):
         seed=st.integers(0, 5),
     )
     def make(self, max_bytes: int, cuts_fine: bool, seed: int) -> None:
-        self.one = Cached(self.name, max_bytes=max_bytes, cuts_fine=cuts_fine)
-        texts = texts_of(random.Random(seed), 5, n_chars=600)
+        self.one = CacheWithEncoders(self.name, max_bytes=max_bytes, cuts_fine=cuts_fine)
+        texts = texts_with_shared_passages(random.Random(seed), 5, n_chars=600)
         self.texts = [text.encode("utf-8", "replace").decode() for text in texts]
         self.walks: list[tuple[int, str, Any]] = []
-        self.empty: set[int] = {0, 1, 2}  # scopes in which nothing was asked since their clear
+        self.empty: set[int] = {0, 1, 2}  # scopes without a look-up since their clear
 
     @rule(at=st.integers(0, 4), scope=st.integers(0, 2))
     def ask(self, at: int, scope: int) -> None:
         before = self.one.cache.stats()
         found = self.one.ids(self.texts[at], scope=scope)
         after = self.one.cache.stats()
-        assert found in (None, self.one.right(self.texts[at]))
+        assert found in (None, self.one.expected(self.texts[at]))
         if scope in self.empty and found is not None:
             assert after.chunk_hits == before.chunk_hits
         self.empty.discard(scope)
@@ -197,7 +197,7 @@ class _Machine(RuleBasedStateMachine):
         if self.walks:
             at = data.draw(st.integers(0, len(self.walks) - 1))
             scope, text, walk = self.walks.pop(at)
-            assert self.one.complete(walk) == self.one.right(text)
+            assert self.one.complete(walk) == self.one.expected(text)
             if id(walk) not in self.cleared_since:
                 self.empty.discard(scope)
 
@@ -208,7 +208,7 @@ class _Machine(RuleBasedStateMachine):
         self.cleared_since.update(
             id(walk) for walk_scope, _, walk in self.walks if walk_scope == scope
         )
-        held = [*self.one.cache.held_chunks(), *self.one.cache.held_shorts()]
+        held = [*self.one.cache.held_chunks(), *self.one.cache.held_segments()]
         assert scope not in {row[2] for row in held}
 
     @rule()
@@ -246,7 +246,7 @@ TestReference.settings = _SETTINGS
 # ---- a wrapped tokenizer
 
 
-def _asked(tok: Wrapped, how: str, text: str, scope: str | None) -> Callable[[], list[int]]:
+def _call(tok: Wrapped, how: str, text: str, scope: str | None) -> Callable[[], list[int]]:
     if how == "single":
         return lambda: tok.token_ids(text, scope=scope).tolist()
     if how == "batch":
@@ -257,16 +257,18 @@ def _asked(tok: Wrapped, how: str, text: str, scope: str | None) -> Callable[[],
 
 
 @pytest.mark.parametrize("how", ["single", "batch", "async"])
-def test_an_encoding_under_way_does_not_land_after_the_clear(
-    tok: Wrapped, engine: CountingEngine, asker: ThreadPoolExecutor, how: str
+def test_an_encoding_from_before_the_clear_is_not_cached(
+    tok: Wrapped, engine: CountingEngine, pool_of_threads: ThreadPoolExecutor, how: str
 ) -> None:
-    if how == "async":  # a thread for each encoding: by default there is one a core
+    if how == "async":  # a thread for each encoding; by default there is one for each core
         tok._tokcache._pool = ThreadPoolExecutor(3)
     engine.gate.clear()
-    early = [asker.submit(_asked(tok, how, "x", scope)) for scope in ("a", "b")]
+    early = [pool_of_threads.submit(_call(tok, how, "x", scope)) for scope in ("a", "b")]
     wait_until(lambda: len(engine.calls) == 2)
     tok.cache_clear(scope="a")
-    late = asker.submit(_asked(tok, how, "x", "a"))  # does not wait for the one before the clear
+    late = pool_of_threads.submit(
+        _call(tok, how, "x", "a")
+    )  # does not wait for the encoding from before the clear
     wait_until(lambda: len(engine.calls) == 3)
     engine.gate.set()
     assert [one.result() for one in [*early, late]] == [ids("x")] * 3
@@ -277,7 +279,7 @@ def test_an_encoding_under_way_does_not_land_after_the_clear(
     assert len(engine.calls) == n_calls
 
 
-def test_what_waited_for_a_thread_as_its_scope_was_cleared_is_not_kept(
+def test_a_call_that_waited_for_a_thread_during_the_clear_is_not_cached(
     tok: Wrapped, engine: CountingEngine
 ) -> None:
     async def ask() -> list[int]:
@@ -298,7 +300,7 @@ def test_what_waited_for_a_thread_as_its_scope_was_cleared_is_not_kept(
 
 
 @pytest.mark.parametrize("name", ["reference", "native"])
-def test_a_cleared_tenant_leaves_both_layers_and_nobody_else_does(
+def test_cache_clear_of_a_scope_clears_both_layers_of_that_scope_only(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     implementation(name).use(monkeypatch)
@@ -332,7 +334,7 @@ def test_a_cleared_tenant_leaves_both_layers_and_nobody_else_does(
     assert stats.l0.n_entries == stats.l1.n_chunks == stats.encoded_texts == 0
 
 
-def test_clearing_while_many_ask_never_leaves_the_tenants_texts() -> None:
+def test_clearing_during_concurrent_calls_leaves_no_entry_of_the_scope() -> None:
     plain = SYNTHETIC["gpt2"]()
     wrapped = tokcache.wrap(plain, tokcache.CacheConfig(engine="tokenizers"))
     wrapped.token_ids("warm", scope="b")
@@ -357,6 +359,6 @@ def test_clearing_while_many_ask_never_leaves_the_tenants_texts() -> None:
     assert {scope for *_, scope in core._generation.l0.held()} == {"b"}
     l1 = core.l1
     assert l1 is not None
-    assert {scope for _, _, scope, *_ in l1.parts.held_chunks()} == {l1.tag("b")}
+    assert {scope for _, _, scope, *_ in l1.cache.held_chunks()} == {l1.tag("b")}
     core._generation.l0._check()
-    l1.parts._check()
+    l1.cache._check()

@@ -1,4 +1,4 @@
-"""Every cut that a plan allows is tried on the tokenizer itself, and every refusal is provoked."""
+"""Cut plans: each allowed cut is checked with the tokenizer itself; each refusal has a test."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tokenizers import (
 )
 
 from tests.text.tokenizers_synthetic import PATTERNS, RANDOM, SYNTHETIC
+from tokcache.text.cuts.char_classes import N_CLASSES, CharClass
+from tokcache.text.cuts.planner import plan_cuts
+from tokcache.text.cuts.scanner import class_behind
 from tokcache.text.engines.copying import PartEncoder
-from tokcache.text.segments.char_classes import N_CLASSES, CharClass
-from tokcache.text.segments.cuts.planner import plan_cuts
-from tokcache.text.segments.scanner import class_behind
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.cuts.plan import CutPlan
+    from tokcache.text.cuts.plan import CutPlan
 
 C = CharClass
 Build = Callable[[], Tokenizer]
 Pair = tuple[CharClass, CharClass]
 
-POSSESSIVE = (
+POSSESSIVE_CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -86,15 +86,15 @@ NAMES = (
     "replace_quotes_qwen2", "replace_spaces_qwen2",
 )  # fmt: skip
 KINDS: dict[str, Build] = {name: SYNTHETIC[name] for name in NAMES}
-KINDS["cl100k_possessive"] = _split_by(POSSESSIVE)
+KINDS["cl100k_possessive"] = _split_by(POSSESSIVE_CL100K)
 
-# ---- texts around a pair
+# ---- texts with a cut between two characters
 
-# Several of each class, letters that a contraction may hold.
-WIDE = "asZ19.(_'/ \t\r\n\xe9\u4e2d\u0438\u2019\u3002\u0301\xa0\xbd\x0b\u017f\U0001f600"
-SHORT_LIST = "s1._'/ \r\n\xe9\u2019\u0301"
-NARROW = "s'/ \n"  # what patterns look at beyond the next character
-N_DRAWN = 1000
+# Several characters of each class, among them letters of contractions.
+MANY = "asZ19.(_'/ \t\r\n\xe9\u4e2d\u0438\u2019\u3002\u0301\xa0\xbd\x0b\u017f\U0001f600"
+SOME = "s1._'/ \r\n\xe9\u2019\u0301"
+FEW = "s'/ \n"  # characters that patterns look at beyond the next one
+N_RANDOM = 1000
 
 
 class Cut(NamedTuple):
@@ -103,22 +103,22 @@ class Cut(NamedTuple):
 
 
 def _cuts(rng: random.Random) -> Iterator[Cut]:
-    """Yield texts in two parts: a pair of characters, with none to two more on each side.
+    """Yield texts in two parts: a pair of characters, with up to two more on each side.
 
-    All pairs with one more on either side; those of the short list with one more on both; the
-    narrow ones with all of none to two on both; and a draw of everything.
+    These are all pairs of MANY with up to one more on one side, all pairs of SOME with one more
+    on both sides, all pairs of FEW with up to two more on both sides, and random texts of MANY.
     """
-    for left, right in product(WIDE, repeat=2):
-        for more in ["", *SHORT_LIST]:
+    for left, right in product(MANY, repeat=2):
+        for more in ["", *SOME]:
             yield Cut(more + left, right)
             yield Cut(left, right + more)
-    for before, left, right, behind in product(SHORT_LIST, repeat=4):
-        yield Cut(before + left, right + behind)
-    around = ["", *NARROW, *map("".join, product(NARROW, repeat=2))]
-    for before, left, right, behind in product(around, NARROW, NARROW, around):
-        yield Cut(before + left, right + behind)
-    for _ in range(N_DRAWN):
-        sides = ["".join(rng.choices(WIDE, k=rng.randint(1, 3))) for _ in range(2)]
+    for before, left, right, after in product(SOME, repeat=4):
+        yield Cut(before + left, right + after)
+    around = ["", *FEW, *map("".join, product(FEW, repeat=2))]
+    for before, left, right, after in product(around, FEW, FEW, around):
+        yield Cut(before + left, right + after)
+    for _ in range(N_RANDOM):
+        sides = ["".join(rng.choices(MANY, k=rng.randint(1, 3))) for _ in range(2)]
         yield Cut(*sides)
 
 
@@ -145,10 +145,10 @@ class Checked(NamedTuple):
 
 
 class Splitter:
-    """Gives what one variant makes of a text: the pieces that a model gets, or ids.
+    """Splits texts with one variant: into the pieces that the model receives, or into ids.
 
-    Pieces show every boundary, ids only those over which the vocabulary has a token: they are
-    compared where nothing but the vocabulary makes cuts safe, and for a sample.
+    Pieces show every boundary; ids show a boundary only if the vocabulary has a token across it.
+    Ids are compared where only the vocabulary proves the cuts, and for a sample of all others.
     """
 
     def __init__(self, encoder: PartEncoder, plan: CutPlan) -> None:
@@ -171,14 +171,14 @@ class Splitter:
 
 
 def check(tokenizer: Tokenizer, plan: CutPlan) -> Checked:
-    """Split every text whose cut the plan allows, in one and in two parts, and compare."""
+    """Compare the split of each text whose cut the plan allows with the splits of its two parts."""
     first, later, inside = plan.variant_of
     splitters = [
         Splitter(PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer), plan)
         for one in plan.variants
     ]
     found = Checked(set(), [])
-    # A part that begins the text, one behind an added token, and one at a cut before this one.
+    # The left part may begin the text, follow an added token, or follow another cut.
     for variant, left in {(first, plan.piece_left), (later, plan.piece_left), (inside, C.LETTER)}:
         chosen = [
             (cut, pair)
@@ -189,7 +189,7 @@ def check(tokenizer: Tokenizer, plan: CutPlan) -> Checked:
         cuts = [cut for cut, _ in chosen]
         whole, part = splitters[variant], splitters[inside]
         found.unsafe.extend(_unsafe(whole, part, cuts, by_pieces=whole.by_pieces))
-        found.unsafe.extend(_unsafe(whole, part, cuts[-N_DRAWN // 2 :], by_pieces=False))
+        found.unsafe.extend(_unsafe(whole, part, cuts[-N_RANDOM // 2 :], by_pieces=False))
     return found
 
 
@@ -206,11 +206,11 @@ def _allowed(plan: CutPlan, *, fine: bool = True) -> set[Pair]:
     return {pair for pair in product(C, C) if plan.allows(*pair, fine=fine)}
 
 
-# ---- what is allowed is safe
+# ---- allowed cuts are safe
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_pair_that_is_allowed_is_a_safe_cut(name: str) -> None:
+def test_every_allowed_pair_is_a_safe_cut(name: str) -> None:
     tokenizer = KINDS[name]()
     plan = plan_cuts(tokenizer)
     assert plan.off is None
@@ -221,7 +221,7 @@ def test_every_pair_that_is_allowed_is_a_safe_cut(name: str) -> None:
     assert _allowed(plan, fine=False) <= _allowed(plan)
     checked = check(tokenizer, plan)
     assert checked.unsafe[:5] == []
-    assert checked.pairs == _allowed(plan)  # each was tried
+    assert checked.pairs == _allowed(plan)  # each allowed pair was checked
 
 
 UNSAFE = [
@@ -243,7 +243,8 @@ UNSAFE = [
 
 
 @pytest.mark.parametrize(("name", "left", "right"), UNSAFE)
-def test_a_pair_that_is_not_safe_would_be_found(name: str, left: C, right: C) -> None:
+def test_the_check_finds_unsafe_pairs(name: str, left: C, right: C) -> None:
+    """Control: allows one unsafe pair, which `check` must find."""
     tokenizer = KINDS[name]()
     plan = plan_cuts(tokenizer)
     assert not plan.allows(left, right)
@@ -256,10 +257,10 @@ def test_a_pair_that_is_not_safe_would_be_found(name: str, left: C, right: C) ->
 
 # ---- patterns
 
-OF_PATTERNS = {
+KNOWN_PATTERNS = {
     "gpt2": (PATTERNS["gpt2"],),
     "llama3": (PATTERNS["llama3"],),
-    "cl100k_possessive": (POSSESSIVE,),
+    "cl100k_possessive": (POSSESSIVE_CL100K,),
     "cl100k_tiktoken": (PATTERNS["cl100k_tiktoken"],),
     "bailing": (PATTERNS["bailing"],),
     "qwen2": (PATTERNS["qwen2"],),
@@ -273,36 +274,36 @@ OF_PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("name", OF_PATTERNS)
+@pytest.mark.parametrize("name", KNOWN_PATTERNS)
 @pytest.mark.parametrize("how", [{}, {"behavior": "removed", "invert": True}], ids=["kept", "rest"])
-def test_a_pattern_is_recognised_however_it_is_written(name: str, how: dict[str, Any]) -> None:
-    patterns = OF_PATTERNS[name]
+def test_a_pattern_is_recognised_in_every_notation(name: str, how: dict[str, Any]) -> None:
+    patterns = KNOWN_PATTERNS[name]
     if how and len(patterns) > 1:
-        return  # the numbers of DeepSeek would be all that is left
+        return  # DeepSeek's first Split would remove everything except numbers
     written = tuple(one.replace("\r", r"\r").replace("\n", r"\n") for one in patterns)
     wanted = _allowed(plan_cuts(_split_by(*patterns)()))
     assert len(wanted) > 50
     assert _allowed(plan_cuts(_split_by(*written, **how)())) == wanted
 
 
-def _altered(pattern: str) -> Iterator[str]:
-    """Yield the pattern without one of its characters, for every tenth of them."""
+def _with_a_character_removed(pattern: str) -> Iterator[str]:
+    """Yield the pattern without its first character, without its eleventh, and so on."""
     for at in range(0, len(pattern), 10):
         yield pattern[:at] + pattern[at + 1 :]
 
 
-@pytest.mark.parametrize("name", OF_PATTERNS)
-def test_a_pattern_with_one_character_less_is_not_recognised(name: str) -> None:
-    *before, pattern = OF_PATTERNS[name]
+@pytest.mark.parametrize("name", KNOWN_PATTERNS)
+def test_a_pattern_that_lacks_one_character_is_not_recognised(name: str) -> None:
+    *before, pattern = KNOWN_PATTERNS[name]
     n_tried = 0
-    for altered in _altered(pattern):
+    for shortened in _with_a_character_removed(pattern):
         try:
-            tokenizer = _split_by(*before, altered)()
-        except Exception:  # noqa: BLE001, S112 (no regex any more; the library has no class for it)
+            tokenizer = _split_by(*before, shortened)()
+        except Exception:  # noqa: BLE001, S112 (an invalid regex; the library raises Exception)
             continue
         plan = plan_cuts(tokenizer)
         assert plan.off is None
-        assert not any(plan.fine), altered
+        assert not any(plan.fine), shortened
         assert len(plan.refused) == 1
         assert "is not known: cuts at added tokens only" in plan.refused[0]
         n_tried += 1
@@ -310,8 +311,8 @@ def test_a_pattern_with_one_character_less_is_not_recognised(name: str) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_a_stage_before_the_pattern_counts_as_well(at: int) -> None:
-    patterns = list(OF_PATTERNS["deepseek_v3"])
+def test_a_changed_stage_before_the_pattern_is_not_recognised(at: int) -> None:
+    patterns = list(KNOWN_PATTERNS["deepseek_v3"])
     patterns[at] = patterns[at].replace("3", "4").replace("\u9fa5", "\u9fa6")
     plan = plan_cuts(_split_by(*patterns)())
     assert not any(plan.fine)
@@ -329,7 +330,7 @@ def test_a_stage_before_the_pattern_counts_as_well(at: int) -> None:
     ],
     ids=lambda how: "_".join(map(str, how.values())),
 )
-def test_a_known_pattern_used_otherwise_is_not_recognised(how: dict[str, Any]) -> None:
+def test_a_known_pattern_with_another_behavior_is_not_recognised(how: dict[str, Any]) -> None:
     plan = plan_cuts(_split_by(PATTERNS["qwen2"], **how)())
     assert not any(plan.fine)
     assert f"({_camel(how['behavior'])}) is not known" in plan.refused[0]
@@ -339,10 +340,10 @@ def _camel(name: str) -> str:
     return name.title().replace("_", "")
 
 
-# ---- what is off, and why
+# ---- tokenizers for which L1 is off
 
 
-class Upper:
+class CustomPreTokenizer:
     """A pre-tokenizer written in Python."""
 
     def pre_tokenize(self, text: Any) -> None:
@@ -350,7 +351,7 @@ class Upper:
 
 
 def _custom() -> Tokenizer:
-    return _with("gpt2", pre_tokenizer=pre_tokenizers.PreTokenizer.custom(Upper()))()
+    return _with("gpt2", pre_tokenizer=pre_tokenizers.PreTokenizer.custom(CustomPreTokenizer()))()
 
 
 def _sampling() -> Tokenizer:
@@ -377,34 +378,34 @@ OFF: dict[str, tuple[Build, str, str | None]] = {
     "dropout": (RANDOM["dropout_half"], "bpe_dropout", None),
     "sampling": (_sampling, "unigram_sampling", None),
     "written_in_python": (_custom, "python_component", None),
-    "text_named_twice": (_text_twice, "post_processor", "names the text not exactly once"),
+    "text_named_twice": (_text_twice, "post_processor", "does not name the text exactly once"),
     "overlap": (
         _added("gpt2", AddedToken("ab|cd", normalized=False), AddedToken("cd|ef", normalized=True)),
         "added_tokens_overlap",
-        "both phases overlap each other",
+        "of the two phases may overlap",
     ),
     "nested": (
         _added("gpt2", AddedToken("<a><b>", normalized=True), AddedToken("<b>", normalized=False)),
         "added_tokens_overlap",
-        "both phases overlap each other",
+        "of the two phases may overlap",
     ),
     "prefix": (
         _added("llama2", AddedToken("hello", normalized=True)),
         "normalized_token_prefix",
-        "read otherwise behind a cut",
+        "may not be found after a cut",
     ),
 } | {
     f"normalized_{flag}": (
         _added("bert_uncased", AddedToken("hello", normalized=True, **{flag: True})),
         "normalized_token_flags",
-        "with flags is looked for in the normalised text",
+        "with flags is searched for in the normalised text",
     )
     for flag in ("lstrip", "rstrip", "single_word")
 }
 
 
 @pytest.mark.parametrize("name", OFF)
-def test_nothing_may_be_cut_and_it_says_why(name: str) -> None:
+def test_l1_is_off_for_the_stated_reason(name: str) -> None:
     build, off, sentence = OFF[name]
     plan = plan_cuts(build())
     assert plan.off == off
@@ -423,22 +424,24 @@ ON: dict[str, Build] = {
     "dropout_zero": SYNTHETIC["dropout_zero"],
     "no_normalizer": _added("gpt2", AddedToken("hello", normalized=True, lstrip=True)),
     "first_phase": _added("bert_uncased", AddedToken("hello", normalized=False, rstrip=True)),
-    "apart": _added("gpt2", AddedToken("ab|", normalized=False), AddedToken("cd", normalized=True)),
+    "no_overlap": _added(
+        "gpt2", AddedToken("ab|", normalized=False), AddedToken("cd", normalized=True)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ON)
-def test_what_lacks_one_of_the_reasons_stays_on(name: str) -> None:
+def test_l1_stays_on_if_one_condition_for_off_is_missing(name: str) -> None:
     plan = plan_cuts(ON[name]())
     assert plan.off is None
     assert plan.refused == ()
     assert any(plan.coarse)
 
 
-# ---- what allows no cut in text, and why
+# ---- tokenizers that allow cuts at added tokens only
 
 
-def _bpe_alone(**settings: Any) -> Build:
+def _bpe_without_pre_tokenizer(**settings: Any) -> Build:
     def made() -> Tokenizer:
         tokens = [*map(chr, range(32, 127)), "ab</w>", "##b", "ab"]
         vocabulary = {one: at for at, one in enumerate(tokens)}
@@ -447,7 +450,7 @@ def _bpe_alone(**settings: Any) -> Build:
     return made
 
 
-def _word_piece_alone() -> Tokenizer:
+def _word_piece_without_pre_tokenizer() -> Tokenizer:
     return Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))  # noqa: S106
 
 
@@ -498,11 +501,11 @@ NO_CUT: dict[str, tuple[Build, str]] = {
             pre_tokenizers.Digits(),
             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
         ),
-        "ByteLevel puts a blank before every part of a text",
+        "ByteLevel puts a space before every part of a text",
     ),
     "blanks_hidden": (
         _with("gpt2", normalizer=_MARKS),
-        "ByteLevel behind a normalizer that hides blanks",
+        "ByteLevel after a normalizer that replaces spaces",
     ),
     "split_by_string": (
         _pre(pre_tokenizers.Split(" ", "isolated"), _BYTES),
@@ -514,29 +517,29 @@ NO_CUT: dict[str, tuple[Build, str]] = {
     ),
     "unigram_alone": (
         SYNTHETIC["unigram_alone"],
-        _NO_PROOF + "only BPE merges neighbours and nothing else",
+        _NO_PROOF + "only the tokens of BPE are made by merging neighbours",
     ),
     "word_piece_alone": (
-        _word_piece_alone,
-        _NO_PROOF + "only BPE merges neighbours and nothing else",
+        _word_piece_without_pre_tokenizer,
+        _NO_PROOF + "only the tokens of BPE are made by merging neighbours",
     ),
     "merges_ignored": (
-        _bpe_alone(ignore_merges=True),
-        _NO_PROOF + "a whole text in the vocabulary skips the merges",
+        _bpe_without_pre_tokenizer(ignore_merges=True),
+        _NO_PROOF + "a text that is a token is not merged from its characters",
     ),
     "ends_marked": (
-        _bpe_alone(end_of_word_suffix="</w>"),
-        _NO_PROOF + "the ends of a text are marked",
+        _bpe_without_pre_tokenizer(end_of_word_suffix="</w>"),
+        _NO_PROOF + "the model marks the beginning or end of a text",
     ),
     "beginnings_marked": (
-        _bpe_alone(continuing_subword_prefix="##"),
-        _NO_PROOF + "the ends of a text are marked",
+        _bpe_without_pre_tokenizer(continuing_subword_prefix="##"),
+        _NO_PROOF + "the model marks the beginning or end of a text",
     ),
 }
 
 
 @pytest.mark.parametrize("name", NO_CUT)
-def test_text_is_not_cut_and_it_says_why(name: str) -> None:
+def test_cuts_in_text_are_refused_for_the_stated_reason(name: str) -> None:
     build, sentence = NO_CUT[name]
     plan = plan_cuts(build())
     assert plan.off is None
@@ -547,19 +550,19 @@ def test_text_is_not_cut_and_it_says_why(name: str) -> None:
     assert plan.refused[0].endswith("cuts at added tokens only") or sentence == plan.refused[0]
 
 
-def test_a_vocabulary_without_marks_of_ends_is_a_proof() -> None:
-    plan = plan_cuts(_bpe_alone()())
+def test_a_plain_bpe_vocabulary_proves_cuts() -> None:
+    plan = plan_cuts(_bpe_without_pre_tokenizer()())
     assert plan.refused == ()
     assert plan.allows(C.DIGIT, C.LETTER)
     assert not plan.allows(C.LETTER, C.LETTER)  # the token "ab"
     assert not plan.allows(C.PUNCTUATION, C.LETTER)  # the token "##b"
 
 
-def test_a_post_processor_that_does_more_is_used_for_no_text_with_special_tokens() -> None:
+def test_an_unknown_post_processor_refuses_texts_with_special_tokens() -> None:
     around = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    behind = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    plan = plan_cuts(_with("gpt2", post_processor=processors.Sequence([around, behind]))())
-    assert plan.refused == ("the post-processor does more than put ids around",)
+    after = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    plan = plan_cuts(_with("gpt2", post_processor=processors.Sequence([around, after]))())
+    assert plan.refused == ("the post-processor does more than put ids around a text",)
     assert plan.affixes == (((), ()), None)
     assert any(plan.fine)
     plan = plan_cuts(_with("gpt2", post_processor=around)())
@@ -567,37 +570,39 @@ def test_a_post_processor_that_does_more_is_used_for_no_text_with_special_tokens
     assert plan.affixes == (((), ()), ((0,), ()))
 
 
-# ---- what added tokens take away
+# ---- cuts that added tokens forbid
 
 
-def _less(base: str, *tokens: AddedToken) -> set[Pair]:
+def _pairs_lost_by(base: str, *tokens: AddedToken) -> set[Pair]:
     before, now = plan_cuts(SYNTHETIC[base]()), plan_cuts(_added(base, *tokens)())
     assert now.off is None
     assert _allowed(now) < _allowed(before)
     return _allowed(before) - _allowed(now)
 
 
-def test_a_token_that_takes_blanks_keeps_them() -> None:
-    gone = _less("llama3_isolated", AddedToken("<t>", lstrip=True, normalized=False))
+def test_lstrip_removes_cuts_between_a_newline_and_the_token() -> None:
+    gone = _pairs_lost_by("llama3_isolated", AddedToken("<t>", lstrip=True, normalized=False))
     assert gone == {(left, C.PUNCTUATION) for left in (C.RETURN, C.NEWLINE, C.NEWLINE_RUN)}
 
 
-def test_a_token_that_must_be_a_word_keeps_its_neighbours() -> None:
-    gone = _less("gpt2", AddedToken("_", single_word=True, normalized=False))
+def test_single_word_removes_cuts_next_to_the_token() -> None:
+    gone = _pairs_lost_by("gpt2", AddedToken("_", single_word=True, normalized=False))
     assert {(C.LETTER, C.UNDERSCORE), (C.UNDERSCORE, C.LETTER)} <= gone
     assert all(C.UNDERSCORE in pair for pair in gone)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert_uncased", "gemma"])
-def test_a_token_found_in_normalised_text_leaves_the_raw_tokens_alone(kind: str) -> None:
+def test_a_normalized_token_leaves_only_cuts_at_raw_tokens(kind: str) -> None:
+    """Any characters may become those of the token by normalization."""
     plan = plan_cuts(_added(kind, AddedToken("x1_", normalized=True))())
     assert plan.off is None
     assert not any(plan.fine)
     assert plan.separators
-    assert "other characters may have become its own" in plan.refused[0]
+    assert "it may be made of other characters" in plan.refused[0]
 
 
-def test_a_token_with_a_blank_inside_is_no_place_for_a_chunk_to_end() -> None:
+def test_a_token_with_a_space_inside_removes_chunk_ends_between_letter_and_space() -> None:
+    """A chunk that ended inside "New York" would hide the token."""
     before = plan_cuts(SYNTHETIC["gpt2"]())
     plan = plan_cuts(_added("gpt2", AddedToken("New York", normalized=False))())
     assert _allowed(plan) == _allowed(before)

@@ -1,4 +1,4 @@
-"""The faster encoders: proven or refused, and equal on every agreed character."""
+"""The fast encoders: each is proven equal to tokenizers on the agreed characters, or refused."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ import tokcache
 from tests.text.tokenizers_made import MADE
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
+from tokcache.errors import FastEncoderUnavailable
 from tokcache.text.engines import fast as fast_encoders
 from tokcache.text.engines.fast import (
     FastEncoder,
-    FastEncoderUnavailable,
     agreed_code_points,
     build,
     installed,
@@ -41,13 +41,13 @@ SEPARATOR = "\U000f0000" + "5eba7a70c0ffee42"
 FLAGS = ("lstrip", "rstrip", "normalized")
 
 
-def need(name: str) -> None:
+def require_installed(name: str) -> None:
     if name not in installed():
         pytest.skip(f"{name} is not installed")
 
 
 @cache
-def real(path: Path) -> Tokenizer:
+def load_real(path: Path) -> Tokenizer:
     made = Tokenizer.from_file(str(path / "tokenizer.json"))
     made.no_truncation()
     made.no_padding()
@@ -56,8 +56,8 @@ def real(path: Path) -> Tokenizer:
 
 
 @cache
-def real_encoder(name: str, path: Path) -> FastEncoder:
-    return build(name, real(path).to_str())
+def build_real(name: str, path: Path) -> FastEncoder:
+    return build(name, load_real(path).to_str())
 
 
 def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -65,8 +65,8 @@ def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-class Fixed:
-    """An encoder that answers what it is told to."""
+class FixedEncoder:
+    """An encoder whose ids a given function returns."""
 
     name = "fixed"
     holds_lock = True
@@ -84,19 +84,23 @@ class Fixed:
 
 @pytest.mark.parametrize("tokenizer", SUPPORTED)
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_proven_on_a_real_tokenizer(name: str, tokenizer: str, shared_data: Path) -> None:
-    need(name)
+def test_a_supported_real_tokenizer_passes_the_proof(
+    name: str, tokenizer: str, shared_data: Path
+) -> None:
+    require_installed(name)
     path = shared_data / "tokenizers" / tokenizer
-    reference = real(path)
-    assert prove(real_encoder(name, path), reference, probe_texts(reference)) is None
+    reference = load_real(path)
+    assert prove(build_real(name, path), reference, probe_texts(reference)) is None
 
 
 @pytest.mark.parametrize("tokenizer", SUPPORTED)
 @pytest.mark.parametrize("name", NAMES)
-def test_random_agreed_texts_encode_alike(name: str, tokenizer: str, shared_data: Path) -> None:
-    need(name)
+def test_random_texts_of_agreed_characters_encode_alike(
+    name: str, tokenizer: str, shared_data: Path
+) -> None:
+    require_installed(name)
     path = shared_data / "tokenizers" / tokenizer
-    reference, encoder = real(path), real_encoder(name, path)
+    reference, encoder = load_real(path), build_real(name, path)
     for text in random_texts(reference, n_texts=1500):
         assert encoder.encode([text])[0].tolist() == plain_ids(reference, text), ascii(text)
 
@@ -121,15 +125,15 @@ def random_texts(tokenizer: Tokenizer, n_texts: int) -> list[str]:
 @pytest.mark.parametrize("tokenizer", UNSUPPORTED)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unsupported_tokenizer_is_refused(name: str, tokenizer: str, shared_data: Path) -> None:
-    need(name)
+    require_installed(name)
     with pytest.raises(FastEncoderUnavailable, match=f"^{name} can't .*nsupported") as caught:
-        build(name, real(shared_data / "tokenizers" / tokenizer).to_str())
+        build(name, load_real(shared_data / "tokenizers" / tokenizer).to_str())
     assert "\n" not in caught.value.reason
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_no_tokenizer_is_refused(name: str) -> None:
-    need(name)
+def test_an_invalid_tokenizer_json_is_refused(name: str) -> None:
+    require_installed(name)
     for text in ("", "{", "{}", "[]", '{"model": {"type": "BPE"}}'):
         with pytest.raises(FastEncoderUnavailable):
             build(name, text)
@@ -144,24 +148,24 @@ def test_an_unknown_encoder_is_refused() -> None:
 def test_an_encoder_that_is_not_installed_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def not_there(module: str) -> Any:
+    def raise_module_not_found(module: str) -> Any:
         raise ModuleNotFoundError(module)
 
-    monkeypatch.setattr(importlib, "import_module", not_there)
+    monkeypatch.setattr(importlib, "import_module", raise_module_not_found)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert installed() == []
     with pytest.raises(FastEncoderUnavailable, match="not installed"):
         build(name, "{}")
 
 
-def test_the_fastest_comes_first() -> None:
+def test_installed_lists_the_fastest_encoder_first() -> None:
     assert installed() == [name for name in NAMES if name in installed()]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", list(MADE))
-def test_it_is_refused_or_rejected_where_it_could_differ(name: str, kind: str) -> None:
-    need(name)
+def test_unsupported_components_are_refused_by_build_or_by_the_proof(name: str, kind: str) -> None:
+    require_installed(name)
     reference = MADE[kind]()
     try:
         encoder = build(name, reference.to_str())
@@ -171,14 +175,14 @@ def test_it_is_refused_or_rejected_where_it_could_differ(name: str, kind: str) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_alien_pre_tokenizer_is_rejected(name: str) -> None:
-    need(name)
+def test_an_encoder_with_another_pre_tokenizer_fails_the_proof(name: str) -> None:
+    require_installed(name)
     reference = without_single_words(MADE["byte_level_bpe"]())
     encoder = build(name, reference.to_str())
     state = json.loads(reference.to_str())
     split = {"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated"}
     parts = [{**split, "invert": False}, {**state["pre_tokenizer"], "use_regex": False}]
-    for use_regex, reason in ((True, "splits anew"), (False, " in tokenizers")):
+    for use_regex, reason in ((True, "splits again"), (False, " in tokenizers")):
         parts[1]["use_regex"] = use_regex
         state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
         other = Tokenizer.from_str(json.dumps(state))
@@ -186,8 +190,8 @@ def test_an_alien_pre_tokenizer_is_rejected(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_special_tokens_no_truncation_no_padding(name: str) -> None:
-    need(name)
+def test_encoders_add_no_special_tokens_and_do_not_truncate_or_pad(name: str) -> None:
+    require_installed(name)
     reference = without_single_words(MADE["byte_level_bpe"]())
     assert reference.post_processor is not None
     cut = Tokenizer.from_str(reference.to_str())
@@ -205,15 +209,17 @@ def without_single_words(tokenizer: Tokenizer) -> Tokenizer:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ids_are_four_bytes_in_one_run(name: str) -> None:
-    need(name)
+def test_ids_are_a_contiguous_buffer_of_uint32(name: str) -> None:
+    require_installed(name)
     reference = without_single_words(MADE["byte_level_bpe"]())
     ids = memoryview(build(name, reference.to_str()).encode(["hello world"])[0])  # type: ignore[arg-type]
     assert (ids.format, ids.itemsize, ids.ndim, ids.contiguous) == ("I", 4, 1, True)
 
 
-def test_gigatoken_forgets_after_much_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    need("gigatoken")
+def test_gigatoken_is_rebuilt_after_much_text_to_bound_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_installed("gigatoken")
     monkeypatch.setattr(fast_encoders, "GIGATOKEN_MAX_CHARS", 100)
     reference = without_single_words(MADE["byte_level_bpe"]())
     encoder = build("gigatoken", reference.to_str())
@@ -225,7 +231,7 @@ def test_gigatoken_forgets_after_much_text(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_fork_safe_encoder_works_in_a_child() -> None:
-    need("gigatoken")
+    require_installed("gigatoken")
     reference = without_single_words(MADE["byte_level_bpe"]())
     encoder = build("gigatoken", reference.to_str())
     assert encoder.is_fork_safe
@@ -237,15 +243,15 @@ def test_a_fork_safe_encoder_works_in_a_child() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_the_first_difference_is_named() -> None:
+def test_the_proof_reports_the_first_difference() -> None:
     reference = MADE["word_level"]()
-    wrong = Fixed(lambda text: [7] if text == "world" else plain_ids(reference, text))
+    wrong = FixedEncoder(lambda text: [7] if text == "world" else plain_ids(reference, text))
     assert prove(wrong, reference, ["hello", ""]) is None
     found = prove(wrong, reference, ["hello", "world", "hello world"])
     assert found == "'world' is [7] in fixed, [2] in tokenizers"
 
 
-def test_a_panic_is_a_difference_and_an_interrupt_passes() -> None:
+def test_the_proof_reports_a_panic_and_passes_an_interrupt_on() -> None:
     class PanicError(BaseException):
         pass
 
@@ -256,20 +262,20 @@ def test_a_panic_is_a_difference_and_an_interrupt_passes() -> None:
         return answer
 
     reference = MADE["word_level"]()
-    found = prove(Fixed(fail(PanicError("index out of bounds"))), reference, ["hello"])
+    found = prove(FixedEncoder(fail(PanicError("index out of bounds"))), reference, ["hello"])
     assert found == "'hello' is an error (index out of bounds) in fixed, [1] in tokenizers"
     with pytest.raises(KeyboardInterrupt):
-        prove(Fixed(fail(KeyboardInterrupt())), reference, ["hello"])
+        prove(FixedEncoder(fail(KeyboardInterrupt())), reference, ["hello"])
 
 
 @pytest.mark.parametrize(
     ("content", "text"), [("\u2260", "=\u0338"), ("\u03a9", "\u2126"), ("\u212b", "A\u030a")]
 )
-def test_an_added_token_that_nfc_may_make_is_left_to_tokenizers(content: str, text: str) -> None:
+def test_an_added_token_that_nfc_can_produce_fails_the_proof(content: str, text: str) -> None:
     tokenizer = plain(SYNTHETIC["qwen2"])
     assert b"NFC" in tokenizer.normalizer.__getstate__()
-    reason = "other characters may become an added token's once normalised"
-    fixed = Fixed(lambda _text: [])
+    reason = "a normalizer may make an added token of other characters"
+    fixed = FixedEncoder(lambda _text: [])
     assert prove(fixed, tokenizer, []) is None
     tokenizer.add_tokens([AddedToken(content, normalized=False, special=False)])
     assert prove(fixed, tokenizer, []) == reason
@@ -278,7 +284,7 @@ def test_an_added_token_that_nfc_may_make_is_left_to_tokenizers(content: str, te
 
 
 @pytest.mark.parametrize("kind", list(MADE))
-def test_probes_are_short_agreed_and_hold_every_kind_of_added_token(kind: str) -> None:
+def test_probe_texts_are_short_and_contain_every_kind_of_added_token(kind: str) -> None:
     tokenizer = MADE[kind]()
     tokenizer.add_special_tokens([AddedToken(SEPARATOR, normalized=False)])
     texts = probe_texts(tokenizer)
@@ -292,17 +298,17 @@ def test_probes_are_short_agreed_and_hold_every_kind_of_added_token(kind: str) -
     assert any(SEPARATOR in text for text in texts)
 
 
-def test_all_samples_are_agreed() -> None:
+def test_all_sample_texts_consist_of_agreed_characters() -> None:
     assert [text for text in fast_encoders._SAMPLES if not is_agreed(text)] == []
 
 
-def test_ranges_are_sorted_and_apart() -> None:
+def test_agreed_ranges_are_sorted_and_disjoint() -> None:
     ranges = agreed_code_points()
     assert all(first <= last for first, last in ranges)
     assert all(last < first for (_, last), (first, _) in pairwise(ranges))
 
 
-def test_agreed_code_points_never_changed() -> None:
+def test_unchanged_code_points_have_equal_properties_in_old_and_new_unicode() -> None:
     old = unicodedata.ucd_3_2_0
     for first, last in fast_encoders._UNCHANGED:
         for char in map(chr, range(first, last + 1)):
@@ -310,7 +316,7 @@ def test_agreed_code_points_never_changed() -> None:
             assert unicodedata.combining(char) == old.combining(char), ascii(char)
 
 
-def test_settled_code_points_are_signs_and_ordinals() -> None:
+def test_settled_code_points_are_symbols_numbers_or_uncombining_letters() -> None:
     for first, last in fast_encoders._SETTLED:
         for char in map(chr, range(first, last + 1)):
             assert unicodedata.category(char) in {"So", "Sk", "Sm", "No", "Po", "Lo"}, ascii(char)
@@ -318,7 +324,7 @@ def test_settled_code_points_are_signs_and_ordinals() -> None:
             assert unicodedata.is_normalized("NFC", char), ascii(char)
 
 
-def test_what_differs_between_releases_is_not_agreed() -> None:
+def test_characters_that_differ_between_unicode_versions_are_not_agreed() -> None:
     for text in (
         "\u0614\u1dfa",
         "\u08d1\u094d",

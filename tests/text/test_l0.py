@@ -1,3 +1,5 @@
+"""L0 alone, both implementations: keys, budgets, eviction, scopes, memory."""
+
 from __future__ import annotations
 
 import os
@@ -14,16 +16,16 @@ from tests.text.implementations import both, implementation, native
 from tokcache.errors import InvalidConfig, InvalidScope, InvalidText, InvalidTokens
 
 
-def fresh(text: str) -> str:
+def copy_of(text: str) -> str:
     return (text + "\0")[:-1]
 
 
 @both
-def test_gives_back_what_was_stored(name: str) -> None:
+def test_get_returns_the_stored_ids(name: str) -> None:
     cache = implementation(name).l0_cache()
     assert cache.get("hello") is None
     assert cache.put("hello", [1, 2, 3]) is True
-    assert cache.get(fresh("hello")) == [1, 2, 3]
+    assert cache.get(copy_of("hello")) == [1, 2, 3]
     assert cache.get("hello", add_special_tokens=False) is None
     assert cache.get("hello ") is None
     assert cache.put("hello", [4]) is True
@@ -33,7 +35,7 @@ def test_gives_back_what_was_stored(name: str) -> None:
 
 
 @both
-def test_counts_and_clears(name: str) -> None:
+def test_statistics_count_calls_and_clear_resets_them(name: str) -> None:
     cache = implementation(name).l0_cache()
     cache.put("a", [1, 2])
     cache.put("a", [2], add_special_tokens=False)
@@ -65,12 +67,12 @@ def test_every_kind_of_string_is_its_own_key(name: str) -> None:
     cache._check()
     for number, text in enumerate(TRICKY):
         assert cache.get(text) == [number]
-        assert cache.get(fresh(text)) == [number]
+        assert cache.get(copy_of(text)) == [number]
     assert len(cache) == len(TRICKY)
 
 
 @both
-def test_a_str_subclass_is_its_content(name: str) -> None:
+def test_a_str_subclass_is_keyed_by_its_content(name: str) -> None:
     class Prompt(str):
         __slots__ = ()
 
@@ -92,7 +94,7 @@ def test_a_str_subclass_is_its_content(name: str) -> None:
 
 @both
 @pytest.mark.parametrize("text", [b"hello", None, 5, ["hello"]])
-def test_refuses_what_is_no_text(name: str, text: Any) -> None:
+def test_invalid_texts_scopes_and_ids_are_refused(name: str, text: Any) -> None:
     cache = implementation(name).l0_cache()
     with pytest.raises(InvalidText, match=type(text).__name__):
         cache.get(text)
@@ -108,7 +110,7 @@ def test_refuses_what_is_no_text(name: str, text: Any) -> None:
 
 
 @both
-def test_a_tenant_is_not_taken_for_the_flag(name: str) -> None:
+def test_scope_and_add_special_tokens_are_keyword_only_and_checked(name: str) -> None:
     cache = implementation(name).l0_cache()
     cache.put("secret", [1, 2], scope="tenant-a")
     calls: list[Callable[[], Any]] = [
@@ -132,13 +134,13 @@ def test_a_tenant_is_not_taken_for_the_flag(name: str) -> None:
 @both
 @pytest.mark.parametrize("setting", ["max_entries", "max_bytes", "sample_size"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "7x", None, True])
-def test_refuses_budgets_that_cannot_work(name: str, setting: str, value: Any) -> None:
+def test_invalid_budgets_are_refused(name: str, setting: str, value: Any) -> None:
     with pytest.raises(InvalidConfig, match=setting):
         implementation(name).l0_cache(**{setting: value})
 
 
 @both
-def test_refuses_settings_beyond_what_can_be_counted(name: str) -> None:
+def test_settings_over_their_maximum_are_refused(name: str) -> None:
     for setting, value in (
         ("sample_size", 1 << 32),
         ("sample_size", 1025),
@@ -154,7 +156,7 @@ def test_refuses_settings_beyond_what_can_be_counted(name: str) -> None:
 
 
 @both
-def test_names_of_scopes_count(name: str) -> None:
+def test_scope_names_count_towards_the_byte_budget(name: str) -> None:
     cache = implementation(name).l0_cache(max_bytes=1 << 20)
     for i in range(30):
         assert cache.put("text", [i], scope=f"{i:06d}" + "s" * 100_000)
@@ -167,7 +169,7 @@ def test_names_of_scopes_count(name: str) -> None:
 
 
 @both
-def test_many_threads_at_once(name: str) -> None:
+def test_threads_may_get_and_put_at_the_same_time(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=20)
     failures: list[BaseException] = []
 
@@ -179,7 +181,7 @@ def test_many_threads_at_once(name: str) -> None:
                 ids = cache.get(f"text {number}")
                 assert ids is None or ids == [number]
                 cache.put(f"text {number}", [number])
-        except BaseException as error:  # noqa: BLE001 (shown below)
+        except BaseException as error:  # noqa: BLE001 (asserted below)
             failures.append(error)
 
     interval = sys.getswitchinterval()
@@ -208,6 +210,7 @@ def test_the_entry_budget_holds_over_both_maps(name: str) -> None:
 
 @both
 def test_the_victim_comes_from_the_larger_map(name: str) -> None:
+    """Texts with and without special tokens are in two maps with one budget."""
     cache = implementation(name).l0_cache(max_entries=10)
     for i in range(3):
         cache.put(f"few {i}", [i])
@@ -217,7 +220,7 @@ def test_the_victim_comes_from_the_larger_map(name: str) -> None:
 
 
 @both
-def test_with_a_sample_of_all_the_least_recently_used_goes(name: str) -> None:
+def test_with_a_sample_of_all_entries_the_least_recently_used_is_evicted(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=4, sample_size=200)
     for text in "abcd":
         cache.put(text, [1])
@@ -229,19 +232,19 @@ def test_with_a_sample_of_all_the_least_recently_used_goes(name: str) -> None:
 
 
 @both
-def test_draws_are_random_over_all_entries(name: str) -> None:
-    survivors = set()
+def test_victims_are_drawn_at_random_from_all_entries(name: str) -> None:
+    evicted = set()
     for _ in range(60):
         cache = implementation(name).l0_cache(max_entries=20, sample_size=1)
         for i in range(21):
             cache.put(str(i), [i])
-        survivors |= {i for i in range(20) if cache.get(str(i)) is None}
-    # One of 20 goes each time: a place that is never drawn in 60 rounds has a chance of 5 %.
-    assert len(survivors) >= 15
+        evicted |= {i for i in range(20) if cache.get(str(i)) is None}
+    # Each round evicts one of 20 entries; a given one is never evicted with a chance of 5 %.
+    assert len(evicted) >= 15
 
 
 @both
-def test_sampled_lru_keeps_what_is_used(name: str) -> None:
+def test_frequently_used_entries_are_rarely_evicted(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=100)
     for i in range(50):
         cache.put(f"hot {i}", [i])
@@ -254,7 +257,7 @@ def test_sampled_lru_keeps_what_is_used(name: str) -> None:
 
 
 @both
-def test_the_byte_budget_holds_and_a_giant_is_refused(name: str) -> None:
+def test_the_byte_budget_holds_and_oversized_entries_are_refused(name: str) -> None:
     cache = implementation(name).l0_cache(max_bytes=100_000)
     rng = random.Random(1)
     for i in range(300):
@@ -274,7 +277,7 @@ def test_the_byte_budget_holds_and_a_giant_is_refused(name: str) -> None:
 
 
 @both
-def test_a_refused_put_leaves_no_older_answer(name: str) -> None:
+def test_a_refused_put_removes_the_previous_entry(name: str) -> None:
     cache = implementation(name).l0_cache(max_bytes=10_000)
     cache.put("a", [1])
     assert cache.put("a", range(10_000)) is False
@@ -282,7 +285,7 @@ def test_a_refused_put_leaves_no_older_answer(name: str) -> None:
 
 
 @both
-def test_a_budget_too_small_for_anything_refuses_everything(name: str) -> None:
+def test_a_budget_of_one_byte_refuses_every_entry(name: str) -> None:
     cache = implementation(name).l0_cache(max_bytes=1)
     assert cache.put("a", [1]) is False
     assert cache.get("a") is None
@@ -290,7 +293,7 @@ def test_a_budget_too_small_for_anything_refuses_everything(name: str) -> None:
 
 
 @both
-def test_scopes_never_meet(name: str) -> None:
+def test_scopes_share_nothing(name: str) -> None:
     cache = implementation(name).l0_cache()
     scopes = [None, "", "a", "b", "None", "a\0", "\u4141", "AA"]
     for number, scope in enumerate(scopes):
@@ -303,11 +306,11 @@ def test_scopes_never_meet(name: str) -> None:
 
 
 @both
-def test_a_scope_without_entries_costs_nothing(name: str) -> None:
+def test_scopes_without_entries_take_no_memory(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=10)
     for i in range(1000):
         cache.put("text", [i], scope=f"tenant {i}")
-        cache.get("text", scope=f"nobody {i}")
+        cache.get("text", scope=f"unused {i}")
     cache._check()
     assert len(cache) == 10
     assert cache.memory_usage() < 20_000
@@ -318,7 +321,7 @@ def template(i: int, position: int, n_chars: int = 4000) -> str:
 
 
 @pytest.mark.parametrize("position", [0, 33, 200, 1000, 2500, 3930, 3994])
-def test_texts_of_one_template_are_told_apart(position: int) -> None:
+def test_texts_of_one_template_do_not_collide(position: int) -> None:
     cache = native().l0_cache()
     for i in range(500):
         cache.put(template(i, position), [i])
@@ -327,7 +330,8 @@ def test_texts_of_one_template_are_told_apart(position: int) -> None:
     assert all(cache.get(template(i, position)) is None for i in range(500, 600))
 
 
-def test_texts_that_differ_each_in_another_place_are_told_apart() -> None:
+def test_long_texts_that_differ_in_one_character_do_not_collide() -> None:
+    """A digest of samples does not see every character; after a collision a full hash is used."""
     cache = native().l0_cache()
     positions = range(32, 3900, 7)
     for wide in ("", "\u6c49", "\U0001f600"):
@@ -338,7 +342,7 @@ def test_texts_that_differ_each_in_another_place_are_told_apart() -> None:
             assert cache.get("t" * p + "X" + "t" * (3999 - p) + wide) == [p]
 
 
-def test_crowds_go_with_their_entries() -> None:
+def test_records_of_collisions_are_removed_with_their_entries() -> None:
     cache = native().l0_cache(max_entries=50)
     rng = random.Random(2)
     for step in range(5000):
@@ -348,15 +352,15 @@ def test_crowds_go_with_their_entries() -> None:
             cache._check()
     for i in range(50):
         cache.put(str(i), [1])
-    for i in range(1000):  # nothing of the template is left by now
+    for i in range(1000):  # these evict all texts of the template
         cache.put(f"{i}", [1])
     cache._check()
 
 
 @pytest.mark.parametrize("wide", ["", "\u6c49", "\U0001f600"])
-def test_keys_of_the_native_cache_are_let_go(wide: str) -> None:
+def test_the_native_cache_releases_its_keys(wide: str) -> None:
     cache = native().l0_cache(max_entries=3)
-    text = fresh("y" * 1000 + wide)
+    text = copy_of("y" * 1000 + wide)
     before = sys.getrefcount(text)
     cache.put(text, [1])
     assert sys.getrefcount(text) == before + (0 if wide else 1)
@@ -368,7 +372,8 @@ def test_keys_of_the_native_cache_are_let_go(wide: str) -> None:
     assert sys.getrefcount(text) == before
 
 
-def test_a_slice_does_not_keep_what_it_was_cut_from() -> None:
+def test_a_cached_slice_does_not_keep_the_whole_array_alive() -> None:
+    """The cache would otherwise use more memory than it counts."""
     whole = native().token_ids(range(100_000))
     cache = native().l0_cache(max_bytes=10_000)
     assert cache.put("a", whole[5:8])
@@ -376,7 +381,7 @@ def test_a_slice_does_not_keep_what_it_was_cut_from() -> None:
     assert cache.memory_usage() < 1000
 
 
-def test_what_a_caller_does_later_changes_nothing() -> None:
+def test_changing_the_callers_list_does_not_change_the_cache() -> None:
     cache = native().l0_cache()
     values = [1, 2, 3]
     cache.put("a", values)
@@ -386,7 +391,7 @@ def test_what_a_caller_does_later_changes_nothing() -> None:
 
 @both
 @pytest.mark.parametrize("n_entries", [1, 2, 5, 8])
-def test_of_no_more_entries_than_are_drawn_the_oldest_goes(name: str, n_entries: int) -> None:
+def test_the_oldest_is_evicted_if_the_sample_covers_all_entries(name: str, n_entries: int) -> None:
     rng = random.Random(n_entries)
     cache = implementation(name).l0_cache(max_entries=n_entries, sample_size=8)
     by_age: list[str] = []
@@ -400,20 +405,20 @@ def test_of_no_more_entries_than_are_drawn_the_oldest_goes(name: str, n_entries:
 
 
 @both
-def test_no_entry_is_drawn_twice(name: str) -> None:
-    places = []  # of the victim in the order of age
+def test_a_sample_never_contains_an_entry_twice(name: str) -> None:
+    places = []  # position of each victim, counted from the oldest entry
     cache = implementation(name).l0_cache(max_entries=9, sample_size=8)
     for n in range(1000):
         before = [text for text, *_ in cache.held()][::-1]
         cache.put(f"{n}", [n])
         gone = {*before} - {text for text, *_ in cache.held()}
         places += [before.index(text) for text in gone]
-    assert {*places} == {0, 1}  # 8 of 9, so one of the two oldest is drawn
-    assert 50 < sum(places) < 200  # one time in 9 the oldest is the one that is not
+    assert {*places} == {0, 1}  # 8 of 9 are drawn, so at least one of the two oldest
+    assert 50 < sum(places) < 200  # one time in 9 the oldest is not drawn
 
 
 @both
-def test_an_empty_cache_is_a_cache(name: str) -> None:
+def test_an_empty_cache_is_truthy_and_repr_shows_sizes_only(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=1000, max_bytes="2M")
     assert cache
     assert len(cache) == 0
@@ -424,7 +429,7 @@ def test_an_empty_cache_is_a_cache(name: str) -> None:
 
 
 @both
-def test_reported_bytes_are_those_that_memory_grows_by(name: str) -> None:
+def test_reported_bytes_equal_the_growth_of_resident_memory(name: str) -> None:
     if name == "native":
         native()
     code = """
@@ -446,5 +451,5 @@ print(cache.memory_usage() / (resident() - before))
         [sys.executable, "-c", code],
         capture_output=True, text=True, check=True, env={**os.environ, **off},
     )  # fmt: skip
-    slack = 0.05 if name == "native" else 0.25  # the reference estimates what Python's objects take
+    slack = 0.05 if name == "native" else 0.25  # the reference implementation estimates the sizes
     assert abs(float(done.stdout) - 1) < slack, done.stdout

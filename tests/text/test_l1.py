@@ -1,4 +1,4 @@
-"""L1 behind a wrapped tokenizer: hostile texts, verification, engines that fail, chats that hit."""
+"""L1 of a wrapped tokenizer: hostile texts, settings, verification, failing encoders, chats."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from tokcache.text.engines.copying import PartEncoder
 
 LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
-SURE = CacheConfig(engine="tokenizers", l0_max_entries=1)
+WITHOUT_FAST_ENCODER = CacheConfig(engine="tokenizers", l0_max_entries=1)
 
 
-def _right(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
+def _plain_ids(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
     ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
     return ids
 
 
-def _ids(wrapped: Any, text: str) -> list[int]:
+def _cached_ids(wrapped: Any, text: str) -> list[int]:
     ids: list[int] = wrapped.token_ids(text).tolist()
     return ids
 
@@ -52,28 +52,28 @@ def _l1(wrapped: Any) -> L1:
 HOSTILE = {
     "no_cut_ascii": "a" * 1_000_000,
     "no_cut_chinese": "\u4e00" * 300_000,
-    "blanks": " " * 1_000_000,
+    "spaces": " " * 1_000_000,
     "newlines": "\n" * 200_000,
-    "mixed_blanks": " \n\t\r\n" * 40_000,
+    "mixed_whitespace": " \n\t\r\n" * 40_000,
     "every_character_a_cut": "a 1." * 50_000,
     "every_character_a_token": "<s>" * 50_000,
     "almost_a_token": "<s" * 100_000,
-    "nothing": "",
-    "one": "x",
+    "empty": "",
+    "one_character": "x",
 }
 BUDGET = 1 << 19
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_texts_are_right_and_memory_is_bounded(name: str) -> None:
+def test_hostile_texts_get_correct_ids_in_bounded_memory(name: str) -> None:
     text = HOSTILE[name]
     wrapped = tokcache.wrap(
         SYNTHETIC["gpt2"](), CacheConfig(engine="tokenizers", l1_max_bytes=BUDGET)
     )
-    right = _right(plain(SYNTHETIC["gpt2"]), text)
+    right = _plain_ids(plain(SYNTHETIC["gpt2"]), text)
     n_times = 1 if len(text) > 250_000 else 3
     for _ in range(n_times):
-        assert _ids(wrapped, text) == right
+        assert _cached_ids(wrapped, text) == right
         wrapped.token_ids("another")
         assert wrapped.cache_stats().l1.n_bytes <= BUDGET
     assert wrapped.cache_stats().l1.lookup_chars >= len(text)
@@ -81,34 +81,34 @@ def test_hostile_texts_are_right_and_memory_is_bounded(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama2", "unigram_first_split"])
 @pytest.mark.parametrize("content", [" ", "  ", "\n", "a", "\u2581"])
-def test_an_added_token_that_is_everywhere(kind: str, content: str) -> None:
+def test_an_added_token_at_almost_every_position_gives_correct_ids(kind: str, content: str) -> None:
     tokenizer = SYNTHETIC[kind]()
     tokenizer.add_tokens([AddedToken(content, normalized=False)])
-    wrapped = tokcache.wrap(tokenizer, SURE)
+    wrapped = tokcache.wrap(tokenizer, WITHOUT_FAST_ENCODER)
     for text in (LINE * 20, LINE * 21, content * 3000, "x" + content * 1000 + LINE, content):
-        assert _ids(wrapped, text) == _right(tokenizer, text)
+        assert _cached_ids(wrapped, text) == _plain_ids(tokenizer, text)
     assert wrapped.cache_stats().l1.hits + wrapped.cache_stats().l1.misses == 5
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert_uncased", "llama2"])
-def test_an_empty_added_token_is_none(kind: str) -> None:
+def test_an_empty_added_token_is_ignored(kind: str) -> None:
     tokenizer = SYNTHETIC[kind]()
     assert tokenizer.add_tokens([AddedToken("", normalized=False)]) == 0
-    wrapped = tokcache.wrap(tokenizer, SURE)
+    wrapped = tokcache.wrap(tokenizer, WITHOUT_FAST_ENCODER)
     for text in ("", LINE * 20, LINE * 21):
-        assert _ids(wrapped, text) == _right(tokenizer, text)
+        assert _cached_ids(wrapped, text) == _plain_ids(tokenizer, text)
     assert wrapped.cache_stats().l1.chunk_hits > 0
 
 
 @pytest.mark.parametrize("text", ["\ud800", LINE * 40 + "\udfff", "\ud83d\ude00" + LINE * 40])
-def test_a_lone_surrogate_fails_and_harms_no_other_text(text: str) -> None:
+def test_a_lone_surrogate_raises_and_leaves_the_cache_usable(text: str) -> None:
     tokenizer = SYNTHETIC["gpt2"]()
-    wrapped = tokcache.wrap(tokenizer, SURE)
+    wrapped = tokcache.wrap(tokenizer, WITHOUT_FAST_ENCODER)
     place = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
     with pytest.raises(InvalidText, match=f"at character {place:,} of"):
         wrapped.token_ids(text)
     assert wrapped.cache_stats().l1.refusals["surrogate"] >= 1
-    assert _ids(wrapped, LINE) == _right(tokenizer, LINE)
+    assert _cached_ids(wrapped, LINE) == _plain_ids(tokenizer, LINE)
 
 
 # ---- settings
@@ -133,7 +133,7 @@ def test_sizes_take_a_unit_and_counts_take_numpys_integers() -> None:
     wrapped = tokcache.wrap(
         SYNTHETIC["gpt2"](), CacheConfig(engine="tokenizers", l1_max_bytes="1M")
     )
-    assert _ids(wrapped, TEXT) == _right(SYNTHETIC["gpt2"](), TEXT)
+    assert _cached_ids(wrapped, TEXT) == _plain_ids(SYNTHETIC["gpt2"](), TEXT)
     with pytest.raises(InvalidConfig, match=r'l1_max_bytes must be .* such as "64M"'):
         CacheConfig(l1_max_bytes="64MB")
 
@@ -158,18 +158,18 @@ def test_settings_at_their_limits_work() -> None:
         config = CacheConfig(engine="tokenizers", verify_rate=rate, l1_max_bytes=1)
         wrapped = tokcache.wrap(SYNTHETIC["gpt2"](), config)
         for _ in range(2):
-            assert _ids(wrapped, LINE * 50) == _right(SYNTHETIC["gpt2"](), LINE * 50)
+            assert _cached_ids(wrapped, LINE * 50) == _plain_ids(SYNTHETIC["gpt2"](), LINE * 50)
         assert wrapped.cache_stats().l1.n_bytes == 0
     off = tokcache.wrap(SYNTHETIC["gpt2"](), CacheConfig(l1=False))
     off.token_ids(LINE * 50)
     assert off.cache_stats().l1.lookup_chars == 0
 
 
-# ---- encoders that answer wrongly
+# ---- encoders that return wrong ids
 
 
 class Encoder:
-    """A fast encoder that answers as tokenizers does, but for what `spoil` makes of it."""
+    """A fast encoder that encodes as tokenizers does, and passes the ids through `spoil`."""
 
     name = "spoilt"
 
@@ -200,27 +200,28 @@ class Encoder:
 
 
 def _use(wrapped: Any, spoil: Callable[[list[int]], list[int]] = list, **how: Any) -> Encoder:
-    """Have L1 encode with such an encoder, as if it had proven equal."""
+    """Make L1 encode with an `Encoder`, as if it had passed the proof; return it."""
     l1 = _l1(wrapped)
     encoders = [Encoder(sure, spoil, **how) for sure in l1._sure]
     l1._set_fast(encoders)
     return encoders[0]
 
 
-def test_an_encoder_that_holds_the_lock_gets_a_long_text_in_turns() -> None:
+def test_an_encoder_that_holds_the_gil_gets_a_long_text_in_several_calls() -> None:
+    """Other threads can run between the calls."""
     wrapped = _wrapped(0.0)
     encoder = _use(wrapped, holds_lock=True)
     words = "".join(f"line {n:06d} of many\n" for n in range(30_000))
     for text in (words, words[:1000] + "x" * (CHARS_AT_ONCE + 1) + "\n" + words[-1000:]):
         assert wrapped.token_ids(text).tolist() == wrapped.encode(text).ids
     longest = max(map(len, encoder.texts))
-    assert CHARS_AT_ONCE // 2 < longest < 2 * CHARS_AT_ONCE  # the separators come on top
+    assert CHARS_AT_ONCE // 2 < longest < 2 * CHARS_AT_ONCE  # with the separators
     assert len(encoder.texts) > len(words) // CHARS_AT_ONCE
     assert "engine_dropped" not in wrapped.cache_stats().l1.refusals
 
 
-def _other_first(ids: list[int]) -> list[int]:
-    """Return ids with another token of as many bytes in the place of the first."""
+def _with_a_wrong_first_id(ids: list[int]) -> list[int]:
+    """Return the ids with the first one replaced by another token of the same byte length."""
     tokenizer = SYNTHETIC["gpt2"]()
     lengths = {index: len(token) for token, index in tokenizer.get_vocab().items()}
     other = next(
@@ -231,12 +232,12 @@ def _other_first(ids: list[int]) -> list[int]:
     return [other, *ids[1:]]
 
 
-def _fails(_: list[int]) -> list[int]:
+def _raises_overflow_error(_: list[int]) -> list[int]:
     raise OverflowError("too many words")
 
 
 class Panic(BaseException):
-    """What a crash in Rust looks like."""
+    """Stands for the exception of a crash in Rust, which is a BaseException."""
 
 
 def _panics(_: list[int]) -> list[int]:
@@ -248,12 +249,14 @@ def _wrapped(verify_rate: float) -> Any:
     return tokcache.wrap(SYNTHETIC["gpt2"](), config)
 
 
-def _spoil_parts(wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have tokenizers itself encode parts wrongly, as if they had been cut in the wrong places."""
+def _spoil_reference_encoder(wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make tokenizers itself return wrong ids, as if the text had been cut at wrong places."""
     for sure in _l1(wrapped)._sure:
         right = sure.encode
         monkeypatch.setattr(
-            sure, "encode", lambda parts, right=right: [_other_first(ids) for ids in right(parts)]
+            sure,
+            "encode",
+            lambda parts, right=right: [_with_a_wrong_first_id(ids) for ids in right(parts)],
         )
 
 
@@ -262,16 +265,16 @@ CHATS = [TEXT, TEXT + "Hello", "<s>" + TEXT, TEXT + "\n\n" + TEXT, TEXT]
 
 
 @pytest.mark.parametrize("has_fast_encoder", [False, True])
-def test_verification_finds_a_wrong_answer_and_ends_l1(
+def test_verification_finds_a_wrong_answer_and_turns_l1_off(
     has_fast_encoder: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrapped = _wrapped(verify_rate=1.0)
-    _spoil_parts(wrapped, monkeypatch)
+    _spoil_reference_encoder(wrapped, monkeypatch)
     if has_fast_encoder:
-        _use(wrapped, _other_first)
+        _use(wrapped, _with_a_wrong_first_id)
     engine = _l1(wrapped).engine
     with caplog.at_level("ERROR", logger="tokcache"):
-        assert _ids(wrapped, TEXT) == _right(SYNTHETIC["gpt2"](), TEXT)
+        assert _cached_ids(wrapped, TEXT) == _plain_ids(SYNTHETIC["gpt2"](), TEXT)
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert "first difference at token 0 of" in record.getMessage()
@@ -282,8 +285,8 @@ def test_verification_finds_a_wrong_answer_and_ends_l1(
     assert stats.n_chunks == stats.n_shorts == 0
     assert _l1(wrapped).off == "difference"
     for text in CHATS:
-        assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
-    assert wrapped.cache_stats().l1.lookup_chars == stats.lookup_chars  # nobody asked it again
+        assert _cached_ids(wrapped, text) == _plain_ids(SYNTHETIC["gpt2"](), text)
+    assert wrapped.cache_stats().l1.lookup_chars == stats.lookup_chars  # L1 was not used again
 
 
 @both
@@ -292,10 +295,10 @@ def test_verification_drops_the_fast_encoder_whose_answer_was_wrong(
 ) -> None:
     implementation(name).use(monkeypatch)
     wrapped = _wrapped(verify_rate=1.0)
-    _use(wrapped, _other_first)
+    _use(wrapped, _with_a_wrong_first_id)
     secret = wrapped.scoped("a")
     with caplog.at_level("ERROR", logger="tokcache"):
-        assert secret.token_ids(TEXT).tolist() == _right(SYNTHETIC["gpt2"](), TEXT)
+        assert secret.token_ids(TEXT).tolist() == _plain_ids(SYNTHETIC["gpt2"](), TEXT)
     (record,) = caplog.records
     assert "engine spoilt is dropped" in record.getMessage()
     assert "first difference at token 0 of" in record.getMessage()
@@ -305,21 +308,21 @@ def test_verification_drops_the_fast_encoder_whose_answer_was_wrong(
     assert stats.refusals == {"differences": 1, "verified": 1, "engine_dropped": 1}
     assert stats.n_chunks == stats.n_shorts == 0
     for text in CHATS:
-        assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
+        assert _cached_ids(wrapped, text) == _plain_ids(SYNTHETIC["gpt2"](), text)
     assert wrapped.cache_stats().l1.hits > 0
     assert len(caplog.records) == 1
 
 
-def test_verification_finds_a_wrong_answer_that_was_kept(
+def test_verification_finds_a_wrong_answer_that_was_cached(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrapped = _wrapped(verify_rate=0.5)
-    _l1(wrapped)._is_drawn = lambda: False  # type: ignore[method-assign]  # as by chance
-    _spoil_parts(wrapped, monkeypatch)
-    right = _right(SYNTHETIC["gpt2"](), TEXT)
-    assert _ids(wrapped, TEXT) != right
+    _l1(wrapped)._verify_rate = 0.0  # no text is verified yet
+    _spoil_reference_encoder(wrapped, monkeypatch)
+    right = _plain_ids(SYNTHETIC["gpt2"](), TEXT)
+    assert _cached_ids(wrapped, TEXT) != right
     wrapped.token_ids("another")
-    del _l1(wrapped)._is_drawn
+    _l1(wrapped)._verify_rate = 0.5
     with caplog.at_level("ERROR", logger="tokcache"):
         for at in range(100):
             wrapped.token_ids(f"another {at}")
@@ -328,31 +331,31 @@ def test_verification_finds_a_wrong_answer_that_was_kept(
             wrapped.token_ids(TEXT)
     assert _l1(wrapped).off == "difference"
     assert len(caplog.records) == 1
-    assert _ids(wrapped, TEXT) == right
+    assert _cached_ids(wrapped, TEXT) == right
 
 
-def test_without_verification_a_wrong_answer_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_verification_a_wrong_answer_is_not_found(caplog: pytest.LogCaptureFixture) -> None:
     wrapped = _wrapped(verify_rate=0.0)
-    _use(wrapped, _other_first)
-    right = _right(SYNTHETIC["gpt2"](), TEXT)
+    _use(wrapped, _with_a_wrong_first_id)
+    right = _plain_ids(SYNTHETIC["gpt2"](), TEXT)
     for _ in range(3):
-        assert _ids(wrapped, TEXT) != right
+        assert _cached_ids(wrapped, TEXT) != right
         wrapped.token_ids("another")
     assert _l1(wrapped).off is None
     assert caplog.records == []
     assert "verified" not in wrapped.cache_stats().l1.refusals
 
 
-def test_verification_of_right_answers_only_counts(caplog: pytest.LogCaptureFixture) -> None:
+def test_verification_of_correct_answers_only_counts(caplog: pytest.LogCaptureFixture) -> None:
     wrapped = _wrapped(verify_rate=1.0)
     for text in CHATS:
-        assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
+        assert _cached_ids(wrapped, text) == _plain_ids(SYNTHETIC["gpt2"](), text)
     assert wrapped.cache_stats().l1.refusals == {"verified": len(CHATS)}
     assert _l1(wrapped).off is None
     assert caplog.records == []
 
 
-# ---- encoders that fail later
+# ---- encoders that fail after the proof
 
 
 def _drops_separators(sure: PartEncoder) -> Callable[[list[int]], list[int]]:
@@ -363,8 +366,8 @@ def _adds_separators(sure: PartEncoder) -> Callable[[list[int]], list[int]]:
     return lambda ids: [*ids, sure.separator]
 
 
-SPOILERS: dict[str, Callable[[PartEncoder], Callable[[list[int]], list[int]]]] = {
-    "raises": lambda _: _fails,
+FAILURES: dict[str, Callable[[PartEncoder], Callable[[list[int]], list[int]]]] = {
+    "raises": lambda _: _raises_overflow_error,
     "panics": lambda _: _panics,
     "drops_separators": _drops_separators,
     "adds_separators": _adds_separators,
@@ -372,22 +375,22 @@ SPOILERS: dict[str, Callable[[PartEncoder], Callable[[list[int]], list[int]]]] =
 
 
 @both
-@pytest.mark.parametrize("how", SPOILERS)
-def test_an_encoder_that_fails_later_is_dropped_loudly(
+@pytest.mark.parametrize("how", FAILURES)
+def test_an_encoder_that_fails_later_is_dropped_with_an_error_in_the_log(
     name: str, how: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     implementation(name).use(monkeypatch)
     wrapped = _wrapped(verify_rate=0.0)
     encoder = _use(wrapped)
     text = f"{TEXT}<s>Hello<s>{TEXT}"
-    assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
+    assert _cached_ids(wrapped, text) == _plain_ids(SYNTHETIC["gpt2"](), text)
     assert encoder.texts
     assert (_l1(wrapped).engine, caplog.records) == ("spoilt", [])
-    encoder.spoil = SPOILERS[how](encoder.sure)
+    encoder.spoil = FAILURES[how](encoder.sure)
     with caplog.at_level("ERROR", logger="tokcache"):
         for number in range(3):
             more = f"{text} New {number}<s>York {number}"
-            assert _ids(wrapped, more) == _right(SYNTHETIC["gpt2"](), more)
+            assert _cached_ids(wrapped, more) == _plain_ids(SYNTHETIC["gpt2"](), more)
     (record,) = caplog.records
     assert "engine spoilt is dropped" in record.getMessage()
     assert _l1(wrapped).engine == "tokenizers"
@@ -398,26 +401,28 @@ def test_an_encoder_that_fails_later_is_dropped_loudly(
     assert len(encoder.texts) == n_calls
 
 
-def test_an_encoder_of_two_variants_is_dropped_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_encoder_used_by_two_variants_is_dropped_once(caplog: pytest.LogCaptureFixture) -> None:
     config = CacheConfig(engine="tokenizers", l0_max_entries=1)
     build = SYNTHETIC["gpt2_prefix_space"]
     wrapped = tokcache.wrap(build(), config)
     encoder = _use(wrapped)
     variants: list[Any] = _l1(wrapped)._variants
     assert [one.fast is not None for one in variants] == [True, True]
-    assert _ids(wrapped, TEXT) == _right(build(), TEXT)
+    assert _cached_ids(wrapped, TEXT) == _plain_ids(build(), TEXT)
     assert encoder.texts
     for one in variants:
-        one.fast.spoil = _fails
+        one.fast.spoil = _raises_overflow_error
     with caplog.at_level("ERROR", logger="tokcache"):
         for text in ("New " + TEXT, "York " + TEXT):
-            assert _ids(wrapped, text) == _right(build(), text)
+            assert _cached_ids(wrapped, text) == _plain_ids(build(), text)
     (record,) = caplog.records
     assert "engine spoilt is dropped" in record.getMessage()
     assert wrapped.cache_stats().l1.refusals == {"engine_dropped": 1}
 
 
-def test_an_interrupt_is_no_failure_of_an_encoder() -> None:
+def test_an_interrupt_does_not_drop_the_encoder() -> None:
+    """Ctrl-C says nothing about the encoder."""
+
     def interrupted(_: list[int]) -> list[int]:
         raise KeyboardInterrupt
 
@@ -427,14 +432,14 @@ def test_an_interrupt_is_no_failure_of_an_encoder() -> None:
         wrapped.token_ids(TEXT)
     assert _l1(wrapped).engine == "spoilt"
     encoder.spoil = list
-    assert _ids(wrapped, TEXT) == _right(SYNTHETIC["gpt2"](), TEXT)
+    assert _cached_ids(wrapped, TEXT) == _plain_ids(SYNTHETIC["gpt2"](), TEXT)
 
 
-def test_a_character_that_is_not_agreed_never_reaches_a_fast_encoder() -> None:
+def test_characters_the_encoders_disagree_on_never_reach_a_fast_encoder() -> None:
     wrapped = _wrapped(verify_rate=0.0)
     encoder = _use(wrapped)
     text = TEXT + "<s>unknown \u0378 \U0001fae9<s>understood"
-    assert _ids(wrapped, text) == _right(SYNTHETIC["gpt2"](), text)
+    assert _cached_ids(wrapped, text) == _plain_ids(SYNTHETIC["gpt2"](), text)
     seen = "".join(encoder.texts)
     assert "understood" in seen
     assert not {"\u0378", "\U0001fae9"} & set(seen)
@@ -453,41 +458,41 @@ def _in_child(check: Callable[[], bool]) -> int:
 
 
 @pytest.mark.parametrize("is_fork_safe", [True, False])
-def test_a_child_answers_right(is_fork_safe: bool) -> None:
+def test_a_forked_child_answers_correctly(is_fork_safe: bool) -> None:
     wrapped = _wrapped(verify_rate=0.0)
     _use(wrapped, is_fork_safe=is_fork_safe)
     wrapped.token_ids(TEXT)
-    right = {text: _right(SYNTHETIC["gpt2"](), text) for text in CHATS}
+    right = {text: _plain_ids(SYNTHETIC["gpt2"](), text) for text in CHATS}
     engine = "spoilt" if is_fork_safe else "tokenizers"
 
     def answers() -> bool:
-        ids = {text: _ids(wrapped, text) for text in CHATS}
+        ids = {text: _cached_ids(wrapped, text) for text in CHATS}
         return ids == right and _l1(wrapped).engine == engine
 
     assert _in_child(answers) == 0
     assert _l1(wrapped).engine == "spoilt"
-    assert {text: _ids(wrapped, text) for text in CHATS} == right
+    assert {text: _cached_ids(wrapped, text) for text in CHATS} == right
 
 
 @both
-def test_a_child_made_of_a_used_cache_answers_right(
+def test_a_forked_child_uses_the_parents_cached_chunks(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     implementation(name).use(monkeypatch)
     wrapped = _wrapped(verify_rate=0.0)
     wrapped.token_ids(TEXT)
-    right = {text: _right(SYNTHETIC["gpt2"](), text) for text in CHATS}
+    right = {text: _plain_ids(SYNTHETIC["gpt2"](), text) for text in CHATS}
     hits = wrapped.cache_stats().l1.chunk_hits
 
     def answers() -> bool:
-        ids = {text: _ids(wrapped, text) for text in CHATS}
+        ids = {text: _cached_ids(wrapped, text) for text in CHATS}
         return ids == right and wrapped.cache_stats().l1.chunk_hits > hits
 
     assert _in_child(answers) == 0
     assert answers()
 
 
-# ---- chats that grow
+# ---- growing chats
 
 CHAT_KINDS = (
     "gpt2", "llama3", "cl100k_removed", "cl100k_tiktoken", "bailing", "qwen2", "qwen35",
@@ -498,7 +503,7 @@ CHAT_KINDS = (
 
 
 def _history(n_turns: int) -> Sequence[str]:
-    """Return the prompts of a chat, each the last one with a turn more."""
+    """Return the prompts of a chat; each extends the previous one by a turn."""
     prompts = ["<s>system\n" + " ".join(TRAINING[:9]).replace("\u0130", "I") * 2]
     for at in range(n_turns):
         turn = f"</s><s>user\nQuestion {at}: {TRAINING[at % 9]}</s><s>assistant\n"
@@ -511,15 +516,15 @@ def _history(n_turns: int) -> Sequence[str]:
     [("native", kind) for kind in CHAT_KINDS]
     + [("reference", kind) for kind in ("gpt2", "bert_uncased", "llama2", "unigram_first_split")],
 )
-def test_a_chat_that_grows_is_put_together_from_known_parts(
+def test_a_growing_chat_is_composed_of_cached_chunks(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     implementation(name).use(monkeypatch)
     tokenizer = SYNTHETIC[kind]()
-    wrapped = tokcache.wrap(tokenizer, SURE)
+    wrapped = tokcache.wrap(tokenizer, WITHOUT_FAST_ENCODER)
     prompts = _history(12)
     for prompt in prompts:
-        assert _ids(wrapped, prompt) == _right(tokenizer, prompt)
+        assert _cached_ids(wrapped, prompt) == _plain_ids(tokenizer, prompt)
     stats = wrapped.cache_stats().l1
     n_chars = sum(map(len, prompts))
     assert stats.lookup_chars == n_chars

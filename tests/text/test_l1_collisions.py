@@ -1,7 +1,7 @@
-"""Texts that collide under a known seed: right ids and bounded time, whoever knows the secret.
+"""Texts whose digests all collide under a known secret: ids stay correct and time bounded.
 
-The secret is 64-bit words of blanks here, so that blocks of eight blanks and eight letters all
-fold to nothing: every chunk, every short segment and every short text has the same digest.
+The secret is all spaces here. A block of eight spaces and eight letters then folds to 0, so every
+chunk, every segment and every short text has the same digest.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tokcache.text._native import is_native
 
 N_TEXTS = 1000 if is_native() else 100
 BLOCKS = 24  # of 16 characters in a text
-MAX_SECONDS = 20  # of CPU time; it takes a few
-ODD = 0x9E3779B97F4A7C15
+MAX_SECONDS = 20  # of CPU time; a few are usual
+MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 def _text(seed: int) -> str:
-    words = (f"{(seed * ODD + at * 7919) % 10**8:08}" for at in range(BLOCKS))
+    words = (f"{(seed * MULTIPLIER + at * 7919) % 10**8:08}" for at in range(BLOCKS))
     return "".join(f"{'':8}{word}" for word in words)
 
 
@@ -46,14 +46,16 @@ def _digest(text: str, secret: bytes) -> int:
     return _fold(total % 2**64 ^ words[0], words[1] ^ len(key))
 
 
-def test_the_texts_collide_under_the_known_seed_alone() -> None:
+def test_the_texts_collide_only_under_the_known_secret() -> None:
     chunks = [_text(seed)[:128] for seed in range(50)]
     assert len({_digest(one, b" " * 512) for one in chunks}) == 1
     assert len({_digest(one, bytes(range(256)) * 2) for one in chunks}) == 50
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "bert_uncased", "whitespace"])
-def test_texts_that_collide_under_a_known_seed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colliding_texts_get_correct_ids_in_bounded_time(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("_l0", "segments._l1") if is_native() else ():
         module: Any = importlib.import_module(f"tokcache.text.{name}")
         monkeypatch.setattr(module, "urandom", lambda n: b" " * n)
@@ -62,10 +64,12 @@ def test_texts_that_collide_under_a_known_seed(kind: str, monkeypatch: pytest.Mo
     texts = [_text(seed) for seed in range(N_TEXTS)]
     right = [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
     start = time.process_time()
-    for _ in range(2):  # encoded, then from L0
+    for _ in range(2):  # the first round encodes, in the second L0 answers
         for text, ids in zip(texts, right, strict=True):
             assert cached.token_ids(text, add_special_tokens=False) == ids
-    for one, other in zip(texts, reversed(texts), strict=True):  # chunks known, texts not
+    for one, other in zip(
+        texts, reversed(texts), strict=True
+    ):  # the chunks are cached, the texts not
         ids = tokenizer.encode(one + other, add_special_tokens=False).ids
         assert cached.token_ids(one + other, add_special_tokens=False) == ids
     assert time.process_time() - start < MAX_SECONDS

@@ -1,7 +1,7 @@
-"""The fuzz over combinations finds each family of wrong cuts once its refusal is taken away.
+"""Controls of the fuzz over combinations: without a refusal, it finds the wrong cuts.
 
-Each control undoes one refusal, draws combinations as the fuzz does, and wants a difference
-within `MAX_DRAWS` of them. What can't belong to the family is drawn, but not compared.
+Each control disables one refusal of the planner, draws combinations as the fuzz does, and expects
+different ids within `MAX_DRAWS` of them. Only tokenizers that the refusal concerns are compared.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from tests.text.fuzz_texts import dense_text
 from tests.text.tokenizers_combined import combination
 from tests.text.tokenizers_synthetic import PATTERNS, added_contents
 from tokcache import CacheConfig
-from tokcache.text.engines import copying as engines
-from tokcache.text.segments.cuts import (
+from tokcache.text.cuts import (
     added_tokens,
     normalizers,
     patterns,
@@ -30,28 +29,29 @@ from tokcache.text.segments.cuts import (
     pre_tokenizers,
     vocabulary,
 )
+from tokcache.text.engines import copying as engines
 
 MAX_DRAWS = 2500
 N_TEXTS = 25
 
-Undo = Callable[[pytest.MonkeyPatch], None]
-Belongs = Callable[[Tokenizer, list[Any]], bool]
+Disable = Callable[[pytest.MonkeyPatch], None]
+IsConcerned = Callable[[Tokenizer, list[Any]], bool]
 
 _read_replace = normalizers._read_replace
 
 
-def _returning(module: Any, name: str, value: Any) -> Undo:
+def _replaced_by(module: Any, name: str, value: Any) -> Disable:
     return lambda patch: patch.setattr(module, name, lambda *_: value)
 
 
-def _reading_replace(**instead: Any) -> Undo:
-    """Have what a Replace does to its text overlooked."""
+def _replace_read_with(**instead: Any) -> Disable:
+    """Make the planner read each Replace normalizer with these facts changed."""
     return lambda patch: patch.setattr(
         normalizers, "_read_replace", lambda *of: replace(_read_replace(*of), **instead)
     )
 
 
-def _composing_nothing(patch: pytest.MonkeyPatch) -> None:
+def _nfc_that_composes_nothing(patch: pytest.MonkeyPatch) -> None:
     nfc = normalizers.Normalizer("NFC")
     patch.setitem(normalizers.READERS, "NFC", lambda *_: nfc)
     patch.setitem(normalizers.READERS, "NFKC", lambda *_: replace(nfc, keeps_non_ascii=False))
@@ -80,12 +80,12 @@ def _replaces(made: Tokenizer, _: list[Any]) -> bool:
     return '"Replace"' in _state(made, "normalizer")
 
 
-def _has_words_of_a_piece(made: Tokenizer, added: list[Any]) -> bool:
+def _has_normalized_single_word(made: Tokenizer, added: list[Any]) -> bool:
     later = [token for token in added if token.normalized]
     return made.normalizer is None and len(later) > 1 and any(one.single_word for one in later)
 
 
-def _has_no_stage(made: Tokenizer, _: list[Any]) -> bool:
+def _is_bpe_without_pre_tokenizer(made: Tokenizer, _: list[Any]) -> bool:
     return made.pre_tokenizer is None and isinstance(made.model, BPE)
 
 
@@ -97,39 +97,39 @@ def _state(made: Tokenizer, part: str) -> str:
     return engines.component_state(getattr(made, part)).decode()
 
 
-FAMILIES: dict[str, tuple[Undo, Belongs]] = {
-    "normalized tokens behind a normalizer": (
-        _returning(planner, "may_appear", value=False),
+REFUSALS: dict[str, tuple[Disable, IsConcerned]] = {
+    "normalized tokens with a normalizer": (
+        _replaced_by(planner, "may_appear", value=False),
         _is_normalized,
     ),
-    "composed signs": (
+    "composed punctuation": (
         lambda patch: patch.setattr(
             pre_tokenizers, "_without_marked_punctuation", lambda rule: rule
         ),
         _composes,
     ),
-    "what the vocabulary says of composed characters": (_composing_nothing, _composes),
-    "blanks that belong to another token": (
-        _returning(added_tokens, "_why_not_found", value=None),
+    "composed characters in the vocabulary": (_nfc_that_composes_nothing, _composes),
+    "whitespace inside another token": (
+        _replaced_by(added_tokens, "_why_not_found", value=None),
         _strips,
     ),
-    "blanks hidden by ByteLevel": (
-        _returning(pre_tokenizers, "_hides_whitespace", value=False),
+    "whitespace hidden by ByteLevel": (
+        _replaced_by(pre_tokenizers, "_hides_whitespace", value=False),
         _has_bytes_first,
     ),
-    "a marked run": (_reading_replace(marks_runs=False), _replaces),
-    "replaced strings": (_reading_replace(replaced=()), _replaces),
-    "words beside a token of their piece": (
+    "a marked run": (_replace_read_with(marks_runs=False), _replaces),
+    "replaced strings": (_replace_read_with(replaced=()), _replaces),
+    "single_word tokens next to another added token": (
         lambda patch: patch.setattr(added_tokens, "_MAYBE_WORDS", frozenset()),
-        _has_words_of_a_piece,
+        _has_normalized_single_word,
     ),
-    "bytes' tokens that merge": (
-        _returning(vocabulary, "_has_plain_bytes", value=True),
-        _has_no_stage,
+    "byte tokens that merge": (
+        _replaced_by(vocabulary, "_has_plain_bytes", value=True),
+        _is_bpe_without_pre_tokenizer,
     ),
-    "merges that tell nothing": (
-        _returning(vocabulary, "_why_merges_tell_nothing", value=None),
-        _has_no_stage,
+    "merges that prove nothing": (
+        _replaced_by(vocabulary, "_why_merges_tell_nothing", value=None),
+        _is_bpe_without_pre_tokenizer,
     ),
     "a word that begins with a digit": (
         lambda patch: patch.setitem(patterns.PATTERNS, patterns.DEEPSEEK, patterns.CL100K_RULES),
@@ -138,24 +138,26 @@ FAMILIES: dict[str, tuple[Undo, Belongs]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_fuzz_finds_what_a_refusal_is_for(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    undo, belongs = FAMILIES[family]
-    assert not any(_differs(seed) for seed in _drawn(belongs, 40))
-    undo(monkeypatch)
-    assert any(_differs(seed) for seed in _drawn(belongs, MAX_DRAWS))
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_the_fuzz_finds_wrong_ids_without_the_refusal(
+    refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disable, is_concerned = REFUSALS[refusal]
+    assert not any(_differs(seed) for seed in _drawn(is_concerned, 40))
+    disable(monkeypatch)
+    assert any(_differs(seed) for seed in _drawn(is_concerned, MAX_DRAWS))
 
 
-def _drawn(belongs: Belongs, n_draws: int) -> Any:
-    """Yield the seeds of the combinations that may belong to a family."""
+def _drawn(is_concerned: IsConcerned, n_draws: int) -> Any:
+    """Yield the seeds of the combinations that the refusal concerns."""
     for seed in range(n_draws):
         made = combination(random.Random(seed))
-        if belongs(made, engines.added_tokens(made)):
+        if is_concerned(made, engines.added_tokens(made)):
             yield seed
 
 
 def _differs(seed: int) -> bool:
-    """Return whether cached ids differ from the tokenizer's over some texts."""
+    """Return whether the cached ids of any of `N_TEXTS` texts differ from the tokenizer's."""
     rng = random.Random(seed)
     made = combination(rng)
     added = added_contents(made)

@@ -1,8 +1,9 @@
-"""A wrapped tokenizer gives the plain one's ids for texts whose parts it has seen before.
+"""Fuzz: a wrapped tokenizer returns the plain one's ids for texts that share passages.
 
-`TOKCACHE_FUZZ_SECONDS` lets the histories run that long in all, over new seeds;
-`TOKCACHE_FUZZ_SEED` repeats a run. Both are printed with the number of comparisons.
-`TOKCACHE_FUZZ_ENGINE` names the engine that every cache is to use, where it can.
+A history is a sequence of texts, each of which shares passages with earlier ones.
+`TOKCACHE_FUZZ_SECONDS` is the total time for histories, with a new seed in each run;
+`TOKCACHE_FUZZ_SEED` repeats a run. The seed and the number of comparisons are printed.
+`TOKCACHE_FUZZ_ENGINE` sets the engine of every cache.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tests.text.tokenizers_synthetic import (
     precompiled,
 )
 from tokcache import CacheConfig
+from tokcache._prefix import n_common
 
 Build = Callable[[], Tokenizer]
 
@@ -49,17 +51,17 @@ SEED = int(os.environ.get("TOKCACHE_FUZZ_SEED") or (secrets.randbits(32) if SECO
 N_TARGETS = len(KINDS) + len(PRECOMPILED) + len(REAL)
 SECONDS_TO_SHRINK = 20
 ENGINE = os.environ.get("TOKCACHE_FUZZ_ENGINE")
-BLOCKS = range(8)  # of combinations, each in a test of its own
-N_COMBINATIONS = 25  # in a block, at least
-SHARE = 0.4  # of the time, for combinations
+COMBINATION_GROUPS = range(8)  # each group of combinations is a test of its own
+MIN_COMBINATIONS = 25  # in a group
+COMBINATIONS_SHARE = 0.4  # of the total time
 
 # ---- settings
 
 
 def configs() -> list[CacheConfig]:
-    """Return settings that reach the segment cache in different ways, as far as they exist.
+    """Return configurations that use the segment cache differently.
 
-    One L0 entry alone: a text asked for again reaches the segments again.
+    L0 has one entry only, so that a repeated text reaches the segment cache again.
     """
     names = {field.name for field in dataclasses.fields(CacheConfig)}
     wanted: list[dict[str, Any]] = [
@@ -80,24 +82,24 @@ CONFIGS = configs()
 
 
 class Failure(NamedTuple):
-    """What a tokenizer says of a text it can't encode; what its binding says of a non-text."""
+    """The error of a tokenizer for a text that it can't encode."""
 
     kind: str
     message: str
 
 
-Answer = list[int] | Failure
+Outcome = list[int] | Failure
 
 
 class Panic(Exception):
-    """The tokenizers library itself has crashed over a text, so there is nothing to equal."""
+    """Raised if the tokenizers library panics over a text; there are no ids to compare with."""
 
 
-def answer(ask: Callable[[], Any]) -> Answer:
+def outcome_of(ask: Callable[[], Any]) -> Outcome:
     try:
         return list(ask())
-    except Exception as error:  # noqa: BLE001 (which ones is the tokenizer's business)
-        if isinstance(error, TypeError):  # the binding's own, or InvalidText: not a text
+    except Exception as error:  # noqa: BLE001 (a tokenizer may raise any exception)
+        if isinstance(error, TypeError):  # the library's TypeError, or InvalidText: equal here
             return Failure("TypeError", "")
         return Failure(type(error).__name__, str(error))
     except BaseException as error:
@@ -106,17 +108,17 @@ def answer(ask: Callable[[], Any]) -> Answer:
         raise Panic from error
 
 
-def expected(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Answer:
-    return answer(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+def expected(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Outcome:
+    return outcome_of(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
-def cached(wrapped: Any, text: str, add_special_tokens: bool) -> Answer:
-    fresh = "".join([text[:1], text[1:]])  # as from a request: an object nobody has seen
-    return answer(lambda: wrapped.token_ids(fresh, add_special_tokens=add_special_tokens))
+def cached(wrapped: Any, text: str, add_special_tokens: bool) -> Outcome:
+    fresh = "".join([text[:1], text[1:]])  # a new object, as from a request
+    return outcome_of(lambda: wrapped.token_ids(fresh, add_special_tokens=add_special_tokens))
 
 
 class Tally:
-    """How much was compared."""
+    """Counts of comparisons, characters, tokenizers and panics."""
 
     def __init__(self) -> None:
         self.n_comparisons = 0
@@ -137,7 +139,7 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     plugins = request.config.pluginmanager
     terminal: Any = plugins.getplugin("terminalreporter")
     capture: Any = plugins.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():  # seen without -s, too
+    with capture.global_and_fixture_disabled():  # printed without -s, too
         terminal.write_line(
             f"\nL1 parity: {counts.n_comparisons:,} comparisons of {counts.n_chars:,} characters, "
             f"{counts.n_tokenizers} tokenizers, {counts.n_panics} panics in tokenizers, "
@@ -150,11 +152,11 @@ def corpus(request: pytest.FixtureRequest) -> list[str]:
     try:
         return corpus_of(request.getfixturevalue("shared_data"))
     except pytest.skip.Exception:
-        return []  # the texts of this project alone
+        return []  # then only the texts in fuzz_texts are used
 
 
 class Histories:
-    """One tokenizer, one history: cached in several ways, compared with the plain one."""
+    """Runs histories on one tokenizer with several configurations, compared with the plain one."""
 
     def __init__(self, build: Build, chosen: list[CacheConfig], tally: Tally) -> None:
         self.build = build
@@ -174,7 +176,8 @@ class Histories:
             if rng.random() < 0.15:
                 self.compare_batch([text + " and", previous, "x" + text], rng.random() < 0.5)
             previous = text
-        # Wrong cuts that the ids themselves showed, so that the text was encoded whole.
+        # A wrong cut may be detected from the ids; the cache then encodes the whole text and
+        # counts this reason. The answer is correct, but the plan is not.
         for config, wrapped in self.wrapped:
             refusals = wrapped.cache_stats().l1.refusals
             assert "parts_differ" not in refusals, (config, SEED, self.asked[-3:])
@@ -210,7 +213,7 @@ class Histories:
                 if one != other:
                     pytest.fail(self.report(config, one, other))
 
-    def report(self, config: CacheConfig, got: Answer, right: Answer) -> str:
+    def report(self, config: CacheConfig, got: Outcome, right: Outcome) -> str:
         asked = _shrunk(self.build, config, self.asked)
         return "\n".join(
             [
@@ -222,17 +225,16 @@ class Histories:
         )
 
 
-def _difference(got: Answer, right: Answer) -> str:
+def _difference(got: Outcome, right: Outcome) -> str:
     if isinstance(got, Failure) or isinstance(right, Failure):
         return f"got {str(got)[:200]}, expected {str(right)[:200]}"
-    pairs = zip(got, right, strict=False)
-    at = next((at for at, (one, other) in enumerate(pairs) if one != other), len(right))
+    at = n_common(got, right)
     around = slice(max(0, at - 3), at + 5)
     return f"from token {at}: got …{got[around]}…, expected …{right[around]}…"
 
 
 def _differs(build: Build, config: CacheConfig, asked: list[tuple[str, bool]]) -> bool:
-    """Tell whether the last answer is wrong when a new cache is asked all these in order."""
+    """Return whether a new cache, asked these texts in order, answers the last one wrongly."""
     wrapped = tokcache.wrap(build(), config)
     try:
         answers = [cached(wrapped, *one) for one in asked]
@@ -244,10 +246,10 @@ def _differs(build: Build, config: CacheConfig, asked: list[tuple[str, bool]]) -
 def _shrunk(
     build: Build, config: CacheConfig, asked: list[tuple[str, bool]]
 ) -> list[tuple[str, bool]]:
-    """Return fewer and shorter texts that still end in a wrong answer."""
+    """Return fewer and shorter texts whose last answer is still wrong."""
     until = time.monotonic() + SECONDS_TO_SHRINK
     if not _differs(build, config, asked):
-        return asked[-1:]  # depends on more than the texts
+        return asked[-1:]  # not reproducible from the texts alone
     few = [asked[-1:], *([one, asked[-1]] for one in reversed(asked[:-1]))]
     asked = next((one for one in few if _differs(build, config, one)), asked)
     for at in range(len(asked)):
@@ -270,9 +272,9 @@ def _shrunk(
 
 
 def _run(name: str, build: Build, corpus: list[str], tally: Tally) -> None:
-    """Run histories of one tokenizer: one, or as many as fit its share of the time."""
+    """Run one history of a tokenizer, or with TOKCACHE_FUZZ_SECONDS as many as fit its share."""
     tally.n_tokenizers += 1
-    until = time.monotonic() + (1 - SHARE) * SECONDS / N_TARGETS
+    until = time.monotonic() + (1 - COMBINATIONS_SHARE) * SECONDS / N_TARGETS
     for at in count():
         rng = random.Random(zlib.crc32(f"{SEED} {name} {at}".encode()))
         chosen = rng.sample(CONFIGS, min(2, len(CONFIGS)))
@@ -287,7 +289,7 @@ def _run(name: str, build: Build, corpus: list[str], tally: Tally) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_histories(name: str, corpus: list[str], tally: Tally) -> None:
+def test_histories_of_synthetic_tokenizers(name: str, corpus: list[str], tally: Tally) -> None:
     _run(name, KINDS[name], corpus, tally)
 
 
@@ -297,7 +299,7 @@ def _precompiled(shared: Path) -> dict[str, Build]:
 
 
 @pytest.mark.parametrize("name", PRECOMPILED)
-def test_histories_behind_a_character_map(
+def test_histories_of_tokenizers_with_a_character_map(
     name: str, shared_data: Path, corpus: list[str], tally: Tally
 ) -> None:
     _run(name, _precompiled(shared_data)[name], corpus, tally)
@@ -308,17 +310,17 @@ def test_histories_of_real_tokenizers(
     name: str, shared_data: Path, corpus: list[str], tally: Tally
 ) -> None:
     path = shared_data / "tokenizers" / name / "tokenizer.json"
-    loaded = Tokenizer.from_file(str(path))  # once: it takes a second
+    loaded = Tokenizer.from_file(str(path))  # loaded once: it takes a second
     _run(name, lambda: loaded, corpus, tally)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_histories_of_combinations(block: int, tally: Tally) -> None:
-    until = time.monotonic() + SHARE * SECONDS / len(BLOCKS)
+@pytest.mark.parametrize("group", COMBINATION_GROUPS)
+def test_histories_of_combinations(group: int, tally: Tally) -> None:
+    until = time.monotonic() + COMBINATIONS_SHARE * SECONDS / len(COMBINATION_GROUPS)
     for at in count():
-        if at >= N_COMBINATIONS and time.monotonic() >= until:
+        if at >= MIN_COMBINATIONS and time.monotonic() >= until:
             return
-        seed = f"{SEED} {block} {at}"
+        seed = f"{SEED} {group} {at}"
         rng = random.Random(seed)
         tally.n_tokenizers += 1
         one = Histories(partial(_combined, seed), rng.sample(CONFIGS[:3], 1), tally)
@@ -338,7 +340,7 @@ def _dense_history(rng: random.Random, added: list[str]) -> Iterator[str]:
         base = rng.choice(["", base, text])[-3000:]
 
 
-def test_texts_no_tokenizer_takes(tally: Tally) -> None:
+def test_histories_with_lone_surrogates(tally: Tally) -> None:
     for name in ("gpt2", "bert_uncased", "llama2", "unigram_first_split"):
         one = Histories(KINDS[name], CONFIGS, tally)
         long = "the cat sat on the mat. " * 60
@@ -348,7 +350,7 @@ def test_texts_no_tokenizer_takes(tally: Tally) -> None:
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_what_a_tokenizer_draws_is_never_cached(name: str) -> None:
+def test_ids_of_a_tokenizer_with_dropout_are_never_cached(name: str) -> None:
     text = "the quick brown fox jumps over the lazy dog and " * 40
     wrapped = tokcache.wrap(RANDOM[name](), CacheConfig())
     answers = {tuple(wrapped.token_ids(text, add_special_tokens=False)) for _ in range(40)}
@@ -362,7 +364,7 @@ def test_what_a_tokenizer_draws_is_never_cached(name: str) -> None:
     reason="CacheConfig has no verify_rate",
 )
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama2", "bert_uncased", "mistral"])
-def test_verification_finds_nothing_to_tell(
+def test_verification_finds_no_difference(
     name: str, tally: Tally, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings: dict[str, Any] = {"l0_max_entries": 1, "verify_rate": 1.0}
@@ -373,13 +375,13 @@ def test_verification_finds_nothing_to_tell(
     assert [record.getMessage() for record in caplog.records] == []
 
 
-# ---- the cases that break the segment cache of the smg crate: asked for after their prefix
+# ---- texts for which the segment cache of the smg crate returns wrong ids after their prefix
 
 LONG = "You are a helpful assistant. The cat sat on the mat, and it doesn't mind.\n" * 30
 
 
-def _after_its_prefix(build: Build, prefix: str, rest: str, tally: Tally) -> None:
-    """Compare `prefix + rest` after `prefix`, `rest` and other beginnings of it are known."""
+def _compare_after_prefix(build: Build, prefix: str, rest: str, tally: Tally) -> None:
+    """Compare `prefix + rest` once `prefix`, `rest` and other prefixes of it are cached."""
     for before in ("", "The cat sat. ", LONG):
         one = Histories(build, CONFIGS[:1], tally)
         whole = before + prefix + rest
@@ -403,24 +405,26 @@ BASES = ("gpt2", "qwen2", "llama3", "bert_uncased", "unigram_first_split", "llam
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("rest", [" hello there", "\n\nhello", "  \t x", "\u3000x", ""])
-def test_smg_a_special_that_takes_the_blanks_behind_it(base: str, rest: str, tally: Tally) -> None:
+def test_smg_a_special_token_with_rstrip(base: str, rest: str, tally: Tally) -> None:
     token = AddedToken("<eot>", rstrip=True, special=True, normalized=False)
-    _after_its_prefix(_with(base, token), "All is said.<eot>", rest + LONG[:40], tally)
+    _compare_after_prefix(_with(base, token), "All is said.<eot>", rest + LONG[:40], tally)
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("rest", ["x and more", "xy", "x", "<s>x", "y"])
-def test_smg_a_special_that_begins_another(base: str, rest: str, tally: Tally) -> None:
+def test_smg_a_special_token_that_is_a_prefix_of_another(
+    base: str, rest: str, tally: Tally
+) -> None:
     tokens = (AddedToken(one, special=True, normalized=False) for one in ("<s>", "<s>x", "<s>xy"))
-    _after_its_prefix(_with(base, *tokens), "All is said.<s>", rest, tally)
+    _compare_after_prefix(_with(base, *tokens), "All is said.<s>", rest, tally)
 
 
 @pytest.mark.parametrize(
     "name", ["template_suffix", "template_both", "suffix_first", "both_llama2", "suffix_mistral"]
 )
-def test_smg_a_post_processor_that_ends_a_text(name: str, tally: Tally) -> None:
-    _after_its_prefix(SYNTHETIC[name], "All is said.</s>", " hello </s>x", tally)
-    _after_its_prefix(SYNTHETIC[name], "All is said.", " hello", tally)
+def test_smg_a_post_processor_that_adds_a_suffix(name: str, tally: Tally) -> None:
+    _compare_after_prefix(SYNTHETIC[name], "All is said.</s>", " hello </s>x", tally)
+    _compare_after_prefix(SYNTHETIC[name], "All is said.", " hello", tally)
 
 
 @pytest.mark.parametrize(
@@ -429,39 +433,42 @@ def test_smg_a_post_processor_that_ends_a_text(name: str, tally: Tally) -> None:
 )
 @pytest.mark.parametrize("rest", ["hello there", " hello there", "\u2581hello", "\n hello"])
 def test_smg_a_marker_before_the_first_word_only(base: str, rest: str, tally: Tally) -> None:
-    _after_its_prefix(SYNTHETIC[base], "All is said.<s>", rest, tally)
-    _after_its_prefix(SYNTHETIC[base], "<s>", rest, tally)
+    _compare_after_prefix(SYNTHETIC[base], "All is said.<s>", rest, tally)
+    _compare_after_prefix(SYNTHETIC[base], "<s>", rest, tally)
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("rest", ["hello", " hello", "_x", "\xe9", "1", "\u4f60", ".", "<t>", "t"])
-def test_smg_a_special_that_is_a_word_alone(base: str, rest: str, tally: Tally) -> None:
+def test_smg_a_special_token_with_single_word(base: str, rest: str, tally: Tally) -> None:
     tokens = [
         AddedToken(one, single_word=True, special=True, normalized=False) for one in ("<t>", "t")
     ]
-    _after_its_prefix(_with(base, *tokens), "All is said <t>", rest + " and more", tally)
-    _after_its_prefix(_with(base, *tokens), "All is said t", rest + " and more", tally)
+    _compare_after_prefix(_with(base, *tokens), "All is said <t>", rest + " and more", tally)
+    _compare_after_prefix(_with(base, *tokens), "All is said t", rest + " and more", tally)
 
 
-# ---- what depends on all of a text though no token spans a cut
+# ---- ids that depend on the whole text although no token crosses a cut
 
 
 @pytest.mark.parametrize("name", ["unigram_unsplit_words", "unigram_alone"])
-def test_sums_of_scores_round_by_what_stands_before(name: str, tally: Tally) -> None:
+def test_unigram_scores_that_round_differently_give_correct_ids(name: str, tally: Tally) -> None:
     one = Histories(SYNTHETIC[name], CONFIGS[:1], tally)
-    for seed in range(12):  # "\n" + "\n\n\n\n" and the reverse score alike but for the last bit
+    for seed in range(12):  # "\n" + "\n\n\n\n" and the reverse differ in the last bit of the score
         text = random_text(random.Random(seed), [], n_chars=20_000)
         one.compare(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("name", ["ignore_merges_unsplit", "ignore_merges_first"])
-def test_a_part_that_is_a_token_only_when_alone(name: str, tally: Tally) -> None:
+def test_words_that_are_tokens_only_as_a_whole_text_get_correct_ids(
+    name: str, tally: Tally
+) -> None:
+    """With `ignore_merges`, a text that is a token gets its id even if no merges make it."""
     one = Histories(SYNTHETIC[name], CONFIGS, tally)
     for text in (LONG, "grumble", LONG + "<s>grumble", " grumble", LONG + " grumble grumble", LONG):
         one.compare(text, add_special_tokens=False)
 
 
-# ---- texts that hypothesis makes smaller
+# ---- texts drawn and shrunk by hypothesis
 
 _FILLERS = (
     "the cat sat on the mat ",
@@ -476,22 +483,22 @@ _FILLERS = (
     "\n",
 )
 _FRAGMENTS = [
-    *fuzz_texts.BLANKS,
+    *fuzz_texts.WHITESPACE,
     *fuzz_texts.NEWLINES,
     *fuzz_texts.CONTRACTIONS,
     *fuzz_texts.PUNCTUATION,
     *fuzz_texts.MARKS,
-    *fuzz_texts.FOLDS,
+    *fuzz_texts.FOLDED,
     *fuzz_texts.DIGITS,
     *fuzz_texts.EMOJI,
-    *fuzz_texts.LATE,
-    *fuzz_texts.NOT_BLANK,
+    *fuzz_texts.NEWER_UNICODE,
+    *fuzz_texts.NOT_WHITESPACE,
     *fuzz_texts.WORDS["en"].split(" "),
     *fuzz_texts.WORDS["ru"].split(" "),
     *fuzz_texts.WORDS["zh"].split(" "),
 ]
 _TOKENS = ["<s>", "</s>", "<|t|>", "<s>x", "<|im_start|>", "New York", "ab|cd", "cd|ef", "<mask>"]
-_SIMPLE = ["a", " ", "the", "\n", "."]  # what a smaller example is made of
+_SIMPLE = ["a", " ", "the", "\n", "."]  # first in PART, so that hypothesis shrinks towards them
 
 PART = st.one_of(
     st.sampled_from(_SIMPLE),
@@ -507,7 +514,7 @@ TEXT = st.lists(PART, max_size=6).map("".join)
 @given(
     name=st.sampled_from(sorted(KINDS)), before=TEXT, shared=TEXT, after=TEXT, special=st.booleans()
 )
-def test_any_texts_that_share_a_part(
+def test_texts_that_share_a_passage_get_correct_ids(
     name: str, before: str, shared: str, after: str, special: bool
 ) -> None:
     build = KINDS[name]

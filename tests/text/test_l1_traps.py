@@ -1,4 +1,4 @@
-"""Tokenizers and texts that once got other ids from parts than from the tokenizer."""
+"""Tokenizers and texts for which segments once gave other ids than the tokenizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tokenizers import pre_tokenizers as pre
 
 import tokcache
 from tests.text.tokenizers_synthetic import PATTERNS, SYNTHETIC
-from tokcache.text.segments.cuts.planner import plan_cuts
+from tokcache.text.cuts.planner import plan_cuts
 
 WORDS = ["[UNK]", *"ab=1, \u2260\u2581\u0120`'\"", "new", "york", "cafe", "au", "lait", "foo"]
 
 
 def words(normalizer: Any, pre_tokenizer: Any, *tokens: Added) -> Tokenizer:
-    """Return a tokenizer of whole words, where a wrong boundary shows in the ids."""
+    """Return a tokenizer of whole words, so that the ids show every wrong boundary."""
     ids = {word: index for index, word in enumerate(WORDS)}
     made = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))  # noqa: S106 (no password)
     if normalizer is not None:
@@ -32,8 +32,8 @@ def words(normalizer: Any, pre_tokenizer: Any, *tokens: Added) -> Tokenizer:
     return made
 
 
-def signs(*tokens: Added, normalizer: Any = None) -> Tokenizer:
-    """Return a BPE of single characters: no pre-tokenizer, nothing is merged."""
+def single_characters(*tokens: Added, normalizer: Any = None) -> Tokenizer:
+    """Return BPE of single characters, without a pre-tokenizer and without merges."""
     ids = {word: index for index, word in enumerate(dict.fromkeys("".join(WORDS)))}
     made = Tokenizer(models.BPE(vocab=ids, merges=[]))
     if normalizer is not None:
@@ -43,7 +43,7 @@ def signs(*tokens: Added, normalizer: Any = None) -> Tokenizer:
 
 
 def merging(*merges: tuple[str, str], normalizer: Any = None, without: str = "") -> Tokenizer:
-    """Return BPE over visible ASCII and a few letters more, with just these merges."""
+    """Return BPE over visible ASCII and a few other letters, with these merges only."""
     letters = [*map(chr, range(0x20, 0x7F)), "\n", "\xe9", "\u2260", *BYTES]
     tokens = [one for one in letters if one != without]
     tokens += [left + right for left, right in merges]
@@ -55,14 +55,14 @@ def merging(*merges: tuple[str, str], normalizer: Any = None, without: str = "")
     return made
 
 
-def of_one_id() -> Tokenizer:
+def two_tokens_with_one_id() -> Tokenizer:
     """Return BPE in which `!` has the id of `a`, so that it merges as `a` does."""
     ids = {chr(point): point for point in range(0x20, 0x7F)} | {"a_": 200}
     return Tokenizer(models.BPE(ids | {"!": ids["a"]}, [("a", "_")]))
 
 
 def deepseek_alone() -> Tokenizer:
-    """Return byte-level BPE that splits by DeepSeek's last pattern, not by numbers before."""
+    """Return byte-level BPE with DeepSeek's last Split but without its Splits before that."""
     made = SYNTHETIC["deepseek_v3"]()
     made.pre_tokenizer = pre.Sequence(
         [
@@ -73,8 +73,8 @@ def deepseek_alone() -> Tokenizer:
     return made
 
 
-def special_once() -> Tokenizer:
-    """Return a tokenizer whose second token was special when it was added, and is skipped."""
+def special_before() -> Tokenizer:
+    """Return a tokenizer that re-adds a special token as an ordinary one, which is ignored."""
     made = gpt2()
     made.encode_special_tokens = True
     made.add_special_tokens([f"<{at}>" for at in range(200)])
@@ -83,7 +83,7 @@ def special_once() -> Tokenizer:
 
 
 def with_gaps(*tokens: Added) -> Tokenizer:
-    """Return whole words, one of which has an id that a token added next would get."""
+    """Return a tokenizer of whole words, one of which has the id of the next added token."""
     n_ids = len(WORDS) + 1 + len(tokens)
     ids = {word: at for at, word in enumerate(WORDS)} | {"lot": n_ids}
     made = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))  # noqa: S106 (no password)
@@ -92,8 +92,8 @@ def with_gaps(*tokens: Added) -> Tokenizer:
     return made
 
 
-def padded_and_stripped() -> Tokenizer:
-    """Return a tokenizer that puts blanks around Chinese letters, and strips what it encodes."""
+def spaced_and_stripped() -> Tokenizer:
+    """Return a tokenizer that pads Chinese letters with spaces and then strips the text."""
     ids = {one: at for at, one in enumerate(["?", "a", "\u2581", "\u2581a", "\u2581\u4f60"])}
     made = Tokenizer(models.WordLevel(ids, unk_token="?"))  # noqa: S106 (no password)
     made.normalizer = norm.Sequence([norm.BertNormalizer(), norm.Strip()])
@@ -110,48 +110,60 @@ def gpt2(*tokens: Added) -> Tokenizer:
 
 
 BERT = norm.BertNormalizer(), pre.BertPreTokenizer()
-BLANKS_FIRST = pre.Sequence(
+BYTES_THEN_WHITESPACE = pre.Sequence(
     [pre.ByteLevel(add_prefix_space=False, use_regex=False), pre.WhitespaceSplit()]
 )
-CLAMPED = raw("\n", lstrip=True, rstrip=True)
-QUOTES = norm.Sequence([norm.Replace("``", '"'), norm.Replace("''", '"')])
-MARKED = norm.Replace(Regex(" {2,}"), "\u2581")
+NEWLINE_TOKEN = raw("\n", lstrip=True, rstrip=True)
+TWO_QUOTES_BECOME_ONE = norm.Sequence([norm.Replace("``", '"'), norm.Replace("''", '"')])
+RUNS_BECOME_MARKERS = norm.Replace(Regex(" {2,}"), "\u2581")
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-RUNS = norm.Replace(Regex(" {2,}"), " ")
+RUNS_BECOME_ONE_SPACE = norm.Replace(Regex(" {2,}"), " ")
 
 CASES: dict[str, tuple[Tokenizer, list[str]]] = {
-    "a blank of another kind": (words(*BERT, Added("new york")), ["new\nyork", "a new\tyork b"]),
+    "other whitespace": (words(*BERT, Added("new york")), ["new\nyork", "a new\tyork b"]),
     "an accent": (words(*BERT, Added("cafe au")), ["caf\u00e9 au lait"]),
     "a composed letter": (words(norm.NFC(), pre.Digits(), Added("1\u00e9")), ["1e\u0301", "1e"]),
-    "a composed sign": (words(norm.NFC(), pre.Punctuation()), ["a=\u0338b", "a=b"]),
-    "a composed sign, Bert": (words(norm.NFKC(), pre.BertPreTokenizer()), ["a=\u0338b", "a=b"]),
-    "lstrip beside a token with a blank": (
+    "composed punctuation": (words(norm.NFC(), pre.Punctuation()), ["a=\u0338b", "a=b"]),
+    "composed punctuation, Bert": (
+        words(norm.NFKC(), pre.BertPreTokenizer()),
+        ["a=\u0338b", "a=b"],
+    ),
+    "lstrip next to a token that ends with a space": (
         gpt2(Added("foo "), raw("<mask>", lstrip=True)),
         ["foo <mask>", "a foo <mask> b"],
     ),
-    "rstrip beside a token with a blank": (
+    "rstrip next to a token that begins with a space": (
         gpt2(Added(" foo"), raw("<x>", rstrip=True)),
         ["<x> foo", "a<x> foo b"],
     ),
-    "blanks hidden by ByteLevel": (words(None, BLANKS_FIRST), ["a b, 1", "a  b"]),
-    "a marked run of blanks": (words(MARKED, pre.WhitespaceSplit()), ["a  b", "a b"]),
-    "two signs made one": (signs(normalizer=QUOTES), ["a``b''a", "a`b'a"]),
-    "a newline that takes newlines": (gpt2(CLAMPED), ["a\n\nb", "a\n\n\nb"]),
-    "rstrip before a blank token": (
+    "whitespace hidden by ByteLevel": (words(None, BYTES_THEN_WHITESPACE), ["a b, 1", "a  b"]),
+    "a run of spaces that becomes a marker": (
+        words(RUNS_BECOME_MARKERS, pre.WhitespaceSplit()),
+        ["a  b", "a b"],
+    ),
+    "two characters that become one": (
+        single_characters(normalizer=TWO_QUOTES_BECOME_ONE),
+        ["a``b''a", "a`b'a"],
+    ),
+    "a newline token that strips newlines": (gpt2(NEWLINE_TOKEN), ["a\n\nb", "a\n\n\nb"]),
+    "rstrip before a token of whitespace": (
         gpt2(raw("<sep>", rstrip=True), raw("\n\n", lstrip=True)),
         ["<sep>\n\na", "a<sep>\n\nb"],
     ),
-    "a word beside a token of its piece": (
+    "single_word next to another added token": (
         gpt2(Added("ab"), Added("tt", single_word=True)),
         ["abtt", "foo abtt a", "ttab"],
     ),
-    "a whole word of one newline": (
+    "single_word that is a newline": (
         words(None, pre.WhitespaceSplit(), Added("\n", single_word=True)),
         ["a  \nnew york", "a \n a"],
     ),
-    "a run of blanks made one": (merging(normalizer=RUNS), ["a  b", "a   b"]),
-    "a composed sign that merges": (
+    "a run of spaces that becomes one space": (
+        merging(normalizer=RUNS_BECOME_ONE_SPACE),
+        ["a  b", "a   b"],
+    ),
+    "composed punctuation that merges": (
         merging(("'", "\u2260"), normalizer=norm.NFC()),
         ["a'=\u0338b", "a'=b"],
     ),
@@ -159,17 +171,20 @@ CASES: dict[str, tuple[Tokenizer, list[str]]] = {
         merging((".", "\xe9"), normalizer=norm.NFKC()),
         ["a.e\u0301b", ".e"],
     ),
-    "a byte's token that merges": (merging(("a", "<0x5F>"), without="_"), ["a_b", "xa_"]),
-    "two tokens of one id": (of_one_id(), ["b!_b", "a_"]),
+    "a byte token that merges": (merging(("a", "<0x5F>"), without="_"), ["a_b", "xa_"]),
+    "two tokens with one id": (two_tokens_with_one_id(), ["b!_b", "a_"]),
     "a word that begins with a digit": (deepseek_alone(), ["12abc", "x 1world 2the", "1the"]),
-    "a token that was special once": (special_once(), ["a<1>b", "<1>"]),
-    "a token that takes the edge of a separator": (with_gaps(raw(",\x1c")), ["a, lot b, a"]),
-    "every edge of a separator is taken": (
+    "a token that was special before": (special_before(), ["a<1>b", "<1>"]),
+    "a token that contains the first character of a separator": (
+        with_gaps(raw(",\x1c")),
+        ["a, lot b, a"],
+    ),
+    "tokens that contain each first character of a separator": (
         with_gaps(*(raw(f"a{edge}") for edge in "\x1c\x1d\x1e\x1f")),
         ["a, lot b, a", "a\x1c lot, a"],
     ),
-    "a blank put behind a letter and stripped": (
-        padded_and_stripped(),
+    "a space that is added after a letter and stripped": (
+        spaced_and_stripped(),
         ["a \u4f60 \u4f60 a", "\u4f60 a"],
     ),
 }
@@ -177,7 +192,7 @@ CASES: dict[str, tuple[Tokenizer, list[str]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("before", ["", "a b ", "foo, 1 = 1 " * 60])
-def test_a_trap_gets_the_ids_of_the_tokenizer(case: str, before: str) -> None:
+def test_each_case_gets_the_ids_of_the_tokenizer(case: str, before: str) -> None:
     tokenizer, texts = CASES[case]
     cached = tokcache.wrap(tokenizer, tokcache.CacheConfig(engine="tokenizers"))
     for text in texts:
@@ -189,7 +204,7 @@ def test_a_trap_gets_the_ids_of_the_tokenizer(case: str, before: str) -> None:
                 )
 
 
-def test_a_tokenizer_that_panics_on_a_probe_is_wrapped() -> None:
+def test_a_tokenizer_that_panics_on_a_probe_text_can_be_wrapped() -> None:
     tokenizer = gpt2(raw("ab", rstrip=True), raw(" ", lstrip=True))
     cached = tokcache.wrap(tokenizer)
     assert (
@@ -198,7 +213,7 @@ def test_a_tokenizer_that_panics_on_a_probe_is_wrapped() -> None:
     )
 
 
-def test_a_very_long_added_token_switches_parts_off() -> None:
+def test_a_very_long_added_token_turns_l1_off() -> None:
     tokenizer = gpt2(raw("a" * 5000 + "b"))
     cached = tokcache.wrap(tokenizer)
     assert (
@@ -209,8 +224,8 @@ def test_a_very_long_added_token_switches_parts_off() -> None:
     assert l1.off == "long_added_token"
 
 
-def test_tokens_that_are_the_same_once_normalised_switch_parts_off() -> None:
-    """Which of the two is found differs from copy to copy, by the order of a hash map."""
+def test_added_tokens_that_are_equal_after_normalization_get_correct_ids() -> None:
+    """The order of a hash map decides, per copy of the tokenizer, which of the two is found."""
     for _ in range(12):
         tokenizer = words(norm.Lowercase(), pre.WhitespaceSplit(), Added("Ba"), Added("BA"))
         cached = tokcache.wrap(tokenizer, tokcache.CacheConfig(engine="tokenizers"))
@@ -219,7 +234,9 @@ def test_tokens_that_are_the_same_once_normalised_switch_parts_off() -> None:
         )
 
 
-def test_a_map_of_characters_that_makes_letters_of_blanks_cuts_nothing(shared_data: Path) -> None:
+def test_a_character_map_that_turns_whitespace_into_letters_allows_no_wrong_cut(
+    shared_data: Path,
+) -> None:
     file = shared_data / "tokenizers" / "t5-small" / "tokenizer.json"
     charsmap = base64.b64decode(json.loads(file.read_text())["normalizer"]["precompiled_charsmap"])
     charsmap = charsmap.replace(b"\0 \0", b"\0x\0")  # the string that tabs and newlines become
@@ -238,11 +255,11 @@ def test_a_map_of_characters_that_makes_letters_of_blanks_cuts_nothing(shared_da
 ASCII = {chr(point): point for point in range(128)}
 
 FAST: dict[str, tuple[Tokenizer, list[str]]] = {
-    "unknown characters are dropped": (
+    "dropped unknown characters": (
         Tokenizer(models.BPE(ASCII | {"_=": 128}, [("_", "=")], fuse_unk=True)),
         ["_\xa0=", "a _\u4f60= ab", "_="],
     ),
-    "a byte's token merges": (
+    "a byte token that merges": (
         merging(("a", "<0x5F>"), ("<0x5F>", "b"), ("\n", "<0x5F>"), without="_"),
         ["a_b", "xa_ b_b", "_b a\n_"],
     ),
@@ -251,7 +268,7 @@ FAST: dict[str, tuple[Tokenizer, list[str]]] = {
 
 @pytest.mark.parametrize("engine", ["gigatoken", "fastokens"])
 @pytest.mark.parametrize("case", FAST)
-def test_a_trap_for_fast_encoders(case: str, engine: Any) -> None:
+def test_fast_encoders_that_fail_the_proof_are_not_used(case: str, engine: Any) -> None:
     pytest.importorskip(engine, reason=f"{engine} is not installed")
     tokenizer, texts = FAST[case]
     cached = tokcache.wrap(tokenizer, tokcache.CacheConfig(engine=engine, l0_max_entries=1))
@@ -263,7 +280,7 @@ def test_a_trap_for_fast_encoders(case: str, engine: Any) -> None:
     assert l1.engine == "tokenizers"
 
 
-def test_ids_with_gaps_leave_a_separator() -> None:
+def test_a_separator_is_found_for_a_vocabulary_with_gaps() -> None:
     cached = tokcache.wrap(with_gaps(), tokcache.CacheConfig(engine="tokenizers"))
     assert len(cached.token_ids("a lot, b foo " * 90, add_special_tokens=False)) == 450
     assert "parts_differ" not in cached.cache_stats().l1.refusals
@@ -278,10 +295,10 @@ def test_ids_with_gaps_leave_a_separator() -> None:
     ],
     ids=["alike", "long", "nested"],
 )
-def test_many_added_tokens_are_compared_in_little_time(contents: set[str]) -> None:
+def test_planning_with_many_added_tokens_is_fast(contents: set[str]) -> None:
     one_phase = gpt2(*map(raw, contents))
     both = gpt2(*(Added(one, normalized=at % 2 == 0) for at, one in enumerate(contents)))
     start = time.process_time()
     plan_cuts(one_phase)
     plan_cuts(both)
-    assert time.process_time() - start < 3  # comparing each with each takes several times that
+    assert time.process_time() - start < 3  # comparing all pairs takes several times as long

@@ -1,4 +1,4 @@
-"""patch_transformers: every fast tokenizer that is loaded is wrapped; all else stays as it was."""
+"""patch_transformers: every fast tokenizer loaded afterwards is wrapped; nothing else changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tokcache.text.tokenizer import WrappedTokenizer
 from tokcache.text.wrappers import patch
 from tokcache.text.wrappers.patch import load_stats, patch_transformers, unpatch_transformers
 
-# The one that needs no probe of other encoders.
+# The engine "tokenizers" needs no proof, which would take time in each test.
 CONFIG = tokcache.CacheConfig(engine="tokenizers", l0_max_entries=77)
 
 
@@ -43,7 +43,7 @@ def loader(name: str) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def undone() -> Iterator[None]:
+def unpatched_afterwards() -> Iterator[None]:
     before = vars(base())["from_pretrained"]
     yield
     unpatch_transformers()
@@ -81,7 +81,7 @@ def test_every_class_loads_wrapped_tokenizers_of_its_kind(name: str, folder: Pat
     assert wrapped.cache_stats().l0.hits == len(TEXTS)
 
 
-def test_arguments_reach_the_loader(folder: Path) -> None:
+def test_arguments_and_errors_pass_through(folder: Path) -> None:
     arguments: dict[str, Any] = {"padding_side": "left", "model_max_length": 7, "pad_token": "<s>"}
     plain = loader("AutoTokenizer").from_pretrained(folder, **arguments)
     patch_transformers(CONFIG)
@@ -92,7 +92,7 @@ def test_arguments_reach_the_loader(folder: Path) -> None:
         loader("PreTrainedTokenizerFast").from_pretrained("./no-such-folder")
 
 
-def test_the_samples_tokenizer_is_loaded_wrapped(tmp_path: Path) -> None:
+def test_the_sample_tokenizer_is_loaded_wrapped(tmp_path: Path) -> None:
     home = tiny_tokenizer(tmp_path).parent
     chat = [{"role": "user", "content": "What is a prefix cache?"}]
     plain = loader("AutoTokenizer").from_pretrained(home)
@@ -134,7 +134,7 @@ def test_a_processor_has_a_wrapped_tokenizer(tmp_path: Path) -> None:
         assert again(text="hello world").data == processor(text="hello world").data
 
 
-def test_undoing_puts_the_very_same_method_back(folder: Path) -> None:
+def test_unpatching_restores_the_same_method_object(folder: Path) -> None:
     before = vars(base())["from_pretrained"]
     others = {name: vars(loader(name)).get("from_pretrained") for name in LOADERS}
     names = set(vars(base()))
@@ -150,7 +150,7 @@ def test_undoing_puts_the_very_same_method_back(folder: Path) -> None:
     assert not isinstance(loader("AutoTokenizer").from_pretrained(folder), WrappedTokenizer)
 
 
-def test_the_method_stays_a_class_method_with_its_signature() -> None:
+def test_the_patched_method_keeps_its_signature_and_docstring() -> None:
     kind = loader("PreTrainedTokenizerFast")
     signature, doc = inspect.signature(kind.from_pretrained), kind.from_pretrained.__doc__
     patch_transformers(CONFIG)
@@ -161,7 +161,7 @@ def test_the_method_stays_a_class_method_with_its_signature() -> None:
     assert kind.from_pretrained.__qualname__ == "PreTrainedTokenizerBase.from_pretrained"
 
 
-def test_what_is_loaded_already_stays_as_it_is(folder: Path) -> None:
+def test_tokenizers_loaded_before_stay_plain_and_wrapped_ones_stay_wrapped(folder: Path) -> None:
     plain = loader("AutoTokenizer").from_pretrained(folder)
     kind, state = type(plain), dict(vars(plain))
     patch_transformers(CONFIG)
@@ -175,7 +175,7 @@ def test_what_is_loaded_already_stays_as_it_is(folder: Path) -> None:
     assert wrapped.cache_stats().l0.hits == 1
 
 
-def test_patching_twice_is_patching_once(folder: Path) -> None:
+def test_patching_twice_needs_the_same_config(folder: Path) -> None:
     patch_transformers(CONFIG)
     installed = vars(base())["from_pretrained"]
     patch_transformers(CONFIG)
@@ -194,7 +194,7 @@ def test_patching_twice_is_patching_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [5, {}, tokcache.CacheConfig])
-def test_a_config_is_a_config(config: Any) -> None:
+def test_an_invalid_config_is_refused(config: Any) -> None:
     with pytest.raises(InvalidConfig, match="CacheConfig or None"):
         patch_transformers(config)
     patch_transformers()
@@ -202,7 +202,7 @@ def test_a_config_is_a_config(config: Any) -> None:
         patch_transformers(config)
 
 
-def test_a_class_that_overrides_the_method_is_asked(folder: Path) -> None:
+def test_an_overridden_from_pretrained_is_called(folder: Path) -> None:
     class Greeting(loader("PreTrainedTokenizerFast")):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -221,7 +221,7 @@ def test_a_class_that_overrides_the_method_is_asked(folder: Path) -> None:
     assert len(wrapped) == len(plain)
 
 
-def test_a_class_that_wraps_what_it_loads_keeps_its_config(folder: Path) -> None:
+def test_a_tokenizer_that_its_class_wrapped_keeps_its_config(folder: Path) -> None:
     own = tokcache.CacheConfig(engine="tokenizers", l0_max_entries=3)
 
     class Wrapping(loader("PreTrainedTokenizerFast")):  # type: ignore[misc]
@@ -232,7 +232,7 @@ def test_a_class_that_wraps_what_it_loads_keeps_its_config(folder: Path) -> None
     assert Wrapping.from_pretrained(folder)._tokcache.config == own
 
 
-def test_a_slow_tokenizer_is_loaded_as_it_is_and_logged_once(
+def test_a_slow_tokenizer_is_loaded_plain_and_logged_once(
     slow_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Slow(loader("ByT5Tokenizer")):  # type: ignore[misc]
@@ -250,7 +250,7 @@ def test_a_slow_tokenizer_is_loaded_as_it_is_and_logged_once(
     assert "without a cache: UnsupportedTokenizer" in said
 
 
-def test_what_can_not_be_wrapped_for_any_reason_is_loaded_all_the_same(folder: Path) -> None:
+def test_a_class_that_can_not_be_subclassed_is_loaded_plain(folder: Path) -> None:
     class Final(loader("PreTrainedTokenizerFast")):  # type: ignore[misc]
         def __init_subclass__(cls) -> None:
             raise TypeError("Final has no subclasses")
@@ -261,7 +261,7 @@ def test_what_can_not_be_wrapped_for_any_reason_is_loaded_all_the_same(folder: P
     assert load_stats().unwrapped[Final.__qualname__] == 1
 
 
-def test_the_class_of_a_wrapped_tokenizer_loads_as_the_plain_one(folder: Path) -> None:
+def test_the_class_of_a_wrapped_tokenizer_loads_wrapped_only_while_patched(folder: Path) -> None:
     kind = loader("PreTrainedTokenizerFast")
     earlier: Any = tokcache.wrap(kind.from_pretrained(folder), CONFIG)
     patch_transformers(CONFIG)
@@ -271,7 +271,8 @@ def test_the_class_of_a_wrapped_tokenizer_loads_as_the_plain_one(folder: Path) -
     assert not isinstance(type(earlier).from_pretrained(folder), WrappedTokenizer)
 
 
-def test_a_patch_laid_over_ours_by_somebody_else_stays(folder: Path) -> None:
+def test_a_later_patch_by_another_library_is_kept(folder: Path) -> None:
+    """Restoring the original method would also remove the other patch."""
     original = vars(base())["from_pretrained"]
     patch_transformers(CONFIG)
     ours = vars(base())["from_pretrained"]
@@ -298,7 +299,7 @@ def test_a_patch_laid_over_ours_by_somebody_else_stays(folder: Path) -> None:
     assert isinstance(wrapped, WrappedTokenizer)
 
 
-def test_what_is_saved_and_pickled_while_patched_is_plain_once_it_is_not(
+def test_tokenizers_saved_or_pickled_while_patched_load_plain_after_unpatching(
     folder: Path, tmp_path: Path
 ) -> None:
     patch_transformers(CONFIG)
@@ -316,7 +317,7 @@ def test_what_is_saved_and_pickled_while_patched_is_plain_once_it_is_not(
         assert wrapped(text).data == again(text).data == plain(text).data == pickled(text).data
 
 
-def test_what_was_loaded_is_known_while_it_lives(folder: Path) -> None:
+def test_loaded_tokenizers_are_listed_while_they_are_referenced(folder: Path) -> None:
     patch_transformers(CONFIG)
     gc.collect()
     before = patch.loaded()
@@ -332,7 +333,7 @@ def test_what_was_loaded_is_known_while_it_lives(folder: Path) -> None:
     assert patch.loaded() == before
 
 
-def test_threads_load_while_others_patch(folder: Path) -> None:
+def test_threads_may_load_while_others_patch_and_unpatch(folder: Path) -> None:
     plain = loader("AutoTokenizer").from_pretrained(folder)
     original = vars(base())["from_pretrained"]
     expected = plain("hello world").data
@@ -361,9 +362,9 @@ def test_threads_load_while_others_patch(folder: Path) -> None:
     assert vars(base())["from_pretrained"] is original
 
 
-def test_a_forked_child_patches_though_a_thread_of_its_parent_was_at_it(folder: Path) -> None:
+def test_a_forked_child_can_patch_while_the_parent_holds_the_lock(folder: Path) -> None:
     with patch._state.lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads is the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # this test forks while threads run
         child = os.fork()
         if child == 0:
             patch_transformers(CONFIG)
@@ -372,7 +373,7 @@ def test_a_forked_child_patches_though_a_thread_of_its_parent_was_at_it(folder: 
     assert os.waitpid(child, 0)[1] == 0
 
 
-FRESH = """
+LOAD_PATCHED = """
 import sys
 from tokcache.text.wrappers.patch import load_stats, patch_transformers, unpatch_transformers
 unpatch_transformers()
@@ -384,7 +385,7 @@ assert tok("hello world").data == tok("hello world").data
 print(tok.cache_stats().l0.hits, load_stats().n_wrapped)
 """
 
-ABSENT = """
+PATCH_WITHOUT_TRANSFORMERS = """
 import sys
 sys.modules["transformers"] = None
 from tokcache.text.wrappers.patch import patch_transformers
@@ -395,19 +396,21 @@ except ImportError as error:
 """
 
 
-def fresh(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+def run_in_new_process(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code, *args], capture_output=True, text=True, check=True
     )
 
 
-def test_a_fresh_process_imports_transformers_when_it_patches(folder: Path) -> None:
-    done = fresh(FRESH, str(folder))
+def test_transformers_is_imported_by_patching_not_by_unpatching(folder: Path) -> None:
+    done = run_in_new_process(LOAD_PATCHED, str(folder))
     assert done.stdout.split() == ["1", "1"]
     assert "Traceback" not in done.stderr
     assert "tokcache" not in done.stderr
 
 
-def test_without_transformers_the_error_says_what_to_install() -> None:
-    assert fresh(ABSENT).stdout.startswith("MissingExtra patch_transformers needs transformers")
-    assert "pip install 'tokcache[hf]'" in fresh(ABSENT).stdout
+def test_without_transformers_the_error_names_the_extra_to_install() -> None:
+    assert run_in_new_process(PATCH_WITHOUT_TRANSFORMERS).stdout.startswith(
+        "MissingExtra patch_transformers needs transformers"
+    )
+    assert "pip install 'tokcache[hf]'" in run_in_new_process(PATCH_WITHOUT_TRANSFORMERS).stdout

@@ -1,4 +1,4 @@
-"""The segment cache by itself, both implementations: budget, scopes, counters, late walks."""
+"""The segment cache alone, both implementations: budget, scopes, counters, cuts, walks."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tests.text.fuzz_texts import random_text
 from tests.text.implementations import both, implementation
 from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
-from tokcache.text.engines.copying import PartEncoder
-from tokcache.text.segments.cache import L1
-from tokcache.text.segments.char_classes import (
+from tokcache.text.cuts.char_classes import (
     N_CLASSES,
     NON_ASCII_LETTER_RANGES,
     NON_ASCII_PUNCTUATION_RANGES,
     CharClass,
 )
-from tokcache.text.segments.cuts.planner import plan_cuts
-from tokcache.text.segments.id_lengths import token_bytes
-from tokcache.text.segments.scanner import class_behind
+from tokcache.text.cuts.planner import plan_cuts
+from tokcache.text.cuts.scanner import class_behind
+from tokcache.text.engines.copying import PartEncoder
+from tokcache.text.segments.cache import L1
+from tokcache.text.segments.id_lengths import id_lengths
 
 if TYPE_CHECKING:
-    from tokcache.text.segments.cuts.plan import CutPlan, Variant
+    from tokcache.text.cuts.plan import CutPlan, Variant
 
 LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
 KINDS = ("gpt2", "qwen2", "bert_uncased", "llama2", "unigram_first_split")
@@ -44,8 +44,8 @@ def _plan(kind: str) -> tuple[Tokenizer, CutPlan]:
     return tokenizer, plan_cuts(tokenizer)
 
 
-class Cached:
-    """A segment cache with what encodes its missing parts, as L1 uses it."""
+class CacheWithEncoders:
+    """A segment cache with the encoders of its missing segments, used as L1 uses them."""
 
     def __init__(
         self, name: str, kind: str = "gpt2", max_bytes: int = 1 << 20, cuts_fine: bool = True
@@ -57,14 +57,14 @@ class Cached:
             for one in self.plan.variants
         ]
         self.sizes = [
-            bytes_in(name, one.tokenizer, variant)
+            id_lengths_of(name, one.tokenizer, variant)
             for one, variant in zip(self.encoders, self.plan.variants, strict=True)
         ]
         first, later, _ = self.plan.variant_of
         self._apart = None if first == later else first
 
     def ids(self, text: str, special: bool = False, scope: int = 0) -> list[int] | None:
-        """Return the ids of a text, None if it can't be cut."""
+        """Return the ids of a text; None if the cache refuses the text."""
         found = self.cache.look(text, special, scope)
         return self.complete(found) if hasattr(found, "finish") else found and found.tolist()
 
@@ -74,13 +74,13 @@ class Cached:
         return ids
 
     def take(self, walk: Any, variants: Sequence[int] | None = None) -> None:
-        for variant in variants_of(walk) if variants is None else variants:
+        for variant in variants_to_encode(walk) if variants is None else variants:
             encoder, sizes = self.encoders[variant], self.sizes[variant]
             max_chars = 0 if variant == self._apart else 10_000
             texts = walk.joined(variant, -1, encoder.between, sizes, None, max_chars, 64)
             assert walk.take(encoder.encode(texts), encoder.separator, sizes)
 
-    def right(self, text: str, special: bool = False) -> list[int]:
+    def expected(self, text: str, special: bool = False) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
@@ -89,26 +89,26 @@ class Cached:
         assert self.cache.stats().n_bytes == self.cache.memory_usage() <= self.cache.max_bytes
 
 
-def bytes_in(name: str, tokenizer: Tokenizer, variant: Variant) -> Any:
-    """Return the bytes of ids, held by one implementation."""
+def id_lengths_of(name: str, tokenizer: Tokenizer, variant: Variant) -> Any:
+    """Return the table of id lengths, built by one implementation."""
     with pytest.MonkeyPatch.context() as patch:
         implementation(name).use(patch)
-        return token_bytes(tokenizer, variant, {})
+        return id_lengths(tokenizer, variant, {})
 
 
-def parts_of(walk: Any, variant: int) -> list[str]:
-    """Return the parts that a variant must encode yet, in order; `take` takes these now."""
-    parts: list[str] = walk.joined(variant, -1, "", None, None, 0, 0)
-    return parts
+def segments_to_encode(walk: Any, variant: int) -> list[str]:
+    """Return the segments that a variant has to encode, in order; `take` now expects their ids."""
+    segments: list[str] = walk.joined(variant, -1, "", None, None, 0, 0)
+    return segments
 
 
-def variants_of(walk: Any) -> list[int]:
-    """Return the variants that have something to encode yet."""
-    return [variant for variant in range(3) if parts_of(walk, variant)]
+def variants_to_encode(walk: Any) -> list[int]:
+    """Return the variants that have segments to encode."""
+    return [variant for variant in range(3) if segments_to_encode(walk, variant)]
 
 
-def texts_of(rng: random.Random, n_texts: int, n_chars: int = 1500) -> list[str]:
-    """Return texts that share parts: each is an earlier one with something cut out or put in."""
+def texts_with_shared_passages(rng: random.Random, n_texts: int, n_chars: int = 1500) -> list[str]:
+    """Return texts that share passages: each is an earlier text with a passage replaced."""
     found = [random_text(rng, ["<s>", "</s>"], n_chars=n_chars)]
     while len(found) < n_texts:
         base = rng.choice(found)
@@ -127,37 +127,38 @@ def numbered(n_lines: int, first: int = 0) -> str:
     return "".join(f"{LINE}Line {at} of it, {at * at}.\n" for at in range(first, first + n_lines))
 
 
-def test_words_of_two_bytes_are_known_in_strings_of_four() -> None:
-    one = Cached("native")
+def test_two_byte_words_hit_inside_four_byte_strings() -> None:
+    one = CacheWithEncoders("native")
     for text in (
         "ab \u0438\u0439 cd \U0001f600",
         "ef \u0438\u0439 gh \U0001f601",
         "ij \u0438\u0439 kl",
     ):
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
     assert one.cache.stats().short_hits == 2
 
 
 @both
-def test_a_part_that_never_fits_evicts_nothing(name: str) -> None:
-    one = Cached(name, max_bytes=9_000, cuts_fine=False)
+def test_a_chunk_over_the_budget_evicts_nothing(name: str) -> None:
+    one = CacheWithEncoders(name, max_bytes=9_000, cuts_fine=False)
     for text in ("hello", "a" * 20_000, "hello"):
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
     assert one.cache.stats().hits == 1
 
 
 @both
 @pytest.mark.parametrize("cuts_fine", [True, False])
-@pytest.mark.parametrize("beside", ["", "\u0438", "\U0001f600"])
-def test_a_lone_surrogate_is_refused(name: str, cuts_fine: bool, beside: str) -> None:
-    one = Cached(name, cuts_fine=cuts_fine)
-    for text in (f"a\ud800b{beside}", f"{beside} {'word ' * 400}\udfff"):
+@pytest.mark.parametrize("neighbour", ["", "\u0438", "\U0001f600"])
+def test_a_lone_surrogate_is_refused(name: str, cuts_fine: bool, neighbour: str) -> None:
+    one = CacheWithEncoders(name, cuts_fine=cuts_fine)
+    for text in (f"a\ud800b{neighbour}", f"{neighbour} {'word ' * 400}\udfff"):
         assert one.ids(text) is None
     assert one.cache.stats().refusals == {"surrogate": 2}
 
 
-def test_a_walk_ends_once() -> None:
-    one = Cached("native")
+@both
+def test_finish_can_be_called_only_once(name: str) -> None:
+    one = CacheWithEncoders(name)
     walk = one.cache.look("hello", False, 0)
     one.complete(walk)
     with pytest.raises(RuntimeError, match="before"):
@@ -170,13 +171,13 @@ def test_a_walk_ends_once() -> None:
 @both
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_bytes", [1, 20_000])
-def test_answers_are_right_and_the_budget_is_kept(name: str, kind: str, max_bytes: int) -> None:
-    one = Cached(name, kind, max_bytes)
+def test_ids_are_correct_and_the_budget_is_kept(name: str, kind: str, max_bytes: int) -> None:
+    one = CacheWithEncoders(name, kind, max_bytes)
     rng = random.Random(max_bytes)
-    for text in map(_without_surrogates, texts_of(rng, 8)):
+    for text in map(_without_surrogates, texts_with_shared_passages(rng, 8)):
         special, scope = rng.random() < 0.5, rng.choice([0, 0, 1, 2**64 - 1])
         for _ in range(2):
-            assert one.ids(text, special, scope) in (one.right(text, special), None)
+            assert one.ids(text, special, scope) in (one.expected(text, special), None)
             one.check()
     stats = one.cache.stats()
     assert stats.evictions > 0 or max_bytes != 20_000
@@ -187,25 +188,25 @@ def test_answers_are_right_and_the_budget_is_kept(name: str, kind: str, max_byte
 
 
 @both
-def test_what_was_evicted_is_encoded_again(name: str) -> None:
-    one = Cached(name, max_bytes=60_000, cuts_fine=False)
+def test_evicted_chunks_are_encoded_again(name: str) -> None:
+    one = CacheWithEncoders(name, max_bytes=60_000, cuts_fine=False)
     texts = [numbered(15, first=1000 * at) for at in range(20)]
     for text in [*texts, *texts]:
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
         one.check()
     stats = one.cache.stats()
     assert stats.evictions > 20
     assert stats.insertions - stats.evictions == stats.n_chunks
     assert stats.misses > 20
-    assert one.ids(texts[-1]) == one.right(texts[-1])
-    assert one.cache.stats().hits > stats.hits  # the newest is there
+    assert one.ids(texts[-1]) == one.expected(texts[-1])
+    assert one.cache.stats().hits > stats.hits  # the newest chunk is still cached
 
 
 @both
-def test_a_part_larger_than_the_budget_is_refused(name: str) -> None:
-    one = Cached(name, max_bytes=9_000, cuts_fine=False)
+def test_a_chunk_larger_than_the_budget_is_counted_and_not_stored(name: str) -> None:
+    one = CacheWithEncoders(name, max_bytes=9_000, cuts_fine=False)
     for text in ("hello", "a" * 20_000, "hello"):
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
         one.check()
     stats = one.cache.stats()
     assert stats.refusals == {"oversize": 1}
@@ -215,52 +216,52 @@ def test_a_part_larger_than_the_budget_is_refused(name: str) -> None:
 
 
 @both
-def test_a_long_part_without_a_cut_is_refused(name: str) -> None:
-    one = Cached(name, max_bytes=64 << 20, cuts_fine=False)
+def test_a_run_of_65537_characters_without_a_cut_is_not_stored(name: str) -> None:
+    one = CacheWithEncoders(name, max_bytes=64 << 20, cuts_fine=False)
     longest, longer = "a" * (1 << 16), "a" * ((1 << 16) + 1)
     for text in (longest, longest, longer, longer):
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
     stats = one.cache.stats()
     assert (stats.hits, stats.misses, stats.refusals) == (1, 3, {"no_cut": 2})
 
 
 @both
-def test_a_text_that_no_proof_holds_for_is_refused(name: str) -> None:
-    one = Cached(name)
+def test_texts_without_a_proof_are_refused_with_a_reason(name: str) -> None:
+    one = CacheWithEncoders(name)
     assert one.ids("half of a pair: \ud83d") is None
     assert one.cache.stats().refusals == {"surrogate": 1}
-    assert one.ids("hello") == one.right("hello")
-    strict = Cached(name, "sequence_of_two_templates")
+    assert one.ids("hello") == one.expected("hello")
+    strict = CacheWithEncoders(name, "sequence_of_two_templates")
     assert strict.cache.look("hello", True, 0) is None
     assert strict.cache.stats().refusals == {"post_processor": 1}
-    assert strict.ids("hello", special=False) == strict.right("hello")
+    assert strict.ids("hello", special=False) == strict.expected("hello")
 
 
 # ---- scopes
 
 
 @both
-def test_scopes_never_meet(name: str) -> None:
-    one = Cached(name)
+def test_scopes_share_nothing(name: str) -> None:
+    one = CacheWithEncoders(name)
     text = numbered(30)
     scopes = [0, 1, 2, 1 << 8, 1 << 16, 1 << 32, 1 << 63, 2**64 - 1]
     for scope in scopes:
         before = one.cache.stats()
-        assert one.ids(text, scope=scope) == one.right(text)
+        assert one.ids(text, scope=scope) == one.expected(text)
         now = one.cache.stats()
         assert (now.hits, now.chunk_hits) == (before.hits, before.chunk_hits)
         assert now.engine_chars > before.engine_chars
     for scope in scopes:
         before = one.cache.stats()
-        assert one.ids(text, scope=scope) == one.right(text)
+        assert one.ids(text, scope=scope) == one.expected(text)
         assert one.cache.stats().engine_chars == before.engine_chars
         assert one.cache.stats().hits == before.hits + 1
     one.check()
 
 
 @both
-def test_short_parts_of_one_scope_are_not_known_in_another(name: str) -> None:
-    one = Cached(name)
+def test_segments_of_one_scope_do_not_hit_in_another(name: str) -> None:
+    one = CacheWithEncoders(name)
     one.ids("alpha beta gamma", scope=1)
     one.ids("gamma beta alpha", scope=2)
     assert one.cache.stats().short_hits == 0
@@ -269,23 +270,20 @@ def test_short_parts_of_one_scope_are_not_known_in_another(name: str) -> None:
 
 
 @both
-def test_names_of_scopes_become_numbers_of_their_own(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_scope_name_gets_its_own_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     implementation(name).use(monkeypatch)
     tokenizer, plan = _plan("gpt2")
     names = [None, "", "0", "None", "a", "a\0", "\0a", "A", "\ud800", "\u0430", "a" * 5000]
     l1 = L1(tokenizer, plan, CacheConfig(engine="tokenizers"), lambda *_: [])
     text = numbered(10)
     for scope in names:
-        walk: Any = l1.look(text, False, scope, 0)
-        assert sum(map(len, parts_of(walk, 0))) == walk.n_chars > 0
-        l1.complete(walk, text, False)
+        ids, was_cached = l1.encode(text, False, scope, 0)
+        assert (ids, was_cached) == (tokenizer.encode(text, add_special_tokens=False).ids, False)
     stats = l1.stats()
     assert (stats.chunk_hits, stats.misses) == (0, len(names))
     assert stats.engine_chars > 0
     for scope in names:
-        assert not isinstance(l1.look(text, False, scope, 0), implementation(name).l1.Walk)
+        assert l1.encode(text, False, scope, 0)[1]
 
 
 # ---- counters
@@ -294,21 +292,23 @@ def test_names_of_scopes_become_numbers_of_their_own(
 @both
 @pytest.mark.parametrize("kind", KINDS)
 def test_counters_add_up(name: str, kind: str) -> None:
-    one = Cached(name, kind)
+    one = CacheWithEncoders(name, kind)
     n_chars = n_tokens = n_encoded = n_texts = 0
-    for text in map(_without_surrogates, texts_of(random.Random(7), 15)):
+    for text in map(_without_surrogates, texts_with_shared_passages(random.Random(7), 15)):
         walk = one.cache.look(text, False, 0)
         if walk is None:
             continue
         if hasattr(walk, "finish"):
             assert walk.n_chars == sum(
-                len(part) for variant in variants_of(walk) for part in parts_of(walk, variant)
+                len(segment)
+                for variant in variants_to_encode(walk)
+                for segment in segments_to_encode(walk, variant)
             )
             n_encoded += walk.n_chars
             one.complete(walk)
         n_texts += 1
         n_chars += len(text)
-        n_tokens += len(one.right(text))
+        n_tokens += len(one.expected(text))
     stats = one.cache.stats()
     assert stats.hits + stats.misses == n_texts
     assert stats.lookup_chars == n_chars
@@ -323,12 +323,12 @@ def test_counters_add_up(name: str, kind: str) -> None:
 
 
 @both
-def test_a_known_text_costs_nothing(name: str) -> None:
-    one = Cached(name)
+def test_a_cached_text_needs_no_engine(name: str) -> None:
+    one = CacheWithEncoders(name)
     text = numbered(30)
     one.ids(text)
     before = one.cache.stats()
-    assert one.ids(text) == one.right(text)
+    assert one.ids(text) == one.expected(text)
     now = one.cache.stats()
     assert (now.hits, now.misses) == (before.hits + 1, before.misses)
     assert now.engine_chars == before.engine_chars
@@ -337,19 +337,19 @@ def test_a_known_text_costs_nothing(name: str) -> None:
 
 
 @both
-def test_an_insertion_moves_only_its_neighbourhood(name: str) -> None:
-    one = Cached(name, cuts_fine=False)
+def test_an_insertion_changes_only_nearby_chunks(name: str) -> None:
+    one = CacheWithEncoders(name, cuts_fine=False)
     text = numbered(200)
     one.ids(text)
     before = one.cache.stats()
     changed = text[:9000] + "something new " + text[9000:]
-    assert one.ids(changed) == one.right(changed)
+    assert one.ids(changed) == one.expected(changed)
     assert one.cache.stats().chunk_miss_chars - before.chunk_miss_chars < 8192
 
 
 @both
-def test_clear_forgets_everything(name: str) -> None:
-    one = Cached(name)
+def test_clear_removes_entries_and_counters(name: str) -> None:
+    one = CacheWithEncoders(name)
     text = numbered(20)
     one.ids(text)
     one.ids("\ud800")
@@ -358,7 +358,7 @@ def test_clear_forgets_everything(name: str) -> None:
     empty = one.cache.stats()
     assert empty == type(empty)()
     assert one.cache.memory_usage() == 0
-    assert one.ids(text) == one.right(text)
+    assert one.ids(text) == one.expected(text)
     assert (one.cache.stats().hits, one.cache.stats().misses) == (0, 1)
     one.check()
 
@@ -369,15 +369,15 @@ def test_clear_forgets_everything(name: str) -> None:
 @both
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuts_cover_the_text_without_a_gap(name: str, kind: str) -> None:
-    one = Cached(name, kind)
-    for text in map(_without_surrogates, texts_of(random.Random(3), 12)):
+    one = CacheWithEncoders(name, kind)
+    for text in map(_without_surrogates, texts_with_shared_passages(random.Random(3), 12)):
         coarse = one.cache.cut(text, False)
         fine = one.cache.cut(text, True)
-        for parts in (coarse, fine):
-            stops = [stop for _, stop, _ in parts]
-            assert [start for start, _, _ in parts] == [0, *stops[:-1]]
+        for segments in (coarse, fine):
+            stops = [stop for _, stop, _ in segments]
+            assert [start for start, _, _ in segments] == [0, *stops[:-1]]
             assert stops[-1] == len(text)
-            assert all(start < stop for start, stop, _ in parts)
+            assert all(start < stop for start, stop, _ in segments)
         assert {stop for _, stop, _ in coarse} <= {stop for _, stop, _ in fine}
         assert len(fine) > len(coarse)
         contents = {token.content for token in one.plan.separators}
@@ -388,21 +388,21 @@ def test_cuts_cover_the_text_without_a_gap(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "whitespace", "digits"])
-def test_both_implementations_know_the_same_classes(kind: str) -> None:
+def test_both_implementations_classify_characters_alike(kind: str) -> None:
     ranges = [*NON_ASCII_LETTER_RANGES, *NON_ASCII_PUNCTUATION_RANGES]
     edges = {point + more for one in ranges for point in one for more in (-1, 0, 1)}
-    caches = [Cached(name, kind).cache for name in ("native", "reference")]
+    caches = [CacheWithEncoders(name, kind).cache for name in ("native", "reference")]
     for char in map(chr, [*range(128), *sorted(edges), 0x10000, 0x10FFFF]):
         text = f"a{char}b {char}\n{char}1{char}.{char}_{char}\n\n{char}\t{char}'{char}/{char}"
         native, python = (one.cut(text, True) for one in caches)
         assert native == python, ascii(char)
 
 
-# ---- one content, many strings
+# ---- chunk ends, and one content in strings of several character widths
 
 
-def _places(plan: CutPlan, text: str, start: int) -> Iterator[int]:
-    """Yield where a chunk that begins at `start` may end; no added token is in the text."""
+def _possible_ends(plan: CutPlan, text: str, start: int) -> Iterator[int]:
+    """Yield the allowed ends of a chunk that begins at `start`, in a text without added tokens."""
     left = CharClass.LETTER if start else CharClass(plan.piece_left)
     for at in range(start + 1, len(text)):
         left = class_behind(text[at - 1], left)
@@ -411,7 +411,7 @@ def _places(plan: CutPlan, text: str, start: int) -> Iterator[int]:
 
 
 def _rank(seed: bytes, window: str) -> int:
-    """Return the rank that the 16 characters before a place give it."""
+    """Return the rank of a cut, a hash of the 16 characters before it."""
     found = 0
     for byte in range(3 if max(window) > "\xff" else 1):
         units = bytes(ord(char) >> 8 * byte & 0xFF for char in window)
@@ -423,9 +423,9 @@ def _rank(seed: bytes, window: str) -> int:
 
 
 def _chunk_end(plan: CutPlan, seed: bytes, text: str, start: int) -> int:
-    """Return where a chunk ends, found place by place."""
-    cut, best = start, None  # of the best: its rank, its weight, its place
-    for at in _places(plan, text, start):
+    """Return the end of a chunk, found by trying every allowed position."""
+    cut, best = start, None  # best: (rank, weight, position)
+    for at in _possible_ends(plan, text, start):
         is_late = at > start + 1024
         if is_late and best is not None:
             return best[2]
@@ -443,7 +443,7 @@ def _chunk_end(plan: CutPlan, seed: bytes, text: str, start: int) -> int:
 
 @pytest.fixture(params=[True, False], ids=["vectors", "no vectors"])
 def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With the CPU's vectors, and without."""
+    """Run the test once with AVX2 and once without."""
     l1 = implementation("native").l1
     if l1.use_vectors(request.param) != request.param:
         pytest.skip("this CPU has no AVX2")
@@ -454,7 +454,7 @@ def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("_vectors")
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama2"])
 @pytest.mark.parametrize("wide", ["", "\u201d\u0434\u4f60", "\U0001f600\u0434"], ids="124")
-def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str, wide: str) -> None:
+def test_chunk_ends_equal_those_of_an_exhaustive_search(kind: str, wide: str) -> None:
     _, plan = _plan(kind)
     rng = random.Random(8)
     cache: Any = implementation("native").l1.SegmentCache(plan, 1 << 20)
@@ -469,72 +469,79 @@ def test_chunks_end_where_a_search_place_by_place_ends_them(kind: str, wide: str
                 assert stop == _chunk_end(plan, cache.cut_seed, text, start), (n, gaps)
 
 
-def _resident() -> int:
+def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_a_long_part_leaves_no_room_behind_that_it_took() -> None:
+def test_memory_for_a_huge_chunk_is_released() -> None:
+    """The key is narrower than the text, so the cache has to copy it."""
     cache = implementation("native").l1.SegmentCache(_plan("gpt2")[1], 1 << 20)
-    before = _resident()
-    cache.look("a" * 40_000_000 + " \u4f60", False, 0)  # two bytes a character, one in a key
-    assert _resident() - before < 20 << 20
+    before = _resident_bytes()
+    cache.look(
+        "a" * 40_000_000 + " \u4f60", False, 0
+    )  # the text takes two bytes a character, its key one
+    assert _resident_bytes() - before < 20 << 20
 
 
 @both
-def test_nothing_is_an_added_token_where_there_are_none(name: str) -> None:
+def test_without_added_tokens_nothing_is_taken_for_one(name: str) -> None:
     state = json.loads(plain(SYNTHETIC["gpt2"]).to_str())
     state["added_tokens"] = []
     plan = plan_cuts(Tokenizer.from_str(json.dumps(state)))
     assert not plan.separators
     cache = implementation(name).l1.SegmentCache(plan, 1 << 20)
-    for n in range(500, 530):  # a token is looked for up to so far
+    for n in range(500, 530):  # the search for an added token ends within these distances
         text = f"{'a' * n}\0\n{'b' * 600} x"
         assert cache.cut(text, False) == cache.cut(text.replace("\0", "\1"), False)
         assert not any(is_token for _, _, is_token in cache.cut(text, True))
 
 
-def test_long_neighbours_are_one_part_and_words_of_any_script_one_each() -> None:
+def test_long_adjacent_segments_are_encoded_as_one_and_short_words_separately() -> None:
     _, walk = _walk("native", "a" * 30 + "1" * 30 + "!" * 30)
-    assert parts_of(walk, 0) == ["a" * 30 + "1" * 30 + "!" * 30]
+    assert segments_to_encode(walk, 0) == ["a" * 30 + "1" * 30 + "!" * 30]
     for word in ("word", "\u0441\u043b\u043e\u0432\u043e"):
         _, walk = _walk("native", f"{word} {word} {word}")
-        assert parts_of(walk, 0) == [word, f" {word}"]
+        assert segments_to_encode(walk, 0) == [word, f" {word}"]
 
 
 @both
 @pytest.mark.parametrize("late", ["\xe9", "\u201d", "\U0001f600", "\u201d\U0001f600"])
-def test_content_is_found_in_strings_of_another_kind(name: str, late: str) -> None:
-    one = Cached(name, cuts_fine=False)
+def test_chunks_hit_in_strings_of_another_character_width(name: str, late: str) -> None:
+    """One wide character makes Python store every character of a string with its width."""
+    one = CacheWithEncoders(name, cuts_fine=False)
     text = numbered(60)
     one.ids(text)
     before = one.cache.stats()
-    longer = text + late  # one, two or four bytes a character, all of it
-    assert one.ids(longer) == one.right(longer)
+    longer = text + late  # `late` decides the character width of the whole string
+    assert one.ids(longer) == one.expected(longer)
     now = one.cache.stats()
-    assert now.chunk_miss_chars - before.chunk_miss_chars <= 2048  # its end alone
+    assert now.chunk_miss_chars - before.chunk_miss_chars <= 2048  # only the last chunk
     assert now.lookup_chars - before.lookup_chars > 6000
     one.ids(text)
     assert one.cache.stats().hits == before.hits + 1
 
 
 @both
-def test_short_content_is_found_in_strings_of_another_kind(name: str) -> None:
-    one = Cached(name)
+def test_segments_hit_in_strings_of_another_character_width(name: str) -> None:
+    one = CacheWithEncoders(name)
     one.ids("alpha beta")
     for at, late in enumerate(("\xe9", "\u201d", "\U0001f600")):
         text = f"alpha beta {late}"
-        assert one.ids(text) == one.right(text)
+        assert one.ids(text) == one.expected(text)
         assert one.cache.stats().short_hits == 2 * (at + 1) > 0
     one.check()
 
 
 @both
 @pytest.mark.parametrize(("wide", "bytes_"), [("\u4141", "AA"), ("\U00014141", "AA\x01\0")])
-def test_equal_bytes_of_another_kind_are_another_content(name: str, wide: str, bytes_: str) -> None:
-    one = Cached(name)
+def test_equal_bytes_of_another_character_width_are_different_keys(
+    name: str, wide: str, bytes_: str
+) -> None:
+    """Both strings have the same bytes in memory, so the width belongs to the key."""
+    one = CacheWithEncoders(name)
     for text in (wide * 8, bytes_ * 8, wide * 300, bytes_ * 300, wide * 8, bytes_ * 300):
-        assert one.ids(text) == one.right(text)
-        assert one.ids(text + "\U0001f600") == one.right(text + "\U0001f600")
+        assert one.ids(text) == one.expected(text)
+        assert one.ids(text + "\U0001f600") == one.expected(text + "\U0001f600")
     one.check()
 
 
@@ -543,91 +550,92 @@ def test_equal_bytes_of_another_kind_are_another_content(name: str, wide: str, b
 
 @both
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_walk_that_ends_after_clear_is_right(name: str, kind: str) -> None:
-    one = Cached(name, kind)
+def test_a_walk_that_finishes_after_clear_is_correct(name: str, kind: str) -> None:
+    one = CacheWithEncoders(name, kind)
     text = numbered(40)
     one.ids(text)
     walk = one.cache.look(text[:1500] + "New York " + text[1500:] + "the end", True, 0)
-    assert walk.n_chars < 3000  # it holds on to parts that are known
+    assert walk.n_chars < 3000  # the walk keeps a reference to the cached chunks
     one.cache.clear()
     one.ids(numbered(3, first=777))
     whole = text[:1500] + "New York " + text[1500:] + "the end"
-    assert one.complete(walk) == one.right(whole, special=True)
+    assert one.complete(walk) == one.expected(whole, special=True)
     one.check()
     for again in (text, whole, text[:1500]):
-        assert one.ids(again) == one.right(again)
+        assert one.ids(again) == one.expected(again)
     one.check()
 
 
 @both
 @pytest.mark.parametrize("kind", KINDS)
-def test_walks_that_end_in_any_order_are_right(name: str, kind: str) -> None:
-    one = Cached(name, kind, max_bytes=60_000)
+def test_walks_that_finish_in_any_order_are_correct(name: str, kind: str) -> None:
+    """Threads finish their walks in any order, while others insert and evict."""
+    one = CacheWithEncoders(name, kind, max_bytes=60_000)
     rng = random.Random(11)
     open_walks: list[tuple[Any, str]] = []
-    for text in map(_without_surrogates, texts_of(rng, 20, n_chars=1000)):
+    for text in map(_without_surrogates, texts_with_shared_passages(rng, 20, n_chars=1000)):
         found = one.cache.look(text, False, 0)
         if hasattr(found, "finish"):
             open_walks.append((found, text))
         elif found is not None:
-            assert found.tolist() == one.right(text)
+            assert found.tolist() == one.expected(text)
         if rng.random() < 0.05:
             one.cache.clear()
         while len(open_walks) > 6:
             walk, of = open_walks.pop(rng.randrange(len(open_walks)))
-            assert one.complete(walk) == one.right(of)
+            assert one.complete(walk) == one.expected(of)
             one.check()
     for walk, of in open_walks:
-        assert one.complete(walk) == one.right(of)
+        assert one.complete(walk) == one.expected(of)
     one.check()
 
 
 @both
-def test_a_walk_that_is_given_up_does_no_harm(name: str) -> None:
-    one = Cached(name)
+def test_an_abandoned_walk_stores_nothing(name: str) -> None:
+    one = CacheWithEncoders(name)
     text = numbered(20)
     for _ in range(3):
         walk = one.cache.look(text, False, 0)
         assert walk.n_chars > 0
         del walk
     assert one.cache.stats().engine_chars == 0
-    assert one.ids(text) == one.right(text)
+    assert one.ids(text) == one.expected(text)
     one.check()
 
 
 @both
-def test_two_walks_of_one_text_keep_it_once(name: str) -> None:
-    one = Cached(name)
+def test_two_walks_of_one_text_store_its_chunks_once(name: str) -> None:
+    one = CacheWithEncoders(name)
     text = numbered(20)
     first, second = (one.cache.look(text, False, 0) for _ in range(2))
-    assert one.complete(first) == one.complete(second) == one.right(text)
+    assert one.complete(first) == one.complete(second) == one.expected(text)
     one.check()
     stats = one.cache.stats()
     distinct = {text[start:stop] for start, stop, _ in one.cache.cut(text, False)}
     assert 0 < stats.n_chunks <= len(distinct)
-    assert one.ids(text) == one.right(text)
+    assert one.ids(text) == one.expected(text)
     assert one.cache.stats().hits == stats.hits + 1
 
 
 @both
 def test_finish_before_take_raises(name: str) -> None:
-    one = Cached(name, "llama2")
+    one = CacheWithEncoders(name, "llama2")
     walk = one.cache.look("hello <s> world", False, 0)
-    with pytest.raises(RuntimeError, match="before every part was taken"):
+    with pytest.raises(RuntimeError, match="before every segment was taken"):
         walk.finish()
-    first, *others = variants_of(walk)
+    first, *others = variants_to_encode(walk)
     one.take(walk, [first])
     if others:
-        with pytest.raises(RuntimeError, match="before every part was taken"):
+        with pytest.raises(RuntimeError, match="before every segment was taken"):
             walk.finish()
-    assert one.complete(walk) == one.right("hello <s> world")
+    assert one.complete(walk) == one.expected("hello <s> world")
 
 
 # ---- joined
 
 
-def _walk(name: str, text: str, kind: str = "gpt2") -> tuple[Cached, Any]:
-    one = Cached(name, kind)
+def _walk(name: str, text: str, kind: str = "gpt2") -> tuple[CacheWithEncoders, Any]:
+    one = CacheWithEncoders(name, kind)
     return one, one.cache.look(text, False, 0)
 
 
@@ -640,77 +648,97 @@ TEXTS = {
 
 
 def _joined(walk: Any, variant: int, between: str, **how: Any) -> list[str]:
-    settings = {"blank": -1, "sizes": None, "agreed": None, "chars": 10**9, "apart": 10**9} | how
-    blank, sizes, agreed, chars, apart = settings.values()
-    texts: list[str] = walk.joined(variant, blank, between, sizes, agreed, chars, apart)
+    settings = {
+        "spaced_variant": -1,
+        "sizes": None,
+        "agreed": None,
+        "max_chars": 10**9,
+        "max_separators": 10**9,
+    } | how
+    spaced_variant, sizes, agreed, max_chars, max_separators = settings.values()
+    texts: list[str] = walk.joined(
+        variant, spaced_variant, between, sizes, agreed, max_chars, max_separators
+    )
     return texts
 
 
 @both
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("between", ["", "|", "\x1cabc\x1c"])
-def test_joined_is_the_parts_joined(name: str, text: str, between: str) -> None:
+def test_joined_returns_the_segments_with_the_separator_between(
+    name: str, text: str, between: str
+) -> None:
     for kind in ("gpt2", "llama2"):
         _, walk = _walk(name, text, kind)
         everything = implementation(name).l1.CodePoints([(0, 0x10FFFF)])
-        assert variants_of(walk)
-        for variant in variants_of(walk):
-            wanted = between.join(parts_of(walk, variant))
+        assert variants_to_encode(walk)
+        for variant in variants_to_encode(walk):
+            wanted = between.join(segments_to_encode(walk, variant))
             (found,) = _joined(walk, variant, between, agreed=everything)
             assert found == wanted
             assert (found.isascii(), max(found)) == (wanted.isascii(), max(wanted))
             assert hash(found) == hash(wanted)
-            (found,) = _joined(walk, 30, between, blank=variant)
-            assert found == between.join(" " + part for part in parts_of(walk, variant))
+            (found,) = _joined(walk, 30, between, spaced_variant=variant)
+            assert found == between.join(
+                " " + segment for segment in segments_to_encode(walk, variant)
+            )
         assert _joined(walk, 30, between) == []
 
 
 @both
-def test_joined_texts_keep_their_limits(name: str) -> None:
+def test_joined_keeps_the_limits_on_characters_and_segments(name: str) -> None:
     _, walk = _walk(name, "".join(f"<s>{n:04d} {n * 7:09d}" for n in range(100)))
-    parts = parts_of(walk, 0)
-    assert max(map(len, parts)) < 20
-    for chars in (0, 1, 20, 50, 1000):
-        for apart in (0, 1, 7, 10**9):
-            groups = [one.split("|") for one in _joined(walk, 0, "|", chars=chars, apart=apart)]
-            assert [part for group in groups for part in group] == parts
-            assert all(len(group) == 1 or sum(map(len, group)) <= chars for group in groups)
-            assert all(len(group) <= apart + 1 for group in groups)
-            assert len(groups) < len(parts) or chars < 50 or apart == 0
+    segments = segments_to_encode(walk, 0)
+    assert max(map(len, segments)) < 20
+    for max_chars in (0, 1, 20, 50, 1000):
+        for max_separators in (0, 1, 7, 10**9):
+            groups = [
+                one.split("|")
+                for one in _joined(walk, 0, "|", max_chars=max_chars, max_separators=max_separators)
+            ]
+            assert [segment for group in groups for segment in group] == segments
+            assert all(len(group) == 1 or sum(map(len, group)) <= max_chars for group in groups)
+            assert all(len(group) <= max_separators + 1 for group in groups)
+            assert len(groups) < len(segments) or max_chars < 50 or max_separators == 0
     everything = implementation(name).l1.CodePoints([(0, 0x10FFFF)])
-    short = [part for part in parts if len(part) <= 9]
-    texts = _joined(walk, 0, "|", agreed=everything, chars=9)
-    assert [part for one in texts for part in one.split("|")] == short
-    assert len(short) < len(parts)
+    short = [segment for segment in segments if len(segment) <= 9]
+    texts = _joined(walk, 0, "|", agreed=everything, max_chars=9)
+    assert [segment for one in texts for segment in one.split("|")] == short
+    assert len(short) < len(segments)
 
 
 @both
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_joined_leaves_out_what_is_not_agreed(name: str, text: str) -> None:
+def test_joined_leaves_out_segments_with_characters_the_encoders_disagree_on(
+    name: str, text: str
+) -> None:
     one, walk = _walk(name, text)
-    (variant,) = variants_of(walk)
-    parts = parts_of(walk, variant)
-    chars = set("".join(parts))
+    (variant,) = variants_to_encode(walk)
+    segments = segments_to_encode(walk, variant)
+    chars = set("".join(segments))
     for char in chars:
         point = ord(char)
         if char.isascii():
-            continue  # what every encoder agrees on is not looked up
+            continue  # every encoder agrees on ASCII, so it is not looked up
         ranges = [(0, point - 1)] + [(point + 1, 0x10FFFF)] * (point < 0x10FFFF)
         agreed = implementation(name).l1.CodePoints(ranges)
         assert not agreed.cover(char)
         texts = _joined(walk, variant, "|", agreed=agreed)
-        assert "".join(texts) == "|".join(part for part in parts if char not in part), ascii(char)
-    of_parts = implementation(name).l1.CodePoints(
+        assert "".join(texts) == "|".join(segment for segment in segments if char not in segment), (
+            ascii(char)
+        )
+    of_segments = implementation(name).l1.CodePoints(
         [(ord(char), ord(char)) for char in sorted(chars)]
     )
-    assert _joined(walk, variant, "|", agreed=of_parts) == ["|".join(parts)]
-    assert one.complete(walk) == one.right(text)
+    assert _joined(walk, variant, "|", agreed=of_segments) == ["|".join(segments)]
+    assert one.complete(walk) == one.expected(text)
 
 
 @both
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama2"])
-def test_parts_that_may_stand_side_by_side_have_nothing_between_them(name: str, kind: str) -> None:
-    one = Cached(name, kind)
+def test_segments_at_proven_cuts_are_joined_without_a_separator(name: str, kind: str) -> None:
+    """The lengths of the ids then tell where each segment ends."""
+    one = CacheWithEncoders(name, kind)
     known = "alpha beta gamma delta epsilon "
     for text in (known * 9, known * 9 + "<s>" + known * 9):
         one.ids(text)
@@ -719,10 +747,10 @@ def test_parts_that_may_stand_side_by_side_have_nothing_between_them(name: str, 
     variant = one.plan.variant_of[2]
     sizes = one.sizes[variant]
     assert sizes is not None
-    (apart,) = _joined(walk, variant, "|")
+    (separated,) = _joined(walk, variant, "|")
     (seamless,) = _joined(walk, variant, "|", sizes=sizes)
-    assert seamless.count("|") < apart.count("|") // 2
-    assert seamless.replace("|", "") == apart.replace("|", "")
+    assert seamless.count("|") < separated.count("|") // 2
+    assert seamless.replace("|", "") == separated.replace("|", "")
     encoder = one.encoders[variant]
     (together,) = _joined(walk, variant, encoder.between, sizes=sizes)
     (ids,) = encoder.encode([together])
@@ -731,13 +759,13 @@ def test_parts_that_may_stand_side_by_side_have_nothing_between_them(name: str, 
     assert not walk.take([], encoder.separator, sizes)
     assert not walk.take([ids, ids], encoder.separator, sizes)
     assert walk.take([ids], encoder.separator, sizes)
-    assert one.complete(walk) == one.right(text)
-    assert one.ids(text) == one.right(text)
+    assert one.complete(walk) == one.expected(text)
+    assert one.ids(text) == one.expected(text)
 
 
 @both
-def test_ids_without_what_keeps_parts_apart_are_refused(name: str) -> None:
-    one = Cached(name)
+def test_ids_that_lack_a_separator_are_refused(name: str) -> None:
+    one = CacheWithEncoders(name)
     text = "alpha beta<s>gamma delta<s>epsilon zeta"
     walk = one.cache.look(text, False, 0)
     encoder, sizes = one.encoders[0], one.sizes[0]
@@ -751,29 +779,30 @@ def test_ids_without_what_keeps_parts_apart_are_refused(name: str) -> None:
             assert walk.take([ids[:i] + wrong + ids[i + 1 :]], encoder.separator, sizes) is False
     assert walk.take([[10**6, *ids[1:]]], encoder.separator, sizes) is None
     assert walk.take([ids], encoder.separator, sizes)
-    assert one.complete(walk) == one.right(text)
+    assert one.complete(walk) == one.expected(text)
 
 
 @both
-def test_ids_that_do_not_end_where_a_part_does_are_refused(name: str) -> None:
-    one = Cached(name, "gpt2", cuts_fine=False)
+def test_a_token_across_the_end_of_a_chunk_is_refused(name: str) -> None:
+    """Such ids can not be divided between two chunks."""
+    one = CacheWithEncoders(name, "gpt2", cuts_fine=False)
     text = numbered(100)
     walk = one.cache.look(text, False, 0)
     encoder, sizes = one.encoders[0], one.sizes[0]
-    cut = len(parts_of(walk, 0)[0])
+    cut = len(segments_to_encode(walk, 0)[0])
     (found,) = _joined(walk, 0, encoder.between, sizes=sizes)
     assert found == text
     assert found is text or name == "reference"
     tokens = {len(token): index for token, index in one.tokenizer.get_vocab().items()}
     for left, right in ((cut - 1, cut + 1), (cut - 2, cut + 1)):
-        across = tokens[right - left]  # as many bytes as stand there, in one token
-        ids = [*one.right(text[:left]), across, *one.right(text[right:])]
+        across = tokens[right - left]  # one token of the same length in bytes
+        ids = [*one.expected(text[:left]), across, *one.expected(text[right:])]
         assert not walk.take([ids], encoder.separator, sizes)
-    assert walk.take([one.right(text)], encoder.separator, sizes)
-    assert one.complete(walk) == one.right(text)
+    assert walk.take([one.expected(text)], encoder.separator, sizes)
+    assert one.complete(walk) == one.expected(text)
 
 
-def test_ids_that_do_not_lie_side_by_side_are_refused() -> None:
+def test_a_strided_buffer_of_ids_is_refused() -> None:
     one, walk = _walk("native", "some text")
     _joined(walk, 0, one.encoders[0].between)
     with pytest.raises(BufferError, match="side by side"):
@@ -817,14 +846,14 @@ def _as_view(ids: list[int]) -> Any:
 @pytest.mark.parametrize("form", [_as_list, _as_int, _as_unsigned, _as_view])
 def test_take_accepts_every_form_of_ids(name: str, form: Any) -> None:
     _, walk = _walk(name, "alpha beta<s>gamma")
-    parts = parts_of(walk, 0)
-    assert len(parts) == 3
-    ids = [11, 12, 99, 13, 99]  # the last part has none
+    segments = segments_to_encode(walk, 0)
+    assert len(segments) == 3
+    ids = [11, 12, 99, 13, 99]  # no ids for the last segment
     assert len(_joined(walk, 0, "|")) == 1
     assert walk.take([form(ids)], 99, None)
     assert walk.finish().tolist() == [11, 12, 13, 0]
     _, walk = _walk(name, "alpha beta<s>gamma")
-    assert len(_joined(walk, 0, "|", apart=1)) == 2
+    assert len(_joined(walk, 0, "|", max_separators=1)) == 2
     assert walk.take([form([11, 99, 12]), form([13])], 99, None)
     assert walk.finish().tolist() == [11, 12, 0, 13]
 
@@ -845,37 +874,39 @@ def test_take_accepts_every_form_of_ids(name: str, form: Any) -> None:
         [[99, 99, 99]],
     ],
 )
-def test_take_refuses_too_few_or_too_many_parts(name: str, encoded: Sequence[list[int]]) -> None:
+def test_take_refuses_a_wrong_number_of_segments(name: str, encoded: Sequence[list[int]]) -> None:
     one, walk = _walk(name, "alpha beta<s>gamma")
     assert len(_joined(walk, 0, "|")) == 1
     assert not walk.take([array("i", ids) for ids in encoded], 99, None)
     assert not walk.take(list(encoded), 99, None)
-    assert one.complete(walk) == one.right("alpha beta<s>gamma")  # and can be given right ones
+    assert one.complete(walk) == one.expected(
+        "alpha beta<s>gamma"
+    )  # correct ids are still accepted
     one.check()
-    assert one.ids("alpha beta<s>gamma") == one.right("alpha beta<s>gamma")
+    assert one.ids("alpha beta<s>gamma") == one.expected("alpha beta<s>gamma")
 
 
 @both
-def test_take_gives_each_variant_its_own(name: str) -> None:
+def test_take_accepts_ids_one_variant_at_a_time(name: str) -> None:
     one, walk = _walk(name, "alpha beta<s>gamma alpha", "llama2")
-    first, inside = variants_of(walk)
-    assert len(_joined(walk, inside, "", chars=0)) == len(parts_of(walk, inside)) > 0
-    assert not walk.take([[1]] * (len(parts_of(walk, inside)) + 1), -1, None)
+    first, inside = variants_to_encode(walk)
+    assert len(_joined(walk, inside, "", max_chars=0)) == len(segments_to_encode(walk, inside)) > 0
+    assert not walk.take([[1]] * (len(segments_to_encode(walk, inside)) + 1), -1, None)
     one.take(walk, [first])
     assert _joined(walk, first, "") == []
-    assert one.complete(walk) == one.right("alpha beta<s>gamma alpha")
+    assert one.complete(walk) == one.expected("alpha beta<s>gamma alpha")
 
 
 @both
-def test_tokens_with_flags_take_their_blanks(name: str) -> None:
+def test_added_tokens_with_flags_contain_the_whitespace_around_them(name: str) -> None:
     tokenizer = plain(SYNTHETIC["gpt2"])
     tokenizer.add_special_tokens(
         [AddedToken("<m>", lstrip=True, rstrip=True), AddedToken("<w>", single_word=True)]
     )
-    cache_of_parts = implementation(name).l1.SegmentCache(plan_cuts(tokenizer), 1 << 20)
+    segment_cache = implementation(name).l1.SegmentCache(plan_cuts(tokenizer), 1 << 20)
     text = "a <m>  b <w> c"
-    tokens = [text[a:b] for a, b, is_token in cache_of_parts.cut(text, True) if is_token]
+    tokens = [text[a:b] for a, b, is_token in segment_cache.cut(text, True) if is_token]
     assert tokens == [" <m>  ", "<w>"]
-    assert cache_of_parts.cut("a <w>\xe9", True) is None
-    assert cache_of_parts.look("a <w>\xe9", False, 0) is None
-    assert cache_of_parts.stats().refusals == {"beside_single_word": 1}
+    assert segment_cache.cut("a <w>\xe9", True) is None
+    assert segment_cache.look("a <w>\xe9", False, 0) is None
+    assert segment_cache.stats().refusals == {"beside_single_word": 1}

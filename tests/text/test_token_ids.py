@@ -1,3 +1,5 @@
+"""TokenIds: an immutable int32 sequence with the buffer protocol, both implementations."""
+
 from __future__ import annotations
 
 import copy
@@ -21,7 +23,7 @@ INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
 @both
-def test_is_a_sequence_of_the_ids_given(name: str) -> None:
+def test_token_ids_are_a_sequence_of_the_given_ids(name: str) -> None:
     ids = implementation(name).token_ids([5, 1, 5, 70_000])
     assert len(ids) == 4
     assert list(ids) == ids.tolist() == [5, 1, 5, 70_000]
@@ -58,7 +60,7 @@ def test_is_a_sequence_of_the_ids_given(name: str) -> None:
     ],
     ids=["list", "tuple", "array", "int32", "int64", "strided", "keys", "range"],
 )
-def test_is_made_from_any_integers(name: str, source: Any) -> None:
+def test_token_ids_accept_any_sequence_or_buffer_of_integers(name: str, source: Any) -> None:
     expected = [1, 2, 3] if isinstance(source, range) else [1, -2, 3]
     assert implementation(name).token_ids(source) == expected
 
@@ -80,7 +82,7 @@ def test_is_made_from_any_integers(name: str, source: Any) -> None:
         np.array(3),
     ],
 )
-def test_refuses_what_is_no_int32(name: str, source: Any) -> None:
+def test_values_that_are_not_int32_are_refused(name: str, source: Any) -> None:
     with pytest.raises(InvalidTokens):
         implementation(name).token_ids(source)
 
@@ -93,14 +95,14 @@ def test_equality_and_hash(name: str) -> None:
     assert ids == [1, 2, 3]
     assert ids != make([1, 2])
     assert ids != [1, 2, 4]
-    assert ids != (1, 2, 3)  # a tuple hashes otherwise
-    assert ids != None  # noqa: E711 (its __ne__ is what is tested)
+    assert ids != (1, 2, 3)  # equal objects need equal hashes, and a tuple's hash differs
+    assert ids != None  # noqa: E711 (tests __ne__)
     assert hash(ids) == hash(make([0, 1, 2, 3])[1:])
     assert len({ids, make([1, 2, 3]), make([3, 2, 1])}) == 2
 
 
 @both
-def test_is_immutable(name: str) -> None:
+def test_token_ids_are_immutable(name: str) -> None:
     ids = implementation(name).token_ids([1, 2, 3])
     with pytest.raises(TypeError):
         memoryview(ids)[0] = 9
@@ -120,7 +122,7 @@ def test_is_immutable(name: str) -> None:
 
 
 @both
-def test_buffer_is_int32_without_a_copy(name: str) -> None:
+def test_the_buffer_is_int32_and_slices_share_it(name: str) -> None:
     ids = implementation(name).token_ids(range(100))
     view = memoryview(ids)
     assert (view.format, view.itemsize, view.ndim, view.readonly) == ("i", 4, 1, True)
@@ -134,7 +136,7 @@ def test_buffer_is_int32_without_a_copy(name: str) -> None:
 
 
 @both
-def test_a_slice_outlives_what_it_was_cut_from(name: str) -> None:
+def test_a_slice_outlives_the_sequence_it_was_cut_from(name: str) -> None:
     part = implementation(name).token_ids(range(1000))[500:][:3]
     gc.collect()
     assert part == [500, 501, 502]
@@ -147,19 +149,21 @@ def test_pickle_and_copy(name: str) -> None:
     assert copy.copy(ids) == copy.deepcopy(ids) == [2, 3]
 
 
-def test_the_implementations_read_each_others_pickles() -> None:
+def test_both_implementations_have_the_same_pickle() -> None:
     plain = reference.TokenIds([1, 2])
     assert pickle.dumps(plain) == pickle.dumps(native().token_ids([1, 2]))
 
 
 @both
-def test_is_registered_as_a_sequence(name: str) -> None:
+def test_token_ids_are_registered_as_a_sequence(name: str) -> None:
     assert isinstance(implementation(name).token_ids([1]), Sequence)
 
 
 @both
 @given(values=st.lists(INT32, max_size=40), cut=st.slices(40))
-def test_behaves_as_a_list(name: str, values: list[int], cut: slice) -> None:
+def test_slices_and_conversions_equal_those_of_a_list(
+    name: str, values: list[int], cut: slice
+) -> None:
     ids = implementation(name).token_ids(values)
     assert ids.tolist() == values
     assert ids[cut].tolist() == values[cut]
@@ -167,15 +171,15 @@ def test_behaves_as_a_list(name: str, values: list[int], cut: slice) -> None:
     assert ids.tobytes() == array("i", values).tobytes()
 
 
-def test_tolist_returns_each_int_once_it_was_seen() -> None:
+def test_tolist_reuses_int_objects() -> None:
     make = native().token_ids
     big = 400_000
     assert make([big]).tolist()[0] is make([7, big]).tolist()[1]
-    beyond = 2_000_000_000
-    assert make([beyond, -1, -(2**31)]).tolist() == [beyond, -1, -(2**31)]
+    outside_the_table = 2_000_000_000
+    assert make([outside_the_table, -1, -(2**31)]).tolist() == [outside_the_table, -1, -(2**31)]
 
 
-def test_references_are_balanced() -> None:
+def test_reference_counts_are_balanced() -> None:
     make = native().token_ids
     number = make([123_456]).tolist()[0]
     before = sys.getrefcount(number)

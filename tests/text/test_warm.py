@@ -1,4 +1,4 @@
-"""Warm start: what one cache dumps another one loads, and no file can make it answer wrongly."""
+"""Cache files: another cache loads the dumped entries; no file can cause a wrong answer."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.text.test_l0 import TRICKY
 from tests.text.tokenizers_made import MADE, TEXTS, fast
 from tests.text.tokenizers_synthetic import RANDOM, SYNTHETIC
 from tokcache.errors import (
+    Damaged,
     InvalidCacheFile,
     InvalidConfig,
     InvalidScope,
@@ -46,16 +47,16 @@ LONG = ["".join(MESSAGES[:at]) for at in range(1, 7)]
 REAL = ("qwen2.5", "gpt2", "phi-3-mini", "bert-base-uncased", "t5-small", "minimind")
 
 Wrapped = Any
-on_both = pytest.mark.usefixtures("used")
+on_both = pytest.mark.usefixtures("implementation_used")
 
 
 @pytest.fixture(params=["reference", "native"])
-def used(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Have wrapped tokenizers keep texts and parts in one implementation."""
-    return use(request.param, monkeypatch)
+def implementation_used(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test once with the reference implementation and once with the native one."""
+    return use_implementation(request.param, monkeypatch)
 
 
-def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def use_implementation(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     one = implementation(name)
     one.use(monkeypatch)
     return name
@@ -63,7 +64,7 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def engine_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count what the engines are asked to encode."""
+    """Count the calls of `encode` on both engine classes."""
     calls: Counter[str] = Counter()
     for kind, method in (
         (HuggingFaceEngine, "encode"),
@@ -92,29 +93,29 @@ def filled(kind: str = "byte_level_bpe", texts: Any = (*TEXTS, *LONG), **setting
     return tok
 
 
-def held(tok: Wrapped) -> Any:
-    """Return all that a cache holds, and its counters."""
+def cache_contents(tok: Wrapped) -> Any:
+    """Return the texts and segments of a cache, and its counters."""
     core = tok._tokcache
     l1 = core.l1
-    parts = (l1.parts.held_chunks(), l1.parts.held_shorts(), l1.parts.cut_seed) if l1 else None
+    parts = (l1.cache.held_chunks(), l1.cache.held_segments(), l1.cache.cut_seed) if l1 else None
     return core._generation.l0.held(), parts, core.stats()
 
 
-def small_file(path: Path, key: bytes | None = None) -> bytes:
+def dump_small_cache(path: Path, key: bytes | None = None) -> bytes:
     tok = filled(texts=["hello world", "naïve 東京"])
     tok.token_ids("hello", scope="tenant")
     tok.cache_dump(path, key=key)
     return path.read_bytes()
 
 
-# ---- there and back
+# ---- dump and load
 
 
 @pytest.mark.parametrize(
     "kind", [*MADE, "gpt2", "qwen2", "bert_uncased", "llama2", "phi3", "unigram_first_split"]
 )
-def test_what_was_known_is_known_again(
-    used: str, kind: str, tmp_path: Path, engine_calls: Counter[str]
+def test_a_loaded_cache_answers_without_the_engine(
+    implementation_used: str, kind: str, tmp_path: Path, engine_calls: Counter[str]
 ) -> None:
     tok = filled(kind)
     dumped = tok.cache_dump(tmp_path / "cache")
@@ -124,8 +125,8 @@ def test_what_was_known_is_known_again(
     assert dumped.n_chunks == loaded.n_chunks
     assert dumped.n_bytes == loaded.n_bytes == (tmp_path / "cache").stat().st_size
     assert dumped.left_out == {}
-    assert set(loaded.left_out) <= {"no_room"}  # a set of short segments may be full
-    assert used == "native" or loaded == dumped
+    assert set(loaded.left_out) <= {"no_room"}  # a set of the segment table may be full
+    assert implementation_used == "native" or loaded == dumped
     engine_calls.clear()
     for text in (*TEXTS, *LONG):
         for special in (True, False):
@@ -137,17 +138,17 @@ def test_what_was_known_is_known_again(
     assert stats.l0.hits == stats.l0.n_entries
     new._tokcache._generation.l0._check()
     if new._tokcache.l1 is not None:
-        new._tokcache.l1.parts._check()
+        new._tokcache.l1.cache._check()
 
 
 @on_both
 @pytest.mark.parametrize("kind", ["byte_level_bpe", "gpt2", "qwen2", "llama2", "phi3"])
-def test_known_parts_in_another_order_need_no_engine(
+def test_loaded_chunks_in_another_order_need_no_engine(
     kind: str, tmp_path: Path, engine_calls: Counter[str]
 ) -> None:
     tok = filled(kind, [*LONG, "".join(MESSAGES[::-1])])
     others = ["".join(MESSAGES[::2]), "".join(MESSAGES[1:5]), "".join(MESSAGES[::-2])]
-    for text in others:  # made of known parts, but not known as texts
+    for text in others:  # their chunks are cached, the texts are not
         tok.token_ids(text)
     tok._tokcache._generation.l0.clear()
     tok.cache_dump(tmp_path / "cache")
@@ -164,7 +165,7 @@ def test_known_parts_in_another_order_need_no_engine(
 
 @on_both
 @pytest.mark.parametrize("name", REAL)
-def test_real_tokenizers(
+def test_real_tokenizers_answer_from_a_loaded_cache(
     shared_data: Path, name: str, tmp_path: Path, engine_calls: Counter[str]
 ) -> None:
     file = str(shared_data / "tokenizers" / name / "tokenizer.json")
@@ -179,7 +180,9 @@ def test_real_tokenizers(
     assert engine_calls == {}
 
 
-def test_a_transformers_tokenizer(tmp_path: Path, engine_calls: Counter[str]) -> None:
+def test_a_transformers_tokenizer_loads_only_with_equal_settings(
+    tmp_path: Path, engine_calls: Counter[str]
+) -> None:
     def made(**settings: Any) -> Wrapped:
         return tokcache.wrap(fast(MADE["byte_level_bpe"](), **settings), CONFIG)
 
@@ -200,11 +203,11 @@ def test_a_transformers_tokenizer(tmp_path: Path, engine_calls: Counter[str]) ->
 
 
 @both
-def test_every_kind_of_string_comes_back(
+def test_every_kind_of_string_survives_dump_and_load(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(name, monkeypatch)
-    monkeypatch.setattr(warm, "_verify", lambda *_: None)  # no tokenizer takes half a pair
+    use_implementation(name, monkeypatch)
+    monkeypatch.setattr(warm, "_verify", lambda *_: None)  # no tokenizer encodes a lone surrogate
     tok, new = wrapped("word_level"), wrapped("word_level")
     for number, text in enumerate(TRICKY):
         tok._tokcache._generation.l0.put(
@@ -218,34 +221,34 @@ def test_every_kind_of_string_comes_back(
 
 
 @on_both
-def test_an_empty_cache(tmp_path: Path) -> None:
+def test_dumping_and_loading_an_empty_cache(tmp_path: Path) -> None:
     report = wrapped().cache_dump(tmp_path / "cache")
     assert (report.n_texts, report.n_chunks, report.n_shorts, report.left_out) == (0, 0, 0, {})
     new = filled()
-    before = held(new)
+    before = cache_contents(new)
     assert new.cache_load(tmp_path / "cache") == report
-    assert held(new) == before
+    assert cache_contents(new) == before
 
 
 @on_both
 def test_loading_twice_changes_nothing(tmp_path: Path) -> None:
     tok = filled()
     report = tok.cache_dump(tmp_path / "cache")
-    before = held(tok)
+    before = cache_contents(tok)
     again = tok.cache_load(tmp_path / "cache")
-    assert held(tok) == before
+    assert cache_contents(tok) == before
     assert again.left_out == {"held": report.n_texts + report.n_chunks + report.n_shorts}
 
 
 @on_both
-def test_what_is_dumped_again_is_the_same_in_the_same_order(tmp_path: Path) -> None:
+def test_loading_keeps_the_order_of_use(tmp_path: Path) -> None:
     tok = filled()
     tok.token_ids(TEXTS[2])
     tok.cache_dump(tmp_path / "cache")
     new = wrapped()
     new.cache_load(tmp_path / "cache")
-    texts, (chunks, _, seed), _ = held(tok)
-    new_texts, (new_chunks, _, new_seed), _ = held(new)
+    texts, (chunks, _, seed), _ = cache_contents(tok)
+    new_texts, (new_chunks, _, new_seed), _ = cache_contents(new)
     assert new_texts == texts
     assert texts[0][0] == TEXTS[2]
     assert sorted(new_chunks) == sorted(chunks)
@@ -253,34 +256,34 @@ def test_what_is_dumped_again_is_the_same_in_the_same_order(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", [*MADE, *(k for k in SYNTHETIC if "without_unk" not in k)])
-def test_no_right_part_is_taken_for_a_wrong_one(kind: str) -> None:
+def test_verification_accepts_every_correct_segment(kind: str) -> None:
     tok = filled(kind, [*LONG, *TEXTS[:5], *(f"{a} <x> {b}" for a in TEXTS for b in LONG[:1])])
     l1 = tok._tokcache.l1
     if l1 is None or l1.off is not None:
-        pytest.skip(f"no parts are kept: {l1 and l1.off}")
-    rows = [*l1.parts.held_chunks(), *l1.parts.held_shorts()]
+        pytest.skip(f"L1 is off: {l1 and l1.off}")
+    rows = [*l1.cache.held_chunks(), *l1.cache.held_segments()]
     for text, ids, _, variant, *_ in rows:
-        assert l1.encode_part(text, variant) in (ids.tolist(), None), text
-    assert any(l1.encode_part(text, variant) is not None for text, _, _, variant, *_ in rows)
+        assert l1.encode_chunk(text, variant) in (ids.tolist(), None), text
+    assert any(l1.encode_chunk(text, variant) is not None for text, _, _, variant, *_ in rows)
 
 
 # ---- files that are refused
 
 
 def assert_refused(
-    tok: Wrapped, path: Path, match: str = "nothing of it was loaded", key: bytes | None = None
+    tok: Wrapped, path: Path, match: str = "nothing was loaded", key: bytes | None = None
 ) -> None:
-    before = held(tok)
+    before = cache_contents(tok)
     with pytest.raises(InvalidCacheFile, match=match):
         tok.cache_load(path, key=key)
-    assert held(tok) == before
+    assert cache_contents(tok) == before
 
 
 @pytest.mark.parametrize("key", [None, KEY])
 @pytest.mark.parametrize("flipped", [0xFF, 1])
 def test_every_flipped_byte_is_refused(tmp_path: Path, key: bytes | None, flipped: int) -> None:
     path = tmp_path / "cache"
-    good = small_file(path, key)
+    good = dump_small_cache(path, key)
     new = filled(texts=["something else"])
     for at in range(len(good)):
         path.write_bytes(good[:at] + bytes([good[at] ^ flipped]) + good[at + 1 :])
@@ -289,9 +292,9 @@ def test_every_flipped_byte_is_refused(tmp_path: Path, key: bytes | None, flippe
     assert new.cache_load(path, key=key).n_texts > 0
 
 
-def test_every_truncation_and_every_byte_more_is_refused(tmp_path: Path) -> None:
+def test_truncated_and_extended_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    good = small_file(path)
+    good = dump_small_cache(path)
     new = wrapped()
     for n_bytes in range(len(good)):
         path.write_bytes(good[:n_bytes])
@@ -302,7 +305,7 @@ def test_every_truncation_and_every_byte_more_is_refused(tmp_path: Path) -> None
     path.write_bytes(b"")
     assert_refused(new, path, "too short")
     path.write_bytes(b"#!/usr/bin/env python3\n" * 99)
-    assert_refused(new, path, "is no cache file")
+    assert_refused(new, path, "is not a cache file")
 
 
 def retokenized(change: Callable[[Tokenizer], Any]) -> Tokenizer:
@@ -318,15 +321,15 @@ def _swap_merges(made: Tokenizer) -> None:
     made.model = Tokenizer.from_str(json.dumps(state)).model
 
 
-def _forget_merge(made: Tokenizer) -> None:
+def _drop_last_merge(made: Tokenizer) -> None:
     state = json.loads(made.to_str())
     state["model"]["merges"].pop()
     made.model = Tokenizer.from_str(json.dumps(state)).model
 
 
 CHANGES: dict[str, Callable[[Tokenizer], Any]] = {
-    "a token more": lambda made: made.add_tokens(["another"]),
-    "a special token more": lambda made: made.add_special_tokens(["another"]),
+    "an added token": lambda made: made.add_tokens(["another"]),
+    "an added special token": lambda made: made.add_special_tokens(["another"]),
     "flags of a token": lambda made: made.add_special_tokens([AddedToken("<mask>", rstrip=True)]),
     "a normalizer": lambda made: setattr(made, "normalizer", normalizers.Lowercase()),
     "a pre-tokenizer": lambda made: setattr(
@@ -337,7 +340,7 @@ CHANGES: dict[str, Callable[[Tokenizer], Any]] = {
     ),
     "encode_special_tokens": lambda made: setattr(made, "encode_special_tokens", True),
     "the order of merges": _swap_merges,
-    "a merge less": _forget_merge,
+    "a missing merge": _drop_last_merge,
 }
 
 
@@ -345,7 +348,7 @@ CHANGES: dict[str, Callable[[Tokenizer], Any]] = {
 def test_a_file_of_another_tokenizer_is_refused(
     tmp_path: Path, change: Callable[[Tokenizer], Any]
 ) -> None:
-    small_file(tmp_path / "cache")
+    dump_small_cache(tmp_path / "cache")
     other = tokcache.wrap(retokenized(change), CONFIG)
     other.token_ids("hello")
     assert_refused(other, tmp_path / "cache", "another tokenizer")
@@ -356,13 +359,13 @@ def test_a_file_of_another_tokenizer_is_refused(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MADE if kind != "byte_level_bpe"])
-def test_a_file_of_another_kind_is_refused(tmp_path: Path, kind: str) -> None:
-    small_file(tmp_path / "cache")
+def test_a_file_of_another_kind_of_tokenizer_is_refused(tmp_path: Path, kind: str) -> None:
+    dump_small_cache(tmp_path / "cache")
     assert_refused(filled(kind), tmp_path / "cache", "another tokenizer")
 
 
-def test_truncation_and_padding_are_no_other_tokenizer(tmp_path: Path) -> None:
-    small_file(tmp_path / "cache")
+def test_truncation_and_padding_do_not_change_the_fingerprint(tmp_path: Path) -> None:
+    dump_small_cache(tmp_path / "cache")
     new = wrapped()
     new.enable_truncation(3)
     new.enable_padding(length=10)
@@ -386,15 +389,15 @@ def test_a_fingerprint_is_the_same_in_another_process() -> None:
         assert done.stdout.strip() == warm.fingerprint(made).hex()
 
 
-def test_a_file_of_another_tokenizers_library_is_refused(
+def test_a_file_of_another_tokenizers_version_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_file(tmp_path / "cache")
+    dump_small_cache(tmp_path / "cache")
     monkeypatch.setattr("tokenizers.__version__", "0.1.0")
     assert_refused(wrapped(), tmp_path / "cache", "another version of tokenizers")
 
 
-# ---- files that somebody made
+# ---- forged files
 
 
 def forge(
@@ -405,27 +408,27 @@ def forge(
     key: bytes | None = None,
     **header: Any,
 ) -> Path:
-    """Write a file with a right checksum, whatever is in it."""
+    """Write a cache file with these entries and a correct checksum; the entries may be false."""
     core = tok._tokcache
     tokenizer, generation = warm._current(core)
     own = {
         "fingerprint": warm.fingerprint(tokenizer),
         "plan": warm._plan_digest(generation.l1),
-        "cut_seed": generation.l1.parts.cut_seed,
+        "cut_seed": generation.l1.cache.cut_seed,
         "n_entries": len(entries),
     }
     warm_file.write(path, Header(**(own | header)), scopes, entries, key)
     return path
 
 
-def entry(text: str | bytes, ids: list[int], **lies: Any) -> tuple[Entry, bytes, bytes]:
+def entry(text: str | bytes, ids: list[int], **fields: Any) -> tuple[Entry, bytes, bytes]:
     raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
     own = {
         "kind": Kind.TEXT, "scope": 0, "flag": False, "variant": 0, "end_class": 1,
         "n_bytes": len(raw), "n_ids": len(ids),
     }  # fmt: skip
     raw_ids = b"".join((index % 2**32).to_bytes(4, "little") for index in ids)
-    return Entry(**(own | lies)), raw, raw_ids
+    return Entry(**(own | fields)), raw, raw_ids
 
 
 def right_ids(text: str) -> list[int]:
@@ -434,45 +437,45 @@ def right_ids(text: str) -> list[int]:
 
 
 HELLO = right_ids("hello")
-LIES: dict[str, tuple[tuple[Entry, bytes, bytes], str]] = {
-    "more text than there is": (entry("hello", HELLO, n_bytes=1 << 62), "ends within"),
-    "more ids than there are": (entry("hello", HELLO, n_ids=0xFFFFFFFF), "ends within"),
-    "less ids than there are": (entry("hello", HELLO, n_ids=0), "belong to no entry"),
-    "a scope that is not named": (entry("hello", HELLO, scope=2), "no known kind"),
-    "a kind that is none": (entry("hello", HELLO, kind=3), "no known kind"),
-    "a flag that is none": (entry("hello", HELLO, flag=2), "no known kind"),
-    "an id beyond the vocabulary": (entry("hello", [5000]), "the token id 5,000"),
-    "an id beyond all": (entry("hello", [2**31 - 1]), "the token id 2,147,483,647"),
+FALSE_ENTRIES: dict[str, tuple[tuple[Entry, bytes, bytes], str]] = {
+    "a text longer than the file": (entry("hello", HELLO, n_bytes=1 << 62), "ends within"),
+    "more ids than the file has": (entry("hello", HELLO, n_ids=0xFFFFFFFF), "ends within"),
+    "fewer ids than the file has": (entry("hello", HELLO, n_ids=0), "belong to no entry"),
+    "a scope without a name": (entry("hello", HELLO, scope=2), "an unknown kind"),
+    "an unknown kind": (entry("hello", HELLO, kind=3), "an unknown kind"),
+    "an unknown flag": (entry("hello", HELLO, flag=2), "an unknown kind"),
+    "an id outside the vocabulary": (entry("hello", [5000]), "the token id 5,000"),
+    "the largest id": (entry("hello", [2**31 - 1]), "the token id 2,147,483,647"),
     "a negative id": (entry("hello", [-1]), "the token id 4,294,967,295"),
     "other ids": (entry("hello", [*HELLO, 7]), "other ids for a text"),
     "no ids": (entry("hello", []), "other ids for a text"),
-    "half of a pair": (entry("\ud800", [7]), "other ids for a text"),
-    "no UTF-8": (entry(b"\xff\xfe", [7]), "no UTF-8"),
-    "an overlong form": (entry(b"\xc0\x80", [7]), "no UTF-8"),
-    "a part with half of a pair": (entry("\ud800", [7], kind=Kind.CHUNK), "no UTF-8"),
-    "an empty part": (entry("", [7], kind=Kind.CHUNK), "no text is cut into"),
-    "a variant that is none": (
-        entry("hello", HELLO, kind=Kind.CHUNK, variant=9), "no text is cut into"
+    "a lone surrogate": (entry("\ud800", [7]), "other ids for a text"),
+    "invalid UTF-8": (entry(b"\xff\xfe", [7]), "not UTF-8"),
+    "overlong UTF-8": (entry(b"\xc0\x80", [7]), "not UTF-8"),
+    "a chunk with a lone surrogate": (entry("\ud800", [7], kind=Kind.CHUNK), "not UTF-8"),
+    "an empty chunk": (entry("", [7], kind=Kind.CHUNK), "into which no text is cut"),
+    "an unknown variant": (
+        entry("hello", HELLO, kind=Kind.CHUNK, variant=9), "into which no text is cut"
     ),
-    "a class that is none": (
-        entry("hello", HELLO, kind=Kind.CHUNK, end_class=16), "no text is cut into"
+    "an unknown end class": (
+        entry("hello", HELLO, kind=Kind.CHUNK, end_class=16), "into which no text is cut"
     ),
-    "other ids of a chunk": (entry("hello", [7], kind=Kind.CHUNK), "other ids for a part"),
-    "other ids of a segment": (entry("hello", [7], kind=Kind.SHORT), "other ids for a part"),
+    "other ids of a chunk": (entry("hello", [7], kind=Kind.CHUNK), "other ids for a segment"),
+    "other ids of a segment": (entry("hello", [7], kind=Kind.SHORT), "other ids for a segment"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("lie", "match"), LIES.values(), ids=LIES)
-def test_a_lie_with_a_right_checksum_is_refused(
-    tmp_path: Path, lie: tuple[Entry, bytes, bytes], match: str
+@pytest.mark.parametrize(("false_entry", "match"), FALSE_ENTRIES.values(), ids=FALSE_ENTRIES)
+def test_a_false_entry_with_a_correct_checksum_is_refused(
+    tmp_path: Path, false_entry: tuple[Entry, bytes, bytes], match: str
 ) -> None:
     tok = filled(texts=["something"])
-    assert_refused(tok, forge(tok, tmp_path / "cache", lie), match)
+    assert_refused(tok, forge(tok, tmp_path / "cache", false_entry), match)
     good = entry("hello", HELLO)
     assert wrapped().cache_load(forge(tok, tmp_path / "cache", good)).n_texts == 1
 
 
-def test_headers_that_lie_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_false_headers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tok, path, good = wrapped(), tmp_path / "cache", entry("hello", HELLO)
     for n_entries in (0, 2, 2**64 - 1):
         forge(tok, path, good, n_entries=n_entries)
@@ -500,7 +503,7 @@ def test_a_scope_longer_than_the_file_is_refused(tmp_path: Path) -> None:
         assert_refused(tok, path)
 
 
-def test_a_seed_of_another_length_leaves_the_chunks_out(tmp_path: Path) -> None:
+def test_chunks_are_left_out_if_the_cut_seed_has_another_length(tmp_path: Path) -> None:
     tok = wrapped()
     chunk = entry(LINE, right_ids(LINE), kind=Kind.CHUNK)
     for seed in (b"", b"abc", bytes(255)):
@@ -509,16 +512,18 @@ def test_a_seed_of_another_length_leaves_the_chunks_out(tmp_path: Path) -> None:
     assert tok.cache_load(forge(tok, tmp_path / "cache", chunk)).n_chunks == 1
 
 
-def test_what_is_too_large_is_read_past_not_held(tmp_path: Path) -> None:
+def test_entries_over_the_budget_are_skipped_without_reading_them_into_memory(
+    tmp_path: Path,
+) -> None:
     n_large = 64 << 20
     tok = wrapped(l0_max_bytes=1 << 20, l1_max_bytes=1 << 20)
-    lies = [
+    large = [
         entry(b"a" * n_large, HELLO, kind=kind, n_bytes=n_large)
         for kind in (Kind.TEXT, Kind.CHUNK, Kind.SHORT)
     ]
-    path = forge(tok, tmp_path / "cache", entry("hello", HELLO), *lies)
+    path = forge(tok, tmp_path / "cache", entry("hello", HELLO), *large)
     warm.fingerprint(tok._tokcache._generation.engine.tokenizer)
-    del lies
+    del large
     tracemalloc.start()
     try:
         report = tok.cache_load(path)
@@ -526,10 +531,10 @@ def test_what_is_too_large_is_read_past_not_held(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert (report.n_texts, report.left_out) == (1, {"no_room": 3})
-    assert peak < 32 << 20  # 16 MiB of them: which ids were seen
+    assert peak < 32 << 20  # 16 MiB of it is the table of the ids seen so far
 
 
-def test_a_million_small_entries_are_not_all_held(tmp_path: Path) -> None:
+def test_memory_for_many_small_entries_is_bounded(tmp_path: Path) -> None:
     tok = wrapped(l0_max_bytes=1 << 20, l1_max_bytes=1 << 20)
     many = [entry(f"{at:07d}", [7]) for at in range(100_000)]
     path = forge(tok, tmp_path / "cache", *many)
@@ -551,24 +556,24 @@ def test_a_million_small_entries_are_not_all_held(tmp_path: Path) -> None:
 
 def test_a_file_with_a_key_needs_the_key(tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    small_file(path, KEY)
+    dump_small_cache(path, KEY)
     new = wrapped()
     assert_refused(new, path, "written with a key; pass it", None)
     assert_refused(new, path, "another key", KEY + b"x")
     assert new.cache_load(path, key=KEY).n_texts > 0
 
 
-def test_a_file_without_the_key_is_refused_by_who_has_one(tmp_path: Path) -> None:
+def test_a_file_without_a_key_is_refused_if_a_key_is_given(tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    raw = small_file(path)
+    raw = dump_small_cache(path)
     assert_refused(wrapped(), path, "written without a key", KEY)
-    path.write_bytes(raw[:10] + b"\x01" + raw[11:])  # says that it has one
+    path.write_bytes(raw[:10] + b"\x01" + raw[11:])  # the flag "has a key"
     assert_refused(wrapped(), path, "wrong checksum", KEY)
 
 
 @pytest.mark.parametrize("key", ["a text that is long enough", b"", b"short", 5, bytearray(32)])
-def test_no_key_at_all_is_refused(tmp_path: Path, key: Any) -> None:
-    small_file(tmp_path / "cache")
+def test_invalid_keys_are_refused(tmp_path: Path, key: Any) -> None:
+    dump_small_cache(tmp_path / "cache")
     tok = wrapped()
     for method in (tok.cache_dump, tok.cache_load):
         with pytest.raises(InvalidConfig, match="key must be"):
@@ -578,7 +583,7 @@ def test_no_key_at_all_is_refused(tmp_path: Path, key: Any) -> None:
 # ---- scopes
 
 
-def of_tenants(**settings: Any) -> Wrapped:
+def filled_by_tenants(**settings: Any) -> Wrapped:
     tok = wrapped(**settings)
     for scope in (None, "a", "b"):
         for text in LONG:
@@ -586,10 +591,10 @@ def of_tenants(**settings: Any) -> Wrapped:
     return tok
 
 
-def known_in(tok: Wrapped, scope: str | None) -> tuple[int, int]:
-    """Return how many texts a scope has, and how many parts."""
+def n_entries_of_scope(tok: Wrapped, scope: str | None) -> tuple[int, int]:
+    """Return the number of texts of a scope, and the number of its segments."""
     l0, l1 = tok._tokcache._generation.l0, tok._tokcache.l1
-    parts = [*l1.parts.held_chunks(), *l1.parts.held_shorts()]
+    parts = [*l1.cache.held_chunks(), *l1.cache.held_segments()]
     return (
         sum(row[3] == scope for row in l0.held()),
         sum(row[2] == l1.tag(scope) for row in parts),
@@ -597,12 +602,12 @@ def known_in(tok: Wrapped, scope: str | None) -> tuple[int, int]:
 
 
 @on_both
-def test_scopes_stay_apart(tmp_path: Path, engine_calls: Counter[str]) -> None:
-    tok, new = of_tenants(), wrapped()
+def test_loaded_entries_stay_in_their_scope(tmp_path: Path, engine_calls: Counter[str]) -> None:
+    tok, new = filled_by_tenants(), wrapped()
     tok.cache_dump(tmp_path / "cache")
     new.cache_load(tmp_path / "cache")
     for scope in (None, "a", "b"):
-        n_texts, n_parts = known_in(new, scope)
+        n_texts, n_parts = n_entries_of_scope(new, scope)
         assert n_texts == len(LONG)
         assert n_parts > 0
         engine_calls.clear()
@@ -612,15 +617,15 @@ def test_scopes_stay_apart(tmp_path: Path, engine_calls: Counter[str]) -> None:
         other = "b" if scope == "a" else "a"
         assert new._tokcache.get(f"{scope}: {LONG[0]}", True, other) is None
         before = new.cache_stats().l1.engine_chars
-        new.token_ids(f"{scope}: {LONG[0]}", scope=f"nobody {scope}")
+        new.token_ids(f"{scope}: {LONG[0]}", scope=f"another {scope}")
         assert new.cache_stats().l1.engine_chars > before
-    assert known_in(new, "c") == (0, 0)
+    assert n_entries_of_scope(new, "c") == (0, 0)
 
 
 @on_both
-@pytest.mark.parametrize("scopes", [["a"], [None], ["a", None], ("b",), {"nobody"}, []])
-def test_some_scopes_are_dumped_or_loaded(tmp_path: Path, scopes: Any) -> None:
-    tok = of_tenants()
+@pytest.mark.parametrize("scopes", [["a"], [None], ["a", None], ("b",), {"another"}, []])
+def test_only_the_given_scopes_are_dumped_or_loaded(tmp_path: Path, scopes: Any) -> None:
+    tok = filled_by_tenants()
     whole = tok.cache_dump(tmp_path / "whole")
     some = tok.cache_dump(tmp_path / "some", scopes=scopes)
     assert some.n_texts == len(LONG) * len(set(scopes) & {None, "a", "b"})
@@ -631,7 +636,7 @@ def test_some_scopes_are_dumped_or_loaded(tmp_path: Path, scopes: Any) -> None:
     for new, file, asked in ((wrapped(), "some", None), (wrapped(), "whole", scopes)):
         new.cache_load(tmp_path / file, scopes=asked)
         for scope in (None, "a", "b"):
-            n_texts, n_parts = known_in(new, scope)
+            n_texts, n_parts = n_entries_of_scope(new, scope)
             assert n_texts == len(LONG) * (scope in scopes)
             assert (n_parts > 0) == (scope in scopes)
     raw = (tmp_path / "some").read_bytes()
@@ -639,22 +644,26 @@ def test_some_scopes_are_dumped_or_loaded(tmp_path: Path, scopes: Any) -> None:
         assert (f"{scope}: <s>user".encode() in raw) == (scope in scopes)
 
 
-def test_a_scoped_tokenizer_has_its_own_scope(tmp_path: Path) -> None:
-    tok = of_tenants()
+def test_a_scoped_tokenizer_dumps_and_loads_its_own_scope(tmp_path: Path) -> None:
+    tok = filled_by_tenants()
     report = tok.scoped("a").cache_dump(tmp_path / "a")
     assert report.n_texts == len(LONG)
     assert b"b: <s>user" not in (tmp_path / "a").read_bytes()
     tok.cache_dump(tmp_path / "all")
     new = wrapped()
     new.scoped("b").cache_load(tmp_path / "all")
-    assert [known_in(new, scope)[0] for scope in (None, "a", "b")] == [0, 0, len(LONG)]
+    assert [n_entries_of_scope(new, scope)[0] for scope in (None, "a", "b")] == [0, 0, len(LONG)]
     new.scoped("b").cache_load(tmp_path / "all", scopes=["a"])
-    assert [known_in(new, scope)[0] for scope in (None, "a", "b")] == [0, len(LONG), len(LONG)]
+    assert [n_entries_of_scope(new, scope)[0] for scope in (None, "a", "b")] == [
+        0,
+        len(LONG),
+        len(LONG),
+    ]
 
 
 @pytest.mark.parametrize("scopes", ["tenant-a", b"a", 5, [5], [b"a"], iter(["a"])])
-def test_scopes_that_are_none_are_refused(tmp_path: Path, scopes: Any) -> None:
-    small_file(tmp_path / "cache")
+def test_invalid_scopes_are_refused(tmp_path: Path, scopes: Any) -> None:
+    dump_small_cache(tmp_path / "cache")
     tok = wrapped()
     for method in (tok.cache_dump, tok.cache_load):
         with pytest.raises(InvalidScope, match="scope"):
@@ -662,35 +671,33 @@ def test_scopes_that_are_none_are_refused(tmp_path: Path, scopes: Any) -> None:
 
 
 @on_both
-def test_parts_of_a_scope_that_has_no_name_any_more_are_left_out(tmp_path: Path) -> None:
-    tok = of_tenants()
+def test_segments_whose_scope_name_is_gone_are_left_out(tmp_path: Path) -> None:
+    tok = filled_by_tenants()
     tok._tokcache._generation.l0.clear()
     tok._tokcache.l1._tags.clear()
     report = tok.cache_dump(tmp_path / "cache")
     assert report.left_out["no_name"] > 0
     new = wrapped()
     new.cache_load(tmp_path / "cache")
-    assert known_in(new, None)[1] > 0
-    assert [known_in(new, scope) for scope in ("a", "b")] == [(0, 0), (0, 0)]
+    assert n_entries_of_scope(new, None)[1] > 0
+    assert [n_entries_of_scope(new, scope) for scope in ("a", "b")] == [(0, 0), (0, 0)]
 
 
-def test_a_file_takes_no_more_scopes_than_it_may(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_holds_at_most_max_scopes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warm, "MAX_SCOPES", 1)
-    report = of_tenants().cache_dump(tmp_path / "cache")
+    report = filled_by_tenants().cache_dump(tmp_path / "cache")
     assert report.left_out["scopes"] > 0
     new = wrapped()
     new.cache_load(tmp_path / "cache")
-    assert sorted(known_in(new, scope)[0] for scope in ("a", "b")) == [0, len(LONG)]
-    assert known_in(new, None)[0] == len(LONG)
+    assert sorted(n_entries_of_scope(new, scope)[0] for scope in ("a", "b")) == [0, len(LONG)]
+    assert n_entries_of_scope(new, None)[0] == len(LONG)
 
 
 # ---- budgets
 
 
 @on_both
-def test_the_last_used_texts_go_in_first(tmp_path: Path) -> None:
+def test_the_most_recently_used_texts_are_loaded_first(tmp_path: Path) -> None:
     tok = filled(texts=[])
     for at in range(100):
         tok.token_ids(f"text {at}")
@@ -714,7 +721,7 @@ def test_the_last_used_texts_go_in_first(tmp_path: Path) -> None:
 
 @on_both
 @pytest.mark.parametrize("max_bytes", [1, 5_000, 60_000])
-def test_byte_budgets_hold_and_nothing_goes_for_a_file(tmp_path: Path, max_bytes: int) -> None:
+def test_loading_keeps_the_byte_budgets_and_evicts_nothing(tmp_path: Path, max_bytes: int) -> None:
     filled(texts=[*LONG, *(LINE * 30 + f"{at}" for at in range(40))]).cache_dump(tmp_path / "cache")
     new = wrapped(l0_max_bytes=max_bytes, l1_max_bytes=max_bytes)
     new.token_ids("own text")
@@ -729,13 +736,13 @@ def test_byte_budgets_hold_and_nothing_goes_for_a_file(tmp_path: Path, max_bytes
     assert report.left_out["no_room"] > 0
     assert max_bytes == 5_000 or (report.n_texts > 0) == (max_bytes == 60_000)
     new._tokcache._generation.l0._check()
-    new._tokcache.l1.parts._check()
+    new._tokcache.l1.cache._check()
     for text in (*LONG, LINE * 30 + "7"):
         assert new.token_ids(text).tolist() == new.encode(text).ids
 
 
 @both
-def test_l0_fills_behind_what_it_holds(name: str) -> None:
+def test_l0_fill_inserts_entries_as_older_than_its_own(name: str) -> None:
     rows = [(f"text {at}", True, [at], None if at % 3 else "s") for at in range(8)]
     for n_own in range(6):
         cache = implementation(name).l0_cache(max_entries=10, sample_size=200)
@@ -747,7 +754,7 @@ def test_l0_fills_behind_what_it_holds(name: str) -> None:
             *(f"own {at}" for at in reversed(range(n_own))),
             *(row[0] for row in rows[: 10 - n_own]),
         ]
-        for at in range(3):  # the oldest of the file go first
+        for at in range(3):  # they evict the file's oldest entries first
             cache.put(f"new {at}", [at])
         cache._check()
         kept = [row[0] for row in cache.held() if row[0].startswith("text")]
@@ -758,7 +765,7 @@ def test_l0_fills_behind_what_it_holds(name: str) -> None:
 
 
 @both
-def test_l0_holds_what_was_put(name: str) -> None:
+def test_l0_lists_its_entries_from_newest_to_oldest(name: str) -> None:
     rng, cache = random.Random(4), implementation(name).l0_cache(max_entries=60)
     model: dict[Any, Any] = {}
     for step in range(2000):
@@ -776,7 +783,7 @@ def test_l0_holds_what_was_put(name: str) -> None:
     assert other.held() == found
 
 
-def test_a_part_that_never_was_is_refused_by_the_native_cache() -> None:
+def test_impossible_segments_are_refused_by_the_segment_cache() -> None:
     one, plan = implementation("native"), wrapped()._tokcache.l1.plan
     parts, ids = one.l1.SegmentCache(plan, 1 << 20), one.token_ids([1])
     with pytest.raises(ValueError, match="end class 16"):
@@ -784,45 +791,49 @@ def test_a_part_that_never_was_is_refused_by_the_native_cache() -> None:
     with pytest.raises(ValueError, match="variant 9"):
         parts.fill_chunks([("hello", ids, 0, 9, 0, False)])
     with pytest.raises(ValueError, match="variant 9"):
-        parts.fill_shorts([("hello", ids, 0, 9)])
+        parts.fill_segments([("hello", ids, 0, 9)])
     for name in ("native", "reference"):
         other = implementation(name).l1.SegmentCache(plan, 1 << 20)
         with pytest.raises(ValueError, match="a cut seed has"):
             other.cut_seed = b"abc"
 
 
-# ---- parts that are cut otherwise
+# ---- chunks cut with another seed or plan
 
 
-def test_chunks_of_another_seed_replace_fewer(tmp_path: Path, engine_calls: Counter[str]) -> None:
+def test_chunks_of_another_cut_seed_are_loaded_if_they_outnumber_the_own(
+    tmp_path: Path, engine_calls: Counter[str]
+) -> None:
+    """The ends of chunks depend on the seed, and a cache has one seed only."""
     tok = filled()
     tok.cache_dump(tmp_path / "cache")
     few = filled(texts=["hello there"])
     report = few.cache_load(tmp_path / "cache")
     assert report.n_chunks > 0
-    assert few._tokcache.l1.parts.cut_seed == tok._tokcache.l1.parts.cut_seed
+    assert few._tokcache.l1.cache.cut_seed == tok._tokcache.l1.cache.cut_seed
     engine_calls.clear()
     few._tokcache._generation.l0.clear()
     for text in LONG:
         few.token_ids(text)
     assert engine_calls == {}
     many = filled(texts=[f"{LINE}{at} of it. " * 20 for at in range(60)])
-    seed = many._tokcache.l1.parts.cut_seed
+    seed = many._tokcache.l1.cache.cut_seed
     report = many.cache_load(tmp_path / "cache")
     assert report.n_chunks == 0
     assert report.left_out["cuts"] > 0
-    assert many._tokcache.l1.parts.cut_seed == seed
+    assert many._tokcache.l1.cache.cut_seed == seed
     assert report.n_texts > 0
 
 
 @pytest.mark.parametrize(("one", "other"), [("native", "reference"), ("reference", "native")])
-def test_the_implementations_read_each_other(
+def test_each_implementation_reads_files_of_the_other(
     one: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(one, monkeypatch)
+    """Chunks are left out, because the cut seeds of the implementations differ in length."""
+    use_implementation(one, monkeypatch)
     tok = filled()
     dumped = tok.cache_dump(tmp_path / "cache")
-    use(other, monkeypatch)
+    use_implementation(other, monkeypatch)
     new = wrapped()
     report = new.cache_load(tmp_path / "cache")
     assert report.n_texts == dumped.n_texts
@@ -832,7 +843,7 @@ def test_the_implementations_read_each_other(
         assert new.token_ids(text).tolist() == new.encode(text).ids
 
 
-def test_a_cache_without_parts(tmp_path: Path) -> None:
+def test_a_cache_without_l1_loads_and_dumps_texts_alone(tmp_path: Path) -> None:
     tok = filled()
     dumped = tok.cache_dump(tmp_path / "cache")
     new = wrapped(l1=False)
@@ -844,14 +855,14 @@ def test_a_cache_without_parts(tmp_path: Path) -> None:
     assert wrapped().cache_load(tmp_path / "texts").n_texts == dumped.n_texts
 
 
-def test_parts_of_another_plan_are_left_out(tmp_path: Path) -> None:
+def test_chunks_of_another_cut_plan_are_left_out(tmp_path: Path) -> None:
     tok = filled()
     part = entry(LINE, right_ids(LINE), kind=Kind.CHUNK)
     report = tok.cache_load(forge(tok, tmp_path / "cache", part, plan=bytes(32)))
     assert (report.n_chunks, report.left_out) == (0, {"cuts": 1})
 
 
-def test_parts_that_were_proven_wrong_are_not_dumped(tmp_path: Path) -> None:
+def test_segments_are_not_dumped_after_l1_was_turned_off(tmp_path: Path) -> None:
     tok = filled()
     tok._tokcache.l1.off = "difference"
     report = tok.cache_dump(tmp_path / "cache")
@@ -860,9 +871,10 @@ def test_parts_that_were_proven_wrong_are_not_dumped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gigatoken", "fastokens"])
-def test_with_a_fast_encoder(
+def test_a_fast_encoder_dumps_chunks_and_loads_no_segments(
     shared_data: Path, kind: str, tmp_path: Path, engine_calls: Counter[str]
 ) -> None:
+    """A fast encoder is quicker than the look-up of segments, so they are not used with it."""
     pytest.importorskip(kind, reason=f"{kind} is not installed")
     file = str(shared_data / "tokenizers" / "qwen2.5" / "tokenizer.json")
     fast_one = tokcache.wrap(Tokenizer.from_file(file), tokcache.CacheConfig(engine=kind))
@@ -884,10 +896,10 @@ def test_with_a_fast_encoder(
     assert report.n_shorts == 0
 
 
-# ---- tokenizers that keep nothing, or change
+# ---- tokenizers that are never cached, or that change
 
 
-def test_a_tokenizer_that_keeps_nothing_has_nothing_to_dump(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_never_cached_can_not_dump_or_load(tmp_path: Path) -> None:
     tok = tokcache.wrap(RANDOM["dropout_half"](), CONFIG)
     for method in (tok.cache_dump, tok.cache_load):
         with pytest.raises(NothingCached, match="bpe_dropout"):
@@ -896,10 +908,10 @@ def test_a_tokenizer_that_keeps_nothing_has_nothing_to_dump(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("change", ["add_tokens", "handed_out", "cache_clear"])
-def test_a_change_while_a_file_is_loaded(
+def test_a_change_of_the_tokenizer_during_a_load_stops_the_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    small_file(tmp_path / "cache")
+    dump_small_cache(tmp_path / "cache")
     new = wrapped()
     component = new.pre_tokenizer
     verify = warm._verify
@@ -920,7 +932,7 @@ def test_a_change_while_a_file_is_loaded(
     assert new.token_ids("hello world").tolist() == new.encode("hello world").ids
 
 
-def test_a_file_is_of_the_tokenizer_as_it_was_dumped(tmp_path: Path) -> None:
+def test_a_file_belongs_to_the_tokenizer_as_it_was_when_dumped(tmp_path: Path) -> None:
     tok = filled(texts=["hello world"])
     tok.add_tokens(["lo wo"])
     right = tok.token_ids("hello world")
@@ -932,7 +944,7 @@ def test_a_file_is_of_the_tokenizer_as_it_was_dumped(tmp_path: Path) -> None:
     assert new._tokcache.get("hello world", True, None) == right
 
 
-def test_others_may_encode_meanwhile(tmp_path: Path) -> None:
+def test_other_threads_may_encode_during_dump_and_load(tmp_path: Path) -> None:
     filled().cache_dump(tmp_path / "cache")
     tok = wrapped(l0_max_entries=30, l1_max_bytes=40_000)
     right = {text: tok.encode(text).ids for text in (*TEXTS, *LONG)}
@@ -956,7 +968,7 @@ def test_others_may_encode_meanwhile(tmp_path: Path) -> None:
         one.join()
     assert wrong == []
     tok._tokcache._generation.l0._check()
-    tok._tokcache.l1.parts._check()
+    tok._tokcache.l1.cache._check()
     assert wrapped().cache_load(tmp_path / "other 1").n_texts > 0
 
 
@@ -979,6 +991,7 @@ os._exit(0)
 
 @pytest.mark.parametrize("before", ["load", "batch"])
 def test_loading_before_a_fork_leaves_children_parallel(tmp_path: Path, before: str) -> None:
+    """A batch that tokenizers encodes in parallel before a fork makes the children serial."""
     filled("gpt2").cache_dump(tmp_path / "cache")
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", FORKING, str(tmp_path / "cache"), before],
@@ -993,12 +1006,12 @@ def test_loading_before_a_fork_leaves_children_parallel(tmp_path: Path, before: 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder in which nothing may be left but what is named cache."""
+    """Return a folder; afterwards it may hold only the files `cache` and `kept`."""
     yield tmp_path
     assert {path.name for path in tmp_path.iterdir()} <= {"cache", "kept"}
 
 
-def test_only_its_owner_may_read_a_file(folder: Path) -> None:
+def test_only_the_owner_may_read_a_cache_file(folder: Path) -> None:
     path = folder / "cache"
     path.write_bytes(b"old")
     path.chmod(0o666)
@@ -1018,22 +1031,22 @@ def test_a_link_is_replaced_not_followed(folder: Path) -> None:
     assert (folder / "kept").read_bytes() == b"kept"
 
 
-def test_folders_and_pipes_are_no_cache_files(tmp_path: Path) -> None:
+def test_folders_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     tok = wrapped()
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
-        assert_refused(tok, path, "no regular file")
-    with pytest.raises(MissingFile, match="there is no cache file"):
+        assert_refused(tok, path, "not a regular file")
+    with pytest.raises(MissingFile, match="nothing does not exist"):
         tok.cache_load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError):
         tok.cache_load(str(tmp_path / "nothing"))
 
 
-def test_a_path_that_cannot_be_written(folder: Path) -> None:
+def test_dumping_to_an_unusable_path_raises_a_clear_error(folder: Path) -> None:
     tok = filled(texts=["hello"])
     (folder / "kept").write_bytes(b"kept")
     (folder / "cache").mkdir()
-    missing = re.escape(f"there is no folder {folder / 'no such folder'} to write cache into; make")
+    missing = re.escape(f"the folder {folder / 'no such folder'}, in which cache is to be written")
     with pytest.raises(MissingFile, match=missing):
         tok.cache_dump(folder / "no such folder" / "cache")
     with pytest.raises(NotADirectoryError) as caught:
@@ -1046,7 +1059,7 @@ def test_a_path_that_cannot_be_written(folder: Path) -> None:
     assert (folder / "kept").read_bytes() == b"kept"
 
 
-def test_a_folder_without_permission(tmp_path: Path) -> None:
+def test_dumping_to_a_folder_without_permission_raises(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     tok = filled(texts=["hello"])
@@ -1060,9 +1073,9 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_a_full_disk_leaves_what_was_there(folder: Path) -> None:
+def test_a_full_disk_keeps_the_previous_file(folder: Path) -> None:
     path = folder / "cache"
-    old = small_file(path)
+    old = dump_small_cache(path)
     tok = filled(texts=[LINE * at for at in range(60)])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -1077,11 +1090,11 @@ def test_a_full_disk_leaves_what_was_there(folder: Path) -> None:
     assert path.stat().st_size > 20_000
 
 
-def test_a_failing_sync_leaves_what_was_there(
+def test_a_failing_sync_keeps_the_previous_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = folder / "cache"
-    old = small_file(path)
+    old = dump_small_cache(path)
 
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -1092,20 +1105,20 @@ def test_a_failing_sync_leaves_what_was_there(
     assert path.read_bytes() == old
 
 
-def test_a_file_that_becomes_shorter_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    raw = small_file(path)
+    raw = dump_small_cache(path)
 
     class Shrinking(warm_file.Reader):
         def __init__(self, file: Any, key: bytes | None) -> None:
             super().__init__(file, key)
             os.truncate(path, len(raw) - 50)
 
-    with path.open("rb") as file, pytest.raises(warm_file.Damaged, match="became shorter"):
+    with path.open("rb") as file, pytest.raises(Damaged, match="became shorter"):
         Shrinking(file, None).header()
 
 
-def test_importing_tokcache_does_not_load_what_few_need() -> None:
+def test_importing_tokcache_does_not_import_the_cache_file_module() -> None:
     code = "import sys, tokcache; print('tokcache.text.cache_file' in sys.modules)"
     done = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

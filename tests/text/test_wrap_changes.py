@@ -1,4 +1,4 @@
-"""Whatever is changed through a wrapped tokenizer, the next answer is the changed tokenizer's."""
+"""Changes made through a wrapped tokenizer take effect in the next answer."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ def template(single: str) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
 
 
-def keep_then_change(tok: Any) -> None:
+def assign_and_change_later(tok: Any) -> None:
     part = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tok.pre_tokenizer = part
-    ask(tok)
+    ids_of_texts(tok)
     part.add_prefix_space = True
 
 
 def change_a_member(tok: Any) -> None:
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    ask(tok)
+    ids_of_texts(tok)
     member = tok.pre_tokenizer[0]
-    ask(tok)
+    ids_of_texts(tok)
     member.add_prefix_space = True
 
 
 def keep_a_handle_over_other_changes(tok: Any) -> None:
     part = tok.pre_tokenizer
     tok.add_tokens(["lazy"])
-    ask(tok)
+    ids_of_texts(tok)
     part.add_prefix_space = True
 
 
 def change_and_put_back_the_same_object(tok: Any) -> None:
     part = tok.post_processor
-    ask(tok)
+    ids_of_texts(tok)
     part.single = ["$A", "</s>"]
     tok.post_processor = part
 
@@ -78,19 +78,19 @@ BPE_CHANGES: dict[str, Change] = {
     "pre_tokenizer in place": in_place("pre_tokenizer", "add_prefix_space", value=True),
     "pre_tokenizer twice in place": lambda tok: [
         in_place("pre_tokenizer", "add_prefix_space", value=True)(tok),
-        ask(tok),
+        ids_of_texts(tok),
         in_place("pre_tokenizer", "use_regex", value=False)(tok),
     ],
     "post_processor in place": in_place("post_processor", "single", ["$A", "</s>"]),
-    "a part put in and then changed": keep_then_change,
+    "a component assigned and then changed": assign_and_change_later,
     "a member of a sequence": change_a_member,
-    "a handle kept over other changes": keep_a_handle_over_other_changes,
-    "the same object put back changed": change_and_put_back_the_same_object,
+    "a component held across other changes": keep_a_handle_over_other_changes,
+    "the same object changed and assigned again": change_and_put_back_the_same_object,
 }
 
 
-def ask(tok: Any) -> list[list[int]]:
-    """Return the ids of all texts, from the cache where there is one, asked for twice."""
+def ids_of_texts(tok: Any) -> list[list[int]]:
+    """Return the ids of all texts; a wrapped tokenizer encodes them twice, to use its cache."""
     if isinstance(tok, WrappedTokenizer):
         tok.token_ids_batch(TEXTS)
         single = [tok.token_ids(text).tolist() for text in TEXTS]
@@ -101,21 +101,21 @@ def ask(tok: Any) -> list[list[int]]:
 
 def check(kind: str, change: Change) -> None:
     plain, wrapped = MADE[kind](), tokcache.wrap(MADE[kind]())
-    before = ask(plain)
-    assert ask(wrapped) == before
+    before = ids_of_texts(plain)
+    assert ids_of_texts(wrapped) == before
     change(plain)
     change(wrapped)
-    after = ask(plain)
-    assert after != before, "this change changes nothing and shows nothing"
-    assert ask(wrapped) == after
+    after = ids_of_texts(plain)
+    assert after != before, "this change has no effect, so it tests nothing"
+    assert ids_of_texts(wrapped) == after
     n_encoded = wrapped.cache_stats().encoded_texts
-    assert ask(wrapped) == after
+    assert ids_of_texts(wrapped) == after
     if not wrapped.cache_stats().bypasses:
         assert wrapped.cache_stats().encoded_texts == n_encoded
 
 
 @pytest.mark.parametrize("name", BPE_CHANGES)
-def test_a_changed_bpe_tokenizer_answers_as_changed(name: str) -> None:
+def test_a_changed_bpe_tokenizer_gives_the_new_ids(name: str) -> None:
     check("byte_level_bpe", BPE_CHANGES[name])
 
 
@@ -132,11 +132,12 @@ OTHER_CHANGES: dict[str, tuple[str, Change]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_CHANGES)
-def test_a_changed_tokenizer_of_another_kind_answers_as_changed(name: str) -> None:
+def test_a_changed_tokenizer_of_another_kind_gives_the_new_ids(name: str) -> None:
     check(*OTHER_CHANGES[name])
 
 
-def test_components_given_back_are_no_longer_looked_at() -> None:
+def test_components_are_watched_only_while_the_user_holds_them() -> None:
+    """A component in the hands of the user may change, so each call compares its state."""
     wrapped = tokcache.wrap(MADE["byte_level_bpe"]())
     usual = wrapped._tokcache.get.__qualname__
     held = wrapped.pre_tokenizer
@@ -151,7 +152,7 @@ def test_components_given_back_are_no_longer_looked_at() -> None:
     assert wrapped.cache_stats().invalidations == 0
 
 
-def test_a_member_of_a_sequence_may_be_held_longer_than_the_sequence() -> None:
+def test_a_member_that_outlives_its_sequence_is_still_watched() -> None:
     wrapped = tokcache.wrap(MADE["byte_level_bpe"]())
     change_a_member(wrapped)
     stats = wrapped.cache_stats()
@@ -159,18 +160,18 @@ def test_a_member_of_a_sequence_may_be_held_longer_than_the_sequence() -> None:
     assert wrapped.cache_stats().invalidations == stats.invalidations + 1
 
 
-def test_setting_an_equal_component_keeps_what_is_cached() -> None:
+def test_setting_an_equal_component_keeps_the_cache() -> None:
     wrapped = tokcache.wrap(MADE["byte_level_bpe"]())
     wrapped.token_ids("hello")
     wrapped.post_processor = template("<s> $A </s>")
-    assert wrapped.cache_stats().invalidations == 1  # its pair form differs
+    assert wrapped.cache_stats().invalidations == 1  # its template for pairs differs
     wrapped.post_processor = template("<s> $A </s>")
     wrapped.encode_special_tokens = False
     assert wrapped.cache_stats().invalidations == 1
 
 
 def test_a_normalizer_changed_under_normalized_added_tokens_is_not_cached() -> None:
-    # tokenizers matches such tokens with the normalizer as it was when they were added.
+    # tokenizers normalizes such tokens when they are added, not when the normalizer changes.
     plain: Any = MADE["word_piece"]()
     wrapped = tokcache.wrap(MADE["word_piece"]())
     for tok in (plain, wrapped):
@@ -182,7 +183,7 @@ def test_a_normalizer_changed_under_normalized_added_tokens_is_not_cached() -> N
     assert wrapped.token_ids("xy XY").tolist() == plain.encode("xy XY").ids
     assert wrapped.cache_stats().bypasses == {"normalizer_changed_in_place": 1}
     for tok in (plain, wrapped):
-        tok.add_tokens(["anew"])
+        tok.add_tokens(["another"])
     assert wrapped.token_ids("xy XY").tolist() == plain.encode("xy XY").ids
     assert wrapped.cache_stats().bypasses == {"normalizer_changed_in_place": 2}
     for tok in (plain, wrapped):
@@ -191,7 +192,7 @@ def test_a_normalizer_changed_under_normalized_added_tokens_is_not_cached() -> N
     assert wrapped.cache_stats().bypasses == {"normalizer_changed_in_place": 2}
 
 
-def test_a_normalizer_changed_under_added_tokens_before_wrap_is_noticed() -> None:
+def test_a_normalizer_changed_before_wrap_under_normalized_added_tokens_is_not_cached() -> None:
     plain: Any = MADE["word_piece"]()
     plain.normalizer = normalizers.BertNormalizer(lowercase=False)
     plain.add_tokens([AddedToken(f"XY{i:03}", normalized=i == 7) for i in range(300)])
@@ -201,7 +202,7 @@ def test_a_normalizer_changed_under_added_tokens_before_wrap_is_noticed() -> Non
     assert wrapped.cache_stats().bypasses == {"copy_differs": 1}
 
 
-def test_dropout_set_through_the_wrapper_ends_the_caching() -> None:
+def test_dropout_set_through_the_wrapper_stops_caching() -> None:
     wrapped = tokcache.wrap(MADE["byte_level_bpe"]())
     text = "hello quick brown world"
     wrapped.token_ids(text)
@@ -216,42 +217,42 @@ def test_dropout_set_through_the_wrapper_ends_the_caching() -> None:
 def test_original_and_wrapper_do_not_see_each_others_changes() -> None:
     plain: Any = MADE["byte_level_bpe"]()
     wrapped = tokcache.wrap(plain)
-    expected = ask(plain)
+    expected = ids_of_texts(plain)
     train(wrapped)
     wrapped.add_tokens(["hello"])
     wrapped.pre_tokenizer.add_prefix_space = True
     wrapped.enable_truncation(1)
     wrapped.encode_special_tokens = True
-    assert ask(plain) == expected
-    changed = ask(wrapped)
+    assert ids_of_texts(plain) == expected
+    changed = ids_of_texts(wrapped)
     plain.add_tokens(["world"])
     plain.enable_truncation(2)
     plain.pre_tokenizer.use_regex = False
-    assert ask(wrapped) == changed
+    assert ids_of_texts(wrapped) == changed
     assert plain.truncation["max_length"] == 2
     assert wrapped.truncation["max_length"] == 1
 
 
-def test_unwrap_gives_a_plain_tokenizer_as_changed_and_apart() -> None:
+def test_unwrap_returns_an_independent_plain_tokenizer_with_the_changes() -> None:
     wrapped = tokcache.wrap(MADE["byte_level_bpe"]())
     wrapped.add_tokens(["hello"])
     plain = wrapped.unwrap()
     assert type(plain) is Tokenizer
-    assert ask(plain) == ask(wrapped)
-    before = ask(wrapped)
+    assert ids_of_texts(plain) == ids_of_texts(wrapped)
+    before = ids_of_texts(wrapped)
     plain.add_tokens(["world"])
-    assert ask(wrapped) == before != ask(plain)
+    assert ids_of_texts(wrapped) == before != ids_of_texts(plain)
 
 
-def test_cache_clear_finds_what_was_changed_behind_the_back() -> None:
+def test_cache_clear_picks_up_changes_made_outside_the_wrapper() -> None:
     plain = MADE["word_piece"]()
     wrapped = tokcache.wrap(plain)
     model = plain.model
-    stale = ask(wrapped)
+    stale = ids_of_texts(wrapped)
     model.max_input_chars_per_word = 3
-    assert ask(wrapped) == stale  # the documented limit: the model is shared
+    assert ids_of_texts(wrapped) == stale  # the documented limit: the model is shared
     wrapped.cache_clear()
-    assert ask(wrapped) == ask(plain) != stale
+    assert ids_of_texts(wrapped) == ids_of_texts(plain) != stale
 
 
 # ---- transformers
@@ -285,14 +286,14 @@ def call(tok: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", FAST_CHANGES)
-def test_a_changed_transformers_tokenizer_answers_as_changed(name: str) -> None:
+def test_a_changed_transformers_tokenizer_gives_the_new_answers(name: str) -> None:
     plain, wrapped = fast(MADE["byte_level_bpe"]()), tokcache.wrap(fast(MADE["byte_level_bpe"]()))
     before = call(plain)
     assert call(wrapped) == before
     FAST_CHANGES[name](plain)
     FAST_CHANGES[name](wrapped)
     after = call(plain)
-    assert after != before, "this change changes nothing and shows nothing"
+    assert after != before, "this change has no effect, so it tests nothing"
     assert call(wrapped) == after
     assert call(wrapped) == after
     assert [wrapped.token_ids(text).tolist() for text in TEXTS] == [
@@ -301,9 +302,12 @@ def test_a_changed_transformers_tokenizer_answers_as_changed(name: str) -> None:
     assert wrapped.cache_stats().bypasses == {}
 
 
-NO_LAYOUT = ("split_special_tokens", "another backend")  # shows nothing; has no padding token
+NOT_IN_LAYOUT = (
+    "split_special_tokens",
+    "another backend",
+)  # no visible effect here; no padding token
 LAYOUT_CHANGES: dict[str, Change] = {
-    **{name: change for name, change in FAST_CHANGES.items() if name not in NO_LAYOUT},
+    **{name: change for name, change in FAST_CHANGES.items() if name not in NOT_IN_LAYOUT},
     "padding_side": assign("padding_side", "left"),
     "truncation_side": assign("truncation_side", "left"),
     "pad_token": assign("pad_token", "</s>"),
@@ -331,7 +335,7 @@ def call_laid_out(tok: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", LAYOUT_CHANGES)
-def test_truncated_and_padded_calls_of_a_changed_tokenizer_are_as_changed(name: str) -> None:
+def test_truncated_and_padded_calls_of_a_changed_tokenizer_give_the_new_answers(name: str) -> None:
     plain, wrapped = fast(MADE["byte_level_bpe"]()), tokcache.wrap(fast(MADE["byte_level_bpe"]()))
     for tok in (plain, wrapped):
         tok.pad_token = "<mask>"  # noqa: S105 (no password)
@@ -340,11 +344,11 @@ def test_truncated_and_padded_calls_of_a_changed_tokenizer_are_as_changed(name: 
     LAYOUT_CHANGES[name](plain)
     LAYOUT_CHANGES[name](wrapped)
     after = call_laid_out(plain)
-    assert after != before, "this change changes nothing and shows nothing"
+    assert after != before, "this change has no effect, so it tests nothing"
     assert [call_laid_out(wrapped) for _ in range(2)] == [after] * 2
 
 
-def test_one_call_that_splits_special_tokens_changes_no_other() -> None:
+def test_split_special_tokens_in_one_call_does_not_change_other_calls() -> None:
     plain, wrapped = fast(MADE["byte_level_bpe"]()), tokcache.wrap(fast(MADE["byte_level_bpe"]()))
     text = "<s> hello <mask>"
     for tok in (plain, wrapped):
@@ -358,13 +362,13 @@ def test_one_call_that_splits_special_tokens_changes_no_other() -> None:
     assert wrapped.cache_stats().bypasses == {"split_special_tokens": 1}
 
 
-def test_truncation_left_in_the_backend_is_undone_by_a_cached_call_too() -> None:
+def test_a_cached_call_also_removes_truncation_left_in_the_backend() -> None:
     plain, wrapped = fast(MADE["byte_level_bpe"]()), tokcache.wrap(fast(MADE["byte_level_bpe"]()))
     text = "hello world hello world"
     for tok in (plain, wrapped):
         tok(text)
         assert len(tok(text, truncation=True, max_length=3)["input_ids"]) == 3
-    for tok in (plain, wrapped):  # what transformers leaves behind
+    for tok in (plain, wrapped):  # transformers leaves the truncation set in the backend
         assert len(tok._tokenizer.encode(text).ids) == 3
     assert wrapped(text) == plain(text)
     for tok in (plain, wrapped):
@@ -373,7 +377,7 @@ def test_truncation_left_in_the_backend_is_undone_by_a_cached_call_too() -> None
     assert wrapped._tokcache.stats().encoded_texts == 1
 
 
-def test_a_model_of_the_same_class_replaced_by_another() -> None:
+def test_replacing_the_model_by_one_of_the_same_class_takes_effect() -> None:
     plain: Any = MADE["word_level"]()
     wrapped = tokcache.wrap(plain)
     assert wrapped.token_ids("hello").tolist() == [3, 1]
@@ -382,7 +386,7 @@ def test_a_model_of_the_same_class_replaced_by_another() -> None:
     assert wrapped.token_ids("hello").tolist() == plain.encode("hello").ids == [3, 2]
 
 
-def test_a_model_trained_behind_its_handle() -> None:
+def test_training_a_model_that_the_wrapper_returned_takes_effect() -> None:
     wrapped = tokcache.wrap(Tokenizer(WordPiece({"a": 0, "?": 1}, unk_token="?")))  # noqa: S106
     assert wrapped.token_ids("hello").tolist() == [1]
     model = wrapped.model

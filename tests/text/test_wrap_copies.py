@@ -1,7 +1,7 @@
-"""Copies, classes put on copies, and pickles of a wrapped transformers tokenizer.
+"""Copies and pickles of a wrapped transformers tokenizer, and copies whose class is replaced.
 
-Libraries do all of it: they copy a tokenizer and put a class of their own on the copy, send it to
-other processes, derive from its class.
+Libraries do all of this: they copy a tokenizer, assign a class of their own to the copy, derive
+from its class and send it to other processes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def assert_same_answers(own: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_stays_wrapped_and_of_one_layout_with_plain_ones(
+def test_a_copy_stays_wrapped_and_has_the_attributes_of_a_plain_tokenizer(
     plain: Any, wrapped: Any, how: str
 ) -> None:
     made = COPIES[how](wrapped)
@@ -79,7 +79,7 @@ def test_a_copy_stays_wrapped_and_of_one_layout_with_plain_ones(
     assert_same_answers(made, plain)
 
     class Own(made.__class__):  # type: ignore[misc, name-defined]
-        """What several servers do to a copy, to keep slow properties."""
+        """Caches slow properties, as several servers do by replacing the class of a copy."""
 
         @property
         def all_special_ids(self) -> list[int]:
@@ -121,9 +121,7 @@ def test_a_deep_copy_shares_nothing(plain: Any, wrapped: Any) -> None:
     assert own.cache_stats().l0.hits == len(TEXTS)
 
 
-def test_a_copy_with_another_setting_of_special_tokens_keeps_to_it(
-    plain: Any, wrapped: Any
-) -> None:
+def test_a_copy_keeps_its_own_split_special_tokens(plain: Any, wrapped: Any) -> None:
     own, other = copy.copy(wrapped), copy.copy(plain)
     for its_copy in (own, other):
         its_copy.split_special_tokens = True
@@ -133,7 +131,7 @@ def test_a_copy_with_another_setting_of_special_tokens_keeps_to_it(
     assert own("a<s>b").data != wrapped("a<s>b").data
 
 
-def test_a_copy_that_gets_another_rust_tokenizer_leaves_the_original_alone(
+def test_replacing_the_rust_tokenizer_of_a_copy_does_not_change_the_original(
     plain: Any, wrapped: Any
 ) -> None:
     own, other = copy.copy(wrapped), copy.copy(plain)
@@ -163,18 +161,20 @@ def test_copies_are_freed_with_their_last_reference(wrapped: Any) -> None:
     for _ in range(3):
         copy.copy(wrapped)
     gc.collect()
-    kept = copy.copy(wrapped)
+    with_own_reduce = copy.copy(wrapped)
     assert sum(one() is not None for one in wrapped._tokcache_backend.wrappers) == 2
     assert len(wrapped._tokcache_backend.wrappers) == 2
-    gone = weakref.ref(kept)
-    del kept
+    gone = weakref.ref(with_own_reduce)
+    del with_own_reduce
     assert gone() is None
 
 
 # ---- classes
 
 
-def test_a_plain_class_put_on_a_wrapped_tokenizer_is_wrapped(plain: Any, wrapped: Any) -> None:
+def test_assigning_a_plain_class_to_a_wrapped_tokenizer_keeps_it_wrapped(
+    plain: Any, wrapped: Any
+) -> None:
     class Own(type(plain)):  # type: ignore[misc]
         def greeting(self) -> str:
             return "hello"
@@ -187,7 +187,7 @@ def test_a_plain_class_put_on_a_wrapped_tokenizer_is_wrapped(plain: Any, wrapped
     assert_same_answers(wrapped, plain)
 
 
-def test_a_class_that_encodes_in_its_own_way_is_asked(plain: Any, wrapped: Any) -> None:
+def test_a_class_with_its_own_encoding_bypasses_the_cache(plain: Any, wrapped: Any) -> None:
     def shouting(base: type[Any]) -> type[Any]:
         class Own(base):  # type: ignore[misc]
             def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
@@ -205,9 +205,7 @@ def test_a_class_that_encodes_in_its_own_way_is_asked(plain: Any, wrapped: Any) 
     assert_same_answers(wrapped, plain)
 
 
-def test_a_class_derived_from_a_wrapped_ones_makes_objects_of_its_own(
-    plain: Any, wrapped: Any
-) -> None:
+def test_a_subclass_of_a_wrapped_class_makes_wrapped_objects(plain: Any, wrapped: Any) -> None:
     class Named(ABC):
         @abstractmethod
         def name(self) -> str: ...
@@ -224,7 +222,9 @@ def test_a_class_derived_from_a_wrapped_ones_makes_objects_of_its_own(
 
 
 @pytest.mark.parametrize("library", [pickle, dill, cloudpickle])
-def test_the_class_is_pickled(plain: Any, wrapped: Any, library: Any) -> None:
+def test_the_class_of_a_wrapped_tokenizer_can_be_pickled(
+    plain: Any, wrapped: Any, library: Any
+) -> None:
     for tok in (wrapped, wrapped.scoped("tenant-a")):
         made = library.loads(library.dumps(type(tok)))
         assert issubclass(made, type(plain))
@@ -236,22 +236,22 @@ def test_the_class_is_pickled(plain: Any, wrapped: Any, library: Any) -> None:
 
 
 class Importable(type(fast(MADE["byte_level_bpe"]()))):  # type: ignore[misc]
-    """A class of tokenizers that pickle finds by its name."""
+    """A tokenizer class that pickle can import by its name."""
 
 
 Derived: Any = type("Derived", (type(tokcache.wrap(fast(MADE["byte_level_bpe"]()), CONFIG)),), {})
 Derived.__module__ = __name__
 
 
-def kept(tokenizer: Any) -> Any:
-    """Return a copy with a class of its own, which says how it is pickled."""
+def with_own_reduce(tokenizer: Any) -> Any:
+    """Return a copy whose class is replaced by one with its own `__reduce__`."""
     made = copy.copy(tokenizer)
 
-    class Kept(tokenizer.__class__):  # type: ignore[misc]
+    class OwnReduce(tokenizer.__class__):  # type: ignore[misc]
         def __reduce__(self) -> Any:
-            return kept, (tokenizer,)
+            return with_own_reduce, (tokenizer,)
 
-    made.__class__ = Kept
+    made.__class__ = OwnReduce
     return made
 
 
@@ -260,7 +260,9 @@ def pickled(made: Any, library: Any = pickle) -> Any:
 
 
 @pytest.mark.parametrize("library", [pickle, dill, cloudpickle])
-def test_a_pickle_is_that_of_a_plain_tokenizer(plain: Any, wrapped: Any, library: Any) -> None:
+def test_the_pickle_of_a_wrapped_tokenizer_is_that_of_a_plain_one(
+    plain: Any, wrapped: Any, library: Any
+) -> None:
     wrapped("hello world")
     wrapped.add_tokens(["hello world"])
     plain.add_tokens(["hello world"])
@@ -290,15 +292,17 @@ def test_a_pickle_loads_where_tokcache_is_not_installed(
     assert done.stdout.strip() == str(plain("hello world")["input_ids"])
 
 
-def test_the_reduce_of_a_class_put_on_a_copy_is_honoured(plain: Any, wrapped: Any) -> None:
-    made = kept(wrapped)
-    assert type(made).__name__ == "Kept"
+def test_a_reduce_method_of_a_replaced_class_is_used(plain: Any, wrapped: Any) -> None:
+    made = with_own_reduce(wrapped)
+    assert type(made).__name__ == "OwnReduce"
     for again in (pickled(made), copy.copy(made), copy.deepcopy(made)):
-        assert type(again).__name__ == "Kept"
+        assert type(again).__name__ == "OwnReduce"
         assert_same_answers(again, plain)
 
 
-def test_an_object_of_a_derived_class_is_pickled_as_one(plain: Any, wrapped: Any) -> None:
+def test_an_object_of_a_derived_class_keeps_class_scope_and_config_in_a_pickle(
+    plain: Any, wrapped: Any
+) -> None:
     wrapped.__class__ = Derived
     made = pickled(wrapped.scoped("tenant-a"))
     assert isinstance(made, Derived)
@@ -307,7 +311,7 @@ def test_an_object_of_a_derived_class_is_pickled_as_one(plain: Any, wrapped: Any
     assert_same_answers(made, plain)
 
 
-LOADED_ELSEWHERE = """
+LOAD_AND_PRINT = """
 import pickle, sys
 if sys.argv[2] == "patched":
     import tokcache
@@ -319,10 +323,11 @@ print(len(tok), hasattr(tok, "cache_stats"), tok("hello world")["input_ids"])
 """
 
 
-@pytest.mark.parametrize("where", ["patched", "unpatched"])
-def test_a_class_put_on_a_copy_is_pickled_by_value_for_other_processes(
-    plain: Any, wrapped: Any, where: str, tmp_path: Path
+@pytest.mark.parametrize("process", ["patched", "unpatched"])
+def test_a_local_class_assigned_to_a_copy_loads_in_another_process(
+    plain: Any, wrapped: Any, process: str, tmp_path: Path
 ) -> None:
+    """cloudpickle stores a local class by value, with the class of the wrapper as its base."""
     made = copy.copy(wrapped)
 
     class Local(wrapped.__class__):  # type: ignore[misc]
@@ -333,17 +338,17 @@ def test_a_class_put_on_a_copy_is_pickled_by_value_for_other_processes(
     made.__class__ = Local
     path = tmp_path / "tokenizer.pickle"
     path.write_bytes(cloudpickle.dumps(made))
-    command = [sys.executable, "-c", LOADED_ELSEWHERE, str(path), where]
+    command = [sys.executable, "-c", LOAD_AND_PRINT, str(path), process]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     assert not done.returncode, done.stderr[-800:]
     n_tokens, is_wrapped, ids = done.stdout.strip().split(" ", 2)
     assert n_tokens == "12345"
     assert ids == str(plain("hello world")["input_ids"])
-    assert is_wrapped == "True" or where == "unpatched"
+    assert is_wrapped == "True" or process == "unpatched"
 
 
 @pytest.mark.usefixtures("patched")
-def test_what_is_unpickled_where_transformers_is_patched_is_wrapped(
+def test_unpickled_tokenizers_are_wrapped_if_transformers_is_patched(
     plain: Any, wrapped: Any
 ) -> None:
     before = load_stats().n_wrapped
@@ -358,7 +363,7 @@ def test_what_is_unpickled_where_transformers_is_patched_is_wrapped(
 
 @pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_of_a_plain_tokenizer_stays_plain_where_transformers_is_patched(
+def test_a_copy_of_a_plain_tokenizer_stays_plain_if_transformers_is_patched(
     plain: Any, how: str
 ) -> None:
     made = COPIES[how](plain)
@@ -367,7 +372,7 @@ def test_a_copy_of_a_plain_tokenizer_stays_plain_where_transformers_is_patched(
     assert (made._tokenizer is plain._tokenizer) == (how == "copy")
 
 
-def test_what_can_not_be_wrapped_is_unpickled_all_the_same(plain: Any) -> None:
+def test_a_tokenizer_that_can_not_be_wrapped_is_unpickled_plain(plain: Any) -> None:
     made: Any = Importable.__new__(Importable)
     vars(made).update(vars(plain), _tokenizer=functools.partial(int))
     data = pickle.dumps(made)
@@ -380,7 +385,7 @@ def test_what_can_not_be_wrapped_is_unpickled_all_the_same(plain: Any) -> None:
     assert load_stats().unwrapped["Importable"]
 
 
-def test_undoing_the_patch_takes_the_hook_away(plain: Any) -> None:
+def test_unpatching_removes_the_unpickling_hook(plain: Any) -> None:
     from transformers import TokenizersBackend  # noqa: PLC0415 (seconds to import)
 
     assert not hasattr(TokenizersBackend, "__setstate__")
@@ -391,7 +396,7 @@ def test_undoing_the_patch_takes_the_hook_away(plain: Any) -> None:
     assert type(pickled(plain)) is type(plain)
 
 
-HASHED = """
+PRINT_FINGERPRINT = """
 import sys, pathlib, dill, hashlib
 import tokcache
 from transformers import AutoTokenizer
@@ -400,19 +405,19 @@ tok = tokcache.wrap(AutoTokenizer.from_pretrained(sys.argv[1]), config)
 tok("hello world")
 if len(sys.argv) > 2:
     exec(sys.argv[2])
-# What datasets does for its fingerprints: the class, by dill, and the attributes.
+# The library datasets hashes the class and the attributes in this way for its fingerprints.
 print(hashlib.sha256(dill.dumps((type(tok), vars(tok)), recurse=True)).hexdigest())
 """
 
 
-def test_a_fingerprint_is_stable_over_processes_and_changed_by_changes(
+def test_datasets_fingerprints_are_stable_across_processes_and_follow_changes(
     plain: Any, tmp_path: Path
 ) -> None:
     plain.save_pretrained(tmp_path)
 
     def fingerprint(seed: int, change: str = "") -> str:
         done = subprocess.run(  # noqa: S603 (our own code)
-            [sys.executable, "-c", HASHED, str(tmp_path), *([change] if change else [])],
+            [sys.executable, "-c", PRINT_FINGERPRINT, str(tmp_path), *([change] if change else [])],
             capture_output=True,
             text=True,
             check=True,
@@ -426,16 +431,18 @@ def test_a_fingerprint_is_stable_over_processes_and_changed_by_changes(
     assert len({first, *(fingerprint(3, change) for change in changes)}) == 3
 
 
-def test_sent_to_a_process_it_answers_there(plain: Any, wrapped: Any) -> None:
+def test_a_tokenizer_sent_to_another_process_works_there(plain: Any, wrapped: Any) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(ask, (wrapped, "hello world")) == plain("hello world")["input_ids"]
+        assert (
+            pool.apply(input_ids_of, (wrapped, "hello world")) == plain("hello world")["input_ids"]
+        )
 
 
-def ask(tokenizer: Any, text: str) -> Any:
+def input_ids_of(tokenizer: Any, text: str) -> Any:
     return tokenizer(text)["input_ids"]
 
 
-def test_vars_set_from_outside_are_taken_over(plain: Any, wrapped: Any) -> None:
+def test_assigning_dict_replaces_the_rust_tokenizer(plain: Any, wrapped: Any) -> None:
     for tok in (plain, wrapped):
         tok.__dict__ = {**vars(tok), "_tokenizer": another_rust_tokenizer()}
     assert_same_answers(wrapped, plain)

@@ -1,4 +1,4 @@
-"""One text is encoded once, however many ask for it: threads, event loops, forked children."""
+"""Concurrent calls for one text encode it once: threads, event loops, forked children."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ N = 100
 
 
 class CountingEngine:
-    """Encodes a character as its code point, counts its calls, and waits where told to."""
+    """Encodes a character as its code point; records its calls; waits while `gate` is cleared."""
 
     reason: str | None = None
 
@@ -48,7 +48,7 @@ class CountingEngine:
         if "bad" in texts:
             raise ValueError("bad text")
         for text in texts:
-            text.encode()  # as tokenizers does: a lone surrogate has no UTF-8
+            text.encode()  # raises for a lone surrogate, as tokenizers does
         return [[ord(c) + add_special_tokens for c in text] for text in texts]
 
     def encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
@@ -85,12 +85,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def askers() -> Iterator[ThreadPoolExecutor]:
+def pool_of_threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(N) as pool:
         yield pool
 
 
-def test_a_hit_encodes_nothing(tok: Wrapped, engine: CountingEngine) -> None:
+def test_a_hit_does_not_encode(tok: Wrapped, engine: CountingEngine) -> None:
     assert [tok.token_ids("one").tolist() for _ in range(3)] == [ids("one")] * 3
     assert engine.calls == [["one"]]
     stats = tok.cache_stats()
@@ -102,7 +102,7 @@ def test_a_hit_encodes_nothing(tok: Wrapped, engine: CountingEngine) -> None:
     )
 
 
-def test_a_batch_encodes_what_misses_once_and_together(
+def test_a_batch_encodes_its_misses_once_and_in_one_call(
     tok: Wrapped, engine: CountingEngine
 ) -> None:
     tok.token_ids("b")
@@ -114,7 +114,7 @@ def test_a_batch_encodes_what_misses_once_and_together(
     assert len(engine.calls) == 2
 
 
-def test_scopes_are_apart_and_a_view_has_its_own(tok: Wrapped, engine: CountingEngine) -> None:
+def test_each_scope_encodes_a_text_once(tok: Wrapped, engine: CountingEngine) -> None:
     for scope in (None, "a", "b", ""):
         for _ in range(2):
             tok.token_ids("x", scope=scope)
@@ -123,11 +123,11 @@ def test_scopes_are_apart_and_a_view_has_its_own(tok: Wrapped, engine: CountingE
     assert engine.calls == [["x"]] * 4
 
 
-def test_a_hundred_threads_at_once(
-    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+def test_a_hundred_threads_share_one_encoding(
+    tok: Wrapped, engine: CountingEngine, pool_of_threads: ThreadPoolExecutor
 ) -> None:
     engine.gate.clear()
-    answers = [askers.submit(tok.token_ids, "same") for _ in range(N)]
+    answers = [pool_of_threads.submit(tok.token_ids, "same") for _ in range(N)]
     wait_until(lambda: tok.cache_stats().shared == N - 1)
     engine.gate.set()
     assert [one.result().tolist() for one in answers] == [ids("same")] * N
@@ -135,7 +135,7 @@ def test_a_hundred_threads_at_once(
     assert tok.cache_stats().l0.misses == N
 
 
-def test_a_hundred_coroutines_at_once(tok: Wrapped, engine: CountingEngine) -> None:
+def test_a_hundred_coroutines_share_one_encoding(tok: Wrapped, engine: CountingEngine) -> None:
     async def ask() -> list[Any]:
         return await asyncio.gather(*(tok.atoken_ids("same") for _ in range(N)))
 
@@ -144,15 +144,15 @@ def test_a_hundred_coroutines_at_once(tok: Wrapped, engine: CountingEngine) -> N
 
 
 def test_threads_coroutines_and_batches_share_one_encoding(
-    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+    tok: Wrapped, engine: CountingEngine, pool_of_threads: ThreadPoolExecutor
 ) -> None:
     engine.gate.clear()
-    batch = askers.submit(tok.token_ids_batch, ["x", "y"])
+    batch = pool_of_threads.submit(tok.token_ids_batch, ["x", "y"])
     engine.entered.wait(20)
-    single = askers.submit(tok.token_ids, "x")
-    other = askers.submit(tok.token_ids_batch, ["y", "z"])
+    single = pool_of_threads.submit(tok.token_ids, "x")
+    other = pool_of_threads.submit(tok.token_ids_batch, ["y", "z"])
     wait_until(lambda: tok.cache_stats().shared == 2)
-    later = askers.submit(lambda: asyncio.run(tok.atoken_ids("z")))
+    later = pool_of_threads.submit(lambda: asyncio.run(tok.atoken_ids("z")))
     wait_until(lambda: tok.cache_stats().shared == 3)
     engine.gate.set()
     assert single.result() == batch.result()[0]
@@ -160,12 +160,14 @@ def test_threads_coroutines_and_batches_share_one_encoding(
     assert engine.calls == [["x", "y"], ["z"]]
 
 
-def test_cancelling_one_harms_no_other(tok: Wrapped, engine: CountingEngine) -> None:
+def test_cancelling_one_caller_does_not_fail_the_others(
+    tok: Wrapped, engine: CountingEngine
+) -> None:
     async def ask() -> list[Any]:
         engine.gate.clear()
         tasks = [asyncio.create_task(tok.atoken_ids("same")) for _ in range(5)]
         await asyncio.to_thread(engine.entered.wait, 20)
-        tasks[0].cancel()  # who had it encoded
+        tasks[0].cancel()  # the one that started the encoding
         tasks[3].cancel()
         await asyncio.sleep(0)
         engine.gate.set()
@@ -177,7 +179,7 @@ def test_cancelling_one_harms_no_other(tok: Wrapped, engine: CountingEngine) -> 
     assert engine.calls == [["same"]]
 
 
-def test_the_event_loop_goes_on_during_a_miss(tok: Wrapped, engine: CountingEngine) -> None:
+def test_a_miss_does_not_block_the_event_loop(tok: Wrapped, engine: CountingEngine) -> None:
     async def ask() -> None:
         engine.gate.clear()
         task = asyncio.create_task(tok.atoken_ids("slow"))
@@ -191,12 +193,14 @@ def test_the_event_loop_goes_on_during_a_miss(tok: Wrapped, engine: CountingEngi
     asyncio.run(ask())
 
 
-def test_a_failing_encoding_fails_all_and_is_not_kept(
-    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+def test_an_error_reaches_all_callers_and_is_not_cached(
+    tok: Wrapped, engine: CountingEngine, pool_of_threads: ThreadPoolExecutor
 ) -> None:
     engine.gate.clear()
-    answers = [askers.submit(tok.token_ids, "bad") for _ in range(10)]
-    answers += [askers.submit(lambda: asyncio.run(tok.atoken_ids("bad"))) for _ in range(10)]
+    answers = [pool_of_threads.submit(tok.token_ids, "bad") for _ in range(10)]
+    answers += [
+        pool_of_threads.submit(lambda: asyncio.run(tok.atoken_ids("bad"))) for _ in range(10)
+    ]
     wait_until(lambda: tok.cache_stats().shared == 19)
     engine.gate.set()
     assert [str(one.exception()) for one in answers] == ["bad text"] * 20
@@ -208,15 +212,15 @@ def test_a_failing_encoding_fails_all_and_is_not_kept(
     assert tok.token_ids("good").tolist() == ids("good")
 
 
-def test_a_batch_that_fails_over_one_text_fails_nobody_elses(
-    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+def test_an_error_for_one_text_of_a_batch_does_not_fail_callers_of_its_other_texts(
+    tok: Wrapped, engine: CountingEngine, pool_of_threads: ThreadPoolExecutor
 ) -> None:
     engine.gate.clear()
-    batch = askers.submit(tok.token_ids_batch, ["good", "bad"])
+    batch = pool_of_threads.submit(tok.token_ids_batch, ["good", "bad"])
     engine.entered.wait(20)
-    single = askers.submit(tok.token_ids, "good")
-    loop = askers.submit(lambda: asyncio.run(tok.atoken_ids("good")))
-    other = askers.submit(tok.token_ids_batch, ["good", "fine"])
+    single = pool_of_threads.submit(tok.token_ids, "good")
+    loop = pool_of_threads.submit(lambda: asyncio.run(tok.atoken_ids("good")))
+    other = pool_of_threads.submit(tok.token_ids_batch, ["good", "fine"])
     wait_until(lambda: tok.cache_stats().shared == 3)
     engine.gate.set()
     assert str(batch.exception()) == "bad text"
@@ -224,17 +228,17 @@ def test_a_batch_that_fails_over_one_text_fails_nobody_elses(
     assert [one.tolist() for one in other.result()] == [ids("good"), ids("fine")]
 
 
-def test_a_surrogate_fails_those_who_ask_for_it_alone(
-    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+def test_a_lone_surrogate_fails_only_the_calls_that_contain_it(
+    tok: Wrapped, engine: CountingEngine, pool_of_threads: ThreadPoolExecutor
 ) -> None:
     engine.gate.clear()
-    lone = askers.submit(tok.token_ids, "a\ud800")
-    batch = askers.submit(tok.token_ids_batch, ["good", "b\udfff"])
+    lone = pool_of_threads.submit(tok.token_ids, "a\ud800")
+    batch = pool_of_threads.submit(tok.token_ids_batch, ["good", "b\udfff"])
     wait_until(lambda: len(engine.calls) == 2)
-    good = [askers.submit(tok.token_ids, "good")]
-    good += [askers.submit(lambda: asyncio.run(tok.atoken_ids("good")))]
-    again = askers.submit(lambda: asyncio.run(tok.atoken_ids("a\ud800")))
-    both = askers.submit(tok.token_ids_batch, ["x", "y", "a\ud800"])
+    good = [pool_of_threads.submit(tok.token_ids, "good")]
+    good += [pool_of_threads.submit(lambda: asyncio.run(tok.atoken_ids("good")))]
+    again = pool_of_threads.submit(lambda: asyncio.run(tok.atoken_ids("a\ud800")))
+    both = pool_of_threads.submit(tok.token_ids_batch, ["x", "y", "a\ud800"])
     wait_until(lambda: tok.cache_stats().shared == 4)
     engine.gate.set()
     assert [one.result().tolist() for one in good] == [ids("good")] * 2
@@ -246,7 +250,7 @@ def test_a_surrogate_fails_those_who_ask_for_it_alone(
     assert tok.token_ids("x").tolist() == ids("x")
 
 
-def test_texts_are_named_by_their_place(tok: Wrapped, engine: CountingEngine) -> None:
+def test_errors_for_invalid_texts_name_the_index(tok: Wrapped, engine: CountingEngine) -> None:
     bad: Any
     for bad in (b"x", None, 3, ["x"]):
         with pytest.raises(
@@ -267,11 +271,11 @@ def test_texts_are_named_by_their_place(tok: Wrapped, engine: CountingEngine) ->
     assert all(type(key) is str for key, *_ in tok._tokcache._generation.l0.held())
 
 
-def test_an_answer_from_before_a_change_is_never_kept(
-    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+def test_ids_encoded_before_an_invalidation_are_not_cached(
+    tok: Wrapped, engine: CountingEngine, pool_of_threads: ThreadPoolExecutor
 ) -> None:
     engine.gate.clear()
-    early = askers.submit(tok.token_ids, "x")
+    early = pool_of_threads.submit(tok.token_ids, "x")
     engine.entered.wait(20)
     tok._tokcache.invalidate()
     engine.gate.set()
@@ -285,7 +289,9 @@ def test_an_answer_from_before_a_change_is_never_kept(
     assert tok.cache_stats().invalidations == 2
 
 
-def test_an_engine_with_a_reason_is_asked_each_time(tok: Wrapped, engine: CountingEngine) -> None:
+def test_an_engine_that_must_not_be_cached_is_called_each_time(
+    tok: Wrapped, engine: CountingEngine
+) -> None:
     engine.reason = "by chance"
     tok.token_ids("x")
     tok.token_ids("x")
@@ -295,7 +301,9 @@ def test_an_engine_with_a_reason_is_asked_each_time(tok: Wrapped, engine: Counti
     assert tok.cache_stats().l0.n_entries == 0
 
 
-def test_a_tenant_is_not_taken_for_the_flag(tok: Wrapped, engine: CountingEngine) -> None:
+def test_scope_and_add_special_tokens_are_keyword_only_and_checked(
+    tok: Wrapped, engine: CountingEngine
+) -> None:
     calls: list[Callable[..., Any]] = [
         tok.token_ids,
         lambda text, *args, **kwargs: tok.token_ids_batch([text], *args, **kwargs),
@@ -318,7 +326,7 @@ def test_a_tenant_is_not_taken_for_the_flag(tok: Wrapped, engine: CountingEngine
         ]
 
 
-def test_what_is_no_text_is_refused(tok: Wrapped, engine: CountingEngine) -> None:
+def test_invalid_texts_and_scopes_are_refused(tok: Wrapped, engine: CountingEngine) -> None:
     class Text(str):
         __slots__ = ()
         __hash__ = None  # type: ignore[assignment]
@@ -348,9 +356,9 @@ def test_what_is_no_text_is_refused(tok: Wrapped, engine: CountingEngine) -> Non
 
 
 def in_child(check: Callable[[], bool]) -> bool:
-    """Return what `check` says in a forked child; False if it hangs or raises."""
+    """Return the result of `check` in a forked child; False if the child hangs or raises."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads is the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # this test forks while threads run
         child = os.fork()
     if child == 0:
         os._exit(0 if check() else 1)
@@ -365,14 +373,14 @@ def in_child(check: Callable[[], bool]) -> bool:
     return False
 
 
-def test_a_forked_child_waits_for_nobody_in_the_parent(
-    tok: Wrapped, engine: CountingEngine, askers: ThreadPoolExecutor
+def test_a_forked_child_does_not_wait_for_threads_of_its_parent(
+    tok: Wrapped, engine: CountingEngine, pool_of_threads: ThreadPoolExecutor
 ) -> None:
     tok.token_ids("kept")
     asyncio.run(tok.atoken_ids("started the threads"))
     engine.gate.clear()
     engine.entered.clear()
-    encoding = askers.submit(tok.token_ids, "x")  # its thread is not there in the child
+    encoding = pool_of_threads.submit(tok.token_ids, "x")  # the child does not have this thread
     engine.entered.wait(20)
 
     def check() -> bool:
@@ -389,7 +397,7 @@ def test_a_forked_child_waits_for_nobody_in_the_parent(
     assert encoding.result().tolist() == ids("x")
 
 
-def test_a_forked_child_encodes_with_the_real_thing() -> None:
+def test_a_forked_child_encodes_with_a_real_tokenizer() -> None:
     plain = MADE["byte_level_bpe"]()
     wrapped = tokcache.wrap(plain)
     wrapped.token_ids_batch(TEXTS)
@@ -397,7 +405,7 @@ def test_a_forked_child_encodes_with_the_real_thing() -> None:
     assert in_child(lambda: wrapped.token_ids("another hello").tolist() == expected)
 
 
-def test_a_child_forked_beside_calls_past_the_cache_waits_for_none_of_them() -> None:
+def test_a_child_forked_during_uncached_calls_does_not_wait_for_them() -> None:
     wrapped = tokcache.wrap(fast(MADE["byte_level_bpe"]()))
     expected = fast(MADE["byte_level_bpe"]())("hello world")["input_ids"]
     is_over = threading.Event()
@@ -417,7 +425,7 @@ def test_a_child_forked_beside_calls_past_the_cache_waits_for_none_of_them() -> 
 
 
 @pytest.mark.parametrize("kind", ["transformers", "tokenizers"])
-def test_a_short_call_past_the_cache_does_not_wait_for_a_long_one(kind: str) -> None:
+def test_a_short_uncached_call_does_not_wait_for_a_long_one(kind: str) -> None:
     plain = MADE["byte_level_bpe"]()
     wrapped: Any = tokcache.wrap(plain if kind == "tokenizers" else fast(plain))
 
@@ -445,7 +453,7 @@ def _is_taken(wrapped: Any) -> bool:
     return False
 
 
-def test_threads_that_mix_settings_get_what_they_asked_for() -> None:
+def test_threads_with_different_arguments_get_correct_answers() -> None:
     plain = fast(MADE["byte_level_bpe"](), pad_token="</s>")  # noqa: S106 (no password)
     wrapped = tokcache.wrap(plain)
     texts = [f"{text} {n} hello world" for n in range(3) for text in TEXTS]
@@ -473,7 +481,7 @@ def test_threads_that_mix_settings_get_what_they_asked_for() -> None:
     assert wrapped.cache_stats().l0.hits > 0
 
 
-def test_threads_that_mix_modes_get_the_mode_they_asked_for() -> None:
+def test_threads_with_different_input_modes_get_correct_answers() -> None:
     class Modes(type(fast(MADE["unigram"]()))):  # type: ignore[misc]
         def _switch_to_input_mode(self) -> None:
             self._tokenizer.post_processor = template("<s> $A")
@@ -499,7 +507,7 @@ def template(single: str) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
 
 
-def test_threads_that_change_the_tokenizer_get_no_mixture() -> None:
+def test_ids_during_a_change_are_those_before_or_after_it() -> None:
     wrapped = tokcache.wrap(MADE["byte_level_bpe"]())
     text = "hello world, hello fox"
     before = wrapped.token_ids(text).tolist()

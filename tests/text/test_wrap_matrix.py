@@ -1,6 +1,7 @@
-"""Calls of every shape, drawn by a seed: the wrapped tokenizer answers as the plain one, twice.
+"""Random calls with every combination of arguments: wrapped and plain tokenizer answer alike.
 
-TOKCACHE_MATRIX=N draws N calls a tokenizer, TOKCACHE_MATRIX_SEED another seed.
+Each call is made twice, so that the second answer comes from the cache. TOKCACHE_MATRIX is the
+number of calls for each tokenizer, TOKCACHE_MATRIX_SEED the seed.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def some_texts(rng: random.Random) -> list[str]:
 
 
 def a_call(rng: random.Random) -> dict[str, Any]:
-    """Return the arguments of one call."""
+    """Return the arguments of one random call."""
     shape = rng.choice(["one", "one", "batch", "batch", "tuple", "pair", "pairs", "rows", "target"])
     first, second = some_texts(rng), some_texts(rng)
     second = (second * 3)[: len(first)] if rng.random() < 0.95 else second
@@ -142,24 +143,24 @@ def a_call(rng: random.Random) -> dict[str, Any]:
 
 
 @contextmanager
-def heard() -> Iterator[list[str]]:
-    """Collect what transformers says meanwhile, by log or by warning."""
-    said: list[str] = []
+def transformers_messages() -> Iterator[list[str]]:
+    """Collect the log messages and warnings of transformers."""
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            yield said
-            said += [str(one.message) for one in warned]
+            yield messages
+            messages += [str(one.message) for one in warned]
     finally:
         logger.removeHandler(handler)
 
 
 def described(value: Any) -> Any:
-    """Return a value and its types all the way down, so that `==` compares both."""
+    """Return a value with the types of all its members, so that `==` compares both."""
     if isinstance(value, np.ndarray):
         return "array", value.dtype.str, value.shape, described(value.tolist())
     if isinstance(value, list | tuple):
@@ -174,26 +175,28 @@ def encoding(one: Any) -> Any:
 
 
 def outcome(tokenizer: Any, asked: dict[str, Any], *, is_encode: bool) -> Any:
-    """Return all that can be told of an answer, or of the error."""
+    """Return everything a caller can see of an answer or an error, as values to compare."""
     backend = tokenizer.backend_tokenizer
-    with heard() as said:
+    with transformers_messages() as messages:
         try:
             answer = (tokenizer.encode if is_encode else tokenizer)(**asked)
-        except BaseException as error:  # a panic of tokenizers is no Exception
+        except BaseException as error:  # a panic of tokenizers is a BaseException
             if not is_of_library(error):
                 raise
-            return type(error).__name__, str(error), said
+            return type(error).__name__, str(error), messages
     settings = backend.truncation, backend.padding, backend.encode_special_tokens
     if is_encode:
-        return described(answer), settings, said
+        return described(answer), settings, messages
     data = [(name, described(value)) for name, value in answer.items()]
     encodings = [encoding(one) for one in answer.encodings]
     kind = type(answer).__name__, type(answer).__module__, answer.is_fast, answer.n_sequences
-    return kind, data, encodings, settings, said
+    return kind, data, encodings, settings, messages
 
 
-def is_like(tokenizer: Any, wrapped: Any, calls: list[tuple[dict[str, Any], bool]]) -> int:
-    """Compare every call, made twice; return how many second calls came from the cache."""
+def n_from_cache_if_equal(
+    tokenizer: Any, wrapped: Any, calls: list[tuple[dict[str, Any], bool]]
+) -> int:
+    """Compare every call, made twice; return the number of second answers from the cache."""
     n_from_cache = 0
     for asked, is_encode in calls:
         if is_encode and "text_target" in asked:
@@ -211,50 +214,54 @@ def is_like(tokenizer: Any, wrapped: Any, calls: list[tuple[dict[str, Any], bool
     return n_from_cache
 
 
-def drawn(name: str, n_calls: int) -> list[tuple[dict[str, Any], bool]]:
+def random_calls(name: str, n_calls: int) -> list[tuple[dict[str, Any], bool]]:
     rng = random.Random(f"{name} {SEED}")
     return [(a_call(rng), rng.random() < 0.2) for _ in range(n_calls)]
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_every_drawn_call_is_answered_as_by_the_plain_tokenizer(name: str) -> None:
+def test_random_calls_are_answered_as_by_the_plain_tokenizer(name: str) -> None:
     make, settings = MATRIX[name]
     plain = fast(make(), **settings)
-    n_from_cache = is_like(plain, tokcache.wrap(plain), drawn(name, N_CALLS))
+    n_from_cache = n_from_cache_if_equal(plain, tokcache.wrap(plain), random_calls(name, N_CALLS))
     print(f"{name}: {N_CALLS} calls (seed {SEED}), {n_from_cache} of the second from the cache")  # noqa: T201
     assert n_from_cache > N_CALLS // (8 if name == "no_padding" else 3)
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_every_drawn_call_on_a_real_tokenizer(name: str, shared_data: Path) -> None:
+def test_random_calls_of_real_tokenizers_are_answered_as_by_the_plain_ones(
+    name: str, shared_data: Path
+) -> None:
     plain = real_tokenizer(shared_data / "tokenizers" / name)
-    n_from_cache = is_like(plain, tokcache.wrap(plain), drawn(name, N_REAL_CALLS))
+    n_from_cache = n_from_cache_if_equal(
+        plain, tokcache.wrap(plain), random_calls(name, N_REAL_CALLS)
+    )
     print(f"{name}: {N_REAL_CALLS} calls (seed {SEED}), {n_from_cache} from the cache")  # noqa: T201
     assert n_from_cache > N_REAL_CALLS // 4
 
 
-def from_the_other_side(_self: Truncation, ids: TokenIds, length: int) -> TokenIds:
+def cut_at_the_wrong_side(_self: Truncation, ids: TokenIds, length: int) -> TokenIds:
     return ids[len(ids) - length :]
 
 
-def to_the_shorter_one(first: int, second: int, _room: int) -> tuple[int, int]:
+def truncate_the_other_text(first: int, second: int, _room: int) -> tuple[int, int]:
     return second, first
 
 
 @pytest.mark.parametrize(
     ("name", "place", "wrong"),
     [
-        ("bpe", "Truncation.cut", from_the_other_side),
-        ("bert", "_both", to_the_shorter_one),
+        ("bpe", "Truncation.cut", cut_at_the_wrong_side),
+        ("bert", "_both", truncate_the_other_text),
         ("bert_template", "_is_wanted", lambda *_: True),
-        ("unigram", "_filled", lambda line, *_: line),
+        ("unigram", "Padding.width", lambda *_: 0),
     ],
 )
-def test_the_drawn_calls_find_a_wrong_answer(
+def test_random_calls_find_an_injected_error(
     name: str, place: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, settings = MATRIX[name]
     plain = fast(make(), **settings)
     monkeypatch.setattr(f"tokcache.text.wrappers.batch_encoding.{place}", wrong)
     with pytest.raises(AssertionError, match=r"first|second"):
-        is_like(plain, tokcache.wrap(plain), drawn(name, N_CALLS))
+        n_from_cache_if_equal(plain, tokcache.wrap(plain), random_calls(name, N_CALLS))

@@ -1,4 +1,4 @@
-"""A wrapped tokenizer gives the same as the plain one: real and made ones, both implementations."""
+"""A wrapped tokenizer answers as the plain one, for real and synthetic tokenizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REAL = ["gpt2", "qwen2.5", "phi-3-mini", "t5-small", "bert-base-uncased", "minim
 
 @pytest.fixture(params=["reference", "native"])
 def l0(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Have `wrap` build on one implementation or the other."""
+    """Run the test once with the reference implementation and once with the native one."""
     chosen = implementation(request.param)
     chosen.use(monkeypatch)
     yield request.param
@@ -71,9 +71,7 @@ def assert_same_answer(cached: Any, plain: Any) -> None:
 
 @pytest.mark.usefixtures("l0")
 @pytest.mark.parametrize("name", REAL)
-def test_real_tokenizers_give_equal_ids_on_a_miss_and_on_a_hit(
-    shared_data: Path, name: str
-) -> None:
+def test_real_tokenizers_give_equal_ids_on_misses_and_hits(shared_data: Path, name: str) -> None:
     plain = real_tokenizer(shared_data / "tokenizers" / name)
     wrapped = tokcache.wrap(plain)
     texts = real_texts(shared_data)
@@ -93,7 +91,7 @@ def test_real_tokenizers_give_equal_ids_on_a_miss_and_on_a_hit(
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_the_class_of_a_wrapped_tokenizer_loads_what_the_plain_class_loads(
+def test_from_pretrained_of_the_wrapped_class_loads_a_plain_tokenizer(
     shared_data: Path, name: str
 ) -> None:
     folder = shared_data / "tokenizers" / name
@@ -108,7 +106,7 @@ def test_the_class_of_a_wrapped_tokenizer_loads_what_the_plain_class_loads(
 
 @pytest.mark.usefixtures("l0")
 @pytest.mark.parametrize("name", REAL)
-def test_real_tokenizers_answer_a_call_alike(shared_data: Path, name: str) -> None:
+def test_calls_of_real_tokenizers_answer_as_the_plain_ones(shared_data: Path, name: str) -> None:
     plain = real_tokenizer(shared_data / "tokenizers" / name)
     wrapped = tokcache.wrap(plain)
     for text in [*real_texts(shared_data)[::29], real_texts(shared_data)[:3]]:
@@ -122,7 +120,9 @@ def test_real_tokenizers_answer_a_call_alike(shared_data: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_tokenizer_files_in_the_tokenizers_wrapper(shared_data: Path, name: str) -> None:
+def test_real_tokenizer_files_give_equal_ids_through_tokenizers(
+    shared_data: Path, name: str
+) -> None:
     plain = Tokenizer.from_file(str(shared_data / "tokenizers" / name / "tokenizer.json"))
     wrapped = tokcache.wrap(plain)
     for text in real_texts(shared_data)[::7]:
@@ -132,7 +132,7 @@ def test_real_tokenizer_files_in_the_tokenizers_wrapper(shared_data: Path, name:
 
 @pytest.mark.usefixtures("l0")
 @pytest.mark.parametrize("name", MADE)
-def test_made_tokenizers_give_equal_ids(name: str) -> None:
+def test_small_tokenizers_give_equal_ids(name: str) -> None:
     plain = MADE[name]()
     wrapped = tokcache.wrap(plain)
     for add_special_tokens in (True, False):
@@ -146,7 +146,7 @@ def test_made_tokenizers_give_equal_ids(name: str) -> None:
 @pytest.mark.usefixtures("l0")
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("with_types", [False, True])
-def test_made_tokenizers_answer_a_call_alike(name: str, *, with_types: bool) -> None:
+def test_calls_of_small_tokenizers_answer_as_the_plain_ones(name: str, *, with_types: bool) -> None:
     names = ["input_ids", "token_type_ids", "attention_mask"] if with_types else ["input_ids"]
     plain = fast(MADE[name](), model_input_names=names)
     wrapped = tokcache.wrap(plain)
@@ -159,7 +159,7 @@ def test_made_tokenizers_answer_a_call_alike(name: str, *, with_types: bool) -> 
         assert set(wrapped("hello")["token_type_ids"]) == {1, 2}
 
 
-def test_settings_stored_in_tokenizer_json_reach_no_answer_of_the_cache() -> None:
+def test_truncation_and_padding_in_tokenizer_json_do_not_apply_to_token_ids() -> None:
     plain = MADE["byte_level_bpe"]()
     whole = plain.encode("hello world hello").ids
     plain.enable_truncation(4)

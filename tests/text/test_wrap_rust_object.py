@@ -1,4 +1,4 @@
-"""Code that wants the Rust tokenizer: methods that insist on it, and attributes set on it."""
+"""Code that needs the Rust tokenizer: methods that accept no wrapper, and attributes set on it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def wrapped(plain: Any) -> Any:
     return tokcache.wrap(plain, CONFIG)
 
 
-# ---- methods that insist on the Rust object
+# ---- methods that accept only the Rust object
 
 
 def native_classes() -> Iterator[type[Any]]:
@@ -46,7 +46,7 @@ def native_classes() -> Iterator[type[Any]]:
                 yield found
 
 
-def test_every_method_of_tokenizers_that_takes_a_tokenizer_is_known() -> None:
+def test_every_library_method_that_takes_a_tokenizer_is_listed() -> None:
     found = set()
     for kind in native_classes():
         for name, method in inspect.getmembers(kind):
@@ -59,7 +59,7 @@ def test_every_method_of_tokenizers_that_takes_a_tokenizer_is_known() -> None:
 
 
 @pytest.mark.parametrize("scope", [None, "tenant-a"])
-def test_tokens_are_streamed_through_a_wrapper(plain: Any, wrapped: Any, scope: str | None) -> None:
+def test_decode_stream_accepts_a_wrapper(plain: Any, wrapped: Any, scope: str | None) -> None:
     for text in TEXTS:
         ids = plain(text)["input_ids"]
         pieces = []
@@ -73,19 +73,19 @@ def test_tokens_are_streamed_through_a_wrapper(plain: Any, wrapped: Any, scope: 
         assert pieces[0] == pieces[1] == pieces[2]
 
 
-def test_a_token_added_through_the_wrapper_is_streamed(wrapped: Any) -> None:
+def test_decode_stream_sees_a_token_added_through_the_wrapper(wrapped: Any) -> None:
     wrapped.add_tokens(["<new>"])
     stream = DecodeStream(skip_special_tokens=False)
     assert stream.step(wrapped._tokenizer, wrapped.convert_tokens_to_ids("<new>")) == "<new>"
 
 
-def test_what_is_no_tokenizer_is_refused_as_ever() -> None:
+def test_decode_stream_still_refuses_other_objects() -> None:
     tokcache.wrap(MADE["unigram"](), CONFIG)
     with pytest.raises(TypeError):
         DecodeStream().step("no tokenizer", 1)  # type: ignore[arg-type]
 
 
-def trained(tokenizer: Any) -> Any:
+def train_and_encode(tokenizer: Any) -> Any:
     trainers: Any = importlib.import_module("tokenizers.trainers")
     trainer = trainers.ParityBpeTrainer(num_merges=40, show_progress=False)
     trainer.train_from_iterator(tokenizer, [["hello world"] * 4, ["русский текст"] * 4])
@@ -108,23 +108,23 @@ def test_methods_have_the_signatures_of_the_plain_class(
 
 
 def parameters(method: Any) -> list[inspect.Parameter]:
-    # A bound method of the Rust class may show `self`.
+    # The signature of a bound method of the Rust class may contain `self`.
     found = inspect.signature(method).parameters.values()
     return [parameter for parameter in found if parameter.name != "self"]
 
 
-def test_a_trainer_trains_a_wrapper_and_the_cache_sees_it() -> None:
+def test_training_through_a_wrapper_clears_its_cache() -> None:
     if not hasattr(importlib.import_module("tokenizers.trainers"), "ParityBpeTrainer"):
         pytest.skip("this release of tokenizers has no trainer that takes a tokenizer")
     plain, source = MADE["byte_level_bpe"](), MADE["byte_level_bpe"]()
     wrapped = tokcache.wrap(source, CONFIG)
     before = wrapped.token_ids("hello world").tolist()
-    assert trained(wrapped) == trained(plain) != before
+    assert train_and_encode(wrapped) == train_and_encode(plain) != before
     assert wrapped.token_ids("hello world").tolist() == plain.encode("hello world").ids
     assert source.encode("hello world").ids == before
 
 
-def test_tools_written_in_python_take_a_wrapper() -> None:
+def test_the_encoding_visualizer_accepts_a_wrapper() -> None:
     plain = MADE["byte_level_bpe"]()
     visualizer: Any = tools.visualizer.EncodingVisualizer
     pages = [
@@ -138,7 +138,7 @@ def test_tools_written_in_python_take_a_wrapper() -> None:
 
 
 def wrap_decode(tokenizer: Any) -> None:
-    """Replace `decode` as CLIPTokenizer does: by a closure over the method that it hides."""
+    """Replace `decode` as CLIPTokenizer does, by a closure over the original method."""
     original = tokenizer.decode
     suffix = "o"
 
@@ -163,7 +163,7 @@ REPLACED = (wrap_decode, wrap_decode_by_partial, wrap_decode_by_default)
 
 
 @pytest.mark.parametrize("replace", REPLACED)
-def test_a_replaced_decode_is_bound_to_the_copy(replace: Callable[[Any], None]) -> None:
+def test_a_replaced_decode_is_rebound_to_the_copy(replace: Callable[[Any], None]) -> None:
     plain = MADE["byte_level_bpe"]()
     replace(plain)
     wrapped: Any = tokcache.wrap(plain, CONFIG)
@@ -171,7 +171,7 @@ def test_a_replaced_decode_is_bound_to_the_copy(replace: Callable[[Any], None]) 
         ids = wrapped.token_ids("hello <s> world <new>").tolist()
         assert ids == plain.encode("hello <s> world <new>").ids
         assert wrapped.decode(ids) == plain.decode(ids) == wrapped.unwrap().decode(ids)
-        for tok in (plain, wrapped):  # what is added now must be seen by the replaced method
+        for tok in (plain, wrapped):  # the replaced method must see the new token
             tok.add_tokens(["<new>"])
     assert not wrapped.cache_stats().bypasses
 
@@ -187,7 +187,7 @@ def own_encode_batch(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_replaced_encode_batch_is_asked(plain: Any, when: str) -> None:
+def test_a_replaced_encode_batch_bypasses_the_cache(plain: Any, when: str) -> None:
     if when == "before":
         own_encode_batch(plain._tokenizer)
     wrapped = tokcache.wrap(plain, CONFIG)
@@ -208,7 +208,7 @@ def test_a_replaced_encode_batch_is_asked(plain: Any, when: str) -> None:
 
 
 class Decoder:
-    """A callable that holds the tokenizer where nobody sees it."""
+    """A callable that holds the tokenizer in an attribute, where it can't be rebound."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.original = tokenizer.decode
@@ -217,7 +217,7 @@ class Decoder:
         return "decoded: " + self.original(ids, **kwargs)
 
 
-def test_a_method_that_can_not_be_bound_again_leaves_the_tokenizer_uncached(plain: Any) -> None:
+def test_a_method_that_can_not_be_rebound_bypasses_the_cache(plain: Any) -> None:
     plain._tokenizer.decode = Decoder(plain._tokenizer)
     wrapped = tokcache.wrap(plain, CONFIG)
     plain.add_tokens(["<new>"])
@@ -231,7 +231,7 @@ def test_a_method_that_can_not_be_bound_again_leaves_the_tokenizer_uncached(plai
 _original: Any = None
 
 
-def recursive(tokenizer: Any) -> None:
+def decode_that_refers_to_itself(tokenizer: Any) -> None:
     def decode(ids: Any, **kwargs: Any) -> Any:
         return decode if ids is None else original(ids, **kwargs)
 
@@ -239,7 +239,7 @@ def recursive(tokenizer: Any) -> None:
     tokenizer.decode = decode
 
 
-def by_global(tokenizer: Any) -> None:
+def decode_that_uses_a_global(tokenizer: Any) -> None:
     global _original  # noqa: PLW0603 (it is the case)
     _original = tokenizer.decode
 
@@ -249,8 +249,8 @@ def by_global(tokenizer: Any) -> None:
     tokenizer.decode = decode
 
 
-@pytest.mark.parametrize("replace", [recursive, by_global])
-def test_a_function_that_holds_itself_or_a_global_is_not_bound_again(
+@pytest.mark.parametrize("replace", [decode_that_refers_to_itself, decode_that_uses_a_global])
+def test_a_function_that_refers_to_itself_or_a_global_is_not_rebound(
     plain: Any, replace: Callable[[Any], None]
 ) -> None:
     replace(plain._tokenizer)
@@ -282,7 +282,7 @@ def clip() -> Any:
     return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
 
 
-def test_clip_decodes_as_ever() -> None:
+def test_clip_decodes_as_without_the_cache() -> None:
     plain = clip()
     assert "decode" in vars(plain._tokenizer)
     wrapped = tokcache.wrap(plain, CONFIG)
@@ -295,7 +295,7 @@ def test_clip_decodes_as_ever() -> None:
     assert not wrapped.cache_stats().bypasses
 
 
-def test_a_class_that_replaces_methods_as_it_is_made_is_wrapped_alike() -> None:
+def test_a_subclass_of_a_class_that_replaces_methods_in_init_is_wrapped() -> None:
     kind = type(tokcache.wrap(clip(), CONFIG))
 
     class Own(kind):  # type: ignore[misc, valid-type]
@@ -306,10 +306,10 @@ def test_a_class_that_replaces_methods_as_it_is_made_is_wrapped_alike() -> None:
     assert own.decode([0, 1]) == other.decode([0, 1])
 
 
-# ---- another library in the place of the Rust object
+# ---- another library's object instead of the Rust object
 
 
-def test_the_message_about_a_shim_names_it_and_the_cure(plain: Any) -> None:
+def test_the_error_for_a_shim_names_it_and_its_undo_function(plain: Any) -> None:
     fastokens = pytest.importorskip("fastokens", reason="the extra `engines` is not installed")
     shim = importlib.import_module("fastokens._compat")._TokenizerShim
     assert hasattr(fastokens, "unpatch_transformers")
@@ -322,7 +322,7 @@ def test_the_message_about_a_shim_names_it_and_the_cure(plain: Any) -> None:
 
 
 @pytest.mark.parametrize("first", ["fastokens", "tokcache"])
-def test_two_patches_of_transformers_give_the_answers_of_one(
+def test_fastokens_and_tokcache_patches_together_give_correct_ids(
     first: str, plain: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     fastokens = pytest.importorskip("fastokens", reason="the extra `engines` is not installed")
@@ -342,7 +342,7 @@ def test_two_patches_of_transformers_give_the_answers_of_one(
     assert [made(text)["input_ids"] for text in TEXTS] == [
         plain(text)["input_ids"] for text in TEXTS
     ]
-    # The library that came last has the Rust tokenizer; the first one says that it has not.
+    # The library that patched last loads the tokenizer; the other one reports that it can't.
     assert not isinstance(made, WrappedTokenizer)
     unwrapped = load_stats().unwrapped.get("TokenizersBackend", 0)
     if first == "fastokens":
@@ -351,11 +351,11 @@ def test_two_patches_of_transformers_give_the_answers_of_one(
         assert "fastokens.unpatch_transformers()" in caplog.text
 
 
-def test_a_tokenizer_given_a_foreign_backend_is_plain_from_then_on(
+def test_assigning_a_backend_of_another_library_unwraps_the_tokenizer(
     plain: Any, wrapped: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Foreign:
-        """Somebody else's encoder."""
+        """An encoder of another library."""
 
         def __init__(self, rust: Tokenizer) -> None:
             self._rust = rust
@@ -372,7 +372,7 @@ def test_a_tokenizer_given_a_foreign_backend_is_plain_from_then_on(
     assert wrapped.decode([5, 6]) == plain.decode([5, 6])
 
 
-def test_a_model_put_into_the_rust_object_is_seen(plain: Any, wrapped: Any) -> None:
+def test_assigning_a_model_to_the_rust_object_takes_effect(plain: Any, wrapped: Any) -> None:
     wrapped("hello world")
     for tok in (plain, wrapped):
         tok._tokenizer.model = BPE()

@@ -1,4 +1,4 @@
-"""The wrapped tokenizer is used as the plain one is: its kind, its methods, its errors."""
+"""A wrapped tokenizer behaves as the plain one does: its class, its methods, its errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-LONE = "a\ud800b"
+LONE_SURROGATE = "a\ud800b"
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def outcome(ask: Callable[[], Any]) -> Any:
     """Return the answer, or the class and message of the error."""
     try:
         answer = ask()
-    except Exception as error:  # noqa: BLE001 (whatever the plain one raises)
+    except Exception as error:  # noqa: BLE001 (any exception of the plain tokenizer)
         return type(error), str(error)
     return type(answer), answer.data if hasattr(answer, "encodings") else answer
 
@@ -65,20 +65,20 @@ def pickled(made: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["tokenizers", "transformers"])
-def test_repr_says_that_it_is_wrapped_and_what_the_cache_holds(kind: str) -> None:
+def test_repr_shows_the_wrapped_tokenizer_and_the_cache_sizes(kind: str) -> None:
     raw: Any = MADE["byte_level_bpe"]()
     plain = raw if kind == "tokenizers" else fast(raw)
     wrapped: Any = tokcache.wrap(plain, tokcache.CacheConfig(engine="tokenizers"))
     wrapped.token_ids("a secret of two words", scope="tenant-a")
     stats = wrapped.cache_stats()
-    n_parts = stats.l1.n_chunks + stats.l1.n_shorts
-    said = (
-        f"<tokcache.wrap of {plain!r}: 1 texts and {n_parts} parts held, "
+    n_segments = stats.l1.n_chunks + stats.l1.n_shorts
+    start = (
+        f"<tokcache.wrap of {plain!r}: 1 texts and {n_segments} segments held, "
         f"{stats.l0.n_bytes + stats.l1.n_bytes:,} bytes"
     )
-    assert n_parts > 0
-    assert repr(wrapped) == f"{said}>"
-    assert repr(wrapped.scoped("tenant-a")) == f"{said}, scope 'tenant-a'>"
+    assert n_segments > 0
+    assert repr(wrapped) == f"{start}>"
+    assert repr(wrapped.scoped("tenant-a")) == f"{start}, scope 'tenant-a'>"
     assert repr(wrapped.unwrap()) == repr(plain)
     assert "secret" not in repr(wrapped)
 
@@ -95,12 +95,12 @@ def test_the_wrapper_is_a_tokenizer_to_isinstance() -> None:
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_every_method_of_the_plain_tokenizer_answers(kind: str, tmp_path: Path) -> None:
+def test_methods_of_the_plain_tokenizer_work_on_the_wrapper(kind: str, tmp_path: Path) -> None:
     plain: Any = MADE[kind]()
     wrapped = tokcache.wrap(plain)
     assert wrapped.to_str() == plain.to_str()
     assert str(wrapped) == str(plain)
-    assert repr(wrapped) == f"<tokcache.wrap of {plain!r}: 0 texts and 0 parts held, 0 bytes>"
+    assert repr(wrapped) == f"<tokcache.wrap of {plain!r}: 0 texts and 0 segments held, 0 bytes>"
     assert wrapped.get_vocab() == plain.get_vocab()
     assert wrapped.decode([1, 2, 3]) == plain.decode([1, 2, 3])
     assert wrapped.num_special_tokens_to_add(False) == plain.num_special_tokens_to_add(False)
@@ -127,7 +127,7 @@ def test_every_method_of_the_plain_tokenizer_answers(kind: str, tmp_path: Path) 
     assert wrapped.remark == plain.remark
 
 
-def test_truncation_and_padding_belong_to_encode_alone() -> None:
+def test_truncation_and_padding_apply_to_encode_but_not_to_token_ids() -> None:
     wrapped = tokcache.wrap(MADE["byte_level_bpe"]())
     whole = wrapped.token_ids("hello world hello").tolist()
     wrapped.enable_truncation(4)
@@ -154,7 +154,7 @@ def test_copies_of_a_wrapper_are_wrapped_and_its_pickle_is_plain(
     assert made.to_str() != wrapped.to_str()
 
 
-def test_scopes_of_the_wrapper() -> None:
+def test_a_scoped_wrapper_shares_statistics_but_not_entries() -> None:
     wrapped = tokcache.wrap(MADE["unigram"]())
     view = wrapped.scoped("a")
     assert type(view) is type(wrapped)
@@ -170,7 +170,7 @@ def test_scopes_of_the_wrapper() -> None:
         wrapped.scoped(3)
 
 
-# ---- what is not cached
+# ---- tokenizers that are never cached
 
 
 class Upper:
@@ -185,7 +185,7 @@ class Spaces:
 
 def with_dropout() -> Tokenizer:
     made = MADE["byte_level_bpe"]()
-    made.model.dropout = 1.0  # every merge left out: random by name, the same each time
+    made.model.dropout = 1.0  # drops every merge: dropout that always gives the same ids
     return made
 
 
@@ -196,14 +196,14 @@ def with_sampling() -> Tokenizer:
     return made
 
 
-def with_python_part() -> Tokenizer:
+def with_python_component() -> Tokenizer:
     made: Any = MADE["word_level"]()
     made.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Spaces())
     return made  # type: ignore[no-any-return]
 
 
 def with_empty_token() -> Tokenizer:
-    """Return one that looks for nothing, behind a blank for ever: never to be asked for one."""
+    """Return one with a token that BertNormalizer empties, so the search for it may not end."""
     made: Any = MADE["word_level"]()
     made.normalizer = normalizers.BertNormalizer()
     made.add_tokens([AddedToken("\0", rstrip=True), AddedToken("\0\u4f60>")])
@@ -213,13 +213,13 @@ def with_empty_token() -> Tokenizer:
 UNCACHED = {
     "bpe_dropout": with_dropout,
     "unigram_sampling": with_sampling,
-    "python_component": with_python_part,
+    "python_component": with_python_component,
     "empty_added_token": with_empty_token,
 }
 
 
 @pytest.mark.parametrize("reason", UNCACHED)
-def test_what_can_not_be_cached_is_answered_and_counted(reason: str) -> None:
+def test_uncacheable_tokenizers_are_bypassed_and_counted(reason: str) -> None:
     plain = UNCACHED[reason]()
     expected = plain.encode("hello big world").ids
     wrapped = tokcache.wrap(plain)
@@ -233,7 +233,7 @@ def test_what_can_not_be_cached_is_answered_and_counted(reason: str) -> None:
 
 
 @pytest.mark.parametrize("reason", UNCACHED)
-def test_what_can_not_be_cached_behind_transformers(reason: str) -> None:
+def test_uncacheable_backends_of_transformers_are_bypassed_and_counted(reason: str) -> None:
     plain = fast(MADE["word_level"]())
     plain._tokenizer = UNCACHED[reason]()
     wrapped = tokcache.wrap(plain)
@@ -246,7 +246,9 @@ def test_what_can_not_be_cached_behind_transformers(reason: str) -> None:
 # ---- transformers
 
 
-def test_the_wrapped_class_is_the_plain_one_by_name(plain: Any, wrapped: Any) -> None:
+def test_the_wrapped_class_has_the_name_and_signatures_of_the_plain_one(
+    plain: Any, wrapped: Any
+) -> None:
     own, other = type(wrapped), type(plain)
     assert isinstance(wrapped, other)
     assert (own.__name__, own.__module__, own.__doc__) == (
@@ -304,7 +306,7 @@ ARGUMENTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-def test_every_argument_gives_the_tokenizers_own_result(
+def test_every_argument_gives_the_result_of_the_plain_tokenizer(
     plain: Any, wrapped: Any, arguments: dict[str, Any]
 ) -> None:
     for text in ("hello <s> world, quick brown", ["hello world", "fox", "the lazy dog"]):
@@ -317,12 +319,12 @@ def test_every_argument_gives_the_tokenizers_own_result(
         assert plain(text).data == wrapped(text).data
         assert vars(wrapped)["_tokenizer"].truncation == plain._tokenizer.truncation
         assert vars(wrapped)["_tokenizer"].padding == plain._tokenizer.padding
-    may_say = {"other_argument", "input_type", "encoding_objects", "truncation", "padding"}
-    assert set(wrapped.cache_stats().bypasses) <= {*arguments, *may_say}
+    other_reasons = {"other_argument", "input_type", "encoding_objects", "truncation", "padding"}
+    assert set(wrapped.cache_stats().bypasses) <= {*arguments, *other_reasons}
 
 
 @pytest.mark.parametrize("arguments", FROM_IDS, ids=str)
-def test_known_texts_answer_whatever_is_made_of_their_ids(
+def test_cached_ids_serve_calls_with_other_arguments(
     wrapped: Any, arguments: dict[str, Any]
 ) -> None:
     texts = ["hello <s> world, quick brown", "hello world"]
@@ -340,9 +342,9 @@ BAD: list[Any] = [
     None,
     3,
     b"bytes",
-    LONE,
-    [LONE],
-    ["x", LONE],
+    LONE_SURROGATE,
+    [LONE_SURROGATE],
+    ["x", LONE_SURROGATE],
     [],
     [3],
     ["x", 3],
@@ -354,7 +356,9 @@ BAD: list[Any] = [
 
 
 @pytest.mark.parametrize("bad", BAD, ids=ascii)
-def test_bad_input_ends_as_with_the_plain_tokenizer(plain: Any, wrapped: Any, bad: Any) -> None:
+def test_bad_input_gives_the_errors_of_the_plain_tokenizer(
+    plain: Any, wrapped: Any, bad: Any
+) -> None:
     for _ in range(2):
         assert outcome(lambda: wrapped(bad))[1] == outcome(lambda: plain(bad))[1]
         assert outcome(lambda: wrapped.encode(bad)) == outcome(lambda: plain.encode(bad))
@@ -364,7 +368,7 @@ def test_bad_input_ends_as_with_the_plain_tokenizer(plain: Any, wrapped: Any, ba
 
 
 class _OwnCall(PreTrainedTokenizerFast):
-    """Encodes in a way of its own, so that its answers are not cached."""
+    """Overrides `_encode_plus`, so that its answers are not cached."""
 
     def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
         return super()._encode_plus(*args, **kwargs)
@@ -385,7 +389,7 @@ def _wrappers() -> dict[str, tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize("kind", [*MADE, *(f"fast {kind}" for kind in MADE), "own call"])
-def test_a_lone_surrogate_is_no_text_and_its_place_is_named(kind: str) -> None:
+def test_token_ids_refuses_a_lone_surrogate_and_names_its_position(kind: str) -> None:
     _, wrapped = _wrappers()[kind]
     text = "hello " * 500 + "\udfff and \ud800"
     for scope in (None, "a"):
@@ -396,7 +400,7 @@ def test_a_lone_surrogate_is_no_text_and_its_place_is_named(kind: str) -> None:
                 wrapped.token_ids(text, add_special_tokens=flag, scope=scope)
             with pytest.raises(InvalidText, match=r"texts\[2\] has .* at character 1 of 3"):
                 wrapped.token_ids_batch(
-                    ["hello", "world", LONE, text], add_special_tokens=flag, scope=scope
+                    ["hello", "world", LONE_SURROGATE, text], add_special_tokens=flag, scope=scope
                 )
         with pytest.raises(InvalidText, match="at character 0 of 1"):
             asyncio.run(wrapped.atoken_ids("\udc80", scope=scope))
@@ -404,29 +408,29 @@ def test_a_lone_surrogate_is_no_text_and_its_place_is_named(kind: str) -> None:
         wrapped.token_ids("secret \ud800")
     assert "secret" not in str(caught.value)
     assert wrapped.cache_stats().l0.n_entries == 0
-    text = "\U0001f600 hello"  # a pair in UTF-16, one character here
+    text = "\U0001f600 hello"  # a surrogate pair in UTF-16 only
     assert wrapped.token_ids(text) == wrapped.token_ids_batch([text])[0]
 
 
 @pytest.mark.parametrize("kind", [*MADE, *(f"fast {kind}" for kind in MADE), "own call"])
-def test_the_tokenizers_own_calls_raise_the_plain_ones_error_for_a_surrogate(kind: str) -> None:
+def test_plain_methods_keep_the_plain_error_for_a_lone_surrogate(kind: str) -> None:
     plain, wrapped = _wrappers()[kind]
     calls: list[Callable[[Any], Any]] = [
-        lambda tok: tok.encode(LONE),
-        lambda tok: tok.encode(LONE, add_special_tokens=False),
-        lambda tok: tok.encode(LONE, LONE),
-        lambda tok: tok.encode_batch(["hello", LONE]),
+        lambda tok: tok.encode(LONE_SURROGATE),
+        lambda tok: tok.encode(LONE_SURROGATE, add_special_tokens=False),
+        lambda tok: tok.encode(LONE_SURROGATE, LONE_SURROGATE),
+        lambda tok: tok.encode_batch(["hello", LONE_SURROGATE]),
     ]
     if "chat_template" in dir(plain):
-        chat = [{"role": "user", "content": LONE}]
+        chat = [{"role": "user", "content": LONE_SURROGATE}]
         calls[3:] = [
-            lambda tok: tok(LONE),
-            lambda tok: tok(["hello", LONE]),
-            lambda tok: tok("hello", LONE),
-            lambda tok: tok([LONE, "hello"], padding=True, truncation=True, max_length=5),
-            lambda tok: tok(LONE, return_tensors="np", add_special_tokens=False),
-            lambda tok: tok(LONE, return_offsets_mapping=True),
-            lambda tok: tok.tokenize(LONE),
+            lambda tok: tok(LONE_SURROGATE),
+            lambda tok: tok(["hello", LONE_SURROGATE]),
+            lambda tok: tok("hello", LONE_SURROGATE),
+            lambda tok: tok([LONE_SURROGATE, "hello"], padding=True, truncation=True, max_length=5),
+            lambda tok: tok(LONE_SURROGATE, return_tensors="np", add_special_tokens=False),
+            lambda tok: tok(LONE_SURROGATE, return_offsets_mapping=True),
+            lambda tok: tok.tokenize(LONE_SURROGATE),
             lambda tok: tok.apply_chat_template(chat),
             lambda tok: tok.apply_chat_template(chat, return_dict=False),
             lambda tok: tok.apply_chat_template(chat, tokenize=False),
@@ -434,10 +438,10 @@ def test_the_tokenizers_own_calls_raise_the_plain_ones_error_for_a_surrogate(kin
     for call in calls:
         for _ in range(2):
             assert outcome(lambda: call(wrapped)) == outcome(lambda: call(plain))  # noqa: B023
-    assert wrapped.cache_stats().l0.n_entries <= 1  # hello, before the one that failed
+    assert wrapped.cache_stats().l0.n_entries <= 1  # "hello", encoded before the failing text
 
 
-def test_encodings_are_there_when_asked_for(plain: Any, wrapped: Any) -> None:
+def test_encodings_are_computed_when_first_needed(plain: Any, wrapped: Any) -> None:
     text = "hello <s> world"
     for own, other in (
         (wrapped(text), plain(text)),
@@ -463,7 +467,7 @@ def test_encodings_are_there_when_asked_for(plain: Any, wrapped: Any) -> None:
     wrapped(text, truncation=True, max_length=2)
     late = wrapped(text)
     wrapped.add_tokens(["hello"])
-    assert late.tokens() == plain(text).tokens()  # as the tokenizer was at the call
+    assert late.tokens() == plain(text).tokens()  # with the tokenizer as it was at the call
 
 
 def test_copies_of_an_answer_are_batch_encodings(plain: Any, wrapped: Any) -> None:
@@ -476,7 +480,7 @@ def test_copies_of_an_answer_are_batch_encodings(plain: Any, wrapped: Any) -> No
     assert copy.copy(wrapped("hello")).tokens() == expected.tokens()
 
 
-def test_every_answer_has_lists_of_its_own(wrapped: Any) -> None:
+def test_callers_may_change_the_returned_lists(wrapped: Any) -> None:
     first = wrapped("hello")
     expected = first["input_ids"].copy()
     for key in first:
@@ -488,7 +492,7 @@ def test_every_answer_has_lists_of_its_own(wrapped: Any) -> None:
 
 
 @pytest.mark.parametrize("long", ["hello world " * 20, ["a", "hello world " * 20]], ids=len)
-def test_too_long_is_said_once_as_by_the_plain_tokenizer(
+def test_the_warning_about_length_is_logged_once_as_by_the_plain_tokenizer(
     plain: Any, wrapped: Any, long: Any
 ) -> None:
     said: list[str] = []
@@ -522,7 +526,7 @@ def test_too_long_is_said_once_as_by_the_plain_tokenizer(
     ],
     ids=str,
 )
-def test_chats_are_rendered_and_tokenized_alike(
+def test_apply_chat_template_answers_as_the_plain_tokenizer(
     plain: Any, wrapped: Any, arguments: dict[str, Any]
 ) -> None:
     for chat in (CHAT, [CHAT, CHAT[:1] + CHAT[1:]]):
@@ -535,7 +539,7 @@ def test_chats_are_rendered_and_tokenized_alike(
         assert wrapped.cache_stats().encoded_texts == 1
 
 
-def test_the_other_methods_of_a_transformers_tokenizer(plain: Any, wrapped: Any) -> None:
+def test_other_methods_of_a_transformers_tokenizer_answer_alike(plain: Any, wrapped: Any) -> None:
     text = "hello <s> world"
     assert wrapped.tokenize(text) == plain.tokenize(text)
     ids = plain.encode(text)
@@ -564,7 +568,7 @@ def test_the_pickle_of_a_wrapped_transformers_tokenizer_is_plain(plain: Any, wra
         assert len(made) == len(wrapped) + 1
 
 
-def test_what_is_saved_is_loaded_as_the_original_class(
+def test_a_saved_wrapped_tokenizer_loads_as_the_original_class(
     plain: Any, wrapped: Any, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer  # noqa: PLC0415 (seconds to import)
@@ -584,7 +588,7 @@ def test_what_is_saved_is_loaded_as_the_original_class(
         assert made("hello world").data == plain("hello world").data
 
 
-def test_a_class_of_its_own_way_is_not_cached(plain: Any) -> None:
+def test_classes_that_override_encoding_are_not_cached(plain: Any) -> None:
     class Own(type(plain)):  # type: ignore[misc]
         def _encode_plus(self, text: Any, **kwargs: Any) -> Any:
             return super()._encode_plus(text[::-1] if isinstance(text, str) else text, **kwargs)
@@ -602,7 +606,9 @@ def test_a_class_of_its_own_way_is_not_cached(plain: Any) -> None:
         assert wrapped.cache_stats().l0.n_entries == 0
 
 
-def test_scopes_of_a_transformers_tokenizer(plain: Any, wrapped: Any) -> None:
+def test_a_scoped_transformers_tokenizer_shares_settings_but_not_entries(
+    plain: Any, wrapped: Any
+) -> None:
     view = wrapped.scoped("a")
     assert isinstance(view, type(plain))
     assert view("hello").data == wrapped("hello").data == plain("hello").data
@@ -614,7 +620,7 @@ def test_scopes_of_a_transformers_tokenizer(plain: Any, wrapped: Any) -> None:
     assert view("hello").data == wrapped("hello").data == plain("hello").data
 
 
-def test_every_wrap_may_say_that_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_wrap_checks_for_missing_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
     monkeypatch.setattr("tokcache.text.wrappers.log_missing_extension", lambda: said.append(1))
     tokcache.wrap(tokcache.wrap(MADE["unigram"]()))
@@ -633,14 +639,14 @@ def test_another_config_for_a_wrapped_tokenizer_is_refused(plain: Any) -> None:
 
 
 @pytest.mark.parametrize("config", [5, {}, tokcache.CacheConfig])
-def test_a_config_is_a_config(plain: Any, config: Any) -> None:
+def test_an_invalid_config_is_refused(plain: Any, config: Any) -> None:
     for tokenizer in (plain, plain._tokenizer, tokcache.wrap(plain)):
         with pytest.raises(InvalidConfig, match="CacheConfig or None"):
             tokcache.wrap(tokenizer, config)
 
 
 @pytest.mark.parametrize("other", [None, "gpt2", object(), BPE(), Unigram()])
-def test_what_is_no_tokenizer_is_refused(other: Any) -> None:
+def test_other_objects_are_refused(other: Any) -> None:
     with pytest.raises(UnsupportedTokenizer, match=r"pass a tokenizers\.Tokenizer or a fast"):
         tokcache.wrap(other)
 
@@ -658,7 +664,9 @@ def test_a_tokenizer_of_mistral_common_is_refused() -> None:
         MistralCommonBackend,
     )
 
-    made = MistralCommonBackend.__new__(MistralCommonBackend)  # its library need not be there
+    made = MistralCommonBackend.__new__(
+        MistralCommonBackend
+    )  # works without mistral_common installed
     with pytest.raises(UnsupportedTokenizer, match=r"MistralCommonBackend.*fast transformers"):
         tokcache.wrap(made)
 
@@ -687,7 +695,7 @@ def _shouts(plain: type[Any]) -> type[Any]:
 
 
 @pytest.mark.parametrize("make", [_begins_with_seven, _shouts])
-def test_a_chat_goes_the_way_that_a_class_of_ones_own_goes(
+def test_apply_chat_template_calls_overridden_methods(
     make: Callable[[type[Any]], type[Any]],
 ) -> None:
     plain = fast(MADE["byte_level_bpe"]())
@@ -699,9 +707,7 @@ def test_a_chat_goes_the_way_that_a_class_of_ones_own_goes(
 
 @pytest.mark.parametrize("is_set_before", [True, False])
 @pytest.mark.parametrize("name", ["_encode_plus", "_convert_encoding"])
-def test_a_method_replaced_on_the_object_is_the_one_that_is_called(
-    name: str, is_set_before: bool
-) -> None:
+def test_a_method_replaced_on_the_object_is_called(name: str, is_set_before: bool) -> None:
     def replace(tok: Any) -> None:
         before = getattr(tok, name)
 

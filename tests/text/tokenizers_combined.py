@@ -1,8 +1,8 @@
-"""Tokenizers put together at random: any normalizers, pre-tokenizers, model, flags and template.
+"""Random tokenizers: any combination of normalizers, pre-tokenizers, model, flags and template.
 
-`combination(rng)` draws one; a seed gives the same one again. Most draws are of what a cut could
-be proven for, so that a wrong proof is met; the models are made to show every wrong boundary.
-What the library refuses to build is drawn anew.
+`combination(rng)` draws one; the same seed gives the same tokenizer. Most draws are tokenizers
+for which cuts can be proven, because a wrong proof can only be found there. The models are made
+such that ids show every wrong boundary. A combination that the library refuses is drawn again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tests.text.tokenizers_synthetic import PATTERNS
 
 _MARKER = "\u2581"
 _VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
-_BEYOND = "\xe9\xc9\xe4\u2260\u226e\u0430\u4f60\u2026\u0301\u0338\u0120\u010a\u0109\u3002"
-_ALPHABET = [*_VISIBLE, " ", "\n", "\t", _MARKER, *_BEYOND]
+_NON_ASCII = "\xe9\xc9\xe4\u2260\u226e\u0430\u4f60\u2026\u0301\u0338\u0120\u010a\u0109\u3002"
+_ALPHABET = [*_VISIBLE, " ", "\n", "\t", _MARKER, *_NON_ASCII]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _MERGED = ["a", "b", "e", "1", "2", "!", "_", "'", "=", ".", "`", '"', " ", _MARKER, "\n", "\xe9"]
 _MERGED += ["\u2260", "<0x5F>", "<0x3D>"]
@@ -47,8 +47,8 @@ def _numbered(tokens: Sequence[str]) -> dict[str, int]:
 # ---- models
 
 
-def _every_boundary(rng: random.Random) -> Any:
-    """Return a model that gives a letter another id where a word begins, or where one ends."""
+def _marks_every_boundary(rng: random.Random) -> Any:
+    """Return a model in which a letter at the start, or at the end, of a word has another id."""
     letters = [*_ALPHABET, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     if rng.random() < 0.5:
         marked, settings = [f"##{one}" for one in letters], {"continuing_subword_prefix": "##"}
@@ -63,7 +63,7 @@ def _every_boundary(rng: random.Random) -> Any:
 
 
 def _merging(rng: random.Random) -> Any:
-    """Return BPE over letters with a few merges: a pair of any classes may be a token."""
+    """Return BPE over letters with a few merges, so that any two classes may form a token."""
     letters = [one for one in _ALPHABET if rng.random() < 0.97]
     byte_fallback = rng.random() < 0.4
     if byte_fallback:
@@ -103,7 +103,12 @@ def _unigram(_: random.Random) -> Any:
     return Unigram([(one, -1.0 - at / 8) for at, one in enumerate(pieces)], unk_id=0)
 
 
-_MODELS: list[tuple[int, Draw]] = [(5, _every_boundary), (5, _merging), (2, _words), (1, _unigram)]
+_MODELS: list[tuple[int, Draw]] = [
+    (5, _marks_every_boundary),
+    (5, _merging),
+    (2, _words),
+    (1, _unigram),
+]
 
 # ---- normalizers
 
@@ -198,7 +203,7 @@ _PRE_TOKENIZERS: list[Draw] = [
     ),
 ]
 
-# ---- what is put in, and around
+# ---- added tokens and templates
 
 
 def _added(rng: random.Random) -> list[AddedToken]:
@@ -224,24 +229,24 @@ def _some(rng: random.Random, draws: list[Draw], sizes: list[int], sequence: Any
 
 
 def combination(rng: random.Random) -> Tokenizer:
-    """Return a tokenizer that the library can build and encode a few letters with."""
+    """Return a random tokenizer that the library can build and encode a short text with."""
     while True:
         try:
-            made = _drawn(rng)
+            made = _draw_once(rng)
             made.encode("ab 1")
-        except BaseException as error:  # the library panics over some of them
+        except BaseException as error:  # the library panics over some combinations
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             continue
         return made
 
 
-def _normal_name(token: AddedToken, normalizer: Any) -> str:
+def _normalized_content(token: AddedToken, normalizer: Any) -> str:
     is_normalized = token.normalized and normalizer is not None
     return normalizer.normalize_str(token.content) if is_normalized else token.content
 
 
-def _drawn(rng: random.Random) -> Tokenizer:
+def _draw_once(rng: random.Random) -> Tokenizer:
     model = rng.choices([draw for _, draw in _MODELS], [weight for weight, _ in _MODELS])[0]
     made = Tokenizer(model(rng))
     normalizer = _some(rng, _NORMALIZERS, [0, 0, 1, 1, 2, 3], normalizers.Sequence)
@@ -251,11 +256,11 @@ def _drawn(rng: random.Random) -> Tokenizer:
     pre_tokenizer = _some(rng, _PRE_TOKENIZERS, sizes, pre_tokenizers.Sequence)
     if pre_tokenizer is not None:
         made.pre_tokenizer = pre_tokenizer
-    seen = {""}  # which the library would search for without end
+    seen = {""}  # the library would search for an empty token forever
     for token in _added(rng):
-        name = _normal_name(token, normalizer)
+        name = _normalized_content(token, normalizer)
         if name in seen:
-            continue  # of two that are the same once normalised, chance finds one
+            continue  # of two tokens that are equal after normalization, a random one is found
         seen.add(name)
         add = made.add_special_tokens if token.special else made.add_tokens
         add([token])

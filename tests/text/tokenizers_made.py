@@ -1,4 +1,4 @@
-"""Small tokenizers made here, one of every kind, and texts to try them on."""
+"""Small tokenizers, one of each kind of model, trained here, and texts to encode."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXTS = [
 
 
 def byte_level_bpe() -> Tokenizer:
-    """BPE over bytes that puts <s> before a text and </s> behind it."""
+    """Return BPE over bytes that puts <s> before a text and </s> after it."""
     made = Tokenizer(BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.train_from_iterator(
@@ -52,7 +52,7 @@ def byte_level_bpe() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """BERT's kind: lower case, [CLS] and [SEP]."""
+    """Return a tokenizer like BERT's: lower case, [CLS] and [SEP]."""
     made = Tokenizer(WordPiece(unk_token="[UNK]"))  # noqa: S106 (no password)
     made.normalizer = normalizers.BertNormalizer()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -65,7 +65,7 @@ def word_piece() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """SentencePiece's kind: a marker before the first word only."""
+    """Return a tokenizer like SentencePiece's, with a marker before the first word only."""
     made = Tokenizer(Unigram())
     made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -83,7 +83,7 @@ def unigram() -> Tokenizer:
 
 
 def word_level() -> Tokenizer:
-    """Words alone, an empty word list for all others, and type ids that are not all 0."""
+    """Return a tokenizer of whole words, with type ids other than 0."""
     vocabulary = {"?": 0, "hello": 1, "world": 2, "[A]": 3}
     made = Tokenizer(WordLevel(vocabulary, unk_token="?"))  # noqa: S106 (no password)
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -95,19 +95,19 @@ def word_level() -> Tokenizer:
 
 @cache
 def _serialised(make: Callable[[], Tokenizer]) -> str:
-    return make().to_str()  # trained once: training breaks ties as it likes
+    return make().to_str()  # trained once, because the trainers break ties at random
 
 
-def _again(make: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
+def _from_serialised(make: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
     return lambda: Tokenizer.from_str(_serialised(make))
 
 
 KINDS = (byte_level_bpe, word_piece, unigram, word_level)
-MADE: dict[str, Callable[[], Tokenizer]] = {kind.__name__: _again(kind) for kind in KINDS}
+MADE: dict[str, Callable[[], Tokenizer]] = {kind.__name__: _from_serialised(kind) for kind in KINDS}
 
 
 def fast(tokenizer: Tokenizer, **settings: Any) -> Any:
-    """Return a transformers tokenizer around `tokenizer`."""
+    """Return a fast transformers tokenizer whose backend is `tokenizer`."""
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 (seconds to import)
 
     made: Any = PreTrainedTokenizerFast

@@ -1,8 +1,8 @@
-"""Synthetic tokenizers: every component, flag and pair of flags that a cut must survive.
+"""Synthetic tokenizers: every component, flag and pair of flags that a safe cut depends on.
 
-`SYNTHETIC` maps names to builders; each builds a fresh tokenizer from what was made once.
-Vocabularies depend on nothing but this file: trainers that break ties as they like (WordPiece,
-Unigram) are not used, so that a seed that failed fails again.
+`SYNTHETIC` maps names to builders. Each kind is trained once; its builder then makes a new
+tokenizer from the serialised form. Vocabularies depend on this file alone: the WordPiece and
+Unigram trainers break ties at random, so they are not used, and a failing seed fails every time.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _KIMI_LETTERS = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
 _KIMI_SMALL = r"\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
 _ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-# As the regex engine sees them in the tokenizer.json files named beside them. \r and \n are the
-# characters themselves, not escapes, in the DeepSeek and Seed-Coder files.
+# The patterns after JSON decoding, from the tokenizer.json files that the comments name. The
+# DeepSeek and Seed-Coder files contain the characters \r and \n themselves, not escapes.
 PATTERNS = {
-    # what ByteLevel(use_regex=True) splits by: GPT-2, GPT-NeoX, RoBERTa, Whisper
+    # the pattern of ByteLevel(use_regex=True): GPT-2, GPT-NeoX, RoBERTa, Whisper
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # Llama 3; both conversions of cl100k have it, too: Isolated in microsoft/phi-4, inverted and
-    # Removed in Xenova/gpt-4, allenai/dolma2-tokenizer and ibm-granite/granite-4
+    # Llama 3. Conversions of cl100k use the same pattern: Isolated in microsoft/phi-4, inverted
+    # and Removed in Xenova/gpt-4, allenai/dolma2-tokenizer and ibm-granite/granite-4
     "llama3": rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{_ENDS}",
     # tiktoken's own cl100k_base
     "cl100k_tiktoken": (
@@ -109,10 +109,10 @@ PATTERNS = {
     ),
     "deepseek_v2_trailing": r"\s+$",
     "deepseek_v2_cjk": "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-    # deepseek-ai/deepseek-coder: newlines, these two, V2's cjk, Digits, ByteLevel
+    # deepseek-ai/deepseek-coder: V2's newlines, these two, V2's cjk, Digits, ByteLevel
     "deepseek_coder_letters": r"\s?\p{L}+",
     "deepseek_coder_punctuation": r"\s?\p{P}+",
-    # tiiuae/falcon-7b: Punctuation(Contiguous), ByteLevel, Digits, then this
+    # tiiuae/falcon-7b: Punctuation(Contiguous), ByteLevel, Digits, then this pattern
     "falcon_digits": "[0-9][0-9][0-9]",
     # openai/clip-vit: Removed + invert, then ByteLevel with its own regex
     "clip": r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
@@ -123,9 +123,9 @@ PATTERNS = {
         f"{_CONTRACTION}|[^\r\n\\p{{L}}\\p{{N}}]?\\p{{L}}+|\\p{{N}}{{1}}"
         "| ?[^\\s\\p{L}\\p{N}\r\n]+|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
     ),
-    # poolside/Laguna: MergedWithNext, then Qwen2's
+    # poolside/Laguna: this pattern with MergedWithNext, then Qwen2's
     "laguna_lines": r"(?:\r?\n)+(?!\r?\n)",
-    # CohereLabs/aya: before o200k's
+    # CohereLabs/aya: this pattern, then o200k's
     "aya_digits": r"\d{1,3}(?=(?:\d{3})*\b)",
 }
 
@@ -149,7 +149,7 @@ TRAINING = [
     "The cat sat on the mat. The cat ran to the end of the road and back to the house of the man.",
 ]
 
-_UNDERLINE = "\u2581"  # SentencePiece's mark for a blank
+_UNDERLINE = "\u2581"  # SentencePiece's mark for a space
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
@@ -159,7 +159,7 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 def _byte_level(
     pre_tokenizer: Any, normalizer: Any = None, vocab_size: int = 640, **settings: Any
 ) -> Tokenizer:
-    """BPE over bytes, as `pre_tokenizer` cuts the training text."""
+    """Return BPE over bytes, trained on the words that `pre_tokenizer` makes."""
     made = Tokenizer(BPE(**settings))
     made.pre_tokenizer = pre_tokenizer
     if normalizer is not None:
@@ -177,7 +177,7 @@ def _trained(
     letters: list[str],
     **settings: Any,
 ) -> Tokenizer:
-    """Train BPE so that ids and merges are the same in every process."""
+    """Train BPE such that ids and merges are the same in every process."""
     affixes = {
         name: settings[name]
         for name in ("continuing_subword_prefix", "end_of_word_suffix")
@@ -186,8 +186,9 @@ def _trained(
     prefix, suffix = (
         affixes.get(name, "") for name in ("continuing_subword_prefix", "end_of_word_suffix")
     )
-    # The trainer numbers letters with an affix in the order of a hash map; special tokens it
-    # numbers in order. They are no added tokens in the end.
+    # The trainer numbers letters with a prefix or suffix in the order of a hash map, but special
+    # tokens in the given order. So these letters are trained as special tokens, and taken out of
+    # the added tokens afterwards.
     own = [prefix + letter for letter in letters if prefix]
     own += [letter + suffix for letter in letters if suffix]
     own += [prefix + letter + suffix for letter in letters if prefix and suffix]
@@ -211,18 +212,18 @@ def _trained(
 
 
 def _common(n_letters: int, lines: Iterable[str]) -> list[str]:
-    """Return the letters that occur most."""
+    """Return the `n_letters` most frequent letters, sorted."""
     counts = Counter("".join(lines))
     return sorted(sorted(counts, key=lambda one: (-counts[one], one))[:n_letters])
 
 
 def _only(letters: list[str], lines: Iterable[str]) -> list[str]:
-    """Leave out what the tokenizer shall not know."""
+    """Return the lines without the letters that the tokenizer should not know."""
     return ["".join(one for one in line if one in letters) for line in lines]
 
 
 def _split_bytes(*names: str, **how: Any) -> Any:
-    """Split by the named patterns, then turn into bytes."""
+    """Return a pre-tokenizer that splits by the named patterns and then maps to bytes."""
     how.setdefault("behavior", "isolated")
     splits = [pre_tokenizers.Split(Regex(PATTERNS[name]), **how) for name in names]
     return pre_tokenizers.Sequence([*splits, _bytes()])
@@ -242,7 +243,7 @@ def _sentence_piece(
     byte_fallback: bool = True,
     **settings: Any,
 ) -> Tokenizer:
-    """BPE over characters, trained with one pre-tokenizer and used with another."""
+    """Return BPE over characters, trained with one pre-tokenizer and used with another."""
     specials = ["<unk>", "<s>", "</s>", *(_BYTE_TOKENS if byte_fallback else [])]
     settings = dict[str, Any](fuse_unk=True, unk_token="<unk>") | settings  # noqa: S106 (no password)
     made = Tokenizer(BPE(byte_fallback=byte_fallback, **settings))
@@ -268,7 +269,7 @@ def _without_pre_tokenizer(made: Tokenizer) -> Tokenizer:
 
 @cache
 def _pieces(is_split: bool) -> list[tuple[str, int]]:
-    """Return substrings of the training text by how much of it they cover, with their counts."""
+    """Return substrings of the training text with their counts, sorted by coverage."""
     text = " ".join(TRAINING).replace(" ", _UNDERLINE)
     counts: Counter[str] = Counter()
     for start in range(len(text)):
@@ -281,7 +282,7 @@ def _pieces(is_split: bool) -> list[tuple[str, int]]:
 
 def _unigram_vocabulary(is_split: bool) -> list[tuple[str, float]]:
     pieces = _pieces(is_split)
-    # Rare letters stay unknown; counts make many sums of scores equal but for their rounding.
+    # Rare letters stay unknown. Scores from counts make many sums equal except for rounding.
     letters = [one for one in pieces if len(one[0]) == 1 and one[1] > 1]
     chosen = dict(letters + [one for one in pieces if len(one[0]) > 1][:500])
     total = sum(chosen.values())
@@ -341,7 +342,7 @@ def _word_level(pre_tokenizer: Any, *, has_unk: bool = True) -> Tokenizer:
 
 
 def _letters(pre_tokenizer: Any, **settings: Any) -> Tokenizer:
-    """BPE over characters, many of them unknown, behind any pre-tokenizer."""
+    """Return BPE over characters, many of them unknown, with any pre-tokenizer."""
     settings = {"unk_token": "<unk>"} | settings
     specials = ["<unk>", "<s>", "</s>"]
     made = Tokenizer(BPE(**settings))
@@ -350,7 +351,7 @@ def _letters(pre_tokenizer: Any, **settings: Any) -> Tokenizer:
     return _trained(made, _only(letters, TRAINING), 480, specials, letters, **settings)
 
 
-# ---- kinds, as they are found
+# ---- kinds of published tokenizers
 
 
 def _gpt2() -> Tokenizer:
@@ -439,7 +440,7 @@ def _phi3() -> Tokenizer:
 
 
 def _ignore_merges(pre_tokenizer: Any) -> Tokenizer:
-    """Let a piece that is a token be that token, even those that no merges make."""
+    """Return Llama 2 with `ignore_merges`, and with whole tokens that no merges produce."""
     data = json.loads(_llama2().to_str())
     vocabulary = data["model"]["vocab"]
     for word in ("grumble", _UNDERLINE + "grumble", f"{_UNDERLINE}The{_UNDERLINE}cat"):
@@ -524,7 +525,7 @@ _SPLITS: dict[str, Build] = {
             _bytes(),
         )
     ),
-    # an unknown pattern close to a known one, and other behaviours of a known one
+    # an unknown pattern close to a known one, and a known pattern with other behaviours
     "almost_qwen2": lambda: _byte_level(
         _sequence(
             pre_tokenizers.Split(
@@ -581,7 +582,7 @@ _CLASSIC: dict[str, Build] = {
     "digits": lambda: _letters(pre_tokenizers.Digits(individual_digits=False)),
     "digits_individual": lambda: _letters(pre_tokenizers.Digits(individual_digits=True)),
     "char_delimiter": lambda: _letters(pre_tokenizers.CharDelimiterSplit("e")),
-    "char_delimiter_blank": lambda: _letters(pre_tokenizers.CharDelimiterSplit(" ")),
+    "char_delimiter_space": lambda: _letters(pre_tokenizers.CharDelimiterSplit(" ")),
     "unicode_scripts": lambda: _letters(pre_tokenizers.UnicodeScripts()),
     "fixed_length": lambda: _letters(pre_tokenizers.FixedLength(5)),
     "whitespace_digits": lambda: _letters(
@@ -664,7 +665,7 @@ _MARKED |= {
 }
 
 
-# ---- what is put around or in front of a kind: made from its serialised form, not trained again
+# ---- kinds with other normalizers, added tokens and post-processors, from the serialised form
 
 
 def _normalized(base: Build, *parts: Any) -> Build:
@@ -688,7 +689,7 @@ def _processed(base: Build, processor: Any) -> Build:
 def _added(base: Build, *tokens: AddedToken) -> Build:
     def made() -> Tokenizer:
         tokenizer = base()
-        for token in tokens:  # one by one: the call decides whether a token is special
+        for token in tokens:  # one by one: the method decides whether a token is special
             add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
             add([token])
         return tokenizer
@@ -697,7 +698,7 @@ def _added(base: Build, *tokens: AddedToken) -> Build:
 
 
 def _literal(base: Build) -> Build:
-    """Have special tokens in the text encoded as text."""
+    """Return a builder of tokenizers that encode special tokens in a text as plain text."""
 
     def made() -> Tokenizer:
         tokenizer = base()
@@ -712,7 +713,7 @@ def _serialised(base: Build) -> str:
     return base().to_str()
 
 
-def _again(base: Build) -> Build:
+def _from_serialised(base: Build) -> Build:
     return lambda: Tokenizer.from_str(_serialised(base))
 
 
@@ -721,12 +722,12 @@ def _tokens(*contents: str, **flags: bool) -> list[AddedToken]:
     return [AddedToken(content, **flags) for content in contents]
 
 
-_GPT2 = _again(_gpt2)
-_QWEN2 = _again(_SPLITS["qwen2"])
-_BERT = _again(_bert)
-_FIRST = _again(_metaspace_first)
-_LLAMA2 = _again(_llama2)
-_MISTRAL = _again(_mistral)
+_GPT2 = _from_serialised(_gpt2)
+_QWEN2 = _from_serialised(_SPLITS["qwen2"])
+_BERT = _from_serialised(_bert)
+_FIRST = _from_serialised(_metaspace_first)
+_LLAMA2 = _from_serialised(_llama2)
+_MISTRAL = _from_serialised(_mistral)
 _BASES = {"gpt2": _GPT2, "bert": _BERT, "first": _FIRST, "llama2": _LLAMA2}
 
 _NORMALIZERS: dict[str, list[Any]] = {
@@ -769,7 +770,7 @@ _NORMALISED: dict[str, Build] = {
     for kind, base in (
         ("qwen2", _QWEN2),
         ("first", _FIRST),
-        ("words", _again(_CLASSIC["whitespace"])),
+        ("words", _from_serialised(_CLASSIC["whitespace"])),
     )
     if kind != "words" or name in {"nfkc", "strip", "replace_grows", "replace_spanning"}
 }
@@ -794,17 +795,17 @@ _CONTENTS: dict[str, list[AddedToken]] = {
     "nested": _tokens("<s>", "<s>x", "<s>xy", "s>"),
     "overlapping": _tokens("ab|cd", "cd|ef", "|c"),
     "overlapping_phases": [*_tokens("ab|cd"), *_tokens("cd|ef", normalized=True, special=False)],
-    "with_blanks": _tokens("New York", "a\nb", "x  y", special=False),
-    "with_blanks_normalized": _tokens("New York", "a\nb", normalized=True, special=False),
-    "one_blank": _tokens(" ", special=False),
-    "one_blank_normalized": _tokens(" ", normalized=True, special=False),
-    "blank_runs": _tokens("  ", "    ", "\n\n", "\t", special=False),
-    "blank_ends": _tokens(" lead", "trail ", "\nline", "line\n", special=False),
+    "with_whitespace": _tokens("New York", "a\nb", "x  y", special=False),
+    "with_whitespace_normalized": _tokens("New York", "a\nb", normalized=True, special=False),
+    "one_space": _tokens(" ", special=False),
+    "one_space_normalized": _tokens(" ", normalized=True, special=False),
+    "whitespace_runs": _tokens("  ", "    ", "\n\n", "\t", special=False),
+    "whitespace_ends": _tokens(" lead", "trail ", "\nline", "line\n", special=False),
     "ordinary_word": _tokens("the", "hello", special=False),
     "ordinary_single_word": _tokens("the", "a", single_word=True, special=False),
     "one_letter": _tokens("e", "\u4f60", normalized=True, special=False),
-    "foreign": _tokens("\xe9", "\u4f60\u597d", "\U0001f600", "\u0301", special=False),
-    "foreign_normalized": _tokens(
+    "non_ascii": _tokens("\xe9", "\u4f60\u597d", "\U0001f600", "\u0301", special=False),
+    "non_ascii_normalized": _tokens(
         "caf\xe9", "\ufb01", "\u0130", "e\u0301", normalized=True, special=False
     ),
     "capitals_normalized": _tokens("XAB", "Hello World", normalized=True, special=False),
@@ -842,7 +843,7 @@ _PROCESSED: dict[str, Build] = {
     ),
     "bert_processing": _processed(_GPT2, processors.BertProcessing(_END, _S)),
     "roberta_processing": _processed(
-        _again(_SPLITS["gpt2_prefix_space"]),
+        _from_serialised(_SPLITS["gpt2_prefix_space"]),
         processors.RobertaProcessing(_END, _S, trim_offsets=True, add_prefix_space=True),
     ),
     "byte_level_processing": _processed(_GPT2, processors.ByteLevel(trim_offsets=True)),
@@ -887,7 +888,7 @@ def _with_dropout(base: Build, dropout: float | None) -> Build:
     return made
 
 
-_BOTH = _again(_PROCESSED["template_both"])
+_BOTH = _from_serialised(_PROCESSED["template_both"])
 _SETTINGS: dict[str, Build] = {
     "truncation": _truncated(_BOTH, "right"),
     "truncation_left": _truncated(_BERT, "left", stride=2),
@@ -904,16 +905,16 @@ _LITERAL: dict[str, Build] = {
         "gpt2": _BOTH,
         "bert": _BERT,
         "llama2": _LLAMA2,
-        "phi3": _again(_phi3),
+        "phi3": _from_serialised(_phi3),
         "first": _FIRST,
-        "nested": _again(_CONTAINED["nested_gpt2"]),
-        "greedy_strips": _again(_CONTAINED["greedy_strips_gpt2"]),
-        "normalized": _again(_FLAGGED["added_normalized_special_bert"]),
+        "nested": _from_serialised(_CONTAINED["nested_gpt2"]),
+        "greedy_strips": _from_serialised(_CONTAINED["greedy_strips_gpt2"]),
+        "normalized": _from_serialised(_FLAGGED["added_normalized_special_bert"]),
     }.items()
 }
 
 SYNTHETIC: dict[str, Build] = {
-    name: _again(build)
+    name: _from_serialised(build)
     for group in (
         _SPLITS,
         _CLASSIC,
@@ -925,11 +926,11 @@ SYNTHETIC: dict[str, Build] = {
         _SETTINGS,
     )
     for name, build in group.items()
-} | {name: _literal(build) for name, build in _LITERAL.items()}  # in no serialised form
+} | {name: _literal(build) for name, build in _LITERAL.items()}  # not in the serialised form
 
 RANDOM: dict[str, Build] = {
-    "dropout_half": _again(_with_dropout(_GPT2, 0.5)),
-    "dropout_half_llama2": _again(_with_dropout(_LLAMA2, 0.5)),
+    "dropout_half": _from_serialised(_with_dropout(_GPT2, 0.5)),
+    "dropout_half_llama2": _from_serialised(_with_dropout(_LLAMA2, 0.5)),
 }
 
 _MAPPED = ("always", "first", "spaces", "unsplit", "qwen2")
@@ -947,7 +948,7 @@ def precompiled(t5_file: Path) -> dict[str, Build]:
             data["normalizer"] = {"type": "Sequence", "normalizers": [charsmap, *more]}
             return Tokenizer.from_str(json.dumps(data))
 
-        return _again(made)
+        return _from_serialised(made)
 
     made = {
         "precompiled_always": with_map(_MARKED["unigram_always_split"]),
@@ -957,14 +958,14 @@ def precompiled(t5_file: Path) -> dict[str, Build]:
         "precompiled_qwen2": with_map(_QWEN2),
     }
     flagged = {
-        f"{name}_added": _added(build, *_CONTENTS["foreign_normalized"], *_CONTENTS["nested"])
+        f"{name}_added": _added(build, *_CONTENTS["non_ascii_normalized"], *_CONTENTS["nested"])
         for name, build in made.items()
     }
-    return {name: _again(build) for name, build in (made | flagged).items()}
+    return {name: _from_serialised(build) for name, build in (made | flagged).items()}
 
 
 def plain(build: Build) -> Tokenizer:
-    """Return the tokenizer that gives whole texts: without truncation and padding."""
+    """Return the tokenizer without truncation and padding, as the cache sees it."""
     tokenizer = build()
     tokenizer.no_truncation()
     tokenizer.no_padding()

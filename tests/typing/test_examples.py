@@ -1,4 +1,4 @@
-"""What a type checker sees of the public names: mypy checks it, pytest runs it."""
+"""The types of the public API: mypy checks the assertions, pytest runs the code."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def test_wrapped_tokenizer() -> None:
 
 
 def states_are_typed(states: PrefixStateCache) -> StateStats:
-    """Stand for code that takes the public names as types."""
+    """Checked by mypy only: public classes used as types of parameters and results."""
     assert_type(states.memory_usage(), int)
     return states.stats()

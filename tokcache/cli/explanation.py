@@ -14,12 +14,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokcache._prefix import first_difference
 from tokcache.config import ENGINES, CacheConfig
 from tokcache.demo.tokenizers import TokenizerSource
 from tokcache.errors import InvalidPrompts, MissingFile
 from tokcache.text.engines.copying import why_random
 from tokcache.text.engines.fast import installed
-from tokcache.text.segments.cache import first_difference
 from tokcache.text.wrappers import wrap
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
+    from tokcache.text.cuts.plan import CutPlan, Separator
+    from tokcache.text.cuts.rules import Rule
     from tokcache.text.segments.cache import L1
-    from tokcache.text.segments.cuts.plan import CutPlan, Separator
-    from tokcache.text.segments.cuts.rules import Rule
     from tokcache.text.tokenizer import WrappedTokenizer
 
 _REASONS = {
@@ -451,16 +451,12 @@ def _answer(cache: WrappedTokenizer, text: str, special: bool, right: list[int])
         origin = Origin.WHOLE
     l1 = cache._tokcache.l1  # noqa: SLF001 (ours)
     engine = "tokenizers" if l1 is None else l1.engine
-    difference = _first_difference(right, found)
+    difference = None
+    index = first_difference(right, found)
+    if index is not None:
+        one, other = (ids[index] if index < len(ids) else None for ids in (right, found))
+        difference = f"id {index} is {one} in the plain tokenizer and {other} in the cache"
     n_whole = [stats.l1.refusals.get("parts_differ", 0) for stats in (before, after)]
     if difference is None and n_whole[0] < n_whole[1]:
         difference = "token ids run across a cut, so the text was encoded whole"
     return Answer(engine, special, origin, len(found), difference)
-
-
-def _first_difference(right: list[int], found: list[int]) -> str | None:
-    index = first_difference(right, found)
-    if index is None:
-        return None
-    one, other = (ids[index] if index < len(ids) else None for ids in (right, found))
-    return f"id {index} is {one} in the plain tokenizer and {other} in the cache"

@@ -28,7 +28,7 @@ def serve(
         typer.Option(help="Stand in front of a running llama-server; may be repeated."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A TOML file of settings; see docs/gateway.md.")
+        Path | None, typer.Option(help="A TOML file of settings; see docs/guides/gateway.md.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [8000].")] = None,

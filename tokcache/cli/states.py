@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from tokcache._validate import require_size
-from tokcache.errors import InvalidConfig, MissingFile, TokcacheError
-from tokcache.state.tiers import StateRefused
-from tokcache.state.tiers.disk import MARKER, DiskTier
-from tokcache.state.tiers.disk_file import File, verified_file
+from tokcache.errors import InvalidConfig, MissingFile, StateRefused, TokcacheError
+from tokcache.state.tiers.disk import DiskTier
+from tokcache.state.tiers.disk.file import File, verified_file
+from tokcache.state.tiers.disk.folder import MARKER
 
 DAMAGED, BAD_INPUT = 1, 2
 _SHOWN = 12  # leading digits of a digest that are printed
@@ -52,15 +52,15 @@ def list_states(folder: Folder) -> None:
     with _errors_in_one_line():
         groups: dict[tuple[str, str], list[File]] = defaultdict(list)
         for file in _tier(folder).files():
-            groups[file.scope, file.owner].append(file)
+            groups[file.scope, file.root].append(file)
     if not groups:
         typer.echo(f"{folder} holds no states")
         return
     table = Table("scope", "model", "states", "bytes", "last used")
-    for (scope, owner), files in sorted(groups.items(), key=lambda item: -_size(item[1])):
+    for (scope, root), files in sorted(groups.items(), key=lambda item: -_size(item[1])):
         table.add_row(
             scope[:_SHOWN],
-            owner[:_SHOWN],
+            root[:_SHOWN],
             f"{len(files):,}",
             f"{_size(files):,}",
             _ago(max(file.used_at for file in files)),
@@ -77,7 +77,7 @@ def show_stats(folder: Folder) -> None:
         "States": f"{len(files):,}",
         "Bytes": f"{_size(files):,}",
         "Scopes": f"{len({file.scope for file in files}):,}",
-        "Models": f"{len({file.owner for file in files}):,} (per scope and kind of state)",
+        "Models": f"{len({file.root for file in files}):,} (per scope and kind of state)",
     }
     if files:
         lines["Last used"] = _ago(max(file.used_at for file in files))
@@ -100,8 +100,8 @@ def verify(
         tier = _tier(folder, hmac_key_env)
         files = list(tier.files())
         refused = _verified(tier, files, remove=remove)
-    for place, reason in refused.items():
-        typer.echo(f"{reason}: {place}")
+    for path, reason in refused.items():
+        typer.echo(f"{reason}: {path}")
     gone = " and removed" if remove and refused else ""
     typer.echo(f"{len(files) - len(refused):,} of {len(files):,} whole, {len(refused):,} not{gone}")
     raise typer.Exit(DAMAGED if refused else 0)
@@ -116,7 +116,7 @@ def _verified(tier: DiskTier, files: list[File], *, remove: bool) -> dict[str, s
             except FileNotFoundError:
                 continue  # another process that uses the folder pruned it
             except (StateRefused, OSError) as error:
-                refused[file.place] = str(error)
+                refused[file.path] = str(error)
                 if remove and str(error) in ("damaged", "forged"):
                     tier.unlink(file)
     return refused

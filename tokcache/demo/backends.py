@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from tokcache.demo.slot_files import SlotFiles
     from tokcache.llama.server import LlamaServer
     from tokcache.text.token_ids import TokenIds
 
@@ -149,11 +148,16 @@ class _InProcessCached(_InProcess):
 
 @contextlib.contextmanager
 def served(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Iterator[Sides]:
-    """Yield two slots of one llama-server: one erased before each prompt, one with slot files."""
-    from tokcache.demo.slot_files import SlotFiles  # noqa: PLC0415 (with the two above)
-    from tokcache.llama.server import LlamaServer  # noqa: PLC0415 (an extra)
+    """Yield two slots of one llama-server: one erased before each prompt, one saved and restored.
+
+    The second one is in reproducible mode, so both sides give the same results.
+    """
+    from tokcache.llama.server import LlamaServer, SlotSettings  # noqa: PLC0415 (an extra)
     from tokcache.samples.server_process import ServerProcess  # noqa: PLC0415 (an extra)
 
+    settings = SlotSettings(
+        reproducible=True, block_tokens=BLOCK_TOKENS, slot_ids=(1,), min_save_tokens=1
+    )
     with (
         ServerProcess(
             model,
@@ -165,12 +169,11 @@ def served(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Iterator[
             # with them the last bits of the results.
             overrides={"n_ctx_checkpoints": 0},
         ) as process,
-        LlamaServer(process.url, tokenizer=tokenizer) as server,
+        LlamaServer(process.url, tokenizer=tokenizer, slot_settings=settings) as server,
     ):
-        files = SlotFiles(server, block_tokens=BLOCK_TOKENS, id_slot=1)
         yield Sides(
             plain=_EmptiedSlot(server, 0),
-            cached=_SavedSlot(files),
+            cached=_SavedSlot(server),
             baseline="a llama-server slot that is erased before each prompt",
         )
 
@@ -188,12 +191,12 @@ class _EmptiedSlot:
 
 
 class _SavedSlot:
-    def __init__(self, files: SlotFiles) -> None:
-        self._files = files
+    def __init__(self, server: LlamaServer) -> None:
+        self._server = server
 
     def generate(self, ids: TokenIds, n_tokens: int) -> Generation:
         started = perf_counter()
-        reused = self._files.complete(ids, n_predict=n_tokens)
+        reused = self._server.complete(ids, n_predict=n_tokens)
         seconds = perf_counter() - started
         token_ids = reused.completion.token_ids.tolist()
         return Generation(token_ids, reused.first_token_s, seconds, len(ids) - reused.n_restored)
@@ -202,4 +205,5 @@ class _SavedSlot:
         """Do nothing: the warm-up prompt is shorter than a block, so it was not saved."""
 
     def held(self) -> Held:
-        return Held(self._files.n_bytes, "in slot files", self._files.refusals)
+        stats = self._server.stats()
+        return Held(stats.n_bytes, "in slot files", stats.refusals)

@@ -7,6 +7,7 @@ from enum import StrEnum
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from tokcache._prefix import first_difference
 from tokcache.demo.backends import BLOCK_TOKENS
 from tokcache.text.token_ids import TokenIds
 
@@ -70,17 +71,10 @@ class Outcome:
             generated = (self.plain.generation.token_ids, self.cached.generation.token_ids)
             pairs.append(("generated token", *generated))
         for name, without, with_ in pairs:
-            if without != with_:
-                at = _first_difference(without, with_)
+            at = first_difference(without, with_)
+            if at is not None:
                 return f"{name} {at} is {_at(without, at)} without and {_at(with_, at)} with"
         return None
-
-
-def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
-    for at, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return at
-    return min(len(left), len(right))
 
 
 def _at(tokens: Sequence[int], at: int) -> str:

@@ -75,7 +75,7 @@ class TenantConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """How `tokcache serve` runs; see docs/gateway.md.
+    """How `tokcache serve` runs; see docs/guides/gateway.md.
 
     Either `model` (a llama-server is started for it) or `upstreams` (running ones).
 

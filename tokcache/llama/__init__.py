@@ -1,4 +1,4 @@
-"""llama.cpp with the caches, in this process or behind llama-server; imported when first used."""
+"""llama.cpp with the caches, in this process or through llama-server; imported when first used."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from tokcache.llama.inprocess import Llama as Llama
     from tokcache.llama.inprocess import Reuse as Reuse
     from tokcache.llama.sequence_states import SequenceStates as SequenceStates
+    from tokcache.llama.server import AsyncLlamaServer as AsyncLlamaServer
     from tokcache.llama.server import LlamaServer as LlamaServer
     from tokcache.llama.server import SlotSettings as SlotSettings
     from tokcache.llama.server import kv_report as kv_report
 
 __all__ = [
+    "AsyncLlamaServer",
     "Llama",
     "LlamaServer",
     "Reuse",
@@ -31,6 +33,7 @@ _MODULES = {
     "Reuse": "inprocess",
     "SequenceStates": "sequence_states",
     "state_fingerprint": "fingerprint",
+    "AsyncLlamaServer": "server",
     "LlamaServer": "server",
     "SlotSettings": "server",
     "kv_report": "server",
@@ -42,14 +45,11 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _MODULES[name] in _IN_PROCESS:
-        _require_llama_cpp(name)
+        try:
+            import llama_cpp  # noqa: F401, PLC0415 (an extra, and 0.3 s)
+        except ImportError as error:
+            raise MissingExtra(
+                f"tokcache.llama.{name} needs llama-cpp-python ({error}): "
+                "pip install 'tokcache[llama]'"
+            ) from error
     return getattr(import_module(f"tokcache.llama.{_MODULES[name]}"), name)
-
-
-def _require_llama_cpp(name: str) -> None:
-    try:
-        import llama_cpp  # noqa: F401, PLC0415 (an extra, and 0.3 s)
-    except ImportError as error:
-        raise MissingExtra(
-            f"tokcache.llama.{name} needs llama-cpp-python ({error}): pip install 'tokcache[llama]'"
-        ) from error

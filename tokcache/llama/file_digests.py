@@ -3,26 +3,25 @@
 1. `begin` takes a file as it was at the loading. If its digest is known, to this process or from an
    earlier one, a few blocks of the file are compared and the digest is there.
 2. Otherwise a small file is hashed at once, a large one by a daemon thread. Llamas of the same file
-   share the thread. It refers to none of them, and ends early once nobody waits for it.
-3. Before and after the reading the file must have the identity that it had at the loading. What was
-   hashed is then what was loaded.
+   share the thread. It does not refer to them, and ends early once none of them waits for it.
+3. Before and after the reading the file must have the identity that it had at the loading: then the
+   hashed bytes are the loaded ones.
 4. The digest is remembered unless the file changed so shortly before the hashing that a later
    change could have left the same times (git's racy rule). It holds for the loaded object all the
    same, and the next one hashes again.
 
-The digest is SHA-256. A fast checksum (xxhash, CRC) is not enough: two files with equal ones can be
-made on purpose, and whoever offers a model file for download could so have its states taken for
-another model's, also by other hosts that share a Redis. Of hashlib's functions it is the fastest on
-CPUs with SHA instructions. It must be the same function on every host, or none could share.
+The digest is SHA-256. A fast checksum (xxhash, CRC) is not enough: somebody who offers model files
+for download could make two with equal checksums, and have the states of one taken for those of the
+other, also by other hosts that share a Redis. Of hashlib's functions SHA-256 is the fastest on CPUs
+with SHA instructions. Every host must use the same function, or hosts could not share states.
 
 A file that is overwritten in place while llama.cpp has it mapped changes the loaded weights, too.
-Its digest stays that of the file before, and this can't be noticed.
+Its digest stays that of the file before, which can't be noticed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import logging
 import os
 import secrets
@@ -35,6 +34,7 @@ from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
+from tokcache.errors import FileChanged
 from tokcache.llama.remembered_digests import (
     BlockDigest,
     FileDigest,
@@ -53,16 +53,12 @@ _READ_BYTES = 1 << 20
 _N_BLOCKS, _BLOCK_BYTES = 16, 4096
 _MAX_KNOWN = 256
 _SECOND_NS = 10**9
-# The times of a file move in steps: 4 ms here, a second on ext3 and old NFS servers. The rest is
+# The times of a file move in steps, of 4 ms or up to a second (ext3, old NFS servers). The rest is
 # for the clock of a file server that differs from ours.
 _RACY_NS = 2 * _SECOND_NS
 _PAUSE_S = 0.05
-_N_AT_ONCE = 2  # the parts of a model are many files, and generations need the cores, too
+_N_AT_ONCE = 2  # a model may be many files, and generations need the cores, too
 _THREAD = "tokcache-digest"
-
-
-class FileChanged(OSError):
-    """A file on disk is no longer the one that was loaded, so its digest would be another's."""
 
 
 class Hashing:
@@ -84,7 +80,7 @@ class Hashing:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the thread that computes it stayed behind in the parent of a fork."""
+        """Whether the thread that computes it is in the parent of a fork, and not here."""
         return not self.is_done and self._pid != os.getpid()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -113,7 +109,7 @@ class Hashing:
 
 
 class FileDigests:
-    """Digests of files, by what a stat shows of them.
+    """Digests of files, by the identity that a stat shows.
 
     Errors:  none from `begin`; a Hashing that failed raises its own.
     Threads: safe; after a fork the child hashes for itself.
@@ -137,7 +133,7 @@ class FileDigests:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep threads from reading on, for as long as a start must not share the disk with them.
+        """Stop the threads from reading, while a start needs the disk for itself.
 
         Digests that are known, and small files, are not held up.
         """
@@ -182,7 +178,8 @@ class FileDigests:
             return None
         with Path(path).open("rb", buffering=0) as file:
             _require_same(path, file.fileno(), identity)
-            is_same = all(_is_same(file.fileno(), block) for block in found.blocks)
+            blocks = [_block(file.fileno(), block.offset, block.n_bytes) for block in found.blocks]
+            is_same = tuple(blocks) == found.blocks
         with self._lock:
             if is_same:
                 self._known[identity] = found
@@ -190,7 +187,7 @@ class FileDigests:
             self._known.pop(identity, None)
         _log.warning("%s is another file than before, with the same times; hashed again", path)
         self._remembered.refuse("blocks_differ")
-        self._remembered.forget(identity)
+        self._remembered.remove(identity)
         return None
 
     def _begin_thread(self, path: str, identity: FileIdentity, hashing: Hashing) -> Hashing:
@@ -211,18 +208,21 @@ class FileDigests:
         return hashing
 
     def _run(self, path: str, identity: FileIdentity, reference: weakref.ref[Hashing]) -> None:
-        """Hash a file in a thread, as long as somebody waits for it."""
+        """Hash a file in a thread, as long as a Llama waits for it."""
         found: FileDigest | None = None
         failure: OSError | None = None
         try:
-            if self._takes_turn(reference):
+            has_turn = self._turns.acquire(timeout=_PAUSE_S)
+            while not has_turn and reference() is not None:
+                has_turn = self._turns.acquire(timeout=_PAUSE_S)
+            if has_turn:
                 try:
                     found = self._hash(path, identity, lambda: self._goes_on(reference))
                 finally:
                     self._turns.release()
         except OSError as error:
             failure = error
-        except Exception as error:  # noqa: BLE001  (nobody may wait for ever)
+        except Exception as error:  # noqa: BLE001  (no Llama may wait for ever)
             failure = OSError(f"{path} could not be hashed: {error!r}")
         with self._lock:
             if self._running.get(identity) is reference():
@@ -233,13 +233,8 @@ class FileDigests:
         elif hashing is not None and failure is not None:
             hashing.fail(failure)
 
-    def _takes_turn(self, reference: weakref.ref[Hashing]) -> bool:
-        while not self._turns.acquire(timeout=_PAUSE_S):
-            if reference() is None:
-                return False
-        return True
-
     def _goes_on(self, reference: weakref.ref[Hashing]) -> bool:
+        """Return whether a Llama waits for the digest, once the reading is not paused any more."""
         while reference() is not None and not self._may_run.wait(_PAUSE_S):
             pass
         return reference() is not None
@@ -271,7 +266,7 @@ def _is_settled(identity: FileIdentity) -> bool:
 def _read_digest(
     path: str, identity: FileIdentity, goes_on: Callable[[], bool]
 ) -> FileDigest | None:
-    """Return the digest of a file, None if it was not wanted to the end.
+    """Return the digest of a file, None if `goes_on` ended it.
 
     Errors: FileChanged; OSError.
     """
@@ -292,9 +287,9 @@ def _read_digest(
 
 
 def file_identity(path: str) -> FileIdentity:
-    """Return what tells the file at `path` from others.
+    """Return the identity of the file at `path`.
 
-    The file is opened: network file systems ask their server again only then.
+    The file is opened: only then network file systems ask their server again.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -309,22 +304,17 @@ def _require_same(path: str, fd: int, identity: FileIdentity) -> None:
 
 
 def _chosen(n_bytes: int) -> Iterator[int]:
-    """Yield where blocks begin: one in each sixteenth of the file, where nobody can foresee."""
+    """Yield the starts of blocks: one in each sixteenth of the file, at unpredictable places."""
     step = max(n_bytes // _N_BLOCKS, _BLOCK_BYTES)
     for start in range(0, n_bytes, step):
         yield start + secrets.randbelow(max(min(step, n_bytes - start) - _BLOCK_BYTES, 0) + 1)
 
 
-def _block(fd: int, offset: int) -> BlockDigest:
-    data = os.pread(fd, _BLOCK_BYTES, offset)
+def _block(fd: int, offset: int, n_bytes: int = _BLOCK_BYTES) -> BlockDigest:
+    data = os.pread(fd, n_bytes, offset)
     return BlockDigest(offset, len(data), hashlib.sha256(data).digest())
 
 
-def _is_same(fd: int, block: BlockDigest) -> bool:
-    data = os.pread(fd, block.n_bytes, block.offset)
-    return hmac.compare_digest(hashlib.sha256(data).digest(), block.digest)
-
-
 DIGESTS = FileDigests(RememberedDigests())
-"""The process's own: every Llama takes its digests from it."""
+"""The digests of this process; every Llama takes its own from here."""
 os.register_at_fork(after_in_child=DIGESTS.start_without_threads)

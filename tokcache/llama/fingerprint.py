@@ -1,7 +1,7 @@
-"""What makes two KV states interchangeable, in one digest.
+"""The fingerprint: one digest of everything that makes two KV states interchangeable.
 
-llama.cpp checks the shape of a state it is given, not where it comes from: a fine-tune of the
-same geometry loads without a word. All that decides the numbers is therefore part of the key.
+llama.cpp checks the shape of a state that it loads, not where it comes from: it accepts that of a
+fine-tune of the same geometry. Everything that decides the numbers is therefore in the fingerprint.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
-from tokcache.errors import MissingFile
-from tokcache.llama.file_digests import DIGESTS, FileChanged, Hashing, file_identity
+from tokcache.errors import FileChanged, MissingFile
+from tokcache.llama.file_digests import DIGESTS, Hashing, file_identity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-# A change of what the fingerprint is made of, or how, makes other keys: old states are never taken
+# Raised when the fingerprint is made of other fields, or in another way: old states are never taken
 # for new ones. 2: SHA-256 for the files' digests.
 _VERSION = 2
 
@@ -55,7 +55,7 @@ _CONTEXT = (
     "op_offload",
     "swa_full",
 )
-# How a prompt is cut, and by how many threads it is computed, decides the last bits.
+# The batches of a prompt, and the number of threads, decide the last bits.
 _REPRODUCIBLE = ("n_batch", "n_ubatch", "n_threads", "n_threads_batch")
 
 
@@ -78,7 +78,7 @@ class LoadedFile:
         return hashing
 
     def release(self) -> None:
-        """Stop waiting for the digest: what hashes for nobody else ends."""
+        """Stop waiting for the digest; its thread ends if no other object waits for it."""
         self._hashing = None
 
     def digest(self) -> bytes:
@@ -103,7 +103,7 @@ class LoadedFiles:
     def at(
         cls, model_path: str, lora_path: str | os.PathLike[str] | None = None
     ) -> LoadedFiles | None:
-        """Return the files as they are now; None if one, a part say, is not there."""
+        """Return the files as they are now; None if one of them is not there."""
         try:
             paths = model_files(str(Path(model_path).absolute()))
             files = tuple(LoadedFile(path) for path in paths)
@@ -113,7 +113,7 @@ class LoadedFiles:
         return cls(files, lora)
 
     def each(self) -> tuple[LoadedFile, ...]:
-        """Return all of them."""
+        """Return the files of model and adapter."""
         return self.model if self.lora is None else (*self.model, self.lora)
 
     def begin(self) -> bool:
@@ -136,24 +136,36 @@ class LoadedFiles:
 
 
 def model_files(path: str) -> list[str]:
-    """Return the file, or all parts of a model that was split into several."""
+    """Return the file, or all files of a model that was split into several."""
     found = _SHARD.search(path)
     if found is None:
         return [path]
-    stem, n_parts = path[: found.start()], int(found[2])
-    return [f"{stem}-{part:05d}-of-{found[2]}.gguf" for part in range(1, n_parts + 1)]
+    stem, n_files = path[: found.start()], int(found[2])
+    return [f"{stem}-{number:05d}-of-{found[2]}.gguf" for number in range(1, n_files + 1)]
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What `describe` asks of a llama_cpp.Llama."""
+class LoadedModel:
+    """The settings with which a model and its context were made."""
 
     context_params: Any
     model_params: Any
-    kv_overrides: Any
+    kv_overrides: Mapping[str, Any] | None
     lora_scale: float
     tensor_split: Sequence[float] | None
     metadata: Mapping[str, str]
+
+    @classmethod
+    def of(cls, llm: Any) -> LoadedModel:
+        """Return those of a llama_cpp.Llama."""
+        return cls(
+            llm.context_params,
+            llm.model_params,
+            llm.kv_overrides,
+            llm.lora_scale,
+            llm.tensor_split,
+            llm.metadata,
+        )
 
 
 def state_fingerprint(
@@ -168,26 +180,29 @@ def state_fingerprint(
 ) -> bytes:
     """Return the fingerprint of the states of a model that was loaded with these settings.
 
-    `context_params` and `model_params` are llama.cpp's own structures, as they were handed to it.
+    `context_params` and `model_params` are llama.cpp's own structures, as it was given them.
 
-    A file that is overwritten in place while it is mapped changes the loaded weights, and this
-    can't be noticed: replace model files by renaming new ones over them.
+    A file that is overwritten in place while it is mapped changes the loaded weights, which can't
+    be noticed: replace model files by renaming new ones over them.
 
     Errors: MissingFile for a file that is not there.
     Cost:   reads the model, about a second a gigabyte, unless its digest is known: the process
             keeps it, and the user's cache folder keeps those of files over 16 MiB
             (TOKCACHE_REMEMBER_DIGESTS=0 turns that off). A file that changed in the last two
-            seconds is read again by the next one who asks.
+            seconds is read again by the next call.
     """
     files = LoadedFiles.at(str(model_path), lora_path)
     if files is None:
-        raise MissingFile(f"{model_path}, a part of it or the LoRA file {lora_path} is not there")
-    loaded = _Loaded(context_params, model_params, kv_overrides, lora_scale, tensor_split, {})
+        raise MissingFile(
+            f"{model_path}, another file of a model that was split, or the LoRA file {lora_path} "
+            "is not there; pass the path of a GGUF file"
+        )
+    loaded = LoadedModel(context_params, model_params, kv_overrides, lora_scale, tensor_split, {})
     return fingerprint(loaded, files, None)
 
 
 def fingerprint(llm: Any, files: LoadedFiles, block_tokens: int | None) -> bytes:
-    """Return the digest of all that decides the numbers in a state of this model and context.
+    """Return the digest of everything that decides the numbers in this model's states.
 
     `block_tokens` is that of reproducible mode, None in the default mode: states of the two never
     meet, for only the first were decoded in pieces that end at its multiples.
@@ -200,35 +215,28 @@ def fingerprint(llm: Any, files: LoadedFiles, block_tokens: int | None) -> bytes
 
 
 def describe(llm: Any, files: LoadedFiles, block_tokens: int | None) -> dict[str, Any]:
-    """Return what the fingerprint is made of, by name."""
-    parts = {
+    """Return the fields of the fingerprint, by name."""
+    params = llm.model_params
+    tensor_split = None if llm.tensor_split is None else list(llm.tensor_split)
+    lora = None if files.lora is None else [files.lora.digest().hex(), llm.lora_scale]
+    fields = {
         "version": _VERSION,
         "model": [file.digest().hex() for file in files.model],
         "architecture": llm.metadata.get("general.architecture"),
         "overrides": repr(llm.kv_overrides),
-        "lora": _lora(llm, files.lora),
+        "lora": lora,
         "context": {name: _plain(llm.context_params, name) for name in _CONTEXT},
-        "devices": _devices(llm),
+        "devices": [params.n_gpu_layers, params.split_mode, params.main_gpu, tensor_split],
         "build": _build(),
     }
     if block_tokens is not None:
-        parts["block_tokens"] = block_tokens
-        parts["batches"] = {name: _plain(llm.context_params, name) for name in _REPRODUCIBLE}
-    return parts
+        fields["block_tokens"] = block_tokens
+        fields["batches"] = {name: _plain(llm.context_params, name) for name in _REPRODUCIBLE}
+    return fields
 
 
 def _plain(params: Any, name: str) -> Any:
     return getattr(params, name, None)
-
-
-def _lora(llm: Any, file: LoadedFile | None) -> list[Any] | None:
-    return None if file is None else [file.digest().hex(), llm.lora_scale]
-
-
-def _devices(llm: Any) -> list[Any]:
-    params = llm.model_params
-    split = list(llm.tensor_split) if llm.tensor_split is not None else None
-    return [params.n_gpu_layers, params.split_mode, params.main_gpu, split]
 
 
 def _build() -> list[Any]:
@@ -241,22 +249,22 @@ def _build() -> list[Any]:
 
 
 class _System:
-    """What llama.cpp says of its build and this CPU.
+    """llama.cpp's description of its build and of this CPU.
 
-    It writes the answer into a static string: two threads that ask at once get a mixture, or end
-    the process. So it is asked once.
+    llama.cpp writes it into a static string: two threads that ask for it at once get a mixture, or
+    end the process. So it is asked for once.
     """
 
     def __init__(self) -> None:
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Ask again at the next call; in the child of a fork another thread may hold the lock."""
+    def reset(self) -> None:
+        """Start without an answer and with a lock that no thread of a fork's parent holds."""
         self._lock = threading.Lock()
         self._info: str | None = None
 
     def info(self) -> str:
-        """Return llama.cpp's words."""
+        """Return the description."""
         with self._lock:
             if self._info is None:
                 said = llama_cpp.llama_print_system_info()
@@ -265,4 +273,4 @@ class _System:
 
 
 _SYSTEM = _System()
-os.register_at_fork(after_in_child=_SYSTEM.forget)
+os.register_at_fork(after_in_child=_SYSTEM.reset)

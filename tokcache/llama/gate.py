@@ -1,19 +1,19 @@
-"""Who may use the context: one step at a time, one generation after the other.
+"""Gate: lets one thread use a context at a time, and one generation after the other.
 
 Life of a step:
 
-1. Who wants the context takes a ticket. Tickets are served in the order of their arrival, the
-   first one first that may enter (2).
+1. A thread that wants the context takes a ticket. Of the tickets that may enter (2), the one that
+   came first is served first.
 2. A call "between" (a setting, the end of a stream, the end of the model) and a plain call
-   (`reset`, `eval`) may enter as soon as nobody is inside. A generation enters when the one whose
-   turn it is has ended, or when its consumer has not asked for a token for `IDLE_S`.
+   (`reset`, `eval`) may enter as soon as no thread is inside. A generation enters when the one
+   whose turn it is has ended, or when its consumer has not asked for a token for `IDLE_S`.
 3. A plain call or a generation that finds another generation's state in the context suspends it:
    it takes a snapshot. The suspended one resumes from the snapshot at its own next step.
 4. A step that decodes more than once pauses between two decodes when there are tickets that may
    enter: so they wait for one decode, not for a whole prompt or answer.
 
-So a stream that nobody reads blocks nobody, interleaved streams both come out right, and no lock
-is held while a consumer thinks, whatever thread it resumes from.
+So an unread stream blocks no other call, interleaved streams both give the right tokens, and no
+lock is held while a consumer is busy with a token, whatever thread it comes back from.
 
 Implementation: `_inside` is the thread in a step, `_owner` the generation whose state the context
 holds, `_turn` the generation whose turn it is (they differ after a plain call has suspended it).
@@ -51,7 +51,7 @@ class Context(Protocol):
     def suspend(self, *, has_started: bool, is_decoding: bool) -> Any:
         """Return all that the present generation needs to go on later.
 
-        `is_decoding`: it is about to decode, so it needs no logits that are there now.
+        `is_decoding`: it is about to decode, so it does not need the present logits.
         """
 
     def resume(self, suspended: Any) -> None:
@@ -65,8 +65,8 @@ class Context(Protocol):
 
 
 class _Kind(Enum):
-    BETWEEN = "between"  # changes nothing that a generation would miss
-    CALL = "call"  # changes what the context holds
+    BETWEEN = "between"  # leaves the positions in the context as they are
+    CALL = "call"  # changes the positions in the context
     GENERATION = "generation"
 
 
@@ -91,8 +91,8 @@ class Gate:
         self._mutex = threading.Lock()
         self._waiting: list[_Ticket] = []  # in the order of arrival
         self._inside: int | None = None
-        self._running: Steps | None = None  # whose step the thread inside is in
-        self._paused_call: _Ticket | None = None  # a plain call that pauses: no other may enter
+        self._running: Steps | None = None  # the generation whose step the thread inside is in
+        self._paused_call: _Ticket | None = None  # of a plain call that pauses: no other may enter
         self._owner: weakref.ref[Steps] | None = None
         self._turn: weakref.ref[Steps] | None = None
         self._last_step = (0.0, 0)  # when the last step of `_turn` ended, in which thread
@@ -119,10 +119,11 @@ class Gate:
         `is_generation`: a plain call that generates waits for its turn as a generation does.
         """
         self.require_open()
+        serving = nullcontext() if steps is None else self._context.serving(steps.scope)
         if self.is_inside():
             before, self._running = self._running, steps or self._running
             try:
-                with self._serving(steps):
+                with serving:
                     yield
             finally:
                 self._running = before
@@ -132,7 +133,7 @@ class Gate:
         try:
             self.require_open()
             self._running = steps
-            with self._serving(steps):
+            with serving:
                 if steps is None or not steps.is_over:  # closed while it waited
                     self._take_over(steps)
                 yield
@@ -140,16 +141,13 @@ class Gate:
             self._running = None
             self._leave(is_step=kind is _Kind.GENERATION)
 
-    def _serving(self, steps: Steps | None) -> AbstractContextManager[None]:
-        return nullcontext() if steps is None else self._context.serving(steps.scope)
-
     # Tickets
 
     def _enter(self, ticket: _Ticket) -> None:
         with self._mutex:
             is_free = self._inside is None and not self._waiting
             is_ours = ticket.kind is not _Kind.GENERATION or ticket.steps is self._whose_turn()
-            if is_free and is_ours:  # the usual case, once a token: nobody else wants the context
+            if is_free and is_ours:  # the usual case, once a token: no other thread waits
                 self._inside = ticket.thread
                 return
             self._waiting.append(ticket)
@@ -173,11 +171,18 @@ class Gate:
                 self._call(self._first()[0])
 
     def _first(self) -> tuple[_Ticket | None, float]:
-        """Return the ticket that is served next, and how long that has to wait yet."""
+        """Return the ticket that is served next, and how long it still has to wait."""
         first, shortest = None, math.inf
-        others_wait_s = self._others_wait_s()
+        turn, others_wait_s = self._whose_turn(), self._others_wait_s()
         for ticket in self._waiting:
-            wait = self._wait_s(ticket, others_wait_s)
+            if ticket.kind is _Kind.BETWEEN or self.is_closed:
+                wait = 0.0
+            elif self._paused_call is not None:
+                wait = 0.0 if ticket is self._paused_call else math.inf
+            elif ticket.kind is _Kind.CALL or (ticket.steps and ticket.steps is turn):
+                wait = 0.0
+            else:
+                wait = others_wait_s
             if wait < shortest:
                 first, shortest = ticket, wait
             if wait <= 0:
@@ -187,16 +192,6 @@ class Gate:
     def _call(self, ticket: _Ticket | None) -> None:
         if ticket is not None and ticket.called is not None:
             ticket.called.notify()
-
-    def _wait_s(self, ticket: _Ticket, others_wait_s: float) -> float:
-        """Return how long a ticket has to wait if nobody is inside and nobody is before it."""
-        if ticket.kind is _Kind.BETWEEN or self.is_closed:
-            return 0.0
-        if self._paused_call is not None:
-            return 0.0 if ticket is self._paused_call else math.inf
-        if ticket.kind is _Kind.CALL or (ticket.steps and ticket.steps is self._whose_turn()):
-            return 0.0
-        return others_wait_s
 
     def _whose_turn(self) -> Steps | None:
         steps = self._turn() if self._turn else None
@@ -211,7 +206,7 @@ class Gate:
         if any(ticket.steps is turn for ticket in waiting):
             return math.inf
         when, thread = self._last_step
-        # Its consumer waits here for something else: it won't ask for more meanwhile.
+        # Its consumer waits here for another step: it won't ask for a token meanwhile.
         if any(ticket.thread == thread for ticket in waiting):
             return 0.0
         return max(when + IDLE_S - time.monotonic(), 0.0)
@@ -255,7 +250,7 @@ class Gate:
         self._owner = self._turn = weakref.ref(steps)
 
     def pause(self, *, only_between: bool = False) -> float:
-        """Let those enter who wait and may; return the seconds that took.
+        """Let the waiting tickets that may enter do so; return how many seconds that took.
 
         Only inside a step, where the context holds whole batches, and before a decode: a
         generation may be suspended meanwhile, a plain call may not. `only_between` keeps plain
@@ -286,13 +281,18 @@ class Gate:
                 raise error
             finally:
                 del error  # its traceback refers to this frame
-        self._go_on(running, is_call=is_call)
+        self.require_open()
+        if running is not None:
+            if running.is_over:
+                raise GeneratorExit
+            if not is_call:
+                self._take_over(running)
         return time.perf_counter() - began
 
     def _wait_without_fail(self, ticket: _Ticket) -> BaseException | None:
-        """Wait until `ticket` has entered; return what interrupted it (Ctrl-C), to be raised then.
+        """Wait until `ticket` has entered; return an interruption (Ctrl-C), to be raised then.
 
-        Who is in a step must not leave it without the gate: another one may be inside.
+        A thread in a step must not leave it before it has entered again: another may be inside.
         """
         error = None
         while True:
@@ -304,17 +304,9 @@ class Gate:
             else:
                 return error
 
-    def _go_on(self, running: Steps | None, *, is_call: bool) -> None:
-        self.require_open()
-        if running is not None:
-            if running.is_over:
-                raise GeneratorExit
-            if not is_call:
-                self._take_over(running)
-
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Keep every step out; no generation is suspended for it."""
+        """Keep every other step out; no generation is suspended for it."""
         if self.is_inside() or os.getpid() != self._pid:
             yield
             return
@@ -332,7 +324,7 @@ class Gate:
                 self._context.end_generation()
 
     def close(self, release: Callable[[], None]) -> None:
-        """Save what was decoded, then call `release` and let nobody in any more.
+        """Save the decoded states, then call `release` and let no more steps in.
 
         A generation that is going on ends with ModelClosed at its next decode.
         """
@@ -350,7 +342,7 @@ class Gate:
 class Steps(Generator[Any, Any, Any]):
     """A generator each step of which holds the gate; it may be resumed from any thread.
 
-    `scope` is that of the request which it serves.
+    `scope` is the scope of the request that it serves.
     """
 
     def __init__(
@@ -430,10 +422,10 @@ class Steps(Generator[Any, Any, Any]):
         self._gate.finish(self)
 
     def close(self) -> None:
-        """End the generation; what it decoded is saved.
+        """End the generation and save its state.
 
-        Another thread that waits for the next item meanwhile gets StopIteration. In a garbage
-        collection nothing waits: it may run under any lock. What was decoded is saved later.
+        Another thread that waits for the next item meanwhile gets StopIteration. A garbage
+        collection may run under any lock, so this does not wait there; the state is saved later.
         """
         if self.is_over:
             return
@@ -448,14 +440,8 @@ class Steps(Generator[Any, Any, Any]):
                 return
             self.suspended, self._is_closed = None, True
             if self._advancing_in is not None:  # it pauses between two decodes
-                self._generator = _exhausted()
+                self._generator = (item for item in list[Any]())
             self._end()
-
-
-def _exhausted() -> Generator[Any, Any, None]:
-    generator: Generator[Any, Any, None] = (item for item in [None])
-    generator.close()
-    return generator
 
 
 _collecting: set[int] = set()  # the thread that collects garbage at this moment

@@ -1,9 +1,10 @@
 """Keeper: one sequence's states, saved and restored in the way that its memory allows.
 
 Attention and windows: blocks of any length, or aligned; the last one may be cut. Recurrent
-memories and hybrids: aligned blocks, each saved as it is reached, because it holds the recurrent
-state at its end and no other. The rest after the last block (up to a prompt's last token but one,
-or to the end of an answer) is a tail: a snapshot of these positions alone, loaded after its blocks.
+memories and hybrids: aligned blocks, each saved when its end is reached, because it holds only the
+recurrent state at its end. The positions after the last block (up to the token before a prompt's
+last one, or to the end of an answer) are a tail: a snapshot of these positions alone, loaded after
+its blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tokcache.llama.memories import Memory
+    from tokcache.llama.memory_type import MemoryType
     from tokcache.llama.sequence import Sequence
     from tokcache.state.handles import RestorePlan, StateHandle
     from tokcache.state.namespace import Namespace
@@ -39,15 +40,19 @@ class Restored(NamedTuple):
 class Keeper:
     """Saves and restores the states of one sequence, in a namespace that suits its memory.
 
-    `is_exact`: prompts are decoded in pieces that end at block multiples, and restored there only.
+    `is_reproducible`: prompts are decoded in pieces that end at block multiples, and restored up to
+    such a multiple only.
 
     Errors: none; a state that can't be saved or restored is counted by reason in the cache.
     Threads: the context's: one at a time.
     """
 
-    def __init__(self, sequence: Sequence, memory: Memory, *, is_exact: bool) -> None:
-        self._sequence, self._memory, self.is_exact = sequence, memory, is_exact
-        self._has_proven = False
+    def __init__(
+        self, sequence: Sequence, memory: MemoryType, *, is_reproducible: bool = False
+    ) -> None:
+        self._sequence, self._memory = sequence, memory
+        self.is_reproducible = is_reproducible
+        self._has_proven = False  # whether the memory was seen to behave as its kind does
 
     # Saving
 
@@ -56,35 +61,34 @@ class Keeper:
 
         The sequence may hold more, where its memory keeps every position.
         """
-        # A memory that can't go back can still give up its only position: that proves nothing.
-        if len(ids) <= 1 or not self._is_proven(states):
-            return 0
-        if self._memory.is_recurrent and len(ids) % states.block_tokens:
-            return self._save_tail(states, ids)
-        read, n_bytes = self._sequence.read_block, self._sequence.block_bytes
-        stops = self._block_stops(states, ids)
-        return sum(states.save(ids[:stop], read, n_bytes) for stop in stops)
-
-    def _block_stops(self, states: Namespace, ids: Ids) -> list[int]:
-        """Return where blocks must end, so that none since the last stop is too long."""
         n_tokens, n_block = len(ids), states.block_tokens
-        step = self._memory.block_tokens(n_block)
-        if step == n_block:
-            return [n_tokens]
-        return [*range((n_tokens - 1) // n_block * n_block + step, n_tokens, step), n_tokens]
-
-    def _is_proven(self, states: Namespace) -> bool:
-        """Return whether the memory, now that it holds something, behaves as its kind does."""
+        # A memory that can't go back can still give up its only position: that proves nothing.
+        if n_tokens <= 1:
+            return 0
         if not self._has_proven:
             self._has_proven = self._sequence.behaves()
         if not self._has_proven:
             states.refuse("memory_of_unknown_behaviour")
-        return self._has_proven
+            return 0
+        if self._memory.is_recurrent and n_tokens % n_block:
+            return self._save_tail(states, ids)
+        # A block must not be longer than a window: if `block_tokens` is, the positions since its
+        # last multiple are saved in several blocks of the window's length.
+        step, stops = self._memory.block_tokens(n_block), [n_tokens]
+        if step != n_block:
+            first = (n_tokens - 1) // n_block * n_block + step
+            stops = [*range(first, n_tokens, step), n_tokens]
+        read, n_bytes = self._sequence.read_block, self._sequence.block_bytes
+        return sum(states.save(ids[:stop], read, n_bytes) for stop in stops)
 
     def _save_tail(self, states: Namespace, ids: Ids) -> int:
         n_block = states.block_tokens
         start, stop = len(ids) // n_block * n_block, len(ids)
-        if self.is_exact or stop < states.min_tokens or self._has_tail(states, ids):
+        if self.is_reproducible or stop < states.min_tokens:
+            return 0
+        known = _tails(states).handle(ids)
+        if known is not None:
+            known.close()
             return 0
         is_saved = _tails(states).fill(
             ids,
@@ -93,43 +97,31 @@ class Keeper:
         )
         return (stop - start) * is_saved
 
-    def _has_tail(self, states: Namespace, ids: Ids) -> bool:
-        handle = _tails(states).handle(ids)
-        if handle is None:
-            return False
-        handle.close()
-        return True
-
     # Restoring
 
     def restore(self, states: Namespace, ids: Ids, n_held: int) -> Restored:
         """Bring the longest known prefix of `ids`, without the last, into the sequence.
 
-        It holds `n_held` of them already, and nothing else that matters. Afterwards it holds
-        `stop` of them; where that is not above `start`, nothing was loaded.
+        It holds `n_held` of them already; anything else that it holds may be removed. Afterwards it
+        holds `stop` of them; where that is not above `start`, nothing was loaded.
         """
-        # How many were useful is known at the end: our caller counts.
+        # How many tokens were useful is known at the end: our caller counts them.
         with states.plan(ids, max_tokens=len(ids) - 1, counts_tokens=False) as plan:
-            if not self._memory.is_recurrent:
-                return self._load_blocks(states, plan, n_held)
-            tail = self._find_tail(states, plan, ids[:-1])
-            if tail is None:
-                return self._load_states(states, plan, n_held)
-            with tail:
-                return self._load_with_tail(states, plan, tail, n_held)
-
-    def _load_blocks(self, states: Namespace, plan: RestorePlan, n_held: int) -> Restored:
-        if plan.n_tokens <= n_held:
-            return Restored(n_held, n_held)
-        start = plan.start_beyond(n_held)
-        if not self._sequence.trim(start, in_place=self.is_exact):
-            self._sequence.clear()
-            start = 0
-        reached = plan.restore(self._sequence.write_block, start=start, trim=self._trim)
-        return self._checked(states, start, reached, plan.n_tokens)
-
-    def _trim(self, n_tokens: int) -> bool:
-        return self._sequence.trim(n_tokens)
+            if self._memory.is_recurrent:
+                tail = self._find_tail(states, plan, ids[:-1])
+                if tail is None:
+                    return self._load_states(states, plan, n_held)
+                with tail:
+                    return self._load_with_tail(states, plan, tail, n_held)
+            if plan.n_tokens <= n_held:
+                return Restored(n_held, n_held)
+            start = plan.start_beyond(n_held)
+            if not self._sequence.trim(start, in_place=self.is_reproducible):
+                self._sequence.clear()
+                start = 0
+            write, trim = self._sequence.write_block, self._sequence.trim
+            reached = plan.restore(write, start=start, trim=trim)
+            return self._checked(states, start, reached, plan.n_tokens)
 
     def _checked(self, states: Namespace, start: int, reached: int, goal: int) -> Restored:
         """Return the restored positions if the sequence agrees; else empty it.
@@ -146,7 +138,7 @@ class Keeper:
         return Restored(0, 0)
 
     def _load_states(self, states: Namespace, plan: RestorePlan, n_held: int) -> Restored:
-        """Load blocks that end in a recurrent state; without attention the last one is all."""
+        """Load blocks that end in a recurrent state; without attention the last one is enough."""
         if plan.n_tokens <= n_held:
             return Restored(n_held, n_held)
         start = self._start_of_states(states, n_held)
@@ -160,9 +152,12 @@ class Keeper:
         return self._checked(states, start, reached, plan.n_tokens)
 
     def _start_of_states(self, states: Namespace, n_held: int) -> int:
-        """Return where blocks can follow what is held; 0, and nothing is held, if nowhere."""
-        is_on_grid = self._memory.has_attention and n_held % states.block_tokens == 0
-        if is_on_grid and self._sequence.end() == n_held:
+        """Return the position where blocks can follow the held ones.
+
+        If they can't, remove the held ones and return 0.
+        """
+        is_at_block_end = self._memory.has_attention and n_held % states.block_tokens == 0
+        if is_at_block_end and self._sequence.end() == n_held:
             return n_held
         self._sequence.clear()
         return 0
@@ -170,8 +165,8 @@ class Keeper:
     # Tails
 
     def _find_tail(self, states: Namespace, plan: RestorePlan, ids: Ids) -> StateHandle | None:
-        """Return the tail that reaches beyond the blocks, if all it follows are there."""
-        if self.is_exact or len(ids) <= plan.n_tokens:
+        """Return the tail that reaches beyond the blocks, if all blocks before it are there."""
+        if self.is_reproducible or len(ids) <= plan.n_tokens:
             return None
         tail = _tails(states).find(ids, is_counted=False)
         if tail is None:
@@ -196,28 +191,24 @@ class Keeper:
         start = reached = self._start_of_states(states, n_held)
         if self._memory.has_attention:
             reached = plan.restore(self._sequence.write_block, start=start)
-        if reached == base or not self._memory.has_attention:
-            began = perf_counter()
-            if self._load_tail(states, tail, base):
-                seconds, is_hit = perf_counter() - began, not plan.blocks
-                states.count_restored(0, seconds, is_hit=is_hit)
-                reached = tail.n_tokens
-            elif not self._memory.has_attention:
-                return self._load_states(states, plan, 0)
-        return self._checked(states, start, reached, tail.n_tokens)
-
-    def _load_tail(self, states: Namespace, tail: StateHandle, base: int) -> bool:
+        if reached != base and self._memory.has_attention:
+            return self._checked(states, start, reached, tail.n_tokens)
+        began = perf_counter()
         try:
             self._sequence.write_block(base, tail.n_tokens, tail.payload())
         except StateError:
             _log.debug("a tail could not be restored", exc_info=True)
             states.refuse("restore_failed")
-            return False
-        return True
+            if not self._memory.has_attention:
+                return self._load_states(states, plan, 0)
+        else:
+            states.count_restored(0, perf_counter() - began, is_hit=not plan.blocks)
+            reached = tail.n_tokens
+        return self._checked(states, start, reached, tail.n_tokens)
 
 
 def _tails(states: Namespace) -> Namespace:
-    """Return where tails are filed: they follow blocks of this cache's length."""
+    """Return the namespace of tails, which follow blocks of this cache's length."""
     fields = (states.fingerprint, states.block_tokens.to_bytes(8, "little"))
     fingerprint = blake2b(b"".join(fields), digest_size=32, person=b"tokcache.tail.1").digest()
     return states.replace(fingerprint=fingerprint, public_prefix=(), aligned=False)

@@ -1,4 +1,4 @@
-"""Why a Llama's states are neither saved nor restored, and what to do about it."""
+"""The reasons why a Llama's states are neither saved nor restored, each with its cure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Reason(NamedTuple):
-    """What stands in the way, and the cure."""
+    """The cause, and the cure."""
 
     why: str
     cure: str
@@ -14,16 +14,16 @@ class Reason(NamedTuple):
 
 REASONS = {
     "logits_all": Reason(
-        "a state holds no logits, and with logits_all those of every position are asked for",
-        "pass logits_all=False (llama_cpp.server: --logits_all false); for logprobs make a Llama "
-        "of its own",
+        "a state holds no logits, and logits_all needs those of every position",
+        "pass logits_all=False (llama_cpp.server: --logits_all false); for logprobs make another "
+        "Llama",
     ),
     "embedding_context": Reason(
-        "a context for embeddings keeps no prompt's state",
+        "a context for embeddings does not keep the state of a prompt",
         "make another Llama without embedding=True for completions",
     ),
     "draft_model": Reason(
-        "with a draft model the logits of several positions are asked for, and a state holds none",
+        "a state holds no logits, and a draft model needs those of several positions",
         "leave out draft_model",
     ),
     "memory": Reason(
@@ -31,7 +31,7 @@ REASONS = {
         "leave out prefix_cache",
     ),
     "architecture": Reason(
-        "its states have not been shown to be exact (tokcache.llama.memories names those that are)",
+        "its states were not shown to be exact (tokcache.llama.memory_type names those that were)",
         "leave out prefix_cache, or use a model of a known architecture",
     ),
     "context_without_blocks": Reason(
@@ -42,7 +42,7 @@ REASONS = {
         "with reproducible=True a block must not be longer than the model's sliding window",
         "pass PrefixStateCache(block_tokens=…) no larger than the window, or reproducible=False",
     ),
-    "window_off_the_grid": Reason(
+    "window_not_aligned": Reason(
         "with reproducible=True the cells of the sliding window must be a multiple of a block's",
         "pass PrefixStateCache(block_tokens=…) that divides 256, swa_full=True, or "
         "reproducible=False",

@@ -4,19 +4,19 @@
     FOLDER/digests/NAME         one record a file; NAME is a keyed digest of the file's identity
 
 1. A record is found by the file's identity: device, inode, size, mtime and ctime. The path is not
-   part of it: the bytes belong to the inode, by whatever path it was reached.
-2. Its MAC is checked, then a few blocks of the file itself: a stat can lie (images whose files all
-   have the same times, a device number that another file system has now), the bytes can't.
+   part of it: the bytes belong to the inode, whichever path leads there.
+2. Its MAC is checked, then a few blocks of the file itself: a stat can be wrong (images whose files
+   all have the same times, a device number that another file system has now), the bytes can't.
 3. A record is written to a temporary file and renamed: a reader sees all of it or nothing, and
-   processes need no lock. Records that were not used for longest are removed.
+   processes need no lock. The least recently used records are removed.
 
-The MAC protects against somebody who can write to the folder, but is another user: a volume that is
-mounted in two places, a folder whose parent was opened to a group, a copy from a backup. Such a
-writer could otherwise give a model another model's digest, and so another model's states. A key
-file of another owner, or one that others may read, is not used. Nothing here protects against
-programs of the same user, or root: they can read the key, and could change the model as well.
+The MAC protects against another user who can write to the folder: a volume that is mounted in two
+places, a folder whose parent was opened to a group, a copy from a backup. Such a writer could
+otherwise give a model another model's digest, and so another model's states. A key file of another
+owner, or one that others may read, is not used. Nothing here protects against programs of the same
+user, or root: they can read the key, and could change the model as well.
 
-What can't be used counts in `refusals`, is logged once, and costs a digest.
+A record that can't be used counts in `refusals`, is logged once, and costs a digest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _log = logging.getLogger("tokcache")
 FOLDER, KEY = "digests", "key"
 MAX_RECORDS = 256
 SWITCH = "TOKCACHE_REMEMBER_DIGESTS"
-_ON = ("", "1", "true", "yes", "on")  # with any other value nothing is read or written here
+_ON = ("", "1", "true", "yes", "on")  # with any other value no digest is remembered
 _TEMPORARY = ".new-"
 _STALE_S = 900.0  # a temporary file that old was left by a writer that died
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -61,10 +61,10 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What tells a file from one that took its place, and from itself after a change.
+    """Distinguishes a file from one that took its place, and from itself after a change.
 
-    ctime is what an overwrite in place can't leave as it was: `cp -p`, `touch -r` and package
-    managers set mtime, the kernel alone sets ctime.
+    An overwrite in place always changes ctime: `cp -p`, `touch -r` and package managers set mtime,
+    but only the kernel sets ctime.
     """
 
     device: int
@@ -107,7 +107,7 @@ class FileDigest:
 class RememberedDigests:
     """Digests of files, by identity, in a folder that processes share.
 
-    Errors:  none; what can't be read or written counts in `refusals` and is not there.
+    Errors:  none; a record that can't be read or written counts in `refusals`.
     Threads: safe.
     """
 
@@ -116,7 +116,7 @@ class RememberedDigests:
         self._lock = threading.Lock()
 
     def find(self, identity: FileIdentity) -> FileDigest | None:
-        """Return what is remembered of a file; its blocks are still to be compared."""
+        """Return the remembered digest of a file; its blocks are still to be compared."""
         with self._folder(make=False) as folder:
             if folder is None or (key := self._key(folder, make=False)) is None:
                 return None
@@ -147,12 +147,12 @@ class RememberedDigests:
             except OSError as error:
                 self.refuse("unwritable", f"a digest can't be remembered: {error}")
 
-    def forget(self, identity: FileIdentity) -> None:
-        """Remove what is remembered of a file."""
+    def remove(self, identity: FileIdentity) -> None:
+        """Remove the remembered digest of a file."""
         with self._folder(make=False) as folder:
             if folder is None or (key := self._key(folder, make=False)) is None:
                 return
-            with contextlib.suppress(OSError):  # it is found out again by its blocks
+            with contextlib.suppress(OSError):  # its blocks will differ again
                 os.unlink(_name(key, identity), dir_fd=folder)
 
     def start_without_threads(self) -> None:
@@ -160,7 +160,7 @@ class RememberedDigests:
         self._lock = threading.Lock()
 
     def refuse(self, reason: str, message: str = "") -> None:
-        """Count what could not be used; log the first of each kind."""
+        """Count a record or folder that can't be used; log the first of each kind."""
         with self._lock:
             self.refusals[reason] += 1
             is_first = self.refusals[reason] == 1
@@ -171,7 +171,7 @@ class RememberedDigests:
 
     @contextlib.contextmanager
     def _folder(self, *, make: bool) -> Iterator[int | None]:
-        """Open the folder if nobody else can write to it; None if it is not there or not safe."""
+        """Open the folder if no other user can write to it; None if it is not there or not safe."""
         fd = None
         if os.environ.get(SWITCH, "").strip().lower() in _ON:
             try:
@@ -219,7 +219,7 @@ def _open_folder(*, make: bool) -> int:
 
 
 def _read_own(name: str, folder: int) -> bytes:
-    """Return the bytes of a file that this user alone can have written.
+    """Return the bytes of a file that only this user can have written.
 
     Errors: OSError if it is not there, or is not such a file.
     """

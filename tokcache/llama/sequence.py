@@ -2,7 +2,7 @@
 
 A block is copied to a scratch sequence that shares its cells, and read from or written to there;
 that works in a context whose sequences share one pool of cells (`kv_unified`). Anywhere else
-llama_memory_seq_cp ends the process, so it is asked before.
+llama_memory_seq_cp ends the process, so the context is checked first.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from tokcache.errors import StateError
 
 if TYPE_CHECKING:
-    from tokcache.llama.memories import Memory
+    from tokcache.llama.memory_type import MemoryType
 
 SCRATCH = 1  # the id is written into the bytes: always the same one
-_PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: what is not full attention
+_PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: all but full attention
 _BytePointer = ctypes.POINTER(ctypes.c_uint8)
 
 
@@ -40,7 +40,7 @@ class Sequence:
     def __init__(
         self,
         ctx: Any,
-        memory: Memory,
+        memory: MemoryType,
         *,
         is_unified: bool,
         seq_id: int = 0,
@@ -54,7 +54,7 @@ class Sequence:
         self.has_blocks = is_unified and llama_cpp.llama_n_seq_max(ctx) > max(scratch, seq_id)
         self._sizes: dict[int, int] = {}
 
-    # Where it is
+    # Its positions
 
     def end(self) -> int:
         """Return the position after the last one held, 0 if none is."""
@@ -64,7 +64,7 @@ class Sequence:
         return int(llama_cpp.llama_memory_seq_pos_min(self._memory, self._seq_id))
 
     def is_at(self, n_tokens: int) -> bool:
-        """Return whether it holds `n_tokens` positions, and all that the next one needs."""
+        """Return whether it holds `n_tokens` positions, and those that the next one needs."""
         if not n_tokens:
             return self.end() == 0
         return self.end() == n_tokens and self._has_before(n_tokens, is_cut=False)
@@ -86,9 +86,9 @@ class Sequence:
         return self._kind.has_attention and not self._kind.is_recurrent and self._first() <= 0
 
     def _has_before(self, n_tokens: int, *, is_cut: bool) -> bool:
-        """Return whether what position `n_tokens` looks back at is there.
+        """Return whether the positions that position `n_tokens` looks back at are there.
 
-        llama.cpp says that it cut a window even where it forgot what lies before the cut.
+        llama.cpp reports that it cut a window even where it has dropped the positions before.
         """
         if self._kind.is_recurrent:
             return not is_cut and self._first() == n_tokens - 1
@@ -102,14 +102,14 @@ class Sequence:
         return bool(llama_cpp.llama_memory_seq_rm(self._memory, self._seq_id, n_tokens, -1))
 
     def clear(self) -> None:
-        """Remove all positions; the next ones come to lie where the first ever did."""
+        """Remove all positions; the next ones go to the first cells again."""
         if self.is_alone:
             llama_cpp.llama_memory_clear(self._memory, False)
         else:
             llama_cpp.llama_memory_seq_rm(self._memory, self._seq_id, -1, -1)
 
     def behaves(self) -> bool:
-        """Return whether this memory, which holds something, does what its kind does."""
+        """Return whether this memory, which must not be empty, behaves as its kind does."""
         self._require_blocks()
         sizes = [
             llama_cpp.llama_state_seq_get_size_ext(self._ctx, self._seq_id, flags)
@@ -122,6 +122,10 @@ class Sequence:
         kind = self._kind
         has_two_parts = kind.has_attention and not kind.is_plain
         return has_two_parts == (sizes[1] < sizes[0]) and kind.is_recurrent != bool(can_go_back)
+
+    def synchronize(self) -> None:
+        """Wait until decodes that are still running, on a GPU, are complete."""
+        llama_cpp.llama_synchronize(self._ctx)
 
     # Blocks
 
@@ -136,7 +140,7 @@ class Sequence:
     def block_bytes(self, start: int, stop: int) -> int:
         """Return the size of the state of positions [start, stop).
 
-        It depends on their number alone, so it is asked of llama.cpp once for each number.
+        It depends on their number alone, so llama.cpp computes it once for each number.
         """
         n_tokens = stop - start
         if n_tokens not in self._sizes:
@@ -165,9 +169,9 @@ class Sequence:
             raise StateError(f"block [{start}, {stop}) has {written} bytes, not {buffer.nbytes}")
 
     def write_block(self, start: int, stop: int, buffer: memoryview) -> None:
-        """Set positions [start, stop), the next of this sequence, from what `read_block` gave.
+        """Set positions [start, stop), the next of this sequence, from the bytes of `read_block`.
 
-        Without attention there are no positions before `stop`: whatever was there is replaced.
+        Without attention the sequence has one state, and it is replaced.
         """
         self._require_blocks()
         if self._kind.has_attention and self.end() != start:
@@ -203,59 +207,58 @@ class Sequence:
     def is_movable(self) -> bool:
         """Return whether a snapshot puts every position into the cell where it was."""
         window = self._kind.window
-        return not window or self.end() <= window or len(self._pieces()) > 1
+        return not window or self.end() <= window or len(self._spans()) > 1
 
-    def snapshot(self) -> list[memoryview]:
-        """Return the state of the whole sequence, in pieces."""
-        return [self._read_piece(start, stop) for start, stop in self._pieces()]
+    def _spans(self) -> list[tuple[int, int]]:
+        """Return the positions of each part of a snapshot.
 
-    def _pieces(self) -> list[tuple[int, int]]:
-        """Return what to read in pieces: a window that has forgotten nothing, as it lies there."""
+        A window that has dropped nothing is read in parts no longer than it is: each then goes back
+        to its cells.
+        """
         end, step = self.end(), self._kind.window
         is_windowed = step and not self._kind.is_recurrent and self.has_blocks
         if not is_windowed or end <= step or self._first() > 0:
             return [(0, end)]
         return [(start, min(start + step, end)) for start in range(0, end, step)]
 
-    def _read_piece(self, start: int, stop: int) -> memoryview:
-        if stop - start < self.end():
-            buffer = np.empty(self.block_bytes(start, stop), np.uint8).data
-            self.read_block(start, stop, buffer)
-            return buffer
-        size = int(llama_cpp.llama_state_seq_get_size(self._ctx, self._seq_id))
-        buffer = np.empty(size, np.uint8).data
-        written = llama_cpp.llama_state_seq_get_data(
-            self._ctx, _pointer(buffer), size, self._seq_id
-        )
-        if written != size:
-            raise StateError(f"a snapshot has {written} bytes, not {size}")
-        return buffer
+    def snapshot(self) -> list[memoryview]:
+        """Return the state of the whole sequence, in parts."""
+        spans = self._spans()
+        if len(spans) == 1:
+            size = int(llama_cpp.llama_state_seq_get_size(self._ctx, self._seq_id))
+            buffer = np.empty(size, np.uint8).data
+            written = llama_cpp.llama_state_seq_get_data(
+                self._ctx, _pointer(buffer), size, self._seq_id
+            )
+            if written != size:
+                raise StateError(f"a snapshot has {written} bytes, not {size}")
+            return [buffer]
+        parts = []
+        for start, stop in spans:
+            parts.append(np.empty(self.block_bytes(start, stop), np.uint8).data)
+            self.read_block(start, stop, parts[-1])
+        return parts
 
-    def load_snapshot(self, pieces: list[memoryview], n_tokens: int) -> None:
-        """Put the sequence back to what it was, of `n_tokens` positions, at a snapshot.
+    def load_snapshot(self, parts: list[memoryview], n_tokens: int) -> None:
+        """Put the sequence back to the `n_tokens` positions that it held at a snapshot.
 
         Errors: StateError; the sequence is then empty.
         """
         self.clear()
         try:
-            if len(pieces) == 1:
-                self._load_whole(pieces[0])
+            if len(parts) == 1:
+                whole = parts[0]
+                read = llama_cpp.llama_state_seq_set_data(
+                    self._ctx, _pointer(whole), whole.nbytes, self._seq_id
+                )
+                if read != whole.nbytes:
+                    raise StateError(f"llama.cpp took {read} of a snapshot's {whole.nbytes} bytes")  # noqa: TRY301
             else:
                 step = self._kind.window
-                for start, piece in zip(range(0, n_tokens, step), pieces, strict=True):
-                    self.write_block(start, min(start + step, n_tokens), piece)
-            self._require_at(n_tokens)
+                for start, part in zip(range(0, n_tokens, step), parts, strict=True):
+                    self.write_block(start, min(start + step, n_tokens), part)
+            if not self.is_at(n_tokens):
+                raise StateError(f"a snapshot of {n_tokens} positions ends at {self.end()}")  # noqa: TRY301
         except StateError:
             self.clear()
             raise
-
-    def _require_at(self, n_tokens: int) -> None:
-        if not self.is_at(n_tokens):
-            raise StateError(f"a snapshot of {n_tokens} positions ends at {self.end()}")
-
-    def _load_whole(self, buffer: memoryview) -> None:
-        read = llama_cpp.llama_state_seq_set_data(
-            self._ctx, _pointer(buffer), buffer.nbytes, self._seq_id
-        )
-        if read != buffer.nbytes:
-            raise StateError(f"llama.cpp took {read} of a snapshot's {buffer.nbytes} bytes")

@@ -12,7 +12,7 @@ import numpy as np
 from tokcache._validate import require_int
 from tokcache.errors import InvalidConfig, StateError
 from tokcache.llama.keeper import Keeper
-from tokcache.llama.memories import Memory
+from tokcache.llama.memory_type import MemoryType
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import OWN_SCOPE
 from tokcache.state.cache import PrefixStateCache
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Own:
-    """One sequence of the caller's, and whose states it holds.
+    """One sequence of the caller's, and the namespace of its states.
 
     `generation` counts how often its positions were replaced.
     """
@@ -40,7 +40,7 @@ class _Own:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A save to be taken later: of these tokens, if the sequence is still what it was."""
+    """A save to be taken later: of these tokens, if the sequence has not changed until then."""
 
     seq_id: int
     generation: int
@@ -61,16 +61,16 @@ class SequenceStates:
         n_past = stop
     ```
 
-    `ctx` is a llama_context_p with `kv_unified=True` and one sequence more than are used: the
-    last id is what blocks are copied through. `scope` keeps what is stored apart from other
-    scopes'; each sequence may serve another one (`restore`, `reset`). `fingerprint` tells apart
-    all that decides the numbers in a state (`tokcache.llama.state_fingerprint` makes one). Logits
-    differ from those of an uncached run as far as those of other batches and other cells do.
+    `ctx` is a llama_context_p with `kv_unified=True` and one sequence more than are used: blocks
+    are copied through the last one. `scope` separates stored states from those of other scopes;
+    each sequence may serve another one (`restore`, `reset`). `fingerprint` covers everything that
+    decides the numbers in a state (`tokcache.llama.state_fingerprint` makes one). Logits differ
+    from those of an uncached run as those of other batches and other cells do.
 
     Errors: StateError for a context that can't do it, before llama.cpp ends the process;
-            InvalidConfig, InvalidScope or InvalidTokens for an argument that can't be one. A state
-            that can't be saved or restored costs a decode and counts in `states.stats().refusals`,
-            by reason.
+            InvalidConfig, InvalidScope or InvalidTokens for an argument of the wrong kind. A state
+            that can't be saved or restored costs a decode and counts by reason in
+            `prefix_cache.stats().refusals`.
     Threads: those that may use the context: one at a time.
     """
 
@@ -78,19 +78,21 @@ class SequenceStates:
         self,
         ctx: Any,
         *,
-        states: PrefixStateCache,
+        prefix_cache: PrefixStateCache,
         fingerprint: bytes,
         scope: str | None = None,
     ) -> None:
-        if not isinstance(states, PrefixStateCache):
-            raise InvalidConfig(f"states must be a PrefixStateCache, not {states!r}")
+        if not isinstance(prefix_cache, PrefixStateCache):
+            raise InvalidConfig(f"prefix_cache must be a PrefixStateCache, not {prefix_cache!r}")
         if not isinstance(fingerprint, bytes) or not fingerprint:
             raise InvalidConfig(f"fingerprint must be bytes, at least one, not {fingerprint!r}")
         _require_blocks(ctx)
         self._ctx = ctx
-        self._memory = Memory.of(ctx)
-        self._cache = states
-        self._states = states.namespace(fingerprint, scope=scope, aligned=self._memory.is_recurrent)
+        self._memory = MemoryType.of(ctx)
+        self._cache = prefix_cache
+        self._states = prefix_cache.namespace(
+            fingerprint, scope=scope, aligned=self._memory.is_recurrent
+        )
         self._scratch = int(llama_cpp.llama_n_seq_max(ctx)) - 1
         self._n_vocab = int(
             llama_cpp.llama_vocab_n_tokens(
@@ -108,12 +110,12 @@ class SequenceStates:
     def stops(self, n_past: int, n_tokens: int) -> list[int]:
         """Return where to stop decoding, and save, on the way from `n_past` to `n_tokens`.
 
-        Windows and recurrent memories can't be saved later than when they are reached; the last
-        token of a prompt is decoded alone where that lets the same prompt begin there.
+        States of windows and recurrent memories can only be saved when they are reached. The last
+        token of a prompt is decoded alone where the same prompt can then begin before it.
         """
         n_past = require_int("n_past", n_past, 0)
         n_tokens = require_int("n_tokens", n_tokens, n_past)
-        step = self._memory.stops(self._cache.block_tokens, is_exact=False)
+        step = self._memory.stops(self._cache.block_tokens, is_reproducible=False)
         stops = set(range(n_past // step * step + step, n_tokens, step) if step else ())
         if self._memory.is_recurrent:
             stops.add(n_tokens - 1)
@@ -124,8 +126,8 @@ class SequenceStates:
 
         Return its length: decode the tokens from there on. The positions that the sequence held are
         removed. From now on it serves `scope`, by default the object's: its states are saved for
-        that scope. A prompt that goes on in place instead is counted if you say so, by
-        `states.count_prompt(len(tokens), context_tokens=n_past)`.
+        that scope. If you let a prompt continue in place instead, count it with
+        `prefix_cache.count_prompt(len(tokens), context_tokens=n_past)`.
         """
         states, own, ids = self._namespace(scope), self._sequence(seq_id), self._ids(tokens)
         own.generation += 1
@@ -137,7 +139,7 @@ class SequenceStates:
         return n_restored
 
     def save(self, tokens: object, seq_id: int) -> int:
-        """Save the state of `tokens`, all that the sequence holds; return the new positions."""
+        """Save the state of `tokens`, which the sequence holds; return the new positions."""
         own, ids = self._sequence(seq_id), self._ids(tokens)
         if not len(ids) or not self._is_usable(ids):
             return 0
@@ -157,7 +159,7 @@ class SequenceStates:
     def save_later(self, tokens: object, seq_id: int) -> None:
         """Save the state of `tokens` at the next `take_pending`, if it is still there then.
 
-        Cost: reads the state of the last position; of a recurrent memory all there is.
+        Cost: reads the state of the last position; of a recurrent memory the whole state.
         """
         own, ids = self._sequence(seq_id), self._ids(tokens)
         if not len(ids) or not self._is_usable(ids):
@@ -170,26 +172,23 @@ class SequenceStates:
         self._pending.append(_Pending(seq_id, own.generation, own.states, ids, mark, work))
 
     def take_pending(self) -> int:
-        """Take the saves that wait; return the new positions.
+        """Take the pending saves; return the new positions.
 
-        One whose sequence has moved on, or was reset or used for another prompt, is dropped and
-        counted: its tokens are not those of the state that is there now. So is one whose scope was
-        cleared meanwhile.
+        A save is dropped and counted if its sequence was decoded further, reset or used for another
+        prompt, so that the state there now is not that of its tokens, and if its scope was cleared.
         """
-        pending, self._pending = self._pending, []
-        return sum(self._taken(each) for each in pending)
-
-    def _taken(self, pending: _Pending) -> int:
-        if pending.work.is_void:
-            self._cache.refuse("cleared")
-            return 0
-        own = self._sequence(pending.seq_id)
-        n_tokens = len(pending.ids)
-        is_same = own.generation == pending.generation and own.sequence.is_at(n_tokens)
-        if not is_same or _mark(own.sequence, n_tokens) != pending.mark:
-            self._cache.refuse("pending_save_overtaken")
-            return 0
-        return own.keeper.save(pending.states, pending.ids)
+        n_saved, pending = 0, self._pending
+        self._pending = []
+        for each in pending:
+            own, n_tokens = self._sequence(each.seq_id), len(each.ids)
+            is_same = own.generation == each.generation and own.sequence.is_at(n_tokens)
+            if each.work.is_void:
+                self._cache.refuse("cleared")
+            elif not is_same or _mark(own.sequence, n_tokens) != each.mark:
+                self._cache.refuse("pending_save_overtaken")
+            else:
+                n_saved += own.keeper.save(each.states, each.ids)
+        return n_saved
 
     # Arguments
 
@@ -207,7 +206,7 @@ class SequenceStates:
                 scratch=self._scratch,
                 is_alone=False,
             )
-            keeper = Keeper(sequence, self._memory, is_exact=False)
+            keeper = Keeper(sequence, self._memory)
             self._own[seq_id] = _Own(sequence, keeper, self._states)
         return self._own[seq_id]
 
@@ -225,9 +224,9 @@ class SequenceStates:
 
 def _require_blocks(ctx: Any) -> None:
     n_seq_max = int(llama_cpp.llama_n_seq_max(ctx))
-    # A pool of its own for each sequence: then they share the context's positions out.
+    # Without a common pool the context's positions are divided among the sequences.
     is_unified = llama_cpp.llama_n_ctx_seq(ctx) == llama_cpp.llama_n_ctx(ctx)
-    if n_seq_max < 2 or not is_unified:  # noqa: PLR2004 (one, and the one to copy through)
+    if n_seq_max < 2 or not is_unified:  # noqa: PLR2004 (one to use, one to copy through)
         raise StateError(
             "states of sequences need a context with kv_unified=True and n_seq_max of one more "
             f"than are used; this one has n_seq_max={n_seq_max}, "

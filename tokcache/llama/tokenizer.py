@@ -1,7 +1,7 @@
-"""The tokenizers of llama_cpp.Llama: a wrapped one in place of llama.cpp's, or its own behind L0.
+"""The tokenizers of llama_cpp.Llama: llama.cpp's own through an L0 cache, or a wrapped one.
 
 llama.cpp adds BOS and EOS itself, as the model's flags say, so the text is always encoded without
-special tokens of the tokenizer's post-processor; detokenizing is left to the model, token by token.
+the special tokens of the tokenizer's post-processor. The model detokenizes, token by token.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tokcache._validate import require_scope
 from tokcache.errors import InvalidTokens, VocabularyMismatch
 from tokcache.text.l0 import L0Cache
 from tokcache.text.token_ids import TokenIds
+from tokcache.text.wrappers import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,18 +27,18 @@ if TYPE_CHECKING:
 
 
 OWN_SCOPE: Any = object()
-"""The default of a request's `scope=`: that of the object asked. None is the shared scope."""
+"""The default of a request's `scope=`: the scope of the object. None is the shared scope."""
 
 
 class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
-    """llama.cpp's own tokenizer behind an L0 cache, keyed by bytes, add_bos, special and scope."""
+    """llama.cpp's own tokenizer with an L0 cache, keyed by bytes, add_bos, special and scope."""
 
     def __init__(self, model: Any, scope: str | None, l0: L0Cache | None = None) -> None:
         self._model = model
         self._scope = scope
         self._l0 = l0 if l0 is not None else L0Cache()
-        # The scope and ids of the last text and their list: what is handed on as a list need not
-        # be converted back.
+        # The scope of the last text, the list of ids that was returned for it, and its TokenIds:
+        # when that list comes back as a prompt, it need not be converted.
         self._recent: tuple[str | None, list[int], TokenIds] = (None, [], TokenIds())
 
     def tokenize(
@@ -48,7 +49,7 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
         *,
         scope: str | None = OWN_SCOPE,
     ) -> list[int]:
-        """Return what llama.cpp's tokenizer returns, from the cache where it is known."""
+        """Return the ids of llama.cpp's tokenizer, from the cache if the text is known."""
         scope = self._scope if scope is OWN_SCOPE else scope
         key, cache_scope, add_bos = (
             text.decode("latin-1"),
@@ -57,20 +58,17 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
         )
         ids = self._l0.get(key, add_special_tokens=add_bos, scope=cache_scope)
         if ids is None:
-            ids = self._encode(text, add_bos, special)
+            ids = TokenIds(self._model.tokenize(text, add_bos=add_bos, special=special))
             self._l0.put(key, ids, add_special_tokens=add_bos, scope=cache_scope)
-        return self._handed_on(ids, scope)
+        return self._listed(ids, scope)
 
-    def _encode(self, text: bytes, add_bos: bool, special: bool) -> TokenIds:
-        return TokenIds(self._model.tokenize(text, add_bos=add_bos, special=special))
-
-    def _handed_on(self, ids: TokenIds, scope: str | None) -> list[int]:
+    def _listed(self, ids: TokenIds, scope: str | None) -> list[int]:
         tokens = ids.tolist()
         self._recent = (scope, tokens, ids)
         return list(tokens)
 
     def cache_clear(self, *, scope: str | None = None) -> None:
-        """Forget the texts of one scope, or of all.
+        """Clear the texts of one scope, or of all.
 
         Errors: InvalidScope.
         """
@@ -86,7 +84,7 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
     def detokenize(
         self,
         tokens: list[int],
-        prev_tokens: list[int] | None = None,  # noqa: ARG002 (the face is llama_cpp's)
+        prev_tokens: list[int] | None = None,  # noqa: ARG002 (llama_cpp's signature)
         special: bool = False,
     ) -> bytes:
         """Return the bytes of `tokens`, from the model's vocabulary."""
@@ -107,14 +105,14 @@ class ModelTokenizer(BaseLlamaTokenizer):  # type: ignore[misc]
 
 
 def _cache_scope(special: bool, scope: str | None) -> str:
-    # "-" and "+" tell no scope from the scope named "".
+    # "-" and "+" distinguish no scope from the scope named "".
     return f"{int(special)}-" if scope is None else f"{int(special)}+{scope}"
 
 
 def int32_ids(tokens: Sequence[int]) -> NDArray[np.int32]:
     """Return the ids as int32.
 
-    Errors: InvalidTokens, with the first that is none.
+    Errors: InvalidTokens, with the first that is not an int32.
     """
     try:
         return np.frombuffer(array("i", tokens), np.int32)
@@ -136,16 +134,16 @@ def int32_ids(tokens: Sequence[int]) -> NDArray[np.int32]:
 class WrappedTokenizer(ModelTokenizer):
     """A tokenizer that tokcache wraps, in place of the model's.
 
-    `special=False` encodes special tokens as text, `add_bos=True` adds what llama.cpp adds (BOS
-    and EOS by the model's flags), never a second BOS after one that the text begins with.
+    `special=False` encodes special tokens as text. `add_bos=True` adds the tokens that llama.cpp
+    adds (BOS and EOS by the model's flags), but no second BOS to a text that begins with one.
     """
 
     def __init__(self, model: Any, tokenizer: Any, scope: str | None) -> None:
         super().__init__(model, scope)
         self._tokenizer = tokenizer
-        # The copy that encodes special tokens as text, and the generation it was made of.
+        # The copy that encodes special tokens as text, and the generation of the tokenizer then.
         self._as_text: tuple[Any, Any] | None = None
-        # llama.cpp's own answer for no text: what it puts around any.
+        # llama.cpp's own answer for the empty text: the tokens that it adds to every text.
         around = model.tokenize(b"", add_bos=True, special=True)
         bos = around[:1] if around and around[0] == model.token_bos() else []
         self._before, self._after = bos, around[len(bos) :]
@@ -158,18 +156,21 @@ class WrappedTokenizer(ModelTokenizer):
         *,
         scope: str | None = OWN_SCOPE,
     ) -> list[int]:
-        """Return the wrapped tokenizer's ids, with what the model puts around them if asked."""
+        """Return the wrapped tokenizer's ids; with `add_bos`, those that the model adds too."""
         scope = self._scope if scope is OWN_SCOPE else scope
         try:
             string = text.decode()
-        except UnicodeDecodeError:  # half a character: only llama.cpp knows what to do
+        except UnicodeDecodeError:  # half a character: only llama.cpp can encode it
             return super().tokenize(text, add_bos, special, scope=scope)
         ids = self._ids(string, special, scope)
-        tokens = self._handed_on(ids, scope)
-        return self._framed(tokens, special) if add_bos else tokens
+        tokens = self._listed(ids, scope)
+        if not add_bos:
+            return tokens
+        has_bos = special and bool(self._before) and tokens[:1] == self._before
+        return [*([] if has_bos else self._before), *tokens, *self._after]
 
     def cache_clear(self, *, scope: str | None = None) -> None:
-        """Forget the texts of one scope, or of all, in the wrapped tokenizer too.
+        """Clear the texts of one scope, or of all, in the wrapped tokenizer too.
 
         Errors: InvalidScope.
         """
@@ -182,19 +183,16 @@ class WrappedTokenizer(ModelTokenizer):
         if special:
             ids = self._tokenizer.token_ids(text, add_special_tokens=False, scope=scope)
             return TokenIds(ids)
-        return TokenIds(self._text_encoder().encode(text, add_special_tokens=False).ids)
-
-    def _text_encoder(self) -> Any:
-        # Asked for before the copy is made: a change meanwhile then makes another copy.
+        # The generation is read before the copy is made: a change in between makes another copy.
         generation = _generation(self._tokenizer)
-        known = self._as_text
-        if known is None or known[0] is not generation:
-            known = self._as_text = generation, _copy_without_special_tokens(self._tokenizer)
-        return known[1]
-
-    def _framed(self, tokens: list[int], special: bool) -> list[int]:
-        has_bos = special and bool(self._before) and tokens[:1] == self._before
-        return [*([] if has_bos else self._before), *tokens, *self._after]
+        if self._as_text is None or self._as_text[0] is not generation:
+            plain = rust_tokenizer(self._tokenizer)
+            copy = type(plain).from_str(plain.to_str())
+            copy.no_truncation()
+            copy.no_padding()
+            copy.encode_special_tokens = True
+            self._as_text = generation, copy
+        return TokenIds(self._as_text[1].encode(text, add_special_tokens=False).ids)
 
 
 def _generation(tokenizer: Any) -> Any:
@@ -209,19 +207,25 @@ def rust_tokenizer(tokenizer: Any) -> Any:
     return getattr(plain, "backend_tokenizer", plain)
 
 
-def _copy_without_special_tokens(tokenizer: Any) -> Any:
-    plain = rust_tokenizer(tokenizer)
-    copy = type(plain).from_str(plain.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = True
-    return copy
+def model_tokenizer(model: Any, tokenizer: Any, scope: str | None) -> Any:
+    """Return the tokenizer of a Llama: `tokenizer`, wrapped if it is not, or the model's own.
+
+    Errors: VocabularyMismatch; UnsupportedTokenizer.
+    """
+    if tokenizer is None:
+        return ModelTokenizer(model, scope)
+    if isinstance(tokenizer, BaseLlamaTokenizer):
+        return tokenizer
+    if not hasattr(tokenizer, "token_ids"):
+        tokenizer = wrap(tokenizer)
+    check_vocabulary(tokenizer, model)
+    return WrappedTokenizer(model, tokenizer, scope)
 
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """Raise VocabularyMismatch unless each id of the tokenizer is the same piece in the model.
 
-    The model may have more: files are padded to round sizes.
+    The model may have more ids: files are padded to round sizes.
     Cost: under a second at 150,000 ids.
     """
     vocabulary = rust_tokenizer(tokenizer).get_vocab(with_added_tokens=True)

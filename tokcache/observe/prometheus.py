@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -225,8 +226,15 @@ class Collector(_Base):
         self._lock = threading.Lock()
         self._observed: dict[tuple[type[_Observed], str], weakref.ref[_Observed]] = {}
         self._shows_loaded = False
-        if registry is not None:
-            _register(self, registry)
+        if registry is None:
+            return
+        try:
+            registry.register(self)
+        except ValueError as error:
+            raise InvalidConfig(
+                f"this registry already has tokcache's metrics ({error}); keep one Collector per "
+                "registry and add() to it"
+            ) from error
 
     def add(self, model: str, cache: WrappedTokenizer | PrefixStateCache) -> None:
         """Show a wrapped tokenizer or a state cache under the label `model`.
@@ -272,12 +280,25 @@ class Collector(_Base):
     def collect(self) -> Iterator[Metric]:
         """Yield every metric with a sample for each living cache."""
         if self._shows_loaded:
-            self._show_loaded()
+            with self._lock:
+                shown = {id(one) for one in self._living().values()}
+                for name, core in patch.loaded():
+                    if id(core) in shown:
+                        continue
+                    # Several tokenizers may have been loaded from one name.
+                    taken = {label for kind, label in self._living() if kind is CachedTokenizer}
+                    numbered = (f"{name or 'unnamed'}#{n}" for n in count(2))
+                    labels = chain([name or "unnamed"], numbered)
+                    self._show(next(label for label in labels if label not in taken), core)
         living = list(self._living().items())
         yield _build()
         yield from _loads(patch.load_stats())
         # Read all caches before the first metric, so that the values of a scrape belong together.
-        text = [(key[1], _text(one)) for key, one in living if isinstance(one, CachedTokenizer)]
+        text = [
+            (key[1], _Text(one.stats(), one.config))
+            for key, one in living
+            if isinstance(one, CachedTokenizer)
+        ]
         states = [
             (key[1], _states(one)) for key, one in living if isinstance(one, PrefixStateCache)
         ]
@@ -295,31 +316,6 @@ class Collector(_Base):
         # A new dict, because a scrape may be reading the old one without the lock.
         self._observed = {key: weakref.ref(one) for key, one in living.items()}
 
-    def _show_loaded(self) -> None:
-        with self._lock:
-            shown = {id(one) for one in self._living().values()}
-            for name, core in patch.loaded():
-                if id(core) not in shown:
-                    self._show(self._free_label(name or "unnamed"), core)
-
-    def _free_label(self, name: str) -> str:
-        taken = {label for kind, label in self._living() if kind is CachedTokenizer}
-        label, n = name, 1
-        while label in taken:
-            n += 1
-            label = f"{name}#{n}"
-        return label
-
-
-def _register(collector: Collector, registry: CollectorRegistry) -> None:
-    try:
-        registry.register(collector)
-    except ValueError as error:
-        raise InvalidConfig(
-            f"this registry already has tokcache's metrics ({error}); keep one Collector per "
-            "registry and add() to it"
-        ) from error
-
 
 def _observed(cache: object) -> _Observed:
     if isinstance(cache, WrappedTokenizer):
@@ -334,10 +330,6 @@ def _observed(cache: object) -> _Observed:
 
 def _kind(observed: _Observed) -> str:
     return "tokenizer" if isinstance(observed, CachedTokenizer) else "state cache"
-
-
-def _text(core: CachedTokenizer) -> _Text:
-    return _Text(core.stats(), core.config)
 
 
 def _states(cache: PrefixStateCache) -> _States:

@@ -1,8 +1,8 @@
 """PrefixStateCache: states of token prefixes, in blocks or as snapshots, in memory and below.
 
-It knows neither text nor the engine: tokens come as int32 ids, and the engine's state goes in and
-out through two functions that copy the positions [start, stop) from and to a buffer, or as opaque
-bytes for a whole prefix.
+It knows neither text nor the engine: tokens come as int32 ids. The engine's state comes and goes
+through two functions that copy the positions [start, stop) from and to a buffer, or as opaque bytes
+for a whole prefix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokcache.state.store import Store
 
 if TYPE_CHECKING:
     from tokcache.state.handles import Work
-    from tokcache.state.tiers import LowerTier
+    from tokcache.state.tiers import Tier
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
     from tokcache.stats import StateStats
@@ -40,10 +40,10 @@ class PrefixStateCache:
 
     Units:  `ram_bytes` bytes, or a size such as "4G", of all that is retained in memory (states,
             tokens, overhead, buffers waiting for their next use); `max_entries` stored prefixes
-            (chains that nothing continues, and snapshots); `block_tokens` positions a block at
-            most; prefixes below `min_tokens` are neither saved nor used; `ttl_s` seconds after its
-            last use a state is removed; `queue_bytes` bytes or a size that may wait to be written
-            to a tier, by default a quarter of `ram_bytes`: more is not written, and counted.
+            (ends of chains, and snapshots); `block_tokens` positions a block at most; prefixes
+            below `min_tokens` are neither saved nor used; `ttl_s` seconds after its last use a
+            state is removed; `queue_bytes` bytes, or a size, of states that may wait to be written
+            to a tier, by default a quarter of `ram_bytes`: more are not written, and counted.
     Errors: InvalidConfig for anything below 1. A state that can't be stored or read costs a miss
             and a counter, never an exception.
     Cost:   a look-up costs the prompt's length, not the number of entries.
@@ -109,17 +109,17 @@ class PrefixStateCache:
 
     @property
     def ram_bytes(self) -> int:
-        """How many bytes memory may retain."""
+        """The number of bytes that memory may retain."""
         return self._store.ram_bytes
 
     @property
     def max_entries(self) -> int:
-        """How many stored prefixes memory may hold."""
+        """The number of stored prefixes that memory may hold."""
         return self._store.max_entries
 
     @property
     def block_tokens(self) -> int:
-        """How many positions a block has at most."""
+        """The number of positions that a block has at most."""
         return self._store.block_tokens
 
     @property
@@ -132,7 +132,7 @@ class PrefixStateCache:
         """The Redis tier, None without one."""
         return self._tier_below("redis")  # type: ignore[return-value]
 
-    def _tier_below(self, label: str) -> LowerTier | None:
+    def _tier_below(self, label: str) -> Tier | None:
         tiers = (below.tier for below in self._store.below)
         return next((tier for tier in tiers if tier.label == label), None)
 
@@ -148,14 +148,14 @@ class PrefixStateCache:
     def clear(self, *, scope: str | None = None) -> int:
         """Remove a tenant's states from every tier, or everything; return the states removed.
 
-        With a `scope` its states go, and nothing else: the public beginning of its prompts stays,
-        counters go on. Without one everything goes, the shared space and the counters of
-        look-ups and memory too, and a disk tier's folder and a Redis tier's namespace are emptied
-        for all that share them; the shared space alone can't be cleared, for the states of tenants
-        follow on it. Nothing under way comes back: writes that wait are dropped, saves and
-        promotions that have begun store nothing, open handles and plans yield nothing more. States
-        in the memory or queue of another cache or process are not cleared. Where a tier
-        fails to remove states, a counter and a line in the log say so.
+        With a `scope` only its states are removed: the public beginning of its prompts stays, and
+        counters keep their values. Without one everything is removed, including the shared scope
+        and the counters of look-ups and memory, and a disk tier's folder and a Redis tier's
+        namespace are emptied for all that share them. The shared scope alone can't be cleared,
+        because the states of tenants continue it. Operations under way bring nothing back: writes
+        that wait are dropped, saves and promotions that have begun store nothing, open handles and
+        plans yield nothing more. States in the memory or queue of another cache or process are not
+        cleared. If a tier fails to remove states, a counter and a line in the log say so.
 
         Errors: InvalidScope.
         """
@@ -180,10 +180,10 @@ class PrefixStateCache:
     def count_prompt(
         self, n_tokens: int, *, context_tokens: int = 0, restored_tokens: int = 0
     ) -> None:
-        """Count a prompt: how many of its tokens were in the engine's context, how many restored.
+        """Count a prompt, and its tokens that were in the engine's context or were restored.
 
-        `plan`, `find` and the handles they return count this themselves. Call it for prompts that
-        need no look-up, because the context held all but the last token, and after
+        `plan`, `find` and the handles they return count prompts themselves. Call this for prompts
+        that need no look-up, because the context held all but the last token, and after
         `plan(…, counts_tokens=False)`.
 
         Errors: InvalidConfig.
@@ -205,7 +205,7 @@ class PrefixStateCache:
         return self._store.memory_usage()
 
     def __len__(self) -> int:
-        """Return the number of entries in memory: stored prefixes that nothing continues."""
+        """Return the number of entries in memory: ends of chains, and snapshots."""
         with self._store.lock:
             return self._store.memory.n_entries
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
@@ -21,13 +23,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tokcache")
 
 BlockIO = Callable[[int, int, memoryview], None]
-"""Copies the state of positions [start, stop) into or out of the buffer; raises if it can't."""
+"""Copies the state of positions [start, stop) into or out of a buffer; raises if it fails."""
 Trim = Callable[[int], object]
-"""Removes the restored positions from `n_tokens` on; returns False or raises if it can't."""
+"""Removes the restored positions from `n_tokens` on; returns False or raises if it fails."""
 
 
 class Work:
-    """Something under way for one scope: void from the moment that the scope is cleared."""
+    """An operation under way for one scope: void from the moment that the scope is cleared."""
 
     __slots__ = ("__weakref__", "is_void", "scope")
 
@@ -36,8 +38,26 @@ class Work:
         self.is_void = False
 
 
+class Works:
+    """The operations that are under way; not thread-safe: the store holds its lock."""
+
+    def __init__(self) -> None:
+        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
+
+    def begin(self, scope: str | None) -> Work:
+        """Return an object that becomes void when `scope` is cleared."""
+        work = Work(scope)
+        self._works.add(work)
+        return work
+
+    def make_void(self, is_doomed: Callable[[str | None], bool]) -> None:
+        """Make the operations of these scopes void."""
+        for work in list(self._works):
+            work.is_void = work.is_void or is_doomed(work.scope)
+
+
 class Holder(Protocol):
-    """The store that a plan or handle came from.
+    """The store that a plan or handle belongs to.
 
     Threads: safe; `release_later` takes no lock, so that the garbage collector may call it.
     """
@@ -54,8 +74,33 @@ class Holder(Protocol):
         """Unpin `held` at the next operation."""
 
 
+class InUse(ABC):
+    """A result of a look-up that keeps its states from being evicted until it is closed.
+
+    Threads: one at a time; closing takes no lock, so that the garbage collector may do it.
+    """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the states."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class SnapshotHolder(Holder, Protocol):
-    """The snapshot store that a handle came from."""
+    """The snapshot store that a handle belongs to."""
 
     def touch(self, snapshot: Snapshot) -> bool:
         """Note that a state is in use now; False if it is gone."""
@@ -76,12 +121,11 @@ class StoredBlock(NamedTuple):
     until: int
 
 
-class RestorePlan:
+class RestorePlan(InUse):
     """The blocks of the longest usable prefix; in use, hence not evicted, until it is closed.
 
     Units:  `n_tokens` positions that the blocks serve; the last block may reach further, its
             positions from `n_tokens` on belong to other tokens and have to be trimmed.
-    Threads: one at a time; closing takes no lock, so the garbage collector may do it.
     """
 
     def __init__(
@@ -103,7 +147,7 @@ class RestorePlan:
         self.n_tokens = n_tokens
 
     def start_beyond(self, n_tokens: int) -> int:
-        """Return where to restore from if `n_tokens` positions are in place: a block's start."""
+        """Return the position to restore from, a block's start, if `n_tokens` are in place."""
         for block in self.blocks:
             if block.until > n_tokens:
                 return block.start
@@ -115,13 +159,13 @@ class RestorePlan:
         return any(work.is_void for work in self._works)
 
     def restore(self, load: BlockIO, *, start: int = 0, trim: Trim | None = None) -> int:
-        """Load the blocks from position `start` on; return how many positions now hold.
+        """Load the blocks from position `start` on; return the number of positions in place.
 
         Positions before `start` are in the engine's context, and counted as kept there. Where this
-        chain left another one inside a block, `trim` removes the block's positions beyond that
-        point before the next is loaded; without `trim` the restore ends there. A block that fails,
-        or a clear of the cache or scope, ends the restore: blocks before it stay, and a counter
-        goes up.
+        chain branches off inside a block, `trim` removes the block's positions beyond that point
+        before the next is loaded; without `trim` the restore ends there. A block that fails, or a
+        clear of the cache or scope, ends the restore: the blocks before it stay, and a counter goes
+        up.
         """
         began, reached = time.perf_counter(), start
         for block in self.blocks:
@@ -153,33 +197,18 @@ class RestorePlan:
         if nodes:
             self._cache.release_later(nodes)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
 
 def _trim(trim: Trim, n_tokens: int) -> None:
     if trim(n_tokens) is False:
         raise ValueError(f"the restored blocks can't be trimmed to {n_tokens} positions")
 
 
-class StateHandle:
+class StateHandle(InUse):
     """A state that was found; not evicted until the handle is closed or collected.
 
     Units:  `n_tokens` tokens of the prefix, `n_past` positions as they were stored, `n_bytes`
             bytes of the state, `last_used` seconds since the epoch, `hits` look-ups that found it.
     Errors: StateError from `state` once the state was removed or cleared, or the handle closed.
-    Threads: one at a time; closing takes no lock, so the garbage collector may do it.
     """
 
     def __init__(self, cache: SnapshotHolder, snapshot: Snapshot, payload: memoryview) -> None:
@@ -191,7 +220,7 @@ class StateHandle:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens the state is of."""
+        """The number of tokens of the prefix."""
         return self.snapshot.n_tokens
 
     @property
@@ -201,12 +230,12 @@ class StateHandle:
 
     @property
     def priority(self) -> int:
-        """The priority given to `store`: the lowest goes first."""
+        """The priority given to `store`: states of the lowest are evicted first."""
         return self.snapshot.priority
 
     @property
     def is_stale(self) -> bool:
-        """Whether the state was removed meanwhile, or the handle closed."""
+        """Whether the state was removed, or the handle closed."""
         return self._payload is None or self.snapshot.is_dead
 
     @property
@@ -246,17 +275,3 @@ class StateHandle:
         payload, self._payload = self._payload, None
         if payload is not None:
             self._cache.release_later([self.snapshot])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()

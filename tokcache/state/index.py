@@ -1,12 +1,12 @@
-"""The tree of blocks: which stored tokens a prompt begins with.
+"""BlockIndex: the tree of blocks, which finds the stored tokens that a prompt begins with.
 
-A node is one block: tokens that follow those of its parent, all of them or, where a prompt left
-the parent's tokens before their end, the first of them. The common part of two chains is therefore
-held once, to the token, and two children of one point never begin with the same token: a look-up
-goes down one path and costs the prompt's length, however many entries there are.
+A node is one block. Its tokens follow all of its parent's tokens or, where a prompt diverged inside
+the parent, the first of them. The common part of two chains is therefore held once, to the token,
+and two children of one point never begin with the same token: a look-up walks down one path and
+costs the prompt's length, however many entries there are.
 
-An aligned block (all are of equal length, decoded as such) is all or nothing: its children hang at
-its end, and two of them may begin alike.
+Aligned blocks all have the same length and are used as a whole: a block's children follow its end,
+and two of them may begin with the same tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from sys import getsizeof
 from typing import TYPE_CHECKING
 
-from tokcache.state.names import TOKEN_BYTES, Owner, child_name, common_tokens, root_name
+from tokcache._prefix import common_tokens
+from tokcache.state.names import TOKEN_BYTES, RootKey, child_name, root_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,22 +59,22 @@ class Node:
         self.pins = 0
         self.priority = 0
         self.tick = 0
-        self.used_s = 0.0  # when it served last, and when lower tiers were told so
-        self.touched_s = 0.0
+        self.used_s = 0.0  # when it served last
+        self.touched_s = 0.0  # when that was last reported to the tiers below
         self.is_dead = False
         self.is_queued = False
-        self.written = 0  # lower tiers that have it, or are to have it: one bit each
-        self.has_given_up = False  # its end is no entry: another chain took its place
+        self.written = 0  # tiers below that have it, or are about to: one bit each
+        self.has_given_up = False  # its end is not an entry: another chain took that place
         self._name: bytes | None = None
 
     @property
     def is_end(self) -> bool:
-        """Whether a stored prefix ends here that nothing continues."""
+        """Whether a stored prefix ends here that no block continues."""
         return self.parent is not None and not self.n_after and not self.has_given_up
 
     @property
     def name(self) -> bytes:
-        """The name of the block; computed on first use, because memory needs no names."""
+        """The name of the block; computed on first use, because memory does not need it."""
         unnamed: list[Node] = []
         node = self
         while node._name is None and node.parent is not None:
@@ -89,7 +90,7 @@ class Node:
     def base(self) -> bytes:
         """The name of the point where the block starts."""
         if self.parent is None:
-            raise AssertionError("a root starts nowhere")
+            raise AssertionError("a root has no start")
         return self.parent.point(self.start)
 
     def point(self, at: int) -> bytes:
@@ -104,40 +105,40 @@ class Node:
 ROOT_BYTES = 560
 
 
-def root_bytes(owner: Owner) -> int:
-    """Return the bytes of this owner's root; the caller chooses both names."""
-    n_after = getsizeof(owner.after) if owner.after else 0  # b"" is there in any case
-    return ROOT_BYTES + getsizeof(owner.fingerprint) + getsizeof(owner.scope) + n_after
+def root_bytes(root_key: RootKey) -> int:
+    """Return the bytes of the root with this key; the caller chooses the length of its names."""
+    n_after = getsizeof(root_key.after) if root_key.after else 0  # b"" is shared by all
+    return ROOT_BYTES + getsizeof(root_key.fingerprint) + getsizeof(root_key.scope) + n_after
 
 
 class Root(Node):
-    """The start of all chains of one owner; in use while a save extends it.
+    """The start of all chains of one root key; in use while a save extends it.
 
-    Units: children are told apart by the first `grain` bytes of their tokens; `start` positions
+    Units: the first `grain` bytes of their tokens distinguish children; the `start` positions
            before the first are public, and held elsewhere.
     """
 
-    __slots__ = ("grain", "owner")
+    __slots__ = ("grain", "root_key")
 
-    def __init__(self, owner: Owner, grain: int) -> None:
-        super().__init__(None, owner.start, b"", root_bytes(owner))
-        self.owner = owner
+    def __init__(self, root_key: RootKey, grain: int) -> None:
+        super().__init__(None, root_key.start, b"", root_bytes(root_key))
+        self.root_key = root_key
         self.grain = grain
 
     @property
     def name(self) -> bytes:
         """The name that the chains start from."""
         if self._name is None:
-            self._name = root_name(self.owner)
+            self._name = root_name(self.root_key)
         return self._name
 
 
 @dataclass(slots=True)
 class Match:
-    """The blocks of the longest stored prefix, from the owner's first position on.
+    """The blocks of the longest stored prefix, from the root's first position on.
 
-    Units: `n_tokens` positions that match. A block may reach beyond the start of the next one, the
-           last one beyond `n_tokens`: those positions belong to other tokens.
+    Units: `n_tokens` positions that match. A block may extend beyond the start of the next one, and
+           the last one beyond `n_tokens`: those positions belong to other tokens.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -145,36 +146,36 @@ class Match:
 
 
 class BlockIndex:
-    """All chains, by owner; not thread-safe, the cache locks.
+    """All chains, by root key; not thread-safe: the store locks.
 
-    Units: `block_tokens` positions of an aligned block; `n_ends` prefixes that nothing
+    Units: `block_tokens` positions of an aligned block; `n_ends` prefixes that no block
            continues.
     """
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
-        self.roots: dict[Owner, Root] = {}
+        self.roots: dict[RootKey, Root] = {}
         self.n_nodes = 0
         self.n_ends = 0
 
-    def grain(self, owner: Owner) -> int:
+    def grain(self, root_key: RootKey) -> int:
         """Return how many bytes of tokens distinguish two children of one point."""
-        return TOKEN_BYTES * (self.block_tokens if owner.kind == "aligned" else 1)
+        return TOKEN_BYTES * (self.block_tokens if root_key.kind == "aligned" else 1)
 
-    def root(self, owner: Owner) -> Root | None:
-        """Return the root of an owner, None where nothing is stored."""
-        return self.roots.get(owner)
+    def root(self, root_key: RootKey) -> Root | None:
+        """Return the root with this key, None if it has no blocks."""
+        return self.roots.get(root_key)
 
-    def add_root(self, owner: Owner) -> Root:
-        """Add the root of an owner and return it."""
-        root = self.roots[owner] = Root(owner, self.grain(owner))
+    def add_root(self, root_key: RootKey) -> Root:
+        """Add the root with this key and return it."""
+        root = self.roots[root_key] = Root(root_key, self.grain(root_key))
         return root
 
     def remove_root(self, root: Root) -> None:
         """Take out a root that has no chains."""
         if root.children:
             raise AssertionError("only an empty root can be removed")
-        del self.roots[root.owner]
+        del self.roots[root.root_key]
         root.is_dead = True
 
     def longest(self, root: Root, tokens: bytes) -> Match:
@@ -195,7 +196,7 @@ class BlockIndex:
         return Match(nodes, at)
 
     def child(self, root: Root, parent: Node, at: int, tokens: bytes) -> Node | None:
-        """Return the child at position `at` of `parent` that stands in the way of `tokens`."""
+        """Return the child at position `at` of `parent` that has the place of `tokens`."""
         return parent.children.get((at, tokens[: root.grain]))
 
     def add(self, root: Root, parent: Node, at: int, tokens: bytes, n_bytes: int) -> Node:
@@ -215,8 +216,12 @@ class BlockIndex:
         parent = node.parent
         if parent is None or node.children:
             raise AssertionError("only a leaf can be removed")
-        key = (node.start, node.tokens[: self._root_of(node).grain])
-        del parent.children[key]
+        step = parent
+        while step.parent is not None:
+            step = step.parent
+        if not isinstance(step, Root):
+            raise AssertionError("a chain without a root")  # noqa: TRY004 (no argument is wrong)
+        del parent.children[node.start, node.tokens[: step.grain]]
         node.is_dead = True
         self.n_nodes -= 1
         self.n_ends -= node.is_end
@@ -226,17 +231,9 @@ class BlockIndex:
         self.n_ends += parent.is_end - was_end
 
     def give_up(self, node: Node) -> None:
-        """Let the end of a block that others branch off from be no entry any more."""
+        """Stop counting the end of a block, which others branch off from, as an entry."""
         self.n_ends -= node.is_end
         node.has_given_up = True
-
-    def _root_of(self, node: Node) -> Root:
-        step: Node = node
-        while step.parent is not None:
-            step = step.parent
-        if not isinstance(step, Root):
-            raise AssertionError("a chain without a root")  # noqa: TRY004 (no argument is wrong)
-        return step
 
     def below(self, node: Node) -> Iterator[Node]:
         """Yield every block below `node`, children before their parents."""
@@ -259,11 +256,11 @@ class BlockIndex:
             raise AssertionError(f"{self.n_nodes} blocks counted, {len(nodes)} found")
         if sum(node.is_end for node in nodes) != self.n_ends:
             raise AssertionError("ends miscounted")
-        for owner, root in self.roots.items():
-            if root.is_dead or root.owner != owner or root.grain != self.grain(owner):
+        for root_key, root in self.roots.items():
+            if root.is_dead or root.root_key != root_key or root.grain != self.grain(root_key):
                 raise AssertionError("a dead or misfiled root")
             if not (root.children or root.pins):
-                raise AssertionError("an empty root that nobody uses")
+                raise AssertionError("an empty root that is not in use")
             for node in [root, *self.below(root)]:
                 self._check_node(root, node)
 
@@ -278,14 +275,10 @@ class BlockIndex:
             if child.start != at or child.tokens[: root.grain] != head or child.parent is not node:
                 raise AssertionError("a block is filed in another's place")
             if not (node.start < at <= node.stop or (node is root and at == root.start)):
-                raise AssertionError("a block follows a point that its parent does not hold")
-            self._check_place(root, node, child)
-
-    def _check_place(self, root: Root, node: Node, child: Node) -> None:
-        if root.owner.kind == "aligned":
-            if child.start != node.stop or len(child.tokens) != root.grain:
-                raise AssertionError("an aligned chain holds another block")
-        elif child.start < node.stop:
-            offset = (child.start - node.start) * TOKEN_BYTES
-            if child.tokens[:TOKEN_BYTES] == node.tokens[offset : offset + TOKEN_BYTES]:
-                raise AssertionError("a block begins as its parent goes on")
+                raise AssertionError("a block follows a point outside its parent")
+            offset = (at - node.start) * TOKEN_BYTES
+            if root.root_key.kind == "aligned":
+                if at != node.stop or len(child.tokens) != root.grain:
+                    raise AssertionError("an aligned chain holds another block")
+            elif at < node.stop and head == node.tokens[offset : offset + TOKEN_BYTES]:
+                raise AssertionError("a block begins with the token that continues its parent")

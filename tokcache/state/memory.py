@@ -1,4 +1,4 @@
-"""StateMemory: all that is held in memory, and the budgets it keeps to."""
+"""StateMemory: all states in memory, and their budgets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tokcache.state.snapshot_index import SNAPSHOT_BYTES, Snapshot, SnapshotInde
 from tokcache.state.tiers.ram import RamTier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
-    from tokcache.state.names import Owner
+    from tokcache.state.names import RootKey
     from tokcache.state.retention import Held
 
-# Python objects of one block: node, heap item, places in dict and tier, its name. Its tokens are
+# Python objects of one block: node, heap item, dict and tier entries, name. Its tokens are
 # added. Checked against tracemalloc by tests/state/test_cache.py::test_overhead_is_counted.
 NODE_BYTES = 1100
 _SWEEPS = 8  # sweeps for expired states in each `ttl_s`
@@ -26,8 +26,8 @@ _SWEEPS = 8  # sweeps for expired states in each `ttl_s`
 class StateMemory:
     """Blocks, snapshots, their buffers and budgets; not thread-safe: the store holds its lock.
 
-    Units: `ram_bytes` bytes of all that is retained, `max_entries` stored prefixes (chains that
-           nothing continues, and snapshots), `ttl_s` seconds after the last use.
+    Units: `ram_bytes` bytes of all that is retained, `max_entries` stored prefixes (ends of chains,
+           and snapshots), `ttl_s` seconds after the last use.
     """
 
     def __init__(
@@ -40,49 +40,36 @@ class StateMemory:
         self.counts: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self.overhead = 0
-        self._recent = Retention()
+        self.retention = Retention(ttl_s)
         self._dead: dict[int, memoryview] = {}
         self._swept_s = time.monotonic()
 
     # Finding
 
-    def find(self, owner: Owner, tokens: bytes) -> tuple[Root | None, Match]:
-        """Return the longest prefix of `tokens` that is held, noted as used now."""
+    def find(self, root_key: RootKey, tokens: bytes) -> tuple[Root | None, Match]:
+        """Return the longest stored prefix of `tokens`, and note that it is used now."""
         now = time.monotonic()
-        self._sweep(now)
-        root = self.index.root(owner)
+        if self.ttl_s is not None and now - self._swept_s >= self.ttl_s / _SWEEPS:
+            self._swept_s = now
+            self._expire(
+                [node for node in self.index.nodes() if self.retention.is_expired(node, now)]
+            )
+            for snapshot in self.snapshots:
+                if self.retention.is_expired(snapshot, now) and not snapshot.is_kept:
+                    self.remove_snapshot(snapshot)
+                    self.counts["expirations"] += 1
+        root = self.index.root(root_key)
         if root is None:
-            return None, Match(n_tokens=owner.start)
+            return None, Match(n_tokens=root_key.start)
         match = self.index.longest(root, tokens)
         for n_good, node in enumerate(match.nodes if self.ttl_s is not None else ()):
-            if self.is_expired(node, now):
+            if self.retention.is_expired(node, now):
                 match.n_tokens = node.start
                 del match.nodes[n_good:]
                 self._expire([*self.index.below(node), node])
                 break
-        self.use(match.nodes, now)
+        self.retention.use(match.nodes, now)
         return (None if root.is_dead else root), match
-
-    def use(self, held: Iterable[Node | Snapshot], now: float) -> None:
-        """Note that these serve a request now."""
-        self._recent.use(held)
-        if self.ttl_s is not None:
-            for each in held:
-                each.used_s = now
-
-    def is_expired(self, held: Node | Snapshot, now: float) -> bool:
-        """Return whether it was not used for too long."""
-        return self.ttl_s is not None and now - held.used_s > self.ttl_s
-
-    def _sweep(self, now: float) -> None:
-        if self.ttl_s is None or now - self._swept_s < self.ttl_s / _SWEEPS:
-            return
-        self._swept_s = now
-        self._expire([node for node in self.index.nodes() if self.is_expired(node, now)])
-        for snapshot in self.snapshots:
-            if self.is_expired(snapshot, now) and not snapshot.is_kept:
-                self.remove_snapshot(snapshot)
-                self.counts["expirations"] += 1
 
     def _expire(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
@@ -92,7 +79,7 @@ class StateMemory:
 
     @property
     def n_entries(self) -> int:
-        """How many stored prefixes there are."""
+        """The number of stored prefixes."""
         return self.index.n_ends + self.snapshots.n_states
 
     def held_bytes(self) -> int:
@@ -101,15 +88,15 @@ class StateMemory:
 
     # Room
 
-    def pin_root(self, owner: Owner) -> Root | None:
-        """Return the root of an owner, in use; None if there is no room for a new one."""
-        root = self.index.root(owner)
+    def pin_root(self, root_key: RootKey) -> Root | None:
+        """Return the root with this key, in use; None if there is no room for a new one."""
+        root = self.index.root(root_key)
         if root is None:
-            n_bytes = root_bytes(owner)
+            n_bytes = root_bytes(root_key)
             if not self.has_room(0, n_bytes):
                 self.refusals["blocks_in_use"] += 1
                 return None
-            root = self.index.add_root(owner)
+            root = self.index.add_root(root_key)
             self.overhead += n_bytes
         root.pins += 1
         return root
@@ -133,14 +120,14 @@ class StateMemory:
         self.tier.give_back(buffer)
 
     def has_room(self, size: int, overhead: int) -> bool:
-        """Make room for one payload; False if all that is left is in use."""
+        """Make room for one payload; False if all states that are left are in use."""
         while True:
             fresh = 0 if self.tier.has_pooled(size) else size
             if self.held_bytes() + fresh + overhead <= self.ram_bytes:
                 return True
             if self.tier.drop_pooled():
                 continue
-            victim = self._recent.victim()
+            victim = self.retention.victim()
             if victim is None:
                 return False
             self._evict(victim)
@@ -152,7 +139,7 @@ class StateMemory:
                 continue
             if not parent.is_end:
                 return False
-            # The last entry left is the one that the new chain shares its beginning with.
+            # The only entry left shares its beginning with the new chain.
             self.index.give_up(parent)
         return True
 
@@ -165,7 +152,7 @@ class StateMemory:
 
     def _evict_entry(self) -> bool:
         """Evict an entry: a leaf and the blocks last used together with it, or a snapshot."""
-        victim = self._recent.victim()
+        victim = self.retention.victim()
         if victim is None:
             return False
         step: Node | None = victim if isinstance(victim, Node) else None
@@ -193,23 +180,19 @@ class StateMemory:
         n_bytes = buffer.nbytes + NODE_BYTES + len(tokens)
         node = self.index.add(root, parent, at, tokens, n_bytes)
         self.tier.put(node, buffer)
-        self.use([node], time.monotonic())
+        self.retention.use([node], time.monotonic())
         return node
 
-    def watch(self, held: Node | Snapshot) -> None:
-        """Make it a candidate for eviction."""
-        self._recent.watch(held)
-
     def file_snapshot(self, snapshot: Snapshot, buffer: memoryview) -> None:
-        """Put a snapshot into its place, instead of the one there."""
+        """Put a snapshot into its place, and remove the one that was there."""
         replaced = self.snapshots.same(snapshot)
         if replaced is not None:
             self.remove_snapshot(replaced)
         snapshot.n_bytes = buffer.nbytes + snapshot_overhead(snapshot)
         self.snapshots.add(snapshot)
         self.tier.put(snapshot, buffer)
-        self.use([snapshot], time.monotonic())
-        self.watch(snapshot)
+        self.retention.use([snapshot], time.monotonic())
+        self.retention.watch(snapshot)
 
     def remove(self, node: Node) -> None:
         """Take a leaf out of the tree."""
@@ -218,9 +201,9 @@ class StateMemory:
         self.overhead -= NODE_BYTES + len(node.tokens)
         self._drop_payload(node)
         if isinstance(parent, Root):
-            self.remove_if_idle(parent)
+            self.remove_root(parent)
         elif parent is not None and not parent.children:
-            self._recent.watch(parent)
+            self.retention.watch(parent)
 
     def remove_snapshot(self, snapshot: Snapshot) -> None:
         """Take out a snapshot."""
@@ -236,64 +219,61 @@ class StateMemory:
         if payload is not None:
             self._dead[id(held)] = payload
 
-    def remove_if_idle(self, root: Root) -> None:
-        """Take out a root without chains that nobody uses."""
-        # Below 0: a save that began before a fork ended in the child, where nothing is in use.
-        if not (root.is_dead or root.children or root.pins > 0):
-            self._remove_root(root)
-
-    def _remove_root(self, root: Root) -> None:
-        self.index.remove_root(root)
-        self.overhead -= root.n_bytes
+    def remove_root(self, root: Root, *, is_idle: bool = True) -> None:
+        """Take out a root without chains; with `is_idle`, only if it is not in use."""
+        # Pins are below 0 after a save that began before a fork and ended in the child.
+        if not (root.is_dead or root.children or (is_idle and root.pins > 0)):
+            self.index.remove_root(root)
+            self.overhead -= root.n_bytes
 
     def release(self, held: Node | Snapshot) -> None:
-        """Note that one user less needs it."""
+        """Note that one user fewer needs it."""
         held.pins -= 1
         if isinstance(held, Root):
-            self.remove_if_idle(held)
+            self.remove_root(held)
         elif held.is_dead and not held.pins and id(held) in self._dead:
             self.tier.give_back(self._dead.pop(id(held)))
 
-    def remove_all(self, owners: Iterable[Owner] | None = None) -> int:
-        """Remove the states of these owners, by default all; return how many went."""
-        chosen = None if owners is None else set(owners)
-        roots = [r for r in self.index.roots.values() if chosen is None or r.owner in chosen]
+    def remove_all(self, is_doomed: Callable[[str | None], bool]) -> int:
+        """Remove the states of these scopes; return the states removed."""
+        roots = [root for root in self.index.roots.values() if is_doomed(root.root_key.scope)]
         doomed = [node for root in roots for node in self.index.below(root)]
         for node in doomed:
             self.remove(node)
-        for root in roots:
-            if not root.is_dead:  # a save is at work: it can file nothing any more
-                self._remove_root(root)
-        snapshots = [each for each in self.snapshots if chosen is None or each.owner in chosen]
+        for root in roots:  # a save that uses one is under way: it can't file blocks any more
+            self.remove_root(root, is_idle=False)
+        snapshots = [each for each in self.snapshots if is_doomed(each.root_key.scope)]
         for snapshot in snapshots:
             self.remove_snapshot(snapshot)
         while self.tier.drop_pooled():
             pass  # a tenant's bytes must not stay in the pool
         return len(doomed) + len(snapshots)
 
-    def owners(self) -> set[Owner]:
-        """Return whose states are held."""
-        return {*self.index.roots, *(snapshot.owner for snapshot in self.snapshots)}
-
     # Forks
 
     def drop_users(self) -> None:
-        """Remove states that were in use: their users run on only in the parent of the fork."""
+        """Remove states that were in use: their users exist only in the parent of the fork."""
         for root in list(self.index.roots.values()):
             root.pins = 0
-            self.remove_if_idle(root)
-        in_use = [n for n in self.index.nodes() if any(s.pins for s in _with_ancestors(n))]
+            self.remove_root(root)
+        in_use: list[Node] = []
+        for node in self.index.nodes():
+            step: Node | None = node
+            while step is not None and not step.pins:  # its own, or an ancestor's
+                step = step.parent
+            if step is not None:
+                in_use.append(node)
         for node in in_use:
             self.remove(node)
         for snapshot in self.snapshots:
             if snapshot.pins > snapshot.is_kept:
                 self.remove_snapshot(snapshot)
         self._dead.clear()
-        self.tier.forget_lent()
+        self.tier.drop_lent()
         self.overhead = self.counted_overhead()
 
     def counted_overhead(self) -> int:
-        """Return the overhead of all held states, recounted."""
+        """Return the overhead of all states, counted again."""
         blocks = sum(NODE_BYTES + len(node.tokens) for node in self.index.nodes())
         roots = sum(root.n_bytes for root in self.index.roots.values())
         return blocks + roots + sum(snapshot_overhead(each) for each in self.snapshots)
@@ -313,11 +293,4 @@ class StateMemory:
 
 def snapshot_overhead(snapshot: Snapshot) -> int:
     """Return the bytes of a snapshot besides its payload."""
-    return SNAPSHOT_BYTES + len(snapshot.tokens) + root_bytes(snapshot.owner)
-
-
-def _with_ancestors(node: Node) -> Iterator[Node]:
-    step: Node | None = node
-    while step is not None:
-        yield step
-        step = step.parent
+    return SNAPSHOT_BYTES + len(snapshot.tokens) + root_bytes(snapshot.root_key)

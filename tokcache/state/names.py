@@ -1,10 +1,10 @@
 """Names of blocks: a keyed digest over everything that leads to a block.
 
 The name of a block is H(point where it starts, its tokens); the chain starts at
-H(fingerprint, scope, kind). A point is a prefix of tokens, whatever blocks it is held in: H of the
-point where its last block starts and of that block's tokens up to here. Equal names therefore
-mean: same model and settings, same tenant, same tokens from position 0 on. Names address a block
-in a lower tier; the tokens are compared all the same.
+H(fingerprint, scope, kind). A point is the end of a prefix: H of the point where the last block of
+the prefix starts, and of that block's tokens up to here. Equal names therefore mean: same model and
+settings, same tenant, same tokens from position 0 on. Names address a block in a tier below memory;
+its tokens are compared all the same.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Kind = Literal["free", "aligned", "snapshot"]
 """Blocks of any length; aligned blocks, all of equal length; snapshots."""
 
 
-class Owner(NamedTuple):
-    """The owner of states: two of equal owner and tokens are interchangeable.
+class RootKey(NamedTuple):
+    """All that decides a state besides its tokens: states equal in both are interchangeable.
 
     Where a prompt begins with tokens that are public, the chain of the rest starts at position
     `start`, after the prefix whose name is `after`.
@@ -50,41 +50,31 @@ def digest(kind: bytes, key: bytes, *fields: bytes) -> bytes:
 
 
 def scope_name(scope: str | None, key: bytes = b"") -> bytes:
-    """Return the digest that names a scope; that of None is no other scope's."""
+    """Return the digest that names a scope; None has one that no str has."""
     if scope is None:
         return digest(_SCOPE, key)
     return digest(_SCOPE, key, scope.encode("utf-8", "surrogatepass"))
 
 
-def root_name(owner: Owner, key: bytes = b"") -> bytes:
-    """Return the name that the chains of this owner start from."""
-    fields = [owner.fingerprint, owner.kind.encode(), scope_name(owner.scope)]
-    if owner.after:
-        fields.append(owner.after)
+def root_name(root_key: RootKey, key: bytes = b"") -> bytes:
+    """Return the name that the chains with this root key start from."""
+    fields = [root_key.fingerprint, root_key.kind.encode(), scope_name(root_key.scope)]
+    if root_key.after:
+        fields.append(root_key.after)
     return digest(_ROOT, key, *fields)
 
 
-def rest_owner(owner: Owner, public: bytes) -> Owner:
-    """Return the owner of the rest of a prompt, after its public tokens."""
+def rest_key(root_key: RootKey, public: bytes) -> RootKey:
+    """Return the root key of the rest of a prompt, after its public tokens."""
     start = len(public) // TOKEN_BYTES
-    return owner._replace(start=start, after=digest(_PUBLIC, b"", public)) if public else owner
+    return (
+        root_key._replace(start=start, after=digest(_PUBLIC, b"", public)) if public else root_key
+    )
 
 
 def child_name(point: bytes, tokens: bytes, key: bytes = b"") -> bytes:
     """Return the name of the block that holds `tokens` (int32, native order) after `point`."""
     return digest(_CHILD, key, point, tokens)
-
-
-def common_tokens(left: bytes, right: bytes) -> int:
-    """Return how many leading tokens two int32 byte strings share."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:  # [0, low) is equal; each step compares half of the rest, at C speed
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low // TOKEN_BYTES
 
 
 def token_bytes(tokens: object) -> bytes:
@@ -110,10 +100,6 @@ def token_bytes(tokens: object) -> bytes:
         return view.tobytes()
     if view.format == "O":
         return _from_integers(tokens)
-    return _from_array(view)
-
-
-def _from_array(view: memoryview) -> bytes:
     import numpy as np  # noqa: PLC0415 (60 ms of `import tokcache`)
 
     values = np.asarray(view)
@@ -148,7 +134,7 @@ def _from_integers(tokens: object) -> bytes:
 
 
 def _not_int32(position: int, value: object) -> InvalidTokens:
-    # Whatever is not a number may be text of a prompt, and is not repeated.
+    # A value that is not a number may be text of a prompt, and is not repeated.
     found = f"{index(value):,}" if hasattr(value, "__index__") else f"a {type(value).__name__}"
     return InvalidTokens(
         f"token ids must be int32 integers (-2,147,483,648 to 2,147,483,647); at position "

@@ -1,13 +1,14 @@
-"""Namespace: the states of one model and scope, with all that names them bound once."""
+"""Namespace: the states of one model and scope; it binds the parts of their names once."""
 
 from __future__ import annotations
 
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from tokcache._prefix import common_tokens
 from tokcache._validate import require_bool, require_scope
 from tokcache.errors import InvalidConfig
-from tokcache.state.names import TOKEN_BYTES, Owner, common_tokens, token_bytes
+from tokcache.state.names import TOKEN_BYTES, RootKey, token_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +26,7 @@ class Namespace:
 
     Blocks (`plan`, `save`) share the common beginning of prefixes, to the token; snapshots
     (`store`, `find`) are any engine's bytes, one for a whole prefix. The tokens that a prompt has
-    in common with `public_prefix` go to the shared scope, the rest to `scope`.
+    in common with `public_prefix` are kept in the shared scope, the rest in `scope`.
 
     Errors: InvalidTokens for ids that are not int32. A state that can't be stored or read costs a
             miss and a counter, never an exception.
@@ -51,13 +52,13 @@ class Namespace:
             raise InvalidConfig(f"fingerprint must be bytes, not {type(fingerprint).__name__}")
         scope = require_scope(scope)
         is_aligned = require_bool("aligned", aligned)
-        self._chain = Owner(fingerprint, scope, "aligned" if is_aligned else "free")
-        self._single = Owner(fingerprint, scope, "snapshot")
+        self._chain = RootKey(fingerprint, scope, "aligned" if is_aligned else "free")
+        self._single = RootKey(fingerprint, scope, "snapshot")
         self._public = token_bytes(public_prefix)
 
     @property
     def fingerprint(self) -> bytes:
-        """Covers everything that decides the numbers in a state: model, settings, build."""
+        """The bytes that identify model, settings and build: all that decides a state's numbers."""
         return self._chain.fingerprint
 
     @property
@@ -77,16 +78,16 @@ class Namespace:
 
     @property
     def block_tokens(self) -> int:
-        """How many positions a block has at most."""
+        """The number of positions that a block has at most."""
         return self._store.block_tokens
 
     @property
     def min_tokens(self) -> int:
-        """Prefixes below are neither saved nor used."""
+        """The number of tokens below which prefixes are neither saved nor used."""
         return self._store.min_tokens
 
     def __repr__(self) -> str:
-        """Return the owner of the states, and the beginning of the fingerprint."""
+        """Return the scope of the states, and the beginning of the fingerprint."""
         n_public = len(self._public) // TOKEN_BYTES
         return (
             f"<Namespace {self.fingerprint[:8].hex()}, scope {self.scope!r}"
@@ -117,7 +118,7 @@ class Namespace:
         )
 
     def _n_public(self, tokens: bytes) -> int:
-        """Return with how many tokens that are no scope's secret `tokens` begin."""
+        """Return the number of public tokens that `tokens` begin with."""
         return common_tokens(self._public, tokens) if self._public else 0
 
     # Blocks
@@ -129,8 +130,8 @@ class Namespace:
 
         `max_tokens` bounds the prefix: an engine must decode at least the last token itself. An
         aligned namespace finds whole blocks, so that the prefix ends at a multiple of
-        `block_tokens`. `counts_tokens=False` is for a caller that counts its prompts itself, with
-        `count_prompt`: then only the look-up is counted here.
+        `block_tokens`. With `counts_tokens=False` only the look-up is counted: the caller counts
+        its prompts with `count_prompt`.
 
         Errors: InvalidTokens, InvalidConfig.
         """
@@ -188,8 +189,10 @@ class Namespace:
                 object, and for numbers out of range.
         """
         held = token_bytes(tokens)
-        owner = self._owner_of(held)
-        return self._snapshots.store(owner, held, state, n_past=n_past, priority=priority, pin=pin)
+        root_key = self._key_of(held)
+        return self._snapshots.store(
+            root_key, held, state, n_past=n_past, priority=priority, pin=pin
+        )
 
     def fill(self, tokens: object, n_bytes: int, read: Callable[[memoryview], object]) -> bool:
         """Store as `store` does the state that `read` copies into a buffer of `n_bytes`.
@@ -197,9 +200,9 @@ class Namespace:
         If it raises, nothing is stored, and it is counted.
         """
         held = token_bytes(tokens)
-        return self._snapshots.fill(self._owner_of(held), held, n_bytes, read)
+        return self._snapshots.fill(self._key_of(held), held, n_bytes, read)
 
-    def _owner_of(self, held: bytes) -> Owner:
+    def _key_of(self, held: bytes) -> RootKey:
         is_public = self._n_public(held) * TOKEN_BYTES == len(held)
         return self._single._replace(scope=None) if is_public else self._single
 
@@ -207,9 +210,8 @@ class Namespace:
         """Return the state of the longest stored prefix of `tokens`, None if there is none.
 
         Of equal length the one of the highest priority is returned; states of public tokens alone
-        are looked for in the shared scope, too. Close the handle, or use it in a `with`: until
-        then its state is not evicted. `is_counted=False` is for a part of a look-up that is
-        counted elsewhere.
+        are looked up in the shared scope, too. Close the handle, or use it in a `with`: until then
+        its state is not evicted. `is_counted=False` is for look-ups that the caller counts.
 
         Errors: InvalidTokens.
         """
@@ -227,9 +229,9 @@ class Namespace:
     def note_prefill(self, n_tokens: int, seconds: float) -> None:
         """Note how long the engine took to prefill `n_tokens`.
 
-        Reads from a lower tier that take longer than that are counted; once they have cost a
-        quarter of a second the tier is not asked for this model's states for half a minute, then
-        it is tried again. Without this nothing is known, and every tier is asked.
+        Reads from a tier below memory that take longer than that are counted. Once they have cost a
+        quarter of a second, the tier is not asked for this model's states for half a minute, then
+        it is tried again. Without this call every tier is always asked.
 
         Errors: InvalidConfig.
         """

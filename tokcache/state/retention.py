@@ -1,4 +1,4 @@
-"""Which state goes when room is needed: of the lowest priority, the one used longest ago."""
+"""Retention: chooses the state to evict: of the lowest priority, the least recently used."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Held(Protocol):
     tick: int
     is_dead: bool
     is_queued: bool
+    used_s: float
 
     @property
     def children(self) -> Sized:
@@ -26,25 +27,33 @@ class Held(Protocol):
 
 
 class Retention:
-    """Priority, then LRU, leaves first; not thread-safe: the store holds its lock.
+    """Priority, then LRU, leaves first, and a time to live; the store holds its lock.
 
     A block is never less recent than those below it, so taking leaves first takes the least
-    recent first too. Each block has at most one place in the heap; one that was used meanwhile,
-    or is a leaf no more, is put right when it comes up: using a block costs no heap operation.
+    recent first too. Each block has at most one place in the heap. A block that was used after it
+    was pushed, or is no longer a leaf, is corrected when it is popped: using a block costs no heap
+    operation.
 
-    Cost: O(1) a use, O(log n) a victim.
+    Units: `ttl_s` seconds after its last use a state is expired; None: never.
+    Cost:  O(1) a use, O(log n) a victim.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ttl_s: float | None) -> None:
+        self.ttl_s = ttl_s
         self._clock = 0
         self._heap: list[tuple[int, int, int, Held]] = []
         self._compact_at = _MIN_HEAP
 
-    def use(self, held: Iterable[Held]) -> None:
+    def use(self, held: Iterable[Held], now: float) -> None:
         """Note that these serve a request now."""
         self._clock += 1
         for each in held:
             each.tick = self._clock
+            each.used_s = now
+
+    def is_expired(self, held: Held, now: float) -> bool:
+        """Return whether the last use was longer ago than `ttl_s`."""
+        return self.ttl_s is not None and now - held.used_s > self.ttl_s
 
     def watch(self, held: Held) -> None:
         """Note that `held` has no children and may become a victim."""
@@ -52,16 +61,13 @@ class Retention:
             held.is_queued = True
             heapq.heappush(self._heap, (held.priority, held.tick, id(held), held))
             if len(self._heap) > self._compact_at:
-                self._compact()
-
-    def _compact(self) -> None:
-        # Blocks that were removed otherwise than as victims would stay here for ever.
-        self._heap = [item for item in self._heap if not item[3].is_dead]
-        heapq.heapify(self._heap)
-        self._compact_at = max(_MIN_HEAP, 2 * len(self._heap))
+                # Blocks that were removed otherwise than as victims would stay here forever.
+                self._heap = [item for item in self._heap if not item[3].is_dead]
+                heapq.heapify(self._heap)
+                self._compact_at = max(_MIN_HEAP, 2 * len(self._heap))
 
     def victim(self) -> Held | None:
-        """Return the first that may go, None if all are in use."""
+        """Return the first that may be evicted, None if all are in use."""
         in_use: list[Held] = []
         found = self._next(in_use)
         for held in in_use:
@@ -73,7 +79,7 @@ class Retention:
             priority, tick, _, held = heapq.heappop(self._heap)
             held.is_queued = False
             if held.is_dead or held.children:
-                continue  # gone, or a leaf no more: watched again when it becomes one
+                continue  # removed, or no longer a leaf: watched again when it becomes one
             if (priority, tick) != (held.priority, held.tick):
                 self.watch(held)
             elif held.pins:

@@ -1,4 +1,4 @@
-"""Snapshots by owner and tokens."""
+"""SnapshotIndex: the snapshots in memory, by root key and tokens."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections import Counter
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from tokcache.state.names import DIGEST_BYTES, TOKEN_BYTES, Owner, root_name
+from tokcache.state.names import DIGEST_BYTES, TOKEN_BYTES, RootKey, root_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 # Python objects of one state: itself, its name, places in dicts, heap item. Its tokens and its
-# owner's names are added. Checked by tests/state/test_snapshots.py::test_overhead_is_counted.
+# root key's names are added. Checked by tests/state/test_snapshots.py::test_overhead_is_counted.
 SNAPSHOT_BYTES = 1600
 
 
@@ -28,9 +28,9 @@ class Snapshot:
         "n_bytes",
         "n_past",
         "name",
-        "owner",
         "pins",
         "priority",
+        "root_key",
         "tick",
         "tokens",
         "touched_s",
@@ -41,9 +41,9 @@ class Snapshot:
     children: tuple[()] = ()
 
     def __init__(
-        self, owner: Owner, name: bytes, tokens: bytes, n_past: int, priority: int
+        self, root_key: RootKey, name: bytes, tokens: bytes, n_past: int, priority: int
     ) -> None:
-        self.owner, self.name, self.tokens = owner, name, tokens
+        self.root_key, self.name, self.tokens = root_key, name, tokens
         self.n_past, self.priority = n_past, priority
         self.n_bytes = 0
         self.hits = 0
@@ -55,16 +55,16 @@ class Snapshot:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens the state is of."""
+        """The number of tokens of the prefix."""
         return len(self.tokens) // TOKEN_BYTES
 
 
 def prefix_names(
-    owner: Owner, tokens: bytes, lengths: Iterable[int]
+    root_key: RootKey, tokens: bytes, lengths: Iterable[int]
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (n, the name of the first n tokens) for ascending `lengths`, in one pass."""
     person = b"tokcache.whole.2".ljust(16, b"\0")
-    state = blake2b(root_name(owner), digest_size=DIGEST_BYTES, person=person)
+    state = blake2b(root_name(root_key), digest_size=DIGEST_BYTES, person=person)
     done = 0
     view = memoryview(tokens)
     for n_tokens in lengths:
@@ -75,51 +75,51 @@ def prefix_names(
 
 
 class SnapshotIndex:
-    """The states by owner and name; not thread-safe: the store holds its lock.
+    """The states by root key and name; not thread-safe: the store holds its lock.
 
     The same tokens may be held once for each priority.
     """
 
     def __init__(self) -> None:
-        self._named: dict[tuple[Owner, bytes], dict[int, Snapshot]] = {}
-        self._lengths: dict[Owner, Counter[int]] = {}
+        self._named: dict[tuple[RootKey, bytes], dict[int, Snapshot]] = {}
+        self._lengths: dict[RootKey, Counter[int]] = {}
         self.n_states = 0
 
-    def lengths(self, owner: Owner) -> set[int]:
-        """Return the numbers of tokens that this owner's states are of."""
-        return set(self._lengths.get(owner, ()))
+    def lengths(self, root_key: RootKey) -> set[int]:
+        """Return the numbers of tokens of the states with this root key."""
+        return set(self._lengths.get(root_key, ()))
 
-    def get(self, owner: Owner, name: bytes, tokens: bytes) -> Snapshot | None:
+    def get(self, root_key: RootKey, name: bytes, tokens: bytes) -> Snapshot | None:
         """Return the state of these tokens that has the highest priority."""
-        held = self._named.get((owner, name))
+        held = self._named.get((root_key, name))
         best = held[max(held)] if held else None
         return best if best is not None and best.tokens == tokens else None
 
     def same(self, snapshot: Snapshot) -> Snapshot | None:
         """Return the state that `snapshot` would replace."""
-        return self._named.get((snapshot.owner, snapshot.name), {}).get(snapshot.priority)
+        return self._named.get((snapshot.root_key, snapshot.name), {}).get(snapshot.priority)
 
     def add(self, snapshot: Snapshot) -> None:
         """Add a state; its place must be free."""
-        held = self._named.setdefault((snapshot.owner, snapshot.name), {})
+        held = self._named.setdefault((snapshot.root_key, snapshot.name), {})
         if snapshot.priority in held:
             raise AssertionError("two states in one place")
         held[snapshot.priority] = snapshot
-        self._lengths.setdefault(snapshot.owner, Counter())[snapshot.n_tokens] += 1
+        self._lengths.setdefault(snapshot.root_key, Counter())[snapshot.n_tokens] += 1
         self.n_states += 1
 
     def remove(self, snapshot: Snapshot) -> None:
         """Take out a state."""
-        key = (snapshot.owner, snapshot.name)
+        key = (snapshot.root_key, snapshot.name)
         del self._named[key][snapshot.priority]
         if not self._named[key]:
             del self._named[key]
-        lengths = self._lengths[snapshot.owner]
+        lengths = self._lengths[snapshot.root_key]
         lengths[snapshot.n_tokens] -= 1
         if not lengths[snapshot.n_tokens]:
             del lengths[snapshot.n_tokens]
         if not lengths:
-            del self._lengths[snapshot.owner]
+            del self._lengths[snapshot.root_key]
         snapshot.is_dead = True
         self.n_states -= 1
 
@@ -130,6 +130,6 @@ class SnapshotIndex:
         found = list(self)
         if len(found) != self.n_states or any(each.is_dead for each in found):
             raise AssertionError("states miscounted, or a dead one among them")
-        for owner, lengths in self._lengths.items():
-            if lengths != Counter(each.n_tokens for each in found if each.owner == owner):
+        for root_key, lengths in self._lengths.items():
+            if lengths != Counter(each.n_tokens for each in found if each.root_key == root_key):
                 raise AssertionError("lengths miscounted")

@@ -10,9 +10,9 @@ from tokcache._validate import MAX_INT, require_int
 from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.handles import StateHandle, Work
 from tokcache.state.memory import snapshot_overhead
-from tokcache.state.names import TOKEN_BYTES, Owner, root_name
+from tokcache.state.names import TOKEN_BYTES, RootKey, root_name
 from tokcache.state.snapshot_index import Snapshot, prefix_names
-from tokcache.state.tiers import Address, StateRefused, Stored
+from tokcache.state.tiers import Address, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class SnapshotStore:
 
     def store(
         self,
-        owner: Owner,
+        root_key: RootKey,
         tokens: bytes,
         state: object,
         *,
@@ -47,8 +47,15 @@ class SnapshotStore:
         pin: bool,
     ) -> bool:
         """Store a copy of the bytes of the state after all of `tokens`; False without room."""
-        snapshot = _new_snapshot(owner, tokens, n_past, priority)
-        view = _checked_state(state)
+        snapshot = _new_snapshot(root_key, tokens, n_past, priority)
+        try:
+            view = memoryview(state)  # type: ignore[arg-type]
+            view = view.cast("B") if view.nbytes else memoryview(b"")
+        except TypeError as error:
+            raise InvalidConfig(
+                "a state must be bytes, or a contiguous buffer of them, not "
+                f"{type(state).__name__} ({error})"
+            ) from None
 
         def copy(buffer: memoryview) -> None:
             buffer[:] = view
@@ -56,10 +63,10 @@ class SnapshotStore:
         return self._keep(snapshot, view.nbytes, copy, pin=pin)
 
     def fill(
-        self, owner: Owner, tokens: bytes, n_bytes: int, read: Callable[[memoryview], object]
+        self, root_key: RootKey, tokens: bytes, n_bytes: int, read: Callable[[memoryview], object]
     ) -> bool:
         """Store the state that `read` copies into a buffer; False, and counted, if it raises."""
-        snapshot = _new_snapshot(owner, tokens, None, 0)
+        snapshot = _new_snapshot(root_key, tokens, None, 0)
         try:
             return self._keep(snapshot, require_int("n_bytes", n_bytes, 0), read, pin=False)
         except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
@@ -70,16 +77,17 @@ class SnapshotStore:
     def _keep(
         self, snapshot: Snapshot, n_bytes: int, read: Callable[[memoryview], object], *, pin: bool
     ) -> bool:
+        """Store the state that `read` copies into a buffer; False if there is no room for it."""
         if not self._store.enabled:
             return False
         with self._store.lock:
             self._store.settle()
-            work = self._store.begun(snapshot.owner.scope)
+            work = self._store.works.begin(snapshot.root_key.scope)
             buffer = self._buffer_for(snapshot, n_bytes)
         if buffer is None:
-            self._store.log_oversize()
+            self._store.notices.log()
             return False
-        is_filed = False
+        memory, is_filed = self._memory, False
         try:
             read(buffer)
             is_filed = True
@@ -87,11 +95,20 @@ class SnapshotStore:
             with self._store.lock:
                 # Cleared while the bytes were copied: then this comes too late.
                 is_filed = is_filed and not (work.is_void or self._store.is_closed)
-                is_filed = is_filed and self._memory.has_snapshot_room(self._n_replaced(snapshot))
+                is_filed = is_filed and memory.has_snapshot_room(self._n_replaced(snapshot))
                 if is_filed:
-                    self._file_snapshot(snapshot, buffer, pin=pin)
+                    replaced = memory.snapshots.same(snapshot)
+                    is_kept = pin or (replaced is not None and replaced.is_kept)
+                    if replaced is not None and replaced.is_kept:
+                        self._set_kept(replaced, is_kept=False)
+                    snapshot.used_at = time.time()
+                    memory.file_snapshot(snapshot, buffer)
+                    self._set_kept(snapshot, is_kept=is_kept)
+                    memory.counts["saved_blocks"] += 1
+                    memory.counts["saved_tokens"] += snapshot.n_tokens
+                    self._store.queue_snapshot(snapshot, _address_of(snapshot))
                 else:
-                    self._memory.drop(buffer, snapshot_overhead(snapshot))
+                    memory.drop(buffer, snapshot_overhead(snapshot))
         return is_filed
 
     def _n_replaced(self, snapshot: Snapshot) -> int:
@@ -103,122 +120,106 @@ class SnapshotStore:
             return None
         if n_bytes + overhead > self._store.ram_bytes:
             n_total = n_bytes + overhead
-            self._store.refuse_oversize(snapshot.owner.fingerprint, snapshot.n_tokens, n_total)
+            memory.refusals["over_budget"] += 1
+            self._store.notices.oversize(snapshot.root_key.fingerprint, snapshot.n_tokens, n_total)
             return None
         if not memory.has_snapshot_room(self._n_replaced(snapshot)):
             memory.refusals["entries_in_use"] += 1
             return None
         return memory.take(n_bytes, overhead)
 
-    def _file_snapshot(self, snapshot: Snapshot, buffer: memoryview, *, pin: bool) -> None:
-        replaced = self._memory.snapshots.same(snapshot)
-        is_kept = pin or (replaced is not None and replaced.is_kept)
-        if replaced is not None and replaced.is_kept:
-            self._set_kept(replaced, is_kept=False)
-        snapshot.used_at = time.time()
-        self._memory.file_snapshot(snapshot, buffer)
-        self._set_kept(snapshot, is_kept=is_kept)
-        self._memory.counts["saved_blocks"] += 1
-        self._memory.counts["saved_tokens"] += snapshot.n_tokens
-        self._store.queue_snapshot(snapshot, _address_of(snapshot))
-
     # Finding
 
     def find(
-        self, owner: Owner, wanted: bytes, n_public: int, *, is_counted: bool
+        self, root_key: RootKey, wanted: bytes, n_public: int, *, is_counted: bool
     ) -> StateHandle | None:
         """Return the state of the longest stored prefix of `wanted`, None if there is none."""
-        if not is_counted:
-            return self._find_both(owner, wanted, n_public)
-        with self._store.lock:
-            self._memory.counts["lookups"] += 1
-            self._memory.counts["prompt_tokens"] += len(wanted) // TOKEN_BYTES
-        found = self._find_both(owner, wanted, n_public)
-        with self._store.lock:
-            self._memory.counts["hits"] += found is not None
+        if is_counted:
+            with self._store.lock:
+                self._memory.counts["lookups"] += 1
+                self._memory.counts["prompt_tokens"] += len(wanted) // TOKEN_BYTES
+        found = self._find(root_key, wanted)
+        n_found = 0 if found is None else found.n_tokens
+        if n_found < n_public and root_key.scope is not None:
+            # States of public tokens alone are in the shared scope.
+            shared = self._find(root_key._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
+            if shared is not None and shared.n_tokens > n_found:
+                found = shared
+        if is_counted:
+            with self._store.lock:
+                self._memory.counts["hits"] += found is not None
         return found
 
-    def _find_both(self, owner: Owner, wanted: bytes, n_public: int) -> StateHandle | None:
-        found = self._find(owner, wanted)
-        n_found = 0 if found is None else found.n_tokens
-        if n_found >= n_public or owner.scope is None:
-            return found
-        shared = self._find(owner._replace(scope=None), wanted[: n_public * TOKEN_BYTES])
-        return shared if shared is not None and shared.n_tokens > n_found else found
-
-    def handle(self, owner: Owner, wanted: bytes) -> StateHandle | None:
+    def handle(self, root_key: RootKey, wanted: bytes) -> StateHandle | None:
         """Return the state in memory of exactly these tokens; counts as no look-up and no use."""
         with self._store.lock:
             self._store.settle()
-            for _, name in prefix_names(owner, wanted, [len(wanted) // TOKEN_BYTES]):
-                snapshot = self._live(owner, name, wanted)
+            for _, name in prefix_names(root_key, wanted, [len(wanted) // TOKEN_BYTES]):
+                snapshot = self._live(root_key, name, wanted)
                 if snapshot is not None:
                     return self._handle(snapshot)
         return None
 
-    def _find(self, owner: Owner, wanted: bytes) -> StateHandle | None:
-        longest = self._of_all(owner, wanted) if self._store.below else None
-        if longest is not None:  # nothing below is longer
-            return longest
-        work = self._store.begin(owner.scope)  # before a tier is asked: it may be cleared meanwhile
-        worth = self._store.worth_asking(owner)
-        lengths = [below.tier.lengths(owner) for below in worth]
+    def _find(self, root_key: RootKey, wanted: bytes) -> StateHandle | None:
+        """Return the state of the longest stored prefix in the scope of `root_key`."""
+        n_wanted = len(wanted) // TOKEN_BYTES
+        if self._store.below and n_wanted >= self._store.min_tokens:
+            # A state in memory of all tokens is as long as any that a tier has.
+            with self._store.lock:
+                self._store.settle()
+                is_held = n_wanted in self._memory.snapshots.lengths(root_key)
+            if is_held and not self._store.is_closed:
+                ((_, name),) = prefix_names(root_key, wanted, [n_wanted])
+                with self._store.lock:
+                    snapshot = self._live(root_key, name, wanted)
+                    longest = None if snapshot is None else self._used(snapshot)
+                if longest is not None:
+                    return longest
+        work = self._store.begin(
+            root_key.scope
+        )  # before a tier is asked: it may be cleared meanwhile
+        worth = self._store.worth_asking(root_key)
+        lengths = [below.tier.lengths(root_key) for below in worth]
         with self._store.lock:
             self._store.settle()
             if self._store.is_closed:
                 return None
-            everywhere = self._memory.snapshots.lengths(owner).union(*lengths)
-        usable = sorted(
-            n for n in everywhere if self._store.min_tokens <= n <= len(wanted) // TOKEN_BYTES
-        )
-        names = dict(prefix_names(owner, wanted, usable))
+            everywhere = self._memory.snapshots.lengths(root_key).union(*lengths)
+        usable = sorted(n for n in everywhere if self._store.min_tokens <= n <= n_wanted)
+        names = dict(prefix_names(root_key, wanted, usable))
         usable.reverse()
         asked = [
-            (below, held, _ask(below, owner, wanted, {n: names[n] for n in usable if n in held}))
+            (below, held, _ask(below, root_key, wanted, {n: names[n] for n in usable if n in held}))
             for below, held in zip(worth, lengths, strict=True)
         ]
         for n_tokens in usable:
             tokens = wanted[: n_tokens * TOKEN_BYTES]
             with self._store.lock:
-                snapshot = self._live(owner, names[n_tokens], tokens)
+                snapshot = self._live(root_key, names[n_tokens], tokens)
                 if snapshot is not None:
                     return self._used(snapshot)
             for below, held, found in asked:
                 if n_tokens not in held:
                     continue
-                handle = self._from_below(below, found, owner, tokens, work)
+                handle = self._from_below(below, found, root_key, tokens, work)
                 if handle is not None:
                     return handle
         return None
 
-    def _of_all(self, owner: Owner, wanted: bytes) -> StateHandle | None:
-        """Return the state in memory of exactly these tokens."""
-        n_tokens = len(wanted) // TOKEN_BYTES
-        with self._store.lock:
-            self._store.settle()
-            if self._store.is_closed or n_tokens not in self._memory.snapshots.lengths(owner):
-                return None
-        ((_, name),) = prefix_names(owner, wanted, [n_tokens])
-        with self._store.lock:
-            snapshot = (
-                self._live(owner, name, wanted) if n_tokens >= self._store.min_tokens else None
-            )
-            return self._used(snapshot) if snapshot is not None else None
-
-    def _live(self, owner: Owner, name: bytes, tokens: bytes) -> Snapshot | None:
-        snapshot = self._memory.snapshots.get(owner, name, tokens)
+    def _live(self, root_key: RootKey, name: bytes, tokens: bytes) -> Snapshot | None:
+        snapshot = self._memory.snapshots.get(root_key, name, tokens)
         while snapshot is not None and not snapshot.is_kept:
-            if not self._memory.is_expired(snapshot, time.monotonic()):
+            if not self._memory.retention.is_expired(snapshot, time.monotonic()):
                 return snapshot
             self._memory.remove_snapshot(snapshot)
             self._memory.counts["expirations"] += 1
-            snapshot = self._memory.snapshots.get(owner, name, tokens)
+            snapshot = self._memory.snapshots.get(root_key, name, tokens)
         return snapshot
 
     def _used(self, snapshot: Snapshot) -> StateHandle | None:
         snapshot.hits += 1
         snapshot.used_at = time.time()
-        self._memory.use([snapshot], time.monotonic())
+        self._memory.retention.use([snapshot], time.monotonic())
         if snapshot.written and time.monotonic() - snapshot.touched_s > self._store.touch_s:
             self._store.touch_later([snapshot], [_address_of(snapshot)])
         return self._handle(snapshot)
@@ -237,40 +238,42 @@ class SnapshotStore:
         self,
         below: Below,
         found: Iterator[Stored | None],
-        owner: Owner,
+        root_key: RootKey,
         tokens: bytes,
         work: Work,
     ) -> StateHandle | None:
-        """Return the next that a tier found, if it is of `tokens`."""
+        """Return the next state that a tier found, if it is of `tokens`."""
         began, handle = time.perf_counter(), None
-        try:
+        with below.counting_failures():
             stored = next(found, None)
             if stored is None:
                 return None
             with stored:
                 if stored.record.tokens == tokens:
-                    handle = self._promoted(below, owner, stored, work)
-        except StateRefused as refusal:
-            below.tier.refuse(str(refusal))
-        except Exception:  # noqa: BLE001  (any failure is a miss)
-            _log.warning("the %s tier failed", below.tier.label, exc_info=True)
-            below.tier.refuse("error")
+                    handle = self._promoted(below, root_key, stored, work)
         if handle is not None:
-            self._store.note_read(below, owner, handle.n_tokens, time.perf_counter() - began)
+            self._store.note_read(below, root_key, handle.n_tokens, time.perf_counter() - began)
         return handle
 
     def _promoted(
-        self, below: Below, owner: Owner, stored: Stored, work: Work
+        self, below: Below, root_key: RootKey, stored: Stored, work: Work
     ) -> StateHandle | None:
+        """Return a state from below, copied into memory if that has room; None if cleared."""
         record = stored.record
-        snapshot = Snapshot(owner, record.name, record.tokens, record.n_past, record.priority)
+        snapshot = Snapshot(root_key, record.name, record.tokens, record.n_past, record.priority)
         with self._store.lock:
             if work.is_void:
                 return None
             has_room = stored.n_bytes + snapshot_overhead(snapshot) <= self._store.ram_bytes
             buffer = self._buffer_for(snapshot, stored.n_bytes) if has_room else None
         if buffer is None:
-            return self._loose_handle(snapshot, stored.view(), work)
+            payload = stored.view()
+            snapshot.pins, snapshot.used_at, snapshot.hits = 1, time.time(), 1
+            with self._store.lock:
+                if work.is_void:
+                    return None
+                self._store.loose.add(snapshot)
+            return StateHandle(self, snapshot, payload)
         is_read = False
         handle: StateHandle | None = None
         try:
@@ -289,17 +292,6 @@ class SnapshotStore:
                 else:
                     self._memory.drop(buffer, snapshot_overhead(snapshot))
         return handle
-
-    def _loose_handle(
-        self, snapshot: Snapshot, payload: memoryview, work: Work
-    ) -> StateHandle | None:
-        """Return the handle of a state that memory has no room for."""
-        snapshot.pins, snapshot.used_at, snapshot.hits = 1, time.time(), 1
-        with self._store.lock:
-            if work.is_void:
-                return None
-            self._store.loose.add(snapshot)
-        return StateHandle(self, snapshot, payload)
 
     # For handles
 
@@ -323,7 +315,7 @@ class SnapshotStore:
             if snapshot.is_dead:
                 return False
             snapshot.used_at = time.time()
-            self._memory.use([snapshot], time.monotonic())
+            self._memory.retention.use([snapshot], time.monotonic())
             self._store.touch_later([snapshot], [_address_of(snapshot)])
             return True
 
@@ -356,39 +348,28 @@ class SnapshotStore:
 
 
 def _ask(
-    below: Below, owner: Owner, wanted: bytes, names: dict[int, bytes]
+    below: Below, root_key: RootKey, wanted: bytes, names: dict[int, bytes]
 ) -> Iterator[Stored | None]:
     """Ask a tier for the states of these lengths, in this order, when it is their turn."""
     return below.tier.find_each(
-        (_address(owner, name, n_tokens), wanted[: n_tokens * TOKEN_BYTES])
+        (_address(root_key, name, n_tokens), wanted[: n_tokens * TOKEN_BYTES])
         for n_tokens, name in names.items()
     )
 
 
 def _address_of(snapshot: Snapshot) -> Address:
-    return _address(snapshot.owner, snapshot.name, snapshot.n_tokens)
+    return _address(snapshot.root_key, snapshot.name, snapshot.n_tokens)
 
 
-def _address(owner: Owner, name: bytes, n_tokens: int) -> Address:
-    return Address(owner, n_tokens, root_name(owner), name)
+def _address(root_key: RootKey, name: bytes, n_tokens: int) -> Address:
+    return Address(root_key, n_tokens, root_name(root_key), name)
 
 
-def _new_snapshot(owner: Owner, tokens: bytes, n_past: int | None, priority: int) -> Snapshot:
+def _new_snapshot(root_key: RootKey, tokens: bytes, n_past: int | None, priority: int) -> Snapshot:
     n_tokens = len(tokens) // TOKEN_BYTES
     if not n_tokens:
         raise InvalidTokens("a state is of at least one token; these are none")
     n_past = require_int("n_past", n_tokens if n_past is None else n_past, 0)
     priority = require_int("priority", priority, -MAX_INT)
-    ((_, name),) = prefix_names(owner, tokens, [n_tokens])
-    return Snapshot(owner, name, tokens, n_past, priority)
-
-
-def _checked_state(state: object) -> memoryview:
-    try:
-        view = memoryview(state)  # type: ignore[arg-type]
-        return view.cast("B") if view.nbytes else memoryview(b"")
-    except TypeError as error:
-        raise InvalidConfig(
-            f"a state must be bytes, or a contiguous buffer of them, not {type(state).__name__} "
-            f"({error})"
-        ) from None
+    ((_, name),) = prefix_names(root_key, tokens, [n_tokens])
+    return Snapshot(root_key, name, tokens, n_past, priority)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
-import threading
 import time
 import weakref
 from collections import deque
@@ -14,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tokcache._forks import Forkable, tell_of_forks
 from tokcache._validate import (
     require_bool,
     require_int,
@@ -23,12 +20,13 @@ from tokcache._validate import (
     require_size,
 )
 from tokcache.errors import InvalidConfig
-from tokcache.state.handles import Work
+from tokcache.state.handles import Work, Works
+from tokcache.state.locked import Locked
 from tokcache.state.memory import StateMemory
-from tokcache.state.names import Owner, child_name
+from tokcache.state.memory_notices import MemoryNotices
+from tokcache.state.names import RootKey, child_name
 from tokcache.state.tiers import Address, Record
 from tokcache.state.tiers.backoff import Speed
-from tokcache.state.tiers.notices import Notices
 from tokcache.state.tiers.opening import Below, open_tiers
 from tokcache.state.write_behind import Job
 from tokcache.stats import StateStats, TierStats
@@ -58,11 +56,10 @@ _COUNTED = (
 )
 
 
-class Store(Forkable):
+class Store(Locked):
     """The lock, memory, the tiers below, nearest first, their queues, and the counters.
 
-    Units:   `touch_s` seconds that the time of last use which other processes see may be old.
-
+    Units:   `touch_s` seconds by which the time of last use in the tiers below may lag.
     Threads: safe; after a fork the child keeps stored states, except those in use at the fork.
     """
 
@@ -86,7 +83,7 @@ class Store(Forkable):
         self.block_tokens = require_int("block_tokens", block_tokens, minimum=1)
         self.min_tokens = require_int("min_tokens", min_tokens, minimum=1)
         self.enabled = require_bool("enabled", enabled)
-        # Waiting states can't be evicted: they must leave room for the next saves.
+        # States that wait to be written can't be evicted; they must leave room for the next saves.
         queue = max(self.ram_bytes // 4, _MIN_QUEUE)
         if queue_bytes is not None:
             queue = require_size("queue_bytes", queue_bytes)
@@ -96,13 +93,11 @@ class Store(Forkable):
             self.block_tokens,
             None if ttl_s is None else require_seconds("ttl_s", ttl_s),
         )
-        self.lock = threading.Lock()
         self._released: deque[list[Node] | list[Snapshot]] = deque()
         self._unwritten: deque[tuple[Node | Snapshot, int]] = deque()
         self.is_closed = False
-        self._notices = Notices()
-        self._untold: deque[tuple[str, str, str]] = deque()
-        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
+        self.notices = MemoryNotices(self.ram_bytes)
+        self.works = Works()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
         self.loose: weakref.WeakSet[Snapshot] = weakref.WeakSet()
@@ -110,9 +105,9 @@ class Store(Forkable):
         if enabled:
             self.below = open_tiers(disk, redis, queue)
         for below in self.below:
-            # Not waited for here: the garbage collector may run this under any lock.
+            # It must not wait: the garbage collector may run this while any lock is held.
             weakref.finalize(self, below.writer.end).atexit = False
-        tell_of_forks(self)
+        super().__init__()
 
     # Lower tiers
 
@@ -127,23 +122,23 @@ class Store(Forkable):
         with self.lock:
             self._prefill.setdefault(fingerprint, Speed()).note(n_tokens, seconds)
 
-    def worth_asking(self, owner: Owner) -> list[Below]:
+    def worth_asking(self, root_key: RootKey) -> list[Below]:
         """Return the tiers that may be faster than prefilling; count the others."""
         with self.lock:
-            resting = [each for each in self.below if each.worth.rests(owner.fingerprint)]
+            resting = [each for each in self.below if each.worth.rests(root_key.fingerprint)]
         for below in resting:
             below.tier.refuse("slower_than_prefill")
         return [each for each in self.below if each not in resting]
 
-    def note_read(self, below: Below, owner: Owner, n_tokens: int, seconds: float) -> bool:
+    def note_read(self, below: Below, root_key: RootKey, n_tokens: int, seconds: float) -> bool:
         """Note how long a tier took for `n_tokens`; return whether to go on asking it."""
         with self.lock:
-            speed = self._prefill.get(owner.fingerprint)
+            speed = self._prefill.get(root_key.fingerprint)
             if speed is not None and n_tokens:
-                below.worth.note(owner.fingerprint, seconds, speed.seconds(n_tokens))
-            return not below.worth.rests(owner.fingerprint)
+                below.worth.note(root_key.fingerprint, seconds, speed.seconds(n_tokens))
+            return not below.worth.rests(root_key.fingerprint)
 
-    def queue_blocks(self, nodes: list[Node], owner: Owner) -> None:
+    def queue_blocks(self, nodes: list[Node], root_key: RootKey) -> None:
         """Queue the blocks that each tier lacks, parents first; the lock is held."""
         for below in self.below:
             for node in nodes:
@@ -151,9 +146,9 @@ class Store(Forkable):
                     continue
                 record = Record(node.name, node.tokens, priority=node.priority)
                 if not self._queue(
-                    below, node, block_address(self.memory.index, node, owner), record
+                    below, node, block_address(self.memory.index, node, root_key), record
                 ):
-                    break  # without it, the rest would not be found
+                    break  # without it, the blocks that follow would not be found
 
     def queue_snapshot(self, snapshot: Snapshot, address: Address) -> None:
         """Queue a snapshot for each tier that does not have it yet; the lock is held."""
@@ -173,17 +168,17 @@ class Store(Forkable):
             try:
                 is_there = tier.write(address, record, payload)
             finally:
-                if not is_there:  # it is tried again with the next save that passes by
+                if not is_there:  # the next save of these tokens tries again
                     unwritten.append((held, bit))
 
         done = lambda: released.append([held])  # type: ignore[arg-type]  # noqa: E731
-        if below.write(held, Job(address.owner.scope, payload.nbytes, run, done)):
+        if below.write(held, Job(address.root_key.scope, payload.nbytes, run, done)):
             return True
         self.memory.refusals[f"{tier.label}: queue_full"] += 1
         return False
 
     def touch_later(self, held: Sequence[Node | Snapshot], addresses: list[Address]) -> None:
-        """Tell the tiers, off the request path, that these are in use; the lock is held."""
+        """Report to the tiers, off the request path, that these are in use; the lock is held."""
         if not self.below or not addresses:
             return
         now = time.monotonic()
@@ -191,10 +186,10 @@ class Store(Forkable):
             each.touched_s = now
         for below in self.below:
             touch = partial(_touch, below, addresses, held, self._unwritten)
-            below.writer.put(Job(addresses[0].owner.scope, 0, touch))
+            below.writer.put(Job(addresses[0].root_key.scope, 0, touch))
 
     def untouched(self, nodes: list[Node]) -> list[Node]:
-        """Return the blocks whose last use the tiers have not been told for `touch_s`."""
+        """Return the blocks whose last use was not reported to the tiers for `touch_s`."""
         if not self.below:
             return []
         old = time.monotonic() - self.touch_s
@@ -215,24 +210,8 @@ class Store(Forkable):
         with self.lock:
             self.memory.refusals[reason] += 1
 
-    def refuse_oversize(self, fingerprint: bytes, n_tokens: int, n_bytes: int) -> None:
-        """Count a state that is larger than all memory may be; the lock is held."""
-        self.memory.refusals["over_budget"] += 1
-        if self._notices.is_first(fingerprint):
-            self._untold.append((f"{n_tokens:,}", f"{n_bytes:,}", f"{self.ram_bytes:,}"))
-
-    def log_oversize(self) -> None:
-        """Log states over the budget, once a model; without the lock: a log handler may need it."""
-        while self._untold:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                _log.warning(
-                    "the state of a prompt of %s tokens takes %s bytes, more than ram_bytes=%s: "
-                    "prompts that long are not stored; raise ram_bytes (said once a model)",
-                    *self._untold.popleft(),
-                )
-
     def count_prompt(self, n_tokens: int, *, context_tokens: int, restored_tokens: int) -> None:
-        """Count a prompt: how many of its tokens were in the engine's context, how many restored.
+        """Count a prompt, and its tokens that were in the engine's context or were restored.
 
         Errors: InvalidConfig.
         """
@@ -304,13 +283,7 @@ class Store(Forkable):
         """
         scope = require_scope(scope)
         with self.lock:
-            return self.begun(scope)
-
-    def begun(self, scope: str | None) -> Work:
-        """Return what `begin` does; the lock is held."""
-        work = Work(scope)
-        self._works.add(work)
-        return work
+            return self.works.begin(scope)
 
     def clear(self, *, scope: str | None = None) -> int:
         """Remove a scope's states from every tier, or everything; return the states removed.
@@ -322,35 +295,28 @@ class Store(Forkable):
         def is_doomed(each: str | None) -> bool:
             return scope is None or each == scope
 
-        self._discard_queued(is_doomed)
-        with self.lock:
-            n_removed = self._clear_memory(is_doomed)
-            if scope is None:
-                self._reset_counters()
-        # A save between the two steps filed its blocks before this thread had the lock.
-        self._discard_queued(is_doomed)
-        return max([n_removed, *(each.tier.clear(scope=scope) for each in self.below)])
-
-    def _discard_queued(self, is_doomed: Callable[[str | None], bool]) -> None:
         for below in self.below:
             below.writer.discard(is_doomed)
+        with self.lock:
+            n_removed = self._clear_memory(is_doomed, is_all=scope is None)
+        # A save between the two steps filed its blocks before this thread had the lock.
+        for below in self.below:
+            below.writer.discard(is_doomed)
+        return max([n_removed, *(each.tier.clear(scope=scope) for each in self.below)])
 
-    def _clear_memory(self, is_doomed: Callable[[str | None], bool]) -> int:
-        """Remove the states in memory of these scopes, and make work under way for them void."""
+    def _clear_memory(self, is_doomed: Callable[[str | None], bool], *, is_all: bool) -> int:
+        """Remove the states in memory of these scopes, and make operations under way void."""
         self.settle()
-        for work in list(self._works):
-            work.is_void = work.is_void or is_doomed(work.scope)
+        self.works.make_void(is_doomed)
         for snapshot in list(self.loose):
-            snapshot.is_dead = snapshot.is_dead or is_doomed(snapshot.owner.scope)
-        return self.memory.remove_all(
-            [owner for owner in self.memory.owners() if is_doomed(owner.scope)]
-        )
-
-    def _reset_counters(self) -> None:
-        self.memory.counts.clear()
-        self.memory.refusals.clear()
-        self._notices = Notices()
-        self.seconds = {"restore": 0.0, "save": 0.0}
+            snapshot.is_dead = snapshot.is_dead or is_doomed(snapshot.root_key.scope)
+        n_removed = self.memory.remove_all(is_doomed)
+        if is_all:
+            self.memory.counts.clear()
+            self.memory.refusals.clear()
+            self.notices = MemoryNotices(self.ram_bytes)
+            self.seconds = {"restore": 0.0, "save": 0.0}
+        return n_removed
 
     def close(self) -> None:
         """Finish waiting writes, then empty memory; after that nothing is found or stored."""
@@ -359,8 +325,7 @@ class Store(Forkable):
         for below in self.below:
             below.writer.close()
         with self.lock:
-            self._clear_memory(lambda _: True)
-            self._reset_counters()
+            self._clear_memory(lambda _: True, is_all=True)
         for below in self.below:
             if below.is_owned:
                 below.tier.close()
@@ -373,26 +338,18 @@ class Store(Forkable):
 
     # Forks
 
-    def before_fork(self) -> None:
-        """Wait until no operation is half done."""
-        self.lock.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        """Go on."""
-        self.lock.release()
-
     def after_fork_in_child(self) -> None:
-        """Drop states that the parent's threads use; those threads run on only there."""
-        self.lock = threading.Lock()
+        """Drop the states that the parent's threads use: the child has no such threads."""
+        super().after_fork_in_child()
         self._released.clear()
         self._unwritten.clear()
         self.memory.drop_users()
 
 
-def block_address(index: BlockIndex, node: Node, owner: Owner) -> Address:
-    """Return where tiers keep a block."""
-    head = node.tokens[: index.grain(owner)]
-    return Address(owner, node.start, node.base, child_name(node.base, head))
+def block_address(index: BlockIndex, node: Node, root_key: RootKey) -> Address:
+    """Return the address of a block in the tiers."""
+    head = node.tokens[: index.grain(root_key)]
+    return Address(root_key, node.start, node.base, child_name(node.base, head))
 
 
 def _touch(
@@ -401,7 +358,7 @@ def _touch(
     held: Sequence[Node | Snapshot],
     unwritten: deque[tuple[Node | Snapshot, int]],
 ) -> None:
-    # A state that a tier has lost is written again with the next save that passes by.
+    # A state that a tier has lost is written again by the next save of its tokens.
     unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))
 
 

@@ -19,7 +19,7 @@ _EXIT_S = 10.0  # how long the end of the interpreter waits for the writes of ea
 
 @dataclass(slots=True)
 class Job:
-    """One write: `run` does it, `done` is called afterwards, or when it is dropped."""
+    """One write: `run` does it, `done` is called after it, or when it is dropped."""
 
     scope: str | None
     n_bytes: int
@@ -41,7 +41,7 @@ atexit.register(_finish)
 class WriteBehind(Forkable):
     """Jobs of one tier, in the order in which they came.
 
-    Units:  `max_bytes` bytes of payloads waiting; one larger job is taken when none waits.
+    Units:  `max_bytes` bytes of payloads that wait; one larger job is accepted when none waits.
             `max_jobs` jobs.
     Threads: safe. A forked child starts with an empty queue: the parent does the queued jobs.
     """
@@ -79,7 +79,7 @@ class WriteBehind(Forkable):
         thread = threading.Thread(target=self._work, name=name, daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # the interpreter ends, or no thread can be had
+        except RuntimeError:  # the interpreter ends, or the system has no more threads
             return False
         self._thread = thread
         return True
@@ -107,7 +107,7 @@ class WriteBehind(Forkable):
             return self._running
 
     def discard(self, scopes: Callable[[str | None], bool]) -> int:
-        """Drop the jobs of these scopes and wait for one that runs; return how many went."""
+        """Drop the jobs of these scopes, wait for one that runs; return the number dropped."""
         with self._condition:
             doomed = [job for job in self._waiting if scopes(job.scope)]
             kept = [job for job in self._waiting if not scopes(job.scope)]
@@ -120,7 +120,7 @@ class WriteBehind(Forkable):
         return len(doomed)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until all is written that was queued; False if that took too long."""
+        """Wait until all queued jobs are done; False if that took too long."""
         with self._condition:
             return self._condition.wait_for(
                 lambda: not self._waiting and self._running is None, timeout_s
@@ -148,7 +148,7 @@ class WriteBehind(Forkable):
         self._condition.acquire()
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Release the lock."""
         self._condition.release()
 
     def after_fork_in_child(self) -> None:

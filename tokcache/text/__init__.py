@@ -1,1 +1,1 @@
-"""Text to token ids: the exact-string cache, the engines and the wrappers of the tokenizers."""
+"""Text to token ids: the caches of texts and segments, the engines and the tokenizer wrappers."""

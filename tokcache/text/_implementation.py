@@ -14,12 +14,12 @@ from tokcache.text._native import is_native
 if TYPE_CHECKING or is_native():
     from tokcache.text._l0 import L0Cache
     from tokcache.text._token_ids import TokenIds
-    from tokcache.text.segments._l1 import CodePoints, SegmentCache, TokenBytes, Walk
+    from tokcache.text.segments._l1 import CodePoints, IdLengths, SegmentCache, Walk
 else:
     from tokcache.text._reference.l0 import L0Cache
+    from tokcache.text._reference.segments import CodePoints, IdLengths, SegmentCache, Walk
     from tokcache.text._reference.token_ids import TokenIds
-    from tokcache.text.segments._reference import CodePoints, SegmentCache, TokenBytes, Walk
 
-__all__ = ["CodePoints", "L0Cache", "SegmentCache", "TokenBytes", "TokenIds", "Walk"]
+__all__ = ["CodePoints", "IdLengths", "L0Cache", "SegmentCache", "TokenIds", "Walk"]
 
 _pickling.token_ids = TokenIds

@@ -1,4 +1,4 @@
-"""Decides, once, whether the native modules serve or their reference implementation."""
+"""The decision, made once, between the native modules and their reference implementation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _is_switched_off() -> bool:
 
 @cache
 def is_native() -> bool:
-    """Return whether the compiled modules are there and not switched off."""
+    """Return whether the native modules are built and not switched off."""
     return not _is_switched_off() and all(
         find_spec(f"tokcache.text.{name}") is not None for name in NATIVE
     )
@@ -26,10 +26,10 @@ def is_native() -> bool:
 
 @cache
 def log_missing_extension() -> None:
-    """Say, at the first call only, that the slower reference serves: nothing was compiled."""
+    """Log once that the native modules were not built, so that the slower reference runs."""
     if not is_native() and not _is_switched_off():
         _log.warning(
-            "the native modules were not built, the plain-Python reference implementation serves "
-            "(same results, slower look-ups); to build them: install a C compiler and reinstall "
+            "the native modules were not built, so the reference implementation in Python is used "
+            "(same results, slower look-ups); to build them, install a C compiler and reinstall "
             "tokcache"
         )

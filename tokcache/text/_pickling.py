@@ -1,4 +1,4 @@
-"""Pickles of TokenIds, which processes with either implementation read."""
+"""The function that a pickle of TokenIds names: processes with either implementation have it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# The class that this process uses. `_implementation` sets it: the classes that are chosen between
-# name `unpickle` in their pickles, and so can't depend on the choice.
+# The TokenIds class of this process. `_implementation` sets it, because the modules of both classes
+# import `unpickle` and so this module can't import the choice between them.
 token_ids: Callable[[memoryview], Any]
 
 
 def unpickle(data: bytes) -> Any:
-    """Return the ids that either implementation pickled (native byte order)."""
+    """Return the ids in a pickle of either implementation; `data` is in native byte order."""
     return token_ids(memoryview(data).cast("i"))  # noqa: F821 (set by `_implementation`)

@@ -1,4 +1,4 @@
-"""L0Cache: the token ids of whole texts, found by the exact text."""
+"""L0Cache, which finds the token ids of whole texts by the exact text."""
 
 from tokcache.text._implementation import L0Cache
 

@@ -1,8 +1,12 @@
-"""CachedTokenizer: L0, then L1, then the engine; shared by the wrappers of every kind of tokenizer.
+"""CachedTokenizer: L0, then L1, then the engine; every kind of wrapper has one.
 
-Everything an answer depends on hangs together in one `_Generation`: the engine, the entries it
-made and the texts it is encoding now. A change of the tokenizer starts a new generation, so an
-encoding that began before the change can only land in a cache that nobody reads any more.
+The way of a text: `get` looks it up in L0. If it is not there, `miss` asks L1, which returns the
+ids if it has all segments, and otherwise has the missing ones encoded through `_encode_once`: the
+first thread that asks for a text encodes it, the others wait for its ids.
+
+Everything an answer depends on belongs to one `_Generation`: the engine, the entries made with it
+and the texts that it is encoding now. A change of the tokenizer starts a new generation, so that an
+encoding that began before the change can only end in a cache that is no longer read.
 """
 
 from __future__ import annotations
@@ -15,68 +19,61 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tokcache._validate import require_bool, require_scope
 from tokcache.config import CacheConfig
-from tokcache.errors import InvalidText, TokcacheError
+from tokcache.errors import Abandoned, InvalidText
 from tokcache.stats import CacheStats, L0Stats, L1Stats
 from tokcache.text import _implementation as implementation
 from tokcache.text._native import is_native
+from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.engines.copying import HuggingFaceEngine
-from tokcache.text.segments.cache import CHARS_AT_ONCE, L1
-from tokcache.text.segments.cuts.planner import plan_cuts
+from tokcache.text.flights import Flights, Key, new_flight
+from tokcache.text.segments.cache import L1
 
 if TYPE_CHECKING:
-    from tokcache.text._implementation import L0Cache, TokenIds, Walk
+    from tokcache.text._implementation import L0Cache, TokenIds
     from tokcache.text.cache_file import CacheFileReport
     from tokcache.text.engines.copying import Engine
 
-_LONG_CHARS = 2048  # L0 takes a longer text that L1 puts together
-_ADMIT_ONE_IN = 8  # one time in so many: most never come again
+_LONG_CHARS = 2048  # a longer text that L1 puts together is seldom stored in L0
+_ADMIT_ONE_IN = 8
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-# text, add_special_tokens, scope, and how often a scope had been cleared when the text came: what
-# was asked for before a scope was cleared is not shared with who asks after it, nor stored.
-_Key = tuple[str, bool, str | None, int]
 _NO_L0 = L0Stats(0, 0, 0, 0, {}, 0, 0, 0)
 _NO_L1 = L1Stats()
 
-
-class _Abandoned(TokcacheError):
-    """Whoever encoded this text failed over something else: ask again."""
+_EncodeSegments = Callable[[], "TokenIds | None"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Generation:
-    """One configuration of the tokenizer and all that was made under it.
-
-    `flights` holds the texts being encoded now; the Future is made when a second asker comes.
-    """
+    """One configuration of the tokenizer, and everything that was made under it."""
 
     l0: L0Cache
+    flights: Flights
     engine: Engine | None = None
     l1: L1 | None = None
-    flights: dict[_Key, Future[TokenIds] | None] = field(default_factory=dict)
     get: Callable[[str, bool, str | None], TokenIds | None] = field(init=False)
     put: Callable[[str, bool, TokenIds, str | None, int], bool] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.get = self.l0._get  # noqa: SLF001 (ours: a hit without the cost of keywords)
-        self.put = self.l0._put  # noqa: SLF001 (ours: not what was cleared meanwhile)
+        self.get = self.l0._get  # noqa: SLF001 (a hit without the cost of keywords)
+        self.put = self.l0._put  # noqa: SLF001 (stores nothing if the scope was cleared meanwhile)
 
 
 class CachedTokenizer:
-    """Token ids of texts: looked up, else encoded once, however many ask at the same time.
+    """Token ids of texts: looked up, or else encoded once, however many ask at the same time.
 
-    `get(text, add_special_tokens, scope)` is the look-up alone; it is replaced when what it
-    looks in is, so that a hit costs no question about the state of things.
+    `get(text, add_special_tokens, scope)` is the look-up in L0 alone. It is an attribute that is
+    replaced when the cache behind it is, so that a hit checks no state.
 
     Errors:  InvalidText if a text is not a str or has a lone surrogate; the tokenizer's own errors
              pass through.
-    Threads: safe, and after fork. `plain_lock` is held by those who use or change the plain
-             tokenizer, `guard_lock` inside it by those who hand out or look at components.
+    Threads: safe, and after fork. Code that uses or changes the plain tokenizer holds `plain_lock`;
+             inside it, code that hands out components or compares them holds `guard_lock`.
     """
 
     __slots__ = (
@@ -111,8 +108,8 @@ class CachedTokenizer:
         self._build_engine = build_engine
         self._guard: Callable[[], None] | None = None
         self._n_long = 0
-        self._reset_after_fork()
-        self._forget_counts()
+        self._renew_locks()
+        self._reset_counts()
         self._renew()
         self.engine(self._generation)
         _ALL.add(self)
@@ -124,23 +121,86 @@ class CachedTokenizer:
 
     @property
     def l1(self) -> L1 | None:
-        """The cache of parts in force, to be looked at; None if it is switched off or can't be."""
+        """The L1 in force, to be looked at; None if it is switched off or can't be used."""
         generation = self.fresh()
         self.engine(generation)
         return generation.l1
 
-    def miss(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds:
-        """Return the ids of a text that `get` did not have."""
-        return self._miss(self._generation, text, add_special_tokens, scope)
+    # ---- one text
 
     def find(
         self, generation: _Generation, text: str, add_special_tokens: bool, scope: str | None
     ) -> TokenIds:
         """Return the ids of a text under one generation, from `fresh`."""
         ids = generation.get(text, add_special_tokens, scope)
+        return self.miss(text, add_special_tokens, scope, generation) if ids is None else ids
+
+    def miss(
+        self,
+        text: str,
+        add_special_tokens: bool,
+        scope: str | None,
+        generation: _Generation | None = None,
+    ) -> TokenIds:
+        """Return the ids of a text that L0 does not have: from cached segments, or encoded.
+
+        L0 stores one in a few of the long texts whose segments were all cached: L1 puts such a
+        text together in microseconds, and most never come again.
+        """
+        if generation is None:
+            generation = self._generation
+        since = _n_clears(generation)
+        if type(text) is not str or (scope is not None and type(scope) is not str):
+            text, add_special_tokens, scope, since = _key(text, add_special_tokens, scope, since)
+        if generation.engine is None:
+            self.engine(generation)
+        l1 = generation.l1
+        if l1 is None:
+            return self._encode_once(generation, (text, add_special_tokens, scope, since))
+        encode_once = partial(self._encode_once, generation)
+        ids, was_cached = l1.encode(text, add_special_tokens, scope, since, encode_once)
         if ids is None:
-            ids = self._miss(generation, text, add_special_tokens, scope)
+            return encode_once((text, add_special_tokens, scope, since), _nothing)
+        if was_cached:
+            if len(text) > _LONG_CHARS:
+                self._n_long += 1
+                if self._n_long % _ADMIT_ONE_IN:
+                    return ids
+            generation.put(text, add_special_tokens, ids, scope, since)
         return ids
+
+    async def afind(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds:
+        """Return the ids of a text without holding the event loop: a miss runs in a thread."""
+        ids = self.get(text, add_special_tokens, scope)
+        if ids is not None:
+            return ids
+        from asyncio import get_running_loop, wrap_future  # noqa: PLC0415 (30 ms to import)
+
+        generation = self._generation
+        key = _key(text, add_special_tokens, scope, _n_clears(generation))
+        in_thread = partial(get_running_loop().run_in_executor, self._threads())
+        if generation.engine is None:
+            await in_thread(self.engine, generation)
+        if self.engine(generation).reason is not None:
+            return await in_thread(self._encode_once, generation, key)
+        while True:
+            flight = new_flight()
+            found = generation.flights.claim(key, flight)
+            if found is None:
+                try:
+                    self._threads().submit(self._encode_claimed, generation, [key])
+                except BaseException as error:  # at interpreter exit: no new threads
+                    generation.flights.fail([key], error)
+                    raise
+                found = flight
+            if not isinstance(found, Future):
+                return found
+            try:
+                return await wrap_future(found)
+            except Abandoned:
+                continue
+
+    # ---- many texts
 
     def find_batch(
         self,
@@ -152,64 +212,137 @@ class CachedTokenizer:
         """Return the ids of every text; equal ones that miss are encoded once, all in one call."""
         require_bool("add_special_tokens", add_special_tokens)
         scope, texts = require_scope(scope), _listed(texts)
+        since = _n_clears(generation)
         try:
-            return self._find_all(generation, texts, add_special_tokens, scope)
+            keys = [_key(text, add_special_tokens, scope, since) for text in texts]
+            found = [generation.get(*key[:3]) for key in keys]
+            missing = [key for key, ids in zip(keys, found, strict=True) if ids is None]
+            made = self._encode_batch(generation, [*dict.fromkeys(missing)]) if missing else {}
         except InvalidText as error:
             for index, text in enumerate(texts):  # say which it was
                 refused = _why_refused(text, f"texts[{index}]")
                 if refused is not None:
                     raise refused from error
             raise
+        pairs = zip(keys, found, strict=True)
+        return [made[key] if ids is None else ids for key, ids in pairs]
 
-    def _find_all(
-        self,
-        generation: _Generation,
-        texts: list[str],
-        add_special_tokens: bool,
-        scope: str | None,
-    ) -> list[TokenIds]:
-        since = _n_clears(generation)
-        keys = [_key(text, add_special_tokens, scope, since) for text in texts]
-        found = [generation.get(*key[:3]) for key in keys]
-        missing = dict.fromkeys(key for key, ids in zip(keys, found, strict=True) if ids is None)
-        if missing:
-            made = self._encode_all(generation, list(missing))
-            found = [
-                made[key] if ids is None else ids for key, ids in zip(keys, found, strict=True)
-            ]
-        return found  # type: ignore[return-value]  # every None was made
+    # ---- encoding
 
-    async def afind(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds:
-        """Return the ids of a text: a hit at once, a miss from a thread; the loop is never held."""
-        ids = self.get(text, add_special_tokens, scope)
-        if ids is not None:
-            return ids
-        from asyncio import get_running_loop, wrap_future  # noqa: PLC0415 (30 ms to import)
+    def _encode_once(
+        self, generation: _Generation, key: Key, encode: _EncodeSegments | None = None
+    ) -> TokenIds:
+        """Return the ids of a text, encoded unless another thread encodes it now.
 
-        generation = self._generation
-        key = _key(text, add_special_tokens, scope, _n_clears(generation))
-        if generation.engine is None:
-            await get_running_loop().run_in_executor(self._threads(), self.engine, generation)
+        `encode` encodes its missing segments. Without it, or if it returns None, the engine
+        encodes the whole text.
+        """
+        text, add_special_tokens, scope, since = key
+        engine, l1 = self.engine(generation), generation.l1
+        if engine.reason is not None:  # the plain tokenizer, whose answers are not cached
+            return implementation.TokenIds(_encode_whole(engine, [text], add_special_tokens)[0])
+        if encode is not None and l1 is not None and l1.encodes_alone(text):
+            start = perf_counter()
+            ids = encode()
+            if ids is not None:
+                self._count_encoded([ids], perf_counter() - start)
+                if len(text) <= _LONG_CHARS:
+                    generation.put(text, add_special_tokens, ids, scope, since)
+                return ids
+            encode = _nothing
         while True:
+            found = generation.flights.claim(key)
+            if found is None:
+                return self._encode_claimed(generation, [key], encode)[0]
+            if not isinstance(found, Future):
+                return found
             try:
-                return await wrap_future(self._depart(generation, key))
-            except _Abandoned:
+                return found.result()
+            except Abandoned:
                 continue
 
+    def _encode_batch(self, generation: _Generation, keys: list[Key]) -> dict[Key, TokenIds]:
+        """Return the ids of different texts, all that other threads don't encode in one call."""
+        engine = self.engine(generation)
+        if engine.reason is not None:
+            encoded = _encode_whole(engine, [key[0] for key in keys], keys[0][1])
+            return dict(zip(keys, map(implementation.TokenIds, encoded), strict=True))
+        made: dict[Key, TokenIds] = {}
+        while len(made) < len(keys):  # again if a batch that had some of them failed on others
+            claims = {key: generation.flights.claim(key) for key in keys if key not in made}
+            own = [key for key, claim in claims.items() if claim is None]
+            # Before waiting for others: two batches may wait for each other's texts.
+            if own:
+                made.update(zip(own, self._encode_claimed(generation, own), strict=True))
+            for key, claim in claims.items():
+                try:
+                    ids = claim.result() if isinstance(claim, Future) else claim
+                except Abandoned:
+                    continue
+                if ids is not None:
+                    made[key] = ids
+        return made
+
+    def _encode_claimed(
+        self, generation: _Generation, keys: list[Key], encode: _EncodeSegments | None = None
+    ) -> list[TokenIds]:
+        """Encode claimed texts, store them, and give the ids to everyone who waits for them.
+
+        L1 encodes the missing segments of each text (`encode` does for the only text of a call that
+        has been looked up already); texts that it can't cut are encoded whole, in one call.
+        """
+        start = perf_counter()
+        try:
+            engine, l1 = self.engine(generation), generation.l1
+            made: list[TokenIds | None] = [None] * len(keys)
+            if encode is not None:
+                made = [encode()]
+            elif l1 is not None:
+                made = [l1.encode(*key)[0] for key in keys]
+            whole = [key[0] for key, ids in zip(keys, made, strict=True) if ids is None]
+            encoded = iter(_encode_whole(engine, whole, keys[0][1]) if whole else ())
+            done = [implementation.TokenIds(next(encoded)) if ids is None else ids for ids in made]
+            for (text, add_special_tokens, scope, since), ids in zip(keys, done, strict=True):
+                generation.put(text, add_special_tokens, ids, scope, since)
+        except BaseException as error:
+            generation.flights.fail(keys, error)
+            raise
+        self._count_encoded(done, perf_counter() - start)
+        generation.flights.land(keys, done)
+        return done
+
+    def _count_encoded(self, done: list[TokenIds], seconds: float) -> None:
+        with self._lock:
+            self._encoded_texts += len(done)
+            self._encoded_tokens += sum(map(len, done))
+            self._encode_seconds += seconds
+
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(os.cpu_count(), "tokcache")
+            return self._pool
+
+    # ---- the generation in force
+
     def fresh(self) -> _Generation:
-        """Return the generation that holds now, after a look at the components handed out."""
+        """Return the generation in force, after a look at the components that were handed out."""
         if self._guard is not None:
             self._guard()
         return self._generation
 
     def engine(self, generation: _Generation) -> Engine:
-        """Return the engine of a generation, built when first asked for."""
+        """Return the engine of a generation, built at the first call."""
         if generation.engine is None:
             with self.plain_lock:
                 if generation.engine is None:
                     engine = self._build_engine()
-                    l1 = self._build_l1(engine)
-                    with self._lock:  # who clears a scope either sees L1 or was counted before
+                    l1: L1 | None = None
+                    if self._config.l1 and isinstance(engine, HuggingFaceEngine):
+                        plan = plan_cuts(engine.tokenizer)
+                        l1 = L1(engine.tokenizer, plan, self._config, engine.encode)
+                    # A clear of a scope at this moment either sees L1, or is counted in n_clears.
+                    with self._lock:
                         if l1 is not None:
                             l1.clear(None, _n_clears(generation))
                         generation.l1 = l1
@@ -225,31 +358,63 @@ class CachedTokenizer:
             self._renew()
 
     def watch(self, guard: Callable[[], None] | None) -> None:
-        """Call `guard` before every answer from now on, or stop doing so."""
+        """Call `guard` before every answer from now on; None: stop doing so."""
         with self._lock:
             self._guard = guard
             self._set_get()
 
-    def count_bypass(self, reason: str, n_texts: int = 1) -> None:
-        """Count answers that the plain tokenizer gave."""
-        with self._lock:
-            self._bypasses[reason] += n_texts
-
     def clear(self, scope: str | None = None) -> None:
-        """Drop every entry, the engine and the counters, or the entries of one scope alone.
+        """Remove every entry, the engine and the counters, or the entries of one scope alone.
 
-        L0 comes last: what was made of parts that L1 held before is not stored in it afterwards.
+        L0 is cleared last: texts put together from segments that L1 had before are not stored in it
+        afterwards.
         """
         scope = require_scope(scope)
         with self._lock:
             if scope is None:
-                self._forget_counts()
+                self._reset_counts()
                 self._renew()
                 return
             generation = self._generation
             if generation.l1 is not None:
                 generation.l1.clear(scope, _n_clears(generation) + 1)
             generation.l0.clear(scope=scope)
+
+    def after_fork(self) -> None:
+        """In a forked child: no text is being encoded here, whatever the parent's threads did."""
+        self._renew_locks()
+        self._generation.flights = Flights(self._generation.get, self._counts, self._lock)
+        if self._generation.l1 is not None:
+            self._generation.l1.after_fork()
+
+    def _renew(self) -> None:
+        l0 = implementation.L0Cache(
+            max_entries=self._config.l0_max_entries,
+            max_bytes=self._config.l0_max_bytes,
+            sample_size=self._config.l0_sample_size,
+        )
+        flights = Flights(l0._get, self._counts, self._lock)  # noqa: SLF001 (without keywords)
+        self._generation = _Generation(l0, flights)
+        self._set_get()
+
+    def _set_get(self) -> None:
+        def guarded(text: str, add_special_tokens: bool, scope: str | None) -> TokenIds | None:
+            return self.fresh().get(text, add_special_tokens, scope)
+
+        self.get = self._generation.get if self._guard is None else guarded
+
+    def _renew_locks(self) -> None:
+        self._lock = threading.Lock()
+        self.plain_lock = threading.RLock()
+        self.guard_lock = threading.RLock()
+        self._pool = None
+
+    # ---- counters
+
+    def count_bypass(self, reason: str, n_texts: int = 1) -> None:
+        """Count answers that the plain tokenizer gave."""
+        with self._lock:
+            self._bypasses[reason] += n_texts
 
     def stats(self) -> CacheStats:
         """Return a snapshot of the counters."""
@@ -265,226 +430,7 @@ class CachedTokenizer:
                 bypasses=dict(self._bypasses),
             )
 
-    # ---- one text is encoded once
-
-    def _miss(
-        self, generation: _Generation, text: str, add_special_tokens: bool, scope: str | None
-    ) -> TokenIds:
-        """Return the ids of a text that L0 does not hold: from known parts, else encoded.
-
-        L0 keeps no long text that was new, and of those that L1 had in parts one in a few: it is
-        put together again in microseconds, and most never come again.
-        """
-        since = _n_clears(generation)
-        if type(text) is not str or (scope is not None and type(scope) is not str):
-            text, add_special_tokens, scope, since = _key(text, add_special_tokens, scope, since)
-        if generation.engine is None:
-            self.engine(generation)
-        l1 = generation.l1
-        found = None if l1 is None else l1.look(text, add_special_tokens, scope, since)
-        if isinstance(found, implementation.TokenIds):
-            if len(text) > _LONG_CHARS:
-                self._n_long += 1
-                if self._n_long % _ADMIT_ONE_IN:
-                    return found
-            generation.put(text, add_special_tokens, found, scope, since)
-            return found
-        if l1 is not None and found is not None and l1.holds_lock and len(text) <= CHARS_AT_ONCE:
-            # Nobody else can ask for it meanwhile.
-            ids = self._encode_parts(l1, text, add_special_tokens, found)
-            if ids is not None:
-                if len(text) <= _LONG_CHARS:
-                    generation.put(text, add_special_tokens, ids, scope, since)
-                return ids
-            found = None
-        return self._encode_one(generation, (text, add_special_tokens, scope, since), found)
-
-    def _encode_parts(
-        self, l1: L1, text: str, add_special_tokens: bool, walk: Walk
-    ) -> TokenIds | None:
-        """Encode the missing parts of a text, and count."""
-        start = perf_counter()
-        ids = l1.complete(walk, text, add_special_tokens)
-        if ids is not None:
-            seconds = perf_counter() - start
-            with self._lock:
-                self._encoded_texts += 1
-                self._encoded_tokens += len(ids)
-                self._encode_seconds += seconds
-        return ids
-
-    def _encode_one(self, generation: _Generation, key: _Key, walk: Walk | None = None) -> TokenIds:
-        if self.engine(generation).reason is not None:
-            return self._encode_uncached(generation, [key])[0]
-        while True:
-            found = self._claim(generation, key)
-            if found is None:
-                return self._encode(generation, [key], [walk])[0]
-            if isinstance(found, implementation.TokenIds):
-                return found
-            try:
-                return found.result()
-            except _Abandoned:
-                continue
-
-    def _encode_all(self, generation: _Generation, keys: list[_Key]) -> dict[_Key, TokenIds]:
-        made = self._encode_batch(generation, keys)
-        while len(made) < len(keys):  # another batch had some of them, and failed over others
-            made.update(self._encode_batch(generation, [key for key in keys if key not in made]))
-        return made
-
-    def _encode_batch(self, generation: _Generation, keys: list[_Key]) -> dict[_Key, TokenIds]:
-        if self.engine(generation).reason is not None:
-            return dict(zip(keys, self._encode_uncached(generation, keys), strict=True))
-        claims = {key: self._claim(generation, key) for key in keys}
-        own = [key for key, claim in claims.items() if claim is None]
-        # Before waiting for others: two batches may wait for each other's texts.
-        done = dict(zip(own, self._encode(generation, own), strict=True)) if own else {}
-        for key, claim in claims.items():
-            ids = _result_or_none(claim) if isinstance(claim, Future) else claim
-            if ids is not None:
-                done[key] = ids
-        return done
-
-    def _claim(
-        self, generation: _Generation, key: _Key, flight: Future[TokenIds] | None = None
-    ) -> TokenIds | Future[TokenIds] | None:
-        """Return the ids, or the Future of who encodes them now, or None: the caller encodes.
-
-        A caller that will encode may leave the `flight` that others shall wait for.
-        """
-        flights = generation.flights
-        with self._lock:
-            if key in flights:
-                self._counts["shared"] += 1
-                flights[key] = flights[key] or _running()
-                return flights[key]
-            self._counts["rechecks"] += 1  # a flight may have landed since the caller's look-up
-            ids = generation.get(*key[:3])
-            if ids is None:
-                flights[key] = flight
-            return ids
-
-    def _depart(self, generation: _Generation, key: _Key) -> Future[TokenIds]:
-        """Have a text encoded in a thread, unless it is being encoded already."""
-        if self.engine(generation).reason is not None:
-            return self._threads().submit(self._encode_one, generation, key)
-        flight = _running()
-        found = self._claim(generation, key, flight)
-        if found is None:
-            self._submit(generation, key)
-        elif isinstance(found, Future):
-            return found
-        else:
-            flight.set_result(found)
-        return flight
-
-    def _submit(self, generation: _Generation, key: _Key) -> None:
-        try:
-            self._threads().submit(self._encode, generation, [key])
-        except BaseException as error:  # at interpreter exit: no new threads
-            self._land_failed(generation, [key], error)
-            raise
-
-    def _encode(
-        self, generation: _Generation, keys: list[_Key], walks: list[Walk | None] | None = None
-    ) -> list[TokenIds]:
-        """Encode claimed texts in one call, store them, and tell who waits for them.
-
-        `walks` are what L1 knows of each already, as far as it was asked.
-        """
-        start = perf_counter()
-        try:
-            self.engine(generation)
-            done = self._encode_new(generation, keys, walks)
-            for (text, add_special_tokens, scope, since), ids in zip(keys, done, strict=True):
-                generation.put(text, add_special_tokens, ids, scope, since)
-        except BaseException as error:
-            self._land_failed(generation, keys, error)
-            raise
-        self._land(generation, keys, done, perf_counter() - start)
-        return done
-
-    def _encode_new(
-        self, generation: _Generation, keys: list[_Key], walks: list[Walk | None] | None
-    ) -> list[TokenIds]:
-        """Encode texts: what L1 can put together by parts, all others whole in one call."""
-        l1 = generation.l1
-        done = [None] * len(keys) if l1 is None else _by_parts(l1, keys, walks)
-        whole = [key[0] for key, ids in zip(keys, done, strict=True) if ids is None]
-        encoded = iter(self._encode_whole(generation, whole, keys[0][1]) if whole else ())
-        return [implementation.TokenIds(next(encoded)) if ids is None else ids for ids in done]
-
-    def _encode_uncached(self, generation: _Generation, keys: list[_Key]) -> list[TokenIds]:
-        """Ask the plain tokenizer, which counts itself what it answers."""
-        encoded = self._encode_whole(generation, [key[0] for key in keys], keys[0][1])
-        return [implementation.TokenIds(ids) for ids in encoded]
-
-    def _encode_whole(
-        self, generation: _Generation, texts: list[str], add_special_tokens: bool
-    ) -> Sequence[Any]:
-        """Have the engine encode texts; InvalidText in place of its error if one is no text.
-
-        They are looked through only once it has failed.
-        """
-        try:
-            return self.engine(generation).encode(texts, add_special_tokens)
-        except Exception as error:
-            for text in texts:
-                refused = _why_refused(text)
-                if refused is not None:
-                    raise refused from error
-            raise
-
-    def _land(
-        self, generation: _Generation, keys: list[_Key], done: list[TokenIds], seconds: float
-    ) -> None:
-        with self._lock:
-            waiting = [generation.flights.pop(key, None) for key in keys]
-            self._encoded_texts += len(keys)
-            self._encoded_tokens += sum(map(len, done))
-            self._encode_seconds += seconds
-        for future, ids in zip(waiting, done, strict=True):
-            if future is not None:
-                future.set_result(ids)
-
-    def _land_failed(self, generation: _Generation, keys: list[_Key], error: BaseException) -> None:
-        """Fail who waits: with the error if it is this text's own, else they ask again."""
-        is_own = len(keys) == 1 and isinstance(error, Exception)
-        with self._lock:
-            waiting = [generation.flights.pop(key, None) for key in keys]
-        for future in waiting:
-            if future is not None:
-                future.set_exception(error if is_own else _Abandoned())
-
-    # ---- state
-
-    def _renew(self) -> None:
-        config = self._config
-        self._generation = _Generation(
-            implementation.L0Cache(
-                max_entries=config.l0_max_entries,
-                max_bytes=config.l0_max_bytes,
-                sample_size=config.l0_sample_size,
-            )
-        )
-        self._set_get()
-
-    def _build_l1(self, engine: Engine) -> L1 | None:
-        if not self._config.l1 or not isinstance(engine, HuggingFaceEngine):
-            return None
-        plan = plan_cuts(engine.tokenizer)
-        return L1(engine.tokenizer, plan, self._config, engine.encode)
-
-    def _set_get(self) -> None:
-        self.get = self._generation.get if self._guard is None else self._guarded_get
-
-    def _guarded_get(
-        self, text: str, add_special_tokens: bool, scope: str | None
-    ) -> TokenIds | None:
-        return self.fresh().get(text, add_special_tokens, scope)
-
-    def _forget_counts(self) -> None:
+    def _reset_counts(self) -> None:
         self._counts: Counter[str] = Counter()
         self._bypasses: Counter[str] = Counter()
         self._encoded_texts = self._encoded_tokens = 0
@@ -492,31 +438,11 @@ class CachedTokenizer:
         self._retired = _NO_L0
         self._retired_l1 = _NO_L1
 
-    def _threads(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(os.cpu_count(), "tokcache")
-            return self._pool
-
-    def _reset_after_fork(self) -> None:
-        """Make anew what belongs to the threads of one process."""
-        self._lock = threading.Lock()
-        self.plain_lock = threading.RLock()
-        self.guard_lock = threading.RLock()
-        self._pool = None
-
-    def after_fork(self) -> None:
-        """In a forked child: nobody is encoding here yet, whatever the parent's threads did."""
-        self._reset_after_fork()
-        self._generation.flights = {}
-        if self._generation.l1 is not None:
-            self._generation.l1.after_fork()
-
 
 class WrappedTokenizer:
-    """What every wrapped tokenizer has beside the methods of its kind.
+    """The methods that every wrapped tokenizer has besides those of its kind.
 
-    `token_ids` and its batch and async forms give the ids of whole texts: truncation and padding
+    `token_ids` and its batch and async forms return the ids of whole texts: truncation and padding
     switched on in a `tokenizers.Tokenizer` don't apply to them.
 
     Errors:  InvalidText if a text is not a str or has a lone surrogate; InvalidScope; InvalidConfig
@@ -541,11 +467,11 @@ class WrappedTokenizer:
         """Return the token ids of `text`, from the cache if it holds them.
 
         Shapes: int32[n_tokens], read-only, shared with the cache.
-        Cost:   a hit is one look-up; a text that many ask for at once is encoded once.
+        Cost:   a hit is one look-up; a text that many threads ask for at once is encoded once.
         """
         if scope is None:
             scope = self._tokcache_scope
-        core = self._tokcache  # each attribute of a wrapper is asked for in Python
+        core = self._tokcache  # once: a wrapper's attributes are looked up in Python
         ids = core.get(text, add_special_tokens, scope)
         return core.miss(text, add_special_tokens, scope) if ids is None else ids
 
@@ -565,17 +491,18 @@ class WrappedTokenizer:
     ) -> TokenIds:
         """Return the token ids of `text` without holding the event loop.
 
-        A hit is answered at once, a miss is encoded in a thread. Cancelling this call harms no
-        other that waits for the same text.
+        A hit is answered at once, a miss is encoded in a thread. Cancelling this call does not
+        affect others that wait for the same text.
         """
         scope = self._tokcache_scope if scope is None else scope
         return await self._tokcache.afind(text, add_special_tokens, scope)
 
     def _cached_repr(self, plain: str) -> str:
         stats, scope = self._tokcache.stats(), self._tokcache_scope
-        n_parts = stats.l1.n_chunks + stats.l1.n_shorts
+        n_segments = stats.l1.n_chunks + stats.l1.n_shorts
         return (
-            f"<tokcache.wrap of {plain}: {stats.l0.n_entries:,} texts and {n_parts:,} parts held, "
+            f"<tokcache.wrap of {plain}: {stats.l0.n_entries:,} texts and "
+            f"{n_segments:,} segments held, "
             f"{stats.l0.n_bytes + stats.l1.n_bytes:,} bytes"
             f"{'' if scope is None else f', scope {scope!r}'}>"
         )
@@ -585,10 +512,11 @@ class WrappedTokenizer:
         return self._tokcache.stats()
 
     def cache_clear(self, *, scope: str | None = None) -> None:
-        """Drop the entries of `scope`, or every entry and all counters.
+        """Remove the entries of `scope`, or every entry and all counters.
 
-        A scoped tokenizer drops those of its own scope. What is being encoded for a scope as it
-        is cleared is not kept. Without a scope the tokenizer's components are copied again, too.
+        A scoped tokenizer removes those of its own scope. A text of the scope that is being encoded
+        at that moment is not stored. Without a scope the tokenizer's components are copied again,
+        too.
 
         Errors: InvalidScope.
         Cost:   with a scope, a pass over all entries.
@@ -602,15 +530,16 @@ class WrappedTokenizer:
         scopes: Collection[str | None] | None = None,
         key: bytes | None = None,
     ) -> CacheFileReport:
-        """Write what the cache holds to a file that `cache_load` of an equal tokenizer takes.
+        """Write the cache's entries to a file for `cache_load` of an equal tokenizer.
 
-        The file holds texts: only its owner may read it. `scopes` names those to write (None in
-        it is the shared one); a scoped tokenizer writes its own by default, others all. A file
-        written with a `key` is loaded with the same key alone, so that nobody else can write one.
+        The file contains texts: only its owner may read it. `scopes` names the scopes to write
+        (None is the shared one); by default a scoped tokenizer writes its own, others all. A file
+        written with a `key` can be loaded only with that key, so that nobody else can forge one.
 
-        Errors: NothingCached if this tokenizer's answers are never kept; MissingFile if there is no
-                folder for the file; OSError. Then what was at `path` before still is.
-        Cost:   holds the interpreter lock for a copy of the parts; a server calls it in a thread.
+        Errors: NothingCached if this tokenizer's answers are never cached; MissingFile if there is
+                no folder for the file; OSError. A file at `path` is then unchanged.
+        Cost:   holds the interpreter lock for a copy of the segments; a server calls it in a
+                thread.
         """
         from tokcache.text import cache_file as warm  # noqa: PLC0415 (few need it)
 
@@ -623,13 +552,14 @@ class WrappedTokenizer:
         scopes: Collection[str | None] | None = None,
         key: bytes | None = None,
     ) -> CacheFileReport:
-        """Load what `cache_dump` wrote, behind what the cache holds, as far as there is room.
+        """Load the entries that `cache_dump` wrote, as far as there is room for them.
 
-        `scopes` and `key` are those of `cache_dump`. Without a key, load only files that nobody
-        else can write: ids are believed as far as a checksum and a few samples show.
+        They count as older than all present entries. `scopes` and `key` are those of `cache_dump`.
+        Without a key, load only files that nobody else can write: only a checksum and a few samples
+        are verified.
 
         Errors: InvalidCacheFile if the file is damaged, of another tokenizer or wrong, MissingFile,
-                NothingCached, TokenizerChanged, OSError; nothing has changed then.
+                NothingCached, TokenizerChanged, OSError; the cache is then unchanged.
         Cost:   a pass over the file and the encoding of a few of its texts.
         """
         from tokcache.text import cache_file as warm  # noqa: PLC0415 (few need it)
@@ -640,14 +570,14 @@ class WrappedTokenizer:
 if not TYPE_CHECKING and is_native():
     from tokcache.text._l0 import token_ids
 
-    WrappedTokenizer.token_ids = token_ids  # in C: 0.23 us a hit instead of 0.39
+    WrappedTokenizer.token_ids = token_ids  # in C: a hit takes 0.23 us instead of 0.39
 
 _ALL: weakref.WeakSet[CachedTokenizer] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for one in list(_ALL):
-        one.after_fork()
+    for core in list(_ALL):
+        core.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
@@ -658,7 +588,7 @@ def _n_clears(generation: _Generation) -> int:
     return generation.l0._n_clears  # noqa: SLF001 (ours)
 
 
-def _key(text: str, add_special_tokens: bool, scope: str | None, since: int) -> _Key:
+def _key(text: str, add_special_tokens: bool, scope: str | None, since: int) -> Key:
     if not isinstance(text, str):
         raise _not_a_str(text, "text")
     return str.__str__(text), add_special_tokens, require_scope(scope), since
@@ -677,7 +607,7 @@ def _listed(texts: Iterable[str]) -> list[str]:
 
 
 def _why_refused(text: object, name: str = "text") -> InvalidText | None:
-    """Return why no tokenizer can encode `text`, None if nothing of it says so."""
+    """Return why no tokenizer can encode `text`, or None if no reason is found."""
     if not isinstance(text, str):
         return _not_a_str(text, name)
     found = _SURROGATE.search(text)
@@ -685,7 +615,7 @@ def _why_refused(text: object, name: str = "text") -> InvalidText | None:
         return None
     return InvalidText(
         f"{name} has a lone surrogate, U+{ord(found[0]):04X}, at character {found.start():,} of "
-        f"{len(text):,}, which has no UTF-8; replace it where the text is made (JSON may carry "
+        f"{len(text):,}, which has no UTF-8; replace it where the text is made (JSON may contain "
         'one): text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
     )
 
@@ -694,29 +624,23 @@ def _not_a_str(text: object, name: str) -> InvalidText:
     return InvalidText(f"{name} must be a str, not {type(text).__name__}; decode bytes first")
 
 
-def _running() -> Future[TokenIds]:
-    future: Future[TokenIds] = Future()
-    future.set_running_or_notify_cancel()  # one asker's cancel can't cancel it for the others
-    return future
+def _nothing() -> None:
+    """Encode no segments of a text that L1 can't cut."""
 
 
-def _result_or_none(future: Future[TokenIds]) -> TokenIds | None:
+def _encode_whole(engine: Engine, texts: list[str], add_special_tokens: bool) -> Sequence[Any]:
+    """Have the engine encode texts; InvalidText instead of its error if a text is the cause.
+
+    The texts are searched only after the engine has failed.
+    """
     try:
-        return future.result()
-    except _Abandoned:
-        return None
-
-
-def _by_parts(l1: L1, keys: list[_Key], walks: list[Walk | None] | None) -> list[TokenIds | None]:
-    """Return the ids of every text that L1 can put together, None for the others."""
-    if walks is None:
-        return [_by_parts_one(l1, key, None) for key in keys]
-    return [_by_parts_one(l1, key, walk) for key, walk in zip(keys, walks, strict=True)]
-
-
-def _by_parts_one(l1: L1, key: _Key, walk: Walk | None) -> TokenIds | None:
-    found: TokenIds | Walk | None = l1.look(*key) if walk is None else walk
-    return l1.complete(found, key[0], key[1]) if isinstance(found, implementation.Walk) else found
+        return engine.encode(texts, add_special_tokens)
+    except Exception as error:
+        for text in texts:
+            refused = _why_refused(text)
+            if refused is not None:
+                raise refused from error
+        raise
 
 
 def _sum_l1(old: L1Stats, l1: L1 | None) -> L1Stats:

@@ -81,7 +81,7 @@ def copy_rust(given: Given) -> Any:
 def pickle_protocols(given: Given) -> Any:
     first = given.load()
     first.add_tokens(["quick brown"])
-    first.note = {"set": "by somebody"}
+    first.note = {"set": "by a library"}
     found: list[Any] = [answers(first)]
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         again = pickle.loads(pickle.dumps(first, protocol))
@@ -226,7 +226,7 @@ def rust_attributes(given: Given) -> Any:
     tokenizer = given.load()
     backend = tokenizer.backend_tokenizer
     plain_decode, plain_batch = backend.decode, backend.encode_batch
-    backend.mark = {"set": "by somebody"}
+    backend.mark = {"set": "by a library"}
     backend.decode = lambda *args, **kwargs: plain_decode(*args, **kwargs).upper()
     decoded = tokenizer.decode(tokenizer.encode(TEXTS[0]))
     backend.encode_batch = lambda texts, **kwargs: plain_batch(

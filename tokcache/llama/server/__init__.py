@@ -1,7 +1,7 @@
-"""A client of llama-server that reuses its slots by prefix."""
+"""Clients of llama-server that reuse its slots by prefix."""
 
+from tokcache.llama.server.async_client import AsyncLlamaServer
 from tokcache.llama.server.client import LlamaServer, kv_report
-from tokcache.llama.server.manager import SlotManager
 from tokcache.llama.server.report import KvBlock, SlotBlocks, SlotKv
 from tokcache.llama.server.results import (
     Completion,
@@ -17,6 +17,7 @@ from tokcache.llama.server.results import (
 from tokcache.llama.server.settings import SlotSettings
 
 __all__ = [
+    "AsyncLlamaServer",
     "Completion",
     "KvBlock",
     "LlamaServer",
@@ -29,7 +30,6 @@ __all__ = [
     "SlotBlocks",
     "SlotFile",
     "SlotKv",
-    "SlotManager",
     "SlotSettings",
     "TokenProbabilities",
     "kv_report",

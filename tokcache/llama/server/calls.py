@@ -71,27 +71,87 @@ def health() -> Call[str]:
 
 def props() -> Call[ServerProps]:
     """Ask for the server's properties."""
-    return Call("GET", "/props", _props, is_repeatable=True)
+
+    def read(found: Any) -> ServerProps:
+        return ServerProps(
+            n_slots=integer(found, "total_slots", _MAX_SLOTS, minimum=1),
+            n_ctx=integer(member(found, "default_generation_settings"), "n_ctx", minimum=1),
+            model_path=text(found, "model_path", ""),
+            build=text(found, "build_info", ""),
+            chat_template=text(found, "chat_template", ""),
+            # The marker of images in a prompt, drawn at random at each start of the server.
+            boot=text(found, "media_marker", ""),
+        )
+
+    return Call("GET", "/props", read, is_repeatable=True)
 
 
 def slots() -> Call[tuple[Slot, ...]]:
     """Ask for the list of slots."""
-    return Call("GET", "/slots", _slots, is_repeatable=True)
+
+    def read(found: Any) -> tuple[Slot, ...]:
+        listed = tuple(
+            Slot(
+                id=integer(entry, "id", _MAX_SLOTS),
+                n_ctx=integer(entry, "n_ctx"),
+                is_processing=bool(
+                    entry["state"] if "state" in entry else member(entry, "is_processing")
+                ),
+                # Until 2025 n_past, unless idle; since then n_prompt_tokens, after the first
+                # request.
+                n_tokens=optional_integer(entry, "n_past", "n_prompt_tokens"),
+            )
+            for entry in _list(found, "the list of slots")
+        )
+        if len({slot.id for slot in listed}) != len(listed):
+            raise InvalidAnswer("two slots have the same id")
+        return listed
+
+    return Call("GET", "/slots", read, is_repeatable=True)
 
 
 def model_meta() -> Call[ModelMeta]:
     """Ask for the model's metadata."""
-    return Call("GET", "/v1/models", _model_meta, is_repeatable=True)
+
+    def read(found: Any) -> ModelMeta:
+        models = _list(found.get("data") or [] if isinstance(found, dict) else found, "'data'")
+        meta = (models[0].get("meta") if models and isinstance(models[0], dict) else None) or {}
+        return ModelMeta(
+            n_vocab=optional_integer(meta, "n_vocab"),
+            n_ctx_train=optional_integer(meta, "n_ctx_train"),
+            n_embd=optional_integer(meta, "n_embd"),
+            n_params=optional_integer(meta, "n_params"),
+            n_bytes=optional_integer(meta, "size"),
+        )
+
+    return Call("GET", "/v1/models", read, is_repeatable=True)
 
 
 def lora_adapters() -> Call[str]:
     """Ask for the adapters and their scales, which change every state."""
-    return Call("GET", "/lora-adapters", _adapters, is_repeatable=True)
+
+    def read(found: Any) -> str:
+        return repr(found) if _list(found, "the list of adapters") else ""
+
+    return Call("GET", "/lora-adapters", read, is_repeatable=True)
 
 
 def metrics() -> Call[dict[str, float]]:
     """Ask for the counters of a server that was started with --metrics."""
-    return Call("GET", "/metrics", _metrics, is_repeatable=True, is_text=True)
+
+    def read(found: str) -> dict[str, float]:
+        figures = {}
+        for line in found.splitlines():
+            if not line or line.startswith("#"):
+                continue
+            name, _, value = line.rpartition(" ")
+            try:
+                figures[name] = float(value)
+            except ValueError:
+                raise InvalidAnswer(f"a metric must be a number, not {_short(line)}") from None
+        return figures
+
+    return Call("GET", "/metrics", read, is_repeatable=True, is_text=True)
 
 
 def tokenize(content: str, *, add_special: bool) -> Call[TokenIds]:
@@ -263,66 +323,6 @@ def token_ids(found: Any, name: str) -> TokenIds:
     return ids
 
 
-def _props(found: Any) -> ServerProps:
-    return ServerProps(
-        n_slots=integer(found, "total_slots", _MAX_SLOTS, minimum=1),
-        n_ctx=integer(member(found, "default_generation_settings"), "n_ctx", minimum=1),
-        model_path=text(found, "model_path", ""),
-        build=text(found, "build_info", ""),
-        chat_template=text(found, "chat_template", ""),
-        # The marker of images in a prompt, drawn at random at each start of the server.
-        boot=text(found, "media_marker", ""),
-    )
-
-
-def _adapters(found: Any) -> str:
-    return repr(found) if _list(found, "the list of adapters") else ""
-
-
-def _slots(found: Any) -> tuple[Slot, ...]:
-    listed = tuple(_slot(entry) for entry in _list(found, "the list of slots"))
-    if len({slot.id for slot in listed}) != len(listed):
-        raise InvalidAnswer("two slots have the same id")
-    return listed
-
-
-def _slot(found: Any) -> Slot:
-    number = integer(found, "id", _MAX_SLOTS)
-    is_processing = found["state"] if "state" in found else member(found, "is_processing")
-    return Slot(
-        id=number,
-        n_ctx=integer(found, "n_ctx"),
-        is_processing=bool(is_processing),
-        # Until 2025 n_past, unless idle; since then n_prompt_tokens, after the first request.
-        n_tokens=optional_integer(found, "n_past", "n_prompt_tokens"),
-    )
-
-
-def _model_meta(found: Any) -> ModelMeta:
-    models = _list(found.get("data") or [] if isinstance(found, dict) else found, "'data'")
-    meta = (models[0].get("meta") if models and isinstance(models[0], dict) else None) or {}
-    return ModelMeta(
-        n_vocab=optional_integer(meta, "n_vocab"),
-        n_ctx_train=optional_integer(meta, "n_ctx_train"),
-        n_embd=optional_integer(meta, "n_embd"),
-        n_params=optional_integer(meta, "n_params"),
-        n_bytes=optional_integer(meta, "size"),
-    )
-
-
-def _metrics(found: str) -> dict[str, float]:
-    figures = {}
-    for line in found.splitlines():
-        if not line or line.startswith("#"):
-            continue
-        name, _, value = line.rpartition(" ")
-        try:
-            figures[name] = float(value)
-        except ValueError:
-            raise InvalidAnswer(f"a metric must be a number, not {_short(line)}") from None
-    return figures
-
-
 def read_completion(found: Any) -> Completion:
     """Read a completion; the connection fills in its times."""
     timings = member(found, "timings")
@@ -333,17 +333,23 @@ def read_completion(found: Any) -> Completion:
         n_cached = max(0, n_prompt - n_prefilled)
     if n_cached > n_prompt:
         raise InvalidAnswer(f"'cache_n' is {n_cached:,} for a prompt of {n_prompt:,} tokens")
-    positions = found.get("completion_probabilities") or []
-    ids = token_ids(found, "tokens") if "tokens" in found else TokenIds()
+    probabilities = []
+    for position in _list(found.get("completion_probabilities") or [], "probabilities"):
+        top = _list(member(position, "top_logprobs"), "'top_logprobs'")
+        ids, logprobs = (
+            [integer(each, "id") for each in top],
+            [number(each, "logprob") for each in top],
+        )
+        probabilities.append(TokenProbabilities(tuple(ids), tuple(logprobs)))
     return Completion(
-        token_ids=ids,
+        token_ids=token_ids(found, "tokens") if "tokens" in found else TokenIds(),
         text=text(found, "content"),
         n_prompt=n_prompt,
         n_cached=n_cached,
         stop=text(found, "stop_type", ""),
         seconds=0.0,
         first_token_s=0.0,
-        probabilities=tuple(map(_probabilities, _list(positions, "probabilities"))),
+        probabilities=tuple(probabilities),
         n_prefilled=max(0, n_prefilled),
         n_predicted=optional_integer(found, "tokens_predicted") or 0,
         n_held=optional_integer(found, "tokens_cached"),
@@ -357,11 +363,3 @@ def predicted_seconds(found: Any) -> float:
     if not isinstance(value, int | float) or not 0 <= value <= _MAX_COUNT:
         return 0.0
     return float(value) / 1000
-
-
-def _probabilities(position: Any) -> TokenProbabilities:
-    top = _list(member(position, "top_logprobs"), "'top_logprobs'")
-    return TokenProbabilities(
-        tuple(integer(entry, "id") for entry in top),
-        tuple(number(entry, "logprob") for entry in top),
-    )

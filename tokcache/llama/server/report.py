@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import ServerError, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import calls
 from tokcache.llama.server.model import KvShape, kv_shape
-from tokcache.llama.server.settings import PART_TOKENS
+from tokcache.llama.server.settings import STEP_TOKENS
 
 if TYPE_CHECKING:
     from tokcache.llama.server.manager import SlotManager
     from tokcache.llama.server.results import Slot
     from tokcache.llama.server.slot import SlotRecord
+    from tokcache.llama.server.steps import Steps
 
 
 # Bytes of a token in a file besides its state: its id, and its cell in attention.
@@ -98,7 +99,7 @@ class KvReader:
         self._manager = manager
         self._shapes: dict[tuple[Any, ...], KvShape] = {}
 
-    def state(self) -> Generator[Any, Any, tuple[SlotKv, ...]]:
+    def state(self) -> Steps[tuple[SlotKv, ...]]:
         """Return the KV state of each slot; figures are 0 if the server can't be reached."""
         seen = yield from self._seen()
         if isinstance(seen, _NotSeen):
@@ -107,9 +108,30 @@ class KvReader:
                 for number in self._known_ids()
             )
         shape, slots = seen
-        return tuple(self._kv(shape, slot) for slot in slots)
+        states = []
+        for slot in slots:
+            n_tokens = self._held(slot)
+            n_bytes, source = self._bytes(shape, n_tokens)
+            state = SlotKv(
+                url=self._url,
+                id=slot.id,
+                is_reachable=True,
+                n_layers=shape.n_layers,
+                n_heads=shape.n_heads,
+                n_kv_heads=shape.n_kv_heads,
+                n_kv_dim=shape.n_kv_dim,
+                n_ctx=slot.n_ctx,
+                n_tokens=n_tokens,
+                n_bytes=n_bytes,
+                share=n_tokens / slot.n_ctx if slot.n_ctx else 0.0,
+                memory=shape.memory,
+                source=source,
+                unknown=shape.unknown,
+            )
+            states.append(state)
+        return tuple(states)
 
-    def blocks(self) -> Generator[Any, Any, tuple[SlotBlocks, ...]]:
+    def blocks(self) -> Steps[tuple[SlotBlocks, ...]]:
         """Return the blocks of each slot; none if the server can't be reached."""
         seen = yield from self._seen()
         if isinstance(seen, _NotSeen):
@@ -118,14 +140,25 @@ class KvReader:
                 for number in self._known_ids()
             )
         shape, slots = seen
-        return tuple(self._slot_blocks(slot.id, shape) for slot in slots)
+        reports = []
+        for slot in slots:
+            record = self._manager.table.slots.get(slot.id)
+            if record is None:
+                reports.append(SlotBlocks(self._url, slot.id, True))
+                continue
+            with self._manager.table.lock:
+                conversation = record.conversation[1] if record.conversation else None
+                is_pinned = record.conversation in self._manager.table.shelf.pinned
+                blocks = tuple(_blocks(record, self._bytes(shape, record.n_held)[0]))
+            reports.append(SlotBlocks(self._url, slot.id, True, conversation, is_pinned, blocks))
+        return tuple(reports)
 
     def _known_ids(self) -> list[int]:
         return sorted(self._manager.table.slots) or [0]
 
-    def _seen(self) -> Generator[Any, Any, tuple[KvShape, tuple[Slot, ...]] | _NotSeen]:
+    def _seen(self) -> Steps[tuple[KvShape, tuple[Slot, ...]] | _NotSeen]:
         try:
-            yield from self._manager.watch.refresh()
+            yield from self._manager.refresh()
             slots = yield calls.slots()
         except ServerError as error:
             is_away = isinstance(error, ServerUnreachable | ServerTimeout)
@@ -136,7 +169,8 @@ class KvReader:
         key = (props, meta)
         # Read the file again after a restart of the server: it may hold another model.
         if key not in self._shapes:
-            self._shapes = {key: kv_shape(props.model_path if props else "", meta)}
+            shape = yield partial(kv_shape, props.model_path if props else "", meta)
+            self._shapes = {key: shape}
         return self._shapes[key], slots
 
     def _bytes(self, shape: KvShape, n_tokens: int) -> tuple[int, str]:
@@ -150,7 +184,7 @@ class KvReader:
                 kv_bytes_per_token * n_tokens
             ), "model" if kv_bytes_per_token else "unknown"
         if shape.memory in {"recurrent", "hybrid"}:
-            # One state per sequence, whatever its length, plus the attention state of each token.
+            # One state per sequence of any length, plus the attention state of each token.
             file_bytes_per_token = _ID_BYTES + (
                 _CELL_BYTES + kv_bytes_per_token if kv_bytes_per_token else 0
             )
@@ -164,43 +198,13 @@ class KvReader:
         record = self._manager.table.slots.get(slot.id)
         return record.n_held if record else 0
 
-    def _kv(self, shape: KvShape, slot: Slot) -> SlotKv:
-        n_tokens = self._held(slot)
-        n_bytes, source = self._bytes(shape, n_tokens)
-        return SlotKv(
-            url=self._url,
-            id=slot.id,
-            is_reachable=True,
-            n_layers=shape.n_layers,
-            n_heads=shape.n_heads,
-            n_kv_heads=shape.n_kv_heads,
-            n_kv_dim=shape.n_kv_dim,
-            n_ctx=slot.n_ctx,
-            n_tokens=n_tokens,
-            n_bytes=n_bytes,
-            share=n_tokens / slot.n_ctx if slot.n_ctx else 0.0,
-            memory=shape.memory,
-            source=source,
-            unknown=shape.unknown,
-        )
-
-    def _slot_blocks(self, number: int, shape: KvShape) -> SlotBlocks:
-        record = self._manager.table.slots.get(number)
-        if record is None:
-            return SlotBlocks(self._url, number, True)
-        with self._manager.table.lock:
-            conversation = record.conversation[1] if record.conversation else None
-            is_pinned = record.conversation in self._manager.table.shelf.pinned
-            blocks = tuple(_blocks(record, self._bytes(shape, record.n_held)[0]))
-        return SlotBlocks(self._url, number, True, conversation, is_pinned, blocks)
-
 
 def _blocks(record: SlotRecord, n_bytes: int) -> list[KvBlock]:
     idle_s = time.monotonic() - (record.used_at or record.since)
     blocks = []
-    for part, start in enumerate(range(0, record.n_held, PART_TOKENS)):
-        n_tokens = min(PART_TOKENS, record.n_held - start)
-        n_uses = record.reuse[part] if part < len(record.reuse) else 0
+    for number, start in enumerate(range(0, record.n_held, STEP_TOKENS)):
+        n_tokens = min(STEP_TOKENS, record.n_held - start)
+        n_uses = record.reuse[number] if number < len(record.reuse) else 0
         standing = (record.n_held - start) / record.n_held
         score = (1 + n_uses) * standing
         share = round(n_bytes * n_tokens / record.n_held)

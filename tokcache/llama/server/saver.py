@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING, Any
 from tokcache.errors import ServerError, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import calls
 from tokcache.llama.server.model import probe_tokens
-from tokcache.llama.server.shelf import adapters_of
 from tokcache.llama.server.steps import Steps, drive
-from tokcache.llama.server.trust import PROMPT
 
 if TYPE_CHECKING:
     from tokcache.llama.server.connection import Connection
-    from tokcache.llama.server.results import SlotFile
+    from tokcache.llama.server.records import Records
     from tokcache.llama.server.settings import SlotSettings
-    from tokcache.llama.server.shelf import Shelf
     from tokcache.llama.server.slot import SlotRecord
-    from tokcache.llama.server.trust import Trust
-    from tokcache.text.token_ids import TokenIds
 
 _MAX_WORKERS = 4096  # one for each slot, so no save waits for another
 _LOOK_AGAIN_S = 0.05
@@ -30,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves and erases slots on behalf of whoever has them.
+    """Saves and erases slots for the requests that have them.
 
     Threads: safe; nobody else may change the slot until it is released.
     """
@@ -39,34 +34,26 @@ class Saver:
         self,
         connection: Connection,
         settings: SlotSettings,
-        shelf: Shelf,
-        trust: Trust,
+        records: Records,
     ) -> None:
         self._connection = connection
         self._settings = settings
         self._lock = threading.Lock()
-        self._shelf = shelf
-        self._trust = trust
+        self._records = records
+        self._trust = records.trust
         self._pending: dict[SlotRecord, Future[None]] = {}
         self._workers = self._new_workers()
 
-    def is_worth_saving(self, namespace: bytes | None, tokens: TokenIds) -> bool:
-        """Return whether a slot that holds `tokens` should be saved."""
-        if namespace is None or len(tokens) < self._settings.min_save_tokens:
-            return False
-        return bool(self._trust.kinds(adapters_of(namespace)))
-
     def save(self, slot: SlotRecord, *, is_count_known: bool = True) -> Steps[None]:
         """Write a slot to a file, unless a file already covers it or the budget is too small."""
-        name = self._name_for(slot)
+        name = self._records.name_for(slot)
         if name is None:
             return
         began = perf_counter()
         try:
             saved = yield calls.save_slot(slot.id, name)
         except ServerError as error:
-            with slot.lock:
-                self._shelf.note_stale(name)
+            self._records.not_saved(name)
             self._trust.degrade("save_failed", error)
             return
         is_as_recorded = (
@@ -74,53 +61,12 @@ class Saver:
         )
         if not is_as_recorded or saved.n_tokens < self._settings.min_save_tokens:
             self._trust.refuse("slot_changed_by_others")
-            with slot.lock:
-                self._shelf.note_stale(name)
+            self._records.not_saved(name)
             slot.lost()
             return
         self._trust.count("save", seconds=perf_counter() - began)
         self._trust.went_well("save_failed", "no_slot_save_path", "slot_changed_by_others")
-        self._keep(slot, saved)
-
-    def _keep(self, slot: SlotRecord, saved: SlotFile) -> None:
-        if saved.n_tokens:
-            self._trust.saved = saved
-        with slot.lock:
-            if slot.namespace is None or slot.is_condemned:  # cleared during the save
-                self._shelf.note_stale(saved.filename)
-                return
-            slot.saved(saved.n_tokens)
-            self._shelf.add(
-                saved,
-                slot.namespace,
-                slot.tokens,
-                n_prompt=slot.n_prompt,
-                conversation=slot.conversation[1] if slot.conversation else None,
-                is_pinned=slot.conversation in self._shelf.pinned,
-                is_superseding=not self._is_whole_only(slot.namespace),
-                gap=slot.gap,
-            )
-
-    def _is_whole_only(self, namespace: bytes) -> bool:
-        # If the server can't use a part of a file, a longer file does not replace a shorter one.
-        return self._settings.reproducible or PROMPT not in self._trust.kinds(
-            adapters_of(namespace)
-        )
-
-    def _name_for(self, slot: SlotRecord) -> str | None:
-        with slot.lock:
-            slot.saving()
-            if slot.namespace is None or not self.is_worth_saving(slot.namespace, slot.tokens):
-                return None
-            is_whole_only = self._is_whole_only(slot.namespace)
-            if self._shelf.covers(
-                slot.namespace, slot.tokens, slot.n_held, is_whole_only=is_whole_only
-            ):
-                return None
-            if not self._shelf.make_room(int((self._trust.kv_bytes_per_token or 0) * slot.n_held)):
-                self._trust.refuse("file_over_budget")
-                return None
-            return self._shelf.name_for(slot.namespace, slot.tokens, slot.n_held)
+        self._records.saved(slot, saved)
 
     def erase(self, slot: SlotRecord) -> Steps[None]:
         """Empty a slot."""
@@ -151,15 +97,13 @@ class Saver:
         The server delays saving and erasing until the slot is idle. Without them, ask until it is:
         the next completion must not reach a busy slot.
         """
-        if is_known and self.is_worth_saving(slot.namespace, slot.tokens):
+        if is_known and self._records.is_worth_saving(slot.namespace, slot.tokens):
             yield from self.save(slot, is_count_known=False)
             if slot.n_held:
                 return
         yield from self.erase(slot)
-        if not self._trust.can_save:
-            yield from self._until_idle(slot)
-
-    def _until_idle(self, slot: SlotRecord) -> Steps[None]:
+        if self._trust.can_save:
+            return
         deadline = perf_counter() + self._connection.timeout_s
         while perf_counter() < deadline:
             try:

@@ -9,7 +9,7 @@ from tokcache._validate import require_bool, require_int, require_seconds, requi
 from tokcache.errors import InvalidConfig
 from tokcache.llama.server.model import require_kv_type
 
-PART_TOKENS = 64  # the step in which reports and look-ups count tokens
+STEP_TOKENS = 64  # the step in which reports and look-ups count tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class SlotSettings:
     slot_folder: str | os.PathLike[str] | None = None
     max_bytes: int | str = 8 << 30
     max_age_s: float = 7 * 24 * 3600.0
-    min_save_tokens: int = PART_TOKENS
+    min_save_tokens: int = STEP_TOKENS
     slot_ids: tuple[int, ...] | None = None
     on_error: str = "degrade"
     reproducible: bool = False

@@ -8,35 +8,28 @@ of evicted ones first, so the folder stops growing, and the counters report the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
-import re
 import secrets
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tokcache._prefix import n_common
 from tokcache.llama.server.checkpoints import NO_GAP, Gap
+from tokcache.llama.server.folder import DIGEST_BYTES, PREFIX, SUFFIX, Folder
+from tokcache.llama.server.namespaces import adapters_of, scope_of
 from tokcache.llama.server.trust import ANSWER, PROMPT, WHOLE
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tokcache.llama.server.results import SlotFile
     from tokcache.llama.server.trust import Trust
     from tokcache.text.token_ids import TokenIds
 
 _SWEEP_EVERY_S = 60.0
-_DIGEST_BYTES = 20
-_SCOPE_BYTES = 16
-_PREFIX = "tokcache-"
-# The key for requests that name no adapters: they use those that the server was started with.
-NO_ADAPTERS = b"null"
-_MAX_SCALE = 1e30  # a larger int may not fit a float
-_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{2 * _DIGEST_BYTES}}}\.bin")
 
 
 @dataclass(eq=False, slots=True)
@@ -64,6 +57,22 @@ class SavedSlot:
     gap: Gap = NO_GAP
     chain: tuple[bytes, ...] = field(default=())
 
+    def match(self, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
+        """Return how `prompt` continues this file, None if that is not among `kinds`.
+
+        The last token of a prompt is always decoded, to get its logits.
+        """
+        n_same = n_common(self.tokens, prompt)
+        n_tokens = min(n_same, len(prompt) - 1)
+        # A file with unknown tokens after the known ones is never continued as a whole.
+        if n_tokens == len(self.tokens) == self.n_saved:
+            kind = WHOLE
+        else:
+            kind = ANSWER if n_same >= self.n_prompt else PROMPT
+        is_usable = kind in kinds and n_tokens not in self.gap
+        is_usable &= kind == WHOLE or not self.is_whole_only
+        return Found(self, n_tokens, kind) if n_tokens > 0 and is_usable else None
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -72,14 +81,6 @@ class Found:
     file: SavedSlot
     n_tokens: int
     kind: str
-
-
-def n_common(one: TokenIds, other: TokenIds) -> int:
-    """Return the length of the common prefix."""
-    n_both = min(len(one), len(other))
-    is_different = one.numpy()[:n_both] != other.numpy()[:n_both]
-    first = int(is_different.argmax()) if n_both else 0
-    return first if n_both and is_different[first] else n_both
 
 
 class Shelf:
@@ -104,17 +105,17 @@ class Shelf:
         self._step = step
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
-        self._folder = folder
+        self.folder = Folder(folder, trust)
         self._key = secrets.token_bytes(32)
         self._files: dict[str, SavedSlot] = {}
         self._by_chain: dict[bytes, dict[SavedSlot, None]] = {}
-        self._stale: dict[str, int] = {}
+        # Evicted files that could not be deleted, with their bytes.
+        self.stale: dict[str, int] = {}
         # Conversations to keep, each with the key of its scope.
         self.pinned: set[tuple[bytes, str]] = set()
         # Files that earlier clients left in the folder, oldest first, and their bytes.
         self._left: dict[str, int] = {}
         self._swept_at = time.monotonic()
-        self.is_folder_reachable: bool | None = None
         self.n_bytes = 0
         self.n_evictions = 0
         self._trust = trust
@@ -125,45 +126,33 @@ class Shelf:
     def __iter__(self) -> Iterator[SavedSlot]:
         return iter(self._files.values())
 
-    @property
-    def n_stale_files(self) -> int:
-        """Evicted files that could not be deleted."""
-        return len(self._stale)
-
-    @property
-    def n_stale_bytes(self) -> int:
-        """Bytes of evicted files that could not be deleted."""
-        return sum(self._stale.values())
-
     def find(self, namespace: bytes, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
         """Return the file that holds most of `prompt`, its last token excluded.
 
-        `kinds` are the allowed ways to continue a file. The last token is always decoded, to get
-        its logits.
+        `kinds` are the allowed ways to continue a file.
 
         Cost: O(len(prompt)), and a comparison with each file that shares as much as the best one.
         """
         self._sweep_when_due()
-        best: Found | None = None
         seen: set[str] = set()
         for link in reversed(self._chain(namespace, prompt)):
-            for file in self._by_chain.get(link, ()):
-                if file.name not in seen:
-                    seen.add(file.name)
-                    best = _better(best, _match(file, prompt, kinds))
-            if best is not None:
-                break  # files at earlier links share less
-        return best
+            files = [file for file in self._by_chain.get(link, ()) if file.name not in seen]
+            seen.update(file.name for file in files)
+            found = [match for file in files if (match := file.match(prompt, kinds))]
+            if found:  # files at earlier links share less
+                # For equal lengths the smaller file is faster to read.
+                return max(found, key=lambda each: (each.n_tokens, -each.file.n_bytes))
+        return None
 
     def name_for(self, namespace: bytes, tokens: TokenIds, n_held: int) -> str:
         """Return a file name for a slot of `n_held` tokens that starts with `tokens`."""
-        if self._stale:
-            return self._stale.popitem()[0]
-        digest = hashlib.blake2b(key=self._key, digest_size=_DIGEST_BYTES)
+        if self.stale:
+            return self.stale.popitem()[0]
+        digest = hashlib.blake2b(key=self._key, digest_size=DIGEST_BYTES)
         digest.update(len(namespace).to_bytes(8, "little") + namespace)
         digest.update(n_held.to_bytes(8, "little"))
         digest.update(memoryview(tokens))
-        return f"{_PREFIX}{digest.hexdigest()}.bin"
+        return f"{PREFIX}{digest.hexdigest()}{SUFFIX}"
 
     def covers(
         self, namespace: bytes, tokens: TokenIds, n_held: int, *, is_whole_only: bool
@@ -190,7 +179,7 @@ class Shelf:
                 break
             n_over -= n_left
             self._unlink_left(name)
-        for file in sorted(self, key=_value):
+        for file in sorted(self, key=lambda file: (file.is_pinned, file.used_at)):
             if self.n_bytes + n_bytes <= self._max_bytes:
                 break
             if file.n_readers == 0 and not file.is_pinned:
@@ -214,7 +203,7 @@ class Shelf:
         replaced = self._files.get(saved.filename)
         if replaced is not None:
             self._unlist(replaced)
-        self._stale.pop(saved.filename, None)
+        self.stale.pop(saved.filename, None)
         self._sweep_when_due()
         file = SavedSlot(
             name=saved.filename,
@@ -228,12 +217,14 @@ class Shelf:
             gap=gap,
             chain=tuple(self._chain(namespace, tokens)),
         )
-        if self.is_folder_reachable is None:
-            self.is_folder_reachable = self._is_there(saved)
+        self.folder.look_for(saved.filename, saved.n_bytes)
         if is_superseding:
             self._drop_older_than(file)
         fits = self.make_room(file.n_bytes)
-        self._list(file)
+        self._files[file.name] = file
+        self.n_bytes += file.n_bytes
+        for link in file.chain:
+            self._by_chain.setdefault(link, {})[file] = None
         if not fits:
             self._trust.refuse("file_over_budget")
             self.drop(file)
@@ -270,31 +261,10 @@ class Shelf:
         """Remove all files from the records, but delete none: they belong to another process."""
         self._files.clear()
         self._by_chain.clear()
-        self._stale.clear()
+        self.stale.clear()
         self._left.clear()
         self._key = secrets.token_bytes(32)
         self.n_bytes = 0
-
-    def stale_names(self) -> list[str]:
-        """Return the names of the dropped files that could not be deleted."""
-        return list(self._stale)
-
-    def note_overwritten(self, name: str, n_bytes: int) -> None:
-        """Record that a dropped file now holds an empty slot."""
-        if name in self._stale:
-            self._stale[name] = n_bytes
-
-    def is_intact(self, file: SavedSlot) -> bool:
-        """Return whether a file still has its size; True if the folder can't be reached.
-
-        Reading a truncated file may crash the server.
-        """
-        if not self.is_folder_reachable or self._folder is None:
-            return True
-        try:
-            return (self._folder / file.name).stat().st_size == file.n_bytes
-        except OSError:
-            return False
 
     def note_stale(self, name: str) -> None:
         """Record that a file `name` may exist, for example half written."""
@@ -305,14 +275,10 @@ class Shelf:
         """Record that a file was used."""
         file.used_at = time.monotonic()
         file.n_uses += 1
-        if self._folder is not None and self.is_folder_reachable:
-            with contextlib.suppress(OSError):  # deleted by others; the restore reports it
-                os.utime(self._folder / file.name)
+        self.folder.touch(file.name)
 
     def take_stock(self) -> None:
         """Count the files of earlier clients in the folder; the budget evicts them first."""
-        if self._folder is None:
-            return
         found = sorted(self._others(), key=lambda each: each[1].st_mtime)
         self._left = {name: stat.st_size for name, stat in found}
         self.make_room(0)
@@ -335,36 +301,13 @@ class Shelf:
                 self._unlink_left(name)
 
     def _others(self) -> list[tuple[str, os.stat_result]]:
-        """Return the files in the folder that have our form of name but are not ours."""
-        found = []
-        try:
-            for entry in os.scandir(self._folder) if self._folder is not None else ():
-                is_ours = entry.name in self._files or entry.name in self._stale
-                if _NAME.fullmatch(entry.name) and not is_ours:
-                    with contextlib.suppress(FileNotFoundError):  # its owner deleted it
-                        found.append((entry.name, entry.stat()))
-        except OSError:
-            self._trust.refuse("folder_not_readable")
-        else:
-            self._trust.went_well("folder_not_readable")
-        return found
+        """Return the files of other clients in the folder."""
+        found = self.folder.files()
+        return [each for each in found if each[0] not in self._files and each[0] not in self.stale]
 
     def _unlink_left(self, name: str) -> None:
         self._left.pop(name, None)
-        if self._folder is None:
-            return
-        try:
-            (self._folder / name).unlink(missing_ok=True)
-        except OSError:
-            self._trust.refuse("file_not_deleted")
-        else:
-            self._trust.went_well("file_not_deleted")
-
-    def _list(self, file: SavedSlot) -> None:
-        self._files[file.name] = file
-        self.n_bytes += file.n_bytes
-        for link in file.chain:
-            self._by_chain.setdefault(link, {})[file] = None
+        self.folder.delete(name)
 
     def _unlist(self, file: SavedSlot) -> None:
         del self._files[file.name]
@@ -376,23 +319,8 @@ class Shelf:
                 del self._by_chain[link]
 
     def _remove(self, name: str, n_bytes: int) -> None:
-        if self._folder is not None and self.is_folder_reachable is not False:
-            try:
-                (self._folder / name).unlink(missing_ok=True)
-            except OSError:
-                self._trust.refuse("file_not_deleted")
-            else:
-                self._trust.went_well("file_not_deleted")
-                return
-        self._stale[name] = max(n_bytes, self._stale.get(name, 0))
-
-    def _is_there(self, saved: SlotFile) -> bool:
-        if self._folder is None:
-            return False
-        try:
-            return (self._folder / saved.filename).stat().st_size == saved.n_bytes
-        except OSError:
-            return False
+        if self.folder.is_reachable is False or not self.folder.delete(name):
+            self.stale[name] = max(n_bytes, self.stale.get(name, 0))
 
     def _drop_older_than(self, newer: SavedSlot) -> None:
         """Drop the files that a newer file replaces.
@@ -407,9 +335,15 @@ class Shelf:
             if file.n_prompt // self._step <= n_links <= len(file.chain)
         ]
         for file in dict.fromkeys(ending):
-            is_idle = file.n_readers == 0 and file.name != newer.name
-            is_kept = file.is_pinned and not newer.is_pinned
-            if is_idle and not is_kept and _is_replaced(file, newer):
+            is_same = file.conversation is not None and file.conversation == newer.conversation
+            n_needed = file.n_prompt if is_same else len(file.tokens)
+            is_kept = (
+                file.n_readers > 0
+                or file.name == newer.name
+                or (file.is_pinned and not newer.is_pinned)
+                or (newer.gap and not file.gap)
+            )
+            if not is_kept and n_common(file.tokens, newer.tokens) >= n_needed:
                 self.drop(file)
 
     def _chain(self, namespace: bytes, tokens: TokenIds) -> list[bytes]:
@@ -421,78 +355,3 @@ class Shelf:
             digest.update(view[stop - n_bytes : stop])
             links.append(digest.digest())
         return links
-
-
-def _match(file: SavedSlot, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
-    n_same = n_common(file.tokens, prompt)
-    n_tokens = min(n_same, len(prompt) - 1)
-    # A file with unknown tokens after the known ones is never continued as a whole.
-    if n_tokens == len(file.tokens) == file.n_saved:
-        kind = WHOLE
-    else:
-        kind = ANSWER if n_same >= file.n_prompt else PROMPT
-    is_usable = kind in kinds and n_tokens not in file.gap
-    is_usable &= kind == WHOLE or not file.is_whole_only
-    return Found(file, n_tokens, kind) if n_tokens > 0 and is_usable else None
-
-
-def _better(one: Found | None, other: Found | None) -> Found | None:
-    if one is None or other is None:
-        return one or other
-    # For equal lengths the smaller file is faster to read.
-    ours, theirs = ((it.n_tokens, -it.file.n_bytes) for it in (one, other))
-    return other if theirs > ours else one
-
-
-def _is_replaced(older: SavedSlot, newer: SavedSlot) -> bool:
-    if newer.gap and not older.gap:
-        return False
-    is_same = older.conversation is not None and older.conversation == newer.conversation
-    n_needed = older.n_prompt if is_same else len(older.tokens)
-    return n_common(older.tokens, newer.tokens) >= n_needed
-
-
-def _value(file: SavedSlot) -> tuple[bool, float]:
-    return file.is_pinned, file.used_at
-
-
-def scope_key(scope: str | None) -> bytes:
-    """Return the key of a scope, which all its namespaces start with."""
-    return hashlib.blake2b(repr(scope).encode(), digest_size=_SCOPE_BYTES).digest()
-
-
-def scope_of(namespace: bytes) -> bytes:
-    """Return the key of a namespace's scope."""
-    return namespace[:_SCOPE_BYTES]
-
-
-def namespace_of(scope: str | None, lora: Any = None) -> bytes:
-    """Return the namespace of a scope and of adapters: prompts share states only within one."""
-    return scope_key(scope) + adapters_key(lora)
-
-
-def adapters_of(namespace: bytes) -> bytes:
-    """Return the key of a namespace's adapters."""
-    return namespace[_SCOPE_BYTES:]
-
-
-def adapters_key(lora: Any) -> bytes:
-    """Return one key for all ways to write the same `lora` setting of a request.
-
-    Source: for a missing or empty list llama-server uses the adapters that it was started with. It
-    takes the last scale of an id that occurs twice, and 0 for an id that is missing.
-    """
-    if not lora:
-        return NO_ADAPTERS
-    is_list = isinstance(lora, list | tuple)
-    if is_list and all(isinstance(each, dict) and _is_adapter(each) for each in lora):
-        lora = sorted({each["id"]: float(each["scale"]) for each in lora}.items())
-    return json.dumps(lora).encode()
-
-
-def _is_adapter(found: dict[str, Any]) -> bool:
-    number, scale = found.get("id"), found.get("scale")
-    is_number = isinstance(number, int) and not isinstance(number, bool)
-    if not is_number or isinstance(scale, bool) or not isinstance(scale, int | float):
-        return False
-    return abs(scale) < _MAX_SCALE

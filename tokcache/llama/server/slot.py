@@ -8,8 +8,8 @@ The life of a slot:
 3. `settle()`: it is saved or erased off the request's path (SETTLING).
 4. `release()`: it is FREE again.
 
-Implementation: every transition takes the table's lock, so whoever compares a prompt with the slot
-sees all fields of one moment. `settle()` and `release()` also wake the requests that wait.
+Implementation: every transition takes the table's lock, so a comparison of a prompt with the
+slot sees all fields of one moment. `settle()` and `release()` also wake the requests that wait.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from tokcache._prefix import n_common
 from tokcache.llama.server.checkpoints import NO_GAP, Gap
-from tokcache.llama.server.settings import PART_TOKENS
+from tokcache.llama.server.settings import STEP_TOKENS
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class SlotRecord:
     since: float = field(default_factory=time.monotonic)
     used_at: float = 0.0
     n_uses: int = 0
-    # How often each part of PART_TOKENS tokens was reused; only the report reads it.
+    # How often each block of STEP_TOKENS tokens was reused; only the report reads it.
     reuse: list[int] = field(default_factory=list)
     # Whether nothing is left to save: saved already, or not worth it.
     is_saved: bool = True
@@ -99,6 +100,15 @@ class SlotRecord:
             self.is_condemned = self.condition is not Condition.FREE
 
     # -- its contents -------------------------------------------------------------------------
+
+    def n_usable(self, prompt: TokenIds) -> int:
+        """Return the number of a prompt's first tokens that the slot need not decode.
+
+        The last token is always decoded, to get its logits.
+        """
+        n_tokens = min(n_common(self.tokens, prompt), len(prompt) - 1)
+        # A prompt that continues at the slot's end needs no checkpoint.
+        return 0 if n_tokens < self.n_held and n_tokens in self.gap else n_tokens
 
     def lost(self) -> None:
         """Record that the slot is empty or that its contents are unknown."""
@@ -155,10 +165,10 @@ class SlotRecord:
             self.namespace, self.tokens, self.conversation = namespace, tokens, conversation
             self.n_prompt, self.n_held, self.gap = n_prompt, n_held, gap
             self.is_saved = is_saved
-            n_parts = -(-n_held // PART_TOKENS)
-            counts = (reuse + [0] * n_parts)[:n_parts]
-            n_whole = n_used // PART_TOKENS
-            self.reuse = [n + (part < n_whole) for part, n in enumerate(counts)]
+            n_blocks = -(-n_held // STEP_TOKENS)
+            counts = (reuse + [0] * n_blocks)[:n_blocks]
+            n_reused = n_used // STEP_TOKENS
+            self.reuse = [n + (block < n_reused) for block, n in enumerate(counts)]
             self.n_uses = n_uses + (n_used > 0)
 
     def aborted(
@@ -176,7 +186,7 @@ class SlotRecord:
             self.n_prompt, self.gap = n_prompt, gap
 
     def saving(self) -> None:
-        """Record that the contents are being saved or are not worth it, so nobody tries again."""
+        """Record that the contents are being saved, or are not worth it."""
         with self.lock:
             self.is_saved = True
 

@@ -12,18 +12,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokcache.llama.server.settings import PART_TOKENS
-from tokcache.llama.server.shelf import Found, SavedSlot, Shelf, n_common, scope_of
+from tokcache.llama.server.namespaces import scope_of
+from tokcache.llama.server.settings import STEP_TOKENS
 from tokcache.llama.server.slot import Condition, SlotRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from tokcache.llama.server.shelf import Found, SavedSlot, Shelf
     from tokcache.text.token_ids import TokenIds
 
 # Tokens. llama-server decodes nothing while it writes a slot, so taking another slot saves little
 # time.
-_WORTH_WAITING = PART_TOKENS
+_WORTH_WAITING = STEP_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,12 @@ class SlotTable:
         """Choose a start again in the same slot, after records were reset."""
         with self.lock:
             self._unread(start)
-            return self._begin(start.slot, wish)
+            slot, found = start.slot, self._found(wish)
+            live = self._live(wish, [slot], slot.condition)
+            n_live = live[1] if live else 0
+            if n_live and n_live >= (found.n_tokens if found else 0):
+                return Start(slot, n_live, None)
+            return self._with_file(slot, found)
 
     def take(self, slot: SlotRecord) -> bool:
         """Take one slot if it is free, before the queue."""
@@ -192,22 +198,27 @@ class SlotTable:
         n_gained = (settling[1] if settling else 0) - max(n_file, live[1] if live else 0)
         if n_gained >= _WORTH_WAITING:
             return None
-        if live is not None and live[1] > 0 and self._is_better(live, n_file):
-            return Start(live[0], live[1], None)
-        return self._with_file(min(free, key=self._loss), found, 0)
+        if live is not None and live[1] > 0:
+            slot, n_live = live
+            # If a file serves as well, keep a slot that would lose most of its contents.
+            if n_live > n_file or (n_live == n_file and 2 * n_live >= slot.n_held):
+                return Start(slot, n_live, None)
+        # Otherwise take the slot whose loss costs least.
+        slot = min(
+            free,
+            key=lambda slot: (
+                slot.n_held > 0,
+                slot.conversation in self.shelf.pinned,
+                not slot.is_saved,
+                slot.used_at,
+            ),
+        )
+        return self._with_file(slot, found)
 
-    def _begin(self, slot: SlotRecord, wish: Wish) -> Start:
-        found = self._found(wish)
-        live = self._live(wish, [slot], slot.condition)
-        n_live = live[1] if live else 0
-        if n_live and n_live >= (found.n_tokens if found else 0):
-            return Start(slot, n_live, None)
-        return self._with_file(slot, found, 0)
-
-    def _with_file(self, slot: SlotRecord, found: Found | None, n_live: int) -> Start:
+    def _with_file(self, slot: SlotRecord, found: Found | None) -> Start:
         if found is not None:
             found.file.n_readers += 1
-        return Start(slot, n_live, found)
+        return Start(slot, 0, found)
 
     def _found(self, wish: Wish) -> Found | None:
         return self.shelf.find(wish.namespace, wish.prompt, wish.kinds) if wish.kinds else None
@@ -219,32 +230,9 @@ class SlotTable:
         if wish.is_file_only:
             return None
         matches = [
-            (slot, _n_usable(slot, wish.prompt))
+            (slot, slot.n_usable(wish.prompt))
             for slot in slots
             if slot.namespace == wish.namespace and slot.condition is condition
         ]
         # For equal matches take the slot that holds fewer other tokens.
         return max(matches, key=lambda match: (match[1], -match[0].n_held), default=None)
-
-    def _is_better(self, live: tuple[SlotRecord, int], n_file: int) -> bool:
-        slot, n_live = live
-        if n_live != n_file:
-            return n_live > n_file
-        # If a file serves as well, keep a slot that would lose most of its contents.
-        return 2 * n_live >= slot.n_held
-
-    def _loss(self, slot: SlotRecord) -> tuple[bool, bool, bool, float]:
-        is_empty = slot.n_held == 0
-        return (
-            not is_empty,
-            slot.conversation in self.shelf.pinned,
-            not slot.is_saved,
-            slot.used_at,
-        )
-
-
-def _n_usable(slot: SlotRecord, prompt: TokenIds) -> int:
-    """Return the number of a prompt's first tokens that a slot need not decode."""
-    n_tokens = min(n_common(slot.tokens, prompt), len(prompt) - 1)
-    # A prompt that continues at the slot's end needs no checkpoint.
-    return 0 if n_tokens < slot.n_held and n_tokens in slot.gap else n_tokens

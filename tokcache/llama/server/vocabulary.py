@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokcache.errors import VocabularyMismatch
@@ -12,6 +13,7 @@ from tokcache.llama.server import calls
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from tokcache.llama.server.steps import Steps
     from tokcache.text.token_ids import TokenIds
 
 # Letters and single spaces: a tokenizer that splits these differently is not the model's.
@@ -34,62 +36,46 @@ class ServerTokenizer(Protocol):
         """Return the plain tokenizer."""
 
 
-def check(wrapped: ServerTokenizer, url: str) -> Generator[Any, Any, None]:
+def check(wrapped: ServerTokenizer, url: str) -> Steps[None]:
     """Raise VocabularyMismatch unless ids mean the same text, and plain words have the same ids.
 
     Unusual text that is split differently is only logged: llama.cpp splits some text differently
     with the same vocabulary, and the server receives ids, not text.
     """
-    tokenizer = _backend(wrapped)
+    plain = wrapped.unwrap()
+    tokenizer: Tokenizer = getattr(plain, "backend_tokenizer", plain)
     n_ours, n_theirs = tokenizer.get_vocab_size(), (yield calls.model_meta()).n_vocab
     if n_theirs is not None and n_ours > n_theirs:
         raise VocabularyMismatch(
             f"the tokenizer has {n_ours:,} tokens, the model of {url} has {n_theirs:,};"
             " pass the model's own tokenizer"
         )
-    yield from _check_decoding(tokenizer, url)
-    yield from _check_encoding(wrapped, url)
-
-
-def _check_encoding(wrapped: ServerTokenizer, url: str) -> Generator[Any, Any, None]:
+    # Decoding: compare all probed ids at once, and search for the first difference only if there
+    # is one. SentencePiece decoders differ in whether they put a space before the text.
+    ids = yield partial(_probe_ids, tokenizer)
+    ours, theirs = _decode(tokenizer, ids), (yield calls.detokenize(ids))
+    if ours.removeprefix(" ") != theirs.removeprefix(" "):
+        for number in ids:
+            ours, theirs = _decode(tokenizer, [number]), (yield calls.detokenize([number]))
+            if ours.removeprefix(" ") != theirs.removeprefix(" "):
+                break
+        raise VocabularyMismatch(
+            f"token {number} is {ours!r} for the tokenizer and {theirs!r} for the model of {url};"
+            " pass the model's own tokenizer"
+        )
+    # Encoding.
     for text in (_PLAIN, _ODD):
-        ours = wrapped.token_ids(text, add_special_tokens=False)
-        theirs = yield calls.tokenize(text, add_special=False)
-        if ours == theirs:
+        encoded = yield partial(wrapped.token_ids, text, add_special_tokens=False)
+        expected = yield calls.tokenize(text, add_special=False)
+        if encoded == expected:
             continue
         message = (
-            f"{text!r} is {ours.tolist()} for the tokenizer and {theirs.tolist()} for the model of"
-            f" {url}"
+            f"{text!r} is {encoded.tolist()} for the tokenizer and {expected.tolist()} for the"
+            f" model of {url}"
         )
         if text == _PLAIN:
             raise VocabularyMismatch(f"{message}; pass the model's own tokenizer, unchanged")
         _log.warning("%s; the tokenizer's ids are sent", message)
-
-
-def _check_decoding(tokenizer: Tokenizer, url: str) -> Generator[Any, Any, None]:
-    ids = _probe_ids(tokenizer)
-    theirs = yield calls.detokenize(ids)
-    if _is_alike(_decode(tokenizer, ids), theirs):
-        return
-    for number in ids:
-        ours, theirs = _decode(tokenizer, [number]), (yield calls.detokenize([number]))
-        if not _is_alike(ours, theirs):
-            break
-    raise VocabularyMismatch(
-        f"token {number} is {ours!r} for the tokenizer and {theirs!r} for the model of {url};"
-        " pass the model's own tokenizer"
-    )
-
-
-def _is_alike(ours: str, theirs: str) -> bool:
-    # SentencePiece decoders differ in whether they put a space before the text.
-    return ours.removeprefix(" ") == theirs.removeprefix(" ")
-
-
-def _backend(tokenizer: ServerTokenizer) -> Tokenizer:
-    plain = tokenizer.unwrap()
-    backend: Tokenizer = getattr(plain, "backend_tokenizer", plain)
-    return backend
 
 
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

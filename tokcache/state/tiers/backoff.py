@@ -1,4 +1,4 @@
-"""Measured costs of prefilling and reading: a tier that is slower than prefilling rests."""
+"""Measured costs of prefilling and of reads: a tier slower than prefilling is left unused."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _MAX_LOSS_S = 0.25
 
 @dataclass(slots=True)
 class Speed:
-    """How long a token takes to prefill; the last measurements count most."""
+    """The time that a token takes to prefill; the last measurements count most."""
 
     _n_tokens: float = 0.0
     _seconds: float = 0.0
 
     def note(self, n_tokens: int, seconds: float) -> None:
-        """Learn from `n_tokens` that took so long."""
+        """Note that `n_tokens` took `seconds`."""
         self._n_tokens = self._n_tokens * _KEEP + n_tokens
         self._seconds = self._seconds * _KEEP + seconds
 
     def seconds(self, n_tokens: int) -> float:
-        """Return how long `n_tokens` are expected to take."""
+        """Return the seconds that `n_tokens` are expected to take."""
         return self._seconds / self._n_tokens * n_tokens
 
 
@@ -36,13 +36,12 @@ class _Account:
 class Worth:
     """Whether reading from one tier is faster than prefilling, for each model.
 
-    For each read it is counted how much longer it took than prefilling the same tokens; reads that
-    were faster make up for that, but no credit is kept. Once a quarter of a second is lost the tier
-    rests for `rest_s`, then it is tried again. So it never costs more than that and one read in
-    that time, and a single read that was slow by chance (the first one, a busy disk) is forgiven
-    where others are fast.
+    Each read adds the time by which it took longer than prefilling the same tokens; faster reads
+    subtract, down to zero. Once a quarter of a second is lost the tier rests for `rest_s`, then it
+    is tried again. So it never costs more than that and one read in that time, and fast reads make
+    up for a single one that was slow by chance (the first one, a busy disk).
 
-    Threads: not safe, the cache locks.
+    Threads: not safe; the store locks.
     """
 
     rest_s: float = 30.0
@@ -56,6 +55,6 @@ class Worth:
             account.loss_s, account.rests_until_s = 0.0, time.monotonic() + self.rest_s
 
     def rests(self, fingerprint: bytes) -> bool:
-        """Return whether the tier is left alone now for this model's states."""
+        """Return whether the tier is not asked now for this model's states."""
         account = self._accounts.get(fingerprint)
         return account is not None and time.monotonic() < account.rests_until_s

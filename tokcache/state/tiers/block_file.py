@@ -1,13 +1,13 @@
-"""The format of a stored state: it names its owner and tokens, and is protected by checksum or MAC.
+"""The format of a stored state: it names its root and tokens, and has a checksum or MAC.
 
     fixed head (magic, version, lengths, digests) | tokens | checksum of all so far
     payload | checksum of everything before it
 
-All integers are little-endian; digests are the tier's own, keyed where it has a key, so that a
-file does not show whether it holds a prompt that somebody guesses. The checksum is XXH3 (128 bits),
-which detects damage at memory speed; with a key a MAC (HMAC-SHA256) stands in its place, which
-detects forgery too. Encrypted (AES-GCM), tokens and payload are two messages, each bound to all
-that stands before it; checksum and MAC are over the bytes as stored.
+All integers are little-endian. If the tier has a key, digests are keyed, so that a file does not
+show whether it holds a guessed prompt. The checksum is XXH3 (128 bits), which detects damage at
+memory speed; with a key a MAC (HMAC-SHA256) takes its place, which detects forgery too. Encrypted
+(AES-GCM), tokens and payload are two messages, each bound to all bytes that precede it; checksum
+and MAC cover the bytes as stored.
 
 Source: XXH3 is faster than a memcpy of the same bytes; zlib.crc32 took 14 times as long,
         HMAC-SHA256 35 times, blake2b longer still (`python -m bench states --checksums`).
@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import InvalidConfig, MissingExtra
+from tokcache.errors import InvalidConfig, MissingExtra, StateRefused
 from tokcache.state.names import (
     DIGEST_BYTES,
     TOKEN_BYTES,
-    Owner,
+    RootKey,
     child_name,
     digest,
     root_name,
     scope_name,
 )
-from tokcache.state.tiers import Address, Record, StateRefused
+from tokcache.state.tiers import Address, Record
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 MAGIC, VERSION = b"TKCSTATE", 1
 HMAC_FLAG, ENCRYPTED_FLAG = 1, 2
 MAX_TOKENS = 1 << 24  # far above any context; a header that claims more is damaged or hostile
-MAX_GCM_BYTES = (1 << 31) - 1  # what one message of the cryptography package may have
+MAX_GCM_BYTES = (1 << 31) - 1  # the limit of the cryptography package for one message
 GCM_TAG, NONCE = 16, 12
 _HEAD = struct.Struct(f"<8sHHIQQQqqd{NONCE}s{NONCE}s" + f"{DIGEST_BYTES}s" * 6)
 HEAD_BYTES = _HEAD.size
@@ -66,7 +66,7 @@ class Head:
     token_nonce: bytes
     payload_nonce: bytes
     scope: bytes
-    owner: bytes
+    root: bytes
     fingerprint: bytes
     base: bytes
     name: bytes
@@ -88,7 +88,7 @@ class Head:
             self.token_nonce,
             self.payload_nonce,
             self.scope,
-            self.owner,
+            self.root,
             self.fingerprint,
             self.base,
             self.name,
@@ -99,7 +99,8 @@ class Head:
     def read(data: bytes, n_file_bytes: int | None = None) -> Head:
         """Return the head that `data` begins with.
 
-        Errors: StateRefused where it can't be the head of a file of that size, if that is known.
+        Errors: StateRefused for other data, and, if `n_file_bytes` is given, for a head of a file
+                of another size.
         """
         if len(data) < HEAD_BYTES:
             raise StateRefused("damaged")
@@ -121,12 +122,12 @@ class Head:
 
     @property
     def checksum_bytes(self) -> int:
-        """How long the checksum or MAC is."""
+        """The length of the checksum or MAC."""
         return 32 if self.flags & HMAC_FLAG else 16
 
     @property
     def tag_bytes(self) -> int:
-        """How much longer an encrypted part is than what it holds."""
+        """The bytes that encryption adds to each of the two messages."""
         return GCM_TAG if self.flags & ENCRYPTED_FLAG else 0
 
 
@@ -143,7 +144,7 @@ def _checked_key(name: str, key: object, lengths: tuple[int, ...]) -> bytes:
 class StateCodec:
     """Writes and reads files with one tier's keys.
 
-    Errors: InvalidConfig for keys that can't be; MissingExtra where a library is not installed.
+    Errors: InvalidConfig for keys of wrong lengths; MissingExtra where a library is not installed.
     Threads: safe.
     """
 
@@ -162,14 +163,12 @@ class StateCodec:
             self.flags = 0
         self.flags |= HMAC_FLAG if hmac_key is not None else 0
         self.checksum_bytes = 32 if hmac_key is not None else 16
-        self._name_key = self._derived_name_key()
+        self._name_key = b""
+        if self._hmac_key is not None or self._aes_key is not None:
+            keys = self._hmac_key or b"", self._aes_key or b""
+            self._name_key = digest(b"tokcache.names.3", b"", *keys)
         if hmac_key is None:
-            _xxhash()  # missing, it should be missed now
-
-    def _derived_name_key(self) -> bytes:
-        if self._hmac_key is None and self._aes_key is None:
-            return b""
-        return digest(b"tokcache.names.3", b"", self._hmac_key or b"", self._aes_key or b"")
+            _xxhash()  # raises now if it is missing, not at the first write
 
     @cached_property
     def _aes(self) -> AESGCM:
@@ -182,7 +181,7 @@ class StateCodec:
         return AESGCM(self._aes_key or b"")
 
     def require_libraries(self) -> None:
-        """Import what encryption needs.
+        """Import the library for encryption, if there is a key for it.
 
         Errors: MissingExtra.
         """
@@ -192,15 +191,15 @@ class StateCodec:
     # Names
 
     def scope(self, scope: str | None) -> bytes:
-        """Return what this tier calls a scope."""
+        """Return this tier's name of a scope."""
         return scope_name(scope, self._name_key)
 
-    def owner(self, owner: Owner) -> bytes:
-        """Return what this tier calls an owner."""
-        return root_name(owner, self._name_key)
+    def root(self, root_key: RootKey) -> bytes:
+        """Return this tier's name of a root."""
+        return root_name(root_key, self._name_key)
 
     def keyed(self, name: bytes) -> bytes:
-        """Return what this tier calls a block, a point or a fingerprint."""
+        """Return this tier's name of a block, a point or a fingerprint."""
         return digest(b"tokcache.file.2", self._name_key, name)
 
     # Checksum and MAC
@@ -253,9 +252,9 @@ class StateCodec:
             created_at=time.time(),
             token_nonce=os.urandom(NONCE),
             payload_nonce=os.urandom(NONCE),
-            scope=self.scope(address.owner.scope),
-            owner=self.owner(address.owner),
-            fingerprint=self.keyed(address.owner.fingerprint),
+            scope=self.scope(address.root_key.scope),
+            root=self.root(address.root_key),
+            fingerprint=self.keyed(address.root_key.fingerprint),
             base=self.keyed(address.base),
             name=self.keyed(record.name),
             slot=self.keyed(address.slot),
@@ -272,39 +271,35 @@ class StateCodec:
     # Reading
 
     def record(self, head: Head, first: bytes, address: Address) -> Record:
-        """Verify what a file has before its payload; return what it says of that.
+        """Verify the bytes that precede a payload; return the fields stored with it.
 
         Errors: StateRefused.
         """
-        tokens = self._opened(head, first, address)
-        is_snapshot = address.owner.kind == "snapshot"
-        name = address.slot if is_snapshot else child_name(address.base, tokens)
-        if not hmac.compare_digest(self.keyed(name), head.name):
-            raise StateRefused("misfiled")
-        return Record(name, tokens, head.n_past, head.priority)
-
-    def _opened(self, head: Head, first: bytes, address: Address) -> bytes:
         if head.flags != self.flags:
             raise StateRefused("other_keys")
         end = head.head_bytes - head.checksum_bytes
         self.verify(first[end:], first[:end])
-        owner = address.owner
+        root_key = address.root_key
         expected = (
-            self.scope(owner.scope),
-            self.owner(owner),
-            self.keyed(owner.fingerprint),
+            self.scope(root_key.scope),
+            self.root(root_key),
+            self.keyed(root_key.fingerprint),
             self.keyed(address.base),
             self.keyed(address.slot),
         )
-        found = (head.scope, head.owner, head.fingerprint, head.base, head.slot)
+        found = (head.scope, head.root, head.fingerprint, head.base, head.slot)
         is_equal = hmac.compare_digest(b"".join(found), b"".join(expected))
         if not is_equal or head.position != address.position:
             raise StateRefused("misfiled")
-        tokens = self._decrypted(head.token_nonce, first[HEAD_BYTES:end], first[:HEAD_BYTES])
-        return bytes(tokens)
+        stored = first[HEAD_BYTES:end]
+        tokens = bytes(self._decrypted(head.token_nonce, stored, first[:HEAD_BYTES]))
+        name = address.slot if root_key.kind == "snapshot" else child_name(address.base, tokens)
+        if not hmac.compare_digest(self.keyed(name), head.name):
+            raise StateRefused("misfiled")
+        return Record(name, tokens, head.n_past, head.priority)
 
     def opened_payload(self, head: Head, first: bytes, stored: memoryview, checksum: bytes) -> Any:
-        """Verify a payload; return it as it was before it was stored.
+        """Verify a payload as it is stored; return it decrypted.
 
         Errors: StateRefused.
         """

@@ -1,37 +1,34 @@
-"""Notices: which troubles to log a line about: each when it begins, and when it is over.
+"""Notices: decides which troubles get a line in the log: each when it begins and when it ends.
 
-A trouble has a subject ("writes", say) and a reason. What it costs is counted state by state
-elsewhere; a line is logged only when the reason changes. No line has a scope, a token or a secret.
+A trouble has a subject ("writes", say) and a reason. Its cost is counted elsewhere, state by state;
+a line is logged only when the reason changes. No line has a scope, a token or a secret.
 """
 
 from __future__ import annotations
 
-import threading
+from tokcache.state.locked import Locked
 
-_MAX_TOLD = 1000  # models; above it, those told of long ago are told of again
+_MAX_LOGGED = 1000  # models; above it, models that were logged long ago are logged again
 
 
-class Notices:
-    """What is in trouble now, and which models were told of.
+class Notices(Locked):
+    """The present troubles, and the models that a line was logged for.
 
-    Threads: safe; a forked child has to `forget`.
+    Threads: safe; after a fork, too: the child starts without troubles and finds its own.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._troubles: dict[str, str] = {}
-        self._told: set[bytes] = set()
+    fork_rank = 3
 
-    def forget(self) -> None:
-        """Begin without troubles and with a new lock: a child finds out for itself."""
-        self._lock = threading.Lock()
-        self._troubles = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self._troubles: dict[str, str] = {}
+        self._logged: set[bytes] = set()
 
     def is_changed(self, subject: str, reason: str = "") -> bool:
         """Note the reason of a trouble, "" for none; return whether it was another one before."""
         if not reason and subject not in self._troubles:  # nearly always: no lock
             return False
-        with self._lock:
+        with self.lock:
             before = self._troubles.pop(subject, "")
             if reason:
                 self._troubles[subject] = reason
@@ -39,10 +36,15 @@ class Notices:
 
     def is_first(self, fingerprint: bytes) -> bool:
         """Return whether this is the first time for that model."""
-        with self._lock:
-            if fingerprint in self._told:
+        with self.lock:
+            if fingerprint in self._logged:
                 return False
-            if len(self._told) >= _MAX_TOLD:
-                self._told.clear()
-            self._told.add(fingerprint)
+            if len(self._logged) >= _MAX_LOGGED:
+                self._logged.clear()
+            self._logged.add(fingerprint)
             return True
+
+    def after_fork_in_child(self) -> None:
+        """Make a new lock, and start without troubles."""
+        super().after_fork_in_child()
+        self._troubles = {}

@@ -1,34 +1,51 @@
-"""The tiers below memory as one cache uses them: opened, each with its queue and its back-off."""
+"""Below: a tier below memory as one cache uses it, with its write queue and its back-off."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tokcache.errors import InvalidConfig
+from tokcache.errors import InvalidConfig, StateRefused
 from tokcache.state.tiers.backoff import Worth
 from tokcache.state.write_behind import Job, WriteBehind
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tokcache.state.index import Node
     from tokcache.state.snapshot_index import Snapshot
-    from tokcache.state.tiers import LowerTier
+    from tokcache.state.tiers import Tier
+
+_log = logging.getLogger("tokcache")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Below:
     """A tier below memory, its write queue, and its bit in `written` of a block.
 
-    `worth`: for which models it is left alone, because prefilling is faster.
+    `worth` says for which models it is not asked, because prefilling is faster.
     """
 
-    tier: LowerTier
+    tier: Tier
     writer: WriteBehind
     bit: int
     is_owned: bool
     worth: Worth = field(default_factory=Worth)
+
+    @contextlib.contextmanager
+    def counting_failures(self) -> Iterator[None]:
+        """Count a failure of the tier, of any kind, and go on after the block: it is a miss."""
+        try:
+            yield
+        except StateRefused as refusal:
+            self.tier.refuse(str(refusal))
+        except Exception:  # noqa: BLE001  (the request goes on without the tier)
+            _log.warning("the %s tier failed", self.tier.label, exc_info=True)
+            self.tier.refuse("error")
 
     def write(self, held: Node | Snapshot, job: Job) -> bool:
         """Queue the write of a payload; False, and nothing changed, if the queue is full."""
@@ -47,32 +64,29 @@ def open_tiers(disk: object, redis: object, queue_bytes: int) -> tuple[Below, ..
 
     Errors: InvalidConfig.
     """
-    opened = (each for each in (_opened_disk(disk), _opened_redis(redis)) if each)
+    opened: list[tuple[Tier, bool]] = []
+    # Each tier is imported only where it is used: its libraries are optional.
+    if disk is not None:
+        from tokcache.state.tiers.disk import DiskTier  # noqa: PLC0415
+
+        if isinstance(disk, str | os.PathLike):
+            opened.append((DiskTier(disk), True))
+        elif isinstance(disk, DiskTier):
+            opened.append((disk, False))
+        else:
+            kind = type(disk).__name__
+            raise InvalidConfig(f"disk must be a path, a DiskTier or None, not {kind}")
+    if redis is not None:
+        from tokcache.state.tiers.redis import RedisTier  # noqa: PLC0415
+
+        if isinstance(redis, str):
+            opened.append((RedisTier(redis), True))
+        elif isinstance(redis, RedisTier):
+            opened.append((redis, False))
+        else:
+            kind = type(redis).__name__
+            raise InvalidConfig(f"redis must be a URL, a RedisTier or None, not {kind}")
     return tuple(
         Below(tier, WriteBehind(tier.label, queue_bytes), 1 << n, is_owned)
         for n, (tier, is_owned) in enumerate(opened)
     )
-
-
-def _opened_disk(disk: object) -> tuple[LowerTier, bool] | None:
-    if disk is None:
-        return None
-    from tokcache.state.tiers.disk import DiskTier  # noqa: PLC0415 (only where it is used)
-
-    if isinstance(disk, DiskTier):
-        return disk, False
-    if isinstance(disk, str | os.PathLike):
-        return DiskTier(disk), True
-    raise InvalidConfig(f"disk must be a path, a DiskTier or None, not {type(disk).__name__}")
-
-
-def _opened_redis(redis: object) -> tuple[LowerTier, bool] | None:
-    if redis is None:
-        return None
-    from tokcache.state.tiers.redis import RedisTier  # noqa: PLC0415 (only where it is used)
-
-    if isinstance(redis, RedisTier):
-        return redis, False
-    if isinstance(redis, str):
-        return RedisTier(redis), True
-    raise InvalidConfig(f"redis must be a URL, a RedisTier or None, not {type(redis).__name__}")

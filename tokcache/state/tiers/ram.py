@@ -1,4 +1,4 @@
-"""Payloads in memory, in buffers that are used again.
+"""RamTier: payloads in memory, in buffers that are used again.
 
 A fresh buffer costs a page fault for every 4 KiB it is filled with, more than the copy itself.
 The buffers of evicted blocks therefore wait for the next block of their size; they count as held.
@@ -13,16 +13,10 @@ from typing import Any
 Buffer = memoryview
 
 
-def _new_buffer(n_bytes: int) -> Buffer:
-    import numpy as np  # noqa: PLC0415 (60 ms of `import tokcache`; it alone gives memory unfilled)
-
-    return np.empty(n_bytes, np.uint8).data
-
-
 class RamTier:
-    """Payloads by what they belong to, and a pool of buffers; not thread-safe, the cache locks.
+    """Payloads by block or snapshot, and a pool of buffers; not thread-safe: the store locks.
 
-    A buffer is lent while it is being filled, or while a restore still reads what was evicted.
+    A buffer is lent while it is being filled, and while a restore still reads an evicted payload.
     """
 
     def __init__(self) -> None:
@@ -37,9 +31,9 @@ class RamTier:
         return self._held.get(key)
 
     def view(self, key: Hashable) -> Buffer | None:
-        """Return the payload read-only, for as long as anybody keeps it or a part of it.
+        """Return the payload read-only; it stays valid while the view, or a part of it, is kept.
 
-        Its buffer is not used again while it is kept: others' bytes would show through.
+        Its buffer is not used again as long: the view would show another state's bytes.
         """
         payload = self._held.get(key)
         if payload is None or not payload.nbytes:
@@ -53,19 +47,19 @@ class RamTier:
         return array.data
 
     def put(self, key: Hashable, payload: Buffer) -> None:
-        """Hold a buffer that was taken here, filled meanwhile."""
+        """Hold a buffer that `take` returned and that is filled now."""
         if self._lent.pop(id(payload), None) is None:
             self._n_bytes += payload.nbytes
         self._held[key] = payload
 
     def remove(self, key: Hashable) -> None:
-        """Let the payload go into the pool."""
+        """Put the payload's buffer into the pool."""
         payload = self.lend(key)
         if payload is not None:
             self.give_back(payload)
 
     def lend(self, key: Hashable) -> Buffer | None:
-        """Take a payload out of the store while somebody reads it; it still counts."""
+        """Take a payload out while a reader has it; its bytes still count."""
         payload = self._held.pop(key, None)
         if payload is not None:
             self._lent[id(payload)] = payload
@@ -74,16 +68,21 @@ class RamTier:
     def take(self, n_bytes: int) -> Buffer:
         """Return a buffer to fill, from the pool if one has this size."""
         pooled = self._pool.get(n_bytes)
-        buffer = pooled.pop() if pooled else _new_buffer(n_bytes)
-        if pooled is None:
+        if pooled:
+            buffer = pooled.pop()
+            if not pooled:
+                del self._pool[n_bytes]
+        else:
+            # It takes 60 ms of `import tokcache`; only NumPy gives memory that is not filled.
+            import numpy as np  # noqa: PLC0415
+
+            buffer = np.empty(n_bytes, np.uint8).data
             self._n_bytes += n_bytes
-        elif not pooled:
-            del self._pool[n_bytes]
         self._lent[id(buffer)] = buffer
         return buffer
 
     def give_back(self, buffer: Buffer) -> None:
-        """Put a lent buffer into the pool, or leave it to those who keep a view of it."""
+        """Put a lent buffer into the pool, or leave it to the views that are still kept."""
         views = self._views.pop(id(buffer), ())
         if self._lent.pop(id(buffer), None) is None:
             return
@@ -107,8 +106,8 @@ class RamTier:
             del self._pool[n_bytes]
         return True
 
-    def forget_lent(self) -> None:
-        """Forget buffers whose users are gone: after a fork, the other threads."""
+    def drop_lent(self) -> None:
+        """Drop buffers whose users do not exist any more: after a fork, the other threads."""
         self._n_bytes -= sum(buffer.nbytes for buffer in self._lent.values())
         for lent in self._lent:
             self._views.pop(lent, None)
@@ -119,7 +118,7 @@ class RamTier:
         return self._n_bytes
 
     def names(self) -> set[Hashable]:
-        """Return what payloads are held for."""
+        """Return the blocks and snapshots whose payloads are held."""
         return set(self._held)
 
     def _check(self) -> None:

@@ -1,7 +1,7 @@
 """The reference implementation of the native L0Cache, on cachetools.
 
-Two maps, split on `add_special_tokens`; both budgets hold over the two together; the victim is
-the least recently used of `sample_size` random entries of the larger map.
+There are two maps, split on `add_special_tokens`, and each budget is for both together. The least
+recently used of `sample_size` random entries of the larger map is evicted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Row = tuple[str, bool, TokenIds, str | None]
 
 # A dict slot and a list slot each for _Map and its base, the key tuple, the entry object.
 _ENTRY_BYTES = 560
-_MAX_CLEARED = 1024  # scopes whose last clear is remembered one by one
+_MAX_CLEARED = 1024  # scopes whose last clear is remembered individually
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class _Entry:
 
 
 class _Map(cachetools.Cache[_Key, "_Entry"]):
-    """A cachetools cache whose keys also lie dense in a list: a random draw is one index."""
+    """A cachetools cache whose keys are also dense in a list: a random draw is one index."""
 
     def __init__(self) -> None:
         super().__init__(maxsize=sys.maxsize, getsizeof=lambda entry: entry.n_bytes)
@@ -75,19 +75,19 @@ def _n_bytes(key: _Key, ids: TokenIds) -> int:
 def _exact_str(text: object) -> str:
     if not isinstance(text, str):
         raise InvalidText(f"text must be a str, not {type(text).__name__}; decode bytes first")
-    return str.__str__(text)  # a subclass is kept by its content alone
+    return str.__str__(text)  # a subclass of str becomes a plain str
 
 
 class L0Cache:
-    """The token ids of whole strings seen before.
+    """The token ids of whole strings.
 
-    Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps.
-    `max_bytes` may be a str such as "64M".
+    Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps;
+             `max_bytes` may be a str such as "64M".
 
     Errors:  InvalidConfig for a budget below 1 or a flag that is not a bool; InvalidText if the
              text is not a str; InvalidScope.
     Cost:    a look-up is one hash and one compare.
-    Threads: safe; the lock is made anew in a forked child.
+    Threads: safe, and after fork.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class L0Cache:
         self.clear()
 
     def clear(self, *, scope: str | None = None) -> None:
-        """Drop every entry and set the counters to zero, or drop the entries of `scope` alone.
+        """Remove all entries and set the counters to zero, or remove those of `scope` only.
 
         Errors: InvalidScope.
         Cost:   a pass over all entries.
@@ -111,28 +111,20 @@ class L0Cache:
         scope = require_scope(scope)
         with self._lock:
             self._n_clears += 1
+            if scope is not None and len(self._cleared) < _MAX_CLEARED:
+                self._cleared[hash(scope)] = self._n_clears
+            else:
+                self._cleared_all = self._n_clears
+                self._cleared: dict[int, int] = {}  # hash of a scope -> _n_clears at its last clear
             if scope is not None:
-                self._clear_scope(scope)
+                for one in self._maps:
+                    for key in [key for key in one.keys_dense if key[1] == scope]:
+                        del one[key]
                 return
-            self._cleared_all = self._n_clears
-            self._cleared: dict[int, int] = {}  # hash of a scope -> _n_clears at its last clear
             self._maps = (_Map(), _Map())
             self._clock = self._hits = self._misses = self._hit_tokens = 0
             self._insertions = self._evictions = 0
             self._refusals: Counter[str] = Counter()
-
-    def _clear_scope(self, scope: str) -> None:
-        if len(self._cleared) < _MAX_CLEARED:
-            self._cleared[hash(scope)] = self._n_clears
-        else:
-            self._cleared_all, self._cleared = self._n_clears, {}
-        for one in self._maps:
-            for key in [key for key in one.keys_dense if key[1] == scope]:
-                del one[key]
-
-    def _was_cleared(self, scope: str | None, since: int) -> bool:
-        last = 0 if scope is None else self._cleared.get(hash(scope), 0)
-        return max(last, self._cleared_all) > since
 
     def get(
         self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
@@ -141,7 +133,7 @@ class L0Cache:
         return self._get(text, add_special_tokens, scope)
 
     def _get(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds | None:
-        """Return what `get` does; for callers whose every hit would pay for keywords."""
+        """Look up as `get` does, without the cost of keyword arguments."""
         which = require_bool("add_special_tokens", add_special_tokens)
         key = (_exact_str(text), require_scope(scope))
         with self._lock:
@@ -174,13 +166,14 @@ class L0Cache:
         scope: str | None,
         since: int,
     ) -> bool:
-        """Do what `put` does, unless the scope was cleared since `_n_clears` was `since`."""
+        """Store as `put` does, unless the scope was cleared since `_n_clears` was `since`."""
         which = require_bool("add_special_tokens", add_special_tokens)
         key = (_exact_str(text), require_scope(scope))
-        own = TokenIds(memoryview(TokenIds(ids)))  # a slice would keep all it was cut from
+        own = TokenIds(memoryview(TokenIds(ids)))  # a slice would keep the whole array alive
         n_bytes = _n_bytes(key, own)
         with self._lock:
-            if self._was_cleared(key[1], since):
+            last = 0 if scope is None else self._cleared.get(hash(key[1]), 0)
+            if max(last, self._cleared_all) > since:
                 self._refusals["cleared"] += 1
                 return False
             target = self._maps[which]
@@ -189,24 +182,19 @@ class L0Cache:
             if n_bytes > self.max_bytes:
                 self._refusals["oversize"] += 1
                 return False
-            self._make_room(n_bytes)
+            while len(self) >= self.max_entries:
+                max(self._maps, key=len).evict(self._rng, self.sample_size)
+                self._evictions += 1
+            while self.memory_usage() + n_bytes > self.max_bytes:
+                max(self._maps, key=lambda m: m.currsize).evict(self._rng, self.sample_size)
+                self._evictions += 1
             self._clock += 1
             target[key] = _Entry(own, self._clock, 0, n_bytes)
             self._insertions += 1
             return True
 
-    def _make_room(self, n_bytes: int) -> None:
-        while len(self) >= self.max_entries:
-            self._evict_from(max(self._maps, key=len))
-        while self.memory_usage() + n_bytes > self.max_bytes:
-            self._evict_from(max(self._maps, key=lambda m: m.currsize))
-
-    def _evict_from(self, larger: _Map) -> None:
-        larger.evict(self._rng, self.sample_size)
-        self._evictions += 1
-
     def held(self) -> list[_Row]:
-        """Return (text, add_special_tokens, ids, scope) of every entry, the last used first."""
+        """Return (text, add_special_tokens, ids, scope) of every entry, last used first."""
         with self._lock:
             found = [
                 (entry.tick, (text, bool(which), entry.ids, scope))
@@ -216,12 +204,12 @@ class L0Cache:
         return [row for _, row in sorted(found, key=lambda pair: -pair[0])]
 
     def fill(self, rows: Iterable[_Row]) -> tuple[int, int]:
-        """Store entries as `held` returns them, as far as nothing must go for them.
+        """Store entries in the form that `held` returns, without evicting any.
 
-        They count as older than all that is held. Return how many were stored, and how many were
-        there.
+        They count as older than all present entries. Return the number stored, and the number that
+        were already present.
         """
-        n_stored = n_there = 0
+        n_stored = n_present = 0
         with self._lock:
             tick = min((entry.tick for one in self._maps for entry in one.values()), default=1)
             for text, add_special_tokens, ids, scope in rows:
@@ -230,21 +218,21 @@ class L0Cache:
                 own = TokenIds(memoryview(TokenIds(ids)))
                 n_bytes = _n_bytes(key, own)
                 target = self._maps[bool(add_special_tokens)]
-                n_there += key in target
-                if key not in target and self._has_room(n_bytes):
+                n_present += key in target
+                has_room = (
+                    len(self) < self.max_entries and self.memory_usage() + n_bytes <= self.max_bytes
+                )
+                if key not in target and has_room:
                     target[key] = _Entry(own, tick, 0, n_bytes)
                     n_stored += 1
             self._insertions += n_stored
-        return n_stored, n_there
-
-    def _has_room(self, n_bytes: int) -> bool:
-        return len(self) < self.max_entries and self.memory_usage() + n_bytes <= self.max_bytes
+        return n_stored, n_present
 
     def __len__(self) -> int:
         return len(self._maps[0]) + len(self._maps[1])
 
     def __bool__(self) -> bool:
-        return True  # an empty cache is a cache
+        return True  # `if cache` asks whether there is a cache, not whether it has entries
 
     def __repr__(self) -> str:
         return (

@@ -1,7 +1,7 @@
 """The reference implementation of the native TokenIds, on a numpy array.
 
-An ndarray subclass is the one plain-Python way to a read-only buffer of format "i" on
-Python 3.11 (`__buffer__` came with 3.12); arithmetic is switched off, so that it stays a sequence.
+On Python 3.11 a subclass of ndarray is the only way in plain Python to a read-only buffer of format
+"i" (`__buffer__` came with 3.12). Arithmetic is switched off, so that it is a sequence only.
 """
 
 from __future__ import annotations
@@ -19,15 +19,7 @@ from tokcache.text._pickling import unpickle
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_Array: Any = np.ndarray  # untyped: a sequence's methods don't return what an array's do
-
-
-def _int32_view(ids: object) -> memoryview | None:
-    try:
-        view = memoryview(ids)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-    return view if view.format == "i" and view.ndim == 1 and view.c_contiguous else None
+_Array: Any = np.ndarray  # untyped: a sequence's methods return other types than an array's
 
 
 def _index(value: object) -> int:
@@ -38,9 +30,13 @@ def _index(value: object) -> int:
 
 
 def _int32_bytes(ids: object) -> bytes:
-    view = _int32_view(ids)
-    if view is not None:
-        return view.tobytes()
+    try:
+        view = memoryview(ids)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    else:
+        if view.format == "i" and view.ndim == 1 and view.c_contiguous:
+            return view.tobytes()
     if isinstance(ids, str | bytes | bytearray):
         raise InvalidTokens(f"token ids must be integers, not {type(ids).__name__}")
     try:
@@ -55,8 +51,8 @@ class TokenIds(_Array):  # type: ignore[misc]
     """An immutable sequence of int32 token ids.
 
     Shapes: int32[n_tokens]; slices share the memory, a slice with a step is a copy.
-    Errors: InvalidTokens for what is no int32.
-    Threads: safe, nothing ever changes.
+    Errors: InvalidTokens for a value that is not an int32.
+    Threads: safe: it never changes.
     """
 
     __array_ufunc__ = None

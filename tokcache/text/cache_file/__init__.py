@@ -1,11 +1,14 @@
-"""Warm start: what the cache of a tokenizer holds, dumped to a file and loaded by another process.
+"""Warm start: the entries of a tokenizer's cache, dumped to a file and loaded by another process.
 
-A file is of one tokenizer: `fingerprint` is over all that decides ids. It is loaded in three
-steps, and only the last one changes anything: it is read to its end and its checksum compared; a
-random sample of its entries is encoded anew; then the entries are put behind what the cache holds.
+A file belongs to one tokenizer: `fingerprint` covers everything that decides ids. Loading has three
+steps, and only the last one changes the cache:
 
-Ids are believed as far as the checksum and the sample show. Who can write the file can write a
-checksum, too: where that may be others, dump and load with a `key`.
+1. The file is read to its end, and its checksum or MAC is compared.
+2. A random sample of its entries is encoded again, and the ids are compared.
+3. The entries are put into the cache, as if they had been used before all that it holds.
+
+A checksum and a sample detect damage, not forgery: whoever can write the file can also write a
+checksum. Where others can write it, dump and load with a `key`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +27,7 @@ import tokenizers
 
 from tokcache._validate import require_scope
 from tokcache.errors import (
+    Damaged,
     InvalidCacheFile,
     InvalidConfig,
     InvalidScope,
@@ -33,7 +38,6 @@ from tokcache.text import _implementation as implementation
 from tokcache.text.cache_file.format import (
     MAX_SCOPE_BYTES,
     MAX_SCOPES,
-    Damaged,
     Entry,
     Header,
     Kind,
@@ -44,45 +48,45 @@ from tokcache.text.cache_file.format import (
     read,
     write,
 )
+from tokcache.text.cuts.char_classes import BMP_CLASSES, N_CLASSES
 from tokcache.text.engines.copying import (
     ENCODING_PARTS,
     HuggingFaceEngine,
     component_state,
-    is_of_library,
+    result_or_error,
     signature,
 )
-from tokcache.text.segments.char_classes import BMP_CLASSES, N_CLASSES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokcache.config import CacheConfig
     from tokcache.text._implementation import TokenIds
+    from tokcache.text.cuts.plan import CutPlan
     from tokcache.text.engines.copying import Engine
     from tokcache.text.segments.cache import L1
-    from tokcache.text.segments.cuts.plan import CutPlan
 
 MIN_KEY_BYTES = 16
-_N_VERIFIED = 16  # entries of each kind that are encoded anew
-_HELD_BYTES = 200  # of an entry read, beside its text and ids, until it is in the cache
-_SHORT_SHARE = 4  # of L1's budget, one part in so many is for short segments
-_SHORT_TABLE_BYTES = 64  # of a short segment in its table
+_N_VERIFIED = 16  # entries of each kind that are encoded again
+_HELD_BYTES = 200  # memory of an entry besides its text and ids, until it is in the cache
+_SHORT_SHARE = 4  # short segments get a quarter of L1's budget
+_SHORT_TABLE_BYTES = 64  # memory of a short segment in its table
 _MAX_ID = 1 << 24
-_IDS_AT_ONCE = 1 << 18  # ids that are looked at together
+_IDS_AT_ONCE = 1 << 18  # ids that are checked together
 
 Scopes = Collection[str | None]
 _Row = tuple[Any, ...]
 
 
 class Core(Protocol):
-    """The core of a tokenizer, as far as a file is written from it and loaded into it."""
+    """The parts of CachedTokenizer that `dump` and `load` use."""
 
     @property
     def config(self) -> CacheConfig:
         """The settings of the cache."""
 
     def fresh(self) -> Any:
-        """Return the generation of caches that holds now."""
+        """Return the current generation of caches."""
 
     def engine(self, generation: Any) -> Engine:
         """Return the engine of a generation."""
@@ -90,14 +94,15 @@ class Core(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CacheFileReport:
-    """What a cache file got or gave.
+    """The entries that were written to a cache file or loaded from it.
 
-    Units: `n_texts` whole texts, `n_chunks` and `n_shorts` parts of texts, `n_bytes` the size of
-    the file; `left_out` entries that were not written or not loaded, by reason: "scope" (not
-    asked for), "held" (the cache has them), "no_room" (in the budget, or in a short segment's
-    part of its table; what was used last goes in first), "cuts" (texts are cut otherwise here),
-    "l1_off" (no such parts are kept here), "no_name" (of a scope that was not asked for lately,
-    so that its name is not known), "scopes" (of more scopes than a file takes).
+    Units: `n_texts` counts whole texts, `n_chunks` and `n_shorts` chunks and short segments;
+           `n_bytes` is the size of the file. `left_out` counts the entries that were not written
+           or not loaded, by reason. "scope": not asked for. "held": the cache has them already.
+           "no_room": over the budget, or no place in the table of short segments; the entries used
+           last go in first. "cuts": texts are cut differently here. "l1_off": chunks and segments
+           are not cached here. "no_name": the name of their scope is not known, because nobody
+           has used the scope lately. "scopes": over the number of scopes that a file can hold.
     """
 
     n_texts: int
@@ -110,11 +115,12 @@ class CacheFileReport:
 def dump(
     core: Core, path: str | os.PathLike[str], scopes: Scopes | None, key: bytes | None
 ) -> CacheFileReport:
-    """Write what the cache holds, of all scopes or some, to a file.
+    """Write the cached entries, of all scopes or some, to a file.
 
-    Errors:  NothingCached; MissingFile; OSError. Then what was at `path` before still is.
-    Cost:    fingerprint and file; memory for a copy of all parts and of texts that are not ASCII.
-    Threads: safe; what others add meanwhile may or may not be in it.
+    Errors:  NothingCached; MissingFile; OSError. A file at `path` is then unchanged.
+    Cost:    the fingerprint and the file; memory for a copy of all segments and of all texts that
+             are not ASCII.
+    Threads: safe; entries that other threads add meanwhile may be missing from the file.
     """
     wanted, key = _checked_scopes(scopes), _checked_key(key)
     tokenizer, generation = _current(core)
@@ -122,10 +128,23 @@ def dump(
     rows = _Rows()
     rows.texts = generation.l0.held()
     if l1 is not None and l1.off is None:
-        rows.seed = l1.parts.cut_seed
-        rows.chunks, rows.shorts = l1.parts.held_chunks(), l1.parts.held_shorts()
+        rows.seed = l1.cache.cut_seed
+        rows.chunks, rows.shorts = l1.cache.held_chunks(), l1.cache.held_segments()
     entries = list(_named_entries(rows, l1, wanted))
-    names = _numbered(entries, rows.left_out)
+
+    # The place of each scope in the file's list; the scopes over its limits are left out.
+    names: dict[str, int] = {}
+    n_left = MAX_SCOPE_BYTES
+    for _, scope, *_ in entries:
+        if scope is None or scope in names:
+            continue
+        n_bytes = len(scope.encode("utf-8", "surrogatepass"))
+        if len(names) == MAX_SCOPES or n_bytes > n_left:
+            rows.left_out["scopes"] += 1
+            continue
+        n_left -= n_bytes
+        names[scope] = len(names) + 1
+
     kept = [one for one in entries if one[1] is None or one[1] in names]
     header = Header(fingerprint(tokenizer), _plan_digest(l1), rows.seed, len(kept))
     n_bytes = write(Path(path), header, names, _encoded(kept, names), key)
@@ -135,13 +154,13 @@ def dump(
 def load(
     core: Core, path: str | os.PathLike[str], scopes: Scopes | None, key: bytes | None
 ) -> CacheFileReport:
-    """Put what a file holds, of all scopes or some, behind what the cache holds.
+    """Put the entries of a file, of all scopes or some, into the cache, as its oldest entries.
 
-    Errors:  InvalidCacheFile for one that is damaged, of another tokenizer or not written with
-             `key`, or of which an entry is wrong; MissingFile; NothingCached; TokenizerChanged;
-             OSError. Then nothing has changed.
-    Cost:    fingerprint, one pass over the file, and the encoding of a few entries; memory for
-             what fits into the budget.
+    Errors:  InvalidCacheFile for a file that is damaged, of another tokenizer or not written with
+             `key`, or that has a wrong entry; MissingFile; NothingCached; TokenizerChanged;
+             OSError. In each case the cache is unchanged.
+    Cost:    the fingerprint, one pass over the file, and the encoding of a few entries; memory for
+             the entries that fit into the budget.
     Threads: safe.
     """
     wanted, key, file = _checked_scopes(scopes), _checked_key(key), Path(path)
@@ -152,12 +171,26 @@ def load(
     _verify(file, tokenizer, l1, rows)
     if core.fresh() is not generation:
         raise TokenizerChanged(
-            f"the tokenizer was changed while {file} was loaded; nothing of it is used, load a "
-            "file of the tokenizer as it is now"
+            f"the tokenizer was changed while {file} was loaded; nothing was loaded: load a file "
+            "that was dumped from the tokenizer as it is now"
         )
     filled = {Kind.TEXT: generation.l0.fill(rows.texts)}
     if l1 is not None:
-        filled |= _fill_parts(l1, rows)
+        if not l1.cache.cuts_fine:
+            rows.left_out["l1_off"] += len(rows.shorts)
+            rows.shorts = []
+        # The cut seed decides where chunks begin, so chunks are useful only under their own seed.
+        # A cache that holds fewer chunks than the file takes over the file's seed.
+        own, n_chunks = l1.cache.cut_seed, l1.cache.stats().n_chunks
+        if own != rows.seed:
+            if len(own) != len(rows.seed) or n_chunks >= len(rows.chunks):
+                rows.left_out["cuts"] += len(rows.chunks)
+                rows.chunks = []
+            else:
+                l1.cache.cut_seed = rows.seed
+        # First short segments: their table may double, and chunks get the rest.
+        filled[Kind.SHORT] = l1.cache.fill_segments(rows.shorts)
+        filled[Kind.CHUNK] = l1.cache.fill_chunks(rows.chunks)
     n_there = sum(there for _, there in filled.values())
     counts = Counter({kind: n for kind, (n, _) in filled.items()})
     rows.left_out["held"] += n_there
@@ -166,9 +199,9 @@ def load(
 
 
 def fingerprint(tokenizer: Tokenizer) -> bytes:
-    """Return a digest of all that decides the ids of a text, truncation and padding apart.
+    """Return a digest of everything that decides the ids of a text, except truncation and padding.
 
-    Cost: the serialisation of the model; for a vocabulary of 150,000 a fifth of a second.
+    Cost: the serialisation of the model; a fifth of a second for a vocabulary of 150,000.
     """
     added = tokenizer.get_added_tokens_decoder()
     pieces = [
@@ -182,12 +215,12 @@ def fingerprint(tokenizer: Tokenizer) -> bytes:
     return _digest(pieces)
 
 
-# ---- both ways
+# ---- dump and load
 
 
 @dataclass(slots=True)
 class _Rows:
-    """Entries as the caches hold them, and how many were left out on the way, by reason."""
+    """Entries in the form of the caches, and the number of those left out, by reason."""
 
     texts: list[_Row] = field(default_factory=list)
     chunks: list[_Row] = field(default_factory=list)
@@ -206,8 +239,8 @@ def _current(core: Core) -> tuple[Tokenizer, Any]:
     engine = core.engine(generation)
     if not isinstance(engine, HuggingFaceEngine):
         raise NothingCached(
-            f"answers of this tokenizer are not kept ({engine.reason}), there are none to dump "
-            "or load"
+            f"this tokenizer's answers are never cached ({engine.reason}), so there are none to "
+            "dump or load"
         )
     return engine.tokenizer, generation
 
@@ -216,14 +249,14 @@ def _checked_scopes(scopes: Scopes | None) -> Scopes | None:
     if scopes is None:
         return None
     if isinstance(scopes, str | bytes) or not isinstance(scopes, Collection):
-        raise InvalidScope(f"scopes must be a list of scopes or None, not {scopes!r}")
+        raise InvalidScope(f"scopes must be a list of str and None, or None, not {scopes!r}")
     return frozenset(require_scope(one) for one in scopes)
 
 
 def _checked_key(key: bytes | None) -> bytes | None:
     if key is not None and (not isinstance(key, bytes) or len(key) < MIN_KEY_BYTES):
         raise InvalidConfig(
-            f"key must be None or at least {MIN_KEY_BYTES} bytes, e.g. of secrets.token_bytes"
+            f"key must be None or at least {MIN_KEY_BYTES} bytes; secrets.token_bytes(32) makes one"
         )
     return key
 
@@ -237,7 +270,7 @@ def _digest(pieces: Iterable[bytes]) -> bytes:
 
 
 def _plan_digest(l1: L1 | None) -> bytes:
-    """Return a digest of where and how texts are cut, which another tokcache may do otherwise."""
+    """Return a digest of the cut plan, because another version of tokcache may cut differently."""
     if l1 is None:
         return bytes(32)
     plan: CutPlan = l1.plan
@@ -264,39 +297,25 @@ _Named = tuple[Kind, str | None, str, Any, bool, int, int]
 def _named_entries(rows: _Rows, l1: L1 | None, wanted: Scopes | None) -> Iterator[_Named]:
     """Yield the entries of wanted scopes, in the order of the file."""
     in_l0 = {scope for *_, scope in rows.texts if scope is not None}
-    names = {} if l1 is None else l1.scopes(in_l0)
-    for one in _all_entries(rows, names):
+    names: Mapping[int, Any] = {} if l1 is None else l1.scopes(in_l0)
+    found: Iterable[Any] = chain(
+        ((Kind.TEXT, scope, text, ids, special, 0, 0) for text, special, ids, scope in rows.texts),
+        (
+            (Kind.CHUNK, names.get(tag, ...), text, ids, is_tail, variant, end_class)
+            for text, ids, tag, variant, end_class, is_tail in rows.chunks
+        ),
+        (
+            (Kind.SHORT, names.get(tag, ...), text, ids, False, variant, 0)
+            for text, ids, tag, variant in rows.shorts
+        ),
+    )
+    for one in found:
         if one[1] is ...:
             rows.left_out["no_name"] += 1
         elif wanted is not None and one[1] not in wanted:
             rows.left_out["scope"] += 1
         else:
             yield one
-
-
-def _all_entries(rows: _Rows, names: Mapping[int, str | None]) -> Iterator[Any]:
-    for text, special, ids, scope in rows.texts:
-        yield Kind.TEXT, scope, text, ids, special, 0, 0
-    for text, ids, tag, variant, end_class, is_tail in rows.chunks:
-        yield Kind.CHUNK, names.get(tag, ...), text, ids, is_tail, variant, end_class
-    for text, ids, tag, variant in rows.shorts:
-        yield Kind.SHORT, names.get(tag, ...), text, ids, False, variant, 0
-
-
-def _numbered(entries: list[_Named], left_out: Counter[str]) -> dict[str, int]:
-    """Return the place of each scope in the file; what is beyond its limits is left out."""
-    names: dict[str, int] = {}
-    n_left = MAX_SCOPE_BYTES
-    for _, scope, *_ in entries:
-        if scope is None or scope in names:
-            continue
-        n_bytes = len(scope.encode("utf-8", "surrogatepass"))
-        if len(names) == MAX_SCOPES or n_bytes > n_left:
-            left_out["scopes"] += 1
-            continue
-        n_left -= n_bytes
-        names[scope] = len(names) + 1
-    return names
 
 
 def _encoded(
@@ -313,7 +332,7 @@ def _encoded(
 
 
 class _Loading:
-    """Reads a file and keeps of it what is wanted, valid and not beyond the budget."""
+    """Reads a file and keeps the entries that are wanted, valid and within the budget."""
 
     def __init__(
         self, tokenizer: Tokenizer, l1: L1 | None, config: CacheConfig, wanted: Scopes | None
@@ -331,7 +350,10 @@ class _Loading:
         self._n_texts_left = config.l0_max_entries
 
     def read(self, reader: Reader) -> _Rows:
-        """Return the rows of a file, of which every byte was looked at."""
+        """Return the rows of a file, after every byte of it was checked.
+
+        Errors: Damaged.
+        """
         rows, header = self._rows, reader.header()
         if header.fingerprint != fingerprint(self._tokenizer):
             raise Damaged(
@@ -339,7 +361,11 @@ class _Loading:
                 "version of tokenizers"
             )
         rows.n_bytes, rows.seed = reader.n_bytes, header.cut_seed
-        why_no_parts = self._why_no_parts(header)
+        why_no_parts = None  # why neither chunks nor short segments can be loaded
+        if self._l1 is None:
+            why_no_parts = "l1_off"
+        elif header.plan != _plan_digest(self._l1):
+            why_no_parts = "cuts"
         scopes: list[str | None] = [None, *reader.scopes()]
         for one in reader.entries():
             scope = scopes[one.scope]
@@ -352,12 +378,8 @@ class _Loading:
         reader.finish()
         return rows
 
-    def _why_no_parts(self, header: Header) -> str | None:
-        if self._l1 is None:
-            return "l1_off"
-        return None if header.plan == _plan_digest(self._l1) else "cuts"
-
     def _why_not(self, one: Entry, scope: str | None) -> str | None:
+        """Return why an entry is left out; None if it is kept, and its room is then taken."""
         if self._wanted is not None and scope not in self._wanted:
             return "scope"
         is_text, n_bytes = one.kind is Kind.TEXT, one.n_content + _HELD_BYTES
@@ -376,10 +398,10 @@ class _Loading:
         if one.kind is Kind.TEXT:
             self._rows.texts.append((decoded(raw), one.flag, ids, scope))
             return
-        assert self._l1 is not None  # noqa: S101 (else no part is kept)
-        text = decoded(raw, "strict")  # a part has no half of a surrogate pair
+        assert self._l1 is not None  # noqa: S101 (else only whole texts are kept)
+        text = decoded(raw, "strict")  # no segment has a lone surrogate
         if one.variant >= len(self._l1.plan.variants) or one.end_class >= N_CLASSES or not text:
-            raise Damaged("has a part that no text is cut into")
+            raise Damaged("has a segment into which no text is cut")
         row = (text, ids, self._l1.tag(scope), one.variant)
         if one.kind is Kind.CHUNK:
             self._rows.chunks.append((*row, one.end_class, one.flag))
@@ -388,7 +410,7 @@ class _Loading:
 
 
 class _Ids:
-    """Sees to it that every id is one of the tokenizer's."""
+    """Collects the ids of a file and checks that each of them is one of the tokenizer's."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         import numpy as np  # noqa: PLC0415 (half of the time that importing tokcache takes)
@@ -400,7 +422,7 @@ class _Ids:
         self._n_pending = 0
 
     def see(self, raw: bytes) -> None:
-        """Take note of the ids of one entry, as a file has them."""
+        """Note the ids of one entry, in the form of the file."""
         self._pending.append(raw)
         self._n_pending += len(raw) // 4
         if self._n_pending >= _IDS_AT_ONCE:
@@ -410,67 +432,48 @@ class _Ids:
         ids = self._np.frombuffer(b"".join(self._pending), "<u4")
         self._pending, self._n_pending = [], 0
         if len(ids) and int(ids.max()) >= _MAX_ID:
-            raise Damaged(f"has the token id {int(ids.max()):,}, which the tokenizer has not")
+            raise Damaged(f"has the token id {int(ids.max()):,}, which the tokenizer doesn't have")
         self._seen[ids] = True
 
     def check(self) -> None:
-        """Look up every id that was seen; Damaged if the tokenizer has it not."""
+        """Look up every id that was seen.
+
+        Errors: Damaged if the tokenizer doesn't have one of them.
+        """
         self._look()
         around = self._tokenizer.encode("", add_special_tokens=True).ids
         for index in self._np.flatnonzero(self._seen).tolist():
             if self._tokenizer.id_to_token(index) is None and index not in around:
-                raise Damaged(f"has the token id {index:,}, which the tokenizer has not")
-
-
-def _fill_parts(l1: L1, rows: _Rows) -> dict[Kind, tuple[int, int]]:
-    """Put parts into L1; chunks are of use only where texts are cut with the same secret."""
-    parts = l1.parts
-    if not parts.cuts_fine:
-        rows.left_out["l1_off"] += len(rows.shorts)
-        rows.shorts = []
-    is_same = parts.cut_seed == rows.seed
-    if not is_same and (
-        len(parts.cut_seed) != len(rows.seed) or parts.stats().n_chunks >= len(rows.chunks)
-    ):
-        rows.left_out["cuts"] += len(rows.chunks)
-        rows.chunks = []
-    elif not is_same:
-        parts.cut_seed = rows.seed
-    shorts = parts.fill_shorts(rows.shorts)  # first: their table doubles, chunks take the rest
-    return {Kind.CHUNK: parts.fill_chunks(rows.chunks), Kind.SHORT: shorts}
+                raise Damaged(f"has the token id {index:,}, which the tokenizer doesn't have")
 
 
 def _verify(file: Path, tokenizer: Tokenizer, l1: L1 | None, rows: _Rows) -> None:
-    """Encode a random sample of all kinds anew; InvalidCacheFile if one has other ids."""
-    for text, special, ids, _ in _sample(rows.texts):
-        _compare(file, "text", ids, _made_anew(_encode, tokenizer, text, special))
+    """Encode a random sample of each kind of entry again.
+
+    Errors: InvalidCacheFile if an entry has other ids.
+    """
+
+    def encode_text(text: str, special: bool) -> list[int]:
+        # A batch would start threads, after which the children of a fork encode without threads.
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+    samples: list[tuple[str, TokenIds, Callable[..., list[int] | None], Any]] = [
+        ("text", ids, encode_text, (text, special)) for text, special, ids, _ in _sample(rows.texts)
+    ]
     if l1 is not None:
-        for text, ids, _, variant, *_ in [*_sample(rows.chunks), *_sample(rows.shorts)]:
-            _compare(file, "part of texts", ids, _made_anew(l1.encode_part, text, variant))
+        samples += [
+            ("segment", ids, l1.encode_chunk, (text, variant))
+            for text, ids, _, variant, *_ in [*_sample(rows.chunks), *_sample(rows.shorts)]
+        ]
+    for kind, ids, encode, args in samples:
+        right = result_or_error(encode, *args)
+        if right is not None and right != ids.tolist():  # None: it can't be encoded by itself
+            raise InvalidCacheFile(
+                f"{file} has other ids for a {kind} than the tokenizer gives; nothing was loaded: "
+                "dump a new file with cache_dump"
+            )
 
 
 def _sample(rows: list[_Row]) -> list[_Row]:
     return random.SystemRandom().sample(rows, min(_N_VERIFIED, len(rows)))
-
-
-def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    # `encode`, not a batch: after a batch, forked children stay serial.
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-    return ids
-
-
-def _made_anew(encode: Callable[..., list[int] | None], *args: Any) -> list[int] | str | None:
-    try:
-        return encode(*args)
-    except BaseException as error:  # a tokenizer without unk raises bare Exception
-        if not is_of_library(error):
-            raise
-        return f"an error: {error}"
-
-
-def _compare(file: Path, what: str, ids: TokenIds, right: list[int] | str | None) -> None:
-    if right is not None and right != ids.tolist():  # None: it can't be judged by itself
-        raise InvalidCacheFile(
-            f"{file} has other ids for a {what} than the tokenizer gives; nothing of it was "
-            "loaded, cache_dump writes a new one"
-        )

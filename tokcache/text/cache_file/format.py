@@ -1,12 +1,12 @@
-"""The file of a cache that was dumped: a header, scopes, entries, and a checksum over it all.
+"""The format of a cache file: a header, scopes, entries, and a checksum or MAC over all of it.
 
-All numbers are little-endian and unsigned. The header is `_HEADER` and the cut seed; a scope is
-its length and its name in UTF-8; an entry is `_ENTRY`, its text in UTF-8 and its token ids. The
-last 32 bytes are SHA-256 of all before, or HMAC-SHA-256 where a key was given. Entries come in
-the order of their kinds, in each the last used first.
+All numbers are little-endian and unsigned. The header is `_HEADER` and the cut seed. A scope is the
+length of its name and the name in UTF-8. An entry is `_ENTRY`, its text in UTF-8 and its token ids.
+The last 32 bytes are the SHA-256 of all bytes before them, or the HMAC-SHA-256 if a key was given.
+Entries are in the order of their kinds, and within a kind the one used last comes first.
 
-A file may come from anywhere: a length is believed only as far as the file has so many bytes, and
-what a caller does not want is read past, not held.
+A file may come from anywhere. So the reader never allocates more bytes than the file has, and it
+skips the entries that its caller does not take.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 from pathlib import Path
 from struct import Struct
 from typing import IO, Any, TypeVar
 
-from tokcache.errors import InvalidCacheFile, MissingFile
+from tokcache.errors import Damaged, InvalidCacheFile, MissingFile
 
-MAX_SCOPES = 1 << 20  # of one file
-MAX_SCOPE_BYTES = 64 << 20  # of all their names
+MAX_SCOPES = 1 << 20  # in one file
+MAX_SCOPE_BYTES = 64 << 20  # of the names of all scopes together
 DIGEST_BYTES = 32
 
 _MAGIC = b"tokcache"
@@ -38,15 +39,15 @@ _HEADER = Struct("<8sHBBI32s32sQ")
 _LENGTH = Struct("<I")
 _ENTRY = Struct("<QIIBBBB")
 _BLOCK_BYTES = 1 << 20
-_KEYED = 1  # flag of the header
+_KEYED = 1  # a flag in the header: the file ends with a MAC, not a checksum
 _IS_LITTLE = sys.byteorder == "little"
 
-Hash = Any  # what hashlib and hmac return has no common public type
+Hash = Any  # the objects of hashlib and hmac have no common public type
 T = TypeVar("T")
 
 
 class Kind(IntEnum):
-    """What an entry is of: a whole text, or a part of texts."""
+    """The kind of an entry: a whole text, a chunk or a short segment."""
 
     TEXT = 0
     CHUNK = 1
@@ -55,10 +56,10 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the entries belong to, and how many there are.
+    """The tokenizer and cuts to which the entries belong, and the number of entries.
 
-    `fingerprint` is the tokenizer's, `plan` that of the places where texts are cut, `cut_seed`
-    what chooses among them.
+    `fingerprint` is a digest of the tokenizer and `plan` a digest of its cut plan; `cut_seed`
+    chooses the cuts at which chunks begin.
     """
 
     fingerprint: bytes
@@ -69,9 +70,11 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A text or a part; `scope` is a place in the file's list of scopes.
+    """The header of an entry; `scope` is a place in the file's list of scopes, 0 for None.
 
-    `flag` says of a text that special tokens were added, of a chunk that it ended its text.
+    `flag` is true for a text with special tokens, and for a chunk at the end of its text.
+
+    Units: `n_bytes` of text, in UTF-8.
     """
 
     kind: Kind
@@ -84,12 +87,8 @@ class Entry:
 
     @property
     def n_content(self) -> int:
-        """Bytes of text and ids."""
+        """The number of bytes of text and ids."""
         return self.n_bytes + 4 * self.n_ids
-
-
-class Damaged(Exception):
-    """What is wrong with a file, in words that follow its path."""
 
 
 # ---- writing
@@ -102,14 +101,14 @@ def write(
     entries: Iterable[tuple[Entry, bytes, bytes]],
     key: bytes | None,
 ) -> int:
-    """Write a file whole or not at all, for its owner's eyes, and return its size.
+    """Write a file that only its owner can read, completely or not at all, and return its size.
 
-    Errors: MissingFile if there is no folder for it; OSError, which names `path` or its folder.
-            Then no part of it is left, and what was at `path` before is.
+    Errors: MissingFile if its folder does not exist; OSError, which names `path` or its folder. In
+            both cases no temporary file remains, and a file that was at `path` is unchanged.
     """
     if path.is_dir():
         raise IsADirectoryError(
-            errno.EISDIR, "a folder is there, pass the name of a file", str(path)
+            errno.EISDIR, "this is a folder, pass the name of a file", str(path)
         )
     with _named(path.parent):
         handle, name = _temporary(path)
@@ -124,7 +123,11 @@ def write(
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the new name is on disk, too
+    finally:
+        os.close(handle)
     return n_bytes
 
 
@@ -133,13 +136,14 @@ def _temporary(path: Path) -> tuple[int, str]:
         return tempfile.mkstemp(prefix=".tokcache-", dir=path.parent)  # mode 0600
     except FileNotFoundError:
         raise MissingFile(
-            f"there is no folder {path.parent} to write {path.name} into; make it first"
+            f"the folder {path.parent}, in which {path.name} is to be written, does not exist; "
+            "create it first"
         ) from None
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Have errors of the system name `path`, not a temporary file that nobody asked for."""
+    """Have the system's errors name `path` instead of the temporary file."""
     try:
         yield
     except MissingFile:
@@ -179,50 +183,39 @@ def _pieces(
 
 
 def _write_all(file: IO[bytes], pieces: Iterator[bytes], key: bytes | None) -> None:
+    """Write the pieces in blocks, and the checksum or MAC after them."""
     checksum = _checksum(key)
     block: list[bytes] = []
     n_bytes = 0
-    for piece in pieces:
-        block.append(piece)
-        n_bytes += len(piece)
-        if n_bytes >= _BLOCK_BYTES:
-            _write_block(file, checksum, block)
+    for piece in chain(pieces, [None]):
+        if piece is not None:
+            block.append(piece)
+            n_bytes += len(piece)
+        if piece is None or n_bytes >= _BLOCK_BYTES:
+            joined = b"".join(block)
+            checksum.update(joined)
+            file.write(joined)
             block, n_bytes = [], 0
-    _write_block(file, checksum, block)
     file.write(checksum.digest())
-
-
-def _write_block(file: IO[bytes], checksum: Hash, block: list[bytes]) -> None:
-    joined = b"".join(block)
-    checksum.update(joined)
-    file.write(joined)
 
 
 def _checksum(key: bytes | None) -> Hash:
     return hashlib.sha256() if key is None else hmac.new(key, digestmod="sha256")
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def ids_to_bytes(ids: Any) -> bytes:
-    """Return token ids as a file has them."""
+    """Return token ids in the form of the file."""
     own: bytes = ids.tobytes()
     return own if _IS_LITTLE else _swapped(own)
 
 
 def bytes_to_ids(raw: bytes | memoryview) -> memoryview:
-    """Return int32 ids; the counterpart of `ids_to_bytes`."""
+    """Return int32 ids from the form of the file."""
     return memoryview(raw if _IS_LITTLE else _swapped(raw)).cast("i")
 
 
 def _swapped(raw: bytes | memoryview) -> bytes:
-    from array import array  # noqa: PLC0415 (on few machines)
+    from array import array  # noqa: PLC0415 (only big-endian machines need it)
 
     items = array("i", bytes(raw))
     items.byteswap()
@@ -233,10 +226,12 @@ def _swapped(raw: bytes | memoryview) -> bytes:
 
 
 class Reader:
-    """Reads a file from its beginning to its end, once; `take` gives no byte that is not there.
+    """Reads a file once, from its beginning to its end.
 
-    Use `header`, `scopes` and `entries` in this order, then `finish`, before anything is
-    believed. Errors: Damaged.
+    Call `header`, `scopes` and `entries` in this order, then `finish`: only then is it known that
+    the file is not damaged.
+
+    Errors: Damaged.
     """
 
     def __init__(self, file: IO[bytes], key: bytes | None) -> None:
@@ -250,20 +245,20 @@ class Reader:
         self._n_scopes = self._n_entries = 0
 
     def header(self) -> Header:
-        """Return the header of a file of this version, keyed as the caller has a key."""
+        """Return the header; the file must have this version, and a MAC if the caller has a key."""
         if self._left < _HEADER.size:
             raise Damaged("is too short for a cache file")
         magic, version, flags, n_seed, n_scopes, fingerprint, plan, n_entries = _HEADER.unpack(
             self.take(_HEADER.size)
         )
         if magic != _MAGIC:
-            raise Damaged("is no cache file")
+            raise Damaged("is not a cache file")
         if version != _VERSION:
             raise Damaged(f"has version {version} of the format, this tokcache reads {_VERSION}")
         if flags & _KEYED and self._key is None:
             raise Damaged("was written with a key; pass it as key=")
         if not flags & _KEYED and self._key is not None:
-            raise Damaged("was written without a key; only files written with it are loaded")
+            raise Damaged("was written without a key; with key= only files written with it load")
         self._n_scopes, self._n_entries = n_scopes, n_entries
         return Header(fingerprint, plan, bytes(self.take(n_seed)), n_entries)
 
@@ -281,10 +276,15 @@ class Reader:
         return found
 
     def entries(self) -> Iterator[Entry]:
-        """Yield every entry; what the caller does not `take` of it before the next is skipped."""
+        """Yield every entry; bytes of it that the caller does not `take` are skipped."""
         before = Kind.TEXT
         for _ in range(self._n_entries):
-            one = self._entry()
+            n_bytes, n_ids, scope, kind, flag, variant, end_class = _ENTRY.unpack(
+                self.take(_ENTRY.size)
+            )
+            if kind > Kind.SHORT or flag > 1 or scope > self._n_scopes:
+                raise Damaged("has an entry of an unknown kind")
+            one = Entry(Kind(kind), scope, bool(flag), variant, end_class, n_bytes, n_ids)
             if one.kind < before:
                 raise Damaged("has its entries in a wrong order")
             before, after = one.kind, self._left - one.n_content
@@ -294,31 +294,20 @@ class Reader:
             while self._left > after:
                 self.take(min(self._left - after, _BLOCK_BYTES))
 
-    def _entry(self) -> Entry:
-        n_bytes, n_ids, scope, kind, flag, variant, end_class = _ENTRY.unpack(
-            self.take(_ENTRY.size)
-        )
-        if kind > Kind.SHORT or flag > 1 or scope > self._n_scopes:
-            raise Damaged("has an entry of no known kind")
-        return Entry(Kind(kind), scope, bool(flag), variant, end_class, n_bytes, n_ids)
-
     def take(self, n_bytes: int) -> bytes:
-        """Return the next bytes."""
+        """Return the next `n_bytes` bytes, which may be fewer than a block or more."""
         if n_bytes > self._left:
             raise Damaged("ends too early")
         if self._at + n_bytes > len(self._block):
-            self._refill(n_bytes)
+            rest = self._block[self._at :]
+            more = self._read(min(max(n_bytes, _BLOCK_BYTES), self._left) - len(rest))
+            self._checksum.update(more)
+            self._block = rest + more if rest else more
+            self._at = 0
         start = self._at
         self._at += n_bytes
         self._left -= n_bytes
         return self._block[start : self._at]
-
-    def _refill(self, n_bytes: int) -> None:
-        rest = self._block[self._at :]
-        more = self._read(min(max(n_bytes, _BLOCK_BYTES), self._left) - len(rest))
-        self._checksum.update(more)
-        self._block = rest + more if rest else more
-        self._at = 0
 
     def _read(self, n_bytes: int) -> bytes:
         found = self._file.read(n_bytes)
@@ -327,41 +316,41 @@ class Reader:
         return found
 
     def finish(self) -> None:
-        """Check that nothing is left but the checksum, and that it is right."""
+        """Check that only the checksum or MAC is left, and that it is right."""
         if self._left:
             raise Damaged(f"has {self._left:,} bytes that belong to no entry")
         if not hmac.compare_digest(self._checksum.digest(), self._read(DIGEST_BYTES)):
             raise Damaged(
                 "has a wrong checksum: it is damaged"
-                + ("" if self._key is None else ", or was written with another key")
+                + ("" if self._key is None else ", or it was written with another key")
             )
 
 
 def decoded(raw: bytes, errors: str = "surrogatepass") -> str:
-    """Return a text as it was before it was written."""
+    """Return the text of these bytes."""
     try:
         return raw.decode("utf-8", errors)
     except UnicodeDecodeError:
-        raise Damaged("has a text that is no UTF-8") from None
+        raise Damaged("has a text that is not UTF-8") from None
 
 
 def read(path: Path, key: bytes | None, use: Callable[[Reader], T]) -> T:
-    """Return what `use` makes of a file.
+    """Open a file and return `use(reader)`.
 
-    Errors: MissingFile; InvalidCacheFile for what is Damaged or no regular file; OSError.
+    Errors: MissingFile; InvalidCacheFile if the file is Damaged or not a regular file; OSError.
     """
     try:
-        # Without waiting: a pipe that nobody writes to is no file either.
+        # O_NONBLOCK: opening a pipe to which nobody writes must not wait.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
-        raise MissingFile(f"there is no cache file {path}; cache_dump writes one") from None
+        raise MissingFile(f"the cache file {path} does not exist; cache_dump writes one") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise InvalidCacheFile(f"{path} is no regular file")
+        raise InvalidCacheFile(f"{path} is not a regular file; pass a file of cache_dump")
     with os.fdopen(handle, "rb") as file:
         try:
             return use(Reader(file, key))
         except Damaged as damage:
             raise InvalidCacheFile(
-                f"{path} {damage}; nothing of it was loaded, cache_dump writes a new one"
+                f"{path} {damage}; nothing was loaded: dump a new file with cache_dump"
             ) from None

@@ -1,1 +1,1 @@
-"""Encoders of uncached text, each admitted only once it has proven equal."""
+"""Encoders of uncached text, and the proof that each gives the ids of the tokenizer."""

@@ -1,10 +1,10 @@
-"""What encodes the texts that no cache holds.
+"""The engines that encode uncached text with the tokenizers library: private copies.
 
-The cache never encodes through a tokenizer that others can change: truncation and padding stay
-switched on in it after a call that asked for them. `HuggingFaceEngine` is a private copy, proven
-equal; it shares the model, so there is no second vocabulary. Where no such copy can be proven, or
-where a text has more than one encoding, `PlainEngine` asks the tokenizer itself and says why; its
-answers are not stored.
+The cache never encodes with a tokenizer that others can change: truncation and padding stay on in
+it after a call that asked for them. `HuggingFaceEngine` holds a private copy that is proven equal.
+The copy shares the model, so there is no second vocabulary. Where no copy can be proven equal, or
+where a text has more than one encoding, `PlainEngine` encodes with the tokenizer itself; its
+answers are not cached, and it has the reason.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
-from tokcache.errors import TokcacheError
+from tokcache.errors import CopyError
 from tokcache.text.engines.layout import Layout, learn
 
-# The components that decide ids; the decoder is copied too, but none of the proof rests on it.
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# The components that decide ids. The decoder is copied too, but it is not part of the proof.
 ENCODING_PARTS = ("normalizer", "pre_tokenizer", "post_processor")
 
 _MODELS = (BPE, Unigram, WordPiece, WordLevel)
 
-# Every attribute of a model that can be changed in place; `train` is the only other way.
+# Every attribute of a model that can be changed in place; only `train` changes anything else.
 _MODEL_SETTINGS = (
     "alpha",
     "byte_fallback",
@@ -51,18 +54,10 @@ _PROBES = (
 _MAX_PROBED_TOKENS = 64
 
 
-class CopyError(TokcacheError, RuntimeError):
-    """A tokenizer can't be copied with proof; `reason` names why, as a counter's key."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the tokenizer can't be copied with proof: {reason}")
-        self.reason = reason
-
-
 class Engine(Protocol):
-    """Encodes texts whole: no truncation, no padding.
+    """Encodes whole texts, without truncation and padding.
 
-    `reason` is None where a text has one encoding that may be kept, else why it may not.
+    `reason` is None if a text has one encoding, which may be cached; else it says why not.
     """
 
     reason: str | None
@@ -71,15 +66,15 @@ class Engine(Protocol):
         """Return the ids of every text."""
 
     def layout(self, n_texts: int, add_special_tokens: bool) -> Layout | None:
-        """Return what stands around the ids of one or two texts, None if that is not known."""
+        """Return the layout of encodings of one or two texts, None if it is not known."""
 
 
 class HuggingFaceEngine:
     """A private copy of a tokenizer.
 
     Errors: CopyError where no copy can be proven equal.
-    Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock. As many
-             copies as were ever lent at once are kept; they share the model.
+    Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock. Each
+             concurrent borrower gets a further copy, which is kept; all copies share the model.
     """
 
     reason: str | None = None
@@ -99,10 +94,11 @@ class HuggingFaceEngine:
         return [encoding.ids for encoding in found]
 
     def layout(self, n_texts: int, add_special_tokens: bool) -> Layout | None:
-        """Return what stands around the ids of one or two texts, None if that is not known."""
+        """Return the layout of encodings of one or two texts, None if it is not known."""
         key = n_texts, add_special_tokens
         if key not in self._layouts:
-            self._layouts[key] = _learn(self._tokenizer, n_texts, add_special_tokens)
+            found = result_or_error(learn, self._tokenizer, n_texts, add_special_tokens)
+            self._layouts[key] = None if isinstance(found, BaseException) else found
         return self._layouts[key]
 
     def encodings(
@@ -122,7 +118,7 @@ class HuggingFaceEngine:
 
     @contextmanager
     def borrowed(self) -> Iterator[Tokenizer]:
-        """Lend a copy whose settings may be changed: nobody else has it meanwhile."""
+        """Lend a copy whose settings may be changed, because no other call uses it meanwhile."""
         own = self._spares.pop() if self._spares else copy_tokenizer(self._tokenizer)
         try:
             yield own
@@ -134,15 +130,16 @@ class HuggingFaceEngine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The private copy; to be looked at, never changed."""
+        """The private copy, which must not be changed."""
         return self._tokenizer
 
 
 class PartEncoder:
-    """Encodes parts of texts with the components of one variant, many in one call.
+    """Encodes segments of texts with the components of one variant, many in one call.
 
-    Parts may be joined by an added token of our own, `between`, which nobody can guess: what
-    stands between two of them is encoded by itself, and its ids are those between two `separator`.
+    Segments may be joined to one text by `between`, an added token with a random name that no
+    text can hold. Each segment is then encoded by itself, and its ids stand between two ids that
+    are `separator`.
 
     Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock.
     """
@@ -151,13 +148,23 @@ class PartEncoder:
         own = _same_model(source, normalizer=normalizer, pre_tokenizer=pre_tokenizer)
         own.no_truncation()
         own.no_padding()
-        self.between = _add_separator(own)
+
+        # The separator's id must be one that no token of the model has. The library gives the next
+        # free id; the model may have some of the ids after it, and then several names are added.
+        edge = free_edge(added_tokens(own))
+        first = max(max(own.get_added_tokens_decoder(), default=-1) + 1, _n_model_tokens(own))
+        n_taken = 0
+        while own.model.id_to_token(first + n_taken) is not None:
+            n_taken += 1
+        names = [f"{edge}{secrets.token_hex(8)}{edge}" for _ in range(n_taken + 1)]
+        own.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+        self.between = names[-1]
         self.separator: int = own.token_to_id(self.between)  # type: ignore[assignment]  # was added
         self._tokenizer = own
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What encodes, with the separator among its added tokens; never changed."""
+        """The tokenizer, with the separator among its added tokens; it must not be changed."""
         return self._tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -166,40 +173,31 @@ class PartEncoder:
         return [encoding.ids for encoding in found]
 
 
-def _add_separator(own: Tokenizer) -> str:
-    """Add a token that no text of others can hold, with an id that no token of the model has."""
-    edge = free_edge(added_tokens(own))
-    first = max(max(own.get_added_tokens_decoder(), default=-1) + 1, _n_model_tokens(own))
-    n_taken = 0  # ids with gaps: the model has some of those that come next
-    while own.model.id_to_token(first + n_taken) is not None:
-        n_taken += 1
-    names = [f"{edge}{secrets.token_hex(8)}{edge}" for _ in range(n_taken + 1)]
-    own.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
-    return names[-1]
-
-
 def free_edge(added: list[Any]) -> str | None:
-    """Return a character that no added token has: none can take the edge of a separator."""
+    """Return a character that no added token has, with which a separator begins and ends.
+
+    So no added token can overlap a separator. None if there is no such character.
+    """
     contents = [token.content for token in added]
     return next((edge for edge in _EDGES if not any(edge in one for one in contents)), None)
 
 
-_EDGES = "\x1c\x1d\x1e\x1f"  # neither a word's nor white space to the library
+_EDGES = "\x1c\x1d\x1e\x1f"  # to the library neither a word's characters nor whitespace
 
 
 class PlainEngine:
-    """The tokenizer itself, through `call`; what it returns is not stored, for `reason`."""
+    """Encodes with the tokenizer itself, by `call`; its answers are not cached, for `reason`."""
 
     def __init__(self, reason: str, call: Callable[[Sequence[str], bool], list[list[int]]]) -> None:
         self.reason: str | None = reason
         self.encode = call
 
     def layout(self, _n_texts: int, _add_special_tokens: bool) -> None:
-        """Return None: nothing is known of what others may change."""
+        """Return None: others may change the tokenizer, and with it the layout."""
 
 
 def why_random(model: Any) -> str | None:
-    """Return why one text has more than one encoding, or None if it has one."""
+    """Return why a text may have more than one encoding, None if it has one."""
     if type(model) not in _MODELS:
         return "python_model"
     if getattr(model, "dropout", None):
@@ -214,17 +212,20 @@ def _n_model_tokens(tokenizer: Tokenizer) -> int:
 
 
 def signature(tokenizer: Tokenizer, part: str) -> object:
-    """Return a value that differs after any change in place of that component, or of "model"."""
+    """Return a value that any change in place of a component changes; `part` may be "model"."""
     if part == "model":
         model = tokenizer.model
-        n_tokens = _n_model_tokens(tokenizer)  # trained behind a handle
+        n_tokens = _n_model_tokens(tokenizer)  # training changes it
         settings = (getattr(model, name, None) for name in _MODEL_SETTINGS)
         return (type(model), n_tokens, *settings)
     return component_state(getattr(tokenizer, part))
 
 
 def component_state(component: Any) -> bytes:
-    """Return the JSON of a component; CopyError if it, or a part of it, is written in Python."""
+    """Return the JSON of a component.
+
+    Errors: CopyError if the component, or one inside it, is written in Python.
+    """
     if component is None:
         return b"null"
     try:
@@ -237,14 +238,15 @@ def component_state(component: Any) -> bytes:
 
 
 def copy_tokenizer(source: Tokenizer) -> Tokenizer:
-    """Return a tokenizer that encodes as `source` does and shares nothing but the model.
+    """Return a tokenizer that encodes as `source` does and shares only the model with it.
 
     Errors: CopyError if a component is written in Python or the copy encodes differently.
-    Cost:   about a millisecond, no memory for the vocabulary; the fallback reads it all anew.
+    Cost:   about a millisecond, and no memory for the vocabulary; if that copy is not equal, the
+            whole tokenizer is serialised and read.
     """
     own = _same_model(source)
     if any(own.normalizer.normalize_str(content) == "" for content in _normalized_contents(own)):
-        raise CopyError("empty_added_token")  # a blank may keep the library busy for ever
+        raise CopyError("empty_added_token")  # the library may search for it without end
     if not _is_equal(own, source):
         own = Tokenizer.from_str(source.to_str())
         own.encode_special_tokens = source.encode_special_tokens
@@ -255,10 +257,20 @@ def copy_tokenizer(source: Tokenizer) -> Tokenizer:
 
 def _same_model(source: Tokenizer, **instead: str) -> Tokenizer:
     """Return a tokenizer with the model of `source` and its components, or those given as JSON."""
-    # Components are copied as JSON: not every one of them can be unpickled (Precompiled).
+    # Components are copied as JSON, because some can't be unpickled (Precompiled).
     states = {part: component_state(getattr(source, part)).decode() for part in ENCODING_PARTS}
     states |= instead
-    own = Tokenizer.from_str(_without_model(states, _decoder_state(source)))
+    try:
+        states["decoder"] = component_state(source.decoder).decode()
+    except CopyError:
+        states["decoder"] = "null"
+    parts = "".join(f'"{name}":{state},' for name, state in states.items())
+    own = Tokenizer.from_str(
+        '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],'
+        f"{parts}"
+        '"model":{"type":"WordLevel","vocab":{"?":0},"unk_token":"?"}}'
+    )
+
     own.model = source.model
     if own.decoder is None and source.decoder is not None:
         own.decoder = source.decoder  # written in Python: ids don't depend on it
@@ -271,96 +283,80 @@ def _same_model(source: Tokenizer, **instead: str) -> Tokenizer:
     return own
 
 
-def _decoder_state(source: Tokenizer) -> str:
-    try:
-        return component_state(source.decoder).decode()
-    except CopyError:
-        return "null"
-
-
-def _without_model(states: dict[str, str], decoder: str) -> str:
-    parts = "".join(f'"{name}":{state},' for name, state in states.items())
-    return (
-        '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],'
-        f'{parts}"decoder":{decoder},'
-        '"model":{"type":"WordLevel","vocab":{"?":0},"unk_token":"?"}}'
-    )
-
-
 def added_tokens(tokenizer: Tokenizer) -> list[Any]:
     """Return the added tokens in the order of their ids."""
     return [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
 
 
-def _added_states(tokenizer: Tokenizer) -> dict[int, Any]:
-    added = tokenizer.get_added_tokens_decoder()
-    return {index: token.__getstate__() for index, token in added.items()}
-
-
 def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
-    return (
-        _added_states(own) == _added_states(source)
-        and own.get_vocab_size() == source.get_vocab_size()
-        and all(signature(own, part) == signature(source, part) for part in ENCODING_PARTS)
-        and _n_added(own) == _n_added(source)
-        and _encodes_equal(own, source)
+    """Return whether two tokenizers have equal components and encode the probes alike."""
+    added, right_added = (
+        {index: token.__getstate__() for index, token in one.get_added_tokens_decoder().items()}
+        for one in (own, source)
     )
-
-
-def _n_added(tokenizer: Tokenizer) -> list[int]:
-    """Return what truncation leaves room for: of a template changed in place, what it was."""
-    return [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
-
-
-def _encodes_equal(own: Tokenizer, source: Tokenizer) -> bool:
+    # The number of special tokens around a text: truncation leaves room for them, and a template
+    # that was changed in place reports the number of before.
+    around, right_around = (
+        [one.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
+        for one in (own, source)
+    )
+    if (
+        added != right_added
+        or around != right_around
+        or own.get_vocab_size() != source.get_vocab_size()
+        or any(signature(own, part) != signature(source, part) for part in ENCODING_PARTS)
+    ):
+        return False
     if why_random(source.model) is not None:
-        return True  # nothing to compare, and nothing of it will be stored
+        return True  # the encodings can't be compared, and they are not cached
+
+    tokens = added_tokens(source)
+    step = max(1, len(tokens) // _MAX_PROBED_TOKENS)
+    probes = [*_PROBES, *_normalized_contents(source)]
+    probes += [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in tokens[::step]]
+    if source.encode_special_tokens:
+        # All added tokens: one that was special once is skipped as long as special ones are.
+        probes.append(" ".join(token.content for token in tokens))
+
+    def outcome(tokenizer: Tokenizer, text: str, special: bool) -> object:
+        # A batch would start threads, after which the children of a fork encode without threads.
+        found = result_or_error(tokenizer.encode, text, add_special_tokens=special)
+        return str(found) if isinstance(found, BaseException) else (found.ids, found.type_ids)
+
     return all(
-        _outcome(own, text, add_special_tokens) == _outcome(source, text, add_special_tokens)
-        for text in _probe_texts(source)
-        for add_special_tokens in (True, False)
+        outcome(own, text, special) == outcome(source, text, special)
+        for text in probes
+        for special in (True, False)
     )
 
 
-def _outcome(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> object:
-    # `encode`, not a batch: a batch starts threads, and after that forked children stay serial.
+def result_or_error(
+    call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> T | BaseException:
+    """Return the result of a call into an encoder's library, or the error that the library raised.
+
+    The libraries raise bare Exception, such as tokenizers without an unknown token, and a panic in
+    Rust is a BaseException.
+    """
     try:
-        found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except BaseException as error:  # a tokenizer without unk raises bare Exception
+        return call(*args, **kwargs)
+    except BaseException as error:
         if not is_of_library(error):
             raise
-        return str(error)
-    return found.ids, found.type_ids
+        return error
 
 
 def is_of_library(error: BaseException) -> bool:
-    """Return whether an encoder failed by itself; a panic in Rust is no Exception."""
+    """Return whether an encoder raised this error itself; a panic in Rust is not an Exception."""
     return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError)
 
 
-def _probe_texts(tokenizer: Tokenizer) -> list[str]:
-    added = added_tokens(tokenizer)
-    step = max(1, len(added) // _MAX_PROBED_TOKENS)
-    around = [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in added[::step]]
-    # All of them: one that was special once is skipped as long as special ones are.
-    together = [" ".join(t.content for t in added)] if tokenizer.encode_special_tokens else []
-    return [*_PROBES, *around, *together, *_normalized_contents(tokenizer)]
-
-
 def _normalized_contents(tokenizer: Tokenizer) -> list[str]:
-    """Return the added tokens that are looked for in normalised text, where there is such.
+    """Return the contents of the added tokens that are searched for in normalised text.
 
-    As texts, they show a matcher made before the normalizer was changed in place.
+    Encoding them as texts shows whether the library still searches for the forms that they had
+    before the normalizer was changed in place.
     """
     if tokenizer.normalizer is None:
         return []
     return [token.content for token in added_tokens(tokenizer) if token.normalized]
-
-
-def _learn(tokenizer: Tokenizer, n_texts: int, add_special_tokens: bool) -> Layout | None:
-    try:
-        return learn(tokenizer, n_texts, add_special_tokens)
-    except BaseException as error:  # a tokenizer without unk raises bare Exception
-        if not is_of_library(error):
-            raise
-        return None

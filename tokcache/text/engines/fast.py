@@ -1,10 +1,12 @@
-"""Faster encoders for what no cache holds, each used only where it is proven equal.
+"""Faster encoders for uncached text, and the proof that one is equal to the tokenizer.
 
-gigatoken and fastokens read the same tokenizer.json as tokenizers and are many times faster, but
-neither is tokenizers: they refuse some tokenizers and know a different Unicode. Who uses one asks
-three questions, in this order: can it be built (`build`), does it answer as the tokenizer does on
-texts made for that tokenizer (`prove`, `probe_texts`), and is every character of this text one
-that both know alike (`agreed_code_points`)? Everything else goes to tokenizers.
+gigatoken and fastokens read the same tokenizer.json as tokenizers and are many times faster. But
+they refuse some tokenizers, and their Unicode tables are of another version. So a fast encoder
+encodes a text only if three conditions hold; otherwise tokenizers does.
+
+1. The encoder can be built for the tokenizer (`build`).
+2. It gives the tokenizer's ids for texts that are made for that tokenizer (`prove`, `probe_texts`).
+3. Both libraries treat every character of the text alike (`agreed_code_points`).
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from unicodedata import normalize
 
 from tokenizers.models import BPE
 
-from tokcache.errors import TokcacheError
-from tokcache.text.engines.copying import is_of_library
-from tokcache.text.segments.components import BYTE_NAME, has_all_bytes
+from tokcache.errors import FastEncoderUnavailable
+from tokcache.text.engines.components import BYTE_NAME, has_all_bytes
+from tokcache.text.engines.copying import added_tokens, result_or_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,13 +35,13 @@ if TYPE_CHECKING:
 
     Ids = memoryview | npt.NDArray[np.uint32]
 
-# gigatoken 0.10 keeps every word it ever met, without a bound: it is built anew after that much
-# text, so that what it keeps stays in the order of that text's own size.
+# gigatoken 0.10 keeps every word that it has met, without a bound. It is built again after this
+# many characters, so that the words it keeps take about as much memory as the text itself.
 GIGATOKEN_MAX_CHARS = 32_000_000
 
-# Code points with the category and combining class of Unicode 3.2, unchanged since: no release
-# of either library can class, order or compose them differently. Without long s, which folds to
-# the s of contractions, and without most controls.
+# Code points whose category and combining class have not changed since Unicode 3.2, so that no
+# release of either library can class, order or compose them differently. Left out are the long s,
+# which folds to the s of contractions, and most control characters.
 _UNCHANGED = (
     (0x0009, 0x000D), (0x001B, 0x001B), (0x0020, 0x007E),
     # Latin, its marks, Greek, Cyrillic, Armenian, Hebrew, Arabic
@@ -62,7 +64,7 @@ _UNCHANGED = (
     (0x0BE7, 0x0BF2), (0x0C01, 0x0C03), (0x0C05, 0x0C0C), (0x0C0E, 0x0C10), (0x0C12, 0x0C28),
     (0x0C2A, 0x0C33), (0x0C35, 0x0C39), (0x0C3E, 0x0C44), (0x0C46, 0x0C48), (0x0C4A, 0x0C4D),
     (0x0C55, 0x0C56), (0x0C60, 0x0C61), (0x0C66, 0x0C6F), (0x0E01, 0x0E3A), (0x0E3F, 0x0E5B),
-    # Latin with two marks (Vietnamese), punctuation, signs, arrows, mathematics, boxes, dingbats
+    # Latin with two marks (Vietnamese), punctuation, symbols, arrows, mathematics, boxes, dingbats
     (0x1E00, 0x1E9B), (0x1EA0, 0x1EF9), (0x2000, 0x200A), (0x200C, 0x200D), (0x2010, 0x2027),
     (0x202F, 0x2052), (0x2070, 0x2070), (0x2074, 0x207E), (0x2080, 0x208E), (0x20A0, 0x20B1),
     (0x2100, 0x2117), (0x2119, 0x2129), (0x212B, 0x2131), (0x2133, 0x213A), (0x2153, 0x2182),
@@ -75,8 +77,8 @@ _UNCHANGED = (
     (0xFFFD, 0xFFFD),
 )  # fmt: skip
 
-# What Unicode 10 (2017) or an earlier one settled and every chat is full of: the signs and
-# ordinals of Latin-1, the katakana middle dot, and emoji.
+# Code points that are common in chats and unchanged since Unicode 10 (2017): symbols and ordinals
+# of Latin-1, the katakana middle dot, and emoji.
 _SETTLED = (
     (0x00A7, 0x00A7), (0x00AA, 0x00AA), (0x00B6, 0x00B6), (0x00BA, 0x00BA), (0x2600, 0x2760),
     (0x2776, 0x27BF), (0x2B1B, 0x2B1C), (0x2B50, 0x2B50), (0x2B55, 0x2B55), (0x30FB, 0x30FB),
@@ -142,20 +144,13 @@ _N_PIECES = 64
 _N_ADDED = 12
 
 
-class FastEncoderUnavailable(TokcacheError, RuntimeError):
-    """An encoder is not installed or can't encode with this tokenizer; `reason` says why."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} can't encode with this tokenizer: {reason}; use tokenizers")
-        self.reason = reason
-
-
 class FastEncoder(Protocol):
-    """Encodes texts whole: no special tokens around them, no truncation, no padding.
+    """Encodes whole texts, without special tokens around them, truncation and padding.
 
-    Added tokens in the text are recognised, special ones too, as tokenizers does.
-    `holds_lock` says that no other thread runs Python while it encodes.
-    `is_fork_safe` says that a child made while another thread encodes may go on using it.
+    Added tokens in a text are recognised as tokenizers does, special ones included.
+    `holds_lock` says that no other thread runs Python while the encoder works.
+    `is_fork_safe` says that the child of a fork may use the encoder, even if another thread was
+    encoding as the process forked.
     """
 
     name: str
@@ -170,19 +165,19 @@ class FastEncoder(Protocol):
         """
 
     def vocabulary(self) -> dict[int, bytes]:
-        """Return the tokens by id, as far as that takes no longer than to ask for a few."""
+        """Return the bytes of the tokens by id, or {} where the library has no fast way."""
 
 
 class Gigatoken:
     """gigatoken's encoder.
 
-    Threads: safe; a text is encoded with the interpreter lock held. Its batch methods release
-             the lock and then refuse a second caller, so they are not used.
+    Threads: safe; a text is encoded with the interpreter lock held. The library's batch methods
+             release the lock and then refuse a second caller, so they are not used.
     """
 
     name = "gigatoken"
     holds_lock = True
-    is_fork_safe = True  # no thread of its own, and a fork can't happen within a text
+    is_fork_safe = True  # it has no threads, and no fork happens while a text is encoded
 
     def __init__(self, tokenizer_json: str) -> None:
         self._json = tokenizer_json
@@ -203,7 +198,7 @@ class Gigatoken:
         return [*map(self._encode, texts)]
 
     def vocabulary(self) -> dict[int, bytes]:
-        """Return all tokens by id."""
+        """Return the bytes of all tokens by id."""
         found: dict[int, bytes] = self._backend.vocab
         return found
 
@@ -211,7 +206,7 @@ class Gigatoken:
 class Fastokens:
     """fastokens' encoder.
 
-    Threads: safe; the interpreter lock is released. Locks and threads of its own don't survive
+    Threads: safe; the interpreter lock is released. The library's locks and threads don't survive
              a fork.
     """
 
@@ -231,7 +226,7 @@ class Fastokens:
         return [memoryview(self._encode_flat([text])[0]).cast("I") for text in texts]
 
     def vocabulary(self) -> dict[int, bytes]:
-        """Return nothing: it has none to hand out."""
+        """Return {}: the library does not hand out its tokens."""
         return {}
 
 
@@ -249,105 +244,93 @@ def build(name: str, tokenizer_json: str) -> FastEncoder:
     """Return the encoder `name` for the tokenizer that this JSON describes.
 
     Errors: FastEncoderUnavailable if it is unknown, not installed or refuses the tokenizer.
-    Cost:   time and memory of loading the tokenizer anew; gigatoken holds the interpreter lock.
-            Nothing is read from disk or network.
+    Cost:   the time and memory of loading the tokenizer once more; gigatoken holds the interpreter
+            lock. Nothing is read from disk or network.
     """
     if name not in _ENCODERS:
         known = ", ".join(_ENCODERS)
         raise FastEncoderUnavailable(name, f"no such encoder, known are {known}")
-    try:
-        return _ENCODERS[name](tokenizer_json)
-    except ImportError as error:
-        raise FastEncoderUnavailable(name, f"not installed ({error})") from error
-    except BaseException as error:
-        if not is_of_library(error):
-            raise
-        raise FastEncoderUnavailable(name, _first_line(error)) from error
+    found = result_or_error(_ENCODERS[name], tokenizer_json)
+    if isinstance(found, ImportError):
+        raise FastEncoderUnavailable(name, f"not installed ({found})") from found
+    if isinstance(found, BaseException):
+        raise FastEncoderUnavailable(name, _first_line(found)) from found
+    return found
 
 
 def prove(encoder: FastEncoder, reference: Tokenizer, probes: Sequence[str]) -> str | None:
-    """Return None if both encode every probe alike, else the first difference in words.
+    """Return None if `encoder` is equal to `reference`, else why it is not or may not be.
 
-    `reference` must be the tokenizer that `encoder` was built for, with all added tokens, and
-    truncate nothing. It is called text by text, because a batch starts threads and leaves
-    children of a later fork serial.
+    `reference` must be the tokenizer for which `encoder` was built, with all added tokens and
+    without truncation. It encodes text by text: a batch would start threads, after which the
+    children of a fork encode without threads.
     """
-    return _why_never(reference) or _first_difference(encoder, reference, probes)
-
-
-def _why_never(reference: Tokenizer) -> str | None:
-    """Return what both libraries can get wrong in texts too rare to be found by probing."""
-    if any(token.single_word for token in reference.get_added_tokens_decoder().values()):
+    # First the tokenizers whose differences show only in texts that are too rare for probes.
+    added = added_tokens(reference)
+    if any(token.single_word for token in added):
         return "an added token must be a whole word (single_word)"
-    if reference.normalizer is not None and any(
-        _may_be_composed(token.content) for token in reference.get_added_tokens_decoder().values()
-    ):
-        return "other characters may become an added token's once normalised"
-    if _splits_twice(reference.pre_tokenizer):
-        return "a ByteLevel pre-tokenizer splits anew what another one has split"
-    return _why_never_model(reference)
+    if reference.normalizer is not None:
+        # No agreed character becomes an ASCII one.
+        chars = {char for token in added for char in token.content if not char.isascii()}
+        if any(normalize("NFD", char) != char or char in _made_of_others() for char in chars):
+            return "a normalizer may make an added token of other characters"
 
+    pre_tokenizer = reference.pre_tokenizer
+    state = json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer is not None else {}
+    parts = state.get("pretokenizers", ())
+    if any(one["type"] == "Split" for one in parts) and any(one.get("use_regex") for one in parts):
+        return "a ByteLevel pre-tokenizer splits again the parts of another one"
 
-def _may_be_composed(content: str) -> bool:
-    """Return whether a normalizer may make a character of this string of others."""
-    if content.isascii():
-        return False  # nothing that is agreed becomes ASCII
-    return any(normalize("NFD", char) != char or char in _made_of_others() for char in content)
+    why = _why_never_model(reference)
+    if why is not None:
+        return why
 
+    # Then the probes; an error counts as an answer.
+    def right(text: str) -> list[int]:
+        ids: list[int] = reference.encode(text, add_special_tokens=False).ids
+        return ids
 
-@cache
-def _made_of_others() -> frozenset[str]:
-    agreed = (chr(point) for first, last in _AGREED for point in range(first, last + 1))
-    return frozenset(made for char in agreed if (made := normalize("NFC", char)) != char)
+    def own(text: str) -> list[int]:
+        ids: list[int] = encoder.encode([text])[0].tolist()
+        return ids
+
+    for text in probes:
+        wanted, found = (
+            f"an error ({_first_line(ids)})" if isinstance(ids, BaseException) else ids
+            for ids in (result_or_error(right, text), result_or_error(own, text))
+        )
+        if found != wanted:
+            return f"{text!r} is {found} in {encoder.name}, {wanted} in tokenizers"
+    return None
 
 
 def _why_never_model(reference: Tokenizer) -> str | None:
+    """Return why the model's tokens may be merged differently, None if they can't."""
     model = reference.model
     if not isinstance(model, BPE):
         return None
     if model.end_of_word_suffix or model.continuing_subword_prefix:
-        return "the ends of a word are marked"
+        return "the model marks the beginning or end of a word"
     has_merged_bytes = model.byte_fallback and any(
         len(token) > len("<0x00>") and BYTE_NAME.search(token)
         for token in reference.get_vocab(with_added_tokens=False)
     )
     if has_merged_bytes:
         return "a byte's token may be merged with its neighbours"
-    if model.unk_token is None and not (_is_byte_level(reference) or has_all_bytes(model)):
+    components = (reference.normalizer, reference.pre_tokenizer)
+    is_byte_level = any(
+        one is not None and b'"ByteLevel"' in one.__getstate__() for one in components
+    )
+    if model.unk_token is None and not (is_byte_level or has_all_bytes(model)):
         return "unknown characters are dropped, and their neighbours may be merged"
     return None
 
 
-def _is_byte_level(reference: Tokenizer) -> bool:
-    parts = (reference.normalizer, reference.pre_tokenizer)
-    return any(b'"ByteLevel"' in part.__getstate__() for part in parts if part is not None)
-
-
-def _splits_twice(pre_tokenizer: Any) -> bool:
-    state = json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer is not None else {}
-    parts = state.get("pretokenizers", ())
-    is_split = any(part["type"] == "Split" for part in parts)
-    return is_split and any(part.get("use_regex") for part in parts)
-
-
-def _first_difference(
-    encoder: FastEncoder, reference: Tokenizer, probes: Sequence[str]
-) -> str | None:
-    for text in probes:
-        wanted = _outcome(lambda text: reference.encode(text, add_special_tokens=False).ids, text)
-        found = _outcome(lambda text: encoder.encode([text])[0].tolist(), text)
-        if found != wanted:
-            return f"{text!r} is {found} in {encoder.name}, {wanted} in tokenizers"
-    return None
-
-
-def _outcome(encode: Callable[[str], list[int]], text: str) -> list[int] | str:
-    try:
-        return encode(text)
-    except BaseException as error:
-        if not is_of_library(error):
-            raise
-        return f"an error ({_first_line(error)})"
+@cache
+def _made_of_others() -> frozenset[str]:
+    """Return the characters that NFC makes of a single other agreed character."""
+    agreed = (chr(point) for first, last in _AGREED for point in range(first, last + 1))
+    return frozenset(made for char in agreed if (made := normalize("NFC", char)) != char)
 
 
 def _first_line(error: BaseException) -> str:
@@ -355,87 +338,66 @@ def _first_line(error: BaseException) -> str:
 
 
 def agreed_code_points() -> tuple[tuple[int, int], ...]:
-    """Return the code points on which every encoder and tokenizers agree, as inclusive ranges.
+    """Return the code points that every encoder treats as tokenizers does, as inclusive ranges.
 
-    Sorted, apart from each other. A text with any other character is tokenizers' alone. Lone
-    surrogates are never among them.
+    The ranges are sorted and do not touch each other. A text with any other character is encoded
+    by tokenizers. Lone surrogates are never among the agreed code points.
     """
     return _AGREED
 
 
 def is_agreed(text: str) -> bool:
     """Return whether every character of `text` is an agreed one."""
-    return all(_is_agreed_code_point(ord(char)) for char in set(text))
-
-
-def _is_agreed_code_point(code_point: int) -> bool:
-    at = bisect_right(_FIRSTS, code_point) - 1
-    return at >= 0 and code_point <= _AGREED[at][1]
+    for code_point in map(ord, set(text)):
+        at = bisect_right(_FIRSTS, code_point) - 1
+        if at < 0 or code_point > _AGREED[at][1]:
+            return False
+    return True
 
 
 def probe_texts(tokenizer: Tokenizer) -> list[str]:
-    """Return a few hundred short texts that show where an encoder differs on this tokenizer.
+    """Return a few hundred short texts on which an encoder for this tokenizer may differ from it.
 
-    Samples of what patterns treat specially, pieces of the vocabulary joined in ways that no
-    training text had, and added tokens glued to everything. All within the agreed code points,
-    but for the added tokens' own characters.
+    They are samples of the characters that patterns treat specially, tokens of the vocabulary
+    joined as in no training text, and added tokens next to other text. All characters are agreed
+    ones, except those of the added tokens.
     """
-    pieces = _vocabulary_pieces(tokenizer)
-    texts = chain(_SAMPLES, _joined(pieces), _dense(pieces))
-    return [*filter(is_agreed, texts), *_around_added(tokenizer)]
-
-
-def _vocabulary_pieces(tokenizer: Tokenizer) -> list[str]:
+    # Tokens from the whole range of the vocabulary, joined in pairs and all together.
     n_tokens = tokenizer.get_vocab_size(with_added_tokens=False)
     step = max(1, n_tokens // _N_PIECES)
-    return [tokenizer.decode([index]) for index in range(step // 2, n_tokens, step)]
-
-
-def _joined(pieces: list[str]) -> list[str]:
+    pieces = [tokenizer.decode([index]) for index in range(step // 2, n_tokens, step)]
     pairs = list(zip(pieces, reversed(pieces), strict=True))
-    return [
+    joined = [
         *(a + b for a, b in pairs),
         *(f"{a} {b}\n{a.upper()}{b.title()} {a}{a}" for a, b in pairs),
         "".join(pieces),
         " ".join(pieces),
     ]
-
-
-def _dense(pieces: list[str]) -> list[str]:
-    """Return random texts of few characters and pieces each, so that rare neighbours meet."""
+    # Random texts of few characters and tokens each, so that rare neighbours meet.
     rng = random.Random(0)  # noqa: S311 (the same texts every time)
-    texts = []
+    dense = []
     for _ in range(_N_DENSE):
         few = [*rng.sample(_DENSE, 6), *rng.sample(pieces, min(3, len(pieces)))]
-        texts.append("".join(rng.choices(few, k=30)))
-    return texts
-
-
-def _around_added(tokenizer: Tokenizer) -> list[str]:
-    added = [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+        dense.append("".join(rng.choices(few, k=30)))
+    # Some added tokens, at least one of each kind, next to other text and next to each other.
+    added = added_tokens(tokenizer)
     step = max(1, len(added) // _N_ADDED)
-    kinds = list({_kind(token): token.content for token in added}.values())
-    some = dict.fromkeys([*(token.content for token in added[::step]), *kinds])
-    return [*chain.from_iterable(map(_around, some)), *_adjacent(kinds)]
+    of_kinds = list({_kind(token): token.content for token in added}.values())
+    around = []
+    for content in dict.fromkeys([*(token.content for token in added[::step]), *of_kinds]):
+        around += [
+            f"a{content}b<0x41>",
+            f"{content}<0x41>",  # the name of a byte's token is text
+            f" {content} ",
+            f"{content}{content} {content}",
+            f"x \n{content}\n y\r\n{content}'s",
+            f"{content.lower()} {content.upper()} {content[:-1]}{content[1:]}",
+        ]
+    for a, b in product(of_kinds, repeat=2):
+        around += [f"{a}{b}", f"{a} {b}", f"{a}x{b}"]
+    return [*filter(is_agreed, chain(_SAMPLES, joined, dense)), *around]
 
 
 def _kind(token: Any) -> tuple[bool, ...]:
-    blank, name = token.content.isspace(), token.content[-1:].isalnum()
-    return token.lstrip, token.rstrip, token.normalized, token.special, blank, name
-
-
-def _around(content: str) -> list[str]:
-    return [
-        f"a{content}b<0x41>",
-        f"{content}<0x41>",  # the name of a byte's token is text
-        f" {content} ",
-        f"{content}{content} {content}",
-        f"x \n{content}\n y\r\n{content}'s",
-        f"{content.lower()} {content.upper()} {content[:-1]}{content[1:]}",
-    ]
-
-
-def _adjacent(contents: list[str]) -> list[str]:
-    """Return every pair with nothing, a blank and a letter between."""
-    pairs = product(contents, repeat=2)
-    return [text for a, b in pairs for text in (f"{a}{b}", f"{a} {b}", f"{a}x{b}")]
+    is_space, is_word = token.content.isspace(), token.content[-1:].isalnum()
+    return token.lstrip, token.rstrip, token.normalized, token.special, is_space, is_word

@@ -1,7 +1,7 @@
-"""What a tokenizer's post-processor puts around the ids of a text, or of two; learnt from itself.
+"""The layout of an encoding: the special tokens around one or two texts, and the type ids.
 
-A post-processor of the tokenizers library looks at how many texts there are and whether special
-tokens are wanted, at nothing else: what it did to a few texts it does to all.
+The result of a post-processor of the tokenizers library depends only on the number of texts and on
+whether special tokens are added. So a layout is learnt from a few texts and holds for all.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The same value so many times."""
+    """`n_times` times the same value."""
 
     value: int
     n_times: int
@@ -34,7 +34,7 @@ _PROBES = (("a", "b"), ("Hello, world", "a"), ("x 1 y", "Hello\nyou  there"))
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One piece of an encoding: the ids of text number `text`, or special tokens (None)."""
+    """One run of an encoding: the ids of text number `text`, or special tokens (None)."""
 
     text: int | None
     ids: tuple[int, ...]
@@ -43,9 +43,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The order of texts and special tokens; a text's own piece has no ids and one type id.
+    """The order of texts and special tokens; the piece of a text has no ids and one type id.
 
-    Units: `n_special` token ids beside those of the texts, `n_before` of them at the beginning.
+    The first and the last piece are special tokens, and may be empty.
+
+    Units: `n_special` is the number of special tokens, `n_before` how many of them come first.
     """
 
     pieces: tuple[Piece, ...]
@@ -53,21 +55,16 @@ class Layout:
 
     @property
     def n_before(self) -> int:
-        """Return how many special tokens come before the first text."""
+        """The number of special tokens before the first text."""
         return len(self.pieces[0].ids)
 
     @property
-    def n_after(self) -> int:
-        """Return how many special tokens come after the last text."""
-        return len(self.pieces[-1].ids)
-
-    @property
     def is_type_zero(self) -> bool:
-        """Return whether every type id is 0."""
+        """Whether every type id is 0."""
         return not any(chain.from_iterable(piece.type_ids for piece in self.pieces))
 
     def segments(self, contents: Sequence[Collection[int]]) -> list[Collection[int]]:
-        """Return the ids of the texts and what stands around them, in order."""
+        """Return the ids of the texts and of the special tokens, in order."""
         return [
             piece.ids if piece.text is None else contents[piece.text]
             for piece in self.pieces
@@ -75,14 +72,14 @@ class Layout:
         ]
 
     def type_ids(self, lengths: Sequence[int]) -> list[tuple[int, ...] | Run]:
-        """Return the type ids of texts that have so many tokens."""
+        """Return the type ids of texts with these numbers of tokens."""
         return [
             piece.type_ids if piece.text is None else Run(piece.type_ids[0], lengths[piece.text])
             for piece in self.pieces
         ]
 
     def special_tokens_mask(self, lengths: Sequence[int]) -> list[Run]:
-        """Return 1 for every special token that was added, 0 for the others."""
+        """Return 1 for every special token, 0 for every token of the texts."""
         return [
             Run(1, len(piece.ids)) if piece.text is None else Run(0, lengths[piece.text])
             for piece in self.pieces
@@ -90,9 +87,11 @@ class Layout:
 
 
 def learn(tokenizer: Tokenizer, n_texts: int, add_special_tokens: bool) -> Layout | None:
-    """Return the layout of encodings of one or two texts; None if it is not the same for all.
+    """Return the layout of encodings of one or two texts; None if it differs between texts.
 
-    Cost: a few dozen microseconds. `tokenizer` must have neither truncation nor padding.
+    Truncation and padding must be off in `tokenizer`.
+
+    Cost: a few dozen microseconds.
     """
     found = {_read(tokenizer, probe[:n_texts], add_special_tokens) for probe in _PROBES}
     pieces = found.pop()
@@ -106,43 +105,31 @@ def learn(tokenizer: Tokenizer, n_texts: int, add_special_tokens: bool) -> Layou
 def _read(
     tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool
 ) -> tuple[Piece, ...] | None:
-    # `encode`, not a batch: a batch starts threads, and after that forked children stay serial.
+    """Return the pieces of one encoding; None if they are not whole texts and special tokens."""
+    # A batch would start threads, after which the children of a fork encode without threads.
     text, pair = texts if len(texts) > 1 else (texts[0], None)
     encoding = tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
-    pieces = [_piece(encoding, places) for places in _runs(encoding)]
+    ids, types, sources = encoding.ids, encoding.type_ids, encoding.sequence_ids
+
+    pieces = []
+    for _, run in groupby(range(len(sources)), sources.__getitem__):
+        places = list(run)
+        source = sources[places[0]]
+        mask = {encoding.special_tokens_mask[place] for place in places}
+        piece_ids = tuple(ids[place] for place in places)
+        type_ids = tuple(types[place] for place in places)
+        if source is None:
+            if mask != {1}:
+                return None
+            pieces.append(Piece(None, piece_ids, type_ids))
+            continue
+        alone = tokenizer.encode(texts[source], add_special_tokens=False).ids
+        if mask != {0} or list(piece_ids) != alone or len(set(type_ids)) != 1:
+            return None
+        pieces.append(Piece(source, (), type_ids[:1]))
+
     if sorted(piece.text for piece in pieces if piece.text is not None) != [*range(len(texts))]:
         return None
-    alone = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    if not all(_is_regular(piece, alone) for piece in pieces):
-        return None
-    regular = [piece if piece.text is None else _without_ids(piece) for piece in pieces]
-    edge = Piece(None, (), ())  # so that the first and the last piece are special tokens
-    first, last = regular[0], regular[-1]
-    return (*[edge] * (first.text is not None), *regular, *[edge] * (last.text is not None))
-
-
-def _runs(encoding: Encoding) -> list[list[int]]:
-    sources = encoding.sequence_ids
-    return [list(places) for _, places in groupby(range(len(sources)), sources.__getitem__)]
-
-
-def _piece(encoding: Encoding, places: list[int]) -> Piece:
-    mask = {encoding.special_tokens_mask[place] for place in places}
-    text = encoding.sequence_ids[places[0]]
-    ids, types = encoding.ids, encoding.type_ids
-    is_marked = mask == ({1} if text is None else {0})
-    return Piece(
-        text if is_marked else -1,
-        tuple(ids[place] for place in places),
-        tuple(types[place] for place in places),
-    )
-
-
-def _is_regular(piece: Piece, alone: list[list[int]]) -> bool:
-    if piece.text is None:
-        return True
-    return list(piece.ids) == alone[piece.text] and len(set(piece.type_ids)) == 1
-
-
-def _without_ids(piece: Piece) -> Piece:
-    return Piece(piece.text, (), piece.type_ids[:1])
+    edge = Piece(None, (), ())
+    first, last = pieces[0], pieces[-1]
+    return (*[edge] * (first.text is not None), *pieces, *[edge] * (last.text is not None))

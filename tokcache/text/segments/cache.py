@@ -1,9 +1,15 @@
-"""L1: texts put together from parts that were encoded before.
+"""L1: puts texts together from segments that were encoded before.
 
-The segment cache finds the parts of a text and says which are missing; those are encoded
-together, by content, and kept. Every part is cut where `cuts.planner` proves that it may be; a
-share of the answers can be encoded again in full (`verify_rate`), and the first difference ends
-the fast encoder that made it, or L1.
+`L1.encode` owns a text's look-up and its completion:
+
+1. The segment cache returns the ids, if it has all segments, or a Walk that lists the missing ones.
+2. The missing segments are joined into few texts, without a separator where the lengths of their
+   ids show where each ends. A fast engine encodes those on whose code points it agrees with
+   tokenizers, and tokenizers encodes the rest.
+3. The ids are assigned to the segments, which are stored, and the ids of the whole text returned.
+
+The text is cut only where `cuts.planner` proves it safe. `verify_rate` is the share of the answers
+that are encoded again in full; the first difference ends the fast engine that made it, or L1.
 """
 
 from __future__ import annotations
@@ -15,27 +21,26 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
-from itertools import zip_longest
 from os import urandom
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import MissingExtra
+from tokcache._prefix import first_difference
+from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
+from tokcache.text.cuts.plan import VOCABULARY_PROOF
+from tokcache.text.cuts.scanner import Scanner, parts_of
 from tokcache.text.engines.copying import PartEncoder, is_of_library
 from tokcache.text.engines.fast import (
     FastEncoder,
-    FastEncoderUnavailable,
     agreed_code_points,
     build,
     installed,
     probe_texts,
     prove,
 )
-from tokcache.text.segments.cuts.plan import VOCABULARY_PROOF
-from tokcache.text.segments.id_lengths import token_bytes
-from tokcache.text.segments.scanner import Scanner, Unsure, parts_of
+from tokcache.text.segments.id_lengths import id_lengths
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,51 +49,52 @@ if TYPE_CHECKING:
     from tokcache.stats import L1Stats
     from tokcache.text._implementation import (
         CodePoints,
+        IdLengths,
         SegmentCache,
-        TokenBytes,
         TokenIds,
         Walk,
     )
-    from tokcache.text.segments.cuts.plan import CutPlan
+    from tokcache.text.cuts.plan import CutPlan
 
-__all__ = ["L1", "first_difference"]
+__all__ = ["L1"]
 
 _log = logging.getLogger("tokcache")
 _MAX_SCOPE_TAGS = 4096
-CHARS_AT_ONCE = 1 << 17  # what an encoder that holds the interpreter lock gets in one call
-_CHARS_FOR_A_THREAD = 4096  # below, a second thread costs more than it brings
+CHARS_AT_ONCE = 1 << 17  # an engine that holds the interpreter lock gets no more in one call
+_CHARS_FOR_A_THREAD = 4096  # for fewer, a second thread costs more than it saves
 _MAX_APART = 64  # more separators in a text make tokenizers slower
 _NO_LIMIT = sys.maxsize
 _N_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+# A text, add_special_tokens, its scope, and the number of clears when the call began.
+_Key = tuple[str, bool, str | None, int]
+
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """What encodes the parts that one variant of a tokenizer is for.
+    """The encoders of one tokenizer variant.
 
-    With `blank` (a variant, or -1) also that one's, a blank before each. `is_apart` says that each
-    part must be a text of its own, `sizes` how many bytes of it an id stands for.
+    With `space_variant` (or -1) they also encode that variant's segments, a space before each.
+    `is_apart` says that each segment must be a text of its own. `lengths` has the bytes of each id.
     """
 
     number: int
-    blank: int
+    space_variant: int
     is_apart: bool
     sure: PartEncoder
-    sizes: TokenBytes | None
+    lengths: IdLengths | None
     fast: FastEncoder | None = None
 
 
 class L1:
-    """The segment cache of one tokenizer, and what encodes its missing parts.
+    """The segment cache of one tokenizer, and the encoders of missing segments.
 
-    `engine` is the name of what encodes them; `notes` say why no other does. `off` is why
-    nothing is put together from parts, or None. `holds_lock` says that no other thread can ask
-    for a text of up to CHARS_AT_ONCE characters while its missing parts are encoded.
+    `engine` is the name of the encoder; `notes` say why it is no faster one. `off` is the reason
+    why no text is put together from segments, or None.
 
-    Errors:  MissingExtra if the engine that was asked for is not installed; the tokenizer's own
+    Errors:  MissingExtra if the configured engine is not installed; the tokenizer's own errors
              pass through.
-    Threads: safe; missing parts are encoded without the interpreter lock by tokenizers and
-             fastokens, with it by gigatoken.
+    Threads: safe; tokenizers and fastokens encode without the interpreter lock, gigatoken holds it.
     """
 
     def __init__(
@@ -114,23 +120,41 @@ class L1:
         self._rng = random.Random(urandom(16))  # noqa: S311 (a draw, not a secret)
         self._set_fast(None if self.off else self._choose_fast(config.engine))
 
-    def look(
-        self, text: str, add_special_tokens: bool, scope: str | None, since: int
-    ) -> TokenIds | Walk | None:
-        """Return the ids if every part is known, a Walk to `complete`, or None: encode it whole.
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool,
+        scope: str | None,
+        since: int,
+        encode_once: Callable[[_Key, Callable[[], TokenIds | None]], TokenIds] | None = None,
+    ) -> tuple[TokenIds | None, bool]:
+        """Return the ids of `text`, and whether all segments were cached; None: encode it whole.
 
-        Nothing of the text is kept if its scope was cleared since the number of clears was `since`.
+        Missing segments are encoded here. If `encode_once` is given, it is called with the key and
+        the function that does so, and may return another thread's ids instead. Nothing is stored
+        if the scope was cleared since the number of clears was `since`.
         """
         if self.off is not None:
-            return None
-        tag = 0 if scope is None else self._tag(scope)
+            return None, False
+        tag = 0 if scope is None else self.tag(scope)
         found = self._cache.look(text, add_special_tokens, tag, since)
-        if self._verify_rate and isinstance(found, implementation.TokenIds) and self._is_drawn():
-            return self._verified(text, add_special_tokens, found)
-        return found
+        if found is None:
+            return None, False
+        if isinstance(found, implementation.TokenIds):
+            if self._verify_rate:
+                found = self._verified(text, add_special_tokens, found)
+            return found, True
+        if encode_once is None:
+            return self._complete(found, text, add_special_tokens), False
+        complete = partial(self._complete, found, text, add_special_tokens)
+        return encode_once((text, add_special_tokens, scope, since), complete), False
 
-    def complete(self, walk: Walk, text: str, add_special_tokens: bool) -> TokenIds | None:
-        """Encode what is missing and return the ids of the text; None: encode it whole."""
+    def encodes_alone(self, text: str) -> bool:
+        """Return whether no other thread can ask for `text` while its segments are encoded."""
+        return self.holds_lock and len(text) <= CHARS_AT_ONCE
+
+    def _complete(self, walk: Walk, text: str, add_special_tokens: bool) -> TokenIds | None:
+        """Encode the missing segments and return the ids of the text; None: encode it whole."""
         variants = self._variants
         for one in variants:
             if one.fast is not None and self._variants is variants:  # else it was dropped
@@ -139,14 +163,12 @@ class L1:
                 self.counts["parts_differ"] += 1
                 return None
         ids = walk.finish()
-        if self._verify_rate and self._is_drawn():
-            return self._verified(text, add_special_tokens, ids)
-        return ids
+        return self._verified(text, add_special_tokens, ids) if self._verify_rate else ids
 
     def clear(self, scope: str | None, n_clears: int) -> None:
-        """Drop the parts of a scope, or all; `n_clears` is the number of clears from now on."""
+        """Remove the segments of a scope, or all; `n_clears` counts the clears up to now."""
         self._n_clears = n_clears
-        self._cache.clear(None if scope is None else self._tag(scope), n_clears)
+        self._cache.clear(None if scope is None else self.tag(scope), n_clears)
         if scope is not None:
             self._tags.pop(scope, None)
 
@@ -159,26 +181,39 @@ class L1:
         return replace(now, refusals=dict(more))
 
     def segments(self, text: str, *, fine: bool) -> list[tuple[int, int, bool]] | None:
-        """Return (start, stop, is_token) of every part of `text`, None if it is not cut."""
+        """Return (start, stop, is_token) of every chunk or segment; None if `text` is not cut."""
         return None if self.off else self._cache.cut(text, fine)
 
-    # ---- for a warm start
+    # ---- for a cache file
 
     @property
-    def parts(self) -> SegmentCache:
-        """The parts that are held."""
+    def cache(self) -> SegmentCache:
+        """The segment cache itself."""
         return self._cache
 
     def tag(self, scope: str | None) -> int:
-        """Return the number that stands for a scope in this cache alone."""
-        return 0 if scope is None else self._tag(scope)
+        """Return the number that stands for a scope in this cache: a keyed digest of 64 bits."""
+        if scope is None:
+            return 0
+        tag = self._tags.get(scope)
+        if tag is None:
+            name = scope.encode("utf-8", "surrogatepass")
+            digest = blake2b(name, digest_size=8, key=self._secret).digest()
+            tag = int.from_bytes(digest, "little") | 1
+            if len(self._tags) >= _MAX_SCOPE_TAGS:
+                self._tags.clear()
+            self._tags[scope] = tag
+        return tag
 
     def scopes(self, more: Iterable[str]) -> dict[int, str | None]:
-        """Return which scope each tag stands for, of those asked for lately and `more`."""
-        return {0: None} | {self._tag(one): one for one in [*self._tags, *more]}
+        """Return the scope of each tag, of those used recently and `more`."""
+        return {0: None} | {self.tag(one): one for one in [*self._tags, *more]}
 
-    def encode_part(self, text: str, variant: int) -> list[int] | None:
-        """Return the ids of a part, made anew; None if an added token in it can't be judged."""
+    def encode_chunk(self, text: str, variant: int) -> list[int] | None:
+        """Return the ids of a chunk or segment, encoded again.
+
+        None if it depends on the text around it whether an added token counts.
+        """
         ids: list[int] = []
         scanner, span = Scanner(self.plan), (0, len(text))
         try:
@@ -195,28 +230,28 @@ class L1:
         return ids
 
     def after_fork(self) -> None:
-        """In a forked child: an encoder with threads of its own is no use here."""
+        """In a forked child: drop an encoder whose threads exist only in the parent."""
         if not all(one.fast.is_fork_safe for one in self._variants if one.fast is not None):
             self._set_fast(None)
 
     # ---- engines
 
     def _encode_fast(self, walk: Walk, one: _Variant, encoder: FastEncoder) -> None:
-        """Encode the parts made of code points on which the encoder and tokenizers agree.
+        """Encode the segments made of code points on which the encoder and tokenizers agree.
 
-        An encoder that holds the interpreter lock does so in turns, and gets no longer part.
+        Several calls, and none for a long segment, if the encoder holds the interpreter lock.
         """
         max_chars = CHARS_AT_ONCE if encoder.holds_lock else _NO_LIMIT
         agreed = _agreed(implementation.CodePoints)
         try:
-            is_right = _encode(walk, one, encoder.encode, agreed, max_chars)
+            is_right = _encode_missing(walk, one, encoder.encode, agreed, max_chars, _NO_LIMIT)
         except BaseException as error:
             if not is_of_library(error):
                 raise
             self._drop_fast(f"it failed: {error}")
             return
         if not is_right:
-            self._drop_fast("it did not keep the parts of a text apart")
+            self._drop_fast("it did not keep the segments of a text apart")
 
     def _choose_fast(self, wanted: str) -> list[FastEncoder] | None:
         if wanted == "tokenizers":
@@ -228,52 +263,41 @@ class L1:
             )
         for name in present if wanted == "auto" else [wanted]:
             try:
-                return [self._prove_fast(name, sure) for sure in self._sure]
+                return [_proven(name, sure) for sure in self._sure]
             except FastEncoderUnavailable as error:
                 self.notes.append(str(error))
         if wanted != "auto":
             _log.warning("%s", self.notes[-1])
         return None
 
-    def _prove_fast(self, name: str, sure: PartEncoder) -> FastEncoder:
-        encoder = build(name, sure.tokenizer.to_str())
-        reason = prove(encoder, sure.tokenizer, probe_texts(sure.tokenizer))
-        if reason is not None:
-            raise FastEncoderUnavailable(name, reason)
-        return encoder
-
     def _set_fast(self, fast: Sequence[FastEncoder] | None) -> None:
         self._variants = self._made_variants(fast or [None] * len(self._sure))
         self.holds_lock = fast is not None and fast[0].holds_lock
         self.engine = fast[0].name if fast else "tokenizers"
-        # A fast encoder is done with a whole chunk before its segments are looked up.
+        # A fast encoder takes less time for a whole chunk than the look-ups of its segments.
         self._cache: SegmentCache = implementation.SegmentCache(
             self.plan, self._max_bytes, fast is None
         )
-        self._cache.clear(n_clears=self._n_clears)  # after it is in place: another may clear now
-
-    def _new_cache(self, *, cuts_fine: bool) -> SegmentCache:
-        return implementation.SegmentCache(self.plan, self._max_bytes, cuts_fine)
+        self._cache.clear(n_clears=self._n_clears)  # last: another thread may clear it from here
 
     def _made_variants(self, fast: Sequence[FastEncoder | None]) -> list[_Variant]:
         plan = self.plan
         first, later, inside = plan.variant_of
-        blank = plan.blank_variant
-        numbers = range(len(plan.variants)) if blank < 0 else [inside]
+        numbers = range(len(plan.variants)) if plan.blank_variant < 0 else [inside]
         made = []
         for number in numbers:
             is_apart = number == first != later
             sure = self._sure[number]
             own = None if is_apart else fast[number]
             known = {} if own is None else own.vocabulary()
-            # An id that stands for two tokens has no bytes of its own.
+            # An id that stands for two tokens has no length of its own.
             is_distinct = VOCABULARY_PROOF in plan.recognised or len(
                 known
             ) == sure.tokenizer.get_vocab_size(with_added_tokens=True)
-            sizes = (
-                token_bytes(sure.tokenizer, plan.variants[number], known) if is_distinct else None
+            lengths = (
+                id_lengths(sure.tokenizer, plan.variants[number], known) if is_distinct else None
             )
-            made.append(_Variant(number, blank, is_apart, sure, sizes, own))
+            made.append(_Variant(number, plan.blank_variant, is_apart, sure, lengths, own))
         return made
 
     def _drop_fast(self, reason: str) -> None:
@@ -286,59 +310,56 @@ class L1:
 
     # ---- verification
 
-    def _is_drawn(self) -> bool:
-        return self._rng.random() < self._verify_rate
-
     def _verified(self, text: str, add_special_tokens: bool, ids: TokenIds) -> TokenIds:
-        """Return the ids of the text encoded in full.
+        """Return the ids, or those of the text encoded in full if it is drawn for verification.
 
-        If they differ the engine goes, where tokenizers gives the right ids for the same parts;
-        else L1 has come to its end.
+        If they differ, the fast encoder is dropped, provided that tokenizers gives the right ids
+        for the same segments; otherwise L1 is switched off.
         """
+        if self._rng.random() >= self._verify_rate:
+            return ids
         right = implementation.TokenIds(self._whole([text], add_special_tokens)[0])
         self.counts["verified"] += 1
         if right == ids:
             return ids
         self.counts["differences"] += 1
-        if self.engine != "tokenizers" and self._from_sure_parts(text, add_special_tokens) == right:
+        if self.engine != "tokenizers" and self._encode_surely(text, add_special_tokens) == right:
             self._drop_fast(
                 "it gave other token ids than tokenizers: first difference at token "
-                f"{first_difference(right.tolist(), ids.tolist())} of {len(right)}, in a text of "
+                f"{first_difference(right, ids)} of {len(right)}, in a text of "
                 f"{len(text)} characters; the right ids were returned"
             )
             return right
         self.off = "difference"
         self._cache.clear(n_clears=self._n_clears)
         _log.error(
-            "the cache of parts (engine %s) gave other token ids than the tokenizer and is off "
+            "the segment cache (engine %s) gave other token ids than the tokenizer and is off "
             "from now on for this tokenizer: first difference at token %d of %d, in a text of %d "
             "characters; the right ids were returned",
             self.engine,
-            first_difference(right.tolist(), ids.tolist()),
+            first_difference(right, ids),
             len(right),
             len(text),
         )
         return right
 
-    def _from_sure_parts(self, text: str, add_special_tokens: bool) -> TokenIds | None:
-        """Return the ids put together from parts that tokenizers encodes, all of them anew."""
-        found = self._new_cache(cuts_fine=True).look(text, add_special_tokens, 0)
+    def _encode_surely(self, text: str, add_special_tokens: bool) -> TokenIds | None:
+        """Return the ids of the text, all of whose segments tokenizers encodes."""
+        empty = implementation.SegmentCache(self.plan, self._max_bytes, True)
+        found = empty.look(text, add_special_tokens, 0)
         if found is None or isinstance(found, implementation.TokenIds):
             return found
         are_right = all(_encode_sure(found, one) for one in self._variants if found.n_chars)
         return found.finish() if are_right else None
 
-    def _tag(self, scope: str) -> int:
-        """Return the number that stands for a scope: a keyed digest of 64 bits."""
-        tag = self._tags.get(scope)
-        if tag is None:
-            name = scope.encode("utf-8", "surrogatepass")
-            digest = blake2b(name, digest_size=8, key=self._secret).digest()
-            tag = int.from_bytes(digest, "little") | 1
-            if len(self._tags) >= _MAX_SCOPE_TAGS:
-                self._tags.clear()
-            self._tags[scope] = tag
-        return tag
+
+def _proven(name: str, sure: PartEncoder) -> FastEncoder:
+    """Return a fast encoder that gives the same ids as `sure`, or raise FastEncoderUnavailable."""
+    encoder = build(name, sure.tokenizer.to_str())
+    reason = prove(encoder, sure.tokenizer, probe_texts(sure.tokenizer))
+    if reason is not None:
+        raise FastEncoderUnavailable(name, reason)
+    return encoder
 
 
 @cache
@@ -347,36 +368,30 @@ def _agreed(kind: type[CodePoints]) -> CodePoints:
 
 
 def _encode_sure(walk: Walk, one: _Variant) -> bool:
-    """Have tokenizers encode what is left of one variant's parts, shared out to threads."""
+    """Have tokenizers encode the missing segments of one variant, in a text for each thread."""
     n_chars, max_chars = walk.n_chars, 0
     if not one.is_apart:
         n_texts = min(4 * _N_CPUS, n_chars // _CHARS_FOR_A_THREAD) if _N_CPUS > 1 else 1
         max_chars = n_chars // n_texts + 1 if n_texts > 1 else _NO_LIMIT
-    return _encode(walk, one, one.sure.encode, None, max_chars, _MAX_APART)
+    return _encode_missing(walk, one, one.sure.encode, None, max_chars, _MAX_APART)
 
 
-def _encode(  # noqa: PLR0917 (what `joined` takes)
+def _encode_missing(  # noqa: PLR0917 (the arguments of `joined`)
     walk: Walk,
     one: _Variant,
     encode: Callable[[list[str]], list[Any]],
     agreed: CodePoints | None,
     max_chars: int,
-    max_apart: int = _NO_LIMIT,
+    max_apart: int,
 ) -> bool:
-    """Encode what is left of one variant's parts; False if they were not kept apart."""
-    for sizes in (one.sizes, None):  # the second if an id does not tell its bytes
+    """Encode the missing segments of one variant; False if the ids don't fit them."""
+    for lengths in (one.lengths, None):  # the second if the length of an id is unknown
         texts = walk.joined(
-            one.number, one.blank, one.sure.between, sizes, agreed, max_chars, max_apart
+            one.number, one.space_variant, one.sure.between, lengths, agreed, max_chars, max_apart
         )
         if not texts:
             return True
-        is_right = walk.take(encode(texts), one.sure.separator, sizes)
+        is_right = walk.take(encode(texts), one.sure.separator, lengths)
         if is_right is not None:
             return is_right
     return False
-
-
-def first_difference(right: Sequence[int], found: Sequence[int]) -> int | None:
-    """Return the place of the first id that differs, None if all are equal."""
-    pairs = enumerate(zip_longest(right, found))
-    return next((index for index, (one, other) in pairs if one != other), None)

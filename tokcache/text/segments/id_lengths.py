@@ -1,7 +1,7 @@
-"""How many bytes of a text each token id stands for, where that is certain.
+"""The length in bytes of each token id's text, where it is certain.
 
-Parts of a text can then be encoded in one piece: their ids tell where each of them ends, and that
-they do so at every place where the text was cut shows once more that the cut was right.
+Segments of a text can then be encoded together without a separator: the lengths show where the ids
+of each segment end. An id that crosses such a place shows that the cut was wrong.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tokcache.text import _implementation as implementation
-from tokcache.text.engines.fast import agreed_code_points
-from tokcache.text.segments.components import (
+from tokcache.text.engines.components import (
     BYTE_NAME,
     BYTE_NAMES,
     MARKER,
@@ -26,52 +25,52 @@ from tokcache.text.segments.components import (
     has_all_bytes,
     stages_of,
 )
+from tokcache.text.engines.fast import agreed_code_points
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tokcache.text._implementation import CodePoints, TokenBytes
-    from tokcache.text.segments.cuts.plan import Variant
+    from tokcache.text._implementation import CodePoints, IdLengths
+    from tokcache.text.cuts.plan import Variant
 
-__all__ = ["token_bytes"]
+__all__ = ["id_lengths"]
 
-_BEYOND = 0x100
-_VOWELS = "\u09be\u09d7\u0bbe\u0bd7"  # all that are no marks and compose, of the agreed ones
+_AFTER_LATIN_1 = 0x100
+_VOWELS = "\u09be\u09d7\u0bbe\u0bd7"  # the only code points that compose without being marks
 _N_SAMPLES = 500
 
 
-def token_bytes(own: Tokenizer, variant: Variant, known: Mapping[int, bytes]) -> TokenBytes | None:
-    """Return the bytes of the ids that `own`, made of `variant`, encodes texts to.
+def id_lengths(own: Tokenizer, variant: Variant, known: Mapping[int, bytes]) -> IdLengths | None:
+    """Return the lengths of the ids that `own`, made for `variant`, encodes texts to.
 
-    None if a text's bytes are not all in its tokens, or not known to be. `known` are tokens that
-    another encoder tells; it is believed if a sample of them is right.
+    None if tokens may not contain all bytes of a text, or are not known to. `known` are the bytes
+    of tokens from another encoder; they are used if a sample of them is right.
 
-    Cost: a pass over `known`; any other id is looked up when it is met.
+    Cost: a pass over `known`; any other id is looked up when it first occurs.
     """
     model = own.model
     if not isinstance(model, BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
+    has = model.token_to_id
     normalizers = stages_of(json.loads(variant.normalizer))
     stages = stages_of(json.loads(variant.pre_tokenizer))
     if _is_byte_level(normalizers, stages):
-        if any(model.token_to_id(char) is None for char in ByteLevel.alphabet()):
+        if any(has(char) is None for char in ByteLevel.alphabet()):
             return None
         exact = partial(_unchanged_by_nfc, implementation.CodePoints) if normalizers else None
         return _made(own, len, exact, known, len)
-    # A marker that is no token would become bytes itself.
-    has_marker = model.token_to_id(MARKER) is not None
-    is_marked = _is_marked(normalizers, stages) and has_marker and has_all_bytes(model)
-    if is_marked and not _may_spell_a_byte(model):
+    # The marker must be a token, or it would be encoded as bytes itself. No merge may make the
+    # token of a byte from the characters of its name.
+    halves = ((name[:at], name[at:]) for name in BYTE_NAMES for at in range(1, len(name)))
+    if (
+        _is_marked(normalizers, stages)
+        and has(MARKER) is not None
+        and has_all_bytes(model)
+        and not any(has(left) is not None and has(right) is not None for left, right in halves)
+    ):
         exact = partial(_all_but_marker, implementation.CodePoints)
         return _made(own, _marked_length, exact, known, _unmarked_length)
     return None
-
-
-def _may_spell_a_byte(model: BPE) -> bool:
-    """Return whether merges may make the token of a byte of the characters of its name."""
-    has = model.token_to_id
-    halves = ((name[:at], name[at:]) for name in BYTE_NAMES for at in range(1, len(name)))
-    return any(has(left) is not None and has(right) is not None for left, right in halves)
 
 
 def _made(
@@ -80,14 +79,14 @@ def _made(
     exact: Callable[[], CodePoints] | None,
     known: Mapping[int, bytes],
     length_of_bytes: Callable[[bytes], int],
-) -> TokenBytes | None:
+) -> IdLengths | None:
     in_model = own.model.id_to_token
     added: dict[int, int] = {}
     for index, one in own.get_added_tokens_decoder().items():
-        size, token = len(one.content.encode()), in_model(index)
-        if token is not None and length_of_token(token) != size:
+        n_bytes, token = len(one.content.encode()), in_model(index)
+        if token is not None and length_of_token(token) != n_bytes:
             return None  # one id for two strings
-        added[index] = 0 if one.lstrip or one.rstrip else size
+        added[index] = 0 if one.lstrip or one.rstrip else n_bytes
 
     def length_of(index: int) -> int:
         if index in added:
@@ -95,20 +94,22 @@ def _made(
         token = in_model(index)
         return 0 if token is None else length_of_token(token)
 
-    made = implementation.TokenBytes(
+    made = implementation.IdLengths(
         2 * own.get_vocab_size(with_added_tokens=True), length_of, exact
     )
-    sizes = [length_of_bytes(known.get(index, b"")) for index in range(max(known, default=-1) + 1)]
-    for index in added.keys() & set(range(len(sizes))):
-        sizes[index] = length_of(index)
-    step = max(1, len(sizes) // _N_SAMPLES)
-    if all(length_of(index) == sizes[index] for index in range(0, len(sizes), step)):
-        made.fill(sizes)
+    lengths = [
+        length_of_bytes(known.get(index, b"")) for index in range(max(known, default=-1) + 1)
+    ]
+    for index in added.keys() & set(range(len(lengths))):
+        lengths[index] = length_of(index)
+    step = max(1, len(lengths) // _N_SAMPLES)
+    if all(length_of(index) == lengths[index] for index in range(0, len(lengths), step)):
+        made.fill(lengths)
     return made
 
 
 def _is_byte_level(normalizers: list[Any], stages: list[Any]) -> bool:
-    """Return whether each character of a token is a byte of a text, which keeps all of its own."""
+    """Return whether each character of a token is one byte of the text, and no byte is lost."""
     of_bytes = [one for one in stages if one["type"] == "ByteLevel"]
     return (
         all(one["type"] == "NFC" for one in normalizers)
@@ -119,7 +120,7 @@ def _is_byte_level(normalizers: list[Any], stages: list[Any]) -> bool:
 
 
 def _is_marked(normalizers: list[Any], stages: list[Any]) -> bool:
-    """Return whether blanks become markers, and nothing else changes."""
+    """Return whether spaces become markers, and nothing else changes."""
     if normalizers == [MARKS_BLANKS]:
         return all(map(_keeps_all, stages))
     is_metaspace = len(stages) == 1 and stages[0]["type"] == "Metaspace"
@@ -139,7 +140,7 @@ def _keeps_all(stage: Any) -> bool:
 def _marked_length(token: str) -> int:
     if token in BYTE_NAMES:
         return 1
-    # Merged with others, a name may stand for its byte or for itself.
+    # In a longer token, a name may stand for its byte or for itself.
     return 0 if BYTE_NAME.search(token) else len(token.replace(MARKER, " ").encode())
 
 
@@ -154,14 +155,14 @@ def _all_but_marker(kind: type[CodePoints]) -> CodePoints:
 
 @cache
 def _unchanged_by_nfc(kind: type[CodePoints]) -> CodePoints:
-    """Return code points that NFC leaves as they are, whichever of them stand side by side.
+    """Return code points that NFC leaves unchanged, whichever of them are adjacent.
 
-    Latin-1, and of those on which all versions of Unicode agree what is no mark, no vowel sign
-    that becomes one with what stands before it, and nothing that NFC replaces.
+    They are Latin-1, and the code points on which all versions of Unicode agree, except marks,
+    vowel signs that compose with the character before them, and code points that NFC replaces.
     """
-    fixed = [(0, _BEYOND - 1)]
+    fixed = [(0, _AFTER_LATIN_1 - 1)]
     for first, last in agreed_code_points():
-        points = range(max(first, _BEYOND), last + 1)
+        points = range(max(first, _AFTER_LATIN_1), last + 1)
         if points and _are_fixed(points):
             fixed.append((points[0], last))
         else:
@@ -172,7 +173,7 @@ def _unchanged_by_nfc(kind: type[CodePoints]) -> CodePoints:
 def _are_fixed(points: Sequence[int]) -> bool:
     chars = [*map(chr, points)]
     return (
-        unicodedata.is_normalized("NFC", "\n".join(chars))  # none beside another
+        unicodedata.is_normalized("NFC", "\n".join(chars))  # none adjacent to another
         and not any(map(unicodedata.combining, chars))
         and not any(map(_VOWELS.__contains__, chars))
     )

@@ -1,4 +1,4 @@
-"""wrap: a tokenizer with the methods of the one it was made from, the same results, and a cache."""
+"""`wrap`, which returns a tokenizer with a cache and the methods and results of the original."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ from tokcache.text.wrappers.transformers import is_fast_transformers, wrap_trans
 def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
     """Return a new tokenizer with the methods and results of `tokenizer`, and a cache.
 
-    `tokenizer` is a `tokenizers.Tokenizer` or a fast transformers tokenizer; it stays as it is.
-    One that is wrapped already is returned itself; one that can't be copied, because a component
-    is written in Python, is used in place and never cached.
+    `tokenizer` is a `tokenizers.Tokenizer` or a fast transformers tokenizer, and is not changed. A
+    wrapped tokenizer is returned as it is. A tokenizer that can't be copied, because a component is
+    written in Python, is used in place, and its answers are never cached.
 
     Errors: UnsupportedTokenizer for any other kind; InvalidConfig for a `config` that is
             not a CacheConfig, or differs from the one a wrapped tokenizer has.
     Cost:   with `engine="tokenizers"` 3 to 30 ms for most tokenizers, 0.1 to 0.5 s for phi-3-mini,
-            t5-small and deepseek-v3; the vocabulary is shared, not copied. The proof and the tables
-            of gigatoken or fastokens, where they are installed, take 0.7 to 3 s and 50 to 190 MiB
-            more.
+            t5-small and deepseek-v3; the vocabulary is shared, not copied. With gigatoken or
+            fastokens, where installed, the proof and the encoder's tables take another 0.7 to 3 s
+            and 50 to 190 MiB.
     """
     log_missing_extension()
     if config is not None and not isinstance(config, CacheConfig):
         raise InvalidConfig(f"config must be a CacheConfig or None, not {config!r}")
     if isinstance(tokenizer, WrappedTokenizer):
-        return _wrapped_again(tokenizer, config)
+        own = tokenizer._tokcache.config  # noqa: SLF001 (ours)
+        if config is not None and config != own:
+            raise InvalidConfig(
+                f"this tokenizer is already wrapped with {own}, not {config}; wrap the plain one, "
+                "which unwrap() returns"
+            )
+        return tokenizer
     if isinstance(tokenizer, Tokenizer):
         accept_wrappers()
         return TokenizersWrapper(Backend(tokenizer, config), None)
@@ -45,10 +51,3 @@ def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
         "tokenizers.Tokenizer or a fast transformers tokenizer (transformers 5, "
         "AutoTokenizer.from_pretrained(…) with is_fast True)"
     )
-
-
-def _wrapped_again(tokenizer: WrappedTokenizer, config: CacheConfig | None) -> WrappedTokenizer:
-    own = tokenizer._tokcache.config  # noqa: SLF001 (ours)
-    if config is not None and config != own:
-        raise InvalidConfig(f"this tokenizer is wrapped already, with {own}, not {config}")
-    return tokenizer

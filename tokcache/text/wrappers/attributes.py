@@ -1,9 +1,9 @@
-"""Attributes that somebody set on a `tokenizers.Tokenizer`, carried over to a copy of it.
+"""The attributes that somebody set on a `tokenizers.Tokenizer`, and their transfer to a copy.
 
-The Rust class keeps a `__dict__` for each object, and an attribute there hides the method of the
-same name: `CLIPTokenizer` replaces `decode` so. A copy made from the components has none of them.
-Such a method usually calls the one that it hides, bound to the object it was taken from: it is
-bound to the copy, or the tokenizer is not copied.
+Each object of the Rust class has a `__dict__`, and an attribute in it hides the method of the same
+name: this is how `CLIPTokenizer` replaces `decode`. A copy made from the components has no such
+attributes. A replacing method usually calls the method that it hides, bound to the original object.
+So it is bound to the copy instead, or the tokenizer is not copied.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tokcache.text.engines.copying import CopyError
+from tokcache.errors import CopyError
 
-# Methods that do not decide the ids of a text.
+# Methods that don't decide the ids of a text.
 _READING = frozenset(
     {
         "decode",
@@ -39,7 +39,7 @@ _VALUES = (str, bytes, int, float, bool, type(None))
 
 
 def why_own(tokenizer: Tokenizer) -> str | None:
-    """Return why a tokenizer has ids of its own making: a method of it was replaced by another."""
+    """Return the reason if a method that may decide ids was replaced on a tokenizer, or None."""
     for name in vars(tokenizer):
         if hasattr(Tokenizer, name) and name not in _READING:
             return f"own_{name.strip('_')}"
@@ -60,14 +60,14 @@ def carry_attributes(source: Tokenizer, made: Tokenizer) -> None:
 
 
 class _Binding:
-    """Makes a method that was set on `source` again, as if it had been made for `made`."""
+    """Makes a copy of the method that was set on `source`, bound to `made`."""
 
     def __init__(self, name: str, source: Tokenizer, made: Tokenizer) -> None:
         self._name, self._source, self._made = name, source, made
-        self._open: list[FunctionType] = []  # functions being made: one may hold itself
+        self._open: list[FunctionType] = []  # functions being copied: one may refer to itself
 
     def bind(self, value: Any) -> Any:
-        """Return `value` with `made` in the place of `source`."""
+        """Return `value` with `made` in place of `source`."""
         if value is self._source:
             return self._made
         if isinstance(value, _VALUES):
@@ -85,7 +85,7 @@ class _Binding:
     def _function(self, function: FunctionType) -> FunctionType:
         used = (function.__globals__.get(name) for name in function.__code__.co_names)
         if any(one is self._source or self._is_bound_to_source(one) for one in used):
-            raise self._refusal()  # a global variable can't be another one in the copy
+            raise self._refusal()  # the copy uses the same global variables
         self._open.append(function)
         made = FunctionType(
             function.__code__,
@@ -110,5 +110,5 @@ class _Binding:
         return isinstance(value, BuiltinMethodType) and value.__self__ is self._source
 
     def _refusal(self) -> CopyError:
-        # What it refers to may hold `source` in a place that can't be seen from here.
+        # The value may refer to `source` in a way that can't be followed.
         return CopyError(f"own_{self._name.strip('_')}")

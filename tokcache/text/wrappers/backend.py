@@ -1,7 +1,7 @@
-"""The tokenizer in a wrapper: a plain copy, and every way to change it.
+"""The plain tokenizer in a wrapper, and all changes of it.
 
-The copy shares only the model with the original, so that neither sees what is changed on the
-other; every way to change it leads through here, which tells the cache.
+It is a copy that shares only the model with the original, so that a change of one does not affect
+the other. Every change of it is made here, and invalidates the cache.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from tokcache.errors import CopyError
 from tokcache.text.engines.copying import (
-    CopyError,
     Engine,
     HuggingFaceEngine,
     PlainEngine,
@@ -42,20 +42,21 @@ COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "model")
 
 @dataclass(slots=True)
 class _HandedOut:
-    """A component that callers hold and may change in place."""
+    """A component to which callers hold references, through which they may change it in place."""
 
     signature: object
     holders: list[Any]
 
 
 class Backend:
-    """A plain tokenizer of our own, and every way to change it.
+    """A plain tokenizer, with all methods that change it.
 
-    `settled` are the truncation and padding that the last call of transformers left in it, None
-    if others may have changed them, or `encode_special_tokens`, since.
+    `own_engine` is the engine of a transformers tokenizer whose class overrides how it encodes, or
+    None; `set_own_engine` sets it. `settled` are the truncation and padding that the last call of
+    transformers has set, or None if they, or `encode_special_tokens`, may have been changed since.
 
-    Threads: safe; `core.plain_lock` is held while it encodes or changes. A call that finds it taken
-             encodes with a copy.
+    Threads: safe; `core.plain_lock` is held while the tokenizer encodes or is changed. A call that
+             finds the lock taken encodes with a copy.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class Backend:
         self._lent = threading.local()
         self.settled: Settings | None = None
         self.splits_special_tokens = splits_special_tokens
-        self._own_engine = own_engine
-        # The transformers tokenizers that share this one: `copy.copy` shares the Rust object.
+        self.own_engine = own_engine
+        # The transformers tokenizers that use this backend: `copy.copy` shares the Rust object.
         self.wrappers: list[weakref.ref[Any]] = []
         self._handed_out: dict[str, _HandedOut] = {}
         self._has_stale_matcher = False
@@ -80,8 +81,8 @@ class Backend:
     def _splits(self) -> bool:
         """Return whether special tokens are encoded as text.
 
-        transformers decides it for each call by an attribute of its tokenizer; the Rust tokenizer
-        has a flag, which no serialisation shows.
+        transformers decides it in each call by an attribute of its tokenizer. The Rust tokenizer
+        has a flag, which is not part of its serialised form.
         """
         if self.splits_special_tokens is None:
             return self.raw.encode_special_tokens
@@ -89,7 +90,7 @@ class Backend:
 
     @property
     def raw(self) -> Tokenizer:
-        """The plain tokenizer, or the copy of it that this thread encodes with."""
+        """The plain tokenizer, or the copy of it with which this thread encodes now."""
         return self._lent_copy or self._raw
 
     @property
@@ -98,25 +99,22 @@ class Backend:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Encode, and set how: with the tokenizer itself, or with a copy while others use it.
+        """Allow this thread to encode and to change settings, with `raw`.
 
-        What is set on a copy counts as having been set before the others came.
+        While another thread uses the tokenizer, `raw` is a copy of it. Settings that are changed on
+        the copy are lost, as if they had been changed before the other thread's call.
         """
         if self._lent_copy is not None:
             yield
-        elif self.core.plain_lock.acquire(blocking=False):
+            return
+        if self.core.plain_lock.acquire(blocking=False):
             try:
                 yield
             finally:
                 self.core.plain_lock.release()
-        else:
-            with self._copy_or_wait():
-                yield
-
-    @contextmanager
-    def _copy_or_wait(self) -> Iterator[None]:
+            return
         engine = self.core.engine(self.core.fresh())
-        if not isinstance(engine, HuggingFaceEngine):  # there is no copy that could be trusted
+        if not isinstance(engine, HuggingFaceEngine):  # no copy is proven equal: wait
             with self.core.plain_lock:
                 yield
             return
@@ -129,8 +127,8 @@ class Backend:
                 self._lent.copy = None
 
     def _build_engine(self) -> Engine:
-        if self._own_engine is not None:
-            return self._own_engine
+        if self.own_engine is not None:
+            return self.own_engine
         reason = self._why_not_copied or why_own(self.raw) or why_random(self.raw.model)
         if reason is None and self._has_stale_matcher:
             reason = "normalizer_changed_in_place"
@@ -139,39 +137,39 @@ class Backend:
                 return HuggingFaceEngine(self.raw, self._splits())
         except CopyError as error:
             reason = error.reason
-        return PlainEngine(str(reason), lambda *call: self._encode_plain(str(reason), *call))
+        why = str(reason)
 
-    def _encode_plain(
-        self, reason: str, texts: Sequence[str], add_special_tokens: bool
-    ) -> list[list[int]]:
-        """Encode whole texts with the tokenizer itself, and leave its settings as they were."""
-        raw = self._raw
-        method = "encode_batch" if "encode_batch" in vars(raw) else "encode_batch_fast"
-        with self.core.plain_lock:
-            saved = raw.truncation, raw.padding, raw.encode_special_tokens
-            self.settle()
-            try:
-                found = getattr(raw, method)(texts, add_special_tokens=add_special_tokens)
-            finally:
-                _set(raw, *saved)
-                self.settled = None
-        self.core.count_bypass(reason, len(texts))
-        return [encoding.ids for encoding in found]
+        def encode_plain(texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+            """Encode with the tokenizer itself, and restore its settings afterwards."""
+            raw = self._raw
+            method = "encode_batch" if "encode_batch" in vars(raw) else "encode_batch_fast"
+            with self.core.plain_lock:
+                saved = raw.truncation, raw.padding, raw.encode_special_tokens
+                self.settle()
+                try:
+                    found = getattr(raw, method)(texts, add_special_tokens=add_special_tokens)
+                finally:
+                    _set(raw, *saved)
+                    self.settled = None
+            self.core.count_bypass(why, len(texts))
+            return [encoding.ids for encoding in found]
+
+        return PlainEngine(why, encode_plain)
 
     def add_wrapper(self, wrapper: Any) -> None:
-        """Note one more transformers tokenizer that uses this backend."""
+        """Add a transformers tokenizer to those that use this backend."""
         self.wrappers = [*(one for one in self.wrappers if one() is not None), weakref.ref(wrapper)]
 
     def is_shared(self, wrapper: Any) -> bool:
-        """Return whether a tokenizer with other attributes uses this backend, too."""
+        """Return whether another tokenizer, with other attributes, uses this backend, too."""
         others = (one() for one in self.wrappers)
         return any(one is not None and vars(one) is not vars(wrapper) for one in others)
 
     def copied(self) -> Backend:
         """Return a backend with a copy of the tokenizer and an empty cache, for a copied wrapper.
 
-        As in a copy that tokenizers makes, attributes that were set on the Rust object are gone,
-        and `encode_special_tokens` is off.
+        As in a copy that tokenizers makes, the attributes that were set on the Rust object are
+        missing, and `encode_special_tokens` is off.
         """
         try:
             raw = copy_tokenizer(self._raw)
@@ -180,23 +178,18 @@ class Backend:
         raw.encode_special_tokens = False
         return Backend(raw, self.core.config, splits_special_tokens=self.splits_special_tokens)
 
-    @property
-    def has_own_engine(self) -> bool:
-        """Whether the tokenizer encodes in a way of its own, through the engine given."""
-        return self._own_engine is not None
-
     def set_own_engine(self, engine: Engine | None) -> None:
-        """Encode through this engine from now on, None: through one of ours."""
+        """Encode with this engine from now on, or with one of ours if it is None."""
         with self.core.plain_lock:
-            self._own_engine = engine
+            self.own_engine = engine
             self.core.invalidate()
 
     def settle(
         self, truncation: dict[str, Any] | None = None, padding: dict[str, Any] | None = None
     ) -> None:
-        """Leave the settings as a call of transformers with these does.
+        """Set the truncation and padding that a call of transformers with these would leave.
 
-        While another thread's call is at work this counts as having come before it.
+        Nothing is set while another thread uses the tokenizer, as if this call had come before.
         """
         if self.settled == (truncation, padding):
             return
@@ -211,7 +204,7 @@ class Backend:
     # ---- changes
 
     def change(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method that changes how the tokenizer encodes."""
+        """Call a method that changes the ids that the tokenizer gives."""
         with self.core.plain_lock:
             try:
                 return getattr(Tokenizer, method)(self.raw, *args, **kwargs)
@@ -219,11 +212,11 @@ class Backend:
                 self.core.invalidate()
 
     def train(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Train a model of our own: training happens in place, and the original shares ours."""
+        """Train a copy of the model: the original shares the model, and training changes it."""
         return self.train_by(lambda raw: getattr(Tokenizer, method)(raw, *args, **kwargs))
 
     def train_by(self, train: Callable[[Tokenizer], Any]) -> Any:
-        """Have `train` change the tokenizer that it is given."""
+        """Call `train` with the tokenizer, after its model was copied."""
         with self.core.plain_lock:
             self._raw.model = pickle.loads(pickle.dumps(self.raw.model))  # noqa: S301 (own object)
             try:
@@ -232,7 +225,7 @@ class Backend:
                 self.core.invalidate()
 
     def set_attribute(self, name: str, value: Any) -> None:
-        """Set an attribute of the Rust object; one that hides a method may change the ids."""
+        """Set an attribute on the Rust object; it may change the ids if it hides a method."""
         with self.core.plain_lock:
             setattr(self._raw, name, value)
             self._note_attribute(name)
@@ -248,7 +241,7 @@ class Backend:
             self.core.invalidate()
 
     def configure(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method that sets truncation or padding: the cache's own copy has neither."""
+        """Call a method that sets truncation or padding, which the cached ids don't depend on."""
         with self.turn():
             if self._lent_copy is None:
                 self.settled = None
@@ -256,13 +249,13 @@ class Backend:
 
     def encode(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method that returns Encoding objects, which can't be made from ids."""
-        if self.splits_special_tokens is None:  # else transformers' call has counted it
+        if self.splits_special_tokens is None:  # a call of transformers has counted it already
             self.core.count_bypass("encoding_objects")
         with self.turn():
             return getattr(Tokenizer, method)(self.raw, *args, **kwargs)
 
     def set_encode_special_tokens(self, value: bool) -> None:
-        """Set what no serialisation of a tokenizer shows."""
+        """Set whether special tokens are encoded as text."""
         if self._lent_copy is not None:
             self._lent_copy.encode_special_tokens = value
             return
@@ -285,7 +278,7 @@ class Backend:
     # ---- components
 
     def component(self, name: str) -> Any:
-        """Hand out a component; from now on its state is looked at before every answer."""
+        """Return a component; from now on its state is compared before every answer."""
         with self.core.guard_lock:
             part = getattr(self.raw, name)
             if part is not None:
@@ -293,9 +286,11 @@ class Backend:
             return part
 
     def set_component(self, name: str, value: Any) -> None:
-        """Put in a component; who put it in still holds it."""
+        """Set a component; the caller still holds it, so it is watched from now on."""
         with self.core.plain_lock, self.core.guard_lock:
-            before = self._last_seen(name)
+            # The state with which the cached answers were made.
+            entry = self._handed_out.get(name)
+            before = _signature_or_none(self.raw, name) if entry is None else entry.signature
             setattr(self.raw, name, value)
             self._handed_out.pop(name, None)
             is_same = before is not None and before == _signature_or_none(self.raw, name)
@@ -305,11 +300,6 @@ class Backend:
             if value is not None:
                 self._watch(name, value)
 
-    def _last_seen(self, name: str) -> object:
-        """Return the state that the cached answers were made with."""
-        entry = self._handed_out.get(name)
-        return _signature_or_none(self.raw, name) if entry is None else entry.signature
-
     def _watch(self, name: str, part: Any) -> None:
         now = _signature_or_none(self.raw, name)
         entry = self._handed_out.setdefault(name, _HandedOut(now, []))
@@ -317,26 +307,28 @@ class Backend:
         self.core.watch(self._look)
 
     def _look(self) -> None:
-        """Compare every component handed out with what it was, and forget those given back."""
+        """Compare every component handed out with its state of before; drop those given back."""
         with self.core.guard_lock:
-            changed = [name for name in list(self._handed_out) if self._has_changed(name)]
+            has_changed = False
+            for name, entry in list(self._handed_out.items()):
+                # First, because a caller that holds the component can still change it.
+                entry.holders = _held_elsewhere(entry.holders)
+                now = _signature_or_none(self.raw, name)
+                if now != entry.signature:
+                    has_changed = True
+                    if name == "normalizer":
+                        # The library searches for normalized added tokens in the forms that they
+                        # had under the normalizer of before.
+                        self._has_stale_matcher = any(
+                            token.normalized for token in added_tokens(self.raw)
+                        )
+                entry.signature = now
+                if not entry.holders:
+                    del self._handed_out[name]
             if not self._handed_out:
                 self.core.watch(None)
-            if changed:  # before the lock is let go: the next asker sees no difference any more
+            if has_changed:  # before the lock is released: the next look sees no difference
                 self.core.invalidate()
-
-    def _has_changed(self, name: str) -> bool:
-        entry = self._handed_out[name]
-        entry.holders = _held_elsewhere(entry.holders)  # first: who holds it can still change it
-        now = _signature_or_none(self.raw, name)
-        changed = now != entry.signature
-        entry.signature = now
-        if not entry.holders:
-            del self._handed_out[name]
-        if changed and name == "normalizer":
-            # The matcher of normalized added tokens was made with the normalizer as it was.
-            self._has_stale_matcher = any(token.normalized for token in added_tokens(self.raw))
-        return changed
 
 
 def _set(
@@ -345,7 +337,10 @@ def _set(
     padding: dict[str, Any] | None,
     encode_special_tokens: bool,
 ) -> None:
-    """Set what differs: where a child was forked while others encode, setting would hang."""
+    """Change only the settings that differ.
+
+    In a child that was forked while another thread encoded, setting one would wait without end.
+    """
     if truncation is None and tokenizer.truncation is not None:
         tokenizer.no_truncation()
     elif truncation != tokenizer.truncation:
@@ -359,12 +354,12 @@ def _set(
 
 
 def own_copy(source: Tokenizer) -> Tokenizer:
-    """Return a plain tokenizer that shares nothing but the model with a plain or wrapped one."""
+    """Return a plain tokenizer that shares only the model with a plain or wrapped one."""
     return _own_copy(source)[0]
 
 
 def _own_copy(source: Any) -> tuple[Tokenizer, str | None]:
-    """Return a copy; or the tokenizer itself, and why nothing of it may be cached."""
+    """Return a copy and None; or the tokenizer itself, and why its answers must not be cached."""
     is_wrapped = isinstance(source, WrappedTokenizer)
     plain: Tokenizer = source._backend.raw if is_wrapped else source  # noqa: SLF001 (ours)
     try:
@@ -379,7 +374,7 @@ def _signature_or_none(tokenizer: Tokenizer, name: str) -> object:
     try:
         return signature(tokenizer, name)
     except CopyError:
-        return None  # written in Python: not cached while it is there
+        return None  # written in Python: with it, answers are not cached
 
 
 def _reference_counts(parts: list[Any]) -> list[int]:
@@ -390,7 +385,7 @@ _COUNT_IF_OURS_ALONE = _reference_counts([object()])[0]
 
 
 def _held_elsewhere(parts: list[Any]) -> list[Any]:
-    """Return the components that somebody else holds, or may hold a member of."""
+    """Return the components to which other code holds a reference, or may hold one to a member."""
     counts = _reference_counts(parts)
     return [
         part

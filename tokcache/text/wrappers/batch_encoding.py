@@ -1,17 +1,21 @@
-"""What a transformers call returns, made from token ids: truncated, padded, with masks, as arrays.
+"""The answers of transformers calls, made from token ids: truncated, padded, with masks, as arrays.
 
-`read` says what a call asks for, or why ids can't answer it; `make_rows` and `make_fields` make
-it. tests/text/test_wrap_matrix.py compares it with what the plain tokenizer makes.
+1. `read` reads the arguments of a call into `Asked`, or says why ids can't answer the call.
+2. `make_rows` truncates the ids and puts the special tokens around them.
+3. `make_fields` makes the fields, which `shaped` turns into a BatchEncoding.
+
+tests/text/test_wrap_matrix.py compares the answers with those of the plain tokenizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import NotFromIds
 from tokcache.text.engines.layout import Run
 from tokcache.text.token_ids import TokenIds
 
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 _SIDES = ("left", "right")
 _FLAGS = (None, True, False)
 
-# What a call may say beside its texts, truncation and padding, and still be answered from ids.
+# The arguments besides texts, truncation and padding, and the values with which ids can answer.
 _ANSWERED: dict[str, tuple[object, ...]] = {
     "add_special_tokens": (True, False),
     "stride": (0,),
@@ -40,14 +44,14 @@ _ANSWERED: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """Leave at most `max_length` tokens of a row: of its texts and what is put around them."""
+    """Truncation of a row to `max_length` tokens, of its texts and the special tokens together."""
 
     max_length: int
     strategy: str
     side: str
 
     def lengths(self, layout: Layout, lengths: Sequence[int]) -> Sequence[int] | None:
-        """Return how many tokens of each text stay; None where tokenizers refuses."""
+        """Return how many tokens of each text are kept; None where tokenizers raises an error."""
         room = self.max_length - layout.n_special
         n_over = sum(lengths) - room
         if room <= 0:
@@ -64,7 +68,7 @@ class Truncation:
         return left
 
     def cut(self, ids: TokenIds, length: int) -> TokenIds:
-        """Return what stays of the ids of one text."""
+        """Return the `length` ids of one text that are kept."""
         return ids[:length] if self.side == "right" else ids[len(ids) - length :]
 
     def for_tokenizers(self) -> dict[str, Any]:
@@ -78,7 +82,10 @@ class Truncation:
 
 
 def _both(first: int, second: int, room: int) -> tuple[int, int]:
-    """Return the lengths of two texts that are too long together: the longer one gives first."""
+    """Return the lengths of two texts that are too long together, as tokenizers truncates them.
+
+    The longer text is cut down to the length of the shorter one, then both to a half of the room.
+    """
     short, long = sorted((first, second))
     long = short if short > room else max(short, room - short)
     if short + long > room:
@@ -88,7 +95,7 @@ def _both(first: int, second: int, room: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Fill up to `length`, or to the longest row of a batch (None), and to a multiple."""
+    """Padding to `length`, or to the longest row of a batch (None), and to a multiple."""
 
     length: int | None
     multiple_of: int | None
@@ -98,7 +105,7 @@ class Padding:
     type_id: int
 
     def width(self, n_longest: int) -> int:
-        """Return the length that shorter rows are filled up to."""
+        """Return the length to which rows are padded, if the longest has `n_longest` tokens."""
         width = n_longest if self.length is None else self.length
         multiple_of = self.multiple_of or 1
         return -(-width // multiple_of) * multiple_of
@@ -117,10 +124,10 @@ class Padding:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a call asks for.
+    """The arguments of a call.
 
-    `texts` are the first texts of all rows, and the second ones if rows have two; `is_batch` says
-    that the answer is a list of rows; `flags` are the fields asked for or declined by name.
+    `texts` are the first texts of all rows, then the second ones if rows have two. `is_batch` says
+    that the answer is a list of rows. `flags` are the arguments that ask for fields by name.
     """
 
     texts: tuple[Sequence[str], ...]
@@ -134,7 +141,7 @@ class Asked:
 
     @property
     def settings(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Return the truncation and the padding that the tokenizer itself would be set to."""
+        """The arguments of `enable_truncation` and `enable_padding` for this call, or None."""
         return (
             None if self.truncation is None else self.truncation.for_tokenizers(),
             None if self.padding is None else self.padding.for_tokenizers(),
@@ -142,19 +149,15 @@ class Asked:
 
     @property
     def inputs(self) -> list[Any]:
-        """Return what the tokenizer itself would be given."""
+        """The texts or pairs in the form that `encode_batch` takes."""
         return list(self.texts[0] if len(self.texts) == 1 else zip(*self.texts, strict=True))
 
 
-class _NotFromIdsError(Exception):
-    """Ids can't answer a call; the argument says why, as a counter's key."""
-
-
 def read(wrapper: Any, asked: dict[str, Any]) -> Asked | str:
-    """Return what the arguments of `_encode_plus` ask for, or why ids can't answer it."""
+    """Return the arguments of an `_encode_plus` call, or the reason why ids can't answer it."""
     try:
         return _read(wrapper, dict(asked))
-    except _NotFromIdsError as reason:
+    except NotFromIds as reason:
         return str(reason)
 
 
@@ -162,14 +165,19 @@ def _read(wrapper: Any, asked: dict[str, Any]) -> Asked:
     text, pair = asked.pop("text", None), asked.pop("text_pair", None)
     splits = asked.pop("split_special_tokens", None)
     if not (splits is None or splits is wrapper.split_special_tokens):
-        raise _NotFromIdsError("split_special_tokens")
+        raise NotFromIds("split_special_tokens")
     max_length, tensors = asked.pop("max_length", None), asked.pop("return_tensors", None)
-    truncation = _truncation(wrapper, asked, max_length)
+    truncation = None
+    strategy, side = _strategy(asked, "truncation_strategy"), wrapper.truncation_side
+    if not strategy.startswith("do_not"):
+        if type(max_length) is not int or side not in _SIDES:
+            raise NotFromIds("truncation")
+        truncation = Truncation(max_length, strategy, side)
     padding = _padding(wrapper, asked, max_length)
     for name, value in asked.items():
-        # By identity: 0 is no False to transformers.
+        # By identity: transformers does not take 0 for False.
         if not any(value is one for one in _ANSWERED.get(name, ())):
-            raise _NotFromIdsError(name if name in _ANSWERED else "other_argument")
+            raise NotFromIds(name if name in _ANSWERED else "other_argument")
     return Asked(
         texts=_texts(text, pair),
         is_batch=not isinstance(text, str),
@@ -184,7 +192,9 @@ def _read(wrapper: Any, asked: dict[str, Any]) -> Asked:
 
 def _texts(text: Any, pair: Any) -> tuple[Sequence[str], ...]:
     if isinstance(text, str):
-        if pair is None or (isinstance(pair, str) and not pair):  # "" is no second text to it
+        if pair is None or (
+            isinstance(pair, str) and not pair
+        ):  # transformers ignores a second text ""
             return ([text],)
         if isinstance(pair, str):
             return [text], [pair]
@@ -194,13 +204,13 @@ def _texts(text: Any, pair: Any) -> tuple[Sequence[str], ...]:
         is_even = isinstance(pair, list | tuple) and len(pair) == len(text)
         if is_even and _are_texts(text) and _are_texts(pair):
             return text, pair
-    raise _NotFromIdsError("input_type")
+    raise NotFromIds("input_type")
 
 
 def _pairs(rows: Sequence[Any]) -> tuple[Sequence[str], ...]:
     if all(isinstance(row, tuple) and len(row) == 2 and _are_texts(row) for row in rows):  # noqa: PLR2004 (a pair)
         return tuple(zip(*rows, strict=True))
-    raise _NotFromIdsError("input_type")
+    raise NotFromIds("input_type")
 
 
 def _are_texts(values: Sequence[Any]) -> bool:
@@ -210,15 +220,6 @@ def _are_texts(values: Sequence[Any]) -> bool:
 def _strategy(asked: dict[str, Any], name: str) -> str:
     value = asked.pop(name, "do_not")
     return str(getattr(value, "value", value))
-
-
-def _truncation(wrapper: Any, asked: dict[str, Any], max_length: Any) -> Truncation | None:
-    strategy, side = _strategy(asked, "truncation_strategy"), wrapper.truncation_side
-    if strategy.startswith("do_not"):
-        return None
-    if type(max_length) is not int or side not in _SIDES:
-        raise _NotFromIdsError("truncation")
-    return Truncation(max_length, strategy, side)
 
 
 def _padding(wrapper: Any, asked: dict[str, Any], max_length: Any) -> Padding | None:
@@ -232,7 +233,7 @@ def _padding(wrapper: Any, asked: dict[str, Any], max_length: Any) -> Padding | 
     numbers = [one for one in (length, multiple) if one is not None]
     is_plain = all(type(one) is int and one > 0 for one in numbers)
     if side not in _SIDES or not is_plain or type(token_id) is not int or type(type_id) is not int:
-        raise _NotFromIdsError("padding")
+        raise NotFromIds("padding")
     return Padding(length, multiple, side, str(token), token_id, type_id)
 
 
@@ -241,7 +242,7 @@ def _padding(wrapper: Any, asked: dict[str, Any], max_length: Any) -> Padding | 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The ids of one row before padding, and how many of them each of its texts has."""
+    """The ids of one row before padding, and the number of tokens of each of its texts."""
 
     segments: Segments
     lengths: Sequence[int]
@@ -251,38 +252,32 @@ class Row:
 
 
 def make_rows(asked: Asked, layout: Layout, found: Sequence[TokenIds]) -> list[Row] | None:
-    """Return the rows of an answer; None where tokenizers can't truncate as asked.
+    """Return the rows of an answer; None where tokenizers raises an error over the truncation.
 
-    `found` are the ids of whole rows, or, where a row has two texts, of the first ones alone and
-    then of the second ones.
+    `found` are the ids of whole rows if a row has one text. If it has two, they are the ids of the
+    first texts without special tokens, then those of the second texts.
     """
-    if len(asked.texts) == 1:
-        rows = [_one_text(asked.truncation, layout, ids) for ids in found]
-    else:
-        n_rows = len(asked.texts[0])
-        pairs = zip(found[:n_rows], found[n_rows:], strict=True)
-        rows = [_of_texts(asked.truncation, layout, pair) for pair in pairs]
-    return [row for row in rows if row is not None] if None not in rows else None
-
-
-def _one_text(truncation: Truncation | None, layout: Layout, ids: TokenIds) -> Row | None:
-    n_tokens = len(ids) - layout.n_special
-    if truncation is None or truncation.max_length >= len(ids) > layout.n_special:
-        return Row([ids], (n_tokens,))
-    content = ids[layout.n_before : layout.n_before + n_tokens]
-    return _of_texts(truncation, layout, (content,))
-
-
-def _of_texts(
-    truncation: Truncation | None, layout: Layout, texts: Sequence[TokenIds]
-) -> Row | None:
-    lengths: Sequence[int] | None = [len(ids) for ids in texts]
-    if truncation is not None and lengths is not None:
-        lengths = truncation.lengths(layout, lengths)
-        if lengths is None:
-            return None
-        texts = [truncation.cut(ids, n) for ids, n in zip(texts, lengths, strict=True)]
-    return Row(layout.segments(texts), lengths or ())
+    truncation, n_rows = asked.truncation, len(asked.texts[0])
+    is_pair = len(asked.texts) > 1
+    rows = []
+    for index, ids in enumerate(found[:n_rows]):
+        if is_pair:
+            texts: Sequence[TokenIds] = (ids, found[n_rows + index])
+        else:
+            n_tokens = len(ids) - layout.n_special
+            if truncation is None or truncation.max_length >= len(ids) > layout.n_special:
+                rows.append(Row([ids], (n_tokens,)))
+                continue
+            texts = (ids[layout.n_before : layout.n_before + n_tokens],)
+        lengths: Sequence[int] = [len(one) for one in texts]
+        if truncation is not None:
+            kept = truncation.lengths(layout, lengths)
+            if kept is None:
+                return None
+            texts = [truncation.cut(one, n) for one, n in zip(texts, kept, strict=True)]
+            lengths = kept
+        rows.append(Row(layout.segments(texts), lengths))
+    return rows
 
 
 # ---- fields
@@ -293,40 +288,47 @@ def make_fields(
 ) -> dict[str, Any]:
     """Return the fields of an answer, in the order of transformers: lists, or arrays if asked.
 
-    `names` are the fields that this tokenizer gives when nothing is said.
+    `names` are the fields that this tokenizer returns by default.
     Shapes: [n_rows, n_tokens]; int64 arrays where all rows are equally long, else lists.
     """
+    padding = asked.padding
     longest = max(map(len, rows))
-    width = 0 if asked.padding is None else asked.padding.width(longest)
+    width = 0 if padding is None else padding.width(longest)
     is_even = width >= longest or all(len(row) == longest for row in rows)
-    is_left = asked.padding is not None and asked.padding.side == "left"
+    is_left = padding is not None and padding.side == "left"
+
+    # The name of each field, its rows, and the value with which rows are padded.
+    fields: list[tuple[str, Sequence[Segments], int]] = [
+        ("input_ids", [row.segments for row in rows], padding.token_id if padding else 0)
+    ]
+    if _is_wanted("token_type_ids", asked.flags, names):
+        types = [layout.type_ids(row.lengths) for row in rows]
+        fields.append(("token_type_ids", types, padding.type_id if padding else 0))
+    if _is_wanted("attention_mask", asked.flags, names):
+        fields.append(("attention_mask", [[Run(1, len(row))] for row in rows], 0))
+    if asked.flags.get("return_special_tokens_mask"):
+        masks = [layout.special_tokens_mask(row.lengths) for row in rows]
+        fields.append(("special_tokens_mask", masks, 1))
+
     data: dict[str, Any] = {}
-    for name, lines, filler in _fields(asked, layout, rows, names):
-        filled = [_filled(line, Run(filler, width - _size(line)), is_left) for line in lines]
-        as_arrays = asked.tensors is not None and is_even
-        data[name] = (
-            _as_array(filled, max(width, longest))
-            if as_arrays
-            else [_as_list(line) for line in filled]
-        )
+    for name, lines, filler in fields:
+        filled = []
+        for line in lines:
+            n_missing = width - sum(map(len, line))
+            if n_missing > 0:
+                filling = Run(filler, n_missing)
+                line = [filling, *line] if is_left else [*line, filling]  # noqa: PLW2901 (filled)
+            filled.append(line)
+        if asked.tensors is not None and is_even:
+            data[name] = _as_array(filled, max(width, longest))
+        else:
+            lists = [[_plain(segment) for segment in line] for line in filled]
+            data[name] = [
+                one[0] if len(one) == 1 else list(chain.from_iterable(one)) for one in lists
+            ]
     if asked.flags.get("return_length"):
         data["length"] = [len(ids) for ids in data["input_ids"]]
     return data
-
-
-def _fields(
-    asked: Asked, layout: Layout, rows: Sequence[Row], names: Sequence[str]
-) -> Iterator[tuple[str, Sequence[Segments], int]]:
-    """Yield name, rows and the value that fills rows up."""
-    padding = asked.padding
-    yield "input_ids", [row.segments for row in rows], padding.token_id if padding else 0
-    if _is_wanted("token_type_ids", asked.flags, names):
-        types = [layout.type_ids(row.lengths) for row in rows]
-        yield "token_type_ids", types, padding.type_id if padding else 0
-    if _is_wanted("attention_mask", asked.flags, names):
-        yield "attention_mask", [[Run(1, len(row))] for row in rows], 0
-    if asked.flags.get("return_special_tokens_mask"):
-        yield "special_tokens_mask", [layout.special_tokens_mask(row.lengths) for row in rows], 1
 
 
 def _is_wanted(name: str, flags: dict[str, Any], names: Sequence[str]) -> bool:
@@ -334,31 +336,10 @@ def _is_wanted(name: str, flags: dict[str, Any], names: Sequence[str]) -> bool:
     return name in names if flag is None else bool(flag)
 
 
-def _size(line: Segments) -> int:
-    return sum(map(len, line))
-
-
-def _filled(line: Segments, filling: Run, is_left: bool) -> Segments:
-    if filling.n_times <= 0:
-        return line
-    return [filling, *line] if is_left else [*line, filling]
-
-
-def _as_list(line: Segments) -> list[int]:
-    parts = [_plain(segment) for segment in line]
-    return parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
-
-
 def _plain(segment: Segment) -> list[int]:
     if isinstance(segment, TokenIds):
         return segment.tolist()
     return [segment.value] * segment.n_times if isinstance(segment, Run) else list(segment)
-
-
-def _filling(segment: Segment) -> Any:
-    if isinstance(segment, TokenIds):
-        return segment.numpy()
-    return segment.value if isinstance(segment, Run) else segment
 
 
 def _as_array(lines: Sequence[Segments], width: int) -> Any:
@@ -369,7 +350,12 @@ def _as_array(lines: Sequence[Segments], width: int) -> Any:
         start = 0
         for segment in line:
             stop = start + len(segment)
-            row[start:stop] = _filling(segment)
+            values: Any = segment
+            if isinstance(segment, TokenIds):
+                values = segment.numpy()
+            elif isinstance(segment, Run):
+                values = segment.value
+            row[start:stop] = values
             start = stop
     return array
 
@@ -378,14 +364,14 @@ def _as_array(lines: Sequence[Segments], width: int) -> Any:
 
 
 def ids_alone(_wrapper: Any, ids: list[int], *_rest: Any) -> list[int]:
-    """Return the ids and nothing else, as `encode` does."""
+    """Return the ids alone, as `encode` does."""
     return ids
 
 
 def batch_encoding(
     wrapper: Any, ids: list[int], engine: Engine, text: str, add_special_tokens: bool
 ) -> Any:
-    """Return what a call with nothing but a text gives; None if type ids are not to be had."""
+    """Return the answer to a call with one text and no options; None if type ids are unknown."""
     names = wrapper.model_input_names
     data: dict[str, Any] = {"input_ids": ids}
     if "token_type_ids" in names:
@@ -399,7 +385,7 @@ def batch_encoding(
 
 
 def shaped(asked: Asked, engine: Engine, data: dict[str, Any]) -> Any:
-    """Return the fields of a call, as tensors or as one row where it asked for that."""
+    """Return the answer with these fields: as tensors, and one row only, if the call asks so."""
     if asked.tensors is None and not asked.is_batch:
         data = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in data.items()}
     made = _lazy_batch_encoding().make(
@@ -417,7 +403,7 @@ def _lazy_batch_encoding() -> Any:
 
         @classmethod
         def make(cls, data: dict[str, Any], n_sequences: int, *source: Any) -> Any:
-            """Return an answer; `source` are an engine and what its `encodings` is to be given."""
+            """Return an answer; `source` are an engine and the arguments for its `encodings`."""
             made = cls.__new__(cls)
             made.__dict__.update(data=data, _n_sequences=n_sequences, _source=source)
             return made

@@ -1,4 +1,4 @@
-"""The classes of wrapped transformers tokenizers, made from plain ones: their views and pickles."""
+"""The classes of wrapped transformers tokenizers and of their scoped views, and their pickles."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 
 from tokcache.text.engines.copying import Engine, PlainEngine
 
-_lock = threading.RLock()  # of the classes that are made once
+_lock = threading.RLock()  # held while a class is looked up and made
 
-# Methods that a class may not have changed, for its calls to be answered from ids.
+# Methods that a class must not override if its calls are to be answered from ids.
 STANDARD = (
     "__call__",
     "encode",
@@ -32,35 +32,36 @@ _LOADING = ("from_pretrained", "_from_pretrained", "convert_to_native_format")
 
 
 class PlainLayout:
-    """The first base of our classes: it gives their objects the layout of a plain tokenizer's.
+    """The first base of our classes: it gives their objects the layout of plain tokenizers.
 
-    CPython assigns `__class__` only between classes whose chains of first bases add the same
-    fields: here `__dict__` and `__weakref__`, added by a class that derives from `object` alone.
+    CPython allows an assignment to `__class__` only between classes whose chains of first bases add
+    the same fields. Here these are `__dict__` and `__weakref__`, added by a class that derives from
+    `object` alone.
     """
 
 
 class ViewLayout(PlainLayout):
-    """The first base of the classes of scoped views: they have one field more."""
+    """The first base of the classes of scoped views, whose objects have one more field."""
 
     __slots__ = ("_tokcache_scope",)
 
 
 def is_wrapper_base(kind: type) -> bool:
-    """Return whether this is the class of ours that all wrapped classes derive from."""
+    """Return whether this is TransformersWrapper, from which all wrapped classes derive."""
     return PlainLayout in kind.__bases__ and kind is not ViewLayout
 
 
 class WrapperType(ABCMeta):
-    """The type of our classes: `pickle` makes the plain class of one, in any process.
+    """The type of our classes; a pickle of one names the plain class, which any process has.
 
-    It derives from ABCMeta, so that a class may derive from one of ours and from an abstract one.
+    It derives from ABCMeta, so that a class can derive both from one of ours and an abstract class.
     """
 
 
 class _OfPlainClass:
-    """A class method bound to the plain class: transformers looks into the class it loads for.
+    """A class method, bound to the plain class: transformers inspects the class that it loads.
 
-    Looked up at each call, because `patch_transformers` replaces it.
+    It is looked up at each call, because `patch_transformers` replaces it.
     """
 
     def __init__(self, plain: type[Any], name: str) -> None:
@@ -71,51 +72,41 @@ class _OfPlainClass:
 
 
 def wrapper_class(plain: type[Any], base: type[Any]) -> type[Any]:
-    """Return the class of wrapped tokenizers of one kind, with the kind's own name.
+    """Return the class of wrapped tokenizers of the class `plain`, with the same name.
 
-    It derives from `base`, the class of ours that answers calls, and from the plain class.
-
-    It is an attribute of the plain class, and its qualified name says so: picklers that store a
-    class by its name (dill, cloudpickle, and with them the fingerprints of datasets) find it there.
+    It derives from `base`, which is TransformersWrapper, and from the plain class. It is an
+    attribute of the plain class, and its qualified name says so: picklers that store a class by its
+    name (dill, cloudpickle, and with them the fingerprints of datasets) find it there.
     """
-    with _lock:
-        if "_tokcache_class" not in vars(plain):
-            plain._tokcache_class = _made_class(plain, base)  # noqa: SLF001 (ours)
-        return plain._tokcache_class  # type: ignore[no-any-return]  # noqa: SLF001 (ours)
-
-
-def _made_class(plain: type[Any], base: type[Any]) -> type[Any]:
-    body = {
-        "__slots__": (),
-        "__module__": plain.__module__,
-        "__qualname__": f"{plain.__qualname__}._tokcache_class",
-        "__doc__": plain.__doc__,
-        "__call__": _signed_like(plain.__call__, base.__call__),
-        "encode": _signed_like(plain.encode, base.encode),
-        "apply_chat_template": _chat_method(plain, base),
-        "_tokcache_plain": plain,
-        **{name: _OfPlainClass(plain, name) for name in _LOADING},
-    }
-    make: Any = WrapperType
-    made: type[Any] = make(plain.__name__, (base, plain), body)
-    return made
-
-
-def _chat_method(plain: type[Any], base: type[Any]) -> Any:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase  # noqa: PLC0415
 
-    own = plain.apply_chat_template
-    if own is not PreTrainedTokenizerBase.apply_chat_template:
-        return own
-    return _signed_like(own, base.apply_chat_template)
+    def signed(name: str) -> Any:
+        """Return a copy of a method of `base` with the plain one's signature and docstring."""
+        own = getattr(base, name)
+        copy = FunctionType(
+            own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__
+        )
+        return update_wrapper(copy, getattr(plain, name))
 
-
-def _signed_like(plain: Any, own: Any) -> Any:
-    """Return `own` with the signature and documentation of the method it stands for."""
-    copy = FunctionType(
-        own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__
-    )
-    return update_wrapper(copy, plain)
+    with _lock:
+        if "_tokcache_class" not in vars(plain):
+            chat = plain.apply_chat_template  # a class may have one of its own, which is kept
+            if chat is PreTrainedTokenizerBase.apply_chat_template:
+                chat = signed("apply_chat_template")
+            body = {
+                "__slots__": (),
+                "__module__": plain.__module__,
+                "__qualname__": f"{plain.__qualname__}._tokcache_class",
+                "__doc__": plain.__doc__,
+                "__call__": signed("__call__"),
+                "encode": signed("encode"),
+                "apply_chat_template": chat,
+                "_tokcache_plain": plain,
+                **{name: _OfPlainClass(plain, name) for name in _LOADING},
+            }
+            make: Any = WrapperType
+            plain._tokcache_class = make(plain.__name__, (base, plain), body)  # noqa: SLF001 (ours)
+        return plain._tokcache_class  # type: ignore[no-any-return]  # noqa: SLF001 (ours)
 
 
 def is_view(kind: type[Any]) -> bool:
@@ -155,16 +146,30 @@ def _reduced_class(kind: type[Any]) -> Any:
 copyreg.pickle(WrapperType, _reduced_class)
 
 
-# ---- classes that encode in a way of their own
+# ---- classes that override how they encode
 
 
 def own_engine(wrapper: Any) -> Engine | None:
-    """Return the engine of a tokenizer that encodes in a way of its own: its plain call.
+    """Return the engine of a tokenizer whose class overrides how it encodes, None for all others.
 
-    None for all others.
+    The engine is the tokenizer's plain call, and its answers are not cached.
     """
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend  # noqa: PLC0415
+
     kind = type(wrapper)
-    own = [name for name in STANDARD if name in vars(wrapper) or _is_overridden(kind, name)]
+    own = []
+    for name in STANDARD:
+        not_ours = (
+            base
+            for base in kind.__mro__
+            if not is_wrapper_base(base) and "_tokcache_plain" not in vars(base)
+        )
+        owner = next((base for base in not_ours if name in vars(base)), None)
+        is_overridden = owner is not None and (
+            vars(owner)[name] is not getattr_static(TokenizersBackend, name)
+        )
+        if is_overridden or name in vars(wrapper):
+            own.append(name)
     if hasattr(kind, "_switch_to_input_mode"):
         own.append("_switch_to_input_mode")
     if not own:
@@ -175,14 +180,3 @@ def own_engine(wrapper: Any) -> Engine | None:
         return [one["input_ids"] for one in found]
 
     return PlainEngine(f"own_{own[0].strip('_')}", call)
-
-
-def _is_overridden(kind: type[Any], name: str) -> bool:
-    """Return whether a class between ours and TokenizersBackend has this method of its own."""
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend  # noqa: PLC0415
-
-    for base in kind.__mro__:
-        is_ours = is_wrapper_base(base) or "_tokcache_plain" in vars(base)
-        if name in vars(base) and not is_ours:
-            return vars(base)[name] is not getattr_static(TokenizersBackend, name)
-    return False

@@ -1,4 +1,4 @@
-"""Copies of transformers tokenizers: of a plain one to be wrapped, and of a wrapped one."""
+"""Copies of transformers tokenizers: a wrapped copy of a plain one, and copies of a wrapped one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def copied_state(tokenizer: Any) -> dict[str, Any]:
-    """Copy the containers, so that what is put into one side's is not seen on the other."""
+    """Return the attributes of a tokenizer, with containers copied, so that none is shared."""
     return {
         name: value.copy() if type(value) in (dict, list, set) else value
         for name, value in vars(tokenizer).items()
@@ -26,7 +26,10 @@ def copied_state(tokenizer: Any) -> dict[str, Any]:
 
 
 def wrap_in_place(wrapper: Any, config: CacheConfig | None) -> TokenizersWrapper:
-    """Put a wrapper, with a copy of it, in the place of the Rust tokenizer that a wrapper has."""
+    """Replace the Rust tokenizer of `wrapper` by a TokenizersWrapper of a copy of it.
+
+    Errors: UnsupportedTokenizer if another library has replaced the Rust tokenizer.
+    """
     state = vars(wrapper)
     if not isinstance(state["_tokenizer"], Tokenizer):
         raise UnsupportedTokenizer(f"it can't be wrapped: {foreign_backend(state['_tokenizer'])}")
@@ -42,7 +45,7 @@ def wrap_in_place(wrapper: Any, config: CacheConfig | None) -> TokenizersWrapper
 
 
 def shallow_copy(wrapper: Any) -> Any:
-    """Return a copy that shares the Rust tokenizer, and so the cache."""
+    """Return a copy that shares the Rust tokenizer, and so its cache."""
     if has_own_reduce(type(wrapper)):
         return reconstructed(wrapper.__reduce_ex__(4))
     made = object.__new__(type(wrapper))
@@ -70,7 +73,7 @@ def deep_copy(wrapper: Any, memo: dict[int, Any]) -> Any:
 
 
 def has_own_reduce(kind: type[Any]) -> bool:
-    """Return whether a class that derives from a wrapped one says itself how it is pickled."""
+    """Return whether a class that derives from a wrapped one defines how it is pickled."""
     return any(
         name in vars(base)
         for base in takewhile(lambda base: not is_wrapper_base(base), kind.__mro__)
@@ -89,14 +92,14 @@ def reconstructed(reduced: Any) -> Any:
 
 
 def foreign_backend(rust: Any) -> str:
-    """Return a message about an object in the place of the Rust tokenizer, and what to do."""
+    """Return a message about the object in place of the Rust tokenizer, and a remedy."""
     found = type(rust)
     name = f"{found.__module__}.{found.__qualname__}"
     if found.__module__.partition(".")[0] == "fastokens":
         return (
             f"its backend is a {name}, put there by fastokens.patch_transformers(); call "
-            "fastokens.unpatch_transformers() and load the tokenizer again (tokcache uses "
-            'fastokens itself where it proves equal: CacheConfig(engine="fastokens") or "auto")'
+            "fastokens.unpatch_transformers() and load the tokenizer again (with "
+            'CacheConfig(engine="fastokens") or "auto", tokcache uses fastokens where it is equal)'
         )
     return (
         f"its backend is a {name}, not a tokenizers.Tokenizer; load the tokenizer without the "

@@ -1,13 +1,13 @@
-"""patch_transformers: from then on, what transformers' `from_pretrained` returns is wrapped.
+"""`patch_transformers`: every tokenizer that `from_pretrained` loads afterwards is wrapped.
 
-Every tokenizer that can be wrapped is loaded by one class method, whether AutoTokenizer asks for
-it, a class of its own, a processor or a pipeline: `PreTrainedTokenizerBase.from_pretrained`. That
-one is replaced by a class method that calls it and wraps what it returns. A class that defines
-`from_pretrained` itself has the wrapped tokenizer from `super()`; one that does not ask `super()`,
-as that of mistral-common, loads what it always did.
+One class method loads every tokenizer that can be wrapped, for AutoTokenizer, tokenizer classes,
+processors and pipelines: `PreTrainedTokenizerBase.from_pretrained`. The patch replaces it by a
+class method that calls it and wraps the result. A class that overrides `from_pretrained` gets a
+wrapped tokenizer from `super()`; one that does not call `super()`, such as mistral-common's, loads
+the same tokenizer as without the patch.
 
-A wrapped tokenizer is pickled as a plain one, so that any process can load it. Where transformers
-is patched, one that is unpickled is wrapped: `TokenizersBackend.__setstate__` does it.
+A wrapped tokenizer is pickled as a plain one, so that any process can load it. While transformers
+is patched, `TokenizersBackend.__setstate__` wraps each tokenizer that is unpickled.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _LOADING = "__setstate__"
 
 @dataclass(frozen=True, slots=True)
 class LoadStats:
-    """What was loaded while transformers was patched, since the process began.
+    """Counters of the tokenizers loaded while transformers was patched, since the process began.
 
-    Units: `n_wrapped` tokenizers; `unwrapped` tokenizers returned as they were, by class name.
+    Units: `n_wrapped` counts the tokenizers that were wrapped; `unwrapped` counts, by class name,
+           those that could not be wrapped.
     """
 
     n_wrapped: int
@@ -47,10 +48,9 @@ class LoadStats:
 
 @dataclass(slots=True)
 class _Patch:
-    """Methods put into classes of transformers; they only pass calls on once it is inactive.
+    """The methods put into classes of transformers; once inactive they only pass calls on.
 
-    `replaced` has for each of them its class, its name, what was there before (None: nothing) and
-    what was put there.
+    `replaced` has the class of each method, its name, the method before (or None) and the new one.
     """
 
     config: CacheConfig
@@ -63,7 +63,7 @@ class _Patch:
         setattr(owner, name, method)
 
     def end(self) -> None:
-        """Put back what was there, except where somebody else has replaced our method since."""
+        """Put the methods back, except where another library has replaced ours since then."""
         self.is_active = False
         for owner, name, before, method in reversed(self.replaced):
             if vars(owner).get(name) is not method:
@@ -76,14 +76,14 @@ class _Patch:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A tokenizer that was wrapped, and the name it was loaded by."""
+    """The cache of a tokenizer that was wrapped, and the name by which it was loaded."""
 
     name: str
     core: weakref.ref[CachedTokenizer]
 
 
 class _State:
-    """The patch in force and what came of it."""
+    """The patch in force and its counters, under one lock."""
 
     def __init__(self) -> None:
         self.patch: _Patch | None = None
@@ -106,21 +106,36 @@ if hasattr(os, "register_at_fork"):
 def patch_transformers(config: CacheConfig | None = None) -> None:
     """Wrap every fast tokenizer that transformers' `from_pretrained` returns from now on.
 
-    Every one that is unpickled is wrapped, too. A slow one, or any other that can't be wrapped, is
-    returned as it is, and logged once a class. Tokenizers that are loaded already stay as they are.
-    Patching twice is patching once.
+    Tokenizers that are unpickled are wrapped, too. A slow tokenizer, or another one that can't be
+    wrapped, is returned as it is, and logged once for each class. Tokenizers that were loaded
+    before are not changed. A second call changes nothing.
 
-    Errors:  InvalidConfig for a `config` that is no CacheConfig, or differs from that of the patch
-             in force; MissingExtra without transformers.
+    Errors:  InvalidConfig for a `config` that is not a CacheConfig, or differs from that of the
+             patch in force; MissingExtra without transformers.
     Cost:    imports transformers.
-    Threads: safe; a load that is under way ends as it began or wrapped.
+    Threads: safe; a load in progress in another thread may return a plain or a wrapped tokenizer.
     """
     if config is not None and not isinstance(config, CacheConfig):
         raise InvalidConfig(f"config must be a CacheConfig or None, not {config!r}")
-    owner, backend = _tokenizer_classes()  # before the lock: their import takes seconds
+    try:  # before the lock is taken: the import takes seconds
+        from transformers import (  # noqa: PLC0415 (an extra, and seconds)
+            PreTrainedTokenizerBase,
+            TokenizersBackend,
+        )
+    except ImportError as error:
+        raise MissingExtra(
+            f"patch_transformers needs transformers ({error}): pip install 'tokcache[hf]'"
+        ) from error
     with _state.lock:
         if _state.patch is None:
-            _state.patch = _installed(_Patch(config or CacheConfig()), owner, backend)
+            patch = _state.patch = _Patch(config or CacheConfig())
+            # Another library may have put a method into the class of fast tokenizers that does not
+            # call that of the base class, as fastokens does. Then that one is replaced, too.
+            for one in (PreTrainedTokenizerBase, TokenizersBackend):
+                if _METHOD in vars(one):
+                    patch.put(one, _METHOD, _wrapping(patch, vars(one)[_METHOD]))
+            if not hasattr(TokenizersBackend, _LOADING):
+                patch.put(TokenizersBackend, _LOADING, _loading(patch))
         elif config is not None and config != _state.patch.config:
             raise InvalidConfig(
                 f"transformers is patched already, with {_state.patch.config}, not "
@@ -129,10 +144,10 @@ def patch_transformers(config: CacheConfig | None = None) -> None:
 
 
 def unpatch_transformers() -> None:
-    """Have `from_pretrained` return plain tokenizers again; those wrapped already stay wrapped.
+    """Make `from_pretrained` return plain tokenizers again; wrapped tokenizers stay wrapped.
 
-    Without a patch in force this does nothing. Where somebody else has replaced the method in the
-    meantime, theirs stays, and ours below it only passes calls on.
+    Without a patch in force this does nothing. If another library has replaced the method in the
+    meantime, its method stays, and ours, which it may call, only passes calls on.
 
     Threads: safe.
     """
@@ -143,15 +158,15 @@ def unpatch_transformers() -> None:
 
 
 def load_stats() -> LoadStats:
-    """Return how many tokenizers were wrapped as they were loaded, and which were not."""
+    """Return the counters of the tokenizers loaded while transformers was patched."""
     with _state.lock:
         return LoadStats(_state.n_wrapped, dict(_state.unwrapped))
 
 
 def loaded() -> list[tuple[str, CachedTokenizer]]:
-    """Return the caches of the living tokenizers that were wrapped as they were loaded.
+    """Return the caches of the tokenizers that were wrapped on loading and are still in use.
 
-    Each comes with the name or path it was loaded by, oldest first.
+    Each comes with the name or path by which it was loaded, oldest first.
     """
     with _state.lock:
         alive = [(one, one.core()) for one in _state.loaded]
@@ -159,39 +174,22 @@ def loaded() -> list[tuple[str, CachedTokenizer]]:
     return [(one.name, core) for one, core in alive if core is not None]
 
 
-def _tokenizer_classes() -> tuple[type[Any], type[Any]]:
-    """Return the class that loads every tokenizer, and that of the fast ones."""
-    try:
-        from transformers import (  # noqa: PLC0415 (an extra, and seconds)
-            PreTrainedTokenizerBase,
-            TokenizersBackend,
-        )
-    except ImportError as error:
-        raise MissingExtra(
-            f"patch_transformers needs transformers ({error}): pip install 'tokcache[hf]'"
-        ) from error
-    return PreTrainedTokenizerBase, TokenizersBackend
-
-
-def _installed(patch: _Patch, owner: type[Any], backend: type[Any]) -> _Patch:
-    """Replace the methods that load tokenizers, and that unpickle them.
-
-    A library that was here first may have put a method of its own into the class of fast tokenizers
-    that does not ask ours: fastokens does. Then that one is replaced, too.
-    """
-    for one in (owner, backend):
-        if _METHOD in vars(one):
-            patch.put(one, _METHOD, _wrapping(patch, vars(one)[_METHOD]))
-    if not hasattr(backend, _LOADING):
-        patch.put(backend, _LOADING, _loading(patch))
-    return patch
-
-
 def _wrapping(patch: _Patch, original: Any) -> Any:
+    """Return the class method that calls `original` and wraps the tokenizer that it returns."""
+
     @wraps(original.__func__)
     def from_pretrained(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
         tokenizer = original.__get__(None, cls)(*args, **kwargs)
-        return _wrapped(tokenizer, patch.config) if patch.is_active else tokenizer
+        # A class may wrap the tokenizer that it loads, with a config of its own.
+        if not patch.is_active or isinstance(tokenizer, WrappedTokenizer):
+            return tokenizer
+        try:
+            made = wrap(tokenizer, patch.config)
+        except Exception as error:  # noqa: BLE001 (a tokenizer must be loaded all the same)
+            _count_unwrapped(tokenizer, error)
+            return tokenizer
+        _count_wrapped(tokenizer, made)
+        return made
 
     return classmethod(from_pretrained)
 
@@ -201,30 +199,18 @@ def _loading(patch: _Patch) -> Callable[[Any, dict[str, Any]], None]:
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:  # noqa: N807
         vars(self).update(state)
-        # The copy module calls this, too; the copy of a plain tokenizer is plain.
+        # The copy module calls this method, too, and the copy of a plain tokenizer is plain.
         is_copy = sys._getframe(1).f_globals.get("__name__") == "copy"  # noqa: SLF001
         if not patch.is_active or is_copy or isinstance(self, WrappedTokenizer):
             return
         try:
             wrap_loaded(self, patch.config)
-        except Exception as error:  # noqa: BLE001 (what can't be wrapped is loaded all the same)
+        except Exception as error:  # noqa: BLE001 (a tokenizer must be loaded all the same)
             _count_unwrapped(self, error)
         else:
             _count_wrapped(self, self)
 
     return __setstate__
-
-
-def _wrapped(tokenizer: Any, config: CacheConfig) -> Any:
-    if isinstance(tokenizer, WrappedTokenizer):
-        return tokenizer  # by a class that wraps what it loads, with a config of its own
-    try:
-        made = wrap(tokenizer, config)
-    except Exception as error:  # noqa: BLE001 (what can't be wrapped is loaded all the same)
-        _count_unwrapped(tokenizer, error)
-        return tokenizer
-    _count_wrapped(tokenizer, made)
-    return made
 
 
 def _count_wrapped(tokenizer: Any, made: WrappedTokenizer) -> None:
@@ -239,7 +225,7 @@ def _count_unwrapped(tokenizer: Any, error: Exception) -> None:
     kind = type(tokenizer).__qualname__
     with _state.lock:
         if _state.last_unwrapped() is tokenizer:
-            return  # by a method that called another of ours
+            return  # counted already: one of our methods called another one of ours
         _state.last_unwrapped = weakref.ref(tokenizer)
         _state.unwrapped[kind] += 1
         is_first = _state.unwrapped[kind] == 1

@@ -1,10 +1,9 @@
 """The wrapper of `tokenizers.Tokenizer`.
 
-It holds a copy of the tokenizer; two limits: attributes of a model object
-(`model.dropout = …`) and training in place are shared with the original, and what is done to them
-there needs `cache_clear()`; and the Rust object itself is not handed out. The methods of tokenizers
-that insist on it are taught to take a wrapped one (`accept_wrappers`); for other native code there
-is `unwrap()`.
+It holds a copy of the tokenizer, with two limits. The copy shares the model with the original, so
+a change there to the model's attributes (`model.dropout = …`) or a training needs `cache_clear()`.
+And the wrapper is not the Rust object that native code may require: `accept_wrappers` makes the
+methods of tokenizers take a wrapper, and for other native code there is `unwrap()`.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from tokcache.text.wrappers.backend import COMPONENTS, Backend, own_copy
 
 
 class TokenizersWrapper(WrappedTokenizer):
-    """A `tokenizers.Tokenizer` with a cache; `isinstance` holds, though it can't be subclassed.
+    """A `tokenizers.Tokenizer` with a cache; `isinstance` holds, but it can't be subclassed.
 
-    `encode` and its kin return Encoding objects as before, uncached: the cached way to ids is
-    `token_ids`. A copy is wrapped too, with an empty cache of its own; pickle gives a plain
-    Tokenizer.
+    `encode` and similar methods return Encoding objects and do not use the cache: `token_ids` does.
+    A copy is wrapped too, with an empty cache of its own. A pickle holds a plain Tokenizer.
     """
 
     __slots__ = ("_backend", "_tokcache", "_tokcache_scope")
@@ -39,15 +37,15 @@ class TokenizersWrapper(WrappedTokenizer):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:
-        """Say what isinstance asks for."""
+        """Return Tokenizer, for isinstance."""
         return Tokenizer
 
     def unwrap(self) -> Tokenizer:
-        """Return a plain Tokenizer as this one is now; later changes are not shared."""
+        """Return a plain Tokenizer equal to this one; later changes are not shared."""
         return own_copy(self._backend.raw)
 
     def scoped(self, scope: str | None) -> TokenizersWrapper:
-        """Return the same tokenizer with `scope` for every call that names none."""
+        """Return this tokenizer, with `scope` as the scope of calls that name none."""
         return TokenizersWrapper(self._backend, require_scope(scope))
 
     def __getattr__(self, name: str) -> Any:
@@ -86,7 +84,10 @@ class TokenizersWrapper(WrappedTokenizer):
 
 
 class _Forward:
-    """A method of the Rust class, called through the backend; one set on the object hides it."""
+    """A method of the Rust class, called through the backend.
+
+    As on the Rust object, an attribute of the same name that was set on the object hides it.
+    """
 
     def __init__(self, kind: str, method: str) -> None:
         def forward(self: TokenizersWrapper, *args: Any, **kwargs: Any) -> Any:
@@ -107,11 +108,7 @@ class _Forward:
         return self._forward.__get__(wrapper) if own is None else own
 
 
-def _forward_component(name: str) -> property:
-    return property(lambda self: self._backend.component(name), doc=f"The {name}, watched.")
-
-
-# What can be set on the Rust class itself, beside the components.
+# The attributes of the Rust class that can be set, besides the components.
 _DATA = frozenset({"decoder", "truncation", "padding"})
 
 _FORWARDED = {
@@ -133,11 +130,12 @@ for _kind, _methods in _FORWARDED.items():
         if hasattr(Tokenizer, _method):
             setattr(TokenizersWrapper, _method, _Forward(_kind, _method))
 for _name in COMPONENTS:
-    setattr(TokenizersWrapper, _name, _forward_component(_name))
+    _component: Any = lambda self, name=_name: self._backend.component(name)  # noqa: E731
+    setattr(TokenizersWrapper, _name, property(_component, doc=f"The {_name}, watched."))
 
 
-# The methods of tokenizers that take a Tokenizer and insist on the Rust object. They are found by
-# tests/text/test_wrap_rust_object.py, which looks through the signatures of every class.
+# The methods of tokenizers that take a Tokenizer and require the Rust object.
+# Source: tests/text/test_wrap_rust_object.py, which inspects the signatures of every class.
 _INSISTING = (
     ("tokenizers.decoders", "DecodeStream", "step"),
     ("tokenizers.trainers", "ParityBpeTrainer", "train_from_iterator"),
@@ -145,10 +143,10 @@ _INSISTING = (
 
 
 def accept_wrappers() -> None:
-    """Have the methods of tokenizers that insist on the Rust object take a wrapped one, too.
+    """Make the methods of tokenizers that require the Rust object take a wrapper, too.
 
-    Code that streams tokens passes `tok._tokenizer` to `DecodeStream.step`, and does not know that
-    somebody else has wrapped `tok`. With any other argument these methods do what they always did.
+    Code that streams tokens passes `tok._tokenizer` to `DecodeStream.step`, whether or not other
+    code has wrapped `tok`. Any other argument is passed on unchanged.
     """
     for module_name, class_name, method in _INSISTING:
         owner = getattr(importlib.import_module(module_name), class_name, None)
@@ -172,6 +170,6 @@ def _accepting(plain: Any, *, is_training: bool) -> Callable[..., Any]:
 
 
 def set_slots(instance: Any, **values: Any) -> None:
-    """Set attributes past a wrapper that hands them on."""
+    """Set attributes on the wrapper itself: its own `__setattr__` passes them on."""
     for name, value in values.items():
         object.__setattr__(instance, name, value)

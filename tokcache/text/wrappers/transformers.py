@@ -1,4 +1,4 @@
-"""The wrapper of transformers' fast tokenizers: the calls that it answers from the cache."""
+"""The wrapper of transformers' fast tokenizers, and the calls that it answers from the cache."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokcache")
 
-# Arguments of a transformers call and the values that ask for nothing: such a call is cached.
+# The arguments of a transformers call, with the values that change nothing in the answer: a call
+# with no other values is answered from the cache at once.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "add_special_tokens": (True, False),
     "text_pair": (None,),
@@ -72,7 +73,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "sanitize_control_tokens": (False,),
 }
 
-# What apply_chat_template hands on to the call that tokenizes, beside the chat.
+# The arguments that apply_chat_template passes to the call that tokenizes the rendered chat.
 _OF_TOKENIZING = frozenset(
     {
         "tokenize",
@@ -88,21 +89,22 @@ _OF_TOKENIZING = frozenset(
 
 
 class TransformersWrapper(PlainLayout, WrappedTokenizer):
-    """What a wrapped transformers tokenizer does otherwise than the class it wraps.
+    """The methods in which a wrapped transformers tokenizer differs from its plain class.
 
-    The class of a wrapped tokenizer derives from this one and from the tokenizer's own class, and
-    bears its name. An object of it has the layout and the attributes of a plain tokenizer, so that
-    code which copies it and puts a class of its own on the copy works. All that is tokcache's hangs
-    on the attribute `_tokenizer`, a TokenizersWrapper.
+    The class of a wrapped tokenizer derives from this class and from the tokenizer's own class, and
+    has the own class's name. Its objects have the layout and attributes of plain tokenizers, so
+    that code which copies one and assigns a class of its own to the copy works. Everything that
+    belongs to tokcache is reached by the attribute `_tokenizer`, a TokenizersWrapper.
     """
 
     _tokcache_plain: type[Any]
     _tokcache_scope: str | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a plain tokenizer: `from_pretrained` of a wrapped one's class does this.
+        """Make a plain tokenizer, as `from_pretrained` of a wrapped tokenizer's class needs.
 
-        A class that others derived from it makes its own, wrapped when it gets its `_tokenizer`.
+        A class that somebody derived from it makes objects of its own, which are wrapped as soon as
+        `_tokenizer` is set.
         """
         if "_tokcache_plain" in vars(cls):
             return cls._tokcache_plain(*args, **kwargs)
@@ -115,7 +117,7 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
     @property
     def _tokcache_backend(self) -> Backend:
         rust = vars(self)["_tokenizer"]
-        if type(rust) is not TokenizersWrapper:  # put there by code that sets `__dict__` directly
+        if type(rust) is not TokenizersWrapper:  # other code has set it through `__dict__`
             rust = wrap_in_place(self, None)
         return rust._backend  # noqa: SLF001 (ours)
 
@@ -125,7 +127,7 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
         """Return the token ids of `text`, from the cache if it holds them.
 
         Shapes: int32[n_tokens], read-only, shared with the cache.
-        Cost:   a hit is one look-up; a text that many ask for at once is encoded once.
+        Cost:   a hit is one look-up; a text that several threads need at once is encoded once.
         """
         try:  # the properties of this class would take longer than the look-up
             core: CachedTokenizer = self._tokenizer._tokcache  # noqa: SLF001 (ours)
@@ -137,26 +139,26 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
         return core.miss(text, add_special_tokens, scope) if ids is None else ids
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Tokenize as the plain tokenizer does; from the cache where ids are enough for that."""
-        if not args and _asks_for_nothing(kwargs):
+        """Tokenize as the plain tokenizer does, from the cache where ids alone can answer."""
+        if not args and _is_neutral(kwargs):
             found = self._whole_text(text, kwargs.get("add_special_tokens", True), batch_encoding)
             if found is not None:
                 return found
-        if self._tokcache_backend.has_own_engine:  # its calls may switch it between two modes
+        if self._tokcache_backend.own_engine is not None:  # its calls may switch between two modes
             with self._tokcache.plain_lock:
                 return super().__call__(text, *args, **kwargs)
         return super().__call__(text, *args, **kwargs)
 
     def encode(self, text: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return ids as the plain tokenizer does; from the cache where they are known."""
-        if not args and _asks_for_nothing(kwargs):
+        """Return ids as the plain tokenizer does, from the cache where possible."""
+        if not args and _is_neutral(kwargs):
             found = self._whole_text(text, kwargs.get("add_special_tokens", True), ids_alone)
             if found is not None:
                 return found
         return super().encode(text, *args, **kwargs)  # type: ignore[misc]
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """Render and tokenize as the plain tokenizer does; ids alone are made without the rest."""
+        """Render and tokenize as the plain tokenizer does, through the cache if ids are enough."""
         if args or kwargs.get("return_dict") is not False or not _OF_TOKENIZING.isdisjoint(kwargs):
             return super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
         text = super().apply_chat_template(conversation, tokenize=False, **kwargs)  # type: ignore[misc]
@@ -164,7 +166,10 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
         return self(text, add_special_tokens=False)["input_ids"] if ids is None else ids
 
     def _whole_text(self, text: Any, add_special_tokens: bool, answer: Callable[..., Any]) -> Any:
-        """Return what `answer` makes of one text's ids; None: the long way is to be taken."""
+        """Return the answer that `answer` makes of a text's ids, None if the cache can't give one.
+
+        This is the path of a hit: the fewest calls and attributes that keep it right.
+        """
         if not isinstance(text, str):
             return None
         try:
@@ -198,7 +203,7 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
             return super()._encode_plus(*args, **kwargs)  # type: ignore[misc]
 
     def _from_ids(self, asked: Asked) -> Any:
-        """Return what the plain tokenizer would, made from ids, or why it can't be."""
+        """Return the plain tokenizer's answer, made from ids, or the reason why it can't be."""
         core = self._tokcache
         generation = core.fresh()
         engine = core.engine(generation)
@@ -219,23 +224,20 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
             return "truncation"
         self._tokcache_backend.settle(*asked.settings)
         data = make_fields(asked, layout, rows, self.model_input_names)
-        self._warn_if_too_long(asked, data["input_ids"])
+        verbose = asked.flags.get("verbose", True)
+        for ids in data["input_ids"]:
+            self._eventual_warn_about_too_long_sequence(ids, asked.max_length, verbose)
         return shaped(asked, engine, data)
 
-    def _warn_if_too_long(self, asked: Asked, rows: Any) -> None:
-        verbose = asked.flags.get("verbose", True)
-        for ids in rows:
-            self._eventual_warn_about_too_long_sequence(ids, asked.max_length, verbose)
-
     def unwrap(self) -> Any:
-        """Return a plain tokenizer as this one is now; later changes are not shared."""
+        """Return a plain tokenizer equal to this one; later changes are not shared."""
         plain = object.__new__(self._tokcache_plain)
         plain.__dict__.update(copied_state(self))
         plain.__dict__["_tokenizer"] = own_copy(self._tokcache_backend.raw)
         return plain
 
     def scoped(self, scope: str | None) -> Any:
-        """Return the same tokenizer with `scope` for every call that names none."""
+        """Return this tokenizer, with `scope` as the scope of calls that name none."""
         scope = require_scope(scope)
         view = object.__new__(view_class(type(self)))
         set_slots(view, __dict__=self.__dict__, _tokcache_scope=scope)
@@ -250,15 +252,19 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
         elif name == "__class__":
             self._set_class(value)
         else:
-            if name == "split_special_tokens":
-                self._set_splitting(bool(value))
+            if name == "split_special_tokens" and _is_wrapped(self):
+                if bool(value) != self._tokcache_backend.splits_special_tokens:
+                    self._detach()
+                backend = self._tokcache_backend
+                backend.splits_special_tokens, backend.settled = bool(value), None
+                self._tokcache.invalidate()
             super().__setattr__(name, value)
             if name in STANDARD:
                 self._tokcache_backend.set_own_engine(own_engine(self))
 
     def _set_rust(self, value: Any) -> None:
-        """Take another Rust tokenizer; with anything else in its place this is a plain one."""
-        is_wrapped = type(vars(self).get("_tokenizer")) is TokenizersWrapper
+        """Wrap another Rust tokenizer; with any other object this becomes a plain tokenizer."""
+        is_wrapped = _is_wrapped(self)
         config = self._tokcache.config if is_wrapped else None
         is_own = is_wrapped and not self._tokcache_backend.is_shared(self)
         if is_own and isinstance(value, Tokenizer):
@@ -269,35 +275,26 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
             wrap_in_place(self, config)
             return
         _log.warning("a tokenizer is no longer cached: %s", foreign_backend(value))
-        if not is_view(type(self)):  # else a view, which has a slot more
+        if not is_view(type(self)):  # a view has another slot, so its class can't be changed
             object.__setattr__(self, "__class__", self._tokcache_plain)
 
     def _set_class(self, value: Any) -> None:
-        """Take another class: a plain one in its wrapped form, with the calls that it changes."""
+        """Assign a class in its wrapped form, and the engine for the calls that it overrides."""
         if not issubclass(value, TransformersWrapper):
             value = wrapper_class(value, TransformersWrapper)
         if is_view(type(self)):
             value = view_class(value)
         object.__setattr__(self, "__class__", value)
         own = own_engine(self)
-        if own is not None or self._tokcache_backend.has_own_engine:
+        if own is not None or self._tokcache_backend.own_engine is not None:
             self._detach()
             self._tokcache_backend.set_own_engine(own)
 
-    def _set_splitting(self, is_split: bool) -> None:
-        if type(vars(self).get("_tokenizer")) is not TokenizersWrapper:
-            return  # its class is being constructed
-        if is_split != self._tokcache_backend.splits_special_tokens:
-            self._detach()
-        backend = self._tokcache_backend
-        backend.splits_special_tokens, backend.settled = is_split, None
-        self._tokcache.invalidate()
-
     def _detach(self) -> None:
-        """Take a copy of the Rust tokenizer if a copy of this object uses the same.
+        """Copy the Rust tokenizer if another tokenizer uses the same one.
 
-        One cache has the answers of one setting. From then on, what is changed in one of the two
-        Rust tokenizers is not seen by the other.
+        A cache has the answers for one value of a setting, so two tokenizers with different values
+        can't share one. Later changes of one Rust tokenizer don't affect the other.
         """
         old = self._tokcache_backend
         if old.is_shared(self):
@@ -319,24 +316,29 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
         own = type(self)
         if own.__reduce__ is not object.__reduce__ and has_own_reduce(own):
             return self.__reduce__()
-        if "_tokcache_plain" not in vars(own):  # a class that others derived from ours
+        if "_tokcache_plain" not in vars(own):  # a class that somebody derived from ours
             return _wrapped_as, (own, self.unwrap(), self._tokcache.config, self._tokcache_scope)
-        # The older form: pickle insists that the newer one names the class of this very object.
+        # In the older form, because in the newer one pickle requires the class of this object.
         return self.unwrap().__reduce_ex__(1)
 
 
+def _is_wrapped(tokenizer: Any) -> bool:
+    """Return whether a tokenizer has its wrapper; one that is being constructed has none yet."""
+    return type(vars(tokenizer).get("_tokenizer")) is TokenizersWrapper
+
+
 def is_fast_transformers(tokenizer: Any) -> bool:
-    """Return whether this is a tokenizer of transformers with one of tokenizers behind it."""
-    kinds = {base.__name__ for base in type(tokenizer).__mro__ if _is_of_transformers(base)}
-    return "TokenizersBackend" in kinds and hasattr(tokenizer, "_tokenizer")
-
-
-def _is_of_transformers(base: type) -> bool:
-    return base.__module__.partition(".")[0] == "transformers"
+    """Return whether this is a transformers tokenizer that uses the tokenizers library."""
+    names = {
+        base.__name__
+        for base in type(tokenizer).__mro__
+        if base.__module__.partition(".")[0] == "transformers"
+    }
+    return "TokenizersBackend" in names and hasattr(tokenizer, "_tokenizer")
 
 
 def wrap_transformers(tokenizer: Any, config: CacheConfig | None) -> Any:
-    """Return a wrapped copy of a tokenizer of transformers."""
+    """Return a wrapped copy of a transformers tokenizer."""
     accept_wrappers()
     wrapper = object.__new__(wrapper_class(type(tokenizer), TransformersWrapper))
     set_slots(wrapper, __dict__=copied_state(tokenizer))
@@ -345,7 +347,7 @@ def wrap_transformers(tokenizer: Any, config: CacheConfig | None) -> Any:
 
 
 def wrap_loaded(tokenizer: Any, config: CacheConfig) -> None:
-    """Wrap a plain tokenizer in place, which nobody else has seen yet."""
+    """Wrap a plain tokenizer in place; no other code may have a reference to it yet."""
     accept_wrappers()
     plain = type(tokenizer)
     object.__setattr__(tokenizer, "__class__", wrapper_class(plain, TransformersWrapper))
@@ -357,11 +359,11 @@ def wrap_loaded(tokenizer: Any, config: CacheConfig) -> None:
 
 
 def _wrapped_as(kind: type[Any], plain: Any, config: CacheConfig | None, scope: str | None) -> Any:
-    """Return a tokenizer as an object of a class that derived from a wrapped one.
+    """Return a tokenizer as an object of `kind`, a class that derives from a wrapped class.
 
-    Where transformers is patched, `plain` was wrapped as it was loaded. Picklers that store a class
-    by value (cloudpickle, dill) make `kind` again from the plain class: then its objects are plain,
-    unless transformers is patched.
+    If transformers is patched, `plain` was wrapped on loading. Picklers that store a class by value
+    (cloudpickle, dill) build `kind` from the plain class. Then its objects are plain, unless
+    transformers is patched.
     """
     made, is_wrapper = plain, issubclass(kind, TransformersWrapper)
     if is_wrapper and not isinstance(plain, TransformersWrapper):
@@ -372,10 +374,10 @@ def _wrapped_as(kind: type[Any], plain: Any, config: CacheConfig | None, scope: 
     return made
 
 
-def _asks_for_nothing(kwargs: dict[str, Any]) -> bool:
-    for name, value in kwargs.items():  # loops: generators take ten times as long
+def _is_neutral(kwargs: dict[str, Any]) -> bool:
+    for name, value in kwargs.items():  # loops, because generators take ten times as long
         for neutral in _NEUTRAL.get(name, ()):
-            if value is neutral:  # 0 is no False to transformers, `padding=0` is an error there
+            if value is neutral:  # by identity: `padding=0` is an error in transformers
                 break
         else:
             return False

@@ -11,7 +11,7 @@ from tokcache.text._places cimport Pairs
 
 cdef enum:
     N_CLASSES = 16
-    OTHER = 0            # names from tokcache.text.segments.char_classes.CharClass
+    OTHER = 0            # names from tokcache.text.cuts.char_classes.CharClass
     LETTER = 1
     UNDERSCORE = 4
     DIGIT = 2
@@ -57,7 +57,7 @@ ctypedef struct Plan:
     uint8_t[256] places  # a superset of `coarse`, with NEWLINE for NEWLINE_RUN, too
     Pairs place_pairs    # `places` as a matrix of bits
     uint32_t only_start  # the character that all added tokens begin with, or 0
-    uint32_t starts_beyond  # 1 if an added token begins with a non-ASCII character
+    uint32_t starts_non_ascii  # 1 if an added token begins with a non-ASCII character
     Node* nodes
     uint32_t* children   # nodes by parent and unit: open addressing, 0 for an empty slot
     uint32_t last_slot   # of `children`, whose number of slots is a power of two
@@ -116,7 +116,7 @@ cdef inline uint32_t class_behind(
     return class_after(class_of(plan, unit), left)
 
 cdef inline bint may_start(const Plan* plan, uint32_t unit) noexcept nogil:
-    return plan.starts[unit] if unit < 128 else plan.starts_beyond
+    return plan.starts[unit] if unit < 128 else plan.starts_non_ascii
 
 cdef inline bint stands_in_block(const Text* t, size_t i, uint32_t unit) noexcept nogil:
     """Return whether `unit` is among 32 units of 2 or 4 bytes; the loops are vectorized."""

@@ -1,0 +1,352 @@
+"""ModelStates: the prefix states of one loaded model, stored from its context and restored into it.
+
+It decides whether states are cached at all and under which fingerprint, where a decode has to stop
+because a state can't be saved later, and how much of the context a prompt can build on. `Keeper`
+knows how a memory type saves and restores; `ContextRecord` knows the held positions.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from tokcache.errors import FileChanged, StateError
+from tokcache.llama.context import MIXED, UNKNOWN, n_shared
+from tokcache.llama.fingerprint import fingerprint
+from tokcache.llama.keeper import Keeper
+from tokcache.llama.reasons import explained, is_known
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tokcache.llama.context import ContextRecord, RecordCopy
+    from tokcache.llama.fingerprint import LoadedFiles, LoadedModel
+    from tokcache.llama.memory_type import MemoryType
+    from tokcache.llama.sequence import Sequence
+    from tokcache.state.cache import PrefixStateCache
+    from tokcache.state.namespace import Namespace
+
+_log = logging.getLogger("tokcache")
+
+_PREFILL_TOKENS = 16  # the time that fewer take says little about a prompt's
+
+
+@dataclass(frozen=True, slots=True)
+class HeldState:
+    """The positions of a context at one moment, and the way to bring them back."""
+
+    record: RecordCopy
+    snapshot: list[memoryview] | None  # None: the tokens are decoded again, or are lost
+    end: int  # the position after the last one: an image may have fewer positions than tokens
+    is_redone: bool
+    needs_logits: bool
+
+
+class ModelStates:
+    """The states of one model's context in a prefix cache, or the reason why there are none.
+
+    `uncached` is the reason for which this model's states are never cached, None if they are.
+
+    Errors: none; whatever can't be saved or restored is counted by reason in the cache.
+    Threads: the context's: one at a time.
+    """
+
+    def __init__(
+        self,
+        record: ContextRecord,
+        model: LoadedModel,
+        *,
+        path: str,
+        files: LoadedFiles | None,
+        memory: MemoryType,
+        sequence: Sequence | None,
+        n_ctx: int,
+        uncached: str | None,
+        cache: PrefixStateCache | None,
+        public_prefix: NDArray[np.int32],
+    ) -> None:
+        self.record, self.memory, self.sequence = record, memory, sequence
+        self.cache, self.public_prefix = cache, public_prefix
+        self.uncached = uncached
+        self.fingerprint = b""
+        self.keeper = None
+        if sequence is not None:
+            is_reproducible = record.alignment.is_reproducible
+            self.keeper = Keeper(sequence, memory, is_reproducible=is_reproducible)
+        self._model, self._path, self._files, self._n_ctx = model, path, files, n_ctx
+        self._warned_of: str | None = None
+        if files is not None and cache is not None and not uncached:
+            files.begin()
+
+    # Whether states are cached, and where
+
+    def why_not_cached(self) -> str | None:
+        """Return the reason why states are neither saved nor restored with these settings."""
+        is_reproducible, block_tokens = self.record.alignment
+        if self.uncached is None and is_reproducible:
+            return self.memory.why_not_reproducible(block_tokens, self._n_ctx)
+        return self.uncached
+
+    def warn_if_uncached(self) -> None:
+        """Log once that these settings leave nothing to the prefix cache."""
+        why = None if self.cache is None else self.why_not_cached()
+        if why is not None and why != self._warned_of and is_known(why):
+            _log.warning("%s runs without the prefix cache: %s", self._path, explained(why))
+        self._warned_of = why
+
+    def wait_for_fingerprint(self, timeout_s: float | None) -> bool:
+        """Wait until the model file is hashed; False if `timeout_s` was too short."""
+        return self._files is None or bool(self.uncached) or self._files.wait(timeout_s)
+
+    def release(self) -> None:
+        """Stop waiting for the fingerprint."""
+        if self._files is not None:
+            self._files.release()
+
+    def settings_changed(self) -> None:
+        """Compute another fingerprint, and warn if nothing is cached under the new settings."""
+        self.fingerprint = b""
+        if self.keeper is not None:
+            self.keeper.is_reproducible = self.record.alignment.is_reproducible
+        self.warn_if_uncached()
+
+    def refuse(self, reason: str) -> None:
+        """Count a state that was not saved or not used."""
+        if self.cache is not None:
+            self.cache.refuse(reason)
+
+    def note_prefill(self, n_tokens: int, began: float) -> None:
+        """Tell the cache how long a decode took: slower tiers are then not asked."""
+        if self.cache is None or self.sequence is None or n_tokens < _PREFILL_TOKENS:
+            return
+        if key := self._key():
+            self.sequence.synchronize()
+            self.cache.namespace(key).note_prefill(n_tokens, time.perf_counter() - began)
+
+    def _namespace(self) -> Namespace | None:
+        """Return the namespace of the held positions, None if their states are not cached."""
+        if self.cache is None or self.why_not_cached() is not None or self.record.scope is MIXED:
+            return None
+        key = self._key()
+        if not key:
+            return None
+        return self.cache.namespace(
+            key,
+            scope=self.record.scope,
+            public_prefix=self.public_prefix,
+            aligned=self.record.alignment.is_reproducible or self.memory.is_recurrent,
+        )
+
+    def _key(self) -> bytes:
+        """Return the fingerprint; empty while it is pending, or where `uncached` says why."""
+        if self.fingerprint or self.uncached:
+            return self.fingerprint
+        if self._files is None:
+            self.uncached = "fingerprint_failed"
+        elif self._files.begin():
+            is_reproducible, block_tokens = self.record.alignment
+            aligned_to = block_tokens if is_reproducible else None
+            try:
+                self.fingerprint = fingerprint(self._model, self._files, aligned_to)
+            except OSError as error:
+                _log.warning("%s runs without the prefix cache: %s", self._path, error)
+                is_change = isinstance(error, FileChanged)
+                self.uncached = "model_file_changed" if is_change else "fingerprint_failed"
+        return self.fingerprint
+
+    # Decoding: where to stop and save
+
+    def n_next(self, n_left: int, n_batch: int) -> int:
+        """Return how many of `n_left` tokens to decode in one batch: not beyond the next save."""
+        record = self.record
+        n_tokens, n_next = record.n_tokens, min(n_left, n_batch)
+        is_reproducible, block_tokens = record.alignment
+        step = block_tokens if is_reproducible else self._save_step()
+        if step:
+            n_next = min(n_next, step - n_tokens % step)
+            if self._saves_tails() and n_tokens < record.n_prompt - 1 < n_tokens + n_next:
+                n_next = record.n_prompt - 1 - n_tokens
+        return n_next
+
+    def _save_step(self) -> int:
+        """Return the step of the positions at which states are saved as they are reached."""
+        if self.cache is None or self.why_not_cached() is not None:
+            return 0
+        is_reproducible, block_tokens = self.record.alignment
+        return self.memory.stops(block_tokens, is_reproducible=is_reproducible)
+
+    def _saves_tails(self) -> bool:
+        """Return whether a state is saved before a prompt's last token: it can't be cut later."""
+        is_reproducible = self.record.alignment.is_reproducible
+        return self.memory.is_recurrent and not is_reproducible and self._save_step() > 0
+
+    def save_as_reached(self) -> None:
+        """Save the state at this position if it could not be saved later."""
+        step, n_tokens = self._save_step(), self.record.n_tokens
+        is_tail = n_tokens == self.record.n_prompt - 1 and self._saves_tails()
+        if step and n_tokens == self.record.n_savable and (n_tokens % step == 0 or is_tail):
+            self.save(n_tokens)
+
+    def end_generation(self) -> None:
+        """Save the state of the decoded tokens; in the default mode the answer's too."""
+        record = self.record
+        is_whole = record.n_savable == record.n_tokens and not record.alignment.is_reproducible
+        if self.memory.is_plain or is_whole:
+            self.save(record.n_savable)
+
+    def save(self, n_tokens: int) -> None:
+        """Save the state of the first `n_tokens` positions."""
+        record = self.record
+        if record.is_cleared:
+            record.saved(has_unsaved=False)
+            self.refuse("cleared")
+            return
+        states = self._namespace()
+        if states is None:
+            # Saved by the next request, if the digest is there then and the state still is.
+            is_pending = self.cache is not None and not self.why_not_cached()
+            record.saved(has_unsaved=is_pending)
+        elif self.keeper is not None and self.sequence is not None:
+            is_all_there = not record.has_unsaved or self.sequence.keeps_all()
+            # A tail of a recurrent memory without attention follows no blocks.
+            n_block = record.alignment.block_tokens
+            is_alone = not self.memory.has_attention and n_tokens % n_block != 0
+            if is_all_there or is_alone:
+                self.keeper.save(states, record.ids[:n_tokens])
+            record.saved(has_unsaved=not is_all_there)
+
+    # Prompts: bringing their first tokens into the context
+
+    def hold(self, ids: NDArray[np.int32], scope: str | None) -> tuple[int, int]:
+        """Bring the longest known prefix of the prompt `ids` into the context.
+
+        Return how many of its tokens were in the context, and how many are there now; the context
+        is to be reset if none is. The prompt's last token is left to decode, for its logits, unless
+        the context holds exactly this prompt and its logits.
+        """
+        record, (is_reproducible, n_block) = self.record, self.record.alignment
+        # Of another scope's positions only the public ones may be used.
+        is_same = scope == record.scope and not record.is_cleared
+        n_usable = len(ids) if is_same else n_shared(self.public_prefix, ids)
+        work = record.work if is_same else None
+        if work is None and self.cache is not None:
+            work = self.cache.begin(scope)
+
+        # Reproducible mode decodes the last piece of a prompt again. One with images can't be
+        # decoded from its ids: a chat handler has put it there.
+        may_be_whole = not is_reproducible or bool((ids == UNKNOWN).any())
+        if n_usable == len(ids) and may_be_whole and record.holds_prompt(ids):
+            record.request_begins(scope, work)
+            return len(ids), len(ids)
+
+        # States that could not be stored yet belong to the request before: store them first.
+        if record.has_unsaved:
+            self.end_generation()
+        n_in_context = min(n_shared(record.held, ids[:n_usable]), len(ids) - 1)
+        if is_reproducible:
+            n_in_context = min(n_in_context, record.n_aligned) // n_block * n_block
+        if not self.trim(n_in_context):
+            n_in_context = 0
+            if self.sequence is not None:
+                self.sequence.clear()
+                record.reset()
+        record.prompt_begins(scope, work, len(ids))
+        n_held = self.restore(ids, n_in_context)
+        return min(n_in_context, n_held), n_held
+
+    def trim(self, n_tokens: int) -> bool:
+        """Remove the positions from `n_tokens` on; False if this memory can't."""
+        in_place = self.record.alignment.is_reproducible
+        if self.sequence is None or not self.sequence.trim(n_tokens, in_place=in_place):
+            return False
+        self.record.trimmed(n_tokens)
+        return True
+
+    def restore(self, ids: NDArray[np.int32], n_in_context: int) -> int:
+        """Restore positions of `ids` beyond the first `n_in_context`; return how many are held."""
+        if self.cache is None:
+            return n_in_context
+        states = self._namespace()
+        if states is None or self.keeper is None:
+            pending = "fingerprint_pending" if not self.fingerprint else "context_without_blocks"
+            self.refuse(self.why_not_cached() or pending)
+            return n_in_context
+        if (ids < 0).any():
+            self.refuse("unknown_positions")
+            return n_in_context
+        start, reached = self.keeper.restore(states, ids, n_in_context)
+        if (start, reached) != (n_in_context, n_in_context):
+            self.record.restored(start, ids[:reached])
+        return reached
+
+    # Generations that are suspended
+
+    def suspend(self, *, needs_logits: bool, is_lost: bool, is_repeatable: bool) -> HeldState:
+        """Return all that `resume` needs to bring the present positions back.
+
+        `needs_logits`: those of the last decode are still to be sampled from. `is_lost`: they can't
+        be brought back. `is_repeatable`: the same decodes would give the same samples.
+        """
+        record, sequence = self.record, self.sequence
+        if not self.memory.is_recurrent:  # a tail for each pause would be too many
+            self.end_generation()
+        # A snapshot of a window that has moved on puts its positions into other cells, which gives
+        # other last bits. The same decodes give the same.
+        is_redone = (
+            is_repeatable
+            and record.alignment.is_reproducible
+            and record.is_repeatable
+            and sequence is not None
+            and not sequence.is_movable()
+        )
+        state: list[memoryview] | None = None
+        if sequence is not None and not is_redone and not is_lost:
+            try:
+                state = sequence.snapshot()
+            except (StateError, MemoryError):
+                self.refuse("snapshot_failed")
+        return HeldState(
+            record=record.copy(),
+            snapshot=state,
+            end=0 if sequence is None else sequence.end(),
+            is_redone=is_redone,
+            needs_logits=needs_logits and record.logits_from is not None,
+        )
+
+    def resume(self, held: HeldState, decode: Callable[[NDArray[np.int32]], object]) -> None:
+        """Bring back the positions that `suspend` found.
+
+        Errors: StateError if they can't be brought back.
+        """
+        if self.sequence is None or (held.snapshot is None and not held.is_redone):
+            raise StateError(
+                "another generation used this model meanwhile, and this one could not be "
+                "suspended; end a stream before the next request, or use a Llama for each"
+            )
+        record, copy = self.record, held.record
+        record.reset()
+        record.prompt_begins(copy.scope, copy.work, copy.n_prompt)
+        if held.snapshot is None:
+            # Decode the same batches again, except for the aligned positions that the cache has.
+            self.sequence.clear()
+            n_aligned = copy.n_aligned
+            reached = self.restore(copy.ids[: n_aligned + 1], 0) if n_aligned else 0
+            decode(copy.ids[reached:n_aligned])
+            for start, stop in pairwise([*copy.batches, len(copy.ids)]):
+                decode(copy.ids[start:stop])
+        else:
+            self.sequence.load_snapshot(held.snapshot, held.end)
+        record.resumed(copy)
+        if held.needs_logits and held.snapshot is not None and copy.logits_from is not None:
+            # A snapshot holds no logits: decode the last batch as it was decoded before.
+            if not self.trim(copy.logits_from):
+                raise StateError(
+                    "another generation used this model before this one began; ask again"
+                )
+            decode(copy.ids[copy.logits_from :])

@@ -1,0 +1,148 @@
+"""All that the two clients of a llama-server share: the checks and the steps of each request.
+
+Nothing here waits or sends: a method returns a call or steps, which `LlamaServer` performs in a
+thread and `AsyncLlamaServer` in an event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from tokcache._validate import require_scope
+from tokcache.errors import InvalidConfig
+from tokcache.llama.server import calls, vocabulary
+from tokcache.llama.server.manager import SlotManager
+from tokcache.llama.server.report import KvReader
+from tokcache.llama.server.settings import SlotSettings
+from tokcache.text.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from tokcache.llama.server.calls import Call
+    from tokcache.llama.server.connection import Connection
+    from tokcache.llama.server.job import Job
+    from tokcache.llama.server.results import Completion, Piece, Reused
+    from tokcache.llama.server.steps import Steps
+
+Prompt = str | Iterable[int]
+
+
+class Session:
+    """The tokenizer and the managed slots of one client.
+
+    `connection` is for the threads that save slots in the background.
+
+    Threads: safe, also in event loops.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        tokenizer: vocabulary.ServerTokenizer | None,
+        slot_settings: SlotSettings | None,
+    ) -> None:
+        if tokenizer is not None and not hasattr(tokenizer, "unwrap"):
+            raise InvalidConfig(
+                f"tokenizer must be a wrapper; pass tokcache.wrap({type(tokenizer).__name__}(...))"
+            )
+        if slot_settings is not None and not isinstance(slot_settings, SlotSettings):
+            raise InvalidConfig(f"slot_settings must be SlotSettings, not {slot_settings!r}")
+        self._url = connection.url
+        self._tokenizer = tokenizer
+        self._is_checked = tokenizer is None
+        self.manager = SlotManager(
+            connection, slot_settings or SlotSettings(), self.check_vocabulary
+        )
+        self.reader = KvReader(connection.url, self.manager)
+
+    def describe(self, name: str) -> str:
+        """Return the text of a client's `repr`."""
+        watch, stats = self.manager.watch, self.manager.stats()
+        model = PurePath(watch.props.model_path).name or "unnamed" if watch.props else "unknown"
+        return (
+            f"<{name} {self._url}, model {model}, {len(self.manager.table.slots)} slots,"
+            f" {stats.n_files} saved ({stats.n_bytes:,} bytes)>"
+        )
+
+    def check_vocabulary(self) -> Steps[None]:
+        """Raise VocabularyMismatch unless the tokenizer is the model's."""
+        if self._tokenizer is not None:
+            yield from vocabulary.check(self._tokenizer, self._url)
+        self._is_checked = True
+
+    def open(self) -> Steps[None]:
+        """Check the tokenizer, if that was not done yet."""
+        if not self._is_checked:
+            yield from self.check_vocabulary()
+
+    def token_ids(self, text: str, add_special_tokens: bool, scope: str | None) -> Steps[TokenIds]:
+        """Return the ids of a text from the wrapped tokenizer, or else from the server."""
+        require_scope(scope)
+        calls.require_text(text)
+        yield from self.open()
+        if self._tokenizer is None:
+            ids: TokenIds = yield calls.tokenize(text, add_special=add_special_tokens)
+            return ids
+        encode = self._tokenizer.token_ids
+        ids = yield partial(encode, text, add_special_tokens=add_special_tokens, scope=scope)
+        return ids
+
+    def complete(
+        self,
+        prompt: Prompt,
+        settings: dict[str, Any],
+        scope: str | None,
+        conversation: str | None,
+    ) -> Steps[Reused]:
+        """Complete a text or token ids in a managed slot."""
+        ids = yield from self._prompt_ids(prompt, scope)
+        return (yield from self.manager.complete(ids, settings, scope, conversation))
+
+    def begin(
+        self,
+        prompt: Prompt,
+        settings: dict[str, Any],
+        scope: str | None,
+        conversation: str | None,
+    ) -> Steps[Job]:
+        """Prepare a managed slot for a prompt whose answer is streamed."""
+        ids = yield from self._prompt_ids(prompt, scope)
+        return (yield from self.manager.begin(ids, settings, scope, conversation))
+
+    def note(self, job: Job, piece: Piece) -> None:
+        """Record a piece of a streamed answer."""
+        if piece.completion is not None:
+            self.manager.finish(job, piece.completion)
+        else:
+            job.received.extend(piece.token_ids)
+
+    def _prompt_ids(self, prompt: Prompt, scope: str | None) -> Steps[TokenIds]:
+        require_scope(scope)
+        if isinstance(prompt, str):
+            return (yield from self.token_ids(prompt, True, scope))
+        ids = prompt if isinstance(prompt, TokenIds) else TokenIds(calls.plain(prompt))
+        yield from self.open()
+        return ids
+
+
+def sampling(
+    settings: dict[str, Any], n_predict: int, temperature: float, n_probs: int = 0
+) -> dict[str, Any]:
+    """Return all settings of a completion; those in `settings` take precedence."""
+    return {
+        "n_predict": n_predict,
+        "temperature": temperature,
+        "n_probs": n_probs,
+        **settings,
+    }
+
+
+def plain_completion(
+    tokens: Iterable[int], id_slot: int, cache_prompt: bool, settings: dict[str, Any]
+) -> Call[Completion]:
+    """Return the call for a completion in a slot of the caller's choice."""
+    asked = {"id_slot": id_slot, "cache_prompt": cache_prompt, **settings}
+    calls.require_settings(asked)
+    return calls.completion(tokens, asked)

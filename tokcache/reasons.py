@@ -1,0 +1,373 @@
+"""Every reason that is counted: why text or states were not reused or not kept, and the cure.
+
+A reason is a short code: the key of a counter, the label of a metric, the end of a line in the log.
+Each table here belongs to one counter. The page "Why is nothing reused?" of the documentation is
+made from these tables, and a test finds every code of the source in them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Reason(NamedTuple):
+    """Why something was not reused or not kept, and what to do about it."""
+
+    why: str
+    cure: str
+
+
+_NOTHING = "nothing to do"
+_CALL = "call `token_ids`, or the method without that argument, where you can"
+
+# CacheStats.bypasses: calls that the plain tokenizer answered.
+BYPASSES = {
+    "split_special_tokens": Reason("special tokens are to be encoded as text", _CALL),
+    "stride": Reason("overflowing pieces with a stride were asked for", _CALL),
+    "is_split_into_words": Reason("the text was split into words beforehand", _CALL),
+    "return_overflowing_tokens": Reason("overflowing tokens were asked for", _CALL),
+    "return_offsets_mapping": Reason(
+        "offsets were asked for, which ids alone do not give",
+        "leave out `return_offsets_mapping` where you do not use it",
+    ),
+    "sanitize_control_tokens": Reason("control tokens in the text are to be removed", _CALL),
+    "other_argument": Reason("the call has an argument that tokcache does not know", _CALL),
+    "input_type": Reason(
+        "the input is neither a text, nor a list of texts or pairs", "pass str, or lists of str"
+    ),
+    "truncation": Reason(
+        "tokenizers refuses this truncation, and raises its own error",
+        "pass a `max_length` above the number of special tokens",
+    ),
+    "padding": Reason(
+        "the padding's side, length or ids are not those that tokenizers takes",
+        "pass positive ints, and set `pad_token`",
+    ),
+    "post_processor": Reason(
+        "the post-processor is not a template that could be learnt", "call `token_ids`"
+    ),
+    "invalid_text": Reason(
+        "an item is not a text that can be encoded; the plain tokenizer raises its error",
+        "see its message",
+    ),
+    "encoding_objects": Reason(
+        "an Encoding with offsets and words was asked for", "call `token_ids` for ids alone"
+    ),
+    "python_model": Reason(
+        "the model is written in Python, and could change unnoticed",
+        "use a model of tokenizers",
+    ),
+    "python_component": Reason(
+        "a component is written in Python, so the tokenizer cannot be copied",
+        "use components of tokenizers",
+    ),
+    "bpe_dropout": Reason(
+        "BPE dropout gives one text several encodings", "set `dropout` to None for serving"
+    ),
+    "unigram_sampling": Reason(
+        "sampling gives one text several encodings", "set `alpha` to None for serving"
+    ),
+    "empty_added_token": Reason(
+        "an added token is empty once it is normalized, and tokenizers may search for it forever",
+        "remove that added token",
+    ),
+    "copy_differs": Reason(
+        "a copy of the tokenizer did not encode a probe like the original",
+        "please report it, with the tokenizer",
+    ),
+    "normalizer_changed_in_place": Reason(
+        "the normalizer was changed after added tokens were registered",
+        "set the normalizer before adding tokens, or assign it again",
+    ),
+    "own_*": Reason(
+        "a method of the tokenizer that decides ids was replaced by your own",
+        "leave the tokenizer's methods as they are, or wrap before replacing",
+    ),
+}
+
+# L0Stats.refusals: texts not put into L0.
+L0_REFUSALS = {
+    "oversize": Reason("the entry is larger than L0's whole budget", "raise `l0_max_bytes`"),
+    "scopes": Reason("too many scopes are in use at once", "use fewer scopes"),
+    "cleared": Reason("its scope was cleared while the text was encoded", _NOTHING),
+}
+
+# L1Stats.refusals: texts not cut, chunks and segments not kept.
+L1_REFUSALS = {
+    "post_processor": Reason(
+        "the post-processor changes more than the beginning and end of a text",
+        "pass `add_special_tokens=False`",
+    ),
+    "too_long": Reason("the text is too long for L1's offsets", "pass shorter texts"),
+    "surrogate": Reason("the text has a lone surrogate", "decode input with errors='replace'"),
+    "beside_single_word": Reason(
+        "the text meets an added token with `single_word`, whose neighbours decide",
+        "add the token without `single_word`",
+    ),
+    "no_cut": Reason(
+        "there is no proven cut in a long stretch of text",
+        "none for text such as base64; `tokcache explain` shows the cuts of your tokenizer",
+    ),
+    "oversize": Reason("a chunk does not fit the budget", "raise `l1_max_bytes`"),
+    "memory": Reason("the system gave no memory", "lower the budgets, or add memory"),
+    "cleared": Reason("its scope was cleared while the text was encoded", _NOTHING),
+    "parts_differ": Reason(
+        "missing segments, encoded together, could not be told apart; the text was encoded whole",
+        "please report it if it is frequent, with the tokenizer",
+    ),
+    "verified": Reason("an answer was encoded again as `verify_rate` asks: no refusal", _NOTHING),
+    "differences": Reason(
+        "`verify_rate` found an answer that differs from the tokenizer's; the log says what is off",
+        "please report it, with the tokenizer",
+    ),
+    "engine_dropped": Reason(
+        "the faster encoder failed or differed, and tokenizers encodes from then on",
+        'see the log; choose `engine="tokenizers"`',
+    ),
+}
+
+# CutPlan.off, shown by `tokcache explain`: why no text of a tokenizer is cut.
+L1_OFF = {
+    "added_tokens_overlap": Reason(
+        "added tokens of both kinds (normalized or not) overlap, or one takes another's whitespace",
+        "rename the token, or add it without lstrip and rstrip",
+    ),
+    "normalized_token_flags": Reason(
+        "normalized added tokens have flags whose effect cannot be bounded",
+        "add the tokens with `normalized=False`",
+    ),
+    "normalized_tokens_alike": Reason(
+        "two added tokens are the same text once they are normalized",
+        "remove one, or add them with `normalized=False`",
+    ),
+    "normalized_token_prefix": Reason(
+        "normalized added tokens are read differently at the start of a text",
+        "add the tokens with `normalized=False`",
+    ),
+    "long_added_token": Reason(
+        "an added token is longer than 256 characters", "use a shorter added token"
+    ),
+    "no_separator": Reason(
+        "added tokens hold every character with which a separator could begin",
+        "remove added tokens",
+    ),
+    "post_processor": Reason(
+        "the post-processor is not one that adds the same tokens to every text",
+        "use a template post-processor",
+    ),
+}
+
+# StateStats.refusals: states not stored or not used.
+STATE_REFUSALS = {
+    "over_budget": Reason("the state is larger than `ram_bytes`", "raise `ram_bytes`"),
+    "blocks_in_use": Reason(
+        "all blocks that could be evicted are in use", "raise `ram_bytes`, or close handles"
+    ),
+    "entries_in_use": Reason(
+        "`max_entries` is reached, and all entries are in use or pinned",
+        "raise `max_entries`, or unpin",
+    ),
+    "no_memory": Reason("the system gave no memory", "lower `ram_bytes`, or add memory"),
+    "payload_lost": Reason(
+        "the index names a state whose bytes are gone", "please report it if it is frequent"
+    ),
+    "save_failed": Reason("the engine could not export the state", "see the log of the engine"),
+    "restore_failed": Reason(
+        "the engine did not accept a state; the prompt was decoded", "see the log of the engine"
+    ),
+    "cleared": Reason("its scope was cleared meanwhile", _NOTHING),
+    "queue_full": Reason(
+        "a tier is slower than states are saved (counted with its name, as `disk: queue_full`)",
+        "raise `queue_bytes`, or use a faster tier",
+    ),
+}
+
+# The same counter, of `tokcache.llama.Llama` and `SequenceStates`; llama/reasons.py has those that
+# keep a model from being cached at all.
+LLAMA_REFUSALS = {
+    "fingerprint_pending": Reason(
+        "the model file is still being hashed", "call `llm.wait_for_fingerprint()` at start"
+    ),
+    "fingerprint_failed": Reason(
+        "the model file cannot be read any more", "keep the file in its place while it is used"
+    ),
+    "model_file_changed": Reason(
+        "the model file was changed while it was loaded", "rename new files over old ones"
+    ),
+    "unknown_positions": Reason(
+        "the context holds positions that no known token wrote, such as an image", _NOTHING
+    ),
+    "snapshot_failed": Reason(
+        "llama.cpp could not copy the state of a suspended generation", "see llama.cpp's log"
+    ),
+    "memory_of_unknown_behaviour": Reason(
+        "the model's memory does not behave like others of its kind in this build of llama.cpp",
+        "use another version of llama-cpp-python, or leave out `prefix_cache`",
+    ),
+    "restore_incomplete": Reason(
+        "after a restore the sequence was not at the position it should be at, and was cleared",
+        "see llama.cpp's log",
+    ),
+    "tail_without_blocks": Reason(
+        "the state at a prompt's end was found, but not the attention blocks before it",
+        "raise `ram_bytes`: the blocks were evicted",
+    ),
+    "sequence_is_elsewhere": Reason(
+        "the sequence holds other positions than its record says",
+        "call `reset` after you change a sequence yourself",
+    ),
+    "pending_save_overtaken": Reason(
+        "the sequence went on before the fingerprint was known", "wait for the fingerprint first"
+    ),
+    "tokens_outside_the_vocabulary": Reason(
+        "tokens are not in the model's vocabulary", "encode with the model's own tokenizer"
+    ),
+}
+
+# TierStats.refusals, and StateStats.refusals as "disk: reason" and "redis: reason".
+TIER_REFUSALS = {
+    "slower_than_prefill": Reason(
+        "reading the state took longer than computing it", "use a faster disk or network"
+    ),
+    "no_room": Reason("memory had no room for a state that was found", "raise `ram_bytes`"),
+    "error": Reason("the tier failed in an unexpected way", "see the log"),
+    "damaged": Reason("a checksum does not match; the file was removed", "check the disk"),
+    "forged": Reason(
+        "the MAC does not match: written without the key, or changed",
+        "give all writers the same `hmac_key`; find out who else writes there",
+    ),
+    "other_keys": Reason("written with another key, or without one", "give all the same keys"),
+    "other_version": Reason("written by another version of tokcache", _NOTHING),
+    "misfiled": Reason(
+        "the state names another place than the one it was found at",
+        "find out who moves files, or writes there",
+    ),
+    "too_large_to_encrypt": Reason(
+        "one AES-GCM message holds at most 2 GiB", "lower `block_tokens`"
+    ),
+    "over_budget": Reason(
+        "the state is larger than the tier takes", "raise `max_bytes` or `max_state_bytes`"
+    ),
+    "place_taken": Reason("other states already have both places of this name", _NOTHING),
+    "expired": Reason("the state was not used for `ttl_s` seconds", "raise `ttl_s`"),
+    "closed": Reason("the tier was closed", "close it after the caches that use it"),
+    "no_memory": Reason("the system gave no memory", "lower the budgets, or add memory"),
+    "full": Reason("the disk or Redis is full", "free space, or set a budget below it"),
+    "permission": Reason(
+        "the process may not read or write there",
+        "give it the folder, or the Redis user the commands that the log names",
+    ),
+    "symlink": Reason("a symbolic link stands where a folder or file should be", "remove it"),
+    "missing": Reason("the folder or state was removed meanwhile", "leave the folder alone"),
+    "no_file": Reason("something that is not a regular file has the state's name", "remove it"),
+    "other_user": Reason("the file belongs to another user", "run all processes as one user"),
+    "circuit_open": Reason(
+        "Redis failed several times in a row and is left alone for a while", "see the log"
+    ),
+    "writes_paused": Reason("writes to Redis failed and are paused for a while", "see the log"),
+    "overtaken": Reason("another process changed the state while it was read", _NOTHING),
+    "removed": Reason("the state was removed while it was written", _NOTHING),
+    "garbage": Reason("the answer was not one of a Redis", "check the URL"),
+    "wrong_type": Reason("a key of the namespace has another type", "use a namespace of its own"),
+    "timeout": Reason("Redis did not answer within `timeout_s`", "raise it, or check the network"),
+    "unreachable": Reason("no connection to Redis", "check the URL and the network"),
+    "auth": Reason("Redis rejected user or password", "put the right ones into the URL"),
+    "loading": Reason("Redis is loading its data", "wait"),
+    "read_only": Reason("this Redis is a replica", "use the URL of the primary"),
+    "not_persisting": Reason("Redis refuses writes: it cannot save to its disk", "see its log"),
+    "no_replicas": Reason("Redis refuses writes: too few replicas", "see its configuration"),
+    "cluster_down": Reason("the cluster does not serve all slots", "see `CLUSTER INFO`"),
+    "moved": Reason("the cluster is moving slots", "wait, or pass `is_cluster=True`"),
+    "busy": Reason("a script blocks Redis", "see `SLOWLOG`"),
+    "server_error": Reason("Redis refused a command", "see the log"),
+}
+
+# ReuseStats.refusals of LlamaServer; llama/server/trust.py has those that are logged with a cure.
+SERVER_REFUSALS = {
+    "cleared": Reason("its scope was cleared meanwhile", _NOTHING),
+    "restore_not_used_by_server": Reason(
+        "the server decoded a restored slot again",
+        "start llama-server with its default `--ctx-checkpoints`",
+    ),
+    "settling_failed": Reason(
+        "saving or emptying a slot after an answer failed", "see the log at level DEBUG"
+    ),
+    "files_of_another_model": Reason("the server was started with another model", _NOTHING),
+    "server_away": Reason("the server did not answer", "see the log"),
+}
+
+# `remembered_digests`: why the digest of a model file was computed again.
+DIGEST_REFUSALS = {
+    "blocks_differ": Reason("the file was changed although its times were not", _NOTHING),
+    "unreadable": Reason("the remembered digest cannot be read", "check the cache folder"),
+    "damaged": Reason("the remembered digest is damaged", "check the cache folder"),
+    "unwritable": Reason("the digest cannot be written", "check the cache folder"),
+    "no_folder": Reason("there is no cache folder", "set TOKCACHE_CACHE_DIR"),
+    "no_key": Reason("the key of the cache folder cannot be read", "check its permissions"),
+    "damaged_key": Reason("the key of the cache folder is damaged", "remove it"),
+}
+
+# Counters of `tokcache serve`, and the `reason` in its answers.
+GATEWAY_REASONS = {
+    "never_stored": Reason(
+        "no slot and no file of this tenant holds the beginning of the prompt", _NOTHING
+    ),
+    "different_text": Reason(
+        "the prompt differs from the held one before its end",
+        "look for parts that change with each request; `rules` can move or blank some",
+    ),
+    "busy": Reason(
+        "a busy slot was decoding the prefix and was not free in time",
+        "start the llama-server with more slots",
+    ),
+    "queue_full": Reason(
+        "more requests waited than `max_queue`", "raise it, or start more llama-servers"
+    ),
+    "queue_timeout": Reason(
+        "no slot became free within `queue_timeout_s`", "raise it, or start more llama-servers"
+    ),
+    "file_gone": Reason(
+        "a saved file was deleted or truncated", "leave the slot folder to the gateway"
+    ),
+    "restore_failed": Reason(
+        "the llama-server refused a saved file",
+        "see its log; its settings may have changed since the file was saved",
+    ),
+    "restore_not_used_by_server": Reason(
+        "the llama-server used less than half of a restored file",
+        "start it with `--ctx-checkpoints 32`; after three in a row no more are restored",
+    ),
+    "slot_changed_by_others": Reason(
+        "a slot held other tokens than recorded",
+        "let nobody else use the llama-server",
+    ),
+    "save_failed": Reason("the llama-server could not save a slot", "see its log"),
+    "file_over_budget": Reason("a saved slot is larger than `max_bytes`", "raise `max_bytes`"),
+    "file_not_deleted": Reason(
+        "a saved file could not be deleted", "let the gateway write to the slot folder"
+    ),
+    "files_of_another_model": Reason(
+        "the model gave other probabilities after a fixed prompt, so its files were dropped",
+        _NOTHING,
+    ),
+    "list_damaged": Reason("the list of saved files can't be read", "delete `files.json`"),
+    "list_of_other_format": Reason(
+        "the list of saved files is of another version of tokcache", _NOTHING
+    ),
+    "volatile_*": Reason(
+        "the system prompt holds a nonce or a clock", "switch on the rule of that name in `rules`"
+    ),
+}
+
+TABLES = {
+    "Calls answered by the plain tokenizer": BYPASSES,
+    "Texts not put into L0": L0_REFUSALS,
+    "Texts not cut, chunks not kept (L1)": L1_REFUSALS,
+    "Tokenizers whose texts are never cut": L1_OFF,
+    "States not stored or not used": STATE_REFUSALS,
+    "llama.cpp in process": LLAMA_REFUSALS,
+    "Disk and Redis": TIER_REFUSALS,
+    "llama-server": SERVER_REFUSALS,
+    "Digests of model files": DIGEST_REFUSALS,
+    "The endpoint `tokcache serve`": GATEWAY_REASONS,
+}

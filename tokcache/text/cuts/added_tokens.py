@@ -1,0 +1,222 @@
+"""The added tokens that separate a text, the cuts they forbid, and when they forbid every cut.
+
+The tokenizers library finds added tokens in two phases: first those that are not `normalized`, in
+the raw text; then the others, in the normalised pieces of text between them. The scanner finds the
+tokens of both phases in one pass over the raw text. That is right only where the order of the
+phases makes no difference.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+from tokcache.text.cuts.char_classes import WHITESPACE, class_of
+from tokcache.text.cuts.plan import Separator
+from tokcache.text.cuts.rules import DIGITS, LETTERS, WHITESPACE_LEFT, C, Pair, pairs_in
+from tokcache.text.engines.copying import added_tokens, free_edge
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_LONGEST_TOKEN = 256  # characters; a text may almost match a long one at each of its places
+_MAX_SUBSTRINGS = 2_000_000  # substrings of added tokens that are compared with each other
+_MAYBE_WORDS = LETTERS | DIGITS | {C.UNDERSCORE, C.NON_ASCII_PUNCTUATION, C.OTHER}
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """The added tokens by the phase that finds them: in raw text, or in normalised pieces."""
+
+    raw: list[Any]
+    normalized: list[Any]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Phases:
+        """Return the added tokens of a tokenizer."""
+        tokens = added_tokens(tokenizer)
+        raw = [token for token in tokens if not token.normalized]
+        return cls(raw, [token for token in tokens if token.normalized])
+
+    @property
+    def all(self) -> list[Any]:
+        """The tokens of both phases."""
+        return self.raw + self.normalized
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why no text of a tokenizer may be cut: the reason that is counted, and a sentence."""
+
+    reason: str
+    sentence: str
+
+
+def why_no_cuts(tokenizer: Tokenizer, phases: Phases, *, is_prefixed: bool) -> Refusal | None:
+    """Return why added tokens make every cut unsafe, None if they don't.
+
+    `is_prefixed` says that the beginning of a text is encoded differently from the rest.
+    """
+    refusal = _why_not_found(phases.all)
+    if refusal is not None or not phases.normalized:
+        return refusal
+
+    # Without a normalizer the scanner finds the tokens of both phases in one pass.
+    normalizer = tokenizer.normalizer
+    tokens = phases.normalized
+    if normalizer is None:
+        first, second = ([token.content for token in each] for each in (phases.raw, tokens))
+        if _meet(first, second) or _meet(second, first):
+            return Refusal("added_tokens_overlap", "added tokens of the two phases may overlap")
+        return None
+
+    # With one, the library finds those of the second phase inside segments.
+    if any(token.lstrip or token.rstrip or token.single_word for token in tokens):
+        return Refusal(
+            "normalized_token_flags",
+            "an added token with flags is searched for in the normalised text",
+        )
+    names = {normalizer.normalize_str(token.content) for token in tokens}
+    if len(names) < len(tokens):  # each copy of the tokenizer finds one of the two by chance
+        return Refusal("normalized_tokens_alike", "two added tokens are equal once normalised")
+    if is_prefixed:
+        return Refusal(
+            "normalized_token_prefix",
+            "an added token that is searched for in the normalised text may not be found after a "
+            "cut, where text is normalised differently than at its beginning",
+        )
+    return None
+
+
+def _why_not_found(tokens: list[Any]) -> Refusal | None:
+    """Return why the scanner can't find added tokens as the library does, None if it can."""
+    if any(len(token.content) > _LONGEST_TOKEN for token in tokens):
+        return Refusal(
+            "long_added_token", f"an added token is longer than {_LONGEST_TOKEN} characters"
+        )
+    if free_edge(tokens) is None:
+        return Refusal(
+            "no_separator",
+            "added tokens hold every character with which a separator could begin",
+        )
+    takes_whitespace = any(token.lstrip or token.rstrip for token in tokens)
+    if takes_whitespace and any(token.content != token.content.strip() for token in tokens):
+        return Refusal(
+            "added_tokens_overlap",
+            "an added token includes the whitespace next to it, which may belong to another one",
+        )
+    return None
+
+
+def may_appear(tokenizer: Tokenizer, phases: Phases) -> bool:
+    """Return whether normalization may make an added token of other characters."""
+    return tokenizer.normalizer is not None and bool(phases.normalized)
+
+
+def separators(tokenizer: Tokenizer, phases: Phases) -> tuple[Separator, ...]:
+    """Return the added tokens that the scanner finds in a raw text."""
+    found = phases.raw + (phases.normalized if tokenizer.normalizer is None else [])
+    contents = [token.content for token in found]
+    overlapped = _overlapped(contents)
+    is_nested = any(b.startswith(a) for a, b in pairwise(sorted(contents)))
+    ids = {
+        token.content: index
+        for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }
+    skip = tokenizer.encode_special_tokens
+    # To the library, a token of the second phase does not end a piece, and so the character it
+    # ends with is a neighbour of the next token. Where that can't be a word's character, it makes
+    # no difference that to the scanner the token does end a piece.
+    ends = {class_of(token.content[-1]) for token in phases.normalized}
+    in_second = set() if ends & _MAYBE_WORDS else {id(token) for token in phases.normalized}
+    return tuple(
+        Separator(
+            content=token.content,
+            id=ids[token.content],
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            single_word=token.single_word,
+            in_piece=id(token) in in_second,
+            skips=skip and token.special,
+            opens=not (
+                token.lstrip
+                or token.single_word
+                or (skip and token.special)
+                or token.content in overlapped
+                or is_nested
+            ),
+        )
+        for token in found
+    )
+
+
+def without_unsafe(pairs: set[Pair], tokens: Iterable[Separator]) -> set[Pair]:
+    """Return the pairs without those at which an added token makes a cut unsafe."""
+    pairs = set(pairs)
+    for one in tokens:
+        first, last = class_of(one.content[0]), class_of(one.content[-1])
+        if one.lstrip:  # it includes the whitespace before it: no cut in that whitespace
+            pairs -= {(left, right) for left in WHITESPACE_LEFT for right in {first, *WHITESPACE}}
+        if one.single_word:  # its neighbours decide whether it is found: no cut between
+            pairs -= {(left, first) for left in C if left not in WHITESPACE_LEFT}
+            ends = {last, C.NEWLINE_RUN} if last is C.NEWLINE else {last}
+            pairs -= {(end, right) for end in ends for right in C if right not in WHITESPACE}
+        if one.skips or one.single_word:
+            pairs -= set(pairs_in(one.content))
+    return pairs
+
+
+def pairs_inside(tokenizer: Tokenizer, phases: Phases) -> set[Pair]:
+    """Return the pairs of classes inside the tokens of the second phase, raw and normalised."""
+    names = [token.content for token in phases.normalized]
+    if tokenizer.normalizer is not None:
+        names += map(tokenizer.normalizer.normalize_str, list(names))
+    return {pair for name in names for pair in pairs_in(name)}
+
+
+# ---- tokens that overlap
+
+
+def _are_many(contents: Iterable[str]) -> bool:
+    """Return whether the strings have too many substrings to compare them all."""
+    return sum(len(content) ** 2 for content in contents) > _MAX_SUBSTRINGS
+
+
+def _meet(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Return whether one of `first` and one of `second` may overlap in some text.
+
+    That is so if a substring of one of `first` equals one of `second`, or if its end equals the
+    beginning of one of `second`.
+    """
+    if first and second and _are_many([*first, *second]):
+        return True
+    prefixes = {text[:end] for text in second for end in range(1, len(text) + 1)}
+    whole = set(second)
+    return any(
+        text[start:end] in prefixes and (end == len(text) or text[start:end] in whole)
+        for text in first
+        for start in range(len(text))
+        for end in range(start + 1, len(text) + 1)
+    )
+
+
+def _overlapped(contents: list[str]) -> set[str]:
+    """Return the contents that may begin inside an occurrence of another one.
+
+    Such a content lies whole inside another one, or begins with the rest of one: the rest is a
+    range of the sorted contents.
+    """
+    if _are_many(contents):
+        return set(contents)
+    ordered, whole = sorted(contents), set(contents)
+    rests = {content[start:] for content in contents for start in range(1, len(content))}
+    inside = {rest[:end] for rest in rests for end in range(1, len(rest) + 1)} & whole
+    n_open = [0] * (len(ordered) + 1)  # how many of those ranges begin, less those that end
+    for rest in rests:
+        n_open[bisect_left(ordered, rest)] += 1
+        n_open[bisect_right(ordered, rest, key=lambda one: one[: len(rest)])] -= 1
+    goes_on = {one for one, n in zip(ordered, accumulate(n_open), strict=False) if n}
+    return inside | goes_on
