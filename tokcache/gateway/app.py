@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-    from tokcache.gateway.service import Service, Turn
+    from tokcache.gateway.service import Service
+    from tokcache.gateway.turn import Turn
 
 _CHAT, _TEXT, _RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 _MESSAGES = "/v1/messages"
