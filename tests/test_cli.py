@@ -76,6 +76,31 @@ def test_every_backend_compares_all_tokens_and_finds_them_identical(
         assert re.search(r"and \d+ greedy tokens compared", done.stdout)
 
 
+def test_the_times_of_each_prompt_are_written_as_json(tmp_path: Path) -> None:
+    prompts = write_chats(tmp_path / "chats.jsonl")
+    written = tmp_path / "runs.json"
+    done = demo("--backend", "tokens", "--prompts", prompts, "--json", written)
+    assert done.exit_code == 0, done.output
+    found = json.loads(written.read_text())
+    assert [run["kind"] for run in found["prompts"]] == [
+        "new",
+        "new",
+        "continues",
+        "continues",
+        "again",
+    ]
+    assert found["differences"] == []
+    assert (
+        f"Prompts:    5, {sum(run['n_tokens'] for run in found['prompts']):,} tokens" in done.stdout
+    )
+    assert all(run["without_s"] > 0 < run["with_s"] for run in found["prompts"])
+    done = demo(
+        "--backend", "tokens", "--prompts", prompts, "--json", tmp_path / "no" / "runs.json"
+    )
+    assert done.exit_code == 2
+    assert "can't be written: No such file" in done.output
+
+
 def decoded(output: str) -> tuple[int, int]:
     found = re.search(r"prompt tokens decoded\s+([\d,]+)\s+([\d,]+)", output)
     assert found, output
@@ -194,7 +219,7 @@ def test_missing_and_unreadable_files_end_with_exit_code_2(tmp_path: Path) -> No
         (("--tokenizer", tmp_path / "absent.json"), "no such tokenizer file"),
         (("--tokenizer", tmp_path), "no such tokenizer file"),
         (("--tokenizer", tmp_path / "no.json"), "holds no tokenizer"),
-        (("--model", tmp_path / "absent.gguf"), "--model needs --tokenizer"),
+        (("--model", tmp_path / "absent.gguf"), "no such model file"),
         (("--tokenizer", samples.tiny_tokenizer(), "--model", "absent"), "no such model file"),
         (("--model", "x", "--backend", "tokens", "--tokenizer", samples.tiny_tokenizer()), "no mo"),
     ):

@@ -307,7 +307,7 @@ def test_with_an_unknown_pattern_only_cuts_at_added_tokens_remain() -> None:
 def test_texts_that_can_not_be_cut_are_cached_whole_and_the_reason_is_shown() -> None:
     found = explained("one_letter_gpt2")
     assert found.why_not_whole is None
-    assert found.why_not_parts == "added tokens of both phases overlap each other"
+    assert found.why_not_parts == "added tokens of the two phases may overlap"
     assert found.engine is None
     assert {one.origin for one in found.answers} == {Origin.ENCODED, Origin.WHOLE}
     shown = report(found)

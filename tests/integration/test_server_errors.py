@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.integration.pretended import PROPS, SLOTS, Pretender, answer, pretend
@@ -252,6 +252,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copied
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_json_is_read_or_refused(data: st.DataObject) -> None:
     call, valid = data.draw(st.sampled_from(VALID))

@@ -76,7 +76,7 @@ def check(on: Shelf) -> None:
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=24)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from([A, B]), TOKENS, st.booleans()), max_size=12),
     st.lists(st.tuples(st.sampled_from([A, B]), TOKENS, st.booleans()), max_size=6),

@@ -43,6 +43,30 @@ def test_ls_shows_digests_instead_of_names(folder: Path) -> None:
     assert len([line for line in done.output.splitlines() if "ago" in line]) == 3
 
 
+def test_ls_names_the_scopes_that_the_caller_knows(folder: Path) -> None:
+    done = run("ls", folder, "--scope", "tenant-a", "--scope", "tenant-c")
+    assert done.exit_code == 0
+    codec = DiskTier(folder).codec
+    assert codec.scope("tenant-a").hex()[:12] not in done.output
+    assert codec.scope("tenant-b").hex()[:12] in done.output
+    assert codec.scope(None).hex()[:12] not in done.output
+    shown = [line.split()[1] for line in done.output.splitlines() if "ago" in line]
+    assert sorted(shown) == sorted(["tenant-a", "(shared)", codec.scope("tenant-b").hex()[:12]])
+    assert "tenant-c" not in done.output
+
+
+def test_ls_names_the_scopes_of_a_folder_with_a_key_only_with_that_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_on(DiskTier(tmp_path, hmac_key=b"k" * 32))
+    Engine().save(cache, [1, 2, 3], scope="tenant-a")
+    cache.close()
+    monkeypatch.setenv("GOOD", (b"k" * 32).hex())
+    assert "tenant-a" not in run("ls", tmp_path, "--scope", "tenant-a").output
+    done = run("ls", tmp_path, "--scope", "tenant-a", "--hmac-key-env", "GOOD")
+    assert "tenant-a" in done.output
+
+
 def test_stats_counts(folder: Path) -> None:
     done = run("stats", folder)
     assert done.exit_code == 0

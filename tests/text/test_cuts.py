@@ -503,7 +503,7 @@ NO_CUT: dict[str, tuple[Build, str]] = {
         ),
         "ByteLevel puts a space before every part of a text",
     ),
-    "blanks_hidden": (
+    "spaces_hidden": (
         _with("gpt2", normalizer=_MARKS),
         "ByteLevel after a normalizer that replaces spaces",
     ),

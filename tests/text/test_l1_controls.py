@@ -66,8 +66,8 @@ def _composes(made: Tokenizer, _: list[Any]) -> bool:
 
 
 def _strips(_: Tokenizer, added: list[Any]) -> bool:
-    takes_blanks = any(token.lstrip or token.rstrip for token in added)
-    return takes_blanks and any(token.content != token.content.strip() for token in added)
+    takes_whitespace = any(token.lstrip or token.rstrip for token in added)
+    return takes_whitespace and any(token.content != token.content.strip() for token in added)
 
 
 def _has_bytes_first(made: Tokenizer, _: list[Any]) -> bool:

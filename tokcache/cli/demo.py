@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -13,12 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 import tokcache
-from tokcache.cli._common import DIFFERS, errors_in_one_line
+from tokcache.cli._common import BAD_INPUT, DIFFERS, errors_in_one_line
 from tokcache.demo import backends
 from tokcache.demo.chat import built_in_prompts
 from tokcache.demo.prompts import read_prompts
 from tokcache.demo.replay import Replay, Request
-from tokcache.demo.table import Summary, lines, table
+from tokcache.demo.table import Summary, as_json, lines, table
 from tokcache.demo.tokenizers import TokenizerSource, chat_format, find_tokenizer
 from tokcache.errors import InvalidConfig, MissingFile, UnsupportedTokenizer
 from tokcache.samples import tiny_model
@@ -55,7 +56,10 @@ def demo(
     *,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="PATH_OR_HUB_ID", help="A tokenizer.json, its folder, or a hub name."),
+        typer.Option(
+            metavar="PATH_OR_HUB_ID",
+            help="A tokenizer.json, its folder, a hub name, or a GGUF; by default --model's own.",
+        ),
     ] = None,
     model: Annotated[
         Path | None,
@@ -82,6 +86,10 @@ def demo(
     threads: Annotated[
         int | None, typer.Option(min=1, help="llama.cpp's threads; by default half the cores.")
     ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the times of each prompt to a file."),
+    ] = None,
 ) -> None:
     """Replay prompts without and with tokcache; time both and compare every token.
 
@@ -89,21 +97,35 @@ def demo(
     2: bad input.
     """
     with errors_in_one_line():
-        source = find_tokenizer(tokenizer)
+        if model is not None and tokenizer is None and not model.is_file():
+            raise MissingFile(f"no such model file: {model}")
+        # Without --tokenizer a model is used with the tokenizer in its file.
+        source = find_tokenizer(str(model) if tokenizer is None and model else tokenizer)
         plain = source.load()
         requests, form = _requests(prompts, source, plain)
-        if model is not None and tokenizer is None:
-            raise InvalidConfig("--model needs --tokenizer: its own tokenizer.json or hub name")
         path, chosen, why = _model_and_backend(model, source, backend)
         cached = tokcache.wrap(source.load())
         console = Console(highlight=False)
         n_ctx = _context_size(source, requests, max_tokens) if path else 0
-        with _sides(chosen, path, cached, n_ctx, threads or _half_the_cores()) as sides:
+        n_threads = threads or max(1, (os.cpu_count() or 1) // 2)
+        with _sides(chosen, path, cached, n_ctx, n_threads) as sides:
             head = {"Tokenizer": source.name, "Runs in": _PLACES[chosen] + why}
-            _print_head(console, head | _about_model(path, sides) | form)
+            _print_head(console, head, path, sides, form)
             replay = Replay(plain, cached, sides, max_tokens=max_tokens)
             summary = _run(replay, requests, cached, sides)
-    _print_result(console, summary)
+    n_tokens = summary.n_prompt_tokens()
+    console.print(f"Prompts:    {len(summary.outcomes)}, {n_tokens:,} tokens\n", markup=False)
+    console.print(table(summary))
+    console.print()
+    for line in lines(summary):
+        console.print(line, markup=False)
+    if json_file is not None:
+        written = json.dumps(as_json(summary), indent=1) + "\n"
+        try:
+            json_file.write_text(written, encoding="utf-8")
+        except OSError as error:
+            typer.echo(f"tokcache: {json_file} can't be written: {error.strerror}", err=True)
+            raise typer.Exit(BAD_INPUT) from None
     raise typer.Exit(DIFFERS if summary.differences() else 0)
 
 
@@ -122,6 +144,8 @@ def _model_and_backend(
     """Return the model (None if none is used), the backend, and why it is not a better one."""
     if asked is Backend.TOKENS and model is not None:
         raise InvalidConfig("--backend tokens uses no model; leave out --model, or the backend")
+    if model is None and source.in_gguf is not None:
+        model = source.path
     chosen, why = (
         backends.choose_backend(has_model=model is not None)
         if asked is Backend.AUTO
@@ -150,10 +174,6 @@ def _context_size(source: TokenizerSource, requests: Sequence[Request], max_toke
     return -(-(longest + max_tokens + 1) // backends.BLOCK_TOKENS) * backends.BLOCK_TOKENS
 
 
-def _half_the_cores() -> int:
-    return max(1, (os.cpu_count() or 1) // 2)
-
-
 @contextlib.contextmanager
 def _sides(
     backend: backends.BackendName, model: Path | None, tokenizer: Any, n_ctx: int, n_threads: int
@@ -166,19 +186,18 @@ def _sides(
         yield sides
 
 
-def _about_model(model: Path | None, sides: backends.Sides | None) -> dict[str, str]:
-    if model is None or sides is None:
-        return {}
-    made = ", random weights" if model.name.startswith("tiny-") else ""
-    return {
-        "Model": model.name + made,
-        "Without": sides.baseline,
-        "With": "the same, with prefixes that tokcache restores",
-    }
-
-
-def _print_head(console: Console, entries: dict[str, str]) -> None:
-    for name, text in entries.items():
+def _print_head(
+    console: Console,
+    head: dict[str, str],
+    model: Path | None,
+    sides: backends.Sides | None,
+    form: dict[str, str],
+) -> None:
+    if model is not None and sides is not None:
+        made = ", random weights" if model.name.startswith("tiny-") else ""
+        with_ = "the same, with prefixes that tokcache restores"
+        head |= {"Model": model.name + made, "Without": sides.baseline, "With": with_}
+    for name, text in (head | form).items():
         console.print(f"{name + ':':11} {text}", markup=False, soft_wrap=True)
 
 
@@ -196,12 +215,3 @@ def _run(
             progress.advance(task)
     held = sides.cached.held() if sides else None
     return Summary(outcomes, before, cached.cache_stats(), held)
-
-
-def _print_result(console: Console, summary: Summary) -> None:
-    n_requests, n_tokens = len(summary.outcomes), summary.n_prompt_tokens()
-    console.print(f"Prompts:    {n_requests}, {n_tokens:,} tokens\n", markup=False)
-    console.print(table(summary))
-    console.print()
-    for line in lines(summary):
-        console.print(line, markup=False)

@@ -31,7 +31,10 @@ class EngineName(StrEnum):
 
 def explain(
     tokenizer: Annotated[
-        str, typer.Argument(metavar="TOKENIZER", help="A tokenizer.json, its folder or a hub name.")
+        str,
+        typer.Argument(
+            metavar="TOKENIZER", help="A tokenizer.json, its folder, a hub name, or a GGUF."
+        ),
     ],
     *,
     text: Annotated[

@@ -80,9 +80,30 @@ def _entries(found: Explanation) -> Iterator[tuple[str, list[str]]]:
         yield "Refused", [visible(sentence) for sentence in found.refused]
     if found.why_not_parts is None:
         yield "Added", list(_about_added(found.added_tokens))
-        yield "Affixes", [_about_affixes(found)]
-        yield "Continued", list(_about_continuations(found))
-        yield "Engine", list(_about_engine(found))
+        around = "unknown, so texts with special tokens are only cached whole"
+        if found.affixes is not None:
+            sides = (("before", found.affixes.before), ("after", found.affixes.after))
+            shown = [
+                f"{place} {' '.join(map(_quoted, map(visible, tokens)))}"
+                for place, tokens in sides
+                if tokens
+            ]
+            around = ", ".join(shown) or "nothing"
+        yield "Affixes", [around]
+        alike = "like the beginning of a text"
+        continued = [
+            f"{one.place}: {visible('; '.join(one.changes)) or alike}"
+            for one in found.continuations
+        ]
+        yield "Continued", continued or [f"every segment is encoded {alike}"]
+        more = "; it encodes missing chunks whole: only --engine tokenizers looks up their segments"
+        engine = [f"{found.engine}{'' if found.looks_up_segments else more}"]
+        for note in found.engine_notes:
+            # The line starts with the engine's name, so its error needs no full sentence.
+            short = note.replace(" can't encode with this tokenizer:", ":").removesuffix(_ADVICE)
+            text = visible(short)
+            engine.append(text if len(text) <= _NOTE_CHARS else f"{text[:_NOTE_CHARS]} ...")
+        yield "Engine", engine
 
 
 def _cached(why_not: str | None) -> str:
@@ -114,35 +135,6 @@ def _quoted(name: str) -> str:
     return f'"{name}"' if " " in name else name
 
 
-def _about_affixes(found: Explanation) -> str:
-    if found.affixes is None:
-        return "unknown, so texts with special tokens are only cached whole"
-    around = [
-        f"{place} {' '.join(map(_quoted, map(visible, tokens)))}"
-        for place, tokens in (("before", found.affixes.before), ("after", found.affixes.after))
-        if tokens
-    ]
-    return ", ".join(around) or "nothing"
-
-
-def _about_continuations(found: Explanation) -> Iterator[str]:
-    if not found.continuations:
-        yield "every segment is encoded like the beginning of a text"
-    for one in found.continuations:
-        how = visible("; ".join(one.changes)) or "like the beginning of a text"
-        yield f"{one.place}: {how}"
-
-
-def _about_engine(found: Explanation) -> Iterator[str]:
-    more = "; it encodes missing chunks whole: only --engine tokenizers looks up their segments"
-    yield f"{found.engine}{'' if found.looks_up_segments else more}"
-    for note in found.engine_notes:
-        # The line starts with the engine's name, so its error needs no full sentence.
-        short = note.replace(" can't encode with this tokenizer:", ":").removesuffix(_ADVICE)
-        text = visible(short)
-        yield text if len(text) <= _NOTE_CHARS else f"{text[:_NOTE_CHARS]} ..."
-
-
 def _rules(cuts: Sequence[Cut]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("Cut between", max_width=22)
@@ -152,15 +144,12 @@ def _rules(cuts: Sequence[Cut]) -> Table:
     for cut in cuts:
         by_reason.setdefault((cut.grain, cut.reason), []).append(cut)
     for (grain, reason), alike in by_reason.items():
-        table.add_row(Text(_places(alike)), _GRAINS[grain], Text(reason))
+        places = "\n".join(cut.name for cut in alike)
+        names = [cut.name.partition(" | ") for cut in alike]
+        if len({right for _, _, right in names}) == 1:
+            places = f"{', '.join(left for left, _, _ in names)} | {names[0][2]}"
+        table.add_row(Text(places), _GRAINS[grain], Text(reason))
     return table
-
-
-def _places(cuts: Sequence[Cut]) -> str:
-    names = [cut.name.partition(" | ") for cut in cuts]
-    if len({right for _, _, right in names}) > 1:
-        return "\n".join(cut.name for cut in cuts)
-    return f"{', '.join(left for left, _, _ in names)} | {names[0][2]}"
 
 
 # ---- the sample
@@ -174,24 +163,24 @@ def _print_sample(console: Console, found: Explanation) -> None:
         return
     _print_entry(console, "Sample", _counts(sample))
     is_coloured = console.is_terminal and not console.no_color and console.color_system is not None
-    lines = _sample_lines(sample, console.width, is_coloured=is_coloured)
+
+    def all_lines() -> Iterator[Text]:
+        """Yield a heading for each chunk, then the lines of its segments."""
+        rest = list(reversed(sample.segments))
+        for number, chunk in enumerate(sample.chunks, start=1):
+            own = []
+            while rest and rest[-1].start < chunk.stop:
+                own.append(rest.pop())
+            sizes = f"{_n(chunk.stop - chunk.start, 'character')}, {_n(len(own), 'segment')}"
+            yield Text(f"-- chunk {number}: {sizes}", style="dim")
+            yield from _folded(_pieces(sample.text, own, is_coloured=is_coloured), console.width)
+
+    lines = all_lines()
     for line in islice(lines, _SHOWN_LINES):
         console.print(line, soft_wrap=True)
     if next(lines, None) is not None:
         console.print(Text("-- the rest is not shown; --json prints all of it", style="dim"))
     console.print()
-
-
-def _sample_lines(sample: Sample, width: int, *, is_coloured: bool) -> Iterator[Text]:
-    """Yield a heading for each chunk, then the lines of its segments."""
-    rest = list(reversed(sample.segments))
-    for number, chunk in enumerate(sample.chunks, start=1):
-        own = []
-        while rest and rest[-1].start < chunk.stop:
-            own.append(rest.pop())
-        sizes = f"{_n(chunk.stop - chunk.start, 'character')}, {_n(len(own), 'segment')}"
-        yield Text(f"-- chunk {number}: {sizes}", style="dim")
-        yield from _folded(_pieces(sample.text, own, is_coloured=is_coloured), width)
 
 
 def _n(count: int, noun: str) -> str:
@@ -243,16 +232,13 @@ def _folded(pieces: Iterable[tuple[str, str]], width: int) -> Iterator[Text]:
 
 def visible(text: str, *, keeps_lines: bool = False) -> str:
     """Return `text` with every control character replaced, so that it can't control a terminal."""
-    shown = "".join(map(_sign, text))
+    shown = "".join(
+        _SIGNS.get(char)
+        or (chr(0x2400 + ord(char)) if char < " " else "")
+        or (char if char.isprintable() else char.encode("unicode_escape").decode())
+        for char in text
+    )
     return shown.replace(_SIGNS["\n"], _SIGNS["\n"] + "\n") if keeps_lines else shown
-
-
-def _sign(char: str) -> str:
-    if char in _SIGNS:
-        return _SIGNS[char]
-    if char < " ":
-        return chr(0x2400 + ord(char))
-    return char if char.isprintable() else char.encode("unicode_escape").decode()
 
 
 # ---- the proof

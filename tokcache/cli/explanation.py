@@ -7,7 +7,6 @@ tokenizer's. `explain_report` prints the result.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-    from tokcache.text.cuts.plan import CutPlan, Separator
+    from tokcache.text.cuts.plan import CutPlan
     from tokcache.text.cuts.rules import Rule
     from tokcache.text.segments.cache import L1
     from tokcache.text.tokenizer import WrappedTokenizer
@@ -299,31 +298,26 @@ def _added(tokenizer: Tokenizer, plan: CutPlan | None) -> Iterator[Added]:
     separators = {one.id: one for one in plan.separators} if plan else {}
     for index, token in sorted(tokenizer.get_added_tokens_decoder().items()):
         one = separators.get(index)
+        why_not: str | None = "nothing is cut"
+        if one is not None:
+            reasons = (
+                (one.opens, None),
+                (one.skips, "special tokens are read as text: encode_special_tokens"),
+                (one.lstrip, "it includes the whitespace before it: lstrip"),
+                (one.single_word, "it must be a whole word: single_word"),
+                (True, "added tokens overlap, or one is the beginning of another"),
+            )
+            why_not = next(reason for applies, reason in reasons if applies)
+        elif token.normalized and plan is not None and plan.off is None:
+            why_not = "it is found in the normalised text"
         yield Added(
             content=token.content,
             id=index,
             special=token.special,
             is_cut_out=one is not None and not one.skips,
             opens=one is not None and one.opens,
-            why_not=_why_not_opening(one) if one else _why_not_cut_out(token.normalized, plan),
+            why_not=why_not,
         )
-
-
-def _why_not_cut_out(normalized: bool, plan: CutPlan | None) -> str:
-    is_cut = plan is not None and plan.off is None
-    return "it is found in the normalised text" if normalized and is_cut else "nothing is cut"
-
-
-def _why_not_opening(one: Separator) -> str | None:
-    if one.opens:
-        return None
-    if one.skips:
-        return "special tokens are read as text: encode_special_tokens"
-    if one.lstrip:
-        return "it includes the whitespace before it: lstrip"
-    if one.single_word:
-        return "it must be a whole word: single_word"
-    return "added tokens overlap, or one is the beginning of another"
 
 
 def _continuations(plan: CutPlan) -> Iterator[Continuation]:
@@ -410,14 +404,20 @@ def _answers(
     """Encode the sample twice with and twice without special tokens; compare every answer."""
     if why_random(plain.model) is not None:
         return (), "two encodings of one text may differ"
-    with _whole_texts(plain):
-        try:
-            right = {
-                special: plain.encode(text, add_special_tokens=special).ids
-                for special in (True, False)
-            }
-        except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
-            return (), f"the plain tokenizer can't encode the sample: {error}"
+    truncation, padding = plain.truncation, plain.padding
+    plain.no_truncation()  # so that it returns a text's own ids
+    plain.no_padding()
+    try:
+        right = {
+            special: plain.encode(text, add_special_tokens=special).ids for special in (True, False)
+        }
+    except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
+        return (), f"the plain tokenizer can't encode the sample: {error}"
+    finally:
+        if truncation is not None:
+            plain.enable_truncation(**truncation)
+        if padding is not None:
+            plain.enable_padding(**padding)
     answers = [
         _answer(cache, text, special, right[special])
         for cache in caches
@@ -425,21 +425,6 @@ def _answers(
         for special in (True, False)
     ]
     return tuple(answers), None
-
-
-@contextlib.contextmanager
-def _whole_texts(tokenizer: Tokenizer) -> Iterator[None]:
-    """Switch off truncation and padding, so that the tokenizer returns a text's own ids."""
-    truncation, padding = tokenizer.truncation, tokenizer.padding
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    try:
-        yield
-    finally:
-        if truncation is not None:
-            tokenizer.enable_truncation(**truncation)
-        if padding is not None:
-            tokenizer.enable_padding(**padding)
 
 
 def _answer(cache: WrappedTokenizer, text: str, special: bool, right: list[int]) -> Answer:

@@ -1,7 +1,7 @@
 """The commands for a folder of states: `tokcache states ls | verify | prune | stats DIR`.
 
-Scopes and models are shown as the digests that name their folders: the names behind the digests
-are secret.
+Scopes and models are shown as the digests that name their folders, because a folder does not hold
+their names. A scope that the caller names is shown by its name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from tokcache._validate import require_size
 from tokcache.errors import InvalidConfig, MissingFile, StateRefused, TokcacheError
@@ -47,25 +48,40 @@ Key = Annotated[
 
 
 @states.command("ls")
-def list_states(folder: Folder) -> None:
-    """List the states and bytes of each scope and model, by digest."""
+def list_states(
+    folder: Folder,
+    *,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="Show this scope by its name; can be given several times."),
+    ] = None,
+    hmac_key_env: Key = None,
+) -> None:
+    """List the states and bytes of each scope and model.
+
+    Scopes are shown as digests, but for those given with --scope and the shared one. If the folder
+    was written with an HMAC key, naming a scope needs that key: give --hmac-key-env.
+    """
     with _errors_in_one_line():
+        tier = _tier(folder, hmac_key_env)
+        names = {tier.codec.scope(None).hex(): "(shared)"}
+        names |= {tier.codec.scope(one).hex(): one for one in scope or ()}
         groups: dict[tuple[str, str], list[File]] = defaultdict(list)
-        for file in _tier(folder).files():
+        for file in tier.files():
             groups[file.scope, file.root].append(file)
     if not groups:
         typer.echo(f"{folder} holds no states")
         return
     table = Table("scope", "model", "states", "bytes", "last used")
-    for (scope, root), files in sorted(groups.items(), key=lambda item: -_size(item[1])):
+    for (digest, root), files in sorted(groups.items(), key=lambda item: -_size(item[1])):
         table.add_row(
-            scope[:_SHOWN],
+            Text(names.get(digest, digest[:_SHOWN])),  # Text: a scope may hold rich's markup
             root[:_SHOWN],
             f"{len(files):,}",
             f"{_size(files):,}",
             _ago(max(file.used_at for file in files)),
         )
-    _console().print(table)
+    Console(highlight=False).print(table)
 
 
 @states.command("stats")
@@ -216,10 +232,6 @@ def _ago(used_at: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit} ago"
     return f"{seconds:.0f} seconds ago"
-
-
-def _console() -> Console:
-    return Console(highlight=False)
 
 
 def _progress() -> Progress:

@@ -88,7 +88,9 @@ def in_process(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Itera
     from tokcache.llama import Llama  # noqa: PLC0415 (an extra)
 
     states = PrefixStateCache(
-        ram_bytes=_quarter_of_memory(), max_entries=1000, block_tokens=BLOCK_TOKENS
+        ram_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4,
+        max_entries=1000,
+        block_tokens=BLOCK_TOKENS,
     )
     settings = {
         "tokenizer": tokenizer,
@@ -108,10 +110,6 @@ def in_process(model: Path, tokenizer: Any, n_ctx: int, n_threads: int) -> Itera
             cached=_InProcessCached(cached, states),
             baseline="llama.cpp, which keeps its context from prompt to prompt",
         )
-
-
-def _quarter_of_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 class _InProcess:

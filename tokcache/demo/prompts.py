@@ -42,28 +42,22 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Errors: MissingFile; InvalidPrompts with the line that can't be read.
     """
-    text = _read_text(path)
-    is_json = path.suffix == ".jsonl" or text.lstrip()[:1] in {"{", "["}
-    prompts = _from_json_lines(text, path) if is_json else _from_blocks(text)
-    if not prompts:
-        raise InvalidPrompts(f"{path} holds no prompts; write one JSON object a line or plain text")
-    return prompts
-
-
-def _read_text(path: Path) -> str:
     if not path.exists():
         raise MissingFile(f"no such prompts file: {path}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InvalidPrompts(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InvalidPrompts(f"{path} is not UTF-8 text: byte {error.start} is wrong") from None
-
-
-def _from_blocks(text: str) -> list[Prompt]:
-    blocks = re.split(r"\n(?:[ \t]*\n)+", text.replace("\r\n", "\n"))
-    return [Prompt(text=block.strip("\n")) for block in blocks if block.strip()]
+    if path.suffix == ".jsonl" or text.lstrip()[:1] in {"{", "["}:
+        prompts = _from_json_lines(text, path)
+    else:
+        blocks = re.split(r"\n(?:[ \t]*\n)+", text.replace("\r\n", "\n"))
+        prompts = [Prompt(text=block.strip("\n")) for block in blocks if block.strip()]
+    if not prompts:
+        raise InvalidPrompts(f"{path} holds no prompts; write one JSON object a line or plain text")
+    return prompts
 
 
 def _from_json_lines(text: str, path: Path) -> list[Prompt]:
@@ -83,16 +77,15 @@ def _from_json(found: Any) -> Prompt:
     messages = found.get("messages") if isinstance(found, dict) else found
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"expected {_SHAPES}")
-    return Prompt.chat([_message(message) for message in messages])
-
-
-def _message(found: Any) -> Message:
-    if not isinstance(found, dict):
-        raise ValueError(f"a message must be an object, not {json.dumps(found)[:40]}")  # noqa: TRY004 (a file's content)
-    role, content = found.get("role"), found.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError('a message needs "role" and "content", both strings')  # noqa: TRY004 (same)
-    return Message(role, _encodable(content))
+    chat = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError(f"a message must be an object, not {json.dumps(message)[:40]}")  # noqa: TRY004 (a file's content)
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError('a message needs "role" and "content", both strings')  # noqa: TRY004 (same)
+        chat.append(Message(role, _encodable(content)))
+    return Prompt.chat(chat)
 
 
 def _checked(text: str) -> str:

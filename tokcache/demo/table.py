@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -75,6 +76,26 @@ class Summary:
         return sum(len(generation.token_ids) for generation in generations if generation)
 
 
+def as_json(summary: Summary) -> dict[str, Any]:
+    """Return the figures of each prompt, in the order of the demo.
+
+    Units: tokens; seconds to the first token, tokenization included (without a model: to the ids).
+    """
+    return {
+        "cores": os.cpu_count(),
+        "differences": summary.differences(),
+        "prompts": [
+            {
+                "kind": str(outcome.kind),
+                "n_tokens": len(outcome.plain.token_ids),
+                "without_s": outcome.plain.first_token_s,
+                "with_s": outcome.cached.first_token_s,
+            }
+            for outcome in summary.outcomes
+        ],
+    }
+
+
 def _plain(outcome: Outcome) -> Side:
     return outcome.plain
 
@@ -94,8 +115,11 @@ def table(summary: Summary) -> Table:
         _add_times(made, summary, "Time to first token, median of", lambda side: side.first_token_s)
         made.add_section()
         made.add_row("[bold]All requests together[/bold]")
-        _add_row(made, "time to first token", _sums(summary, lambda side: side.first_token_s))
-        _add_row(made, "until the last token", _sums(summary, lambda side: side.seconds))
+        outcomes = summary.outcomes
+        first = [sum(side(each).first_token_s for each in outcomes) for side in (_plain, _cached)]
+        _add_row(made, "time to first token", (first[0], first[1]))
+        last = [sum(side(each).seconds for each in outcomes) for side in (_plain, _cached)]
+        _add_row(made, "until the last token", (last[0], last[1]))
         decoded = (summary.n_decoded(_plain), summary.n_decoded(_cached))
         _add_row(made, "prompt tokens decoded", decoded, "{:,}".format)
     return made
@@ -111,13 +135,6 @@ def _add_times(made: Table, summary: Summary, title: str, time_of: Callable[[Sid
                 median(time_of(outcome.cached) for outcome in chosen),
             )
             _add_row(made, f"{name} ({len(chosen)})", pair)
-
-
-def _sums(summary: Summary, time_of: Callable[[Side], float]) -> tuple[float, float]:
-    return (
-        sum(time_of(outcome.plain) for outcome in summary.outcomes),
-        sum(time_of(outcome.cached) for outcome in summary.outcomes),
-    )
 
 
 def _add_row(
@@ -142,30 +159,24 @@ def duration(seconds: float) -> str:
 def lines(summary: Summary) -> Iterator[str]:
     """Yield the lines below the table; the last one says whether both sides are identical."""
     n_bytes = summary.after.l0.n_bytes + summary.after.l1.n_bytes
-    chars = summary.char_hit_rate
-    parts = "" if chars is None else f", {chars:.0%} of the characters of the others"
-    yield f"Hit rate:   {summary.text_hit_rate:.0%} of the texts{parts}{_token_rate(summary)}"
-    yield f"Bytes held: {_size(n_bytes)} of texts, segments and ids{_state_bytes(summary)}"
-    for reason, count in (summary.held.refusals if summary.held else {}).items():
+    n_tokens, chars, held = summary.n_prompt_tokens(), summary.char_hit_rate, summary.held
+    rates = f"{summary.text_hit_rate:.0%} of the texts"
+    if chars is not None:
+        rates += f", {chars:.0%} of the characters of the others"
+    if summary.has_model:
+        reused = 1 - summary.n_decoded(_cached) / n_tokens if n_tokens else 0.0
+        rates += f", {reused:.0%} of the prompt tokens"
+    yield f"Hit rate:   {rates}"
+    of_states = "" if held is None else f", {_size(held.n_bytes)} of states {held.where}"
+    yield f"Bytes held: {_size(n_bytes)} of texts, segments and ids{of_states}"
+    for reason, count in (held.refusals if held else {}).items():
         yield f"Not used:   {count} states ({reason})"
     differences = summary.differences()
     for difference in differences[:5]:
         yield f"Different:  {difference}"
-    yield f"Identical:  {'NO' if differences else 'yes'} ({_compared(summary)})"
-
-
-def _token_rate(summary: Summary) -> str:
-    if not summary.has_model:
-        return ""
-    n_tokens = summary.n_prompt_tokens()
-    reused = 1 - summary.n_decoded(_cached) / n_tokens if n_tokens else 0.0
-    return f", {reused:.0%} of the prompt tokens"
-
-
-def _state_bytes(summary: Summary) -> str:
-    if summary.held is None:
-        return ""
-    return f", {_size(summary.held.n_bytes)} of states {summary.held.where}"
+    generated = f" and {summary.n_generated():,} greedy tokens" if summary.has_model else ""
+    compared = f"{n_tokens:,} prompt ids{generated} compared"
+    yield f"Identical:  {'NO' if differences else 'yes'} ({compared})"
 
 
 def _size(n_bytes: int) -> str:
@@ -175,10 +186,3 @@ def _size(n_bytes: int) -> str:
     if n_bytes < mebi:
         return f"{n_bytes / kibi:.0f} KiB"
     return f"{n_bytes / mebi:,.1f} MiB"
-
-
-def _compared(summary: Summary) -> str:
-    ids = f"{summary.n_prompt_tokens():,} prompt ids"
-    if not summary.has_model:
-        return f"{ids} compared"
-    return f"{ids} and {summary.n_generated():,} greedy tokens compared"

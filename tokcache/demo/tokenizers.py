@@ -12,51 +12,55 @@ from tokenizers import Tokenizer
 
 from tokcache.errors import InvalidPrompts, MissingFile, UnsupportedTokenizer
 from tokcache.samples import tiny_tokenizer
+from tokcache.text.wrappers.gguf_tokenizer import is_gguf, read_gguf_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tokcache.demo.prompts import Message, Prompt
 
-
-@dataclass(frozen=True, slots=True)
-class TokenizerSource:
-    """A tokenizer.json, the tokenizer_config.json next to it, and the name to show."""
-
-    name: str
-    path: Path
-    config: dict[str, Any] = field(default_factory=dict)
-
-    def load(self) -> Tokenizer:
-        """Return a new tokenizer, shared with nobody."""
-        try:
-            return Tokenizer.from_file(str(self.path))
-        except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
-            raise UnsupportedTokenizer(_unreadable(self.path, error)) from None
-
-
 # First bytes of other files that people pass as a tokenizer.json, and the kind of each.
 _OTHER_FILES = (
-    (b"GGUF", "is a model file (GGUF): the tokenizer in it is llama.cpp's own"),
     (b"\n\x0e\n\x05<unk>", "is a SentencePiece model"),
     (b"PK", "is an archive"),
 )
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    """Return the error message for a file that tokenizers can't read."""
-    with path.open("rb") as file:
-        start = file.read(16)
-    for magic, kind in _OTHER_FILES:
-        if start.startswith(magic):
-            return f"{path} {kind}; pass the tokenizer.json of the model, or its folder or hub name"
-    return f"{path} holds no tokenizer: {error}"
+@dataclass(frozen=True, slots=True)
+class TokenizerSource:
+    """A tokenizer.json or a GGUF, its tokenizer_config.json, and the name to show.
+
+    `in_gguf` is the tokenizer of a GGUF as JSON.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    in_gguf: str | None = None
+
+    def load(self) -> Tokenizer:
+        """Return a new tokenizer, shared with nobody."""
+        if self.in_gguf is not None:
+            return Tokenizer.from_str(self.in_gguf)
+        try:
+            return Tokenizer.from_file(str(self.path))
+        except Exception as error:  # noqa: BLE001 (tokenizers raises Exception itself)
+            with self.path.open("rb") as file:
+                start = file.read(16)
+            kind = next((kind for magic, kind in _OTHER_FILES if start.startswith(magic)), None)
+            if kind is None:
+                raise UnsupportedTokenizer(f"{self.path} holds no tokenizer: {error}") from None
+            raise UnsupportedTokenizer(
+                f"{self.path} {kind}; pass the tokenizer.json of the model, or its folder or hub "
+                "name"
+            ) from None
 
 
 def find_tokenizer(named: str | None) -> TokenizerSource:
     """Return the tokenizer of a file, a folder or a hub name; the tiny one if `named` is None.
 
-    Errors: MissingFile if a path does not exist or a hub name can't be fetched.
+    Errors: MissingFile if a path does not exist or a hub name can't be fetched; those of
+            `read_gguf_tokenizer` for a GGUF.
     """
     if named is None:
         return _from_file(tiny_tokenizer(), "tokcache's tiny one, 2,048 tokens")
@@ -65,13 +69,16 @@ def find_tokenizer(named: str | None) -> TokenizerSource:
     path = Path(named)
     if path.is_dir():
         return _from_file(path / "tokenizer.json", named)
-    looks_like_path = named.endswith(".json") or named.startswith((".", "/", "~"))
+    looks_like_path = named.endswith((".json", ".gguf")) or named.startswith((".", "/", "~"))
     return _from_file(path, named) if path.exists() or looks_like_path else _from_hub(named)
 
 
 def _from_file(path: Path, name: str) -> TokenizerSource:
     if not path.is_file():
         raise MissingFile(f"no such tokenizer file: {path}")
+    if is_gguf(path):
+        found = read_gguf_tokenizer(path)
+        return TokenizerSource(name, path, found.config, found.tokenizer.to_str())
     return TokenizerSource(name, path, _config(path.with_name("tokenizer_config.json")))
 
 
@@ -150,7 +157,11 @@ def _template_writer(template: str, config: dict[str, Any]) -> Callable[[Sequenc
 
     def write(messages: Sequence[Message]) -> str:
         as_dicts = [{"role": each.role, "content": each.content} for each in messages]
-        special = {key: _token(config, key) for key in ("bos_token", "eos_token")}
+        special = {}
+        for key in ("bos_token", "eos_token"):
+            found = config.get(key)
+            found = found.get("content") if isinstance(found, dict) else found
+            special[key] = found if isinstance(found, str) else ""
         try:
             compiled = environment.from_string(template)
             return compiled.render(messages=as_dicts, add_generation_prompt=True, **special)
@@ -160,9 +171,3 @@ def _template_writer(template: str, config: dict[str, Any]) -> Callable[[Sequenc
             ) from None
 
     return write
-
-
-def _token(config: dict[str, Any], key: str) -> str:
-    found = config.get(key)
-    found = found.get("content") if isinstance(found, dict) else found
-    return found if isinstance(found, str) else ""

@@ -139,7 +139,6 @@ class ContextRecord:
         first, n_block = self.n_aligned, self.alignment.block_tokens
         if (
             stop - first == n_block
-            and first % n_block == 0
             and self.n_known == stop
             and self.batches == list(range(first, stop, n_batch))
         ):

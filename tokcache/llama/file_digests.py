@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
+from tokcache._forks import call_in_child
 from tokcache.errors import FileChanged
 from tokcache.llama.remembered_digests import (
     BlockDigest,
@@ -317,4 +318,4 @@ def _block(fd: int, offset: int, n_bytes: int = _BLOCK_BYTES) -> BlockDigest:
 
 DIGESTS = FileDigests(RememberedDigests())
 """The digests of this process; every Llama takes its own from here."""
-os.register_at_fork(after_in_child=DIGESTS.start_without_threads)
+call_in_child(DIGESTS.start_without_threads)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
+from tokcache._forks import call_in_child
 from tokcache.errors import FileChanged, MissingFile
 from tokcache.llama.file_digests import DIGESTS, Hashing, file_identity
 
@@ -273,4 +274,4 @@ class _System:
 
 
 _SYSTEM = _System()
-os.register_at_fork(after_in_child=_SYSTEM.reset)
+call_in_child(_SYSTEM.reset)

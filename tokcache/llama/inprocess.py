@@ -217,12 +217,15 @@ class Llama(LoadedLlama):
     def load_state(self, state: Any) -> None:
         """Load a whole context's state; it is never stored in the prefix cache."""
         with self._open_gate().step():
+            ids = self._record.ids
             self._record.update_begins()
             try:
                 super().load_state(state)
             except BaseException:
+                # It is not known how much of the state was loaded.
                 self._record.loaded(self._scopes.current())
-                self.reset()  # it is not known how much of it was loaded
+                self._record.ids = ids
+                self.reset()
                 raise
             self._record.loaded(self._scopes.current())
 

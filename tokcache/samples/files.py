@@ -23,8 +23,11 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
 
 def digest(*parts: object) -> str:
     """Return a digest (16 hex digits) of `parts` and of the code that makes samples."""
+    # A change of this package's code makes new files, so that a file of the old code is not used.
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    recipe = b"".join(source.read_bytes() for source in sources)
     state = hashlib.blake2b(digest_size=8)
-    for part in (*parts, _recipe()):
+    for part in (*parts, recipe):
         data = part if isinstance(part, bytes) else repr(part).encode()
         state.update(len(data).to_bytes(8, "little") + data)
     return state.hexdigest()
@@ -43,9 +46,3 @@ def write_once(path: Path, write: Callable[[Path], None]) -> Path:
     finally:
         Path(name).unlink(missing_ok=True)
     return path
-
-
-def _recipe() -> bytes:
-    # A change of this package's code makes new files, so that a file of the old code is not used.
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return b"".join(source.read_bytes() for source in sources)

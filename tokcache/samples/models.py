@@ -88,7 +88,7 @@ def _ones(size: int) -> NDArray[np.float32]:
     return np.ones(size, np.float32)
 
 
-def _attention(draw: Draw, block: str) -> Tensors:
+def _attention(draw: Draw, block: str, _layer: int) -> Tensors:
     shape = draw.shape
     n_kv = shape.n_kv_heads * shape.n_head_dim
     yield f"{block}.attn_q.weight", draw.matrix(shape.n_embd, shape.n_embd)
@@ -97,12 +97,12 @@ def _attention(draw: Draw, block: str) -> Tensors:
     yield f"{block}.attn_output.weight", draw.matrix(shape.n_embd, shape.n_embd)
 
 
-def _attention_norms(draw: Draw, block: str) -> Tensors:
+def _attention_norms(draw: Draw, block: str, _layer: int) -> Tensors:
     yield f"{block}.attn_q_norm.weight", _ones(draw.shape.n_head_dim)
     yield f"{block}.attn_k_norm.weight", _ones(draw.shape.n_head_dim)
 
 
-def _feed_forward(draw: Draw, block: str) -> Tensors:
+def _feed_forward(draw: Draw, block: str, _layer: int) -> Tensors:
     shape = draw.shape
     yield f"{block}.ffn_norm.weight", _ones(shape.n_embd)
     yield f"{block}.ffn_gate.weight", draw.matrix(shape.n_ff, shape.n_embd)
@@ -110,30 +110,20 @@ def _feed_forward(draw: Draw, block: str) -> Tensors:
     yield f"{block}.ffn_down.weight", draw.matrix(shape.n_embd, shape.n_ff)
 
 
-def _llama_block(draw: Draw, block: str, _layer: int) -> Tensors:
-    yield from _attention(draw, block)
-    yield from _feed_forward(draw, block)
-
-
-def _qwen2vl_block(draw: Draw, block: str, _layer: int) -> Tensors:
+def _attention_biases(draw: Draw, block: str, _layer: int) -> Tensors:
     shape = draw.shape
-    yield from _attention(draw, block)
     yield f"{block}.attn_q.bias", np.zeros(shape.n_embd, np.float32)
     for name in ("k", "v"):
         n_kv = shape.n_kv_heads * shape.n_head_dim
         yield f"{block}.attn_{name}.bias", np.zeros(n_kv, np.float32)
-    yield from _feed_forward(draw, block)
 
 
-def _gemma3_block(draw: Draw, block: str, _layer: int) -> Tensors:
-    yield from _attention(draw, block)
-    yield from _attention_norms(draw, block)
+def _gemma3_norms(draw: Draw, block: str, _layer: int) -> Tensors:
     yield f"{block}.post_attention_norm.weight", _ones(draw.shape.n_embd)
-    yield from _feed_forward(draw, block)
     yield f"{block}.post_ffw_norm.weight", _ones(draw.shape.n_embd)
 
 
-def _mamba_block(draw: Draw, block: str, _layer: int) -> Tensors:
+def _mamba_mixer(draw: Draw, block: str, _layer: int) -> Tensors:
     n_embd = draw.shape.n_embd
     inner = 2 * n_embd
     yield f"{block}.ssm_in.weight", draw.matrix(2 * inner, n_embd)
@@ -149,7 +139,7 @@ def _mamba_block(draw: Draw, block: str, _layer: int) -> Tensors:
     yield f"{block}.ssm_out.weight", draw.matrix(n_embd, inner)
 
 
-def _mamba2_mixer(draw: Draw, block: str) -> Tensors:
+def _mamba2_mixer(draw: Draw, block: str, _layer: int) -> Tensors:
     n_embd = draw.shape.n_embd
     inner = 2 * n_embd
     mixed = inner + 2 * _STATE_SIZE
@@ -164,32 +154,24 @@ def _mamba2_mixer(draw: Draw, block: str) -> Tensors:
     yield f"{block}.ssm_out.weight", draw.matrix(n_embd, inner)
 
 
-def _mamba2_block(draw: Draw, block: str, _layer: int) -> Tensors:
-    yield from _mamba2_mixer(draw, block)
+def _granite_mixer(draw: Draw, block: str, layer: int) -> Tensors:
+    return (_attention if _has_attention(layer) else _mamba2_mixer)(draw, block, layer)
 
 
-def _granite_block(draw: Draw, block: str, layer: int) -> Tensors:
-    yield from (_attention if _has_attention(layer) else _mamba2_mixer)(draw, block)
-    yield from _feed_forward(draw, block)
-
-
-def _falcon_block(draw: Draw, block: str, _layer: int) -> Tensors:
-    yield from _attention(draw, block)
-    yield from _mamba2_mixer(draw, block)
-    for name, tensor in _feed_forward(draw, block):
+def _falcon_feed_forward(draw: Draw, block: str, layer: int) -> Tensors:
+    for name, tensor in _feed_forward(draw, block, layer):
         yield name.replace("ffn_norm.weight", "ffn_norm"), tensor
 
 
-def _lfm2_block(draw: Draw, block: str, layer: int) -> Tensors:
+def _lfm2_mixer(draw: Draw, block: str, layer: int) -> Tensors:
     n_embd = draw.shape.n_embd
     if _has_attention(layer):
-        yield from _attention(draw, block)
-        yield from _attention_norms(draw, block)
+        yield from _attention(draw, block, layer)
+        yield from _attention_norms(draw, block, layer)
     else:
         yield f"{block}.shortconv.conv.weight", draw.float_matrix(n_embd, _SHORTCONV)
         yield f"{block}.shortconv.in_proj.weight", draw.matrix(3 * n_embd, n_embd)
         yield f"{block}.shortconv.out_proj.weight", draw.matrix(n_embd, n_embd)
-    yield from _feed_forward(draw, block)
 
 
 def _has_attention(layer: int) -> bool:
@@ -202,22 +184,26 @@ def _attention_keys(writer: Any, shape: Shape) -> None:
     writer.add_head_count_kv(shape.n_kv_heads)
 
 
-def _qwen2vl_keys(writer: Any, shape: Shape) -> None:
-    _attention_keys(writer, shape)
+def _rope_keys(writer: Any, shape: Shape) -> None:
     n_pairs = shape.n_head_dim // 2  # rotary pairs, divided among time, height and width
     n_time = n_pairs - 2 * (n_pairs // 3)
     writer.add_rope_dimension_sections([n_time, n_pairs // 3, n_pairs // 3, 0])
 
 
-def _gemma3_keys(writer: Any, shape: Shape) -> None:
-    _attention_keys(writer, shape)
+def _window_keys(writer: Any, _shape: Shape) -> None:
     writer.add_sliding_window(_WINDOW)
+
+
+def _window_pattern_keys(writer: Any, _shape: Shape) -> None:
     writer.add_sliding_window_pattern(2)
 
 
-def _mamba_keys(writer: Any, shape: Shape) -> None:
+def _no_attention_keys(writer: Any, _shape: Shape) -> None:
     writer.add_feed_forward_length(0)
     writer.add_head_count(0)
+
+
+def _mamba_keys(writer: Any, shape: Shape) -> None:
     writer.add_ssm_conv_kernel(_CONV_KERNEL)
     writer.add_ssm_inner_size(2 * shape.n_embd)
     writer.add_ssm_state_size(_STATE_SIZE)
@@ -225,12 +211,6 @@ def _mamba_keys(writer: Any, shape: Shape) -> None:
 
 
 def _mamba2_keys(writer: Any, shape: Shape) -> None:
-    writer.add_feed_forward_length(0)
-    writer.add_head_count(0)
-    _mamba2_sizes(writer, shape)
-
-
-def _mamba2_sizes(writer: Any, shape: Shape) -> None:
     writer.add_ssm_conv_kernel(_CONV_KERNEL)
     writer.add_ssm_inner_size(2 * shape.n_embd)
     writer.add_ssm_state_size(_STATE_SIZE)
@@ -245,33 +225,20 @@ def _hybrid_keys(writer: Any, shape: Shape) -> None:
     writer.add_head_count_kv(heads)
 
 
-def _granite_keys(writer: Any, shape: Shape) -> None:
-    _hybrid_keys(writer, shape)
-    _mamba2_sizes(writer, shape)
-
-
-def _falcon_keys(writer: Any, shape: Shape) -> None:
-    _attention_keys(writer, shape)
-    _mamba2_sizes(writer, shape)
-
-
-def _lfm2_keys(writer: Any, shape: Shape) -> None:
-    _hybrid_keys(writer, shape)
+def _shortconv_keys(writer: Any, _shape: Shape) -> None:
     writer.add_shortconv_l_cache(_SHORTCONV)
-
-
-def _windowed_lfm2_keys(writer: Any, shape: Shape) -> None:
-    _lfm2_keys(writer, shape)
-    writer.add_sliding_window(_WINDOW)
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The metadata and tensors that one llama.cpp architecture needs besides the common ones."""
+    """The metadata and tensors that one llama.cpp architecture needs besides the common ones.
+
+    `keys` write metadata, `block` makes the tensors of one layer; each is a list of parts.
+    """
 
     memory: str
-    keys: Callable[[Any, Shape], None]
-    block: Callable[[Draw, str, int], Tensors]
+    keys: tuple[Callable[[Any, Shape], None], ...]
+    block: tuple[Callable[[Draw, str, int], Tensors], ...]
     output_norm: str = "output_norm.weight"
     # Small enough that the last token does not outweigh the state.
     embedding_gain: float = 1.5
@@ -279,20 +246,39 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "llama": Architecture("attention", _attention_keys, _llama_block),
+    "llama": Architecture("attention", (_attention_keys,), (_attention, _feed_forward)),
     # A token has several positions (time, height, width); for text they are equal.
-    "qwen2vl": Architecture("attention", _qwen2vl_keys, _qwen2vl_block),
-    # gemma3 itself multiplies the embedding by sqrt(n_embd).
-    "gemma3": Architecture("sliding window", _gemma3_keys, _gemma3_block, embedding_gain=0.25),
-    "mamba": Architecture("recurrent", _mamba_keys, _mamba_block),
-    "mamba2": Architecture("recurrent", _mamba2_keys, _mamba2_block),
-    "lfm2": Architecture("hybrid", _lfm2_keys, _lfm2_block, output_norm="token_embd_norm.weight"),
-    "granitehybrid": Architecture("hybrid", _granite_keys, _granite_block),
-    "falcon-h1": Architecture("hybrid", _falcon_keys, _falcon_block),
+    "qwen2vl": Architecture(
+        "attention",
+        (_attention_keys, _rope_keys),
+        (_attention, _attention_biases, _feed_forward),
+    ),
+    "gemma3": Architecture(
+        "sliding window",
+        (_attention_keys, _window_keys, _window_pattern_keys),
+        (_attention, _attention_norms, _gemma3_norms, _feed_forward),
+        embedding_gain=0.25,  # gemma3 itself multiplies the embedding by sqrt(n_embd)
+    ),
+    "mamba": Architecture("recurrent", (_no_attention_keys, _mamba_keys), (_mamba_mixer,)),
+    "mamba2": Architecture("recurrent", (_no_attention_keys, _mamba2_keys), (_mamba2_mixer,)),
+    "lfm2": Architecture(
+        "hybrid",
+        (_hybrid_keys, _shortconv_keys),
+        (_lfm2_mixer, _feed_forward),
+        output_norm="token_embd_norm.weight",
+    ),
+    "granitehybrid": Architecture(
+        "hybrid", (_hybrid_keys, _mamba2_keys), (_granite_mixer, _feed_forward)
+    ),
+    "falcon-h1": Architecture(
+        "hybrid",
+        (_attention_keys, _mamba2_keys),
+        (_attention, _mamba2_mixer, _falcon_feed_forward),
+    ),
     "lfm2-windowed": Architecture(
         "hybrid with a window",
-        _windowed_lfm2_keys,
-        _lfm2_block,
+        (_hybrid_keys, _shortconv_keys, _window_keys),
+        (_lfm2_mixer, _feed_forward),
         output_norm="token_embd_norm.weight",
         llama_cpp="lfm2",
     ),
@@ -353,7 +339,18 @@ def tiny_lora(
     require_int("rank", rank, minimum=1)
     gguf = _gguf()
     base = Path(model)
-    n_layers, architecture, n_out, n_in = _query_shape(gguf, base)
+    if not base.exists():
+        raise MissingFile(f"no such file: {base}")
+    try:
+        reader = gguf.GGUFReader(str(base))
+        architecture = reader.fields["general.architecture"].contents()
+        n_layers = int(reader.fields[f"{architecture}.block_count"].contents())
+        query = next(part for part in reader.tensors if part.name == "blk.0.attn_q.weight")
+    except (ValueError, KeyError, IndexError, StopIteration) as error:
+        raise InvalidModel(
+            f"{base} is not a GGUF with attention in its first layer; pass a model of tiny_model"
+        ) from error
+    n_in, n_out = (int(size) for size in query.shape)
     name = f"tiny-lora-{digest(base.name, seed, rank, scale, n_layers, n_out, n_in)}.gguf"
 
     def write(path: Path) -> None:
@@ -386,23 +383,18 @@ def _gguf() -> Any:
 def _write_model(
     path: Path, architecture: str, vocabulary: Vocabulary, shape: Shape, seed: int
 ) -> None:
-    gguf = _gguf()
-    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[architecture].llama_cpp or architecture)
+    gguf, recipe = _gguf(), ARCHITECTURES[architecture]
+    writer = gguf.GGUFWriter(str(path), recipe.llama_cpp or architecture)
     writer.add_name(f"tokcache tiny {architecture}, random weights, seed {seed}")
     writer.add_context_length(shape.n_ctx_train)
     writer.add_embedding_length(shape.n_embd)
     writer.add_block_count(shape.n_layers)
     writer.add_layer_norm_rms_eps(_RMS_EPSILON)
     writer.add_vocab_size(shape.n_vocab)
-    ARCHITECTURES[architecture].keys(writer, shape)
+    for add in recipe.keys:
+        add(writer, shape)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    _write_vocabulary(writer, vocabulary)
-    for name, tensor in _tensors(architecture, Draw(np.random.default_rng(seed), shape)):
-        writer.add_tensor(name, tensor)
-    _finish(writer)
 
-
-def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
@@ -413,9 +405,9 @@ def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         (vocabulary.charsmap, writer.add_precompiled_charsmap),
         (vocabulary.chat_template, writer.add_chat_template),
     )
-    for value, add in optional:
+    for value, add_value in optional:
         if value:
-            add(value)
+            add_value(value)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
@@ -423,15 +415,19 @@ def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     for kind, number in vocabulary.special_ids.items():
         getattr(writer, f"add_{kind}_token_id")(number)
 
-
-def _tensors(architecture: str, draw: Draw) -> Tensors:
-    recipe, shape = ARCHITECTURES[architecture], draw.shape
-    yield "token_embd.weight", draw.matrix(shape.n_vocab, shape.n_embd, recipe.embedding_gain)
+    # The order of the tensors is that of the draws: another order would be another model.
+    draw = Draw(np.random.default_rng(seed), shape)
+    embedding = draw.matrix(shape.n_vocab, shape.n_embd, recipe.embedding_gain)
+    writer.add_tensor("token_embd.weight", embedding)
     for layer in range(shape.n_layers):
-        yield f"blk.{layer}.attn_norm.weight", _ones(shape.n_embd)
-        yield from recipe.block(draw, f"blk.{layer}", layer)
-    yield recipe.output_norm, _ones(shape.n_embd)
-    yield "output.weight", draw.matrix(shape.n_vocab, shape.n_embd)
+        block = f"blk.{layer}"
+        writer.add_tensor(f"{block}.attn_norm.weight", _ones(shape.n_embd))
+        for part in recipe.block:
+            for name, tensor in part(draw, block, layer):
+                writer.add_tensor(name, tensor)
+    writer.add_tensor(recipe.output_norm, _ones(shape.n_embd))
+    writer.add_tensor("output.weight", draw.matrix(shape.n_vocab, shape.n_embd))
+    _finish(writer)
 
 
 def _finish(writer: Any) -> None:
@@ -439,20 +435,3 @@ def _finish(writer: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _query_shape(gguf: Any, model: Path) -> tuple[int, str, int, int]:
-    """Return layers, architecture, and the attn_q matrix's rows and columns."""
-    if not model.exists():
-        raise MissingFile(f"no such file: {model}")
-    try:
-        reader = gguf.GGUFReader(str(model))
-        architecture = reader.fields["general.architecture"].contents()
-        n_layers = int(reader.fields[f"{architecture}.block_count"].contents())
-        query = next(part for part in reader.tensors if part.name == "blk.0.attn_q.weight")
-    except (ValueError, KeyError, IndexError, StopIteration) as error:
-        raise InvalidModel(
-            f"{model} is not a GGUF with attention in its first layer; pass a model of tiny_model"
-        ) from error
-    n_in, n_out = (int(size) for size in query.shape)
-    return n_layers, architecture, n_out, n_in

@@ -128,12 +128,10 @@ class ServerProcess:
         if line:
             return str(json.loads(line)["url"])
         why = "ended" if ready else "did not come up in time"
-        raise ServerError(f"llama-server {why}; the end of its log:\n{self._log_tail()}")
-
-    def _log_tail(self) -> str:
         log = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line for line in log if _ERROR_LINE.match(line)]
-        return "\n".join((errors or log)[-_LOG_TAIL:])
+        tail = "\n".join((errors or log)[-_LOG_TAIL:])
+        raise ServerError(f"llama-server {why}; the end of its log:\n{tail}")
 
 
 def require_xllamacpp() -> Any:

@@ -39,15 +39,6 @@ def tiny_tokenizer(folder: str | os.PathLike[str] | None = None) -> Path:
     """
     from tokenizers import __version__  # noqa: PLC0415 (only to make samples)
 
-    texts = _training_texts()
-    name = f"tiny-tokenizer-{digest(texts, __version__)}"
-    home = cache_folder(folder) / name
-    # tokenizer.json is written last: if it exists, the folder is complete.
-    write_once(home / "tokenizer_config.json", _write_config)
-    return write_once(home / "tokenizer.json", lambda path: _train(texts).save(str(path)))
-
-
-def _training_texts() -> list[str]:
     try:
         from pydoc_data.topics import topics  # noqa: PLC0415 (half a megabyte)
     except ImportError:
@@ -55,7 +46,12 @@ def _training_texts() -> list[str]:
             "this Python lacks pydoc_data.topics, the text that the tiny tokenizer is trained on;"
             " pass your own tokenizer.json"
         ) from None
-    return [topics[key] for key in sorted(topics)]
+    texts = [topics[key] for key in sorted(topics)]
+    name = f"tiny-tokenizer-{digest(texts, __version__)}"
+    home = cache_folder(folder) / name
+    # tokenizer.json is written last: if it exists, the folder is complete.
+    write_once(home / "tokenizer_config.json", _write_config)
+    return write_once(home / "tokenizer.json", lambda path: _train(texts).save(str(path)))
 
 
 def _train(texts: list[str]) -> Tokenizer:

@@ -95,20 +95,27 @@ def _kind(model: dict[str, Any]) -> str:
 
 
 def _byte_level(description: dict[str, Any], config: dict[str, Any]) -> Vocabulary:
-    pre = _pre_name(description)
-    if pre is None:
+    parts = _components(description.get("pre_tokenizer"))
+    byte_level = next((part for part in parts if part["type"] == "ByteLevel"), None)
+    if byte_level is None:
         raise UnsupportedTokenizer(
             "llama.cpp has no counterpart of a BPE tokenizer with neither a ByteLevel pre-tokenizer"
             " nor byte fallback"
         )
-    vocab = description["model"]["vocab"]
-    tokens, types = _table(vocab, description)
+    # llama.cpp's name for the pre-tokenizer.
+    pattern = next(
+        (part["pattern"].get("Regex") for part in parts if part["type"] == "Split"), None
+    )
+    pre = _PRE_BY_PATTERN.get(pattern, "default")
+    if pattern is None:
+        pre = "gpt-2" if byte_level.get("use_regex", True) else "default"
+    tokens, types = _table(description["model"]["vocab"], description)
     return Vocabulary(
         model="gpt2",
         pre=pre,
         tokens=tokens,
         types=types,
-        merges=_merges(description["model"]["merges"]),
+        merges=[f"{left} {right}" for left, right in _pairs(description["model"]["merges"])],
         **_common(description, config, tokens),
     )
 
@@ -184,10 +191,6 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in split]
 
 
-def _merges(merges: list[Any]) -> list[str]:
-    return [f"{left} {right}" for left, right in _pairs(merges)]
-
-
 def _components(component: object) -> list[dict[str, Any]]:
     """Return a pre-tokenizer or post-processor as the flat list of its parts."""
     if not isinstance(component, dict):
@@ -196,48 +199,33 @@ def _components(component: object) -> list[dict[str, Any]]:
     return [part for each in inner for part in _components(each)] if inner else [component]
 
 
-def _pre_name(description: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name for the pre-tokenizer; None if it is not byte-level."""
-    parts = _components(description.get("pre_tokenizer"))
-    byte_level = next((part for part in parts if part["type"] == "ByteLevel"), None)
-    if byte_level is None:
-        return None
-    pattern = next(
-        (part["pattern"].get("Regex") for part in parts if part["type"] == "Split"), None
-    )
-    if pattern is None:
-        return "gpt-2" if byte_level.get("use_regex", True) else "default"
-    return _PRE_BY_PATTERN.get(pattern, "default")
-
-
 def _common(
     description: dict[str, Any], config: dict[str, Any], tokens: list[str]
 ) -> dict[str, Any]:
     ids = {token: number for number, token in enumerate(tokens)}
-    before, after = _template_ends(description, ids)
+    # The ids that the post-processor puts before and after a text.
+    before: int | None = None
+    after: int | None = None
+    for part in _components(description.get("post_processor")):
+        if part["type"] == "TemplateProcessing":
+            names = [(piece.get("SpecialToken") or {}).get("id") for piece in part["single"]]
+            before, after = ids.get(names[0] or ""), ids.get(names[-1] or "")
+            break
     special = {
         "bos": before if before is not None else _special(config, "bos_token", _BOS_NAMES, ids),
         "eos": after if after is not None else _special(config, "eos_token", _EOS_NAMES, ids),
         "pad": _special(config, "pad_token", _PAD_NAMES, ids),
         "unk": _special(config, "unk_token", ("<unk>",), ids),
     }
+    template = config.get("chat_template")
+    if not isinstance(template, str):
+        template = CHAT_TEMPLATE if IM_START in ids and IM_END in ids else None
     return {
         "special_ids": {name: number for name, number in special.items() if number is not None},
         "add_bos": before is not None,
         "add_eos": after is not None,
-        "chat_template": _chat_template(config, ids),
+        "chat_template": template,
     }
-
-
-def _template_ends(
-    description: dict[str, Any], ids: dict[str, int]
-) -> tuple[int | None, int | None]:
-    """Return the ids that the post-processor puts before and after a text."""
-    for part in _components(description.get("post_processor")):
-        if part["type"] == "TemplateProcessing":
-            names = [(piece.get("SpecialToken") or {}).get("id") for piece in part["single"]]
-            return ids.get(names[0] or ""), ids.get(names[-1] or "")
-    return None, None
 
 
 def _special(
@@ -246,10 +234,3 @@ def _special(
     named = config.get(key)
     named = named.get("content") if isinstance(named, dict) else named
     return next((ids[name] for name in (named, *names) if name in ids), None)
-
-
-def _chat_template(config: dict[str, Any], ids: dict[str, int]) -> str | None:
-    found = config.get("chat_template")
-    if isinstance(found, str):
-        return found
-    return CHAT_TEMPLATE if IM_START in ids and IM_END in ids else None

@@ -49,7 +49,9 @@ class Retention:
         self._clock += 1
         for each in held:
             each.tick = self._clock
-            each.used_s = now
+        if self.ttl_s is not None:  # a float takes 24 bytes, which the overhead does not count
+            for each in held:
+                each.used_s = now
 
     def is_expired(self, held: Held, now: float) -> bool:
         """Return whether the last use was longer ago than `ttl_s`."""

@@ -10,13 +10,13 @@ import os
 import random
 import sys
 import threading
-import weakref
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cachetools
 
+from tokcache._forks import call_in_child
 from tokcache._validate import require_bool, require_int, require_scope, require_size
 from tokcache.config import MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
@@ -90,6 +90,8 @@ class L0Cache:
     Threads: safe, and after fork.
     """
 
+    _maps: tuple[_Map, _Map]
+
     def __init__(
         self, *, max_entries: int = 10_000, max_bytes: int | str = "64M", sample_size: int = 8
     ) -> None:
@@ -99,7 +101,7 @@ class L0Cache:
         self._rng = random.Random(os.urandom(16))  # noqa: S311 (a draw, not a secret)
         self._lock = threading.RLock()
         self._n_clears = 0
-        _ALL.add(self)
+        call_in_child(self._after_fork)
         self.clear()
 
     def clear(self, *, scope: str | None = None) -> None:
@@ -271,15 +273,3 @@ class L0Cache:
 
     def _after_fork(self) -> None:
         self._lock = threading.RLock()  # another thread of the parent may have held it
-
-
-_ALL: weakref.WeakSet[L0Cache] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for cache in list(_ALL):
-        cache._after_fork()  # noqa: SLF001
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

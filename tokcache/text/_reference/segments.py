@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import threading
-import weakref
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import cachetools
 
+from tokcache._forks import call_in_child
 from tokcache.errors import IdLengthUnknown, Unsure
 from tokcache.stats import L1Stats
 from tokcache.text._reference.token_ids import TokenIds
@@ -203,6 +203,8 @@ class SegmentCache:
     Source:  content-defined chunks: FastCDC (Xia et al., USENIX ATC 2016).
     """
 
+    _n_bytes: int
+
     def __init__(self, plan: CutPlan, max_bytes: int, cuts_fine: bool = True) -> None:
         self.max_bytes = max_bytes
         self.cuts_fine = cuts_fine
@@ -211,7 +213,7 @@ class SegmentCache:
         self.cut_seed = os.urandom(SEED_BYTES)
         self._lock = threading.RLock()
         self.n_clears = 0
-        _ALL.add(self)
+        call_in_child(self._after_fork)
         self.clear(n_clears=0)
 
     def clear(self, scope: int | None = None, n_clears: int | None = None) -> None:
@@ -588,15 +590,3 @@ def _listed(ids: Any) -> list[int]:
         return ids
     found: list[int] = memoryview(ids).cast("B").cast("i").tolist()
     return found
-
-
-_ALL: weakref.WeakSet[SegmentCache] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for cache in list(_ALL):
-        cache._after_fork()  # noqa: SLF001
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

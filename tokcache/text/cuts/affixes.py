@@ -100,7 +100,7 @@ def find_variants(normalizer: Any, pre_tokenizer: Any) -> Variants:
     return first, later, inside
 
 
-def find_blank_variant(variants: Variants, contents: Iterable[str]) -> int:
+def find_space_variant(variants: Variants, contents: Iterable[str]) -> int:
     """Return the index of the variant that only puts a space before a segment, or -1.
 
     `contents` are the added tokens: one that holds a space could be found at the space put there.

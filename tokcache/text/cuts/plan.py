@@ -55,7 +55,7 @@ class CutPlan:
 
     `variants` are the distinct ways to encode a segment. `variant_of` has the index of the one
     for a segment at the beginning of a text, after an added token, and at a cut. With the variant
-    for cuts, a space and a segment have the ids that the segment alone has with `blank_variant`;
+    for cuts, a space and a segment have the ids that the segment alone has with `space_variant`;
     -1 if there is no such variant. `affixes` are the ids put around a text without and with
     special tokens, or None where they are unknown.
     """
@@ -70,7 +70,7 @@ class CutPlan:
     separators: tuple[Separator, ...] = ()
     variants: tuple[Variant, ...] = ()
     variant_of: tuple[int, int, int] = (0, 0, 0)
-    blank_variant: int = -1
+    space_variant: int = -1
     affixes: tuple[Affixes | None, ...] = (None, None)
 
     @property

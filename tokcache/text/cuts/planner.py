@@ -29,7 +29,7 @@ from tokcache.text.cuts.added_tokens import (
     why_no_cuts,
     without_unsafe,
 )
-from tokcache.text.cuts.affixes import find_affixes, find_blank_variant, find_variants
+from tokcache.text.cuts.affixes import find_affixes, find_space_variant, find_variants
 from tokcache.text.cuts.char_classes import N_CLASSES
 from tokcache.text.cuts.normalizers import narrowed, read_normalizer
 from tokcache.text.cuts.plan import CutPlan
@@ -92,7 +92,7 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
         separators=separated_by,
         variants=distinct,
         variant_of=tuple(map(distinct.index, variants)),  # type: ignore[arg-type]
-        blank_variant=find_blank_variant(variants, [token.content for token in phases.all]),
+        space_variant=find_space_variant(variants, [token.content for token in phases.all]),
         affixes=affixes,
     )
 

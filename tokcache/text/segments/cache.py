@@ -283,7 +283,7 @@ class L1:
     def _made_variants(self, fast: Sequence[FastEncoder | None]) -> list[_Variant]:
         plan = self.plan
         first, later, inside = plan.variant_of
-        numbers = range(len(plan.variants)) if plan.blank_variant < 0 else [inside]
+        numbers = range(len(plan.variants)) if plan.space_variant < 0 else [inside]
         made = []
         for number in numbers:
             is_apart = number == first != later
@@ -297,7 +297,7 @@ class L1:
             lengths = (
                 id_lengths(sure.tokenizer, plan.variants[number], known) if is_distinct else None
             )
-            made.append(_Variant(number, plan.blank_variant, is_apart, sure, lengths, own))
+            made.append(_Variant(number, plan.space_variant, is_apart, sure, lengths, own))
         return made
 
     def _drop_fast(self, reason: str) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from tokcache.config import CacheConfig
-from tokcache.errors import InvalidConfig, UnsupportedTokenizer
+from tokcache.errors import InvalidConfig, MissingFile, UnsupportedTokenizer
 from tokcache.text._native import log_missing_extension
 from tokcache.text.tokenizer import WrappedTokenizer
 from tokcache.text.wrappers.backend import Backend
+from tokcache.text.wrappers.gguf_tokenizer import is_gguf, read_gguf_tokenizer
 from tokcache.text.wrappers.tokenizers import TokenizersWrapper, accept_wrappers
 from tokcache.text.wrappers.transformers import is_fast_transformers, wrap_transformers
 
@@ -18,12 +21,16 @@ from tokcache.text.wrappers.transformers import is_fast_transformers, wrap_trans
 def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
     """Return a new tokenizer with the methods and results of `tokenizer`, and a cache.
 
-    `tokenizer` is a `tokenizers.Tokenizer` or a fast transformers tokenizer, and is not changed. A
-    wrapped tokenizer is returned as it is. A tokenizer that can't be copied, because a component is
-    written in Python, is used in place, and its answers are never cached.
+    `tokenizer` is a `tokenizers.Tokenizer` or a fast transformers tokenizer, and is not changed; or
+    the path of a GGUF, whose tokenizer becomes a `tokenizers.Tokenizer` that gives llama.cpp's ids:
+    `gguf_tokenizer` says how this is proven. A wrapped tokenizer is returned as it is. A tokenizer
+    that can't be copied, because a component is written in Python, is used in place, and its
+    answers are never cached.
 
     Errors: UnsupportedTokenizer for any other kind; InvalidConfig for a `config` that is
-            not a CacheConfig, or differs from the one a wrapped tokenizer has.
+            not a CacheConfig, or differs from the one a wrapped tokenizer has. For a path:
+            MissingFile, InvalidModel, MissingExtra, and UnsupportedTokenizer where the ids differ
+            from llama.cpp's.
     Cost:   with `engine="tokenizers"` 3 to 30 ms for most tokenizers, 0.1 to 0.5 s for phi-3-mini,
             t5-small and deepseek-v3; the vocabulary is shared, not copied. With gigatoken or
             fastokens, where installed, the proof and the encoder's tables take another 0.7 to 3 s
@@ -40,6 +47,18 @@ def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
                 "which unwrap() returns"
             )
         return tokenizer
+    if isinstance(tokenizer, str | os.PathLike):
+        path = Path(tokenizer)
+        if not path.is_file():
+            raise MissingFile(
+                f"no such model file: {path}; wrap takes the path of a GGUF, or a loaded tokenizer"
+            )
+        if not is_gguf(path):
+            raise UnsupportedTokenizer(
+                f"{path} is not a GGUF; load a tokenizer.json with tokenizers.Tokenizer.from_file "
+                "and wrap the result"
+            )
+        tokenizer = read_gguf_tokenizer(path).tokenizer
     if isinstance(tokenizer, Tokenizer):
         accept_wrappers()
         return TokenizersWrapper(Backend(tokenizer, config), None)

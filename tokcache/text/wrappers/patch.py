@@ -13,7 +13,6 @@ is patched, `TokenizersBackend.__setstate__` wraps each tokenizer that is unpick
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import weakref
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
+from tokcache._forks import call_in_child
 from tokcache.config import CacheConfig
 from tokcache.errors import InvalidConfig, MissingExtra
 from tokcache.text.tokenizer import CachedTokenizer, WrappedTokenizer
@@ -99,8 +99,7 @@ class _State:
 
 _state = _State()
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_state.renew_lock)
+call_in_child(_state.renew_lock)
 
 
 def patch_transformers(config: CacheConfig | None = None) -> None:

@@ -115,10 +115,15 @@ cdef class Walk:
         """
         cdef size_t i, first = 0
         cdef list texts = []
+        cdef const PointSet* exact = NULL
+        cdef const PointSet* wanted = NULL
+        if lengths is not None:
+            exact = lengths.exact_in(&self.found.text)
+        if agreed is not None:
+            wanted = &agreed.points
         if not pick(
             &self.found, &self.cache.store.chunker.plan, variant, space_variant,
-            lengths is not None, NULL if lengths is None else lengths.exact_in(&self.found.text),
-            NULL if agreed is None else &agreed.points, max_chars, max_apart,
+            lengths is not None, exact, wanted, max_chars, max_apart,
         ):
             raise MemoryError
         for i in range(self.found.n_picked):
@@ -137,8 +142,11 @@ cdef class Walk:
         cdef list held = []
         cdef int outcome = FITS
         cdef const int32_t* ids
+        cdef const Lengths* table = &no_lengths
         cdef TokenIds copied
         cdef Py_buffer* view
+        if lengths is not None:
+            table = &lengths.lengths
         for one in encoded:
             if isinstance(one, list):
                 copied = TokenIds(one)
@@ -155,10 +163,7 @@ cdef class Walk:
                 n = view.len // sizeof(int32_t)
             if lengths is not None:
                 lengths.ask(ids, n)
-            outcome = take_ids(
-                &self.found, &at, ids, n, separator,
-                &no_lengths if lengths is None else &lengths.lengths,
-            )
+            outcome = take_ids(&self.found, &at, ids, n, separator, table)
             if outcome != FITS:
                 break
         if outcome != FITS or at != self.found.n_picked:

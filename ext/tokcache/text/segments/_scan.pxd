@@ -241,6 +241,9 @@ cdef inline Match match_at(
     cdef Match m
     cdef int32_t token
     m.outcome = NOTHING
+    m.id = 0
+    m.flags = 0
+    m.start = m.stop = m.end = i
     token = longest_token(plan, t, i, &m.end)
     if token < 0:
         return m
