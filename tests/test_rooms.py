@@ -21,9 +21,11 @@ MAY_IMPORT = {
     "state": LEAVES | {"state"},
     "samples": LEAVES | {"samples"},
     "llama": LEAVES | {"text", "state", "llama"},
+    "gateway": LEAVES | {"text", "state", "llama", "samples", "gateway"},
 }
 OPTIONAL = {"transformers", "llama_cpp", "redis", "prometheus_client", "httpx", "xllamacpp", "gguf"}
 OPTIONAL |= {"gigatoken", "fastokens", "xxhash", "cryptography", "platformdirs"}
+OPTIONAL |= {"starlette", "uvicorn"}
 
 
 def package_of(path: Path) -> str:

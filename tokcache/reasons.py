@@ -307,6 +307,58 @@ DIGEST_REFUSALS = {
     "damaged_key": Reason("the key of the cache folder is damaged", "remove it"),
 }
 
+# Counters of `tokcache serve`, and the `reason` in its answers.
+GATEWAY_REASONS = {
+    "never_stored": Reason(
+        "no slot and no file of this tenant holds the beginning of the prompt", _NOTHING
+    ),
+    "different_text": Reason(
+        "the prompt differs from the held one before its end",
+        "look for parts that change with each request; `rules` can move or blank some",
+    ),
+    "busy": Reason(
+        "a busy slot was decoding the prefix and was not free in time",
+        "start the llama-server with more slots",
+    ),
+    "queue_full": Reason(
+        "more requests waited than `max_queue`", "raise it, or start more llama-servers"
+    ),
+    "queue_timeout": Reason(
+        "no slot became free within `queue_timeout_s`", "raise it, or start more llama-servers"
+    ),
+    "file_gone": Reason(
+        "a saved file was deleted or truncated", "leave the slot folder to the gateway"
+    ),
+    "restore_failed": Reason(
+        "the llama-server refused a saved file",
+        "see its log; its settings may have changed since the file was saved",
+    ),
+    "restore_not_used_by_server": Reason(
+        "the llama-server used less than half of a restored file",
+        "start it with `--ctx-checkpoints 32`; after three in a row no more are restored",
+    ),
+    "slot_changed_by_others": Reason(
+        "a slot held other tokens than recorded",
+        "let nobody else use the llama-server",
+    ),
+    "save_failed": Reason("the llama-server could not save a slot", "see its log"),
+    "file_over_budget": Reason("a saved slot is larger than `max_bytes`", "raise `max_bytes`"),
+    "file_not_deleted": Reason(
+        "a saved file could not be deleted", "let the gateway write to the slot folder"
+    ),
+    "files_of_another_model": Reason(
+        "the model gave other probabilities after a fixed prompt, so its files were dropped",
+        _NOTHING,
+    ),
+    "list_damaged": Reason("the list of saved files can't be read", "delete `files.json`"),
+    "list_of_other_format": Reason(
+        "the list of saved files is of another version of tokcache", _NOTHING
+    ),
+    "volatile_*": Reason(
+        "the system prompt holds a nonce or a clock", "switch on the rule of that name in `rules`"
+    ),
+}
+
 TABLES = {
     "Calls answered by the plain tokenizer": BYPASSES,
     "Texts not put into L0": L0_REFUSALS,
@@ -317,4 +369,5 @@ TABLES = {
     "Disk and Redis": TIER_REFUSALS,
     "llama-server": SERVER_REFUSALS,
     "Digests of model files": DIGEST_REFUSALS,
+    "The endpoint `tokcache serve`": GATEWAY_REASONS,
 }

@@ -53,6 +53,9 @@ _COUNTERS = {
     ),
     "llama-server": "`server.stats().refusals`",
     "Digests of model files": "the log",
+    "The endpoint `tokcache serve`": (
+        "the metric `tokcache_gateway_reasons_total`, and `reason` in answers"
+    ),
 }
 
 

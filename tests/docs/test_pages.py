@@ -53,7 +53,7 @@ def _codes_in_source() -> dict[str, str]:
                 literal = node.args[0] if name in _COUNTS else None
             elif isinstance(node, ast.Subscript):
                 name = getattr(node.value, "attr", getattr(node.value, "id", ""))
-                literal = node.slice if name in {"refusals", "_refusals"} else None
+                literal = node.slice if name in {"refusals", "_refusals", "reasons"} else None
             if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
                 found[literal.value] = f"{path.relative_to(ROOT)}:{line}"
     for path in sorted((ROOT / "ext").rglob("*.pyx")):

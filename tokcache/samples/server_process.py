@@ -103,6 +103,10 @@ class ServerProcess:
         """The server's process id."""
         return self._process.pid
 
+    def is_running(self) -> bool:
+        """Return whether the server's process is there."""
+        return self._process.poll() is None
+
     def kill(self) -> None:
         """Kill the server at once, as a crash would."""
         self._process.kill()

@@ -1,0 +1,330 @@
+"""The router keeps slots, files and scopes apart, whatever comes in which order."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import settings, strategies
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tokcache.gateway.routing.chain import Chain, chat_prompt
+from tokcache.gateway.routing.files import Files, SavedFile
+from tokcache.gateway.routing.router import QueueFull, Router
+from tokcache.gateway.routing.slots import Assignment, Wish
+
+KEY = bytes(32)
+TOKENS_PER_CHAR = 0.25
+
+
+def prompt(texts: list[str], scope: str | None = None) -> Any:
+    messages = [{"role": "user", "content": text} for text in texts]
+    return chat_prompt({"messages": messages}, KEY, scope)
+
+
+def router(**given: Any) -> Router:
+    limits = {"max_queue": 8, "min_save_tokens": 64, "side_tokens": 100, **given}
+    return Router(Files(limits.pop("max_bytes", 1 << 20)), **limits)
+
+
+def wish(chain: Chain, scope: str | None = None, now: float = 0.0) -> Wish:
+    return Wish(chain, scope, "", now)
+
+
+def answered(made: Router, texts: list[str], answer: str, now: float = 0.0) -> Assignment:
+    """Carry a request through as the service does."""
+    asked = prompt(texts)
+    made.enqueue(wish(asked.chain(), now=now))
+    (assignment,) = made.assign(now)
+    carry(made, assignment)
+    n_prompt = int(sum(map(len, texts)) * TOKENS_PER_CHAR)
+    made.finish(
+        assignment,
+        asked.chain(answer),
+        n_prompt=n_prompt,
+        n_cached=assignment.n_promised,
+        n_tokens=n_prompt + 5,
+    )
+    made.release(assignment.slot)
+    return assignment
+
+
+def carry(made: Router, assignment: Assignment) -> None:
+    for slot in assignment.save:
+        made.saved(slot, made.files.new_name(slot.server.pool), slot.n_tokens, slot.n_tokens)
+    file = assignment.file or (assignment.copied.saved if assignment.copied else None)
+    if assignment.is_erased:
+        assignment.slot.emptied()
+    if assignment.source == "file":
+        if file is None or file not in made.files:
+            made.not_restored(assignment, "file_gone")
+        else:
+            made.restored(assignment, file)
+    made.read_done(assignment)
+    assignment.is_sent = True
+
+
+def up(made: Router, name: str = "one", *, n_slots: int = 2, can_save: bool = True) -> None:
+    made.server_up(name, model="m", pool="p", can_save=can_save, n_slots=n_slots)
+
+
+LONG = "x" * 4000
+
+
+def test_a_conversation_keeps_its_slot_and_side_requests_take_another() -> None:
+    made = router()
+    up(made)
+    first = answered(made, [LONG], "a")
+    for number in range(3):
+        assert answered(made, [f"title {number}"], "t").slot is not first.slot
+    again = answered(made, [LONG, "more"], "b")
+    assert again.slot is first.slot
+    assert again.source == "slot"
+
+
+def test_without_saving_a_short_request_does_not_displace_a_long_conversation() -> None:
+    made = router()
+    up(made, can_save=False)
+    first = answered(made, [LONG], "a")
+    answered(made, ["hello"], "b")
+    assert answered(made, [LONG[:700]], "c").slot is not first.slot
+
+
+def test_a_request_waits_for_a_prefix_that_is_being_decoded_but_not_for_ever() -> None:
+    made = router()
+    up(made)
+    made.enqueue(wish(prompt([LONG, "a"]).chain()))
+    (first,) = made.assign(0.0)
+    made.enqueue(wish(prompt([LONG, "b"]).chain()))
+    assert made.assign(5.0) == []
+    made.begun(first.slot, 5.0)
+    assert made.assign(5.2) == []
+    (second,) = made.assign(7.0)
+    assert second.slot is not first.slot
+    assert second.reason == "busy"
+
+
+def test_another_request_overtakes_one_that_waits_for_a_prefix() -> None:
+    made = router()
+    up(made)
+    made.enqueue(wish(prompt([LONG, "a"]).chain()))
+    made.assign(0.0)
+    made.enqueue(wish(prompt([LONG, "b"]).chain()))
+    made.enqueue(wish(prompt(["other"]).chain()))
+    assert len(made.assign(0.1)) == 1
+
+
+def test_the_queue_is_bounded() -> None:
+    made = router(max_queue=2)
+    for number in range(2):
+        made.enqueue(wish(prompt([str(number)]).chain()))
+    with pytest.raises(QueueFull):
+        made.enqueue(wish(prompt(["2"]).chain()))
+
+
+def test_a_request_that_was_never_sent_does_not_take_over_a_slot() -> None:
+    made = router()
+    made.erases_between_scopes = True
+    up(made, n_slots=1)
+    made.enqueue(wish(prompt([LONG], "a").chain(), "a"))
+    (first,) = made.assign(0.0)
+    carry(made, first)
+    chain = prompt([LONG], "a").chain("answer")
+    made.finish(first, chain, n_prompt=1000, n_cached=0, n_tokens=1005)
+    made.release(first.slot)
+    for _ in range(2):
+        made.enqueue(wish(prompt([LONG], "b").chain(), "b"))
+        (second,) = made.assign(0.0)
+        assert second.is_erased
+        made.read_done(second)
+        made.abort(second, has_begun=False)
+        made.release(second.slot)
+
+
+def test_an_answer_of_a_server_that_was_restarted_is_not_recorded() -> None:
+    made = router()
+    up(made)
+    asked = prompt([LONG])
+    made.enqueue(wish(asked.chain()))
+    (first,) = made.assign(0.0)
+    carry(made, first)
+    up(made)
+    made.finish(first, asked.chain("a"), n_prompt=1000, n_cached=0, n_tokens=1005)
+    assert first.slot.n_tokens == 0
+    made.abort(first, has_begun=True)
+    assert first.slot.n_tokens == 0
+
+
+def test_restores_stop_after_three_that_helped_nothing() -> None:
+    made = router()
+    up(made, n_slots=1)
+    answered(made, [LONG], "a")
+    for number in range(8):
+        asked = prompt([LONG, "b"] if number % 2 else ["y" * 4000])
+        made.enqueue(wish(asked.chain()))
+        (assignment,) = made.assign(0.0)
+        carry(made, assignment)
+        made.finish(assignment, asked.chain("a"), n_prompt=1000, n_cached=0, n_tokens=1005)
+        made.release(assignment.slot)
+    assert made.reasons["restore_not_used_by_server"] == 3
+    assert not made.servers["one"].can_restore
+
+
+def test_the_list_of_files_survives_and_a_damaged_one_is_counted(tmp_path: Any) -> None:
+    files = Files(1000)
+    chain = prompt([LONG]).chain()
+    file = SavedFile("tokcache-1.bin", "p", chain, len(chain), 10, 12, 600)
+    assert files.add(file)
+    path = tmp_path / "files.json"
+    files.write_list(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert LONG[:50] not in path.read_text()
+    again = Files(1000)
+    assert again.read_list(path) == 1
+    found = again.find("p", chain)
+    assert found is not None
+    assert (found[0].n_tokens, found[1]) == (12, len(chain))
+    path.write_text(path.read_text()[:-10])
+    assert Files(1000).read_list(path) == 0
+    damaged = Files(1000)
+    damaged.read_list(path)
+    assert damaged.refusals["list_damaged"] == 1
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests of three scopes on two servers, in any order, with failures in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = router(max_bytes=4000)
+        self.router.erases_between_scopes = True
+        self.running: list[tuple[Assignment, Any]] = []
+        self.now = 0.0
+        self.asked: dict[Wish, Any] = {}
+        self.fails_next = False
+        # Whose tokens each slot really holds.
+        self.holder: dict[Any, str] = {}
+        for name in ("one", "two"):
+            up(self.router, name)
+
+    texts = strategies.lists(
+        strategies.sampled_from(["hi", "x" * 600, "y" * 2000, "z" * 5000]), min_size=1, max_size=4
+    )
+
+    @rule(texts=texts, scope=strategies.sampled_from(["a", "b", None]))
+    def ask(self, texts: list[str], scope: str | None) -> None:
+        asked = prompt(texts, scope)
+        made = Wish(asked.chain(), scope, "", self.now)
+        self.asked[made] = asked
+        try:
+            self.router.enqueue(made)
+        except QueueFull:
+            return
+        self._assign()
+
+    def _assign(self) -> None:
+        for made in self.router.assign(self.now):
+            scope = made.wish.scope
+            for slot in made.save:
+                assert slot.is_busy
+            if made.file is not None:
+                assert made.file.chain.n_common(made.wish.chain) > 0
+            if made.copied is not None:
+                assert made.copied.scope == scope
+            if made.source == "slot":
+                assert made.slot.scope == scope
+            holder = self.holder.get(made.slot)
+            assert made.is_erased or holder in (None, f"{scope}")
+            if (
+                self.fails_next
+            ):  # the client leaves, or the server fails, before the request is sent
+                self.fails_next = False
+                self.router.read_done(made)
+                self.router.abort(made, has_begun=False)
+                self.router.release(made.slot)
+                continue
+            copied = made.copied
+            carry(self.router, made)
+            self.holder[made.slot] = f"{scope}"
+            if copied is not None:
+                assert not copied.is_busy
+            self.running.append((made, self.asked[made.wish]))
+
+    @precondition(lambda self: self.running)
+    @rule(answer=strategies.sampled_from(["ok", "w" * 1000]), share=strategies.floats(0, 1))
+    def finish(self, answer: str, share: float) -> None:
+        made, asked = self.running.pop(0)
+        n_chars = made.wish.chain.chars_at(len(made.wish.chain))
+        n_prompt = max(1, int(n_chars * TOKENS_PER_CHAR))
+        self.router.finish(
+            made,
+            asked.chain(answer),
+            n_prompt=n_prompt,
+            n_cached=int(share * n_prompt),
+            n_tokens=n_prompt + int(len(answer) * TOKENS_PER_CHAR),
+        )
+        self._released(made)
+
+    @precondition(lambda self: self.running)
+    @rule(has_begun=strategies.booleans())
+    def abort(self, has_begun: bool) -> None:
+        made, _ = self.running.pop()
+        self.router.abort(made, has_begun=has_begun)
+        self._released(made)
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def reject(self) -> None:
+        made, _ = self.running.pop()
+        self.router.reject(made)
+        self._released(made)
+
+    def _released(self, made: Assignment) -> None:
+        self.router.release(made.slot)
+        self._assign()
+
+    @rule()
+    def fail_next(self) -> None:
+        self.fails_next = True
+
+    @rule(name=strategies.sampled_from(["one", "two"]))
+    def restart(self, name: str) -> None:
+        self.router.server_down(name)
+        up(self.router, name)
+        for slot in self.router.servers[name].slots:
+            self.holder.pop(slot, None)
+        self._assign()
+
+    @rule(seconds=strategies.floats(0.1, 20))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self._assign()
+
+    @invariant()
+    def a_slot_has_one_request_and_files_stay_within_the_budget(self) -> None:
+        busy = [s for server in self.router.servers.values() for s in server.slots if s.is_busy]
+        assert sorted(map(id, busy)) == sorted(id(made.slot) for made, _ in self.running)
+        assert self.router.files.n_bytes == sum(f.n_bytes for f in self.router.files) <= 4000
+        assert all(file.n_readers == 0 for file in self.router.files)
+
+    @invariant()
+    def nobody_waits_long_while_a_slot_is_idle(self) -> None:
+        late = [w for w in self.router.queue if self.now - w.arrived > 15]
+        assert not (late and self.router.idle())
+
+
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMachine = Machine.TestCase
+
+
+def test_a_short_look_up_of_a_common_prefix_equals_a_plain_one() -> None:
+    rng = random.Random(5)
+    for _ in range(200):
+        texts = [rng.choice("ab") * rng.randrange(1, 1500) for _ in range(4)]
+        others = [*texts[: rng.randrange(4)], "c"]
+        one, other = prompt(texts).chain(), prompt(others).chain()
+        plain = 0
+        while plain < min(len(one), len(other)) and one.links[plain] == other.links[plain]:
+            plain += 1
+        assert one.n_common(other) == plain

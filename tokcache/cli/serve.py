@@ -1,0 +1,168 @@
+"""The command `tokcache serve`: an endpoint that keeps prefixes in front of llama-servers."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokcache.cli._common import BAD_INPUT, errors_in_one_line
+from tokcache.errors import MissingExtra, TokcacheError
+
+if TYPE_CHECKING:
+    from tokcache.gateway.config import GatewayConfig
+
+
+def serve(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL.gguf]", help="Start a llama-server for it.")
+    ] = None,
+    *,
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(help="Stand in front of a running llama-server; may be repeated."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file of settings; see docs/guides/gateway.md.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [8000].")] = None,
+    slots: Annotated[int | None, typer.Option(help="Slots of the started server [4].")] = None,
+    ctx: Annotated[int | None, typer.Option(help="Tokens per slot [8192].")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the started server.")] = None,
+    llama_server: Annotated[
+        Path | None, typer.Option(help="The llama-server program, instead of xllamacpp's.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder for saved slots and their list.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Budget of the saved slots, such as 20G [8G].")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the settings, print them and stop.")
+    ] = False,
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="Print an API key and its digest, and stop.")
+    ] = False,
+) -> None:
+    """Serve a model under an OpenAI and Anthropic URL without prefilling a prefix twice.
+
+    Paste http://127.0.0.1:8000/v1 into an OpenAI client (OPENAI_BASE_URL), or http://127.0.0.1:8000
+    into an Anthropic client (ANTHROPIC_BASE_URL). The page at http://127.0.0.1:8000/ shows the
+    reuse.
+    """
+    with errors_in_one_line():
+        if new_key:
+            _print_new_key()
+            return
+        flags: dict[str, Any] = {
+            "model": str(model) if model else None,
+            "upstreams": [{"url": each} for each in upstream] if upstream else None,
+            "host": host,
+            "port": port,
+            "n_slots": slots,
+            "n_ctx": ctx,
+            "n_threads": threads,
+            "llama_server": str(llama_server) if llama_server else None,
+            "folder": str(folder) if folder else None,
+            "max_bytes": max_bytes,
+        }
+        settings = _load(config, flags)
+        if check:
+            _print_settings(settings)
+            return
+        asyncio.run(_run(settings))
+
+
+def _load(path: Path | None, flags: dict[str, Any]) -> GatewayConfig:
+    try:
+        import starlette  # noqa: F401, PLC0415 (an extra)
+        import uvicorn  # noqa: F401, PLC0415 (an extra)
+    except ImportError as error:
+        raise MissingExtra(
+            f"`tokcache serve` needs {error.name}: pip install 'tokcache[gateway]'"
+        ) from None
+    from tokcache.gateway.config import load  # noqa: PLC0415
+
+    return load(path, flags)
+
+
+def _print_new_key() -> None:
+    from tokcache.gateway.tenants import new_key  # noqa: PLC0415 (imports no extra)
+
+    key, digest = new_key()
+    typer.echo(f"key (give it to the client): {key}")
+    typer.echo(f'key_sha256 = "{digest}"')
+
+
+def _print_settings(settings: GatewayConfig) -> None:
+    from tokcache.gateway.servers.process import ManagedServer  # noqa: PLC0415
+
+    told = dataclasses.asdict(settings)
+    for tenant in told["tenants"]:
+        tenant["key_sha256"] = f"{tenant['key_sha256'][:8]}…"
+    typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+    if settings.llama_server:
+        folder = Path(settings.folder or ".") / "slots"
+        typer.echo("would run: " + " ".join(ManagedServer(settings, folder).command()))
+    elif settings.model:
+        typer.echo(f"would start xllamacpp's llama-server with {settings.n_slots} slots")
+    for each in settings.upstreams:
+        typer.echo(f"would stand in front of {each.url}")
+
+
+async def _run(settings: GatewayConfig) -> None:
+    import uvicorn  # noqa: PLC0415 (an extra)
+
+    from tokcache.gateway.app import make_app  # noqa: PLC0415
+    from tokcache.gateway.service import Service  # noqa: PLC0415
+
+    service = Service(settings)
+    try:
+        await service.start()
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(service),
+                host=settings.host,
+                port=settings.port,
+                ssl_certfile=settings.tls_certfile,
+                ssl_keyfile=settings.tls_keyfile,
+                timeout_graceful_shutdown=int(settings.drain_timeout_s),
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                # An address in a header would be believed from everybody.
+                proxy_headers=False,
+            )
+        )
+        # uvicorn raises a signal again once it has stopped; the saving comes after that.
+        for each in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(each, lambda: None)
+        _print_urls(settings)
+        await server.serve()
+        if not server.started:
+            raise TokcacheError(f"can't listen on {settings.host}:{settings.port}; is it in use?")
+    except SystemExit:
+        typer.echo(
+            f"tokcache: can't listen on {settings.host}:{settings.port}; is it in use?", err=True
+        )
+        raise typer.Exit(BAD_INPUT) from None
+    finally:
+        await service.stop()
+
+
+def _print_urls(settings: GatewayConfig) -> None:
+    scheme = "https" if settings.tls_certfile else "http"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"{scheme}://{host}:{settings.port}"
+    key = "any text" if not settings.tenants else "a key whose digest is configured"
+    typer.echo(f"OpenAI clients:    OPENAI_BASE_URL={url}/v1   OPENAI_API_KEY={key}")
+    typer.echo(f"Anthropic clients: ANTHROPIC_BASE_URL={url}   ANTHROPIC_API_KEY={key}")
+    typer.echo(f"Page: {url}/   Metrics: {url}/metrics")

@@ -1,0 +1,1 @@
+"""The forms of the APIs: errors, streams, and the translation of Anthropic messages."""

@@ -1,0 +1,253 @@
+"""Translates Anthropic's Messages API to chat completions and their answers back.
+
+llama-server has /v1/messages, but ignores `id_slot` there (measured with xllamacpp 2026.10).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from tokcache.gateway.api.errors import ApiError
+from tokcache.gateway.api.rules import blanked
+from tokcache.gateway.api.streams import ChatAnswer
+
+_PASSED = ("model", "temperature", "top_p", "top_k", "stream", "max_tokens", "chat_template_kwargs")
+_STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def to_chat(body: dict[str, Any], *, is_counting: bool = False) -> dict[str, Any]:
+    """Return a Messages request as a chat completion.
+
+    Errors: ApiError 400 names the member that can't be translated.
+    """
+    if not isinstance(body.get("max_tokens"), int) and not is_counting:
+        raise ApiError(400, "max_tokens: an integer is required")
+    chat: dict[str, Any] = {name: body[name] for name in _PASSED if name in body}
+    chat["messages"] = _system(body.get("system"))
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "messages: a list of at least one message is required")
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
+            raise ApiError(400, f"messages.{position}: the role must be 'user' or 'assistant'")
+        chat["messages"] += _message(message, f"messages.{position}")
+    if body.get("tools"):
+        chat["tools"] = [_tool(each) for each in body["tools"]]
+    if body.get("tool_choice"):
+        chat["tool_choice"] = _tool_choice(body["tool_choice"])
+    if body.get("stop_sequences"):
+        chat["stop"] = body["stop_sequences"]
+    thinking = body.get("thinking")
+    if isinstance(thinking, dict):
+        is_on = thinking.get("type") != "disabled"
+        chat.setdefault("chat_template_kwargs", {"enable_thinking": is_on})
+    return chat
+
+
+def _system(found: Any) -> list[dict[str, Any]]:
+    if not found:
+        return []
+    if isinstance(found, list) and all(isinstance(each, dict) for each in found):
+        # llama-server's own /v1/messages blanks the billing line too; it is a block of its own.
+        texts = [blanked(str(each.get("text", ""))) for each in found]
+        return [{"role": "system", "content": "\n".join(texts)}]
+    if isinstance(found, str):
+        return [{"role": "system", "content": blanked(found)}]
+    raise ApiError(400, "system: a text or a list of text blocks is required")
+
+
+def _message(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """Return the chat messages of one message: tool results become messages of their own."""
+    role, content = message["role"], message.get("content")
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    if not isinstance(content, list):
+        raise ApiError(400, f"{place}.content: a text or a list of blocks is required")
+    made: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    thoughts: list[str] = []
+    tool_calls: list[dict[str, Any]] = []
+    for position, block in enumerate(content):
+        kind = block.get("type") if isinstance(block, dict) else None
+        where = f"{place}.content.{position}"
+        if kind == "text":
+            parts.append({"type": "text", "text": str(block.get("text", ""))})
+        elif kind == "image":
+            parts.append({"type": "image_url", "image_url": {"url": _image(block, where)}})
+        elif kind == "thinking":
+            thoughts.append(str(block.get("thinking", "")))
+        elif kind == "tool_use":
+            arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
+            function = {"name": str(block.get("name", "")), "arguments": arguments}
+            call = {"id": str(block.get("id", "")), "type": "function", "function": function}
+            tool_calls.append(call)
+        elif kind == "tool_result":
+            result = {"role": "tool", "tool_call_id": str(block.get("tool_use_id", ""))}
+            made.append({**result, "content": _result(block.get("content"), where)})
+        elif kind != "redacted_thinking":  # nobody but Anthropic can read those
+            raise ApiError(400, f"{where}: blocks of type {kind!r} can't be translated")
+    if not (parts or thoughts or tool_calls):
+        return made
+    rest: dict[str, Any] = {"role": role, "content": _joined(parts)}
+    if thoughts:
+        rest["reasoning_content"] = "".join(thoughts)
+    if tool_calls:
+        rest["tool_calls"] = tool_calls
+    return [*made, rest]
+
+
+def _joined(parts: list[dict[str, Any]]) -> Any:
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+def _image(block: dict[str, Any], place: str) -> str:
+    source = block.get("source")
+    if isinstance(source, dict) and source.get("type") == "base64":
+        return f"data:{source.get('media_type', 'image/png')};base64,{source.get('data', '')}"
+    # A URL would have the llama-server fetch it.
+    raise ApiError(400, f"{place}.source: only images of type base64 are accepted")
+
+
+def _result(content: Any, place: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(each, dict) for each in content):
+        texts = [str(each.get("text", "")) for each in content if each.get("type") == "text"]
+        if len(texts) == len(content):
+            return "\n".join(texts)
+    raise ApiError(400, f"{place}.content: only text is accepted in a tool result")
+
+
+def _tool(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict) or not isinstance(found.get("input_schema"), dict):
+        raise ApiError(
+            400, "tools: each needs a name and an input_schema; server tools are not run"
+        )
+    function = {"name": found.get("name"), "parameters": found["input_schema"]}
+    if found.get("description"):
+        function["description"] = found["description"]
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(found: Any) -> Any:
+    kind = found.get("type") if isinstance(found, dict) else None
+    if kind == "tool":
+        return {"type": "function", "function": {"name": found.get("name")}}
+    if kind not in ("auto", "any", "none"):
+        raise ApiError(400, f"tool_choice: the type {kind!r} is unknown")
+    return "required" if kind == "any" else kind
+
+
+def from_chat(answer: ChatAnswer, message_id: str, model: str) -> dict[str, Any]:
+    """Return a chat completion as a message."""
+    message = answer.message()
+    blocks: list[dict[str, Any]] = []
+    if message.get("reasoning_content"):
+        thinking = {"type": "thinking", "thinking": message["reasoning_content"], "signature": ""}
+        blocks.append(thinking)
+    if message["content"]:
+        blocks.append({"type": "text", "text": message["content"]})
+    for call in message.get("tool_calls", ()):
+        name, arguments = call["function"]["name"], _input(call["function"]["arguments"])
+        blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": arguments})
+    return {
+        "id": message_id,
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": blocks,
+        "stop_reason": _stop_reason(answer),
+        "stop_sequence": None,
+        "usage": usage(answer),
+    }
+
+
+def usage(answer: ChatAnswer) -> dict[str, int]:
+    """Return the counts of an answer; `input_tokens` leaves out those that were cached."""
+    counts = answer.counts
+    if counts is None:
+        return {"input_tokens": 0, "output_tokens": 0}
+    return {
+        "input_tokens": counts.n_prompt - counts.n_cached,
+        "cache_read_input_tokens": counts.n_cached,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": counts.n_predicted,
+    }
+
+
+def _stop_reason(answer: ChatAnswer) -> str:
+    return _STOPS.get(answer.finish_reason or "stop", "end_turn")
+
+
+def _input(arguments: str) -> Any:
+    try:
+        found = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {"arguments": arguments}
+
+
+class MessageEvents:
+    """Turns the chunks of a chat completion into the events of a streamed message.
+
+    The counts are known at the end of an answer; `message_delta` reports them all.
+    """
+
+    def __init__(self, answer: ChatAnswer, message_id: str, model: str) -> None:
+        self._answer = answer
+        self._id = message_id
+        self._model = model
+        self._index = -1
+        self._open: tuple[str, int] | None = None
+
+    def start(self) -> Iterator[dict[str, Any]]:
+        """Yield the first event."""
+        message = from_chat(ChatAnswer(), self._id, self._model)
+        yield {"type": "message_start", "message": {**message, "stop_reason": None}}
+
+    def feed(self, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the events of a chunk; `answer` has taken it before."""
+        for choice in found.get("choices") or ():
+            delta = choice.get("delta") or {}
+            if delta.get("reasoning_content"):
+                yield from self._opened("thinking", 0, {"thinking": "", "signature": ""})
+                part = {"type": "thinking_delta", "thinking": delta["reasoning_content"]}
+                yield self._delta(part)
+            if delta.get("content"):
+                yield from self._opened("text", 0, {"text": ""})
+                yield self._delta({"type": "text_delta", "text": delta["content"]})
+            for call in delta.get("tool_calls") or ():
+                function = call.get("function") or {}
+                block = {"id": call.get("id"), "name": function.get("name"), "input": {}}
+                yield from self._opened("tool_use", int(call.get("index") or 0), block)
+                if function.get("arguments"):
+                    part = {"type": "input_json_delta", "partial_json": function["arguments"]}
+                    yield self._delta(part)
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        """Yield the last events."""
+        yield from self._closed()
+        delta = {"stop_reason": _stop_reason(self._answer), "stop_sequence": None}
+        yield {"type": "message_delta", "delta": delta, "usage": usage(self._answer)}
+        yield {"type": "message_stop"}
+
+    def _opened(self, kind: str, number: int, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if self._open == (kind, number):
+            return
+        yield from self._closed()
+        self._open = (kind, number)
+        self._index += 1
+        block = {"type": kind, **block}
+        yield {"type": "content_block_start", "index": self._index, "content_block": block}
+
+    def _closed(self) -> Iterator[dict[str, Any]]:
+        if self._open is not None:
+            self._open = None
+            yield {"type": "content_block_stop", "index": self._index}
+
+    def _delta(self, part: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": self._index, "delta": part}

@@ -1,0 +1,461 @@
+"""The HTTP endpoints of the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.routing import Route
+
+from tokcache.errors import ServerError
+from tokcache.gateway.api import messages, rules
+from tokcache.gateway.api.body import (
+    read_object,
+    require_no_fetches,
+    require_one_answer,
+    with_settings,
+)
+from tokcache.gateway.api.errors import ApiError, error_body
+from tokcache.gateway.api.streams import Answer, ChatAnswer, ResponsesAnswer, TextAnswer
+from tokcache.gateway.metrics import exposition, status
+from tokcache.gateway.page import PAGE
+from tokcache.gateway.routing.chain import Prompt, chat_prompt, responses_prompt, text_prompt
+from tokcache.gateway.routing.slots import Wish
+from tokcache.gateway.tenants import Tenant, Tenants
+
+if TYPE_CHECKING:
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+    from tokcache.gateway.service import Service
+    from tokcache.gateway.turn import Turn
+
+_CHAT, _TEXT, _RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+_MESSAGES = "/v1/messages"
+_ID_BYTES = 12
+_WITH_UNREAD_BODY = {408, 413}
+_NO_STORE = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+_PAGE_HEADERS = {
+    **_NO_STORE,
+    "content-security-policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline';"
+    " script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "referrer-policy": "no-referrer",
+}
+_log = logging.getLogger("tokcache.gateway")
+Handler = Callable[[Request], Awaitable["Response"]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Api:
+    """How one API names its prompt and puts its answers together."""
+
+    path: str
+    prompt: Callable[[Mapping[str, Any], bytes, str | None], Prompt]
+    answer: Callable[[], Answer]
+
+
+_APIS = {
+    _CHAT: _Api(_CHAT, chat_prompt, ChatAnswer),
+    _TEXT: _Api(_TEXT, text_prompt, TextAnswer),
+    _RESPONSES: _Api(_RESPONSES, responses_prompt, ResponsesAnswer),
+}
+
+
+def make_app(service: Service) -> Starlette:
+    """Return the ASGI application of a service."""
+    endpoints = Endpoints(service)
+    config = service.config
+    routes = [
+        Route(path, endpoints.wrapped(endpoints.generate), methods=["POST"]) for path in _APIS
+    ]
+    for path, handler, method in (
+        (_MESSAGES, endpoints.message, "POST"),
+        (f"{_MESSAGES}/count_tokens", endpoints.count_tokens, "POST"),
+        ("/v1/embeddings", endpoints.embeddings, "POST"),
+        ("/tokenize", endpoints.passed, "POST"),
+        ("/detokenize", endpoints.passed, "POST"),
+        ("/v1/models", endpoints.models, "GET"),
+        ("/health", endpoints.health, "GET"),
+        ("/metrics", endpoints.metrics, "GET"),
+        ("/status.json", endpoints.status, "GET"),
+        ("/", endpoints.page, "GET"),
+    ):
+        routes.append(Route(path, endpoints.wrapped(handler), methods=[method]))
+    middleware = []
+    if config.allowed_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(config.allowed_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-tokcache-plan", "x-tokcache-planned-tokens"],
+            )
+        )
+    return Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={404: endpoints.no_such_path, 405: endpoints.no_such_path},
+    )
+
+
+class Endpoints:
+    """The handlers of all paths.
+
+    Threads: not safe; one event loop.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._config = service.config
+        self._tenants = Tenants(service.config.tenants)
+        hosts = {"localhost", "127.0.0.1", "[::1]", self._config.host, *self._config.allowed_hosts}
+        is_loopback = self._config.host in ("127.0.0.1", "localhost", "::1")
+        # A web page can make a browser send requests here under another name (DNS rebinding).
+        self._hosts = hosts if is_loopback or self._config.allowed_hosts else None
+
+    # -- shared by all handlers ---------------------------------------------------------------
+
+    def wrapped(self, handler: Handler) -> Handler:
+        """Return a handler that refuses foreign pages and answers errors in the API's form."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                self._require_own_page(request)
+                return await handler(request)
+            except ApiError as error:
+                return self._failed(request, error)
+            except ClientDisconnect:
+                return PlainTextResponse("", status_code=400)
+            except ServerError as error:
+                _log.warning("%s: %s", request.url.path, type(error).__name__)
+                failed = ApiError(502, "the llama-server could not be asked; try again")
+                return self._failed(request, failed)
+
+        return handle
+
+    def _require_own_page(self, request: Request) -> None:
+        host = request.headers.get("host", "").rpartition(":")
+        name = host[0] if host[0] and host[2].isdigit() else "".join(host)
+        if self._hosts is not None and name.lower() not in self._hosts:
+            raise ApiError(403, "this host name is not served; add it to allowed_hosts")
+        origin = request.headers.get("origin")
+        is_own = origin in (None, f"{request.url.scheme}://{request.headers.get('host')}")
+        if not is_own and not {origin, "*"} & set(self._config.allowed_origins):
+            raise ApiError(
+                403, "pages of this origin may not use the gateway; add it to allowed_origins"
+            )
+
+    def _failed(self, request: Request, error: ApiError) -> Response:
+        self._service.counts[f"error_{error.status}"] += 1
+        headers = dict(_NO_STORE)
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(error.retry_after_s)
+        if error.status in _WITH_UNREAD_BODY:
+            headers["connection"] = "close"
+        body = error_body(error, is_anthropic=request.url.path.startswith(_MESSAGES))
+        return JSONResponse(body, status_code=error.status, headers=headers)
+
+    async def no_such_path(self, request: Request, _: Exception) -> Response:
+        """Answer a path or method that is not served."""
+        return self._failed(request, ApiError(404, "the gateway does not serve this path"))
+
+    async def _body(self, request: Request) -> bytes:
+        """Return the body; refuse one that is too large or comes too slowly."""
+        limit = int(self._config.max_body_bytes)
+        too_large = ApiError(413, f"the body is larger than {limit:,} bytes")
+        declared = request.headers.get("content-length", "0")
+        if not declared.isdigit() or int(declared[:20]) > limit:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._config.body_timeout_s):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body did not arrive within {self._config.body_timeout_s:g} s"
+            ) from None
+        return bytes(body)
+
+    def _server_model(self, body: Mapping[str, Any]) -> str:
+        """Return the model that a request must go to, "" if all servers have the same."""
+        known = {each.model for each in self._service.router.servers.values() if each.model}
+        asked = body.get("model")
+        if len(known) <= 1 or asked in known:
+            return str(asked) if len(known) > 1 else ""
+        raise ApiError(
+            404, f"there is no such model; served are {', '.join(sorted(known))}", code="model"
+        )
+
+    # -- answers ------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> Response:
+        """Answer a chat completion, completion or response."""
+        tenant = self._tenants.find(request.headers)
+        raw = await self._body(request)
+        body = read_object(raw)
+        api = _APIS[request.url.path]
+        if api.path == _CHAT:
+            body, changed = self._ruled(body)
+            raw = json.dumps(body).encode() if changed else raw
+            request.state.rules = changed
+        is_stream = body.get("stream") is True
+        if not is_stream:
+            settings: dict[str, Any] = {"stream": True}
+            if api.path == _CHAT:
+                settings["stream_options"] = {"include_usage": True}
+            raw = with_settings(raw, settings)
+        opened = await self._open(request, tenant, api, body, raw)
+        if opened is None:
+            raise ClientDisconnect
+        turn, answer = opened
+        headers = _headers(request, turn)
+        if is_stream:
+            return _Stream(self._streamed(turn), turn, tenant, headers)
+        await self._collect(request, turn, tenant)
+        return JSONResponse({**answer.body(), "tokcache": turn.happened()}, headers=headers)
+
+    async def message(self, request: Request) -> Response:
+        """Answer an Anthropic message by a chat completion."""
+        tenant = self._tenants.find(request.headers)
+        body = read_object(await self._body(request))
+        chat, request.state.rules = self._ruled(_translated(body))
+        is_stream = chat.get("stream") is True
+        chat |= {"stream": True, "stream_options": {"include_usage": True}}
+        opened = await self._open(request, tenant, _APIS[_CHAT], chat, json.dumps(chat).encode())
+        if opened is None:
+            raise ClientDisconnect
+        turn, answer = opened
+        headers = _headers(request, turn)
+        if not isinstance(answer, ChatAnswer):  # never; for the type checker
+            raise TypeError
+        message_id = f"msg_{secrets.token_hex(_ID_BYTES)}"
+        model = str(body.get("model") or turn.made.slot.server.model)
+        if is_stream:
+            events = messages.MessageEvents(answer, message_id, model)
+            return _Stream(self._streamed_message(turn, events), turn, tenant, headers)
+        await self._collect(request, turn, tenant)
+        return JSONResponse(messages.from_chat(answer, message_id, model), headers=headers)
+
+    def _ruled(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return a body after the configured rules; count the volatile parts that are left."""
+        body, changed = rules.apply(body, self._config.rules)
+        for name in rules.suggested(body):
+            self._service.router.reasons[f"volatile_{name}"] += 1
+        return body, changed
+
+    async def _open(
+        self, request: Request, tenant: Tenant, api: _Api, body: Mapping[str, Any], raw: bytes
+    ) -> tuple[Turn, Answer] | None:
+        """Send a request to its slot; return None if the client left while it waited."""
+        require_one_answer(body)
+        require_no_fetches(body.get("messages") or body.get("input"))
+        model = self._server_model(body)
+        try:
+            prompt = api.prompt(body, self._service.key, tenant.scope)
+            wish = Wish(prompt.chain(), tenant.scope, model, time.monotonic())
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply") from None
+        answer = api.answer()
+        tenant.start(time.monotonic())
+        try:
+            turn = await _unless_gone(
+                request, self._service.open(wish, prompt, api.path, raw, answer)
+            )
+        except BaseException:
+            tenant.end(0)
+            raise
+        if turn is None:
+            tenant.end(0)
+            return None
+        return turn, answer
+
+    async def _collect(self, request: Request, turn: Turn, tenant: Tenant) -> None:
+        """Read a whole answer; stop if the client leaves."""
+
+        async def read() -> bool:
+            async for _ in turn.events():
+                pass
+            return True
+
+        try:
+            if await _unless_gone(request, read()) is None:
+                raise ClientDisconnect
+        finally:
+            turn.close()
+            tenant.end(turn.n_tokens)
+
+    async def _streamed(self, turn: Turn) -> AsyncIterator[bytes]:
+        try:
+            async for name, data, found in turn.events():
+                shown = data if found is None or data else json.dumps(found).encode()
+                yield (f"event: {name}\n".encode() if name else b"") + b"data: " + shown + b"\n\n"
+        except ApiError as error:
+            self._service.counts[f"error_{error.status}"] += 1
+            told = error_body(error, is_anthropic=False)
+            if turn.is_responses:
+                told = {"type": "error", "message": str(error), "code": error.code, "param": None}
+                yield b"event: error\n"
+            yield b"data: " + json.dumps(told).encode() + b"\n\n"
+
+    async def _streamed_message(
+        self, turn: Turn, events: messages.MessageEvents
+    ) -> AsyncIterator[bytes]:
+        try:
+            for event in events.start():
+                yield _event(event)
+            async for _, _, found in turn.events():
+                for event in events.feed(found or {}):
+                    yield _event(event)
+            for event in events.end():
+                yield _event(event)
+        except ApiError as error:
+            self._service.counts[f"error_{error.status}"] += 1
+            yield _event(error_body(error, is_anthropic=True))
+
+    # -- the other paths ----------------------------------------------------------------------
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Count the tokens of an Anthropic message's prompt."""
+        self._tenants.find(request.headers)
+        body = read_object(await self._body(request))
+        chat = _translated(body, is_counting=True)
+        upstream = self._service.any_upstream(self._server_model(body))
+        return JSONResponse({"input_tokens": await upstream.count_tokens(chat)})
+
+    async def embeddings(self, request: Request) -> Response:
+        """Pass on a request for embeddings, which llama-server gives to any slot."""
+        if not self._tenants.is_open:
+            self._tenants.find(request.headers)
+            raise ApiError(
+                501,
+                "llama-server pins embeddings to no slot, so with tenants they are"
+                " not passed on; run a gateway without tenants for them",
+            )
+        return await self.passed(request)
+
+    async def passed(self, request: Request) -> Response:
+        """Pass on a request that needs no slot."""
+        self._tenants.find(request.headers)
+        raw = await self._body(request)
+        upstream = self._service.any_upstream(self._server_model(read_object(raw)))
+        code, found = await upstream.post(request.url.path, raw)
+        return JSONResponse(found, status_code=code)
+
+    async def models(self, request: Request) -> Response:
+        """List the models of all servers that are up."""
+        self._tenants.find(request.headers)
+        listed: dict[str, Any] = {}
+        for server in self._service.router.servers.values():
+            if server.is_up:
+                look = self._service.looks[server.name]
+                listed[server.model] = {
+                    "id": server.model,
+                    "object": "model",
+                    "created": 0,
+                    "owned_by": "llamacpp",
+                    "meta": {"n_ctx": look.n_ctx},
+                }
+        return JSONResponse({"object": "list", "data": list(listed.values())})
+
+    async def health(self, _: Request) -> Response:
+        """Answer 200 if a server is up and the gateway is not shutting down."""
+        is_well = self._service.is_healthy and not self._service.is_draining
+        told = {"status": "ok" if is_well else "unavailable"}
+        return JSONResponse(told, status_code=200 if is_well else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Show all figures to Prometheus."""
+        self._require_admin(request)
+        text = exposition(self._service)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def status(self, request: Request) -> Response:
+        """Show the figures of the page."""
+        self._require_admin(request)
+        return JSONResponse(status(self._service), headers=_NO_STORE)
+
+    async def page(self, _: Request) -> Response:
+        """Show the page; it asks for the figures itself, with a key if one is needed."""
+        return HTMLResponse(PAGE, headers=_PAGE_HEADERS)
+
+    def _require_admin(self, request: Request) -> None:
+        if not self._tenants.find(request.headers).config.is_admin:
+            raise ApiError(403, "these figures cover all tenants; use a key with is_admin = true")
+
+
+def _translated(body: dict[str, Any], *, is_counting: bool = False) -> dict[str, Any]:
+    try:
+        return messages.to_chat(body, is_counting=is_counting)
+    except (TypeError, AttributeError, RecursionError):
+        raise ApiError(400, "the message has a member of another type than the API's") from None
+
+
+class _Stream(StreamingResponse):
+    """A stream of events that closes its turn, also if the client leaves before the first one."""
+
+    def __init__(
+        self, content: AsyncIterator[bytes], turn: Turn, tenant: Tenant, headers: dict[str, str]
+    ) -> None:
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._turn = turn
+        self._tenant = tenant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._turn.close()
+            self._tenant.end(self._turn.n_tokens)
+
+
+def _headers(request: Request, turn: Turn) -> dict[str, str]:
+    headers = {
+        **_NO_STORE,
+        "x-tokcache-plan": turn.plan,
+        "x-tokcache-planned-tokens": str(turn.n_promised),
+    }
+    if changed := getattr(request.state, "rules", None):
+        headers["x-tokcache-rules"] = ",".join(changed)
+    return headers
+
+
+def _event(found: dict[str, Any]) -> bytes:
+    return f"event: {found['type']}\ndata: {json.dumps(found)}\n\n".encode()
+
+
+async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+    """Return the result of `work`; if the client leaves before, cancel it and return None."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return None
+    finally:
+        for each in (task, gone):
+            if not each.done():
+                each.cancel()
+                with suppress(asyncio.CancelledError):
+                    await each
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

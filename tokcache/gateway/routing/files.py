@@ -1,0 +1,278 @@
+"""The saved slots: which prefix each file holds, which are evicted, and the list on disk.
+
+A file belongs to one pool: the servers that share a slot folder, a model, a build and a context
+size. It is found by the links of its chain, so a look-up costs the request's length, not the number
+of files. The list holds digests and numbers only. It is written with each change, so that a restart
+finds the files again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokcache.gateway.routing.chain import Chain
+
+_FORMAT = 1
+_USE_IS_WORTH_S = 600.0  # a file used again counts as used that much later, for each use
+_MAX_USES = 8
+_NAME_BYTES = 20
+
+
+@dataclass(eq=False, slots=True)
+class SavedFile:
+    """One file; `n_prompt` tokens of it are the chain's first `n_prompt_links`."""
+
+    name: str
+    pool: str
+    chain: Chain
+    n_prompt_links: int
+    n_prompt: int
+    n_tokens: int
+    n_bytes: int
+    used_at: float = field(default_factory=time.time)
+    n_uses: int = 0
+    n_readers: int = 0
+    # A file of the warm folder: neither evicted nor replaced by a longer one.
+    is_pinned: bool = False
+
+    def tokens_at(self, n_links: int) -> int:
+        """Return about how many tokens the first `n_links` links take."""
+        return tokens_at(self.chain, n_links, self.n_prompt_links, self.n_prompt)
+
+
+def tokens_at(chain: Chain, n_links: int, n_prompt_links: int, n_prompt: int) -> int:
+    """Return the tokens of a chain's first links: known at the prompt's end, else by characters."""
+    n_links = min(n_links, n_prompt_links)
+    if n_links == n_prompt_links:
+        return n_prompt
+    return n_prompt * chain.chars_at(n_links) // max(1, chain.chars_at(n_prompt_links))
+
+
+class Files:
+    """All saved slots within a budget of bytes.
+
+    `folders` gives the folder of each pool whose files this process can delete. Evicted files of
+    other pools can't be deleted; their names are used again for new files.
+
+    Threads: not safe; used from one event loop.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.n_bytes = 0
+        self.n_evictions = 0
+        self.folders: dict[str, Path] = {}
+        # The probabilities of each pool's model after a fixed prompt, when its files were saved.
+        self.probes: dict[str, dict[str, list[Any]]] = {}
+        self.refusals: Counter[str] = Counter()
+        self._files: dict[str, SavedFile] = {}
+        self._by_link: dict[tuple[str, bytes], dict[SavedFile, None]] = {}
+        self._stale: dict[str, list[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __iter__(self) -> Iterator[SavedFile]:
+        return iter(self._files.values())
+
+    def __contains__(self, file: object) -> bool:
+        return isinstance(file, SavedFile) and self._files.get(file.name) is file
+
+    def find(self, pool: str, chain: Chain) -> tuple[SavedFile, int] | None:
+        """Return the file of a pool that shares most links with a chain, and their number."""
+        for n_links in range(len(chain), 0, -1):
+            held = self._by_link.get((pool, chain.links[n_links - 1]))
+            if held:
+                return max(held, key=lambda file: (-file.n_tokens, file.used_at)), n_links
+        return None
+
+    def covers(self, pool: str, chain: Chain) -> SavedFile | None:
+        """Return a file that holds all links of a chain."""
+        held = self._by_link.get((pool, chain.links[-1])) if len(chain) else None
+        return next(iter(held)) if held else None
+
+    def new_name(self, pool: str) -> str:
+        """Return a name that nobody can guess, or that of an evicted file that is still there."""
+        if self._stale.get(pool):
+            return self._stale[pool].pop()
+        return f"tokcache-{secrets.token_hex(_NAME_BYTES)}.bin"
+
+    def discard(self, pool: str, name: str) -> None:
+        """Remove a file that is not listed, for example one that is half written."""
+        if name in self._files:
+            self.drop(self._files[name])
+        else:
+            self._delete(pool, name)
+
+    def add(self, file: SavedFile) -> bool:
+        """List a file and drop the shorter ones that it contains; False if over the budget."""
+        for link in file.chain.links:
+            for other in list(self._by_link.get((file.pool, link), ())):
+                is_within = len(other.chain) <= len(file.chain) and other.chain.links[-1] == link
+                is_free = not other.n_readers and not other.is_pinned
+                if is_within and is_free and other.name != file.name:
+                    self.drop(other)
+        if file.name in self._files:
+            self._unlist(self._files[file.name])
+        if not self.make_room(file.n_bytes):
+            self.refusals["file_over_budget"] += 1
+            self._delete(file.pool, file.name)
+            return False
+        self._list(file)
+        return True
+
+    def make_room(self, n_bytes: int) -> bool:
+        """Evict the files that are worth least until `n_bytes` more fit."""
+        if n_bytes > self.max_bytes:
+            return False
+        for file in sorted(self._files.values(), key=_value):
+            if self.n_bytes + n_bytes <= self.max_bytes:
+                break
+            if not file.n_readers and not file.is_pinned:
+                self.n_evictions += 1
+                self.drop(file)
+        return self.n_bytes + n_bytes <= self.max_bytes
+
+    def touch(self, file: SavedFile) -> None:
+        """Record that a file was used."""
+        file.used_at = time.time()
+        file.n_uses += 1
+
+    def drop(self, file: SavedFile) -> None:
+        """Remove a file from the list and from its folder."""
+        if self._files.get(file.name) is file:
+            self._unlist(file)
+            self._delete(file.pool, file.name)
+
+    def write_list(self, path: Path) -> None:
+        """Write the list, so that a later process finds the files."""
+        told = {
+            "format": _FORMAT,
+            "files": [_told(file) for file in self._files.values()],
+            "stale": self._stale,
+            "folders": {pool: str(folder) for pool, folder in self.folders.items()},
+            "probes": self.probes,
+        }
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(dir=path.parent, prefix=".list-")  # mode 0600
+        try:
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                json.dump(told, file)
+            Path(made).replace(path)
+        except BaseException:
+            Path(made).unlink(missing_ok=True)
+            raise
+
+    def read_list(self, path: Path) -> int:
+        """List the files of an earlier process that are still there; return their number.
+
+        Files of a model that is not served now stay listed, for it may come back. A damaged list is
+        counted and ignored: the files in it are then not found.
+        """
+        try:
+            found = json.loads(path.read_bytes())
+            if found["format"] != _FORMAT:
+                self.refusals["list_of_other_format"] += 1
+                return 0
+            read = [_read(each) for each in found["files"]]
+            stale = {str(pool): [str(n) for n in names] for pool, names in found["stale"].items()}
+            folders = {str(pool): Path(each) for pool, each in found["folders"].items()}
+            probes = {str(pool): dict(each) for pool, each in found["probes"].items()}
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self.refusals["list_damaged"] += 1
+            return 0
+        self.folders.update(folders)
+        self.probes.update(probes)
+        self._stale.update(stale)
+        for file in sorted(read, key=lambda each: each.used_at):
+            if self.is_intact(file):
+                self.add(file)
+            else:
+                self.refusals["file_gone"] += 1
+        return len(self)
+
+    def clear(self, pool: str) -> None:
+        """Drop all files of a pool, for example because the model gives other probabilities."""
+        for file in [each for each in self._files.values() if each.pool == pool]:
+            self.drop(file)
+
+    def is_intact(self, file: SavedFile) -> bool:
+        """Return whether a listed file still has its size; True if its folder can't be reached."""
+        folder = self.folders.get(file.pool)
+        if folder is None:
+            return True
+        try:
+            return (folder / file.name).stat().st_size == file.n_bytes
+        except OSError:
+            return False
+
+    def _list(self, file: SavedFile) -> None:
+        self._files[file.name] = file
+        self.n_bytes += file.n_bytes
+        for link in file.chain.links:
+            self._by_link.setdefault((file.pool, link), {})[file] = None
+
+    def _unlist(self, file: SavedFile) -> None:
+        del self._files[file.name]
+        self.n_bytes -= file.n_bytes
+        for link in file.chain.links:
+            held = self._by_link[file.pool, link]
+            del held[file]
+            if not held:
+                del self._by_link[file.pool, link]
+
+    def _delete(self, pool: str, name: str) -> None:
+        folder = self.folders.get(pool)
+        if folder is not None:
+            try:
+                (folder / name).unlink(missing_ok=True)
+            except OSError:
+                self.refusals["file_not_deleted"] += 1
+            else:
+                return
+        self._stale.setdefault(pool, []).append(name)
+
+
+def remove_strangers(folder: Path, files: Files) -> int:
+    """Delete files with our form of name that no list names; return their number."""
+    n_removed = 0
+    listed = {file.name for file in files}
+    for path in folder.glob("tokcache-*.bin"):
+        if path.name not in listed:
+            with contextlib.suppress(OSError):  # another process deleted it first
+                path.unlink()
+                n_removed += 1
+    return n_removed
+
+
+def _value(file: SavedFile) -> float:
+    return file.used_at + _USE_IS_WORTH_S * min(file.n_uses, _MAX_USES)
+
+
+def _told(file: SavedFile) -> dict[str, Any]:
+    told = asdict(file)
+    told["links"] = [link.hex() for link in file.chain.links]
+    told["n_chars"] = list(file.chain.n_chars)
+    del told["chain"], told["n_readers"]
+    return told
+
+
+def _read(found: dict[str, Any]) -> SavedFile:
+    links = tuple(bytes.fromhex(each) for each in found.pop("links"))
+    n_chars = tuple(int(each) for each in found.pop("n_chars"))
+    name = str(found["name"])
+    if not links or len(links) != len(n_chars) or "/" in name or not name.startswith("tokcache-"):
+        raise ValueError(name)
+    return SavedFile(chain=Chain(links, n_chars), **found)

@@ -1,0 +1,321 @@
+"""Decides which slot serves a request, and the saves and restores before that. No I/O.
+
+1. `enqueue` takes a request; `assign` gives requests to idle slots and returns the assignments.
+2. The service saves, restores and erases as an assignment says and reports each with `saved`,
+   `restored` and `emptied`; then it sends the request to the assigned slot.
+3. `finish`, `reject` or `abort` records the slot's contents afterwards; `release` makes it idle.
+
+A slot serves one request at a time. A request goes where most of its prefix is held: a slot whose
+conversation it continues, else a saved file or another conversation's slot, which is saved first.
+It waits while a busy slot decodes a prefix that it needs, and then about as long as decoding takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+from tokcache.gateway.routing.chain import EMPTY, Chain
+from tokcache.gateway.routing.choice import MIN_RESTORE_TOKENS, Choice, choices, rank
+from tokcache.gateway.routing.files import Files, SavedFile
+from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
+
+_MIN_WAIT_TOKENS = 256
+_MAX_BYPASSED_S = 2.0  # a request that waited so long is served before later ones
+_MIN_SHARE_WAIT_S, _MAX_SHARE_WAIT_S = 1.0, 10.0
+_FEW_SLOTS = 3
+_FIRST_TOKENS_PER_CHAR = 0.3
+_KEPT = 0.9  # the share of the newest value in a running mean
+
+
+class QueueFull(Exception):
+    """The queue has no room; try again after `retry_after_s`."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class Router:
+    """Owns the slots, the queue and the choice between them.
+
+    Threads: not safe; used from one event loop.
+    """
+
+    def __init__(
+        self, files: Files, *, max_queue: int, min_save_tokens: int, side_tokens: int
+    ) -> None:
+        self.files = files
+        self.servers: dict[str, Server] = {}
+        self.queue: list[Wish] = []
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.erases_between_scopes = False
+        self._max_queue = max_queue
+        self._min_save_tokens = min_save_tokens
+        self._side_tokens = side_tokens
+        self._tokens_per_char = _FIRST_TOKENS_PER_CHAR
+        self._clock = itertools.count(1)
+
+    # -- servers ------------------------------------------------------------------------------
+
+    def server_up(self, name: str, *, model: str, pool: str, can_save: bool, n_slots: int) -> None:
+        """Record that a server started, or restarted with empty slots."""
+        server = self.servers.setdefault(name, Server(name))
+        server.model, server.pool, server.can_save = model, pool, can_save
+        server.is_up = True
+        server.epoch += 1
+        server.n_useless_restores = 0
+        while len(server.slots) < n_slots:
+            server.slots.append(Slot(server, len(server.slots)))
+        del server.slots[n_slots:]
+        for slot in server.slots:
+            slot.lost()
+            # A server that ran before this process may hold anybody's tokens.
+            slot.is_dirty = True
+
+    def server_down(self, name: str) -> None:
+        """Record that a server can't be reached; the contents of its slots are lost."""
+        server = self.servers[name]
+        server.is_up = False
+        server.epoch += 1
+        for slot in server.slots:
+            slot.lost()
+
+    def idle(self, model: str = "") -> list[Slot]:
+        """Return the idle slots of the servers that are up and have the model."""
+        return [
+            slot
+            for server in self.servers.values()
+            if server.is_up and model in ("", server.model)
+            for slot in server.slots
+            if not slot.is_busy
+        ]
+
+    # -- the queue ----------------------------------------------------------------------------
+
+    def enqueue(self, wish: Wish) -> None:
+        """Queue a request, or raise QueueFull."""
+        if len(self.queue) >= self._max_queue:
+            self.reasons["queue_full"] += 1
+            raise QueueFull(1 + len(self.queue) // 8)
+        self.queue.append(wish)
+
+    def cancel(self, wish: Wish) -> None:
+        """Remove a request that no longer waits."""
+        if wish in self.queue:
+            self.queue.remove(wish)
+
+    def assign(self, now: float) -> list[Assignment]:
+        """Give queued requests to idle slots; a request may prefer to wait."""
+        made = []
+        while self.queue and self.idle():
+            assignment = next(
+                filter(None, (self._try(wish, now) for wish in self._order(now))), None
+            )
+            if assignment is None:
+                break
+            made.append(assignment)
+        return made
+
+    def _order(self, now: float) -> list[Wish]:
+        """Return the queue: those that waited long, then those that continue an idle slot."""
+        idle = self.idle()
+
+        def rank(wish: Wish) -> tuple[int, float]:
+            if now - wish.arrived > _MAX_BYPASSED_S:
+                return 0, wish.arrived
+            is_continued = any(slot.is_continued_by(wish) for slot in idle)
+            return (1 if is_continued else 2), wish.arrived
+
+        return sorted(self.queue, key=rank)
+
+    def _try(self, wish: Wish, now: float) -> Assignment | None:
+        idle = self.idle(wish.model)
+        if not idle:
+            return None
+        is_side = self._is_side(wish)
+        best = max(
+            choices(self.files, wish, idle),
+            key=lambda each: rank(each, wish, is_side=is_side, side_tokens=self._side_tokens),
+        )
+        if self._is_worth_waiting(wish, best, now):
+            wish.has_waited_for_prefix = True
+            return None
+        self.queue.remove(wish)
+        return self._assigned(wish, best)
+
+    def _is_side(self, wish: Wish) -> bool:
+        n_chars = wish.chain.chars_at(len(wish.chain))
+        return n_chars * self._tokens_per_char < self._side_tokens
+
+    def _is_worth_waiting(self, wish: Wish, best: Choice, now: float) -> bool:
+        """Return whether a busy slot will hold much more, sooner than it could be decoded."""
+        for server in self.servers.values():
+            if not server.is_up or not server.can_restore or wish.model not in ("", server.model):
+                continue
+            for slot in server.slots:
+                if not slot.is_busy or slot.scope != wish.scope:
+                    continue
+                n_shared = slot.coming.n_common(wish.chain)
+                n_tokens = int(wish.chain.chars_at(n_shared) * self._tokens_per_char)
+                n_more = n_tokens - best.n_gained
+                if n_more < _MIN_WAIT_TOKENS or now - wish.arrived > _MAX_SHARE_WAIT_S:
+                    continue
+                # Decoding the prefix a second time would not be ready before the first time is.
+                # After that the slot is free when the answer ends, which may take long.
+                wait_s = max(_MIN_SHARE_WAIT_S, n_more / server.tokens_per_s)
+                if slot.begun_at is None or now - slot.begun_at < wait_s:
+                    return True
+        return False
+
+    def _assigned(self, wish: Wish, choice: Choice) -> Assignment:
+        slot = choice.slot
+        made = Assignment(
+            wish, slot, choice.source, choice.n_gained, "", file=choice.file, copied=choice.copied
+        )
+        made.n_links, made.epoch = choice.n_links, slot.server.epoch
+        if choice.n_links < len(wish.chain) - 1:  # more than the last piece has to be decoded
+            made.reason = "different_text" if choice.n_links else "never_stored"
+            made.reason = "busy" if wish.has_waited_for_prefix else made.reason
+        if choice.copied is not None:
+            choice.copied.is_busy = True
+            if not self._is_saved(choice.copied):
+                made.save.append(choice.copied)
+        keeps_all = choice.source == "slot" and slot.is_continued_by(wish)
+        if not keeps_all and self.is_worth_saving(slot):
+            made.save.append(slot)
+        is_of_another = slot.is_dirty and slot.scope != wish.scope
+        made.is_erased = is_of_another and self.erases_between_scopes
+        if choice.file is not None:
+            choice.file.n_readers += 1
+        slot.is_busy = True
+        slot.coming, slot.begun_at = wish.chain, None
+        others = [each for each in slot.server.slots if each is not slot]
+        is_only = len(others) + 1 >= _FEW_SLOTS and not any(each.is_side for each in others)
+        slot.is_side = is_only and self._is_side(wish)
+        slot.used_at = next(self._clock)
+        self.counts[f"plan_{choice.source}"] += 1
+        return made
+
+    # -- reports of the service ---------------------------------------------------------------
+
+    def is_worth_saving(self, slot: Slot) -> bool:
+        """Return whether a slot's contents should be saved before they are lost."""
+        is_long = slot.n_tokens >= self._min_save_tokens and len(slot.chain) > 0
+        return is_long and slot.server.can_restore and not self._is_saved(slot)
+
+    def _is_saved(self, slot: Slot) -> bool:
+        if slot.saved is not None and slot.saved in self.files:
+            return True
+        slot.saved = self.files.covers(slot.server.pool, slot.chain)
+        return slot.saved is not None
+
+    def saved(self, slot: Slot, name: str, n_tokens: int, n_bytes: int) -> SavedFile | None:
+        """Record a slot's new file; None if it is over the budget."""
+        file = SavedFile(
+            name=name,
+            pool=slot.server.pool,
+            chain=slot.chain,
+            n_prompt_links=slot.n_prompt_links,
+            n_prompt=slot.n_prompt,
+            n_tokens=n_tokens,
+            n_bytes=n_bytes,
+        )
+        self.counts["save"] += 1
+        slot.saved = file if self.files.add(file) else None
+        return slot.saved
+
+    def restored(self, made: Assignment, file: SavedFile) -> None:
+        """Record that the assigned slot holds a file's contents."""
+        self.counts["restore"] += 1
+        self.files.touch(file)
+        slot = made.slot
+        slot.scope = made.wish.scope
+        slot.holds(file.chain, file.n_prompt_links, file.n_prompt, file.n_tokens)
+        slot.saved = file
+
+    def not_restored(self, made: Assignment, reason: str) -> None:
+        """Record that a file could not be restored; a failed restore empties the slot."""
+        self.reasons[reason] += 1
+        made.source, made.n_promised, made.reason = "none", 0, reason
+        made.slot.lost()
+
+    def read_done(self, made: Assignment) -> None:
+        """Record that an assignment no longer needs its file or the slot that it copies."""
+        if made.file is not None:
+            made.file.n_readers -= 1
+            made.file = None
+        if made.copied is not None:
+            made.copied.is_busy = False
+            made.copied = None
+
+    def finish(
+        self, made: Assignment, chain: Chain, *, n_prompt: int, n_cached: int, n_tokens: int
+    ) -> str:
+        """Record an answer, compare the promise with the tokens used, and return the reason."""
+        slot, wish = made.slot, made.wish
+        slot.holds(chain, len(wish.chain), n_prompt, n_tokens)
+        slot.scope = wish.scope
+        slot.n_uses += 1
+        if made.epoch != slot.server.epoch:
+            slot.lost()
+        n_chars = wish.chain.chars_at(len(wish.chain))
+        if n_chars and n_prompt:
+            share = n_prompt / n_chars
+            self._tokens_per_char = _KEPT * self._tokens_per_char + (1 - _KEPT) * share
+        self.counts["request"] += 1
+        self.counts["prompt_tokens"] += n_prompt
+        self.counts["cached_tokens"] += n_cached
+        self.counts["restored_tokens"] += n_cached if made.source == "file" else 0
+        is_kept = 2 * n_cached >= made.n_promised
+        server = slot.server
+        if made.source == "file":
+            server.n_useless_restores = 0 if is_kept else server.n_useless_restores + 1
+        if made.n_promised >= MIN_RESTORE_TOKENS and not is_kept:
+            made.reason = (
+                "restore_not_used_by_server" if made.source == "file" else "slot_changed_by_others"
+            )
+        if made.reason:
+            self.reasons[made.reason] += 1
+        return made.reason
+
+    def reject(self, made: Assignment) -> None:
+        """Record that the server rejected the request; the slot's contents are as before."""
+        if made.is_sent:  # for safety, as if it had decoded some of the prompt
+            made.slot.scope, made.slot.is_dirty = made.wish.scope, True
+        self.counts["rejected"] += 1
+
+    def abort(self, made: Assignment, *, has_begun: bool) -> None:
+        """Record that a request was cut off; only the shared prefix, or the prompt, is certain."""
+        slot, wish = made.slot, made.wish
+        self.counts["aborted"] += 1
+        if not made.is_sent:
+            # The slot may still hold the tokens of its scope, or half of a restored file.
+            slot.lost()
+            return
+        slot.scope = wish.scope
+        slot.is_dirty = True
+        if made.epoch != slot.server.epoch:
+            slot.lost()
+        elif has_begun:
+            n_chars = wish.chain.chars_at(len(wish.chain))
+            n_tokens = int(n_chars * self._tokens_per_char)
+            slot.holds(wish.chain, len(wish.chain), n_tokens, n_tokens)
+        else:
+            links, chars = slot.chain.links[: made.n_links], slot.chain.n_chars[: made.n_links]
+            slot.holds(Chain(links, chars), made.n_links, made.n_promised, made.n_promised)
+
+    def begun(self, slot: Slot, now: float) -> None:
+        """Record that a slot's prompt was decoded and its answer began."""
+        slot.begun_at = now
+
+    def measured(self, server: Server, n_tokens: int, seconds: float) -> None:
+        """Record how long a server took to decode part of a prompt."""
+        if n_tokens >= _MIN_WAIT_TOKENS and seconds > 0:
+            server.tokens_per_s = n_tokens / seconds
+
+    def release(self, slot: Slot) -> None:
+        """Make a slot idle."""
+        slot.is_busy = False
+        slot.coming = EMPTY

@@ -1,0 +1,1 @@
+"""The llama-servers: one over HTTP, and one that is started here."""

@@ -1,0 +1,182 @@
+"""One request in its slot: sends it, reads its stream, records its counts, releases the slot."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokcache.errors import ServerRefused, ServerUnreachable
+from tokcache.gateway.api.body import event_object, with_settings
+from tokcache.gateway.api.errors import ApiError, upstream_error
+from tokcache.gateway.servers.upstream import Lines
+
+if TYPE_CHECKING:
+    from tokcache.gateway.api.streams import Answer
+    from tokcache.gateway.routing.chain import Prompt
+    from tokcache.gateway.routing.slots import Assignment
+    from tokcache.gateway.service import Service
+
+_OK = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """One answered request in numbers, for the page."""
+
+    at: float
+    api: str
+    plan: str
+    n_prompt: int
+    n_cached: int
+    n_predicted: int
+    first_s: float
+    reason: str
+
+
+class Turn:
+    """A request and the slot that it was assigned; whoever opens it closes it."""
+
+    def __init__(
+        self, service: Service, made: Assignment, prompt: Prompt, answer: Answer, api: str
+    ) -> None:
+        self.made = made
+        self.answer = answer
+        self.n_tokens = 0
+        self.plan, self.n_promised = made.source, made.n_promised
+        self._service = service
+        self._prompt = prompt
+        self._api = api
+        self._stack = AsyncExitStack()
+        self._response: Any = None
+        self._has_begun = False
+        self._is_finished = False
+        self._is_closed = False
+        self._first_s = 0.0
+        service.n_turns += 1
+
+    async def send(self, path: str, body: bytes) -> None:
+        """Send the request; raise ApiError if the upstream rejects it.
+
+        Errors: ServerUnreachable before the first byte of an answer.
+        """
+        upstream = self._service.upstreams[self.made.slot.server.name]
+        body = with_settings(body, {"id_slot": self.made.slot.id, "cache_prompt": True})
+        enter = self._stack.enter_async_context
+        try:
+            self._response = await enter(upstream.stream(path, body))
+        except ServerRefused:
+            raise
+        except ServerUnreachable:
+            # llama-server closes a connection after 100 requests, without announcing it. A pinned
+            # request can be sent twice: the slot serves one after the other.
+            self._service.counts["reconnect"] += 1
+            self._response = await enter(upstream.stream(path, body))
+        if self._response.status_code != _OK:
+            raise upstream_error(self._response.status_code, await upstream.body_of(self._response))
+
+    async def events(self) -> AsyncIterator[tuple[str, bytes, dict[str, Any] | None]]:
+        """Yield the name, data and object of each event; `[DONE]` has no object.
+
+        Errors: ApiError if the upstream breaks off, reports an error or sends no JSON.
+        """
+        lines = Lines()
+        try:
+            async for chunk in self._response.aiter_raw():
+                for name, data in lines.feed(chunk):
+                    if data == b"[DONE]":
+                        yield name, data, None
+                        continue
+                    found = event_object(data)
+                    self.answer.feed({"error": found} if name == "error" else found)
+                    if not self._has_begun:
+                        self._has_begun = True
+                        now = time.monotonic()
+                        self._first_s = now - self.made.wish.arrived
+                        self._service.router.begun(self.made.slot, now)
+                    if self.answer.counts is not None and not self._is_finished:
+                        self._finish()
+                    if self._is_finished and ("timings" in found or "usage" in found):
+                        found["tokcache"] = self.happened()
+                        data = b""  # noqa: PLW2901 (the object has changed)
+                    yield name, data, found
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ApiError(502, "the llama-server sent an event of another form") from error
+        except self._service.broken as error:
+            raise ApiError(502, "the llama-server broke off in the middle of the answer") from error
+        if not self._is_finished:
+            raise ApiError(502, "the llama-server ended its answer without the counts at its end")
+
+    @property
+    def is_responses(self) -> bool:
+        """Return whether the client called the Responses API, whose errors have another form."""
+        return self._api == "/v1/responses"
+
+    def happened(self) -> dict[str, Any]:
+        """Return the plan, the tokens that were really cached, and the reason for any shortfall."""
+        counts = self.answer.counts
+        return {
+            "plan": self.plan,
+            "planned_tokens": self.n_promised,
+            "cached_tokens": counts.n_cached if counts else 0,
+            "prompt_tokens": counts.n_prompt if counts else 0,
+            "reason": self.made.reason,
+        }
+
+    def _finish(self) -> None:
+        counts, router = self.answer.counts, self._service.router
+        if counts is None:
+            return
+        self._is_finished = True
+        self.n_tokens = counts.n_prompt + counts.n_predicted
+        router.measured(self.made.slot.server, counts.n_prompt - counts.n_cached, counts.prompt_s)
+        reason = router.finish(
+            self.made,
+            self._prompt.chain(self.answer.element()),
+            n_prompt=counts.n_prompt,
+            n_cached=counts.n_cached,
+            n_tokens=self.n_tokens,
+        )
+        self._service.recent.append(
+            Recent(
+                time.time(),
+                self._api,
+                self.plan,
+                counts.n_prompt,
+                counts.n_cached,
+                counts.n_predicted,
+                self._first_s,
+                reason,
+            )
+        )
+
+    def close(self) -> None:
+        """Release the slot, at once or when the upstream has noticed that the request is over.
+
+        It does not wait: it also runs when the task of a client that left is cancelled.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if not self._is_finished:
+            self._service.router.abort(self.made, has_begun=self._has_begun)
+        self._service.in_background(self._settle())
+
+    def rejected(self) -> None:
+        """Release the slot of a request that the upstream rejected."""
+        self._is_closed = True
+        self._service.router.reject(self.made)
+        self._service.in_background(self._settle())
+
+    async def _settle(self) -> None:
+        try:
+            with contextlib.suppress(*self._service.broken):
+                await self._stack.aclose()
+            if not self._is_finished:
+                await self._service.wait_until_idle(self.made.slot)
+        finally:
+            self._service.n_turns -= 1
+            self._service.release(self.made.slot)
