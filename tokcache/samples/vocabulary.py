@@ -106,9 +106,10 @@ def _byte_level(description: dict[str, Any], config: dict[str, Any]) -> Vocabula
     pattern = next(
         (part["pattern"].get("Regex") for part in parts if part["type"] == "Split"), None
     )
-    pre = _PRE_BY_PATTERN.get(pattern, "default")
     if pattern is None:
         pre = "gpt-2" if byte_level.get("use_regex", True) else "default"
+    else:
+        pre = _PRE_BY_PATTERN.get(pattern, "default")
     tokens, types = _table(description["model"]["vocab"], description)
     return Vocabulary(
         model="gpt2",
