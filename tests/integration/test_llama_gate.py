@@ -1,8 +1,7 @@
 """How long the users of one Llama wait for each other, and when a Llama is freed.
 
-Waiting is counted in calls of llama_decode, not in seconds: a decode is stopped in the middle
-(`Decodes`), the other threads queue up, and each decode that starts before they are served is
-counted.
+Waiting is measured in calls of llama_decode, not in seconds: `Decodes` stops one decode until the
+other threads are in the queue, then counts the decodes that start before they are served.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ STOP_AT = {"in the prompt": 2, "in the answer": 12}
 @pytest.mark.parametrize("stop_at", STOP_AT.values(), ids=STOP_AT)
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("call", SHORT_CALLS)
-def test_a_call_waits_for_the_decode_in_progress_alone(
+def test_a_call_waits_only_for_the_decode_in_progress(
     architecture: str, expected: list[str], call: str, is_stream: bool, stop_at: int
 ) -> None:
     llm = model(model=samples.tiny_model(architecture=architecture), reproducible=True)
@@ -178,7 +177,7 @@ def test_another_thread_closes_a_stream_in_the_middle_of_a_step(
     closing = queued(llm, stream.close)
     decodes.go_on()
     closing.result()
-    assert consumer.result() < LONG["max_tokens"]  # it ended as an exhausted stream does
+    assert consumer.result() < LONG["max_tokens"]  # no error: it ended like an exhausted stream
     assert decodes.n == stop_at
     assert next(stream, None) is None
     n_saved = llm.prefix_cache.stats().saved_tokens
@@ -190,7 +189,7 @@ def test_another_thread_closes_a_stream_in_the_middle_of_a_step(
 
 @pytest.mark.parametrize("stop_at", STOP_AT.values(), ids=STOP_AT)
 @pytest.mark.parametrize("kind", ["stream", "whole", "eval", "generate", "chat"])
-def test_the_model_closes_within_a_decode(
+def test_closing_waits_only_for_the_decode_in_progress(
     architecture: str, expected: list[str], kind: str, stop_at: int
 ) -> None:
     cache = store()
@@ -221,7 +220,7 @@ def test_the_model_closes_within_a_decode(
     after.close()
 
 
-def test_embedding_many_texts_lets_a_close_in() -> None:
+def test_a_model_can_close_while_it_embeds_many_texts() -> None:
     llm = model(embedding=True)
     decodes = Decodes(llm, 2)
     texts = ["The import system of Python: " * 9] * 40
@@ -345,7 +344,7 @@ class Interrupting(threading.Condition):
         return True
 
 
-def test_an_interrupt_in_a_pause_is_raised_once_the_gate_is_held(
+def test_an_interrupt_of_a_paused_generation_is_raised_after_it_takes_the_gate_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = model(reproducible=True)
@@ -477,8 +476,8 @@ def test_an_abandoned_stream_is_saved_at_the_next_request() -> None:
 
 
 @pytest.mark.parametrize("lock", ["cache", "gate", "step of another thread"])
-def test_nothing_waits_in_a_garbage_collection(lock: str) -> None:
-    """A generator of the user that delegates to a stream closes it when it is collected."""
+def test_a_garbage_collection_never_waits_for_a_lock(lock: str) -> None:
+    """Collecting a user's generator that delegates to a stream closes the stream."""
     llm = model()
     stream = llm.create_completion(PROMPTS[0], stream=True, **LONG)
 

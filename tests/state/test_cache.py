@@ -43,7 +43,7 @@ def test_longest_prefix_is_token_exact_and_the_last_block_is_trimmed() -> None:
     assert found(cache, []) == 0
 
 
-def test_max_tokens_and_aligned_bound_the_prefix() -> None:
+def test_max_tokens_and_aligned_limit_the_prefix() -> None:
     cache = small()
     Engine().save(cache, list(range(10)))
     assert found(cache, list(range(10)), max_tokens=9) == 9
@@ -64,7 +64,7 @@ def test_blocks_that_are_not_aligned_are_not_found_as_aligned() -> None:
     assert found(cache, tokens, aligned=True) == 4
 
 
-def test_aligned_blocks_are_whole_and_may_begin_alike() -> None:
+def test_aligned_blocks_that_begin_alike_are_both_stored_whole() -> None:
     cache, engine = small(), Engine()
     first, second = [1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 2, 2, 3, 3]
     for tokens in (first, second):
@@ -115,7 +115,7 @@ def test_a_leaf_is_evicted_before_the_block_it_branched_off_from() -> None:
     cache._check()
 
 
-def test_the_last_entry_gives_up_its_end_to_the_chain_that_shares_its_beginning() -> None:
+def test_with_one_entry_a_branch_replaces_the_end_of_the_stored_prompt() -> None:
     cache = small(max_entries=1)
     Engine().save(cache, [1, 2, 3, 4])
     assert Engine().save(cache, [1, 2, 9, 9]) == 2
@@ -164,7 +164,7 @@ def test_only_new_blocks_are_read() -> None:
     assert len(cache) == 1
 
 
-def test_scopes_and_fingerprints_are_apart() -> None:
+def test_scopes_and_fingerprints_share_nothing() -> None:
     cache, tokens = small(), list(range(8))
     scopes = [None, "", "a", "None", "a\0", "\ud800", "a" * 1000]
     for scope in scopes:
@@ -383,7 +383,7 @@ def test_overhead_is_counted() -> None:
     assert 0.8 * counted < grown < 1.05 * counted
 
 
-def test_names_of_scopes_are_counted() -> None:
+def test_the_memory_of_names_is_counted() -> None:
     cache = PrefixStateCache(ram_bytes=1 << 30, max_entries=100_000, block_tokens=16)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
@@ -625,7 +625,7 @@ def test_states_unused_for_ttl_s_expire(monkeypatch: pytest.MonkeyPatch) -> None
     Engine().save(cache, [1] * 8)
     Engine().save(cache, [2] * 4)
     now[0] += 9
-    assert found(cache, [1] * 4) == 4  # its time starts again, that of its continuation does not
+    assert found(cache, [1] * 4) == 4  # restarts the time of this block, not of the next one
     now[0] += 2
     assert found(cache, [1] * 8) == 4
     cache._check()

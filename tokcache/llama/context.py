@@ -6,18 +6,18 @@ three claims about the first positions of the context:
     0 <= n_aligned <= n_known <= n_tokens
 
 1. `n_tokens`: positions that the context holds. `ids` has their tokens, or UNKNOWN where something
-   else than a token wrote the position (an image).
+   other than a token wrote the position (an image).
 2. `n_known`: positions that were written by a decode of exactly these tokens, for one scope, or by
    a restore. Only their state may be stored.
 3. `n_aligned`: positions that were decoded in pieces that end at multiples of `block_tokens`.
-   Reproducible mode reuses no others.
+   Reproducible mode reuses only these.
 
 `batches` has the starts of the decodes after `n_aligned`; `logits_from` is the start of the decode
 whose logits can be sampled from, None if the next sample needs a decode.
 
 llama_cpp.Llama and its chat handlers assign `n_tokens`, too. Between `update_begins` and the method
 that ends the update (`decoded`, `decode_failed`, `loaded`) an assignment belongs to the update. Any
-other one comes from outside (`assigned`), and no claim is made for the positions that it adds.
+other assignment comes from outside (`assigned`); the positions that it adds are not known.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ContextRecord:
     """
 
     def __init__(self, scope: str | None, alignment: Alignment) -> None:
-        self.ids: NDArray[np.int32] = np.empty(0, np.int32)  # llama_cpp puts one of n_ctx here
+        self.ids: NDArray[np.int32] = np.empty(0, np.int32)  # llama_cpp assigns one of n_ctx ids
         self.n_tokens = self.n_known = self.n_aligned = 0
         self.alignment = alignment
         self.batches: list[int] = []
@@ -77,7 +77,7 @@ class ContextRecord:
         self.n_prompt = 0
         self.scope: Any = scope  # None, a name or MIXED
         self.work: Work | None = None  # void once that scope was cleared
-        self.has_unsaved = False  # whether states were passed over that could not be stored yet
+        self.has_unsaved = False  # whether some states could not be stored yet
         self._update_from: int | None = None  # where the update under way began
 
     # Questions
@@ -125,7 +125,7 @@ class ContextRecord:
             self.scope, self.n_known, self.n_aligned = MIXED, 0, 0
 
     def update_begins(self) -> None:
-        """Note that an update begins, which assigns `n_tokens` until a method below ends it."""
+        """Note that an update begins; it owns assignments of `n_tokens` until a method ends it."""
         self._update_from = self.n_tokens
 
     def decoded(self, n_batch: int) -> None:
@@ -135,7 +135,7 @@ class ContextRecord:
             self.n_known = stop
         self.batches.append(start)
         self.logits_from = start
-        # A block is aligned if it was decoded in the batches in which it always is.
+        # A block is aligned if it was decoded as one, in batches of n_batch from its start.
         first, n_block = self.n_aligned, self.alignment.block_tokens
         if (
             stop - first == n_block
@@ -167,12 +167,12 @@ class ContextRecord:
         self._update_from = None
         return start
 
-    # Changes that are no decode
+    # Changes other than decodes
 
     def assigned(self, n_tokens: int, *, is_intact: bool) -> None:
         """Note that llama_cpp, a chat handler or a caller assigned `n_tokens`.
 
-        `is_intact`: the first `n_tokens` positions are as they were before the rest came.
+        `is_intact`: the first `n_tokens` positions have not changed.
         """
         if self._update_from is not None:
             self.n_tokens = n_tokens
@@ -195,9 +195,9 @@ class ContextRecord:
 
     def _shorten(self, n_tokens: int, *, is_intact: bool) -> None:
         if n_tokens < self.n_tokens:
-            self.logits_from = None  # they are of a position that is gone
+            self.logits_from = None  # they belong to a position that was removed
         if is_intact:
-            # A batch that was cut is not the batch that was decoded: none is known then.
+            # If a batch was cut, the batches no longer tell how the positions were decoded.
             is_cut = n_tokens < self.n_tokens and n_tokens not in self.batches
             self.batches = [] if is_cut else [at for at in self.batches if at < n_tokens]
             self.n_known = min(self.n_known, n_tokens)
@@ -235,7 +235,7 @@ class ContextRecord:
         self.scope, self.work = scope, work
 
     def saved(self, *, has_unsaved: bool) -> None:
-        """Note that states were stored; `has_unsaved`: but not all, because some can't be yet."""
+        """Note that states were stored; `has_unsaved`: some could not be stored yet."""
         self.has_unsaved = has_unsaved
 
     def realigned(self, alignment: Alignment, *, is_other_cache: bool = False) -> None:

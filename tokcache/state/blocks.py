@@ -3,8 +3,8 @@
 1. A prompt is split in two: its public beginning, and the rest in its scope.
 2. A look-up walks down the tree in memory, then asks the tiers below for the blocks that follow,
    and files those that memory has room for.
-3. A save does the same, then reserves room, reads the new blocks without the lock, and files them
-   under it unless another save was faster.
+3. A save does the same, then reserves room, reads the new blocks without the lock, and takes the
+   lock again to file them, unless another save filed other blocks first.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokcache")
 
-_TRIES = 3  # a save that another one overtook is planned again
-_Part = tuple[RootKey, bytes, Work]  # of a prompt's beginning: the root key, tokens and work
+_TRIES = 3  # if another save files other blocks first, the save is planned again
+_Part = tuple[RootKey, bytes, Work]  # a part of a prompt: root key, tokens, work
 
 
 class BlockCache:
@@ -45,9 +45,9 @@ class BlockCache:
         self._promotion = Promotion(store)
 
     def _begun_parts(self, root_key: RootKey, wanted: bytes, n_public: int) -> list[_Part]:
-        """Return the beginnings of a prompt: first its public tokens, then all; the lock is held.
+        """Return the parts of a prompt: its public tokens, then all tokens; the lock is held.
 
-        The work on each is noted as begun: a clear from now on makes it void.
+        Clearing a part's scope from now on makes its work void.
         """
         public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], root_key)
         parts = [(root_key, wanted)]
@@ -144,7 +144,7 @@ class BlockCache:
             old = self._store.untouched(path.nodes)
             addresses = [block_address(self._memory.index, node, path.root_key) for node in old]
             self._store.touch_later(old, addresses)
-        if len(paths) > 1:  # public blocks are never older than those that need them
+        if len(paths) > 1:  # evict public blocks after those that follow them
             self._memory.retention.use(paths[0].nodes, time.monotonic())
         # Each block serves the positions up to the start of the next one.
         ends = [start for start, _, _ in blocks[1:]]
@@ -171,7 +171,7 @@ class BlockCache:
         *,
         priority: int,
     ) -> int:
-        """Store the state of `wanted` where it is not stored yet; return the new positions."""
+        """Store the positions of `wanted` that are not stored yet; return how many."""
         started = time.perf_counter()
         wanted = self._whole_blocks(wanted, root_key)
         priority = require_int("priority", priority, -MAX_INT)
@@ -192,8 +192,8 @@ class BlockCache:
 
     @contextmanager
     def _kept(self, public: _Part) -> Iterator[bool]:
-        """Keep the public blocks, if they are there, while those that follow are saved."""
-        root_key, tokens, work = public
+        """Pin the public blocks while those that follow are saved; yield whether all are there."""
+        owner, tokens, work = public
         with self._store.lock:
             path = Path.found(self._store, root_key, tokens, work)
         try:
@@ -206,8 +206,8 @@ class BlockCache:
     def _save_part(
         self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
     ) -> int:
-        """Store the new blocks of one beginning of a prompt; return their positions."""
-        root_key, wanted, work = part
+        """Store the new blocks of one part of a prompt; return their number of positions."""
+        owner, wanted, work = part
         n_saved, is_overtaken, n_tries_left = 0, True, _TRIES
         while is_overtaken and n_tries_left:
             n_tries_left -= 1
@@ -220,9 +220,9 @@ class BlockCache:
                     node.priority = max(node.priority, priority)
             try:
                 if self._store.below:
-                    # Blocks that others stored meanwhile come first, so that new ones follow them.
+                    # Promote blocks that others stored meanwhile, so that the new ones follow them.
                     self._promotion.extend(path, wanted)
-                    if path.loose:  # memory had no room for them: no block can follow there
+                    if path.loose:  # memory has no room for them, so no block can follow them
                         path.cut(path.loose[0][0])
                 blocks = self._reserved(path, wanted, n_bytes)
                 n_new, is_overtaken = self._fill_and_file(path, blocks, read, priority)
@@ -270,7 +270,7 @@ class BlockCache:
     def _fill_and_file(
         self, path: Path, blocks: list[NewBlock], read: BlockIO, priority: int
     ) -> tuple[int, bool]:
-        """Return the new positions, and whether another save was faster and had other blocks."""
+        """Return the number of new positions, and whether another save filed others first."""
         n_filled = n_filed = n_saved = 0
         try:
             for block in blocks:

@@ -297,6 +297,7 @@ class SlotManager(Forkable):
                 if not self.table.take(slot):
                     continue  # condemned: the saver empties it after its request
                 try:
+                    # While we waited, another request may have filled the slot for another scope.
                     if slot.namespace is not None and key in (None, scope_of(slot.namespace)):
                         yield from self._saver.empty(slot)
                 finally:

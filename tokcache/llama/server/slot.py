@@ -8,8 +8,8 @@ The life of a slot:
 3. `settle()`: it is saved or erased off the request's path (SETTLING).
 4. `release()`: it is FREE again.
 
-Implementation: every transition takes the table's lock, so a comparison of a prompt with the
-slot sees all fields of one moment. `settle()` and `release()` also wake the requests that wait.
+Implementation: every transition takes the table's lock. Code that holds it therefore never sees a
+record that is half changed. `settle()` and `release()` also wake the requests that wait.
 """
 
 from __future__ import annotations
@@ -95,19 +95,19 @@ class SlotRecord:
             self.wake()
 
     def condemn(self) -> None:
-        """Have the contents erased when the request that has the slot is over."""
+        """Mark a slot in use, so that its contents are erased after the request."""
         with self.lock:
             self.is_condemned = self.condition is not Condition.FREE
 
     # -- its contents -------------------------------------------------------------------------
 
     def n_usable(self, prompt: TokenIds) -> int:
-        """Return the number of a prompt's first tokens that the slot need not decode.
+        """Return how many of a prompt's first tokens the server need not decode.
 
         The last token is always decoded, to get its logits.
         """
         n_tokens = min(n_common(self.tokens, prompt), len(prompt) - 1)
-        # A prompt that continues at the slot's end needs no checkpoint.
+        # A prompt that differs before the slot's end needs a checkpoint; the gap has no right one.
         return 0 if n_tokens < self.n_held and n_tokens in self.gap else n_tokens
 
     def lost(self) -> None:
@@ -125,7 +125,7 @@ class SlotRecord:
             self.adapters = None
 
     def loaded(self, adapters: bytes | None) -> None:
-        """Record the adapters of the slot's last request; None if it may not have come through."""
+        """Record the adapters of the slot's last request; None if it may not have arrived."""
         with self.lock:
             self.adapters = adapters
 
@@ -157,7 +157,7 @@ class SlotRecord:
     ) -> None:
         """Record a prompt and its answer, for which the server reused `n_used` tokens.
 
-        Counts of reuse go on if the prompt reused anything, and start again otherwise.
+        If the prompt reused nothing, the counts of reuse start again from zero.
         """
         with self.lock:
             reuse, n_uses = (self.reuse, self.n_uses) if n_used else ([], 0)

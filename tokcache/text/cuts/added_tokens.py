@@ -22,7 +22,7 @@ from tokcache.text.engines.copying import added_tokens, free_edge
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_LONGEST_TOKEN = 256  # characters; a text may almost match a long one at each of its places
+_LONGEST_TOKEN = 256  # characters; a text may match almost all of a long one at every position
 _MAX_SUBSTRINGS = 2_000_000  # substrings of added tokens that are compared with each other
 _MAYBE_WORDS = LETTERS | DIGITS | {C.UNDERSCORE, C.NON_ASCII_PUNCTUATION, C.OTHER}
 
@@ -73,14 +73,15 @@ def why_no_cuts(tokenizer: Tokenizer, phases: Phases, *, is_prefixed: bool) -> R
             return Refusal("added_tokens_overlap", "added tokens of the two phases may overlap")
         return None
 
-    # With one, the library finds those of the second phase inside segments.
+    # With a normalizer, the scanner leaves the second phase to the library: it encodes segments,
+    # and finds those tokens inside them.
     if any(token.lstrip or token.rstrip or token.single_word for token in tokens):
         return Refusal(
             "normalized_token_flags",
             "an added token with flags is searched for in the normalised text",
         )
     names = {normalizer.normalize_str(token.content) for token in tokens}
-    if len(names) < len(tokens):  # each copy of the tokenizer finds one of the two by chance
+    if len(names) < len(tokens):  # it is chance which one a copy of the tokenizer finds
         return Refusal("normalized_tokens_alike", "two added tokens are equal once normalised")
     if is_prefixed:
         return Refusal(
@@ -112,7 +113,7 @@ def _why_not_found(tokens: list[Any]) -> Refusal | None:
 
 
 def may_appear(tokenizer: Tokenizer, phases: Phases) -> bool:
-    """Return whether normalization may make an added token of other characters."""
+    """Return whether normalization may turn other characters into an added token."""
     return tokenizer.normalizer is not None and bool(phases.normalized)
 
 
@@ -127,9 +128,9 @@ def separators(tokenizer: Tokenizer, phases: Phases) -> tuple[Separator, ...]:
         for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
     }
     skip = tokenizer.encode_special_tokens
-    # To the library, a token of the second phase does not end a piece, and so the character it
-    # ends with is a neighbour of the next token. Where that can't be a word's character, it makes
-    # no difference that to the scanner the token does end a piece.
+    # The scanner ends a piece at each token of the second phase. The library does not, so the last
+    # character of such a token is a neighbour of the next token. That makes a difference only if
+    # the character may belong to a word; then no token counts as `in_piece`.
     ends = {class_of(token.content[-1]) for token in phases.normalized}
     in_second = set() if ends & _MAYBE_WORDS else {id(token) for token in phases.normalized}
     return tuple(
@@ -158,7 +159,7 @@ def without_unsafe(pairs: set[Pair], tokens: Iterable[Separator]) -> set[Pair]:
     pairs = set(pairs)
     for one in tokens:
         first, last = class_of(one.content[0]), class_of(one.content[-1])
-        if one.lstrip:  # it includes the whitespace before it: no cut in that whitespace
+        if one.lstrip:  # it takes the whitespace before it: no cut in there
             pairs -= {(left, right) for left in WHITESPACE_LEFT for right in {first, *WHITESPACE}}
         if one.single_word:  # its neighbours decide whether it is found: no cut between
             pairs -= {(left, first) for left in C if left not in WHITESPACE_LEFT}
@@ -188,8 +189,7 @@ def _are_many(contents: Iterable[str]) -> bool:
 def _meet(first: Sequence[str], second: Sequence[str]) -> bool:
     """Return whether one of `first` and one of `second` may overlap in some text.
 
-    That is so if a substring of one of `first` equals one of `second`, or if its end equals the
-    beginning of one of `second`.
+    That is so if a text of `first` contains a text of `second`, or ends as one of them begins.
     """
     if first and second and _are_many([*first, *second]):
         return True
@@ -206,15 +206,15 @@ def _meet(first: Sequence[str], second: Sequence[str]) -> bool:
 def _overlapped(contents: list[str]) -> set[str]:
     """Return the contents that may begin inside an occurrence of another one.
 
-    Such a content lies whole inside another one, or begins with the rest of one: the rest is a
-    range of the sorted contents.
+    It lies inside the other one, or begins with a suffix (`rest`) of it. The contents that begin
+    with a suffix are a range of the sorted contents.
     """
     if _are_many(contents):
         return set(contents)
     ordered, whole = sorted(contents), set(contents)
     rests = {content[start:] for content in contents for start in range(1, len(content))}
     inside = {rest[:end] for rest in rests for end in range(1, len(rest) + 1)} & whole
-    n_open = [0] * (len(ordered) + 1)  # how many of those ranges begin, less those that end
+    n_open = [0] * (len(ordered) + 1)  # at each index, the ranges that begin minus those that end
     for rest in rests:
         n_open[bisect_left(ordered, rest)] += 1
         n_open[bisect_right(ordered, rest, key=lambda one: one[: len(rest)])] -= 1

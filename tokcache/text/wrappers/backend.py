@@ -161,7 +161,7 @@ class Backend:
         self.wrappers = [*(one for one in self.wrappers if one() is not None), weakref.ref(wrapper)]
 
     def is_shared(self, wrapper: Any) -> bool:
-        """Return whether another tokenizer, with other attributes, uses this backend, too."""
+        """Return whether another tokenizer object, with its own attributes, uses this backend."""
         others = (one() for one in self.wrappers)
         return any(one is not None and vars(one) is not vars(wrapper) for one in others)
 

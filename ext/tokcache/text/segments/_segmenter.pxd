@@ -90,7 +90,9 @@ cdef inline int next_span(const Plan* plan, const Text* t, Spans* s, Span* span)
             if s.token.outcome == UNSURE:
                 return UNSURE_TOKEN
             if s.token.outcome == FOUND:
-                if s.token.start == start:
+                # Below `start` where a token begins in whitespace that the last one took: no plan
+                # allows that, and a length below zero must not be possible even so.
+                if s.token.start <= start:
                     return token_span(plan, t, s, span)
                 s.has_token = True
                 return text_span(s, s.token.start, span)

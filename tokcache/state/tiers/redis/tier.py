@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tokcache.stats import TierStats
 
 DEFAULT_STATE_BYTES, DEFAULT_TTL_S = 512 << 20, 86_400.0
+# Keys are found by scanning for NAMESPACE:*, so it must hold no character of a glob pattern.
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
