@@ -193,7 +193,7 @@ class BlockCache:
     @contextmanager
     def _kept(self, public: _Part) -> Iterator[bool]:
         """Pin the public blocks while those that follow are saved; yield whether all are there."""
-        owner, tokens, work = public
+        root_key, tokens, work = public
         with self._store.lock:
             path = Path.found(self._store, root_key, tokens, work)
         try:
@@ -207,7 +207,7 @@ class BlockCache:
         self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
     ) -> int:
         """Store the new blocks of one part of a prompt; return their number of positions."""
-        owner, wanted, work = part
+        root_key, wanted, work = part
         n_saved, is_overtaken, n_tries_left = 0, True, _TRIES
         while is_overtaken and n_tries_left:
             n_tries_left -= 1
