@@ -157,10 +157,10 @@ class CachedTokenizer:
         l1 = generation.l1
         if l1 is None:
             return self._encode_once(generation, (text, add_special_tokens, scope, since))
-        encode_once = partial(self._encode_once, generation)
-        ids, was_cached = l1.encode(text, add_special_tokens, scope, since, encode_once)
+        once = self._encode_once
+        ids, was_cached = l1.encode(text, add_special_tokens, scope, since, once, generation)
         if ids is None:
-            return encode_once((text, add_special_tokens, scope, since), _nothing)
+            return once(generation, (text, add_special_tokens, scope, since), _nothing)
         if was_cached:
             if len(text) > _LONG_CHARS:
                 self._n_long += 1

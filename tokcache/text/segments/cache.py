@@ -120,19 +120,21 @@ class L1:
         self._rng = random.Random(urandom(16))  # noqa: S311 (a draw, not a secret)
         self._set_fast(None if self.off else self._choose_fast(config.engine))
 
-    def encode(
+    def encode(  # noqa: PLR0917 (keywords cost a tenth of a microsecond each)
         self,
         text: str,
         add_special_tokens: bool,
         scope: str | None,
         since: int,
-        encode_once: Callable[[_Key, Callable[[], TokenIds | None]], TokenIds] | None = None,
+        encode_once: Callable[[Any, _Key, Callable[[], TokenIds | None]], TokenIds] | None = None,
+        generation: Any = None,
     ) -> tuple[TokenIds | None, bool]:
         """Return the ids of `text`, and whether all segments were cached; None: encode it whole.
 
-        Missing segments are encoded here. If `encode_once` is given, it is called with the key and
-        the function that does so, and may return another thread's ids instead. Nothing is stored
-        if the scope was cleared since the number of clears was `since`.
+        Missing segments are encoded here. If `encode_once` is given, it is called with
+        `generation`, the key and the function that does so, and may return another thread's ids
+        instead; a partial of the two would be made for each cached text. Nothing is stored if the
+        scope was cleared since the number of clears was `since`.
         """
         if self.off is not None:
             return None, False
@@ -147,7 +149,7 @@ class L1:
         if encode_once is None:
             return self._complete(found, text, add_special_tokens), False
         complete = partial(self._complete, found, text, add_special_tokens)
-        return encode_once((text, add_special_tokens, scope, since), complete), False
+        return encode_once(generation, (text, add_special_tokens, scope, since), complete), False
 
     def encodes_alone(self, text: str) -> bool:
         """Return whether no other thread can ask for `text` while its segments are encoded."""
