@@ -13,7 +13,7 @@ import tokcache
 from tokcache.text._native import NATIVE
 
 ROOT = Path(tokcache.__file__).parent
-LEAVES = {"errors", "config", "stats"}
+LEAVES = {"errors", "config", "reasons", "stats"}
 LEAVES |= {"_cache_folder", "_forks", "_prefix", "_validate", "_version"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
