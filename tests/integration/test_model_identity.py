@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.integration.models import BLOCK, GREEDY, llama, llama_cpp, plain, store, text
-from tokcache import samples
+from tokcache import DiskTier, PrefixStateCache, samples
 from tokcache.errors import FileChanged
 from tokcache.llama import file_digests, remembered_digests, state_fingerprint
 from tokcache.llama.file_digests import DIGESTS, FileDigests, file_identity
@@ -93,6 +93,20 @@ def wait_for_no_thread() -> None:
     while threads():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_a_folder_of_states_has_the_names_of_its_model_files(
+    models: list[Path], tmp_path: Path
+) -> None:
+    states = PrefixStateCache(ram_bytes="64M", max_entries=100, disk=tmp_path / "states")
+    for model in models:
+        llm = llama(states, model=model)
+        llm.create_completion(PROMPT, scope="tenant-a", **GREEDY)
+        llm.close()
+    states.close()
+    tier = DiskTier(tmp_path / "states")
+    found = {tier.model_name(file.scope, file.root) for file in tier.files()}
+    assert found == {model.name for model in models}
 
 
 # Overwritten in place

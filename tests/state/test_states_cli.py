@@ -43,6 +43,23 @@ def test_ls_shows_digests_instead_of_names(folder: Path) -> None:
     assert len([line for line in done.output.splitlines() if "ago" in line]) == 3
 
 
+def test_ls_names_the_models_whose_names_were_noted(tmp_path: Path) -> None:
+    cache = cache_on(tmp_path / "d")
+    cache.name_model(b"m", "gemma [b]3[/b].gguf")
+    Engine().save(cache, list(range(24)), scope="tenant-a")
+    Engine().save(cache, list(range(8)))
+    cache.close()
+    tier = DiskTier(tmp_path / "d")
+    shown = [line for line in run("ls", tmp_path / "d").output.splitlines() if "ago" in line]
+    roots = {file.root for file in tier.files()}
+    assert len(roots) == len(shown) == 2
+    assert all(any(f"gemma [b]3[/b].gguf ({root[:4]})" in line for line in shown) for root in roots)
+    # The name goes with the last state of its folder.
+    assert run("prune", tmp_path / "d", "--max-bytes", 0).exit_code == 0
+    assert files(tmp_path / "d") == []
+    assert not list((tmp_path / "d").rglob("model"))
+
+
 def test_ls_names_the_scopes_that_the_caller_knows(folder: Path) -> None:
     done = run("ls", folder, "--scope", "tenant-a", "--scope", "tenant-c")
     assert done.exit_code == 0

@@ -59,7 +59,9 @@ def list_states(
 ) -> None:
     """List the states and bytes of each scope and model.
 
-    Scopes are shown as digests, but for those given with --scope and the shared one. If the folder
+    A model is shown by the name of its file and the beginning of a digest, which differs for each
+    scope and kind of state; by the digest alone if its states were not written by a Llama. Scopes
+    are shown as digests, but for those given with --scope and the shared one. If the folder
     was written with an HMAC key, naming a scope needs that key: give --hmac-key-env.
     """
     with _errors_in_one_line():
@@ -69,6 +71,8 @@ def list_states(
         groups: dict[tuple[str, str], list[File]] = defaultdict(list)
         for file in tier.files():
             groups[file.scope, file.root].append(file)
+        found = ((group, tier.model_name(*group)) for group in groups)
+        model_names = {group: f"{name} ({group[1][:4]})" for group, name in found if name}
     if not groups:
         typer.echo(f"{folder} holds no states")
         return
@@ -76,7 +80,7 @@ def list_states(
     for (digest, root), files in sorted(groups.items(), key=lambda item: -_size(item[1])):
         table.add_row(
             Text(names.get(digest, digest[:_SHOWN])),  # Text: a scope may hold rich's markup
-            root[:_SHOWN],
+            Text(model_names.get((digest, root), root[:_SHOWN])),
             f"{len(files):,}",
             f"{_size(files):,}",
             _ago(max(file.used_at for file in files)),

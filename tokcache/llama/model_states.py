@@ -11,6 +11,7 @@ import logging
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokcache.errors import FileChanged, StateError
@@ -154,6 +155,8 @@ class ModelStates:
             aligned_to = block_tokens if is_reproducible else None
             try:
                 self.fingerprint = fingerprint(self._model, self._files, aligned_to)
+                if self.cache is not None:
+                    self.cache.name_model(self.fingerprint, Path(self._path).name)
             except OSError as error:
                 _log.warning("%s runs without the prefix cache: %s", self._path, error)
                 is_change = isinstance(error, FileChanged)

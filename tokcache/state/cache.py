@@ -105,6 +105,14 @@ class PrefixStateCache:
             aligned=aligned,
         )
 
+    def name_model(self, fingerprint: bytes, name: str) -> None:
+        """Note the name of a fingerprint's model, which `tokcache states ls` then shows.
+
+        It is no part of any key. On disk it is kept as it is, readable without the keys.
+        """
+        for each in self._store.below:
+            each.tier.name_model(fingerprint, name)
+
     # Settings
 
     @property

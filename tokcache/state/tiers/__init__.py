@@ -126,6 +126,9 @@ class Tier(Protocol):
     def remove(self, address: Address) -> None:
         """Remove one state."""
 
+    def name_model(self, fingerprint: bytes, name: str) -> None:
+        """Note a model's name, for those who list states; a tier without a listing ignores it."""
+
     def clear(self, *, scope: str | None = None) -> int:
         """Remove all states of a scope, by default everything; return the states removed."""
 

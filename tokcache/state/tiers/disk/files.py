@@ -24,7 +24,13 @@ from tokcache.errors import StateRefused
 from tokcache.state.tiers import BROKEN, Address, Record, is_in_place
 from tokcache.state.tiers.disk.budget import FUTURE_S, ByteBudget
 from tokcache.state.tiers.disk.file import READ, DiskFile, read_head
-from tokcache.state.tiers.disk.folder import CREATE, TEMPORARY, StateFolder, position_of
+from tokcache.state.tiers.disk.folder import (
+    CREATE,
+    MODEL_NAME,
+    TEMPORARY,
+    StateFolder,
+    position_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +65,8 @@ class StateFiles:
         self._codec, self._counters = codec, counters
         self._is_synced = is_synced
         self._listed: dict[str, tuple[tuple[int, int], set[int]]] = {}
+        self.model_names: dict[bytes, str] = {}  # by fingerprint
+        self._named: set[RootKey] = set()
 
     @contextlib.contextmanager
     def _opened_folder(self, root_key: RootKey, *, make: bool = False) -> Iterator[int]:
@@ -198,7 +206,24 @@ class StateFiles:
             finally:
                 if n_spare:
                     self._budget.reserve(-n_spare)
+            if address.root_key.fingerprint in self.model_names:
+                self._name_model(folder, address.root_key)
         return n_bytes
+
+    def _name_model(self, folder: int, root_key: RootKey) -> None:
+        """Write the model's name into the folder of its states, unless it is there."""
+        if root_key in self._named:
+            return
+        self._named.add(root_key)
+        try:
+            fd = os.open(MODEL_NAME, CREATE, 0o600, dir_fd=folder)
+        except FileExistsError:
+            return
+        except OSError as error:  # the states are stored: only their listing lacks the name
+            self._folder.refuse(error)
+            return
+        with os.fdopen(fd, "wb") as file:
+            file.write(self.model_names[root_key.fingerprint].encode("utf-8", "replace"))
 
     def _free_name(self, folder: int, address: Address, record: Record) -> str | None:
         """Return the name to give to a new file; None if a file holds these tokens already.

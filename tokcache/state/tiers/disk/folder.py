@@ -20,7 +20,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from tokcache.errors import InvalidConfig
-from tokcache.state.tiers.disk.file import LAYOUT, File, reason_of
+from tokcache.state.tiers.disk.file import LAYOUT, READ, File, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +34,8 @@ _log = logging.getLogger("tokcache")
 MARKER = "tokcache-states"
 _MARKER_TEXT = b"States of language models, kept by tokcache. They hold prompts.\n"
 GONE, TEMPORARY = ".gone-", ".new-"
+MODEL_NAME = "model"  # a file with the name of the model, in a folder of its states
+_LONGEST_NAME = 255  # bytes
 TRIES = 3
 _DIGITS = 64  # of a digest
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -168,6 +170,15 @@ class StateFolder:
         except OSError:
             return []
 
+    def model_name(self, scope: str, root: str) -> str | None:
+        """Return the name of the model whose states a folder holds, None if it has none."""
+        try:
+            fd = os.open(self.layout / scope / root / MODEL_NAME, READ)
+        except OSError:
+            return None
+        with os.fdopen(fd, "rb") as file:
+            return file.read(_LONGEST_NAME).decode("utf-8", "replace")
+
     # Removing
 
     def unlink(self, file: File) -> bool:
@@ -184,6 +195,8 @@ class StateFolder:
             self.refuse(error)
             return False
         with contextlib.suppress(OSError):
+            if [each.name for each in path.parent.iterdir()] == [MODEL_NAME]:
+                (path.parent / MODEL_NAME).unlink()
             path.parent.rmdir()
             path.parent.parent.rmdir()
         return True

@@ -197,6 +197,14 @@ class DiskTier:
                 gone.append(n)
         return gone
 
+    def name_model(self, fingerprint: bytes, name: str) -> None:
+        """Note a model's name: folders of its states get it when the next state is written."""
+        self._files.model_names[fingerprint] = name
+
+    def model_name(self, scope: str, root: str) -> str | None:
+        """Return the name of the model of a folder of states, None if it was not noted."""
+        return self._folder.model_name(scope, root)
+
     # Removing
 
     def remove(self, address: Address) -> None:

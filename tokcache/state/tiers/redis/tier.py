@@ -234,6 +234,9 @@ class RedisTier:
         """Count a state that was not stored or not used."""
         self._counters.refuse(reason)
 
+    def name_model(self, fingerprint: bytes, name: str) -> None:
+        """Do nothing: no command lists the states in a Redis."""
+
     def stats(self) -> TierStats:
         """Return the counters; the server's own INFO reports the bytes that it holds."""
         return self._counters.stats()
