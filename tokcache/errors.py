@@ -4,6 +4,13 @@ Errors of the wrapped libraries pass through unchanged; these are tokcache's own
 caught inside tokcache and turned into a counted reason or an error of the first group.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 
 class TokcacheError(Exception):
     """The base class: `except TokcacheError` catches every error that tokcache itself raises."""
@@ -184,3 +191,34 @@ class StateRefused(TokcacheError):
 
 class LinkFailed(TokcacheError):
     """A Redis did not answer as a Redis does; the text is the key of the counter."""
+
+
+class ApiError(TokcacheError):
+    """An error that is answered with an HTTP status; the message names the cure.
+
+    Units: `retry_after_s` goes into the header Retry-After.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.retry_after_s = retry_after_s
+        # Members of llama-server's own error, such as n_ctx and n_prompt_tokens.
+        self.details = dict(details or {})
+
+
+class QueueFull(TokcacheError):
+    """The queue has no room; try again after `retry_after_s`."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies
 
-from tokcache.gateway.api.errors import ApiError
+from tokcache.errors import ApiError
 from tokcache.gateway.api.messages import MessageEvents, from_chat, to_chat
 from tokcache.gateway.api.streams import ChatAnswer
 

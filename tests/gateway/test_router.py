@@ -9,9 +9,10 @@ import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tokcache.errors import QueueFull
 from tokcache.gateway.routing.chain import Chain, chat_prompt
 from tokcache.gateway.routing.files import Files, SavedFile
-from tokcache.gateway.routing.router import QueueFull, Router
+from tokcache.gateway.routing.router import Router
 from tokcache.gateway.routing.slots import Assignment, Wish
 
 KEY = bytes(32)

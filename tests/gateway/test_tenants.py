@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, strategies
 
 from tests.gateway.gateways import Gateway, cached, gateway, httpx, system, upstream, user
-from tokcache.errors import InvalidConfig
-from tokcache.gateway.api.errors import ApiError
+from tokcache.errors import ApiError, InvalidConfig
 from tokcache.gateway.config import TenantConfig
 from tokcache.gateway.tenants import Tenant, Tenants, digest_of, new_key
 

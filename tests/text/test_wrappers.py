@@ -28,7 +28,13 @@ from transformers import PreTrainedTokenizerFast
 
 import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
-from tokcache.errors import InvalidConfig, InvalidScope, InvalidText, UnsupportedTokenizer
+from tokcache.errors import (
+    InvalidConfig,
+    InvalidScope,
+    InvalidText,
+    MissingFile,
+    UnsupportedTokenizer,
+)
 from tokcache.text.tokenizer import WrappedTokenizer
 
 CHAT = [{"role": "user", "content": "hello <s> world"}, {"role": "assistant", "content": "fox"}]
@@ -645,10 +651,15 @@ def test_an_invalid_config_is_refused(plain: Any, config: Any) -> None:
             tokcache.wrap(tokenizer, config)
 
 
-@pytest.mark.parametrize("other", [None, "gpt2", object(), BPE(), Unigram()])
+@pytest.mark.parametrize("other", [None, object(), BPE(), Unigram()])
 def test_other_objects_are_refused(other: Any) -> None:
     with pytest.raises(UnsupportedTokenizer, match=r"pass a tokenizers\.Tokenizer or a fast"):
         tokcache.wrap(other)
+
+
+def test_the_name_of_a_tokenizer_is_refused() -> None:
+    with pytest.raises(MissingFile, match="gpt2; wrap takes the path of a GGUF, or a loaded tok"):
+        tokcache.wrap("gpt2")
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

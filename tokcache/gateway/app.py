@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from tokcache.errors import ServerError
+from tokcache.errors import ApiError, ServerError
 from tokcache.gateway.api import messages, rules
 from tokcache.gateway.api.body import (
     read_object,
@@ -27,7 +27,7 @@ from tokcache.gateway.api.body import (
     require_one_answer,
     with_settings,
 )
-from tokcache.gateway.api.errors import ApiError, error_body
+from tokcache.gateway.api.errors import error_body
 from tokcache.gateway.api.streams import Answer, ChatAnswer, ResponsesAnswer, TextAnswer
 from tokcache.gateway.metrics import exposition, status
 from tokcache.gateway.page import PAGE

@@ -24,14 +24,20 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from tokcache.errors import InvalidConfig, ServerError, ServerRefused, ServerUnreachable
+from tokcache.errors import (
+    ApiError,
+    InvalidConfig,
+    QueueFull,
+    ServerError,
+    ServerRefused,
+    ServerUnreachable,
+)
 from tokcache.gateway.api.body import read_object
-from tokcache.gateway.api.errors import ApiError
 from tokcache.gateway.api.streams import ChatAnswer
 from tokcache.gateway.config import UpstreamConfig
 from tokcache.gateway.routing.chain import chat_prompt
 from tokcache.gateway.routing.files import Files, remove_strangers
-from tokcache.gateway.routing.router import QueueFull, Router
+from tokcache.gateway.routing.router import Router
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
 from tokcache.gateway.servers.process import ManagedServer
 from tokcache.gateway.servers.upstream import Look, Upstream

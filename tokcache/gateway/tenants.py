@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tokcache.gateway.api.errors import ApiError
+from tokcache.errors import ApiError
 from tokcache.gateway.config import TenantConfig
 
 _KEY_BYTES = 32

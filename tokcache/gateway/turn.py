@@ -9,9 +9,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokcache.errors import ServerRefused, ServerUnreachable
+from tokcache.errors import ApiError, ServerRefused, ServerUnreachable
 from tokcache.gateway.api.body import event_object, with_settings
-from tokcache.gateway.api.errors import ApiError, upstream_error
+from tokcache.gateway.api.errors import upstream_error
 from tokcache.gateway.servers.upstream import Lines
 
 if TYPE_CHECKING:

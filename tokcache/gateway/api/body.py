@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from tokcache.gateway.api.errors import ApiError
+from tokcache.errors import ApiError
 
 _SEVERAL = ("n", "n_cmpl", "best_of")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokcache.errors import ApiError
+
 # Source: the types of OpenAI's and of Anthropic's errors by HTTP status.
 _OPENAI = {
     400: "invalid_request_error",
@@ -29,29 +31,6 @@ _ANTHROPIC = {
     504: "timeout_error",
 }
 _MAX_MESSAGE = 2_000
-
-
-class ApiError(Exception):
-    """An error that is answered with an HTTP status; the message names the cure.
-
-    Units: `retry_after_s` goes into the header Retry-After.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-        details: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.retry_after_s = retry_after_s
-        # Members of llama-server's own error, such as n_ctx and n_prompt_tokens.
-        self.details = details or {}
 
 
 def error_body(error: ApiError, *, is_anthropic: bool) -> dict[str, Any]:

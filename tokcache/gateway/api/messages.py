@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tokcache.gateway.api.errors import ApiError
+from tokcache.errors import ApiError
 from tokcache.gateway.api.rules import blanked
 from tokcache.gateway.api.streams import ChatAnswer
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tokcache.gateway.api.errors import ApiError, upstream_error
+from tokcache.errors import ApiError
+from tokcache.gateway.api.errors import upstream_error
 from tokcache.gateway.routing.chain import canonical_item, canonical_message
 
 _MAX_CALLS = 1024

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokcache.gateway.api.errors import ApiError
+from tokcache.errors import ApiError
 
 PIECE_CHARS = 512
 # A text has no messages, whose ends are good places to compare; its pieces are shorter.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
+from tokcache.errors import QueueFull
 from tokcache.gateway.routing.chain import EMPTY, Chain
 from tokcache.gateway.routing.choice import MIN_RESTORE_TOKENS, Choice, choices, rank
 from tokcache.gateway.routing.files import Files, SavedFile
@@ -26,14 +27,6 @@ _MIN_SHARE_WAIT_S, _MAX_SHARE_WAIT_S = 1.0, 10.0
 _FEW_SLOTS = 3
 _FIRST_TOKENS_PER_CHAR = 0.3
 _KEPT = 0.9  # the share of the newest value in a running mean
-
-
-class QueueFull(Exception):
-    """The queue has no room; try again after `retry_after_s`."""
-
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__(retry_after_s)
-        self.retry_after_s = retry_after_s
 
 
 class Router:
