@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,10 @@ def test_importing_tokcache_loads_no_optional_library() -> None:
     assert not loaded & (OPTIONAL | {"torch", "typer", "rich", "matplotlib", "jinja2"})
     assert "tokenizers" in loaded
     assert "numpy" not in loaded  # importing it takes half of our time limit
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for type checking count, too: a reader has to follow them as well."""
+    command = [sys.executable, str(ROOT.parent / "tools" / "measure_house.py"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    assert json.loads(done.stdout)["circles_are"] == []

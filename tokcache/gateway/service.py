@@ -72,7 +72,7 @@ class Service:
         import httpx  # noqa: PLC0415 (an extra)
 
         self.config = config
-        self.broken = (ServerError, httpx.HTTPError, OSError)
+        self.broken: tuple[type[BaseException], ...] = (ServerError, httpx.HTTPError, OSError)
         self.folder = Path(config.folder or platformdirs.user_cache_path("tokcache") / "gateway")
         self.files = Files(int(config.max_bytes))
         self.router = Router(

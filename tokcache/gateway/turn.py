@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tokcache.errors import ApiError, ServerRefused, ServerUnreachable
 from tokcache.gateway.api.body import event_object, with_settings
@@ -15,10 +15,14 @@ from tokcache.gateway.api.errors import upstream_error
 from tokcache.gateway.servers.upstream import Lines
 
 if TYPE_CHECKING:
+    from collections import Counter, deque
+    from collections.abc import Coroutine
+
     from tokcache.gateway.api.streams import Answer
     from tokcache.gateway.routing.chain import Prompt
-    from tokcache.gateway.routing.slots import Assignment
-    from tokcache.gateway.service import Service
+    from tokcache.gateway.routing.router import Router
+    from tokcache.gateway.routing.slots import Assignment, Slot
+    from tokcache.gateway.servers.upstream import Upstream
 
 _OK = 200
 
@@ -37,11 +41,31 @@ class Recent:
     reason: str
 
 
+class Host(Protocol):
+    """The part of the service that a request uses."""
+
+    upstreams: dict[str, Upstream]
+    router: Router
+    recent: deque[Recent]
+    counts: Counter[str]
+    broken: tuple[type[BaseException], ...]
+    n_turns: int
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that nobody waits for."""
+
+    async def wait_until_idle(self, slot: Slot) -> None:
+        """Wait until a server has noticed that the request in a slot is over."""
+
+    def release(self, slot: Slot) -> None:
+        """Make a slot idle and give it to the next request."""
+
+
 class Turn:
     """A request and the slot that it was assigned; whoever opens it closes it."""
 
     def __init__(
-        self, service: Service, made: Assignment, prompt: Prompt, answer: Answer, api: str
+        self, service: Host, made: Assignment, prompt: Prompt, answer: Answer, api: str
     ) -> None:
         self.made = made
         self.answer = answer
