@@ -13,13 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 import tokcache
 from tests.text.fuzz_texts import dense_text
+from tests.text.implementations import both, implementation
 from tests.text.tokenizers_combined import combination
-from tests.text.tokenizers_synthetic import PATTERNS, added_contents
+from tests.text.tokenizers_synthetic import PATTERNS, SYNTHETIC, added_contents
 from tokcache import CacheConfig
 from tokcache.text.cuts import (
     added_tokens,
@@ -177,3 +178,20 @@ def _outcome(encode: Callable[..., Any], text: str) -> Any:
         if not engines.is_of_library(error):
             raise
         return type(error).__name__
+
+
+@both
+def test_no_segment_ends_before_it_begins_even_without_the_refusal(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A length below zero would make the native module copy from before the text."""
+    implementation(name).use(monkeypatch)
+    REFUSALS["whitespace inside another token"][0](monkeypatch)
+    made = SYNTHETIC["gpt2"]()
+    made.add_special_tokens([AddedToken("<a>", rstrip=True), AddedToken("\n\n<b>")])
+    l1 = tokcache.wrap(made, CacheConfig(engine="tokenizers"))._tokcache.l1
+    assert l1 is not None
+    for fine in (True, False):
+        spans = l1.segments("one <a> \n\n<b> two", fine=fine)
+        assert spans
+        assert all(start <= stop for start, stop, _ in spans), spans
