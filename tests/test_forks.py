@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import tokcache
-from tokcache._forks import Forkable, call_in_child, tell_of_forks
+from tokcache._forks import call_in_child
+from tokcache.state.locked import Locked
 
 ROOT = Path(tokcache.__file__).parent
 
@@ -22,21 +22,6 @@ class Counted:
 
     def count(self) -> None:
         self.n_calls += 1
-
-
-class Locked(Forkable):
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        tell_of_forks(self)
-
-    def before_fork(self) -> None:
-        self.lock.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        self.lock.release()
-
-    def after_fork_in_child(self) -> None:
-        self.lock = threading.Lock()
 
 
 def holds_in_child(check: Callable[[], bool]) -> bool:
