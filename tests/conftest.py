@@ -21,3 +21,14 @@ def shared_data() -> Path:
     if not (path / "tokenizers").is_dir():
         pytest.skip(f"no real tokenizers at {path}; TOKCACHE_SHARED_DATA names their folder")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse tests that are named by an object's repr.
+
+    The processes of pytest-xdist must collect the same names, and a repr may hold an address or
+    a dict whose order differs from one process to the next.
+    """
+    for item in items:
+        if len(item.nodeid) > 300 or " object at 0x" in item.nodeid:
+            raise pytest.UsageError(f"a test is named by an object's repr: {item.nodeid:.200}")

@@ -200,7 +200,11 @@ def test_a_cache_that_was_garbage_collected_is_no_longer_shown(
     assert models(registry) == {"m"}
 
 
-@pytest.mark.parametrize("bad", [None, "tok", MADE["unigram"](), tokcache.L0Cache()], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [None, "tok", MADE["unigram"](), tokcache.L0Cache()],
+    ids=["none", "name", "tokenizer", "unnamed L0"],
+)
 def test_an_object_without_metrics_is_refused(collector: Collector, bad: Any) -> None:
     with pytest.raises(InvalidConfig, match=r"has no metrics; pass a result of tokcache\.wrap"):
         collector.add("m", bad)
