@@ -69,10 +69,8 @@ class Service:
     """
 
     def __init__(self, config: GatewayConfig) -> None:
-        import httpx  # noqa: PLC0415 (an extra)
-
         self.config = config
-        self.broken: tuple[type[BaseException], ...] = (ServerError, httpx.HTTPError, OSError)
+        self.broken: tuple[type[BaseException], ...] = (ServerError, OSError)
         self.folder = Path(config.folder or platformdirs.user_cache_path("tokcache") / "gateway")
         self.files = Files(int(config.max_bytes))
         self.router = Router(
@@ -139,8 +137,6 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._write_list()
-        for upstream in self.upstreams.values():
-            await upstream.close()
         if self.managed is not None:
             await asyncio.to_thread(self.managed.stop)
 
@@ -218,7 +214,8 @@ class Service:
         self.assign()
         is_taken = False
         try:
-            made: Assignment = await asyncio.wait_for(future, self.config.queue_timeout_s)
+            async with asyncio.timeout(self.config.queue_timeout_s):
+                made: Assignment = await future
             is_taken = True
         except TimeoutError:
             self.router.reasons["queue_timeout"] += 1
