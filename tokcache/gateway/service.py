@@ -91,6 +91,7 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self.n_turns = 0
         self._is_list_old = False
+        self._saving: asyncio.Task[None] | None = None
 
     @property
     def is_healthy(self) -> bool:
@@ -130,8 +131,10 @@ class Service:
         deadline = time.monotonic() + self.config.drain_timeout_s
         while (self.n_turns or self._waiting) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_TICK_S)
+        if self._saving is not None:
+            await asyncio.wait((self._saving,))
         for slot in self.router.idle():
-            if time.monotonic() < deadline and self.router.is_worth_saving(slot):
+            if time.monotonic() < deadline and self.router.is_savable(slot):
                 await self._save(slot)
         for task in list(self._tasks):
             task.cancel()
@@ -248,7 +251,7 @@ class Service:
 
     def release(self, slot: Slot) -> None:
         """Make a slot idle and give it to the next request."""
-        self.router.release(slot)
+        self.router.release(slot, time.monotonic())
         self.assign()
 
     async def _prepare(self, made: Assignment) -> None:
@@ -295,6 +298,7 @@ class Service:
     async def _save(self, slot: Slot) -> None:
         server = slot.server
         name = self.files.new_name(server.pool)
+        began = time.monotonic()
         try:
             saved = await self.upstreams[server.name].save(slot.id, name)
         except ServerUnreachable:
@@ -312,7 +316,20 @@ class Service:
             self.files.discard(server.pool, name)
             slot.lost()
             return
-        self.router.saved(slot, name, saved.n_tokens, saved.n_bytes)
+        seconds = time.monotonic() - began
+        self.router.saved(slot, name, saved.n_tokens, saved.n_bytes, seconds)
+
+    async def _save_idle(self, slot: Slot) -> None:
+        """Save a slot before a request waits for that."""
+        self.router.begin_save(slot)
+        try:
+            await self._save(slot)
+            self.counts["idle_save"] += 1
+        except ServerUnreachable:
+            self.counts["idle_save_failed"] += 1
+        finally:
+            self.release(slot)
+            self._saving = None
 
     async def wait_until_idle(self, slot: Slot) -> None:
         """Wait until a server has noticed that the request in a slot is over."""
@@ -421,13 +438,16 @@ class Service:
                     self._down(name, error)
 
     async def _tick(self) -> None:
-        """Reconsider waiting requests, whose wait for a prefix may be over, and write the list."""
+        """Reconsider requests that wait for a prefix, save idle slots, and write the list."""
         n_ticks = 0
         while True:
             await asyncio.sleep(_TICK_S)
             n_ticks += 1
             if self.router.queue:
                 self.assign()
+            slot = None if self._saving else self.router.next_to_save(time.monotonic())
+            if slot is not None:
+                self._saving = asyncio.ensure_future(self._save_idle(slot))
             if self._is_list_old and n_ticks * _TICK_S >= _LOOK_S:
                 n_ticks = 0
                 self._write_list()

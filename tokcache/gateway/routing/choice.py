@@ -60,7 +60,9 @@ def _loss(slot: Slot, n_kept: int) -> float:
     return max(0, slot.n_tokens - n_kept) / 2
 
 
-def rank(choice: Choice, wish: Wish, *, is_side: bool, side_tokens: int) -> tuple[float, ...]:
+def rank(
+    choice: Choice, wish: Wish, *, is_side: bool, side_tokens: int, needs_save: bool
+) -> tuple[float, ...]:
     """Return the order of choices: tokens gained, then the least disturbance."""
     slot = choice.slot
     is_continued = choice.source == "slot" and slot.is_continued_by(wish)
@@ -74,6 +76,7 @@ def rank(choice: Choice, wish: Wish, *, is_side: bool, side_tokens: int) -> tupl
         is_fitting,
         is_small,
         choice.copied is None,
+        is_continued or not needs_save,
         -slot.used_at,
         sum(not each.is_busy for each in slot.server.slots),
     )

@@ -28,12 +28,15 @@ class Slot:
     saved: SavedFile | None = None
     is_busy: bool = False
     is_side: bool = False
+    # The contents share a prefix with another request, for example an earlier turn.
+    is_shared: bool = False
     # May hold tokens of a scope, even if the record of them was lost.
     is_dirty: bool = False
     coming: Chain = EMPTY
     # When its request's prompt was decoded; None before that.
     begun_at: float | None = None
     used_at: int = 0
+    idle_since: float = 0.0
     n_uses: int = 0
 
     def tokens_at(self, n_links: int) -> int:
