@@ -157,6 +157,57 @@ L1_OFF = {
     ),
 }
 
+# RenderStats.refusals: chats that transformers rendered, and texts not kept.
+RENDER_REFUSALS = {
+    "new_template": Reason(
+        "the template was used for the first time; it is prepared at the second", _NOTHING
+    ),
+    "continue_final_message": Reason("the last message is to be continued", _NOTHING),
+    "return_assistant_tokens_mask": Reason(
+        "the mask of the assistant's tokens was asked", _NOTHING
+    ),
+    "sanitize_control_tokens": Reason("control tokens in the text are to be removed", _NOTHING),
+    "type": Reason(
+        "the messages, tools or variables hold something else than dict, list, str, numbers, bool "
+        "and None, or are several chats at once",
+        "pass one chat, of plain types (`model_dump()` of objects)",
+    ),
+    "no_loop": Reason(
+        "the template has no loop over the messages, or has it inside a condition", _NOTHING
+    ),
+    "loop_form": Reason(
+        "the loop over the messages has a condition, `else` or recursion", _NOTHING
+    ),
+    "statement": Reason("the template has a statement that is not known", _NOTHING),
+    "macro": Reason("the template defines macros in another place than at its top", _NOTHING),
+    "name": Reason("the template uses a name in a way that cannot be taken apart", _NOTHING),
+    "unsteady": Reason(
+        "the template uses something that differs between renderings, such as `random`", _NOTHING
+    ),
+    "unusual": Reason(
+        "the template uses all messages as one value, or keeps something else than data", _NOTHING
+    ),
+    "failed": Reason(
+        "the template raised an error; transformers rendered the chat, and raised its own if the "
+        "chat is not one for this template",
+        "see the error",
+    ),
+    "transformers": Reason(
+        "this version of transformers prepares chats in another way", "use a newer transformers"
+    ),
+    "oversize": Reason("a text does not fit the budget", "raise `render_max_bytes`"),
+    "cleared": Reason("its scope was cleared, or the chat evicted, meanwhile", _NOTHING),
+    "verified": Reason(
+        "an answer was rendered again, as `verify_rate` asks, or among the first of a template: no "
+        "refusal",
+        _NOTHING,
+    ),
+    "differences": Reason(
+        "a text differed from that of transformers, which renders all chats from then on",
+        "please report it, with the chat template",
+    ),
+}
+
 # StateStats.refusals: states not stored or not used.
 STATE_REFUSALS = {
     "over_budget": Reason("the state is larger than `ram_bytes`", "raise `ram_bytes`"),
@@ -364,6 +415,7 @@ TABLES = {
     "Texts not put into L0": L0_REFUSALS,
     "Texts not cut, chunks not kept (L1)": L1_REFUSALS,
     "Tokenizers whose texts are never cut": L1_OFF,
+    "Chats rendered in full": RENDER_REFUSALS,
     "States not stored or not used": STATE_REFUSALS,
     "llama.cpp in process": LLAMA_REFUSALS,
     "Disk and Redis": TIER_REFUSALS,
