@@ -195,6 +195,10 @@ RENDER_REFUSALS = {
     "transformers": Reason(
         "this version of transformers prepares chats in another way", "use a newer transformers"
     ),
+    "no_gain": Reason(
+        "the template reads all messages before its loop, with other results for nearly every chat",
+        _NOTHING,
+    ),
     "oversize": Reason("a text does not fit the budget", "raise `render_max_bytes`"),
     "cleared": Reason("its scope was cleared, or the chat evicted, meanwhile", _NOTHING),
     "verified": Reason(

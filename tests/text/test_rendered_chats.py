@@ -41,7 +41,8 @@ TOOL = {
 def plain_tokenizer(template: str | None = None) -> Any:
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "a"}
     rust = Tokenizer(WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a"))  # noqa: S106
-    made = PreTrainedTokenizerFast(tokenizer_object=rust, **names)
+    make: Any = PreTrainedTokenizerFast
+    made = make(tokenizer_object=rust, **names)
     made.chat_template = template
     return made
 
@@ -99,7 +100,7 @@ def test_drawn_templates_and_chats_give_the_text_of_transformers() -> None:
     draw = random.Random(4)
     plain = plain_tokenizer()
     n_hits = n_compared = 0
-    while n_compared < 5 * N_DRAWN:
+    while n_compared < max(1500, N_DRAWN):
         wrapped = tokcache.wrap(plain)
         kwargs: dict[str, Any] = {"chat_template": draw_template(draw)}
         if draw.random() < 0.5:
@@ -458,7 +459,8 @@ def always(value: object) -> Any:
 LAST = property(lambda self: self._start + self.index >= self._run.n_messages)
 END = "{% for m in messages %}{{ m.content }}{{ 'last' if loop.last }}{% endfor %}"
 LENGTH = "{% for m in messages %}{{ m.content }}{{ messages|length > 3 }}{% endfor %}"
-STATE = "{% set s = namespace(n=0) %}{% for m in messages %}{% set s.n = s.n + 1 %}{{ s.n }}{% endfor %}"
+COUNTED = "{% for m in messages %}{% set s.n = s.n + 1 %}{{ s.n }}{% endfor %}"
+STATE = "{% set s = namespace(n=0) %}" + COUNTED
 WEAKER: dict[str, tuple[str, Any, str, Any]] = {
     "the end": (END, Run, "need", need_but_the_end),
     "what was read": (LENGTH, Run, "need", always(None)),

@@ -41,9 +41,10 @@ _SCALARS = {str, int, float, bool, type(None)}
 _NODE_BYTES = 700  # a node, its dict and its places in two more; measured with sys.getsizeof
 _N_PROBED = 2  # the first answers of a template are compared with transformers' own
 _MAX_TEMPLATES = 64
+_N_TRIED = 64  # renderings after which a template must have gained something
 
 
-# A message with all its values: as names and values if they are all str, else as bytes.
+# A message as its names and values if they are all str, else as bytes.
 _Key = bytes | tuple[tuple[str, str], ...]
 
 
@@ -81,6 +82,10 @@ class _Template:
     why_not: str = "new_template"
     # Answers still to be compared: of chats not known before, and of others.
     n_to_probe: list[int] = field(default_factory=lambda: [_N_PROBED, _N_PROBED])
+    # Of renderings whose first part ran: how many, their messages, and those that were known.
+    n_volatile: int = 0
+    n_messages: int = 0
+    n_known: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,14 @@ class Chat:
     compile: Callable[[str], Template]
     normalise: Callable[[dict[str, Any]], Any]
     plain: Callable[[], str]
+
+
+class _Refused(Exception):
+    """Transformers has to render this chat."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class RenderCache:
@@ -166,23 +179,20 @@ class RenderCache:
 
     def render(self, chat: Chat, scope: str | None) -> str | None:
         """Return a chat's text; None if transformers has to render it, the reason is counted."""
-        frozen = _frozen(chat.messages)
-        if frozen is None or not _is_plain(chat.settings):
-            self.refuse("type")
-            return None
+        messages = list(chat.messages)
         try:
             template = self._template(chat)
             if template.parts is None:
                 self.refuse(template.why_not)
                 return None
-            text, is_known = self._render(template, chat, frozen, scope)
+            text, is_known = self._render(template, chat, messages, scope)
             is_probe = template.n_to_probe[is_known] > 0
             if not is_probe and self._rng.random() >= self._verify_rate:
                 return text
             template.n_to_probe[is_known] -= is_probe
             plain = self._plain(chat)
             if text != plain and template.parts.has_clock:  # it may have changed between the two
-                text, plain = self._render(template, chat, frozen, scope)[0], self._plain(chat)
+                text, plain = self._render(template, chat, messages, scope)[0], self._plain(chat)
             if text != plain:
                 self._turn_off()
         except Exception as error:  # noqa: BLE001 (transformers raises its own, or answers)
@@ -231,29 +241,31 @@ class RenderCache:
         return found
 
     def _render(
-        self, template: _Template, chat: Chat, frozen: list[_Key], scope: str | None
+        self, template: _Template, chat: Chat, messages: list[Any], scope: str | None
     ) -> tuple[str, bool]:
         """Return a chat's text, and whether some of its messages were known."""
         parts, running = template.parts, template.running
         assert parts is not None  # noqa: S101 (for the type checker)
         root, n_clears = self._root(template, parts, chat.settings, scope)
         names = {**root.names, "add_generation_prompt": chat.settings["add_generation_prompt"]}
-        thawed: dict[int, Any] = {}
+        # From here on the messages are those of the keys: other threads may change the dicts.
+        keys = _keys_of(messages)
+        normalised: dict[int, Any] = {}
 
         def message(number: int) -> Any:
-            """Return a message as it was frozen: another thread may have changed it since."""
-            if number not in thawed:
-                key = frozen[number]
+            """Return a message as transformers passes it to the template."""
+            if number not in normalised:
+                key = keys[number]
                 own = loads(key) if isinstance(key, bytes) else dict(key)  # noqa: S302 (ours)
-                thawed[number] = chat.normalise(own)
-            return thawed[number]
+                normalised[number] = chat.normalise(own)
+            return normalised[number]
 
         def new_run() -> Run:
-            run: Run = running.Run(message, len(frozen), parts.environment.undefined)
+            run: Run = running.Run(message, len(keys), parts.environment.undefined)
             return run
 
         head_key = b""
-        known = [] if root.is_volatile else self._walk(root, b"", frozen)
+        known = [] if root.is_volatile else self._walk(root, b"", keys)
         head = known[-1].head if known else None
         if head is None:
             head = running.run_head(parts, names, new_run())
@@ -261,22 +273,38 @@ class RenderCache:
                 root.is_volatile = True
                 head = replace(head, n_needed=0)
                 head_key = running.key_of(head)
-                known = self._walk(root, head_key, frozen)
+                known = self._walk(root, head_key, keys)
+        n_old = known[-1].depth if known else 0
+        for key in keys[n_old:]:
+            if isinstance(key, bytes) and not _is_plain(loads(key)):  # noqa: S302 (ours)
+                raise _Refused("type")
         point = known[-1].point if known else None
         text, points, tail = running.run_rest(parts, names, new_run(), head, point)
         before = "".join([node.text for node in known]) if known else head.text
         n_known = point.n_done if point is not None else 0
-        keys: list[tuple[int, _Key]] = list(enumerate(frozen, 1))
-        keys = keys[known[-1].depth :] if known else [(0, head_key), *keys]
-        grown = _grown(running, head, points, text, keys)
+        numbered = [*enumerate(keys[n_old:], n_old + 1)]
+        if not known:
+            numbered.insert(0, (0, head_key))
+        grown = _grown(running, head, points, text, numbered)
         with self._lock:
-            self._counts["hits" if n_known else "misses"] += 1
-            self._counts["messages"] += len(frozen)
-            self._counts["hit_messages"] += n_known
+            self._count(template, len(keys), n_known, is_volatile=root.is_volatile)
             refusal = self._insert(known[-1] if known else root, n_clears, grown)
             if refusal:
                 self._refusals[refusal] += 1
         return before + text + tail, n_known > 0
+
+    def _count(
+        self, template: _Template, n_messages: int, n_known: int, *, is_volatile: bool
+    ) -> None:
+        self._counts["hits" if n_known else "misses"] += 1
+        self._counts["messages"] += n_messages
+        self._counts["hit_messages"] += n_known
+        if is_volatile:
+            template.n_volatile += 1
+            template.n_messages += n_messages
+            template.n_known += n_known
+            if template.n_volatile >= _N_TRIED and template.n_known * 3 < template.n_messages:
+                template.parts, template.why_not = None, "no_gain"
 
     # ---- the tree
 
@@ -286,13 +314,16 @@ class RenderCache:
         """Return the root of the chats with these settings, and the number of clears so far."""
         if not parts.reads_prompt:
             settings = {**settings, "add_generation_prompt": None}
-        key = dumps((scope, settings), 0)
+        key = _frozen((scope, settings))
         with self._lock:
             root = self._roots.get((template, key))
             if root is None:
                 # Made of the bytes, so that nobody else can change it.
-                own = {**parts.names, **loads(key)[1]}  # noqa: S302 (made above)
-                root = _Root(key, place=(template, key), names=own, scope=scope)
+                own = loads(key)[1]  # noqa: S302 (made above)
+                if not _is_plain(own):
+                    raise _Refused("type")
+                names = {**parts.names, **own}
+                root = _Root(key, place=(template, key), names=names, scope=scope)
                 root.n_bytes = _NODE_BYTES + 4 * len(key)
                 self._make_room(root.n_bytes)
                 self._roots[template, key] = root
@@ -301,22 +332,22 @@ class RenderCache:
                 self._n_bytes += root.n_bytes
             return root, self._n_clears
 
-    def _walk(self, root: _Root, head_key: bytes, frozen: list[_Key]) -> list[_Node]:
+    def _walk(self, root: _Root, head_key: bytes, keys: list[_Key]) -> list[_Node]:
         """Return the nodes of a chat that have a point, down to the last that is known."""
-        known: list[_Node] = []
+        path: list[_Node] = []
         with self._lock:
-            node: _Node | None = root.children.get(head_key) if head_key else root
-            for key in frozen:
+            node = root.children.get(head_key) if head_key else root
+            if node is None:
+                return path
+            path.append(node)
+            for key in keys:
+                node = node.children.get(key)
                 if node is None:
                     break
-                if node.point is not None:
-                    known.append(node)
-                node = node.children.get(key)
-            if node is not None and node.point is not None:
-                known.append(node)
-            if known and known[-1] in self._leaves:
-                self._leaves.move_to_end(known[-1])
-        return known
+                path.append(node)
+            if path[-1] in self._leaves:
+                self._leaves.move_to_end(path[-1])
+        return path if path[0].point is not None else [n for n in path if n.point is not None]
 
     def _insert(self, node: _Node, n_clears: int, grown: list[_Node]) -> str:
         """Link new nodes, each below the one before and the first below `node`.
@@ -408,23 +439,31 @@ def _size_of(key: _Key) -> int:
     return sum([getsizeof(value) + 120 for _, value in key])  # with the tuples
 
 
-def _frozen(messages: Sequence[Any]) -> list[_Key] | None:
-    """Return a key of each message, equal only if all values, types and orders are."""
-    made: list[_Key] = []
+def _frozen(value: Any) -> bytes:
+    """Return a value as bytes: equal only if all values, their types and their order are.
+
+    Only objects with a buffer look like others, so new ones are checked as `loads` returns them.
+    """
+    try:
+        return dumps(value, 0)  # this version has no references, which depend on objects' identity
+    except ValueError:
+        raise _Refused("type") from None
+
+
+def _keys_of(messages: list[Any]) -> list[_Key]:
+    """Return a key of each message."""
+    keys: list[_Key] = []
     for message in messages:
         if type(message) is not dict:
-            return None
-        key: _Key = tuple(message.items())
-        for name, value in key:
-            if type(name) is not str:
-                return None
-            if type(value) is not str:
-                if not _is_plain(message):
-                    return None
-                key = dumps(message, 0)
+            raise _Refused("type")
+        items = tuple(message.items())
+        for name, value in items:
+            if type(value) is not str or type(name) is not str:
+                keys.append(_frozen(message))
                 break
-        made.append(key)
-    return made
+        else:
+            keys.append(items)
+    return keys
 
 
 def _is_plain(value: Any) -> bool:

@@ -338,13 +338,12 @@ def vars_of(space: Namespace) -> Names:
 
 def _watch_clock(parts: Parts, names: Names, run: Run) -> None:
     """Replace the clock by one that notes that it was read: the text is then of this moment."""
-    clock = parts.names.get(CLOCK)
-    if not parts.has_clock or clock is None or names.get(CLOCK) is not clock:
+    if not parts.has_clock or CLOCK not in parts.names or names[CLOCK] is not parts.names[CLOCK]:
         return
-    read: Callable[..., Any] = clock
+    clock: Callable[..., Any] = names[CLOCK]
 
     def watched_clock(*args: Any, **kwargs: Any) -> Any:
         run.need(UNSETTLED)
-        return read(*args, **kwargs)
+        return clock(*args, **kwargs)
 
     names[CLOCK] = watched_clock
