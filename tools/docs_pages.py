@@ -45,6 +45,7 @@ _COUNTERS = {
     "Texts not put into L0": "`tok.cache_stats().l0.refusals`",
     "Texts not cut, chunks not kept (L1)": "`tok.cache_stats().l1.refusals`",
     "Tokenizers whose texts are never cut": "`tok.cache_stats().l1.refusals`, `tokcache explain`",
+    "Chats rendered in full": "`tok.cache_stats().render.refusals`",
     "States not stored or not used": "`states.stats().refusals`",
     "llama.cpp in process": "`states.stats().refusals`, and one line in the log",
     "Disk and Redis": (
