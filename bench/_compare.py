@@ -4,7 +4,7 @@ Two runs are never made under the same conditions: the machine is faster in one 
 So the figures of the peers are the control: their code is the same in both runs. The change of a
 figure is its ratio between the runs over the median ratio of the peers in the same case, or in the
 same benchmark where the case has none. A change counts if it exceeds `--least`, and what chance
-gives: four standard errors of the medians, and the spread of the peers' ratios.
+gives: four standard errors of the medians and of the peers' ratios.
 """
 
 from __future__ import annotations
@@ -100,13 +100,14 @@ def changes(before: dict[str, Any], after: dict[str, Any], least: float) -> Iter
             ]
         control = median(peers) if peers else 0.0
         spread = median(abs(each - control) for each in peers) if peers else 0.0
+        control_error = spread / math.sqrt(max(len(peers), 1))
         yield Change(
             key,
             median(old[key]["values"]),
             median(new[key]["values"]),
             log_ratio - control,
             math.exp(control),
-            _N_ERRORS * error + 2 * spread,
+            _N_ERRORS * math.hypot(error, control_error),
             least,
         )
 

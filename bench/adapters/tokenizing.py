@@ -121,7 +121,7 @@ class Tokcache:
         config = tokcache.CacheConfig(**settings)
         self.tokenizer = tokcache.wrap(Tokenizer.from_file(str(file)), config)
         token_ids = self.tokenizer.token_ids
-        self.encode = lambda text: token_ids(text, add_special_tokens=False)
+        self.encode: Callable[[str], Any] = lambda text: token_ids(text, add_special_tokens=False)
         segments: Any = self.tokenizer.cache_stats()
         engine = getattr(getattr(segments, "l1", None), "engine", None)
         if engine is not None and engine != settings.get("engine", engine):
