@@ -28,11 +28,6 @@ def python(module: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (our own words)
 
 
-def python(module: str, *words: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", module, *words]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (our words)
-
-
 def run_of(seed: int, *, speed: float = 1.0, ours: float = 1.0) -> dict[str, Any]:
     """Return a run of three cases whose rounds scatter by 8 %, as a JSON file has it."""
     rng, report = random.Random(seed), _report.Report("exact")
