@@ -220,6 +220,7 @@ class Report:
         *,
         base: str,
         notes: Mapping[str, str] | None = None,
+        is_higher_better: bool = False,
     ) -> None:
         """Print one table with a column for each way of measuring, and keep its figures.
 
@@ -232,7 +233,8 @@ class Report:
                 each = [float(given)] if isinstance(given, int | float) else list(given or [])
                 if each:
                     note = notes.get(system, "")
-                    made = Figure(f"{case}, {way}", system, unit, each, note=note)
+                    title = f"{case}, {way}"
+                    made = Figure(title, system, unit, each, is_higher_better, note)
                     rows.setdefault(system, {})[way] = made
                     self.found.append(made)
                 else:
