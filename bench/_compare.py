@@ -3,8 +3,9 @@
 Two runs are never made under the same conditions: the machine is faster in one of them, or busier.
 So the figures of the peers are the control: their code is the same in both runs. The change of a
 figure is its ratio between the runs over the median ratio of the peers in the same case, or in the
-same benchmark where the case has none. A change counts if it exceeds `--least`, and what chance
-gives: four standard errors of the medians and of the peers' ratios.
+same benchmark where the case has none. A change counts if it exceeds `--least` and the noise: four
+standard errors of the medians, and one and a half times the distance of the peer that is farthest
+from that median. Where less than five values were measured, a quarter is taken for the error.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from bench._report import FORMAT, number
 
 LEAST = 0.10  # a change below this is not looked at
 _N_ERRORS = 4.0
+_N_SPREADS = 1.5
+_FEW_VALUES, _ERROR_OF_FEW = 5, 0.25
 _OURS = "tokcache"
 
 Key = tuple[str, str, str, str]  # benchmark, case, system, unit
@@ -73,6 +76,8 @@ def _log_median(values: list[float]) -> tuple[float, float]:
     """Return the logarithm of the median, and its standard error by the median deviation."""
     logs = [math.log(value) for value in values]
     middle = median(logs)
+    if len(logs) < _FEW_VALUES:
+        return middle, _ERROR_OF_FEW
     deviation = median(abs(each - middle) for each in logs)
     return middle, 1.4826 * deviation * 1.2533 / math.sqrt(len(logs))
 
@@ -99,15 +104,14 @@ def changes(before: dict[str, Any], after: dict[str, Any], least: float) -> Iter
                 r for k, (r, _) in both.items() if k[0] == key[0] and not k[2].startswith(_OURS)
             ]
         control = median(peers) if peers else 0.0
-        spread = median(abs(each - control) for each in peers) if peers else 0.0
-        control_error = spread / math.sqrt(max(len(peers), 1))
+        spread = max((abs(each - control) for each in peers), default=0.0)
         yield Change(
             key,
             median(old[key]["values"]),
             median(new[key]["values"]),
             log_ratio - control,
             math.exp(control),
-            _N_ERRORS * math.hypot(error, control_error),
+            math.hypot(_N_ERRORS * error, _N_SPREADS * spread),
             least,
         )
 
