@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 from tokcache._prefix import n_common
 from tokcache.errors import RenderingFailed
 from tokcache.text.chat.conversations import Case, Mode, Step, all_cases, as_lists
+from tokcache.text.chat.environment import FIXED_TEXT
 from tokcache.text.chat.process import CLOCK, TemplateProcess
+from tokcache.text.chat.proof import Proof, prove_append_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -124,6 +126,7 @@ class TemplateAudit:
     name: str
     n_chars: int
     compiled_by: str
+    proof: Proof
     unit: str
     cases: tuple[CaseResult, ...]
     switches: tuple[str, ...]
@@ -137,9 +140,14 @@ class TemplateAudit:
         return tuple(case for case in self.cases if case.verdict is Verdict.BREAKS)
 
     @property
+    def is_rendered(self) -> bool:
+        """Whether at least one case was rendered and compared."""
+        return any(case.verdict in {*_GOOD, Verdict.BREAKS} for case in self.cases)
+
+    @property
     def is_append_only(self) -> bool:
         """Whether no case breaks, and at least one was rendered."""
-        return not self.broken and any(case.verdict in _GOOD for case in self.cases)
+        return self.is_rendered and not self.broken
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a dict that JSON can hold."""
@@ -251,13 +259,13 @@ class _Auditor:
             answer, end = tail[:stop] + tail[stop:].rstrip(), ""
         else:
             answer, end = tail[:at], self.end
-        before, found, after = answer.rpartition(step.marks[-1] if step.marks else "\0")
+        lead, found, rest = answer.rpartition(step.marks[-1] if step.marks else "\0")
         if step.thinking is not None or is_dropped:
             opener = "" if prompt.rstrip().endswith("<think>") else "<think>\n"
             thinking = f"{opener}{step.thinking or thought}\n</think>\n\n"
-            answer = ("" if "think>" in before or not opener else before) + thinking + found + after
+            answer = ("" if "think>" in lead or not opener else lead) + thinking + found + rest
         elif step.generated is not None:
-            answer = before + step.generated + after
+            answer = lead + step.generated + rest
         return _Held(prompt, prompt + answer, prompt + answer + end)
 
     # ---- cases
@@ -329,7 +337,8 @@ class _Auditor:
         for index in case.answers:
             step = case.steps[index]
             text = step.marks[-1]
-            half = text[: len(text) // 2]
+            # A model stops between two tokens, and a word begins with its space.
+            half = text[: text.index(" ", len(text) // 2)]
             before = [each.sent for each in case.steps[:index]]
             held = self.held(case, index)
             listed = [{"type": "text", "text": half}]
@@ -421,8 +430,9 @@ class _Auditor:
         at = n_common(held.ended, rendered)
         before, ids, next_ids = map(self.ids, (held.prompt, held.ended, rendered))
         common = n_common(ids, next_ids)
-        if n_common(before, ids) < len(before):
-            # The model's answer begins within a token of the prompt: the held ids are others.
+        is_merged = n_common(before, ids) < len(before)
+        if is_merged:
+            # Prompt and answer, encoded as one text, have a token across both; held are two.
             common = min(common, n_common(before, next_ids))
         n_again = len(ids) - common
         is_ended = at == len(held.ended)
@@ -432,6 +442,7 @@ class _Auditor:
             return is_ended
         if at >= len(held.text):
             place, message = "ids", index
+            at = len(held.prompt if is_merged else held.text)
         else:
             place = "prompt" if at < len(held.prompt) else "answer"
             message = next(
@@ -499,6 +510,7 @@ def audit_template(
             name,
             len(template),
             process.compiled_by,
+            prove_append_only(template),
             "characters" if encoder is None else "tokens",
             results,
             tuple(process.switches),
@@ -529,8 +541,11 @@ def _cures(
     tried = [pair for pair in zip(cases, results, strict=True) if pair[0].same_as not in names]
     broken = [(case, result) for case, result in tried if result.verdict is Verdict.BREAKS]
     found: list[Cure] = []
+    is_clock = any(case.mode is Mode.CLOCK for case, _ in broken)
     for switch, values in auditor.process.switches.items() if broken else ():
         for value in values:
+            if value == FIXED_TEXT and not is_clock:
+                continue
             trial = _Auditor(auditor.process, auditor.template, auditor.encoder, {switch: value})
             trial.ids_of = auditor.ids_of
             trial.learn_end(plain)
@@ -557,6 +572,6 @@ def _cures(
     return sorted(found, key=lambda cure: (-len(cure.cures), len(cure.breaks), cure.switch))
 
 
-def counts(audit: TemplateAudit) -> Counter[Verdict]:
+def n_by_verdict(audit: TemplateAudit) -> Counter[Verdict]:
     """Return the number of cases with each verdict."""
     return Counter(case.verdict for case in audit.cases)

@@ -169,7 +169,7 @@ _TOOLS: tuple[dict[str, Any], ...] = tuple(
 
 
 def _system(number: int) -> Step:
-    text = f"Rule {number:03}: you are a careful guide to rivers and towns, and answer in one sentence."
+    text = f"Rule {number:03}: you are a careful guide to rivers and towns. Answer in one sentence."
     return Step({"role": "system", "content": text}, (text,))
 
 

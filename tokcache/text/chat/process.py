@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CLOCK = dt.datetime(2024, 5, 17, 10, 30)  # noqa: DTZ001 (strftime_now has no time zone)
 _START_S = 120.0  # the child imports transformers, which takes long on a busy machine
+_MAX_STOPPED = 3  # a template without end must not take the time limit for every chat
 _ROOT = Path(tokcache.__file__).resolve().parents[1]
 
 
@@ -33,7 +34,7 @@ _ROOT = Path(tokcache.__file__).resolve().parents[1]
 class Limits:
     """The most that one rendering may take."""
 
-    seconds: float = 10.0
+    seconds: float = 5.0
     max_chars: int = 4_000_000
     max_bytes: int = 1 << 30
 
@@ -65,6 +66,7 @@ class TemplateProcess:
         }
         self._child: subprocess.Popen[bytes] | None = None
         self._rest = b""
+        self._n_stopped = 0
         found = self._start()
         self.compiled_by: str = found["by"]
         self.switches: dict[str, tuple[Any, ...]] = {
@@ -84,6 +86,8 @@ class TemplateProcess:
 
         Errors: RenderingFailed if the template refuses or fails, or passes a limit.
         """
+        if self._n_stopped == _MAX_STOPPED:
+            raise RenderingFailed("stopped", f"not tried, after {_MAX_STOPPED} that were stopped")
         if self._child is None:
             self._start()
         answer = self._ask(
@@ -98,6 +102,7 @@ class TemplateProcess:
         )
         if "text" in answer:
             return str(answer["text"])
+        self._n_stopped += "stopped" in answer
         raise RenderingFailed(*next(iter(answer.items())))
 
     def close(self) -> None:
