@@ -96,8 +96,10 @@ def find_switches(environment: Environment, source: str) -> list[Switch]:
     The values of a switch are true, false, a fixed text, and the constants that it is compared
     with.
     """
+    # jinja2 finds them while it generates code, and folds constants of the tree as it does.
+    names = find_undeclared_variables(environment.parse(source))
+    names -= _GIVEN | set(environment.globals)
     tree = environment.parse(source)
-    names = find_undeclared_variables(tree) - _GIVEN - set(environment.globals)
     stored = {each.name for each in tree.find_all(nodes.Name) if each.ctx != "load"}
     stored |= {each.name for each in tree.find_all(nodes.Macro)}
     arguments = {each.name for each in tree.find_all(nodes.Name) if each.ctx == "param"}
