@@ -127,6 +127,10 @@ class InvalidPrompts(TokcacheError, ValueError):
     """A file of prompts can't be read; the message has its path and line."""
 
 
+class InvalidRequest(TokcacheError, ValueError):
+    """A request can't be compared with another one; the message names the field or the line."""
+
+
 class InvalidCacheFile(TokcacheError, ValueError):
     """A cache file is damaged or of another tokenizer; the message says which. Nothing changed."""
 
