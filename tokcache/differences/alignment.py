@@ -36,12 +36,16 @@ def n_common_end(before: str, after: str, limit: int) -> int:
     return n_common(before[len(before) - limit :][::-1], after[len(after) - limit :][::-1])
 
 
-def equal_runs(before: str, after: str) -> list[Run]:
+def equal_runs(
+    before: str, after: str, grains: tuple[re.Pattern[str], ...] = (LINES, WORDS)
+) -> list[Run]:
     """Return the equal runs in order; the first is the common prefix, which may be empty.
 
-    Cost: O(n log n) for n lines and words.
+    `grains` are the patterns of pieces that may be anchors, the largest first.
+
+    Cost: O(n log n) for n pieces.
     """
-    runs = _runs(before, after, (LINES, WORDS))
+    runs = _runs(before, after, grains)
     joined = [Run(0, 0, runs[0].length if runs and runs[0][:2] == (0, 0) else 0)]
     for run in runs:
         last = joined[-1]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from tokcache._prefix import n_common
 from tokcache.differences.alignment import Run, equal_runs
 from tokcache.differences.classes import Difference, DifferenceClass
 from tokcache.differences.request import Kind, Message, Part, Request, parse_request
@@ -22,7 +23,6 @@ _OF_PROMPTS = {
     DifferenceClass.DROPPED,
     DifferenceClass.OTHER_TEXT,
 }
-_PLAIN = ("text", "completion")
 _CONTINUED = {DifferenceClass.SAME, DifferenceClass.APPENDED, DifferenceClass.SHORTENED}
 
 
@@ -43,11 +43,11 @@ def compare_requests(before: Any, after: Any) -> Difference:
             f"the requests name two models, {old.model!r} and {new.model!r}; models share no "
             "prompts, so compare requests of one model"
         )
-    if (old.api in _PLAIN) != (new.api in _PLAIN):
+    if old.is_plain != new.is_plain:
         raise InvalidRequest(
             "one request is a plain text and the other has messages; compare two of one kind"
         )
-    if old.api in _PLAIN:
+    if old.is_plain:
         found = dataclasses.replace(
             classify(old.messages[0].parts[0].text, new.messages[0].parts[0].text),
             field=new.messages[0].field,
@@ -147,13 +147,13 @@ def _in_messages(old: tuple[Message, ...], new: tuple[Message, ...]) -> tuple[Di
     if not gone or not come:
         message = (gone or come)[0]
         changed = gone or come
-        is_thinking = all(part.kind is Kind.THINKING for one in changed for part in one.parts)
+        kinds = {part.kind for one in changed for part in one.parts}
         kind = DifferenceClass.DROPPED if gone else DifferenceClass.INSERTED
         texts = [
             "\n".join(part.text for one in side for part in one.parts) for side in (gone, come)
         ]
         found = Difference(
-            DifferenceClass.THINKING if is_thinking else kind,
+            DifferenceClass.THINKING if kinds == {Kind.THINKING} else kind,
             0,
             len(texts[0]),
             len(texts[1]),
@@ -198,11 +198,18 @@ def _runs_of_messages(old: tuple[Message, ...], new: tuple[Message, ...]) -> lis
     """Return the equal runs of two lists of messages."""
     names: dict[Any, str] = {}
     # Each distinct message becomes one character, so runs of text are runs of messages.
-    texts = [
+    left, right = (
         "".join(names.setdefault(one.key, chr(_FIRST + len(names))) for one in side)
         for side in (old, new)
-    ]
-    return equal_runs(*texts)
+    )
+    runs = equal_runs(left, right)
+    at = runs[0].length
+    # Messages such as "go on" occur often. If all that follows one changed message is where it
+    # was, that is the better reading than an equal message at the end.
+    n_next = n_common(left[at + 1 :], right[at + 1 :])
+    if n_next and at + 1 + n_next == min(len(left), len(right)):
+        return [runs[0], Run(at + 1, at + 1, n_next)]
+    return runs
 
 
 def _in_message(old: Message, new: Message, *, is_last: bool) -> Difference:
@@ -230,13 +237,20 @@ def _in_message(old: Message, new: Message, *, is_last: bool) -> Difference:
     left, right = (one.parts[at] if at < len(one.parts) else None for one in (old, new))
     inner = classify(left.text if left else "", right.text if right else "")
     kind = inner.kind
-    for dropped, meant in (
+    for part_kind, meant in (
         (Kind.THINKING, DifferenceClass.THINKING),
         (Kind.IMAGE, DifferenceClass.IMAGE),
     ):
-        rest = [[part.text for part in one.parts if part.kind is not dropped] for one in (old, new)]
-        if rest[0] == rest[1] or all(part and part.kind is dropped for part in (left, right)):
-            kind = meant
+        is_kind = [part is not None and part.kind is part_kind for part in (left, right)]
+        if not any(is_kind):
+            continue
+        kind = meant
+        if not all(is_kind):
+            # The part is there on one side only: nothing of the other side stands in its place.
+            left, right = (
+                part if each else None for part, each in zip((left, right), is_kind, strict=True)
+            )
+            inner = classify(left.text if left else "", right.text if right else "")
     if kind in _OF_PROMPTS:
         is_prefill = is_last and new.role == "assistant" and inner.kind is DifferenceClass.APPENDED
         if not (inner.before + inner.after).strip():

@@ -26,6 +26,7 @@ PROMPT_SETTINGS = (
     "reasoning",
     "thinking",
     "tool_choice",
+    "output_config",
     "response_format",
     "add_generation_prompt",
     "continue_final_message",
@@ -80,10 +81,7 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
-    """A request in one shape.
-
-    `chat` holds its messages as chat templates take them, None for a plain prompt.
-    """
+    """A request in one shape; `body` is the request as it was read."""
 
     api: str
     messages: tuple[Message, ...]
@@ -92,6 +90,11 @@ class Request:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     body: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether the prompt is a text, not a chat."""
+        return self.api in ("text", "completion")
 
     @property
     def n_chars(self) -> int:

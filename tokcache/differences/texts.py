@@ -30,6 +30,7 @@ _BRACKETS = re.compile(r"[\[\]{}]")
 _N_BRACKETS = 4096  # looked at in front of a difference
 _N_ENCLOSING = 32  # JSON values around a difference that are read
 _N_IN_THINKING = 4  # equal runs, such as a line break, inside a dropped block
+_N_VALUE = 60  # code points of the longest value
 _N_CHANGES = 64  # changes that may together be one reordering
 
 
@@ -72,7 +73,9 @@ def _kind(before: str, after: str, runs: list[Run]) -> DifferenceClass:
         return DifferenceClass.THINKING
     if _is_reordered_json(before, after, position) or _is_reordered_text(before, after, runs):
         return DifferenceClass.REORDERED
-    if value := value_class(before, after, position):
+    # A dropped or inserted passage may begin where a value does, and is more than a value.
+    is_passage = not (old and new) and len(old + new) > _N_VALUE
+    if not is_passage and (value := value_class(before, after, position)):
         return value
     if len(runs) == 1:
         return DifferenceClass.OTHER_TEXT

@@ -40,6 +40,7 @@ _DATE = re.compile(
 _UUID = re.compile(r"(?<!\w)[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}(?!\w)")
 _NUMBER = re.compile(r"\d[\d,_]*(?:\.\d+)*")
 _RUN = re.compile(r"[A-Za-z0-9]+")
+_WIDE_RUN = re.compile(r"[A-Za-z0-9_-]+")  # base64 for URLs
 _HEX = re.compile(r"[0-9a-f]+|[0-9A-F]+")
 # A name in front of a value that says that the value is an id.
 _NAMED = re.compile(
@@ -51,6 +52,7 @@ _NAMED = re.compile(
 )
 _N_RANDOM = 6
 _N_LONG = 8
+_N_LONGER = 4  # two values of one kind differ in length by no more
 _N_LETTERS = 16  # base64 of this length has a digit or is improbable
 
 
@@ -74,6 +76,11 @@ def value_class(before: str, after: str, position: int) -> DifferenceClass | Non
             start -= 1
         if _is_random(runs[0], runs[1], is_named=bool(_NAMED.search(left[:start]))):
             return DifferenceClass.RANDOM
+    wide = [_covering(_WIDE_RUN, text, here) for text in (left, right)]
+    plain = [re.sub("[_-]", "", run) for run in wide]
+    is_long = min(map(len, wide)) >= _N_LONG and abs(len(wide[0]) - len(wide[1])) <= _N_LONGER
+    if is_long and all(map(_is_scattered, plain)):
+        return DifferenceClass.RANDOM
     numbers = _covering(_NUMBER, left, here), _covering(_NUMBER, right, here)
     if all(numbers) and numbers[0] != numbers[1]:
         return DifferenceClass.COUNTER
@@ -101,8 +108,9 @@ def _is_random(left: str, right: str, *, is_named: bool) -> bool:
     if _HEX.fullmatch(left) and _HEX.fullmatch(right) and len(left) == len(right) >= _N_RANDOM:
         return _is_mixed(left) or _is_mixed(right)
     shortest = _N_RANDOM if is_named else _N_LONG
-    is_like = min(len(left), len(right)) >= shortest and abs(len(left) - len(right)) <= 4  # noqa: PLR2004
-    return is_like and (_is_scattered(left) + _is_scattered(right)) == 2  # noqa: PLR2004
+    is_like = min(len(left), len(right)) >= shortest
+    is_like = is_like and abs(len(left) - len(right)) <= _N_LONGER
+    return is_like and _is_scattered(left) and _is_scattered(right)
 
 
 def _is_mixed(run: str) -> bool:
