@@ -132,9 +132,10 @@ _REUSED = {
 class Difference:
     """The first difference between two prompts.
 
-    Units: `position`, `before_stop` and `after_stop` are code points of `before_text` and
-           `after_text`, the texts of `field`: [position, before_stop) of the one was replaced by
-           [position, after_stop) of the other. `n_shared` is the number of equal code points in
+    Units: `position` is the first code point that differs in `before_text` and `after_text`, the
+           texts of `field`. [start, before_stop) of the one was replaced by [start, after_stop)
+           of the other; `start` is before `position` if a value, such as a date, begins alike.
+           `n_shared` is the number of equal code points in
            front of the difference, and `n_lost` of those after it that the earlier prompt holds as
            well: they would have been reused without this difference.
     """
@@ -143,6 +144,7 @@ class Difference:
     position: int = 0
     before_stop: int = 0
     after_stop: int = 0
+    start: int = 0
     # "" for a plain text, else a path such as "system", "tools[2]" or "messages[3].content[0]".
     field: str = ""
     message: int | None = None
@@ -156,12 +158,12 @@ class Difference:
     @property
     def before(self) -> str:
         """Return the text that was replaced."""
-        return self.before_text[self.position : self.before_stop]
+        return self.before_text[self.start : self.before_stop]
 
     @property
     def after(self) -> str:
         """Return the text in its place."""
-        return self.after_text[self.position : self.after_stop]
+        return self.after_text[self.start : self.after_stop]
 
     @property
     def cure(self) -> str:

@@ -168,22 +168,20 @@ def _in_messages(old: tuple[Message, ...], new: tuple[Message, ...]) -> tuple[Di
             gone[0].role == come[0].role and found.n_shared + found.n_lost >= _SIMILAR * n_most
         )
         if not is_one:
-            found = dataclasses.replace(found, kind=_of_unlike(len(gone), len(come), n_behind))
+            kind = DifferenceClass.EDITED if len(gone) == len(come) else DifferenceClass.INSERTED
+            if not n_behind:
+                kind = DifferenceClass.OTHER_TEXT
+            elif len(gone) > len(come):
+                kind = DifferenceClass.DROPPED  # a summary may stand in the place of many
+            elif sum(run.length for run in runs[1:]) < len(gone):
+                kind = DifferenceClass.OTHER_TEXT  # a sentence that two chats have in common
+            found = dataclasses.replace(found, kind=kind)
     return _at(
         dataclasses.replace(
             found, n_shared=n_before + found.n_shared, n_lost=n_behind + found.n_lost
         ),
         message,
     ), n_equal
-
-
-def _of_unlike(n_gone: int, n_come: int, n_behind: int) -> DifferenceClass:
-    """Return the class of messages that were replaced by others that do not resemble them."""
-    if n_gone > n_come:
-        return DifferenceClass.DROPPED
-    if not n_behind:
-        return DifferenceClass.OTHER_TEXT
-    return DifferenceClass.EDITED if n_gone == n_come else DifferenceClass.INSERTED
 
 
 def _at(found: Difference, message: Message | None) -> Difference:
@@ -225,15 +223,8 @@ def _in_message(old: Message, new: Message, *, is_last: bool) -> Difference:
             before_text=old.role,
             after_text=new.role,
         )
-    pairs = list(zip(old.parts, new.parts, strict=False))
-    at = next(
-        (
-            index
-            for index, (left, right) in enumerate(pairs)
-            if (left.kind, left.text) != (right.kind, right.text)
-        ),
-        len(pairs),
-    )
+    sides = [[(part.kind, part.text) for part in one.parts] for one in (old, new)]
+    at = n_common(*sides)
     left, right = (one.parts[at] if at < len(one.parts) else None for one in (old, new))
     inner = classify(left.text if left else "", right.text if right else "")
     kind = inner.kind
@@ -244,6 +235,12 @@ def _in_message(old: Message, new: Message, *, is_last: bool) -> Difference:
         is_kind = [part is not None and part.kind is part_kind for part in (left, right)]
         if not any(is_kind):
             continue
+        rests = (
+            "\n".join(each.text for each in one.parts if each.kind is not part_kind)
+            for one in (old, new)
+        )
+        if classify(*rests).kind is DifferenceClass.OTHER_TEXT:
+            continue  # another message, which has thinking or an image too
         kind = meant
         if not all(is_kind):
             # The part is there on one side only: nothing of the other side stands in its place.
@@ -260,13 +257,11 @@ def _in_message(old: Message, new: Message, *, is_last: bool) -> Difference:
         else:
             kind = DifferenceClass.EDITED
     part = right or left
-    before = sum(len(each.text) for each in new.parts[:at])
-    behind = {(each.kind, each.text) for each in old.parts[at:]}
-    later = [each for each in new.parts[at:] if (each.kind, each.text) in behind]
+    later = sum(len(one[1]) for one in sides[1][at:] if one in sides[0][at:])
     return dataclasses.replace(
         inner,
         kind=kind,
         field=part.field if part else new.field,
-        n_shared=before + inner.position,
-        n_lost=(inner.n_lost if left and right else 0) + sum(len(each.text) for each in later),
+        n_shared=sum(len(text) for _, text in sides[1][:at]) + inner.position,
+        n_lost=later + (inner.n_lost if left and right else 0),
     )

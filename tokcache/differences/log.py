@@ -44,7 +44,7 @@ def read_request(data: bytes, name: str, *, is_text: bool = False) -> Request:
     except RecursionError:
         raise InvalidRequest(f"{name}: the JSON is nested too deeply") from None
     except ValueError as error:
-        if _n_json_lines(text) > 1:
+        if sum(line.lstrip()[:1] in ("{", "[") for line in text.splitlines()) > 1:
             raise InvalidRequest(
                 f"{name} has several lines of JSON; pass it alone to compare its turns, or one "
                 "request a file"
@@ -81,7 +81,7 @@ def read_log(data: bytes, name: str, *, skips_broken: bool = False) -> tuple[lis
             broken.append((line, str(error)))
     if broken and not skips_broken:
         line, reason = broken[0]
-        others = f" (and {len(broken) - 1:,} more lines)" if len(broken) > 1 else ""
+        others = f" (and {len(broken) - 1:,} more)" if len(broken) > 1 else ""
         raise InvalidRequest(
             f"{name}, line {line}: {reason}{others}; --skip-broken leaves such lines out"
         )
@@ -122,10 +122,6 @@ def _decoded(data: bytes, name: str) -> str:
     if not text.strip():
         raise InvalidRequest(f"{name} is empty")
     return text
-
-
-def _n_json_lines(text: str) -> int:
-    return sum(line.lstrip()[:1] in ("{", "[") for line in text.splitlines())
 
 
 def _records(text: str, name: str) -> list[tuple[int, Any]]:

@@ -305,6 +305,8 @@ def _responses(body: dict[str, Any]) -> Request:
         if not isinstance(item, dict):
             raise InvalidRequest(f"{field} must be an object, not {type(item).__name__}")
         sort = item.get("type", "message")
+        if not isinstance(sort, str):
+            raise InvalidRequest(f"{field}.type must be a text, not {type(sort).__name__}")
         if sort == "message":
             messages.append(_message(item, field, at))
         elif sort == "reasoning":

@@ -55,7 +55,7 @@ def compare_session(requests: Sequence[Request]) -> list[Turn]:
         else:
             earlier = max(
                 users[chain[n_equal]],
-                key=lambda one: (_n_common_text(requests[one], request, n_equal), one),
+                key=lambda one: (_nearness(requests[one], request, n_equal), one),
             )
             turns.append(Turn(index, earlier, compare_requests(requests[earlier], request)))
         for number in chain:
@@ -63,10 +63,10 @@ def compare_session(requests: Sequence[Request]) -> list[Turn]:
     return turns
 
 
-def _n_common_text(old: Request, new: Request, at: int) -> tuple[bool, int]:
-    """Return whether the tools are equal, and how much of the message `at` is."""
+def _nearness(old: Request, new: Request, at: int) -> tuple[bool, int, bool]:
+    """Return whether the tools are equal, how much of message `at` is, and whether it is new."""
     texts = [
         "".join(part.text for part in one.messages[at].parts) if at < len(one.messages) else ""
         for one in (old, new)
     ]
-    return old.tools == new.tools, n_common(*texts)
+    return old.tools == new.tools, n_common(*texts), at == len(old.messages)

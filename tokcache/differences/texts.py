@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.differences.alignment import WORDS, equal_runs
 from tokcache.differences.classes import Difference, DifferenceClass
-from tokcache.differences.values import value_class
+from tokcache.differences.values import changed_value
 
 if TYPE_CHECKING:
     from tokcache.differences.alignment import Run
@@ -30,7 +30,10 @@ _BRACKETS = re.compile(r"[\[\]{}]")
 _N_BRACKETS = 4096  # looked at in front of a difference
 _N_ENCLOSING = 32  # JSON values around a difference that are read
 _N_IN_THINKING = 4  # equal runs, such as a line break, inside a dropped block
+_SIMILAR = 0.3  # share of the earlier rest from which on a text was edited, not replaced
 _N_VALUE = 60  # code points of the longest value
+_TAIL = re.compile(r"<[|/\w\uff5c]|\[/?[A-Z]")  # opens a marker of a chat template
+_N_TAIL = 64
 _N_CHANGES = 64  # changes that may together be one reordering
 
 
@@ -40,10 +43,11 @@ def classify(before: str, after: str) -> Difference:
     Cost: O(n log n) for n words; two JSON values around the difference are parsed.
     """
     runs = equal_runs(before, after)
-    position = runs[0].length
-    n_lost = sum(run.length for run in runs[1:])
+    position = start = runs[0].length
     # The next equal run ends the difference; without one, both differ to their ends.
     stops = (runs[1].before, runs[1].after) if len(runs) > 1 else (len(before), len(after))
+    n_lost = sum(run.length for run in runs[1:])
+    kind: DifferenceClass | None
     if before == after:
         kind = DifferenceClass.SAME
     elif position == len(before):
@@ -51,11 +55,30 @@ def classify(before: str, after: str) -> Difference:
     elif position == len(after):
         kind = DifferenceClass.SHORTENED
     else:
-        kind = _kind(before, after, runs)
+        old, new = before[position : stops[0]], after[position : stops[1]]
+        # A dropped or inserted passage may begin where a value does, and is more than a value.
+        is_passage = not (old and new) and len(old + new) > _N_VALUE
+        value = None if is_passage else changed_value(before, after, position)
+        kind = _kind_of_order(before, after, runs) or (value and value.kind)
+        if value is not None and kind is value.kind:
+            start = value.start
+            stops = max(stops[0], value.before_stop), max(stops[1], value.after_stop)
+        if kind is None:
+            kind = DifferenceClass.EDITED
+            if not old or not new:
+                kind = DifferenceClass.INSERTED if new else DifferenceClass.DROPPED
+            # A chat template ends every prompt alike, which makes no two questions similar.
+            tail = _TAIL.search(before, max(position, len(before) - _N_TAIL))
+            n_tail = len(before) - tail.start() if tail and len(runs) > 1 else 0
+            n_tail = n_tail if n_tail <= runs[-1].length else 0
+            is_similar = n_lost - n_tail >= _SIMILAR * (len(before) - position - n_tail)
+            if len(runs) == 1 or (old and new and not is_similar):
+                kind = DifferenceClass.OTHER_TEXT
     return Difference(
         kind,
         position,
         *stops,
+        start=start,
         n_shared=position,
         n_lost=n_lost,
         before_text=before,
@@ -63,25 +86,18 @@ def classify(before: str, after: str) -> Difference:
     )
 
 
-def _kind(before: str, after: str, runs: list[Run]) -> DifferenceClass:
+def _kind_of_order(before: str, after: str, runs: list[Run]) -> DifferenceClass | None:
+    """Return the class of a change of white space, thinking or order, None for other changes."""
     position = runs[0].length
     stops = (runs[1].before, runs[1].after) if len(runs) > 1 else (len(before), len(after))
-    old, new = before[position : stops[0]], after[position : stops[1]]
-    if _UNSEEN.sub("", old) == _UNSEEN.sub("", new):
+    texts = before[position : stops[0]], after[position : stops[1]]
+    if _UNSEEN.sub("", texts[0]) == _UNSEEN.sub("", texts[1]):
         return DifferenceClass.WHITE_SPACE
     if is_thinking_change(before, after, runs):
         return DifferenceClass.THINKING
     if _is_reordered_json(before, after, position) or _is_reordered_text(before, after, runs):
         return DifferenceClass.REORDERED
-    # A dropped or inserted passage may begin where a value does, and is more than a value.
-    is_passage = not (old and new) and len(old + new) > _N_VALUE
-    if not is_passage and (value := value_class(before, after, position)):
-        return value
-    if len(runs) == 1:
-        return DifferenceClass.OTHER_TEXT
-    if not old:
-        return DifferenceClass.INSERTED
-    return DifferenceClass.EDITED if new else DifferenceClass.DROPPED
+    return None
 
 
 def is_thinking_change(before: str, after: str, runs: list[Run]) -> bool:

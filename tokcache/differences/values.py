@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from typing import NamedTuple
 
 from tokcache.differences.classes import DifferenceClass
 
@@ -56,45 +57,60 @@ _N_LONGER = 4  # two values of one kind differ in length by no more
 _N_LETTERS = 16  # base64 of this length has a digit or is improbable
 
 
-def value_class(before: str, after: str, position: int) -> DifferenceClass | None:
-    """Return the class of the values that differ at `position`, None for ordinary text.
+class Value(NamedTuple):
+    """A value that changed: [start, before_stop) of one text, [start, after_stop) of the other."""
+
+    kind: DifferenceClass
+    start: int
+    before_stop: int
+    after_stop: int
+
+
+def changed_value(before: str, after: str, position: int) -> Value | None:
+    """Return the values that differ at `position`, None for ordinary text.
 
     Cost: O(1): only the text near `position` is read.
     """
     low = max(0, position - _REACH)
     here = position - low
-    left, right = before[low : position + _REACH], after[low : position + _REACH]
-    for pattern, kind in ((_UUID, DifferenceClass.RANDOM), (_DATE, DifferenceClass.DATE)):
-        values = _covering(pattern, left, here), _covering(pattern, right, here)
-        if all(values) and values[0] != values[1]:
-            return kind
-    # The run of letters and digits around the difference; a name such as `call_` is not in it.
-    runs = _covering(_RUN, left, here), _covering(_RUN, right, here)
-    if runs[0] and runs[1] and runs[0] != runs[1]:
-        start = here
-        while start and left[start - 1].isalnum():
-            start -= 1
-        if _is_random(runs[0], runs[1], is_named=bool(_NAMED.search(left[:start]))):
-            return DifferenceClass.RANDOM
-    wide = [_covering(_WIDE_RUN, text, here) for text in (left, right)]
-    plain = [re.sub("[_-]", "", run) for run in wide]
-    is_long = min(map(len, wide)) >= _N_LONG and abs(len(wide[0]) - len(wide[1])) <= _N_LONGER
-    if is_long and all(map(_is_scattered, plain)):
-        return DifferenceClass.RANDOM
-    numbers = _covering(_NUMBER, left, here), _covering(_NUMBER, right, here)
-    if all(numbers) and numbers[0] != numbers[1]:
-        return DifferenceClass.COUNTER
+    texts = before[low : position + _REACH], after[low : position + _REACH]
+    for pattern, kind in (
+        (_UUID, DifferenceClass.RANDOM),
+        (_DATE, DifferenceClass.DATE),
+        (_RUN, DifferenceClass.RANDOM),
+        (_WIDE_RUN, DifferenceClass.RANDOM),
+        (_NUMBER, DifferenceClass.COUNTER),
+    ):
+        left, right = (_covering(pattern, text, here) for text in texts)
+        if left is None or right is None or left[0] == right[0]:
+            continue
+        is_named = bool(_NAMED.search(texts[0][: left.start()]))
+        runs = left[0], right[0]
+        if pattern is _RUN:
+            is_found = _is_random(*runs, is_named=is_named)
+        elif pattern is _WIDE_RUN:
+            is_found = min(map(len, runs)) >= _N_LONG
+            is_found = is_found and abs(len(runs[0]) - len(runs[1])) <= _N_LONGER
+            plain = (re.sub("[_-]", "", run) for run in runs)
+            is_found = is_found and all(_is_scattered(run, is_named=is_named) for run in plain)
+        else:
+            is_found = True
+        if is_found:
+            start = low + min(left.start(), right.start())
+            # A full stop after the name of a day is the sentence's as often as the name's.
+            stops = [low + one.start() + len(one[0].rstrip(".")) for one in (left, right)]
+            return Value(kind, start, *stops)
     return None
 
 
-def _covering(pattern: re.Pattern[str], text: str, position: int) -> str:
-    """Return the value that holds `position` or ends there, "" without one."""
-    found = ""
+def _covering(pattern: re.Pattern[str], text: str, position: int) -> re.Match[str] | None:
+    """Return the value that holds `position` or ends there."""
+    found = None
     for match in pattern.finditer(text):
         if match.start() > position:
             break
         if match.end() >= position:
-            found = match[0]
+            found = match
     return found
 
 
@@ -106,21 +122,20 @@ def _is_random(left: str, right: str, *, is_named: bool) -> bool:
     if is_named and min(len(left), len(right)) >= 3 and len(left) == len(right):  # noqa: PLR2004
         return any(any(char.isdigit() for char in run) for run in (left, right))
     if _HEX.fullmatch(left) and _HEX.fullmatch(right) and len(left) == len(right) >= _N_RANDOM:
-        return _is_mixed(left) or _is_mixed(right)
+        return any(
+            any(map(str.isdigit, run)) and any(map(str.isalpha, run)) for run in (left, right)
+        )
     shortest = _N_RANDOM if is_named else _N_LONG
     is_like = min(len(left), len(right)) >= shortest
     is_like = is_like and abs(len(left) - len(right)) <= _N_LONGER
-    return is_like and _is_scattered(left) and _is_scattered(right)
+    return is_like and all(_is_scattered(run, is_named=is_named) for run in (left, right))
 
 
-def _is_mixed(run: str) -> bool:
-    return any(char.isdigit() for char in run) and any(char.isalpha() for char in run)
-
-
-def _is_scattered(run: str) -> bool:
+def _is_scattered(run: str, *, is_named: bool) -> bool:
     """Return whether the kinds of characters take turns as in base64 or base 36."""
     kinds = [0 if char.isdigit() else 1 if char.islower() else 2 for char in run]
     n_turns = sum(one != other for one, other in pairwise(kinds))
     if 0 in kinds:
         return n_turns >= max(2, len(run) // 5)
-    return len(run) >= _N_LETTERS and n_turns >= len(run) // 3
+    n_letters = _N_LONG if is_named else _N_LETTERS
+    return len(run) >= n_letters and n_turns >= len(run) // 3
