@@ -14,10 +14,11 @@ import tokcache
 from tokcache.text._native import NATIVE
 
 ROOT = Path(tokcache.__file__).parent
-LEAVES = {"errors", "config", "reasons", "stats"}
+LEAVES = {"errors", "config", "differences", "reasons", "stats"}
 LEAVES |= {"_cache_folder", "_forks", "_prefix", "_validate", "_version"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
+    "differences": {"errors", "_prefix", "differences"},
     "text": LEAVES | {"text"},
     "state": LEAVES | {"state"},
     "samples": LEAVES | {"samples"},
