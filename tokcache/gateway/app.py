@@ -84,7 +84,7 @@ def make_app(service: Service) -> Starlette:
         (_MESSAGES, endpoints.message, "POST"),
         (f"{_MESSAGES}/count_tokens", endpoints.count_tokens, "POST"),
         ("/v1/embeddings", endpoints.embeddings, "POST"),
-        ("/tokenize", endpoints.passed, "POST"),
+        ("/tokenize", endpoints.tokenize, "POST"),
         ("/detokenize", endpoints.passed, "POST"),
         ("/v1/models", endpoints.models, "GET"),
         ("/health", endpoints.health, "GET"),
@@ -332,11 +332,23 @@ class Endpoints:
 
     async def count_tokens(self, request: Request) -> Response:
         """Count the tokens of an Anthropic message's prompt."""
-        self._tenants.find(request.headers)
+        scope = self._tenants.find(request.headers).scope
         body = read_object(await self._body(request))
         chat = _translated(body, is_counting=True)
         upstream = self._service.any_upstream(self._server_model(body))
-        return JSONResponse({"input_tokens": await upstream.count_tokens(chat)})
+        look = self._service.looks[upstream.url]
+        n_tokens = await self._service.tokens.count(upstream, look, chat, scope)
+        return JSONResponse({"input_tokens": n_tokens})
+
+    async def tokenize(self, request: Request) -> Response:
+        """Return the token ids of a text."""
+        scope = self._tenants.find(request.headers).scope
+        raw = await self._body(request)
+        body = read_object(raw)
+        upstream = self._service.any_upstream(self._server_model(body))
+        look = self._service.looks[upstream.url]
+        code, found = await self._service.tokens.tokenize(upstream, look, raw, body, scope)
+        return JSONResponse(found, status_code=code)
 
     async def embeddings(self, request: Request) -> Response:
         """Pass on a request for embeddings, which llama-server gives to any slot."""

@@ -41,6 +41,7 @@ from tokcache.gateway.routing.router import Router
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
 from tokcache.gateway.servers.process import ManagedServer
 from tokcache.gateway.servers.upstream import Look, Upstream
+from tokcache.gateway.tokens import ProvenTokenizers
 from tokcache.gateway.turn import Recent, Turn
 from tokcache.llama.server.model import is_same_model
 from tokcache.llama.server.results import TokenProbabilities
@@ -82,6 +83,7 @@ class Service:
             side_tokens=config.side_tokens,
         )
         self.router.erases_between_scopes = bool(config.tenants)
+        self.tokens = ProvenTokenizers(self.router.reasons, self.in_background)
         self.upstreams: dict[str, Upstream] = {}
         self.looks: dict[str, Look] = {}
         self.recent: deque[Recent] = deque(maxlen=_N_RECENT)
@@ -111,7 +113,8 @@ class Service:
         configs = list(self.config.upstreams)
         if self.managed is not None:
             url = await asyncio.to_thread(self.managed.start)
-            configs = [UpstreamConfig(url=url, slot_folder=str(self.folder / "slots"))]
+            folder, model = str(self.folder / "slots"), self.config.model
+            configs = [UpstreamConfig(url=url, slot_folder=folder, tokenizer=model)]
         for config in configs:
             upstream = Upstream(config, read_timeout_s=self.config.read_timeout_s)
             self.upstreams[config.url] = upstream
