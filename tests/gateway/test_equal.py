@@ -87,7 +87,7 @@ def end_of(answer: dict[str, Any]) -> Any:
 
 def usage_of(answer: dict[str, Any]) -> dict[str, int]:
     """Return the counts above 0: Anthropic's field for written tokens is optional."""
-    found = {}
+    found: dict[str, int] = {}
     for name, value in answer["usage"].items():
         found |= value if isinstance(value, dict) else {name: value}
     return {name: value for name, value in found.items() if value}

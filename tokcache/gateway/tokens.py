@@ -142,8 +142,9 @@ class ProvenTokenizers:
 
     async def _prove(self, upstream: Upstream, path: str, proof: _Proof) -> None:
         try:
-            wrapped = self._wrapped.get(path) or await asyncio.to_thread(_read, path)
-            self._wrapped[path] = wrapped
+            if path not in self._wrapped:
+                self._wrapped[path] = await asyncio.to_thread(_read, path)
+            wrapped = self._wrapped[path]
             difference = await self._difference(upstream, wrapped)
         except ServerError as error:
             # The next request tries again.
