@@ -119,8 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
                              "function": {"name": "bash", "arguments": ""}}]},
             {"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]},
         ]  # fmt: skip
-        chunks: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": each, "finish_reason": None}]}
-                  for each in deltas]  # fmt: skip
+        told = [{"index": 0, "delta": each, "finish_reason": None} for each in deltas]
+        chunks: list[dict[str, Any]] = [{"choices": [each]} for each in told]
         timings = {"cache_n": 0, "prompt_n": 100, "prompt_ms": 1.0, "predicted_n": 9}
         last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}
         chunks += [last, {"choices": [], "usage": {}, "timings": timings}]

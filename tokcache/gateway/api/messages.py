@@ -1,7 +1,9 @@
 """Translates Anthropic's Messages API to chat completions and their answers back.
 
-llama-server has /v1/messages, but ignores `id_slot` there (measured with xllamacpp 2026.10). A
-message is translated as llama-server does it, so that both render the same prompt, with these
+llama-server has /v1/messages, but ignores `id_slot` there (measured with xllamacpp 2026.10). For a
+server that honours it, `MessageAnswer` reads the message that it streams itself.
+
+A message is translated as llama-server does it, so that both render the same prompt, with these
 differences: text after a tool result stays after it, thinking can be switched off, addresses of
 images are refused, and `tool_choice` may be none.
 
@@ -16,7 +18,8 @@ from typing import Any
 
 from tokcache.errors import ApiError
 from tokcache.gateway.api.rules import blanked
-from tokcache.gateway.api.streams import ChatAnswer
+from tokcache.gateway.api.streams import ChatAnswer, Counts, raise_error_in
+from tokcache.gateway.routing.chain import canonical_message
 
 _PASSED = ("model", "temperature", "top_p", "top_k", "stream", "max_tokens", "chat_template_kwargs")
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -270,3 +273,53 @@ class MessageEvents:
 
     def _delta(self, part: dict[str, Any]) -> dict[str, Any]:
         return {"type": "content_block_delta", "index": self._index, "delta": part}
+
+
+class MessageAnswer:
+    """A message that llama-server's own /v1/messages streams, put together from its events.
+
+    Units: the counts are in tokens; the stream has no times.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counts | None = None
+        self._message: dict[str, Any] = {}
+        self._blocks: dict[int, dict[str, Any]] = {}
+        self._arguments: dict[int, str] = {}
+
+    def feed(self, found: dict[str, Any]) -> None:
+        """Add the JSON object of an event."""
+        raise_error_in(found)
+        kind = found.get("type")
+        if kind == "message_start":
+            self._message = found["message"]
+        elif kind == "content_block_start":
+            self._blocks[int(found["index"])] = dict(found["content_block"])
+        elif kind == "content_block_delta":
+            self._feed_delta(int(found["index"]), found["delta"])
+        elif kind == "message_delta":
+            counted = {**self._message.get("usage", {}), **found["usage"]}
+            self._message = {**self._message, **found["delta"], "usage": counted}
+            n_cached = int(counted.get("cache_read_input_tokens", 0))
+            n_decoded, n_predicted = int(counted["input_tokens"]), int(counted["output_tokens"])
+            if min(n_cached, n_decoded, n_predicted) >= 0:
+                self.counts = Counts(n_cached + n_decoded, n_cached, n_predicted, 0.0)
+
+    def _feed_delta(self, index: int, delta: dict[str, Any]) -> None:
+        block, kind = self._blocks[index], delta["type"]
+        if kind == "input_json_delta":
+            self._arguments[index] = self._arguments.get(index, "") + delta["partial_json"]
+            return
+        name = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
+        block[name[kind]] = block.get(name[kind], "") + delta[name[kind]]
+
+    def body(self) -> dict[str, Any]:
+        """Return the whole message."""
+        for index, arguments in self._arguments.items():
+            self._blocks[index]["input"] = _input(arguments)
+        return {**self._message, "content": [block for _, block in sorted(self._blocks.items())]}
+
+    def element(self) -> str:
+        """Return the message as the next request of the conversation has it, in canonical form."""
+        made = _message({"role": "assistant", "content": self.body()["content"]}, "answer")
+        return "".join(map(canonical_message, made))
