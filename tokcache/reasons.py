@@ -354,6 +354,26 @@ GATEWAY_REASONS = {
     "list_of_other_format": Reason(
         "the list of saved files is of another version of tokcache", _NOTHING
     ),
+    "tokenizer_pending": Reason(
+        "the llama-server counted tokens while the model's tokenizer was still being proven equal",
+        _NOTHING,
+    ),
+    "tokenizer_not_given": Reason(
+        "the llama-server counted tokens: no tokenizer is known for it",
+        "set `tokenizer` of the upstream to its model's GGUF or tokenizer.json",
+    ),
+    "tokenizer_unreadable": Reason(
+        "the llama-server counted tokens: the model's tokenizer could not be read",
+        "see the log; set `tokenizer` to the model's own tokenizer.json",
+    ),
+    "tokenizer_differs": Reason(
+        "the llama-server counted tokens: it gave other ids than the tokenizer for a probe",
+        "see the log; set `tokenizer` to that of the model that the llama-server has",
+    ),
+    "tokenize_form": Reason(
+        "the request to /tokenize had `parse_special` off or a content that is not one text",
+        "send one text, with `parse_special` on, where you can",
+    ),
     "volatile_*": Reason(
         "the system prompt holds a nonce or a clock", "switch on the rule of that name in `rules`"
     ),
