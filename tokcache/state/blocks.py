@@ -26,6 +26,7 @@ from tokcache.state.promotion import Promotion
 from tokcache.state.store import block_address
 
 if TYPE_CHECKING:
+    from tokcache.state.index import Node
     from tokcache.state.store import Store
 
 _log = logging.getLogger("tokcache")
@@ -49,13 +50,15 @@ class BlockCache:
 
         Clearing a part's scope from now on makes its work void.
         """
-        public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], root_key)
+        clears = self._store.clears
         parts = [(root_key, wanted)]
-        if root_key.scope is not None and public:
-            parts = [(root_key._replace(scope=None), public)]
-            if len(public) < len(wanted):
+        if root_key.scope is not None and n_public:
+            public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], root_key)
+            if public:
+                parts = [(root_key._replace(scope=None), public)]
+            if 0 < len(public) < len(wanted):
                 parts.append((rest_key(root_key, public), wanted))
-        return [(each, part, self._store.works.begin(each.scope)) for each, part in parts]
+        return [(each, part, Work(clears, each.scope)) for each, part in parts]
 
     def _whole_blocks(self, wanted: bytes, root_key: RootKey) -> bytes:
         if root_key.kind != "aligned":
@@ -140,21 +143,25 @@ class BlockCache:
         if n_tokens < self._store.min_tokens:
             blocks, n_tokens = [], 0
         self._memory.counts["hits"] += bool(blocks)
-        for path in paths:
-            old = self._store.untouched(path.nodes)
-            addresses = [block_address(self._memory.index, node, path.root_key) for node in old]
-            self._store.touch_later(old, addresses)
+        if self._store.below:
+            for path in paths:
+                old = self._store.untouched(path.nodes)
+                addresses = [block_address(self._memory.index, node, path.root_key) for node in old]
+                self._store.touch_later(old, addresses)
         if len(paths) > 1:  # evict public blocks after those that follow them
             self._memory.retention.use(paths[0].nodes, time.monotonic())
         # Each block serves the positions up to the start of the next one.
-        ends = [start for start, _, _ in blocks[1:]]
-        ends.append(min(n_tokens, blocks[-1][1]) if blocks else 0)
-        served = [
-            StoredBlock(start, stop, payload.toreadonly(), until)
-            for (start, stop, payload), until in zip(blocks, ends, strict=False)
-        ]
-        pinned = [node for path in paths for node in path.pinned()]
-        works = [path.work for path in paths]
+        served: list[StoredBlock] = []
+        until = min(n_tokens, blocks[-1][1]) if blocks else 0
+        for start, stop, payload in reversed(blocks):
+            served.append(StoredBlock(start, stop, payload.toreadonly(), until))
+            until = start
+        served.reverse()
+        pinned: list[Node] = []
+        works: list[Work] = []
+        for path in paths:
+            pinned += path.pinned()
+            works.append(path.work)
         return RestorePlan(
             self._store, pinned, served, n_tokens, works, counts_tokens=counts_tokens
         )

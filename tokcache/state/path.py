@@ -98,21 +98,26 @@ class Path:
 
     def in_the_way(self, block: NewBlock) -> Node | None:
         """Return the block that has the place of `block`, None if it is free or gone."""
-        if self.root is None or self.root.is_dead or self.last.is_dead:
+        root = self.root
+        if root is None or root.is_dead:
             return None
-        return self.store.memory.index.child(self.root, self.last, block.start, block.tokens)
+        last = self.last
+        if last.is_dead:
+            return None
+        return self.store.memory.index.child(root, last, block.start, block.tokens)
 
     def file(self, block: NewBlock) -> Node | None:
         """Put a block at the end; None if that is gone, or if its place or the room is taken."""
         root, memory = self.root, self.store.memory
-        if root is None or root.is_dead or self.last.is_dead or self.is_void:
+        if root is None or root.is_dead or self.is_void:
             return None
-        if self.in_the_way(block) is not None:
+        last = self.last
+        if last.is_dead or memory.index.child(root, last, block.start, block.tokens) is not None:
             return None
-        if not memory.has_entry_room(self.last, block.start):
+        if not memory.has_entry_room(last, block.start):
             memory.refusals["entries_in_use"] += 1
             return None
-        return memory.file(root, self.last, block.start, block.tokens, block.buffer)
+        return memory.file(root, last, block.start, block.tokens, block.buffer)
 
     def append(self, node: Node, n_tokens: int) -> None:
         """Extend the path by a block in memory, up to `n_tokens` positions."""

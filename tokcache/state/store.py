@@ -20,7 +20,7 @@ from tokcache._validate import (
     require_size,
 )
 from tokcache.errors import InvalidConfig
-from tokcache.state.handles import Work, Works
+from tokcache.state.handles import Clears, Work
 from tokcache.state.locked import Locked
 from tokcache.state.memory import StateMemory
 from tokcache.state.memory_notices import MemoryNotices
@@ -97,7 +97,7 @@ class Store(Locked):
         self._unwritten: deque[tuple[Node | Snapshot, int]] = deque()
         self.is_closed = False
         self.notices = MemoryNotices(self.ram_bytes)
-        self.works = Works()
+        self.clears = Clears()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
         self.loose: weakref.WeakSet[Snapshot] = weakref.WeakSet()
@@ -281,9 +281,7 @@ class Store(Locked):
 
         Errors: InvalidScope.
         """
-        scope = require_scope(scope)
-        with self.lock:
-            return self.works.begin(scope)
+        return Work(self.clears, require_scope(scope))
 
     def clear(self, *, scope: str | None = None) -> int:
         """Remove a scope's states from every tier, or everything; return the states removed.
@@ -298,6 +296,7 @@ class Store(Locked):
         for below in self.below:
             below.writer.discard(is_doomed)
         with self.lock:
+            self.clears.add(scope)
             n_removed = self._clear_memory(is_doomed, is_all=scope is None)
         # A save between the two steps filed its blocks before this thread had the lock.
         for below in self.below:
@@ -305,9 +304,8 @@ class Store(Locked):
         return max([n_removed, *(each.tier.clear(scope=scope) for each in self.below)])
 
     def _clear_memory(self, is_doomed: Callable[[str | None], bool], *, is_all: bool) -> int:
-        """Remove the states in memory of these scopes, and make operations under way void."""
+        """Remove the states in memory of these scopes."""
         self.settle()
-        self.works.make_void(is_doomed)
         for snapshot in list(self.loose):
             snapshot.is_dead = snapshot.is_dead or is_doomed(snapshot.root_key.scope)
         n_removed = self.memory.remove_all(is_doomed)
@@ -325,6 +323,7 @@ class Store(Locked):
         for below in self.below:
             below.writer.close()
         with self.lock:
+            self.clears.add(None)
             self._clear_memory(lambda _: True, is_all=True)
         for below in self.below:
             if below.is_owned:
