@@ -82,7 +82,7 @@ def evicting(max_entries: int = 1, **settings: Any) -> PrefixStateCache:
 @pytest.mark.parametrize("n_asked", [40, 20], ids=["the whole prompt", "its first half"])
 @pytest.mark.parametrize("budget", ["max_entries", "ram_bytes"])
 def test_an_evicted_state_names_tier_budget_and_time(budget: str, n_asked: int) -> None:
-    settings = {"max_entries": 1} if budget == "max_entries" else {"ram_bytes": 3000}
+    settings: Any = {"max_entries": 1} if budget == "max_entries" else {"ram_bytes": 3000}
     cache = PrefixStateCache(**settings)
     began = time.time()
     Engine().save(cache, FIRST)

@@ -26,6 +26,7 @@ from tokcache.state.names import TOKEN_BYTES
 from tokcache.state.reasons import Miss, MissReason, reason_of_tier
 
 if TYPE_CHECKING:
+    from tokcache.state.index import Node
     from tokcache.state.path import Path
     from tokcache.state.removals import Removal
     from tokcache.state.store import Store
@@ -64,27 +65,26 @@ class MissFinder:
 
         Units: of the prompt's `n_asked` tokens the plan serves `n_found`.
         """
-        at, is_other, held = path.n_tokens, False, b""
+        at, is_other, node = path.n_tokens, False, None
         why = self._impossible(path, n_found, n_asked)
         if why is None:
             rest = wanted[at * TOKEN_BYTES :]
-            n_same, is_other, held = self._nearest(path, rest)
+            n_same, is_other, node = self._nearest(path, rest)
             at += n_same
             why, is_alike = self._removed(path, wanted)
             if why is None and is_other and at:
                 why = _Why(MissReason.DIFFERENT_TEXT)
             why = why or self._unheld(path, wanted, is_alike=is_alike)
-        speed = self._store.own_speed(path.root_key)
         n_missed = n_asked - n_found
         return Miss(
             why.reason,
             at,
             n_missed,
-            None if speed is None else speed.seconds(n_missed),
+            self._store.own_seconds(n_missed, *path.root_key[:2]),
             why.detail,
             why.n_removed,
             why.removed_at,
-            tuple(array("i", held[: _MAX_HELD * TOKEN_BYTES])) if explain and at else (),
+            _held_tokens(node, at) if explain and at else (),
         )
 
     def _impossible(self, path: Path, n_found: int, n_asked: int) -> _Why | None:
@@ -106,30 +106,26 @@ class MissFinder:
             return _Why(reason_of_tier(path.refusal.rpartition(": ")[2]), path.refusal)
         return None
 
-    def _nearest(self, path: Path, rest: bytes) -> tuple[int, bool, bytes]:
+    def _nearest(self, path: Path, rest: bytes) -> tuple[int, bool, Node | None]:
         """Return how the nearest held prefix goes on after the path.
 
         The tokens that it has in common with `rest` (only an aligned block can have some), whether
-        it goes on in another way, and the tokens after the common ones where memory has them.
+        it goes on in another way, and the block in which it does, if memory has it.
         """
         at = path.n_tokens
         if path.loose:
-            return 0, at < path.loose[-1][1], b""
+            return 0, at < path.loose[-1][1], None
         if path.root is None:
-            return 0, False, b""
+            return 0, False, None
         last = path.last
         if at < last.stop:
-            return 0, True, last.tokens[(at - last.start) * TOKEN_BYTES :]
+            return 0, True, last
         if not last.n_after:
-            return 0, False, b""
-        children = islice(last.children.values(), _MAX_LOOKED_AT)
-        known = [
-            (common_tokens(each.tokens, rest), each.tick, each.tokens)
-            for each in children
-            if each.start == at
-        ]
-        n_same, _, tokens = max(known, default=(0, 0, b""))
-        return n_same, True, tokens[n_same * TOKEN_BYTES :]
+            return 0, False, None
+        following = _following(last)
+        n_same = max((common_tokens(each.tokens, rest) for each in following), default=0)
+        alike = (each for each in following if common_tokens(each.tokens, rest) == n_same)
+        return n_same, True, max(alike, key=lambda node: node.tick, default=None)
 
     def _removed(self, path: Path, wanted: bytes) -> tuple[_Why | None, bool]:
         """Return why this process does not hold the rest any more.
@@ -187,3 +183,18 @@ class MissFinder:
                     return _Why(MissReason.OTHER_FINGERPRINT, differing)
         is_lost = is_alike or self._memory.removals.has_forgotten(key)
         return _Why(MissReason.NOT_KNOWN if is_lost else MissReason.NEVER_STORED)
+
+
+def _following(node: Node) -> list[Node]:
+    """Return some of the blocks that follow the last token of a block."""
+    children = islice(node.children.values(), _MAX_LOOKED_AT)
+    return [each for each in children if each.start == node.stop]
+
+
+def _held_tokens(node: Node | None, at: int) -> tuple[int, ...]:
+    """Return the tokens of a block from `at` on, and those of the blocks last used after it."""
+    tokens = b""
+    while node is not None and len(tokens) < _MAX_HELD * TOKEN_BYTES:
+        tokens += node.tokens[max(at - node.start, 0) * TOKEN_BYTES :]
+        node = max(_following(node), key=lambda each: each.tick, default=None)
+    return tuple(array("i", tokens[: _MAX_HELD * TOKEN_BYTES]))

@@ -244,6 +244,11 @@ class Namespace:
         """
         self._store.note_prefill(n_tokens, seconds, self.fingerprint, self.scope)
 
+    def prefill_seconds(self, n_tokens: int) -> float | None:
+        """Return how long prefilling `n_tokens` takes, None before `note_prefill` in this scope."""
+        with self._store.lock:
+            return self._store.own_seconds(n_tokens, self.fingerprint, self.scope)
+
     def refuse(self, reason: str) -> None:
         """Count a state that was not stored or not used."""
         self._store.refuse(reason)

@@ -132,9 +132,10 @@ class Store(Locked):
             self._prefill.setdefault(fingerprint, Speed()).note(n_tokens, seconds)
             self._own_prefill.setdefault((fingerprint, scope), Speed()).note(n_tokens, seconds)
 
-    def own_speed(self, root_key: RootKey) -> Speed | None:
-        """Return the measured speed of a model's prefills in one scope; the lock is held."""
-        return self._own_prefill.get(root_key[:2])
+    def own_seconds(self, n_tokens: int, fingerprint: bytes, scope: str | None) -> float | None:
+        """Return how long prefilling takes as measured in one scope, or None; the lock is held."""
+        speed = self._own_prefill.get((fingerprint, scope))
+        return None if speed is None else speed.seconds(n_tokens)
 
     def note_parts(self, fingerprint: bytes, parts: Mapping[str, object]) -> None:
         """Note the parts that a fingerprint was made of, to say later in which two differ."""
