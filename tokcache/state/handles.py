@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from tokcache.state.index import Node
+    from tokcache.state.reasons import Miss
     from tokcache.state.snapshot_index import Snapshot
 
 _log = logging.getLogger("tokcache")
@@ -139,9 +140,13 @@ class StoredBlock(NamedTuple):
 class RestorePlan(InUse):
     """The blocks of the longest usable prefix; in use, hence not evicted, until it is closed.
 
+    `miss` says why they serve no more of the tokens that were asked for; None if they serve all.
+
     Units:  `n_tokens` positions that the blocks serve; the last block may reach further, its
             positions from `n_tokens` on belong to other tokens and have to be trimmed.
     """
+
+    miss: Miss | None = None
 
     def __init__(
         self,
