@@ -127,6 +127,10 @@ class InvalidPrompts(TokcacheError, ValueError):
     """A file of prompts can't be read; the message has its path and line."""
 
 
+class InvalidTrace(TokcacheError, ValueError):
+    """A trace can't be read; the message has its path, the line or item, and the cause."""
+
+
 class InvalidCacheFile(TokcacheError, ValueError):
     """A cache file is damaged or of another tokenizer; the message says which. Nothing changed."""
 
