@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,13 +48,12 @@ def mixed(values: Keys, seed: int) -> Keys:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """The look-ups of a batch that were sampled.
+    """The look-ups of a batch.
 
-    `index` are their positions in the batch, `distances` the stack distances (-1: not seen before)
-    and `was_marked` whether an earlier look-up of the same key had the mark.
+    `distances` are the stack distances (-1: not seen before), and `was_marked` says whether an
+    earlier look-up of the same key had the mark.
     """
 
-    index: Ints
     distances: Floats
     was_marked: Flags
 
@@ -80,7 +80,7 @@ class StackDistances:
         self._weight: Ints = np.empty(0, np.int64)
         self._marked: Flags = np.empty(0, np.bool_)
         self._sums: Floats = np.zeros((n_sums, _N_BUCKETS + 1))
-        self._sampled: Floats = np.zeros(n_sums)
+        self._counted: Floats = np.zeros(n_sums)
         self.totals: Floats = np.zeros(n_sums)
         self.n_seen = 0.0  # distinct objects, estimated if sampled
         self.weight_seen = 0.0
@@ -90,42 +90,42 @@ class StackDistances:
         """The share of objects that is looked at now; 1.0: all of them."""
         return self._limit / _ALL
 
+    def sampled(self, keys: Keys) -> Ints | None:
+        """Return the positions of the keys that are looked at, None if all are."""
+        return None if self._limit >= _ALL else np.flatnonzero(keys < np.uint64(self._limit))
+
     def look_up(
         self,
         keys: Keys,
         weights: Ints,
         values: Floats,
+        totals: Floats,
         *,
         groups: Ints | None = None,
         marks: Flags | None = None,
     ) -> Looked:
-        """Count a batch of look-ups, in their order, and return those that were sampled.
+        """Count a batch of look-ups, in their order: those at the positions `sampled` returned.
 
-        Look-ups of one group, which must be adjacent, happen at the same time: the weights of a
-        group do not count among its own distances.
+        `totals` are the sums of the values of all look-ups of the batch, sampled or not. Look-ups
+        of one group, which must be adjacent, happen at the same time: the weights of a group do not
+        count among its own distances.
 
         Shapes: keys, weights, groups and marks [n]; values [n_sums, n], 0 for an object that is
-                stored and not looked up.
+                stored and not looked up; totals [n_sums].
         """
-        self.totals += values.sum(axis=1)
-        index = np.arange(len(keys))
-        if self._limit < _ALL:
-            index = np.flatnonzero(keys < np.uint64(self._limit))
-            keys, weights, values = keys[index], weights[index], values[:, index]
-            groups = None if groups is None else groups[index]
-            marks = None if marks is None else marks[index]
+        self.totals += totals
         if marks is None:
             marks = np.zeros(len(keys), np.bool_)
-        distances, was_marked = self._distances(keys, weights, groups, marks)
+        found, was_marked = self._distances(keys, weights, groups, marks)
         rate = self.rate
-        distances = np.where(distances < 0, -1.0, distances / rate)
-        self._sampled += values.sum(axis=1) / rate
+        distances = np.where(found < 0, -1.0, found / rate)
+        self._counted += values.sum(axis=1) / rate
         buckets = _bucket(distances)
-        for row, value in zip(self._sums, values, strict=True):
-            row += np.bincount(buckets, value / rate, _N_BUCKETS + 1)
+        for which, value in enumerate(values):
+            self._sums[which] += np.bincount(buckets, value / rate, _N_BUCKETS + 1)
         if len(self._keys) > self._max_objects:
             self._lower_limit()
-        return Looked(index, distances, was_marked)
+        return Looked(distances, was_marked)
 
     def _distances(
         self, keys: Keys, weights: Ints, groups: Ints | None, marks: Flags
@@ -160,7 +160,14 @@ class StackDistances:
         is_last = np.ones(n, np.bool_)
         is_last[:-1] = is_first[1:]
         lasts = by_key[is_last]
-        self._remember(distinct, at, is_held, lasts, weights[lasts], was_marked[lasts] | marks[lasts])
+        self._remember(
+            distinct,
+            at=at,
+            is_held=is_held,
+            lasts=lasts,
+            weights=weights[lasts],
+            marked=was_marked[lasts] | marks[lasts],
+        )
         return distances, was_marked
 
     def _was_marked(
@@ -200,6 +207,7 @@ class StackDistances:
     def _remember(
         self,
         distinct: Keys,
+        *,
         at: Ints,
         is_held: Flags,
         lasts: Ints,
@@ -250,7 +258,7 @@ class StackDistances:
         hits = np.cumsum(self._sums[which, :_N_BUCKETS])
         # A sample has too many or too few of the objects that are looked up most: their look-ups
         # have the least distances (SHARDS-adj).
-        missing = total - self._sampled[which]
+        missing = total - self._counted[which]
         position = np.minimum(np.asarray(sizes, np.float64), 2.0**55)
         found = np.interp(_exact_bucket(position), np.arange(_N_BUCKETS) + 1, hits)
         found = np.where(position < 1, 0.0, found + missing)
@@ -297,9 +305,11 @@ def _smaller_before(values: Ints, weights: Ints) -> Ints:
     """
     n = len(values)
     found = np.zeros(n, np.int64)
-    if n < 2:  # noqa: PLR2004 (nothing is before a single one)
+    if n <= 1:
         return found
-    rank = np.empty(n, np.uint16 if n <= 1 << 16 else np.uint32)  # uint16: a radix sort
+    rank: NDArray[Any] = np.empty(
+        n, np.uint16 if n <= 1 << 16 else np.uint32
+    )  # uint16: a radix sort
     rank[np.argsort(values)] = np.arange(n)
     for bit in range(int(n - 1).bit_length()):
         group = rank >> (bit + 1)

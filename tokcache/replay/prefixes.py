@@ -44,6 +44,22 @@ class CostlyPrompt:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A batch of prompts. `places` are their records, or the records' numbers in `source`.
+
+    Shapes: keys of all blocks, prompt by prompt; for each prompt the number of its blocks, of those
+            looked up (the others, of generated text, are only stored), and its tokens.
+    """
+
+    keys: Keys
+    lengths: Ints
+    n_looked: Ints
+    n_tokens: Ints
+    places: Sequence[str | int]
+    source: str = ""
+
+
 class Prefixes:
     """Hits of prefix blocks by size, misses by reason, and the costliest prompts.
 
@@ -69,57 +85,46 @@ class Prefixes:
         self._size = size
         self._costliest: list[CostlyPrompt] = []
 
-    def add(
-        self,
-        keys: Keys,
-        lengths: Ints,
-        n_looked: Ints,
-        n_tokens: Ints,
-        places: Sequence[str | int],
-        source: str = "",
-    ) -> None:
-        """Count a batch of prompts.
-
-        `places` are the records, or their numbers in `source`.
-
-        Shapes: keys of all blocks, prompt by prompt; for each prompt the number of its blocks, of
-                those looked up (the others, of generated text, are only stored), and its tokens.
-        """
+    def add(self, prompts: Prompts) -> None:
+        """Count a batch of prompts."""
+        lengths, n_looked, n_tokens = prompts.lengths, prompts.n_looked, prompts.n_tokens
+        keys = prompts.keys
         self.n_prompts += len(lengths)
         self.n_tokens += int(n_tokens.sum())
         starts = np.cumsum(lengths) - lengths
+        reachable = np.minimum(n_looked * self.block_tokens, n_tokens)
+        share_of_token = 1 / np.maximum(n_tokens, 1)
+        totals = np.array(
+            [n_looked.sum(), reachable.sum(), (reachable * share_of_token).sum()], np.float64
+        )
+        index = self.distances.sampled(keys)
+        at = np.arange(len(keys)) if index is None else index
         prompt = np.repeat(np.arange(len(lengths)), lengths)
-        offset = np.arange(len(keys)) - starts[prompt]
+        # Last blocks first: the whole batch backwards, prompts in their order.
+        prompt = prompt if index is None else prompt[at]
+        ends = np.flatnonzero(np.r_[prompt[1:] != prompt[:-1], True]) if len(at) else at
+        sizes = np.diff(np.r_[-1, ends])
+        turned = np.repeat(ends - sizes + 1 + ends, sizes) - np.arange(len(at))
+        at = at[turned]
+        offset = at - starts[prompt]
         tokens = np.clip(n_tokens[prompt] - offset * self.block_tokens, 0, self.block_tokens)
         is_looked = offset < n_looked[prompt]
         tokens = np.where(is_looked, tokens, 0)
-        values: Floats = np.stack(
-            [is_looked.astype(np.float64), tokens, tokens / np.maximum(n_tokens[prompt], 1)]
-        )
-        backwards = starts[prompt] + lengths[prompt] - 1 - offset
-        was_exact = self.distances.rate == 1.0
         found = self.distances.look_up(
-            keys[backwards],
-            np.ones(len(keys), np.int64),
-            values[:, backwards],
+            keys[at],
+            np.ones(len(at), np.int64),
+            np.stack([is_looked, tokens, tokens * share_of_token[prompt]]),
+            totals,
             groups=prompt,
-            marks=(offset < lengths[prompt] - 1)[backwards],
+            marks=offset < lengths[prompt] - 1,
         )
-        if was_exact:
-            self._explain(found, backwards, starts, n_looked, n_tokens, places, source)
+        if index is None:
+            self._explain(found, turned, starts, prompts)
 
-    def _explain(
-        self,
-        found: Looked,
-        backwards: Ints,
-        starts: Ints,
-        n_looked: Ints,
-        n_tokens: Ints,
-        places: Sequence[str | int],
-        source: str,
-    ) -> None:
+    def _explain(self, found: Looked, turned: Ints, starts: Ints, prompts: Prompts) -> None:
         """Count the missed tokens of each prompt by reason, and keep the costliest prompts."""
-        distances, was_marked = found.distances[backwards], found.was_marked[backwards]
+        n_looked, n_tokens = prompts.n_looked, prompts.n_tokens
+        distances, was_marked = found.distances[turned], found.was_marked[turned]
         n_seen = _n_leading(distances >= 0, starts, n_looked)
         limit = np.inf if self._size is None else self._size
         n_hit = _n_leading((distances >= 0) & (distances <= limit), starts, n_looked)
@@ -138,12 +143,12 @@ class Prefixes:
         first = self.n_explained
         self.n_explained += len(starts)
         least = self._costliest[0].n_missed if len(self._costliest) == N_COSTLIEST else -1
-        for at in np.flatnonzero(n_missed > least):
-            place = places[at]
+        for at in np.flatnonzero(n_missed > least).tolist():
+            place = prompts.places[at]
             one = CostlyPrompt(
                 int(n_missed[at]),
-                first + int(at) + 1,
-                place if isinstance(place, str) else f"{source} {place}",
+                first + at + 1,
+                place if isinstance(place, str) else f"{prompts.source} {place}",
                 int(n_tokens[at]),
                 int(n_reused[at]),
                 EVICTED if n_evicted[at] > n_new[at] else str(reasons[at]),
@@ -166,7 +171,8 @@ class Prefixes:
         rates = self.distances.hit_rates(sizes, which)
         # Tokens after the blocks of a prompt are never hits.
         totals = (self.distances.totals[BLOCKS], self.n_tokens, self.n_prompts)
-        return rates * self.distances.totals[which] / max(totals[which], 1)
+        found: Floats = rates * self.distances.totals[which] / max(totals[which], 1)
+        return found
 
 
 def _n_leading(is_hit: np.ndarray[tuple[int], np.dtype[np.bool_]], starts: Ints, n: Ints) -> Ints:
