@@ -21,11 +21,11 @@ N_COSTLIEST = 10
 
 NEW, DIFFERS, CONTINUES, REST, EVICTED = "new", "differs", "continues", "rest", "evicted"
 REASONS = {
-    NEW: "no earlier prompt begins with the same block",
-    DIFFERS: "the prompt differs from the earlier prompt with the longest equal beginning",
-    CONTINUES: "the prompt goes on after the end of an earlier prompt",
-    REST: "the end of the prompt is less than a block",
-    EVICTED: "seen before, but evicted at this size",
+    NEW: "no earlier prompt begins like it",
+    DIFFERS: "it differs from the earlier prompt it begins like",
+    CONTINUES: "it goes on after the end of an earlier prompt",
+    REST: "its end is less than a block",
+    EVICTED: "stored before, but evicted at this size",
 }
 
 
