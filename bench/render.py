@@ -7,18 +7,24 @@ are compared before they are timed; both take turns, and the ratio is that of th
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokcache
-from bench import _report
 from bench.workloads import texts
-from bench.workloads.data import TINY, default_tokenizers, shared_file
+from bench.workloads.data import add_tokenizer, default_tokenizers, shared_file
 from bench.wrapper import load
+
+if TYPE_CHECKING:
+    from bench._report import Report
+
+PACKAGES = ("jinja2", "transformers")
+IN_ALL = ("--tokenizer", "qwen2.5", "--chats", "30")
 
 SIZES = {32: 5.0, 10: 2.0}  # messages, and the least gain
 CHATML = (
@@ -75,8 +81,8 @@ def agent_chat(n_messages: int, seed: int) -> list[dict[str, Any]]:
 
 def gain(
     plain: Any, wrapped: Any, make: Callable[[int, int], Any], n_messages: int, n_chats: int
-) -> dict[str, float]:
-    """Return the median microseconds of both, and by how much the cache is faster."""
+) -> dict[str, list[float]]:
+    """Return the microseconds of both, and the mean number of messages that were known."""
     tools = {"tools": TOOLS} if make is agent_chat else {}
     asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **tools}
     times: dict[str, list[float]] = {"transformers": [], "tokcache": []}
@@ -95,15 +101,23 @@ def gain(
             times[name].append((perf_counter_ns() - began) / 1000)
             assert found == expected
             n_known += wrapped.cache_stats().render.hit_messages - before
-    us = {name: median(one) for name, one in times.items()}
-    return {
-        **us,
-        "gain": us["transformers"] / us["tokcache"],
-        "messages reused": n_known / n_chats,
-    }
+    return {**times, "known": [n_known / n_chats]}
 
 
-def run(name: str, n_chats: int) -> dict[str, Any]:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_tokenizer(parser)
+    parser.add_argument("--chats", type=int, default=120)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Measure the template of every tokenizer."""
+    names = ("qwen2.5", "phi-3-mini", "minimind", "deepseek-v3")
+    for name in options.tokenizer or [*default_tokenizers(*names)]:
+        measure(name, options.chats, report)
+
+
+def measure(name: str, n_chats: int, report: Report) -> None:
     """Measure the template of one tokenizer, ChatML if it has none."""
     plain = load(name)
     file = shared_file("tokenizers", name, "tokenizer_config.json")
@@ -113,29 +127,12 @@ def run(name: str, n_chats: int) -> dict[str, Any]:
     kinds = {"chat": plain_chat}
     if "tool_calls" in plain.chat_template and "arguments | tojson" in plain.chat_template:
         kinds["agent with tools"] = agent_chat
-    found: dict[str, Any] = {}
-    bars = []
     for kind, make in kinds.items():
         for size, least in SIZES.items():
-            one = found[f"{kind}, {size} messages"] = gain(plain, wrapped, make, size, n_chats)
-            cells = ", ".join(f"{key} {value:,.2f}" for key, value in one.items())
-            print(f"{name}, {kind}, {size} messages, microseconds: {cells}")
+            times = gain(plain, wrapped, make, size, n_chats)
+            known = times.pop("known")[0]
+            title = f"{name}: {kind} of {size} messages"
+            report.table(f"{title}, {known:.1f} known", "us", times, base="transformers")
             if name not in READ_ALL:
-                bars.append(_report.Bar(f"{kind} of {size} messages, gain", one["gain"], least))
-    return {"figures": found, "bars": _report.show_bars(bars)}
-
-
-def main(argv: list[str]) -> int:
-    """Exit code 1 if a bar is missed."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--tokenizer", action="append", help="a real one's name, or tiny")
-    options.add_argument("--chats", type=int, default=120)
-    args = options.parse_args(argv)
-    names = args.tokenizer or [
-        *default_tokenizers("qwen2.5", "phi-3-mini", "minimind", "deepseek-v3"),
-        *([TINY] if shared_file("tokenizers", "qwen2.5", "tokenizer.json") else []),
-    ]
-    found = {name: run(name, args.chats) for name in names}
-    environment = _report.environment("jinja2", "transformers")
-    _report.finish({"environment": environment, "tokenizers": found}, args.json)
-    return 0 if all(bar["met"] for one in found.values() for bar in one["bars"]) else 1
+                ratio = median(times["transformers"]) / median(times["tokcache"])
+                report.bar(f"{title}, gain", ratio, least)
