@@ -14,19 +14,21 @@ import tokcache
 from tokcache.text._native import NATIVE
 
 ROOT = Path(tokcache.__file__).parent
-LEAVES = {"errors", "config", "reasons", "stats"}
+LEAVES = {"errors", "config", "differences", "reasons", "stats"}
 LEAVES |= {"_cache_folder", "_forks", "_prefix", "_validate", "_version"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
+    "differences": {"errors", "_prefix", "differences"},
     "text": LEAVES | {"text"},
     "state": LEAVES | {"state"},
     "samples": LEAVES | {"samples"},
     "llama": LEAVES | {"text", "state", "llama"},
+    "replay": LEAVES | {"text", "state", "llama", "replay"},
     "gateway": LEAVES | {"text", "state", "llama", "samples", "gateway"},
 }
 OPTIONAL = {"transformers", "llama_cpp", "redis", "prometheus_client", "httpx", "xllamacpp", "gguf"}
 OPTIONAL |= {"gigatoken", "fastokens", "xxhash", "cryptography", "platformdirs"}
-OPTIONAL |= {"starlette", "uvicorn"}
+OPTIONAL |= {"starlette", "uvicorn", "orjson", "zstandard"}
 
 
 def package_of(path: Path) -> str:

@@ -127,8 +127,16 @@ class InvalidPrompts(TokcacheError, ValueError):
     """A file of prompts can't be read; the message has its path and line."""
 
 
+class InvalidRequest(TokcacheError, ValueError):
+    """A request can't be compared with another one; the message names the field or the line."""
+
+
 class InvalidTemplate(TokcacheError, ValueError):
     """A chat template is missing or can't be compiled; the message has the line and the error."""
+
+
+class InvalidTrace(TokcacheError, ValueError):
+    """A trace can't be read; the message has its path, the line or item, and the cause."""
 
 
 class InvalidCacheFile(TokcacheError, ValueError):
