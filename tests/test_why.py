@@ -226,6 +226,17 @@ def test_har_files_and_lists_of_requests_are_logs(tmp_path: Path) -> None:
         assert [turn["class"] for turn in turns] == [None, "date_or_clock"]
 
 
+def test_the_guide_shows_real_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "guides/comparing.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(docs / "assets/why")
+    monkeypatch.setenv("COLUMNS", "100")
+    runs = (("before.json", "after.json", "--model", samples.tiny_model()), ("session.jsonl",))
+    for arguments in runs:
+        shown = "\n".join(line.rstrip() for line in run(*arguments).stdout.splitlines())
+        assert f"```text\n{shown}\n```\n" in page
+
+
 # ---- input that can't be read
 
 

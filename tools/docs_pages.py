@@ -16,6 +16,7 @@ import typer
 
 from tokcache import reasons
 from tokcache.cli import app
+from tokcache.differences import DifferenceClass
 from tokcache.llama.memory_type import ARCHITECTURES
 from tokcache.llama.reasons import REASONS
 from tokcache.llama.server.trust import CURES
@@ -115,10 +116,17 @@ def _option(option: object) -> str:
     return f"| `{name}` | {shown} | {_cell(help_text)} |\n"
 
 
+def differences() -> str:
+    """Return the classes of differences between two prompts."""
+    rows = [f"| `{kind.value}` | {kind.meaning} | {kind.cure} |\n" for kind in DifferenceClass]
+    return "| class | meaning | what to change |\n|---|---|---|\n" + "".join(rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "reasons": reason_tables,
     "architectures": architectures,
     "cli": commands,
+    "differences": differences,
 }
 
 

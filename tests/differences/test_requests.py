@@ -96,6 +96,17 @@ def test_costs_are_those_of_the_equal_text_behind_the_difference() -> None:
     assert (found.before, found.after) == ("1", "2")
 
 
+def test_tools_are_lost_with_the_system_text_that_templates_write_before_them() -> None:
+    tools = [{"name": "f", "description": "d" * 100}]
+    bodies = [
+        {"messages": [{"role": "system", "content": f"Now: 12:0{n}. Be brief."}], "tools": tools}
+        for n in (1, 2)
+    ]
+    found = compare_requests(*bodies)
+    assert (found.kind, found.n_shared) == (DifferenceClass.DATE, 9)
+    assert found.n_lost == len(". Be brief.") + len(parse_request(bodies[0]).tools[0].text)
+
+
 def test_other_questions_are_not_called_edits() -> None:
     head = [{"role": "system", "content": "Be brief."}]
     one = [*head, {"role": "user", "content": "Where is the station?"}]

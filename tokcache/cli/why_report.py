@@ -204,7 +204,14 @@ def print_session(console: Console, found: Session, *, has_text: bool) -> None:
         is_lost = not difference.kind.is_reused
         where = _place(difference) if is_lost else ""
         if is_lost and has_text:
-            shown = (visible(text)[:24] for text in (difference.before, difference.after))
+            low = max(difference.start, difference.position - 8)
+            shown = (
+                visible(text[low : min(stop, low + 24)])
+                for text, stop in (
+                    (difference.before_text, difference.before_stop),
+                    (difference.after_text, difference.after_stop),
+                )
+            )
             where += ": «{}» → «{}»".format(*shown)
         table.add_row(
             str(line),

@@ -54,16 +54,19 @@ def compare_requests(before: Any, after: Any) -> Difference:
         )
         return _with_parameters(found, old, new)
     found, n_equal = _in_messages(old.messages, new.messages)
-    if old.tools == new.tools:
-        n_tools = sum(len(tool.text) for tool in new.tools)
-        found = dataclasses.replace(found, n_shared=found.n_shared + n_tools)
-        return _with_parameters(found, old, new)
-    in_tools = _in_tools(old.tools, new.tools)
     # Templates write the tools after the system text, Anthropic writes them before it.
     is_system = bool(new.messages) and new.messages[0].role in ("system", "developer")
     is_behind = is_system and new.api != "anthropic"
-    if is_behind and found.kind not in _CONTINUED and found.message in (None, 0):
-        return dataclasses.replace(found, n_lost=found.n_lost + in_tools.n_lost)
+    is_in_system = is_behind and found.kind not in _CONTINUED and found.message in (None, 0)
+    if old.tools == new.tools:
+        n_tools = sum(len(tool.text) for tool in new.tools)
+        if is_in_system:
+            return dataclasses.replace(found, n_lost=found.n_lost + n_tools)
+        found = dataclasses.replace(found, n_shared=found.n_shared + n_tools)
+        return _with_parameters(found, old, new)
+    in_tools = _in_tools(old.tools, new.tools)
+    if is_in_system:
+        return dataclasses.replace(found, n_lost=found.n_lost + in_tools.n_shared + in_tools.n_lost)
     n_system = new.messages[0].n_chars if is_behind else 0
     return dataclasses.replace(
         in_tools,
