@@ -185,6 +185,10 @@ class NotFromIds(TokcacheError):
     """A call can't be answered from token ids; the text is the key of the counter."""
 
 
+class Malformed(TokcacheError):
+    """A record of a trace is not one of its format; the text has the cause, and no prompt text."""
+
+
 class Damaged(TokcacheError):
     """A cache file is damaged; the text follows the file's path in a message."""
 
