@@ -84,7 +84,7 @@ def make_app(service: Service) -> Starlette:
         (_MESSAGES, endpoints.message, "POST"),
         (f"{_MESSAGES}/count_tokens", endpoints.count_tokens, "POST"),
         ("/v1/embeddings", endpoints.embeddings, "POST"),
-        ("/tokenize", endpoints.passed, "POST"),
+        ("/tokenize", endpoints.tokenize, "POST"),
         ("/detokenize", endpoints.passed, "POST"),
         ("/v1/models", endpoints.models, "GET"),
         ("/health", endpoints.health, "GET"),
@@ -233,9 +233,13 @@ class Endpoints:
     async def message(self, request: Request) -> Response:
         """Answer an Anthropic message by a chat completion."""
         tenant = self._tenants.find(request.headers)
-        body = read_object(await self._body(request))
+        given = await self._body(request)
+        body = read_object(given)
         chat, request.state.rules = self._ruled(_translated(body))
         is_stream = chat.get("stream") is True
+        servers = self._service.router.servers.keys()
+        if servers <= self._service.pinning and not request.state.rules:
+            return await self._message_as_it_came(request, tenant, chat, given)
         chat |= {"stream": True, "stream_options": {"include_usage": True}}
         opened = await self._open(request, tenant, _APIS[_CHAT], chat, json.dumps(chat).encode())
         if opened is None:
@@ -251,6 +255,23 @@ class Endpoints:
             return _Stream(self._streamed_message(turn, events), turn, tenant, headers)
         await self._collect(request, turn, tenant)
         return JSONResponse(messages.from_chat(answer, message_id, model), headers=headers)
+
+    async def _message_as_it_came(
+        self, request: Request, tenant: Tenant, chat: dict[str, Any], raw: bytes
+    ) -> Response:
+        """Pass a message on to a server that pins it; its translation names its prefixes."""
+        is_stream = chat.get("stream") is True
+        raw = raw if is_stream else with_settings(raw, {"stream": True})
+        api = _Api(_MESSAGES, chat_prompt, messages.MessageAnswer)
+        opened = await self._open(request, tenant, api, chat, raw)
+        if opened is None:
+            raise ClientDisconnect
+        turn, answer = opened
+        headers = _headers(request, turn)
+        if is_stream:
+            return _Stream(self._streamed(turn), turn, tenant, headers)
+        await self._collect(request, turn, tenant)
+        return JSONResponse(answer.body(), headers=headers)
 
     def _ruled(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Return a body after the configured rules; count the volatile parts that are left."""
@@ -307,9 +328,11 @@ class Endpoints:
                 yield (f"event: {name}\n".encode() if name else b"") + b"data: " + shown + b"\n\n"
         except ApiError as error:
             self._service.counts[f"error_{error.status}"] += 1
-            told = error_body(error, is_anthropic=False)
+            is_message = isinstance(turn.answer, messages.MessageAnswer)
+            told = error_body(error, is_anthropic=is_message)
             if turn.is_responses:
                 told = {"type": "error", "message": str(error), "code": error.code, "param": None}
+            if turn.is_responses or is_message:
                 yield b"event: error\n"
             yield b"data: " + json.dumps(told).encode() + b"\n\n"
 
@@ -332,11 +355,23 @@ class Endpoints:
 
     async def count_tokens(self, request: Request) -> Response:
         """Count the tokens of an Anthropic message's prompt."""
-        self._tenants.find(request.headers)
+        scope = self._tenants.find(request.headers).scope
         body = read_object(await self._body(request))
         chat = _translated(body, is_counting=True)
         upstream = self._service.any_upstream(self._server_model(body))
-        return JSONResponse({"input_tokens": await upstream.count_tokens(chat)})
+        look = self._service.looks[upstream.url]
+        n_tokens = await self._service.tokens.count(upstream, look, chat, scope)
+        return JSONResponse({"input_tokens": n_tokens})
+
+    async def tokenize(self, request: Request) -> Response:
+        """Return the token ids of a text."""
+        scope = self._tenants.find(request.headers).scope
+        raw = await self._body(request)
+        body = read_object(raw)
+        upstream = self._service.any_upstream(self._server_model(body))
+        look = self._service.looks[upstream.url]
+        code, found = await self._service.tokens.tokenize(upstream, look, raw, body, scope)
+        return JSONResponse(found, status_code=code)
 
     async def embeddings(self, request: Request) -> Response:
         """Pass on a request for embeddings, which llama-server gives to any slot."""
