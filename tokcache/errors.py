@@ -193,6 +193,10 @@ class NotFromIds(TokcacheError):
     """A call can't be answered from token ids; the text is the key of the counter."""
 
 
+class Malformed(TokcacheError):
+    """A record of a trace is not one of its format; the text has the cause, and no prompt text."""
+
+
 class RenderingFailed(TokcacheError):
     """A chat template did not render a chat.
 

@@ -182,6 +182,17 @@ def test_all_shared_traces_are_replayed(shared_data: Path, tmp_path: Path) -> No
         assert found["n_skipped"] == 0
 
 
+def test_the_requests_of_the_demo_are_replayed(tmp_path: Path) -> None:
+    log = tmp_path / "requests"
+    demo = ["demo", "--backend", "tokens", "--requests", str(log)]
+    done = CliRunner().invoke(app, demo)
+    assert done.exit_code == 0, done.output
+    found = figures(log)
+    assert (found["n_prompts"], found["n_skipped"]) == (20, 0)
+    assert "62,903 prompt ids" in done.output
+    assert found["n_tokens"] == 62_903  # the same texts
+
+
 def test_sizes_and_times_are_written_to_be_read() -> None:
     assert [written_size(n) for n in (1, 2048, 5 << 20, (5 << 20) + 1)] == ["1K", "2K", "5M", "6M"]
     assert [duration(s) for s in (0, 2e-6, 0.25, 90, 4000, 9000)] == [

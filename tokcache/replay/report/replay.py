@@ -100,7 +100,7 @@ def _curves(found: Result) -> list[Chart]:
         how = f"{_LRU}{counted}."
         for one in curves:
             for name, rate in one.others.items():
-                how += f" {one.name}, counted as {name}, without a limit: {rate:.1%}."
+                how += f" {_NAMES[one.name]}, counted as {name}, without a limit: {rate:.1%}."
         if sampled < 1:
             how += f" {sampled:.2%} of the objects were looked at (SHARDS)."
         svg = charts.lines(
@@ -126,7 +126,7 @@ def _times(found: Result) -> list[Chart]:
         saved["tokenization, without a cache"] = timed.without_s
         saved["tokenization, with tokcache"] = timed.with_s
         how = (
-            f"Tokenization with {_name(found.tokenizer)}, measured on {os.cpu_count()} cores: every "
+            f"Tokenization with {_name(found.tokenizer)} on {os.cpu_count()} cores: every "
             f"prompt with the cache; without it a sample of {timed.n_sampled:,} tokens, for all "
             f"{found.n_tokens:,}. "
         )

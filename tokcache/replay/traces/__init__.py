@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from tokcache.errors import InvalidTrace
+from tokcache.errors import InvalidTrace, Malformed
 from tokcache.replay.traces import (
     anthropic_log,
     bailian,
@@ -23,13 +23,7 @@ from tokcache.replay.traces import (
     tau_bench,
     texts,
 )
-from tokcache.replay.traces.request import (
-    BlockFormat,
-    Blocks,
-    Malformed,
-    Request,
-    TextFormat,
-)
+from tokcache.replay.traces.request import BlockFormat, Blocks, Request, TextFormat
 from tokcache.replay.traces.source import Skipped, Source
 
 __all__ = ["FORMATS", "Blocks", "Request", "Skipped", "Trace", "open_trace"]

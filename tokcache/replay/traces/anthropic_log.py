@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from tokcache.errors import Malformed
 from tokcache.replay.traces.chats import conversation, messages_of
 from tokcache.replay.traces.openai_log import answer_of, body_of
-from tokcache.replay.traces.request import Malformed, Request
+from tokcache.replay.traces.request import Request
 
 name = "anthropic"
 about = "request bodies of Anthropic's Messages API, one a line"

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tokcache.replay.traces.request import Conversation, Malformed, Message
+from tokcache.errors import Malformed
+from tokcache.replay.traces.request import Conversation, Message
 
 _TEXT_TYPES = {"text", "input_text", "output_text", "refusal", "reasoning", "thinking"}
 

@@ -7,9 +7,12 @@ of a subagent's requests count from its start, and its ids are those of its sess
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokcache.replay.traces.request import Blocks, Malformed
+from tokcache.errors import Malformed
+
+if TYPE_CHECKING:
+    from tokcache.replay.traces.request import Blocks
 
 name = "kv-cache-tester"
 about = "the sessions of kv-cache-tester, with subagents"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokcache.replay.traces.request import Blocks, Malformed
+from tokcache.errors import Malformed
+
+if TYPE_CHECKING:
+    from tokcache.replay.traces.request import Blocks
 
 name = "mooncake"
 about = "Mooncake's traces: hash_ids of 512 tokens"

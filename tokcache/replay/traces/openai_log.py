@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tokcache.errors import Malformed
 from tokcache.replay.traces.chats import conversation, messages_of
-from tokcache.replay.traces.request import Malformed, Request
+from tokcache.replay.traces.request import Request
 
 name = "openai"
 about = "request bodies of OpenAI's API, one a line"

@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from tokcache.errors import Malformed
 from tokcache.replay.traces.chats import conversation
-from tokcache.replay.traces.request import Malformed, Request
+from tokcache.replay.traces.request import Request
 
 name = "otel"
 about = "OpenTelemetry spans of generative AI"

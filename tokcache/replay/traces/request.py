@@ -13,10 +13,6 @@ from typing import Any, Protocol
 Message = Mapping[str, Any]  # "role", "content" (a str), and "tool_calls" as OpenAI has them
 
 
-class Malformed(ValueError):
-    """A record is not one of its format; the text has the cause and none of its content."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt: a text, the messages of a chat, or neither if the trace has only counts.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tokcache.replay.traces.request import Conversation, Malformed, Request
+from tokcache.errors import Malformed
+from tokcache.replay.traces.request import Conversation, Request
 
 name = "sharegpt"
 about = "ShareGPT's conversations"

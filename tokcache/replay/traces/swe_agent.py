@@ -7,10 +7,13 @@ The messages are the `history`, or the `messages`, or a `trajectory` of messages
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import Malformed
 from tokcache.replay.traces.chats import conversation, messages_of
-from tokcache.replay.traces.request import Malformed, Message, Request
+
+if TYPE_CHECKING:
+    from tokcache.replay.traces.request import Message, Request
 
 name = "swe-agent"
 about = "SWE-agent's trajectories"

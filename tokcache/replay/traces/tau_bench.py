@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tokcache.errors import Malformed
 from tokcache.replay.traces.chats import conversation, messages_of
-from tokcache.replay.traces.request import Malformed, Request
+
+if TYPE_CHECKING:
+    from tokcache.replay.traces.request import Request
 
 name = "tau-bench"
 about = "the trajectories of tau-bench"
