@@ -127,6 +127,14 @@ class InvalidPrompts(TokcacheError, ValueError):
     """A file of prompts can't be read; the message has its path and line."""
 
 
+class InvalidRequest(TokcacheError, ValueError):
+    """A request can't be compared with another one; the message names the field or the line."""
+
+
+class InvalidTemplate(TokcacheError, ValueError):
+    """A chat template is missing or can't be compiled; the message has the line and the error."""
+
+
 class InvalidCacheFile(TokcacheError, ValueError):
     """A cache file is damaged or of another tokenizer; the message says which. Nothing changed."""
 
@@ -179,6 +187,19 @@ class IdLengthUnknown(TokcacheError):
 
 class NotFromIds(TokcacheError):
     """A call can't be answered from token ids; the text is the key of the counter."""
+
+
+class RenderingFailed(TokcacheError):
+    """A chat template did not render a chat.
+
+    `kind` is `refused` if the template says so itself, `failed` if it raised another error, and
+    `stopped` if it passed a limit of time, size or memory; `reason` is its error or the limit.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(f"{kind}: {reason}")
+        self.kind = kind
+        self.reason = reason
 
 
 class Damaged(TokcacheError):

@@ -379,7 +379,55 @@ GATEWAY_REASONS = {
     ),
 }
 
+# StateStats.misses, Miss.reason (tokcache.MissReason): why a prompt was reused no further.
+MISSES = {
+    "different_text": Reason(
+        "the nearest held prefix of the scope goes on with other tokens",
+        "look for parts that change with each request (a date, an id, the order of tools), and put "
+        "them at the end; `tokcache why` compares two requests",
+    ),
+    "template": Reason(
+        "the chat template rendered an earlier turn in another way than before",
+        "`tokcache explain --chat` shows which turns, and the switch that cures it",
+    ),
+    "re_encoding": Reason(
+        "the ids that the model generated are not those of their text encoded again",
+        "continue with the ids, not with the text; otherwise the answer's end is decoded again",
+    ),
+    "evicted": Reason(
+        "this process held the state and evicted it; the detail names tiers and budget",
+        "raise that budget, or add a tier below memory",
+    ),
+    "expired": Reason("the state was not used for `ttl_s` seconds", "raise `ttl_s`"),
+    "damaged": Reason(
+        "a tier had the state, but its bytes were not those that were stored",
+        "check the disk; find out who else writes there",
+    ),
+    "slower_than_prefill": Reason(
+        "a tier was not asked, because reading from it takes longer than computing",
+        "use a faster disk or network",
+    ),
+    "refused": Reason(
+        "the state could not be stored or used; the detail is the code of a refusal, or "
+        "`below_minimum`, `disabled`, `closed`",
+        "look up the code in the other tables",
+    ),
+    "other_fingerprint": Reason(
+        "the scope has the prompt's beginning for another model file, adapter, setting or build; "
+        "the detail names the parts that differ",
+        "use the same model and settings, or warm up the new one",
+    ),
+    "never_stored": Reason(
+        "this process never held more of the prompt in this scope, and no tier has more", _NOTHING
+    ),
+    "not_known": Reason(
+        "so many states of this scope were removed that the oldest removals are forgotten",
+        "look at `evictions` and `expirations`",
+    ),
+}
+
 TABLES = {
+    "Prompts not reused to their end": MISSES,
     "Calls answered by the plain tokenizer": BYPASSES,
     "Texts not put into L0": L0_REFUSALS,
     "Texts not cut, chunks not kept (L1)": L1_REFUSALS,

@@ -129,7 +129,9 @@ class StateStats:
     prompt that was entirely in the context is not a look-up. `saved_tokens` counts positions
     stored, `promoted_tokens` positions that came from a lower tier. `n_bytes` is the bytes held in
     memory. `refusals` counts, by reason, states not stored or not used; those of a lower tier have
-    reasons such as "disk: reason" or "redis: reason".
+    reasons such as "disk: reason" or "redis: reason". `misses` counts, by `MissReason`, the prompts
+    that were reused no further than to some token before their end, `missed_tokens` their tokens
+    from there on.
     """
 
     lookups: int
@@ -146,6 +148,8 @@ class StateStats:
     n_entries: int
     n_blocks: int
     n_bytes: int
+    misses: Mapping[str, int] = field(default_factory=dict)
+    missed_tokens: Mapping[str, int] = field(default_factory=dict)
     n_states: int = 0
     promoted_tokens: int = 0
     expirations: int = 0
