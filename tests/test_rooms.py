@@ -23,11 +23,12 @@ MAY_IMPORT = {
     "state": LEAVES | {"state"},
     "samples": LEAVES | {"samples"},
     "llama": LEAVES | {"text", "state", "llama"},
+    "replay": LEAVES | {"text", "state", "llama", "replay"},
     "gateway": LEAVES | {"text", "state", "llama", "samples", "gateway"},
 }
 OPTIONAL = {"transformers", "llama_cpp", "redis", "prometheus_client", "httpx", "xllamacpp", "gguf"}
 OPTIONAL |= {"gigatoken", "fastokens", "xxhash", "cryptography", "platformdirs"}
-OPTIONAL |= {"starlette", "uvicorn"}
+OPTIONAL |= {"starlette", "uvicorn", "orjson", "zstandard"}
 
 
 def package_of(path: Path) -> str:

@@ -135,6 +135,10 @@ class InvalidTemplate(TokcacheError, ValueError):
     """A chat template is missing or can't be compiled; the message has the line and the error."""
 
 
+class InvalidTrace(TokcacheError, ValueError):
+    """A trace can't be read; the message has its path, the line or item, and the cause."""
+
+
 class InvalidCacheFile(TokcacheError, ValueError):
     """A cache file is damaged or of another tokenizer; the message says which. Nothing changed."""
 
