@@ -13,6 +13,7 @@ Make the environment with `python -m venv DIR && DIR/bin/pip install mini-swe-ag
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -29,12 +30,15 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from bench import _report
 from bench.gateway import BARE, MAX_OVER_LEAST, OURS, Bare, ask, least, systems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from bench._report import Report
+
+PACKAGES = ("xllamacpp", "starlette", "uvicorn", "httpx")
+IN_ALL: tuple[str, ...] = ()
 N_ANSWER = 16
 DONE = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 PROGRAM = '''"""Figures of a list of numbers."""
@@ -219,20 +223,26 @@ async def replay(system: Bare, runs: list[list[dict[str, Any]]]) -> tuple[int, i
     return n_prefilled, n_prompt
 
 
-def main(argv: list[str]) -> int:
-    """Run the benchmark."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--python", type=Path, required=True, help="a Python with mini-swe-agent")
-    options.add_argument("--runs", type=int, default=2, help="runs of each task, all at a time")
-    given = options.parse_args(argv)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--python", type=Path, help="a Python that has mini-swe-agent")
+    parser.add_argument("--runs", type=int, default=2, help="runs of each task, all at a time")
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Record the agent's requests and replay them on both systems."""
+    if options.python is None:
+        report.skip("--python names no Python with mini-swe-agent")
+        return
     runs = [
-        record(given.python, f"{task} Seen in version {number}.", commands)
-        for number in range(given.runs)
+        record(options.python, f"{task} Seen in version {number}.", commands)
+        for number in range(options.runs)
         for task, commands in TASKS.items()
     ]
     prompts = [body["messages"] for bodies in runs for body in bodies]
-    print(f"{len(runs)} runs of the agent, {len(prompts)} requests")
-    figures: dict[str, dict[str, float]] = {}
+    over: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    sizes = set()
     with systems() as both:
         for name, system in both.items():
             first = asyncio.run(replay(system, [bodies[: len(bodies) // 2] for bodies in runs]))
@@ -240,21 +250,11 @@ def main(argv: list[str]) -> int:
             system.start()
             rest = asyncio.run(replay(system, [bodies[len(bodies) // 2 :] for bodies in runs]))
             system.show_reasons()
-            n_least = asyncio.run(least(system.urls[0], prompts))
-            figures[name] = {
-                "prefilled": first[0] + rest[0],
-                "prompt": first[1] + rest[1],
-                "over_least": (first[0] + rest[0]) / n_least,
-            }
-    for name, found in figures.items():
-        print(
-            f"{name}: {found['prefilled']:,} of {found['prompt']:,} prompt tokens prefilled,"
-            f" {found['over_least']:.2f}x of the least"
-        )
-    over = figures[OURS]["over_least"]
-    bars = [_report.Bar("prefilled over the least", over, MAX_OVER_LEAST, is_ceiling=True)]
-    shown = _report.show_bars(bars)
-    environment = _report.environment("xllamacpp", "starlette", "uvicorn", "httpx")
-    _report.finish({"environment": environment, "bars": shown, "figures": figures}, given.json)
-    assert figures[BARE]["prompt"] == figures[OURS]["prompt"], "the prompts differ"
-    return 0 if all(bar.is_met for bar in bars) else 1
+            n_prefilled, n_prompt = first[0] + rest[0], first[1] + rest[1]
+            over[name] = n_prefilled / asyncio.run(least(system.urls[0], prompts))
+            notes[name] = f"{n_prefilled:,} of {n_prompt:,} tokens"
+            sizes.add(n_prompt)
+    title = f"{len(runs)} runs of the agent, {len(prompts)} requests"
+    report.check("both systems got the same prompts", is_right=len(sizes) == 1)
+    report.table(f"{title}: prefilled over the least", "x", over, base=BARE, notes=notes)
+    report.bar("prefilled over the least", over[OURS], MAX_OVER_LEAST, most=True)

@@ -235,6 +235,7 @@ class Endpoints:
         tenant = self._tenants.find(request.headers)
         given = await self._body(request)
         body = read_object(given)
+        require_one_answer(body)
         chat, request.state.rules = self._ruled(_translated(body))
         is_stream = chat.get("stream") is True
         servers = self._service.router.servers.keys()
