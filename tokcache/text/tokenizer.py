@@ -241,7 +241,8 @@ class CachedTokenizer:
         encodes the whole text.
         """
         text, add_special_tokens, scope, since = key
-        engine, l1 = self.engine(generation), generation.l1
+        engine = self.engine(generation) if generation.engine is None else generation.engine
+        l1 = generation.l1
         if engine.reason is not None:  # the plain tokenizer, whose answers are not cached
             return implementation.TokenIds(_encode_whole(engine, [text], add_special_tokens)[0])
         if encode is not None and l1 is not None and l1.encodes_alone(text):
