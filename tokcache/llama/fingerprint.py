@@ -199,24 +199,23 @@ def state_fingerprint(
             "is not there; pass the path of a GGUF file"
         )
     loaded = LoadedModel(context_params, model_params, kv_overrides, lora_scale, tensor_split, {})
-    return fingerprint(loaded, files, None)[0]
+    return fingerprint(loaded, files, None)
 
 
-def fingerprint(
-    llm: Any, files: LoadedFiles, block_tokens: int | None
-) -> tuple[bytes, dict[str, Any]]:
+def fingerprint(llm: Any, files: LoadedFiles, block_tokens: int | None) -> bytes:
     """Return the digest of everything that decides the numbers in this model's states.
-
-    Also return its parts, by name.
 
     `block_tokens` is that of reproducible mode, None in the default mode: states of the two never
     meet, for only the first were decoded in pieces that end at its multiples.
 
     Errors: FileChanged; OSError for a file that can't be read any more.
     """
-    parts = describe(llm, files, block_tokens)
-    written = json.dumps(parts, sort_keys=True).encode()
-    return hashlib.blake2b(written, digest_size=32).digest(), parts
+    return digest_of(describe(llm, files, block_tokens))
+
+
+def digest_of(parts: Mapping[str, Any]) -> bytes:
+    """Return the fingerprint of these fields."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=32).digest()
 
 
 def describe(llm: Any, files: LoadedFiles, block_tokens: int | None) -> dict[str, Any]:

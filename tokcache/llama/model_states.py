@@ -18,7 +18,7 @@ import numpy as np
 
 from tokcache.errors import FileChanged, StateError
 from tokcache.llama.context import MIXED, UNKNOWN, n_shared
-from tokcache.llama.fingerprint import fingerprint
+from tokcache.llama.fingerprint import describe, digest_of
 from tokcache.llama.keeper import Keeper
 from tokcache.llama.reasons import explained, is_known
 from tokcache.state.reasons import Miss, MissReason
@@ -176,7 +176,8 @@ class ModelStates:
             is_reproducible, block_tokens = self.record.alignment
             aligned_to = block_tokens if is_reproducible else None
             try:
-                self.fingerprint, parts = fingerprint(self._model, self._files, aligned_to)
+                parts = describe(self._model, self._files, aligned_to)
+                self.fingerprint = digest_of(parts)
                 if self.cache is not None:
                     context = parts.pop("context")
                     parts |= {f"context.{name}": value for name, value in context.items()}
