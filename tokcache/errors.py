@@ -135,6 +135,32 @@ class InvalidTemplate(TokcacheError, ValueError):
     """A chat template is missing or can't be compiled; the message has the line and the error."""
 
 
+class TemplateNotProven(TokcacheError, ValueError):
+    """A construct of a chat template is not known to be safe; `line` is its place."""
+
+    def __init__(self, why: str, node: Any) -> None:
+        super().__init__(why)
+        self.why, self.line = why, node.lineno
+
+
+class TemplateNotTaken(TokcacheError, ValueError):
+    """A chat template can't be taken apart; the text is the counted reason."""
+
+
+class TemplateUnusual(TokcacheError, RuntimeError):
+    """A chat template does something that cannot be watched; transformers renders it."""
+
+    reason = "unusual"
+
+
+class RenderingRefused(TokcacheError, ValueError):
+    """Transformers has to render this chat; `reason` is the counted one."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class InvalidTrace(TokcacheError, ValueError):
     """A trace can't be read; the message has its path, the line or item, and the cause."""
 

@@ -117,7 +117,7 @@ def token_bytes(tokens: object) -> bytes:
 
 def _from_integers(tokens: object) -> bytes:
     try:
-        values = tuple(tokens)  # type: ignore[arg-type]  # an error says that it is no iterable
+        values: tuple[Any, ...] = tuple(tokens)  # type: ignore[arg-type]  # its error is raised
     except TypeError:
         raise InvalidTokens(
             f"token ids must be a sequence of integers, not {type(tokens).__name__}"

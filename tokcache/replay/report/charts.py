@@ -110,7 +110,11 @@ def _svg(figure: Any) -> str:
     import matplotlib as mpl  # noqa: PLC0415 (an extra)
 
     written = io.StringIO()
-    settings = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "tokcache"}
+    settings: Any = {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "svg.hashsalt": "tokcache",
+    }
     with mpl.rc_context(settings):
         figure.savefig(
             written, format="svg", transparent=True, metadata={"Date": None, "Creator": None}

@@ -27,6 +27,7 @@ from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
 from tokcache._forks import call_in_child
+from tokcache.errors import RenderingRefused, TemplateNotTaken, TemplateUnusual
 from tokcache.stats import RenderStats
 
 if TYPE_CHECKING:
@@ -102,14 +103,6 @@ class Chat:
     compile: Callable[[str], Template]
     normalise: Callable[[dict[str, Any]], Any]
     plain: Callable[[], str]
-
-
-class _Refused(Exception):
-    """Transformers has to render this chat."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class RenderCache:
@@ -236,7 +229,7 @@ class RenderCache:
             found.running, found.why_not = running, "failed"
             try:
                 found.parts = rewrite.take_apart(chat.compile(chat.template), chat.template)
-            except rewrite.NotTaken as error:
+            except TemplateNotTaken as error:
                 found.why_not = str(error)
         return found
 
@@ -277,7 +270,7 @@ class RenderCache:
         n_old = known[-1].depth if known else 0
         for key in keys[n_old:]:
             if isinstance(key, bytes) and not _is_plain(loads(key)):  # noqa: S302 (ours)
-                raise _Refused("type")
+                raise RenderingRefused("type")
         point = known[-1].point if known else None
         text, points, tail = running.run_rest(parts, names, new_run(), head, point)
         before = "".join([node.text for node in known]) if known else head.text
@@ -321,7 +314,7 @@ class RenderCache:
                 # Made of the bytes, so that nobody else can change it.
                 own = loads(key)[1]  # noqa: S302 (made above)
                 if not _is_plain(own):
-                    raise _Refused("type")
+                    raise RenderingRefused("type")
                 names = {**parts.names, **own}
                 root = _Root(key, place=(template, key), names=names, scope=scope)
                 root.n_bytes = _NODE_BYTES + 4 * len(key)
@@ -419,7 +412,7 @@ def _grown(
             following, new = following[1:], following[0]
             try:
                 node.n_bytes += sum([running.data_size(space) for space in new.spaces])
-            except running.Unusual:  # not a state to go on from
+            except TemplateUnusual:  # not a state to go on from
                 continue
             point = new
         node.head, node.point = head, point
@@ -447,7 +440,7 @@ def _frozen(value: Any) -> bytes:
     try:
         return dumps(value, 0)  # this version has no references, which depend on objects' identity
     except ValueError:
-        raise _Refused("type") from None
+        raise RenderingRefused("type") from None
 
 
 def _keys_of(messages: list[Any]) -> list[_Key]:
@@ -455,7 +448,7 @@ def _keys_of(messages: list[Any]) -> list[_Key]:
     keys: list[_Key] = []
     for message in messages:
         if type(message) is not dict:
-            raise _Refused("type")
+            raise RenderingRefused("type")
         items = tuple(message.items())
         for name, value in items:
             if type(value) is not str or type(name) is not str:

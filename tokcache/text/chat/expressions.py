@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from jinja2 import nodes
 from jinja2.filters import FILTERS
 
+from tokcache.errors import TemplateNotProven
+
 
 @dataclass(frozen=True, slots=True)
 class Messages:
@@ -22,14 +24,6 @@ class Messages:
 
     first: int
     last: int | None
-
-
-class NotProven(Exception):
-    """A construct that is not known to be safe."""
-
-    def __init__(self, why: str, node: nodes.Node) -> None:
-        super().__init__(why)
-        self.why, self.line = why, node.lineno
 
 
 Names = dict[str, Messages | None]  # None: a value that is the same in every longer chat
@@ -50,7 +44,7 @@ _PLAIN = (
 
 
 class Expressions:
-    """Walks expressions; raises NotProven at the first part that is not known to be safe.
+    """Walks expressions; raises TemplateNotProven at the first part that is not known to be safe.
 
     `over` is the list of the loop that is being walked, `is_own_loop` whether the name `loop`
     means that loop, and `floor` the least `loop.index0` on the path that is being walked.
@@ -65,7 +59,7 @@ class Expressions:
     def value(self, node: nodes.Node, names: Names) -> None:
         """Walk an expression that must not be a list of messages."""
         if self.kind(node, names) is not None:
-            raise NotProven(f"all messages are used as a value: {shown(node)}", node)
+            raise TemplateNotProven(f"all messages are used as a value: {shown(node)}", node)
 
     def truth(self, node: nodes.Node, names: Names) -> Messages | None:
         """Walk a condition; a list of messages is true as soon as the chat is long enough."""
@@ -101,7 +95,7 @@ class Expressions:
         if isinstance(node, nodes.Compare) and self._compares_length(node, names):
             return None
         if not isinstance(node, _PLAIN):
-            raise NotProven(f"`{type(node).__name__}` is not supported", node)
+            raise TemplateNotProven(f"`{type(node).__name__}` is not supported", node)
         for child in node.iter_child_nodes():
             self.value(child, names)
         return None
@@ -110,9 +104,9 @@ class Expressions:
         if node.name in names and node.name != "loop":
             return names[node.name]
         if node.name in _UNSTEADY:
-            raise NotProven(f"`{node.name}` differs from one rendering to the next", node)
+            raise TemplateNotProven(f"`{node.name}` differs from one rendering to the next", node)
         if self._is_loop(node):
-            raise NotProven("`loop` is used as a value", node)
+            raise TemplateNotProven("`loop` is used as a value", node)
         return None
 
     def _is_loop(self, node: nodes.Node) -> bool:
@@ -125,7 +119,7 @@ class Expressions:
         elif isinstance(node.arg, nodes.Const):
             name = node.arg.value
         if name not in _OF_LOOP:
-            raise NotProven(f"`{shown(node)}` depends on later messages", node)
+            raise TemplateNotProven(f"`{shown(node)}` depends on later messages", node)
 
     def _conditional(self, node: nodes.CondExpr, names: Names) -> Messages | None:
         self.truth(node.test, names)
@@ -145,7 +139,7 @@ class Expressions:
             return self._slice(kind, node.arg, node)
         index = self._index(node.arg)
         if index is None or not self._is_past(kind, index, 0):
-            raise NotProven(f"`{shown(node)}` may be a later message", node)
+            raise TemplateNotProven(f"`{shown(node)}` may be a later message", node)
         if not index[0]:
             self._need(kind, index[1], node)
         return None
@@ -165,7 +159,7 @@ class Expressions:
                 if not stop[0]:
                     self._need(kind, max(stop[1] - 1, 0), node)
                 return None
-        raise NotProven(f"`{shown(node)}` reaches later messages", node)
+        raise TemplateNotProven(f"`{shown(node)}` reaches later messages", node)
 
     def _index(self, node: nodes.Node) -> tuple[bool, int] | None:
         """Return an index as (whether it counts from `loop.index0`, the number added)."""
@@ -194,7 +188,7 @@ class Expressions:
 
     def _filter(self, node: nodes.Filter, names: Names) -> Messages | None:
         if node.name not in _FILTERS:
-            raise NotProven(f"the filter `{node.name}` is not known to be safe", node)
+            raise TemplateNotProven(f"the filter `{node.name}` is not known to be safe", node)
         rest = [*node.args, *node.kwargs]
         rest += [each for each in (node.dyn_args, node.dyn_kwargs) if each is not None]
         for each in rest:
@@ -210,12 +204,12 @@ class Expressions:
         if node.name == "first":
             self._need(kind, 0, node)
             return None
-        raise NotProven(f"`{shown(node)}` reads all messages", node)
+        raise TemplateNotProven(f"`{shown(node)}` reads all messages", node)
 
     def _test(self, node: nodes.Test, names: Names) -> None:
         kind = self.kind(node.node, names)
         if kind is not None and node.name not in _OF_KIND:
-            raise NotProven(f"all messages are tested: `{node.name}`", node)
+            raise TemplateNotProven(f"all messages are tested: `{node.name}`", node)
         rest = [*node.args, *node.kwargs]
         rest += [each for each in (node.dyn_args, node.dyn_kwargs) if each is not None]
         for each in rest:
@@ -239,7 +233,7 @@ class Expressions:
     def _need(self, kind: Messages, index: int, node: nodes.Node) -> None:
         """Note that a chat must have the message at an index of a list for the claim to hold."""
         if kind.last is None:
-            raise NotProven("selected messages are read by their number", node)
+            raise TemplateNotProven("selected messages are read by their number", node)
         self.min_messages = max(self.min_messages, kind.last + index + 1)
 
     @contextmanager

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 
+from tokcache.errors import TemplateNotProven
 from tokcache.text.chat.expressions import (
     Expressions,
     Messages,
     Names,
-    NotProven,
     either,
     floor_of,
     shown,
@@ -68,7 +68,7 @@ def prove_append_only(template: str) -> Proof:
         return Proof(
             False, f"line {error.lineno}: not a valid template: {error.message}", error.lineno
         )
-    except NotProven as refused:
+    except TemplateNotProven as refused:
         return Proof(False, f"line {refused.line}: {refused.why}", refused.line)
     except RecursionError:
         return Proof(False, "the template is nested too deeply")
@@ -104,7 +104,7 @@ def parse(template: str) -> nodes.Template:
 
 
 class _Prover:
-    """One walk over a template's statements; raises NotProven at the first that may be unsafe.
+    """One walk over a template's statements; raises TemplateNotProven at an unsafe one.
 
     There is a method `_walk_…` for each supported class of statement.
     """
@@ -121,14 +121,14 @@ class _Prover:
             walk: Callable[[Any, Names], None] | None
             walk = getattr(self, f"_walk_{type(node).__name__.lower()}", None)
             if walk is None:
-                raise NotProven(f"`{type(node).__name__}` is not supported", node)
+                raise TemplateNotProven(f"`{type(node).__name__}` is not supported", node)
             walk(node, names)
 
     def _walk_output(self, node: nodes.Output, names: Names) -> None:
         is_after = self.has_loop and self.reads.over is None
         for each in node.nodes:
             if is_after and not (isinstance(each, nodes.TemplateData) and not each.data):
-                raise NotProven(f"{_TEXT_AFTER}: {shown(each)}", each)
+                raise TemplateNotProven(f"{_TEXT_AFTER}: {shown(each)}", each)
             self.reads.value(each, names)
 
     def _walk_if(self, node: nodes.If, names: Names) -> None:
@@ -160,11 +160,11 @@ class _Prover:
             self._walk_inner(node, names)
             return
         if self.has_loop or self.reads.over is not None:
-            raise NotProven("a second loop over the messages", node)
+            raise TemplateNotProven("a second loop over the messages", node)
         if node.recursive:
-            raise NotProven("a recursive loop over the messages", node)
+            raise TemplateNotProven("a recursive loop over the messages", node)
         if node.else_:
-            raise NotProven("`else` of the loop over the messages", node.else_[0])
+            raise TemplateNotProven("`else` of the loop over the messages", node.else_[0])
         own = dict(names)
         self._bind(node.target, own)
         if node.test is not None:
@@ -189,7 +189,7 @@ class _Prover:
     def _walk_assign(self, node: nodes.Assign, names: Names) -> None:
         kind = self.reads.kind(node.node, names)
         if kind is not None and not isinstance(node.target, nodes.Name):
-            raise NotProven("the messages are stored in an object", node)
+            raise TemplateNotProven("the messages are stored in an object", node)
         self._bind(node.target, names, kind, node.node)
 
     def _walk_assignblock(self, node: nodes.AssignBlock, names: Names) -> None:
@@ -215,14 +215,14 @@ class _Prover:
 
     def _walk_filterblock(self, node: nodes.FilterBlock, names: Names) -> None:
         if self.has_loop and self.reads.over is None:
-            raise NotProven(_TEXT_AFTER, node)
+            raise TemplateNotProven(_TEXT_AFTER, node)
         self.reads.value(node.filter, names)
         with self._without_loop(node):
             self.walk(node.body, dict(names))
 
     def _walk_callblock(self, node: nodes.CallBlock, names: Names) -> None:
         if self.has_loop and self.reads.over is None:
-            raise NotProven(_TEXT_AFTER, node)
+            raise TemplateNotProven(_TEXT_AFTER, node)
         self.reads.value(node.call, names)
         self._walk_function(node, names)
 
@@ -249,9 +249,9 @@ class _Prover:
         """Refuse macros that read a list of messages otherwise than as an argument."""
         for loaded, node in self._in_macros:
             if loaded & self._lists:
-                raise NotProven("a macro or call block reads the messages", node)
+                raise TemplateNotProven("a macro or call block reads the messages", node)
             if isinstance(node, nodes.CallBlock) and "loop" in loaded:
-                raise NotProven("a call block reads `loop`", node)
+                raise TemplateNotProven("a call block reads `loop`", node)
 
     def _walk_continue(self, node: nodes.Continue, names: Names) -> None:
         """Nothing to walk: later messages have no part in it."""
@@ -273,7 +273,7 @@ class _Prover:
             return
         is_false = isinstance(value, nodes.Const) and value.value is False
         if target.name == "loop" or (target.name == "add_generation_prompt" and not is_false):
-            raise NotProven(f"`{target.name}` is assigned", target)
+            raise TemplateNotProven(f"`{target.name}` is assigned", target)
         names[target.name] = kind
         if kind is not None:
             self._lists.add(target.name)
@@ -284,7 +284,9 @@ class _Prover:
         before = self.has_loop
         yield
         if self.has_loop and not before:
-            raise NotProven(f"the loop over the messages is inside `{type(node).__name__}`", node)
+            raise TemplateNotProven(
+                f"the loop over the messages is inside `{type(node).__name__}`", node
+            )
 
 
 def _needs_prompt(test: nodes.Node) -> bool:

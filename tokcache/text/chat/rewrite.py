@@ -15,6 +15,8 @@ from typing import Any, cast
 from jinja2 import Environment, Template, nodes
 from jinja2.defaults import DEFAULT_FILTERS  # type: ignore[attr-defined]
 
+from tokcache.errors import TemplateNotTaken
+
 # Variables of the parts; a template that has names of this kind is not taken apart.
 OVER, STEPS, LOOP = "tokcache_over", "tokcache_steps", "tokcache_loop"
 
@@ -25,10 +27,6 @@ _STATEMENTS = (
     *(nodes.Output, nodes.For, nodes.If, nodes.Assign, nodes.AssignBlock, nodes.Macro),
     *(nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.Scope, nodes.Continue, nodes.Break),
 )
-
-
-class NotTaken(Exception):
-    """Why a template can't be taken apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class Parts:
 def take_apart(template: Template, source: str) -> Parts:
     """Return the parts of a template that transformers has compiled from `source`.
 
-    Errors: NotTaken.
+    Errors: TemplateNotTaken.
     """
     environment = template.environment
     head, loop, tail = _split(environment, source)
@@ -94,10 +92,10 @@ def _split(
         if isinstance(node, nodes.For) and _names([node.iter], "load") & lists
     ]
     if not found:
-        raise NotTaken("no_loop")
+        raise TemplateNotTaken("no_loop")
     loop = cast("nodes.For", body[found[-1]])
     if loop.recursive or loop.else_ or loop.test is not None:
-        raise NotTaken("loop_form")
+        raise TemplateNotTaken("loop_form")
     return body[: found[-1]], loop, body[found[-1] + 1 :]
 
 
@@ -108,16 +106,18 @@ def _check(environment: Environment, body: Iterable[nodes.Node]) -> None:
     for name in _names(body, "load") - known:
         is_unknown = name in environment.globals and name not in _GLOBALS
         if is_unknown or name in ("self", "super"):
-            raise NotTaken("unsteady")
+            raise TemplateNotTaken("unsteady")
     if any(name == "loop" or name.startswith("tokcache_") for name in known):
-        raise NotTaken("name")
+        raise TemplateNotTaken("name")
     for node in _all(body):
         if isinstance(node, nodes.Stmt) and not isinstance(node, _STATEMENTS):
-            raise NotTaken("statement")
+            raise TemplateNotTaken("statement")
         if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
-            raise NotTaken("unsteady")
+            raise TemplateNotTaken("unsteady")
         if isinstance(node, nodes.Test) and node.name == "sameas" and not _is_constant(node):
-            raise NotTaken("unsteady")  # in a later rendering equal values may be other objects
+            raise TemplateNotTaken(
+                "unsteady"
+            )  # in a later rendering equal values may be other objects
 
 
 def _check_scopes(head: list[nodes.Node], loop: nodes.For, tail: list[nodes.Node]) -> None:
@@ -128,12 +128,12 @@ def _check_scopes(head: list[nodes.Node], loop: nodes.For, tail: list[nodes.Node
     """
     macros = {node.name for node in head if isinstance(node, nodes.Macro)}
     if _names(tail, "store") & (_names([*head, loop], "load") | macros):
-        raise NotTaken("name")
+        raise TemplateNotTaken("name")
     if macros & _names(head, "store") or _macro_names([loop, *tail]):
-        raise NotTaken("macro")
+        raise TemplateNotTaken("macro")
     n_macros = sum(isinstance(node, nodes.Macro) for node in _all(head))
     if n_macros != len(macros):
-        raise NotTaken("macro")
+        raise TemplateNotTaken("macro")
 
 
 def _compiled(environment: Environment, body: list[nodes.Node]) -> Template:

@@ -20,6 +20,7 @@ from jinja2 import Undefined
 from jinja2.runtime import Macro
 from jinja2.utils import Namespace
 
+from tokcache.errors import TemplateUnusual
 from tokcache.text.chat.rewrite import CLOCK, LOOP, OVER, STEPS
 
 if TYPE_CHECKING:
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
 
 UNSETTLED = 1 << 60
 Names = dict[str, Any]
-
-
-class Unusual(Exception):
-    """The template does something that cannot be watched: render with transformers instead."""
-
-    reason = "unusual"
 
 
 @dataclass(slots=True)
@@ -50,7 +45,7 @@ class Run:
 
 
 def _refuse(*_: object) -> Any:
-    raise Unusual
+    raise TemplateUnusual
 
 
 class Watched:
@@ -82,7 +77,7 @@ class Watched:
                 numbers = range(start, run.n_messages)[first:stop]
                 return [run.message(number) for number in numbers]
         elif type(index) is not int:
-            raise Unusual
+            raise TemplateUnusual
         return self.whole()[index]
 
     def whole(self) -> list[Any]:
@@ -116,7 +111,7 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise Unusual
+        raise TemplateUnusual
 
     __add__ = __radd__ = __mul__ = __rmul__ = __str__ = __repr__ = __format__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
@@ -180,13 +175,13 @@ class Loop:
     def cycle(self, *values: Any) -> Any:
         """Return the values in turn."""
         if not values:
-            raise Unusual
+            raise TemplateUnusual
         return values[self.index0 % len(values)]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise Unusual
+        raise TemplateUnusual
 
     __call__ = __len__ = __iter__ = __bool__ = __str__ = __repr__ = __format__ = _refuse
     __eq__ = __ne__ = __hash__ = _refuse
@@ -225,7 +220,7 @@ class Point(NamedTuple):
 def run_head(parts: Parts, settings: Names, run: Run) -> Head:
     """Run the first part of a template; `settings` has the environment's globals, too.
 
-    Errors: Unusual; every error of the template.
+    Errors: TemplateUnusual; every error of the template.
     """
     names = {**settings, "messages": Watched(run, 0)}
     _watch_clock(parts, names, run)
@@ -247,7 +242,7 @@ def run_head(parts: Parts, settings: Names, run: Run) -> Head:
             n_bytes += 0 if isinstance(value, Undefined) else data_size(value)
     start = lists.pop(OVER, None)
     if start is None:
-        raise Unusual
+        raise TemplateUnusual
     if "messages" not in context.vars:
         lists["messages"] = 0
     kept = tuple((tuple(names), attributes) for names, attributes in spaces.values())
@@ -261,7 +256,7 @@ def run_rest(
 
     Return the loop's text, the points between iterations, and the last part's text.
 
-    Errors: Unusual; every error of the template.
+    Errors: TemplateUnusual; every error of the template.
     """
     space_class: Any = parts.names["namespace"]
     attributes = [first for _, first in head.spaces] if point is None else point.spaces
@@ -311,23 +306,23 @@ def run_rest(
 def key_of(head: Head) -> bytes:
     """Return a first part's result as bytes, equal only for equal results.
 
-    Errors: Unusual if it holds something else than data.
+    Errors: TemplateUnusual if it holds something else than data.
     """
     try:
         return dumps((head.text, head.values, head.lists, head.spaces, head.start), 0)
     except ValueError:
-        raise Unusual from None
+        raise TemplateUnusual from None
 
 
 def data_size(value: Any) -> int:
     """Return about how many bytes a value takes.
 
-    Errors: Unusual if it holds something else than data, which might have a state.
+    Errors: TemplateUnusual if it holds something else than data, which might have a state.
     """
     try:
         return len(dumps(value, 0))
     except ValueError:
-        raise Unusual from None
+        raise TemplateUnusual from None
 
 
 def vars_of(space: Namespace) -> Names:
