@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench NAME [--json FILE]`."""
+"""Benchmarks: `python -m bench list | run NAME | all | compare`."""

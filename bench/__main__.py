@@ -1,13 +1,29 @@
-"""Runs one benchmark: `python -m bench NAME [--json FILE]`; NAME is a module here with a main."""
+"""Lists, runs and compares the benchmarks: `python -m bench list | run NAME… | all | compare`."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import pkgutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
+from time import monotonic
+from types import ModuleType
+from typing import Any
 
 import bench
+from bench import _compare, _report
+
+USAGE = """python -m bench list                      the benchmarks, a line each
+       python -m bench run NAME [OPTION …]       one of them; NAME --help has its options
+       python -m bench run NAME NAME …           several, each in a process of its own
+       python -m bench all                       every one, shortened: under 20 minutes on two cores
+       python -m bench compare A.json B.json     what B does slower or faster than A"""
 
 
 def names() -> list[str]:
@@ -17,13 +33,111 @@ def names() -> list[str]:
     return sorted(name.replace("_", "-") for name in shown)
 
 
+def module(name: str) -> ModuleType:
+    """Return the module of a benchmark."""
+    return importlib.import_module(f"bench.{name.replace('-', '_')}")
+
+
+def summary(name: str) -> str:
+    """Return the first line of a benchmark's docstring, without importing what it measures."""
+    file = Path(bench.__file__).with_name(f"{name.replace('-', '_')}.py")
+    return file.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+
+
+def show_list() -> int:
+    """Print a line for each benchmark."""
+    for name in names():
+        print(f"{name:16} {summary(name)}")
+    return 0
+
+
+def run_one(name: str, argv: list[str]) -> int:
+    """Run one benchmark in this process; the exit code is 1 if a result or a bar is missed."""
+    it = module(name)
+    parser = argparse.ArgumentParser(prog=f"python -m bench run {name}", description=it.__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    it.add_options(parser)
+    options = parser.parse_args(argv)
+    report = _report.Report(name, it.PACKAGES)
+    began = monotonic()
+    it.run(options, report)
+    if options.json is not None:
+        given = {key: value for key, value in vars(options).items() if key != "json"}
+        found = {name: report.as_json(given, monotonic() - began)}
+        write(options.json, found)
+    return 0 if report.is_good else 1
+
+
+def write(file: Path, found: dict[str, Any]) -> None:
+    """Write the results of some benchmarks, with the conditions of their measurement."""
+    whole = {
+        "format": _report.FORMAT,
+        "environment": _report.environment(),
+        "benchmarks": found,
+    }
+    file.write_text(json.dumps(whole, indent=1) + "\n")
+    print(f"wrote {file}")
+
+
+def run_many(chosen: Mapping[str, Sequence[str]], file: Path | None) -> int:
+    """Run benchmarks one after the other, each in a new process; return the worst exit code."""
+    worst = 0
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="tokcache-bench-") as folder:
+        for place, (name, options) in enumerate(chosen.items(), 1):
+            print(f"\n== {name} ({place} of {len(chosen)}): {' '.join(options)}", flush=True)
+            own = Path(folder, f"{name}.json")
+            command = [sys.executable, "-m", "bench", "run", name, *options, "--json", str(own)]
+            code = subprocess.run(command, check=False).returncode  # noqa: S603 (our own words)
+            worst = max(worst, code)
+            if own.is_file():
+                found |= json.loads(own.read_text())["benchmarks"]
+            else:
+                print(f"{name} ended with exit code {code} and left no figures")
+                found[name] = {"failed": code}
+    print(f"\n{'benchmark':16} {'seconds':>8}  bars")
+    for name, one in found.items():
+        print(f"{name:16} {one.get('seconds', 0):8.0f}  {_verdict(one)}")
+    if file is not None:
+        write(file, found)
+    return worst
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    if "failed" in one:
+        return f"failed with exit code {one['failed']}"
+    if one["skipped"]:
+        return f"skipped: {one['skipped']}"
+    wrong = [name for name, is_right in one["checks"].items() if not is_right]
+    missed = [bar["name"] for bar in one["bars"] if not bar["met"]]
+    words = [f"WRONG: {', '.join(wrong)}"] if wrong else []
+    words += [f"missed {len(missed)} of {len(one['bars'])}: {'; '.join(missed)}"] if missed else []
+    return ". ".join(words) or f"all {len(one['bars'])} met"
+
+
 def main(argv: list[str]) -> int:
-    """Run the benchmark that `argv` names and return its exit code."""
-    if not argv or argv[0] not in names():
-        print(f"usage: python -m bench NAME [--json FILE]; NAME: {', '.join(names())}")
-        return 2
-    module = importlib.import_module(f"bench.{argv[0].replace('-', '_')}")
-    return int(module.main(argv[1:]))
+    """Do what the first word says."""
+    match argv:
+        case ["list"]:
+            return show_list()
+        case ["run", name, *rest] if name in names():
+            chosen = [name, *takewhile(names().__contains__, rest)]
+            rest = rest[len(chosen) - 1 :]
+            if len(chosen) == 1:
+                return run_one(name, rest)
+            parser = argparse.ArgumentParser(prog="python -m bench run NAME NAME …")
+            parser.add_argument("--json", type=Path, help="write all figures to this file")
+            return run_many({key: [] for key in chosen}, parser.parse_args(rest).json)
+        case ["all", *rest]:
+            parser = argparse.ArgumentParser(prog="python -m bench all")
+            parser.add_argument("--json", type=Path, help="write all figures to this file")
+            options = parser.parse_args(rest)
+            return run_many({name: list(module(name).IN_ALL) for name in names()}, options.json)
+        case ["compare", *rest]:
+            return _compare.main(rest)
+    print(f"usage: {USAGE}")
+    return 2
 
 
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # workers import this module again
+    sys.exit(main(sys.argv[1:]))

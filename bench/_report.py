@@ -1,24 +1,27 @@
-"""Parts that all benchmarks share: the machine's description, bars, the JSON file."""
+"""One style of result for all benchmarks: tables of figures, checks, bars, the JSON file."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """Return a parser with the option `--json FILE`."""
-    made = argparse.ArgumentParser(prog="python -m bench", description=doc)
-    made.add_argument("--json", type=Path, help="write the figures to this file")
-    return made
+FORMAT = 1  # of the JSON file
+
+# A figure of one system: its values in the order of the rounds, or one value.
+Values = Sequence[float] | float
 
 
 def _cpu() -> str:
@@ -57,6 +60,28 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class Figure:
+    """What was measured of one system in one case: `values` in the order of the rounds."""
+
+    case: str
+    system: str
+    unit: str
+    values: list[float]
+    is_higher_better: bool = False
+    note: str = ""
+
+    @property
+    def value(self) -> float:
+        """The median of the rounds."""
+        return median(self.values)
+
+    @property
+    def p90(self) -> float | None:
+        """The value that nine of ten rounds do not exceed; None below ten rounds."""
+        return quantiles(self.values, n=10)[-1] if len(self.values) >= 10 else None
+
+
+@dataclass(frozen=True, slots=True)
 class Bar:
     """A figure and its limit; a figure that could not be measured (None) misses the bar."""
 
@@ -80,15 +105,177 @@ class Bar:
         return f"  {verdict}  {self.name}: {found} (bar: {kind} {self.limit:g} {self.unit})"
 
 
-def show_bars(bars: list[Bar]) -> list[dict[str, Any]]:
-    """Print every bar; return them for the JSON file."""
-    for bar in bars:
-        print(bar, flush=True)
-    return [asdict(bar) | {"met": bar.is_met} for bar in bars]
+def number(value: float | None) -> str:
+    """Return a figure with three digits that matter, or as a whole number from 100 on."""
+    if value is None:
+        return ""
+    if value and abs(value) < 100:
+        digits = max(0, 2 - len(str(int(abs(value)))) + 1) if abs(value) >= 1 else 3
+        return f"{value:,.{digits}f}"
+    return f"{value:,.0f}"
 
 
-def finish(figures: dict[str, Any], file: Path | None) -> None:
-    """Write `figures` to `file` if one was named."""
-    if file is not None:
-        file.write_text(json.dumps(figures, indent=2) + "\n")
-        print(f"wrote {file}")
+@dataclass
+class Report:
+    """The results of one benchmark, printed as they come."""
+
+    name: str
+    packages: tuple[str, ...] = ()
+    console: Console = field(default_factory=lambda: Console(width=120, highlight=False))
+    found: list[Figure] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+    checks: dict[str, bool] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    skipped: str | None = None
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def fact(self, name: str, value: Any) -> None:
+        """Print and keep something that is no figure: sources, sizes, counters."""
+        self.facts[name] = value
+        self.line(f"  {name}: {value}")
+
+    def skip(self, reason: str) -> None:
+        """Say why nothing is measured here."""
+        self.skipped = reason
+        self.line(f"skipped: {reason}")
+
+    def check(self, name: str, *, is_right: bool, found: object = "") -> None:
+        """Keep whether results were right; a wrong one fails the benchmark."""
+        self.checks[name] = self.checks.get(name, True) and is_right
+        more = f": {found}" if found != "" else ""
+        self.line(f"  {'right' if is_right else 'WRONG'}  {name}{more}")
+
+    def bar(
+        self, name: str, value: float | None, limit: float, unit: str = "x", *, most: bool = False
+    ) -> None:
+        """Print and keep a bar; `most`: the figure must not exceed the limit."""
+        self.bars.append(Bar(name, value, limit, unit, most))
+        self.line(str(self.bars[-1]))
+
+    def table(
+        self,
+        case: str,
+        unit: str,
+        values: Mapping[str, Values | None],
+        *,
+        base: str | None = None,
+        notes: Mapping[str, str] | None = None,
+        is_higher_better: bool = False,
+    ) -> None:
+        """Print a table of one case, a row a system, and keep its figures.
+
+        A system without values (None) has a row with its note alone. `base` names the system by
+        whose median the others are divided in the last column.
+        """
+        notes = notes or {}
+        rows: dict[str, Figure | None] = {}
+        for system, given in values.items():
+            each = [float(given)] if isinstance(given, int | float) else list(given or [])
+            note = notes.get(system, "")
+            made = Figure(case, system, unit, each, is_higher_better, note) if each else None
+            rows[system] = made
+            if made is not None:
+                self.found.append(made)
+        self._print(case, unit, rows, base, notes)
+
+    def _print(
+        self,
+        case: str,
+        unit: str,
+        rows: Mapping[str, Figure | None],
+        base: str | None,
+        notes: Mapping[str, str],
+    ) -> None:
+        figures = [one for one in rows.values() if one is not None]
+        reference = rows.get(base) if base else None
+        has_p90 = any(one.p90 is not None for one in figures)
+        table = Table(
+            title=case, title_justify="left", box=None, pad_edge=False, title_style="bold"
+        )
+        table.add_column("", min_width=30)
+        table.add_column(unit, justify="right")
+        if has_p90:
+            table.add_column("p90", justify="right")
+        if reference is not None:
+            table.add_column(f"over {reference.system}", justify="right")
+        table.add_column("")
+        for system, one in rows.items():
+            cells = [system, number(one.value if one else None)]
+            if has_p90:
+                cells.append(number(one.p90 if one else None))
+            if reference is not None:
+                share = f"{one.value / reference.value:.2f}" if one and reference.value else ""
+                cells.append(share)
+            table.add_row(*cells, notes.get(system, ""))
+        self.console.print(table)
+
+    def columns(
+        self,
+        case: str,
+        unit: str,
+        values: Mapping[str, Mapping[str, Values | None]],
+        *,
+        base: str,
+        notes: Mapping[str, str] | None = None,
+        is_higher_better: bool = False,
+    ) -> None:
+        """Print one table with a column for each way of measuring, and keep its figures.
+
+        `values` are by way, then by system; the ratio to `base` stands in brackets.
+        """
+        notes = notes or {}
+        rows: dict[str, dict[str, Figure]] = {}
+        for way, of_systems in values.items():
+            for system, given in of_systems.items():
+                each = [float(given)] if isinstance(given, int | float) else list(given or [])
+                if each:
+                    note = notes.get(system, "")
+                    title = f"{case}, {way}"
+                    made = Figure(title, system, unit, each, is_higher_better, note)
+                    rows.setdefault(system, {})[way] = made
+                    self.found.append(made)
+                else:
+                    rows.setdefault(system, {})
+        title = f"\n{case}; {unit}, in brackets over {base}"
+        self.console.print(title, style="bold", markup=False, soft_wrap=True)
+        table = Table(box=None, pad_edge=False)
+        table.add_column("", min_width=30)
+        for way in values:
+            table.add_column(way, justify="right")
+        table.add_column("")
+        for system, by_way in rows.items():
+            cells = []
+            for way in values:
+                one, reference = by_way.get(way), rows[base].get(way)
+                share = f" ({one.value / reference.value:.2f})" if one and reference else ""
+                cells.append(number(one.value if one else None) + share)
+            table.add_row(system, *cells, notes.get(system, ""))
+        self.console.print(table)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all results were right and all bars are met."""
+        return all(self.checks.values()) and all(bar.is_met for bar in self.bars)
+
+    def as_json(self, options: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Return the results for the JSON file."""
+        return {
+            "options": {name: str(value) for name, value in options.items()},
+            "seconds": round(seconds, 1),
+            "packages": environment(*self.packages)["packages"],
+            "skipped": self.skipped,
+            "checks": self.checks,
+            "bars": [asdict(bar) | {"met": bar.is_met} for bar in self.bars],
+            "figures": [asdict(one) for one in self.found],
+            "facts": self.facts,
+        }
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Show progress on stderr while the block runs; nothing where stderr is no terminal."""
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        yield shown

@@ -3,12 +3,13 @@
 English, code, JSON, Russian and Chinese, on one core and on two. Each kind of text has a new
 process, which is bound to its cores before anything is imported. Every sample has new objects,
 created outside the timed part, so the engine's own cache of words is empty, too. Ids are compared
-first. "Words known" is the same with tokcache cleared and tokenizers' cache of words kept, as for
+first. "words known" is the same with tokcache cleared and tokenizers' cache of words kept, as for
 a prompt of known words in new sentences. Systems take turns in random order.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import random
@@ -19,12 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from bench import _report
+from bench._disturb import fresh
 from bench._process import in_new_process, settle
+from bench._report import Report, progress
 from bench.adapters import tokenizing as peers
 from bench.workloads import texts
-from bench.workloads.data import default_tokenizers, fresh, tokenizer_file
+from bench.workloads.data import add_tokenizer, default_tokenizers, tokenizer_file
 
+PACKAGES = ("tokenizers", "gigatoken", "numpy")
+IN_ALL = ("--rounds", "3")
 N_BYTES = 128 << 10
 BASE, GIGA = "tokenizers", "gigatoken, array API"
 OVER_BASE, OVER_GIGA = peers.ENGINES
@@ -83,8 +87,8 @@ def measure_here(tokenizer: str, kind: str, rounds: int) -> dict[str, Any]:
     return {
         "ids": ids,
         "chars": len(text),
-        "ms": {name: median(values) for name, values in cold.items()},
-        "ms, words known": {name: median(values) for name, values in words_known.items()},
+        "ms": cold,
+        "ms, words known": words_known,
     }
 
 
@@ -106,75 +110,44 @@ def measure(file: Path, kind: str, n_cores: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def ratio(ms: dict[str, float], name: str, base: str) -> float | None:
+def ratio(ms: dict[str, list[float]], name: str, base: str) -> float | None:
     """Return the time of `name` over that of `base`, None if one was not measured."""
-    return ms[name] / ms[base] if name in ms and base in ms else None
+    return median(ms[name]) / median(ms[base]) if name in ms and base in ms else None
 
 
-def bars(n_cores: int, kind: str, found: dict[str, Any]) -> list[_report.Bar]:
-    """Return the bars for this text on `n_cores`."""
-    case, ms = f"{kind}, {n_cores} core(s)", found["ms"]
-    limit = MIN_RATIO[n_cores][kind]
-    return [
-        _report.Bar(f"{case}: tokenizers / tokcache over it", ratio(ms, BASE, OVER_BASE), limit),
-        _report.Bar(
-            f"{case}: tokcache over gigatoken / it",
-            ratio(ms, OVER_GIGA, GIGA),
-            MAX_OF_GIGATOKEN,
-            is_ceiling=True,
-        ),
-    ]
+def show(case: str, found: dict[str, Any], limit: float, report: Report) -> None:
+    """Report the figures of one text."""
+    ms, ids = found["ms"], found["ids"]
+    notes = {name: f"ids {each}" for name, each in ids.items()}
+    rows = {name: ms.get(name) for name in ids}
+    known = {f"{name}, words known": each for name, each in found["ms, words known"].items()}
+    report.table(case, "ms", rows | known, base=BASE, notes=notes)
+    for name in peers.ENGINES:
+        if not ids[name].startswith("unavailable"):
+            report.check(f"{case}: ids of {name}", is_right=ids[name] == "equal")
+    report.bar(f"{case}: tokenizers / tokcache over it", ratio(ms, BASE, OVER_BASE), limit)
+    over = ratio(ms, OVER_GIGA, GIGA)
+    report.bar(f"{case}: tokcache over gigatoken / it", over, MAX_OF_GIGATOKEN, most=True)
 
 
-def show(n_cores: int, kind: str, found: dict[str, Any]) -> None:
-    """Print the figures of one text."""
-    print(f"{kind}, {found['chars']:,} characters, {n_cores} core(s)")
-    for name, ids in found["ids"].items():
-        if name not in found["ms"]:
-            print(f"    {name:25} {ids}")
-            continue
-        known = found["ms, words known"].get(name)
-        more = "" if known is None else f"  (words known: {known:,.2f} ms)"
-        print(f"    {name:25} {found['ms'][name]:9,.2f} ms  ids {ids}{more}")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_tokenizer(parser)
+    parser.add_argument("--rounds", type=int, default=7)
 
 
-def run(name: str, rounds: int) -> dict[str, Any]:
-    """Measure one tokenizer on all texts."""
-    file = tokenizer_file(name)
-    print(f"{name}: {N_BYTES >> 10} KiB of UTF-8, nothing cached; medians of {rounds} rounds")
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Measure every tokenizer on all texts."""
     available = len(os.sched_getaffinity(0))
-    figures, reached = {}, []
-    for n_cores in MIN_RATIO:
-        if n_cores > available:
-            print(f"only {available} core(s) here: the bars of {n_cores} are not measured")
-        for kind in texts.KINDS:
-            found: dict[str, Any] = {"ids": {}, "ms": {}}
-            if n_cores <= available:
-                found = measure(file, kind, n_cores, rounds)
-                show(n_cores, kind, found)
-            reached += _report.show_bars(bars(n_cores, kind, found))
-            figures[f"{kind}, {n_cores} core(s)"] = found
-    return {"texts": figures, "bars": reached}
-
-
-def _is_good(one: dict[str, Any]) -> bool:
-    ours = [text["ids"].get(name) for text in one["texts"].values() for name in peers.ENGINES]
-    return all(ids == "equal" for ids in ours) and all(bar["met"] for bar in one["bars"])
-
-
-def main(argv: list[str]) -> int:
-    """Exit code 1 if tokcache's ids differ or a bar is missed."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument(
-        "--tokenizer",
-        action="append",
-        help="a tokenizer.json, a real one's name, or tiny; repeatable",
-    )
-    options.add_argument("--rounds", type=int, default=7)
-    args = options.parse_args(argv)
-    found = {
-        name: run(name, args.rounds) for name in args.tokenizer or default_tokenizers("qwen2.5")
-    }
-    environment = _report.environment("tokenizers", "gigatoken", "numpy")
-    _report.finish({"environment": environment, "tokenizers": found}, args.json)
-    return 0 if all(map(_is_good, found.values())) else 1
+    for name in options.tokenizer or default_tokenizers("qwen2.5"):
+        file = tokenizer_file(name)
+        for n_cores, limits in MIN_RATIO.items():
+            if n_cores > available:
+                report.line(f"only {available} core(s) here: nothing is measured on {n_cores}")
+                continue
+            with progress() as shown:
+                for kind in shown.track(texts.KINDS, description=f"{name}, {n_cores} core(s)"):
+                    found = measure(file, kind, n_cores, options.rounds)
+                    size = f"{N_BYTES >> 10} KiB, {found['chars']:,} characters"
+                    case = f"{name}, {kind}, {n_cores} core(s), {size}"
+                    show(case, found, limits[kind], report)

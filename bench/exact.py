@@ -1,31 +1,36 @@
 """L0 against dict, lru_cache, cachetools, cachebox, lru-dict and `==`: hits, puts, memory.
 
 Every hit is timed on a new string object (without a cached hash), as a server gets it. Systems
-take turns in random order within one run; figures are medians and ratios of medians.
+take turns in random order within one run; figures are medians and ratios of medians. Hits are
+timed back to back, and alone with the CPU's cache disturbed before each (bench/_disturb.py).
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
-import json
 import random
-import subprocess
 import sys
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics  # text that every Python installation has
-from statistics import median
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from bench import _report
+from bench._disturb import DISTURBED, MADE_AFTER, MODES, Disturber, fresh, one_by_one
+from bench._process import in_new_process
 from bench.adapters import exact as peers
 from tokcache import L0Cache, TokenIds
 from tokcache.samples import tiny_tokenizer
 
+if TYPE_CHECKING:
+    from bench._report import Report
+
+PACKAGES = ("cachetools", "cachebox", "lru-dict", "numpy")
+IN_ALL = ("--quick",)
 SYSTEMS: dict[str, Any] = {
     "tokcache": peers.Tokcache,
     "dict": peers.Dict,
@@ -36,11 +41,6 @@ SYSTEMS: dict[str, Any] = {
 }
 FRESH = 16  # strings made, then hit: few enough to stay in the CPU's cache, as in a server
 Timed = Callable[[list[tuple[str, str]]], Any]
-
-
-def fresh(text: str) -> str:
-    """Return an equal string that is a new object."""
-    return (text + "\0")[:-1]
 
 
 def prompts(n: int, n_chars: int, filler: str) -> list[str]:
@@ -108,8 +108,8 @@ def filled(name: str, keys: Sequence[str], capacity: int, ids: TokenIds) -> Any:
 
 def interleaved(
     timed: dict[str, Timed], make: Callable[[random.Random], list[tuple[str, str]]], rounds: int
-) -> dict[str, float]:
-    """Return the median nanoseconds per call of each system; they take turns in random order."""
+) -> dict[str, list[float]]:
+    """Return the nanoseconds per call of each system and round; they take turns at random."""
     rng = random.Random(7)
     samples: dict[str, list[float]] = {name: [] for name in timed}
     order = list(timed)
@@ -121,11 +121,14 @@ def interleaved(
             pairs = make(rng)
             samples[name].append(per_call(timed[name], pairs))
             del pairs
-    return {name: median(values) for name, values in samples.items()}
+    return samples
 
 
-def hits(n_chars: int, filler: str, n_keys: int, rounds: int) -> dict[str, float]:
-    """Time hits on new strings of one length; `==` compares with a stored equal string."""
+def hits(n_chars: int, filler: str, n_keys: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Time hits on new strings of one length, by mode; `==` compares with a stored string.
+
+    Without a disturbance calls are timed in batches; with one, alone, less an empty call.
+    """
     keys = prompts(n_keys, n_chars, filler)
     ids = TokenIds(range(n_chars // 4))
     systems = {name: filled(name, keys, n_keys, ids) for name in SYSTEMS}
@@ -138,10 +141,24 @@ def hits(n_chars: int, filler: str, n_keys: int, rounds: int) -> dict[str, float
         picked = [rng.randrange(n_keys) for _ in range(FRESH)]
         return [(fresh(keys[i]), stored[i]) for i in picked]
 
-    return interleaved(timed, make, rounds)
+    found = {mode: interleaved(timed, make, rounds) for mode in MODES[:1]}
+    calls = {name: system.hit for name, system in systems.items()}
+    calls["tokcache"] = systems["tokcache"].cache.get
+    disturb, rng = Disturber(), random.Random(8)
+    for mode in (DISTURBED, MADE_AFTER):
+        samples: dict[str, list[float]] = {name: [] for name in (*calls, "==")}
+        for _ in range(max(rounds // 8, 11)):
+            picked = rng.sample(range(n_keys), min(n_keys, FRESH))
+            texts = [keys[i] for i in picked]
+            for name in rng.sample(list(samples), len(samples)):
+                one = calls.get(name)
+                each = [stored[i].__eq__ if one is None else one for i in picked]
+                samples[name].append(one_by_one(each, texts, mode, disturb))
+        found[mode] = samples
+    return found
 
 
-def random_hits(n_keys: int, rounds: int, batch: int) -> dict[str, float]:
+def random_hits(n_keys: int, rounds: int, batch: int) -> dict[str, list[float]]:
     """Time hits on random short keys among many."""
     keys = [f"{i:08d} what is the capital of this country?" for i in range(n_keys)]
     ids = TokenIds(range(12))
@@ -156,7 +173,7 @@ def random_hits(n_keys: int, rounds: int, batch: int) -> dict[str, float]:
     return interleaved(timed, make, rounds)
 
 
-def puts(capacity: int, rounds: int, batch: int) -> dict[str, float]:
+def puts(capacity: int, rounds: int, batch: int) -> dict[str, list[float]]:
     """Time storing new short keys in a full cache: each evicts one."""
     ids = TokenIds(range(12))
     keys = [f"old {i:08d} what is the capital of this country?" for i in range(capacity)]
@@ -174,7 +191,7 @@ def puts(capacity: int, rounds: int, batch: int) -> dict[str, float]:
     return figures
 
 
-def collisions(n_keys: int, rounds: int) -> dict[str, float]:
+def collisions(n_keys: int, rounds: int) -> dict[str, list[float]]:
     """Time 32 KiB keys that differ only between the samples, against unrelated keys."""
     unrelated = prompts(n_keys, 32 << 10, "x")
     body = unrelated[0]
@@ -185,7 +202,7 @@ def collisions(n_keys: int, rounds: int) -> dict[str, float]:
     figures = {}
     for name, keys in sets.items():
         pairs = [(fresh(key), "") for key in keys]
-        figures[f"put {name}"] = per_call(_loop_tokcache_put(caches[name], ids), pairs)
+        figures[f"tokcache, put, {name}"] = [per_call(_loop_tokcache_put(caches[name], ids), pairs)]
         assert all(caches[name].get(fresh(key)) == ids for key in keys)
         del pairs
     for name, keys in sets.items():
@@ -194,7 +211,7 @@ def collisions(n_keys: int, rounds: int) -> dict[str, float]:
             return [(fresh(keys[rng.randrange(n_keys)]), "") for _ in range(64)]
 
         figures |= {
-            f"hit {key}": value
+            f"tokcache, hit, {key}": value
             for key, value in interleaved(
                 {name: _loop_tokcache_get(caches[name])}, make, rounds
             ).items()
@@ -202,7 +219,7 @@ def collisions(n_keys: int, rounds: int) -> dict[str, float]:
     return figures
 
 
-def tolist(n_tokens: int, rounds: int) -> dict[str, float]:
+def tolist(n_tokens: int, rounds: int) -> dict[str, list[float]]:
     """Time making a list of the ids that a tokenizer gives for English text."""
     tokenizer = Tokenizer.from_file(str(tiny_tokenizer()))
     text = "\n".join(topics.values())
@@ -211,7 +228,7 @@ def tolist(n_tokens: int, rounds: int) -> dict[str, float]:
     ids, arr = TokenIds(values), array("i", values)
     assert ids.tolist() == arr.tolist() == values
     calls: dict[str, Callable[[], Any]] = {
-        "TokenIds.tolist": ids.tolist,
+        "tokcache, TokenIds.tolist": ids.tolist,
         "array.tolist": arr.tolist,
         "list.copy": values.copy,
     }
@@ -221,7 +238,7 @@ def tolist(n_tokens: int, rounds: int) -> dict[str, float]:
             start = perf_counter_ns()
             call()
             samples[name].append(perf_counter_ns() - start)
-    return {name: median(one) for name, one in samples.items()}
+    return samples
 
 
 MEMORY_CASES = {"64 chars": (200_000, 64, 16), "4,096 chars": (20_000, 4096, 1024)}
@@ -253,58 +270,31 @@ def memory_here(n_entries: int, n_chars: int, n_tokens: int) -> dict[str, float]
     }
 
 
-def memory() -> dict[str, dict[str, float]]:
-    """Measure each case in a new process, because it would use memory that the last one freed."""
-    figures = {}
-    for name, case in MEMORY_CASES.items():
-        code = f"import json, bench.exact as e; print(json.dumps(e.memory_here(*{case})))"
-        done = subprocess.run(  # noqa: S603 (our own code)
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        figures[name] = json.loads(done.stdout)
-    return figures
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no million keys")
 
 
-def show(title: str, figures: dict[str, float], base: str | None = None) -> None:
-    """Print one row of medians, and the ratio of tokcache to each."""
-    cells = []
-    for name, value in figures.items():
-        ratio = f" ({figures[base] / value:.2f}x)" if base and name != base else ""
-        cells.append(f"{name} {value:,.0f}{ratio}")
-    print(f"{title:34} " + "  ".join(cells), flush=True)
-
-
-def main(argv: list[str]) -> int:
-    """Run all cases; print nanoseconds and, in brackets, tokcache's time over the peer's."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--quick", action="store_true", help="fewer rounds, no million keys")
-    args = options.parse_args(argv)
-    rounds, million = (101, 100_000) if args.quick else (401, 1_000_000)
-    figures: dict[str, Any] = {}
-    print("nanoseconds a call, medians; in brackets: tokcache / peer")
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Run all cases; every system must return the stored ids before it is timed."""
+    rounds, million = (101, 100_000) if options.quick else (401, 1_000_000)
     for n_chars, filler, n_keys in (
         (64, "x", 64), (1024, "x", 64), (8192, "x", 64), (8192, "\u6c49", 64),
         (32768, "x", 64), (131072, "x", 16),
     ):  # fmt: skip
-        title = f"hit, {n_chars:,} chars of {1 if filler == 'x' else 2} bytes"
-        figures[title] = hits(n_chars, filler, n_keys, rounds)
-        show(title, figures[title], "tokcache")
+        width = 1 if filler == "x" else 2
+        case = f"hit, {n_chars:,} characters of {width} byte(s)"
+        report.columns(case, "ns", hits(n_chars, filler, n_keys, rounds), base="tokcache")
     for n_keys in (1000, million):
-        title = f"random hits among {n_keys:,}"
-        figures[title] = random_hits(n_keys, max(11, rounds // 20), 5000)
-        show(title, figures[title], "tokcache")
+        values = random_hits(n_keys, max(11, rounds // 20), 5000)
+        report.table(f"random hits among {n_keys:,}", "ns", values, base="tokcache")
     for capacity in (1000, million):
-        title = f"put with eviction at {capacity:,}"
-        figures[title] = puts(capacity, max(11, rounds // 20), 5000)
-        show(title, figures[title], "tokcache")
-    title = "32 KiB keys of one template"
-    figures[title] = collisions(1000 if args.quick else 10_000, rounds // 2)
-    show(title, figures[title])
-    figures["tolist of 8,192 ids"] = tolist(8192, rounds * 2)
-    show("tolist of 8,192 ids", figures["tolist of 8,192 ids"], "TokenIds.tolist")
-    figures["memory"] = memory()
-    for name, one in figures["memory"].items():
-        print(f"memory, {name:26} " + "  ".join(f"{k} {v:,.2f}" for k, v in one.items()))
-    environment = _report.environment("cachetools", "cachebox", "lru-dict", "numpy")
-    _report.finish({"environment": environment, "ns": figures}, args.json)
-    return 0
+        values = puts(capacity, max(11, rounds // 20), 5000)
+        report.table(f"put with eviction at {capacity:,}", "ns", values, base="tokcache")
+    values = collisions(1000 if options.quick else 10_000, rounds // 2)
+    report.table("32 KiB keys of one template", "ns", values)
+    values = tolist(8192, rounds * 2)
+    report.table("a list of 8,192 ids", "ns", values, base="tokcache, TokenIds.tolist")
+    for name, sizes in MEMORY_CASES.items():  # a process each: memory that was freed is used again
+        for key, value in in_new_process("bench.exact", "memory_here", *sizes).items():
+            report.fact(f"memory, {name}: {key}", round(value, 2))

@@ -13,6 +13,7 @@ The model is small and random, so a prefill is fast; counts of tokens do not dep
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import itertools
@@ -30,17 +31,20 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from bench import _report
 from tokcache import samples
 from tokcache.samples.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from bench._report import Report
+
 N_SLOTS, N_SERVERS, N_CTX = 4, 2, 4096
 CHAT = "/v1/chat/completions"
 MAX_ADDED_MS, MAX_ADDED_P99_MS = 3.0, 10.0
 MAX_OVER_LEAST, MIN_REQUESTS = 1.05, 0.95
+PACKAGES = ("xllamacpp", "starlette", "uvicorn", "httpx")
+IN_ALL = ("--clients", "16", "--turns", "2", "--rounds", "60", "--requests", "60")
 BARE, OURS = "llama-server, --cache-ram", "tokcache serve"
 WORDS = (
     "the",
@@ -200,31 +204,25 @@ async def ask(
     return "".join(parts), timings, first_s or time.perf_counter() - began
 
 
-async def measure_added(bare: str, ours: str, n_rounds: int) -> dict[str, float]:
-    """Return the milliseconds that the gateway adds to the first token, median and p99."""
+async def measure_added(bare: str, ours: str, n_rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds to the first token of the same chat, without and with the gateway."""
     rng = random.Random(1)
     messages = [{"role": "system", "content": text(rng, 11_000)},
                 {"role": "user", "content": text(rng, 1_000)}]  # fmt: skip
     body: dict[str, Any] = {"messages": messages, "max_tokens": 1}
-    times: dict[str, list[float]] = {"bare": [], "ours": []}
+    times: dict[str, list[float]] = {BARE: [], OURS: []}
     async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
         pinned = {**body, "id_slot": 0}
         expected, _, _ = await ask(client, bare, {**pinned, "max_tokens": 16})
         found, _, _ = await ask(client, ours, {**body, "max_tokens": 16})
         assert found == expected, "the answers differ"
-        both = [("bare", bare, pinned), ("ours", ours, body)]
+        both = [(BARE, bare, pinned), (OURS, ours, body)]
         for number in range(n_rounds):
             for name, url, sent in both if number % 2 else reversed(both):
                 _, timings, first_s = await ask(client, url, sent)
                 assert timings["prompt_n"] <= 8, timings
                 times[name].append(1e3 * first_s)
-    cuts = {name: quantiles(found, n=100) for name, found in times.items()}
-    return {
-        # Other work on the machine slows both requests of a pair, which follow each other.
-        "median": median(b - a for a, b in zip(times["bare"], times["ours"], strict=True)),
-        "p99": cuts["ours"][98] - cuts["bare"][98],
-        "bare_median": median(times["bare"]),
-    }
+    return times
 
 
 async def converse(
@@ -320,60 +318,49 @@ def systems() -> Iterator[dict[str, Bare]]:
                 each.stop()
 
 
-def main(argv: list[str]) -> int:
-    """Run the benchmark."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--clients", type=int, default=32)
-    options.add_argument("--turns", type=int, default=3, help="before, and after the restart")
-    options.add_argument("--rounds", type=int, default=200)
-    options.add_argument("--requests", type=int, default=200)
-    given = options.parse_args(argv)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=3, help="before, and after the restart")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=200)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Measure the added time, the requests a second, and the conversations with a restart."""
     with systems() as both:
         bare, ours = both[BARE], both[OURS]
-        added = asyncio.run(measure_added(bare.urls[0], ours.url(), given.rounds))
+        added = asyncio.run(measure_added(bare.urls[0], ours.url(), options.rounds))
         rates: dict[str, list[float]] = {BARE: [], OURS: []}
         for _ in range(3):
             for name, system in both.items():
-                rates[name].append(asyncio.run(throughput(system, given.requests)))
+                rates[name].append(asyncio.run(throughput(system, options.requests)))
         figures = {BARE: Figures(), OURS: Figures()}
         over: dict[str, float] = {}
         for name, system in both.items():
-            histories = conversations(given.clients)
-            asyncio.run(converse(system, figures[name], histories, 0, given.turns))
+            histories = conversations(options.clients)
+            asyncio.run(converse(system, figures[name], histories, 0, options.turns))
             system.show_reasons()
             system.stop()
             system.start()
-            asyncio.run(converse(system, figures[name], histories, given.turns, given.turns))
+            asyncio.run(converse(system, figures[name], histories, options.turns, options.turns))
             system.show_reasons()
             n_least = asyncio.run(least(system.urls[0], figures[name].prompts))
             over[name] = figures[name].n_prefilled / n_least
-    print(f"first token of the bare server: {added['bare_median']:.1f} ms")
-    for name, found in figures.items():
-        p95 = quantiles(found.first_s, n=20)[18]
-        print(
-            f"{name}: {found.n_prefilled:,} of {found.n_prompt:,} prompt tokens prefilled,"
-            f" {over[name]:.2f}x of the least; first token {1e3 * median(found.first_s):.0f} ms at"
-            f" the median, {1e3 * p95:.0f} at p95; {median(rates[name]):.1f} requests/s unshared"
-        )
-    bars = [
-        _report.Bar("added at the median", added["median"], MAX_ADDED_MS, "ms", is_ceiling=True),
-        _report.Bar("added at p99", added["p99"], MAX_ADDED_P99_MS, "ms", is_ceiling=True),
-        _report.Bar("prefilled over the least", over[OURS], MAX_OVER_LEAST, is_ceiling=True),
-        _report.Bar(
-            "requests a second where nothing is shared",
-            median(rates[OURS]) / median(rates[BARE]),
-            MIN_REQUESTS,
-        ),
-    ]
-    shown = _report.show_bars(bars)
-    _report.finish(
-        {
-            "environment": _report.environment("xllamacpp", "starlette", "uvicorn", "httpx"),
-            "bars": shown,
-            "added": added,
-            "over_least": over,
-            "requests_per_s": rates,
-        },
-        given.json,
-    )
-    return 0 if all(bar.is_met for bar in bars) else 1
+    report.table("first token of a known chat of 12,000 characters", "ms", added, base=BARE)
+    # Other work on the machine slows both requests of a pair, which follow each other.
+    pairs = zip(added[BARE], added[OURS], strict=True)
+    more_ms = median(ours_ms - bare_ms for bare_ms, ours_ms in pairs)
+    report.bar("added at the median", more_ms, MAX_ADDED_MS, "ms", most=True)
+    with_it, without = (quantiles(added[system], n=100)[98] for system in (OURS, BARE))
+    report.bar("added at p99", with_it - without, MAX_ADDED_P99_MS, "ms", most=True)
+    title = "nothing is shared"
+    report.table(title, "requests a second", rates, base=BARE, is_higher_better=True)
+    ratio = median(rates[OURS]) / median(rates[BARE])
+    report.bar("requests a second where nothing is shared", ratio, MIN_REQUESTS)
+    title = f"{options.clients} clients, a restart in the middle"
+    notes = {name: f"{f.n_prefilled:,} of {f.n_prompt:,} tokens" for name, f in figures.items()}
+    report.table(f"{title}: prefilled over the least", "x", over, base=BARE, notes=notes)
+    first_ms = {name: [1e3 * s for s in found.first_s] for name, found in figures.items()}
+    report.table(f"{title}: time to the first token", "ms", first_ms, base=BARE)
+    report.bar("prefilled over the least", over[OURS], MAX_OVER_LEAST, most=True)

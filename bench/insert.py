@@ -10,19 +10,20 @@ the worst result counts.
 
 from __future__ import annotations
 
+import argparse
 import random
 import re
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import numpy as np
 
-from bench import _report
+from bench._report import Report, progress
 from bench.adapters import tokenizing as peers
 from bench.workloads import texts
-from bench.workloads.data import default_tokenizers, tokenizer_file
+from bench.workloads.data import add_tokenizer, default_tokenizers, tokenizer_file
 
+PACKAGES = ("tokenizers", "numpy")
+IN_ALL = ("--seeds", "3")
 N_BYTES, N_DOCUMENTS = 64 << 10, 16
 BARS = {"sentence inserted": 10.0, "documents swapped": 15.0}
 
@@ -75,72 +76,48 @@ def missed_percent(
     )
 
 
-def run(name: str, n_seeds: int) -> dict[str, Any]:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_tokenizer(parser)
+    parser.add_argument("--seeds", type=int, default=10)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Measure every tokenizer; the worst of all texts and seeds counts."""
+    for name in options.tokenizer or default_tokenizers("qwen2.5", "phi-3-mini"):
+        try:
+            measure(name, options.seeds, report)
+        except peers.Unavailable as reason:
+            report.line(f"{name}: tokcache is unavailable: {reason}")
+            for case, limit in BARS.items():
+                report.bar(f"{name}, {case}", None, limit, "%", most=True)
+
+
+def measure(name: str, n_seeds: int, report: Report) -> None:
     """Measure one tokenizer on every kind of text and seed."""
     file = tokenizer_file(name)
     expect = peers.build("tokenizers", file)
-    figures: dict[str, dict[str, list[float]]] = {}
-    in_chunks: dict[str, dict[str, list[float]]] = {}
+    encoded: dict[str, dict[str, list[float]]] = {case: {} for case in BARS}
+    missed: dict[str, dict[str, list[float]]] = {case: {} for case in BARS}
     n_wrong = 0
-    print(f"{name}: {N_BYTES >> 10} KiB of UTF-8, {N_DOCUMENTS} documents, {n_seeds} seeds")
-    for kind in texts.KINDS:
-        shares: dict[str, list[float]] = {case: [] for case in BARS}
-        missed: dict[str, list[float]] = {case: [] for case in BARS}
-        for seed in range(n_seeds):
-            documents = original(kind, seed)
-            before = joined(documents)
-            edited = (with_sentence(kind, before), with_swap(documents, seed))
-            for case, after in zip(BARS, edited, strict=True):
-                encoded, chunks, wrong = missed_percent(file, expect, before, after)
-                shares[case].append(encoded)
-                missed[case].append(chunks)
-                n_wrong += wrong
-        figures[kind] = shares
-        in_chunks[kind] = missed
-        cells = [
-            f"{case} {median(v):5.2f} %, worst {max(v):5.2f} %"
-            f" (chunks {median(missed[case]):5.2f}, {max(missed[case]):5.2f})"
-            for case, v in shares.items()
-        ]
-        print(f"  {kind:8} " + ";  ".join(cells), flush=True)
-    return {"percent": figures, "percent that misses the chunks": in_chunks, "n_wrong": n_wrong}
-
-
-def bars(figures: dict[str, Any]) -> list[_report.Bar]:
-    """Return the limits for the worst of all texts and seeds."""
-    kinds = figures.get("percent", {}).values()
-    return [
-        _report.Bar(
-            f"{case}, worst of all: characters encoded again",
-            max((max(shares[case]) for shares in kinds), default=None),
-            limit,
-            "%",
-            is_ceiling=True,
-        )
-        for case, limit in BARS.items()
-    ]
-
-
-def main(argv: list[str]) -> int:
-    """Exit code 1 if ids differ or a bar is missed."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument(
-        "--tokenizer",
-        action="append",
-        help="a tokenizer.json, a real one's name, or tiny; repeatable",
-    )
-    options.add_argument("--seeds", type=int, default=10)
-    args = options.parse_args(argv)
-    found = {}
-    for name in args.tokenizer or default_tokenizers("qwen2.5", "phi-3-mini"):
-        try:
-            one = run(name, args.seeds)
-        except peers.Unavailable as reason:
-            print(f"{name}: tokcache is unavailable: {reason}")
-            one = {"unavailable": str(reason), "n_wrong": 0}
-        print(f"  wrong answers: {one['n_wrong']}")
-        found[name] = one | {"bars": _report.show_bars(bars(one))}
-    environment = _report.environment("tokenizers", "numpy")
-    _report.finish({"environment": environment, "tokenizers": found}, args.json)
-    met = all(bar["met"] for one in found.values() for bar in one["bars"])
-    return 0 if met and not any(one["n_wrong"] for one in found.values()) else 1
+    with progress() as shown:
+        task = shown.add_task(name, total=len(texts.KINDS) * n_seeds)
+        for kind in texts.KINDS:
+            for seed in range(n_seeds):
+                documents = original(kind, seed)
+                before = joined(documents)
+                edited = (with_sentence(kind, before), with_swap(documents, seed))
+                for case, after in zip(BARS, edited, strict=True):
+                    again, chunks, wrong = missed_percent(file, expect, before, after)
+                    encoded[case].setdefault(f"tokcache, {kind}", []).append(again)
+                    missed[case].setdefault(f"tokcache, {kind}", []).append(chunks)
+                    n_wrong += wrong
+                shown.advance(task)
+    report.check(f"{name}: ids", is_right=not n_wrong, found=f"{n_wrong} wrong answers")
+    size = f"{N_BYTES >> 10} KiB, {N_DOCUMENTS} documents"
+    for case, limit in BARS.items():
+        title = f"{name}, {size}, {case}"
+        report.table(f"{title}: characters encoded again", "%", encoded[case])
+        report.table(f"{title}: characters that miss the chunks", "%", missed[case])
+        worst = max(map(max, encoded[case].values()))
+        report.bar(f"{name}, {case}, worst: encoded again", worst, limit, "%", most=True)

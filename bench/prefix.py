@@ -11,21 +11,23 @@ random order; figures are medians. Reproducible mode decodes the tokens after th
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable
-from statistics import median
 from time import perf_counter
 from typing import Any
 
 import llama_cpp
 
 import tokcache
-from bench import _report
+from bench._report import Report, progress
 from bench.restore import big_model
 from tokcache import samples
 from tokcache.llama import Llama
 from tokcache.state.cache import PrefixStateCache
 
+PACKAGES = ("llama-cpp-python", "numpy")
+IN_ALL = ("--rounds", "3")
 N_SHARED, N_CTX, N_BATCH = 2000, 4096, 256
 N_ANSWER = 8
 # Systems that must give the answers of an uncached run with the same decode boundaries.
@@ -139,30 +141,6 @@ def equal_share(answers: Answers) -> dict[str, float]:
     }
 
 
-def report(
-    title: str, seconds: dict[str, list[float]], equal: dict[str, float]
-) -> dict[str, dict[str, float]]:
-    """Print and return the medians of one case."""
-    plain = median(seconds["llama_cpp.Llama"])
-    peer = median(seconds["LlamaRAMCache"])
-    print(f"{title}; medians of {len(seconds['LlamaRAMCache'])} rounds")
-    figures = {}
-    for name, share in equal.items():
-        ms = median(seconds[name]) * 1000
-        figures[name] = {
-            "ttft_ms": ms,
-            "over plain": ms / 1000 / plain,
-            "over LlamaRAMCache": ms / 1000 / peer,
-            "equal answers": share,
-        }
-        print(
-            f"  {name:24} {ms:9.1f} ms  {ms / 1000 / plain:6.3f}x plain  "
-            f"{ms / 1000 / peer:6.3f}x LlamaRAMCache  answers equal {share:.0%}",
-            flush=True,
-        )
-    return figures
-
-
 def is_right(equal: dict[str, float], *, is_interrupted: bool) -> bool:
     """Return whether the systems that must give the expected answers did."""
     # Without a request in between, llama_cpp.Llama continues in its context, whose decodes do not
@@ -171,28 +149,31 @@ def is_right(equal: dict[str, float], *, is_interrupted: bool) -> bool:
     return all(equal[name] == 1.0 for name in MUST_BE_EQUAL if must(name))
 
 
-def main(argv: list[str]) -> int:
-    """Run both cases; exit code 1 if answers differ that must be equal."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--threads", type=int, default=1)
-    args = options.parse_args(argv)
-    named = systems(args.threads)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Compare, then measure both cases."""
+    named = systems(options.threads)
     _, checked = play(named, 2, is_interrupted=True, seed=1)  # results first, and a warm-up
-    if not is_right(equal_share(checked), is_interrupted=True):
-        print(f"answers differ: {equal_share(checked)}")
-        return 1
-    figures: dict[str, Any] = {}
-    is_good = True
-    for title, is_interrupted, seed in (
-        ("another request in between", True, 2),
-        ("none in between", False, 3),
-    ):
-        seconds, answers = play(named, args.rounds, is_interrupted=is_interrupted, seed=seed)
-        equal = equal_share(answers)
-        figures[title] = report(title, seconds, equal)
-        is_good = is_good and is_right(equal, is_interrupted=is_interrupted)
-    environment = _report.environment("llama-cpp-python", "numpy")
-    shared = {"shared tokens": N_SHARED, "n_batch": N_BATCH, "equal": is_good}
-    _report.finish({"environment": environment, **shared, "cases": figures}, args.json)
-    return 0 if is_good else 1
+    shares = equal_share(checked)
+    is_good = is_right(shares, is_interrupted=True)
+    report.check("answers before the clock starts", is_right=is_good, found=shares)
+    if not is_good:
+        return
+    with progress() as shown:
+        for case, is_interrupted, seed in shown.track(
+            (("another request in between", True, 2), ("none in between", False, 3)),
+            description="asking",
+        ):
+            seconds, answers = play(named, options.rounds, is_interrupted=is_interrupted, seed=seed)
+            equal = equal_share(answers)
+            ms = {name: [1000 * s for s in seconds[name]] for name in equal}
+            notes = {name: f"{share:.0%} of answers equal" for name, share in equal.items()}
+            title = f"time to the first token, {case}"
+            report.table(title, "ms", ms, base="llama_cpp.Llama", notes=notes)
+            is_good = is_right(equal, is_interrupted=is_interrupted)
+            report.check(f"{case}: answers", is_right=is_good)

@@ -15,6 +15,7 @@ after the last token of a prompt, and the number of greedy answers of 16 tokens 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import random
@@ -26,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 import numpy as np
 
-from bench import _report
 from tokcache.demo.chat import built_in_prompts
 from tokcache.llama import Llama
 from tokcache.state.cache import PrefixStateCache
@@ -34,9 +34,13 @@ from tokcache.state.cache import PrefixStateCache
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from bench._report import Report
+
     Logits = NDArray[np.float32]
 
 VARIABLE = "TOKCACHE_REAL_MODEL"
+PACKAGES = ("llama-cpp-python", "numpy")
+IN_ALL = ("--prompts", "6")
 N_CTX, N_ANSWER, OTHER_BATCH = 512, 16, 37
 MIN_TOKENS, MAX_TOKENS, MIN_BEGINNING = 60, 300, 16
 MAX_OVER_OTHER = 1.0  # of the differences: cached run over another split into batches
@@ -100,34 +104,29 @@ def compare(model: str, n_prompts: int, n_threads: int) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str]) -> int:
-    """Compare and print; exit code 1 if cached runs differ by more than other batches do."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--prompts", type=int, default=32)
-    options.add_argument("--threads", type=int, default=1)
-    args = options.parse_args(argv)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Compare cached runs, and runs in other batches, with uncached ones."""
     model = os.environ.get(VARIABLE)
     if not model:
-        print(f"{VARIABLE} does not name a GGUF; see the docstring of bench/real_model.py")
-        return 2
+        report.skip(f"{VARIABLE} does not name a GGUF; see the docstring of bench/real_model.py")
+        return
     with Path(model).open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    print(f"{Path(model).name}, sha256 {sha256}", flush=True)
-    found = compare(model, args.prompts, args.threads)
-    print(f"{args.prompts} prompts, logits' standard deviation {found['standard deviation']:.1f}")
-    for name, values in found["largest difference"].items():
-        print(
-            f"  {name:14} largest difference: median {median(values):.2f}, most {max(values):.2f}"
-            f"; greedy answers that differ: {found['answers that differ'][name]}"
-        )
-    ours, theirs = (median(values) for values in found["largest difference"].values())
-    name = "median of cached over other batches"
-    bars = [_report.Bar(name, ours / theirs, MAX_OVER_OTHER, is_ceiling=True)]
-    figures = {
-        "environment": _report.environment("llama-cpp-python", "numpy"),
-        "model": {"name": Path(model).name, "sha256": sha256},
-        **found,
-        "bars": _report.show_bars(bars),
-    }
-    _report.finish(figures, args.json)
-    return 0 if all(one.is_met for one in bars) else 1
+    report.fact("model", f"{Path(model).name}, sha256 {sha256}")
+    found = compare(model, options.prompts, options.threads)
+    report.fact("logits' standard deviation", round(found["standard deviation"], 1))
+    report.fact("restored tokens", found["restored tokens"])
+    largest = found["largest difference"]
+    rows = {"tokcache": largest["cached"], "other batches": largest["other batches"]}
+    differ = found["answers that differ"].values()
+    notes = dict(zip(rows, (f"{n} greedy answers differ" for n in differ), strict=True))
+    title = f"largest difference of the logits, {options.prompts} prompts"
+    report.table(title, "logits", rows, base="other batches", notes=notes)
+    ours, theirs = (median(values) for values in rows.values())
+    report.bar("median of cached over other batches", ours / theirs, MAX_OVER_OTHER, most=True)

@@ -17,20 +17,23 @@ prompt is then younger than the blocks that can't be used without it.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cachetools
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from bench import _report
+from bench._report import Report, progress
 from bench.workloads.data import read_json_lines, shared_file
 from tokcache.state.cache import PrefixStateCache
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PACKAGES = ("cachetools", "numpy")
+IN_ALL = ()
 TRACE_TOKENS = 512  # tokens that an id of the trace stands for
 TOKENS, STATE_BYTES = 4, 64  # of the block that it stands for here
 UNBOUNDED = 1 << 40
@@ -116,8 +119,8 @@ def ratios(prompts: list[Prompt], found: list[int]) -> dict[str, float]:
 class Replay:
     """Replays the trace through caches of several sizes, with a progress bar."""
 
-    def __init__(self, prompts: list[Prompt], progress: Progress) -> None:
-        self.prompts, self._progress = prompts, progress
+    def __init__(self, prompts: list[Prompt], shown: Progress) -> None:
+        self.prompts, self._progress = prompts, shown
         self.n_blocks = len({each for prompt in prompts for each in prompt.ids})
         self.n_bytes = 0
 
@@ -152,56 +155,36 @@ def make_cache(ram_bytes: int) -> PrefixStateCache:
     return PrefixStateCache(ram_bytes=ram_bytes, max_entries=1 << 30, block_tokens=TOKENS)
 
 
-def show(console: Console, found: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print a table with a line for each budget and system."""
-    table = Table("budget", "system", title="hits in %")
-    for name in ("a prompt", "tokens", "blocks"):
-        table.add_column(name, justify="right")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add no option."""
+
+
+def run(_options: argparse.Namespace, report: Report) -> None:
+    """Replay: exact hits, the paper's ratio, and at least the best peer's hits."""
+    prompts = load()
+    if prompts is None:
+        report.skip("traces/mooncake/conversation_trace.jsonl is not in the shared data")
+        return
+    with progress() as shown:
+        replay = Replay(prompts, shown)
+        hits, expected = replay.unbounded()
+        found = {"unbounded": {OURS: ratios(prompts, hits), "a set": ratios(prompts, expected)}}
+        found |= {f"{share:.0%}": replay.bounded(share) for share in SHARES}
+    report.fact("prompts", len(prompts))
+    report.fact("distinct blocks", replay.n_blocks)
+    report.fact("bytes without a limit", replay.n_bytes)
     for room, systems in found.items():
-        for name, row in systems.items():
-            table.add_row(room, name, *(f"{value:.2f}" for value in row.values()))
-        table.add_section()
-    console.print(table)
-
-
-def bars(found: dict[str, dict[str, dict[str, float]]], n_different: int) -> list[_report.Bar]:
-    """Return the bars: exact hits, the paper's ratio, and at least the best peer's hits."""
+        for counted in ("a prompt", "tokens", "blocks"):
+            rows = {name: row[counted] for name, row in systems.items()}
+            title = f"hits, {room}, counted by {counted}"
+            report.table(title, "%", rows, base=OURS, is_higher_better=True)
+    n_different = sum(map(int.__ne__, hits, expected))
+    title = "hits of every prompt are those of a set of ids"
+    report.check(title, is_right=not n_different, found=f"{n_different} differ")
     off = abs(found["unbounded"][OURS]["a prompt"] - PAPER)
-    made = [
-        _report.Bar("unbounded: prompts with other hits", n_different, 0, "", is_ceiling=True),
-        _report.Bar("unbounded: off the paper's 40%", off, PAPER_TOLERANCE, "%", is_ceiling=True),
-    ]
+    report.bar("unbounded: off the paper's 40 %", off, PAPER_TOLERANCE, "%", most=True)
     for room, systems in found.items():
         if room != "unbounded":
             best = max(systems[name]["a prompt"] for name in PEERS)
             ratio = systems[OURS]["a prompt"] / best
-            made.append(_report.Bar(f"{room}: hits over the best of the peers", ratio, 0.999))
-    return made
-
-
-def main(argv: list[str]) -> int:
-    """Replay; exit code 1 if hits are wrong or a bar is missed."""
-    args = _report.parser(__doc__ or "").parse_args(argv)
-    prompts = load()
-    if prompts is None:
-        print("skipped: traces/mooncake/conversation_trace.jsonl is not in the shared data")
-        return 0
-    console = Console()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        replay = Replay(prompts, progress)
-        hits, expected = replay.unbounded()
-        found = {"unbounded": {OURS: ratios(prompts, hits), "a set": ratios(prompts, expected)}}
-        found |= {f"{share:.0%}": replay.bounded(share) for share in SHARES}
-    print(f"{len(prompts):,} prompts, {replay.n_blocks:,} blocks, {replay.n_bytes:,} bytes")
-    show(console, found)
-    n_different = sum(map(int.__ne__, hits, expected))
-    made = bars(found, n_different)
-    figures = {
-        "environment": _report.environment("cachetools", "numpy"),
-        "prompts": len(prompts),
-        "distinct blocks": replay.n_blocks,
-        "hits %": found,
-        "bars": _report.show_bars(made),
-    }
-    _report.finish(figures, args.json)
-    return 0 if all(bar.is_met for bar in made) else 1
+            report.bar(f"{room}: hits over the best of the peers", ratio, 0.999)

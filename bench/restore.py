@@ -10,18 +10,23 @@ Figures are medians.
 
 from __future__ import annotations
 
+import argparse
 import random
 from statistics import median
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import _report
 from tokcache import samples
 from tokcache.llama import Llama
 from tokcache.state.cache import PrefixStateCache
 
+if TYPE_CHECKING:
+    from bench._report import Report
+
+PACKAGES = ("llama-cpp-python", "numpy")
+IN_ALL = ("--rounds", "60")
 N_PREFIX, N_TAIL, BLOCK, N_CTX = 1024, 200, 256, 4096
 BARS = {"restore": 2.0, "save": 2.5}
 
@@ -115,8 +120,8 @@ class Timed:
             np.copyto(target, source)
 
 
-def measure(timed: Timed, rounds: int) -> dict[str, float]:
-    """Return the median microseconds of each step; the steps take turns."""
+def measure(timed: Timed, rounds: int) -> dict[str, list[float]]:
+    """Return the microseconds of each step; the steps take turns."""
     samples_ns: dict[str, list[int]] = {"memcpy": [], "save": [], "restore": []}
     for _ in range(rounds):
         for name, times in samples_ns.items():
@@ -126,36 +131,27 @@ def measure(timed: Timed, rounds: int) -> dict[str, float]:
             getattr(timed, name)()
             times.append(perf_counter_ns() - began)
     warm = rounds // 10
-    return {name: median(times[warm:]) / 1000 for name, times in samples_ns.items()}
+    return {name: [ns / 1000 for ns in times[warm:]] for name, times in samples_ns.items()}
 
 
-def main(argv: list[str]) -> int:
-    """Compare, then measure; exit code 1 if results differ or a bar is missed."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--rounds", type=int, default=200)
-    args = options.parse_args(argv)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--rounds", type=int, default=200)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Compare the logits, then measure."""
     model = big_model()
-    rng = random.Random(11)
-    prompt = rng.choices(range(3, 2000), k=N_PREFIX + N_TAIL)
+    prompt = random.Random(11).choices(range(3, 2000), k=N_PREFIX + N_TAIL)
     equality = compare(model, prompt)
-    print(", ".join(f"{name}: {value}" for name, value in equality.items()), flush=True)
+    report.check(
+        "logits after a restore are those of an uncached run", is_right=equality["identical"]
+    )
+    report.check("a changed block gives other logits", is_right=equality["control differs"])
     timed = Timed(model, prompt)
-    us = measure(timed, args.rounds)
-    ratios = {name: us[name] / us["memcpy"] for name in BARS}
-    print(f"{N_PREFIX} tokens, {timed.n_bytes / 1e6:.2f} MB; medians of {args.rounds} rounds")
-    for name, value in us.items():
-        bar = f"  {ratios[name]:.2f}x memcpy (bar {BARS[name]}x)" if name in BARS else ""
-        print(f"  {name:8} {value:9,.0f} us{bar}")
-    is_good = equality["identical"] and equality["control differs"]
-    has_met = {name: ratios[name] <= bar for name, bar in BARS.items()}
-    figures = {
-        "environment": _report.environment("llama-cpp-python", "numpy"),
-        "equality": equality,
-        "n_bytes": timed.n_bytes,
-        "us": us,
-        "ratio to memcpy": ratios,
-        "bars": BARS,
-        "met": has_met,
-    }
-    _report.finish(figures, args.json)
-    return 0 if is_good and all(has_met.values()) else 1
+    us = measure(timed, options.rounds)
+    rows = {"memcpy": us["memcpy"]} | {f"tokcache, {name}": us[name] for name in BARS}
+    report.table(f"{N_PREFIX} tokens, {timed.n_bytes / 1e6:.2f} MB", "us", rows, base="memcpy")
+    for name, limit in BARS.items():
+        ratio = median(us[name]) / median(us["memcpy"])
+        report.bar(f"{name} over memcpy", ratio, limit, most=True)

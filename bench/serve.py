@@ -8,6 +8,7 @@ with nothing cached, in random order; figures are medians over the rounds.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
@@ -17,11 +18,14 @@ from time import perf_counter
 from typing import Any
 
 import tokcache
-from bench import _report
+from bench._disturb import fresh
+from bench._report import Report, progress
 from bench.workloads import chats
-from bench.workloads.data import default_tokenizers, fresh
+from bench.workloads.data import add_tokenizer, default_tokenizers
 from bench.wrapper import load
 
+PACKAGES = ("tokenizers", "transformers")
+IN_ALL = ("--tokenizer", "qwen2.5", "--chats", "8", "--rounds", "3")
 N_CLIENTS, TICK_S = 16, 0.001
 OURS = "tokcache, atoken_ids"
 Ask = Callable[[str], Awaitable[Any]]
@@ -84,59 +88,44 @@ async def serve(ask: Ask, prompts: list[str]) -> tuple[list[Any], float, float]:
     return answers, seconds, quantiles(late, n=100)[-1] if len(late) > 1 else seconds
 
 
-def run(name: str, n_chats: int, n_rounds: int) -> dict[str, Any]:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_tokenizer(parser)
+    parser.add_argument("--chats", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Compare, then measure, every tokenizer."""
+    for name in options.tokenizer or default_tokenizers("qwen2.5", "phi-3-mini"):
+        measure(name, options.chats, options.rounds, report)
+
+
+def measure(name: str, n_chats: int, n_rounds: int, report: Report) -> None:
     """Measure one tokenizer."""
     plain = load(name)
     prompts = interleaved(plain, n_chats)
     expected = [plain(text, add_special_tokens=False)["input_ids"] for text in prompts]
     made = systems(plain)
-    figures: dict[str, dict[str, list[float]]] = {one: {"rps": [], "late_ms": []} for one in made}
+    a_second: dict[str, list[float]] = {one: [] for one in made}
+    late_ms: dict[str, list[float]] = {one: [] for one in made}
     rng, n_wrong = random.Random(4), 0
-    for _ in range(n_rounds):
-        for one in rng.sample(list(made), len(made)):
-            answers, seconds, late_s = asyncio.run(serve(made[one](), prompts))
-            n_wrong += answers != expected
-            figures[one]["rps"].append(len(prompts) / seconds)
-            figures[one]["late_ms"].append(late_s * 1000)
-    medians = {one: {key: median(v) for key, v in found.items()} for one, found in figures.items()}
-    print(f"{name}: {len(prompts)} prompts, {n_rounds} rounds; rounds with wrong ids: {n_wrong}")
-    for one, found in medians.items():
-        print(f"  {one:26} {found['rps']:8,.0f} requests/s, p99 late {found['late_ms']:8.2f} ms")
-    return {"medians": medians, "n_wrong": n_wrong, "bars": _report.show_bars(bars(medians))}
-
-
-def bars(medians: dict[str, dict[str, float]]) -> list[_report.Bar]:
-    """Return the bars for tokcache, relative to the better of the plain systems."""
-    ours, plain = medians[OURS], [found for one, found in medians.items() if one != OURS]
-    return [
-        _report.Bar(
-            "requests a second over the better plain way",
-            ours["rps"] / max(found["rps"] for found in plain),
-            1.0,
-        ),
-        _report.Bar(
-            "p99 lateness of the loop over the better plain way's",
-            ours["late_ms"] / min(found["late_ms"] for found in plain),
-            1.0,
-            is_ceiling=True,
-        ),
-    ]
-
-
-def main(argv: list[str]) -> int:
-    """Exit code 1 if ids differ or a bar is missed."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument(
-        "--tokenizer",
-        action="append",
-        help="a tokenizer.json, a real one's name, or tiny; repeatable",
+    with progress() as shown:
+        for _ in shown.track(range(n_rounds), description=name):
+            for one in rng.sample(list(made), len(made)):
+                answers, seconds, late_s = asyncio.run(serve(made[one](), prompts))
+                n_wrong += answers != expected
+                a_second[one].append(len(prompts) / seconds)
+                late_ms[one].append(late_s * 1000)
+    report.check(f"{name}: ids", is_right=not n_wrong, found=f"{n_wrong} wrong rounds")
+    case = f"{name}, {len(prompts)} prompts of {N_CLIENTS} clients"
+    report.table(case, "requests a second", a_second, base=OURS, is_higher_better=True)
+    report.table(f"{case}: lateness of the loop, p99", "ms", late_ms, base=OURS)
+    plain_names = [one for one in made if one != OURS]
+    best = max(median(a_second[one]) for one in plain_names)
+    report.bar(
+        f"{name}: requests a second over the better plain way", median(a_second[OURS]) / best, 1
     )
-    options.add_argument("--chats", type=int, default=20)
-    options.add_argument("--rounds", type=int, default=5)
-    args = options.parse_args(argv)
-    names = args.tokenizer or default_tokenizers("qwen2.5", "phi-3-mini")
-    found = {name: run(name, args.chats, args.rounds) for name in names}
-    environment = _report.environment("tokenizers", "transformers")
-    _report.finish({"environment": environment, "tokenizers": found}, args.json)
-    met = all(bar["met"] for one in found.values() for bar in one["bars"])
-    return 0 if met and not any(one["n_wrong"] for one in found.values()) else 1
+    least = min(median(late_ms[one]) for one in plain_names)
+    title = f"{name}: p99 lateness of the loop over the better plain way's"
+    report.bar(title, median(late_ms[OURS]) / least, 1, most=True)

@@ -16,19 +16,19 @@ tokcache's work before the request.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tokenizers import Tokenizer
 
 import tokcache
-from bench import _report
+from bench._report import Report, progress
 from bench.restore import big_model
 from bench.workloads import chats
 from tokcache import TokenIds, samples
@@ -36,6 +36,8 @@ from tokcache._prefix import n_common
 from tokcache.llama.server import Completion, LlamaServer, SlotSettings
 from tokcache.samples.server_process import ServerProcess
 
+PACKAGES = ("xllamacpp", "httpx", "numpy")
+IN_ALL = ("--turns", "4")
 N_SESSIONS, N_SLOTS, BLOCK, N_CTX = 6, 2, 256, 8192
 N_ANSWER = 8
 NEAR_TIE = 0.05  # the same tolerance as in tests/integration/test_llama_exact.py
@@ -181,52 +183,6 @@ def least(answers: list[Answer], held: list[TokenIds]) -> Iterator[int]:
         held.append(TokenIds([*answer.prompt, *answer.completion.token_ids[:-1]]))
 
 
-def figures(phase: Phase, held: dict[str, list[TokenIds]]) -> dict[str, dict[str, float]]:
-    """Return each system's figures in one phase."""
-    found = {}
-    for name in (ALONE, RAM, OURS, EXACT):
-        answers = phase.answers[name]
-        n_least = sum(least(answers, held.setdefault(name, [])))
-        seconds = sorted(answer.first_token_s for answer in answers)
-        n_prefilled = sum(answer.n_prefilled for answer in answers)
-        found[name] = {
-            "prompts": len(answers),
-            "prefilled": n_prefilled,
-            "least": n_least,
-            "over least": n_prefilled / n_least,
-            "ttft median ms": median(seconds) * 1000,
-            "ttft p95 ms": seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))] * 1000,
-        }
-    return found
-
-
-def show(title: str, found: dict[str, dict[str, float]]) -> None:
-    """Print a line per system."""
-    print(f"{title}: {found[OURS]['prompts']} prompts")
-    for name, row in found.items():
-        print(
-            f"  {name:26} {row['prefilled']:9,.0f} prefilled {row['over least']:7.2f}x least"
-            f"   ttft median {row['ttft median ms']:8.1f} ms  p95 {row['ttft p95 ms']:8.1f} ms",
-            flush=True,
-        )
-
-
-def compare(expected: list[Completion], phases: list[Phase]) -> dict[str, Any]:
-    """Print and return the number of answers that differ from those of an uncached run."""
-    found = {}
-    for name in (ALONE, RAM, OURS, EXACT):
-        gaps = differences(expected, [one for phase in phases for one in phase.answers[name]])
-        largest = max(gaps, default=0.0)
-        is_right = not gaps if name == EXACT else largest <= NEAR_TIE
-        found[name] = {"different": len(gaps), "largest gap": largest, "right": is_right}
-        print(
-            f"  {name:26} {len(expected) - len(gaps)} of {len(expected)} answers equal, largest"
-            f" gap of the others {largest:.4f}: {'right' if is_right else 'WRONG'}",
-            flush=True,
-        )
-    return found
-
-
 def play(systems: list[System], asked: list[tuple[int, TokenIds]]) -> tuple[Any, list[Phase]]:
     """Send the first half, restart, send the second; return uncached answers and both phases."""
     before, after = Phase("before the restart"), Phase("after the restart")
@@ -240,44 +196,44 @@ def play(systems: list[System], asked: list[tuple[int, TokenIds]]) -> tuple[Any,
     return expected, [before, after]
 
 
-def main(argv: list[str]) -> int:
-    """Compare, then measure; exit code 1 if answers are wrong or a bar is missed."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--turns", type=int, default=8, help="maximum of prompts per session")
-    options.add_argument("--shared", action="store_true", help="one system prompt for all")
-    args = options.parse_args(argv)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--turns", type=int, default=8, help="maximum of prompts per session")
+    parser.add_argument("--shared", action="store_true", help="one system prompt for all")
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Compare the answers, then the prefilled tokens and the times to the first token."""
     model = big_model(n_layers=4, n_embd=384, n_heads=6, n_kv_heads=2, n_ff=1024)
     tokenizer = tokcache.wrap(Tokenizer.from_file(str(samples.tiny_tokenizer())))
-    asked = prompts(tokenizer, args.turns, is_shared=args.shared)
+    asked = prompts(tokenizer, options.turns, is_shared=options.shared)
+    names = (ALONE, RAM, OURS, EXACT)
     with contextlib.ExitStack() as opened:
-        systems = [System(name, model, tokenizer) for name in (ALONE, RAM, OURS, EXACT)]
+        systems = [System(name, model, tokenizer) for name in names]
         for system in systems:
             opened.callback(system.close)
-        expected, phases = play(systems, asked)
-        stats = {name: systems[i].client.stats() for i, name in ((2, OURS), (3, EXACT))}
-    equality = compare(expected, phases)
-    held: dict[str, list[TokenIds]] = {}
-    found = {phase.name: figures(phase, held) for phase in phases}
-    for title, rows in found.items():
-        show(title, rows)
-    print(f"  {OURS}: {stats[OURS]}")
-    bars = _report.show_bars(
-        [
-            _report.Bar(
-                f"{title}: prefilled over the least possible",
-                rows[OURS]["over least"],
-                MAX_OVER_LEAST,
-                is_ceiling=True,
-            )
-            for title, rows in found.items()
-        ]
-    )
-    is_good = all(one["right"] for one in equality.values()) and all(bar["met"] for bar in bars)
-    report = {
-        "environment": _report.environment("xllamacpp", "httpx", "numpy"),
-        "answers": equality,
-        "phases": found,
-        "bars": bars,
-    }
-    _report.finish(report, args.json)
-    return 0 if is_good else 1
+        with progress() as shown:
+            shown.add_task("asking", total=None)
+            expected, phases = play(systems, asked)
+        for place in (2, 3):
+            report.fact(f"{names[place]}: counters", repr(systems[place].client.stats()))
+
+    for name in names:
+        gaps = differences(expected, [one for phase in phases for one in phase.answers[name]])
+        largest = max(gaps, default=0.0)
+        is_right = not gaps if name == EXACT else largest <= NEAR_TIE
+        n_equal = len(expected) - len(gaps)
+        found = f"{n_equal} of {len(expected)} equal, largest gap of the others {largest:.4f}"
+        report.check(f"answers of {name}", is_right=is_right, found=found)
+
+    held: dict[str, list[TokenIds]] = {name: [] for name in names}
+    for phase in phases:
+        n_least = {name: sum(least(phase.answers[name], held[name])) for name in names}
+        prefilled = {name: sum(a.n_prefilled for a in phase.answers[name]) for name in names}
+        case = f"{phase.name}, {len(phase.answers[OURS])} prompts"
+        over = {name: prefilled[name] / n_least[name] for name in names}
+        report.table(f"{case}: prefilled tokens over the least possible", "x", over, base=OURS)
+        ms = {name: [1000 * a.first_token_s for a in phase.answers[name]] for name in names}
+        report.table(f"{case}: time to the first token", "ms", ms, base=OURS)
+        title = f"{phase.name}: prefilled over the least possible"
+        report.bar(title, over[OURS], MAX_OVER_LEAST, most=True)

@@ -14,6 +14,7 @@ allowed.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import random
@@ -25,18 +26,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench import _report
 from tokcache import samples
 from tokcache.errors import ServerError, ServerFailed, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import AsyncLlamaServer, Completion, LlamaServer, SlotSettings
 from tokcache.llama.server.slot import Condition
 from tokcache.samples.server_process import ServerProcess
 
+if TYPE_CHECKING:
+    from bench._report import Report
+
 BLOCK, N_CTX, N_SLOTS, N_ANSWER = 64, 1024, 8, 6
 MAX_BYTES = 4_000_000
 NEAR_TIE = 0.05
+PACKAGES = ("xllamacpp", "httpx")
+IN_ALL = ("--seconds", "30", "--kill-every", "8")
 AnyServer = LlamaServer | AsyncLlamaServer
 # The errors of a server that was killed or is starting.
 EXPECTED = (ServerUnreachable, ServerTimeout, ServerFailed)
@@ -332,23 +337,21 @@ def soak(seconds: float, n_clients: int, every_s: float) -> tuple[Tally, dict[st
     return tally, figures
 
 
-def main(argv: list[str]) -> int:
-    """Exit code 1 if anything was wrong."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--seconds", type=float, default=600.0)
-    options.add_argument("--clients", type=int, default=16, help="half of them in either mode")
-    options.add_argument("--kill-every", type=float, default=60.0, metavar="SECONDS")
-    args = options.parse_args(argv)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--clients", type=int, default=16, help="half of them in either mode")
+    parser.add_argument("--kill-every", type=float, default=60.0, metavar="SECONDS")
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Soak, and report every error that a killed server does not explain."""
     try:
-        tally, figures = soak(args.seconds, args.clients, args.kill_every)
+        tally, figures = soak(options.seconds, options.clients, options.kill_every)
     except ServerError as error:
-        print(f"the soak could not be run: {error}")
-        return 1
+        report.check("the soak could be run", is_right=False, found=error)
+        return
     for name, value in figures.items():
-        print(f"{name}: {value}")
-    for each in tally.wrong[:20]:
-        print(f"WRONG: {each}")
-    print("no wrong text, no lost slot, no unbounded file" if not tally.wrong else "FAILED")
-    environment = _report.environment("xllamacpp", "httpx")
-    _report.finish({"environment": environment, **figures}, args.json)
-    return 1 if tally.wrong else 0
+        report.fact(name, value)
+    title = "no wrong text, no lost slot, no unbounded file"
+    report.check(title, is_right=not tally.wrong, found="; ".join(tally.wrong[:20]))

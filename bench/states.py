@@ -11,6 +11,7 @@ checksums. Saving and restoring a model's state: bench restore.
 
 from __future__ import annotations
 
+import argparse
 import random
 import tempfile
 import zlib
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import _report
+from bench._report import Report, Values, progress
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.tiers.block_file import StateCodec
 from tokcache.state.tiers.disk import DiskTier
@@ -32,6 +33,8 @@ from tokcache.state.tiers.disk import DiskTier
 if TYPE_CHECKING:
     from tokcache.state.namespace import Namespace
 
+PACKAGES = ("numpy", "xxhash")
+IN_ALL = ("--rounds", "400", "--entries", "3000", "--largest", "10000")
 MODEL = b"model"
 BLOCK = 256
 STATE_BYTES = 64  # of a block, in cases that do not measure states
@@ -53,14 +56,14 @@ def random_tokens(rng: Any, n_tokens: int) -> Any:
     return rng.integers(0, 150_000, n_tokens, np.int32)
 
 
-def timed(work: Callable[[], object], rounds: int) -> float:
-    """Return the median microseconds of `work`."""
+def timed(work: Callable[[], object], rounds: int) -> list[float]:
+    """Return the microseconds of each call of `work`."""
     times = []
     for _ in range(rounds):
         began = perf_counter_ns()
         work()
-        times.append(perf_counter_ns() - began)
-    return median(times) / 1000
+        times.append((perf_counter_ns() - began) / 1000)
+    return times
 
 
 def n_found(states: Namespace, tokens: Any) -> int:
@@ -69,8 +72,10 @@ def n_found(states: Namespace, tokens: Any) -> int:
         return plan.n_tokens
 
 
-def filled(n_entries: int, n_tokens: int, rng: Any) -> tuple[PrefixStateCache, list[Any], float]:
-    """Return a cache with `n_entries` entries, a sample of them, and the median us of a save."""
+def filled(
+    n_entries: int, n_tokens: int, rng: Any
+) -> tuple[PrefixStateCache, list[Any], list[float]]:
+    """Return a cache with `n_entries` entries, a sample of them, and the us of each save."""
     cache = PrefixStateCache(ram_bytes=1 << 40, max_entries=1 << 30, block_tokens=BLOCK)
     states = cache.namespace(MODEL)
     kept, times = [], []
@@ -78,13 +83,13 @@ def filled(n_entries: int, n_tokens: int, rng: Any) -> tuple[PrefixStateCache, l
         tokens = random_tokens(rng, n_tokens)
         began = perf_counter_ns()
         assert save(states, tokens, small) > n_tokens - 8  # a few share their first tokens
-        times.append(perf_counter_ns() - began)
+        times.append((perf_counter_ns() - began) / 1000)
         if n % max(n_entries // 100, 1) == 0:
             kept.append(tokens)
-    return cache, kept, median(times) / 1000
+    return cache, kept, times
 
 
-def lookups(rounds: int, n_entries: int) -> dict[str, float]:
+def lookups(rounds: int, n_entries: int) -> dict[str, list[float]]:
     """Time prompts of 8,192 tokens among entries of 4,096."""
     rng = np.random.default_rng(1)
     cache, kept, save_us = filled(n_entries, 4096, rng)
@@ -97,10 +102,12 @@ def lookups(rounds: int, n_entries: int) -> dict[str, float]:
     assert max(n_found(states, each) for each in strangers) < 8
     pick = random.Random(1)
     return {
-        "hit": timed(lambda: n_found(states, pick.choice(prompts)), rounds),
-        "hit inside a block": timed(lambda: n_found(states, pick.choice(prompts_inside)), rounds),
-        "miss": timed(lambda: n_found(states, pick.choice(strangers)), rounds),
-        "save of 4,096": save_us,
+        "tokcache, hit": timed(lambda: n_found(states, pick.choice(prompts)), rounds),
+        "tokcache, hit inside a block": timed(
+            lambda: n_found(states, pick.choice(prompts_inside)), rounds
+        ),
+        "tokcache, miss": timed(lambda: n_found(states, pick.choice(strangers)), rounds),
+        "tokcache, save of 4,096": save_us,
     }
 
 
@@ -125,9 +132,9 @@ def branches() -> dict[str, float]:
     }
 
 
-def growth(rounds: int, largest: int) -> list[dict[str, float]]:
+def growth(rounds: int, largest: int) -> dict[int, dict[str, Values]]:
     """Time hits and count bytes from 100 entries of 512 tokens to `largest`."""
-    rows = []
+    rows: dict[int, dict[str, Values]] = {}
     n_entries = 100
     while n_entries <= largest:
         cache, kept, save_us = filled(n_entries, 512, np.random.default_rng(3))
@@ -136,7 +143,7 @@ def growth(rounds: int, largest: int) -> list[dict[str, float]]:
         pick = random.Random(3)
         hit_us = timed(partial(_hit, states, kept, pick), rounds)
         overhead = cache.memory_usage() / n_entries
-        rows.append({"entries": n_entries, "hit": hit_us, "save": save_us, "bytes": overhead})
+        rows[n_entries] = {"hit": hit_us, "save": save_us, "bytes": overhead}
         n_entries *= 10
     return rows
 
@@ -203,8 +210,8 @@ class Files:
         return is_equal and is_refused
 
 
-def disk(rounds: int) -> dict[str, Any]:
-    """Time memcpy, memory and files in turns; return medians in us."""
+def disk(rounds: int) -> tuple[bool, dict[str, list[float]]]:
+    """Time memcpy, memory and files in turns; return whether bytes were right, and the us."""
     with tempfile.TemporaryDirectory() as folder:
         files = Files(Path(folder) / "states")
         is_right = files.compare()
@@ -219,11 +226,11 @@ def disk(rounds: int) -> dict[str, Any]:
                 began = perf_counter_ns()
                 work()
                 times[name].append(perf_counter_ns() - began)
-        return {"right": is_right} | {name: median(each) / 1000 for name, each in times.items()}
+        return is_right, {name: [ns / 1000 for ns in each] for name, each in times.items()}
 
 
-def checksums(rounds: int) -> dict[str, float]:
-    """Time checksums of one block; medians in us."""
+def checksums(rounds: int) -> dict[str, list[float]]:
+    """Time checksums of one block; microseconds."""
     data = np.random.default_rng(5).bytes(BLOCK_BYTES)
     target = bytearray(BLOCK_BYTES)
     plain, keyed = StateCodec(), StateCodec(b"k" * 32)
@@ -237,48 +244,47 @@ def checksums(rounds: int) -> dict[str, float]:
     return {name: timed(work, rounds) for name, work in ways.items()}
 
 
-def main(argv: list[str]) -> int:
-    """Compare, then measure; exit code 1 if results differ or a bar is missed."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--rounds", type=int, default=2000)
-    options.add_argument("--entries", type=int, default=10_000)
-    options.add_argument("--largest", type=int, default=100_000)
-    options.add_argument("--checksums", action="store_true", help="compare checksums, nothing else")
-    args = options.parse_args(argv)
-    if args.checksums:
-        for name, us in checksums(51).items():
-            print(f"  {name:16} {us:9,.0f} us for {BLOCK_BYTES:,} bytes", flush=True)
-        return 0
-    look_up = lookups(args.rounds, args.entries)
-    for name, value in look_up.items():
-        print(f"  {name:20} {value:9.1f} us, {args.entries:,} entries of 4,096", flush=True)
-    held = branches()
-    for name, n_bytes in held.items():
-        print(f"  branches, {name:10} {n_bytes / 1e6:9.1f} MB", flush=True)
-    grown = growth(args.rounds, args.largest)
-    for row in grown:
-        print(
-            f"  {row['entries']:9,.0f} entries of 512: hit {row['hit']:6.1f} us, "
-            f"save {row['save']:6.1f} us, {row['bytes']:,.0f} bytes an entry",
-            flush=True,
-        )
-    read = disk(max(args.rounds // 40, 10))
-    for name in ("memcpy", "memory", "files"):
-        print(f"  8 blocks, {name:10} {read[name]:9,.0f} us", flush=True)
-    bars = [
-        _report.Bar("look-up of 8,192 tokens", look_up["hit"], 40, "us", is_ceiling=True),
-        _report.Bar("branches", held["states"] / held["unique"], 1.1, is_ceiling=True),
-        _report.Bar(
-            "hit at the most entries", grown[-1]["hit"] / grown[0]["hit"], 2, is_ceiling=True
-        ),
-    ]
-    figures = {
-        "environment": _report.environment("numpy", "xxhash"),
-        "lookup us": look_up,
-        "branches": held,
-        "growth": grown,
-        "disk us": read,
-        "bars": _report.show_bars(bars),
-    }
-    _report.finish(figures, args.json)
-    return 0 if read["right"] and all(bar.is_met for bar in bars) else 1
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--entries", type=int, default=10_000)
+    parser.add_argument("--largest", type=int, default=100_000)
+    parser.add_argument("--checksums", action="store_true", help="compare checksums, nothing else")
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Compare, then measure."""
+    if options.checksums:
+        size = f"{BLOCK_BYTES:,} bytes"
+        report.table(f"checksum of {size}", "us", checksums(51), base="memcpy")
+        return
+    with progress() as shown:
+        task = shown.add_task("states", total=4)
+        look_up = lookups(options.rounds, options.entries)
+        shown.advance(task)
+        held = branches()
+        shown.advance(task)
+        grown = growth(options.rounds, options.largest)
+        shown.advance(task)
+        is_right, read = disk(max(options.rounds // 40, 10))
+    title = f"prompts of 8,192 tokens among {options.entries:,} entries of 4,096"
+    report.table(title, "us", look_up)
+    report.bar("look-up of 8,192 tokens", median(look_up["tokcache, hit"]), 40, "us", most=True)
+
+    rows: dict[str, Values]
+    sizes = {"tokcache, states": held["states"], "tokcache, all": held["all"]}
+    sizes |= {"the unique tokens": held["unique"], "a copy of each": held["copies"]}
+    megabytes = {name: n_bytes / 1e6 for name, n_bytes in sizes.items()}
+    title = "50 branches of 128 tokens on 2,000"
+    report.table(title, "MB", megabytes, base="the unique tokens")
+    report.bar("branches", held["states"] / held["unique"], 1.1, most=True)
+
+    for what, unit in (("hit", "us"), ("save", "us"), ("bytes", "bytes an entry")):
+        rows = {f"tokcache, {n:,} entries of 512": row[what] for n, row in grown.items()}
+        report.table(f"growth: {what}", unit, rows)
+    least, most = (median(grown[n]["hit"]) for n in (min(grown), max(grown)))  # type: ignore[arg-type]
+    report.bar("hit at the most entries over the fewest", most / least, 2, most=True)
+
+    report.check("files give the saved bytes, and a changed byte is detected", is_right=is_right)
+    rows = {name if name == "memcpy" else f"tokcache, {name}": us for name, us in read.items()}
+    report.table("a prefix of 2,048 tokens in 8 blocks of 2.4 MB", "us", rows, base="memcpy")

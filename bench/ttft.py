@@ -26,21 +26,18 @@ memory, and LlamaDiskCache the same on disk.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from tokenizers import Tokenizer
 
-from bench import _report
+from bench._report import Report, progress
 from bench.adapters.answering import (
     BLOCK,
     N_ANSWER,
@@ -58,6 +55,11 @@ from bench.workloads.data import default_tokenizers, tokenizer_file
 from tokcache import TokenIds
 from tokcache._prefix import n_common
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PACKAGES = ("llama-cpp-python", "xllamacpp", "numpy", "redis")
+IN_ALL = ("--turns", "2")
 N_SESSIONS = 6
 SMALL = {"n_layers": 4, "n_embd": 384, "n_heads": 6, "n_kv_heads": 2, "n_ff": 1024}
 EXPECTED, IDEAL, PEER, SERVER = "nothing kept", "unseen alone", "LlamaRAMCache", "llama-server"
@@ -100,7 +102,7 @@ def least(asked: Prompts, answers: list[Answer], grain: int) -> Iterator[int]:
 
 
 def play(
-    workers: list[Worker], asked: Prompts, progress: Progress
+    workers: list[Worker], asked: Prompts, shown: Progress
 ) -> tuple[dict[str, Run], list[Answer]]:
     """Send every prompt to every system; half-way some systems continue in another process.
 
@@ -108,7 +110,7 @@ def play(
     """
     rng = random.Random(3)
     runs = {worker.name: Run() for worker in workers}
-    task = progress.add_task("asking", total=len(asked) * len(workers))
+    task = shown.add_task("asking", total=len(asked) * len(workers))
     for number, prompt in enumerate(asked):
         if number == half(asked):
             for worker in workers:
@@ -116,7 +118,7 @@ def play(
                     worker.restart()
         for worker in rng.sample(workers, len(workers)):
             runs[worker.name].answers.append(worker.ask(prompt))
-            progress.advance(task)
+            shown.advance(task)
     for name, run in runs.items():
         run.least = list(least(asked, run.answers, BLOCK if REPRODUCIBLE in name else 1))
     (whole,) = (worker for worker in workers if worker.name == EXPECTED)
@@ -134,29 +136,6 @@ def half(asked: Prompts) -> int:
     return len(asked) // (2 * N_SESSIONS) * N_SESSIONS
 
 
-def figures(runs: dict[str, Run], name: str, part: slice) -> dict[str, float]:
-    """Return a system's figures for a part of the prompts."""
-    run = runs[name]
-    answers, n_least = run.answers[part], sum(run.least[part])
-    first = sorted(answer.first_token_s * 1000 for answer in answers)
-    n_prefilled = sum(answer.n_prefilled for answer in answers)
-    return {
-        "prefilled": n_prefilled,
-        "over least": n_prefilled / n_least,
-        "ttft median ms": median(first),
-        "ttft p95 ms": first[min(len(first) - 1, int(0.95 * len(first)))],
-        "ttft sum ms": sum(first),
-        "requests sum ms": sum(answer.whole_s * 1000 for answer in answers),
-        **{
-            f"median over {other}": median(
-                answer.first_token_s / one.first_token_s
-                for answer, one in zip(answers, runs[other].answers[part], strict=True)
-            )
-            for other in (PEER, IDEAL)
-        },
-    }
-
-
 def n_equal(runs: dict[str, Run]) -> dict[str, int]:
     """Return the number of texts of each system that equal those of prompts decoded as a whole."""
     right = [answer.token_ids for answer in runs[EXPECTED].answers]
@@ -167,69 +146,20 @@ def n_equal(runs: dict[str, Run]) -> dict[str, int]:
     }
 
 
-def show(console: Console, title: str, found: dict[str, dict[str, float]]) -> None:
-    """Print a table with a line per system."""
-    table = Table("system", title=title)
-    columns = ("prefilled", "x least", "median", "p95", "sum", "x peer", "x ideal", "requests")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for name, row in found.items():
-        total = row["ttft sum ms"]
-        ratios = (
-            f"{total / found[each]['ttft sum ms']:.2f} ({row[f'median over {each}']:.2f})"
-            for each in (PEER, IDEAL)
-        )
-        table.add_row(
-            name,
-            f"{row['prefilled']:,.0f}",
-            f"{row['over least']:.3f}",
-            f"{row['ttft median ms']:,.0f}",
-            f"{row['ttft p95 ms']:,.0f}",
-            f"{total:,.0f}",
-            *ratios,
-            f"{row['requests sum ms']:,.0f}",
-        )
-    console.print(table)
-
-
-def bars(parts: dict[str, dict[str, dict[str, float]]]) -> list[_report.Bar]:
-    """Return the bars of the default mode, then the same figures of reproducible mode."""
-    every, after, first = parts.values()
-    made = []
-    for mode in ("", REPRODUCIBLE):
-        ram = RAM + mode
-
-        def ceiling(name: str, value: float, limit: float, mode: str = mode) -> None:
-            made.append(_report.Bar(name + mode, value, limit, is_ceiling=True))
-
-        def over(rows: dict[str, dict[str, float]], name: str, other: str) -> float:
-            return rows[name]["ttft sum ms"] / rows[other]["ttft sum ms"]
-
-        ceiling("prefilled over the least possible", every[ram]["over least"], MAX_OVER_LEAST)
-        ceiling("sum of TTFT over LlamaRAMCache's", over(every, ram, PEER), MAX_OVER_PEER)
-        ceiling("sum of TTFT over the unseen tokens'", over(every, ram, IDEAL), MAX_OVER_IDEAL)
-        for name, case in ((DISK, "disk after a restart"), (REDIS, "Redis in a second process")):
-            if name + mode in every:
-                ceiling(f"{case} over RAM", over(after, name + mode, ram), MAX_OVER_RAM)
-                ratio = over(first, name + mode, ram)
-                ceiling(f"{case} over RAM, first prompts", ratio, MAX_OVER_RAM)
-    return made
-
-
-def chosen() -> list[str]:
-    """Return the systems that can be measured; print why the others are left out."""
+def chosen(report: Report) -> list[str]:
+    """Return the systems that can be measured; report why the others are left out."""
     found = []
     for name in SYSTEMS:
         why = why_without(name)
         if why is None:
             found.append(name)
         else:
-            print(f"left out: {name}: {why}")
+            report.line(f"left out: {name}: {why}")
     return found
 
 
 def run_all(
-    args: Any, model: str, asked: Prompts, names: list[str], progress: Progress
+    args: Any, model: str, asked: Prompts, names: list[str], shown: Progress
 ) -> tuple[dict[str, Run], list[Answer]]:
     """Start every system, send the prompts, and end the systems."""
     with contextlib.ExitStack() as opened:
@@ -237,60 +167,87 @@ def run_all(
         uses_redis = any(name.startswith(REDIS) for name in names)
         url = opened.enter_context(redis_server()) if uses_redis else ""
         workers = []
-        for number, name in enumerate(progress.track(names, description="starting")):
+        for number, name in enumerate(shown.track(names, description="starting")):
             own = Path(folder, str(number))
             own.mkdir()
             workers.append(Worker(name, Setting(model, args.threads, str(own), url)))
             opened.callback(workers[-1].close)
-        return play(workers, asked, progress)
+        return play(workers, asked, shown)
 
 
-def main(argv: list[str]) -> int:
-    """Compare, then measure; exit code 1 if a text is wrong or the default mode misses a bar."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument("--turns", type=int, default=4, help="prompts per session")
-    options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--large", action="store_true", help="12 layers x 768 instead of 4 x 384")
-    options.add_argument("--tokenizer", help="default: qwen2.5 if present, else the tiny one")
-    args = options.parse_args(argv)
-    (name,) = [args.tokenizer] if args.tokenizer else default_tokenizers("qwen2.5")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--turns", type=int, default=4, help="prompts per session")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--large", action="store_true", help="12 layers x 768 instead of 4 x 384")
+    parser.add_argument("--tokenizer", help="default: qwen2.5 if present, else the tiny one")
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Compare the texts, then the prefilled tokens and the times."""
+    (name,) = [options.tokenizer] if options.tokenizer else default_tokenizers("qwen2.5")
     file = tokenizer_file(name)
-    source, asked = prompts(Tokenizer.from_file(str(file)), args.turns)
-    model = big_model(tokenizer_json=file, **({} if args.large else SMALL))
-    names = chosen()
-    console = Console(width=132)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        runs, others = run_all(args, model, asked, names, progress)
-    equal = n_equal(runs)
+    source, asked = prompts(Tokenizer.from_file(str(file)), options.turns)
+    model = big_model(tokenizer_json=file, **({} if options.large else SMALL))
+    names = chosen(report)
+    with progress() as shown:
+        runs, others = run_all(options, model, asked, names, shown)
+    n_tokens = sum(map(len, asked))
+    report.fact("workload", f"{source}: {len(asked)} prompts, {n_tokens:,} tokens of {name}")
+    for system, n in n_equal(runs).items():
+        found = f"{n} of {len(asked)} texts equal"
+        if REPRODUCIBLE in system:
+            report.check(f"texts of {system}", is_right=n == len(asked), found=found)
+        else:
+            report.fact(f"texts of {system}", found)
     right = [answer.token_ids for answer in last(runs[EXPECTED].answers)]
-    n_control_differs = sum(a.token_ids != b for a, b in zip(others, right, strict=True))
-    print(f"{source}: {len(asked)} prompts, {sum(map(len, asked)):,} tokens of {name}")
-    for system, n in equal.items():
-        print(f"  {system:30} {n} of {len(asked)} texts equal")
+    n_differ = sum(a.token_ids != b for a, b in zip(others, right, strict=True))
+    report.check("another first block gives other texts", is_right=n_differ == len(others))
+
     cut = half(asked)
     parts = {
         "all prompts": slice(None),
         "after the restart": slice(cut, None),
         "the first prompts after it": slice(cut, cut + N_SESSIONS),
     }
-    found = {
-        title: {system: figures(runs, system, part) for system in runs}
-        for title, part in parts.items()
-    }
-    for title, rows in found.items():
-        show(console, f"{title}; ms; in brackets the median of the ratios of each prompt", rows)
-    is_right = all(n == len(asked) for system, n in equal.items() if REPRODUCIBLE in system)
-    is_right = is_right and n_control_differs == len(others)
-    print(f"control, other first block: {n_control_differs} texts differ of {len(others)}")
-    print(f"reproducible mode: {'all texts equal' if is_right else 'WRONG'}")
-    made = bars(found)
-    figures_made = {
-        "environment": _report.environment("llama-cpp-python", "xllamacpp", "numpy", "redis"),
-        "workload": {"source": source, "tokenizer": name, "large": args.large, "turns": args.turns},
-        "equal texts": equal,
-        "control differs": n_control_differs == len(others),
-        "figures": found,
-        "bars": _report.show_bars(made),
-    }
-    _report.finish(figures_made, args.json)
-    return 0 if is_right and all(b.is_met for b in made if REPRODUCIBLE not in b.name) else 1
+    for title, part in parts.items():
+        answers = {system: one.answers[part] for system, one in runs.items()}
+        over = {
+            system: sum(a.n_prefilled for a in given) / sum(runs[system].least[part])
+            for system, given in answers.items()
+        }
+        report.table(f"{title}: prefilled tokens over the least possible", "x", over)
+        ms = {s: [1000 * a.first_token_s for a in given] for s, given in answers.items()}
+        report.table(f"{title}: time to the first token", "ms", ms, base=PEER)
+        whole = {s: [1000 * a.whole_s for a in given] for s, given in answers.items()}
+        report.table(f"{title}: whole requests, with saving", "ms", whole, base=PEER)
+    bars(runs, parts, report)
+
+
+def bars(runs: dict[str, Run], parts: dict[str, slice], report: Report) -> None:
+    """Report the bars of the default mode; figures of reproducible mode are facts."""
+    every, after, first = parts.values()
+
+    def total(name: str, part: slice) -> float:
+        return sum(answer.first_token_s for answer in runs[name].answers[part])
+
+    for mode in ("", REPRODUCIBLE):
+
+        def ceiling(name: str, value: float, limit: float, mode: str = mode) -> None:
+            if mode:
+                report.fact(name + mode, round(value, 3))
+            else:
+                report.bar(name, value, limit, most=True)
+
+        ram = RAM + mode
+        n_prefilled = sum(answer.n_prefilled for answer in runs[ram].answers)
+        over_least = n_prefilled / sum(runs[ram].least)
+        ceiling("prefilled over the least possible", over_least, MAX_OVER_LEAST)
+        for peer, limit in ((PEER, MAX_OVER_PEER), (IDEAL, MAX_OVER_IDEAL)):
+            ratio = total(ram, every) / total(peer, every)
+            ceiling(f"sum of TTFT over {peer}'s", ratio, limit)
+        for name, case in ((DISK, "disk after a restart"), (REDIS, "Redis in a second process")):
+            if name + mode in runs:
+                for part, more in ((after, ""), (first, ", first prompts")):
+                    ratio = total(name + mode, part) / total(ram, part)
+                    ceiling(f"{case} over RAM{more}", ratio, MAX_OVER_RAM)

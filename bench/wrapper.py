@@ -7,27 +7,32 @@ both. "Overhead" is the time that transformers adds to tokenizers for a text of 
 
 from __future__ import annotations
 
+import argparse
 import gc
 import random
 from collections.abc import Callable
-from functools import partial
 from statistics import median
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokcache
-from bench import _report
+from bench._disturb import MODES, Disturber, fresh, one_by_one
 from bench.workloads import chats, texts
-from bench.workloads.data import TINY, default_tokenizers, fresh, tokenizer_file
+from bench.workloads.data import TINY, add_tokenizer, default_tokenizers, tokenizer_file
 
+if TYPE_CHECKING:
+    from bench._report import Report
+
+PACKAGES = ("tokenizers", "transformers")
+IN_ALL = ("--tokenizer", "qwen2.5", "--chats", "5")
 SIZES = {"64": 64, "1k": 1024, "8k": 8192}  # tokens
 SHORT = "ab"
 N_BURSTS, BURST = 61, 200
 Call = Callable[[], Any]
 
 
-def interleaved_us(calls: dict[str, Call], n_bursts: int, burst: int) -> dict[str, float]:
-    """Return the median microseconds of each call; the calls take turns in short bursts."""
+def interleaved_us(calls: dict[str, Call], n_bursts: int, burst: int) -> dict[str, list[float]]:
+    """Return the microseconds of each call and burst; the calls take turns in short bursts."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     rng = random.Random(3)
@@ -40,7 +45,7 @@ def interleaved_us(calls: dict[str, Call], n_bursts: int, burst: int) -> dict[st
                 call()
             times[name].append((perf_counter_ns() - began) / burst / 1000)
     gc.enable()
-    return {name: median(found) for name, found in times.items()}
+    return times
 
 
 def load(name: str) -> Any:
@@ -76,7 +81,7 @@ def compare(plain: Any, wrapped: Any, known: dict[str, str]) -> int:
     return n_wrong
 
 
-def short_call(plain: Any, wrapped: Any) -> dict[str, float]:
+def short_call(plain: Any, wrapped: Any) -> dict[str, list[float]]:
     """Return the microseconds of each step of a call with two characters."""
     backend, ids = plain.backend_tokenizer, wrapped.token_ids(SHORT)
     alone = tokcache.L0Cache()
@@ -85,55 +90,59 @@ def short_call(plain: Any, wrapped: Any) -> dict[str, float]:
     return interleaved_us(
         {
             "plain tok(text)": lambda: plain(SHORT),
-            "tokenizers.encode_batch": lambda: backend.encode_batch([SHORT]),
+            "plain tokenizers.encode_batch": lambda: backend.encode_batch([SHORT]),
             "tokcache tok(text)": lambda: wrapped(SHORT),
-            "its lists": lambda: (ids.tolist(), [1] * n),
+            "tokcache, its lists": lambda: (ids.tolist(), [1] * n),
             "plain encode": lambda: plain.encode(SHORT),
             "tokcache encode": lambda: wrapped.encode(SHORT),
-            "token_ids": lambda: wrapped.token_ids(SHORT),
-            "L0Cache.get": lambda: alone.get(SHORT),
+            "tokcache token_ids": lambda: wrapped.token_ids(SHORT),
+            "tokcache L0Cache.get": lambda: alone.get(SHORT),
         },
         N_BURSTS,
         BURST,
     )
 
 
-def hits(plain: Any, wrapped: Any, known: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Return the microseconds of cached texts, by size."""
-    found = {}
-    for size, text in known.items():
-        calls: dict[str, Call] = {
-            "plain tok(text)": partial(plain, text),
-            "tokcache tok(text)": partial(wrapped, text),
-            "plain encode": partial(plain.encode, text),
-            "tokcache encode": partial(wrapped.encode, text),
-        }
-        found[size] = interleaved_us(calls, 15, 3)
+def hits(
+    plain: Any, wrapped: Any, text: str, disturb: Disturber
+) -> dict[str, dict[str, list[float]]]:
+    """Return the microseconds of a cached text, by mode."""
+    calls: dict[str, Callable[[str], Any]] = {
+        "plain tok(text)": plain,
+        "plain encode": plain.encode,
+        "tokcache tok(text)": wrapped,
+        "tokcache encode": wrapped.encode,
+        "tokcache token_ids": wrapped.token_ids,
+    }
+    rng = random.Random(5)
+    found: dict[str, dict[str, list[float]]] = {m: {name: [] for name in calls} for m in MODES}
+    for _ in range(15):
+        for name in rng.sample(list(calls), len(calls)):
+            for mode in MODES:
+                us = one_by_one([calls[name]] * 3, [text] * 3, mode, disturb) / 1000
+                found[mode][name].append(us)
     return found
 
 
-def misses(plain: Any, wrapped: Any, seed: int) -> dict[str, dict[str, float]]:
-    """Return the microseconds of new texts, by size."""
-    found = {}
-    for size, n_tokens in SIZES.items():
-        times: dict[str, list[float]] = {"plain": [], "tokcache": []}
-        n_texts = 60 if n_tokens < 4096 else 20
-        for turn in range(n_texts):
-            seed += 1
-            text = text_of(plain, n_tokens, seed)
-            order = [("plain", plain), ("tokcache", wrapped)]
-            for name, tokenizer in order if turn % 2 else reversed(order):
-                own = fresh(text)
-                gc.collect(0)
-                began = perf_counter_ns()
-                tokenizer(own)
-                times[name].append((perf_counter_ns() - began) / 1000)
-        found[size] = {name: median(one) for name, one in times.items()}
-    return found
+def misses(plain: Any, wrapped: Any, n_tokens: int, seed: int) -> dict[str, list[float]]:
+    """Return the microseconds of new texts."""
+    times: dict[str, list[float]] = {"plain tok(text)": [], "tokcache tok(text)": []}
+    for turn in range(60 if n_tokens < 4096 else 20):
+        text = text_of(plain, n_tokens, seed + turn)
+        order = list(zip(times, (plain, wrapped), strict=True))
+        for name, tokenizer in order if turn % 2 else reversed(order):
+            own = fresh(text)
+            gc.collect(0)
+            began = perf_counter_ns()
+            tokenizer(own)
+            times[name].append((perf_counter_ns() - began) / 1000)
+    return times
 
 
-def chat_calls(plain: Any, wrapped: Any, n_chats: int) -> dict[str, float] | None:
-    """Return the median microseconds of a cached chat: rendering it, and making its ids."""
+def chat_calls(
+    plain: Any, wrapped: Any, n_chats: int, report: Report
+) -> dict[str, list[float]] | None:
+    """Return the microseconds of each cached chat: rendering it, and making its ids."""
     if not plain.chat_template:
         return None
     times: dict[str, list[float]] = {}
@@ -142,14 +151,14 @@ def chat_calls(plain: Any, wrapped: Any, n_chats: int) -> dict[str, float] | Non
     try:
         rendered = [plain.apply_chat_template(turn, tokenize=False, **asked) for turn in turns]
     except Exception as reason:  # noqa: BLE001 (a template may raise anything)
-        print(f"  this template can't render the chats: {reason}")
+        report.line(f"  this template can't render the chats: {reason}")
         return None
     for turn, text in zip(turns, rendered, strict=True):
         expected = plain(text, add_special_tokens=False)["input_ids"]
         assert wrapped.apply_chat_template(turn, **asked, return_dict=False) == expected
         for name, us in _chat_us(wrapped, turn, text).items():
             times.setdefault(name, []).append(us)
-    return {name: median(one) for name, one in times.items()} | {"prompts": float(len(turns))}
+    return times
 
 
 def _chat_us(wrapped: Any, turn: chats.Chat, text: str) -> dict[str, float]:
@@ -158,12 +167,12 @@ def _chat_us(wrapped: Any, turn: chats.Chat, text: str) -> dict[str, float]:
     best: dict[str, float] = {}
     asked: dict[str, Any] = {"add_generation_prompt": True}
     calls: dict[str, Callable[[str], Any]] = {
-        "render": lambda _: wrapped.apply_chat_template(turn, tokenize=False, **asked),
-        "render and tokenize": lambda _: wrapped.apply_chat_template(
+        "tokcache, render": lambda _: wrapped.apply_chat_template(turn, tokenize=False, **asked),
+        "tokcache, render and tokenize": lambda _: wrapped.apply_chat_template(
             turn, return_dict=False, **asked
         ),
-        "token_ids": lambda own: wrapped.token_ids(own, add_special_tokens=False),
-        "lists": lambda _: (ids.tolist(), [1] * len(ids)),
+        "tokcache, token_ids": lambda own: wrapped.token_ids(own, add_special_tokens=False),
+        "tokcache, lists": lambda _: (ids.tolist(), [1] * len(ids)),
     }
     for _ in range(9):
         for name, call in calls.items():
@@ -179,78 +188,51 @@ def _turns(chat: chats.Chat) -> list[chats.Chat]:
     return [chat[:n] for n, message in enumerate(chat) if n and message["role"] == "assistant"]
 
 
-def bars(one: dict[str, Any]) -> list[_report.Bar]:
-    """Return the limits for a wrapped tokenizer."""
-    short, chat = one["short"], one["chat"]
-    overhead = short["plain tok(text)"] - short["tokenizers.encode_batch"]
-    made = [
-        _report.Bar(
-            "a hit of two characters, less its lists, over transformers' overhead",
-            (short["tokcache tok(text)"] - short["its lists"]) / overhead,
-            1 / 3,
-            is_ceiling=True,
-        ),
-        _report.Bar(
-            "token_ids beyond a bare L0 hit",
-            short["token_ids"] - short["L0Cache.get"],
-            0.3,
-            "us",
-            is_ceiling=True,
-        ),
-    ]
-    if chat is not None:
-        own = chat["render and tokenize"] - chat["render"] - chat["lists"]
-        made.append(
-            _report.Bar(
-                "apply_chat_template beyond rendering and its lists, over token_ids",
-                own / chat["token_ids"],
-                2.0,
-                is_ceiling=True,
-            )
-        )
-    for size, us in one["misses"].items():
-        name = f"a miss of {size} tokens over the plain tokenizer"
-        made.append(_report.Bar(name, us["tokcache"] / us["plain"], 1.05, is_ceiling=True))
-    return made
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_tokenizer(parser)
+    parser.add_argument("--chats", type=int, default=20)
 
 
-def run(name: str, n_chats: int) -> dict[str, Any]:
-    """Measure one tokenizer."""
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Compare, then measure, every tokenizer."""
+    names = ("qwen2.5", "phi-3-mini", "bert-base-uncased")
+    for name in options.tokenizer or default_tokenizers(*names):
+        measure(name, options.chats, report)
+
+
+def measure(name: str, n_chats: int, report: Report) -> None:
+    """Compare, then measure, one tokenizer."""
     plain = load(name)
     wrapped = tokcache.wrap(plain, tokcache.CacheConfig(engine="tokenizers"))
     known = {size: text_of(plain, n, 0) for size, n in SIZES.items()}
     n_wrong = compare(plain, wrapped, known)
-    one: dict[str, Any] = {
-        "n_wrong": n_wrong,
-        "short": short_call(plain, wrapped),
-        "hits": hits(plain, wrapped, known),
-        "misses": misses(plain, wrapped, 1),
-        "chat": chat_calls(plain, wrapped, n_chats),
-    }
-    print(f"{name}, microseconds; wrong answers: {n_wrong}")
-    for row in ("short", "chat"):
-        if one[row] is not None:
-            cells = ", ".join(f"{key} {us:,.2f}" for key, us in one[row].items())
-            print(f"  {'two characters' if row == 'short' else 'a known chat'}: {cells}")
-    for row in ("hits", "misses"):
-        for size, us in one[row].items():
-            print(f"  {row}, {size} tokens: " + ", ".join(f"{k} {v:,.1f}" for k, v in us.items()))
-    return one | {"bars": _report.show_bars(bars(one))}
+    report.check(f"{name}: answers", is_right=not n_wrong, found=f"{n_wrong} wrong")
 
+    short = short_call(plain, wrapped)
+    us = {step: median(values) for step, values in short.items()}
+    report.table(f"{name}: a known text of two characters", "us", short, base="plain tok(text)")
+    overhead = us["plain tok(text)"] - us["plain tokenizers.encode_batch"]
+    less_lists = us["tokcache tok(text)"] - us["tokcache, its lists"]
+    title = f"{name}: a hit of two characters, less its lists, over transformers' overhead"
+    report.bar(title, less_lists / overhead, 1 / 3, most=True)
+    beyond = us["tokcache token_ids"] - us["tokcache L0Cache.get"]
+    report.bar(f"{name}: token_ids beyond a bare L0 hit", beyond, 0.3, "us", most=True)
 
-def main(argv: list[str]) -> int:
-    """Exit code 1 if an answer differs or a bar is missed."""
-    options = _report.parser(__doc__ or "")
-    options.add_argument(
-        "--tokenizer",
-        action="append",
-        help="a tokenizer.json, a real one's name, or tiny; repeatable",
-    )
-    options.add_argument("--chats", type=int, default=20)
-    args = options.parse_args(argv)
-    names = args.tokenizer or default_tokenizers("qwen2.5", "phi-3-mini", "bert-base-uncased")
-    found = {name: run(name, args.chats) for name in names}
-    environment = _report.environment("tokenizers", "transformers")
-    _report.finish({"environment": environment, "tokenizers": found}, args.json)
-    met = all(bar["met"] for one in found.values() for bar in one["bars"])
-    return 0 if met and not any(one["n_wrong"] for one in found.values()) else 1
+    disturb = Disturber()
+    for size, text in known.items():
+        found = hits(plain, wrapped, text, disturb)
+        report.columns(f"{name}: hits, {size} tokens", "us", found, base="plain tok(text)")
+    for size, n_tokens in SIZES.items():
+        times = misses(plain, wrapped, n_tokens, n_tokens)
+        report.table(f"{name}: misses, {size} tokens", "us", times, base="plain tok(text)")
+        ratio = median(times["tokcache tok(text)"]) / median(times["plain tok(text)"])
+        report.bar(f"{name}: a miss of {size} tokens over the plain one", ratio, 1.05, most=True)
+
+    chat = chat_calls(plain, wrapped, n_chats, report)
+    if chat is not None:
+        report.table(f"{name}: a known chat", "us", chat)
+        of_chat = {step.removeprefix("tokcache, "): median(v) for step, v in chat.items()}
+        own = of_chat["render and tokenize"] - of_chat["render"] - of_chat["lists"]
+        title = f"{name}: apply_chat_template beyond rendering and its lists, over token_ids"
+        report.bar(title, own / of_chat["token_ids"], 2.0, most=True)

@@ -324,7 +324,7 @@ def test_chats_are_rendered_with_the_tokenizers_template(tmp_path: Path) -> None
     form = demo_tokenizers.chat_format(source, source.load())
     assert form.text(chat) == "<b>[Hi]"
     with pytest.raises(InvalidPrompts, match="one!"):
-        form.write([Message("user", "Hi"), Message("assistant", "Ho")])
+        form.text(Prompt.chat([Message("user", "Hi"), Message("assistant", "Ho")]))
 
 
 def test_the_version_is_printed() -> None:

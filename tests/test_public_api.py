@@ -20,6 +20,8 @@ NAMES = [
     "DiskTier",
     "L0Cache",
     "L0Stats",
+    "Miss",
+    "MissReason",
     "PrefixStateCache",
     "RedisTier",
     "StateStats",

@@ -14,19 +14,22 @@ import tokcache
 from tokcache.text._native import NATIVE
 
 ROOT = Path(tokcache.__file__).parent
-LEAVES = {"errors", "config", "reasons", "stats"}
+LEAVES = {"errors", "config", "differences", "reasons", "stats"}
 LEAVES |= {"_cache_folder", "_forks", "_prefix", "_validate", "_version"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
+    "differences": {"errors", "_prefix", "differences"},
     "text": LEAVES | {"text"},
     "state": LEAVES | {"state"},
     "samples": LEAVES | {"samples"},
     "llama": LEAVES | {"text", "state", "llama"},
+    "replay": LEAVES | {"text", "state", "llama", "replay"},
     "gateway": LEAVES | {"text", "state", "llama", "samples", "gateway"},
 }
 OPTIONAL = {"transformers", "llama_cpp", "redis", "prometheus_client", "httpx", "xllamacpp", "gguf"}
 OPTIONAL |= {"gigatoken", "fastokens", "xxhash", "cryptography", "platformdirs"}
-OPTIONAL |= {"starlette", "uvicorn", "httptools", "uvloop"}
+OPTIONAL |= {"starlette", "uvicorn", "orjson", "zstandard"}
+OPTIONAL |= {"httptools", "uvloop"}
 
 
 def package_of(path: Path) -> str:
@@ -63,7 +66,7 @@ def test_a_package_imports_only_the_packages_below_it(path: Path) -> None:
 
 # The packages of text/ in layers, the lowest first; each may import the layers below its own.
 TEXT_LAYERS = (
-    {"_native", "_pickling", "engines"},
+    {"_native", "_pickling", "chat", "engines"},
     {"cuts"},
     {"_reference"},
     {"_implementation"},

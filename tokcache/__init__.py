@@ -7,6 +7,7 @@ from tokcache._version import __version__
 from tokcache.config import CacheConfig
 from tokcache.errors import TokcacheError
 from tokcache.state.cache import PrefixStateCache
+from tokcache.state.reasons import Miss, MissReason
 from tokcache.stats import CacheStats, L0Stats, StateStats, TierStats
 from tokcache.text.l0 import L0Cache
 from tokcache.text.token_ids import TokenIds
@@ -23,6 +24,8 @@ __all__ = [
     "DiskTier",
     "L0Cache",
     "L0Stats",
+    "Miss",
+    "MissReason",
     "PrefixStateCache",
     "RedisTier",
     "StateStats",

@@ -18,17 +18,18 @@ class Sliceable(Protocol):
 def n_common(left: Sliceable, right: Sliceable) -> int:
     """Return the length of the common prefix of two sequences of one type.
 
-    Cost: O(length of the common prefix), in a few comparisons of slices; one if they are equal.
+    Cost: O(length of the common prefix), in a few comparisons of slices.
     """
-    if left == right:
-        return len(left)
-    # [0, low) is equal, and the answer is at most `high`. Growing steps find a difference near the
-    # start without a look at the rest; halving ones then find its place.
+    # [0, low) is equal. Growing steps find a difference near the start without a look at the rest,
+    # and often that there is none, because one sequence continues the other; halving ones then
+    # find its place.
     limit = min(len(left), len(right))
-    low, high = 0, 128
-    while high < limit and left[low:high] == right[low:high]:
-        low, high = high, 8 * high
-    high = min(high, limit)
+    low, high = 0, min(128, limit)
+    while left[low:high] == right[low:high]:
+        if high == limit:
+            return limit
+        low, high = high, min(8 * high, limit)
+    high -= 1
     while low < high:
         middle = (low + high + 1) // 2
         if left[low:middle] == right[low:middle]:

@@ -22,6 +22,8 @@ def require_int(name: str, value: object, minimum: int, maximum: int = MAX_INT) 
 
     Errors: InvalidConfig.
     """
+    if type(value) is int and minimum <= value <= maximum:
+        return value  # every request is checked a few times
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InvalidConfig(f"{name} must be an int, not {value!r} ({type(value).__name__})")
     number = index(value)

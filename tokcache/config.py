@@ -20,14 +20,16 @@ class CacheConfig:
 
     L0 caches whole texts. `l1` switches L1, the cache of chunks and segments, on or off. `engine`
     names the encoder of uncached text ("auto": the fastest installed one that proves equal to the
-    tokenizer). `verify_rate` is the share of answers assembled from segments that are compared with
-    an encoding of the whole text.
+    tokenizer). `render_max_bytes` is the size of the cache of rendered chats; 0 switches it off.
+    `verify_rate` is the share of answers assembled from cached parts (segments, rendered messages)
+    that are compared with the tokenizer's own answer for the whole.
 
     Units:  `l0_max_entries` counts texts and `l0_max_bytes` bytes (keys, ids and overhead), both
-            over the two maps of L0; `l1_max_bytes` is the bytes of L1; `verify_rate` is from 0 to
-            1. A size may be a str such as "64M"; it is stored as an int.
-    Errors: InvalidConfig for a size or count that is below 1 or not an int, a sample size above
-            1,024, an unknown engine or a rate out of range.
+            over the two maps of L0; `l1_max_bytes` is the bytes of L1, `render_max_bytes` those of
+            rendered chats; `verify_rate` is from 0 to 1. A size may be a str such as "64M"; it is
+            stored as an int.
+    Errors: InvalidConfig for a size or count that is below 1 (`render_max_bytes`: below 0) or not
+            an int, a sample size above 1,024, an unknown engine or a rate out of range.
     """
 
     l0_max_entries: int = 10_000
@@ -35,6 +37,7 @@ class CacheConfig:
     l0_sample_size: int = 8
     l1: bool = True
     l1_max_bytes: int = 64 << 20
+    render_max_bytes: int = 16 << 20
     engine: str = "auto"
     verify_rate: float = 0.0
 
@@ -48,6 +51,7 @@ class CacheConfig:
             l0_sample_size: int = 8,
             l1: bool = True,
             l1_max_bytes: int | str = "64M",
+            render_max_bytes: int | str = "16M",
             engine: str = "auto",
             verify_rate: float = 0.0,
         ) -> None: ...
@@ -60,6 +64,7 @@ class CacheConfig:
                 "l0_sample_size", self.l0_sample_size, 1, MAX_SAMPLE_SIZE
             ),
             "l1_max_bytes": require_size("l1_max_bytes", self.l1_max_bytes),
+            "render_max_bytes": require_size("render_max_bytes", self.render_max_bytes, 0),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen

@@ -127,6 +127,44 @@ class InvalidPrompts(TokcacheError, ValueError):
     """A file of prompts can't be read; the message has its path and line."""
 
 
+class InvalidRequest(TokcacheError, ValueError):
+    """A request can't be compared with another one; the message names the field or the line."""
+
+
+class InvalidTemplate(TokcacheError, ValueError):
+    """A chat template is missing or can't be compiled; the message has the line and the error."""
+
+
+class TemplateNotProven(TokcacheError, ValueError):
+    """A construct of a chat template is not known to be safe; `line` is its place."""
+
+    def __init__(self, why: str, node: Any) -> None:
+        super().__init__(why)
+        self.why, self.line = why, node.lineno
+
+
+class TemplateNotTaken(TokcacheError, ValueError):
+    """A chat template can't be taken apart; the text is the counted reason."""
+
+
+class TemplateUnusual(TokcacheError, RuntimeError):
+    """A chat template does something that cannot be watched; transformers renders it."""
+
+    reason = "unusual"
+
+
+class RenderingRefused(TokcacheError, ValueError):
+    """Transformers has to render this chat; `reason` is the counted one."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class InvalidTrace(TokcacheError, ValueError):
+    """A trace can't be read; the message has its path, the line or item, and the cause."""
+
+
 class InvalidCacheFile(TokcacheError, ValueError):
     """A cache file is damaged or of another tokenizer; the message says which. Nothing changed."""
 
@@ -179,6 +217,23 @@ class IdLengthUnknown(TokcacheError):
 
 class NotFromIds(TokcacheError):
     """A call can't be answered from token ids; the text is the key of the counter."""
+
+
+class Malformed(TokcacheError):
+    """A record of a trace is not one of its format; the text has the cause, and no prompt text."""
+
+
+class RenderingFailed(TokcacheError):
+    """A chat template did not render a chat.
+
+    `kind` is `refused` if the template says so itself, `failed` if it raised another error, and
+    `stopped` if it passed a limit of time, size or memory; `reason` is its error or the limit.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(f"{kind}: {reason}")
+        self.kind = kind
+        self.reason = reason
 
 
 class Damaged(TokcacheError):

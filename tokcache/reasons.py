@@ -157,6 +157,61 @@ L1_OFF = {
     ),
 }
 
+# RenderStats.refusals: chats that transformers rendered, and texts not kept.
+RENDER_REFUSALS = {
+    "new_template": Reason(
+        "the template was used for the first time; it is prepared at the second", _NOTHING
+    ),
+    "continue_final_message": Reason("the last message is to be continued", _NOTHING),
+    "return_assistant_tokens_mask": Reason(
+        "the mask of the assistant's tokens was asked", _NOTHING
+    ),
+    "sanitize_control_tokens": Reason("control tokens in the text are to be removed", _NOTHING),
+    "type": Reason(
+        "the messages, tools or variables hold something else than dict, list, str, numbers, bool "
+        "and None, or are several chats at once",
+        "pass one chat, of plain types (`model_dump()` of objects)",
+    ),
+    "no_loop": Reason(
+        "the template has no loop over the messages, or has it inside a condition", _NOTHING
+    ),
+    "loop_form": Reason(
+        "the loop over the messages has a condition, `else` or recursion", _NOTHING
+    ),
+    "statement": Reason("the template has a statement that is not known", _NOTHING),
+    "macro": Reason("the template defines macros in another place than at its top", _NOTHING),
+    "name": Reason("the template uses a name in a way that cannot be taken apart", _NOTHING),
+    "unsteady": Reason(
+        "the template uses something that differs between renderings, such as `random`", _NOTHING
+    ),
+    "unusual": Reason(
+        "the template uses all messages as one value, or keeps something else than data", _NOTHING
+    ),
+    "failed": Reason(
+        "the template raised an error; transformers rendered the chat, and raised its own if the "
+        "chat is not one for this template",
+        "see the error",
+    ),
+    "transformers": Reason(
+        "this version of transformers prepares chats in another way", "use a newer transformers"
+    ),
+    "no_gain": Reason(
+        "the template reads all messages before its loop, with other results for nearly every chat",
+        _NOTHING,
+    ),
+    "oversize": Reason("a text does not fit the budget", "raise `render_max_bytes`"),
+    "cleared": Reason("its scope was cleared, or the chat evicted, meanwhile", _NOTHING),
+    "verified": Reason(
+        "an answer was rendered again, as `verify_rate` asks, or among the first of a template: no "
+        "refusal",
+        _NOTHING,
+    ),
+    "differences": Reason(
+        "a text differed from that of transformers, which renders all chats from then on",
+        "please report it, with the chat template",
+    ),
+}
+
 # StateStats.refusals: states not stored or not used.
 STATE_REFUSALS = {
     "over_budget": Reason("the state is larger than `ram_bytes`", "raise `ram_bytes`"),
@@ -354,16 +409,85 @@ GATEWAY_REASONS = {
     "list_of_other_format": Reason(
         "the list of saved files is of another version of tokcache", _NOTHING
     ),
+    "tokenizer_pending": Reason(
+        "the llama-server counted tokens while the model's tokenizer was still being proven equal",
+        _NOTHING,
+    ),
+    "tokenizer_not_given": Reason(
+        "the llama-server counted tokens: no tokenizer is known for it",
+        "set `tokenizer` of the upstream to its model's GGUF or tokenizer.json",
+    ),
+    "tokenizer_unreadable": Reason(
+        "the llama-server counted tokens: the model's tokenizer could not be read",
+        "see the log; set `tokenizer` to the model's own tokenizer.json",
+    ),
+    "tokenizer_differs": Reason(
+        "the llama-server counted tokens: it gave other ids than the tokenizer for a probe",
+        "see the log; set `tokenizer` to that of the model that the llama-server has",
+    ),
+    "tokenize_form": Reason(
+        "the request to /tokenize had `parse_special` off or a content that is not one text",
+        "send one text, with `parse_special` on, where you can",
+    ),
     "volatile_*": Reason(
         "the system prompt holds a nonce or a clock", "switch on the rule of that name in `rules`"
     ),
 }
 
+# StateStats.misses, Miss.reason (tokcache.MissReason): why a prompt was reused no further.
+MISSES = {
+    "different_text": Reason(
+        "the nearest held prefix of the scope goes on with other tokens",
+        "look for parts that change with each request (a date, an id, the order of tools), and put "
+        "them at the end; `tokcache why` compares two requests",
+    ),
+    "template": Reason(
+        "the chat template rendered an earlier turn in another way than before",
+        "`tokcache explain --chat` shows which turns, and the switch that cures it",
+    ),
+    "re_encoding": Reason(
+        "the ids that the model generated are not those of their text encoded again",
+        "continue with the ids, not with the text; otherwise the answer's end is decoded again",
+    ),
+    "evicted": Reason(
+        "this process held the state and evicted it; the detail names tiers and budget",
+        "raise that budget, or add a tier below memory",
+    ),
+    "expired": Reason("the state was not used for `ttl_s` seconds", "raise `ttl_s`"),
+    "damaged": Reason(
+        "a tier had the state, but its bytes were not those that were stored",
+        "check the disk; find out who else writes there",
+    ),
+    "slower_than_prefill": Reason(
+        "a tier was not asked, because reading from it takes longer than computing",
+        "use a faster disk or network",
+    ),
+    "refused": Reason(
+        "the state could not be stored or used; the detail is the code of a refusal, or "
+        "`below_minimum`, `disabled`, `closed`",
+        "look up the code in the other tables",
+    ),
+    "other_fingerprint": Reason(
+        "the scope has the prompt's beginning for another model file, adapter, setting or build; "
+        "the detail names the parts that differ",
+        "use the same model and settings, or warm up the new one",
+    ),
+    "never_stored": Reason(
+        "this process never held more of the prompt in this scope, and no tier has more", _NOTHING
+    ),
+    "not_known": Reason(
+        "so many states of this scope were removed that the oldest removals are forgotten",
+        "look at `evictions` and `expirations`",
+    ),
+}
+
 TABLES = {
+    "Prompts not reused to their end": MISSES,
     "Calls answered by the plain tokenizer": BYPASSES,
     "Texts not put into L0": L0_REFUSALS,
     "Texts not cut, chunks not kept (L1)": L1_REFUSALS,
     "Tokenizers whose texts are never cut": L1_OFF,
+    "Chats rendered in full": RENDER_REFUSALS,
     "States not stored or not used": STATE_REFUSALS,
     "llama.cpp in process": LLAMA_REFUSALS,
     "Disk and Redis": TIER_REFUSALS,

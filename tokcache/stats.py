@@ -82,6 +82,27 @@ class L1Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class RenderStats:
+    """Counters of the cache of rendered chats.
+
+    Units: a chat is one of the `hits` if the text of some of its messages was cached, else one of
+    the `misses`. `messages` counts the messages of both, `hit_messages` those that were not
+    rendered again. An entry is the text of one more message. `n_bytes` is the bytes held.
+    `refusals` counts, by reason, chats that transformers rendered and texts that were not kept.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    messages: int = 0
+    hit_messages: int = 0
+    insertions: int = 0
+    evictions: int = 0
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    n_entries: int = 0
+    n_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class CacheStats:
     """Counters of a wrapped tokenizer.
 
@@ -93,6 +114,7 @@ class CacheStats:
 
     l0: L0Stats
     l1: L1Stats = field(default_factory=L1Stats)
+    render: RenderStats = field(default_factory=RenderStats)
     encoded_texts: int = 0
     encoded_tokens: int = 0
     encode_seconds: float = 0.0
@@ -129,7 +151,9 @@ class StateStats:
     prompt that was entirely in the context is not a look-up. `saved_tokens` counts positions
     stored, `promoted_tokens` positions that came from a lower tier. `n_bytes` is the bytes held in
     memory. `refusals` counts, by reason, states not stored or not used; those of a lower tier have
-    reasons such as "disk: reason" or "redis: reason".
+    reasons such as "disk: reason" or "redis: reason". `misses` counts, by `MissReason`, the prompts
+    that were reused no further than to some token before their end, `missed_tokens` their tokens
+    from there on.
     """
 
     lookups: int
@@ -146,6 +170,8 @@ class StateStats:
     n_entries: int
     n_blocks: int
     n_bytes: int
+    misses: Mapping[str, int] = field(default_factory=dict)
+    missed_tokens: Mapping[str, int] = field(default_factory=dict)
     n_states: int = 0
     promoted_tokens: int = 0
     expirations: int = 0

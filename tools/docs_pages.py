@@ -16,6 +16,7 @@ import typer
 
 from tokcache import reasons
 from tokcache.cli import app
+from tokcache.differences import DifferenceClass
 from tokcache.llama.memory_type import ARCHITECTURES
 from tokcache.llama.reasons import REASONS
 from tokcache.llama.server.trust import CURES
@@ -41,10 +42,15 @@ def all_tables() -> dict[str, Mapping[str, tuple[str, str]]]:
 
 
 _COUNTERS = {
+    "Prompts not reused to their end": (
+        "`states.stats().misses` and `missed_tokens`, `plan.miss`, `llm.last_reuse.miss`, and "
+        "`miss` of an answer of `LlamaServer`"
+    ),
     "Calls answered by the plain tokenizer": "`tok.cache_stats().bypasses`",
     "Texts not put into L0": "`tok.cache_stats().l0.refusals`",
     "Texts not cut, chunks not kept (L1)": "`tok.cache_stats().l1.refusals`",
     "Tokenizers whose texts are never cut": "`tok.cache_stats().l1.refusals`, `tokcache explain`",
+    "Chats rendered in full": "`tok.cache_stats().render.refusals`",
     "States not stored or not used": "`states.stats().refusals`",
     "llama.cpp in process": "`states.stats().refusals`, and one line in the log",
     "Disk and Redis": (
@@ -110,10 +116,17 @@ def _option(option: object) -> str:
     return f"| `{name}` | {shown} | {_cell(help_text)} |\n"
 
 
+def differences() -> str:
+    """Return the classes of differences between two prompts."""
+    rows = [f"| `{kind.value}` | {kind.meaning} | {kind.cure} |\n" for kind in DifferenceClass]
+    return "| class | meaning | what to change |\n|---|---|---|\n" + "".join(rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "reasons": reason_tables,
     "architectures": architectures,
     "cli": commands,
+    "differences": differences,
 }
 
 

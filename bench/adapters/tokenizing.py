@@ -2,7 +2,9 @@
 
 No adapter adds the post-processor's special tokens: a rendered chat contains its own, and gigatoken
 has no switch for them. A library is imported when its adapter is built; if it is not installed or
-refuses the tokenizer, its row has no figures.
+refuses the tokenizer, its row has no figures. `NEXT` is a release that cannot be imported beside
+the one that tokcache uses: its process has a side folder in PYTHONPATH (`pip install --pre --target
+FOLDER "tokenizers>=1.0.0rc0"`).
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers import __version__ as tokenizers_version
 
-import tokcache
-
+NEXT = "tokenizers 1.0"
 SEGMENT_BYTES = 64 << 20  # fastokens' segment cache: far more than the replayed chats take
 ENGINES = {"tokcache over tokenizers": "tokenizers", "tokcache over gigatoken": "gigatoken"}
 
@@ -45,6 +47,16 @@ class TokenizersFast:
     def __init__(self, file: Path) -> None:
         encode = Tokenizer.from_file(str(file)).encode_batch_fast
         self.encode = lambda text: encode([text], add_special_tokens=False)[0].ids
+
+
+class TokenizersNext:
+    """The `encode` of tokenizers 1.0, which has a cache of words."""
+
+    def __init__(self, file: Path) -> None:
+        if tokenizers_version.startswith("0."):
+            raise Unavailable("no side folder with tokenizers 1.0 was named")
+        encode = Tokenizer.from_file(str(file)).encode
+        self.encode = lambda text: encode(text, add_special_tokens=False).ids
 
 
 class DictOverTokenizers:
@@ -101,13 +113,15 @@ class Tokcache:
     """A wrapped tokenizers.Tokenizer; `settings` are CacheConfig's."""
 
     def __init__(self, file: Path, **settings: Any) -> None:
+        import tokcache  # noqa: PLC0415 (tokenizers 1.0 stands in a process without tokcache)
+
         missing = settings.keys() - {field.name for field in fields(tokcache.CacheConfig)}
         if missing:
             raise Unavailable(f"CacheConfig has no {', '.join(sorted(missing))}")
         config = tokcache.CacheConfig(**settings)
         self.tokenizer = tokcache.wrap(Tokenizer.from_file(str(file)), config)
         token_ids = self.tokenizer.token_ids
-        self.encode = lambda text: token_ids(text, add_special_tokens=False)
+        self.encode: Callable[[str], Any] = lambda text: token_ids(text, add_special_tokens=False)
         segments: Any = self.tokenizer.cache_stats()
         engine = getattr(getattr(segments, "l1", None), "engine", None)
         if engine is not None and engine != settings.get("engine", engine):
@@ -122,6 +136,7 @@ class Tokcache:
 SYSTEMS: dict[str, Callable[[Path], Encoder]] = {
     "tokenizers": Tokenizers,
     "tokenizers, encode_batch_fast": TokenizersFast,
+    NEXT: TokenizersNext,
     "dict over tokenizers": DictOverTokenizers,
     "fastokens": Fastokens,
     "fastokens, flat API": lambda file: Fastokens(file, is_flat=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Iterator
@@ -52,6 +53,15 @@ def default_tokenizers(*names: str) -> list[str]:
     return here or [TINY]
 
 
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--tokenizer`, which may be given several times."""
+    parser.add_argument(
+        "--tokenizer",
+        action="append",
+        help="a tokenizer.json, a real one's name, or tiny; repeatable",
+    )
+
+
 def strings(found: Any) -> Iterator[str]:
     """Yield every string value inside parsed JSON."""
     if isinstance(found, str):
@@ -64,8 +74,3 @@ def strings(found: Any) -> Iterator[str]:
 def read_json_lines(text: str) -> list[Any]:
     """Return the value of each line."""
     return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def fresh(text: str) -> str:
-    """Return an equal string that is another object, without a cached hash."""
-    return (text + "\0")[:-1]

@@ -78,11 +78,13 @@ COMMANDS = _commands()
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder with the files that the pages name: a tokenizer and a model."""
+    """Stand in a folder with the files that the pages name: a tokenizer, a model, requests."""
     tokenizer = samples.tiny_tokenizer()
     shutil.copytree(tokenizer.parent, tmp_path / "my-model")
     shutil.copy(tokenizer, tmp_path / "tokenizer.json")
     shutil.copy(samples.tiny_model(), tmp_path / "model.gguf")
+    for path in (ROOT / "docs/assets/why").iterdir():
+        shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -38,7 +38,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 # A code that is counted is given as a literal to one of these.
 _COUNTS = {"refuse", "_refuse", "count_bypass", "StateRefused", "LinkFailed", "Refused", "degrade"}
-_COUNTS |= {"CopyError", "NotFromIds", "Refusal"}
+_COUNTS |= {"CopyError", "NotFromIds", "TemplateNotTaken", "Refusal", "RenderingRefused"}
 _NATIVE = re.compile(r'\.refuse\("(\w+)"')
 
 

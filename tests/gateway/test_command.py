@@ -44,6 +44,7 @@ def test_flags_override_the_environment_and_that_the_file(tmp_path: Path) -> Non
 
 WRONG: list[dict[str, Any]] = [
     {}, {"model": __file__, "upstreams": [URL]}, {"upstreams": ["ftp://x"]},
+    {"upstreams": [{"url": URL, "tokenizer": "/no/such.gguf"}]},
     {"upstreams": ["http://u:p@x"]}, {"upstreams": [URL, f"{URL}/"]}, {"upstreams": 5},
     {"upstreams": [{"uri": URL}]}, {"upstreams": [URL], "port": 70_000},
     {"upstreams": [URL], "no_such": 1}, {"upstreams": [URL], "n_slots": 0},

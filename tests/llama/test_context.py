@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from tokcache.llama.context import MIXED, UNKNOWN, Alignment, ContextRecord, RecordCopy, n_shared
-from tokcache.state.handles import Work
+from tokcache.state.handles import Clears, Work
 
 N_CTX = 24
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=9)
@@ -52,6 +52,7 @@ class ContextMachine(RuleBasedStateMachine):
         self.held: list[Position] = []
         self.logits: int | None = None
         self.scope: Any = None
+        self.clears = Clears()
         self.work: Work | None = None
         self.copies: list[tuple[RecordCopy, list[Position], int | None, Any, Work | None]] = []
 
@@ -164,7 +165,7 @@ class ContextMachine(RuleBasedStateMachine):
         if scope != self.scope:
             self.record.reset()
             self.held = []
-        work = Work(scope)
+        work = Work(self.clears, scope)
         self.record.prompt_begins(scope, work, 7)
         self.scope, self.work, self.logits = scope, work, None
 
@@ -172,7 +173,7 @@ class ContextMachine(RuleBasedStateMachine):
     def request(self, scope: str | None) -> None:
         """A request for exactly the held prompt, which is public."""
         assume(self.scope is not MIXED)
-        work = Work(scope)
+        work = Work(self.clears, scope)
         self.record.request_begins(scope, work)
         self.scope, self.work = scope, work
 
@@ -197,7 +198,7 @@ class ContextMachine(RuleBasedStateMachine):
     @rule()
     def clear_scope(self) -> None:
         assert self.work is not None
-        self.work.is_void = True
+        self.clears.add(self.work.scope)
 
     # Suspended generations
 

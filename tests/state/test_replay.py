@@ -1,4 +1,4 @@
-"""A synthetic trace through the cache, as `python -m bench replay-mooncake` runs a real one."""
+"""A synthetic trace through the cache, as `python -m bench run replay-mooncake` runs a real one."""
 
 from __future__ import annotations
 

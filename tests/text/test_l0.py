@@ -132,6 +132,54 @@ def test_scope_and_add_special_tokens_are_keyword_only_and_checked(name: str) ->
 
 
 @both
+def test_keywords_come_in_any_order_and_may_be_made_when_called(name: str) -> None:
+    cache = implementation(name).l0_cache()
+    # Strings that are made at run time have other addresses than those in the code.
+    made: dict[str, Any] = {copy_of("add_special_tokens"): False, copy_of("scope"): "a"}
+    assert cache.put("text", [1], add_special_tokens=False, scope="a")
+    assert cache.put("text", [2], scope=None, add_special_tokens=True)
+    assert cache.put("text", [3], scope="b")
+    for found in (
+        cache.get("text", scope="a", add_special_tokens=False),
+        cache.get("text", add_special_tokens=False, scope="a"),
+        cache.get("text", **made),
+        cache.get(text="text", **made),
+    ):
+        assert found == [1]
+    assert cache.get("text") == cache.get("text", scope=None) == cache.get(text="text") == [2]
+    assert cache.get("text", scope="b") == [3]
+    assert cache.put("text", [4], **made)
+    assert cache.put(ids=[5], text="more", scope="a")
+    assert cache.get("text", **made) == [4]
+    assert cache.get("more", scope="a") == [5]
+
+
+@both
+def test_wrong_arguments_are_errors(name: str) -> None:
+    cache = implementation(name).l0_cache()
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("argument", cache.get),
+        ("argument", lambda: cache.get(scope="a")),
+        ("argument", lambda: cache.put("a")),
+        ("argument", lambda: cache.put("a", scope="a")),
+        ("unexpected keyword argument", lambda: cache.get("a", scopes="a")),
+        ("unexpected keyword argument", lambda: cache.put("a", [1], scope="a", pin=True)),
+        ("multiple values", lambda: cache.get("a", text="a")),
+    ]
+    for words, call in calls:
+        with pytest.raises(TypeError, match=words):
+            call()
+    assert len(cache) == 0
+
+
+def test_calls_with_keywords_don_t_go_through_cython() -> None:
+    native()
+    from tokcache.text import _l0  # noqa: PLC0415 (may not be built)
+
+    assert _l0.has_quick_calls
+
+
+@both
 @pytest.mark.parametrize("setting", ["max_entries", "max_bytes", "sample_size"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "7x", None, True])
 def test_invalid_budgets_are_refused(name: str, setting: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import tokcache
-from tokcache.cli import demo, explain, serve, states
+from tokcache.cli import demo, explain, replay, serve, states, why
 
 app = typer.Typer(
     add_completion=False,
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(explain.explain)
+app.command()(replay.replay)
+app.command()(why.why)
 app.command()(serve.serve)
 app.add_typer(states.states, name="states")
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
+    from tokcache.demo.prompts import Prompt
+
 _PLACES = {
     "inprocess": "llama.cpp in this process (llama-cpp-python)",
     "server": "a llama-server (xllamacpp), slots saved and restored",
@@ -90,6 +92,12 @@ def demo(
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the times of each prompt to a file."),
     ] = None,
+    requests_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--requests", metavar="FILE", help="Write the requests as JSON lines, for replay."
+        ),
+    ] = None,
 ) -> None:
     """Replay prompts without and with tokcache; time both and compare every token.
 
@@ -102,7 +110,8 @@ def demo(
         # Without --tokenizer a model is used with the tokenizer in its file.
         source = find_tokenizer(str(model) if tokenizer is None and model else tokenizer)
         plain = source.load()
-        requests, form = _requests(prompts, source, plain)
+        found = read_prompts(prompts) if prompts else built_in_prompts()
+        requests, form = _requests(found, source, plain)
         path, chosen, why = _model_and_backend(model, source, backend)
         cached = tokcache.wrap(source.load())
         console = Console(highlight=False)
@@ -120,19 +129,23 @@ def demo(
     for line in lines(summary):
         console.print(line, markup=False)
     if json_file is not None:
-        written = json.dumps(as_json(summary), indent=1) + "\n"
-        try:
-            json_file.write_text(written, encoding="utf-8")
-        except OSError as error:
-            typer.echo(f"tokcache: {json_file} can't be written: {error.strerror}", err=True)
-            raise typer.Exit(BAD_INPUT) from None
+        _write(json_file, json.dumps(as_json(summary), indent=1) + "\n")
+    if requests_file is not None:
+        _write(requests_file, "".join(json.dumps(each.as_body()) + "\n" for each in found))
     raise typer.Exit(DIFFERS if summary.differences() else 0)
 
 
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        typer.echo(f"tokcache: {path} can't be written: {error.strerror}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+
+
 def _requests(
-    prompts: Path | None, source: TokenizerSource, tokenizer: Tokenizer
+    found: Sequence[Prompt], source: TokenizerSource, tokenizer: Tokenizer
 ) -> tuple[list[Request], dict[str, str]]:
-    found = read_prompts(prompts) if prompts else built_in_prompts()
     form = chat_format(source, tokenizer)
     requests = [Request(form.text(each), add_special_tokens=not each.messages) for each in found]
     return requests, {"Chats as": form.name} if any(each.messages for each in found) else {}

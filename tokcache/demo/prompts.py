@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,6 +35,12 @@ class Prompt:
     def chat(cls, messages: Iterable[Message]) -> Self:
         """Return the prompt of a chat."""
         return cls(messages=tuple(messages))
+
+    def as_body(self) -> dict[str, Any]:
+        """Return the body of a request to OpenAI's API, without a model."""
+        if self.messages:
+            return {"messages": [asdict(each) for each in self.messages]}
+        return {"prompt": self.text}
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from tokcache.errors import InvalidPrompts, MissingFile, UnsupportedTokenizer
+from tokcache.replay.traces.chats import neutral_text
 from tokcache.samples import tiny_tokenizer
 from tokcache.text.wrappers.gguf_tokenizer import is_gguf, read_gguf_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from tokcache.demo.prompts import Message, Prompt
+    from tokcache.demo.prompts import Prompt
 
 # First bytes of other files that people pass as a tokenizer.json, and the kind of each.
 _OTHER_FILES = (
@@ -109,16 +109,25 @@ def _from_hub(name: str) -> TokenizerSource:
     return TokenizerSource(name, path, _config(config))
 
 
+Dicts = Sequence[Mapping[str, Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """Turns the messages of a chat into one text."""
+    """Turns the messages of a chat, and its tools, into one text.
+
+    Errors: InvalidPrompts if the tokenizer's template refuses the messages.
+    """
 
     name: str
-    write: Callable[[Sequence[Message]], str]
+    write: Callable[[Dicts, Dicts | None], str]
 
     def text(self, prompt: Prompt) -> str:
         """Return the text of a prompt for the tokenizer."""
-        return self.write(prompt.messages) if prompt.messages else prompt.text
+        if not prompt.messages:
+            return prompt.text
+        messages = [{"role": each.role, "content": each.content} for each in prompt.messages]
+        return self.write(messages, None)
 
 
 def chat_format(source: TokenizerSource, tokenizer: Tokenizer) -> ChatFormat:
@@ -131,43 +140,53 @@ def chat_format(source: TokenizerSource, tokenizer: Tokenizer) -> ChatFormat:
             pass
     if tokenizer.token_to_id("<|im_start|>") is not None:
         return ChatFormat("ChatML", _write_chatml)
-    return ChatFormat("plain labels, as the tokenizer has no template", _write_plain)
+    return ChatFormat("plain labels, as the tokenizer has no template", neutral_text)
 
 
-def _write_chatml(messages: Sequence[Message]) -> str:
-    parts = [f"<|im_start|>{each.role}\n{each.content}<|im_end|>\n" for each in messages]
+def _write_chatml(messages: Dicts, tools: Dicts | None = None) -> str:
+    parts = ["".join(f"{json.dumps(tool)}\n" for tool in tools or ())]
+    for each in messages:
+        calls = "".join("\n" + json.dumps(one["function"]) for one in each.get("tool_calls", ()))
+        parts.append(f"<|im_start|>{each['role']}\n{each['content']}{calls}<|im_end|>\n")
     return "".join(parts) + "<|im_start|>assistant\n"
 
 
-def _write_plain(messages: Sequence[Message]) -> str:
-    return "".join(f"{each.role}: {each.content}\n\n" for each in messages) + "assistant:"
-
-
-def _template_writer(template: str, config: dict[str, Any]) -> Callable[[Sequence[Message]], str]:
+def _template_writer(template: str, config: dict[str, Any]) -> Callable[[Dicts, Dicts | None], str]:
     from jinja2 import TemplateError  # noqa: PLC0415 (comes with other packages)
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415 (same)
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
+    def as_json(value: Any, indent: int | None = None, **_: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja2's escapes HTML
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = as_json
+    special = {}
+    for key in ("bos_token", "eos_token"):
+        found = config.get(key)
+        found = found.get("content") if isinstance(found, dict) else found
+        special[key] = found if isinstance(found, str) else ""
+    compiled: list[Any] = []  # once, and not before there is a chat to write
 
-    def write(messages: Sequence[Message]) -> str:
-        as_dicts = [{"role": each.role, "content": each.content} for each in messages]
-        special = {}
-        for key in ("bos_token", "eos_token"):
-            found = config.get(key)
-            found = found.get("content") if isinstance(found, dict) else found
-            special[key] = found if isinstance(found, str) else ""
+    def write(messages: Dicts, tools: Dicts | None) -> str:
         try:
-            compiled = environment.from_string(template)
-            return compiled.render(messages=as_dicts, add_generation_prompt=True, **special)
+            if not compiled:
+                compiled.append(environment.from_string(template))
+            text: str = compiled[0].render(
+                messages=[dict(each) for each in messages],
+                tools=tools,
+                add_generation_prompt=True,
+                **special,
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise InvalidPrompts(
                 f"the tokenizer's chat template refuses these messages: {error}"
             ) from None
+        return text
 
     return write

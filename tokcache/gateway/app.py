@@ -84,7 +84,7 @@ def make_app(service: Service) -> Starlette:
         (_MESSAGES, endpoints.message, "POST"),
         (f"{_MESSAGES}/count_tokens", endpoints.count_tokens, "POST"),
         ("/v1/embeddings", endpoints.embeddings, "POST"),
-        ("/tokenize", endpoints.passed, "POST"),
+        ("/tokenize", endpoints.tokenize, "POST"),
         ("/detokenize", endpoints.passed, "POST"),
         ("/v1/models", endpoints.models, "GET"),
         ("/health", endpoints.health, "GET"),
@@ -230,9 +230,14 @@ class Endpoints:
     async def message(self, request: Request) -> Response:
         """Answer an Anthropic message by a chat completion."""
         tenant = self._tenants.find(request.headers)
-        body = read_object(await self._body(request))
+        given = await self._body(request)
+        body = read_object(given)
+        require_one_answer(body)
         chat, request.state.rules = rules.apply(_translated(body), self._config.rules)
         is_stream = chat.get("stream") is True
+        servers = self._service.router.servers.keys()
+        if servers <= self._service.pinning and not request.state.rules:
+            return await self._message_as_it_came(request, tenant, chat, given)
         chat |= {"stream": True, "stream_options": {"include_usage": True}}
         raw = json.dumps(chat).encode()
         turn, answer = await self._open(request, tenant, _APIS[_CHAT], chat, raw)
@@ -246,6 +251,20 @@ class Endpoints:
             return _Stream(self._streamed_message(turn, events), turn, tenant, headers)
         await self._collect(request, turn, tenant)
         return JSONResponse(messages.from_chat(answer, message_id, model), headers=headers)
+
+    async def _message_as_it_came(
+        self, request: Request, tenant: Tenant, chat: dict[str, Any], raw: bytes
+    ) -> Response:
+        """Pass a message on to a server that pins it; its translation names its prefixes."""
+        is_stream = chat.get("stream") is True
+        raw = raw if is_stream else with_settings(raw, {"stream": True})
+        api = _Api(_MESSAGES, chat_prompt, messages.MessageAnswer)
+        turn, answer = await self._open(request, tenant, api, chat, raw)
+        headers = _headers(request, turn)
+        if is_stream:
+            return _Stream(self._streamed(turn), turn, tenant, headers)
+        await self._collect(request, turn, tenant)
+        return JSONResponse(answer.body(), headers=headers)
 
     async def _open(
         self, request: Request, tenant: Tenant, api: _Api, body: dict[str, Any], raw: bytes
@@ -270,7 +289,7 @@ class Endpoints:
         except BaseException:
             tenant.end(0)
             raise
-        if api.path == _CHAT:
+        if api.path in (_CHAT, _MESSAGES):
             # Counted while the llama-server decodes: it takes a millisecond for a long system text.
             for name in rules.suggested(body):
                 self._service.router.reasons[f"volatile_{name}"] += 1
@@ -296,9 +315,11 @@ class Endpoints:
                 yield told, turn.is_done
         except ApiError as error:
             self._service.counts[f"error_{error.status}"] += 1
-            failed, name = error_body(error, is_anthropic=False), b""
+            is_message = isinstance(turn.answer, messages.MessageAnswer)
+            failed, name = error_body(error, is_anthropic=is_message), b""
             if turn.is_responses:
                 failed = {"type": "error", "message": str(error), "code": error.code, "param": None}
+            if turn.is_responses or is_message:
                 name = b"event: error\n"
             yield b"%sdata: %s\n\n" % (name, json.dumps(failed).encode()), True
 
@@ -320,11 +341,23 @@ class Endpoints:
 
     async def count_tokens(self, request: Request) -> Response:
         """Count the tokens of an Anthropic message's prompt."""
-        self._tenants.find(request.headers)
+        scope = self._tenants.find(request.headers).scope
         body = read_object(await self._body(request))
         chat = _translated(body, is_counting=True)
         upstream = self._service.any_upstream(self._server_model(body))
-        return JSONResponse({"input_tokens": await upstream.count_tokens(chat)})
+        look = self._service.looks[upstream.url]
+        n_tokens = await self._service.tokens.count(upstream, look, chat, scope)
+        return JSONResponse({"input_tokens": n_tokens})
+
+    async def tokenize(self, request: Request) -> Response:
+        """Return the token ids of a text."""
+        scope = self._tenants.find(request.headers).scope
+        raw = await self._body(request)
+        body = read_object(raw)
+        upstream = self._service.any_upstream(self._server_model(body))
+        look = self._service.looks[upstream.url]
+        code, found = await self._service.tokens.tokenize(upstream, look, raw, body, scope)
+        return JSONResponse(found, status_code=code)
 
     async def embeddings(self, request: Request) -> Response:
         """Pass on a request for embeddings, which llama-server gives to any slot."""

@@ -24,10 +24,15 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpstreamConfig:
-    """A running llama-server; `slot_folder` is its --slot-save-path as this process reaches it."""
+    """A running llama-server; `slot_folder` is its --slot-save-path as this process reaches it.
+
+    `tokenizer` is its model's GGUF, or the model's own tokenizer.json: token counts come from the
+    cache where it proves equal to the server's.
+    """
 
     url: str
     slot_folder: str | None = None
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url) if isinstance(self.url, str) else None
@@ -38,6 +43,11 @@ class UpstreamConfig:
         if parts.query or parts.fragment or parts.username:
             raise InvalidConfig(
                 f"{self.url!r}: a llama-server's URL has no user, query or fragment"
+            )
+        if self.tokenizer and not Path(self.tokenizer).is_file():
+            raise MissingFile(
+                f"there is no file {self.tokenizer} (the tokenizer of {self.url}); name a GGUF or a"
+                " tokenizer.json"
             )
         object.__setattr__(self, "url", self.url.rstrip("/"))
 

@@ -28,6 +28,7 @@ _HELP = {
     "failovers_total": "Requests sent again because a server failed before its first byte.",
     "server_starts_total": "Restarts of a llama-server that were noticed.",
     "errors_total": "Errors answered, by status.",
+    "tokenizations_total": "Texts for /tokenize and count_tokens, by the source of their ids.",
     "queue_length": "Requests that wait for a slot.",
     "files": "Saved slots.",
     "file_bytes": "Bytes of saved slots.",
@@ -74,6 +75,8 @@ def _families(service: Service) -> Iterable[tuple[str, list[tuple[str, int]]]]:
     yield "server_starts_total", [("", service.counts["server_start"])]
     errors = [(key[6:], n) for key, n in sorted(service.counts.items()) if key[:6] == "error_"]
     yield "errors_total", [(f'status="{status}"', n) for status, n in errors]
+    sources = [(f'source="{each}"', service.tokens.counts[each]) for each in ("cache", "server")]
+    yield "tokenizations_total", sources
     yield "queue_length", [("", len(router.queue))]
     yield "files", [("", len(files))]
     yield "file_bytes", [("", files.n_bytes)]

@@ -39,8 +39,10 @@ from tokcache.gateway.routing.chain import chat_prompt
 from tokcache.gateway.routing.files import Files, remove_strangers
 from tokcache.gateway.routing.router import Router
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
+from tokcache.gateway.servers.pinning import pins_messages
 from tokcache.gateway.servers.process import ManagedServer
 from tokcache.gateway.servers.upstream import Look, Upstream
+from tokcache.gateway.tokens import ProvenTokenizers
 from tokcache.gateway.turn import Recent, Turn
 from tokcache.llama.server.model import is_same_model
 from tokcache.llama.server.results import TokenProbabilities
@@ -80,8 +82,11 @@ class Service:
             side_tokens=config.side_tokens,
         )
         self.router.erases_between_scopes = bool(config.tenants)
+        self.tokens = ProvenTokenizers(self.router.reasons, self.in_background)
         self.upstreams: dict[str, Upstream] = {}
         self.looks: dict[str, Look] = {}
+        # The servers whose own /v1/messages runs in the slot that it is asked for.
+        self.pinning: set[str] = set()
         self.recent: deque[Recent] = deque(maxlen=_N_RECENT)
         self.counts: Counter[str] = Counter()
         self.managed = ManagedServer(config, self.folder / "slots") if config.model else None
@@ -110,7 +115,8 @@ class Service:
         configs = list(self.config.upstreams)
         if self.managed is not None:
             url = await asyncio.to_thread(self.managed.start)
-            configs = [UpstreamConfig(url=url, slot_folder=str(self.folder / "slots"))]
+            folder, model = str(self.folder / "slots"), self.config.model
+            configs = [UpstreamConfig(url=url, slot_folder=folder, tokenizer=model)]
         for config in configs:
             upstream = Upstream(config, read_timeout_s=self.config.read_timeout_s)
             self.upstreams[config.url] = upstream
@@ -181,6 +187,7 @@ class Service:
             turn = Turn(self, made, prompt, answer, path)
             try:
                 await self._prepare(made)
+                self._require_pinned(path, made)
                 turn.plan, turn.n_promised = made.source, made.n_promised
                 await turn.send(path, body)
             except ServerUnreachable as error:
@@ -201,6 +208,11 @@ class Service:
             else:
                 return turn
         raise ApiError(503, "no llama-server could take the request; try again", retry_after_s=5)
+
+    def _require_pinned(self, path: str, made: Assignment) -> None:
+        """Refuse a request that its server would run in another slot, maybe another tenant's."""
+        if path == "/v1/messages" and made.slot.server.name not in self.pinning:
+            raise ApiError(503, "the llama-servers have changed; try again", retry_after_s=1)
 
     async def _slot_for(self, wish: Wish) -> Assignment:
         try:
@@ -354,6 +366,10 @@ class Service:
         server = self.router.servers[name]
         if self.looks.get(name) == look and server.is_up:
             return
+        self.pinning.discard(name)
+        # The build's name is the same for different versions, so each start is probed.
+        if await pins_messages(upstream, look.n_slots):
+            self.pinning.add(name)
         can_save, is_folder_ours = False, False
         if upstream.slot_folder is not None or look.is_text_only:
             said = await upstream.probe()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tokcache.errors import MissingExtra
 
 if TYPE_CHECKING:
+    from tokcache.llama.explanation import Explanation as Explanation
     from tokcache.llama.fingerprint import state_fingerprint as state_fingerprint
     from tokcache.llama.inprocess import Llama as Llama
     from tokcache.llama.inprocess import Reuse as Reuse
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncLlamaServer",
+    "Explanation",
     "Llama",
     "LlamaServer",
     "Reuse",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Explanation": "explanation",
     "Llama": "inprocess",
     "Reuse": "inprocess",
     "SequenceStates": "sequence_states",

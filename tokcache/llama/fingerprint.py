@@ -210,9 +210,12 @@ def fingerprint(llm: Any, files: LoadedFiles, block_tokens: int | None) -> bytes
 
     Errors: FileChanged; OSError for a file that can't be read any more.
     """
-    return hashlib.blake2b(
-        json.dumps(describe(llm, files, block_tokens), sort_keys=True).encode(), digest_size=32
-    ).digest()
+    return digest_of(describe(llm, files, block_tokens))
+
+
+def digest_of(parts: Mapping[str, Any]) -> bytes:
+    """Return the fingerprint of these fields."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=32).digest()
 
 
 def describe(llm: Any, files: LoadedFiles, block_tokens: int | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
@@ -17,23 +17,30 @@ import llama_cpp
 from tokcache._validate import require_scope
 from tokcache.errors import InvalidText, InvalidTokens
 from tokcache.llama.arguments import checked_messages, checked_prompt, checked_texts
+from tokcache.llama.explanation import Explanation, explained
 from tokcache.llama.gate import Steps
 from tokcache.llama.loading import LoadedLlama
+from tokcache.llama.model_states import MAX_SHOWN
 from tokcache.llama.scopes import ScopedItems
 from tokcache.llama.tokenizer import OWN_SCOPE, ModelTokenizer, int32_ids
+from tokcache.state.reasons import Miss, MissReason
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tokcache.llama.model_states import HeldState
+    from tokcache.llama.model_states import Held, HeldState
+    from tokcache.state.handles import Work
 
+_COMPARED = 32  # ids on each side of the place where a prompt parts from generated ones
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
     """How much of the last prompt did not have to be decoded.
+
+    `miss` says why no more of it was reused; None if all of it was that can be.
 
     Units: tokens; `n_in_context` were still in the context, `n_restored` came from the prefix
     cache, the rest of `n_prompt` was decoded; `seconds` is how long finding and restoring took.
@@ -43,11 +50,24 @@ class Reuse:
     n_in_context: int
     n_restored: int
     seconds: float
+    miss: Miss | None = None
 
     @property
     def n_decoded(self) -> int:
         """Return how many tokens of the prompt were decoded."""
         return self.n_prompt - self.n_in_context - self.n_restored
+
+
+@dataclass(frozen=True, slots=True)
+class _Parting:
+    """The ids around the place where a prompt parted from the nearest held prefix of its scope."""
+
+    scope: str | None
+    work: Work | None
+    miss: Miss
+    shared: list[int]
+    held: list[int]
+    new: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +142,7 @@ class Llama(LoadedLlama):
     """
 
     last_reuse = Reuse(0, 0, 0, 0.0)
+    _parting: _Parting | None = None
 
     # Calls that use the context, one at a time
 
@@ -183,6 +204,8 @@ class Llama(LoadedLlama):
         if clear is not None:
             clear(scope=scope)
         with self._open_gate().step():
+            if self._parting is not None and scope in (None, self._parting.scope):
+                self._parting = None
             if scope is None or self._record.may_hold(scope):
                 self.reset()
 
@@ -334,16 +357,59 @@ class Llama(LoadedLlama):
                 f"vocabulary of {self._n_vocab:,} tokens; encode the prompt with its tokenizer"
             )
 
-        n_in_context, n_held = states.hold(ids, scope)
-        if not n_held:
+        held = states.hold(ids, scope)
+        if not held.n_tokens:
             self.reset()
-        reuse = Reuse(len(ids), n_in_context, n_held - n_in_context, time.perf_counter() - began)
-        self.last_reuse = reuse
+        miss = None if held.miss is None else self._explained(held, ids, scope)
+        n_restored, seconds = held.n_tokens - held.n_in_context, time.perf_counter() - began
+        self.last_reuse = Reuse(len(ids), held.n_in_context, n_restored, seconds, miss)
         if states.cache is not None:
             states.cache.count_prompt(
-                len(ids), context_tokens=n_in_context, restored_tokens=reuse.n_restored
+                len(ids), context_tokens=held.n_in_context, restored_tokens=n_restored, miss=miss
             )
-        return tokens[n_held:]
+        return tokens[held.n_tokens :]
+
+    def _explained(self, held: Held, ids: NDArray[np.int32], scope: str | None) -> Miss | None:
+        """Return the miss without text, and keep the ids around it for `explain_miss`."""
+        miss = held.miss
+        if miss is None:
+            return None
+        at, own = miss.at_token, list(miss.held_tokens)
+        if held.is_generated:
+            # The texts of both sides are compared as far as both go: a few ids tell.
+            texts = [
+                self.detokenize(each, special=True)
+                for each in (own[:_COMPARED], ids[at : at + _COMPARED].tolist())
+            ]
+            n_bytes = min(map(len, texts))
+            if n_bytes and texts[0][:n_bytes] == texts[1][:n_bytes]:
+                miss = replace(miss, reason=MissReason.RE_ENCODING)
+        miss = replace(miss, held_tokens=())
+        before, after = ids[:at].tolist(), ids[at : at + MAX_SHOWN].tolist()
+        self._parting = _Parting(scope, self._record.work, miss, before, own, after)
+        return miss
+
+    def explain_miss(self, *, scope: str | None = OWN_SCOPE) -> Explanation | None:
+        """Return why the last prompt was reused no further, with its text.
+
+        None if all of it was reused, if it was not of this scope, or if the scope was cleared.
+
+        Errors: InvalidScope; ModelClosed.
+        Cost:   decodes the ids of the prompt to text, and classifies the difference.
+        """
+        scope = self._scopes.of(scope)
+        with self._open_gate().step():
+            parting = self._parting
+            if parting is None or parting.miss is not self.last_reuse.miss:
+                return None
+            is_cleared = parting.work is not None and parting.work.is_void
+            if parting.scope != scope or is_cleared:
+                return None
+            shared, held, new = (
+                self.detokenize(ids, special=True).decode("utf-8", "replace")
+                for ids in (parting.shared, parting.held, parting.new)
+            )
+        return explained(parting.miss, shared, held, new)
 
     # Called by the gate
 

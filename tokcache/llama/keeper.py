@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokcache.errors import StateError
+from tokcache.state.reasons import Miss, MissReason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,10 +32,14 @@ _log = logging.getLogger("tokcache")
 
 
 class Restored(NamedTuple):
-    """The result of a restore: positions [start, stop) were loaded, `stop` are held."""
+    """The result of a restore: positions [start, stop) were loaded, `stop` are held.
+
+    `miss` is why the cache had no more of the prompt.
+    """
 
     start: int
     stop: int
+    miss: Miss | None = None
 
 
 class Keeper:
@@ -106,22 +111,30 @@ class Keeper:
         holds `stop` of them; where that is not above `start`, nothing was loaded.
         """
         # How many tokens were useful is known at the end: our caller counts them.
-        with states.plan(ids, max_tokens=len(ids) - 1, counts_tokens=False) as plan:
+        n_wanted = len(ids) - 1
+        with states.plan(ids, max_tokens=n_wanted, counts_tokens=False, explain=True) as plan:
             if self._memory.is_recurrent:
                 tail = self._find_tail(states, plan, ids[:-1])
                 if tail is None:
-                    return self._load_states(states, plan, n_held)
-                with tail:
-                    return self._load_with_tail(states, plan, tail, n_held)
-            if plan.n_tokens <= n_held:
-                return Restored(n_held, n_held)
-            start = plan.start_beyond(n_held)
-            if not self._sequence.trim(start, in_place=self.is_reproducible):
-                self._sequence.clear()
-                start = 0
-            write, trim = self._sequence.write_block, self._sequence.trim
-            reached = plan.restore(write, start=start, trim=trim)
-            return self._checked(states, start, reached, plan.n_tokens)
+                    restored = self._load_states(states, plan, n_held)
+                else:
+                    with tail:
+                        restored = self._load_with_tail(states, plan, tail, n_held)
+            elif plan.n_tokens <= n_held:
+                restored = Restored(n_held, n_held)
+            else:
+                start = plan.start_beyond(n_held)
+                if not self._sequence.trim(start, in_place=self.is_reproducible):
+                    self._sequence.clear()
+                    start = 0
+                write, trim = self._sequence.write_block, self._sequence.trim
+                reached = plan.restore(write, start=start, trim=trim)
+                restored = self._checked(states, start, reached, plan.n_tokens)
+            miss = plan.miss
+            if restored.stop < plan.n_tokens:
+                n_missed, failed = n_wanted - restored.stop, "restore_failed"
+                miss = Miss(MissReason.REFUSED, restored.stop, n_missed, detail=failed)
+            return restored._replace(miss=miss)
 
     def _checked(self, states: Namespace, start: int, reached: int, goal: int) -> Restored:
         """Return the restored positions if the sequence agrees; else empty it.

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from tokcache.errors import FileChanged, StateError
 from tokcache.llama.context import MIXED, UNKNOWN, n_shared
-from tokcache.llama.fingerprint import fingerprint
+from tokcache.llama.fingerprint import describe, digest_of
 from tokcache.llama.keeper import Keeper
 from tokcache.llama.reasons import explained, is_known
+from tokcache.state.reasons import Miss, MissReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from tokcache.llama.context import ContextRecord, RecordCopy
@@ -35,7 +37,25 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokcache")
 
+MAX_SHOWN = 256  # tokens of the context after the place where a prompt parts from it
+EMPTY: NDArray[np.int32] = np.empty(0, np.int32)
+_MIN_SAME = 16  # tokens: fewer are the same in unrelated prompts
+_WITHOUT_CAUSE = {MissReason.DIFFERENT_TEXT, MissReason.NEVER_STORED, MissReason.NOT_KNOWN}
 _PREFILL_TOKENS = 16  # the time that fewer take says little about a prompt's
+
+
+class Held(NamedTuple):
+    """How much of a prompt is in the context, and why no more is.
+
+    `is_generated`: the prompt parts from the context among ids that the model generated.
+
+    Units: `n_tokens` of the prompt are there, of which the first `n_in_context` were there before.
+    """
+
+    n_in_context: int
+    n_tokens: int
+    miss: Miss | None = None
+    is_generated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +148,9 @@ class ModelStates:
             return
         if key := self._key():
             self.sequence.synchronize()
-            self.cache.namespace(key).note_prefill(n_tokens, time.perf_counter() - began)
+            scope = None if self.record.scope is MIXED else self.record.scope
+            states = self.cache.namespace(key, scope=scope)
+            states.note_prefill(n_tokens, time.perf_counter() - began)
 
     def _namespace(self) -> Namespace | None:
         """Return the namespace of the held positions, None if their states are not cached."""
@@ -154,9 +176,12 @@ class ModelStates:
             is_reproducible, block_tokens = self.record.alignment
             aligned_to = block_tokens if is_reproducible else None
             try:
-                self.fingerprint = fingerprint(self._model, self._files, aligned_to)
+                parts = describe(self._model, self._files, aligned_to)
+                self.fingerprint = digest_of(parts)
                 if self.cache is not None:
-                    self.cache.name_model(self.fingerprint, Path(self._path).name)
+                    context = parts.pop("context")
+                    parts |= {f"context.{name}": value for name, value in context.items()}
+                    self.cache.name_model(self.fingerprint, Path(self._path).name, parts)
             except OSError as error:
                 _log.warning("%s runs without the prefix cache: %s", self._path, error)
                 is_change = isinstance(error, FileChanged)
@@ -226,12 +251,11 @@ class ModelStates:
 
     # Prompts: bringing their first tokens into the context
 
-    def hold(self, ids: NDArray[np.int32], scope: str | None) -> tuple[int, int]:
+    def hold(self, ids: NDArray[np.int32], scope: str | None) -> Held:
         """Bring the longest known prefix of the prompt `ids` into the context.
 
-        Return how many of its tokens were in the context, and how many are there now; the context
-        is to be reset if none is. The prompt's last token is left to decode, for its logits, unless
-        the context holds exactly this prompt and its logits.
+        The context is to be reset if none of it is there afterwards. The prompt's last token is
+        left to decode, for its logits, unless the context holds exactly this prompt and its logits.
         """
         record, (is_reproducible, n_block) = self.record, self.record.alignment
         # Of another scope's positions only the public ones may be used.
@@ -246,12 +270,15 @@ class ModelStates:
         may_be_whole = not is_reproducible or bool((ids == UNKNOWN).any())
         if n_usable == len(ids) and may_be_whole and record.holds_prompt(ids):
             record.request_begins(scope, work)
-            return len(ids), len(ids)
+            return Held(len(ids), len(ids))
 
         # States that could not be stored yet belong to the request before: store them first.
         if record.has_unsaved:
             self.end_generation()
-        n_in_context = min(n_shared(record.held, ids[:n_usable]), len(ids) - 1)
+        n_same = n_shared(record.held, ids[:n_usable])
+        after = record.held[n_same : n_same + MAX_SHOWN].copy() if n_same < n_usable else EMPTY
+        is_generated = 0 < record.n_prompt <= n_same
+        n_in_context = min(n_same, len(ids) - 1)
         if is_reproducible:
             n_in_context = min(n_in_context, record.n_aligned) // n_block * n_block
         if not self.trim(n_in_context):
@@ -260,8 +287,28 @@ class ModelStates:
                 self.sequence.clear()
                 record.reset()
         record.prompt_begins(scope, work, len(ids))
-        n_held = self.restore(ids, n_in_context)
-        return min(n_in_context, n_held), n_held
+        n_held, miss = self.restore(ids, n_in_context)
+        goal = (len(ids) - 1) // n_block * n_block if is_reproducible else len(ids) - 1
+        held = Held(min(n_in_context, n_held), n_held)
+        if n_held >= goal:
+            return held
+        # Of context and cache, the one that has more of the prompt says why no more is there.
+        is_context_nearest = n_same >= (0 if miss is None else miss.at_token + miss.n_removed)
+        is_cache_certain = miss is not None and miss.reason not in _WITHOUT_CAUSE
+        if is_context_nearest and n_same and not (is_cache_certain and n_same < _MIN_SAME):
+            parts = len(after) > 0
+            if parts or miss is None or miss.reason in _WITHOUT_CAUSE:
+                reason = MissReason.DIFFERENT_TEXT if parts else MissReason.NEVER_STORED
+                miss = Miss(reason, n_same, 0, held_tokens=tuple(after.tolist()))
+                held = held._replace(is_generated=parts and is_generated)
+        miss = miss or Miss(MissReason.NEVER_STORED, n_same, 0)
+        seconds = self._seconds(goal - n_held)
+        return held._replace(miss=replace(miss, n_missed=goal - n_held, seconds=seconds))
+
+    def _seconds(self, n_tokens: int) -> float | None:
+        """Return how long decoding so many tokens of the present scope takes, None if unknown."""
+        states = self._namespace()
+        return None if states is None else states.prefill_seconds(n_tokens)
 
     def trim(self, n_tokens: int) -> bool:
         """Remove the positions from `n_tokens` on; False if this memory can't."""
@@ -271,22 +318,26 @@ class ModelStates:
         self.record.trimmed(n_tokens)
         return True
 
-    def restore(self, ids: NDArray[np.int32], n_in_context: int) -> int:
-        """Restore positions of `ids` beyond the first `n_in_context`; return how many are held."""
+    def restore(self, ids: NDArray[np.int32], n_in_context: int) -> tuple[int, Miss | None]:
+        """Restore positions of `ids` beyond the first `n_in_context`.
+
+        Return how many are held, and why the cache had no more; None without a cache.
+        """
         if self.cache is None:
-            return n_in_context
-        states = self._namespace()
+            return n_in_context, None
+        refusal, states = "", self._namespace()
         if states is None or self.keeper is None:
             pending = "fingerprint_pending" if not self.fingerprint else "context_without_blocks"
-            self.refuse(self.why_not_cached() or pending)
-            return n_in_context
-        if (ids < 0).any():
-            self.refuse("unknown_positions")
-            return n_in_context
-        start, reached = self.keeper.restore(states, ids, n_in_context)
+            refusal = self.why_not_cached() or pending
+        elif (ids < 0).any():
+            refusal = "unknown_positions"
+        if refusal or states is None or self.keeper is None:
+            self.refuse(refusal)
+            return n_in_context, Miss(MissReason.REFUSED, n_in_context, 0, detail=refusal)
+        start, reached, miss = self.keeper.restore(states, ids, n_in_context)
         if (start, reached) != (n_in_context, n_in_context):
             self.record.restored(start, ids[:reached])
-        return reached
+        return reached, miss
 
     # Generations that are suspended
 
@@ -339,7 +390,7 @@ class ModelStates:
             # Decode the same batches again, except for the aligned positions that the cache has.
             self.sequence.clear()
             n_aligned = copy.n_aligned
-            reached = self.restore(copy.ids[: n_aligned + 1], 0) if n_aligned else 0
+            reached = self.restore(copy.ids[: n_aligned + 1], 0)[0] if n_aligned else 0
             decode(copy.ids[reached:n_aligned])
             for start, stop in pairwise([*copy.batches, len(copy.ids)]):
                 decode(copy.ids[start:stop])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from tokcache._validate import require_int
 from tokcache.errors import InvalidConfig, StateError
-from tokcache.llama.keeper import Keeper
+from tokcache.llama.keeper import Keeper, Restored
 from tokcache.llama.memory_type import MemoryType
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import OWN_SCOPE
@@ -134,9 +134,12 @@ class SequenceStates:
         own.states = states
         own.sequence.clear()
         is_usable = len(ids) > 0 and self._is_usable(ids)
-        n_restored = own.keeper.restore(states, ids, 0).stop if is_usable else 0
-        self._cache.count_prompt(len(ids), restored_tokens=n_restored)
-        return n_restored
+        restored = own.keeper.restore(states, ids, 0) if is_usable else Restored(0, 0)
+        miss = restored.miss
+        if miss is not None:
+            miss = None if restored.stop >= len(ids) - 1 else replace(miss, held_tokens=())
+        self._cache.count_prompt(len(ids), restored_tokens=restored.stop, miss=miss)
+        return restored.stop
 
     def save(self, tokens: object, seq_id: int) -> int:
         """Save the state of `tokens`, which the sequence holds; return the new positions."""

@@ -6,8 +6,8 @@ the special tokens of the tokenizer's post-processor. The model detokenizes, tok
 
 from __future__ import annotations
 
-from array import array
 from operator import index
+from struct import error
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
@@ -16,6 +16,7 @@ from llama_cpp.llama_tokenizer import BaseLlamaTokenizer
 
 from tokcache._validate import require_scope
 from tokcache.errors import InvalidTokens, VocabularyMismatch
+from tokcache.state.names import packed_ids
 from tokcache.text.l0 import L0Cache
 from tokcache.text.token_ids import TokenIds
 from tokcache.text.wrappers import wrap
@@ -114,11 +115,13 @@ def int32_ids(tokens: Sequence[int]) -> NDArray[np.int32]:
 
     Errors: InvalidTokens, with the first that is not an int32.
     """
+    is_bytes = isinstance(tokens, bytes | bytearray)  # their items are integers, but no ids
     try:
-        return np.frombuffer(array("i", tokens), np.int32)
-    except (OverflowError, TypeError, ValueError):
+        if not is_bytes:
+            return np.frombuffer(bytearray(packed_ids(tuple(tokens))), np.int32)
+    except (error, OverflowError, TypeError):
         pass
-    for position, token in enumerate(tokens):
+    for position, token in enumerate(() if is_bytes else tokens):
         if not hasattr(token, "__index__"):  # its type alone: it may be a prompt's text
             found = type(token).__name__
         elif not -(1 << 31) <= index(token) < 1 << 31:

@@ -191,6 +191,13 @@ STATES = (
     _Family("state_save_seconds_total", "stats.save_seconds", "Seconds spent saving."),
     _Family("state_evictions_total", "stats.evictions", "Blocks evicted."),
     _Family("state_refusals_total", "stats.refusals", "States not stored or not used.", "reason"),
+    _Family("state_misses_total", "stats.misses", "Prompts not reused to their end.", "reason"),
+    _Family(
+        "state_missed_tokens_total",
+        "stats.missed_tokens",
+        "Prompt tokens not reused, after the reused ones.",
+        "reason",
+    ),
     _Family("state_entries", "stats.n_entries", "Stored prefixes."),
     _Family("state_max_entries", "max_entries", "Prefixes that may be stored."),
     _Family("state_blocks", "blocks", "Blocks stored, by tier.", "tier"),

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 from tokcache._validate import MAX_INT, require_int
 from tokcache.state.handles import BlockIO, RestorePlan, StoredBlock, Work
 from tokcache.state.memory import NODE_BYTES
+from tokcache.state.misses import MissFinder
 from tokcache.state.names import TOKEN_BYTES, RootKey, rest_key
 from tokcache.state.path import NewBlock, Path
 from tokcache.state.promotion import Promotion
 from tokcache.state.store import block_address
 
 if TYPE_CHECKING:
+    from tokcache.state.index import Node
     from tokcache.state.store import Store
 
 _log = logging.getLogger("tokcache")
@@ -43,19 +45,22 @@ class BlockCache:
     def __init__(self, store: Store) -> None:
         self._store, self._memory = store, store.memory
         self._promotion = Promotion(store)
+        self._misses = MissFinder(store)
 
     def _begun_parts(self, root_key: RootKey, wanted: bytes, n_public: int) -> list[_Part]:
         """Return the parts of a prompt: its public tokens, then all tokens; the lock is held.
 
         Clearing a part's scope from now on makes its work void.
         """
-        public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], root_key)
+        clears = self._store.clears
         parts = [(root_key, wanted)]
-        if root_key.scope is not None and public:
-            parts = [(root_key._replace(scope=None), public)]
-            if len(public) < len(wanted):
+        if root_key.scope is not None and n_public:
+            public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], root_key)
+            if public:
+                parts = [(root_key._replace(scope=None), public)]
+            if 0 < len(public) < len(wanted):
                 parts.append((rest_key(root_key, public), wanted))
-        return [(each, part, self._store.works.begin(each.scope)) for each, part in parts]
+        return [(each, part, Work(clears, each.scope)) for each, part in parts]
 
     def _whole_blocks(self, wanted: bytes, root_key: RootKey) -> bytes:
         if root_key.kind != "aligned":
@@ -73,6 +78,7 @@ class BlockCache:
         *,
         max_tokens: int | None,
         counts_tokens: bool,
+        explain: bool,
     ) -> RestorePlan:
         """Return the blocks of the longest stored prefix of `wanted`; empty on a miss."""
         n_tokens = len(wanted) // TOKEN_BYTES
@@ -95,7 +101,16 @@ class BlockCache:
                 self._store.release_later(path.pinned())
             raise
         with self._store.lock:
-            return self._planned(paths, counts_tokens=counts_tokens)
+            plan = self._planned(paths, counts_tokens=counts_tokens)
+            n_asked = len(parts[-1][1]) // TOKEN_BYTES
+            if plan.n_tokens < n_asked:
+                last, (_, sought, _) = paths[-1], parts[len(paths) - 1]
+                plan.miss = self._misses.find(
+                    last, sought, n_found=plan.n_tokens, n_asked=n_asked, explain=explain
+                )
+                if counts_tokens:
+                    self._store.count_miss(plan.miss)
+            return plan
 
     def _found_anywhere(self, part: _Part) -> Path:
         """Return the blocks of a part that memory and the tiers below hold."""
@@ -140,21 +155,25 @@ class BlockCache:
         if n_tokens < self._store.min_tokens:
             blocks, n_tokens = [], 0
         self._memory.counts["hits"] += bool(blocks)
-        for path in paths:
-            old = self._store.untouched(path.nodes)
-            addresses = [block_address(self._memory.index, node, path.root_key) for node in old]
-            self._store.touch_later(old, addresses)
+        if self._store.below:
+            for path in paths:
+                old = self._store.untouched(path.nodes)
+                addresses = [block_address(self._memory.index, node, path.root_key) for node in old]
+                self._store.touch_later(old, addresses)
         if len(paths) > 1:  # evict public blocks after those that follow them
             self._memory.retention.use(paths[0].nodes, time.monotonic())
         # Each block serves the positions up to the start of the next one.
-        ends = [start for start, _, _ in blocks[1:]]
-        ends.append(min(n_tokens, blocks[-1][1]) if blocks else 0)
-        served = [
-            StoredBlock(start, stop, payload.toreadonly(), until)
-            for (start, stop, payload), until in zip(blocks, ends, strict=False)
-        ]
-        pinned = [node for path in paths for node in path.pinned()]
-        works = [path.work for path in paths]
+        served: list[StoredBlock] = []
+        until = min(n_tokens, blocks[-1][1]) if blocks else 0
+        for start, stop, payload in reversed(blocks):
+            served.append(StoredBlock(start, stop, payload.toreadonly(), until))
+            until = start
+        served.reverse()
+        pinned: list[Node] = []
+        works: list[Work] = []
+        for path in paths:
+            pinned += path.pinned()
+            works.append(path.work)
         return RestorePlan(
             self._store, pinned, served, n_tokens, works, counts_tokens=counts_tokens
         )
@@ -224,9 +243,13 @@ class BlockCache:
                     self._promotion.extend(path, wanted)
                     if path.loose:  # memory has no room for them, so no block can follow them
                         path.cut(path.loose[0][0])
+                path.refusal = ""
                 blocks = self._reserved(path, wanted, n_bytes)
                 n_new, is_overtaken = self._fill_and_file(path, blocks, read, priority)
                 n_saved += n_new
+                if path.refusal and not is_overtaken:
+                    with self._store.lock:
+                        path.note_refusal(wanted)
             finally:
                 self._store.release_later(path.pinned())
         return n_saved
@@ -244,6 +267,7 @@ class BlockCache:
         except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
             _log.debug("the size of a state could not be read", exc_info=True)
             self._store.refuse("save_failed")
+            path.refusal = "save_failed"
             return []
         overhead = len(bounds) * NODE_BYTES + (stop - path.n_tokens) * TOKEN_BYTES
         blocks: list[NewBlock] = []
@@ -254,15 +278,18 @@ class BlockCache:
             if n_total > self._store.ram_bytes:
                 self._memory.refusals["over_budget"] += 1
                 self._store.notices.oversize(path.root_key.fingerprint, stop, n_total)
+                path.refusal = "over_budget"
                 return []
             if not path.has_entry_room():
                 if path.root is not None:  # the lack of a root was counted already
                     self._memory.refusals["entries_in_use"] += 1
+                path.refusal = "blocks_in_use" if path.root is None else "entries_in_use"
                 return []
             for (start, end), size in zip(bounds, sizes, strict=True):
                 tokens = wanted[start * TOKEN_BYTES : end * TOKEN_BYTES]
                 buffer = self._memory.take(size, NODE_BYTES + len(tokens))
                 if buffer is None:
+                    path.refusal = "blocks_in_use"
                     break
                 blocks.append(NewBlock(tokens, start, end, buffer))
         return blocks
@@ -279,6 +306,7 @@ class BlockCache:
         except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
             _log.debug("a block could not be read", exc_info=True)
             self._store.refuse("save_failed")
+            path.refusal = "save_failed"
         finally:
             with self._store.lock:
                 for block in blocks[:n_filled]:

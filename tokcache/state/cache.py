@@ -16,7 +16,10 @@ from tokcache.state.snapshots import SnapshotStore
 from tokcache.state.store import Store
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tokcache.state.handles import Work
+    from tokcache.state.reasons import Miss
     from tokcache.state.tiers import Tier
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
@@ -105,11 +108,17 @@ class PrefixStateCache:
             aligned=aligned,
         )
 
-    def name_model(self, fingerprint: bytes, name: str) -> None:
+    def name_model(
+        self, fingerprint: bytes, name: str, parts: Mapping[str, object] | None = None
+    ) -> None:
         """Note the name of a fingerprint's model, which `tokcache states ls` then shows.
 
-        It is no part of any key. On disk it is kept as it is, readable without the keys.
+        It is no part of any key. On disk it is kept as it is, readable without the keys. With
+        `parts`, whatever the fingerprint was made of, by name, a miss for the reason
+        `other_fingerprint` says which of them differ; they stay in this process.
         """
+        if parts is not None:
+            self._store.note_parts(fingerprint, parts)
         for each in self._store.below:
             each.tier.name_model(fingerprint, name)
 
@@ -186,18 +195,26 @@ class PrefixStateCache:
     # Counting
 
     def count_prompt(
-        self, n_tokens: int, *, context_tokens: int = 0, restored_tokens: int = 0
+        self,
+        n_tokens: int,
+        *,
+        context_tokens: int = 0,
+        restored_tokens: int = 0,
+        miss: Miss | None = None,
     ) -> None:
         """Count a prompt, and its tokens that were in the engine's context or were restored.
 
-        `plan`, `find` and the handles they return count prompts themselves. Call this for prompts
-        that need no look-up, because the context held all but the last token, and after
-        `plan(…, counts_tokens=False)`.
+        `miss` is why no more of it was reused. `plan`, `find` and the handles they return count
+        prompts themselves. Call this for prompts that need no look-up, because the context held all
+        but the last token, and after `plan(…, counts_tokens=False)`.
 
         Errors: InvalidConfig.
         """
         self._store.count_prompt(
-            n_tokens, context_tokens=context_tokens, restored_tokens=restored_tokens
+            n_tokens,
+            context_tokens=context_tokens,
+            restored_tokens=restored_tokens,
+            miss=miss,
         )
 
     def refuse(self, reason: str) -> None:

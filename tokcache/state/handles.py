@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
@@ -18,9 +17,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from tokcache.state.index import Node
+    from tokcache.state.reasons import Miss
     from tokcache.state.snapshot_index import Snapshot
 
 _log = logging.getLogger("tokcache")
+
+_MAX_CLEARED = 1024  # scopes whose last clear is remembered; one more makes all work void
 
 BlockIO = Callable[[int, int, memoryview], None]
 """Copies the state of positions [start, stop) into or out of a buffer; raises if it fails."""
@@ -28,32 +30,46 @@ Trim = Callable[[int], object]
 """Removes the restored positions from `n_tokens` on; returns False or raises if it fails."""
 
 
+class Clears:
+    """When each scope was cleared last, as the number of clears up to then.
+
+    Units:   `n` clears, of one scope or of all.
+    Threads: the store's lock is held for `add`; reading needs none.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._all = 0
+        self._of_scope: dict[str | None, int] = {}
+
+    def add(self, scope: str | None) -> None:
+        """Count a clear of `scope`, or of everything."""
+        n = self.n + 1
+        if scope is not None and len(self._of_scope) < _MAX_CLEARED:
+            self._of_scope[scope] = n
+        else:
+            self._all = n
+            self._of_scope = {}
+        self.n = n  # last: work that began with the number before sees the clear
+
+    def has(self, scope: str | None, since: int) -> bool:
+        """Return whether `scope` was cleared after the first `since` clears."""
+        cleared = self._of_scope.get(scope, 0)  # before `_all`, which `add` sets before it
+        return self._all > since or cleared > since
+
+
 class Work:
     """An operation under way for one scope: void from the moment that the scope is cleared."""
 
-    __slots__ = ("__weakref__", "is_void", "scope")
+    __slots__ = ("_clears", "_since", "scope")
 
-    def __init__(self, scope: str | None) -> None:
-        self.scope = scope
-        self.is_void = False
+    def __init__(self, clears: Clears, scope: str | None) -> None:
+        self._clears, self._since, self.scope = clears, clears.n, scope
 
-
-class Works:
-    """The operations that are under way; not thread-safe: the store holds its lock."""
-
-    def __init__(self) -> None:
-        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
-
-    def begin(self, scope: str | None) -> Work:
-        """Return an object that becomes void when `scope` is cleared."""
-        work = Work(scope)
-        self._works.add(work)
-        return work
-
-    def make_void(self, is_doomed: Callable[[str | None], bool]) -> None:
-        """Make the operations of these scopes void."""
-        for work in list(self._works):
-            work.is_void = work.is_void or is_doomed(work.scope)
+    @property
+    def is_void(self) -> bool:
+        """Whether the scope was cleared since the operation began."""
+        return self._since != self._clears.n and self._clears.has(self.scope, self._since)
 
 
 class Holder(Protocol):
@@ -124,9 +140,13 @@ class StoredBlock(NamedTuple):
 class RestorePlan(InUse):
     """The blocks of the longest usable prefix; in use, hence not evicted, until it is closed.
 
+    `miss` says why they serve no more of the tokens that were asked for; None if they serve all.
+
     Units:  `n_tokens` positions that the blocks serve; the last block may reach further, its
             positions from `n_tokens` on belong to other tokens and have to be trimmed.
     """
+
+    miss: Miss | None = None
 
     def __init__(
         self,

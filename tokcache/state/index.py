@@ -102,7 +102,7 @@ class Node:
 
 # Python objects of one root: node, places in dicts. Its names are added. Checked against
 # tracemalloc by tests/state/test_cache.py::test_names_of_scopes_are_counted.
-ROOT_BYTES = 560
+ROOT_BYTES = 700
 
 
 def root_bytes(root_key: RootKey) -> int:
@@ -148,6 +148,8 @@ class Match:
 class BlockIndex:
     """All chains, by root key; not thread-safe: the store locks.
 
+    `firsts` are the roots of each scope whose chains start at position 0.
+
     Units: `block_tokens` positions of an aligned block; `n_ends` prefixes that no block
            continues.
     """
@@ -155,6 +157,7 @@ class BlockIndex:
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
         self.roots: dict[RootKey, Root] = {}
+        self.firsts: dict[str | None, list[Root]] = {}
         self.n_nodes = 0
         self.n_ends = 0
 
@@ -169,6 +172,8 @@ class BlockIndex:
     def add_root(self, root_key: RootKey) -> Root:
         """Add the root with this key and return it."""
         root = self.roots[root_key] = Root(root_key, self.grain(root_key))
+        if not root_key.start:
+            self.firsts.setdefault(root_key.scope, []).append(root)
         return root
 
     def remove_root(self, root: Root) -> None:
@@ -176,6 +181,11 @@ class BlockIndex:
         if root.children:
             raise AssertionError("only an empty root can be removed")
         del self.roots[root.root_key]
+        if not root.root_key.start:
+            firsts = self.firsts[root.root_key.scope]
+            firsts.remove(root)
+            if not firsts:
+                del self.firsts[root.root_key.scope]
         root.is_dead = True
 
     def longest(self, root: Root, tokens: bytes) -> Match:
@@ -256,6 +266,14 @@ class BlockIndex:
             raise AssertionError(f"{self.n_nodes} blocks counted, {len(nodes)} found")
         if sum(node.is_end for node in nodes) != self.n_ends:
             raise AssertionError("ends miscounted")
+        firsts = [
+            root
+            for scope, each in self.firsts.items()
+            for root in each
+            if scope == root.root_key.scope
+        ]
+        if set(firsts) != {root for key, root in self.roots.items() if not key.start}:
+            raise AssertionError("the roots by scope are not those of the index")
         for root_key, root in self.roots.items():
             if root.is_dead or root.root_key != root_key or root.grain != self.grain(root_key):
                 raise AssertionError("a dead or misfiled root")

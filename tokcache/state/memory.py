@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from tokcache.state.index import BlockIndex, Match, Node, Root, root_bytes
+from tokcache.state.removals import Removals
 from tokcache.state.retention import Retention
 from tokcache.state.snapshot_index import SNAPSHOT_BYTES, Snapshot, SnapshotIndex
 from tokcache.state.tiers.ram import RamTier
@@ -39,6 +40,9 @@ class StateMemory:
         self.tier = RamTier()
         self.counts: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
+        self.misses: Counter[str] = Counter()
+        self.missed_tokens: Counter[str] = Counter()
+        self.removals = Removals()
         self.overhead = 0
         self.retention = Retention(ttl_s)
         self._dead: dict[int, memoryview] = {}
@@ -74,6 +78,7 @@ class StateMemory:
     def _expire(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
             if not node.children and not node.is_dead:
+                self._note_removal(node, "ttl_s")
                 self.remove(node)
                 self.counts["expirations"] += 1
 
@@ -130,7 +135,7 @@ class StateMemory:
             victim = self.retention.victim()
             if victim is None:
                 return False
-            self._evict(victim)
+            self._evict(victim, "ram_bytes")
 
     def has_entry_room(self, parent: Node, at: int) -> bool:
         """Make room for a chain that follows position `at` of `parent`, which is in use."""
@@ -157,21 +162,31 @@ class StateMemory:
             return False
         step: Node | None = victim if isinstance(victim, Node) else None
         if step is None:
-            self._evict(victim)
+            self._evict(victim, "max_entries")
         while step is not None and step.parent is not None and not (step.children or step.pins):
             if step.tick != victim.tick:
                 break
             parent = step.parent
-            self._evict(step)
+            self._evict(step, "max_entries")
             step = parent
         return True
 
-    def _evict(self, held: Held) -> None:
+    def _evict(self, held: Held, budget: str) -> None:
         if isinstance(held, Node):
+            self._note_removal(held, budget)
             self.remove(held)
         elif isinstance(held, Snapshot):
             self.remove_snapshot(held)
         self.counts["evictions"] += 1
+
+    def _note_removal(self, node: Node, cause: str) -> None:
+        """Remember why a block is removed, for look-ups that end at its start."""
+        step = node
+        while step.parent is not None:
+            step = step.parent
+        if isinstance(step, Root):
+            place = step.root_key, node.base, node.tokens
+            self.removals.note(*place, cause, grain=step.grain, written=node.written)
 
     # Filing and removing
 
@@ -236,6 +251,7 @@ class StateMemory:
 
     def remove_all(self, is_doomed: Callable[[str | None], bool]) -> int:
         """Remove the states of these scopes; return the states removed."""
+        self.removals.forget(is_doomed)
         roots = [root for root in self.index.roots.values() if is_doomed(root.root_key.scope)]
         doomed = [node for root in roots for node in self.index.below(root)]
         for node in doomed:
@@ -268,6 +284,7 @@ class StateMemory:
         for snapshot in self.snapshots:
             if snapshot.pins > snapshot.is_kept:
                 self.remove_snapshot(snapshot)
+        self.removals.reset(has_dropped=True)
         self._dead.clear()
         self.tier.drop_lent()
         self.overhead = self.counted_overhead()

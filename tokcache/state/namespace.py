@@ -124,14 +124,20 @@ class Namespace:
     # Blocks
 
     def plan(
-        self, tokens: object, *, max_tokens: int | None = None, counts_tokens: bool = True
+        self,
+        tokens: object,
+        *,
+        max_tokens: int | None = None,
+        counts_tokens: bool = True,
+        explain: bool = False,
     ) -> RestorePlan:
         """Return the blocks of the longest stored prefix of `tokens`; empty on a miss.
 
         `max_tokens` bounds the prefix: an engine must decode at least the last token itself. An
         aligned namespace finds whole blocks, so that the prefix ends at a multiple of
         `block_tokens`. With `counts_tokens=False` only the look-up is counted: the caller counts
-        its prompts with `count_prompt`.
+        its prompts with `count_prompt`. `plan.miss` says why no more was found; with `explain` it
+        has the first tokens with which the nearest held prefix of this scope goes on.
 
         Errors: InvalidTokens, InvalidConfig.
         """
@@ -142,6 +148,7 @@ class Namespace:
             self._n_public(wanted),
             max_tokens=max_tokens,
             counts_tokens=counts_tokens,
+            explain=explain,
         )
 
     def save(
@@ -235,7 +242,12 @@ class Namespace:
 
         Errors: InvalidConfig.
         """
-        self._store.note_prefill(n_tokens, seconds, self.fingerprint)
+        self._store.note_prefill(n_tokens, seconds, self.fingerprint, self.scope)
+
+    def prefill_seconds(self, n_tokens: int) -> float | None:
+        """Return how long prefilling `n_tokens` takes, None before `note_prefill` in this scope."""
+        with self._store.lock:
+            return self._store.own_seconds(n_tokens, self.fingerprint, self.scope)
 
     def refuse(self, reason: str) -> None:
         """Count a state that was not stored or not used."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from tokcache.state.index import Root, root_bytes
 from tokcache.state.memory import NODE_BYTES
+from tokcache.state.names import TOKEN_BYTES
 
 if TYPE_CHECKING:
     from tokcache.state.handles import Work
@@ -35,7 +36,8 @@ class Path:
     """The blocks that a prompt begins with, in use until they are released.
 
     `nodes` are in memory. `loose` blocks follow them: tiers below have them, and memory no room;
-    `loose_point` is the name of the prefix at their end.
+    `loose_point` is the name of the prefix at their end. `refusal` is why the
+    block that follows is missing: the tier and its reason, or that of a save.
 
     Units:  `n_tokens` positions that the blocks serve.
     Threads: the store's lock is held, except for reading.
@@ -49,6 +51,7 @@ class Path:
     n_tokens: int
     loose: list[tuple[int, int, memoryview]] = field(default_factory=list)
     loose_point: bytes = b""
+    refusal: str = ""
 
     @classmethod
     def found(cls, store: Store, root_key: RootKey, wanted: bytes, work: Work) -> Self:
@@ -98,21 +101,27 @@ class Path:
 
     def in_the_way(self, block: NewBlock) -> Node | None:
         """Return the block that has the place of `block`, None if it is free or gone."""
-        if self.root is None or self.root.is_dead or self.last.is_dead:
+        root = self.root
+        if root is None or root.is_dead:
             return None
-        return self.store.memory.index.child(self.root, self.last, block.start, block.tokens)
+        last = self.last
+        if last.is_dead:
+            return None
+        return self.store.memory.index.child(root, last, block.start, block.tokens)
 
     def file(self, block: NewBlock) -> Node | None:
         """Put a block at the end; None if that is gone, or if its place or the room is taken."""
         root, memory = self.root, self.store.memory
-        if root is None or root.is_dead or self.last.is_dead or self.is_void:
+        if root is None or root.is_dead or self.is_void:
             return None
-        if self.in_the_way(block) is not None:
+        last = self.last
+        if last.is_dead or memory.index.child(root, last, block.start, block.tokens) is not None:
             return None
-        if not memory.has_entry_room(self.last, block.start):
+        if not memory.has_entry_room(last, block.start):
             memory.refusals["entries_in_use"] += 1
+            self.refusal = "entries_in_use"
             return None
-        return memory.file(root, self.last, block.start, block.tokens, block.buffer)
+        return memory.file(root, last, block.start, block.tokens, block.buffer)
 
     def append(self, node: Node, n_tokens: int) -> None:
         """Extend the path by a block in memory, up to `n_tokens` positions."""
@@ -120,6 +129,16 @@ class Path:
         self.store.memory.retention.watch(node)
         self.nodes.append(node)
         self.n_tokens = n_tokens
+
+    def note_refusal(self, wanted: bytes) -> None:
+        """Remember why the block of `wanted` that follows the path was not stored."""
+        if self.is_void or (self.root is not None and self.root.is_dead):
+            return
+        index, start = self.store.memory.index, self.n_tokens * TOKEN_BYTES
+        block = wanted[start : start + self.store.block_tokens * TOKEN_BYTES]
+        grain = index.grain(self.root_key)
+        place = self.root_key, self.point(), block
+        self.store.memory.removals.note(*place, self.refusal, grain=grain)
 
     def cut(self, n_tokens: int) -> None:
         """Let the path end at `n_tokens`; loose blocks go."""

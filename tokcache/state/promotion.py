@@ -16,6 +16,7 @@ from tokcache.state.memory import NODE_BYTES
 from tokcache.state.names import TOKEN_BYTES, child_name
 from tokcache.state.path import NewBlock
 from tokcache.state.tiers import Address
+from tokcache.state.tiers.counters import take_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +56,7 @@ class Promotion:
         before = path.n_tokens
         if before * TOKEN_BYTES >= len(wanted) or ended.get(below, -1) >= before:
             return False
+        take_refusal()  # of an earlier look-up
         found = below.tier.find_each(self._ahead(path, wanted))
         foreseen = before
         while path.n_tokens == foreseen:
@@ -72,6 +74,9 @@ class Promotion:
                 # It has no more blocks, or it rests from now on whatever other tiers add.
                 ended[below] = path.n_tokens if goes_on else len(wanted)
                 break
+        refusal = take_refusal()
+        if refusal or path.n_tokens > before:
+            path.refusal = f"{below.tier.label}: {refusal}" if refusal else ""
         return path.n_tokens > before
 
     def _ahead(self, path: Path, wanted: bytes) -> Iterator[tuple[Address, bytes]]:

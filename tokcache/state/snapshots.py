@@ -82,7 +82,7 @@ class SnapshotStore:
             return False
         with self._store.lock:
             self._store.settle()
-            work = self._store.works.begin(snapshot.root_key.scope)
+            work = Work(self._store.clears, snapshot.root_key.scope)
             buffer = self._buffer_for(snapshot, n_bytes)
         if buffer is None:
             self._store.notices.log()
@@ -175,9 +175,7 @@ class SnapshotStore:
                     longest = None if snapshot is None else self._used(snapshot)
                 if longest is not None:
                     return longest
-        work = self._store.begin(
-            root_key.scope
-        )  # before a tier is asked: it may be cleared meanwhile
+        work = Work(self._store.clears, root_key.scope)  # before a tier is asked
         worth = self._store.worth_asking(root_key)
         lengths = [below.tier.lengths(root_key) for below in worth]
         with self._store.lock:

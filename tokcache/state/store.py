@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cachetools import LRUCache
+
 from tokcache._validate import (
     require_bool,
     require_int,
@@ -20,7 +22,7 @@ from tokcache._validate import (
     require_size,
 )
 from tokcache.errors import InvalidConfig
-from tokcache.state.handles import Work, Works
+from tokcache.state.handles import Clears, Work
 from tokcache.state.locked import Locked
 from tokcache.state.memory import StateMemory
 from tokcache.state.memory_notices import MemoryNotices
@@ -32,9 +34,10 @@ from tokcache.state.write_behind import Job
 from tokcache.stats import StateStats, TierStats
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from tokcache.state.index import BlockIndex, Node
+    from tokcache.state.reasons import Miss
     from tokcache.state.snapshot_index import Snapshot
     from tokcache.state.tiers.disk import DiskTier
     from tokcache.state.tiers.redis import RedisTier
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tokcache")
 
 _MIN_QUEUE = 1 << 20
+_MAX_SPEEDS, _MAX_PARTS = 1024, 64
 _COUNTED = (
     "lookups",
     "hits",
@@ -97,9 +101,12 @@ class Store(Locked):
         self._unwritten: deque[tuple[Node | Snapshot, int]] = deque()
         self.is_closed = False
         self.notices = MemoryNotices(self.ram_bytes)
-        self.works = Works()
+        self.clears = Clears()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self._prefill: dict[bytes, Speed] = {}
+        # What a miss costs is measured in each scope alone: it must not show that others decode.
+        self._own_prefill: LRUCache[tuple[bytes, str | None], Speed] = LRUCache(_MAX_SPEEDS)
+        self._parts: LRUCache[bytes, dict[str, str]] = LRUCache(_MAX_PARTS)
         self.loose: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.below: tuple[Below, ...] = ()
         if enabled:
@@ -111,8 +118,10 @@ class Store(Locked):
 
     # Lower tiers
 
-    def note_prefill(self, n_tokens: int, seconds: float, fingerprint: bytes) -> None:
-        """Note how long the engine took to prefill `n_tokens` of a model.
+    def note_prefill(
+        self, n_tokens: int, seconds: float, fingerprint: bytes, scope: str | None
+    ) -> None:
+        """Note how long the engine took to prefill `n_tokens` of a model, for a scope.
 
         Errors: InvalidConfig.
         """
@@ -121,6 +130,25 @@ class Store(Locked):
             raise InvalidConfig(f"seconds must be a number from 0 on, not {seconds!r}")
         with self.lock:
             self._prefill.setdefault(fingerprint, Speed()).note(n_tokens, seconds)
+            self._own_prefill.setdefault((fingerprint, scope), Speed()).note(n_tokens, seconds)
+
+    def own_seconds(self, n_tokens: int, fingerprint: bytes, scope: str | None) -> float | None:
+        """Return how long prefilling takes as measured in one scope, or None; the lock is held."""
+        speed = self._own_prefill.get((fingerprint, scope))
+        return None if speed is None else speed.seconds(n_tokens)
+
+    def note_parts(self, fingerprint: bytes, parts: Mapping[str, object]) -> None:
+        """Note the parts that a fingerprint was made of, to say later in which two differ."""
+        with self.lock:
+            self._parts[fingerprint] = {name: repr(part) for name, part in parts.items()}
+
+    def differing_parts(self, left: bytes, right: bytes) -> str:
+        """Return the names of the parts in which two fingerprints differ; the lock is held."""
+        known = self._parts.get(left), self._parts.get(right)
+        if known[0] is None or known[1] is None:
+            return ""
+        names = {**known[0], **known[1]}
+        return ", ".join(name for name in names if known[0].get(name) != known[1].get(name))
 
     def worth_asking(self, root_key: RootKey) -> list[Below]:
         """Return the tiers that may be faster than prefilling; count the others."""
@@ -210,7 +238,14 @@ class Store(Locked):
         with self.lock:
             self.memory.refusals[reason] += 1
 
-    def count_prompt(self, n_tokens: int, *, context_tokens: int, restored_tokens: int) -> None:
+    def count_miss(self, miss: Miss) -> None:
+        """Count a prompt that was reused no further; the lock is held."""
+        self.memory.misses[miss.reason] += 1
+        self.memory.missed_tokens[miss.reason] += miss.n_missed
+
+    def count_prompt(
+        self, n_tokens: int, *, context_tokens: int, restored_tokens: int, miss: Miss | None
+    ) -> None:
         """Count a prompt, and its tokens that were in the engine's context or were restored.
 
         Errors: InvalidConfig.
@@ -223,6 +258,8 @@ class Store(Locked):
             counts["prompt_tokens"] += n_tokens
             counts["context_tokens"] += context_tokens
             counts["restored_tokens"] += restored_tokens
+            if miss is not None:
+                self.count_miss(miss)
 
     def count_restored(
         self, n_tokens: int, seconds: float, *, n_in_context: int = 0, is_hit: bool = False
@@ -258,6 +295,8 @@ class Store(Locked):
             return StateStats(
                 **{name: counts[name] for name in _COUNTED},
                 refusals=refusals,
+                misses=_plain(self.memory.misses),
+                missed_tokens=_plain(self.memory.missed_tokens),
                 restore_seconds=self.seconds["restore"],
                 save_seconds=self.seconds["save"],
                 n_entries=self.memory.n_entries,
@@ -281,9 +320,7 @@ class Store(Locked):
 
         Errors: InvalidScope.
         """
-        scope = require_scope(scope)
-        with self.lock:
-            return self.works.begin(scope)
+        return Work(self.clears, require_scope(scope))
 
     def clear(self, *, scope: str | None = None) -> int:
         """Remove a scope's states from every tier, or everything; return the states removed.
@@ -298,6 +335,7 @@ class Store(Locked):
         for below in self.below:
             below.writer.discard(is_doomed)
         with self.lock:
+            self.clears.add(scope)
             n_removed = self._clear_memory(is_doomed, is_all=scope is None)
         # A save between the two steps filed its blocks before this thread had the lock.
         for below in self.below:
@@ -305,15 +343,19 @@ class Store(Locked):
         return max([n_removed, *(each.tier.clear(scope=scope) for each in self.below)])
 
     def _clear_memory(self, is_doomed: Callable[[str | None], bool], *, is_all: bool) -> int:
-        """Remove the states in memory of these scopes, and make operations under way void."""
+        """Remove the states in memory of these scopes."""
         self.settle()
-        self.works.make_void(is_doomed)
         for snapshot in list(self.loose):
             snapshot.is_dead = snapshot.is_dead or is_doomed(snapshot.root_key.scope)
+        for key in [key for key in self._own_prefill if is_doomed(key[1])]:
+            del self._own_prefill[key]
         n_removed = self.memory.remove_all(is_doomed)
         if is_all:
             self.memory.counts.clear()
             self.memory.refusals.clear()
+            self.memory.misses.clear()
+            self.memory.missed_tokens.clear()
+            self.memory.removals.reset()
             self.notices = MemoryNotices(self.ram_bytes)
             self.seconds = {"restore": 0.0, "save": 0.0}
         return n_removed
@@ -325,6 +367,7 @@ class Store(Locked):
         for below in self.below:
             below.writer.close()
         with self.lock:
+            self.clears.add(None)
             self._clear_memory(lambda _: True, is_all=True)
         for below in self.below:
             if below.is_owned:
@@ -360,6 +403,10 @@ def _touch(
 ) -> None:
     # A state that a tier has lost is written again by the next save of its tokens.
     unwritten.extend((held[n], below.bit) for n in below.tier.touch(addresses))
+
+
+def _plain(counts: Mapping[str, int]) -> dict[str, int]:
+    return {str(reason): n for reason, n in counts.items()}
 
 
 def _left(until: float | None) -> float | None:

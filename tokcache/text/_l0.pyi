@@ -4,6 +4,8 @@ from typing import Any, final
 from tokcache.stats import L0Stats
 from tokcache.text.token_ids import TokenIds
 
+has_quick_calls: bool
+
 @final
 class L0Cache:
     max_entries: int

@@ -29,6 +29,7 @@ from tokcache.errors import Abandoned, InvalidText
 from tokcache.stats import CacheStats, L0Stats, L1Stats
 from tokcache.text import _implementation as implementation
 from tokcache.text._native import is_native
+from tokcache.text.chat.cache import RenderCache
 from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.engines.copying import HuggingFaceEngine
 from tokcache.text.flights import Flights, Key, new_flight
@@ -95,6 +96,7 @@ class CachedTokenizer:
         "get",
         "guard_lock",
         "plain_lock",
+        "rendered",
     )
 
     get: Callable[[str, bool, str | None], TokenIds | None]
@@ -107,6 +109,7 @@ class CachedTokenizer:
         self._config = config or CacheConfig()
         self._build_engine = build_engine
         self._guard: Callable[[], None] | None = None
+        self.rendered = RenderCache(self._config.render_max_bytes, self._config.verify_rate)
         self._n_long = 0
         self._renew_locks()
         self._reset_counts()
@@ -238,7 +241,8 @@ class CachedTokenizer:
         encodes the whole text.
         """
         text, add_special_tokens, scope, since = key
-        engine, l1 = self.engine(generation), generation.l1
+        engine = self.engine(generation) if generation.engine is None else generation.engine
+        l1 = generation.l1
         if engine.reason is not None:  # the plain tokenizer, whose answers are not cached
             return implementation.TokenIds(_encode_whole(engine, [text], add_special_tokens)[0])
         if encode is not None and l1 is not None and l1.encodes_alone(text):
@@ -370,6 +374,10 @@ class CachedTokenizer:
         afterwards.
         """
         scope = require_scope(scope)
+        if scope is None:
+            self.rendered.clear()
+        else:
+            self.rendered.clear_scope(scope)
         with self._lock:
             if scope is None:
                 self._reset_counts()
@@ -422,6 +430,7 @@ class CachedTokenizer:
             return CacheStats(
                 l0=_sum(self._retired, self._generation.l0.stats(), self._counts["rechecks"]),
                 l1=_sum_l1(self._retired_l1, self._generation.l1),
+                render=self.rendered.stats(),
                 encoded_texts=self._encoded_texts,
                 encoded_tokens=self._encoded_tokens,
                 encode_seconds=self._encode_seconds,

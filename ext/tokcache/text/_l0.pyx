@@ -16,6 +16,7 @@ from tokcache.config import MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 
+from tokcache.text._quick cimport Method, divert, n_names, name_at
 from tokcache.text._table cimport (
     KIND_MASK, N_SECRETS, OWNER_MASK, OWNER_SHIFT, SCOPE_SHIFT, WHOLE, Crowd, Entry, Key, Table,
     bytes_to_grow, digest_of, fetch, fetch_home, find, find_crowd, insert, is_long, key_of,
@@ -24,12 +25,16 @@ from tokcache.text._table cimport (
 from tokcache.text._token_ids cimport TokenIds, owner_of, sizeof_token_ids
 
 cdef extern from "Python.h":
-    bint PyUnicode_CheckExact(object o)
+    PyObject* Py_True
+    PyObject* Py_False
+    PyObject* Py_None
     bint PyUnicode_Check(object o)
-    int PyUnicode_READY(object o) except -1
-    void* PyUnicode_DATA(object o)
-    int PyUnicode_KIND(object o)
-    Py_ssize_t PyUnicode_GET_LENGTH(object o)
+    bint PyUnicode_CheckExact(object o)
+    bint is_exact_str "PyUnicode_CheckExact"(PyObject* o)
+    int PyUnicode_READY(PyObject* o) except -1
+    void* PyUnicode_DATA(PyObject* o)
+    int PyUnicode_KIND(PyObject* o)
+    Py_ssize_t PyUnicode_GET_LENGTH(PyObject* o)
     bint PyUnicode_IS_COMPACT_ASCII(object o)
     object PyUnicode_FromKindAndData(int kind, const void* data, Py_ssize_t size)
     ctypedef struct PyASCIIObject:
@@ -129,25 +134,29 @@ cdef class L0Cache:
 
     def get(self, text, *, add_special_tokens=True, scope=None):
         """Return the ids stored for `text` in `scope`, or None."""
-        return self.look(text, add_special_tokens, scope)
+        return self.look(<PyObject*> text, <PyObject*> add_special_tokens, <PyObject*> scope)
 
     def _get(self, text, add_special_tokens, scope):
         """Do the same as `get`, without the cost of keyword arguments."""
-        return self.look(text, add_special_tokens, scope)
+        return self.look(<PyObject*> text, <PyObject*> add_special_tokens, <PyObject*> scope)
 
-    cdef inline object look(self, object text, object add_special_tokens, object scope):
+    cdef inline object look(
+        self, PyObject* text, PyObject* add_special_tokens, PyObject* scope
+    ):
+        # These are borrowed: Cython takes a reference to each object that it handles.
         cdef Key key
         cdef Entry* entry
         cdef Table* table = &self.tables[map_of(add_special_tokens)]
-        if not PyUnicode_CheckExact(text):
-            text = exact_str(text)
+        if not is_exact_str(text):
+            return self._get(
+                exact_str(<object> text), <object> add_special_tokens, <object> scope
+            )
         key_from(text, &key)
-        if scope is not None:
-            number = self.scope_numbers.get(exact_scope(scope))
-            if number is None:
+        if scope != Py_None:
+            key.scope = self.number_of(<object> scope)
+            if key.scope == 0:
                 self.misses += 1
                 return None
-            key.scope = number
         entry = find(table, digest_of(table, &key), &key)
         if entry == NULL:
             self.misses += 1
@@ -160,7 +169,7 @@ cdef class L0Cache:
 
     def put(self, text, ids, *, add_special_tokens=True, scope=None):
         """Store `ids` for `text` in `scope`; return False if the entry was refused."""
-        return self.keep(text, add_special_tokens, ids, scope)
+        return self.keep(<PyObject*> text, <PyObject*> add_special_tokens, ids, <PyObject*> scope)
 
     def _put(self, text, add_special_tokens, ids, scope, uint64_t since):
         """Do the same as `put`, unless the scope was cleared after `_n_clears` was `since`."""
@@ -171,10 +180,10 @@ cdef class L0Cache:
         # No other Python code runs between here and the insert.
         if since != self._n_clears and self.was_cleared(scope, since):
             return self.refuse("cleared")
-        return self.keep(text, add_special_tokens, ids, scope)
+        return self.keep(<PyObject*> text, <PyObject*> add_special_tokens, ids, <PyObject*> scope)
 
     cdef bint keep(
-        self, object text, object add_special_tokens, object ids, object scope
+        self, PyObject* text, PyObject* add_special_tokens, object ids, PyObject* scope
     ) except -1:
         cdef TokenIds owner = owner_of(ids if type(ids) is TokenIds else TokenIds(ids))
         cdef Table* table = &self.tables[map_of(add_special_tokens)]
@@ -182,13 +191,16 @@ cdef class L0Cache:
         cdef Entry entry
         cdef Entry* old
         cdef Victim victim
-        if not PyUnicode_CheckExact(text):
-            text = exact_str(text)
+        if not is_exact_str(text):
+            return self.put(
+                exact_str(<object> text), owner, add_special_tokens=<object> add_special_tokens,
+                scope=<object> scope,
+            )
         if PyUnicode_GET_LENGTH(text) > MAX_UNITS:
             return self.refuse("oversize")
         key_from(text, &key)
-        if scope is not None:
-            key.scope = self.enter_scope(exact_scope(scope))
+        if scope != Py_None:
+            key.scope = self.enter_scope(exact_scope(<object> scope))
             if key.scope == 0:
                 return self.refuse("scopes")
         entry.digest = digest_of(table, &key)
@@ -197,7 +209,7 @@ cdef class L0Cache:
         old = find(table, entry.digest, &key)
         if old != NULL:
             self.drop(table, <uint32_t> (old - table.entries))
-        reason = self.admit(table, &key, text, owner, victim, &entry)
+        reason = self.admit(table, &key, <str> text, owner, victim, &entry)
         if reason is not None:
             if key.scope:
                 self.leave_scope(key.scope)
@@ -324,9 +336,9 @@ cdef class L0Cache:
         cdef int outcome = STORED
         nobody.table = NULL
         nobody.position = 0
-        if PyUnicode_GET_LENGTH(text) > MAX_UNITS:
+        if PyUnicode_GET_LENGTH(<PyObject*> text) > MAX_UNITS:
             return NO_ROOM
-        key_from(text, &key)
+        key_from(<PyObject*> text, &key)
         if scope is not None:
             key.scope = self.enter_scope(exact_scope(scope))
             if key.scope == 0:
@@ -366,6 +378,10 @@ cdef class L0Cache:
         self.clock += 1
         if self.clock == 0:  # tick 0 marks an empty place
             self.clock = 1
+
+    cdef uint32_t number_of(self, object scope) except? 0:
+        """Return the number of a scope, 0 if it has no entry."""
+        return self.scope_numbers.get(exact_scope(scope), 0)
 
     cdef int clear_scope(self, str scope) except -1:
         cdef uint32_t number = self.scope_numbers.get(scope, 0), i, capacity
@@ -549,6 +565,51 @@ cdef class L0Cache:
         return 0
 
 
+cdef inline bint has_known_names(
+    PyObject* const* values, PyObject* names, PyObject** add_special_tokens, PyObject** scope
+) noexcept:
+    """Assign the keyword arguments of a call or their defaults; return False if it has others."""
+    cdef Py_ssize_t i
+    add_special_tokens[0] = Py_True
+    scope[0] = Py_None
+    if names == NULL:
+        return True
+    for i in range(n_names(names)):
+        if name_at(names, i) == <PyObject*> "add_special_tokens":
+            add_special_tokens[0] = values[i]
+        elif name_at(names, i) == <PyObject*> "scope":
+            scope[0] = values[i]
+        else:
+            return False
+    return True
+
+
+cdef object quick_get(PyObject* self, PyObject* const* args, Py_ssize_t n_args, PyObject* names):
+    """Take the calls of `L0Cache.get`."""
+    cdef PyObject* add_special_tokens
+    cdef PyObject* scope
+    if n_args == 1 and has_known_names(args + 1, names, &add_special_tokens, &scope):
+        return (<L0Cache> self).look(args[0], add_special_tokens, scope)
+    return method_get(self, args, n_args, names)
+
+
+cdef object quick_put(PyObject* self, PyObject* const* args, Py_ssize_t n_args, PyObject* names):
+    """Take the calls of `L0Cache.put`."""
+    cdef PyObject* add_special_tokens
+    cdef PyObject* scope
+    if n_args == 2 and has_known_names(args + 2, names, &add_special_tokens, &scope):
+        return (<L0Cache> self).keep(args[0], add_special_tokens, <object> args[1], scope)
+    return method_put(self, args, n_args, names)
+
+
+cdef Method method_get
+cdef Method method_put
+has_quick_calls = bool(
+    divert(L0Cache, b"get", quick_get, &method_get)
+    and divert(L0Cache, b"put", quick_put, &method_put)
+)
+
+
 @cython.binding(True)
 def token_ids(self, text, *, add_special_tokens=True, scope=None):
     """Return the token ids of `text`, from the cache if it holds them.
@@ -587,7 +648,7 @@ cdef void release(const Entry* entry) noexcept:
     decref(<PyObject*> entry.value)
 
 
-cdef inline int key_from(str text, Key* key) except -1:
+cdef inline int key_from(PyObject* text, Key* key) except -1:
     PyUnicode_READY(text)
     key.data = <const uint8_t*> PyUnicode_DATA(text)
     key.n_units = <uint32_t> PyUnicode_GET_LENGTH(text)
@@ -597,13 +658,13 @@ cdef inline int key_from(str text, Key* key) except -1:
     return 0
 
 
-cdef inline int map_of(object add_special_tokens) except -1:
+cdef inline int map_of(PyObject* add_special_tokens) except -1:
     """Return the index of the map for texts with or without special tokens."""
-    if add_special_tokens is True:
+    if add_special_tokens == Py_True:
         return 1
-    if add_special_tokens is False:
+    if add_special_tokens == Py_False:
         return 0
-    return require_bool("add_special_tokens", add_special_tokens)
+    return require_bool("add_special_tokens", <object> add_special_tokens)
 
 
 cdef str exact_str(object text):

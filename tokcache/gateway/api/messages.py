@@ -1,6 +1,13 @@
 """Translates Anthropic's Messages API to chat completions and their answers back.
 
-llama-server has /v1/messages, but ignores `id_slot` there (measured with xllamacpp 2026.10).
+llama-server has /v1/messages, but ignores `id_slot` there (measured with xllamacpp 2026.10). For a
+server that honours it, `MessageAnswer` reads the message that it streams itself.
+
+A message is translated as llama-server does it, so that both render the same prompt, with these
+differences: text after a tool result stays after it, thinking can be switched off, addresses of
+images are refused, and `tool_choice` may be none.
+
+Source: server_chat_convert_anthropic_to_oai in tools/server/server-chat.cpp of llama.cpp.
 """
 
 from __future__ import annotations
@@ -11,7 +18,8 @@ from typing import Any
 
 from tokcache.errors import ApiError
 from tokcache.gateway.api.rules import blanked
-from tokcache.gateway.api.streams import ChatAnswer
+from tokcache.gateway.api.streams import ChatAnswer, Counts, raise_error_in
+from tokcache.gateway.routing.chain import canonical_message
 
 _PASSED = ("model", "temperature", "top_p", "top_k", "stream", "max_tokens", "chat_template_kwargs")
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -43,16 +51,18 @@ def to_chat(body: dict[str, Any], *, is_counting: bool = False) -> dict[str, Any
     if isinstance(thinking, dict):
         is_on = thinking.get("type") != "disabled"
         chat.setdefault("chat_template_kwargs", {"enable_thinking": is_on})
+        if is_on and isinstance(thinking.get("budget_tokens"), int):
+            chat["thinking_budget_tokens"] = thinking["budget_tokens"]
     return chat
 
 
 def _system(found: Any) -> list[dict[str, Any]]:
-    if not found:
+    if found is None:
         return []
     if isinstance(found, list) and all(isinstance(each, dict) for each in found):
         # llama-server's own /v1/messages blanks the billing line too; it is a block of its own.
         texts = [blanked(str(each.get("text", ""))) for each in found]
-        return [{"role": "system", "content": "\n".join(texts)}]
+        return [{"role": "system", "content": "".join(texts)}]
     if isinstance(found, str):
         return [{"role": "system", "content": blanked(found)}]
     raise ApiError(400, "system: a text or a list of text blocks is required")
@@ -79,7 +89,8 @@ def _message(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
         elif kind == "thinking":
             thoughts.append(str(block.get("thinking", "")))
         elif kind == "tool_use":
-            arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
+            given = block.get("input") or {}
+            arguments = json.dumps(given, ensure_ascii=False, separators=(",", ":"))
             function = {"name": str(block.get("name", "")), "arguments": arguments}
             call = {"id": str(block.get("id", "")), "type": "function", "function": function}
             tool_calls.append(call)
@@ -99,27 +110,37 @@ def _message(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
 
 
 def _joined(parts: list[dict[str, Any]]) -> Any:
-    if all(part["type"] == "text" for part in parts):
-        return "\n".join(part["text"] for part in parts)
-    return parts
+    """Return the content of a message: templates may render a list of several in their own way."""
+    if len(parts) > 1 or any(part["type"] != "text" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
 
 
 def _image(block: dict[str, Any], place: str) -> str:
     source = block.get("source")
     if isinstance(source, dict) and source.get("type") == "base64":
-        return f"data:{source.get('media_type', 'image/png')};base64,{source.get('data', '')}"
+        return f"data:{source.get('media_type', 'image/jpeg')};base64,{source.get('data', '')}"
     # A URL would have the llama-server fetch it.
     raise ApiError(400, f"{place}.source: only images of type base64 are accepted")
 
 
-def _result(content: Any, place: str) -> str:
+def _result(content: Any, place: str) -> Any:
     if content is None or isinstance(content, str):
         return content or ""
-    if isinstance(content, list) and all(isinstance(each, dict) for each in content):
-        texts = [str(each.get("text", "")) for each in content if each.get("type") == "text"]
-        if len(texts) == len(content):
-            return "\n".join(texts)
-    raise ApiError(400, f"{place}.content: only text is accepted in a tool result")
+    parts: list[dict[str, Any]] = []
+    for each in content if isinstance(content, list) else [content]:
+        kind = each.get("type") if isinstance(each, dict) else None
+        if kind == "text":
+            parts.append({"type": "text", "text": str(each.get("text", ""))})
+        elif kind == "image":
+            parts.append({"type": "image_url", "image_url": {"url": _image(each, place)}})
+        else:
+            raise ApiError(
+                400, f"{place}.content: only text and images are accepted in a tool result"
+            )
+    if any(part["type"] != "text" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
 
 
 def _tool(found: Any) -> dict[str, Any]:
@@ -127,19 +148,20 @@ def _tool(found: Any) -> dict[str, Any]:
         raise ApiError(
             400, "tools: each needs a name and an input_schema; server tools are not run"
         )
-    function = {"name": found.get("name"), "parameters": found["input_schema"]}
-    if found.get("description"):
-        function["description"] = found["description"]
+    function = {
+        "name": found.get("name"),
+        "description": found.get("description") or "",
+        "parameters": found["input_schema"],
+    }
     return {"type": "function", "function": function}
 
 
-def _tool_choice(found: Any) -> Any:
+def _tool_choice(found: Any) -> str:
+    """Return the choice; llama-server can require a tool, but not one by name."""
     kind = found.get("type") if isinstance(found, dict) else None
-    if kind == "tool":
-        return {"type": "function", "function": {"name": found.get("name")}}
-    if kind not in ("auto", "any", "none"):
+    if kind not in ("auto", "any", "none", "tool"):
         raise ApiError(400, f"tool_choice: the type {kind!r} is unknown")
-    return "required" if kind == "any" else kind
+    return "required" if kind in ("any", "tool") else kind
 
 
 def from_chat(answer: ChatAnswer, message_id: str, model: str) -> dict[str, Any]:
@@ -251,3 +273,53 @@ class MessageEvents:
 
     def _delta(self, part: dict[str, Any]) -> dict[str, Any]:
         return {"type": "content_block_delta", "index": self._index, "delta": part}
+
+
+class MessageAnswer:
+    """A message that llama-server's own /v1/messages streams, put together from its events.
+
+    Units: the counts are in tokens; the stream has no times.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counts | None = None
+        self._message: dict[str, Any] = {}
+        self._blocks: dict[int, dict[str, Any]] = {}
+        self._arguments: dict[int, str] = {}
+
+    def feed(self, found: dict[str, Any]) -> None:
+        """Add the JSON object of an event."""
+        raise_error_in(found)
+        kind = found.get("type")
+        if kind == "message_start":
+            self._message = found["message"]
+        elif kind == "content_block_start":
+            self._blocks[int(found["index"])] = dict(found["content_block"])
+        elif kind == "content_block_delta":
+            self._feed_delta(int(found["index"]), found["delta"])
+        elif kind == "message_delta":
+            counted = {**self._message.get("usage", {}), **found["usage"]}
+            self._message = {**self._message, **found["delta"], "usage": counted}
+            n_cached = int(counted.get("cache_read_input_tokens", 0))
+            n_decoded, n_predicted = int(counted["input_tokens"]), int(counted["output_tokens"])
+            if min(n_cached, n_decoded, n_predicted) >= 0:
+                self.counts = Counts(n_cached + n_decoded, n_cached, n_predicted, 0.0)
+
+    def _feed_delta(self, index: int, delta: dict[str, Any]) -> None:
+        block, kind = self._blocks[index], delta["type"]
+        if kind == "input_json_delta":
+            self._arguments[index] = self._arguments.get(index, "") + delta["partial_json"]
+            return
+        name = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
+        block[name[kind]] = block.get(name[kind], "") + delta[name[kind]]
+
+    def body(self) -> dict[str, Any]:
+        """Return the whole message."""
+        for index, arguments in self._arguments.items():
+            self._blocks[index]["input"] = _input(arguments)
+        return {**self._message, "content": [block for _, block in sorted(self._blocks.items())]}
+
+    def element(self) -> str:
+        """Return the message as the next request of the conversation has it, in canonical form."""
+        made = _message({"role": "assistant", "content": self.body()["content"]}, "answer")
+        return "".join(map(canonical_message, made))

@@ -20,8 +20,8 @@ _CLOCK = re.compile(
 
 
 def blanked(text: str) -> str:
-    """Return a system text whose billing line has no nonce."""
-    return _NONCE.sub(r"\g<1>0", text)
+    """Return a system text whose billing line has the nonce that llama-server itself writes."""
+    return _NONCE.sub(r"\g<1>fffff", text)
 
 
 def apply(body: dict[str, Any], rules: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
@@ -80,9 +80,13 @@ def _move_clock(body: dict[str, Any]) -> dict[str, Any] | None:
     for position in range(len(body["messages"]) - 1, 0, -1):
         message = body["messages"][position]
         is_user = isinstance(message, dict) and message.get("role") == "user"
-        if is_user and isinstance(message.get("content"), str):
-            moved = {**message, "content": message["content"] + "\n\n" + "\n".join(lines)}
-            body["messages"][position] = moved
+        content, told = message.get("content") if is_user else None, "\n".join(lines)
+        if isinstance(content, str):
+            body["messages"][position] = {**message, "content": f"{content}\n\n{told}"}
+            return body
+        if isinstance(content, list):
+            parts = [*content, {"type": "text", "text": told}]
+            body["messages"][position] = {**message, "content": parts}
             return body
     return None
 

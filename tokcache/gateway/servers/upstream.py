@@ -66,6 +66,7 @@ class Upstream:
         self.url = config.url
         self.slot_folder = Path(config.slot_folder) if config.slot_folder else None
         self._address = Address(config.url, read_timeout_s=read_timeout_s)
+        self.tokenizer = config.tokenizer
 
     async def look(self) -> Look:
         """Ask who the server is; raise InvalidAnswer if it is not a llama-server."""
@@ -131,15 +132,6 @@ class Upstream:
         """Return whether a slot still works on a request."""
         listed = await self._do(calls.slots())
         return any(slot.id == id_slot and slot.is_processing for slot in listed)
-
-    async def count_tokens(self, body: dict[str, Any]) -> int:
-        """Return the tokens of a chat completion's prompt, as its usage counts them."""
-        status, found = await self.post("/apply-template", json.dumps(body).encode())
-        if status != _OK:
-            raise upstream_error(status, found)
-        prompt = calls.text(found, "prompt")
-        ids = await self._do(calls.tokenize(prompt, add_special=True))
-        return len(ids)
 
     async def get(self, path: str) -> tuple[int, Any]:
         """Return the status and JSON answer of a GET."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 from tokcache.state.locked import Locked
 from tokcache.stats import TierStats
 
+_own = threading.local()  # `refusal`: the last one in each thread
 _NAMES = ("hits", "misses", "writes", "evictions", "read_bytes", "written_bytes")
 
 
@@ -32,6 +34,7 @@ class TierCounters(Locked):
         """Count a state that was not stored or not used."""
         with self.lock:
             self._refusals[reason] += 1
+        _own.refusal = reason
 
     def stats(self, n_bytes: int = 0) -> TierStats:
         """Return the counters, with `n_bytes` as the number of bytes held."""
@@ -41,3 +44,10 @@ class TierCounters(Locked):
                 refusals=dict(self._refusals),
                 n_bytes=n_bytes,
             )
+
+
+def take_refusal() -> str:
+    """Return the last reason for which a tier refused a state in this thread, once; or ""."""
+    reason: str = getattr(_own, "refusal", "")
+    _own.refusal = ""
+    return reason

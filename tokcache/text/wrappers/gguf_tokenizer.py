@@ -224,10 +224,28 @@ def _build(file: _File) -> Tokenizer:
     return tokenizer
 
 
-def _strings(path: Path, wanted: str) -> list[str]:
-    """Return an array of strings in the metadata; llama.cpp has read the file, so it is sound.
+def read_gguf_strings(path: Path, beginning: str) -> dict[str, str]:
+    """Return the strings, not those in arrays, whose keys begin so; llama.cpp has read the file."""
+    return {
+        key: values[0].decode(errors="replace")
+        for key, is_array, values in _string_entries(path)
+        if not is_array and key.startswith(beginning)
+    }
 
-    llama.cpp's API gives no arrays, and the gguf package takes 45 us a string.
+
+def _strings(path: Path, wanted: str) -> list[str]:
+    """Return an array of strings in the metadata."""
+    for key, is_array, values in _string_entries(path):
+        if is_array and key == wanted:
+            return [value.decode() for value in values]
+    raise InvalidModel(f"{path} has no {wanted}, which its kind of tokenizer needs; {_CURE}")
+
+
+def _string_entries(path: Path) -> Iterator[tuple[str, bool, list[bytes]]]:
+    """Yield each entry of strings in the metadata, and whether it is an array.
+
+    llama.cpp's API gives no arrays, and the gguf package takes 45 us a string. The file is sound:
+    llama.cpp has read it.
     """
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         n_entries = int.from_bytes(data[16:24], "little")
@@ -248,9 +266,7 @@ def _strings(path: Path, wanted: str) -> list[str]:
             for _ in range(count):
                 value, at = _string(data, at)
                 values.append(value)
-            if is_array and key.decode() == wanted:
-                return [value.decode() for value in values]
-    raise InvalidModel(f"{path} has no {wanted}, which its kind of tokenizer needs; {_CURE}")
+            yield key.decode(), is_array, values
 
 
 def _string(data: mmap, at: int) -> tuple[bytes, int]:

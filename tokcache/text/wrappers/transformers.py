@@ -22,6 +22,7 @@ from tokcache.text.wrappers.batch_encoding import (
     read,
     shaped,
 )
+from tokcache.text.wrappers.chats import rendered_chat
 from tokcache.text.wrappers.classes import (
     STANDARD,
     PlainLayout,
@@ -158,10 +159,20 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
         return super().encode(text, *args, **kwargs)  # type: ignore[misc]
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """Render and tokenize as the plain tokenizer does, through the cache if ids are enough."""
-        if args or kwargs.get("return_dict") is not False or not _OF_TOKENIZING.isdisjoint(kwargs):
-            return super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
-        text = super().apply_chat_template(conversation, tokenize=False, **kwargs)  # type: ignore[misc]
+        """Render and tokenize as the plain tokenizer does, through the caches where possible."""
+        plain = super().apply_chat_template  # type: ignore[misc]
+        is_text = kwargs.get("tokenize", True) is False
+        if args or not (is_text or _OF_TOKENIZING.isdisjoint(kwargs)):
+            return plain(conversation, *args, **kwargs)
+        text = rendered_chat(self, conversation, kwargs, plain)
+        if is_text:
+            return plain(conversation, **kwargs) if text is None else text
+        if kwargs.get("return_dict", True) is not False:
+            if text is None or kwargs.get("return_dict", True) is not True:
+                return plain(conversation, **kwargs)
+            return self(text, add_special_tokens=False)
+        if text is None:
+            text = plain(conversation, tokenize=False, **kwargs)
         ids = self._whole_text(text, False, ids_alone)
         return self(text, add_special_tokens=False)["input_ids"] if ids is None else ids
 

@@ -138,7 +138,7 @@ cdef class Walk:
         Return False if the ids do not fit the segments, None if the length of an id is unknown.
         Each item of `encoded` is a list or a buffer of 32-bit integers.
         """
-        cdef size_t i, n, at = 0
+        cdef size_t i, n, began, at = 0
         cdef list held = []
         cdef int outcome = FITS
         cdef const int32_t* ids
@@ -161,9 +161,12 @@ cdef class Walk:
                     raise BufferError("an encoder's ids must lie side by side")
                 ids = <const int32_t*> view.buf
                 n = view.len // sizeof(int32_t)
-            if lengths is not None:
-                lengths.ask(ids, n)
+            began = at
             outcome = take_ids(&self.found, &at, ids, n, separator, table)
+            if outcome == UNTOLD and lengths is not None:  # the first time that an id occurs
+                lengths.ask(ids, n)
+                at = began
+                outcome = take_ids(&self.found, &at, ids, n, separator, table)
             if outcome != FITS:
                 break
         if outcome != FITS or at != self.found.n_picked:

@@ -1,0 +1,210 @@
+"""/tokenize and count_tokens give the server's own answers, from the cache once that is proven."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tokenizers import Tokenizer, processors
+
+from tests.gateway.gateways import SYSTEM, Gateway, gateway, httpx, upstream, user
+from tokcache import samples
+from tokcache.gateway.tenants import new_key
+
+pytest.importorskip("llama_cpp", reason="needs tokcache[llama]")
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tokcache.samples.server_process import ServerProcess
+
+
+def changed_tokenizer(path: Path, *, has_bos: bool = True, is_reversed: bool = False) -> Path:
+    """Write the tiny tokenizer with a token before each text, or with other merges."""
+    made = json.loads(samples.tiny_tokenizer().read_text())
+    if is_reversed:
+        made["model"]["merges"] = made["model"]["merges"][:100]
+    tokenizer = Tokenizer.from_str(json.dumps(made))
+    if has_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=["<|endoftext|>", "$A"],
+            pair=["<|endoftext|>", "$A", "$B"],
+            special_tokens=[("<|endoftext|>", 0)],
+        )
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return samples.tiny_model(changed_tokenizer(folder / "tokenizer.json"), folder=folder)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[ServerProcess]:
+    with upstream(tmp_path_factory.mktemp("slots"), model=model) as process:
+        yield process
+
+
+def served_with(folder: Path, server: ServerProcess, tokenizer: Any, **settings: Any) -> Any:
+    upstreams = [{"url": server.url, "tokenizer": str(tokenizer) if tokenizer else None}]
+    return gateway(folder, upstreams=upstreams, **settings)
+
+
+def asked(served: Gateway, body: Any, **headers: str) -> Any:
+    answer = served.http.post("/tokenize", content=json.dumps(body), headers=headers)
+    return answer.status_code, answer.json()
+
+
+def wait_for_proof(served: Gateway, **headers: str) -> None:
+    """Ask until the tokenizer is proven, or is found to be unusable."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        before = served.service.router.reasons["tokenizer_pending"]
+        assert asked(served, {"content": "hello"}, **headers)[0] == 200
+        if served.service.router.reasons["tokenizer_pending"] == before:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the proof did not end")
+
+
+@pytest.fixture(scope="module")
+def served(
+    tmp_path_factory: pytest.TempPathFactory, server: ServerProcess, model: Path
+) -> Iterator[Gateway]:
+    with served_with(tmp_path_factory.mktemp("own"), server, model) as made:
+        wait_for_proof(made)
+        assert made.service.router.reasons["tokenizer_pending"] >= 1
+        yield made
+
+
+TEXTS = ["", "hello", "<|im_start|>user\nhé<|im_end|>", "def f(x):\n\treturn 31415.92\r\n" * 200,
+         "\u65e5\u672c \U0001f600 a\0b", " <|endoftext|> x"]  # fmt: skip
+SETTINGS: list[dict[str, Any]] = [
+    {}, {"add_special": True}, {"with_pieces": True}, {"add_special": True, "with_pieces": True},
+    {"add_special": "yes", "with_pieces": 1, "parse_special": None}, {"parse_special": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s) or "none")
+def test_proven_forms_are_the_servers_and_come_from_the_cache(
+    served: Gateway, server: ServerProcess, settings: dict[str, Any]
+) -> None:
+    for text in TEXTS:
+        body = {"content": text, **settings}
+        bare = httpx.post(f"{server.url}/tokenize", json=body).json()
+        n_before = served.service.tokens.counts["cache"]
+        for _ in range(2):
+            assert asked(served, body) == (200, bare)
+        assert served.service.tokens.counts["cache"] == n_before + 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"content": "a <|im_start|> b", "parse_special": False}, {"content": ["a b", 5, "c"]},
+     {"content": 5}, {"content": "\ud800"}, {}, {"content": "x", "parse_special": False,
+                                                 "with_pieces": True}],
+    ids=range(6),
+)  # fmt: skip
+def test_other_forms_are_answered_by_the_server_itself(
+    served: Gateway, server: ServerProcess, body: dict[str, Any]
+) -> None:
+    counts, reasons = served.service.tokens.counts, served.service.router.reasons
+    before = counts["server"], reasons["tokenize_form"]
+    bare = httpx.post(f"{server.url}/tokenize", content=json.dumps(body))
+    assert asked(served, body) == (bare.status_code, bare.json())
+    assert (counts["server"], reasons["tokenize_form"]) == (before[0] + 1, before[1] + 1)
+
+
+def test_a_count_is_the_usage_of_the_same_request(served: Gateway) -> None:
+    body = {"model": "any", "system": SYSTEM, "messages": [user("hi <|im_end|> there")]}
+    n_before = served.service.tokens.counts["cache"]
+    counted = served.http.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+    assert served.service.tokens.counts["cache"] == n_before + 1
+    usage = served.http.post("/v1/messages", json={**body, "max_tokens": 1}).json()["usage"]
+    assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"]
+    told = served.http.get("/metrics").text
+    assert 'tokcache_gateway_tokenizations_total{source="cache"}' in told
+    assert 'reason="tokenizer_pending"' in told
+
+
+def unproven(folder: Path, kind: str) -> Path | None:
+    if kind == "tokenizer_not_given":
+        return None
+    if kind == "tokenizer_differs":
+        return changed_tokenizer(folder / "tokenizer.json", is_reversed=True)
+    (folder / "broken.json").write_text("{}")
+    return folder / "broken.json"
+
+
+@pytest.mark.parametrize(
+    "reason", ["tokenizer_not_given", "tokenizer_differs", "tokenizer_unreadable"]
+)
+def test_a_tokenizer_that_is_not_proven_is_not_used(
+    tmp_path: Path, server: ServerProcess, reason: str
+) -> None:
+    with served_with(tmp_path / "own", server, unproven(tmp_path, reason)) as made:
+        wait_for_proof(made)
+        body = {"content": "def function(value): return value", "add_special": True}
+        bare = httpx.post(f"{server.url}/tokenize", json=body).json()
+        assert asked(made, body) == (200, bare)
+        assert made.service.router.reasons[reason] > 0
+        assert made.service.tokens.counts["cache"] == 0
+
+
+def test_a_token_before_each_text_must_be_the_servers(
+    tmp_path: Path, server: ServerProcess
+) -> None:
+    other = changed_tokenizer(tmp_path / "tokenizer.json", has_bos=False)
+    with served_with(tmp_path / "own", server, other) as made:
+        wait_for_proof(made)
+        assert made.service.router.reasons["tokenizer_differs"] > 0
+        assert made.service.tokens.counts["cache"] == 0
+
+
+def test_a_server_that_starts_again_with_another_model_is_proven_again(tmp_path: Path) -> None:
+    body = {"content": "def function(value): return value"}
+    tokenizer = samples.tiny_tokenizer()
+    with upstream(tmp_path / "a") as first, served_with(tmp_path / "own", first, tokenizer) as made:
+        port = int(first.url.rpartition(":")[2])
+        wait_for_proof(made)
+        short = asked(made, body)[1]["tokens"]
+        n_cached = made.service.tokens.counts["cache"]
+        assert n_cached >= 1
+        first.kill()
+        server = made.service.router.servers[first.url]
+        deadline = time.monotonic() + 30
+        while server.is_up and time.monotonic() < deadline:
+            time.sleep(0.05)
+        other = changed_tokenizer(tmp_path / "tokenizer.json", has_bos=False, is_reversed=True)
+        model = samples.tiny_model(other, folder=tmp_path)
+        with upstream(tmp_path / "b", model=model, port=port):
+            while not server.is_up and time.monotonic() < deadline:
+                time.sleep(0.05)
+            wait_for_proof(made)
+            long = asked(made, body)[1]["tokens"]
+            assert len(long) > len(short)
+            assert made.service.router.reasons["tokenizer_differs"] > 0
+
+
+def test_no_tenant_meets_the_texts_of_another(
+    tmp_path: Path, server: ServerProcess, model: Path
+) -> None:
+    made = {name: new_key() for name in ("a", "b")}
+    tenants = [{"name": name, "key_sha256": digest} for name, (_, digest) in made.items()]
+    headers = {name: {"authorization": f"Bearer {key}"} for name, (key, _) in made.items()}
+    with served_with(tmp_path / "own", server, model, tenants=tenants) as served:
+        wait_for_proof(served, **headers["a"])
+        wrapped = served.service.tokens._wrapped[str(model)]
+        text = "a text of one tenant " * 20
+        misses = []
+        for name in ("a", "a", "b", "b"):
+            before = wrapped.cache_stats().l0.misses
+            assert asked(served, {"content": text}, **headers[name])[0] == 200
+            misses.append(wrapped.cache_stats().l0.misses - before)
+        assert misses == [1, 0, 1, 0]
+        assert served.http.post("/tokenize", json={"content": text}).status_code == 401

@@ -1,0 +1,55 @@
+"""The result of a replay in one sentence."""
+
+from __future__ import annotations
+
+from tokcache.replay.result import Result, written_size
+
+
+def sentence(found: Result) -> str:
+    """Return what the caches would save on these traces, with the figures."""
+    states, l1 = found.curve("states"), found.curve("L1")
+    if not found.n_prompts or states is None:
+        if found.n_without_text:
+            return (
+                f"{found.n_without_text:,} requests with {found.n_tokens_without_text:,} prompt "
+                "tokens have no text, so nothing could be replayed."
+            )
+        return "The traces have no requests, so nothing could be replayed."
+    size = (
+        f"{with_unit(states.knee_size)} of states"
+        if states.unit == "bytes"
+        else f"states of {states.knee_size:,.0f} tokens"
+    )
+    saved = (
+        f"{size} would save the prefill of {states.knee_rate:.0%} of the {found.n_tokens:,} prompt "
+        "tokens"
+    )
+    if found.prefill_s is not None:
+        without, with_ = found.prefill_s
+        saved += f" ({duration(without - with_)} of {duration(without)})"
+    parts = [saved]
+    timed = found.tokenization
+    if l1 is not None and timed is not None:
+        text = f"the tokenizer's cache would find {l1.knee_rate:.0%} of the characters"
+        if timed.with_s is not None:
+            text += f" and take {duration(timed.with_s)} instead of {duration(timed.without_s)}"
+        parts.append(text)
+    return f"On these {found.n_prompts:,} prompts, {', and '.join(parts)}."
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text, in the unit that fits, with three digits."""
+    for unit, factor in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
+        if seconds >= (2 if factor > 1 else 1) * factor:
+            return f"{_three_digits(seconds / factor)} {unit}"
+    return f"{_three_digits(seconds * 1e6)} µs" if seconds > 0 else "0 s"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 (three digits)
+
+
+def with_unit(n_bytes: float) -> str:
+    """Return a number of bytes as text, rounded up: 64 KiB, 3 GiB."""
+    text = written_size(n_bytes)
+    return f"{text[:-1]} {text[-1]}iB"

@@ -1,0 +1,1 @@
+"""Chat templates: which of them only append text, and the rendering of new messages alone."""

@@ -1,0 +1,169 @@
+"""A chat template in three parts that run apart: before, in and after the loop over the messages.
+
+The parts are compiled from the template's own syntax tree, by the environment of transformers, so
+that filters, whitespace and the sandbox are its own. In the loop's part, the loop runs over the
+messages that are handed to it, and the name `loop` means an object that knows where in the chat it
+is. What a template does with the messages is not analysed here: `running` watches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from jinja2 import Environment, Template, nodes
+from jinja2.defaults import DEFAULT_FILTERS  # type: ignore[attr-defined]
+
+from tokcache.errors import TemplateNotTaken
+
+# Variables of the parts; a template that has names of this kind is not taken apart.
+OVER, STEPS, LOOP = "tokcache_over", "tokcache_steps", "tokcache_loop"
+
+CLOCK = "strftime_now"
+_GLOBALS = {"range", "dict", "namespace", "raise_exception", CLOCK}
+_FILTERS = frozenset(DEFAULT_FILTERS) - {"random"}
+_STATEMENTS = (
+    *(nodes.Output, nodes.For, nodes.If, nodes.Assign, nodes.AssignBlock, nodes.Macro),
+    *(nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.Scope, nodes.Continue, nodes.Break),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The compiled parts of a template.
+
+    `reads_prompt` tells whether one of the first two reads `add_generation_prompt`, `has_clock`
+    whether any reads the clock. `names` are the environment's.
+    """
+
+    environment: Environment
+    names: dict[str, Any]
+    head: Template
+    body: Template
+    tail: Template | None
+    reads_prompt: bool
+    has_clock: bool
+
+
+def take_apart(template: Template, source: str) -> Parts:
+    """Return the parts of a template that transformers has compiled from `source`.
+
+    Errors: TemplateNotTaken.
+    """
+    environment = template.environment
+    head, loop, tail = _split(environment, source)
+    _check(environment, [*head, loop, *tail])
+    _check_scopes(head, loop, tail)
+    macros = [node for node in head if isinstance(node, nodes.Macro)]
+    reads = _names([*head, loop], "load")
+
+    over = nodes.Assign(nodes.Name(OVER, "store"), loop.iter)
+    first = _compiled(environment, [*head, over])
+    # Again from the source: compiling may change a tree.
+    head, loop, tail = _split(environment, source)
+    macros = [node for node in head if isinstance(node, nodes.Macro)]
+    loop.iter = nodes.Name(STEPS, "load")
+    for node in loop.body:
+        _rename_loop(node)
+    second = _compiled(environment, [*macros, loop])
+    head, loop, tail = _split(environment, source)
+    macros = [node for node in head if isinstance(node, nodes.Macro)]
+    third = _compiled(environment, [*macros, *tail]) if tail else None
+    has_clock = CLOCK in reads | _names(tail, "load")
+    prompt = "add_generation_prompt" in reads
+    return Parts(environment, dict(first.globals), first, second, third, prompt, has_clock)
+
+
+def _split(
+    environment: Environment, source: str
+) -> tuple[list[nodes.Node], nodes.For, list[nodes.Node]]:
+    """Return the statements before the last loop over the messages, that loop, and those after."""
+    body = environment.parse(source).body
+    lists = {"messages"}
+    for node in _all(body):
+        if not isinstance(node, nodes.Assign) or not isinstance(node.target, nodes.Name):
+            continue
+        if _names([node.node], "load") & lists:
+            lists.add(node.target.name)
+    found = [
+        index
+        for index, node in enumerate(body)
+        if isinstance(node, nodes.For) and _names([node.iter], "load") & lists
+    ]
+    if not found:
+        raise TemplateNotTaken("no_loop")
+    loop = cast("nodes.For", body[found[-1]])
+    if loop.recursive or loop.else_ or loop.test is not None:
+        raise TemplateNotTaken("loop_form")
+    return body[: found[-1]], loop, body[found[-1] + 1 :]
+
+
+def _check(environment: Environment, body: Iterable[nodes.Node]) -> None:
+    """Refuse what differs between renderings, keeps a state of its own, or is not known."""
+    body = list(body)
+    known = _names(body, "store") | _names(body, "param") | _macro_names(body)
+    for name in _names(body, "load") - known:
+        is_unknown = name in environment.globals and name not in _GLOBALS
+        if is_unknown or name in ("self", "super"):
+            raise TemplateNotTaken("unsteady")
+    if any(name == "loop" or name.startswith("tokcache_") for name in known):
+        raise TemplateNotTaken("name")
+    for node in _all(body):
+        if isinstance(node, nodes.Stmt) and not isinstance(node, _STATEMENTS):
+            raise TemplateNotTaken("statement")
+        if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
+            raise TemplateNotTaken("unsteady")
+        if isinstance(node, nodes.Test) and node.name == "sameas" and not _is_constant(node):
+            raise TemplateNotTaken(
+                "unsteady"
+            )  # in a later rendering equal values may be other objects
+
+
+def _check_scopes(head: list[nodes.Node], loop: nodes.For, tail: list[nodes.Node]) -> None:
+    """Refuse names that would mean something else if the parts are compiled apart.
+
+    Jinja decides by the whole template's assignments whether a name that is not assigned yet is
+    looked up among the arguments. And a macro is compiled into every part, with its own name.
+    """
+    macros = {node.name for node in head if isinstance(node, nodes.Macro)}
+    if _names(tail, "store") & (_names([*head, loop], "load") | macros):
+        raise TemplateNotTaken("name")
+    if macros & _names(head, "store") or _macro_names([loop, *tail]):
+        raise TemplateNotTaken("macro")
+    n_macros = sum(isinstance(node, nodes.Macro) for node in _all(head))
+    if n_macros != len(macros):
+        raise TemplateNotTaken("macro")
+
+
+def _compiled(environment: Environment, body: list[nodes.Node]) -> Template:
+    tree = nodes.Template(body, lineno=1)
+    tree.set_environment(environment)
+    code = environment.compile(tree)
+    return environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+
+def _rename_loop(node: nodes.Node) -> None:
+    """Rename `loop` in the loop over the messages, but not in the loops inside it."""
+    if isinstance(node, nodes.Name) and node.name == "loop":
+        node.name = LOOP
+    inner = [node.iter, *node.else_] if isinstance(node, nodes.For) else node.iter_child_nodes()
+    for child in inner:
+        _rename_loop(child)
+
+
+def _all(body: Iterable[nodes.Node]) -> list[nodes.Node]:
+    return [each for node in body for each in (node, *node.find_all(nodes.Node))]
+
+
+def _names(body: Iterable[nodes.Node], context: str) -> set[str]:
+    found = (each for each in _all(body) if isinstance(each, nodes.Name))
+    return {each.name for each in found if each.ctx == context}
+
+
+def _is_constant(test: nodes.Test) -> bool:
+    return all(isinstance(each, nodes.Const) for each in test.args)
+
+
+def _macro_names(body: Iterable[nodes.Node]) -> set[str]:
+    return {each.name for each in _all(body) if isinstance(each, nodes.Macro)}

@@ -1,0 +1,344 @@
+"""Runs the parts of a chat template, and watches which messages each iteration depends on.
+
+Templates reach the messages only through `Watched` and `Loop`. Both note how many messages the
+chat must have for everything read so far to be the same in every longer chat: reading message 3
+takes four of them, learning that message 3 is not the last takes five, and learning that it is the
+last, or how many there are, takes more than any chat has (`UNSETTLED`). So the text of an iteration
+is known to belong to every longer chat, or not, without a look at the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from marshal import dumps
+from sys import getsizeof
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import Undefined
+from jinja2.runtime import Macro
+from jinja2.utils import Namespace
+
+from tokcache.errors import TemplateUnusual
+from tokcache.text.chat.rewrite import CLOCK, LOOP, OVER, STEPS
+
+if TYPE_CHECKING:
+    from tokcache.text.chat.rewrite import Parts
+
+UNSETTLED = 1 << 60
+Names = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Run:
+    """One rendering; `n_needed` messages settle everything that was read so far."""
+
+    message: Callable[[int], Any]
+    n_messages: int
+    undefined: type[Undefined]
+    n_needed: int = 0
+
+    def need(self, n_messages: int) -> None:
+        """Note that something was read which `n_messages` messages settle."""
+        self.n_needed = max(self.n_needed, n_messages)
+
+
+def _refuse(*_: object) -> Any:
+    raise TemplateUnusual
+
+
+class Watched:
+    """The list of the messages from `start` on, in the uses of lists that can be watched."""
+
+    __slots__ = ("_run", "_start")
+
+    def __init__(self, run: Run, start: int) -> None:
+        self._run = run
+        self._start = start
+
+    def __getitem__(self, index: Any) -> Any:
+        run, start = self._run, self._start
+        if type(index) is int and index >= 0:
+            number = start + index
+            if number < run.n_messages:
+                run.need(number + 1)
+                return run.message(number)
+            run.need(UNSETTLED)
+            raise IndexError(index)
+        if isinstance(index, slice):
+            first = 0 if index.start is None else index.start
+            is_simple = index.step in (None, 1) and type(first) is int and first >= 0
+            if is_simple and index.stop is None:
+                return Watched(run, start + first)
+            stop = index.stop
+            if is_simple and type(stop) is int and stop >= 0:
+                run.need(start + stop if start + stop <= run.n_messages else UNSETTLED)
+                numbers = range(start, run.n_messages)[first:stop]
+                return [run.message(number) for number in numbers]
+        elif type(index) is not int:
+            raise TemplateUnusual
+        return self.whole()[index]
+
+    def whole(self) -> list[Any]:
+        """Return the list itself; only the chat's end settles it."""
+        run = self._run
+        run.need(UNSETTLED)
+        return [run.message(number) for number in range(self._start, run.n_messages)]
+
+    def __len__(self) -> int:
+        self._run.need(UNSETTLED)
+        return max(0, self._run.n_messages - self._start)
+
+    def __bool__(self) -> bool:
+        is_true = self._run.n_messages > self._start
+        self._run.need(self._start + 1 if is_true else UNSETTLED)
+        return is_true
+
+    def __iter__(self) -> Iterator[Any]:
+        run = self._run
+        for number in range(self._start, run.n_messages):
+            run.need(number + 1)
+            yield run.message(number)
+        run.need(UNSETTLED)
+
+    def __reversed__(self) -> Iterator[Any]:
+        yield from reversed(self.whole())
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.whole()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise TemplateUnusual
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __str__ = __repr__ = __format__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
+
+
+class Loop:
+    """The name `loop` in the loop over the messages from `start` on."""
+
+    depth = 1
+    depth0 = 0
+
+    def __init__(self, run: Run, start: int) -> None:
+        self._run = run
+        self._start = start
+        self.step(0)
+
+    def step(self, index: int) -> None:
+        """Go to an iteration."""
+        self.index0 = index
+        self.index = index + 1
+        self.first = index == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether there is no later message, as far as the chat goes now."""
+        number = self._start + self.index0 + 1
+        is_last = number >= self._run.n_messages
+        self._run.need(UNSETTLED if is_last else number + 1)
+        return is_last
+
+    @property
+    def length(self) -> int:
+        """The number of messages of the loop."""
+        self._run.need(UNSETTLED)
+        return self._run.n_messages - self._start
+
+    @property
+    def revindex(self) -> int:
+        """The number of messages left, this one included."""
+        return self.length - self.index0
+
+    @property
+    def revindex0(self) -> int:
+        """The number of messages left."""
+        return self.length - self.index
+
+    @property
+    def previtem(self) -> Any:
+        """The message before."""
+        if self.first:
+            return self._run.undefined("there is no previous item")
+        return self._run.message(self._start + self.index0 - 1)
+
+    @property
+    def nextitem(self) -> Any:
+        """The message after."""
+        if self.last:
+            return self._run.undefined("there is no next item")
+        return self._run.message(self._start + self.index0 + 1)
+
+    def cycle(self, *values: Any) -> Any:
+        """Return the values in turn."""
+        if not values:
+            raise TemplateUnusual
+        return values[self.index0 % len(values)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise TemplateUnusual
+
+    __call__ = __len__ = __iter__ = __bool__ = __str__ = __repr__ = __format__ = _refuse
+    __eq__ = __ne__ = __hash__ = _refuse
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a template's first part leaves: its text, and the values of its names.
+
+    `values` are data; `lists` are the names that mean the messages from a number on. `spaces` are
+    the namespaces, the only objects that a template can change: their names and first values.
+    """
+
+    text: str
+    values: Names
+    lists: dict[str, int]
+    spaces: tuple[tuple[tuple[str, ...], Names], ...]
+    n_needed: int
+    start: int
+    n_bytes: int
+
+
+class Point(NamedTuple):
+    """A place between two iterations, at which a later rendering may go on.
+
+    Units: `n_done` iterations have run and `n_needed` messages settle them; `at` is the number of
+    characters of the loop's text before this place.
+    """
+
+    n_done: int
+    n_needed: int
+    at: int
+    spaces: tuple[Names, ...]
+
+
+def run_head(parts: Parts, settings: Names, run: Run) -> Head:
+    """Run the first part of a template; `settings` has the environment's globals, too.
+
+    Errors: TemplateUnusual; every error of the template.
+    """
+    names = {**settings, "messages": Watched(run, 0)}
+    _watch_clock(parts, names, run)
+    context = parts.environment.context_class(parts.environment, names, None, {})
+    text = "".join(parts.head.root_render_func(context))
+    n_bytes = 2 * getsizeof(text)
+    values: Names = {}
+    lists: dict[str, int] = {}
+    spaces: dict[int, tuple[list[str], Names]] = {}
+    for name, value in context.vars.items():
+        if type(value) is Watched:
+            lists[name] = value._start  # noqa: SLF001 (ours)
+        elif isinstance(value, Namespace):
+            attributes = vars_of(value)
+            spaces.setdefault(id(value), ([], dict(attributes)))[0].append(name)
+            n_bytes += data_size(attributes)
+        elif not isinstance(value, Macro):
+            values[name] = value
+            n_bytes += 0 if isinstance(value, Undefined) else data_size(value)
+    start = lists.pop(OVER, None)
+    if start is None:
+        raise TemplateUnusual
+    if "messages" not in context.vars:
+        lists["messages"] = 0
+    kept = tuple((tuple(names), attributes) for names, attributes in spaces.values())
+    return Head(text, values, lists, kept, run.n_needed, start, n_bytes)
+
+
+def run_rest(
+    parts: Parts, settings: Names, run: Run, head: Head, point: Point | None
+) -> tuple[str, list[Point], str]:
+    """Run the loop from a point on, and the last part.
+
+    Return the loop's text, the points between iterations, and the last part's text.
+
+    Errors: TemplateUnusual; every error of the template.
+    """
+    space_class: Any = parts.names["namespace"]
+    attributes = [first for _, first in head.spaces] if point is None else point.spaces
+    spaces = [space_class(each) for each in attributes]
+    names = {**settings, **head.values}
+    for name, start in head.lists.items():
+        names[name] = Watched(run, start)
+    for (own_names, _), space in zip(head.spaces, spaces, strict=True):
+        names.update(dict.fromkeys(own_names, space))
+    _watch_clock(parts, names, run)
+
+    chunks: list[str] = []
+    points: list[tuple[int, int, int, tuple[Names, ...]]] = []
+    loop = Loop(run, head.start)
+    n_done = 0 if point is None else point.n_done
+    run.need(head.n_needed if point is None else point.n_needed)
+
+    def steps() -> Iterator[Any]:
+        first = head.start
+        n_items = max(0, run.n_messages - first)
+        for index in range(n_done, n_items):
+            note(index)
+            loop.step(index)
+            run.need(first + index + 1)
+            yield run.message(first + index)
+        note(n_items)
+
+    def note(index: int) -> None:
+        if run.n_needed < UNSETTLED:
+            states = tuple([dict(vars_of(space)) for space in spaces]) if spaces else ()
+            points.append((index, run.n_needed, len(chunks), states))
+
+    names[STEPS], names[LOOP] = steps(), loop
+    environment = parts.environment
+    context = environment.context_class(environment, names, None, {})
+    for chunk in parts.body.root_render_func(context):
+        chunks.append(chunk)  # noqa: PERF402 (`note` reads the list's length)
+    ends = [0, *accumulate(map(len, chunks))]
+    made = [Point(index, needed, ends[at], own) for index, needed, at, own in points]
+    tail = ""
+    if parts.tail is not None:
+        context = environment.context_class(environment, names, None, {})
+        tail = "".join(parts.tail.root_render_func(context))
+    return "".join(chunks), made, tail
+
+
+def key_of(head: Head) -> bytes:
+    """Return a first part's result as bytes, equal only for equal results.
+
+    Errors: TemplateUnusual if it holds something else than data.
+    """
+    try:
+        return dumps((head.text, head.values, head.lists, head.spaces, head.start), 0)
+    except ValueError:
+        raise TemplateUnusual from None
+
+
+def data_size(value: Any) -> int:
+    """Return about how many bytes a value takes.
+
+    Errors: TemplateUnusual if it holds something else than data, which might have a state.
+    """
+    try:
+        return len(dumps(value, 0))
+    except ValueError:
+        raise TemplateUnusual from None
+
+
+def vars_of(space: Namespace) -> Names:
+    """Return the attributes of a namespace."""
+    found: Names = getattr(space, "_Namespace__attrs")  # noqa: B009 (there is no other way)
+    return found
+
+
+def _watch_clock(parts: Parts, names: Names, run: Run) -> None:
+    """Replace the clock by one that notes that it was read: the text is then of this moment."""
+    if not parts.has_clock or CLOCK not in parts.names or names[CLOCK] is not parts.names[CLOCK]:
+        return
+    clock: Callable[..., Any] = names[CLOCK]
+
+    def watched_clock(*args: Any, **kwargs: Any) -> Any:
+        run.need(UNSETTLED)
+        return clock(*args, **kwargs)
+
+    names[CLOCK] = watched_clock
