@@ -220,10 +220,7 @@ class Endpoints:
             if api.path == _CHAT:
                 settings["stream_options"] = {"include_usage": True}
             raw = with_settings(raw, settings)
-        opened = await self._open(request, tenant, api, body, raw)
-        if opened is None:
-            raise ClientDisconnect
-        turn, answer = opened
+        turn, answer = await self._open(request, tenant, api, body, raw)
         headers = _headers(request, turn)
         if is_stream:
             return _Stream(self._streamed(turn), turn, tenant, headers)
@@ -242,10 +239,9 @@ class Endpoints:
         if servers <= self._service.pinning and not request.state.rules:
             return await self._message_as_it_came(request, tenant, chat, given)
         chat |= {"stream": True, "stream_options": {"include_usage": True}}
-        opened = await self._open(request, tenant, _APIS[_CHAT], chat, json.dumps(chat).encode())
-        if opened is None:
-            raise ClientDisconnect
-        turn, answer = opened
+        turn, answer = await self._open(
+            request, tenant, _APIS[_CHAT], chat, json.dumps(chat).encode()
+        )
         headers = _headers(request, turn)
         if not isinstance(answer, ChatAnswer):  # never; for the type checker
             raise TypeError
@@ -264,10 +260,7 @@ class Endpoints:
         is_stream = chat.get("stream") is True
         raw = raw if is_stream else with_settings(raw, {"stream": True})
         api = _Api(_MESSAGES, chat_prompt, messages.MessageAnswer)
-        opened = await self._open(request, tenant, api, chat, raw)
-        if opened is None:
-            raise ClientDisconnect
-        turn, answer = opened
+        turn, answer = await self._open(request, tenant, api, chat, raw)
         headers = _headers(request, turn)
         if is_stream:
             return _Stream(self._streamed(turn), turn, tenant, headers)
@@ -283,8 +276,11 @@ class Endpoints:
 
     async def _open(
         self, request: Request, tenant: Tenant, api: _Api, body: Mapping[str, Any], raw: bytes
-    ) -> tuple[Turn, Answer] | None:
-        """Send a request to its slot; return None if the client left while it waited."""
+    ) -> tuple[Turn, Answer]:
+        """Send a request to its slot.
+
+        Errors: ApiError; ClientDisconnect if the client left while it waited.
+        """
         require_one_answer(body)
         require_no_fetches(body.get("messages") or body.get("input"))
         model = self._server_model(body)
@@ -304,7 +300,7 @@ class Endpoints:
             raise
         if turn is None:
             tenant.end(0)
-            return None
+            raise ClientDisconnect
         return turn, answer
 
     async def _collect(self, request: Request, turn: Turn, tenant: Tenant) -> None:

@@ -50,11 +50,8 @@ class Switch:
     values: tuple[str | int | float | bool | None, ...]
 
 
-def compile_template(source: str) -> Template:
-    """Return the compiled template.
-
-    Errors: jinja2.TemplateSyntaxError.
-    """
+def new_environment() -> Environment:
+    """Return an environment in which templates are parsed and rendered as by transformers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -63,7 +60,15 @@ def compile_template(source: str) -> Template:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    return environment
+
+
+def compile_template(source: str) -> Template:
+    """Return the compiled template.
+
+    Errors: jinja2.TemplateSyntaxError.
+    """
+    return new_environment().from_string(source)
 
 
 def _to_json(
