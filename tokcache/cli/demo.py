@@ -27,9 +27,6 @@ from tokcache.samples import tiny_model
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tokenizers import Tokenizer
-
-    from tokcache.demo.prompts import Prompt
 
 _PLACES = {
     "inprocess": "llama.cpp in this process (llama-cpp-python)",
@@ -105,7 +102,9 @@ def demo(
         source = find_tokenizer(str(model) if tokenizer is None and model else tokenizer)
         plain = source.load()
         found = read_prompts(prompts) if prompts else built_in_prompts()
-        requests, form = _requests(found, source, plain)
+        chats = chat_format(source, plain)
+        requests = [Request(chats.text(one), add_special_tokens=not one.messages) for one in found]
+        form = {"Chats as": chats.name} if any(one.messages for one in found) else {}
         path, chosen, why = _model_and_backend(model, source, backend)
         cached = tokcache.wrap(source.load())
         console = Console(highlight=False)
@@ -127,14 +126,6 @@ def demo(
     if requests_file is not None:
         write_text(requests_file, "".join(json.dumps(each.as_body()) + "\n" for each in found))
     raise typer.Exit(DIFFERS if summary.differences() else 0)
-
-
-def _requests(
-    found: Sequence[Prompt], source: TokenizerSource, tokenizer: Tokenizer
-) -> tuple[list[Request], dict[str, str]]:
-    form = chat_format(source, tokenizer)
-    requests = [Request(form.text(each), add_special_tokens=not each.messages) for each in found]
-    return requests, {"Chats as": form.name} if any(each.messages for each in found) else {}
 
 
 def _model_and_backend(

@@ -473,8 +473,13 @@ def _event(found: dict[str, Any]) -> bytes:
 
 async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
     """Return the result of `work`; if the client leaves before, cancel it and return None."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    gone = asyncio.ensure_future(left())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -486,8 +491,3 @@ async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
                 each.cancel()
                 with suppress(asyncio.CancelledError):
                     await each
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

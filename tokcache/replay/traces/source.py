@@ -154,7 +154,9 @@ class Source:
                 found = loads(line)
             except (ValueError, RecursionError):
                 continue
-            return not isinstance(found, list) or _is_chat(found)
+            if not isinstance(found, list):
+                return True
+            return bool(found) and isinstance(found[0], dict) and "role" in found[0]
         return False
 
     def values(self) -> Iterator[Any]:
@@ -248,10 +250,6 @@ def _cause(line: bytes, error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return "not a JSON value: " + str(error).split(":", maxsplit=1)[0]
-
-
-def _is_chat(found: list[Any]) -> bool:
-    return bool(found) and isinstance(found[0], dict) and "role" in found[0]
 
 
 def _utf_8_lines(stream: IO[bytes]) -> Iterator[bytes]:
