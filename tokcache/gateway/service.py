@@ -188,11 +188,7 @@ class Service:
             turn = Turn(self, made, prompt, answer, path)
             try:
                 await self._prepare(made)
-                # Its server would run it in another slot, which may be another tenant's.
-                if path == "/v1/messages" and made.slot.server.name not in self.pinning:
-                    raise ApiError(  # noqa: TRY301 (ends the turn as the server's own refusals do)
-                        503, "the llama-servers have changed; try again", retry_after_s=1
-                    )
+                self._require_pinned(path, made)
                 turn.plan, turn.n_promised = made.source, made.n_promised
                 await turn.send(path, body)
             except ServerUnreachable as error:
@@ -213,6 +209,11 @@ class Service:
             else:
                 return turn
         raise ApiError(503, "no llama-server could take the request; try again", retry_after_s=5)
+
+    def _require_pinned(self, path: str, made: Assignment) -> None:
+        """Refuse a request that its server would run in another slot, maybe another tenant's."""
+        if path == "/v1/messages" and made.slot.server.name not in self.pinning:
+            raise ApiError(503, "the llama-servers have changed; try again", retry_after_s=1)
 
     async def _slot_for(self, wish: Wish) -> Assignment:
         try:
