@@ -16,7 +16,16 @@ pytest.importorskip("cachebox")
 
 from bench import __main__ as command
 from bench import _compare, _report
-from bench._disturb import MODES, QUIET, Disturber, l2_bytes, one_by_one
+from bench._disturb import (
+    DISTURBED,
+    MADE_AFTER,
+    MODES,
+    QUIET,
+    Disturber,
+    fresh,
+    l2_bytes,
+    one_by_one,
+)
 from bench._process import Worker
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +138,9 @@ class Logged(Disturber):
         self.log.append("disturbed")
 
 
-def test_the_cache_is_disturbed_before_each_call_that_gets_a_new_text() -> None:
+def test_the_cache_is_disturbed_before_each_call_that_gets_a_new_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     disturb, text = Logged(), "7" * 5000
     assert len(disturb.buffer) == 4 * l2_bytes()
     assert set(disturb.buffer) == {2}  # written, and without the byte that is searched for
@@ -139,12 +150,21 @@ def test_the_cache_is_disturbed_before_each_call_that_gets_a_new_text() -> None:
         given.append(own)
         disturb.log.append("called")
 
+    def made(given: str) -> str:
+        disturb.log.append("made")
+        return fresh(given)
+
+    monkeypatch.setattr("bench._disturb.fresh", made)
     for mode in MODES:
         given.clear()
         disturb.log = []
         assert one_by_one([call] * 3, [text] * 3, mode, disturb) > 0
-        each = ["called"] if mode == QUIET else ["disturbed", "called"]
-        assert disturb.log == 3 * each
+        each = {
+            QUIET: ["made", "called"],
+            DISTURBED: ["made", "disturbed", "called"],
+            MADE_AFTER: ["made", "disturbed", "made", "called"],
+        }
+        assert disturb.log == 3 * each[mode]
         assert given == [text] * 3
         assert len({id(own) for own in [*given, text]}) == 4
 
