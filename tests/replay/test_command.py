@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from tokcache.replay.result import written_size
 from tokcache.replay.summary import duration
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -150,14 +152,27 @@ def test_a_model_measures_prefill_and_states(tmp_path: Path) -> None:
     assert found["curves"][-1]["unit"] == "bytes"
 
 
+@contextlib.contextmanager
+def interruptible_children() -> Iterator[None]:
+    """Where the tests run in the background they ignore interrupts, and a child inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_writes_the_figures_up_to_then(tmp_path: Path) -> None:
     """The trace comes through a pipe that stays open, so the replay can't have ended."""
     line = chats(tmp_path / "log", 5).read_bytes()
     written = tmp_path / "figures"
     command = [sys.executable, "-m", "tokcache", "replay", "-", "--json", str(written)]
-    with subprocess.Popen(  # noqa: S603 (our own code)
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with (
+        interruptible_children(),
+        subprocess.Popen(  # noqa: S603 (our own code)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process,
+    ):
         assert process.stdin is not None
         n = 0
         while n < 2_000_000:  # more than the first bytes, so that some are replayed
