@@ -39,7 +39,7 @@ def module(name: str) -> ModuleType:
 
 
 def summary(name: str) -> str:
-    """Return the first line of a benchmark's docstring, without importing what it measures."""
+    """Return the first line of a benchmark's docstring; its libraries are not imported."""
     file = Path(bench.__file__).with_name(f"{name.replace('-', '_')}.py")
     return file.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
 

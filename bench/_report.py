@@ -61,7 +61,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What was measured of one system in one case: `values` in the order of the rounds."""
+    """The measurements of one system in one case: `values` in the order of the rounds."""
 
     case: str
     system: str
@@ -133,7 +133,7 @@ class Report:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def fact(self, name: str, value: Any) -> None:
-        """Print and keep something that is no figure: sources, sizes, counters."""
+        """Print and keep a result that is not compared: sources, sizes, counters."""
         self.facts[name] = value
         self.line(f"  {name}: {value}")
 

@@ -16,7 +16,16 @@ pytest.importorskip("cachebox")
 
 from bench import __main__ as command
 from bench import _compare, _report
-from bench._disturb import MODES, Disturber, fresh, l2_bytes, one_by_one
+from bench._disturb import (
+    DISTURBED,
+    MADE_AFTER,
+    MODES,
+    QUIET,
+    Disturber,
+    fresh,
+    l2_bytes,
+    one_by_one,
+)
 from bench._process import Worker
 
 ROOT = Path(__file__).parents[1]
@@ -119,14 +128,45 @@ def test_a_worker_raises_what_its_method_raises_and_has_its_own_settings() -> No
         Worker("absent:Thing")
 
 
-def test_a_disturbed_call_is_slower_than_a_quiet_one() -> None:
-    disturb, table = Disturber(), {str(n): n for n in range(1000)}
+class Logged(Disturber):
+    """A disturber that notes when it was called."""
+
+    log: list[str]
+
+    def __call__(self) -> None:
+        super().__call__()
+        self.log.append("disturbed")
+
+
+def test_the_cache_is_disturbed_before_each_call_that_gets_a_new_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disturb, text = Logged(), "7" * 5000
     assert len(disturb.buffer) == 4 * l2_bytes()
-    text = "7" * 5000
-    assert fresh(text) == text
-    assert fresh(text) is not text
+    assert set(disturb.buffer) == {2}  # written, and without the byte that is searched for
+    given: list[str] = []
+
+    def call(own: str) -> None:
+        given.append(own)
+        disturb.log.append("called")
+
+    def made(given: str) -> str:
+        disturb.log.append("made")
+        return fresh(given)
+
+    monkeypatch.setattr("bench._disturb.fresh", made)
     for mode in MODES:
-        assert one_by_one([table.get] * 9, [text] * 9, mode, disturb) >= 1.0
+        given.clear()
+        disturb.log = []
+        assert one_by_one([call] * 3, [text] * 3, mode, disturb) > 0
+        each = {
+            QUIET: ["made", "called"],
+            DISTURBED: ["made", "disturbed", "called"],
+            MADE_AFTER: ["made", "disturbed", "made", "called"],
+        }
+        assert disturb.log == 3 * each[mode]
+        assert given == [text] * 3
+        assert len({id(own) for own in [*given, text]}) == 4
 
 
 def test_the_micro_benchmarks_run() -> None:

@@ -93,6 +93,54 @@ def test_the_wheel_installs_and_wraps_a_tokenizer(
         assert "native modules were not built" in done.stderr
 
 
+WITHOUT_EXTRAS = """
+import importlib.metadata, sys
+from pathlib import Path
+from packaging.requirements import Requirement
+
+of_name = {}
+for module, names in importlib.metadata.packages_distributions().items():
+    for name in names:
+        of_name.setdefault(name.lower().replace("-", "_"), set()).add(module)
+required = [Requirement(one) for one in importlib.metadata.requires("tokcache")]
+core = {one.name for one in required if one.marker is None}
+modules = {
+    module
+    for one in required
+    if one.name not in {*core, "tokcache", "pytest", "numpy"}
+    for module in of_name.get(one.name.lower().replace("-", "_"), ())
+}
+assert {"jinja2", "transformers", "httpx", "orjson"} <= modules, modules
+sys.modules.update(dict.fromkeys(modules))  # their import raises ModuleNotFoundError
+
+from typer.testing import CliRunner
+from tokcache.cli import app
+from tokcache.samples import tiny_tokenizer
+
+for command in app.registered_commands:
+    done = CliRunner().invoke(app, [command.callback.__name__, "--help"])
+    assert done.exit_code == 0, done.output
+request = Path("request.json")
+request.write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
+for line in (
+    ["explain", str(tiny_tokenizer())],
+    ["demo", "--backend", "tokens"],
+    ["why", str(request), str(request)],
+    ["replay", str(request), "--tokenizer", str(tiny_tokenizer())],
+):
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 0, (line, done.output, done.exception)
+done = CliRunner().invoke(app, ["explain", "--chat", str(tiny_tokenizer())])
+assert done.exit_code == 2, done.output
+print(done.output.strip().splitlines()[-1])
+"""
+
+
+def test_the_command_needs_none_of_the_extras(tmp_path: Path) -> None:
+    done = run("-c", f"import os; os.chdir({str(tmp_path)!r})\n{WITHOUT_EXTRAS}")
+    assert "chat templates need jinja2: pip install jinja2" in done.stdout
+
+
 @pytest.mark.parametrize("version", ["1.0.0rc3", "1.0.0", "1.2.0"])
 def test_the_requirements_exclude_tokenizers_versions_with_another_api(version: str) -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())

@@ -77,7 +77,7 @@ _IDS = (
     "Request {}",
     "trace_id={}",
     '{{"nonce": "{}"}}',
-    "Workspace /tmp/run-{}/src",
+    "Workspace run-{}/src",
 )
 _COUNTS = (
     "Turn {}",

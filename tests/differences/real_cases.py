@@ -160,8 +160,8 @@ CASES = [
          billing("2.1.175.9f0", "71fea", *LATER), C.RANDOM, "system[0].text"),
     # The folder of a session has a UUID in its name.
     Case("anthropics/claude-code#92524",
-         first("Put files into /tmp/pad/fc9aab5b-da05-4cc7-bbe2-410a1c472151/scratch only.\n"),
-         grown("Put files into /tmp/pad/88966ec9-2cb4-4872-bc6b-624b66257462/scratch only.\n"),
+         first("Put files into pad/fc9aab5b-da05-4cc7-bbe2-410a1c472151/scratch only.\n"),
+         grown("Put files into pad/88966ec9-2cb4-4872-bc6b-624b66257462/scratch only.\n"),
          C.RANDOM, "messages[0].content"),
     # The id of a conversation, made of letters alone.
     Case("dust-tt/dust#20969", first("conversation_id: upvxrtNBKm\nworkspace: rail\n"),

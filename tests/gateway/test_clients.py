@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.gateway.gateways import SYSTEM, Gateway, gateway, upstream
+from tests.gateway.gateways import SYSTEM, Gateway
 
 openai = pytest.importorskip("openai", reason="needs tokcache[test]")
 anthropic = pytest.importorskip("anthropic", reason="needs tokcache[test]")
@@ -22,15 +22,6 @@ TOOLS = [
         "input_schema": {"type": "object", "properties": {"word": {"type": "string"}}},
     }
 ]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with (
-        upstream(tmp_path_factory.mktemp("slots")) as process,
-        gateway(tmp_path_factory.mktemp("gateway"), process) as made,
-    ):
-        yield made
 
 
 @pytest.fixture

@@ -11,23 +11,11 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from tests.gateway.gateways import SYSTEM, Gateway, gateway, upstream
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with (
-        upstream(tmp_path_factory.mktemp("slots")) as process,
-        gateway(tmp_path_factory.mktemp("gateway"), process) as made,
-    ):
-        yield made
+from tests.gateway.gateways import SYSTEM, Gateway
 
 
 @pytest.mark.filterwarnings("default")  # those of another project's libraries

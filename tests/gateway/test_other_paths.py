@@ -10,7 +10,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.gateway.gateways import Gateway, gateway, httpx, upstream, user
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tokcache.samples.server_process import ServerProcess
@@ -23,18 +22,6 @@ BODIES: dict[str, dict[str, Any]] = {
     RESPONSES: {"input": "hi", "max_output_tokens": 2},
     MESSAGES: {"messages": [user("hi")], "max_tokens": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with upstream(tmp_path_factory.mktemp("slots")) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, server: ServerProcess) -> Iterator[Gateway]:
-    with gateway(tmp_path_factory.mktemp("gateway"), server) as made:
-        yield made
 
 
 def error_of(answer: Any, path: str) -> dict[str, Any]:

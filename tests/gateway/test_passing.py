@@ -9,24 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.gateway.gateways import Gateway, cached, gateway, httpx, system, upstream, user
+from tests.gateway.gateways import Gateway, cached, httpx, system, user
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tokcache.samples.server_process import ServerProcess
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with upstream(tmp_path_factory.mktemp("slots")) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, server: ServerProcess) -> Iterator[Gateway]:
-    with gateway(tmp_path_factory.mktemp("gateway"), server) as made:
-        yield made
 
 
 def streamed(served: Gateway, path: str, body: dict[str, Any]) -> list[tuple[str, Any]]:

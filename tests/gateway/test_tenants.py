@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,23 @@ def test_limits_answer_429_and_say_when_to_come_back(served: Gateway) -> None:
     assert late.status_code == 429
     assert late.json()["error"]["code"] == "tokens_per_minute"
     assert int(late.headers["retry-after"]) >= 10
+
+
+def test_a_client_that_leaves_while_its_request_waits_has_none_in_flight(served: Gateway) -> None:
+    long = {"messages": [user("count")], "max_tokens": 1900, "stream": True, "ignore_eos": True}
+    asked = {"messages": [user("hi")], "max_tokens": 2}
+    path = "/v1/chat/completions"
+    with contextlib.ExitStack() as streams:
+        for n in range(2):  # as many as there are slots
+            body = {**long, "messages": [user(f"count from {n}")]}
+            answer = streams.enter_context(
+                served.http.stream("POST", path, json=body, headers=key("one"))
+            )
+            assert answer.status_code == 200
+        with pytest.raises(httpx.ReadTimeout):
+            served.http.post(path, json=asked, headers=key("two"), timeout=0.7)
+    served.wait_until_idle()
+    assert served.http.post(path, json=asked, headers=key("two")).status_code == 200
 
 
 def test_every_configured_digest_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

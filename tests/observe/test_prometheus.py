@@ -24,7 +24,7 @@ from tests.text.tokenizers_made import MADE, fast
 from tokcache.errors import InvalidConfig
 from tokcache.observe import prometheus
 from tokcache.observe.prometheus import STATES, TEXT, Collector
-from tokcache.stats import CacheStats, L0Stats, L1Stats, StateStats, TierStats
+from tokcache.stats import CacheStats, L0Stats, L1Stats, RenderStats, StateStats, TierStats
 from tokcache.text.wrappers.patch import patch_transformers, unpatch_transformers
 
 HERE = Path(prometheus.__file__).parent
@@ -129,7 +129,12 @@ def test_every_counter_of_a_state_cache_is_shown(
     assert value(registry, "state_refusals_total", reason="no_room") == 1
 
 
-NESTED = {"L0Stats": L0Stats, "L1Stats": L1Stats, "TierStats": TierStats}
+NESTED = {
+    "L0Stats": L0Stats,
+    "L1Stats": L1Stats,
+    "RenderStats": RenderStats,
+    "TierStats": TierStats,
+}
 
 
 def leaves(kind: Any, prefix: str) -> Iterator[str]:

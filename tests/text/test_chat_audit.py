@@ -378,6 +378,34 @@ def test_a_real_template_breaks_where_it_is_known_to(name: str, shared_data: Pat
         assert found.cures[0].switch == "open_thinking"
 
 
+MADE = """
+{%- set mark = {'a': 1, 'b': [true, none], 'c': 'é<&>'} %}
+    {% for m in messages %}
+        {% if loop.index0 == 3 %}
+            {% break %}
+        {% endif %}
+  {{ m.role }}: {{ m.content }}
+        {% if m.role == 'assistant' %}
+    {% generation %}{{ mark | tojson }}, {{ mark | tojson(indent=2) }}{% endgeneration %}
+
+        {% else %}
+            {% continue %}
+        {% endif %}
+    {% endfor %}
+{% if add_generation_prompt %}{{ strftime_now('%Y') }}{% endif %}
+"""
+
+
+def test_templates_are_rendered_as_by_transformers() -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [{"role": role, "content": f" {role}\n"} for role in 3 * ("user", "assistant")]
+    given = {"messages": messages, "add_generation_prompt": True}
+    expected = utils._compile_jinja_template(MADE).render(**given)
+    assert compile_template(MADE).render(**given) == expected
+    assert expected.count("user") == 4
+    assert "é<&>" in expected
+
+
 def test_transformers_renders_as_the_projects_own_environment(shared_data: Path) -> None:
     pytest.importorskip("transformers", reason="needs tokcache[hf]")
     config = shared_data / "tokenizers" / "minimind" / "tokenizer_config.json"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,23 @@ if TYPE_CHECKING:
 
 DIFFERS = 1
 BAD_INPUT = 2
+
+AnyTokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH_OR_HUB_ID",
+        help="A tokenizer.json, its folder, a hub name, or a GGUF; by default --model's own.",
+    ),
+]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that the user named; exit with one line if it can't be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        typer.echo(f"tokcache: {path} can't be written: {error.strerror}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
 
 
 @contextlib.contextmanager

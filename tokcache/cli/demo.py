@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import tokcache
-from tokcache.cli._common import BAD_INPUT, DIFFERS, errors_in_one_line
+from tokcache.cli._common import DIFFERS, AnyTokenizer, errors_in_one_line, write_text
 from tokcache.demo import backends
 from tokcache.demo.chat import built_in_prompts
 from tokcache.demo.prompts import read_prompts
@@ -27,9 +27,6 @@ from tokcache.samples import tiny_model
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tokenizers import Tokenizer
-
-    from tokcache.demo.prompts import Prompt
 
 _PLACES = {
     "inprocess": "llama.cpp in this process (llama-cpp-python)",
@@ -56,13 +53,7 @@ _NAMES: dict[Backend, backends.BackendName] = {
 
 def demo(
     *,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH_OR_HUB_ID",
-            help="A tokenizer.json, its folder, a hub name, or a GGUF; by default --model's own.",
-        ),
-    ] = None,
+    tokenizer: AnyTokenizer = None,
     model: Annotated[
         Path | None,
         typer.Option(metavar="GGUF", help="The model; by default a tiny one with random weights."),
@@ -111,7 +102,9 @@ def demo(
         source = find_tokenizer(str(model) if tokenizer is None and model else tokenizer)
         plain = source.load()
         found = read_prompts(prompts) if prompts else built_in_prompts()
-        requests, form = _requests(found, source, plain)
+        chats = chat_format(source, plain)
+        requests = [Request(chats.text(one), add_special_tokens=not one.messages) for one in found]
+        form = {"Chats as": chats.name} if any(one.messages for one in found) else {}
         path, chosen, why = _model_and_backend(model, source, backend)
         cached = tokcache.wrap(source.load())
         console = Console(highlight=False)
@@ -129,26 +122,10 @@ def demo(
     for line in lines(summary):
         console.print(line, markup=False)
     if json_file is not None:
-        _write(json_file, json.dumps(as_json(summary), indent=1) + "\n")
+        write_text(json_file, json.dumps(as_json(summary), indent=1) + "\n")
     if requests_file is not None:
-        _write(requests_file, "".join(json.dumps(each.as_body()) + "\n" for each in found))
+        write_text(requests_file, "".join(json.dumps(each.as_body()) + "\n" for each in found))
     raise typer.Exit(DIFFERS if summary.differences() else 0)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        typer.echo(f"tokcache: {path} can't be written: {error.strerror}", err=True)
-        raise typer.Exit(BAD_INPUT) from None
-
-
-def _requests(
-    found: Sequence[Prompt], source: TokenizerSource, tokenizer: Tokenizer
-) -> tuple[list[Request], dict[str, str]]:
-    form = chat_format(source, tokenizer)
-    requests = [Request(form.text(each), add_special_tokens=not each.messages) for each in found]
-    return requests, {"Chats as": form.name} if any(each.messages for each in found) else {}
 
 
 def _model_and_backend(

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tokcache
 from tokcache._validate import require_share, require_size
-from tokcache.cli._common import BAD_INPUT, errors_in_one_line
+from tokcache.cli._common import AnyTokenizer, errors_in_one_line, write_text
 from tokcache.demo.tokenizers import chat_format, find_tokenizer
 from tokcache.errors import InvalidConfig
 from tokcache.replay.result import Prefill
@@ -41,13 +41,7 @@ def replay(
         typer.Argument(metavar="TRACE...", help="Files, gzip or zstd or plain; - is stdin."),
     ],
     *,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH_OR_HUB_ID",
-            help="A tokenizer.json, its folder, a hub name, or a GGUF; by default --model's own.",
-        ),
-    ] = None,
+    tokenizer: AnyTokenizer = None,
     model: Annotated[
         Path | None,
         typer.Option(metavar="GGUF", help="Measure prefill and state sizes with this model."),
@@ -124,11 +118,11 @@ def replay(
                 is_partial = True
         found = replaying.result(is_partial=is_partial)
         if json_file is not None:
-            _write(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
+            write_text(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
         if html is not None:
             from tokcache.replay.report.replay import page  # noqa: PLC0415 (an extra)
 
-            _write(html, page(found))
+            write_text(html, page(found))
         _show(found)
     raise typer.Exit(_INTERRUPTED if is_partial else 0)
 
@@ -192,11 +186,3 @@ def _show(found: Result) -> None:
     from tokcache.cli.replay_report import print_result  # noqa: PLC0415 (with numpy)
 
     print_result(Console(highlight=False), found)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        typer.echo(f"tokcache: {path} can't be written: {error.strerror}", err=True)
-        raise typer.Exit(BAD_INPUT) from None

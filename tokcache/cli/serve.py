@@ -61,7 +61,11 @@ def serve(
     """
     with errors_in_one_line():
         if new_key:
-            _print_new_key()
+            from tokcache.gateway import tenants  # noqa: PLC0415 (imports no extra)
+
+            key, digest = tenants.new_key()
+            typer.echo(f"key (give it to the client): {key}")
+            typer.echo(f'key_sha256 = "{digest}"')
             return
         flags: dict[str, Any] = {
             "model": str(model) if model else None,
@@ -104,14 +108,6 @@ def _load(path: Path | None, flags: dict[str, Any]) -> GatewayConfig:
     from tokcache.gateway.config import load  # noqa: PLC0415
 
     return load(path, flags)
-
-
-def _print_new_key() -> None:
-    from tokcache.gateway.tenants import new_key  # noqa: PLC0415 (imports no extra)
-
-    key, digest = new_key()
-    typer.echo(f"key (give it to the client): {key}")
-    typer.echo(f'key_sha256 = "{digest}"')
 
 
 def _print_settings(settings: GatewayConfig) -> None:

@@ -107,7 +107,7 @@ class Llama(LoadedLlama):
     batch sizes do. On Gemma 3 270M (Q4_K_M, logits' standard deviation 4.3) the largest difference
     after a prompt was 0.39 at the median and 0.84 at most; between plain llama_cpp in batches of 37
     and in one batch it was 0.72 and 1.16. Of 32 greedy answers of 16 tokens 7 differed, between the
-    two plain ones 14 (`python -m bench real-model`). On the tiny test model (standard deviation
+    two plain ones 14 (`python -m bench run real-model`). On the tiny test model (standard deviation
     1.5) the difference was at most 0.005 without and 0.09 with flash attention, between batch sizes
     0.003 and 0.095 (`python -m pytest tests/integration/test_llama_exact.py -k tolerance -s`, the
     larger figures of two CPUs).

@@ -141,6 +141,23 @@ TEXT = (
     _Family("l1_shorts", "stats.l1.n_shorts", "Short segments in L1."),
     _Family("l1_bytes", "stats.l1.n_bytes", "Bytes L1 holds."),
     _Family("l1_max_bytes", "config.l1_max_bytes", "Bytes that L1 may hold."),
+    _Family("render_hits_total", "stats.render.hits", "Chats of which a part was not rendered."),
+    _Family("render_misses_total", "stats.render.misses", "Chats that were rendered whole."),
+    _Family("render_messages_total", "stats.render.messages", "Messages of both."),
+    _Family(
+        "render_hit_messages_total", "stats.render.hit_messages", "Messages not rendered again."
+    ),
+    _Family("render_insertions_total", "stats.render.insertions", "Rendered messages kept."),
+    _Family("render_evictions_total", "stats.render.evictions", "Rendered messages evicted."),
+    _Family(
+        "render_refusals_total",
+        "stats.render.refusals",
+        "Chats rendered by transformers, messages not kept.",
+        "reason",
+    ),
+    _Family("render_entries", "stats.render.n_entries", "Rendered messages held."),
+    _Family("render_bytes", "stats.render.n_bytes", "Bytes that rendered messages take."),
+    _Family("render_max_bytes", "config.render_max_bytes", "Bytes that they may take."),
     _Family("encode_texts_total", "stats.encoded_texts", "Texts encoded, in full or in part."),
     _Family("encode_tokens_total", "stats.encoded_tokens", "Token ids of the encoded texts."),
     _Family("encode_seconds_total", "stats.encode_seconds", "Seconds spent encoding texts."),

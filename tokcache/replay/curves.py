@@ -120,11 +120,21 @@ class StackDistances:
         rate = self.rate
         distances = np.where(found < 0, -1.0, found / rate)
         self._counted += values.sum(axis=1) / rate
-        buckets = _bucket(distances)
+        # The last bucket is for objects that were not seen before.
+        buckets = np.ceil(_exact_bucket(distances) - 1e-9).astype(np.int64) - 1
+        buckets = np.clip(buckets, 0, _N_BUCKETS - 1)
+        buckets[distances < 0] = _N_BUCKETS
         for which, value in enumerate(values):
             self._sums[which] += np.bincount(buckets, value / rate, _N_BUCKETS + 1)
         if len(self._keys) > self._max_objects:
-            self._lower_limit()
+            # Remove the objects with the greater keys, so that half of the table is free again.
+            n_kept = self._max_objects // 2
+            self._limit = int(self._keys[n_kept])
+            self._keys = self._keys[:n_kept].copy()
+            self._place = self._place[:n_kept].copy()
+            self._weight = self._weight[:n_kept].copy()
+            self._marked = self._marked[:n_kept].copy()
+            self._close_gaps()
         return Looked(distances, was_marked)
 
     def _distances(
@@ -235,16 +245,6 @@ class StackDistances:
         is_used[self._place] = 1
         self._place = (np.cumsum(is_used) - 1)[self._place]
 
-    def _lower_limit(self) -> None:
-        """Remove the objects with the greater keys, so that half of the table is free again."""
-        n_kept = self._max_objects // 2
-        self._limit = int(self._keys[n_kept])
-        self._keys = self._keys[:n_kept].copy()
-        self._place = self._place[:n_kept].copy()
-        self._weight = self._weight[:n_kept].copy()
-        self._marked = self._marked[:n_kept].copy()
-        self._close_gaps()
-
     # ---- the curve
 
     def hit_rates(self, sizes: Sequence[float] | Floats, which: int = 0) -> Floats:
@@ -274,12 +274,6 @@ class StackDistances:
 def _exact_bucket(distances: Floats) -> Floats:
     found: Floats = np.log2(np.maximum(distances, 1.0)) * _STEPS
     return found
-
-
-def _bucket(distances: Floats) -> Ints:
-    """Return the bucket of each distance; the last one is for those not seen before."""
-    found = np.minimum(np.ceil(_exact_bucket(distances) - 1e-9).astype(np.int64), _N_BUCKETS)
-    return np.where(distances < 0, _N_BUCKETS, np.maximum(found - 1, 0))
 
 
 def _smaller_in_runs(values: Ints, weights: Ints) -> Ints:

@@ -69,7 +69,14 @@ class Replay:
         self._skipped = Skipped(options.is_strict)
         self._traces: list[tuple[str, str]] = []
         self._texts: TextReplay | None = None
-        self._blocks = BlockReplay(self._prefixes)
+        self._blocks = BlockReplay(
+            lambda block_tokens: Prefixes(
+                block_tokens,
+                size=self._blocks_of(block_tokens),
+                rate=options.sample_rate,
+                max_objects=options.max_objects,
+            )
+        )
         self._n_without_text = self._n_tokens_without_text = 0
         self._began = perf_counter()
         self._seconds = 0.0
@@ -89,14 +96,6 @@ class Replay:
                 scope = trace.first_scope + 1
         finally:
             self._seconds = perf_counter() - self._began
-
-    def _prefixes(self, block_tokens: int) -> Prefixes:
-        return Prefixes(
-            block_tokens,
-            size=self._blocks_of(block_tokens),
-            rate=self._options.sample_rate,
-            max_objects=self._options.max_objects,
-        )
 
     def _blocks_of(self, block_tokens: int) -> float | None:
         """Return the number of blocks that fit into `state_bytes`."""

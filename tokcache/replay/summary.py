@@ -37,16 +37,17 @@ def sentence(found: Result) -> str:
     return f"On these {found.n_prompts:,} prompts, {', and '.join(parts)}."
 
 
+_UNITS = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+
+
 def duration(seconds: float) -> str:
     """Return a time as text, in the unit that fits, with three digits."""
-    for unit, factor in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
-        if seconds >= (2 if factor > 1 else 1) * factor:
-            return f"{_three_digits(seconds / factor)} {unit}"
-    return f"{_three_digits(seconds * 1e6)} µs" if seconds > 0 else "0 s"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 (three digits)
+    if seconds <= 0:
+        return "0 s"
+    fits = (each for each in _UNITS if seconds >= (2 if each[1] > 1 else 1) * each[1])
+    unit, factor = next(fits, _UNITS[-1])
+    value = seconds / factor
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"  # noqa: PLR2004
 
 
 def with_unit(n_bytes: float) -> str:

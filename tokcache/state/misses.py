@@ -122,10 +122,16 @@ class MissFinder:
             return 0, True, last
         if not last.n_after:
             return 0, False, None
-        following = _following(last)
-        n_same = max((common_tokens(each.tokens, rest) for each in following), default=0)
-        alike = (each for each in following if common_tokens(each.tokens, rest) == n_same)
-        return n_same, True, max(alike, key=lambda node: node.tick, default=None)
+        if not at and path.root.grain == TOKEN_BYTES:
+            return 0, True, None  # no block at the beginning has the first token
+        first = rest[:TOKEN_BYTES]
+        nearest: tuple[int, int, Node | None] = (0, -1, None)
+        for each in _following(last):
+            is_alike = each.tokens[:TOKEN_BYTES] == first
+            n_same = common_tokens(each.tokens, rest) if is_alike else 0
+            if (n_same, each.tick) > nearest[:2]:
+                nearest = n_same, each.tick, each
+        return nearest[0], True, nearest[2]
 
     def _removed(self, path: Path, wanted: bytes) -> tuple[_Why | None, bool]:
         """Return why this process does not hold the rest any more.

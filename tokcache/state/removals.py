@@ -125,7 +125,7 @@ class Removals:
             first = first or Removal(CAUSES[number], 0, 0, removed_at, written)
             n_same, n_upper = self._n_same(n_block, checks, rest)
             # Another block that was removed at this place may have more tokens in common.
-            n_most = n_tokens + (len(rest) if is_shared else n_upper)
+            n_most = n_tokens + (len(rest) // TOKEN_BYTES if is_shared else n_upper)
             n_tokens += n_same
             if n_same < n_block:
                 break

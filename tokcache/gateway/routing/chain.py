@@ -157,7 +157,12 @@ def canonical_message(message: Mapping[str, Any]) -> str:
         if name == "content":
             value = _content(value)
         elif name == "tool_calls" and isinstance(value, list):
-            value = [_tool_call(each) for each in value]
+            value = [
+                [call.get("id"), call["function"].get("name"), call["function"].get("arguments")]
+                if isinstance(call, dict) and isinstance(call.get("function"), dict)
+                else call
+                for call in value
+            ]
         if value not in (None, "", []):
             parts.append(f"{name}:{value}" if isinstance(value, str) else _dump(name, value))
     return "\x1e" + "\x1f".join(parts)
@@ -174,12 +179,6 @@ def canonical_item(item: Mapping[str, Any]) -> str:
         kept["type"] = item["type"]
     kept["content"] = _content(item.get("content"))
     return "\x1e" + _dump("item", dict(sorted(kept.items())))
-
-
-def _tool_call(call: Any) -> Any:
-    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
-        return call
-    return [call.get("id"), call["function"].get("name"), call["function"].get("arguments")]
 
 
 def _content(found: Any) -> Any:

@@ -100,7 +100,10 @@ class ManagedServer:
         ]
 
     def _start_program(self) -> None:
-        self._port = self._port or _free_port()
+        if not self._port:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self._port = int(probe.getsockname()[1])
         log_path = self._folder / "llama-server.log"
         with log_path.open("wb") as log:
             self._program = subprocess.Popen(  # noqa: S603 (the program that the user named)
@@ -122,9 +125,3 @@ class ManagedServer:
             f"{self._config.llama_server} {'ended' if is_over else 'did not come up in time'};"
             f" the end of its log:\n{tail}"
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

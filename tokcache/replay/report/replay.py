@@ -52,7 +52,9 @@ def _figures(found: Result) -> list[Figure]:
     for curve in found.curves:
         if curve.name == "L0" and curve.unlimited < found.curves[-1].unlimited / 10:
             continue  # whole texts seldom repeat: the chart shows it
-        how = f"of {curve.counted}, with {_written(curve, curve.knee_size)}"
+        size = curve.knee_size
+        room = with_unit(size) if curve.unit == "bytes" else f"{_count(size)} {curve.unit}"
+        how = f"of {curve.counted}, with {room}"
         figures.append(Figure(_NAMES[curve.name], f"{curve.knee_rate:.0%}", how))
     timed = found.tokenization
     if timed is not None and timed.with_s is not None:
@@ -67,10 +69,6 @@ def _figures(found: Result) -> list[Figure]:
 def _name(tokenizer: str) -> str:
     """Return a tokenizer's name without the folders of its path."""
     return Path(tokenizer).name if Path(tokenizer).exists() else tokenizer
-
-
-def _written(curve: Curve, size: float) -> str:
-    return with_unit(size) if curve.unit == "bytes" else f"{_count(size)} {curve.unit}"
 
 
 def _tick(size: float) -> str:

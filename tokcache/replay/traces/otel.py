@@ -44,7 +44,11 @@ def requests(value: Any) -> Iterable[Request]:
             yield Request(n_tokens=count)
             continue
         system = _json(found.get("gen_ai.system_instructions"))
-        made = conversation([_with_content(one) for one in messages], system=system)
+        with_content = [
+            {**one, "content": one["parts"]} if isinstance(one, dict) and "parts" in one else one
+            for one in messages
+        ]
+        made = conversation(with_content, system=system)
         yield Request(
             messages=made.messages,
             tools=conversation([], tools=_json(found.get("gen_ai.tool.definitions"))).tools,
@@ -94,10 +98,3 @@ def _json(value: Any) -> Any:
         return json.loads(value)
     except ValueError:
         raise Malformed("an attribute that holds messages is not JSON") from None
-
-
-def _with_content(message: Any) -> Any:
-    """Return a message whose `parts` are its content."""
-    if not isinstance(message, dict) or "parts" not in message:
-        return message
-    return {**message, "content": message["parts"]}

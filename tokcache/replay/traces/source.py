@@ -154,7 +154,9 @@ class Source:
                 found = loads(line)
             except (ValueError, RecursionError):
                 continue
-            return not isinstance(found, list) or _is_chat(found)
+            if not isinstance(found, list):
+                return True
+            return bool(found) and isinstance(found[0], dict) and "role" in found[0]
         return False
 
     def values(self) -> Iterator[Any]:
@@ -174,8 +176,11 @@ class Source:
 
     def lines(self) -> Iterator[bytes]:
         """Yield the lines as UTF-8, without a byte order mark; too long ones are skipped."""
-        lines = _utf_8_lines(self._stream) if self.head.startswith(_UTF_16) else None
-        read = self._stream.readline if lines is None else lambda _: next(lines, b"")
+        read: Callable[[int], bytes] = self._stream.readline
+        if self.head.startswith(_UTF_16):
+            texts = io.TextIOWrapper(self._stream, encoding="utf-16", newline="\n")
+            lines = (line.encode("utf-8", "surrogatepass") for line in texts)
+            read = lambda _: next(lines, b"")  # noqa: E731 (reads the next line)
         try:
             while line := read(MAX_RECORD_BYTES):
                 self.number += 1
@@ -248,15 +253,6 @@ def _cause(line: bytes, error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return "not a JSON value: " + str(error).split(":", maxsplit=1)[0]
-
-
-def _is_chat(found: list[Any]) -> bool:
-    return bool(found) and isinstance(found[0], dict) and "role" in found[0]
-
-
-def _utf_8_lines(stream: IO[bytes]) -> Iterator[bytes]:
-    for line in io.TextIOWrapper(stream, encoding="utf-16", newline="\n"):
-        yield line.encode("utf-8", "surrogatepass")
 
 
 # ---- compression

@@ -10,7 +10,7 @@ memory speed; with a key a MAC (HMAC-SHA256) takes its place, which detects forg
 and MAC cover the bytes as stored.
 
 Source: XXH3 is faster than a memcpy of the same bytes; zlib.crc32 took 14 times as long,
-        HMAC-SHA256 35 times, blake2b longer still (`python -m bench states --checksums`).
+        HMAC-SHA256 35 times, blake2b longer still (`python -m bench run states --checksums`).
 """
 
 from __future__ import annotations

@@ -25,15 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache._prefix import n_common
 from tokcache.errors import RenderingFailed
-from tokcache.text.chat.conversations import Case, Mode, Step, all_cases, as_lists
-from tokcache.text.chat.environment import FIXED_TEXT
+from tokcache.text.chat.conversations import FIXED_TEXT, Case, Mode, Step, all_cases, as_lists
 from tokcache.text.chat.process import CLOCK, TemplateProcess
-from tokcache.text.chat.proof import Proof, prove_append_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from tokcache._prefix import Sliceable
+    from tokcache.text.chat.proof import Proof
 
 _MINUTE, _DAY = dt.timedelta(seconds=61), dt.timedelta(hours=25)
 _END = re.compile(r"\s*(?:<[^<>\s]+>|\[[^\[\]\s]+\])")
@@ -499,6 +498,8 @@ def audit_template(
     Errors: InvalidTemplate if the template can't be compiled; MissingExtra without jinja2.
     """
     with open_process(template, variables or {}, by_transformers=by_transformers) as process:
+        from tokcache.text.chat.proof import prove_append_only  # noqa: PLC0415 (needs jinja2)
+
         auditor = _Auditor(process, template, encoder)
         chosen = list(all_cases() if cases is None else cases)
         plain = next((case for case in chosen if case.name == "plain"), all_cases()[0])

@@ -404,7 +404,11 @@ def _grown(
     for depth, key in keys:
         node = _Node(key, depth=depth)
         made.append(node)
-        node.n_bytes = _NODE_BYTES + _size_of(key)
+        node.n_bytes = _NODE_BYTES + (
+            len(key)
+            if isinstance(key, bytes)
+            else sum([getsizeof(value) + 120 for _, value in key])  # with the tuples
+        )
         if depth < head.n_needed:
             continue
         point = last
@@ -424,12 +428,6 @@ def _grown(
         node.n_bytes += getsizeof(node.text)
         last = point
     return made
-
-
-def _size_of(key: _Key) -> int:
-    if isinstance(key, bytes):
-        return len(key)
-    return sum([getsizeof(value) + 120 for _, value in key])  # with the tuples
 
 
 def _frozen(value: Any) -> bytes:

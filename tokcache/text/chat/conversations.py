@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+# A text for switches that are written into the prompt, such as date_string.
+FIXED_TEXT = "1 January 2024"
 N_TURNS = 6
 _MANY_TURNS = 40
 

@@ -16,6 +16,8 @@ from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tokcache.text.chat.conversations import FIXED_TEXT
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 # Variables that every caller passes, and functions of the environment: none is a switch.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception"}
 _GIVEN |= {"strftime_now", "continue_final_message"}
-# A text for switches that are written into the prompt, such as date_string.
-FIXED_TEXT = "1 January 2024"
 _MAX_SWITCHES = 12
 _MAX_VALUES = 6
 
@@ -50,11 +50,8 @@ class Switch:
     values: tuple[str | int | float | bool | None, ...]
 
 
-def compile_template(source: str) -> Template:
-    """Return the compiled template.
-
-    Errors: jinja2.TemplateSyntaxError.
-    """
+def new_environment() -> Environment:
+    """Return an environment in which templates are parsed and rendered as by transformers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -63,7 +60,15 @@ def compile_template(source: str) -> Template:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    return environment
+
+
+def compile_template(source: str) -> Template:
+    """Return the compiled template.
+
+    Errors: jinja2.TemplateSyntaxError.
+    """
+    return new_environment().from_string(source)
 
 
 def _to_json(

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
-from jinja2.ext import Extension, loopcontrols
+from jinja2 import TemplateSyntaxError, nodes
 
 from tokcache.errors import TemplateNotProven
+from tokcache.text.chat.environment import new_environment
 from tokcache.text.chat.expressions import (
     Expressions,
     Messages,
@@ -31,9 +31,6 @@ from tokcache.text.chat.expressions import (
     floor_of,
     shown,
 )
-
-if TYPE_CHECKING:
-    from jinja2.parser import Parser
 
 _MAX_MIN_MESSAGES = 4  # a claim about longer chats alone would say little
 _TEXT_AFTER = "text after the messages without a generation prompt"
@@ -80,27 +77,12 @@ def prove_append_only(template: str) -> Proof:
     return Proof(True, min_messages=n_messages)
 
 
-class _Generation(Extension):
-    """The tag `generation` of transformers, which marks an assistant's text."""
-
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
 def parse(template: str) -> nodes.Template:
     """Parse a template as transformers does.
 
     Errors: jinja2.TemplateSyntaxError.
     """
-    extensions = [_Generation, loopcontrols]
-    environment = Environment(  # noqa: S701 (no HTML)
-        trim_blocks=True, lstrip_blocks=True, extensions=extensions
-    )
-    return environment.parse(template)
+    return new_environment().parse(template)
 
 
 class _Prover:

@@ -114,7 +114,11 @@ def _check(environment: Environment, body: Iterable[nodes.Node]) -> None:
             raise TemplateNotTaken("statement")
         if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
             raise TemplateNotTaken("unsteady")
-        if isinstance(node, nodes.Test) and node.name == "sameas" and not _is_constant(node):
+        if (
+            isinstance(node, nodes.Test)
+            and node.name == "sameas"
+            and not all(isinstance(each, nodes.Const) for each in node.args)
+        ):
             raise TemplateNotTaken(
                 "unsteady"
             )  # in a later rendering equal values may be other objects
@@ -159,10 +163,6 @@ def _all(body: Iterable[nodes.Node]) -> list[nodes.Node]:
 def _names(body: Iterable[nodes.Node], context: str) -> set[str]:
     found = (each for each in _all(body) if isinstance(each, nodes.Name))
     return {each.name for each in found if each.ctx == context}
-
-
-def _is_constant(test: nodes.Test) -> bool:
-    return all(isinstance(each, nodes.Const) for each in test.args)
 
 
 def _macro_names(body: Iterable[nodes.Node]) -> set[str]:
