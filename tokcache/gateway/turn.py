@@ -121,7 +121,7 @@ class Turn:
             return name, data, None
         found = event_object(data)
         self.answer.feed({"error": found} if name == "error" else found)
-        if not self._has_begun:
+        if not self._has_begun and "prompt_progress" not in found:
             self._has_begun = True
             now = time.monotonic()
             self._first_s = now - self.made.wish.arrived

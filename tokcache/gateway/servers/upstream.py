@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -191,27 +190,36 @@ class Upstream:
 
 
 class Lines:
-    """Splits a stream into server-sent events; lines and events have a limited size."""
+    """Splits a stream into server-sent events; lines have a limited size.
+
+    Errors: InvalidAnswer for a line that is too long, or that some clients would read as two.
+    """
 
     def __init__(self) -> None:
         self._rest = bytearray()
         self._name = ""
 
-    def feed(self, chunk: bytes) -> Iterator[tuple[str, bytes]]:
-        """Add bytes and yield the name and data of each data line that they complete."""
-        n_searched = len(self._rest)
+    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
+        """Add bytes and return the name and data of each data line that they complete."""
+        # The start of a long line is kept without a copy for each chunk.
         self._rest += chunk
-        start = 0
-        while (end := self._rest.find(b"\n", max(start, n_searched))) >= 0:
-            line = bytes(self._rest[start:end]).removesuffix(b"\r")
-            start = end + 1
-            name, _, value = line.partition(b":")
-            if not line:
-                self._name = ""
+        if len(self._rest) > _MAX_LINE_BYTES and b"\n" not in chunk:
+            raise InvalidAnswer(f"the llama-server sent a line of over {_MAX_LINE_BYTES:,} bytes")
+        if b"\n" not in chunk:
+            return []
+        *lines, rest = bytes(self._rest).split(b"\n")
+        self._rest = bytearray(rest)
+        found = []
+        for line in lines:
+            name, _, value = line.removesuffix(b"\r").partition(b":")
+            if b"\r" in value:
+                raise InvalidAnswer("the llama-server sent a carriage return within a line")
+            if name == b"data":
+                found.append((self._name, value.strip()))
             elif name == b"event":
                 self._name = value.strip().decode("ascii", "replace")
-            elif name in (b"data", b"error"):
-                yield ("error" if name == b"error" else self._name), value.strip()
-        del self._rest[:start]
-        if len(self._rest) > _MAX_LINE_BYTES:
-            raise InvalidAnswer(f"the llama-server sent a line of over {_MAX_LINE_BYTES:,} bytes")
+            elif name == b"error":
+                found.append(("error", value.strip()))
+            elif not name:
+                self._name = ""
+        return found
