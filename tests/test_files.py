@@ -26,9 +26,14 @@ def test_a_file_appears_when_its_block_has_ended(tmp_path: Path, is_synced: bool
 def test_an_error_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -63,10 +68,10 @@ def test_parts_are_written_whole_though_the_system_takes_few_bytes_a_call(
 def test_a_full_disk_is_reported_though_removing_fails_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
 ) -> None:
-    def full(fd: int, parts: object) -> int:
+    def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "no space")
 
-    def broken(name: str, *, dir_fd: int) -> None:
+    def broken(*_: object, **_options: object) -> None:
         raise OSError(errno.EIO, "broken")
 
     folder = os.open(tmp_path, os.O_RDONLY)
