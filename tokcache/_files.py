@@ -24,7 +24,8 @@ def atomic_file(path: Path, *, is_synced: bool = False) -> Iterator[IO[bytes]]:
     """
     handle, name = tempfile.mkstemp(prefix=".tokcache-", dir=path.parent)  # mode 0600
     try:
-        with os.fdopen(handle, "wb") as file:
+        # The file has its path as its name, for libraries that write to a path.
+        with open(name, "wb", opener=lambda *_: handle) as file:
             yield file
             file.flush()
             if is_synced:
