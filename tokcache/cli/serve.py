@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import signal
 from pathlib import Path
@@ -93,7 +94,8 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         import uvloop  # noqa: PLC0415 (an extra)
     except ImportError:
         return None
-    return uvloop.new_event_loop
+    make: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return make
 
 
 def _load(path: Path | None, flags: dict[str, Any]) -> GatewayConfig:
@@ -146,6 +148,7 @@ async def _run(settings: GatewayConfig) -> None:
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
+                ws="none",
                 server_header=False,
                 # An address in a header would be believed from everybody.
                 proxy_headers=False,
@@ -155,6 +158,8 @@ async def _run(settings: GatewayConfig) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(each, lambda: None)
         _print_urls(settings)
+        # All that was loaded stays; a collection that walks it would hold up every stream.
+        gc.freeze()
         await server.serve()
         if not server.started:
             raise TokcacheError(f"can't listen on {settings.host}:{settings.port}; is it in use?")

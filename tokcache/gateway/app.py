@@ -175,17 +175,17 @@ class Endpoints:
     async def _body(self, request: Request) -> bytes:
         """Return the body; refuse one that is too large or comes too slowly."""
         limit = int(self._config.max_body_bytes)
-        too_large = ApiError(413, f"the body is larger than {limit:,} bytes")
+        too_large = f"the body is larger than {limit:,} bytes"
         declared = request.headers.get("content-length", "0")
         if not declared.isdigit() or int(declared[:20]) > limit:
-            raise too_large
+            raise ApiError(413, too_large)
         body = bytearray()
         try:
             async with asyncio.timeout(self._config.body_timeout_s):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > limit:
-                        raise too_large
+                        raise ApiError(413, too_large)
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not arrive within {self._config.body_timeout_s:g} s"

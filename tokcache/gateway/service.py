@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 _TRIES = 4
 _TICK_S = 0.05
+_IDLE_TICK_S = 0.25
 _LOOK_S = 1.0
 _SETTLE_S = 120.0
 _SETTLE_LOOK_S = 0.05
@@ -98,6 +99,7 @@ class Service:
         self.n_turns = 0
         self._is_list_old = False
         self._saving: asyncio.Task[None] | None = None
+        self._has_queue = asyncio.Event()
 
     @property
     def is_healthy(self) -> bool:
@@ -130,6 +132,7 @@ class Service:
         if not self.is_healthy and self.managed is not None:
             raise ServerError("the started llama-server does not answer")
         self.in_background(self._watch())
+        self.in_background(self._reconsider())
         self.in_background(self._tick())
 
     async def stop(self) -> None:
@@ -226,6 +229,8 @@ class Service:
         future = asyncio.get_running_loop().create_future()
         self._waiting[wish] = future
         self.assign()
+        if self.router.queue:
+            self._has_queue.set()
         is_taken = False
         try:
             async with asyncio.timeout(self.config.queue_timeout_s):
@@ -361,7 +366,7 @@ class Service:
     async def _look(self, name: str) -> None:
         """Read a server's identity; if it has started since the last look, record that."""
         upstream = self.upstreams[name]
-        look = await upstream.look()
+        look = await upstream.look(self.looks.get(name))
         server = self.router.servers[name]
         if self.looks.get(name) == look and server.is_up:
             return
@@ -452,18 +457,25 @@ class Service:
                 except (ServerError, OSError) as error:
                     self._down(name, error)
 
+    async def _reconsider(self) -> None:
+        """Try again to assign requests that wait for a prefix, whose time passes."""
+        while True:
+            await self._has_queue.wait()
+            await asyncio.sleep(_TICK_S)
+            self.assign()
+            if not self.router.queue:
+                self._has_queue.clear()
+
     async def _tick(self) -> None:
-        """Reconsider requests that wait for a prefix, save idle slots, and write the list."""
+        """Save slots while their servers are idle, and write the list of files."""
         n_ticks = 0
         while True:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(_IDLE_TICK_S)
             n_ticks += 1
-            if self.router.queue:
-                self.assign()
             slot = None if self._saving else self.router.next_to_save(time.monotonic())
             if slot is not None:
                 self._saving = asyncio.ensure_future(self._save_idle(slot))
-            if self._is_list_old and n_ticks * _TICK_S >= _LOOK_S:
+            if self._is_list_old and n_ticks * _IDLE_TICK_S >= _LOOK_S:
                 n_ticks = 0
                 self._write_list()
 

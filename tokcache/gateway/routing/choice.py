@@ -60,9 +60,7 @@ def _loss(slot: Slot, n_kept: int) -> float:
     return max(0, slot.n_tokens - n_kept) / 2
 
 
-def rank(
-    choice: Choice, wish: Wish, *, is_side: bool, side_tokens: int, needs_save: bool
-) -> tuple[float, ...]:
+def rank(choice: Choice, wish: Wish, *, is_side: bool, side_tokens: int) -> tuple[float, ...]:
     """Return the order of choices: tokens gained, then the least disturbance."""
     slot = choice.slot
     is_continued = choice.source == "slot" and slot.is_continued_by(wish)
@@ -76,7 +74,12 @@ def rank(
         is_fitting,
         is_small,
         choice.copied is None,
-        is_continued or not needs_save,
-        -slot.used_at,
-        sum(not each.is_busy for each in slot.server.slots),
     )
+
+
+def rank_of_equals(choice: Choice, wish: Wish, *, needs_save: bool) -> tuple[float, ...]:
+    """Return the order of choices of one rank: no save, the longest unused, the idlest server."""
+    slot = choice.slot
+    is_continued = choice.source == "slot" and slot.is_continued_by(wish)
+    n_idle = sum(not each.is_busy for each in slot.server.slots)
+    return is_continued or not needs_save, -slot.used_at, n_idle

@@ -12,6 +12,7 @@ import contextlib
 import json
 import secrets
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -88,12 +89,16 @@ class Files:
         return isinstance(file, SavedFile) and self._files.get(file.name) is file
 
     def find(self, pool: str, chain: Chain) -> tuple[SavedFile, int] | None:
-        """Return the file of a pool that shares most links with a chain, and their number."""
-        for n_links in range(len(chain), 0, -1):
-            held = self._by_link.get((pool, chain.links[n_links - 1]))
-            if held:
-                return max(held, key=lambda file: (-file.n_tokens, file.used_at)), n_links
-        return None
+        """Return the file of a pool that shares most links with a chain, and their number.
+
+        Cost: O(log n) in the links, because a file that has a link has all links before it.
+        """
+        by_link, links = self._by_link, chain.links
+        n_links = bisect_left(links, True, key=lambda link: (pool, link) not in by_link)
+        if not n_links:
+            return None
+        held = by_link[pool, links[n_links - 1]]
+        return max(held, key=lambda file: (-file.n_tokens, file.used_at)), n_links
 
     def covers(self, pool: str, chain: Chain) -> SavedFile | None:
         """Return a file that holds all links of a chain."""

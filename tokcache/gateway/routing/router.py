@@ -18,7 +18,13 @@ from collections import Counter
 from tokcache.errors import QueueFull
 from tokcache.gateway.routing.admission import Admission
 from tokcache.gateway.routing.chain import EMPTY, Chain
-from tokcache.gateway.routing.choice import MIN_RESTORE_TOKENS, Choice, choices, rank
+from tokcache.gateway.routing.choice import (
+    MIN_RESTORE_TOKENS,
+    Choice,
+    choices,
+    rank,
+    rank_of_equals,
+)
 from tokcache.gateway.routing.files import Files, SavedFile
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
 
@@ -134,23 +140,26 @@ class Router:
         idle = self.idle(wish.model)
         if not idle:
             return None
-        is_side = self._is_side(wish)
-        needs_save = {slot: self.is_worth_saving(slot) for slot in idle}
-        best = max(
-            choices(self.files, wish, idle),
-            key=lambda each: rank(
-                each,
-                wish,
-                is_side=is_side,
-                side_tokens=self._side_tokens,
-                needs_save=needs_save[each.slot],
-            ),
-        )
+        best = self._best(wish, idle)
         if self._is_worth_waiting(wish, best, now):
             wish.has_waited_for_prefix = True
             return None
         self.queue.remove(wish)
         return self._assigned(wish, best, now)
+
+    def _best(self, wish: Wish, idle: list[Slot]) -> Choice:
+        is_side = self._is_side(wish)
+        found = list(choices(self.files, wish, idle))
+        ranks = [rank(each, wish, is_side=is_side, side_tokens=self._side_tokens) for each in found]
+        highest = max(ranks)
+        equals = [each for each, its in zip(found, ranks, strict=True) if its == highest]
+        if len(equals) == 1:
+            return equals[0]
+        # Whether a slot would be saved is asked only for these, because it takes a look-up.
+        return max(
+            equals,
+            key=lambda each: rank_of_equals(each, wish, needs_save=self.is_worth_saving(each.slot)),
+        )
 
     def _is_side(self, wish: Wish) -> bool:
         n_chars = wish.chain.chars_at(len(wish.chain))

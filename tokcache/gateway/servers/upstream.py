@@ -21,6 +21,7 @@ from tokcache.gateway.api.errors import upstream_error
 from tokcache.gateway.servers.exchange import Address, Exchange
 from tokcache.llama.server import calls
 from tokcache.llama.server.model import model_identity, probe_tokens
+from tokcache.llama.server.results import ModelMeta
 
 if TYPE_CHECKING:
     from tokcache.gateway.config import UpstreamConfig
@@ -66,18 +67,28 @@ class Upstream:
         self.slot_folder = Path(config.slot_folder) if config.slot_folder else None
         self._address = Address(config.url, read_timeout_s=read_timeout_s)
         self.tokenizer = config.tokenizer
+        self._meta = ModelMeta()
 
-    async def look(self) -> Look:
-        """Ask who the server is; raise InvalidAnswer if it is not a llama-server."""
+    async def look(self, last: Look | None = None) -> Look:
+        """Ask who the server is; raise InvalidAnswer if it is not a llama-server.
+
+        The metadata of the model is asked for again only if the server has started since `last`.
+        """
         raw = await self._json("GET", "/props")
         props = calls.props().read(raw)
-        meta = await self._do(calls.model_meta())
+        if last is None or not props.boot or props.boot != last.boot:
+            self._meta = await self._do(calls.model_meta())
         try:
             adapters = await self._do(calls.lora_adapters())
         except (RequestRejected, ServerUnsupported):
             adapters = ""
         modalities = raw.get("modalities") or {}
-        identity = (model_identity(props.model_path, meta), props.build, props.n_ctx, adapters)
+        identity = (
+            model_identity(props.model_path, self._meta),
+            props.build,
+            props.n_ctx,
+            adapters,
+        )
         place = str(self.slot_folder) if self.slot_folder else self.url
         pool = hashlib.blake2b(repr((identity, place)).encode(), digest_size=16).hexdigest()
         # Without an alias llama-server shows the path of the file on its host.
