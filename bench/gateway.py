@@ -36,7 +36,7 @@ from tokcache import samples
 from tokcache.samples.server_process import ServerProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from bench._report import Report
 
@@ -103,17 +103,27 @@ class Bare:
     def start(self) -> None:
         """Start all servers."""
         for _ in range(N_SERVERS):
-            # The gateway's servers share a folder, so that each can restore the files of another.
-            self._servers.append(
-                ServerProcess(
-                    samples.tiny_model(),
-                    n_ctx=N_CTX,
-                    n_slots=N_SLOTS,
-                    n_threads=1,
-                    slot_folder=self._folder / "slots",
-                    overrides={"n_batch": 2048, "n_ubatch": 512, **self._overrides},
-                )
-            )
+            self._servers.append(self._server())
+
+    def _server(self, port: int = 0) -> ServerProcess:
+        # The gateway's servers share a folder, so that each can restore the files of another.
+        return ServerProcess(
+            samples.tiny_model(),
+            n_ctx=N_CTX,
+            n_slots=N_SLOTS,
+            n_threads=1,
+            port=port,
+            slot_folder=self._folder / "slots",
+            overrides={"n_batch": 2048, "n_ubatch": 512, **self._overrides},
+        )
+
+    def crash(self, number: int) -> None:
+        """Kill a server, and start another one at its address a second later."""
+        old = self._servers[number]
+        old.kill()
+        old.close()
+        time.sleep(1)
+        self._servers[number] = self._server(int(old.url.rpartition(":")[2]))
 
     def show_reasons(self) -> None:
         """Print why less was reused; a bare server does not know."""
@@ -128,8 +138,9 @@ class Bare:
 class Ours(Bare):
     """The same servers with a gateway in front, in a process of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Sequence[str] = ()) -> None:
         self._gateway: subprocess.Popen[str] | None = None
+        self._settings = settings
         self._gateway_url = ""
         super().__init__(folder, cache_ram_mib=0)
 
@@ -144,7 +155,7 @@ class Ours(Bare):
         lines = [f'folder = "{self._folder / "own"}"', "max_queue = 256"]
         for url in self.urls:
             lines += ["[[upstreams]]", f'url = "{url}"', f'slot_folder = "{self._folder}/slots"']
-        config.write_text("\n".join(lines))
+        config.write_text("\n".join([*lines, *self._settings]))
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -166,11 +177,16 @@ class Ours(Bare):
         lines = httpx.get(f"{self._gateway_url}/metrics", trust_env=False).text.splitlines()
         print("  " + "; ".join(x[17:] for x in lines if "plan=" in x or "reason=" in x))
 
-    def used_s(self) -> float:
-        """Return the seconds of processor time that the gateway has used."""
+    @property
+    def proc(self) -> Path:
+        """The folder in which Linux shows the gateway's process."""
         if self._gateway is None:
             raise RuntimeError("the gateway does not run")
-        fields = Path(f"/proc/{self._gateway.pid}/stat").read_text().rpartition(")")[2].split()
+        return Path("/proc", str(self._gateway.pid))
+
+    def used_s(self) -> float:
+        """Return the seconds of processor time that the gateway has used."""
+        fields = (self.proc / "stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
