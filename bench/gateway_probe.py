@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("xllamacpp", "starlette", "uvicorn", "httptools", "uvloop", "httpx")
 IN_ALL = ("--trials", "200")
-# 3.5 standard deviations of the AUC of two equal samples; 0.045 for 2,000 trials.
+# Standard deviations of the AUC of two equal samples: 0.045 for 2,000 trials.
 DEVIATIONS = 3.5
 N_WITHIN, MIN_WITHIN = 60, 0.9
 
@@ -32,6 +32,11 @@ N_WITHIN, MIN_WITHIN = 60, 0.9
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--trials", type=int, default=2_000)
+
+
+def allowed(n_trials: int) -> float:
+    """Return how far from 0.5 chance alone takes the AUC of so many trials."""
+    return float(DEVIATIONS * (1 / 3 / n_trials) ** 0.5)
 
 
 def auc(url: str, victim: str, prober: str, n_trials: int, seed: int) -> float:
@@ -72,6 +77,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
         finally:
             ours.stop()
     report.bar("AUC within one tenant: it would show", within, MIN_WITHIN, "")
-    allowed = DEVIATIONS * (1 / 3 / options.trials) ** 0.5
     report.fact("AUC of a tenant that probes another", f"{between:.3f} in {options.trials} trials")
-    report.bar("AUC away from 0.5", abs(between - 0.5), round(allowed, 3), "", most=True)
+    report.bar(
+        "AUC away from 0.5", abs(between - 0.5), round(allowed(options.trials), 3), "", most=True
+    )
