@@ -388,6 +388,14 @@ GATEWAY_REASONS = {
         "the llama-server refused a saved file",
         "see its log; its settings may have changed since the file was saved",
     ),
+    "different_ids": Reason(
+        "a saved file has the request's messages, but their rendering has other token ids, so it"
+        " was not restored",
+        "use a chat template that only appends; `tokcache explain --chat` names its switches",
+    ),
+    "prompt_ids_unknown": Reason(
+        "the llama-server did not render a prompt, so its ids could not be compared", _NOTHING
+    ),
     "restore_not_used_by_server": Reason(
         "the llama-server used less than half of a restored file",
         "start it with `--ctx-checkpoints 32`; after three in a row no more are restored",

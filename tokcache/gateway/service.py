@@ -36,7 +36,7 @@ from tokcache.errors import (
 from tokcache.gateway.api.body import read_object
 from tokcache.gateway.api.streams import ChatAnswer
 from tokcache.gateway.config import UpstreamConfig
-from tokcache.gateway.routing.chain import chat_prompt
+from tokcache.gateway.routing.chain import EMPTY, Chain, chat_prompt, ids_chain
 from tokcache.gateway.routing.files import Files, remove_strangers
 from tokcache.gateway.routing.router import Router
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from tokcache.gateway.config import GatewayConfig
     from tokcache.gateway.routing.chain import Prompt
 
+_CHAT = "/v1/chat/completions"
 _TRIES = 4
 _TICK_S = 0.05
 _IDLE_TICK_S = 0.25
@@ -188,7 +189,7 @@ class Service:
             made = await self._slot_for(wish)
             turn = Turn(self, made, prompt, answer, path)
             try:
-                await self._prepare(made)
+                await self._prepare(made, body if path == _CHAT else None)
                 self._require_pinned(path, made)
                 turn.plan, turn.n_promised = made.source, made.n_promised
                 await turn.send(path, body)
@@ -270,7 +271,7 @@ class Service:
         self.router.release(slot, time.monotonic())
         self.assign()
 
-    async def _prepare(self, made: Assignment) -> None:
+    async def _prepare(self, made: Assignment, chat: bytes | None) -> None:
         upstream = self.upstreams[made.slot.server.name]
         try:
             for slot in made.save:
@@ -287,12 +288,12 @@ class Service:
                 made.slot.emptied()
                 self.router.counts["erase"] += 1
             if made.source == "file":
-                await self._restore(made, upstream)
+                await self._restore(made, upstream, chat)
             made.is_sent = True
         finally:
             self.router.read_done(made)
 
-    async def _restore(self, made: Assignment, upstream: Upstream) -> None:
+    async def _restore(self, made: Assignment, upstream: Upstream, chat: bytes | None) -> None:
         file = made.file
         if file is None or file not in self.files or not self.files.is_intact(file):
             # Reading a truncated file could crash the server.
@@ -300,6 +301,13 @@ class Service:
                 self.files.drop(file)
             self.router.not_restored(made, "file_gone")
             return
+        if chat is not None and file.ids:
+            # Equal messages can render differently, for example if the template looks at the last.
+            ids = await self._ids(upstream, chat, made.wish.scope)
+            n_shared = file.ids.chars_at(file.ids.n_common(ids))
+            if ids and n_shared < self.router.least_to_restore(made):
+                self.router.not_worth_restoring(made, "different_ids")
+                return
         try:
             await upstream.restore(made.slot.id, file.name)
         except ServerUnreachable:
@@ -315,8 +323,12 @@ class Service:
         server = slot.server
         name = self.files.new_name(server.pool)
         began = time.monotonic()
+        upstream = self.upstreams[server.name]
         try:
-            saved = await self.upstreams[server.name].save(slot.id, name)
+            saved, ids = await asyncio.gather(
+                upstream.save(slot.id, name),
+                self._ids(upstream, slot.asked, slot.scope, slot.n_prompt),
+            )
         except ServerUnreachable:
             self.files.discard(server.pool, name)
             raise
@@ -333,7 +345,22 @@ class Service:
             slot.lost()
             return
         seconds = time.monotonic() - began
-        self.router.saved(slot, name, saved.n_tokens, saved.n_bytes, seconds)
+        self.router.saved(slot, name, saved.n_tokens, saved.n_bytes, seconds=seconds, ids=ids)
+
+    async def _ids(
+        self, upstream: Upstream, chat: bytes | None, scope: str | None, n_tokens: int | None = None
+    ) -> Chain:
+        """Return the chain of a prompt's ids, the empty one if they are not known.
+
+        `n_tokens` is the server's count of them, without which they are believed.
+        """
+        look = self.looks.get(upstream.url)
+        if chat is None or look is None:
+            return EMPTY
+        ids = await self.tokens.prompt_ids(upstream, look, chat, scope)
+        if ids is None or n_tokens not in (None, len(ids)):
+            return EMPTY
+        return ids_chain(ids, self.key, scope)
 
     async def _save_idle(self, slot: Slot) -> None:
         """Save a slot before a request waits for that."""
@@ -414,8 +441,7 @@ class Service:
                     held.is_pinned = True
                     continue
                 wish = Wish(prompt.chain(), scope, "", time.monotonic())
-                chat = "/v1/chat/completions"
-                turn = await self.open(wish, prompt, chat, json.dumps(body).encode(), ChatAnswer())
+                turn = await self.open(wish, prompt, _CHAT, json.dumps(body).encode(), ChatAnswer())
                 try:
                     async for _ in turn.events():
                         pass

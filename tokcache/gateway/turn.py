@@ -77,6 +77,7 @@ class Turn:
         self._prompt = prompt
         self._api = api
         self._exchange: Exchange | None = None
+        self._asked: bytes | None = None
         self._has_begun = False
         self._is_finished = False
         self._is_closed = False
@@ -90,6 +91,7 @@ class Turn:
         """
         upstream = self._service.upstreams[self.made.slot.server.name]
         body = with_settings(body, {"id_slot": self.made.slot.id, "cache_prompt": True})
+        self._asked = body if path == "/v1/chat/completions" else None
         self._exchange = await upstream.stream(path, body)
         if self._exchange.status != _OK:
             raise await upstream.rejection(self._exchange)
@@ -163,6 +165,7 @@ class Turn:
             n_cached=counts.n_cached,
             n_tokens=self.n_tokens,
         )
+        self.made.slot.asked = self._asked
         self._service.recent.append(
             Recent(
                 time.time(),

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from tokcache._files import atomic_file
-from tokcache.gateway.routing.chain import Chain
+from tokcache.gateway.routing.chain import EMPTY, Chain
 
-_FORMAT = 1
+_FORMAT = 2
 _USE_IS_WORTH_S = 600.0  # a file used again counts as used that much later, for each use
 _MAX_USES = 8
 _NAME_BYTES = 20
@@ -30,7 +30,10 @@ _NAME_BYTES = 20
 
 @dataclass(eq=False, slots=True)
 class SavedFile:
-    """One file; `n_prompt` tokens of it are the chain's first `n_prompt_links`."""
+    """One file; `n_prompt` tokens of it are the chain's first `n_prompt_links`.
+
+    `ids` is the chain of its prompt's token ids, empty where they are not known.
+    """
 
     name: str
     pool: str
@@ -44,6 +47,7 @@ class SavedFile:
     n_readers: int = 0
     # A file of the warm folder: neither evicted nor replaced by a longer one.
     is_pinned: bool = False
+    ids: Chain = EMPTY
 
     def tokens_at(self, n_links: int) -> int:
         """Return about how many tokens the first `n_links` links take."""
@@ -263,6 +267,9 @@ def _told(file: SavedFile) -> dict[str, Any]:
     told = asdict(file)
     told["links"] = [link.hex() for link in file.chain.links]
     told["n_chars"] = list(file.chain.n_chars)
+    told["ids"] = [
+        [link.hex(), n] for link, n in zip(file.ids.links, file.ids.n_chars, strict=True)
+    ]
     del told["chain"], told["n_readers"]
     return told
 
@@ -270,7 +277,9 @@ def _told(file: SavedFile) -> dict[str, Any]:
 def _read(found: dict[str, Any]) -> SavedFile:
     links = tuple(bytes.fromhex(each) for each in found.pop("links"))
     n_chars = tuple(int(each) for each in found.pop("n_chars"))
+    ids = tuple((bytes.fromhex(link), int(n)) for link, n in found.pop("ids"))
     name = str(found["name"])
     if not links or len(links) != len(n_chars) or "/" in name or not name.startswith("tokcache-"):
         raise ValueError(name)
-    return SavedFile(chain=Chain(links, n_chars), **found)
+    id_links, n_ids = zip(*ids, strict=True) if ids else ((), ())
+    return SavedFile(chain=Chain(links, n_chars), ids=Chain(id_links, n_ids), **found)

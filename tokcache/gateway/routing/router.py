@@ -265,7 +265,14 @@ class Router:
         return slot.saved is not None
 
     def saved(
-        self, slot: Slot, name: str, n_tokens: int, n_bytes: int, seconds: float = 0.0
+        self,
+        slot: Slot,
+        name: str,
+        n_tokens: int,
+        n_bytes: int,
+        *,
+        seconds: float = 0.0,
+        ids: Chain = EMPTY,
     ) -> SavedFile | None:
         """Record a slot's new file; None if it is over the budget."""
         self._admission.saved(slot.server, n_tokens, seconds)
@@ -277,6 +284,7 @@ class Router:
             n_prompt=slot.n_prompt,
             n_tokens=n_tokens,
             n_bytes=n_bytes,
+            ids=ids,
         )
         self.counts["save"] += 1
         slot.saved = file if self.files.add(file) else None
@@ -296,6 +304,22 @@ class Router:
         self.reasons[reason] += 1
         made.source, made.n_promised, made.reason = "none", 0, reason
         made.slot.lost()
+
+    def least_to_restore(self, made: Assignment) -> int:
+        """Return the tokens that a file must hold of a request to be better than its slot is."""
+        return self._live(made)[1] + MIN_RESTORE_TOKENS
+
+    def not_worth_restoring(self, made: Assignment, reason: str) -> None:
+        """Record that a file is not restored; the slot keeps what it holds."""
+        self.reasons[reason] += 1
+        made.n_links, made.n_promised = self._live(made)
+        made.source, made.reason = ("slot" if made.n_promised else "none"), reason
+
+    def _live(self, made: Assignment) -> tuple[int, int]:
+        """Return the links, and the tokens, that an assigned slot holds of its request."""
+        slot, wish = made.slot, made.wish
+        n_links = slot.chain.n_common(wish.chain) if slot.scope == wish.scope else 0
+        return n_links, slot.tokens_at(n_links)
 
     def read_done(self, made: Assignment) -> None:
         """Record that an assignment no longer needs its file or the slot that it copies."""

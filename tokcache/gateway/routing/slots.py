@@ -26,6 +26,8 @@ class Slot:
     n_prompt: int = 0
     n_tokens: int = 0
     saved: SavedFile | None = None
+    # The chat completion whose prompt it holds; the ids of its file are made from it.
+    asked: bytes | None = None
     is_busy: bool = False
     is_side: bool = False
     # The contents share a prefix with another request, for example an earlier turn.
@@ -53,6 +55,7 @@ class Slot:
         self.chain, self.n_prompt_links = chain, n_links
         self.n_prompt, self.n_tokens = n_prompt, n_tokens
         self.saved = None
+        self.asked = None
         self.is_dirty = True
 
     def lost(self) -> None:
