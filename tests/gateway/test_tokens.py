@@ -228,9 +228,11 @@ def test_a_file_is_restored_only_for_a_prompt_with_its_ids(
         with gateway(tmp_path / "own", upstreams=upstreams) as made:
             wait_for_proof(made)
             chats = [[system(f"{n}. {SYSTEM}"), user("hi")] for n in range(3)]
+            told = []
             for _ in range(2):
                 for messages in chats:
                     answer = made.chat(messages)
+                    told.append(answer["tokcache"])
                     messages += [answer["choices"][0]["message"], user("Go on")]
             router = made.service.router
             assert made.service.files
@@ -238,13 +240,12 @@ def test_a_file_is_restored_only_for_a_prompt_with_its_ids(
             if is_counting:
                 assert router.reasons["different_ids"] > 0
                 assert router.counts["restore"] == 0
-                told = answer["tokcache"]
-                assert (told["plan"], told["planned_tokens"]) == ("none", 0)
-                assert told["reason"] == "different_ids"
+                assert "different_ids" in {each["reason"] for each in told}
+                assert "file" not in {each["plan"] for each in told}
             else:
                 assert router.reasons["different_ids"] == 0
                 assert router.counts["restore"] > 0
-                assert answer["tokcache"]["plan"] == "file"
+                assert "file" in {each["plan"] for each in told}
         # A restart finds the ids of the files again.
         with gateway(tmp_path / "own", upstreams=upstreams) as made:
             assert made.service.files
