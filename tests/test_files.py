@@ -17,6 +17,7 @@ def test_a_file_appears_when_its_block_has_ended(tmp_path: Path, is_synced: bool
     path = tmp_path / "list"
     with atomic_file(path, is_synced=is_synced) as file:
         file.write(b"new")
+        assert Path(file.name).parent == tmp_path
         assert not path.exists()
     assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

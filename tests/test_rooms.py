@@ -64,6 +64,14 @@ def test_a_package_imports_only_the_packages_below_it(path: Path) -> None:
             assert parts[1] in MAY_IMPORT[package_of(path)], f"{path.name} imports {name}"
 
 
+def test_the_guide_for_contributors_names_every_room() -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    rooms = [path.parent for path in ROOT.glob("*/__init__.py")]
+    rooms += [path.parent for path in (ROOT / "text").glob("*/__init__.py")]
+    missing = [room for room in rooms if f"`{room.relative_to(ROOT)}/`" not in guide]
+    assert not missing
+
+
 # The packages of text/ in layers, the lowest first; each may import the layers below its own.
 TEXT_LAYERS = (
     {"_native", "_pickling", "chat", "engines"},

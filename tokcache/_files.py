@@ -18,13 +18,13 @@ def atomic_file(path: Path, *, is_synced: bool = False) -> Iterator[IO[bytes]]:
     """Yield a file that takes the name `path` once the block has ended without an error.
 
     After an error no temporary file remains, and a file that was at `path` is unchanged. With
-    `is_synced` the content and the name are on disk when the block has ended.
+    `is_synced` the content and the name are on disk when the block has ended. The attribute `name`
+    of the file is the path of the temporary file.
 
     Errors: those of the block; OSError, which may name the temporary file.
     """
     handle, name = tempfile.mkstemp(prefix=".tokcache-", dir=path.parent)  # mode 0600
     try:
-        # The file has its path as its name, for libraries that write to a path.
         with open(name, "wb", opener=lambda *_: handle) as file:
             yield file
             file.flush()

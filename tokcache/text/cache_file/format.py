@@ -50,7 +50,7 @@ class Kind(IntEnum):
 
     TEXT = 0
     CHUNK = 1
-    SHORT = 2
+    SEGMENT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ class Reader:
             n_bytes, n_ids, scope, kind, flag, variant, end_class = _ENTRY.unpack(
                 self.take(_ENTRY.size)
             )
-            if kind > Kind.SHORT or flag > 1 or scope > self._n_scopes:
+            if kind > Kind.SEGMENT or flag > 1 or scope > self._n_scopes:
                 raise Damaged("has an entry of an unknown kind")
             one = Entry(Kind(kind), scope, bool(flag), variant, end_class, n_bytes, n_ids)
             if one.kind < before:
