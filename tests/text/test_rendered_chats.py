@@ -22,6 +22,7 @@ from transformers.utils import chat_template_utils
 
 import tokcache
 from tests.text.drawn_chats import Message, draw_chat, draw_template
+from tests.text.implementations import both, implementation
 from tokcache.stats import RenderStats
 from tokcache.text.chat import running
 from tokcache.text.chat.running import Loop, Run, Watched
@@ -96,11 +97,15 @@ def grow(draw: random.Random, plain: Any, wrapped: Any, chat: list[Message], **k
     return n_compared
 
 
-def test_drawn_templates_and_chats_give_the_text_of_transformers() -> None:
-    draw = random.Random(4)
+@both
+def test_drawn_templates_and_chats_give_the_text_of_transformers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    implementation(name).use(monkeypatch)
+    draw = random.Random(name)
     plain = plain_tokenizer()
     n_hits = n_compared = 0
-    while n_compared < max(1500, N_DRAWN):
+    while n_compared < max(1500, N_DRAWN) / 2:
         wrapped = tokcache.wrap(plain)
         kwargs: dict[str, Any] = {"chat_template": draw_template(draw)}
         if draw.random() < 0.5:
@@ -405,14 +410,29 @@ def test_the_budget_is_kept_and_old_chats_go_first() -> None:
 
 def check_tree(wrapped: Any) -> None:
     """Check the counters of the tree against the tree."""
-    rendered = wrapped._tokcache.rendered
-    nodes = list(rendered._roots.values())
+    tree = wrapped._tokcache.rendered._tree
+    nodes = list(tree.roots.values())
     for node in nodes:
         nodes += node.children.values()
-    assert rendered._n_nodes == len(nodes)
-    assert rendered._n_bytes == sum(node.n_bytes for node in nodes) <= rendered._max_bytes
-    assert set(rendered._leaves) == {node for node in nodes if not node.children}
-    assert all(node.is_linked for node in nodes)
+    assert tree.n_entries == sum(len(node.stretch.ends) for node in nodes)
+    assert tree.n_bytes == sum(node.n_bytes for node in nodes) <= tree.max_bytes
+    assert set(tree.leaves) == {node for node in nodes if not node.children}
+    for node in nodes:
+        assert node.is_linked
+        assert (node.latest in node.children.values()) if node.children else node.latest is None
+        first, keys, ends, points, cuts, text, head, _ = node.stretch
+        assert len(ends) == len(points) == len(cuts)
+        assert list(ends) == sorted(ends)
+        assert ends[-1] == len(keys)
+        assert list(cuts) == sorted(cuts)
+        assert cuts[-1] == len(text)
+        assert (head is None) == (points[-1] is None)
+        for name, child in node.children.items():
+            assert child.parent is node
+            assert child.name == name
+            if child.stretch.first:
+                assert child.stretch.first == first + len(ends)
+                assert child.stretch.keys[: child.stretch.ends[0]] == name
 
 
 def test_a_budget_of_nothing_switches_it_off() -> None:
@@ -456,7 +476,7 @@ def always(value: object) -> Any:
     return lambda *_: value
 
 
-LAST = property(lambda self: self._start + self.index >= self._run.n_messages)
+LAST = property(lambda self: self.start + self.index >= self._run.n_messages)
 END = "{% for m in messages %}{{ m.content }}{{ 'last' if loop.last }}{% endfor %}"
 LENGTH = "{% for m in messages %}{{ m.content }}{{ messages|length > 3 }}{% endfor %}"
 COUNTED = "{% for m in messages %}{% set s.n = s.n + 1 %}{{ s.n }}{% endfor %}"
@@ -518,7 +538,7 @@ def test_a_forked_child_starts_empty_and_renders(chatml: Any) -> None:
     with rendered._lock:
         child = os.fork()
         if child == 0:
-            is_right = rendered._n_nodes == 0
+            is_right = rendered._tree.n_entries == 0
             is_right &= text_of(chatml, chat) == text_of(chatml.unwrap(), chat)
             os._exit(0 if is_right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

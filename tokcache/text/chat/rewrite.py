@@ -33,8 +33,9 @@ _STATEMENTS = (
 class Parts:
     """The compiled parts of a template.
 
-    `reads_prompt` tells whether one of the first two reads `add_generation_prompt`, `has_clock`
-    whether any reads the clock. `names` are the environment's.
+    `reads` are the names that any of them reads. `reads_prompt` tells whether one of the first two
+    reads `add_generation_prompt`, `has_clock` whether any reads the clock. `names` are the
+    environment's.
     """
 
     environment: Environment
@@ -42,6 +43,7 @@ class Parts:
     head: Template
     body: Template
     tail: Template | None
+    reads: frozenset[str]
     reads_prompt: bool
     has_clock: bool
 
@@ -70,9 +72,10 @@ def take_apart(template: Template, source: str) -> Parts:
     head, loop, tail = _split(environment, source)
     macros = [node for node in head if isinstance(node, nodes.Macro)]
     third = _compiled(environment, [*macros, *tail]) if tail else None
-    has_clock = CLOCK in reads | _names(tail, "load")
-    prompt = "add_generation_prompt" in reads
-    return Parts(environment, dict(first.globals), first, second, third, prompt, has_clock)
+    all_reads = frozenset(reads | _names(tail, "load"))
+    prompt, has_clock = "add_generation_prompt" in reads, CLOCK in all_reads
+    names = dict(first.globals)
+    return Parts(environment, names, first, second, third, all_reads, prompt, has_clock)
 
 
 def _split(

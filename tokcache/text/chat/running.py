@@ -10,9 +10,8 @@ is known to belong to every longer chat, or not, without a look at the template.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate
-from marshal import dumps
+from dataclasses import dataclass, field
+from marshal import dumps, loads
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,16 +27,36 @@ if TYPE_CHECKING:
 
 UNSETTLED = 1 << 60
 Names = dict[str, Any]
+# A chat's messages as bytes, end to end, and where each of them ends.
+Frozen = tuple[bytes, tuple[int, ...]]
 
 
-@dataclass(slots=True)
 class Run:
-    """One rendering; `n_needed` messages settle everything that was read so far."""
+    """One rendering of a chat, whose messages are made of its bytes.
 
-    message: Callable[[int], Any]
-    n_messages: int
-    undefined: type[Undefined]
-    n_needed: int = 0
+    `n_needed` messages settle everything that was read so far.
+    """
+
+    __slots__ = ("_ends", "_keys", "_made", "_normalise", "n_messages", "n_needed", "undefined")
+
+    def __init__(
+        self, frozen: Frozen, normalise: Callable[[dict[str, Any]], Any], undefined: type[Undefined]
+    ) -> None:
+        self._keys, self._ends = frozen
+        self._normalise = normalise
+        self._made: dict[int, Any] = {}
+        self.n_messages = len(self._ends)
+        self.n_needed = 0
+        self.undefined = undefined
+
+    def message(self, number: int) -> Any:
+        """Return a message as transformers passes it to the template."""
+        made = self._made.get(number)
+        if made is None:
+            begin = self._ends[number - 1] if number else 0
+            own = loads(self._keys[begin : self._ends[number]])  # noqa: S302 (made by us)
+            made = self._made[number] = self._normalise(own)
+        return made
 
     def need(self, n_messages: int) -> None:
         """Note that something was read which `n_messages` messages settle."""
@@ -125,8 +144,7 @@ class Loop:
 
     def __init__(self, run: Run, start: int) -> None:
         self._run = run
-        self._start = start
-        self.step(0)
+        self.start = start
 
     def step(self, index: int) -> None:
         """Go to an iteration."""
@@ -137,7 +155,7 @@ class Loop:
     @property
     def last(self) -> bool:
         """Whether there is no later message, as far as the chat goes now."""
-        number = self._start + self.index0 + 1
+        number = self.start + self.index0 + 1
         is_last = number >= self._run.n_messages
         self._run.need(UNSETTLED if is_last else number + 1)
         return is_last
@@ -146,7 +164,7 @@ class Loop:
     def length(self) -> int:
         """The number of messages of the loop."""
         self._run.need(UNSETTLED)
-        return self._run.n_messages - self._start
+        return self._run.n_messages - self.start
 
     @property
     def revindex(self) -> int:
@@ -163,14 +181,14 @@ class Loop:
         """The message before."""
         if self.first:
             return self._run.undefined("there is no previous item")
-        return self._run.message(self._start + self.index0 - 1)
+        return self._run.message(self.start + self.index0 - 1)
 
     @property
     def nextitem(self) -> Any:
         """The message after."""
         if self.last:
             return self._run.undefined("there is no next item")
-        return self._run.message(self._start + self.index0 + 1)
+        return self._run.message(self.start + self.index0 + 1)
 
     def cycle(self, *values: Any) -> Any:
         """Return the values in turn."""
@@ -193,6 +211,7 @@ class Head:
 
     `values` are data; `lists` are the names that mean the messages from a number on. `spaces` are
     the namespaces, the only objects that a template can change: their names and first values.
+    `tails` are texts of the last part that depend on nothing else than `add_generation_prompt`.
     """
 
     text: str
@@ -202,6 +221,7 @@ class Head:
     n_needed: int
     start: int
     n_bytes: int
+    tails: dict[bool | None, str] = field(default_factory=dict)
 
 
 class Point(NamedTuple):
@@ -250,57 +270,77 @@ def run_head(parts: Parts, settings: Names, run: Run) -> Head:
 
 
 def run_rest(
-    parts: Parts, settings: Names, run: Run, head: Head, point: Point | None
+    parts: Parts, settings: tuple[Names, Any], run: Run, head: Head, point: Point | None
 ) -> tuple[str, list[Point], str]:
     """Run the loop from a point on, and the last part.
 
-    Return the loop's text, the points between iterations, and the last part's text.
+    `settings` are the names with their values, and `add_generation_prompt`. Return the loop's text,
+    the points between iterations, and the last part's text.
 
     Errors: TemplateUnusual; every error of the template.
     """
-    space_class: Any = parts.names["namespace"]
-    attributes = [first for _, first in head.spaces] if point is None else point.spaces
-    spaces = [space_class(each) for each in attributes]
-    names = {**settings, **head.values}
+    names, prompt = settings
+    names = {**names, "add_generation_prompt": prompt, **head.values}
     for name, start in head.lists.items():
         names[name] = Watched(run, start)
-    for (own_names, _), space in zip(head.spaces, spaces, strict=True):
-        names.update(dict.fromkeys(own_names, space))
-    _watch_clock(parts, names, run)
+    spaces: list[Namespace] = []
+    if head.spaces:
+        space_class: Any = parts.names["namespace"]
+        firsts = [first for _, first in head.spaces] if point is None else point.spaces
+        spaces = [space_class(each) for each in firsts]
+        for (own_names, _), space in zip(head.spaces, spaces, strict=True):
+            names.update(dict.fromkeys(own_names, space))
+    if parts.has_clock:
+        _watch_clock(parts, names, run)
 
     chunks: list[str] = []
-    points: list[tuple[int, int, int, tuple[Names, ...]]] = []
-    loop = Loop(run, head.start)
-    n_done = 0 if point is None else point.n_done
-    run.need(head.n_needed if point is None else point.n_needed)
-
-    def steps() -> Iterator[Any]:
-        first = head.start
-        n_items = max(0, run.n_messages - first)
-        for index in range(n_done, n_items):
-            note(index)
-            loop.step(index)
-            run.need(first + index + 1)
-            yield run.message(first + index)
-        note(n_items)
-
-    def note(index: int) -> None:
-        if run.n_needed < UNSETTLED:
-            states = tuple([dict(vars_of(space)) for space in spaces]) if spaces else ()
-            points.append((index, run.n_needed, len(chunks), states))
-
-    names[STEPS], names[LOOP] = steps(), loop
+    points: list[Point] = []
+    n_done, run.n_needed = (0, head.n_needed) if point is None else (point.n_done, point.n_needed)
+    names[LOOP] = loop = Loop(run, head.start)
+    names[STEPS] = _steps(run, loop, n_done, (spaces, chunks, points))
     environment = parts.environment
     context = environment.context_class(environment, names, None, {})
     for chunk in parts.body.root_render_func(context):
-        chunks.append(chunk)  # noqa: PERF402 (`note` reads the list's length)
-    ends = [0, *accumulate(map(len, chunks))]
-    made = [Point(index, needed, ends[at], own) for index, needed, at, own in points]
+        chunks.append(chunk)  # noqa: PERF402 (`_steps` reads the list)
+
     tail = ""
     if parts.tail is not None:
-        context = environment.context_class(environment, names, None, {})
-        tail = "".join(parts.tail.root_render_func(context))
-    return "".join(chunks), made, tail
+        # It is the same for all chats if it depends on none of them.
+        key = prompt if type(prompt) is bool and not spaces else None
+        known_tail = head.tails.get(key)
+        if known_tail is None:
+            run.n_needed = 0
+            context = environment.context_class(environment, names, None, {})
+            known_tail = "".join(parts.tail.root_render_func(context))
+            if key is not None and not run.n_needed:
+                head.tails[key] = known_tail
+        tail = known_tail
+    return "".join(chunks), points, tail
+
+
+def _steps(
+    run: Run, loop: Loop, n_done: int, noted: tuple[list[Namespace], list[str], list[Point]]
+) -> Iterator[Any]:
+    """Yield the messages of the loop, and add the points between them to the last list."""
+    spaces, chunks, points = noted
+    first = loop.start
+    n_items = run.n_messages - first
+    at = n_counted = 0
+    index = n_done
+    while True:
+        if run.n_needed < UNSETTLED:
+            n_chunks = len(chunks)
+            while n_counted < n_chunks:
+                at += len(chunks[n_counted])
+                n_counted += 1
+            states = tuple([dict(vars_of(space)) for space in spaces]) if spaces else ()
+            points.append(Point(index, run.n_needed, at, states))
+        if index >= n_items:
+            return
+        loop.step(index)
+        run.need(first + index + 1)
+        yield run.message(first + index)
+        index += 1
 
 
 def key_of(head: Head) -> bytes:
