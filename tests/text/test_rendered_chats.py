@@ -123,6 +123,47 @@ def test_drawn_templates_and_chats_give_the_text_of_transformers(
     assert n_hits > n_compared / 8
 
 
+EXPRESSIONS = (
+    *("m.missing", "m.missing.more", "m.items is defined", "m.get('content')", "m.items()|list"),
+    *("m.content.x", "m.content.upper()", "m.content.format('x')", "m.content.upper is defined"),
+    *("m.content.x.y", "m.calls[0].name", "m.calls.name", "m.calls.append is defined", "m.copy.x"),
+    *(
+        "ns.x",
+        "ns.missing",
+        "ns.last.role",
+        "loop.first",
+        "loop.previtem.role",
+        "m._x",
+        "m.__len__",
+    ),
+    *("none.x", "(1).x", "m.keys.x", "dict(a=1).a", "dict.fromkeys", "show.name", "(m.x or 1).y"),
+    *(
+        "m.__len__",
+        "messages[0].role",
+        "m.calls|map(attribute='name')|list",
+        "m.content[0].x",
+        "m.values.y",
+    ),
+)
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_attributes_are_those_that_transformers_finds(expression: str) -> None:
+    template = (
+        "{% set ns = namespace(x=1, last={'role': 'r'}) %}{% macro show(m) %}{% endmacro %}"
+        f"{{% for m in messages %}}{{{{ {expression} }}}},{{% endfor %}}"
+    )
+    wrapped = tokcache.wrap(plain_tokenizer(template))
+    values = {"items": 1, "get": 2, "x": "X", "copy": {"x": 3}, "keys": {"x": 4}, "_x": 5}
+    calls = {"calls": [{"name": "a"}], "values": {"y": 6}}
+    chat = [*chat_of("a", "b"), {"role": "user", "content": "c", **values}]
+    chat = [{**calls, **message} for message in chat] + chat_of("a {}", None, [{"x": 1}])
+    for _ in range(2):
+        for n_messages in range(1, len(chat) + 1):
+            known(chat[:n_messages], wrapped)
+    assert "differences" not in stats_of(wrapped).refusals
+
+
 REAL = ("qwen2.5", "minimind", "phi-3-mini", "deepseek-v3", "bert-base-uncased")
 TEXTS = ("", " ", "hello", "  padded \n", "é 漢字 🙂", "<think>a</think>b", "</s>", "{{ x }}", None)
 

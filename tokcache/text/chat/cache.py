@@ -245,7 +245,8 @@ class RenderCache:
                 refusal = tree.add(top, found, new, keys, ends)
             if refusal:
                 self._refusals[refusal] += 1
-        return (head.text if point is None else found.text) + text + tail, n_known > 0
+        before = [head.text] if point is None else found.texts
+        return "".join([*before, text, tail]), n_known > 0
 
     def _count(
         self, template: CachedTemplate, n_messages: int, n_known: int, *, is_volatile: bool

@@ -22,6 +22,8 @@ OVER, STEPS, LOOP = "tokcache_over", "tokcache_steps", "tokcache_loop"
 
 CLOCK = "strftime_now"
 _GLOBALS = {"range", "dict", "namespace", "raise_exception", CLOCK}
+# Attributes of JSON's types.
+_ATTRIBUTES = frozenset({*dir(dict), *dir(list), *dir(str)})
 _FILTERS = frozenset(DEFAULT_FILTERS) - {"random"}
 _STATEMENTS = (
     *(nodes.Output, nodes.For, nodes.If, nodes.Assign, nodes.AssignBlock, nodes.Macro),
@@ -66,8 +68,10 @@ def take_apart(template: Template, source: str) -> Parts:
     head, loop, tail = _split(environment, source)
     macros = [node for node in head if isinstance(node, nodes.Macro)]
     loop.iter = nodes.Name(STEPS, "load")
+    kept = {"loop", LOOP, *_namespaces([*head, loop])}
     for node in loop.body:
         _rename_loop(node)
+        _look_up_items(node, kept)
     second = _compiled(environment, [*macros, loop])
     head, loop, tail = _split(environment, source)
     macros = [node for node in head if isinstance(node, nodes.Macro)]
@@ -157,6 +161,44 @@ def _rename_loop(node: nodes.Node) -> None:
     inner = [node.iter, *node.else_] if isinstance(node, nodes.For) else node.iter_child_nodes()
     for child in inner:
         _rename_loop(child)
+
+
+def _look_up_items(node: nodes.Node, kept: set[str]) -> None:
+    """Replace `message.name` by `message["name"]`, which looks for the item first.
+
+    For a dict that is the same unless dicts have an attribute of that name; for objects without
+    items, too, but slower, so attributes of the names in `kept` and methods are left as they are.
+    """
+    for name, child in node.iter_fields():
+        children = child if isinstance(child, list) else [child]
+        made = [
+            _as_item(each, kept) if isinstance(each, nodes.Getattr) else each for each in children
+        ]
+        is_callee = isinstance(node, nodes.Call) and name == "node"
+        if made != children and not is_callee:
+            setattr(node, name, made if isinstance(child, list) else made[0])
+        for each in children if is_callee else made:
+            if isinstance(each, nodes.Node):
+                _look_up_items(each, kept)
+
+
+def _as_item(node: nodes.Getattr, kept: set[str]) -> nodes.Expr:
+    is_kept = isinstance(node.node, nodes.Name) and node.node.name in kept
+    if is_kept or node.ctx != "load" or node.attr in _ATTRIBUTES:
+        return node
+    return nodes.Getitem(node.node, nodes.Const(node.attr), "load", lineno=node.lineno)
+
+
+def _namespaces(body: Iterable[nodes.Node]) -> set[str]:
+    """Return the names that a namespace is assigned to."""
+    found = set()
+    for node in _all(body):
+        if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
+            value = node.node
+            is_call = isinstance(value, nodes.Call) and isinstance(value.node, nodes.Name)
+            if is_call and value.node.name == "namespace":
+                found.add(node.target.name)
+    return found
 
 
 def _all(body: Iterable[nodes.Node]) -> list[nodes.Node]:

@@ -82,8 +82,8 @@ class Root(Node):
 class Found(NamedTuple):
     """How far a chat is known.
 
-    Its first `n_messages` are known; the last of them is entry `n_entries - 1` of `node`. `text` is
-    the text up to `point`.
+    Its first `n_messages` are known; the last of them is entry `n_entries - 1` of `node`. `texts`
+    are the parts of the text up to `point`.
     """
 
     node: Node
@@ -91,7 +91,7 @@ class Found(NamedTuple):
     n_messages: int
     head: Head | None
     point: Point | None
-    text: str
+    texts: list[str]
     n_changes: int
 
 
@@ -108,7 +108,8 @@ class ChatTree:
 
     def find(self, top: Node, keys: bytes, ends: tuple[int, ...]) -> Found:
         """Return how far a chat is known; its messages end at `ends` in `keys`."""
-        node, stretch, at, before = top, top.stretch, 0, ""
+        node, stretch, at = top, top.stretch, 0
+        texts: list[str] = []
         n_entries = len(stretch.ends)
         while (child := node.latest) is not None and at < len(keys):
             below = child.stretch
@@ -118,7 +119,7 @@ class ChatTree:
                     break
                 node.latest, below = other, other.stretch
                 child = other
-            before += stretch.text
+            texts.append(stretch.text)
             node, stretch = child, below
             if not keys.startswith(below.keys, at):
                 n_entries = _n_common(below, keys, at)
@@ -130,12 +131,12 @@ class ChatTree:
         n_messages = stretch.first + n_entries - 1
         point = stretch.points[n_entries - 1]
         if point is None:
-            return Found(node, n_entries, n_messages, None, None, "", self._n_changes)
+            return Found(node, n_entries, n_messages, None, None, [], self._n_changes)
         text = stretch.text
         if n_entries < len(stretch.ends):
             text = text[: stretch.cuts[n_entries - 1]]
-        text = before + text
-        return Found(node, n_entries, n_messages, stretch.head, point, text, self._n_changes)
+        texts.append(text)
+        return Found(node, n_entries, n_messages, stretch.head, point, texts, self._n_changes)
 
     def add(self, top: Node, found: Found, new: Stretch, keys: bytes, ends: tuple[int, ...]) -> str:
         """Add the messages that follow those found; return the reason if they are not kept."""
