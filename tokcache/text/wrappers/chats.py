@@ -49,10 +49,9 @@ def rendered_chat(
     known = core.rendered
     if known.is_off:
         return None
-    reason = _refusal(conversation, kwargs)
     library = _library()
-    if reason or library is None:
-        known.refuse(reason or "transformers")
+    if library is None:
+        known.refuse("transformers")
         return None
     tools = kwargs.get("tools")
     try:
@@ -62,6 +61,10 @@ def rendered_chat(
             return None
         template = known.template(source, library._compile_jinja_template)  # noqa: SLF001 (no public way)
         if template is None:
+            return None
+        reason = _refusal(conversation, kwargs)
+        if reason:
+            known.refuse(reason)
             return None
         if tools is not None:
             tools = _schemas(library, tools)
@@ -107,8 +110,18 @@ def _special_tokens(tokenizer: Any, reads: frozenset[str]) -> dict[str, str]:
     names = [name for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if name in reads]
     if not names:
         return {}
+    if type(tokenizer).special_tokens_map is _own_map():
+        own = tokenizer._special_tokens_map  # noqa: SLF001 (its own property makes all of them)
+        return {name: str(own[name]) for name in names if own.get(name) is not None}
     found = tokenizer.special_tokens_map
     return {name: found[name] for name in names if name in found}
+
+
+@cache
+def _own_map() -> Any:
+    from transformers import PreTrainedTokenizerBase  # noqa: PLC0415
+
+    return PreTrainedTokenizerBase.special_tokens_map
 
 
 def _schemas(library: ModuleType, tools: Any) -> Any:
