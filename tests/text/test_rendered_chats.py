@@ -25,6 +25,7 @@ from tests.text.drawn_chats import Message, draw_chat, draw_template
 from tests.text.implementations import both, implementation
 from tokcache.stats import RenderStats
 from tokcache.text.chat import running
+from tokcache.text.chat import tree as tree_module
 from tokcache.text.chat.running import Loop, Run, Watched
 
 N_DRAWN = int(os.environ.get("TOKCACHE_DRAWN_CHATS", "300"))
@@ -400,7 +401,7 @@ def test_calls_that_change_the_text_otherwise_are_left_to_transformers(
 ) -> None:
     for _ in range(3):
         known(chat_of("a", "b"), chatml, **{name: True})
-    assert stats_of(chatml).refusals == {name: 3}
+    assert stats_of(chatml).refusals == {"new_template": 1, name: 2}
 
 
 def test_what_a_template_keeps_can_not_be_changed_from_outside() -> None:
@@ -449,6 +450,25 @@ def test_the_budget_is_kept_and_old_chats_go_first() -> None:
     assert stats_of(wrapped).n_entries == before
 
 
+@pytest.mark.parametrize("template", [CHATML, "{{ messages[0].content }}" + CHATML, "late"])
+def test_chats_that_branch_are_right_within_a_small_budget(template: str) -> None:
+    least = 1
+    if template == "late":  # the first part is settled by the third message
+        least = 3
+        template = "{% if messages[2:] %}{{ messages[2].content }}{% endif %}" + CHATML
+    draw = random.Random(7)
+    config = tokcache.CacheConfig(render_max_bytes="24K")
+    wrapped = tokcache.wrap(plain_tokenizer(template), config)
+    for _ in range(250):
+        contents = [draw.choice(("a", "b", "é" * 9, "🙂")) for _ in range(draw.randint(least, 7))]
+        known(chat_of(*contents), wrapped, add_generation_prompt=draw.random() < 0.5)
+        check_tree(wrapped)
+    found = stats_of(wrapped)
+    assert found.evictions > 20
+    assert found.hit_messages > 80
+    assert "differences" not in found.refusals
+
+
 def check_tree(wrapped: Any) -> None:
     """Check the counters of the tree against the tree."""
     tree = wrapped._tokcache.rendered._tree
@@ -460,6 +480,7 @@ def check_tree(wrapped: Any) -> None:
     assert set(tree.leaves) == {node for node in nodes if not node.children}
     for node in nodes:
         assert node.is_linked
+        assert node.n_bytes == tree_module._n_bytes(node.stretch) + len(node.name)
         assert (node.latest in node.children.values()) if node.children else node.latest is None
         first, keys, ends, points, cuts, text, head, _ = node.stretch
         assert len(ends) == len(points) == len(cuts)

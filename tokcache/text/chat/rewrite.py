@@ -194,9 +194,8 @@ def _namespaces(body: Iterable[nodes.Node]) -> set[str]:
     found = set()
     for node in _all(body):
         if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
-            value = node.node
-            is_call = isinstance(value, nodes.Call) and isinstance(value.node, nodes.Name)
-            if is_call and value.node.name == "namespace":
+            called = node.node.node if isinstance(node.node, nodes.Call) else None
+            if isinstance(called, nodes.Name) and called.name == "namespace":
                 found.add(node.target.name)
     return found
 
