@@ -518,7 +518,7 @@ def test_a_difference_switches_it_off_loudly(
         wrapped = tokcache.wrap(wrapped.unwrap(), config)
         for _ in range(9):
             known(chat_of("a", "b"), wrapped)
-    monkeypatch.setattr(Loop, "step", wrong_step)
+    monkeypatch.setattr(Loop, "go_to", wrong_step)
     chat = chat_of("a", "b", "c")
     with caplog.at_level(logging.ERROR, "tokcache"):
         for _ in range(3):
@@ -530,7 +530,7 @@ def test_a_difference_switches_it_off_loudly(
 
 
 def need_but_the_end(self: Run, n_messages: int) -> None:
-    if n_messages < running.UNSETTLED:
+    if n_messages < running.NEVER_SETTLED:
         self.n_needed = max(self.n_needed, n_messages)
 
 

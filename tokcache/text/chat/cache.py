@@ -224,7 +224,7 @@ class RenderCache:
         head = found.head if found else None
         if head is None:
             head = running.run_head(parts, {**root.names, "add_generation_prompt": prompt}, run)
-        if found is None or head.n_needed >= running.UNSETTLED:
+        if found is None or head.n_needed >= running.NEVER_SETTLED:
             root.is_volatile = True
             head = replace(head, n_needed=0)
             head_key = running.key_of(head)

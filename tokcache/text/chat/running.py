@@ -1,10 +1,11 @@
 """Runs the parts of a chat template, and watches which messages each iteration depends on.
 
-Templates reach the messages only through `Watched` and `Loop`. Both note how many messages the
-chat must have for everything read so far to be the same in every longer chat: reading message 3
-takes four of them, learning that message 3 is not the last takes five, and learning that it is the
-last, or how many there are, takes more than any chat has (`UNSETTLED`). So the text of an iteration
-is known to belong to every longer chat, or not, without a look at the template.
+Templates reach the messages only through `Watched` and `Loop`. Both count how many messages must be
+there before everything that was read can no longer change; then it is *settled*. Messages are
+numbered from 0. Reading message 3 is settled by 4 messages. Seeing that it is not the last is
+settled by 5. Seeing that it is the last, or how many there are, can change with the next message,
+so no number settles it (`NEVER_SETTLED`). The text of an iteration that is settled belongs to every
+longer chat, too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tokcache.text.chat.rewrite import CLOCK, LOOP, OVER, STEPS
 if TYPE_CHECKING:
     from tokcache.text.chat.rewrite import Parts
 
-UNSETTLED = 1 << 60
+NEVER_SETTLED = 1 << 60  # more messages than any chat has
 Names = dict[str, Any]
 # A chat's messages as bytes, end to end, and where each of them ends.
 Frozen = tuple[bytes, tuple[int, ...]]
@@ -59,7 +60,7 @@ class Run:
         return made
 
     def need(self, n_messages: int) -> None:
-        """Note that something was read which `n_messages` messages settle."""
+        """Note that something was read that is settled once the chat has `n_messages` messages."""
         self.n_needed = max(self.n_needed, n_messages)
 
 
@@ -68,7 +69,7 @@ def _refuse(*_: object) -> Any:
 
 
 class Watched:
-    """The list of the messages from `start` on, in the uses of lists that can be watched."""
+    """The list of the messages from `start` on; it refuses operations that can't be watched."""
 
     __slots__ = ("_run", "_start")
 
@@ -83,7 +84,7 @@ class Watched:
             if number < run.n_messages:
                 run.need(number + 1)
                 return run.message(number)
-            run.need(UNSETTLED)
+            run.need(NEVER_SETTLED)
             raise IndexError(index)
         if isinstance(index, slice):
             first = 0 if index.start is None else index.start
@@ -92,26 +93,26 @@ class Watched:
                 return Watched(run, start + first)
             stop = index.stop
             if is_simple and type(stop) is int and stop >= 0:
-                run.need(start + stop if start + stop <= run.n_messages else UNSETTLED)
+                run.need(start + stop if start + stop <= run.n_messages else NEVER_SETTLED)
                 numbers = range(start, run.n_messages)[first:stop]
                 return [run.message(number) for number in numbers]
         elif type(index) is not int:
             raise TemplateUnusual
-        return self.whole()[index]
+        return self.whole()[index]  # from the end, or with steps
 
     def whole(self) -> list[Any]:
         """Return the list itself; only the chat's end settles it."""
         run = self._run
-        run.need(UNSETTLED)
+        run.need(NEVER_SETTLED)
         return [run.message(number) for number in range(self._start, run.n_messages)]
 
     def __len__(self) -> int:
-        self._run.need(UNSETTLED)
+        self._run.need(NEVER_SETTLED)
         return max(0, self._run.n_messages - self._start)
 
     def __bool__(self) -> bool:
         is_true = self._run.n_messages > self._start
-        self._run.need(self._start + 1 if is_true else UNSETTLED)
+        self._run.need(self._start + 1 if is_true else NEVER_SETTLED)
         return is_true
 
     def __iter__(self) -> Iterator[Any]:
@@ -119,7 +120,7 @@ class Watched:
         for number in range(self._start, run.n_messages):
             run.need(number + 1)
             yield run.message(number)
-        run.need(UNSETTLED)
+        run.need(NEVER_SETTLED)
 
     def __reversed__(self) -> Iterator[Any]:
         yield from reversed(self.whole())
@@ -137,7 +138,7 @@ class Watched:
 
 
 class Loop:
-    """The name `loop` in the loop over the messages from `start` on."""
+    """The `loop` that a template sees while it goes over the messages from `start` on."""
 
     depth = 1
     depth0 = 0
@@ -146,7 +147,7 @@ class Loop:
         self._run = run
         self.start = start
 
-    def step(self, index: int) -> None:
+    def go_to(self, index: int) -> None:
         """Go to an iteration."""
         self.index0 = index
         self.index = index + 1
@@ -157,13 +158,13 @@ class Loop:
         """Whether there is no later message, as far as the chat goes now."""
         number = self.start + self.index0 + 1
         is_last = number >= self._run.n_messages
-        self._run.need(UNSETTLED if is_last else number + 1)
+        self._run.need(NEVER_SETTLED if is_last else number + 1)
         return is_last
 
     @property
     def length(self) -> int:
         """The number of messages of the loop."""
-        self._run.need(UNSETTLED)
+        self._run.need(NEVER_SETTLED)
         return self._run.n_messages - self.start
 
     @property
@@ -207,10 +208,11 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a template's first part leaves: its text, and the values of its names.
+    """The result of a template's first part: its text, and the values of its variables.
 
-    `values` are data; `lists` are the names that mean the messages from a number on. `spaces` are
-    the namespaces, the only objects that a template can change: their names and first values.
+    `values` are data. `lists` has, for each variable that holds the messages from a number on, that
+    number. `spaces` are the namespaces, the only objects that a template can change; each with the
+    variables that hold it and its first attributes.
     `tails` are texts of the last part that depend on nothing else than `add_generation_prompt`.
     """
 
@@ -246,7 +248,7 @@ def run_head(parts: Parts, settings: Names, run: Run) -> Head:
     _watch_clock(parts, names, run)
     context = parts.environment.context_class(parts.environment, names, None, {})
     text = "".join(parts.head.root_render_func(context))
-    n_bytes = 2 * getsizeof(text)
+    n_bytes = 2 * getsizeof(text)  # and once more in its key
     values: Names = {}
     lists: dict[str, int] = {}
     spaces: dict[int, tuple[list[str], Names]] = {}
@@ -328,7 +330,7 @@ def _steps(
     at = n_counted = 0
     index = n_done
     while True:
-        if run.n_needed < UNSETTLED:
+        if run.n_needed < NEVER_SETTLED:
             n_chunks = len(chunks)
             while n_counted < n_chunks:
                 at += len(chunks[n_counted])
@@ -337,7 +339,7 @@ def _steps(
             points.append(Point(index, run.n_needed, at, states))
         if index >= n_items:
             return
-        loop.step(index)
+        loop.go_to(index)
         run.need(first + index + 1)
         yield run.message(first + index)
         index += 1
@@ -348,7 +350,7 @@ def key_of(head: Head) -> bytes:
 
     Errors: TemplateUnusual if it holds something else than data.
     """
-    try:
+    try:  # version 0 has no references to equal objects, so equal values are equal bytes
         return dumps((head.text, head.values, head.lists, head.spaces, head.start), 0)
     except ValueError:
         raise TemplateUnusual from None
@@ -357,7 +359,7 @@ def key_of(head: Head) -> bytes:
 def data_size(value: Any) -> int:
     """Return about how many bytes a value takes.
 
-    Errors: TemplateUnusual if it holds something else than data, which might have a state.
+    Errors: TemplateUnusual if it holds an object that is not data: it may keep a state.
     """
     try:
         return len(dumps(value, 0))
@@ -372,13 +374,16 @@ def vars_of(space: Namespace) -> Names:
 
 
 def _watch_clock(parts: Parts, names: Names, run: Run) -> None:
-    """Replace the clock by one that notes that it was read: the text is then of this moment."""
+    """Replace the clock by one that notes when it is read: no later text has that time.
+
+    A clock that the caller passed is left alone.
+    """
     if not parts.has_clock or CLOCK not in parts.names or names[CLOCK] is not parts.names[CLOCK]:
         return
     clock: Callable[..., Any] = names[CLOCK]
 
     def watched_clock(*args: Any, **kwargs: Any) -> Any:
-        run.need(UNSETTLED)
+        run.need(NEVER_SETTLED)
         return clock(*args, **kwargs)
 
     names[CLOCK] = watched_clock
