@@ -17,13 +17,16 @@ from types import ModuleType
 from typing import Any
 
 import bench
-from bench import _compare, _report
+from bench import _compare, _repeat, _report
 
 USAGE = """python -m bench list                      the benchmarks, a line each
        python -m bench run NAME [OPTION …]       one of them; NAME --help has its options
        python -m bench run NAME NAME …           several, each in a process of its own
        python -m bench all                       every one, shortened: under 20 minutes on two cores
        python -m bench compare A.json B.json     what B does slower or faster than A"""
+
+
+_OF_COMMAND = {"json", "later"}
 
 
 def names() -> list[str]:
@@ -56,13 +59,21 @@ def run_one(name: str, argv: list[str]) -> int:
     it = module(name)
     parser = argparse.ArgumentParser(prog=f"python -m bench run {name}", description=it.__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    n_processes = getattr(it, "PROCESSES", 1)
+    parser.add_argument(
+        "--processes", type=int, default=n_processes, help="measure in this many, one by one"
+    )
+    parser.add_argument("--later", action="store_true", help=argparse.SUPPRESS)
     it.add_options(parser)
     options = parser.parse_args(argv)
-    report = _report.Report(name, it.PACKAGES)
+    report = _report.Report(name, it.PACKAGES, is_first=not options.later)
     began = monotonic()
-    it.run(options, report)
+    if options.processes > 1:
+        _repeat.measure(report, argv, options.processes)
+    else:
+        it.run(options, report)
     if options.json is not None:
-        given = {key: value for key, value in vars(options).items() if key != "json"}
+        given = {key: value for key, value in vars(options).items() if key not in _OF_COMMAND}
         found = {name: report.as_json(given, monotonic() - began)}
         write(options.json, found)
     return 0 if report.is_good else 1
