@@ -1,4 +1,4 @@
-"""Lists, runs and compares the benchmarks: `python -m bench list | run NAME… | all | compare`."""
+"""Lists, runs and compares the benchmarks: `python -m bench list | run | all | compare | page`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from types import ModuleType
 from typing import Any
 
 import bench
-from bench import _compare, _repeat, _report
+from bench import _compare, _page, _repeat, _report
+from tokcache.replay.report import require_libraries
 
 USAGE = """python -m bench list                      the benchmarks, a line each
        python -m bench run NAME [OPTION …]       one of them; NAME --help has its options
        python -m bench run NAME NAME …           several, each in a process of its own
-       python -m bench all                       every one, shortened: under 20 minutes on two cores
-       python -m bench compare A.json B.json     what B does slower or faster than A"""
+       python -m bench all                       every one, shortened; --json FILE, --html FILE
+       python -m bench compare A.json B.json     what B does slower or faster than A
+       python -m bench page A.json A.html        the results as a page with charts"""
 
 
 _OF_COMMAND = {"json", "later"}
@@ -76,22 +78,30 @@ def run_one(name: str, argv: list[str]) -> int:
         given = {key: value for key, value in vars(options).items() if key not in _OF_COMMAND}
         found = {name: report.as_json(given, monotonic() - began)}
         write(options.json, found)
+        print(f"wrote {options.json}")
     return 0 if report.is_good else 1
 
 
 def write(file: Path, found: dict[str, Any]) -> None:
-    """Write the results of some benchmarks, with the conditions of their measurement."""
-    whole = {
+    """Write the results of some benchmarks."""
+    file.write_text(json.dumps(_whole(found), indent=1) + "\n")
+
+
+def _whole(found: dict[str, Any]) -> dict[str, Any]:
+    """Return results with the conditions of their measurement."""
+    return {
         "format": _report.FORMAT,
         "environment": _report.environment(),
         "benchmarks": found,
     }
-    file.write_text(json.dumps(whole, indent=1) + "\n")
-    print(f"wrote {file}")
 
 
-def run_many(chosen: Mapping[str, Sequence[str]], file: Path | None) -> int:
+def run_many(
+    chosen: Mapping[str, Sequence[str]], file: Path | None, html: Path | None = None
+) -> int:
     """Run benchmarks one after the other, each in a new process; return the worst exit code."""
+    if html is not None:
+        require_libraries()
     worst = 0
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="tokcache-bench-") as folder:
@@ -106,11 +116,16 @@ def run_many(chosen: Mapping[str, Sequence[str]], file: Path | None) -> int:
             else:
                 print(f"{name} ended with exit code {code} and left no figures")
                 found[name] = {"failed": code}
+            if file is not None:  # after each: a run that is interrupted leaves those before it
+                write(file, found)
     print(f"\n{'benchmark':16} {'seconds':>8}  bars")
     for name, one in found.items():
         print(f"{name:16} {one.get('seconds', 0):8.0f}  {_verdict(one)}")
     if file is not None:
-        write(file, found)
+        print(f"wrote {file}")
+    if html is not None:
+        html.write_text(_page.page(_whole(found)), encoding="utf-8")
+        print(f"wrote {html}")
     return worst
 
 
@@ -142,8 +157,12 @@ def main(argv: list[str]) -> int:
         case ["all", *rest]:
             parser = argparse.ArgumentParser(prog="python -m bench all")
             parser.add_argument("--json", type=Path, help="write all figures to this file")
+            parser.add_argument("--html", type=Path, help="write a page of them")
             options = parser.parse_args(rest)
-            return run_many({name: list(module(name).IN_ALL) for name in names()}, options.json)
+            chosen_all = {name: list(module(name).IN_ALL) for name in names()}
+            return run_many(chosen_all, options.json, options.html)
+        case ["page", *rest]:
+            return _page.main(rest)
         case ["compare", *rest]:
             return _compare.main(rest)
     print(f"usage: {USAGE}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -123,6 +124,30 @@ def test_compare_says_what_is_wrong_with_a_file(
         _compare.main([str(good), str(tmp_path / "absent.json")])
     assert _compare.main([str(good), str(good)]) == 0
     assert "7 figures: 0 slower" in capsys.readouterr().out
+
+
+def test_the_page_has_bars_figures_and_failures(tmp_path: Path) -> None:
+    report = _report.Report("exact")
+    report.console.quiet = True
+    values = {"tokcache": [[10.0] * 12, [12.0] * 12], "dict": [[40.0] * 24], "==": [[1.0] * 24]}
+    report.columns("hit <b>", "ns", {"quiet": values}, base="tokcache")
+    report.check("ids", is_right=True)
+    report.bar("hit, times a dict", 0.3, 0.2, most=True)
+    report.fact("seed", 7)
+    run = run_of(1) | {"environment": _report.environment()}
+    run["benchmarks"] = {"exact": report.as_json({"processes": 2}, 90.0), "ttft": {"failed": 3}}
+    source, made = tmp_path / "a.json", tmp_path / "a.html"
+    source.write_text(json.dumps(run))
+    assert command.main(["page", str(source), str(made)]) == 0
+    text = made.read_text()
+    assert "1 of 2 benchmarks measured: 0 of 1 bars were met" in text
+    assert "ttft failed with exit code 3" in text
+    assert "hit, times a dict" in text
+    assert "measured in 2 processes" in text
+    assert "hit &lt;b&gt;, quiet (dict)" in text  # the best peer, not the bound
+    assert ">3.64<" in text
+    assert "<b>" not in text
+    assert not re.search(r'(?:src|href)="(?!data:|#)', text)
 
 
 def test_every_benchmark_is_listed_and_has_a_short_form() -> None:
