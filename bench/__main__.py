@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import math
+import os
 import pkgutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +32,7 @@ USAGE = """python -m bench list                      the benchmarks, a line each
        python -m bench page A.json A.html        the results as a page with charts"""
 
 
+MINUTES = 20.0  # of `all`
 _OF_COMMAND = {"json", "later"}
 
 
@@ -97,23 +102,34 @@ def _whole(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_many(
-    chosen: Mapping[str, Sequence[str]], file: Path | None, html: Path | None = None
+    chosen: Mapping[str, Sequence[str]],
+    file: Path | None,
+    html: Path | None = None,
+    minutes: float = math.inf,
 ) -> int:
-    """Run benchmarks one after the other, each in a new process; return the worst exit code."""
+    """Run benchmarks one after the other, each in a new process; return the worst exit code.
+
+    When the `minutes` are over, the one that runs is stopped, and the others are skipped.
+    """
     if html is not None:
         require_libraries()
-    worst = 0
+    worst, began = 0, monotonic()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="tokcache-bench-") as folder:
         for place, (name, options) in enumerate(chosen.items(), 1):
             print(f"\n== {name} ({place} of {len(chosen)}): {' '.join(options)}", flush=True)
             own = Path(folder, f"{name}.json")
             command = [sys.executable, "-m", "bench", "run", name, *options, "--json", str(own)]
-            code = subprocess.run(command, check=False).returncode  # noqa: S603 (our own words)
-            worst = max(worst, code)
-            if own.is_file():
+            code = _run_until(began + 60 * minutes, command)
+            if code is None:
+                reason = f"the {minutes:g} minutes of this run were over"
+                print(f"{name}: {reason}")
+                found[name] = {"skipped": reason}
+            elif own.is_file():
+                worst = max(worst, code)
                 found |= json.loads(own.read_text())["benchmarks"]
             else:
+                worst = max(worst, 1)  # the code of a signal is below 0
                 print(f"{name} ended with exit code {code} and left no figures")
                 found[name] = {"failed": code}
             if file is not None:  # after each: a run that is interrupted leaves those before it
@@ -127,6 +143,26 @@ def run_many(
         html.write_text(_page.page(_whole(found)), encoding="utf-8")
         print(f"wrote {html}")
     return worst
+
+
+def _run_until(deadline: float, command: Sequence[str]) -> int | None:
+    """Return the exit code of a command; None if it had to be stopped at the deadline."""
+    left = deadline - monotonic()
+    if left <= 0:
+        return None
+    # A session of its own, so that the servers and workers that it started end with it.
+    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 (our own words)
+    try:
+        return process.wait(None if math.isinf(left) else left)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _verdict(one: dict[str, Any]) -> str:
@@ -158,9 +194,12 @@ def main(argv: list[str]) -> int:
             parser = argparse.ArgumentParser(prog="python -m bench all")
             parser.add_argument("--json", type=Path, help="write all figures to this file")
             parser.add_argument("--html", type=Path, help="write a page of them")
+            parser.add_argument(
+                "--minutes", type=float, default=MINUTES, help="what is left then is skipped"
+            )
             options = parser.parse_args(rest)
             chosen_all = {name: list(module(name).IN_ALL) for name in names()}
-            return run_many(chosen_all, options.json, options.html)
+            return run_many(chosen_all, options.json, options.html, options.minutes)
         case ["page", *rest]:
             return _page.main(rest)
         case ["compare", *rest]:

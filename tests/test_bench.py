@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -148,6 +149,20 @@ def test_the_page_has_bars_figures_and_failures(tmp_path: Path) -> None:
     assert ">3.64<" in text
     assert "<b>" not in text
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
+
+
+def test_the_run_of_all_ends_in_time_and_stops_what_still_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.json"
+    chosen = {"soak": ["--seconds", "600"], "start": []}
+    began = monotonic()
+    assert command.run_many(chosen, file, minutes=4 / 60) == 0
+    assert monotonic() - began < 30
+    found = json.loads(file.read_text())["benchmarks"]
+    reason = "the 0.0666667 minutes of this run were over"
+    assert found == {"soak": {"skipped": reason}, "start": {"skipped": reason}}
+    assert f"skipped: {reason}" in capsys.readouterr().out
 
 
 def test_every_benchmark_is_listed_and_has_a_short_form() -> None:
