@@ -89,9 +89,10 @@ def _bars(bars: list[tuple[str, Run]]) -> Table:
         value = "not measured" if bar["value"] is None else f"{number(bar['value'])} {bar['unit']}"
         kind = "at most" if bar["is_ceiling"] else "at least"
         verdict = "met" if bar["met"] else "missed"
-        rows.append((verdict, name, bar["name"], value, f"{kind} {bar['limit']:g} {bar['unit']}"))
-    head = ("", "Benchmark", "Bar", "Found", "Limit")
-    return Table("Bars", head, rows, "Missed ones first.", frozenset({3, 4}))
+        limit = f"{kind} {bar['limit']:g} {bar['unit']}"
+        rows.append((verdict, value, limit, name, bar["name"]))
+    head = ("", "Found", "Limit", "Benchmark", "Bar")
+    return Table("Bars", head, rows, "Missed ones first.", frozenset({1, 2}))
 
 
 def _benchmark(name: str, one: Run) -> Iterator[Part]:
