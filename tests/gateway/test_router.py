@@ -73,32 +73,6 @@ def up(made: Router, name: str = "one", *, n_slots: int = 2, can_save: bool = Tr
 LONG = "x" * 4000
 
 
-@pytest.mark.parametrize("is_first_nearer", [True, False], ids=["first", "second"])
-def test_of_two_slots_with_equal_links_the_one_that_shares_more_is_taken(
-    is_first_nearer: bool,
-) -> None:
-    made = router(side_tokens=10)
-    up(made, can_save=False)
-    near, far = LONG[:1024] + "x" * 400 + "near", LONG[:1024] + "far" + "y" * 401
-    texts = [near, far] if is_first_nearer else [far, near]
-    slots = {}
-    for text in texts:
-        asked = prompt([text])
-        made.enqueue(Wish(asked.chain(), None, "", 0.0, asked.elements))
-        (assignment,) = made.assign(0.0)
-        assignment.is_sent = True
-        made.finish(assignment, asked.chain("a"), n_prompt=357, n_cached=0, n_tokens=360)
-        slots[text] = assignment.slot
-    # Released only now, so that each got a slot of its own.
-    for slot in slots.values():
-        made.release(slot)
-    asked = prompt([LONG[:1024] + "x" * 390 + "z" * 500])
-    made.enqueue(Wish(asked.chain(), None, "", 1.0, asked.elements))
-    (assignment,) = made.assign(1.0)
-    assert assignment.slot is slots[near]
-    assert assignment.n_promised > 1024 * 357 // 1428
-
-
 def test_a_conversation_keeps_its_slot_and_side_requests_take_another() -> None:
     made = router()
     up(made)

@@ -278,7 +278,7 @@ class Endpoints:
         model = self._server_model(body)
         try:
             prompt = api.prompt(body, self._service.key, tenant.scope)
-            wish = Wish(prompt.chain(), tenant.scope, model, time.monotonic(), prompt.elements)
+            wish = Wish(prompt.chain(), tenant.scope, model, time.monotonic())
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
         answer = api.answer()

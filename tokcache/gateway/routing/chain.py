@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,16 +103,6 @@ class Prompt:
                 links.append(last)
                 chars.append(n_chars)
         return Chain(tuple(links), tuple(chars))
-
-
-def piece_after(elements: Sequence[str], n_links: int) -> str:
-    """Return the piece that follows the first `n_links`, "" if there is none."""
-    for element in elements:
-        n_pieces = -(-len(element) // PIECE_CHARS)
-        if n_links < n_pieces:
-            return element[n_links * PIECE_CHARS : (n_links + 1) * PIECE_CHARS]
-        n_links -= n_pieces
-    return ""
 
 
 def ids_chain(ids: TokenIds, key: bytes, scope: str | None) -> Chain:

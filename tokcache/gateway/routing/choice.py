@@ -35,10 +35,6 @@ def choices(files: Files, wish: Wish, idle: list[Slot]) -> Iterator[Choice]:
         server = slot.server
         n_links = slot.chain.n_common(wish.chain) if slot.scope == wish.scope else 0
         n_live = slot.tokens_at(n_links)
-        if 0 < n_links < min(len(slot.chain), len(wish.chain)):
-            # Pieces are long: how far the next one is equal decides between two slots.
-            n_chars = slot.n_chars_after(n_links, wish)
-            n_live += n_chars * slot.n_prompt // max(1, slot.chain.chars_at(slot.n_prompt_links))
         net = n_live - _loss(slot, n_live)
         yield Choice(slot, net, n_live, n_links, "slot" if n_live else "none")
         if not server.can_restore:

@@ -336,7 +336,7 @@ class Router:
         """Record an answer, compare the promise with the tokens used, and return the reason."""
         slot, wish = made.slot, made.wish
         slot.holds(chain, len(wish.chain), n_prompt, n_tokens)
-        slot.scope, slot.elements = wish.scope, wish.elements
+        slot.scope = wish.scope
         slot.is_shared = made.n_links > 0 or wish.has_waited_for_prefix
         slot.n_uses += 1
         if made.epoch != slot.server.epoch:
