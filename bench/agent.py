@@ -243,8 +243,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
     over: dict[str, float] = {}
     notes: dict[str, str] = {}
     sizes = set()
-    with systems() as both:
-        for name, system in both.items():
+    with systems() as (bare, ours):
+        for name, system in ((BARE, bare), (OURS, ours)):
             first = asyncio.run(replay(system, [bodies[: len(bodies) // 2] for bodies in runs]))
             system.stop()
             system.start()
