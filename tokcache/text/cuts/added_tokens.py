@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.text.cuts.char_classes import WHITESPACE, class_of
 from tokcache.text.cuts.plan import Separator
-from tokcache.text.cuts.rules import DIGITS, LETTERS, WHITESPACE_LEFT, C, Pair, pairs_in
+from tokcache.text.cuts.rules import DIGITS, LETTERS, WHITESPACE_LEFT, C, Pair, pairs_in_any
 from tokcache.text.engines.copying import added_tokens, free_edge
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def separators(
     )
 
 
-def without_unsafe(pairs: set[Pair], tokens: Iterable[Separator]) -> set[Pair]:
+def without_unsafe(pairs: set[Pair], tokens: Sequence[Separator]) -> set[Pair]:
     """Return the pairs without those at which an added token makes a cut unsafe."""
     pairs = set(pairs)
     for one in tokens:
@@ -151,14 +151,12 @@ def without_unsafe(pairs: set[Pair], tokens: Iterable[Separator]) -> set[Pair]:
             pairs -= {(left, first) for left in C if left not in WHITESPACE_LEFT}
             ends = {last, C.NEWLINE_RUN} if last is C.NEWLINE else {last}
             pairs -= {(end, right) for end in ends for right in C if right not in WHITESPACE}
-        if one.skips or one.single_word:
-            pairs -= set(pairs_in(one.content))
-    return pairs
+    return pairs - pairs_in_any(one.content for one in tokens if one.skips or one.single_word)
 
 
 def pairs_inside(phases: Phases) -> set[Pair]:
     """Return the pairs of classes inside the tokens of the second phase."""
-    return {pair for token in phases.normalized for pair in pairs_in(token.content)}
+    return pairs_in_any(token.content for token in phases.normalized)
 
 
 # ---- tokens that overlap
@@ -177,11 +175,12 @@ def _meet(first: Sequence[str], second: Sequence[str]) -> bool:
     if first and second and _are_many([*first, *second]):
         return True
     prefixes = {text[:end] for text in second for end in range(1, len(text) + 1)}
-    whole = set(second)
+    whole, begins = set(second), {text[0] for text in second}
     return any(
         text[start:end] in prefixes and (end == len(text) or text[start:end] in whole)
         for text in first
         for start in range(len(text))
+        if text[start] in begins
         for end in range(start + 1, len(text) + 1)
     )
 
@@ -195,7 +194,13 @@ def _overlapped(contents: list[str]) -> set[str]:
     if _are_many(contents):
         return set(contents)
     ordered, whole = sorted(contents), set(contents)
-    rests = {content[start:] for content in contents for start in range(1, len(content))}
+    begins = {content[0] for content in contents}
+    rests = {
+        content[start:]
+        for content in contents
+        for start in range(1, len(content))
+        if content[start] in begins
+    }
     inside = {rest[:end] for rest in rests for end in range(1, len(rest) + 1)} & whole
     n_open = [0] * (len(ordered) + 1)  # at each index, the ranges that begin minus those that end
     for rest in rests:

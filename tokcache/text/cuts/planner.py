@@ -39,7 +39,7 @@ from tokcache.text.cuts.normalizers import (
 )
 from tokcache.text.cuts.plan import CutPlan
 from tokcache.text.cuts.pre_tokenizers import forced_cuts, splitting_stages
-from tokcache.text.cuts.rules import Findings, Pair, is_coarse, pairs_in
+from tokcache.text.cuts.rules import Findings, Pair, is_coarse, pairs_in_any
 from tokcache.text.cuts.second_phase import normalizers_of, unsafe_pairs, why_no_cut_inside
 from tokcache.text.cuts.vocabulary import cuts_of_vocabulary, proves_none
 from tokcache.text.engines.components import stages_of
@@ -93,7 +93,7 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
         safe -= unsafe_pairs(in_phase, components[0], reading)
     separated_by = separators(tokenizer, phases, is_normalized=is_normalized)
     safe = without_unsafe(safe, separated_by)
-    inside = {pair for one in separated_by for pair in pairs_in(one.content)}
+    inside = pairs_in_any(one.content for one in separated_by)
     contents = [token.content for token in phases.all]
     coarse = {pair for pair in safe - inside if is_coarse(pair)}
     return CutPlan(
