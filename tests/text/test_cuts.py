@@ -666,6 +666,20 @@ def test_no_text_is_cut_next_to_a_replaced_string() -> None:
     assert plan.allows(C.DIGIT, C.SPACE)
 
 
+_CHATGLM = (("\n", "<n>"), ("\t", "<|tab|>"), ("   ", "<|blank_3|>"), ("  ", "<|blank_2|>"))
+
+
+def test_whitespace_that_becomes_names_leaves_cuts_between_visible_characters() -> None:
+    """ChatGLM's: two halves of a run of spaces would have other names."""
+    names = [normalizers.Replace(*each) for each in _CHATGLM]
+    plan = plan_cuts(_with("gpt2", normalizer=normalizers.Sequence(names))())
+    whitespace = {C.SPACE, C.TAB, C.NEWLINE, C.NEWLINE_RUN}
+    assert plan.allows(C.DIGIT, C.LETTER)
+    assert not any(whitespace & set(pair) for pair in _allowed(plan))
+    plan = plan_cuts(_with("llama2", normalizer=normalizers.Sequence(names))())
+    assert plan.refused == (_NO_PROOF + r"the normalizer replaces '\n' by '<n>'",)
+
+
 def test_a_replacement_that_ends_in_whitespace_removes_cuts_after_a_newline() -> None:
     plan = plan_cuts(_normal(normalizers.Replace("@", " "))())
     assert not plan.allows(C.NEWLINE, C.LETTER)

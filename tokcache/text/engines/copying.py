@@ -52,6 +52,7 @@ _PROBES = (
     "Ünïcödé, e\u0301, ﬁ, 東京, русский, שלום, 👩‍👩‍👧 \u200b",
 )
 _MAX_PROBED_TOKENS = 64
+_MAX_PROBED_CONTENTS = 1024
 
 
 class Engine(Protocol):
@@ -312,7 +313,10 @@ def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
 
     tokens = added_tokens(source)
     step = max(1, len(tokens) // _MAX_PROBED_TOKENS)
-    probes = [*_PROBES, *_normalized_contents(source)]
+    contents = _normalized_contents(source)
+    size = 1 + len(contents) // _MAX_PROBED_CONTENTS  # of many, several make one probe
+    groups = [contents[at : at + size] for at in range(0, len(contents), size)]
+    probes = [*_PROBES, *map("\n".join, groups)]
     probes += [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in tokens[::step]]
     if source.encode_special_tokens:
         # All added tokens: one that was special once is skipped as long as special ones are.
