@@ -38,7 +38,7 @@ N_TEXTS = 40  # for each tokenizer
 _BASE = [*"abeKs12._='\"`! \n", "\t", "\r\n", MARKER]
 _BEYOND = ["\xe9", "\xc9", "\u2260", "\u4f60", "\u3002", "\u212a", "\u1ebf", "\uac01", "\uac00"]
 _MARKS = ["\u0301", "\u0302", "\u0338", "\u11a8"]
-_ALPHABET = [*_BASE, *_BASE, *_BEYOND, *_MARKS]
+_ALPHABET: list[str] = [*_BASE, *_BASE, *_BEYOND, *_MARKS]
 _CONTENTS = (
     "e\u0301",
     "a b",
