@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
+import tokcache
 from tests.text.fuzz_rules import Focus, Found, compare, merging
+from tests.text.tokenizers_synthetic import SYNTHETIC
 from tokcache.text.cuts import affixes, planner, second_phase, vocabulary
 from tokcache.text.segments import id_lengths
 
@@ -30,6 +32,17 @@ def test_random_tokenizers_give_correct_ids() -> None:
     assert found.wrong == []
     assert found.n_with_cuts > found.n_tokenizers // 2
     assert found.n_second_phase > found.n_tokenizers // 4
+
+
+def test_a_fast_engine_is_not_used_for_tokens_in_normalised_text() -> None:
+    """Both fast ones find the `K` of the raw text, which NFC joins to the mark after it."""
+    made = SYNTHETIC["gpt2"]()
+    made.normalizer = normalizers.NFC()
+    made.add_tokens([AddedToken("K", normalized=True)])
+    wrapped: Any = tokcache.wrap(made)
+    for text in ("aK\u0301b", "K K\u0301 b " * 30):
+        assert list(wrapped.token_ids(text)) == made.encode(text).ids
+    assert wrapped._tokcache.l1.engine == "tokenizers"
 
 
 # ---- controls

@@ -9,6 +9,7 @@ answers are not cached, and it has the reason.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
 from tokcache.errors import CopyError
+from tokcache.text.engines.components import stages_of
 from tokcache.text.engines.layout import Layout, learn
 
 P = ParamSpec("P")
@@ -287,6 +289,13 @@ def _same_model(source: Tokenizer, **instead: str) -> Tokenizer:
 def added_tokens(tokenizer: Tokenizer) -> list[Any]:
     """Return the added tokens in the order of their ids."""
     return [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+
+
+def has_normalized_tokens(tokenizer: Tokenizer) -> bool:
+    """Return whether added tokens are searched for in a text that a normalizer may have changed."""
+    normalizer = json.loads(component_state(tokenizer.normalizer))
+    is_searched = any(token.normalized for token in added_tokens(tokenizer))
+    return is_searched and bool(stages_of(normalizer))
 
 
 def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
