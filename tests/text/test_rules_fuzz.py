@@ -14,11 +14,9 @@ import tokcache
 from tests.text.fuzz_rules import Focus, Found, compare, merging
 from tests.text.tokenizers_synthetic import SYNTHETIC
 from tokcache.text.cuts import affixes, planner, second_phase, vocabulary
-from tokcache.text.segments import id_lengths
 
 N_COMPARISONS = 12_000
 MAX_DRAWS = 400
-MARKER = "\u2581"
 
 _unsafe_pairs = second_phase.unsafe_pairs
 Weaken = Callable[[pytest.MonkeyPatch], None]
@@ -107,7 +105,6 @@ _BERT = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
 _UNACCENTED = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
 _BYTES = _is(pre_tokenizers.ByteLevel(add_prefix_space=False))
 _WORDS = _is(pre_tokenizers.BertPreTokenizer())
-_MARKED = (_is(normalizers.Replace(" ", MARKER)),)
 
 CONTROLS: dict[str, tuple[Weaken, Focus]] = {
     "a token holds the pair": (_without_pairs, Focus(contents=("a b",))),
@@ -177,15 +174,6 @@ CONTROLS: dict[str, tuple[Weaken, Focus]] = {
     "Metaspace before the first piece": (
         lambda patch: patch.setattr(affixes, "_never_first", lambda state: state),
         Focus(models=(merging,), normalizers=(_is(),), stages=(_unsplit("first"),)),
-    ),
-    "tokens of another length than their content": (
-        lambda patch: patch.setattr(id_lengths, "_is_changed", lambda *_: False),
-        Focus(
-            models=(merging,),
-            normalizers=_MARKED,
-            stages=(_is(),),
-            contents=("\u2581a", "b\u2581c"),
-        ),
     ),
 }
 
