@@ -132,17 +132,9 @@ L1_OFF = {
         "added tokens of both kinds (normalized or not) overlap, or one takes another's whitespace",
         "rename the token, or add it without lstrip and rstrip",
     ),
-    "normalized_token_flags": Reason(
-        "normalized added tokens have flags whose effect cannot be bounded",
-        "add the tokens with `normalized=False`",
-    ),
     "normalized_tokens_alike": Reason(
         "two added tokens are the same text once they are normalized",
         "remove one, or add them with `normalized=False`",
-    ),
-    "normalized_token_prefix": Reason(
-        "normalized added tokens are read differently at the start of a text",
-        "add the tokens with `normalized=False`",
     ),
     "long_added_token": Reason(
         "an added token is longer than 256 characters", "use a shorter added token"

@@ -31,7 +31,11 @@ from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
 from tokcache.text.cuts.plan import VOCABULARY_PROOF
 from tokcache.text.cuts.scanner import Scanner, spans_of
-from tokcache.text.engines.copying import SegmentEncoder, is_of_library
+from tokcache.text.engines.copying import (
+    SegmentEncoder,
+    has_normalized_tokens,
+    is_of_library,
+)
 from tokcache.text.engines.fast import (
     FastEncoder,
     agreed_code_points,
@@ -357,6 +361,11 @@ class L1:
 
 def _proven(name: str, sure: SegmentEncoder) -> FastEncoder:
     """Return a fast encoder that gives the same ids as `sure`, or raise FastEncoderUnavailable."""
+    # The fast ones find such a token in the raw text: a `K` even if NFC joins the next mark to it.
+    own = sure.tokenizer
+    if has_normalized_tokens(own):
+        why = "it does not search for added tokens in the normalised text"
+        raise FastEncoderUnavailable(name, why)
     encoder = build(name, sure.tokenizer.to_str())
     reason = prove(encoder, sure.tokenizer, probe_texts(sure.tokenizer))
     if reason is not None:
