@@ -349,6 +349,19 @@ SERVER_REFUSALS = {
     ),
     "files_of_another_model": Reason("the server was started with another model", _NOTHING),
     "server_away": Reason("the server did not answer", "see the log"),
+    "server_restarted": Reason(
+        "the server was started again, and no file had the contents of its slots",
+        "set `--slot-save-path`, and leave `save_when` at `answered`",
+    ),
+    "slot_busy": Reason(
+        "a slot that was decoding for another request held more of the prompt",
+        "start the server with more slots, or send the requests of a conversation in turn",
+    ),
+    "no_checkpoint": Reason(
+        "a slot or file held more of the prompt, but the server cannot go back to that place",
+        "start llama-server with its default `--ctx-checkpoints`; in reproducible mode only whole "
+        "files are restored",
+    ),
 }
 
 # `remembered_digests`: why the digest of a model file was computed again.
