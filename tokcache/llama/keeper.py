@@ -137,9 +137,9 @@ class Keeper:
             elif (
                 self._memory.is_recurrent and restored.stop < n_wanted and not self.is_reproducible
             ):
-                tail = _tails(states).find_miss(ids[:-1], n_found=restored.stop)
-                if tail.n_removed > (0 if miss is None else miss.n_removed):
-                    miss = tail
+                lost = _tails(states).find_miss(ids[:-1], n_found=restored.stop)
+                if lost.n_removed > (0 if miss is None else miss.n_removed):
+                    miss = lost
             return restored._replace(miss=miss)
 
     def _checked(self, states: Namespace, start: int, reached: int, goal: int) -> Restored:
