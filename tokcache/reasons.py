@@ -375,15 +375,8 @@ DIGEST_REFUSALS = {
     "damaged_key": Reason("the key of the cache folder is damaged", "remove it"),
 }
 
-# Counters of `tokcache serve`, and the `reason` in its answers.
+# Counters of `tokcache serve`, and the `detail` of a reason in its answers.
 GATEWAY_REASONS = {
-    "never_stored": Reason(
-        "no slot and no file of this tenant holds the beginning of the prompt", _NOTHING
-    ),
-    "different_text": Reason(
-        "the prompt differs from the held one before its end",
-        "look for parts that change with each request; `rules` can move or blank some",
-    ),
     "busy": Reason(
         "a busy slot was decoding the prefix and was not free in time",
         "start the llama-server with more slots",

@@ -60,7 +60,8 @@ _COUNTERS = {
     "llama-server": "`server.stats().refusals`",
     "Digests of model files": "the log",
     "The endpoint `tokcache serve`": (
-        "the metric `tokcache_gateway_reasons_total`, and `reason` in answers"
+        "the metric `tokcache_gateway_reasons_total`, and `detail` in answers; their `reason` is "
+        "one of the first table (`tokcache_gateway_misses_total`)"
     ),
 }
 

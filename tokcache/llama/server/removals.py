@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from tokcache.text.token_ids import TokenIds
 
@@ -58,15 +58,20 @@ class SlotRemovals:
 
     def note(self, namespace: bytes, tokens: TokenIds, cause: str) -> None:
         """Remember that contents that began with `tokens` are gone."""
-        if len(tokens) < FIRST_TOKENS:
-            return
+        if len(tokens) >= FIRST_TOKENS:
+            self.note_places(namespace, self._places(namespace, tokens), cause)
+
+    def note_places(
+        self, namespace: bytes, places: Iterable[tuple[int, bytes]], cause: str
+    ) -> None:
+        """Remember the same by digests of its beginnings, each with its length."""
         table = self._tables.setdefault(namespace, _Table())
         self._tables.move_to_end(namespace)
         if len(self._tables) > N_TABLES:
             self._tables.popitem(last=False)
             self._has_dropped = True
         row = cause, time.time()
-        for _, place in self._places(namespace, tokens):
+        for _, place in places:
             table.rows[place] = row
             table.rows.move_to_end(place)
         while len(table.rows) > N_ROWS:
@@ -75,8 +80,14 @@ class SlotRemovals:
 
     def find(self, namespace: bytes, prompt: TokenIds) -> Removal | None:
         """Return the removal of the longest beginning of `prompt`, None without one."""
+        if namespace not in self._tables:
+            return None
+        return self.find_places(namespace, self._places(namespace, prompt))
+
+    def find_places(self, namespace: bytes, places: Iterable[tuple[int, bytes]]) -> Removal | None:
+        """Return the removal of the longest of these beginnings, None without one."""
         table, found = self._tables.get(namespace), None
-        for n_tokens, place in self._places(namespace, prompt) if table is not None else ():
+        for n_tokens, place in places:
             row = table.rows.get(place) if table is not None else None
             if row is not None:
                 found = Removal(row[0], n_tokens, row[1])
