@@ -360,3 +360,30 @@ def test_a_short_look_up_of_a_common_prefix_equals_a_plain_one() -> None:
         while plain < min(len(one), len(other)) and one.links[plain] == other.links[plain]:
             plain += 1
         assert one.n_common(other) == plain
+
+
+def test_another_tenant_changes_no_reason_that_a_tenant_sees() -> None:
+    """Tenant "a" sends the same requests with and without tenant "b", which sends the same ones."""
+    rng = random.Random(4)
+    texts = [[LONG], [LONG, "more"], ["y" * 3000], [LONG[:1000] + "z" * 900], [LONG, "again"]]
+    asked = [rng.choice(texts) for _ in range(40)]
+    seen = []
+    for has_other in (False, True):
+        made = router(max_bytes=1 << 30)
+        up(made, n_slots=3)
+        found = []
+        for each in asked:
+            for scope in ("b", "a") if has_other else ("a",):
+                own = prompt(each, scope)
+                made.enqueue(wish(own.chain(), scope))
+                (assignment,) = made.assign(0.0)
+                carry(made, assignment)
+                n_prompt = int(sum(map(len, each)) * TOKENS_PER_CHAR)
+                counts = {"n_cached": assignment.n_promised, "n_tokens": n_prompt + 5}
+                made.finish(assignment, own.chain("x"), n_prompt=n_prompt, **counts)
+                made.release(assignment.slot)
+                if scope == "a":
+                    found.append((assignment.n_promised, assignment.reason, assignment.detail))
+        seen.append(found)
+    assert seen[0] == seen[1]
+    assert len({reason for _, reason, _ in seen[0]}) > 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from pathlib import Path
@@ -370,3 +371,26 @@ def test_a_state_that_a_full_queue_kept_from_the_tier_says_so(tmp_path: Path, ki
     found = miss(cache, FIRST) if kind == "blocks" else snapshot_miss(cache, FIRST)
     assert (found.reason, found.detail) == (MissReason.EVICTED, "ram, disk: max_entries")
     cache.close()
+
+
+def test_another_tenant_changes_nothing_that_a_tenant_sees_of_snapshots() -> None:
+    """Scope "a" makes the same calls with and without scope "b", which has the same prompts."""
+    prompts = [FIRST, OTHER, FIRST[:30], [*FIRST, 1, 2], list(range(1000, 1020))]
+    rng = random.Random(8)
+    calls = [(rng.choice(prompts), rng.random() < 0.4) for _ in range(60)]
+    seen = []
+    for has_other in (False, True):
+        cache = PrefixStateCache(max_entries=1000)
+        found = []
+        for tokens, is_stored in calls:
+            for scope in ("b", "a") if has_other else ("a",):
+                ns = cache.namespace(b"m", scope=scope)
+                handle = ns.find(tokens)
+                n_found = 0 if handle is None else handle.n_tokens
+                if scope == "a":
+                    found.append((n_found, ns.find_miss(tokens, n_found=n_found)))
+                if is_stored or scope == "b":
+                    ns.store(tokens, b"state")
+        seen.append(found)
+    assert seen[0] == seen[1]
+    assert len({told.reason for _, told in seen[0]}) > 1
