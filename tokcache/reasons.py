@@ -341,6 +341,19 @@ SERVER_REFUSALS = {
     ),
     "files_of_another_model": Reason("the server was started with another model", _NOTHING),
     "server_away": Reason("the server did not answer", "see the log"),
+    "server_restarted": Reason(
+        "the server was started again, and no file had the contents of its slots",
+        "set `--slot-save-path`, and leave `save_when` at `answered`",
+    ),
+    "slot_busy": Reason(
+        "a slot that was decoding for another request held more of the prompt",
+        "start the server with more slots, or send the requests of a conversation in turn",
+    ),
+    "no_checkpoint": Reason(
+        "a slot or file held more of the prompt, but the server cannot go back to that place",
+        "start llama-server with its default `--ctx-checkpoints`; in reproducible mode only whole "
+        "files are restored",
+    ),
 }
 
 # `remembered_digests`: why the digest of a model file was computed again.
@@ -354,15 +367,8 @@ DIGEST_REFUSALS = {
     "damaged_key": Reason("the key of the cache folder is damaged", "remove it"),
 }
 
-# Counters of `tokcache serve`, and the `reason` in its answers.
+# Counters of `tokcache serve`, and the `detail` of a reason in its answers.
 GATEWAY_REASONS = {
-    "never_stored": Reason(
-        "no slot and no file of this tenant holds the beginning of the prompt", _NOTHING
-    ),
-    "different_text": Reason(
-        "the prompt differs from the held one before its end",
-        "look for parts that change with each request; `rules` can move or blank some",
-    ),
     "busy": Reason(
         "a busy slot was decoding the prefix and was not free in time",
         "start the llama-server with more slots",

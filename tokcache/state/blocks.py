@@ -102,8 +102,8 @@ class BlockCache:
             raise
         with self._store.lock:
             plan = self._planned(paths, counts_tokens=counts_tokens)
-            n_asked = len(parts[-1][1]) // TOKEN_BYTES
-            if plan.n_tokens < n_asked:
+            if plan.n_tokens * TOKEN_BYTES < len(parts[-1][1]):
+                n_asked = len(parts[-1][1]) // TOKEN_BYTES
                 last, (_, sought, _) = paths[-1], parts[len(paths) - 1]
                 plan.miss = self._misses.find(
                     last, sought, n_found=plan.n_tokens, n_asked=n_asked, explain=explain

@@ -27,6 +27,7 @@ from tokcache.state.reasons import Miss, MissReason, reason_of_tier
 
 if TYPE_CHECKING:
     from tokcache.state.index import Node
+    from tokcache.state.names import RootKey
     from tokcache.state.path import Path
     from tokcache.state.removals import Removal
     from tokcache.state.store import Store
@@ -155,20 +156,11 @@ class MissFinder:
             if found is None:
                 continue
             if found.n_tokens - (at - start) >= n_needed:
-                return self._why_removed(path, found, found.n_tokens - (at - start)), False
+                n_removed = found.n_tokens - (at - start)
+                why = reason_of_removal(self._store, key, found)
+                return _Why(*why, n_removed, found.removed_at), False
             is_alike |= found.n_most > at - start
         return None, is_alike
-
-    def _why_removed(self, path: Path, found: Removal, n_tokens: int) -> _Why:
-        numbers = n_tokens, found.removed_at
-        if found.cause not in _REMOVED:
-            return _Why(MissReason.REFUSED, found.cause, *numbers)
-        copies = [each for each in self._store.below if each.bit & found.written]
-        for each in copies:
-            if each.worth.rests(path.root_key.fingerprint):
-                return _Why(MissReason.SLOWER_THAN_PREFILL, each.tier.label, *numbers)
-        tiers = ", ".join(["ram", *(each.tier.label for each in copies)])
-        return _Why(_REMOVED[found.cause], f"{tiers}: {found.cause}", *numbers)
 
     def _unheld(self, path: Path, wanted: bytes, *, is_alike: bool) -> _Why:
         """Return the reason for tokens that neither follow a held prefix nor were removed."""
@@ -189,6 +181,18 @@ class MissFinder:
                     return _Why(MissReason.OTHER_FINGERPRINT, differing)
         is_lost = is_alike or self._memory.removals.has_forgotten(key)
         return _Why(MissReason.NOT_KNOWN if is_lost else MissReason.NEVER_STORED)
+
+
+def reason_of_removal(store: Store, root_key: RootKey, found: Removal) -> tuple[MissReason, str]:
+    """Return the reason and the detail of a state that was removed; the store's lock is held."""
+    if found.cause not in _REMOVED:
+        return MissReason.REFUSED, found.cause
+    copies = [each for each in store.below if each.bit & found.written]
+    for each in copies:
+        if each.worth.rests(root_key.fingerprint):
+            return MissReason.SLOWER_THAN_PREFILL, each.tier.label
+    tiers = ", ".join(["ram", *(each.tier.label for each in copies)])
+    return _REMOVED[found.cause], f"{tiers}: {found.cause}"
 
 
 def _following(node: Node) -> list[Node]:
