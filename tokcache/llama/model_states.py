@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -303,7 +303,7 @@ class ModelStates:
                 held = held._replace(is_generated=parts and is_generated)
         miss = miss or Miss(MissReason.NEVER_STORED, n_same, 0)
         seconds = self._seconds(goal - n_held)
-        return held._replace(miss=replace(miss, n_missed=goal - n_held, seconds=seconds))
+        return held._replace(miss=miss._replace(n_missed=goal - n_held, seconds=seconds))
 
     def _seconds(self, n_tokens: int) -> float | None:
         """Return how long decoding so many tokens of the present scope takes, None if unknown."""
