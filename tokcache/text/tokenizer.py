@@ -152,7 +152,7 @@ class CachedTokenizer:
         """
         if generation is None:
             generation = self._generation
-        since = _n_clears(generation)
+        since = generation.l0._n_clears  # noqa: SLF001 (ours)
         if type(text) is not str or (scope is not None and type(scope) is not str):
             text, add_special_tokens, scope, since = _key(text, add_special_tokens, scope, since)
         if generation.engine is None:
@@ -161,15 +161,25 @@ class CachedTokenizer:
         if l1 is None:
             return self._encode_once(generation, (text, add_special_tokens, scope, since))
         once = self._encode_once
-        ids, was_cached = l1.encode(text, add_special_tokens, scope, since, once, generation)
+        ids, seconds = l1.encode(text, add_special_tokens, scope, since, once, generation)
         if ids is None:
             return once(generation, (text, add_special_tokens, scope, since), _nothing)
-        if was_cached:
-            if len(text) > _LONG_CHARS:
+        is_long = len(text) > _LONG_CHARS
+        if seconds is None:
+            if is_long:
                 self._n_long += 1
                 if self._n_long % _ADMIT_ONE_IN:
                     return ids
-            generation.put(text, add_special_tokens, ids, scope, since)
+        elif seconds:
+            with self._lock:
+                self._encoded_texts += 1
+                self._encoded_tokens += len(ids)
+                self._encode_seconds += seconds
+            if is_long:
+                return ids
+        else:
+            return ids  # `once` has counted and stored them
+        generation.put(text, add_special_tokens, ids, scope, since)
         return ids
 
     async def afind(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds:
@@ -240,20 +250,9 @@ class CachedTokenizer:
         `encode` encodes its missing segments. Without it, or if it returns None, the engine
         encodes the whole text.
         """
-        text, add_special_tokens, scope, since = key
-        engine = self.engine(generation) if generation.engine is None else generation.engine
-        l1 = generation.l1
+        engine = self.engine(generation)
         if engine.reason is not None:  # the plain tokenizer, whose answers are not cached
-            return implementation.TokenIds(_encode_whole(engine, [text], add_special_tokens)[0])
-        if encode is not None and l1 is not None and l1.encodes_alone(text):
-            start = perf_counter()
-            ids = encode()
-            if ids is not None:
-                self._count_encoded([ids], perf_counter() - start)
-                if len(text) <= _LONG_CHARS:
-                    generation.put(text, add_special_tokens, ids, scope, since)
-                return ids
-            encode = _nothing
+            return implementation.TokenIds(_encode_whole(engine, [key[0]], key[1])[0])
         while True:
             found = generation.flights.claim(key)
             if found is None:
@@ -311,15 +310,12 @@ class CachedTokenizer:
         except BaseException as error:
             generation.flights.fail(keys, error)
             raise
-        self._count_encoded(done, perf_counter() - start)
-        generation.flights.land(keys, done)
-        return done
-
-    def _count_encoded(self, done: list[TokenIds], seconds: float) -> None:
         with self._lock:
             self._encoded_texts += len(done)
             self._encoded_tokens += sum(map(len, done))
-            self._encode_seconds += seconds
+            self._encode_seconds += perf_counter() - start
+        generation.flights.land(keys, done)
+        return done
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:
