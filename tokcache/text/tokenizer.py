@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache._forks import call_in_child
 from tokcache._validate import require_bool, require_scope
-from tokcache.config import CacheConfig
+from tokcache.config import ADMIT_ONE_IN, LONG_CHARS, CacheConfig
 from tokcache.errors import Abandoned, InvalidText
 from tokcache.stats import CacheStats, L0Stats, L1Stats
 from tokcache.text import _implementation as implementation
@@ -33,15 +33,13 @@ from tokcache.text.chat.cache import RenderCache
 from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.engines.copying import HuggingFaceEngine
 from tokcache.text.flights import Flights, Key, new_flight
-from tokcache.text.segments.cache import L1
+from tokcache.text.segments.cache import L1, NOT_LOOKED_UP
 
 if TYPE_CHECKING:
-    from tokcache.text._implementation import L0Cache, TokenIds
+    from tokcache.text._implementation import L0Cache, TokenIds, Walk
     from tokcache.text.cache_file import CacheFileReport
     from tokcache.text.engines.copying import Engine
 
-_LONG_CHARS = 2048  # a longer text that L1 puts together is seldom stored in L0
-_ADMIT_ONE_IN = 8
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_L0 = L0Stats(0, 0, 0, 0, {}, 0, 0, 0)
 _NO_L1 = L1Stats()
@@ -144,9 +142,11 @@ class CachedTokenizer:
         add_special_tokens: bool,
         scope: str | None,
         generation: _Generation | None = None,
+        found: TokenIds | Walk | None = NOT_LOOKED_UP,
     ) -> TokenIds:
         """Return the ids of a text that L0 does not have: from cached segments, or encoded.
 
+        `found` is the answer of `L1.look`, if it was asked.
         L0 stores one in a few of the long texts whose segments were all cached: L1 puts such a
         text together in microseconds, and most never come again.
         """
@@ -161,14 +161,14 @@ class CachedTokenizer:
         if l1 is None:
             return self._encode_once(generation, (text, add_special_tokens, scope, since))
         once = self._encode_once
-        ids, seconds = l1.encode(text, add_special_tokens, scope, since, once, generation)
+        ids, seconds = l1.encode(text, add_special_tokens, scope, since, once, generation, found)
         if ids is None:
             return once(generation, (text, add_special_tokens, scope, since), _nothing)
-        is_long = len(text) > _LONG_CHARS
+        is_long = len(text) > LONG_CHARS
         if seconds is None:
             if is_long:
                 self._n_long += 1
-                if self._n_long % _ADMIT_ONE_IN:
+                if self._n_long % ADMIT_ONE_IN:
                     return ids
         elif seconds:
             with self._lock:

@@ -57,7 +57,9 @@ if TYPE_CHECKING:
     )
     from tokcache.text.cuts.plan import CutPlan
 
-__all__ = ["L1"]
+__all__ = ["L1", "NOT_LOOKED_UP"]
+
+NOT_LOOKED_UP: Any = object()
 
 _log = logging.getLogger("tokcache")
 _MAX_SCOPE_TAGS = 4096
@@ -93,7 +95,8 @@ class L1:
     """The segment cache of one tokenizer, and the encoders of missing segments.
 
     `engine` is the name of the encoder; `notes` say why it is no faster one. `off` is the reason
-    why no text is put together from segments, or None.
+    why no text is put together from segments, or None. `look` looks a text up in the segment cache
+    alone, for the native `token_ids`; it is None if its answers have to be checked.
 
     Errors:  MissingExtra if the configured engine is not installed; the tokenizer's own errors
              pass through.
@@ -131,6 +134,7 @@ class L1:
         since: int,
         encode_once: Callable[[Any, _Key, Callable[[], TokenIds | None]], TokenIds] | None = None,
         generation: Any = None,
+        found: TokenIds | Walk | None = NOT_LOOKED_UP,
     ) -> tuple[TokenIds | None, float | None]:
         """Return the ids of `text`, and how many seconds they took; no ids: encode it whole.
 
@@ -138,12 +142,13 @@ class L1:
         `encode_once` is given, and another thread can ask for `text` meanwhile, it is called with
         `generation`, the key and the function that encodes them, and may return another thread's
         ids instead; the seconds are then 0. Nothing is stored if the scope was cleared since the
-        number of clears was `since`.
+        number of clears was `since`. `found` is the answer of `look`, if it was asked.
         """
-        if self.off is not None:
-            return None, None
-        tag = 0 if scope is None else self.tag(scope)
-        found = self._cache.look(text, add_special_tokens, tag, since)
+        if found is NOT_LOOKED_UP:
+            if self.off is not None:
+                return None, None
+            tag = 0 if scope is None else self.tag(scope)
+            found = self._cache.look(text, add_special_tokens, tag, since)
         if found is None:
             return None, None
         if isinstance(found, implementation.TokenIds):
@@ -278,6 +283,9 @@ class L1:
         self._cache: SegmentCache = implementation.SegmentCache(
             self.plan, self._max_bytes, fast is None
         )
+        is_sure = self.off is None and not self._verify_rate
+        self.look: Callable[..., TokenIds | Walk | None] | None
+        self.look = self._cache.look if is_sure else None
         self._cache.clear(n_clears=self._n_clears)  # last: another thread may clear it from here
 
     def _made_variants(self, fast: Sequence[FastEncoder | None]) -> list[_Variant]:
