@@ -118,13 +118,14 @@ def test_the_native_token_ids_counts_and_stores_as_the_python_one_does() -> None
     native()
     texts = [LINE * n + str(n) for n in (1, 3, 40, 90)] * 3 + ["", "\U0001f600" + LINE * 30] * 2
     chosen = [(text, special) for text in texts for special in (True, False)]
-    found = []
-    for ask in (
+    asks: list[Callable[[Any, str, bool], Any]] = [
         lambda wrapped, text, special: wrapped.token_ids(text, add_special_tokens=special),
         lambda wrapped, text, special: wrapped._tokcache.find(
             wrapped._tokcache.fresh(), text, special, None
         ),
-    ):
+    ]
+    found = []
+    for ask in asks:
         wrapped = tokcache.wrap(
             plain(SYNTHETIC["gpt2"]), CacheConfig(engine="tokenizers", l0_max_entries=3)
         )
