@@ -4,7 +4,12 @@ import os
 
 from setuptools import Extension, setup
 
-NATIVE = ["tokcache.text._token_ids", "tokcache.text._l0", "tokcache.text.segments._l1"]
+NATIVE = [
+    "tokcache.text._token_ids",
+    "tokcache.text._l0",
+    "tokcache.text.segments._l1",
+    "tokcache.text.chat._freezing",
+]
 
 
 def native_modules() -> list[Extension]:

@@ -1,11 +1,15 @@
-"""Lists, runs and compares the benchmarks: `python -m bench list | run NAME… | all | compare`."""
+"""Lists, runs and compares the benchmarks: `python -m bench list | run | all | compare | page`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import math
+import os
 import pkgutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,13 +21,19 @@ from types import ModuleType
 from typing import Any
 
 import bench
-from bench import _compare, _report
+from bench import _compare, _page, _repeat, _report
+from tokcache.replay.report import require_libraries
 
 USAGE = """python -m bench list                      the benchmarks, a line each
        python -m bench run NAME [OPTION …]       one of them; NAME --help has its options
        python -m bench run NAME NAME …           several, each in a process of its own
-       python -m bench all                       every one, shortened: under 20 minutes on two cores
-       python -m bench compare A.json B.json     what B does slower or faster than A"""
+       python -m bench all                       every one, shortened; --json FILE, --html FILE
+       python -m bench compare A.json B.json     what B does slower or faster than A
+       python -m bench page A.json A.html        the results as a page with charts"""
+
+
+MINUTES = 20.0  # of `all`
+_OF_COMMAND = {"json", "later"}
 
 
 def names() -> list[str]:
@@ -56,51 +66,103 @@ def run_one(name: str, argv: list[str]) -> int:
     it = module(name)
     parser = argparse.ArgumentParser(prog=f"python -m bench run {name}", description=it.__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    n_processes = getattr(it, "PROCESSES", 1)
+    parser.add_argument(
+        "--processes", type=int, default=n_processes, help="measure in this many, one by one"
+    )
+    parser.add_argument("--later", action="store_true", help=argparse.SUPPRESS)
     it.add_options(parser)
     options = parser.parse_args(argv)
-    report = _report.Report(name, it.PACKAGES)
+    report = _report.Report(name, it.PACKAGES, is_first=not options.later)
     began = monotonic()
-    it.run(options, report)
+    if options.processes > 1:
+        _repeat.measure(report, argv, options.processes)
+    else:
+        it.run(options, report)
     if options.json is not None:
-        given = {key: value for key, value in vars(options).items() if key != "json"}
+        given = {key: value for key, value in vars(options).items() if key not in _OF_COMMAND}
         found = {name: report.as_json(given, monotonic() - began)}
         write(options.json, found)
+        print(f"wrote {options.json}")
     return 0 if report.is_good else 1
 
 
 def write(file: Path, found: dict[str, Any]) -> None:
-    """Write the results of some benchmarks, with the conditions of their measurement."""
-    whole = {
+    """Write the results of some benchmarks."""
+    file.write_text(json.dumps(_whole(found), indent=1) + "\n")
+
+
+def _whole(found: dict[str, Any]) -> dict[str, Any]:
+    """Return results with the conditions of their measurement."""
+    return {
         "format": _report.FORMAT,
         "environment": _report.environment(),
         "benchmarks": found,
     }
-    file.write_text(json.dumps(whole, indent=1) + "\n")
-    print(f"wrote {file}")
 
 
-def run_many(chosen: Mapping[str, Sequence[str]], file: Path | None) -> int:
-    """Run benchmarks one after the other, each in a new process; return the worst exit code."""
-    worst = 0
+def run_many(
+    chosen: Mapping[str, Sequence[str]],
+    file: Path | None,
+    html: Path | None = None,
+    minutes: float = math.inf,
+) -> int:
+    """Run benchmarks one after the other, each in a new process; return the worst exit code.
+
+    When the `minutes` are over, the one that runs is stopped, and the others are skipped.
+    """
+    if html is not None:
+        require_libraries()
+    worst, began = 0, monotonic()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="tokcache-bench-") as folder:
         for place, (name, options) in enumerate(chosen.items(), 1):
             print(f"\n== {name} ({place} of {len(chosen)}): {' '.join(options)}", flush=True)
             own = Path(folder, f"{name}.json")
             command = [sys.executable, "-m", "bench", "run", name, *options, "--json", str(own)]
-            code = subprocess.run(command, check=False).returncode  # noqa: S603 (our own words)
-            worst = max(worst, code)
-            if own.is_file():
+            code = _run_until(began + 60 * minutes, command)
+            if code is None:
+                reason = f"the {minutes:g} minutes of this run were over"
+                print(f"{name}: {reason}")
+                found[name] = {"skipped": reason}
+            elif own.is_file():
+                worst = max(worst, code)
                 found |= json.loads(own.read_text())["benchmarks"]
             else:
+                worst = max(worst, 1)  # the code of a signal is below 0
                 print(f"{name} ended with exit code {code} and left no figures")
                 found[name] = {"failed": code}
+            if file is not None:  # after each: a run that is interrupted leaves those before it
+                write(file, found)
     print(f"\n{'benchmark':16} {'seconds':>8}  bars")
     for name, one in found.items():
         print(f"{name:16} {one.get('seconds', 0):8.0f}  {_verdict(one)}")
     if file is not None:
-        write(file, found)
+        print(f"wrote {file}")
+    if html is not None:
+        html.write_text(_page.page(_whole(found)), encoding="utf-8")
+        print(f"wrote {html}")
     return worst
+
+
+def _run_until(deadline: float, command: Sequence[str]) -> int | None:
+    """Return the exit code of a command; None if it had to be stopped at the deadline."""
+    left = deadline - monotonic()
+    if left <= 0:
+        return None
+    # A session of its own, so that the servers and workers that it started end with it.
+    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 (our own words)
+    try:
+        return process.wait(None if math.isinf(left) else left)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _verdict(one: dict[str, Any]) -> str:
@@ -131,8 +193,15 @@ def main(argv: list[str]) -> int:
         case ["all", *rest]:
             parser = argparse.ArgumentParser(prog="python -m bench all")
             parser.add_argument("--json", type=Path, help="write all figures to this file")
+            parser.add_argument("--html", type=Path, help="write a page of them")
+            parser.add_argument(
+                "--minutes", type=float, default=MINUTES, help="what is left then is skipped"
+            )
             options = parser.parse_args(rest)
-            return run_many({name: list(module(name).IN_ALL) for name in names()}, options.json)
+            chosen_all = {name: list(module(name).IN_ALL) for name in names()}
+            return run_many(chosen_all, options.json, options.html, options.minutes)
+        case ["page", *rest]:
+            return _page.main(rest)
         case ["compare", *rest]:
             return _compare.main(rest)
     print(f"usage: {USAGE}")

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-FORMAT = 1  # of the JSON file
+FORMAT = 2  # of the JSON file
 
-# A figure of one system: its values in the order of the rounds, or one value.
-Values = Sequence[float] | float
+# A figure of one system: its values in the order of the rounds, those of each process where several
+# measured, or one value.
+Values = Sequence[float] | Sequence[Sequence[float]] | float
 
 
 def _cpu() -> str:
@@ -61,14 +62,32 @@ def environment(*packages: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """The measurements of one system in one case: `values` in the order of the rounds."""
+    """The measurements of one system in one case.
 
-    case: str
+    `processes` are the values in the order of the rounds, of each process that measured; it is
+    empty if the system was not measured, for the reason in `note`. A table with a column for each
+    way of measuring has the ways' figures under one title; `base` is the system that the others are
+    divided by.
+    """
+
+    title: str
     system: str
     unit: str
-    values: list[float]
+    processes: list[list[float]]
     is_higher_better: bool = False
     note: str = ""
+    way: str = ""
+    base: str | None = None
+
+    @property
+    def case(self) -> str:
+        """The title and the way of measuring."""
+        return f"{self.title}, {self.way}" if self.way else self.title
+
+    @property
+    def values(self) -> list[float]:
+        """The values of all processes."""
+        return [value for each in self.processes for value in each]
 
     @property
     def value(self) -> float:
@@ -78,7 +97,17 @@ class Figure:
     @property
     def p90(self) -> float | None:
         """The value that nine of ten rounds do not exceed; None below ten rounds."""
-        return quantiles(self.values, n=10)[-1] if len(self.values) >= 10 else None
+        values = self.values
+        return quantiles(values, n=10)[-1] if len(values) >= 10 else None
+
+
+def _by_process(given: Values | None) -> list[list[float]]:
+    if given is None:
+        return []
+    if isinstance(given, int | float):
+        return [[float(given)]]
+    of_one = [float(each) for each in given if isinstance(each, int | float)]
+    return [of_one] if of_one else [list(each) for each in given if isinstance(each, Sequence)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +156,7 @@ class Report:
     checks: dict[str, bool] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     skipped: str | None = None
+    is_first: bool = True  # of the processes that measure the same things
 
     def line(self, text: str) -> None:
         """Print a line."""
@@ -173,12 +203,10 @@ class Report:
         notes = notes or {}
         rows: dict[str, Figure | None] = {}
         for system, given in values.items():
-            each = [float(given)] if isinstance(given, int | float) else list(given or [])
-            note = notes.get(system, "")
-            made = Figure(case, system, unit, each, is_higher_better, note) if each else None
-            rows[system] = made
-            if made is not None:
-                self.found.append(made)
+            each, note = _by_process(given), notes.get(system, "")
+            made = Figure(case, system, unit, each, is_higher_better, note, "", base)
+            self.found.append(made)
+            rows[system] = made if each else None
         self._print(case, unit, rows, base, notes)
 
     def _print(
@@ -230,15 +258,12 @@ class Report:
         rows: dict[str, dict[str, Figure]] = {}
         for way, of_systems in values.items():
             for system, given in of_systems.items():
-                each = [float(given)] if isinstance(given, int | float) else list(given or [])
+                each, note = _by_process(given), notes.get(system, "")
+                made = Figure(case, system, unit, each, is_higher_better, note, way, base)
+                self.found.append(made)
+                rows.setdefault(system, {})
                 if each:
-                    note = notes.get(system, "")
-                    title = f"{case}, {way}"
-                    made = Figure(title, system, unit, each, is_higher_better, note)
-                    rows.setdefault(system, {})[way] = made
-                    self.found.append(made)
-                else:
-                    rows.setdefault(system, {})
+                    rows[system][way] = made
         title = f"\n{case}; {unit}, in brackets over {base}"
         self.console.print(title, style="bold", markup=False, soft_wrap=True)
         table = Table(box=None, pad_edge=False)

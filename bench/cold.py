@@ -28,7 +28,7 @@ from bench.workloads import texts
 from bench.workloads.data import add_tokenizer, default_tokenizers, tokenizer_file
 
 PACKAGES = ("tokenizers", "gigatoken", "numpy")
-IN_ALL = ("--rounds", "3")
+IN_ALL = ("--rounds", "3", "--kinds", "English", "Chinese")
 N_BYTES = 128 << 10
 BASE, GIGA = "tokenizers", "gigatoken, array API"
 OVER_BASE, OVER_GIGA = peers.ENGINES
@@ -134,6 +134,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_tokenizer(parser)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kinds", nargs="+", choices=texts.KINDS, default=list(texts.KINDS))
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
@@ -146,7 +147,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
                 report.line(f"only {available} core(s) here: nothing is measured on {n_cores}")
                 continue
             with progress() as shown:
-                for kind in shown.track(texts.KINDS, description=f"{name}, {n_cores} core(s)"):
+                for kind in shown.track(options.kinds, description=f"{name}, {n_cores} core(s)"):
                     found = measure(file, kind, n_cores, options.rounds)
                     size = f"{N_BYTES >> 10} KiB, {found['chars']:,} characters"
                     case = f"{name}, {kind}, {n_cores} core(s), {size}"

@@ -2,7 +2,10 @@
 
 Every sample is a chat of its own, of which all but the last two messages were rendered before, as
 at the turn before. Its messages are new objects, as a server parses them from a request. The texts
-are compared before they are timed; both take turns, and the ratio is that of the medians.
+are compared before they are timed; both take turns, and the ratio is that of the medians. With
+other memory read before each call, too, as other work of a server does.
+
+Then chats that did not grow: new, edited, shortened, with another answer or other tools.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import tokcache
+from bench._disturb import DISTURBED, QUIET, Disturber
 from bench.workloads import texts
 from bench.workloads.data import add_tokenizer, default_tokenizers, shared_file
 from bench.wrapper import load
@@ -49,6 +53,7 @@ TOOLS = [
     }
     for name in ("find_loans", "find_fines", "find_holds", "find_rooms")
 ]
+LEAST_OF_OTHERS = 0.95
 # Templates that read all messages before their loop run that part every time: no least gain.
 READ_ALL = {"minimind", "deepseek-v3"}
 
@@ -79,29 +84,70 @@ def agent_chat(n_messages: int, seed: int) -> list[dict[str, Any]]:
     return chat[:n_messages]
 
 
+Chat = list[dict[str, Any]]
+Change = Callable[[Chat, dict[str, Any]], tuple[Chat, Chat, dict[str, Any]]]
+
+
+def _grown(chat: Chat, asked: dict[str, Any]) -> tuple[Chat, Chat, dict[str, Any]]:
+    """Return the chat of the turn before, that of this turn, and its arguments."""
+    return chat[:-2], chat, asked
+
+
+def _edited(chat: Chat, asked: dict[str, Any]) -> tuple[Chat, Chat, dict[str, Any]]:
+    middle = len(chat) // 2
+    return chat, [*chat[:middle], {**chat[middle], "content": "edited"}, *chat[middle + 1 :]], asked
+
+
+def _with_other_tools(chat: Chat, asked: dict[str, Any]) -> tuple[Chat, Chat, dict[str, Any]]:
+    return chat, chat, {**asked, "tools": TOOLS[1:]}
+
+
+OTHERS: dict[str, Change] = {
+    "new": lambda chat, asked: ([], chat, asked),
+    "edited in the middle": _edited,
+    "shortened": lambda chat, asked: (chat, chat[: len(chat) // 2], asked),
+    "another question": lambda chat, asked: (
+        chat,
+        [*chat[:-1], {"role": "user", "content": "And now?"}],
+        asked,
+    ),
+    "other tools": _with_other_tools,
+}
+
+
 def gain(
-    plain: Any, wrapped: Any, make: Callable[[int, int], Any], n_messages: int, n_chats: int
+    pair: tuple[Any, Any],
+    make: Callable[[int, int], Any],
+    n_messages: int,
+    seeds: range,
+    *,
+    change: Change = _grown,
+    disturb: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Return the microseconds of both, and the mean number of messages that were known."""
+    plain, wrapped = pair
     tools = {"tools": TOOLS} if make is agent_chat else {}
-    asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **tools}
+    arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **tools}
     times: dict[str, list[float]] = {"transformers": [], "tokcache": []}
     n_known = 0
-    for seed in range(1000 * n_messages, 1000 * n_messages + n_chats):
-        source = json.dumps(make(n_messages, seed))
-        wrapped.apply_chat_template(json.loads(source)[:-2], **asked)
+    for seed in seeds:
+        earlier, now, asked = change(make(n_messages, seed), arguments)
+        source = json.dumps(now)
+        if earlier:
+            wrapped.apply_chat_template(json.loads(json.dumps(earlier)), **arguments)
         expected = plain.apply_chat_template(json.loads(source), **asked)
         order = [("transformers", plain), ("tokcache", wrapped)]
         for name, tokenizer in order if seed % 2 else reversed(order):
             chat = json.loads(source)
             gc.collect(0)
             before = wrapped.cache_stats().render.hit_messages
+            disturb()
             began = perf_counter_ns()
             found = tokenizer.apply_chat_template(chat, **asked)
             times[name].append((perf_counter_ns() - began) / 1000)
             assert found == expected
             n_known += wrapped.cache_stats().render.hit_messages - before
-    return {**times, "known": [n_known / n_chats]}
+    return {**times, "known": [n_known / len(seeds)]}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -127,12 +173,26 @@ def measure(name: str, n_chats: int, report: Report) -> None:
     kinds = {"chat": plain_chat}
     if "tool_calls" in plain.chat_template and "arguments | tojson" in plain.chat_template:
         kinds["agent with tools"] = agent_chat
+    pair = plain, wrapped
+    first = 0
+    disturber = Disturber()
     for kind, make in kinds.items():
         for size, least in SIZES.items():
-            times = gain(plain, wrapped, make, size, n_chats)
+            for mode in (QUIET, DISTURBED):
+                disturb = disturber if mode == DISTURBED else lambda: None
+                seeds = range(first, first := first + n_chats)
+                times = gain(pair, make, size, seeds, disturb=disturb)
+                known = times.pop("known")[0]
+                title = f"{name}: {kind} of {size} messages, {mode}"
+                report.table(f"{title}, {known:.1f} known", "us", times, base="transformers")
+                if name not in READ_ALL:
+                    ratio = median(times["transformers"]) / median(times["tokcache"])
+                    report.bar(f"{title}, gain", ratio, least)
+        for case, change in OTHERS.items():
+            seeds = range(first, first := first + n_chats)
+            times = gain(pair, make, min(SIZES), seeds, change=change)
             known = times.pop("known")[0]
-            title = f"{name}: {kind} of {size} messages"
+            title = f"{name}: {kind} of {min(SIZES)} messages, {case}"
             report.table(f"{title}, {known:.1f} known", "us", times, base="transformers")
-            if name not in READ_ALL:
-                ratio = median(times["transformers"]) / median(times["tokcache"])
-                report.bar(f"{title}, gain", ratio, least)
+            ratio = median(times["transformers"]) / median(times["tokcache"])
+            report.bar(f"{title}, gain", ratio, LEAST_OF_OTHERS)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tokcache.errors import InvalidTrace, MissingExtra, MissingFile
+from tokcache.replay.blocks import BlockReplay
+from tokcache.replay.prefixes import Prefixes
 from tokcache.replay.traces import FORMATS, Request, Skipped, open_trace
 from tokcache.replay.traces import source as source_module
 from tokcache.replay.traces.chats import neutral_text
@@ -234,7 +236,11 @@ def test_ids_of_prompt_and_reply_are_taken_from_the_answer(tmp_path: Path) -> No
 def blocks(path: str) -> tuple[str, int, list[tuple[list[int], int, int]], Skipped]:
     skipped = Skipped()
     trace = open_trace(path, skipped)
-    found = [(list(ids), n, scope) for ids, n, scope in trace.blocks()]
+    found = [
+        (list(ids), n, some.scope)
+        for some in trace.blocks()
+        for ids, n in zip(some.ids, some.n_tokens, strict=True)
+    ]
     trace.source.close()
     return trace.format_name, trace.block_tokens, found, skipped
 
@@ -293,6 +299,52 @@ def test_broken_lines_are_counted_by_number_and_skipped(tmp_path: Path) -> None:
     places = [one.split(": ")[0].rsplit(" ", 1)[1] for one in skipped.named]
     assert places == ["2", "4", "6", "7", "8"]
     assert "UTF-8" in skipped.named[1]
+
+
+def rows_of_blocks(n: int) -> list[bytes]:
+    return [
+        json.dumps({"timestamp": at, "input_length": 700, "hash_ids": [at, at + 1]}).encode()
+        for at in range(n)
+    ]
+
+
+def test_broken_lines_of_a_hash_trace_are_counted_by_number_and_skipped(tmp_path: Path) -> None:
+    """Lines are parsed many at a time; two values on a line and half of one are no two lines."""
+    lines = rows_of_blocks(5000)
+    broken = {
+        2: b'{"hash_ids": [', 3: b"", 1000: b'{"input_length": 5, "hash_ids": 7}', 2000: b"\xff",
+        3000: b'{"hash_ids": [1]}', 3001: lines[0] + b"," + lines[1], 4999: b'"words',
+    }  # fmt: skip
+    for number, line in broken.items():
+        lines[number - 1] = line
+    path = tmp_path / "trace"
+    path.write_bytes(b"\n".join(lines))
+    _, _, found, skipped = blocks(str(path))
+    assert found == [
+        ([at, at + 1], 700, 1) for at in range(5000) if at + 1 not in broken
+    ]  # fmt: skip
+    places = [int(one.split(": ")[0].rsplit(" ", 1)[1]) for one in skipped.named]
+    assert places == [number for number in broken if number != 3]
+    assert "words" not in " ".join(skipped.named)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"hash_ids": [1, 2.5]}, {"hash_ids": ["a secret"]}, {"hash_ids": [1 << 70]},
+     {"input_length": "5"}, {"input_length": -1}, {"input_length": 5.5}, {"hash_ids": None}],
+    ids=["share", "text", "large", "length-text", "negative", "length-share", "null"],
+)  # fmt: skip
+def test_ids_that_are_no_integers_are_named_by_number(wrong: Any, tmp_path: Path) -> None:
+    row = {"input_length": 1024, "hash_ids": [1, 2]}
+    path = written(tmp_path / "trace", row, row | wrong, row)
+    skipped = Skipped()
+    trace = open_trace(path, skipped)
+    replay = BlockReplay(Prefixes)
+    assert sum(replay.run(trace)) == 2
+    trace.source.close()
+    assert skipped.n == 1
+    assert "line 2: " in skipped.named[0]
+    assert "secret" not in skipped.named[0]
 
 
 def test_strict_stops_at_the_first_broken_line(tmp_path: Path) -> None:
@@ -368,6 +420,36 @@ def test_gzip_is_read_and_a_truncated_end_is_named(tmp_path: Path) -> None:
     _, requests, skipped = read(str(path))
     assert 50_000 < len(requests) < 200_000
     assert "the file ends" in skipped.named[-1]
+
+
+def test_a_truncated_hash_trace_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "trace.gz"
+    packed = gzip.compress(b"\n".join(rows_of_blocks(20_000)))
+    path.write_bytes(packed[: len(packed) // 2])
+    _, _, found, skipped = blocks(str(path))
+    assert 5000 < len(found) < 20_000
+    assert skipped.n == 1
+    assert f"after line {len(found)}: the file ends" in skipped.named[0]
+
+
+def test_a_hash_trace_in_utf_16_or_without_a_last_line_feed_is_read(tmp_path: Path) -> None:
+    text = b"\n".join(rows_of_blocks(3)).decode()
+    for number, content in enumerate((text.encode("utf-16"), b"\xef\xbb\xbf" + text.encode())):
+        path = tmp_path / f"{number}"
+        path.write_bytes(content)
+        assert [ids for ids, _, _ in blocks(str(path))[2]] == [[0, 1], [1, 2], [2, 3]]
+
+
+def test_a_line_that_is_too_long_is_named_and_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokcache.replay.traces.source.MAX_RECORD_BYTES", 1 << 17)
+    first, last = rows_of_blocks(2)
+    path = tmp_path / "trace"
+    path.write_bytes(b"\n".join([first, b'{"hash_ids": [' + b"1," * (1 << 18), last]))
+    _, _, found, skipped = blocks(str(path))
+    assert [ids for ids, _, _ in found] == [[0, 1], [1, 2]]
+    assert [one.split(", ")[1] for one in skipped.named] == ["line 2: longer than 0 MiB"]
 
 
 def test_zstd_is_read(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ its last use, and itself, fit. Their bytes are the stack distance of the look-up
 are the look-ups with no greater distance (Mattson et al., IBM Systems Journal 1970).
 
 1. Look-ups are collected in batches. The table holds each known object once: its key, its weight,
-   and its place in the order of last uses.
+   and its place in the order of last uses. A place that its object left stays empty, with the
+   weight 0, until half of them are.
 2. For a whole batch, the distance of each look-up is the weight of the objects that were used last
    after this one's last use, at the begin of the batch, and of those of the batch's earlier
    look-ups that were last used before it. The second sum counts the earlier elements of a sequence
@@ -41,9 +42,11 @@ def mixed(values: Keys, seed: int) -> Keys:
     """Return well-mixed 64-bit keys of integers: splitmix64 (Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         x = values + np.uint64(seed & (_ALL - 1))
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x ^= x >> np.uint64(shift)
+            x *= np.uint64(factor)
+        x ^= x >> np.uint64(31)
+        return x
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +79,11 @@ class StackDistances:
         self._limit = min(int(rate * _ALL), _ALL)
         self._max_objects = max_objects
         self._keys: Keys = np.empty(0, np.uint64)  # ascending
+        self._rows: Ints = np.empty(0, np.int64)  # of the keys, in the arrays of objects
         self._place: Ints = np.empty(0, np.int64)  # in the order of last uses, 0 the oldest
         self._weight: Ints = np.empty(0, np.int64)
         self._marked: Flags = np.empty(0, np.bool_)
+        self._by_place: Ints = np.empty(0, np.int64)  # weights
         self._sums: Floats = np.zeros((n_sums, _N_BUCKETS + 1))
         self._counted: Floats = np.zeros(n_sums)
         self.totals: Floats = np.zeros(n_sums)
@@ -130,35 +135,35 @@ class StackDistances:
             # Remove the objects with the greater keys, so that half of the table is free again.
             n_kept = self._max_objects // 2
             self._limit = int(self._keys[n_kept])
-            self._keys = self._keys[:n_kept].copy()
-            self._place = self._place[:n_kept].copy()
-            self._weight = self._weight[:n_kept].copy()
-            self._marked = self._marked[:n_kept].copy()
+            rows = self._rows[:n_kept]
+            self._keys, self._rows = self._keys[:n_kept].copy(), np.arange(n_kept)
+            self._place, self._weight = self._place[rows], self._weight[rows]
+            self._marked = self._marked[rows]
             self._close_gaps()
         return Looked(distances, was_marked)
 
     def _distances(
         self, keys: Keys, weights: Ints, groups: Ints | None, marks: Flags
     ) -> tuple[Ints, Flags]:
-        n, n_held = len(keys), len(self._keys)
-        by_key = np.argsort(keys, kind="stable")
+        n, n_places = len(keys), len(self._by_place)
+        by_key = _stable_order(keys)
         ordered = keys[by_key]
         is_first = np.ones(n, np.bool_)
         is_first[1:] = ordered[1:] != ordered[:-1]
         distinct = ordered[is_first]
         at = np.searchsorted(self._keys, distinct)
         is_held = np.zeros(len(distinct), np.bool_)
-        inside = at < n_held
+        inside = at < len(self._keys)
         is_held[inside] = self._keys[at[inside]] == distinct[inside]
-        at_held = at[is_held]
+        held = self._rows[at[is_held]]
 
         # The place of each look-up's previous use: old ones, then those of the batch; -1: none.
         previous = np.full(n, -1, np.int64)
-        previous[by_key[1:]] = np.where(is_first[1:], -1, n_held + by_key[:-1])
+        previous[by_key[1:]] = np.where(is_first[1:], -1, n_places + by_key[:-1])
         firsts = by_key[is_first]
-        previous[firsts[is_held]] = self._place[at_held]
+        previous[firsts[is_held]] = self._place[held]
 
-        was_marked = self._was_marked(marks, by_key, is_first, is_held, at_held)
+        was_marked = self._was_marked(marks, by_key, is_first, is_held, held)
         distances = self._summed(previous, weights)
         if groups is not None and n:
             before = np.cumsum(weights) - weights
@@ -170,35 +175,33 @@ class StackDistances:
         is_last = np.ones(n, np.bool_)
         is_last[:-1] = is_first[1:]
         lasts = by_key[is_last]
-        self._remember(
-            distinct,
-            at=at,
-            is_held=is_held,
-            lasts=lasts,
-            weights=weights[lasts],
-            marked=was_marked[lasts] | marks[lasts],
-        )
+        marked = was_marked[lasts] | marks[lasts]
+        self._by_place = np.r_[self._by_place, np.zeros(n, np.int64)]
+        self._move(held, n_places + lasts[is_held], marked[is_held])
+        is_new = ~is_held
+        new = lasts[is_new]
+        self._put(distinct[is_new], at[is_new], n_places + new, weights[new], marked[is_new])
+        if len(self._by_place) > 2 * len(self._keys) + n:
+            self._close_gaps()
         return distances, was_marked
 
     def _was_marked(
-        self, marks: Flags, by_key: Ints, is_first: Flags, is_held: Flags, at_held: Ints
+        self, marks: Flags, by_key: Ints, is_first: Flags, is_held: Flags, held: Ints
     ) -> Flags:
         """Return whether an earlier look-up of the same key was marked, in the table or here."""
         ordered = marks[by_key].astype(np.int64)
         before = np.cumsum(ordered) - ordered
         number = np.cumsum(is_first) - 1  # of the key, among those of the batch
         in_table = np.zeros(int(is_first.sum()), np.bool_)
-        in_table[is_held] = self._marked[at_held]
+        in_table[is_held] = self._marked[held]
         found = np.zeros(len(marks), np.bool_)
         found[by_key] = (before > before[is_first][number]) | in_table[number]
         return found
 
     def _summed(self, previous: Ints, weights: Ints) -> Ints:
         """Return the distances that follow from the places of the previous uses."""
-        n_held = len(self._keys)
-        by_place = np.empty(n_held, np.int64)
-        by_place[self._place] = self._weight
-        younger = np.r_[by_place.sum() - np.cumsum(by_place), 0]
+        n_places = len(self._by_place)
+        upto_place = np.r_[0, np.cumsum(self._by_place)]
         is_known = previous >= 0
         known = np.flatnonzero(is_known)
         was = previous[known]
@@ -207,43 +210,39 @@ class StackDistances:
         # Of a previous use in this batch: the look-ups up to it count in `smaller`, but were
         # before it.
         upto = np.cumsum(weights)
-        in_batch = was >= n_held
-        smaller[in_batch] -= upto[was[in_batch] - n_held]
+        in_batch = was >= n_places
+        smaller[in_batch] -= upto[was[in_batch] - n_places]
         distances = np.full(len(previous), -1, np.int64)
-        old = younger[np.minimum(was, n_held)] if n_held else 0
+        old = upto_place[-1] - upto_place[np.minimum(was + 1, n_places)]
         distances[known] = old + smaller + weights[known]
         return distances
 
-    def _remember(
-        self,
-        distinct: Keys,
-        *,
-        at: Ints,
-        is_held: Flags,
-        lasts: Ints,
-        weights: Ints,
-        marked: Flags,
-    ) -> None:
-        """Put the objects of a batch into the table, with places behind all others."""
-        n_held = len(self._keys)
-        at_held, is_new = at[is_held], ~is_held
-        self._place[at_held] = n_held + lasts[is_held]
-        self._marked[at_held] |= marked[is_held]
-        where = at[is_new]
-        self._keys = np.insert(self._keys, where, distinct[is_new])
-        self._place = np.insert(self._place, where, n_held + lasts[is_new])
-        self._weight = np.insert(self._weight, where, weights[is_new])
-        self._marked = np.insert(self._marked, where, marked[is_new])
-        self.n_seen += float(is_new.sum()) / self.rate
-        self.weight_seen += float(weights[is_new].sum()) / self.rate
-        self._close_gaps()
+    def _move(self, rows: Ints, places: Ints, marked: Flags) -> None:
+        """Give objects of the table new places, which are empty."""
+        self._by_place[self._place[rows]] = 0
+        self._by_place[places] = self._weight[rows]
+        self._place[rows] = places
+        self._marked[rows] |= marked
+
+    def _put(self, keys: Keys, at: Ints, places: Ints, weights: Ints, marked: Flags) -> None:
+        """Put new objects into the table; `at` are the positions of their keys among the others."""
+        n_held, n = len(self._keys), len(keys)
+        self._by_place[places] = weights
+        self._place = np.r_[self._place, places]
+        self._weight = np.r_[self._weight, weights]
+        self._marked = np.r_[self._marked, marked]
+        is_new = np.zeros(n_held + n, np.bool_)
+        is_new[at + np.arange(n)] = True
+        self._keys = _interleaved(is_new, keys, self._keys)
+        self._rows = _interleaved(is_new, np.arange(n_held, n_held + n), self._rows)
+        self.n_seen += n / self.rate
+        self.weight_seen += float(weights.sum()) / self.rate
 
     def _close_gaps(self) -> None:
-        if len(self._place) == 0:
-            return
-        is_used = np.zeros(int(self._place.max()) + 1, np.int64)
-        is_used[self._place] = 1
-        self._place = (np.cumsum(is_used) - 1)[self._place]
+        order = np.argsort(self._place)
+        self._place = np.empty_like(order)
+        self._place[order] = np.arange(len(order))
+        self._by_place = self._weight[order]
 
     # ---- the curve
 
@@ -269,6 +268,28 @@ class StackDistances:
         """Return the size from which on a larger cache has no more hits."""
         used = np.flatnonzero(self._sums[:, :_N_BUCKETS].sum(axis=0))
         return float(2 ** ((used[-1] + 1) / _STEPS)) if len(used) else 1.0
+
+
+def _stable_order(keys: Keys) -> Ints:
+    """Return what a stable argsort does, in a third of its time.
+
+    The position takes the place of the key's lowest bits, which are needed only where other keys
+    have the same higher ones.
+    """
+    n_bits = np.uint64(len(keys).bit_length())
+    packed = (keys >> n_bits << n_bits) | np.arange(len(keys), dtype=np.uint64)
+    packed.sort()
+    order = (packed & np.uint64((1 << int(n_bits)) - 1)).astype(np.int64)
+    ordered = keys[order]
+    if (ordered[1:] < ordered[:-1]).any():
+        order = np.argsort(keys, kind="stable")
+    return order
+
+
+def _interleaved(is_new: Flags, new: NDArray[Any], old: NDArray[Any]) -> NDArray[Any]:
+    found = np.empty(len(is_new), old.dtype)
+    found[is_new], found[~is_new] = new, old
+    return found
 
 
 def _exact_bucket(distances: Floats) -> Floats:

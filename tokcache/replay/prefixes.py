@@ -98,10 +98,11 @@ class Prefixes:
             [n_looked.sum(), reachable.sum(), (reachable * share_of_token).sum()], np.float64
         )
         index = self.distances.sampled(keys)
-        at = np.arange(len(keys)) if index is None else index
-        prompt = np.repeat(np.arange(len(lengths)), lengths)
         # Last blocks first: the whole batch backwards, prompts in their order.
-        prompt = prompt if index is None else prompt[at]
+        if index is None:
+            at, prompt = np.arange(len(keys)), np.repeat(np.arange(len(lengths)), lengths)
+        else:
+            at, prompt = index, np.searchsorted(starts + lengths, index, side="right")
         ends = np.flatnonzero(np.r_[prompt[1:] != prompt[:-1], True]) if len(at) else at
         sizes = np.diff(np.r_[-1, ends])
         turned = np.repeat(ends - sizes + 1 + ends, sizes) - np.arange(len(at))

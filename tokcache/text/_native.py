@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 _log = logging.getLogger("tokcache")
 
-NATIVE = ("_token_ids", "_l0", "segments._l1")
+NATIVE = ("_token_ids", "_l0", "segments._l1", "chat._freezing")
 
 
 def _is_switched_off() -> bool:

@@ -33,13 +33,17 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of cells; the columns `numbers` are aligned to the right."""
+    """Rows of cells; the columns `numbers` are aligned to the right.
+
+    A long one may be `is_folded`: its title opens it.
+    """
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     how: str = ""
     numbers: frozenset[int] = frozenset()
+    is_folded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,24 @@ class Code:
 
 
 @dataclass(frozen=True, slots=True)
+class Heading:
+    """A title over the parts that follow it."""
+
+    title: str
+    text: str = ""
+
+
+Part = Chart | Table | Code | Heading
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """One page: a sentence with its figure, the figures to read first, then the parts in order."""
 
     title: str
     sentence: str
     figures: Sequence[Figure] = ()
-    parts: Sequence[Chart | Table | Code] = ()
+    parts: Sequence[Part] = ()
     notes: Sequence[str] = field(default_factory=list)
 
 

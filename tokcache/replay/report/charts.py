@@ -20,6 +20,7 @@ _VARIABLES |= {colour: f"--series-{n}" for n, colour in enumerate(_SERIES, start
 _DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), "dashdot")  # lines differ without colours, too
 _WIDTH, _HEIGHT, _BAR_HEIGHT = 4.3, 2.9, 0.52  # inches of 72 points: readable on a phone
 _MANY = 5
+_LEGEND_CHARS, _TEN = 36, 10
 
 Points = tuple[Sequence[float], Sequence[float]]
 Write = Callable[[float], str]
@@ -57,8 +58,9 @@ def lines(
     axes.set_ylabel(y_label)
     axes.grid(color=_LINE, linewidth=0.8)
     if len(series) > 1:
+        n_columns = len(series) if sum(map(len, series)) <= _LEGEND_CHARS else 1
         legend = axes.legend(
-            frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), fontsize=9
+            frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=n_columns, fontsize=9
         )
         for text in legend.get_texts():
             text.set_color(_INK)
@@ -84,9 +86,16 @@ def bars(values: Mapping[str, float], *, x_label: str, write: Write) -> str:
 
 
 def _ticks(least: float, most: float, base: int) -> list[float]:
-    """Return powers of `base` within the ends, at equal distances, at most five."""
+    """Return powers of `base` within the ends, at equal distances, at most five.
+
+    Ends without two powers of ten between them have their halves and fifths, too.
+    """
     if least <= 0 or most <= least:
         return [most]
+    if base == _TEN and most < 3 * base * least:
+        whole = float(base) ** math.floor(math.log(least, base))
+        steps = [whole * step for step in (1, 2, 5, 10, 20, 50, 100, 200)]
+        return [step for step in steps if least <= step <= most] or [most]
     first, last = math.ceil(math.log(least, base)), math.floor(math.log(most, base))
     step = max(1, math.ceil((last - first + 1) / _MANY))
     return [float(base) ** at for at in range(first, last + 1, step)] or [most]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokcache.replay.traces.mooncake import blocks
+from tokcache.replay.traces.mooncake import blocks, columns
 
-__all__ = ["about", "block_tokens", "blocks", "is_session", "matches", "name"]
+__all__ = ["about", "block_tokens", "blocks", "columns", "is_session", "matches", "name"]
 
 name = "bailian"
 about = "Bailian's traces: hash_ids of 16 tokens"

@@ -47,10 +47,16 @@ def blocks(value: Any) -> Iterable[Blocks]:
     return [one for _, one in found]
 
 
+def columns(values: list[Any]) -> None:
+    """Return None: a record has many prompts, which `blocks` puts in order."""
+
+
 def _collect(requests: Any, begins: float, found: list[tuple[float, Blocks]]) -> None:
     for one in requests:
         at = begins + one["t"]
         if isinstance(one.get("requests"), list):
             _collect(one["requests"], at, found)
-        else:
+        elif type(one["hash_ids"]) is list:
             found.append((at, (one["hash_ids"], one["in"])))
+        else:
+            raise TypeError

@@ -24,6 +24,19 @@ def matches(value: Any) -> bool:
 def blocks(value: Any) -> Iterable[Blocks]:
     """Return the prompt of a record."""
     try:
-        return ((value["hash_ids"], value["input_length"]),)
+        ids, n_tokens = value["hash_ids"], value["input_length"]
     except (KeyError, TypeError):
         raise Malformed("it has no hash_ids and input_length") from None
+    if type(ids) is not list:
+        raise Malformed("its hash_ids are no array")
+    return ((ids, n_tokens),)
+
+
+def columns(values: list[Any]) -> tuple[list[list[int]], list[int]] | None:
+    """Return the ids and the lengths of many records, None if one of them is malformed."""
+    try:
+        ids = [value["hash_ids"] for value in values]
+        n_tokens = [value["input_length"] for value in values]
+    except (KeyError, TypeError):
+        return None
+    return (ids, n_tokens) if set(map(type, ids)) == {list} else None

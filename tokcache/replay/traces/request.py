@@ -74,6 +74,9 @@ class BlockFormat(Protocol):
     def blocks(self, value: Any, /) -> Iterable[Blocks]:
         """Return the prompts of a record; Malformed if it is not one of this format."""
 
+    def columns(self, values: list[Any], /) -> tuple[list[list[int]], list[int]] | None:
+        """Return ids and tokens of records that are a prompt each, None to use `blocks`."""
+
 
 @dataclass(slots=True)
 class Conversation:

@@ -15,8 +15,9 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,7 @@ from tokcache.errors import InvalidTrace, MissingExtra, MissingFile
 
 _HEAD_BYTES = 1 << 20  # looked at to recognise how a file is written
 _PIECE_CHARS = 1 << 20
+_BATCH_BYTES = 1 << 16  # of lines that are parsed together
 MAX_RECORD_BYTES = 256 << 20  # a longer line or item is counted as broken
 _MAX_NAMED = 10
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -82,12 +84,13 @@ class Source:
             raw: Any = self._file
             magic = raw.read(4)
             raw = _unpacked(_Joined(magic, raw), magic, self.name)
-            self.head = self._first_bytes(raw)
+            self.head, raw = self._first_bytes(raw)
         except BaseException:
             self.close()
             raise
         self.is_complete = len(self.head) < _HEAD_BYTES  # the head is all of the file
         self._stream = io.BufferedReader(_Joined(self.head, raw), _HEAD_BYTES)
+        self._lines = self._read_lines()
 
     @property
     def where(self) -> str:
@@ -118,33 +121,38 @@ class Source:
             raise InvalidTrace(f"{path} can't be read: {error.strerror}") from None
         return file
 
-    def _first_bytes(self, raw: Any) -> bytes:
+    def _first_bytes(self, raw: Any) -> tuple[bytes, Any]:
+        """Return the first bytes, and the stream to read the rest from."""
         pieces, n_missing = [], _HEAD_BYTES
         try:
-            while n_missing and (piece := raw.read(n_missing)):
+            while n_missing and (piece := _read_some(raw, n_missing)):
                 pieces.append(piece)
                 n_missing -= len(piece)
         except _read_errors() as error:
+            if pieces:  # counted with its place, after the records before it
+                return b"".join(pieces), _Damaged(error)
             self.skipped.add(self.name, f"its compressed data is damaged: {error}")
-        return b"".join(pieces)
+        return b"".join(pieces), raw
 
     # ---- records
 
     def is_json(self) -> bool:
         """Return whether the file begins as JSON does."""
-        return self._start()[:1] in {"{", "[", '"'}
+        return self._start[:1] in {"{", "[", '"'}
 
+    @cached_property
     def _start(self) -> str:
         head = self.head
         encoding = "utf-16" if head.startswith(_UTF_16) else "utf-8-sig"
         return codecs.getincrementaldecoder(encoding)("replace").decode(head).lstrip(_SPACE)
 
+    @cached_property
     def has_values_on_lines(self) -> bool:
         """Return whether each line is a JSON value, as far as the first lines show.
 
         A line that is an array of objects without a role is the array of all records.
         """
-        lines = self._start().split("\n")
+        lines = self._start.split("\n")
         if len(lines) > 1 and not self.is_complete:
             lines.pop()  # incomplete
         for line in lines[:20]:
@@ -160,22 +168,79 @@ class Source:
         return False
 
     def values(self) -> Iterator[Any]:
-        """Yield the JSON values; `where` is the place of the last one."""
-        return self._values_on_lines() if self.has_values_on_lines() else self._values_anywhere()
+        """Return the JSON values that were not read yet; `where` is the place of the last one."""
+        return self._values
+
+    @cached_property
+    def _values(self) -> Iterator[Any]:
+        return self._values_on_lines() if self.has_values_on_lines else self._values_anywhere()
 
     def _values_on_lines(self) -> Iterator[Any]:
-        parse = loads
-        for line in self.lines():
-            try:
-                value = parse(line)
-            except (ValueError, RecursionError) as error:
-                if not line.isspace():
-                    self.skipped.add(self.where, _cause(line, error))
-                continue
-            yield value
+        for line in self._lines:
+            yield from self._parsed(line)
+
+    def _parsed(self, line: bytes) -> Sequence[Any]:
+        try:
+            return (loads(line),)
+        except (ValueError, RecursionError) as error:
+            if not line.isspace():
+                self.skipped.add(self.where, _cause(line, error))
+            return ()
+
+    def batches(self) -> Iterator[tuple[Sequence[int], list[Any]]]:
+        """Yield JSON values on lines, and the numbers of the lines, many at a time.
+
+        They are parsed together, as items of an array: a call for each line takes as long as its
+        JSON. If one of them is broken, they are parsed one by one.
+        """
+        if self.head.startswith(_UTF_16):
+            for value in self.values():
+                yield (self.number,), [value]
+            return
+        rest = b""
+        try:
+            while piece := self._stream.read1(_BATCH_BYTES):
+                data = rest + piece
+                stop = data.rfind(b"\n") + 1
+                if not stop:  # a long line, or the last one
+                    data += self._stream.readline(MAX_RECORD_BYTES)
+                    if len(data) >= MAX_RECORD_BYTES and not data.endswith(b"\n"):
+                        self.number += 1
+                        self._skip_too_long()
+                        rest = b""
+                        continue
+                    stop = len(data)
+                yield from self._parsed_together(data[:stop])
+                rest = data[stop:]
+        except _read_errors() as error:
+            self.skipped.add(f"{self.name}, after line {self.number}", f"the file ends: {error}")
+            return
+        yield from self._parsed_together(rest)
+
+    def _parsed_together(self, data: bytes) -> Iterator[tuple[Sequence[int], list[Any]]]:
+        first = self.number + 1
+        if first == 1 and data.startswith(codecs.BOM_UTF8):
+            data = data[len(codecs.BOM_UTF8) :]
+        is_ended = data.endswith(b"\n")
+        n_lines = data.count(b"\n") + (not is_ended)
+        try:
+            values = loads(b"[%b]" % data[: len(data) - is_ended].replace(b"\n", b","))
+        except (ValueError, RecursionError):
+            values = []
+        if len(values) == n_lines:  # else one of them has several values
+            self.number += n_lines
+            yield range(first, first + n_lines), values
+            return
+        for line in io.BytesIO(data):
+            self.number += 1
+            for value in self._parsed(line):
+                yield (self.number,), [value]
 
     def lines(self) -> Iterator[bytes]:
-        """Yield the lines as UTF-8, without a byte order mark; too long ones are skipped."""
+        """Return the lines as UTF-8, without a byte order mark; too long ones are skipped."""
+        return self._lines
+
+    def _read_lines(self) -> Iterator[bytes]:
         read: Callable[[int], bytes] = self._stream.readline
         if self.head.startswith(_UTF_16):
             texts = io.TextIOWrapper(self._stream, encoding="utf-16", newline="\n")
@@ -186,14 +251,18 @@ class Source:
                 self.number += 1
                 if self.number == 1 and line.startswith(codecs.BOM_UTF8):
                     line = line[len(codecs.BOM_UTF8) :]
-                if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
-                    self.skipped.add(self.where, f"longer than {MAX_RECORD_BYTES >> 20} MiB")
-                    while line and not line.endswith(b"\n"):
-                        line = read(MAX_RECORD_BYTES)
+                if len(line) >= MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                    self._skip_too_long()
                     continue
                 yield line
         except _read_errors() as error:
             self.skipped.add(f"{self.name}, after line {self.number}", f"the file ends: {error}")
+
+    def _skip_too_long(self) -> None:
+        """Count a line that is too long, and read the rest of it."""
+        self.skipped.add(self.where, f"longer than {MAX_RECORD_BYTES >> 20} MiB")
+        while (line := self._stream.readline(MAX_RECORD_BYTES)) and not line.endswith(b"\n"):
+            pass
 
     def _values_anywhere(self) -> Iterator[Any]:
         """Yield the items of an array, or values that follow each other.
@@ -280,6 +349,22 @@ def _read_errors() -> tuple[type[Exception], ...]:
     return known if zstandard is None else (*known, zstandard.ZstdError)
 
 
+def _read_some(raw: Any, n_bytes: int) -> bytes:
+    """Read up to `n_bytes` at once: a longer read loses all that comes before damaged data."""
+    found: bytes = getattr(raw, "read1", raw.read)(n_bytes)
+    return found
+
+
+class _Damaged:
+    """The rest of a stream that can't be read."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def read(self, _n_bytes: int) -> bytes:
+        raise self._error
+
+
 class _Joined(io.RawIOBase):
     """The bytes that were read already, then the rest of a stream."""
 
@@ -292,9 +377,9 @@ class _Joined(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = self._head[: len(buffer)]
+        piece: bytes | memoryview = self._head[: len(buffer)]
         self._head = self._head[len(piece) :]
         if not piece:
-            piece = self._rest.read(len(buffer))
+            piece = _read_some(self._rest, len(buffer))
         buffer[: len(piece)] = piece
         return len(piece)

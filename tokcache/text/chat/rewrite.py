@@ -22,6 +22,8 @@ OVER, STEPS, LOOP = "tokcache_over", "tokcache_steps", "tokcache_loop"
 
 CLOCK = "strftime_now"
 _GLOBALS = {"range", "dict", "namespace", "raise_exception", CLOCK}
+# Attributes of JSON's types.
+_ATTRIBUTES = frozenset({*dir(dict), *dir(list), *dir(str)})
 _FILTERS = frozenset(DEFAULT_FILTERS) - {"random"}
 _STATEMENTS = (
     *(nodes.Output, nodes.For, nodes.If, nodes.Assign, nodes.AssignBlock, nodes.Macro),
@@ -33,8 +35,9 @@ _STATEMENTS = (
 class Parts:
     """The compiled parts of a template.
 
-    `reads_prompt` tells whether one of the first two reads `add_generation_prompt`, `has_clock`
-    whether any reads the clock. `names` are the environment's.
+    `reads` are the names that any of them reads. `reads_prompt` tells whether one of the first two
+    reads `add_generation_prompt`, `has_clock` whether any reads the clock. `names` are the
+    environment's.
     """
 
     environment: Environment
@@ -42,6 +45,7 @@ class Parts:
     head: Template
     body: Template
     tail: Template | None
+    reads: frozenset[str]
     reads_prompt: bool
     has_clock: bool
 
@@ -64,15 +68,18 @@ def take_apart(template: Template, source: str) -> Parts:
     head, loop, tail = _split(environment, source)
     macros = [node for node in head if isinstance(node, nodes.Macro)]
     loop.iter = nodes.Name(STEPS, "load")
+    kept = {"loop", LOOP, *_namespaces([*head, loop])}
     for node in loop.body:
         _rename_loop(node)
+        _look_up_items(node, kept)
     second = _compiled(environment, [*macros, loop])
     head, loop, tail = _split(environment, source)
     macros = [node for node in head if isinstance(node, nodes.Macro)]
     third = _compiled(environment, [*macros, *tail]) if tail else None
-    has_clock = CLOCK in reads | _names(tail, "load")
-    prompt = "add_generation_prompt" in reads
-    return Parts(environment, dict(first.globals), first, second, third, prompt, has_clock)
+    all_reads = frozenset(reads | _names(tail, "load"))
+    prompt, has_clock = "add_generation_prompt" in reads, CLOCK in all_reads
+    names = dict(first.globals)
+    return Parts(environment, names, first, second, third, all_reads, prompt, has_clock)
 
 
 def _split(
@@ -154,6 +161,43 @@ def _rename_loop(node: nodes.Node) -> None:
     inner = [node.iter, *node.else_] if isinstance(node, nodes.For) else node.iter_child_nodes()
     for child in inner:
         _rename_loop(child)
+
+
+def _look_up_items(node: nodes.Node, kept: set[str]) -> None:
+    """Replace `message.name` by `message["name"]`, which looks for the item first.
+
+    For a dict that is the same unless dicts have an attribute of that name; for objects without
+    items, too, but slower, so attributes of the names in `kept` and methods are left as they are.
+    """
+    for name, child in node.iter_fields():
+        children = child if isinstance(child, list) else [child]
+        made = [
+            _as_item(each, kept) if isinstance(each, nodes.Getattr) else each for each in children
+        ]
+        is_callee = isinstance(node, nodes.Call) and name == "node"
+        if made != children and not is_callee:
+            setattr(node, name, made if isinstance(child, list) else made[0])
+        for each in children if is_callee else made:
+            if isinstance(each, nodes.Node):
+                _look_up_items(each, kept)
+
+
+def _as_item(node: nodes.Getattr, kept: set[str]) -> nodes.Expr:
+    is_kept = isinstance(node.node, nodes.Name) and node.node.name in kept
+    if is_kept or node.ctx != "load" or node.attr in _ATTRIBUTES:
+        return node
+    return nodes.Getitem(node.node, nodes.Const(node.attr), "load", lineno=node.lineno)
+
+
+def _namespaces(body: Iterable[nodes.Node]) -> set[str]:
+    """Return the names that a namespace is assigned to."""
+    found = set()
+    for node in _all(body):
+        if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
+            called = node.node.node if isinstance(node.node, nodes.Call) else None
+            if isinstance(called, nodes.Name) and called.name == "namespace":
+                found.add(node.target.name)
+    return found
 
 
 def _all(body: Iterable[nodes.Node]) -> list[nodes.Node]:

@@ -1,18 +1,18 @@
 """Runs the parts of a chat template, and watches which messages each iteration depends on.
 
-Templates reach the messages only through `Watched` and `Loop`. Both note how many messages the
-chat must have for everything read so far to be the same in every longer chat: reading message 3
-takes four of them, learning that message 3 is not the last takes five, and learning that it is the
-last, or how many there are, takes more than any chat has (`UNSETTLED`). So the text of an iteration
-is known to belong to every longer chat, or not, without a look at the template.
+Templates reach the messages only through `Watched` and `Loop`. Both count how many messages must be
+there before everything that was read can no longer change; then it is *settled*. Messages are
+numbered from 0. Reading message 3 is settled by 4 messages. Seeing that it is not the last is
+settled by 5. Seeing that it is the last, or how many there are, can change with the next message,
+so no number settles it (`NEVER_SETTLED`). The text of an iteration that is settled belongs to every
+longer chat, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate
-from marshal import dumps
+from dataclasses import dataclass, field
+from marshal import dumps, loads
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,21 +26,41 @@ from tokcache.text.chat.rewrite import CLOCK, LOOP, OVER, STEPS
 if TYPE_CHECKING:
     from tokcache.text.chat.rewrite import Parts
 
-UNSETTLED = 1 << 60
+NEVER_SETTLED = 1 << 60  # more messages than any chat has
 Names = dict[str, Any]
+# A chat's messages as bytes, end to end, and where each of them ends.
+Frozen = tuple[bytes, tuple[int, ...]]
 
 
-@dataclass(slots=True)
 class Run:
-    """One rendering; `n_needed` messages settle everything that was read so far."""
+    """One rendering of a chat, whose messages are made of its bytes.
 
-    message: Callable[[int], Any]
-    n_messages: int
-    undefined: type[Undefined]
-    n_needed: int = 0
+    `n_needed` messages settle everything that was read so far.
+    """
+
+    __slots__ = ("_ends", "_keys", "_made", "_normalise", "n_messages", "n_needed", "undefined")
+
+    def __init__(
+        self, frozen: Frozen, normalise: Callable[[dict[str, Any]], Any], undefined: type[Undefined]
+    ) -> None:
+        self._keys, self._ends = frozen
+        self._normalise = normalise
+        self._made: dict[int, Any] = {}
+        self.n_messages = len(self._ends)
+        self.n_needed = 0
+        self.undefined = undefined
+
+    def message(self, number: int) -> Any:
+        """Return a message as transformers passes it to the template."""
+        made = self._made.get(number)
+        if made is None:
+            begin = self._ends[number - 1] if number else 0
+            own = loads(self._keys[begin : self._ends[number]])  # noqa: S302 (made by us)
+            made = self._made[number] = self._normalise(own)
+        return made
 
     def need(self, n_messages: int) -> None:
-        """Note that something was read which `n_messages` messages settle."""
+        """Note that something was read that is settled once the chat has `n_messages` messages."""
         self.n_needed = max(self.n_needed, n_messages)
 
 
@@ -49,7 +69,7 @@ def _refuse(*_: object) -> Any:
 
 
 class Watched:
-    """The list of the messages from `start` on, in the uses of lists that can be watched."""
+    """The list of the messages from `start` on; it refuses operations that can't be watched."""
 
     __slots__ = ("_run", "_start")
 
@@ -64,7 +84,7 @@ class Watched:
             if number < run.n_messages:
                 run.need(number + 1)
                 return run.message(number)
-            run.need(UNSETTLED)
+            run.need(NEVER_SETTLED)
             raise IndexError(index)
         if isinstance(index, slice):
             first = 0 if index.start is None else index.start
@@ -73,26 +93,26 @@ class Watched:
                 return Watched(run, start + first)
             stop = index.stop
             if is_simple and type(stop) is int and stop >= 0:
-                run.need(start + stop if start + stop <= run.n_messages else UNSETTLED)
+                run.need(start + stop if start + stop <= run.n_messages else NEVER_SETTLED)
                 numbers = range(start, run.n_messages)[first:stop]
                 return [run.message(number) for number in numbers]
         elif type(index) is not int:
             raise TemplateUnusual
-        return self.whole()[index]
+        return self.whole()[index]  # from the end, or with steps
 
     def whole(self) -> list[Any]:
         """Return the list itself; only the chat's end settles it."""
         run = self._run
-        run.need(UNSETTLED)
+        run.need(NEVER_SETTLED)
         return [run.message(number) for number in range(self._start, run.n_messages)]
 
     def __len__(self) -> int:
-        self._run.need(UNSETTLED)
+        self._run.need(NEVER_SETTLED)
         return max(0, self._run.n_messages - self._start)
 
     def __bool__(self) -> bool:
         is_true = self._run.n_messages > self._start
-        self._run.need(self._start + 1 if is_true else UNSETTLED)
+        self._run.need(self._start + 1 if is_true else NEVER_SETTLED)
         return is_true
 
     def __iter__(self) -> Iterator[Any]:
@@ -100,7 +120,7 @@ class Watched:
         for number in range(self._start, run.n_messages):
             run.need(number + 1)
             yield run.message(number)
-        run.need(UNSETTLED)
+        run.need(NEVER_SETTLED)
 
     def __reversed__(self) -> Iterator[Any]:
         yield from reversed(self.whole())
@@ -118,17 +138,16 @@ class Watched:
 
 
 class Loop:
-    """The name `loop` in the loop over the messages from `start` on."""
+    """The `loop` that a template sees while it goes over the messages from `start` on."""
 
     depth = 1
     depth0 = 0
 
     def __init__(self, run: Run, start: int) -> None:
         self._run = run
-        self._start = start
-        self.step(0)
+        self.start = start
 
-    def step(self, index: int) -> None:
+    def go_to(self, index: int) -> None:
         """Go to an iteration."""
         self.index0 = index
         self.index = index + 1
@@ -137,16 +156,16 @@ class Loop:
     @property
     def last(self) -> bool:
         """Whether there is no later message, as far as the chat goes now."""
-        number = self._start + self.index0 + 1
+        number = self.start + self.index0 + 1
         is_last = number >= self._run.n_messages
-        self._run.need(UNSETTLED if is_last else number + 1)
+        self._run.need(NEVER_SETTLED if is_last else number + 1)
         return is_last
 
     @property
     def length(self) -> int:
         """The number of messages of the loop."""
-        self._run.need(UNSETTLED)
-        return self._run.n_messages - self._start
+        self._run.need(NEVER_SETTLED)
+        return self._run.n_messages - self.start
 
     @property
     def revindex(self) -> int:
@@ -163,14 +182,14 @@ class Loop:
         """The message before."""
         if self.first:
             return self._run.undefined("there is no previous item")
-        return self._run.message(self._start + self.index0 - 1)
+        return self._run.message(self.start + self.index0 - 1)
 
     @property
     def nextitem(self) -> Any:
         """The message after."""
         if self.last:
             return self._run.undefined("there is no next item")
-        return self._run.message(self._start + self.index0 + 1)
+        return self._run.message(self.start + self.index0 + 1)
 
     def cycle(self, *values: Any) -> Any:
         """Return the values in turn."""
@@ -189,10 +208,12 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a template's first part leaves: its text, and the values of its names.
+    """The result of a template's first part: its text, and the values of its variables.
 
-    `values` are data; `lists` are the names that mean the messages from a number on. `spaces` are
-    the namespaces, the only objects that a template can change: their names and first values.
+    `values` are data. `lists` has, for each variable that holds the messages from a number on, that
+    number. `spaces` are the namespaces, the only objects that a template can change; each with the
+    variables that hold it and its first attributes.
+    `tails` are texts of the last part that depend on nothing else than `add_generation_prompt`.
     """
 
     text: str
@@ -202,6 +223,7 @@ class Head:
     n_needed: int
     start: int
     n_bytes: int
+    tails: dict[bool | None, str] = field(default_factory=dict)
 
 
 class Point(NamedTuple):
@@ -226,7 +248,7 @@ def run_head(parts: Parts, settings: Names, run: Run) -> Head:
     _watch_clock(parts, names, run)
     context = parts.environment.context_class(parts.environment, names, None, {})
     text = "".join(parts.head.root_render_func(context))
-    n_bytes = 2 * getsizeof(text)
+    n_bytes = 2 * getsizeof(text)  # and once more in its key
     values: Names = {}
     lists: dict[str, int] = {}
     spaces: dict[int, tuple[list[str], Names]] = {}
@@ -250,57 +272,77 @@ def run_head(parts: Parts, settings: Names, run: Run) -> Head:
 
 
 def run_rest(
-    parts: Parts, settings: Names, run: Run, head: Head, point: Point | None
+    parts: Parts, settings: tuple[Names, Any], run: Run, head: Head, point: Point | None
 ) -> tuple[str, list[Point], str]:
     """Run the loop from a point on, and the last part.
 
-    Return the loop's text, the points between iterations, and the last part's text.
+    `settings` are the names with their values, and `add_generation_prompt`. Return the loop's text,
+    the points between iterations, and the last part's text.
 
     Errors: TemplateUnusual; every error of the template.
     """
-    space_class: Any = parts.names["namespace"]
-    attributes = [first for _, first in head.spaces] if point is None else point.spaces
-    spaces = [space_class(each) for each in attributes]
-    names = {**settings, **head.values}
+    names, prompt = settings
+    names = {**names, "add_generation_prompt": prompt, **head.values}
     for name, start in head.lists.items():
         names[name] = Watched(run, start)
-    for (own_names, _), space in zip(head.spaces, spaces, strict=True):
-        names.update(dict.fromkeys(own_names, space))
-    _watch_clock(parts, names, run)
+    spaces: list[Namespace] = []
+    if head.spaces:
+        space_class: Any = parts.names["namespace"]
+        firsts = [first for _, first in head.spaces] if point is None else point.spaces
+        spaces = [space_class(each) for each in firsts]
+        for (own_names, _), space in zip(head.spaces, spaces, strict=True):
+            names.update(dict.fromkeys(own_names, space))
+    if parts.has_clock:
+        _watch_clock(parts, names, run)
 
     chunks: list[str] = []
-    points: list[tuple[int, int, int, tuple[Names, ...]]] = []
-    loop = Loop(run, head.start)
-    n_done = 0 if point is None else point.n_done
-    run.need(head.n_needed if point is None else point.n_needed)
-
-    def steps() -> Iterator[Any]:
-        first = head.start
-        n_items = max(0, run.n_messages - first)
-        for index in range(n_done, n_items):
-            note(index)
-            loop.step(index)
-            run.need(first + index + 1)
-            yield run.message(first + index)
-        note(n_items)
-
-    def note(index: int) -> None:
-        if run.n_needed < UNSETTLED:
-            states = tuple([dict(vars_of(space)) for space in spaces]) if spaces else ()
-            points.append((index, run.n_needed, len(chunks), states))
-
-    names[STEPS], names[LOOP] = steps(), loop
+    points: list[Point] = []
+    n_done, run.n_needed = (0, head.n_needed) if point is None else (point.n_done, point.n_needed)
+    names[LOOP] = loop = Loop(run, head.start)
+    names[STEPS] = _steps(run, loop, n_done, (spaces, chunks, points))
     environment = parts.environment
     context = environment.context_class(environment, names, None, {})
     for chunk in parts.body.root_render_func(context):
-        chunks.append(chunk)  # noqa: PERF402 (`note` reads the list's length)
-    ends = [0, *accumulate(map(len, chunks))]
-    made = [Point(index, needed, ends[at], own) for index, needed, at, own in points]
+        chunks.append(chunk)  # noqa: PERF402 (`_steps` reads the list)
+
     tail = ""
     if parts.tail is not None:
-        context = environment.context_class(environment, names, None, {})
-        tail = "".join(parts.tail.root_render_func(context))
-    return "".join(chunks), made, tail
+        # It is the same for all chats if it depends on none of them.
+        key = prompt if type(prompt) is bool and not spaces else None
+        known_tail = head.tails.get(key)
+        if known_tail is None:
+            run.n_needed = 0
+            context = environment.context_class(environment, names, None, {})
+            known_tail = "".join(parts.tail.root_render_func(context))
+            if key is not None and not run.n_needed:
+                head.tails[key] = known_tail
+        tail = known_tail
+    return "".join(chunks), points, tail
+
+
+def _steps(
+    run: Run, loop: Loop, n_done: int, noted: tuple[list[Namespace], list[str], list[Point]]
+) -> Iterator[Any]:
+    """Yield the messages of the loop, and add the points between them to the last list."""
+    spaces, chunks, points = noted
+    first = loop.start
+    n_items = run.n_messages - first
+    at = n_counted = 0
+    index = n_done
+    while True:
+        if run.n_needed < NEVER_SETTLED:
+            n_chunks = len(chunks)
+            while n_counted < n_chunks:
+                at += len(chunks[n_counted])
+                n_counted += 1
+            states = tuple([dict(vars_of(space)) for space in spaces]) if spaces else ()
+            points.append(Point(index, run.n_needed, at, states))
+        if index >= n_items:
+            return
+        loop.go_to(index)
+        run.need(first + index + 1)
+        yield run.message(first + index)
+        index += 1
 
 
 def key_of(head: Head) -> bytes:
@@ -308,7 +350,7 @@ def key_of(head: Head) -> bytes:
 
     Errors: TemplateUnusual if it holds something else than data.
     """
-    try:
+    try:  # version 0 has no references to equal objects, so equal values are equal bytes
         return dumps((head.text, head.values, head.lists, head.spaces, head.start), 0)
     except ValueError:
         raise TemplateUnusual from None
@@ -317,7 +359,7 @@ def key_of(head: Head) -> bytes:
 def data_size(value: Any) -> int:
     """Return about how many bytes a value takes.
 
-    Errors: TemplateUnusual if it holds something else than data, which might have a state.
+    Errors: TemplateUnusual if it holds an object that is not data: it may keep a state.
     """
     try:
         return len(dumps(value, 0))
@@ -332,13 +374,16 @@ def vars_of(space: Namespace) -> Names:
 
 
 def _watch_clock(parts: Parts, names: Names, run: Run) -> None:
-    """Replace the clock by one that notes that it was read: the text is then of this moment."""
+    """Replace the clock by one that notes when it is read: no later text has that time.
+
+    A clock that the caller passed is left alone.
+    """
     if not parts.has_clock or CLOCK not in parts.names or names[CLOCK] is not parts.names[CLOCK]:
         return
     clock: Callable[..., Any] = names[CLOCK]
 
     def watched_clock(*args: Any, **kwargs: Any) -> Any:
-        run.need(UNSETTLED)
+        run.need(NEVER_SETTLED)
         return clock(*args, **kwargs)
 
     names[CLOCK] = watched_clock

@@ -17,13 +17,19 @@ _NORMALISING = ("_normalize_chat_messages", "_plain_template_data", "_alias_reas
 _OTHERS = ("_compile_jinja_template", "get_json_schema")
 
 # Arguments that change the text in a way that is not cached, unless they are False.
-_BYPASSING = ("continue_final_message", "return_assistant_tokens_mask", "sanitize_control_tokens")
-# Arguments that are not passed to the template.
+_BYPASSING = frozenset(
+    {"continue_final_message", "return_assistant_tokens_mask", "sanitize_control_tokens"}
+)
+# Names of arguments that transformers does not pass on, or has itself, and raises an error for.
+_RESERVED = frozenset({"messages", "conversations"})
+_LISTS = (list, tuple, type(None))
+# Arguments that are not passed to the template, or apart from the others.
 _NOT_PASSED = frozenset(
     {
         *_BYPASSING,
         *("chat_template", "tokenize", "padding", "truncation", "max_length"),
         *("return_tensors", "return_dict", "tokenizer_kwargs"),
+        *("tools", "documents", "add_generation_prompt"),
     }
 )
 
@@ -36,56 +42,93 @@ def rendered_chat(
     `plain` is the tokenizer's own `apply_chat_template`. It raises its own errors: everything that
     is wrong or unusual is left to it.
     """
-    known = tokenizer._tokcache.rendered  # noqa: SLF001 (ours)
+    try:  # the properties of the wrapper's class would take longer
+        core = tokenizer._tokenizer._tokcache  # noqa: SLF001 (ours)
+    except AttributeError:
+        core = tokenizer._tokcache  # noqa: SLF001 (ours)
+    known = core.rendered
     if known.is_off:
         return None
-    for name in _BYPASSING:
-        if kwargs.get(name, False) is not False:
-            known.refuse(name)
-            return None
     library = _library()
     if library is None:
         known.refuse("transformers")
         return None
-    if type(conversation) not in (list, tuple) or not conversation:
-        known.refuse("type")
-        return None
+    tools = kwargs.get("tools")
     try:
-        template = tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
-        tools, documents = _schemas(library, kwargs.get("tools")), kwargs.get("documents")
-        special_tokens = tokenizer.special_tokens_map
+        source = tokenizer.get_chat_template(kwargs.get("chat_template"), tools)
+        if type(source) is not str:
+            known.refuse("type")
+            return None
+        template = known.template(source, library._compile_jinja_template)  # noqa: SLF001 (no public way)
+        if template is None:
+            return None
+        reason = _refusal(conversation, kwargs)
+        if reason:
+            known.refuse(reason)
+            return None
+        if tools is not None:
+            tools = _schemas(library, tools)
+        special_tokens = _special_tokens(tokenizer, template.parts.reads)
     except Exception:  # noqa: BLE001 (transformers raises it again)
         known.refuse("failed")
         return None
-    is_documents = documents is None or all(type(each) is dict for each in documents)
-    if type(template) is not str or not is_documents:
-        known.refuse("type")
-        return None
-    settings = {
-        **special_tokens,
-        **{name: value for name, value in kwargs.items() if name not in _NOT_PASSED},
-        "tools": tools,
-        "documents": documents,
-        "add_generation_prompt": kwargs.get("add_generation_prompt", False),
-    }
+    arguments = {name: value for name, value in kwargs.items() if name not in _NOT_PASSED}
+    prompt = kwargs.get("add_generation_prompt", False)
 
     def plain_text() -> str:
         found: str = plain(conversation, **{**kwargs, "tokenize": False})
         return found
 
-    compiled = library._compile_jinja_template  # noqa: SLF001 (there is no public way)
-    chat = Chat(conversation, template, settings, compiled, _normalised, plain_text)
-    found: str | None = known.render(chat, tokenizer._tokcache_scope)  # noqa: SLF001 (ours)
+    chat = Chat(
+        *(conversation, special_tokens, arguments, tools, kwargs.get("documents"), prompt),
+        *(_normalised, plain_text),
+    )
+    scope = tokenizer._tokcache_scope  # noqa: SLF001 (ours)
+    found: str | None = known.render(template, chat, scope)
     return found
+
+
+def _refusal(conversation: Any, kwargs: dict[str, Any]) -> str:
+    """Return the reason why a call is left to transformers, if it is one of its arguments."""
+    if not _BYPASSING.isdisjoint(kwargs):
+        for name in sorted(_BYPASSING):
+            if kwargs.get(name, False) is not False:
+                return name
+    if type(conversation) not in (list, tuple) or not conversation:
+        return "type"
+    # An iterator could be read only once.
+    tools, documents = kwargs.get("tools"), kwargs.get("documents")
+    if type(tools) not in _LISTS or type(documents) not in _LISTS:
+        return "type"
+    if documents is not None and not all(type(each) is dict for each in documents):
+        return "type"
+    return "" if _RESERVED.isdisjoint(kwargs) else "type"
+
+
+def _special_tokens(tokenizer: Any, reads: frozenset[str]) -> dict[str, str]:
+    """Return the special tokens that a template reads, as transformers passes them to it."""
+    names = [name for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if name in reads]
+    if not names:
+        return {}
+    if type(tokenizer).special_tokens_map is _own_map():
+        own = tokenizer._special_tokens_map  # noqa: SLF001 (its own property makes all of them)
+        return {name: str(own[name]) for name in names if own.get(name) is not None}
+    found = tokenizer.special_tokens_map
+    return {name: found[name] for name in names if name in found}
+
+
+@cache
+def _own_map() -> Any:
+    from transformers import PreTrainedTokenizerBase  # noqa: PLC0415
+
+    return PreTrainedTokenizerBase.special_tokens_map
 
 
 def _schemas(library: ModuleType, tools: Any) -> Any:
     """Return the JSON schemas of tools; transformers makes those of functions at every call."""
-    if tools is None or all(type(tool) is dict for tool in tools):
-        return tools
     return [
         library.get_json_schema(tool)
-        if inspect.isfunction(tool) or inspect.ismethod(tool)
+        if type(tool) is not dict and (inspect.isfunction(tool) or inspect.ismethod(tool))
         else tool
         for tool in tools
     ]

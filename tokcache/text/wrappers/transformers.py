@@ -161,6 +161,8 @@ class TransformersWrapper(PlainLayout, WrappedTokenizer):
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Render and tokenize as the plain tokenizer does, through the caches where possible."""
         plain = super().apply_chat_template  # type: ignore[misc]
+        if kwargs.get("tokenize") is True:
+            kwargs = {name: value for name, value in kwargs.items() if name != "tokenize"}
         is_text = kwargs.get("tokenize", True) is False
         if args or not (is_text or _OF_TOKENIZING.isdisjoint(kwargs)):
             return plain(conversation, *args, **kwargs)
