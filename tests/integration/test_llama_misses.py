@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -219,7 +218,7 @@ def test_another_tenant_changes_nothing_that_a_tenant_sees(
             n_reused = reuse.n_in_context + reuse.n_restored
             miss_of = reuse.miss
             shown = llm.explain_miss(scope="a")
-            found.append((n_reused, miss_of and replace(miss_of, seconds=None)))
+            found.append((n_reused, miss_of and miss_of._replace(seconds=None)))
             found.append(shown and (shown.at_character, shown.held[:20], shown.new))
             assert llm.explain_miss(scope="b") is None
         seen.append(found)

@@ -53,8 +53,10 @@ class BlockCache:
         Clearing a part's scope from now on makes its work void.
         """
         clears = self._store.clears
+        if root_key.scope is None or not n_public:
+            return [(root_key, wanted, Work(clears, root_key.scope))]
         parts = [(root_key, wanted)]
-        if root_key.scope is not None and n_public:
+        if n_public:
             public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], root_key)
             if public:
                 parts = [(root_key._replace(scope=None), public)]

@@ -146,7 +146,7 @@ class Namespace:
         return self._blocks.plan(
             self._chain,
             wanted,
-            self._n_public(wanted),
+            self._n_public(wanted) if self._public else 0,
             max_tokens=max_tokens,
             counts_tokens=counts_tokens,
             explain=explain,

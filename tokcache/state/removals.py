@@ -144,7 +144,7 @@ class Removals:
 
     def has(self, root_key: RootKey) -> bool:
         """Return whether a state of this namespace was removed, and that is remembered."""
-        return root_key[:3] in self._tables
+        return bool(self._tables) and root_key[:3] in self._tables
 
     def find(self, root_key: RootKey, point: bytes, rest: bytes, grain: int) -> Removal | None:
         """Return the removal of the block after `point` that `rest` begins with.
@@ -184,7 +184,7 @@ class Removals:
 
     def has_forgotten(self, root_key: RootKey) -> bool:
         """Return whether rows of this namespace may be lost."""
-        table = self._tables.get(root_key[:3])
+        table = self._tables.get(root_key[:3]) if self._tables else None
         return self._has_dropped if table is None else table.has_lost
 
     def forget(self, is_doomed: Callable[[str | None], bool]) -> None:

@@ -134,7 +134,7 @@ class Store(Locked):
 
     def own_seconds(self, n_tokens: int, fingerprint: bytes, scope: str | None) -> float | None:
         """Return how long prefilling takes as measured in one scope, or None; the lock is held."""
-        speed = self._own_prefill.get((fingerprint, scope))
+        speed = self._own_prefill.get((fingerprint, scope)) if self._prefill else None
         return None if speed is None else speed.seconds(n_tokens)
 
     def note_parts(self, fingerprint: bytes, parts: Mapping[str, object]) -> None:
