@@ -24,6 +24,12 @@ def test_a_file_appears_when_its_block_has_ended(tmp_path: Path, is_synced: bool
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_library_can_write_to_the_path_of_the_file(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "list") as file:
+        Path(file.name).write_bytes(b"new")
+    assert (tmp_path / "list").read_bytes() == b"new"
+
+
 def test_an_error_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_bytes(b"old")

@@ -29,6 +29,7 @@ MAY_IMPORT = {
 OPTIONAL = {"transformers", "llama_cpp", "redis", "prometheus_client", "httpx", "xllamacpp", "gguf"}
 OPTIONAL |= {"gigatoken", "fastokens", "xxhash", "cryptography", "platformdirs"}
 OPTIONAL |= {"starlette", "uvicorn", "orjson", "zstandard"}
+OPTIONAL |= {"httptools", "uvloop"}
 
 
 def package_of(path: Path) -> str:

@@ -386,6 +386,14 @@ GATEWAY_REASONS = {
         "the llama-server refused a saved file",
         "see its log; its settings may have changed since the file was saved",
     ),
+    "different_ids": Reason(
+        "a saved file has the request's messages, but their rendering has other token ids, so it"
+        " was not restored",
+        "use a chat template that only appends; `tokcache explain --chat` names its switches",
+    ),
+    "prompt_ids_unknown": Reason(
+        "the llama-server did not render a prompt, so its ids could not be compared", _NOTHING
+    ),
     "restore_not_used_by_server": Reason(
         "the llama-server used less than half of a restored file",
         "start it with `--ctx-checkpoints 32`; after three in a row no more are restored",
@@ -462,7 +470,7 @@ MISSES = {
     ),
     "refused": Reason(
         "the state could not be stored or used; the detail is the code of a refusal, or "
-        "`below_minimum`, `disabled`, `closed`",
+        "`below_minimum`, `save_skipped` (such prompts seldom came back), `disabled`, `closed`",
         "look up the code in the other tables",
     ),
     "other_fingerprint": Reason(

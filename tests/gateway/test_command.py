@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import datetime as dt
+import ipaddress
 import os
 import select
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -19,7 +23,9 @@ from tests.gateway.gateways import SYSTEM, httpx
 from tokcache import samples
 from tokcache.cli import app
 from tokcache.errors import InvalidConfig, MissingFile
+from tokcache.gateway.app import make_app
 from tokcache.gateway.config import GatewayConfig, UpstreamConfig, load
+from tokcache.gateway.service import Service
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,8 +111,8 @@ def free_port() -> int:
 class Command:
     """A running `tokcache serve`."""
 
-    def __init__(self, *arguments: str, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, *arguments: str, port: int, trusted: ssl.SSLContext | None = None) -> None:
+        self.url = f"{'https' if trusted else 'http'}://127.0.0.1:{port}"
         command = [sys.executable, "-m", "tokcache", "serve", *arguments, "--port", str(port)]
         self.process = subprocess.Popen(  # noqa: S603 (our own code)
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -118,7 +124,7 @@ class Command:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             try:
-                httpx.get(f"{self.url}/health", trust_env=False)
+                httpx.get(f"{self.url}/health", verify=trusted or True, trust_env=False)
             except httpx.ConnectError:
                 time.sleep(0.05)
             else:
@@ -223,6 +229,69 @@ def test_a_port_in_use_ends_with_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "is it in use?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_tls_settings_reach_the_listening_socket(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    write_certificate(certificate, key)
+    config = tmp_path / "serve.toml"
+    config.write_text(f'tls_certfile = "{certificate}"\ntls_keyfile = "{key}"\n'
+                      f'folder = "{tmp_path / "own"}"\n[[upstreams]]\nurl = "{URL}"\n')  # fmt: skip
+    port = free_port()
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    with Command("--config", str(config), port=port, trusted=trusted) as served:
+        assert f"https://127.0.0.1:{port}/v1" in served.first_line
+        answer = httpx.get(f"{served.url}/health", verify=trusted, trust_env=False)
+        assert answer.status_code == 503  # nothing listens at the upstream
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
+
+
+def write_certificate(certificate: Path, key: Path) -> None:
+    """Write a certificate of 127.0.0.1 that signs itself."""
+    x509 = pytest.importorskip("cryptography.x509", reason="needs tokcache[crypto]")
+    from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415 (an extra)
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415 (an extra)
+
+    made = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = dt.datetime.now(dt.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(made.public_key())
+        .serial_number(1)
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(made, hashes.SHA256())
+    )
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    pem = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    key.write_bytes(made.private_bytes(serialization.Encoding.PEM, *pem))
+
+
+def test_cors_is_closed_by_default_and_open_to_the_named_origins_only() -> None:
+    asked = {"origin": "http://app.example", "access-control-request-method": "POST"}
+
+    def allowed(*origins: str, **headers: str) -> str | None:
+        service = Service(GatewayConfig(upstreams=(UpstreamConfig(url=URL),),
+                                        allowed_origins=origins))  # fmt: skip
+        transport = httpx.ASGITransport(make_app(service))
+
+        async def ask() -> httpx.Response:
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as it:
+                return await it.options("/v1/chat/completions", headers={**asked, **headers})
+
+        found: str | None = asyncio.run(ask()).headers.get("access-control-allow-origin")
+        return found
+
+    assert allowed() is None
+    assert allowed("http://app.example") == "http://app.example"
+    assert allowed("http://app.example", origin="http://other.example") is None
 
 
 def test_defaults_are_safe() -> None:

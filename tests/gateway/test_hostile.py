@@ -190,7 +190,10 @@ class Liar(BaseHTTPRequestHandler):
 
 LIES = [b"", b"data: [1]\n\n", b"data: {\n\n", b'data: {"choices": 5}\n\n', b"data: [DONE]\n\n",
         b'data: {"error": "no"}\n\n', b'data: {"choices":[{"delta":{"content":5}}]}\n\n',
-        b'data: {"timings": {"cache_n": -5, "prompt_n": 1}}\n\n', b"<html>" * 1000]  # fmt: skip
+        b'data: {"timings": {"cache_n": -5, "prompt_n": 1}}\n\n', b"<html>" * 1000,
+        # A lone carriage return ends a line too, by the definition of server-sent events.
+        b'event: a\rdata: evil\ndata: {"choices": []}\n\n',
+        b'data: {"choices": [],\rdata: "evil": 1}\n\n']  # fmt: skip
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -205,6 +208,7 @@ def test_a_lying_server_is_told_as_an_error(
     answer = liar.http.post(path, json=body)
     assert answer.status_code == (200 if is_stream else 502), answer.text
     assert "error" in answer.text
+    assert "evil" not in answer.text
     assert "x-lie" not in answer.headers
     assert "set-cookie" not in answer.headers
     liar.wait_until_idle()

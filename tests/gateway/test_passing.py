@@ -66,6 +66,16 @@ def test_answers_are_those_of_the_bare_server(
     assert last["tokcache"]["plan"] == "slot"
 
 
+@pytest.mark.parametrize("number", [0, 1], ids=["chat", "text"])
+def test_times_in_every_chunk_do_not_end_an_answer(served: Gateway, number: int) -> None:
+    path, body = BODIES[number]
+    asked = {**body, "ignore_eos": True, "timings_per_token": True}
+    events = [data for _, data in streamed(served, path, asked) if data != "[DONE]"]
+    assert sum("timings" in each for each in events) > 3
+    assert ["tokcache" in each for each in events] == [False] * (len(events) - 1) + [True]
+    assert served.service.recent[-1].n_predicted == 8
+
+
 def test_a_stream_has_the_bare_servers_events(served: Gateway, server: ServerProcess) -> None:
     path, body = BODIES[3]
     asked = {**body, "temperature": 0}

@@ -74,6 +74,32 @@ def up(made: Router, name: str = "one", *, n_slots: int = 2, can_save: bool = Tr
 LONG = "x" * 4000
 
 
+@pytest.mark.parametrize("is_first_nearer", [True, False], ids=["first", "second"])
+def test_of_two_slots_with_equal_links_the_one_that_shares_more_is_taken(
+    is_first_nearer: bool,
+) -> None:
+    made = router(side_tokens=10)
+    up(made, can_save=False)
+    near, far = LONG[:1024] + "x" * 400 + "near", LONG[:1024] + "far" + "y" * 401
+    texts = [near, far] if is_first_nearer else [far, near]
+    slots = {}
+    for text in texts:
+        asked = prompt([text])
+        made.enqueue(Wish(asked.chain(), None, "", 0.0, asked.elements))
+        (assignment,) = made.assign(0.0)
+        assignment.is_sent = True
+        made.finish(assignment, asked.chain("a"), n_prompt=357, n_cached=0, n_tokens=360)
+        slots[text] = assignment.slot
+    # Released only now, so that each got a slot of its own.
+    for slot in slots.values():
+        made.release(slot)
+    asked = prompt([LONG[:1024] + "x" * 390 + "z" * 500])
+    made.enqueue(Wish(asked.chain(), None, "", 1.0, asked.elements))
+    (assignment,) = made.assign(1.0)
+    assert assignment.slot is slots[near]
+    assert assignment.n_promised > 1024 * 357 // 1428
+
+
 def test_a_conversation_keeps_its_slot_and_side_requests_take_another() -> None:
     made = router()
     up(made)
@@ -222,6 +248,90 @@ def test_the_list_of_files_survives_and_a_damaged_one_is_counted(tmp_path: Any) 
     damaged = Files(1000)
     damaged.read_list(path)
     assert damaged.refusals["list_damaged"] == 1
+
+
+def decoded(made: Router, seconds: float) -> None:
+    """Let every save take that long from now on, at 1,000 decoded tokens a second."""
+    server = made.servers["one"]
+    made.measured(server, 1000, 1.0)
+    for _ in range(40):
+        made._admission.saved(server, 1000, seconds)
+
+
+def test_prompts_that_never_come_back_are_saved_no_longer_and_conversations_still_are() -> None:
+    made = router()
+    up(made, n_slots=1)
+    n_saved = 0
+    for number in range(60):
+        decoded(made, 0.1)
+        assignment = answered(made, [f"{number} " + "x" * 4000], "a")
+        n_saved += len(assignment.save)
+    assert 1 <= n_saved < 20
+    assert made.counts["save_skipped"] == 59 - n_saved
+    # A conversation of two turns is another kind of contents.
+    answered(made, ["talk " + "y" * 4000], "a")
+    answered(made, ["talk " + "y" * 4000, "a", "more"], "b")
+    decoded(made, 0.1)
+    assert answered(made, ["z" * 4000], "a").save
+
+
+def test_prompts_that_come_back_are_saved_again() -> None:
+    made = router()
+    up(made, n_slots=1)
+    for number in range(60):
+        decoded(made, 0.3)
+        answered(made, [f"{number} " + "x" * 4000], "a")
+    n_skipped = made.counts["save_skipped"]
+    for number in range(60, 120):
+        decoded(made, 0.3)
+        answered(made, [f"{number % 2} again " + "x" * 4000], "a")
+    assert made.counts["save_skipped"] - n_skipped < 30
+
+
+def test_a_save_that_takes_longer_than_decoding_is_left_out() -> None:
+    made = router()
+    up(made, n_slots=1)
+    answered(made, [LONG], "a")
+    decoded(made, 2.0)
+    assert not answered(made, ["y" * 4000], "a").save
+    decoded(made, 0.01)
+    assert answered(made, ["z" * 4000], "a").save
+
+
+def test_a_slot_whose_contents_are_saved_is_given_away_first() -> None:
+    made = router(side_tokens=0)
+    up(made)
+    saved = answered(made, ["y" * 4000], "a").slot
+    other = answered(made, [LONG], "a").slot
+    assert saved is not other
+    # The other one was used before, but it would have to be saved.
+    saved.used_at, other.used_at = other.used_at, saved.used_at
+    made.saved(saved, made.files.new_name("p"), saved.n_tokens, saved.n_tokens)
+    assert answered(made, ["z" * 4000], "a").slot is saved
+
+
+def test_the_next_slot_to_give_away_is_saved_while_its_server_is_idle() -> None:
+    made = router()
+    up(made)
+    answered(made, [LONG], "a", now=1.0)
+    answered(made, ["y" * 4000], "a", now=2.0)
+    assert made.next_to_save(9.0) is None  # no conversation lost its slot so far
+    third = answered(made, ["z" * 4000], "a", now=10.0)
+    slots = made.servers["one"].slots
+    oldest = min(slots, key=lambda slot: slot.used_at)
+    assert oldest is not third.slot
+    assert made.next_to_save(10.1) is oldest
+    made.begin_save(oldest)
+    assert made.next_to_save(11.0) is None
+    made.enqueue(wish(prompt([LONG, "w"]).chain(), now=11.0))
+    (assignment,) = made.assign(11.0)
+    assert assignment.slot is third.slot
+    made.read_done(assignment)
+    made.release(assignment.slot)
+    made.saved(oldest, made.files.new_name("p"), oldest.n_tokens, oldest.n_tokens)
+    made.release(oldest)
+    assert made.next_to_save(12.0) is None  # one slot can be given away at once
+    assert made.next_to_save(500.0) is None
 
 
 class Machine(RuleBasedStateMachine):

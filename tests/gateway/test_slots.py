@@ -47,6 +47,23 @@ def test_more_conversations_than_slots_are_saved_and_restored(tmp_path: Path) ->
         assert answer["headers"]["x-tokcache-plan"] == answer["tokcache"]["plan"]
 
 
+def test_a_slot_is_saved_in_idle_time_and_the_next_request_need_not_wait(tmp_path: Path) -> None:
+    with upstream(tmp_path / "slots") as server, gateway(tmp_path / "own", server) as served:
+        chats = [talk(served, f"chat {number}", 2) for number in range(3)]
+        counts = served.service.router.counts
+        assert counts["save"] == 1  # the first lost its slot to the third
+        deadline = time.monotonic() + 20
+        while not served.service.counts["idle_save"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert counts["save"] == 2
+        served.wait_until_idle()
+        new = served.chat([system(f"chat 3. {SYSTEM}"), user("hi")])
+        assert new["tokcache"]["plan"] == "none"
+        assert counts["save"] == 2
+        for messages in chats:
+            assert cached(served.chat([*messages, user("Go on")])) > 250
+
+
 def test_a_shared_system_prompt_is_copied_and_the_first_chat_stays(tmp_path: Path) -> None:
     with upstream(tmp_path / "slots") as server, gateway(tmp_path / "own", server) as served:
         first = served.chat([system(), user("first")])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tokenizers import Tokenizer, processors
 
-from tests.gateway.gateways import SYSTEM, Gateway, gateway, httpx, upstream, user
+from tests.gateway.gateways import SYSTEM, Gateway, gateway, httpx, system, upstream, user
 from tokcache import samples
 from tokcache.gateway.tenants import new_key
 
@@ -208,3 +208,47 @@ def test_no_tenant_meets_the_texts_of_another(
             misses.append(wrapped.cache_stats().l0.misses - before)
         assert misses == [1, 0, 1, 0]
         assert served.http.post("/tokenize", json={"content": text}).status_code == 401
+
+
+# The number of messages comes first, so no prompt of a conversation begins as the one before it.
+COUNTING = (
+    "{{ messages | length }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize("is_counting", [False, True], ids=["appends", "counts"])
+def test_a_file_is_restored_only_for_a_prompt_with_its_ids(
+    tmp_path: Path, model: Path, is_counting: bool
+) -> None:
+    settings: dict[str, Any] = {"chat_template": COUNTING} if is_counting else {}
+    with upstream(tmp_path / "slots", model=model, **settings) as process:
+        upstreams = [{"url": process.url, "slot_folder": str(tmp_path / "slots"),
+                      "tokenizer": str(model)}]  # fmt: skip
+        with gateway(tmp_path / "own", upstreams=upstreams) as made:
+            wait_for_proof(made)
+            chats = [[system(f"{n}. {SYSTEM}"), user("hi")] for n in range(3)]
+            told = []
+            for _ in range(2):
+                for messages in chats:
+                    answer = made.chat(messages)
+                    told.append(answer["tokcache"])
+                    messages += [answer["choices"][0]["message"], user("Go on")]
+            router = made.service.router
+            assert made.service.files
+            assert all(file.ids for file in made.service.files)
+            if is_counting:
+                assert router.reasons["different_ids"] > 0
+                assert router.counts["restore"] == 0
+                assert ("template", "different_ids") in {
+                    (each["reason"], each["detail"]) for each in told
+                }
+                assert "file" not in {each["plan"] for each in told}
+            else:
+                assert router.reasons["different_ids"] == 0
+                assert router.counts["restore"] > 0
+                assert "file" in {each["plan"] for each in told}
+        # A restart finds the ids of the files again.
+        with gateway(tmp_path / "own", upstreams=upstreams) as made:
+            assert made.service.files
+            assert all(file.ids for file in made.service.files)

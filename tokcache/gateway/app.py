@@ -179,17 +179,17 @@ class Endpoints:
     async def _body(self, request: Request) -> bytes:
         """Return the body; refuse one that is too large or comes too slowly."""
         limit = int(self._config.max_body_bytes)
-        too_large = ApiError(413, f"the body is larger than {limit:,} bytes")
+        too_large = f"the body is larger than {limit:,} bytes"
         declared = request.headers.get("content-length", "0")
         if not declared.isdigit() or int(declared[:20]) > limit:
-            raise too_large
+            raise ApiError(413, too_large)
         body = bytearray()
         try:
             async with asyncio.timeout(self._config.body_timeout_s):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > limit:
-                        raise too_large
+                        raise ApiError(413, too_large)
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not arrive within {self._config.body_timeout_s:g} s"
@@ -215,7 +215,7 @@ class Endpoints:
         body = read_object(raw)
         api = _APIS[request.url.path]
         if api.path == _CHAT:
-            body, changed = self._ruled(body)
+            body, changed = rules.apply(body, self._config.rules)
             raw = json.dumps(body).encode() if changed else raw
             request.state.rules = changed
         is_stream = body.get("stream") is True
@@ -237,15 +237,14 @@ class Endpoints:
         given = await self._body(request)
         body = read_object(given)
         require_one_answer(body)
-        chat, request.state.rules = self._ruled(_translated(body))
+        chat, request.state.rules = rules.apply(_translated(body), self._config.rules)
         is_stream = chat.get("stream") is True
         servers = self._service.router.servers.keys()
         if servers <= self._service.pinning and not request.state.rules:
             return await self._message_as_it_came(request, tenant, chat, given)
         chat |= {"stream": True, "stream_options": {"include_usage": True}}
-        turn, answer = await self._open(
-            request, tenant, _APIS[_CHAT], chat, json.dumps(chat).encode()
-        )
+        raw = json.dumps(chat).encode()
+        turn, answer = await self._open(request, tenant, _APIS[_CHAT], chat, raw)
         headers = _headers(request, turn)
         if not isinstance(answer, ChatAnswer):  # never; for the type checker
             raise TypeError
@@ -271,15 +270,8 @@ class Endpoints:
         await self._collect(request, turn, tenant)
         return JSONResponse(answer.body(), headers=headers)
 
-    def _ruled(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Return a body after the configured rules; count the volatile parts that are left."""
-        body, changed = rules.apply(body, self._config.rules)
-        for name in rules.suggested(body):
-            self._service.router.reasons[f"volatile_{name}"] += 1
-        return body, changed
-
     async def _open(
-        self, request: Request, tenant: Tenant, api: _Api, body: Mapping[str, Any], raw: bytes
+        self, request: Request, tenant: Tenant, api: _Api, body: dict[str, Any], raw: bytes
     ) -> tuple[Turn, Answer]:
         """Send a request to its slot.
 
@@ -290,67 +282,64 @@ class Endpoints:
         model = self._server_model(body)
         try:
             prompt = api.prompt(body, self._service.key, tenant.scope)
-            wish = Wish(prompt.chain(), tenant.scope, model, time.monotonic())
+            wish = Wish(prompt.chain(), tenant.scope, model, time.monotonic(), prompt.elements)
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
         answer = api.answer()
         tenant.start(time.monotonic())
         try:
-            turn = await _unless_gone(
-                request, self._service.open(wish, prompt, api.path, raw, answer)
-            )
+            with _Presence(request.receive):
+                turn = await self._service.open(wish, prompt, api.path, raw, answer)
         except BaseException:
             tenant.end(0)
             raise
-        if turn is None:
-            tenant.end(0)
-            raise ClientDisconnect
+        if api.path in (_CHAT, _MESSAGES):
+            # Counted while the llama-server decodes: it takes a millisecond for a long system text.
+            for name in rules.suggested(body):
+                self._service.router.reasons[f"volatile_{name}"] += 1
         return turn, answer
 
     async def _collect(self, request: Request, turn: Turn, tenant: Tenant) -> None:
         """Read a whole answer; stop if the client leaves."""
-
-        async def read() -> bool:
-            async for _ in turn.events():
-                pass
-            return True
-
         try:
-            if await _unless_gone(request, read()) is None:
-                raise ClientDisconnect
+            with _Presence(request.receive):
+                async for _ in turn.events():
+                    pass
         finally:
             turn.close()
             tenant.end(turn.n_tokens)
 
-    async def _streamed(self, turn: Turn) -> AsyncIterator[bytes]:
+    async def _streamed(self, turn: Turn) -> AsyncIterator[tuple[bytes, bool]]:
         try:
-            async for name, data, found in turn.events():
-                shown = data if found is None or data else json.dumps(found).encode()
-                yield (f"event: {name}\n".encode() if name else b"") + b"data: " + shown + b"\n\n"
+            async for events in turn.events():
+                told = b"".join(
+                    b"%sdata: %s\n\n" % (f"event: {name}\n".encode() if name else b"", data)
+                    for name, data, _ in events
+                )
+                yield told, turn.is_done
         except ApiError as error:
             self._service.counts[f"error_{error.status}"] += 1
             is_message = isinstance(turn.answer, messages.MessageAnswer)
-            told = error_body(error, is_anthropic=is_message)
+            failed, name = error_body(error, is_anthropic=is_message), b""
             if turn.is_responses:
-                told = {"type": "error", "message": str(error), "code": error.code, "param": None}
+                failed = {"type": "error", "message": str(error), "code": error.code, "param": None}
             if turn.is_responses or is_message:
-                yield b"event: error\n"
-            yield b"data: " + json.dumps(told).encode() + b"\n\n"
+                name = b"event: error\n"
+            yield b"%sdata: %s\n\n" % (name, json.dumps(failed).encode()), True
 
     async def _streamed_message(
-        self, turn: Turn, events: messages.MessageEvents
-    ) -> AsyncIterator[bytes]:
+        self, turn: Turn, made: messages.MessageEvents
+    ) -> AsyncIterator[tuple[bytes, bool]]:
         try:
-            for event in events.start():
-                yield _event(event)
-            async for _, _, found in turn.events():
-                for event in events.feed(found or {}):
-                    yield _event(event)
-            for event in events.end():
-                yield _event(event)
+            yield b"".join(map(_event, made.start())), False
+            async for events in turn.events():
+                fed = [each for _, _, found in events for each in made.feed(found or {})]
+                if fed:
+                    yield b"".join(map(_event, fed)), False
+            yield b"".join(map(_event, made.end())), True
         except ApiError as error:
             self._service.counts[f"error_{error.status}"] += 1
-            yield _event(error_body(error, is_anthropic=True))
+            yield _event(error_body(error, is_anthropic=True)), True
 
     # -- the other paths ----------------------------------------------------------------------
 
@@ -443,21 +432,75 @@ def _translated(body: dict[str, Any], *, is_counting: bool = False) -> dict[str,
 
 
 class _Stream(StreamingResponse):
-    """A stream of events that closes its turn, also if the client leaves before the first one."""
+    """A stream of events that closes its turn, also if the client leaves before the first one.
+
+    `content` yields bytes, and whether they are the last, which then leave with the stream's end.
+    """
 
     def __init__(
-        self, content: AsyncIterator[bytes], turn: Turn, tenant: Tenant, headers: dict[str, str]
+        self,
+        content: AsyncIterator[tuple[bytes, bool]],
+        turn: Turn,
+        tenant: Tenant,
+        headers: dict[str, str],
     ) -> None:
-        super().__init__(content, media_type="text/event-stream", headers=headers)
+        super().__init__((), media_type="text/event-stream", headers=headers)
+        self._content = content
         self._turn = turn
         self._tenant = tenant
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(
+        self,
+        scope: Scope,  # noqa: ARG002 (of ASGI)
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        body: dict[str, Any] = {"type": "http.response.body"}
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(ClientDisconnect), _Presence(receive):
+                await send(start)
+                is_last = False
+                async for data, is_last in self._content:
+                    await send({**body, "body": data, "more_body": not is_last})
+                if not is_last:
+                    await send({**body, "body": b"", "more_body": False})
         finally:
             self._turn.close()
             self._tenant.end(self._turn.n_tokens)
+
+
+class _Presence:
+    """Cancels the task that serves a request when its client leaves, and raises ClientDisconnect.
+
+    The work itself needs no task of its own, and so no hop of the event loop.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._has_left = False
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._watch = asyncio.ensure_future(self._gone())
+        self._watch.add_done_callback(self._cancel)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._watch.remove_done_callback(self._cancel)
+        self._watch.cancel()
+        if self._has_left and self._task is not None:
+            self._task.uncancel()
+            if kind is asyncio.CancelledError:
+                raise ClientDisconnect from None
+
+    async def _gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    def _cancel(self, watch: asyncio.Future[None]) -> None:
+        if not watch.cancelled() and self._task is not None:
+            self._has_left = True
+            self._task.cancel()
 
 
 def _headers(request: Request, turn: Turn) -> dict[str, str]:
@@ -475,25 +518,3 @@ def _headers(request: Request, turn: Turn) -> dict[str, str]:
 
 def _event(found: dict[str, Any]) -> bytes:
     return f"event: {found['type']}\ndata: {json.dumps(found)}\n\n".encode()
-
-
-async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
-    """Return the result of `work`; if the client leaves before, cancel it and return None."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(left())
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        return None
-    finally:
-        for each in (task, gone):
-            if not each.done():
-                each.cancel()
-                with suppress(asyncio.CancelledError):
-                    await each

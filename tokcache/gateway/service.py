@@ -36,7 +36,7 @@ from tokcache.errors import (
 from tokcache.gateway.api.body import read_object
 from tokcache.gateway.api.streams import ChatAnswer
 from tokcache.gateway.config import UpstreamConfig
-from tokcache.gateway.routing.chain import chat_prompt
+from tokcache.gateway.routing.chain import EMPTY, Chain, chat_prompt, ids_chain
 from tokcache.gateway.routing.files import Files, remove_strangers
 from tokcache.gateway.routing.router import Router
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
@@ -53,8 +53,10 @@ if TYPE_CHECKING:
     from tokcache.gateway.config import GatewayConfig
     from tokcache.gateway.routing.chain import Prompt
 
+_CHAT = "/v1/chat/completions"
 _TRIES = 4
 _TICK_S = 0.05
+_IDLE_TICK_S = 0.25
 _LOOK_S = 1.0
 _SETTLE_S = 120.0
 _SETTLE_LOOK_S = 0.05
@@ -72,10 +74,8 @@ class Service:
     """
 
     def __init__(self, config: GatewayConfig) -> None:
-        import httpx  # noqa: PLC0415 (an extra)
-
         self.config = config
-        self.broken: tuple[type[BaseException], ...] = (ServerError, httpx.HTTPError, OSError)
+        self.broken: tuple[type[BaseException], ...] = (ServerError, OSError)
         self.folder = Path(config.folder or platformdirs.user_cache_path("tokcache") / "gateway")
         self.files = Files(int(config.max_bytes))
         self.router = Router(
@@ -99,6 +99,8 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self.n_turns = 0
         self._is_list_old = False
+        self._saving: asyncio.Task[None] | None = None
+        self._has_queue = asyncio.Event()
 
     @property
     def is_healthy(self) -> bool:
@@ -131,6 +133,7 @@ class Service:
         if not self.is_healthy and self.managed is not None:
             raise ServerError("the started llama-server does not answer")
         self.in_background(self._watch())
+        self.in_background(self._reconsider())
         self.in_background(self._tick())
 
     async def stop(self) -> None:
@@ -139,15 +142,15 @@ class Service:
         deadline = time.monotonic() + self.config.drain_timeout_s
         while (self.n_turns or self._waiting) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_TICK_S)
+        if self._saving is not None:
+            await asyncio.wait((self._saving,))
         for slot in self.router.idle():
-            if time.monotonic() < deadline and self.router.is_worth_saving(slot):
+            if time.monotonic() < deadline and self.router.is_savable(slot):
                 await self._save(slot)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._write_list()
-        for upstream in self.upstreams.values():
-            await upstream.close()
         if self.managed is not None:
             await asyncio.to_thread(self.managed.stop)
 
@@ -186,7 +189,7 @@ class Service:
             made = await self._slot_for(wish)
             turn = Turn(self, made, prompt, answer, path)
             try:
-                await self._prepare(made)
+                await self._prepare(made, body if path == _CHAT else None)
                 self._require_pinned(path, made)
                 turn.plan, turn.n_promised = made.source, made.n_promised
                 await turn.send(path, body)
@@ -227,9 +230,12 @@ class Service:
         future = asyncio.get_running_loop().create_future()
         self._waiting[wish] = future
         self.assign()
+        if self.router.queue:
+            self._has_queue.set()
         is_taken = False
         try:
-            made: Assignment = await asyncio.wait_for(future, self.config.queue_timeout_s)
+            async with asyncio.timeout(self.config.queue_timeout_s):
+                made: Assignment = await future
             is_taken = True
         except TimeoutError:
             self.router.reasons["queue_timeout"] += 1
@@ -262,10 +268,10 @@ class Service:
 
     def release(self, slot: Slot) -> None:
         """Make a slot idle and give it to the next request."""
-        self.router.release(slot)
+        self.router.release(slot, time.monotonic())
         self.assign()
 
-    async def _prepare(self, made: Assignment) -> None:
+    async def _prepare(self, made: Assignment, chat: bytes | None) -> None:
         upstream = self.upstreams[made.slot.server.name]
         try:
             for slot in made.save:
@@ -282,12 +288,12 @@ class Service:
                 made.slot.emptied()
                 self.router.counts["erase"] += 1
             if made.source == "file":
-                await self._restore(made, upstream)
+                await self._restore(made, upstream, chat)
             made.is_sent = True
         finally:
             self.router.read_done(made)
 
-    async def _restore(self, made: Assignment, upstream: Upstream) -> None:
+    async def _restore(self, made: Assignment, upstream: Upstream, chat: bytes | None) -> None:
         file = made.file
         if file is None or file not in self.files or not self.files.is_intact(file):
             # Reading a truncated file could crash the server.
@@ -295,6 +301,13 @@ class Service:
                 self.files.drop(file)
             self.router.not_restored(made, "file_gone")
             return
+        if chat is not None and file.ids:
+            # Equal messages can render differently, for example if the template looks at the last.
+            ids = await self._ids(upstream, chat, made.wish.scope)
+            n_shared = file.ids.chars_at(file.ids.n_common(ids))
+            if ids and n_shared < self.router.least_to_restore(made):
+                self.router.not_worth_restoring(made, "different_ids")
+                return
         try:
             await upstream.restore(made.slot.id, file.name)
         except ServerUnreachable:
@@ -309,8 +322,13 @@ class Service:
     async def _save(self, slot: Slot) -> None:
         server = slot.server
         name = self.files.new_name(server.pool)
+        began = time.monotonic()
+        upstream = self.upstreams[server.name]
         try:
-            saved = await self.upstreams[server.name].save(slot.id, name)
+            saved, ids = await asyncio.gather(
+                upstream.save(slot.id, name),
+                self._ids(upstream, slot.asked, slot.scope, slot.n_prompt),
+            )
         except ServerUnreachable:
             self.files.discard(server.pool, name)
             raise
@@ -326,7 +344,35 @@ class Service:
             self.files.discard(server.pool, name)
             slot.lost()
             return
-        self.router.saved(slot, name, saved.n_tokens, saved.n_bytes)
+        seconds = time.monotonic() - began
+        self.router.saved(slot, name, saved.n_tokens, saved.n_bytes, seconds=seconds, ids=ids)
+
+    async def _ids(
+        self, upstream: Upstream, chat: bytes | None, scope: str | None, n_tokens: int | None = None
+    ) -> Chain:
+        """Return the chain of a prompt's ids, the empty one if they are not known.
+
+        `n_tokens` is the server's count of them, without which they are believed.
+        """
+        look = self.looks.get(upstream.url)
+        if chat is None or look is None:
+            return EMPTY
+        ids = await self.tokens.prompt_ids(upstream, look, chat, scope)
+        if ids is None or n_tokens not in (None, len(ids)):
+            return EMPTY
+        return ids_chain(ids, self.key, scope)
+
+    async def _save_idle(self, slot: Slot) -> None:
+        """Save a slot before a request waits for that."""
+        self.router.begin_save(slot)
+        try:
+            await self._save(slot)
+            self.counts["idle_save"] += 1
+        except ServerUnreachable:
+            self.counts["idle_save_failed"] += 1
+        finally:
+            self.release(slot)
+            self._saving = None
 
     async def wait_until_idle(self, slot: Slot) -> None:
         """Wait until a server has noticed that the request in a slot is over."""
@@ -347,7 +393,7 @@ class Service:
     async def _look(self, name: str) -> None:
         """Read a server's identity; if it has started since the last look, record that."""
         upstream = self.upstreams[name]
-        look = await upstream.look()
+        look = await upstream.look(self.looks.get(name))
         server = self.router.servers[name]
         if self.looks.get(name) == look and server.is_up:
             return
@@ -395,8 +441,7 @@ class Service:
                     held.is_pinned = True
                     continue
                 wish = Wish(prompt.chain(), scope, "", time.monotonic())
-                chat = "/v1/chat/completions"
-                turn = await self.open(wish, prompt, chat, json.dumps(body).encode(), ChatAnswer())
+                turn = await self.open(wish, prompt, _CHAT, json.dumps(body).encode(), ChatAnswer())
                 try:
                     async for _ in turn.events():
                         pass
@@ -438,15 +483,25 @@ class Service:
                 except (ServerError, OSError) as error:
                     self._down(name, error)
 
+    async def _reconsider(self) -> None:
+        """Try again to assign requests that wait for a prefix, whose time passes."""
+        while True:
+            await self._has_queue.wait()
+            await asyncio.sleep(_TICK_S)
+            self.assign()
+            if not self.router.queue:
+                self._has_queue.clear()
+
     async def _tick(self) -> None:
-        """Reconsider waiting requests, whose wait for a prefix may be over, and write the list."""
+        """Save slots while their servers are idle, and write the list of files."""
         n_ticks = 0
         while True:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(_IDLE_TICK_S)
             n_ticks += 1
-            if self.router.queue:
-                self.assign()
-            if self._is_list_old and n_ticks * _TICK_S >= _LOOK_S:
+            slot = None if self._saving else self.router.next_to_save(time.monotonic())
+            if slot is not None:
+                self._saving = asyncio.ensure_future(self._save_idle(slot))
+            if self._is_list_old and n_ticks * _IDLE_TICK_S >= _LOOK_S:
                 n_ticks = 0
                 self._write_list()
 

@@ -82,6 +82,24 @@ class ProvenTokenizers:
             return len(ids)
         return len(await self._of_server(upstream, asked))
 
+    async def prompt_ids(
+        self, upstream: Upstream, look: Look, chat: bytes, scope: str | None
+    ) -> TokenIds | None:
+        """Return the ids of a chat completion's prompt, None if they are not known for certain."""
+        proof = self._proof(upstream, look)
+        if proof.wrapped is None:
+            return None
+        try:
+            status, found = await upstream.post("/apply-template", chat)
+            if status != _OK:
+                return None
+            return await proof.wrapped.atoken_ids(
+                calls.text(found, "prompt"), add_special_tokens=True, scope=scope
+            )
+        except TokcacheError:
+            self._reasons["prompt_ids_unknown"] += 1
+            return None
+
     async def tokenize(
         self, upstream: Upstream, look: Look, raw: bytes, body: dict[str, Any], scope: str | None
     ) -> tuple[int, Any]:

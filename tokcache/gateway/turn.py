@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from tokcache.errors import ApiError, ServerRefused, ServerUnreachable
+from tokcache.errors import ApiError
 from tokcache.gateway.api.body import event_object, with_settings
-from tokcache.gateway.api.errors import upstream_error
 from tokcache.gateway.servers.upstream import Lines
 
 if TYPE_CHECKING:
@@ -22,9 +20,11 @@ if TYPE_CHECKING:
     from tokcache.gateway.routing.chain import Prompt
     from tokcache.gateway.routing.router import Router
     from tokcache.gateway.routing.slots import Assignment, Slot
+    from tokcache.gateway.servers.exchange import Exchange
     from tokcache.gateway.servers.upstream import Upstream
 
 _OK = 200
+Event: TypeAlias = tuple[str, bytes, dict[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +71,14 @@ class Turn:
         self.made = made
         self.answer = answer
         self.n_tokens = 0
+        # The upstream said that nothing follows; its connection may end later.
+        self.is_done = False
         self.plan, self.n_promised = made.source, made.n_promised
         self._service = service
         self._prompt = prompt
         self._api = api
-        self._stack = AsyncExitStack()
-        self._response: Any = None
+        self._exchange: Exchange | None = None
+        self._asked: bytes | None = None
         self._has_begun = False
         self._is_finished = False
         self._is_closed = False
@@ -90,50 +92,49 @@ class Turn:
         """
         upstream = self._service.upstreams[self.made.slot.server.name]
         body = with_settings(body, {"id_slot": self.made.slot.id, "cache_prompt": True})
-        enter = self._stack.enter_async_context
-        try:
-            self._response = await enter(upstream.stream(path, body))
-        except ServerRefused:
-            raise
-        except ServerUnreachable:
-            # llama-server closes a connection after 100 requests, without announcing it. A pinned
-            # request can be sent twice: the slot serves one after the other.
-            self._service.counts["reconnect"] += 1
-            self._response = await enter(upstream.stream(path, body))
-        if self._response.status_code != _OK:
-            raise upstream_error(self._response.status_code, await upstream.body_of(self._response))
+        self._asked = body if path == "/v1/chat/completions" else None
+        self._exchange = await upstream.stream(path, body)
+        if self._exchange.status != _OK:
+            raise await upstream.rejection(self._exchange)
 
-    async def events(self) -> AsyncIterator[tuple[str, bytes, dict[str, Any] | None]]:
-        """Yield the name, data and object of each event; `[DONE]` has no object.
+    async def events(self) -> AsyncIterator[list[Event]]:
+        """Yield the events that arrived together: name, data and object; `[DONE]` has no object.
 
         Errors: ApiError if the upstream breaks off, reports an error or sends no JSON.
         """
         lines = Lines()
         try:
-            async for chunk in self._response.aiter_raw():
-                for name, data in lines.feed(chunk):
-                    if data == b"[DONE]":
-                        yield name, data, None
-                        continue
-                    found = event_object(data)
-                    self.answer.feed({"error": found} if name == "error" else found)
-                    if not self._has_begun:
-                        self._has_begun = True
-                        now = time.monotonic()
-                        self._first_s = now - self.made.wish.arrived
-                        self._service.router.begun(self.made.slot, now)
-                    if self.answer.counts is not None and not self._is_finished:
-                        self._finish()
-                    if self._is_finished and ("timings" in found or "usage" in found):
-                        found["tokcache"] = self.happened()
-                        data = b""  # noqa: PLW2901 (the object has changed)
-                    yield name, data, found
+            while not self.is_done and (chunk := await self._read()):
+                if found := [self._event(name, data) for name, data in lines.feed(chunk)]:
+                    yield found
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ApiError(502, "the llama-server sent an event of another form") from error
         except self._service.broken as error:
             raise ApiError(502, "the llama-server broke off in the middle of the answer") from error
         if not self._is_finished:
             raise ApiError(502, "the llama-server ended its answer without the counts at its end")
+
+    async def _read(self) -> bytes:
+        return await self._exchange.read() if self._exchange is not None else b""
+
+    def _event(self, name: str, data: bytes) -> Event:
+        """Record an event and return it, with the outcome added where the counts are."""
+        if data == b"[DONE]":
+            self.is_done = self._is_finished
+            return name, data, None
+        found = event_object(data)
+        self.answer.feed({"error": found} if name == "error" else found)
+        if not self._has_begun and "prompt_progress" not in found:
+            self._has_begun = True
+            now = time.monotonic()
+            self._first_s = now - self.made.wish.arrived
+            self._service.router.begun(self.made.slot, now)
+        if self.answer.counts is not None and not self._is_finished:
+            self._finish()
+        if self._is_finished and ("timings" in found or "usage" in found):
+            found["tokcache"] = self.happened()
+            data = json.dumps(found).encode()
+        return name, data, found
 
     @property
     def is_responses(self) -> bool:
@@ -166,6 +167,7 @@ class Turn:
             n_cached=counts.n_cached,
             n_tokens=self.n_tokens,
         )
+        self.made.slot.asked = self._asked
         self._service.recent.append(
             Recent(
                 time.time(),
@@ -181,29 +183,37 @@ class Turn:
         )
 
     def close(self) -> None:
-        """Release the slot, at once or when the upstream has noticed that the request is over.
+        """Release the slot, at once or when the upstream has noticed that a client left.
 
         It does not wait: it also runs when the task of a client that left is cancelled.
         """
         if self._is_closed:
             return
         self._is_closed = True
-        if not self._is_finished:
-            self._service.router.abort(self.made, has_begun=self._has_begun)
+        self._disconnect()
+        if self._is_finished:
+            self._released()
+            return
+        self._service.router.abort(self.made, has_begun=self._has_begun)
         self._service.in_background(self._settle())
 
     def rejected(self) -> None:
         """Release the slot of a request that the upstream rejected."""
         self._is_closed = True
+        self._disconnect()
         self._service.router.reject(self.made)
         self._service.in_background(self._settle())
 
+    def _disconnect(self) -> None:
+        if self._exchange is not None:
+            self._exchange.close()
+
     async def _settle(self) -> None:
         try:
-            with contextlib.suppress(*self._service.broken):
-                await self._stack.aclose()
-            if not self._is_finished:
-                await self._service.wait_until_idle(self.made.slot)
+            await self._service.wait_until_idle(self.made.slot)
         finally:
-            self._service.n_turns -= 1
-            self._service.release(self.made.slot)
+            self._released()
+
+    def _released(self) -> None:
+        self._service.n_turns -= 1
+        self._service.release(self.made.slot)

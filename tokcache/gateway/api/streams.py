@@ -78,7 +78,8 @@ class ChatAnswer:
             self._logprobs += (choice.get("logprobs") or {}).get("content") or ()
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         self.usage = found.get("usage") or self.usage
-        if found.get("timings"):
+        # With `timings_per_token` every chunk has times; only those after the end are the answer's.
+        if found.get("timings") and self.finish_reason:
             self._timings = found["timings"]
             self.counts = Counts.read(self._timings)
 
@@ -145,7 +146,8 @@ class TextAnswer:
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
             self._logprobs += (choice.get("logprobs") or {}).get("content") or ()
         self._last = {**self._last, **found}
-        self.counts = Counts.read(found.get("timings")) or self.counts
+        if self._finish_reason:
+            self.counts = Counts.read(found.get("timings")) or self.counts
 
     def body(self) -> dict[str, Any]:
         """Return the completion."""
@@ -175,7 +177,7 @@ class ResponsesAnswer:
         raise_error_in(found)
         if isinstance(found.get("response"), dict):
             self._response = found["response"]
-        self.counts = Counts.read(found.get("timings")) or self.counts
+            self.counts = Counts.read(found.get("timings")) or self.counts
 
     def body(self) -> dict[str, Any]:
         """Return the response, with the time that llama-server's streams leave out."""

@@ -15,16 +15,20 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import ApiError
+
+if TYPE_CHECKING:
+    from tokcache.text.token_ids import TokenIds
 
 PIECE_CHARS = 512
 # A text has no messages, whose ends are good places to compare; its pieces are shorter.
 _TEXT_PIECE_CHARS = 128
 _PIECE_TOKENS = 32
+_IDS_PIECE_TOKENS = 64
 _DIGEST_BYTES = 16
 # Members of a body that change how llama-server renders the prompt.
 _RENDERING = (
@@ -99,6 +103,28 @@ class Prompt:
                 links.append(last)
                 chars.append(n_chars)
         return Chain(tuple(links), tuple(chars))
+
+
+def piece_after(elements: Sequence[str], n_links: int) -> str:
+    """Return the piece that follows the first `n_links`, "" if there is none."""
+    for element in elements:
+        n_pieces = -(-len(element) // PIECE_CHARS)
+        if n_links < n_pieces:
+            return element[n_links * PIECE_CHARS : (n_links + 1) * PIECE_CHARS]
+        n_links -= n_pieces
+    return ""
+
+
+def ids_chain(ids: TokenIds, key: bytes, scope: str | None) -> Chain:
+    """Return the chain of a rendered prompt; its `n_chars` are tokens, in steps of 64."""
+    links, last = [], _seed(key, scope, "ids", {})
+    stops = range(_IDS_PIECE_TOKENS, len(ids) + 1, _IDS_PIECE_TOKENS)
+    held = memoryview(ids)
+    for stop in stops:
+        piece = held[stop - _IDS_PIECE_TOKENS : stop]
+        last = hashlib.blake2b(piece, key=last, digest_size=_DIGEST_BYTES).digest()
+        links.append(last)
+    return Chain(tuple(links), tuple(stops))
 
 
 def chat_prompt(body: Mapping[str, Any], key: bytes, scope: str | None) -> Prompt:

@@ -35,6 +35,10 @@ def choices(files: Files, wish: Wish, idle: list[Slot]) -> Iterator[Choice]:
         server = slot.server
         n_links = slot.chain.n_common(wish.chain) if slot.scope == wish.scope else 0
         n_live = slot.tokens_at(n_links)
+        if 0 < n_links < min(len(slot.chain), len(wish.chain)):
+            # Pieces are long: how far the next one is equal decides between two slots.
+            n_chars = slot.n_chars_after(n_links, wish)
+            n_live += n_chars * slot.n_prompt // max(1, slot.chain.chars_at(slot.n_prompt_links))
         net = n_live - _loss(slot, n_live)
         yield Choice(slot, net, n_live, n_links, "slot" if n_live else "none")
         if not server.can_restore:
@@ -74,6 +78,12 @@ def rank(choice: Choice, wish: Wish, *, is_side: bool, side_tokens: int) -> tupl
         is_fitting,
         is_small,
         choice.copied is None,
-        -slot.used_at,
-        sum(not each.is_busy for each in slot.server.slots),
     )
+
+
+def rank_of_equals(choice: Choice, wish: Wish, *, needs_save: bool) -> tuple[float, ...]:
+    """Return the order of choices of one rank: no save, the longest unused, the idlest server."""
+    slot = choice.slot
+    is_continued = choice.source == "slot" and slot.is_continued_by(wish)
+    n_idle = sum(not each.is_busy for each in slot.server.slots)
+    return is_continued or not needs_save, -slot.used_at, n_idle

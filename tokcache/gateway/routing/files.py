@@ -12,6 +12,7 @@ import contextlib
 import json
 import secrets
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from tokcache._files import atomic_file
-from tokcache.gateway.routing.chain import Chain
+from tokcache.gateway.routing.chain import EMPTY, Chain
 from tokcache.llama.server.removals import Removal, SlotRemovals
 
-_FORMAT = 1
+_FORMAT = 2
 _USE_IS_WORTH_S = 600.0  # a file used again counts as used that much later, for each use
 _MAX_USES = 8
 _NAME_BYTES = 20
@@ -30,7 +31,10 @@ _NAME_BYTES = 20
 
 @dataclass(eq=False, slots=True)
 class SavedFile:
-    """One file; `n_prompt` tokens of it are the chain's first `n_prompt_links`."""
+    """One file; `n_prompt` tokens of it are the chain's first `n_prompt_links`.
+
+    `ids` is the chain of its prompt's token ids, empty where they are not known.
+    """
 
     name: str
     pool: str
@@ -44,6 +48,7 @@ class SavedFile:
     n_readers: int = 0
     # A file of the warm folder: neither evicted nor replaced by a longer one.
     is_pinned: bool = False
+    ids: Chain = EMPTY
     # The tenant; None also for files of an earlier process. It is not in the list on disk.
     scope: str | None = None
 
@@ -92,12 +97,16 @@ class Files:
         return isinstance(file, SavedFile) and self._files.get(file.name) is file
 
     def find(self, pool: str, chain: Chain) -> tuple[SavedFile, int] | None:
-        """Return the file of a pool that shares most links with a chain, and their number."""
-        for n_links in range(len(chain), 0, -1):
-            held = self._by_link.get((pool, chain.links[n_links - 1]))
-            if held:
-                return max(held, key=lambda file: (-file.n_tokens, file.used_at)), n_links
-        return None
+        """Return the file of a pool that shares most links with a chain, and their number.
+
+        Cost: O(log n) in the links, because a file that has a link has all links before it.
+        """
+        by_link, links = self._by_link, chain.links
+        n_links = bisect_left(links, True, key=lambda link: (pool, link) not in by_link)
+        if not n_links:
+            return None
+        held = by_link[pool, links[n_links - 1]]
+        return max(held, key=lambda file: (-file.n_tokens, file.used_at)), n_links
 
     def covers(self, pool: str, chain: Chain) -> SavedFile | None:
         """Return a file that holds all links of a chain."""
@@ -282,6 +291,9 @@ def _told(file: SavedFile) -> dict[str, Any]:
     told = asdict(file)
     told["links"] = [link.hex() for link in file.chain.links]
     told["n_chars"] = list(file.chain.n_chars)
+    told["ids"] = [
+        [link.hex(), n] for link, n in zip(file.ids.links, file.ids.n_chars, strict=True)
+    ]
     del told["chain"], told["n_readers"], told["scope"]
     return told
 
@@ -289,7 +301,9 @@ def _told(file: SavedFile) -> dict[str, Any]:
 def _read(found: dict[str, Any]) -> SavedFile:
     links = tuple(bytes.fromhex(each) for each in found.pop("links"))
     n_chars = tuple(int(each) for each in found.pop("n_chars"))
+    ids = tuple((bytes.fromhex(link), int(n)) for link, n in found.pop("ids"))
     name = str(found["name"])
     if not links or len(links) != len(n_chars) or "/" in name or not name.startswith("tokcache-"):
         raise ValueError(name)
-    return SavedFile(chain=Chain(links, n_chars), **found)
+    id_links, n_ids = zip(*ids, strict=True) if ids else ((), ())
+    return SavedFile(chain=Chain(links, n_chars), ids=Chain(id_links, n_ids), **found)

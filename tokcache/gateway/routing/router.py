@@ -16,8 +16,15 @@ import itertools
 from collections import Counter
 
 from tokcache.errors import QueueFull
+from tokcache.gateway.routing.admission import Admission
 from tokcache.gateway.routing.chain import EMPTY, Chain
-from tokcache.gateway.routing.choice import MIN_RESTORE_TOKENS, Choice, choices, rank
+from tokcache.gateway.routing.choice import (
+    MIN_RESTORE_TOKENS,
+    Choice,
+    choices,
+    rank,
+    rank_of_equals,
+)
 from tokcache.gateway.routing.files import Files, SavedFile
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
 from tokcache.state.reasons import MissReason
@@ -27,7 +34,10 @@ _MAX_BYPASSED_S = 2.0  # a request that waited so long is served before later on
 _MIN_SHARE_WAIT_S, _MAX_SHARE_WAIT_S = 1.0, 10.0
 _FEW_SLOTS = 3
 _FIRST_TOKENS_PER_CHAR = 0.3
-_KEPT = 0.9  # the share of the newest value in a running mean
+_KEPT = 0.9  # the weight of the past in a running mean
+# A slot that will soon be given away is saved while its server has nothing to do.
+_MIN_IDLE_S, _PRESSURE_S = 0.3, 60.0
+_SLOTS_PER_SAVED = 4
 
 
 class Router:
@@ -47,6 +57,8 @@ class Router:
         self.misses: Counter[str] = Counter()
         self.missed_tokens: Counter[str] = Counter()
         self.erases_between_scopes = False
+        self._admission = Admission()
+        self._displaced_at = float("-inf")
         self._max_queue = max_queue
         self._min_save_tokens = min_save_tokens
         self._side_tokens = side_tokens
@@ -95,6 +107,7 @@ class Router:
         if len(self.queue) >= self._max_queue:
             self.reasons["queue_full"] += 1
             raise QueueFull(1 + len(self.queue) // 8)
+        self._admission.asked(wish)
         self.queue.append(wish)
 
     def cancel(self, wish: Wish) -> None:
@@ -130,16 +143,26 @@ class Router:
         idle = self.idle(wish.model)
         if not idle:
             return None
-        is_side = self._is_side(wish)
-        best = max(
-            choices(self.files, wish, idle),
-            key=lambda each: rank(each, wish, is_side=is_side, side_tokens=self._side_tokens),
-        )
+        best = self._best(wish, idle)
         if self._is_worth_waiting(wish, best, now):
             wish.has_waited_for_prefix = True
             return None
         self.queue.remove(wish)
-        return self._assigned(wish, best)
+        return self._assigned(wish, best, now)
+
+    def _best(self, wish: Wish, idle: list[Slot]) -> Choice:
+        is_side = self._is_side(wish)
+        found = list(choices(self.files, wish, idle))
+        ranks = [rank(each, wish, is_side=is_side, side_tokens=self._side_tokens) for each in found]
+        highest = max(ranks)
+        equals = [each for each, its in zip(found, ranks, strict=True) if its == highest]
+        if len(equals) == 1:
+            return equals[0]
+        # Whether a slot would be saved is asked only for these, because it takes a look-up.
+        return max(
+            equals,
+            key=lambda each: rank_of_equals(each, wish, needs_save=self.is_worth_saving(each.slot)),
+        )
 
     def _is_side(self, wish: Wish) -> bool:
         n_chars = wish.chain.chars_at(len(wish.chain))
@@ -165,7 +188,7 @@ class Router:
                     return True
         return False
 
-    def _assigned(self, wish: Wish, choice: Choice) -> Assignment:
+    def _assigned(self, wish: Wish, choice: Choice, now: float) -> Assignment:
         slot = choice.slot
         made = Assignment(
             wish, slot, choice.source, choice.n_gained, file=choice.file, copied=choice.copied
@@ -178,10 +201,15 @@ class Router:
             if not self._is_saved(choice.copied):
                 made.save.append(choice.copied)
         keeps_all = choice.source == "slot" and slot.is_continued_by(wish)
-        if not keeps_all and self.is_worth_saving(slot):
-            made.save.append(slot)
-        elif not keeps_all and len(slot.chain) and not self._is_saved(slot):
-            self._note_unsaved(slot)
+        if not keeps_all and len(slot.chain) and not self._is_saved(slot):
+            if self.is_worth_saving(slot):
+                made.save.append(slot)
+            else:
+                self.counts["save_skipped"] += self.is_savable(slot)
+                self._note_unsaved(slot)
+        if not keeps_all and slot.n_tokens >= self._min_save_tokens:
+            self._displaced_at = now
+            self._admission.displaced(slot)
         is_of_another = slot.is_dirty and slot.scope != wish.scope
         made.is_erased = is_of_another and self.erases_between_scopes
         if choice.file is not None:
@@ -215,16 +243,50 @@ class Router:
             cause = "no_slot_save_path"
         elif slot.n_tokens < self._min_save_tokens:
             cause = "below_minimum"
-        else:
+        elif not slot.server.can_restore:
             cause = "restore_not_used_by_server"
+        else:
+            cause = "save_skipped"
         self.files.note_removal(slot.scope, slot.chain, cause)
 
     # -- reports of the service ---------------------------------------------------------------
 
-    def is_worth_saving(self, slot: Slot) -> bool:
-        """Return whether a slot's contents should be saved before they are lost."""
+    def is_savable(self, slot: Slot) -> bool:
+        """Return whether a slot's contents are lost with it and could be saved."""
         is_long = slot.n_tokens >= self._min_save_tokens and len(slot.chain) > 0
         return is_long and slot.server.can_restore and not self._is_saved(slot)
+
+    def is_worth_saving(self, slot: Slot) -> bool:
+        """Return whether saving a slot before it is given away is expected to save time."""
+        if not self.is_savable(slot):
+            return False
+        held = self.files.find(slot.server.pool, slot.chain)
+        n_lost = slot.n_tokens - (slot.tokens_at(held[1]) if held else 0)
+        return self._admission.pays(slot, n_lost)
+
+    def next_to_save(self, now: float) -> Slot | None:
+        """Return an idle slot to save now, because a request would soon have to wait for that.
+
+        Only servers without work are asked: llama-server decodes nothing while it saves. And only
+        if conversations lately lost their slots, and then the slot that was not used for longest.
+        """
+        if self.queue or now - self._displaced_at > _PRESSURE_S:
+            return None
+        for server in self.servers.values():
+            if not server.can_restore or any(slot.is_busy for slot in server.slots):
+                continue
+            unsaved = [slot for slot in server.slots if self.is_worth_saving(slot)]
+            n_free = len(server.slots) - len(unsaved)
+            if unsaved and n_free < max(1, len(server.slots) // _SLOTS_PER_SAVED):
+                oldest = min(unsaved, key=lambda slot: slot.used_at)
+                if now - oldest.idle_since >= _MIN_IDLE_S:
+                    return oldest
+        return None
+
+    def begin_save(self, slot: Slot) -> None:
+        """Keep a slot from other requests while it is saved; one that continues it waits."""
+        slot.is_busy = True
+        slot.coming, slot.begun_at = slot.chain, None
 
     def _is_saved(self, slot: Slot) -> bool:
         if slot.saved is not None and slot.saved in self.files:
@@ -232,8 +294,18 @@ class Router:
         slot.saved = self.files.covers(slot.server.pool, slot.chain)
         return slot.saved is not None
 
-    def saved(self, slot: Slot, name: str, n_tokens: int, n_bytes: int) -> SavedFile | None:
+    def saved(
+        self,
+        slot: Slot,
+        name: str,
+        n_tokens: int,
+        n_bytes: int,
+        *,
+        seconds: float = 0.0,
+        ids: Chain = EMPTY,
+    ) -> SavedFile | None:
         """Record a slot's new file; None if it is over the budget."""
+        self._admission.saved(slot.server, n_tokens, seconds)
         file = SavedFile(
             name=name,
             pool=slot.server.pool,
@@ -242,6 +314,7 @@ class Router:
             n_prompt=slot.n_prompt,
             n_tokens=n_tokens,
             n_bytes=n_bytes,
+            ids=ids,
             scope=slot.scope,
         )
         self.counts["save"] += 1
@@ -264,6 +337,23 @@ class Router:
         made.reason, made.detail = MissReason.REFUSED, reason
         made.slot.lost()
 
+    def least_to_restore(self, made: Assignment) -> int:
+        """Return the tokens that a file must hold of a request to be better than its slot is."""
+        return self._live(made)[1] + MIN_RESTORE_TOKENS
+
+    def not_worth_restoring(self, made: Assignment, reason: str) -> None:
+        """Record that a file is not restored; the slot keeps what it holds."""
+        self.reasons[reason] += 1
+        made.n_links, made.n_promised = self._live(made)
+        made.source = "slot" if made.n_promised else "none"
+        made.reason, made.detail = MissReason.TEMPLATE, reason
+
+    def _live(self, made: Assignment) -> tuple[int, int]:
+        """Return the links, and the tokens, that an assigned slot holds of its request."""
+        slot, wish = made.slot, made.wish
+        n_links = slot.chain.n_common(wish.chain) if slot.scope == wish.scope else 0
+        return n_links, slot.tokens_at(n_links)
+
     def read_done(self, made: Assignment) -> None:
         """Record that an assignment no longer needs its file or the slot that it copies."""
         if made.file is not None:
@@ -279,7 +369,8 @@ class Router:
         """Record an answer, and compare the promise with the tokens used."""
         slot, wish = made.slot, made.wish
         slot.holds(chain, len(wish.chain), n_prompt, n_tokens)
-        slot.scope = wish.scope
+        slot.scope, slot.elements = wish.scope, wish.elements
+        slot.is_shared = made.n_links > 0 or wish.has_waited_for_prefix
         slot.n_uses += 1
         if made.epoch != slot.server.epoch:
             slot.lost()
@@ -341,7 +432,8 @@ class Router:
         if n_tokens >= _MIN_WAIT_TOKENS and seconds > 0:
             server.tokens_per_s = n_tokens / seconds
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: Slot, now: float = 0.0) -> None:
         """Make a slot idle."""
         slot.is_busy = False
+        slot.idle_since = now
         slot.coming = EMPTY

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tokcache.gateway.routing.chain import EMPTY, Chain
+from tokcache.gateway.routing.chain import EMPTY, Chain, piece_after
 from tokcache.gateway.routing.files import SavedFile, tokens_at
 
 if TYPE_CHECKING:
@@ -30,19 +31,32 @@ class Slot:
     n_prompt: int = 0
     n_tokens: int = 0
     saved: SavedFile | None = None
+    # The elements of its prompt; they decide between slots that share equally many links.
+    elements: tuple[str, ...] = ()
+    # The chat completion whose prompt it holds; the ids of its file are made from it.
+    asked: bytes | None = None
     is_busy: bool = False
     is_side: bool = False
+    # The contents share a prefix with another request, for example an earlier turn.
+    is_shared: bool = False
     # May hold tokens of a scope, even if the record of them was lost.
     is_dirty: bool = False
     coming: Chain = EMPTY
     # When its request's prompt was decoded; None before that.
     begun_at: float | None = None
     used_at: int = 0
+    idle_since: float = 0.0
     n_uses: int = 0
 
     def tokens_at(self, n_links: int) -> int:
         """Return about how many tokens the first `n_links` links take."""
         return tokens_at(self.chain, n_links, self.n_prompt_links, self.n_prompt)
+
+    def n_chars_after(self, n_links: int, wish: Wish) -> int:
+        """Return the characters of the next piece that a request shares, after `n_links` equal."""
+        held, asked = (piece_after(each.elements, n_links) for each in (self, wish))
+        most = min(len(held), len(asked))
+        return bisect_left(range(1, most + 1), True, key=lambda n: held[:n] != asked[:n])
 
     def is_continued_by(self, wish: Wish) -> bool:
         """Return whether a request begins with all of the slot's prompt."""
@@ -54,6 +68,8 @@ class Slot:
         self.chain, self.n_prompt_links = chain, n_links
         self.n_prompt, self.n_tokens = n_prompt, n_tokens
         self.saved = None
+        self.asked = None
+        self.elements = ()
         self.is_dirty = True
 
     def lost(self) -> None:
@@ -102,6 +118,7 @@ class Wish:
     scope: str | None
     model: str
     arrived: float
+    elements: tuple[str, ...] = ()
     has_waited_for_prefix: bool = False
 
 

@@ -5,38 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokcache.errors import (
+    ApiError,
     InvalidAnswer,
     RequestRejected,
     ServerError,
     ServerFailed,
-    ServerRefused,
-    ServerTimeout,
-    ServerUnreachable,
     ServerUnsupported,
 )
 from tokcache.gateway.api.errors import upstream_error
+from tokcache.gateway.servers.exchange import Address, Exchange
 from tokcache.llama.server import calls
 from tokcache.llama.server.model import model_identity, probe_tokens
+from tokcache.llama.server.results import ModelMeta
 
 if TYPE_CHECKING:
-    import httpx
-
     from tokcache.gateway.config import UpstreamConfig
     from tokcache.llama.server.calls import Call
     from tokcache.llama.server.results import Completion, SlotFile, TokenProbabilities
 
 T = TypeVar("T")
-_CONNECT_S = 5.0
 _SLOT_ACTION_S = 60.0
-# llama-server closes an idle connection after 5 s.
-_IDLE_S = 4.0
 _MAX_ANSWER_BYTES = 64 << 20
 _MAX_LINE_BYTES = 16 << 20
 _OK, _NOT_SUPPORTED = 200, 501
@@ -70,39 +63,32 @@ class Upstream:
     """
 
     def __init__(self, config: UpstreamConfig, *, read_timeout_s: float) -> None:
-        import httpx  # noqa: PLC0415 (an extra)
-
         self.url = config.url
         self.slot_folder = Path(config.slot_folder) if config.slot_folder else None
+        self._address = Address(config.url, read_timeout_s=read_timeout_s)
         self.tokenizer = config.tokenizer
-        self._httpx = httpx
-        timeout = httpx.Timeout(read_timeout_s, connect=_CONNECT_S)
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S)
-        is_tls = config.url.startswith("https")
-        self._client = httpx.AsyncClient(
-            base_url=config.url,
-            timeout=timeout,
-            limits=limits,
-            verify=is_tls,
-            trust_env=False,
-            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
-        )
+        self._meta = ModelMeta()
 
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._client.aclose()
+    async def look(self, last: Look | None = None) -> Look:
+        """Ask who the server is; raise InvalidAnswer if it is not a llama-server.
 
-    async def look(self) -> Look:
-        """Ask who the server is; raise InvalidAnswer if it is not a llama-server."""
+        The metadata of the model is asked for again only if the server has started since `last`.
+        """
         raw = await self._json("GET", "/props")
         props = calls.props().read(raw)
-        meta = await self._do(calls.model_meta())
+        if last is None or not props.boot or props.boot != last.boot:
+            self._meta = await self._do(calls.model_meta())
         try:
             adapters = await self._do(calls.lora_adapters())
         except (RequestRejected, ServerUnsupported):
             adapters = ""
         modalities = raw.get("modalities") or {}
-        identity = (model_identity(props.model_path, meta), props.build, props.n_ctx, adapters)
+        identity = (
+            model_identity(props.model_path, self._meta),
+            props.build,
+            props.n_ctx,
+            adapters,
+        )
         place = str(self.slot_folder) if self.slot_folder else self.url
         pool = hashlib.blake2b(repr((identity, place)).encode(), digest_size=16).hexdigest()
         # Without an alias llama-server shows the path of the file on its host.
@@ -159,61 +145,45 @@ class Upstream:
 
     async def get(self, path: str) -> tuple[int, Any]:
         """Return the status and JSON answer of a GET."""
-        return await self._answer(self._client.build_request("GET", path))
+        return await self._answer("GET", path)
 
     async def post(self, path: str, body: bytes) -> tuple[int, Any]:
         """Return the status and JSON answer of a POST."""
-        return await self._answer(self._client.build_request("POST", path, content=body))
+        return await self._answer("POST", path, body)
 
-    @asynccontextmanager
-    async def stream(self, path: str, body: bytes) -> AsyncIterator[httpx.Response]:
-        """Send a request and yield the response once its status is known; leaving aborts it."""
-        response = await self._send(self._client.build_request("POST", path, content=body))
+    async def stream(self, path: str, body: bytes) -> Exchange:
+        """Send a request and return its answer once its status is known; closing it aborts it."""
+        return await self._address.send("POST", path, body)
+
+    async def rejection(self, exchange: Exchange) -> ApiError:
+        """Return the error that a request was answered with."""
+        return upstream_error(exchange.status, await self._read(exchange))
+
+    async def _answer(
+        self, method: str, path: str, body: bytes = b"", timeout_s: float | None = None
+    ) -> tuple[int, Any]:
+        exchange = await self._address.send(method, path, body, timeout_s=timeout_s)
         try:
-            yield response
-        except self._httpx.HTTPError as error:
-            raise self._translated(error, path) from error
+            return exchange.status, await self._read(exchange)
         finally:
-            await response.aclose()
+            exchange.close()
 
-    async def body_of(self, response: httpx.Response) -> Any:
-        """Return the JSON of a response that is not a stream, None if it is not JSON."""
+    async def _read(self, exchange: Exchange) -> Any:
+        """Return the JSON of a whole answer, None if it is not JSON."""
         content = bytearray()
-        try:
-            async for chunk in response.aiter_bytes():
-                content += chunk
-                if len(content) > _MAX_ANSWER_BYTES:
-                    raise InvalidAnswer(
-                        f"{self.url} answered more than {_MAX_ANSWER_BYTES:,} bytes"
-                    )
-        except self._httpx.HTTPError as error:
-            raise self._translated(error, response.request.url.path) from error
+        while chunk := await exchange.read():
+            content += chunk
+            if len(content) > _MAX_ANSWER_BYTES:
+                raise InvalidAnswer(f"{self.url} answered more than {_MAX_ANSWER_BYTES:,} bytes")
         try:
             return json.loads(content.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
             return None
 
-    async def _answer(self, request: httpx.Request) -> tuple[int, Any]:
-        response = await self._send(request)
-        try:
-            return response.status_code, await self.body_of(response)
-        finally:
-            await response.aclose()
-
-    async def _send(self, request: httpx.Request) -> httpx.Response:
-        try:
-            return await self._client.send(request, stream=True)
-        except self._httpx.HTTPError as error:
-            raise self._translated(error, request.url.path) from error
-
     async def _json(
-        self, method: str, path: str, body: bytes | None = None, timeout_s: float | None = None
+        self, method: str, path: str, body: bytes = b"", timeout_s: float | None = None
     ) -> Any:
-        extensions = {}
-        if timeout_s is not None:
-            extensions["timeout"] = self._httpx.Timeout(timeout_s).as_dict()
-        request = self._client.build_request(method, path, content=body, extensions=extensions)
-        status, found = await self._answer(request)
+        status, found = await self._answer(method, path, body, timeout_s)
         if status == _OK and found is not None:
             return found
         if status == _OK:
@@ -226,46 +196,41 @@ class Upstream:
         raise kind(f"{self.url} answered {path} with {status}: {upstream_error(status, found)}")
 
     async def _do(self, call: Call[T], timeout_s: float | None = None) -> T:
-        body = None if call.body is None else json.dumps(call.body).encode()
-        try:
-            found = await self._json(call.method, call.path, body, timeout_s)
-        except ServerRefused:
-            raise
-        except ServerUnreachable:
-            # The server may close an idle connection just when it is used again. None of the calls
-            # does harm when it is sent twice.
-            found = await self._json(call.method, call.path, body, timeout_s)
-        return call.read(found)
-
-    def _translated(self, error: Exception, path: str) -> ServerError:
-        if isinstance(error, self._httpx.TimeoutException):
-            return ServerTimeout(f"{self.url} did not answer {path} in time")
-        kind = ServerRefused if isinstance(error, self._httpx.ConnectError) else ServerUnreachable
-        return kind(f"{self.url} is out of reach: {type(error).__name__}")
+        body = b"" if call.body is None else json.dumps(call.body).encode()
+        return call.read(await self._json(call.method, call.path, body, timeout_s))
 
 
 class Lines:
-    """Splits a stream into server-sent events; lines and events have a limited size."""
+    """Splits a stream into server-sent events; lines have a limited size.
+
+    Errors: InvalidAnswer for a line that is too long, or that some clients would read as two.
+    """
 
     def __init__(self) -> None:
         self._rest = bytearray()
         self._name = ""
 
-    def feed(self, chunk: bytes) -> Iterator[tuple[str, bytes]]:
-        """Add bytes and yield the name and data of each data line that they complete."""
-        n_searched = len(self._rest)
+    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
+        """Add bytes and return the name and data of each data line that they complete."""
+        # The start of a long line is kept without a copy for each chunk.
         self._rest += chunk
-        start = 0
-        while (end := self._rest.find(b"\n", max(start, n_searched))) >= 0:
-            line = bytes(self._rest[start:end]).removesuffix(b"\r")
-            start = end + 1
-            name, _, value = line.partition(b":")
-            if not line:
-                self._name = ""
+        if len(self._rest) > _MAX_LINE_BYTES and b"\n" not in chunk:
+            raise InvalidAnswer(f"the llama-server sent a line of over {_MAX_LINE_BYTES:,} bytes")
+        if b"\n" not in chunk:
+            return []
+        *lines, rest = bytes(self._rest).split(b"\n")
+        self._rest = bytearray(rest)
+        found = []
+        for line in lines:
+            name, _, value = line.removesuffix(b"\r").partition(b":")
+            if b"\r" in value:
+                raise InvalidAnswer("the llama-server sent a carriage return within a line")
+            if name == b"data":
+                found.append((self._name, value.strip()))
             elif name == b"event":
                 self._name = value.strip().decode("ascii", "replace")
-            elif name in (b"data", b"error"):
-                yield ("error" if name == b"error" else self._name), value.strip()
-        del self._rest[:start]
-        if len(self._rest) > _MAX_LINE_BYTES:
-            raise InvalidAnswer(f"the llama-server sent a line of over {_MAX_LINE_BYTES:,} bytes")
+            elif name == b"error":
+                found.append(("error", value.strip()))
+            elif not name:
+                self._name = ""
+        return found
