@@ -408,6 +408,36 @@ def test_a_precompiled_character_map_is_never_printed(shared_data: Path) -> None
 # ---- engines
 
 
+# ---- what transformers makes of the files
+
+
+def _llama_folder(folder: Path, class_name: str) -> Path:
+    saved("llama2", folder)
+    config = {"tokenizer_class": class_name, "unk_token": "<unk>", "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_tokenizer_that_transformers_builds_otherwise_is_shown(tmp_path: Path) -> None:
+    folder = _llama_folder(tmp_path, "LlamaTokenizer")
+    found = as_json(folder, "--engine", "tokenizers")["by_transformers"]
+    assert found["class_name"] == "LlamaTokenizer"
+    assert found["unlike_file"][:2] == ["normalizer", "pre_tokenizer"]
+    assert ["pre_tokenizer", "Metaspace"] in found["recognised"]
+    assert found["has_cuts"]
+    assert (found["why_not_whole"], found["why_not_parts"], found["why_not"]) == (None, None, None)
+    assert not found["is_different"]
+    shown = run(folder, "--engine", "tokenizers").output
+    assert "Auto class:  AutoTokenizer gives LlamaTokenizer, with another" in shown
+
+
+def test_a_class_with_its_own_encoding_is_reported_in_words(tmp_path: Path) -> None:
+    folder = _llama_folder(tmp_path, "CodeLlamaTokenizer")
+    found = as_json(folder, "--engine", "tokenizers")["by_transformers"]
+    assert found["why_not_whole"].startswith("CodeLlamaTokenizer has its own encode_plus")
+    assert "depend on the calls before" in found["why_not_whole"]
+
+
 def test_the_engine_option_has_the_values_of_the_config() -> None:
     assert tuple(one.value for one in EngineName) == ENGINES
 

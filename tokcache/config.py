@@ -11,6 +11,10 @@ from tokcache.errors import InvalidConfig
 # Entries compared for one eviction; the default of 8 comes close to exact LRU.
 MAX_SAMPLE_SIZE = 1024
 
+# Of longer texts that L1 puts together, L0 stores one in a few.
+LONG_CHARS = 2048
+ADMIT_ONE_IN = 8
+
 ENGINES = ("auto", "tokenizers", "gigatoken", "fastokens")
 
 

@@ -132,17 +132,9 @@ L1_OFF = {
         "added tokens of both kinds (normalized or not) overlap, or one takes another's whitespace",
         "rename the token, or add it without lstrip and rstrip",
     ),
-    "normalized_token_flags": Reason(
-        "normalized added tokens have flags whose effect cannot be bounded",
-        "add the tokens with `normalized=False`",
-    ),
     "normalized_tokens_alike": Reason(
         "two added tokens are the same text once they are normalized",
         "remove one, or add them with `normalized=False`",
-    ),
-    "normalized_token_prefix": Reason(
-        "normalized added tokens are read differently at the start of a text",
-        "add the tokens with `normalized=False`",
     ),
     "long_added_token": Reason(
         "an added token is longer than 256 characters", "use a shorter added token"
@@ -349,6 +341,19 @@ SERVER_REFUSALS = {
     ),
     "files_of_another_model": Reason("the server was started with another model", _NOTHING),
     "server_away": Reason("the server did not answer", "see the log"),
+    "server_restarted": Reason(
+        "the server was started again, and no file had the contents of its slots",
+        "set `--slot-save-path`, and leave `save_when` at `answered`",
+    ),
+    "slot_busy": Reason(
+        "a slot that was decoding for another request held more of the prompt",
+        "start the server with more slots, or send the requests of a conversation in turn",
+    ),
+    "no_checkpoint": Reason(
+        "a slot or file held more of the prompt, but the server cannot go back to that place",
+        "start llama-server with its default `--ctx-checkpoints`; in reproducible mode only whole "
+        "files are restored",
+    ),
 }
 
 # `remembered_digests`: why the digest of a model file was computed again.
@@ -362,15 +367,8 @@ DIGEST_REFUSALS = {
     "damaged_key": Reason("the key of the cache folder is damaged", "remove it"),
 }
 
-# Counters of `tokcache serve`, and the `reason` in its answers.
+# Counters of `tokcache serve`, and the `detail` of a reason in its answers.
 GATEWAY_REASONS = {
-    "never_stored": Reason(
-        "no slot and no file of this tenant holds the beginning of the prompt", _NOTHING
-    ),
-    "different_text": Reason(
-        "the prompt differs from the held one before its end",
-        "look for parts that change with each request; `rules` can move or blank some",
-    ),
     "busy": Reason(
         "a busy slot was decoding the prefix and was not free in time",
         "start the llama-server with more slots",
@@ -472,7 +470,7 @@ MISSES = {
     ),
     "refused": Reason(
         "the state could not be stored or used; the detail is the code of a refusal, or "
-        "`below_minimum`, `disabled`, `closed`",
+        "`below_minimum`, `save_skipped` (such prompts seldom came back), `disabled`, `closed`",
         "look up the code in the other tables",
     ),
     "other_fingerprint": Reason(

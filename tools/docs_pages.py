@@ -43,7 +43,8 @@ def all_tables() -> dict[str, Mapping[str, tuple[str, str]]]:
 
 _COUNTERS = {
     "Prompts not reused to their end": (
-        "`states.stats().misses` and `missed_tokens`, `plan.miss`, and `llm.last_reuse.miss`"
+        "`states.stats().misses` and `missed_tokens`, `plan.miss`, `llm.last_reuse.miss`, and "
+        "for a llama-server `server.stats().misses` and `server.complete(…).miss`"
     ),
     "Calls answered by the plain tokenizer": "`tok.cache_stats().bypasses`",
     "Texts not put into L0": "`tok.cache_stats().l0.refusals`",
@@ -59,7 +60,8 @@ _COUNTERS = {
     "llama-server": "`server.stats().refusals`",
     "Digests of model files": "the log",
     "The endpoint `tokcache serve`": (
-        "the metric `tokcache_gateway_reasons_total`, and `reason` in answers"
+        "the metric `tokcache_gateway_reasons_total`, and `detail` in answers; their `reason` is "
+        "one of the first table (`tokcache_gateway_misses_total`)"
     ),
 }
 

@@ -14,6 +14,7 @@ from tokcache.gateway.routing.chain import Chain, chat_prompt
 from tokcache.gateway.routing.files import Files, SavedFile
 from tokcache.gateway.routing.router import Router
 from tokcache.gateway.routing.slots import Assignment, Wish
+from tokcache.state.reasons import MissReason
 
 KEY = bytes(32)
 TOKENS_PER_CHAR = 0.25
@@ -103,7 +104,7 @@ def test_a_request_waits_for_a_prefix_that_is_being_decoded_but_not_for_ever() -
     assert made.assign(5.2) == []
     (second,) = made.assign(7.0)
     assert second.slot is not first.slot
-    assert second.reason == "busy"
+    assert (second.reason, second.detail) == (MissReason.REFUSED, "busy")
 
 
 def test_another_request_overtakes_one_that_waits_for_a_prefix() -> None:
@@ -155,6 +156,36 @@ def test_an_answer_of_a_server_that_was_restarted_is_not_recorded() -> None:
     assert first.slot.n_tokens == 0
     made.abort(first, has_begun=True)
     assert first.slot.n_tokens == 0
+
+
+def test_an_evicted_file_is_named_to_its_own_tenant_alone() -> None:
+    made = router(max_bytes=1500)  # `carry` saves a byte a token
+    up(made, n_slots=1)
+    assert answered(made, [LONG], "a").reason is MissReason.NEVER_STORED
+    for char in "yz":
+        assert answered(made, [char * 4000], "b").reason is MissReason.NEVER_STORED
+    again = answered(made, [LONG], "c")
+    assert (again.reason, again.detail) == (MissReason.EVICTED, "file: max_bytes")
+    assert answered(made, ["w" * 4000], "d").reason is MissReason.NEVER_STORED
+    made.enqueue(wish(prompt(["y" * 4000], "other").chain(), "other"))
+    (assignment,) = made.assign(0.0)
+    assert assignment.reason is MissReason.NEVER_STORED
+    assert made.misses == {"never_stored": 4, "evicted": 1}
+    assert made.missed_tokens["evicted"] == 999
+
+
+@pytest.mark.parametrize(
+    ("given", "detail"),
+    [({"min_save_tokens": 2000}, "below_minimum"), ({"max_bytes": 10}, "file_over_budget")],
+    ids=["too short", "over the budget"],
+)
+def test_contents_that_are_not_saved_say_why(given: Any, detail: str) -> None:
+    made = router(**given)
+    up(made, n_slots=1)
+    answered(made, [LONG], "a")
+    answered(made, ["y" * 4000], "b")
+    again = answered(made, [LONG], "a")
+    assert (again.reason, again.detail) == (MissReason.REFUSED, detail)
 
 
 def test_restores_stop_after_three_that_helped_nothing() -> None:
@@ -413,3 +444,30 @@ def test_a_short_look_up_of_a_common_prefix_equals_a_plain_one() -> None:
         while plain < min(len(one), len(other)) and one.links[plain] == other.links[plain]:
             plain += 1
         assert one.n_common(other) == plain
+
+
+def test_another_tenant_changes_no_reason_that_a_tenant_sees() -> None:
+    """Tenant "a" sends the same requests with and without tenant "b", which sends the same ones."""
+    rng = random.Random(4)
+    texts = [[LONG], [LONG, "more"], ["y" * 3000], [LONG[:1000] + "z" * 900], [LONG, "again"]]
+    asked = [rng.choice(texts) for _ in range(40)]
+    seen = []
+    for has_other in (False, True):
+        made = router(max_bytes=1 << 30)
+        up(made, n_slots=3)
+        found = []
+        for each in asked:
+            for scope in ("b", "a") if has_other else ("a",):
+                own = prompt(each, scope)
+                made.enqueue(wish(own.chain(), scope))
+                (assignment,) = made.assign(0.0)
+                carry(made, assignment)
+                n_prompt = int(sum(map(len, each)) * TOKENS_PER_CHAR)
+                counts = {"n_cached": assignment.n_promised, "n_tokens": n_prompt + 5}
+                made.finish(assignment, own.chain("x"), n_prompt=n_prompt, **counts)
+                made.release(assignment.slot)
+                if scope == "a":
+                    found.append((assignment.n_promised, assignment.reason, assignment.detail))
+        seen.append(found)
+    assert seen[0] == seen[1]
+    assert len({reason for _, reason, _ in seen[0]}) > 2

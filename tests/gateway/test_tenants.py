@@ -72,6 +72,26 @@ def test_a_prefix_of_one_tenant_is_never_reused_for_another(served: Gateway) -> 
     assert served.service.router.counts["erase"] >= 2
 
 
+def test_a_reason_is_in_the_header_the_answer_and_the_figures(served: Gateway) -> None:
+    before = served.service.router.misses["never_stored"]
+    body = {"messages": [system("Of one tenant. " * 60), user("go")], "max_tokens": 2}
+    first = served.http.post("/v1/chat/completions", json=body, headers=key("one"))
+    told = first.json()["tokcache"]
+    assert first.headers["x-tokcache-reason"] == told["reason"] == "never_stored"
+    again = served.http.post("/v1/chat/completions", json=body, headers=key("one"))
+    assert "x-tokcache-reason" not in again.headers
+    assert again.json()["tokcache"]["reason"] == ""
+    other = served.http.post("/v1/chat/completions", json=body, headers=key("two"))
+    assert other.json()["tokcache"] == told
+    assert served.service.router.misses["never_stored"] == before + 2
+    metrics = served.http.get("/metrics", headers=key("boss")).text
+    assert f'tokcache_gateway_misses_total{{reason="never_stored"}} {before + 2}' in metrics
+    assert 'tokcache_gateway_missed_tokens_total{reason="never_stored"}' in metrics
+    status = served.http.get("/status.json", headers=key("boss")).json()
+    assert status["misses"]["never_stored"] == before + 2
+    assert status["recent"][0]["reason"] == "never_stored"
+
+
 def test_only_an_admin_sees_the_figures_of_all(served: Gateway) -> None:
     for path in ("/metrics", "/status.json"):
         assert served.http.get(path, headers=key("one")).status_code == 403

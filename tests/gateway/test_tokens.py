@@ -240,7 +240,9 @@ def test_a_file_is_restored_only_for_a_prompt_with_its_ids(
             if is_counting:
                 assert router.reasons["different_ids"] > 0
                 assert router.counts["restore"] == 0
-                assert "different_ids" in {each["reason"] for each in told}
+                assert ("template", "different_ids") in {
+                    (each["reason"], each["detail"]) for each in told
+                }
                 assert "file" not in {each["plan"] for each in told}
             else:
                 assert router.reasons["different_ids"] == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -107,6 +106,36 @@ def test_an_answer_that_is_encoded_again_is_no_different_text() -> None:
     llm.close()
 
 
+@pytest.mark.parametrize("is_thinking", [True, False], ids=["thinking dropped", "another text"])
+def test_an_earlier_turn_that_is_rendered_in_another_way_is_the_templates(
+    is_thinking: bool,
+) -> None:
+    llm = llama(store())
+    head, tail = "<|user|>\nHow far is it?\n<|assistant|>\n", "About 384 km.\n<|user|>\nAnd back?\n"
+    thought = "<think>\nIt is about 384 km.\n</think>\n" if is_thinking else "It is not far. "
+    ask(llm, head + thought + tail)
+    found = miss(llm, head + tail + "<|assistant|>\n")
+    assert found.reason is MissReason.DIFFERENT_TEXT  # found when it is read
+    shown = llm.explain_miss()
+    assert shown is not None
+    assert shown.miss.reason is (MissReason.TEMPLATE if is_thinking else MissReason.DIFFERENT_TEXT)
+    llm.close()
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "lfm2"])
+def test_an_evicted_tail_says_so(architecture: str) -> None:
+    cache = store(max_entries=4)
+    llm = llama(cache, model=samples.tiny_model(architecture=architecture))
+    short = A[: BLOCK - 2]  # no whole block: a tail alone
+    ask(llm, short)
+    for n in range(4):
+        ask(llm, B[n : n + BLOCK - 2])
+    found = miss(llm, short)
+    assert (found.reason, found.detail) == (MissReason.EVICTED, "ram: max_entries")
+    assert found.n_removed == BLOCK - 3  # it was saved before the last token
+    llm.close()
+
+
 def test_an_evicted_state_says_so() -> None:
     cache = store(max_entries=1)
     llm = llama(cache)
@@ -189,7 +218,7 @@ def test_another_tenant_changes_nothing_that_a_tenant_sees(
             n_reused = reuse.n_in_context + reuse.n_restored
             miss_of = reuse.miss
             shown = llm.explain_miss(scope="a")
-            found.append((n_reused, miss_of and replace(miss_of, seconds=None)))
+            found.append((n_reused, miss_of and miss_of._replace(seconds=None)))
             found.append(shown and (shown.at_character, shown.held[:20], shown.new))
             assert llm.explain_miss(scope="b") is None
         seen.append(found)

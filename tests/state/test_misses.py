@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from tokcache.reasons import MISSES
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.reasons import Miss, MissReason
 from tokcache.state.removals import N_ROWS
+from tokcache.state.write_behind import Job
 from tokcache.stats import StateStats
 
 if TYPE_CHECKING:
@@ -261,3 +264,133 @@ def test_a_look_up_counts_its_miss_unless_the_caller_counts() -> None:
     assert isinstance(cache.stats(), StateStats)
     cache.clear()
     assert cache.stats().misses == {}
+
+
+def snapshot_miss(cache: PrefixStateCache, tokens: Sequence[int], **settings: Any) -> Miss:
+    """Return why `find` returned nothing, and check that it counts the same reason."""
+    ns = cache.namespace(b"m", **settings)
+    before = cache.stats().misses
+    assert ns.find(tokens) is None
+    found = ns.find_miss(tokens)
+    counted = cache.stats().misses
+    assert counted[found.reason] == before.get(found.reason, 0) + 1
+    assert found.n_missed == len(tokens)
+    return found
+
+
+@pytest.mark.parametrize("budget", ["max_entries", "ram_bytes"])
+def test_an_evicted_snapshot_names_tier_budget_and_time(budget: str) -> None:
+    settings: Any = {"max_entries": 1} if budget == "max_entries" else {"ram_bytes": 5000}
+    cache = PrefixStateCache(**settings)
+    ns = cache.namespace(b"m", scope="a")
+    assert snapshot_miss(cache, FIRST, scope="a") == Miss(MissReason.NEVER_STORED, 0, 40)
+    began = time.time()
+    ns.store(FIRST[:30], bytes(2000))
+    ns.store(range(1000, 1040), bytes(2000))
+    found = snapshot_miss(cache, FIRST, scope="a")
+    assert (found.reason, found.detail) == (MissReason.EVICTED, f"ram: {budget}")
+    assert found.n_removed == 30
+    assert began <= (found.removed_at or 0.0) <= time.time()
+    assert snapshot_miss(cache, FIRST[:29], scope="a").reason is MissReason.NEVER_STORED
+    assert snapshot_miss(cache, OTHER, scope="a").reason is not MissReason.EVICTED
+    assert snapshot_miss(cache, FIRST, scope="b").reason is MissReason.NEVER_STORED
+    assert snapshot_miss(cache, FIRST).reason is MissReason.NEVER_STORED
+    ns.store(FIRST[:30], bytes(2000))
+    with ns.find(FIRST) as handle:  # type: ignore[union-attr]
+        assert handle.n_tokens == 30
+    assert ns.find_miss(FIRST, n_found=30).reason is MissReason.NEVER_STORED
+
+
+def test_a_snapshot_that_goes_on_in_another_way_is_a_different_text() -> None:
+    cache = PrefixStateCache()
+    cache.namespace(b"m").store(FIRST, b"x")
+    found = snapshot_miss(cache, OTHER)
+    assert (found.reason, found.at_token) == (MissReason.DIFFERENT_TEXT, 20)
+    assert snapshot_miss(cache, OTHER, scope="a").reason is MissReason.NEVER_STORED
+
+
+def test_snapshots_that_expired_or_were_not_stored_say_why() -> None:
+    cache = PrefixStateCache(ttl_s=0.02)
+    cache.namespace(b"m").store(FIRST, b"x")
+    time.sleep(0.05)
+    assert snapshot_miss(cache, FIRST).reason is MissReason.EXPIRED
+    cache = PrefixStateCache(ram_bytes=3000, max_entries=1)
+    cache.namespace(b"m").store(FIRST, bytes(5000))
+    assert snapshot_miss(cache, FIRST).detail == "over_budget"
+    assert cache.namespace(b"m").fill(OTHER, 7, lambda _: 1 / 0) is False
+    assert snapshot_miss(cache, OTHER).detail == "save_failed"
+    cache.namespace(b"m").store([1, 2], b"x", pin=True)
+    cache.namespace(b"m").store(FIRST, b"x")
+    assert snapshot_miss(cache, FIRST).detail == "entries_in_use"
+    assert snapshot_miss(PrefixStateCache(enabled=False), FIRST).detail == "disabled"
+    assert snapshot_miss(PrefixStateCache(min_tokens=41), FIRST).detail == "below_minimum"
+
+
+def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
+    cache = PrefixStateCache(disk=tmp_path)
+    cache.namespace(b"m").store(FIRST, bytes(500))
+    cache.close()
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 300)
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    cache = PrefixStateCache(disk=tmp_path)
+    assert cache.namespace(b"m").find(FIRST) is None
+    assert cache.stats().misses == {"damaged": 1}
+    cache.close()
+
+
+@pytest.mark.parametrize("kind", ["blocks", "snapshot"])
+def test_a_state_that_a_full_queue_kept_from_the_tier_says_so(tmp_path: Path, kind: str) -> None:
+    cache = PrefixStateCache(disk=tmp_path, max_entries=1, queue_bytes=1)
+    gate = threading.Event()
+    cache._store.below[0].writer.put(Job(None, 10, lambda: gate.wait(10)))
+    ns = cache.namespace(b"m")
+    if kind == "blocks":
+        Engine().save(cache, FIRST)
+        assert ns.plan(FIRST).miss is None  # still in memory
+        Engine().save(cache, range(1000, 1040))
+        found = miss(cache, FIRST)
+    else:
+        ns.store(FIRST, b"state")
+        ns.store(range(1000, 1040), b"other")
+        found = snapshot_miss(cache, FIRST)
+    assert (found.reason, found.detail) == (MissReason.REFUSED, "queue_full")
+    gate.set()
+    cache.flush()
+    # Now the queue takes it, so its eviction has no other cause.
+    if kind == "blocks":
+        Engine().save(cache, FIRST)
+        cache.flush()
+        Engine().save(cache, range(1000, 1040))
+    else:
+        ns.store(FIRST, b"state")
+        cache.flush()
+        ns.store(range(1000, 1040), b"other")
+    cache.flush()
+    for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+        file.unlink()
+    found = miss(cache, FIRST) if kind == "blocks" else snapshot_miss(cache, FIRST)
+    assert (found.reason, found.detail) == (MissReason.EVICTED, "ram, disk: max_entries")
+    cache.close()
+
+
+def test_another_tenant_changes_nothing_that_a_tenant_sees_of_snapshots() -> None:
+    """Scope "a" makes the same calls with and without scope "b", which has the same prompts."""
+    prompts = [FIRST, OTHER, FIRST[:30], [*FIRST, 1, 2], list(range(1000, 1020))]
+    rng = random.Random(8)
+    calls = [(rng.choice(prompts), rng.random() < 0.4) for _ in range(60)]
+    seen = []
+    for has_other in (False, True):
+        cache = PrefixStateCache(max_entries=1000)
+        found = []
+        for tokens, is_stored in calls:
+            for scope in ("b", "a") if has_other else ("a",):
+                ns = cache.namespace(b"m", scope=scope)
+                handle = ns.find(tokens)
+                n_found = 0 if handle is None else handle.n_tokens
+                if scope == "a":
+                    found.append((n_found, ns.find_miss(tokens, n_found=n_found)))
+                if is_stored or scope == "b":
+                    ns.store(tokens, b"state")
+        seen.append(found)
+    assert seen[0] == seen[1]
+    assert len({told.reason for _, told in seen[0]}) > 1

@@ -83,7 +83,8 @@ NAMES = (
     "xlm_roberta", "unigram_always_split", "unigram_never_split", "bpe_first_split", "llama2",
     "llama2_no_bytes", "phi3", "gemma", "nothing_at_all", "no_pre_tokenizer_fused",
     "strip_accents_qwen2", "nmt_qwen2", "nfd_lowercase_strip_qwen2", "strip_words", "nfkc_words",
-    "replace_quotes_qwen2", "replace_spaces_qwen2",
+    "replace_quotes_qwen2", "replace_spaces_qwen2", "mistral", "bpe_always_unsplit",
+    "bpe_never_unsplit", "bpe_first_unsplit",
 )  # fmt: skip
 KINDS: dict[str, Build] = {name: SYNTHETIC[name] for name in NAMES}
 KINDS["cl100k_possessive"] = _split_by(POSSESSIVE_CL100K)
@@ -389,18 +390,15 @@ OFF: dict[str, tuple[Build, str, str | None]] = {
         "added_tokens_overlap",
         "of the two phases may overlap",
     ),
-    "prefix": (
-        _added("llama2", AddedToken("hello", normalized=True)),
-        "normalized_token_prefix",
-        "may not be found after a cut",
+    "alike": (
+        _added(
+            "bert_uncased",
+            AddedToken("hello", normalized=True),
+            AddedToken("HELLO", normalized=True),
+        ),
+        "normalized_tokens_alike",
+        "two added tokens are equal once normalised",
     ),
-} | {
-    f"normalized_{flag}": (
-        _added("bert_uncased", AddedToken("hello", normalized=True, **{flag: True})),
-        "normalized_token_flags",
-        "with flags is searched for in the normalised text",
-    )
-    for flag in ("lstrip", "rstrip", "single_word")
 }
 
 
@@ -470,13 +468,9 @@ _NO_PROOF = "no cut is forced, and the vocabulary proves none: "
 
 NO_CUT: dict[str, tuple[Build, str]] = {
     "normalizer_bytes": (_normal(normalizers.ByteLevel()), "normalizer ByteLevel is not known"),
-    "normalizer_replaces": (
-        _normal(normalizers.Replace("e t", "E")),
-        "normalizer Replace of 'e t' by 'E' is not known",
-    ),
     "normalizer_replaces_regex": (
-        _normal(normalizers.Replace(Regex(r"\s+"), " ")),
-        r"normalizer Replace of '\\s+' by ' ' is not known",
+        _normal(normalizers.Replace(Regex(r"\w+"), " ")),
+        r"normalizer Replace of '\\w+' by ' ' is not known",
     ),
     "normalizer_changes_ascii": (_normal(normalizers.Prepend(" "), _MARKS), _LOWERED),
     "pre_tokenizer_delimiter": (
@@ -495,7 +489,14 @@ NO_CUT: dict[str, tuple[Build, str]] = {
         _pre(pre_tokenizers.Metaspace(replacement="_")),
         "Metaspace with '_' is not known",
     ),
-    "metaspace_unsplit": (SYNTHETIC["mistral"], "Metaspace without split forces no boundary"),
+    "metaspace_unsplit_before_another": (
+        _pre(pre_tokenizers.Metaspace(split=False), pre_tokenizers.WhitespaceSplit()),
+        "Metaspace replaces spaces before the next stage sees them",
+    ),
+    "metaspace_unsplit_of_unigram": (
+        SYNTHETIC["unigram_first_unsplit"],
+        _NO_PROOF + "only the tokens of BPE are made by merging neighbours",
+    ),
     "prefix_space_not_first": (
         _pre(
             pre_tokenizers.Digits(),
@@ -591,14 +592,98 @@ def test_single_word_removes_cuts_next_to_the_token() -> None:
     assert all(C.UNDERSCORE in pair for pair in gone)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "bert_uncased", "gemma"])
-def test_a_normalized_token_leaves_only_cuts_at_raw_tokens(kind: str) -> None:
-    """Any characters may become those of the token by normalization."""
-    plan = plan_cuts(_added(kind, AddedToken("x1_", normalized=True))())
+# ---- added tokens that are searched for in the normalised text
+
+
+def test_an_empty_sequence_is_no_normalizer() -> None:
+    """DeepSeek V3 and V4: the scanner finds the tokens of both phases in the raw text."""
+    token = AddedToken("<x>", normalized=True)
+    build = _added("deepseek_v3", token)
+    tokenizer = build()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Sequence([])])
+    assert plan_cuts(tokenizer) == replace(
+        plan_cuts(build()), variants=plan_cuts(tokenizer).variants
+    )
+
+
+def test_a_token_in_normalised_text_removes_the_pairs_inside_it() -> None:
+    gone = _pairs_lost_by("qwen2", AddedToken("x1 b", normalized=True))
+    assert gone == {(C.LETTER, C.DIGIT), (C.DIGIT, C.SPACE)}
+
+
+def test_a_composed_letter_in_a_token_removes_the_pair_of_its_base() -> None:
+    """The text may hold the letter and its mark: NFC composes them."""
+    gone = _pairs_lost_by("qwen2", AddedToken("1\xe9", normalized=True))
+    assert gone == {(C.DIGIT, C.LETTER), (C.DIGIT, C.NON_ASCII_LETTER)}
+
+
+@pytest.mark.parametrize(
+    ("flag", "gone"),
+    [
+        ("lstrip", {(C.NEWLINE, C.PUNCTUATION), (C.RETURN, C.PUNCTUATION)}),
+        ("rstrip", {(C.PUNCTUATION, C.SPACE), (C.PUNCTUATION, C.TAB)}),
+        ("single_word", {(C.LETTER, C.PUNCTUATION), (C.PUNCTUATION, C.DIGIT)}),
+    ],
+)
+def test_a_flag_removes_the_pairs_that_it_looks_over(flag: str, gone: set[Pair]) -> None:
+    settings: dict[str, Any] = {flag: True, "normalized": True}
+    assert _pairs_lost_by("qwen2", AddedToken("%", **settings)) >= gone
+
+
+ONLY_AT_TOKENS: dict[str, tuple[Build, str]] = {
+    "prepend": (
+        _added("llama2", AddedToken("hello", normalized=True)),
+        "which begins with more than the text itself",
+    ),
+    "prefix_space": (
+        _with("gpt2_prefix_space", normalizer=normalizers.NFC()),
+        "the text after each of them begins with a space put there",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_AT_TOKENS)
+def test_what_begins_a_text_leaves_only_cuts_at_raw_tokens(name: str) -> None:
+    build, sentence = ONLY_AT_TOKENS[name]
+    tokenizer = build()
+    tokenizer.add_tokens([AddedToken("hello", normalized=True)])
+    plan = plan_cuts(tokenizer)
     assert plan.off is None
     assert not any(plan.fine)
     assert plan.separators
-    assert "it may be made of other characters" in plan.refused[0]
+    assert plan.space_variant == -1
+    assert sentence in plan.refused[0]
+
+
+# ---- strings that the normalizer replaces
+
+
+def test_no_text_is_cut_next_to_a_replaced_string() -> None:
+    plan = plan_cuts(_normal(normalizers.Replace("e\tx", "E"))())
+    lost = _allowed(plan_cuts(SYNTHETIC["qwen2"]())) - _allowed(plan)
+    assert lost
+    assert all(C.LETTER in pair for pair in lost)
+    assert plan.allows(C.DIGIT, C.SPACE)
+
+
+_CHATGLM = (("\n", "<n>"), ("\t", "<|tab|>"), ("   ", "<|blank_3|>"), ("  ", "<|blank_2|>"))
+
+
+def test_whitespace_that_becomes_names_leaves_cuts_between_visible_characters() -> None:
+    """ChatGLM's: two halves of a run of spaces would have other names."""
+    names = [normalizers.Replace(*each) for each in _CHATGLM]
+    plan = plan_cuts(_with("gpt2", normalizer=normalizers.Sequence(names))())
+    whitespace = {C.SPACE, C.TAB, C.NEWLINE, C.NEWLINE_RUN}
+    assert plan.allows(C.DIGIT, C.LETTER)
+    assert not any(whitespace & set(pair) for pair in _allowed(plan))
+    plan = plan_cuts(_with("llama2", normalizer=normalizers.Sequence(names))())
+    assert plan.refused == (_NO_PROOF + r"the normalizer replaces '\n' by '<n>'",)
+
+
+def test_a_replacement_that_ends_in_whitespace_removes_cuts_after_a_newline() -> None:
+    plan = plan_cuts(_normal(normalizers.Replace("@", " "))())
+    assert not plan.allows(C.NEWLINE, C.LETTER)
+    assert plan_cuts(_normal(normalizers.Replace("@", "x"))()).allows(C.NEWLINE, C.LETTER)
 
 
 def test_a_token_with_a_space_inside_removes_chunk_ends_between_letter_and_space() -> None:

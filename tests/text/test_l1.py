@@ -16,7 +16,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 import tokcache
-from tests.text.implementations import both, implementation
+from tests.text.implementations import both, implementation, native
 from tests.text.tokenizers_synthetic import SYNTHETIC, TRAINING, plain
 from tokcache import CacheConfig
 from tokcache.errors import InvalidConfig, InvalidText
@@ -109,6 +109,34 @@ def test_a_lone_surrogate_raises_and_leaves_the_cache_usable(text: str) -> None:
         wrapped.token_ids(text)
     assert wrapped.cache_stats().l1.refusals["surrogate"] >= 1
     assert _cached_ids(wrapped, LINE) == _plain_ids(tokenizer, LINE)
+
+
+# ---- the native look-up
+
+
+def test_the_native_token_ids_counts_and_stores_as_the_python_one_does() -> None:
+    native()
+    texts = [LINE * n + str(n) for n in (1, 3, 40, 90)] * 3 + ["", "\U0001f600" + LINE * 30] * 2
+    chosen = [(text, special) for text in texts for special in (True, False)]
+    asks: list[Callable[[Any, str, bool], Any]] = [
+        lambda wrapped, text, special: wrapped.token_ids(text, add_special_tokens=special),
+        lambda wrapped, text, special: wrapped._tokcache.find(
+            wrapped._tokcache.fresh(), text, special, None
+        ),
+    ]
+    found = []
+    for ask in asks:
+        wrapped = tokcache.wrap(
+            plain(SYNTHETIC["gpt2"]), CacheConfig(engine="tokenizers", l0_max_entries=3)
+        )
+        _l1(wrapped).cache.cut_seed = bytes(range(48))
+        ids = [ask(wrapped, *one).tolist() for one in chosen]
+        assert ids == [_plain_ids(plain(SYNTHETIC["gpt2"]), *one) for one in chosen]
+        stats = wrapped.cache_stats()
+        l0, l1 = stats.l0, replace(stats.l1, n_bytes=0)
+        found.append((l0.insertions, l0.hits, l0.misses, l1, stats.encoded_texts))
+    assert found[0] == found[1]
+    assert found[0][3].hits > 4
 
 
 # ---- settings

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from tokcache.cli.by_transformers import ByTransformers
     from tokcache.cli.explanation import Added, Cut, Explanation, Sample, Segment
 
 _NAMED = 6  # added tokens that are listed by name; the rest are counted
@@ -30,7 +31,7 @@ _TOKEN = "bold #ffffff on #7a3e9d"  # noqa: S105 (a colour)
 _GRAINS = {
     Grain.CHUNK: "chunks, segments",
     Grain.SEGMENT: "segments",
-    Grain.NONE: "nothing: added tokens forbid it",
+    Grain.NONE: "nothing: added tokens or replaced strings forbid it",
 }
 _ORIGINS = {
     Origin.ENCODED: "by encoding missing text",
@@ -75,6 +76,8 @@ def _entries(found: Explanation) -> Iterator[tuple[str, list[str]]]:
         is_whole = found.why_not_parts is not None or found.cuts
         more = "" if is_whole else ", but cut at added tokens only"
         yield "Segments", [_cached(found.why_not_parts) + more]
+    if found.by_transformers is not None:
+        yield "Auto class", list(_about_transformers(found.by_transformers))
     yield "Recognised", [f"{name}: {visible(reading)}" for name, reading in found.recognised]
     if found.refused and found.why_not_parts is None:
         yield "Refused", [visible(sentence) for sentence in found.refused]
@@ -104,6 +107,25 @@ def _entries(found: Explanation) -> Iterator[tuple[str, list[str]]]:
             text = visible(short)
             engine.append(text if len(text) <= _NOTE_CHARS else f"{text[:_NOTE_CHARS]} ...")
         yield "Engine", engine
+
+
+def _about_transformers(found: ByTransformers) -> Iterator[str]:
+    """Yield what a user of `AutoTokenizer` gets, where it is not what the file says."""
+    if found.why_not is not None:
+        yield f"AutoTokenizer can't load these files: {visible(found.why_not)}"
+        return
+    unlike = " and ".join(found.unlike_file).replace("_", "-")
+    yield f"AutoTokenizer gives {found.class_name}, " + (
+        f"with another {unlike}" if unlike else "as in the file"
+    )
+    if found.why_not_whole is not None:
+        yield f"whole texts {_cached(found.why_not_whole)}"
+        return
+    where = "" if found.has_cuts or found.why_not_parts else ", but cut at added tokens only"
+    yield f"segments {_cached(found.why_not_parts)}{where}"
+    if unlike:
+        yield from (f"{name}: {visible(reading)}" for name, reading in found.recognised)
+        yield from map(visible, found.refused)
 
 
 def _cached(why_not: str | None) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcache._prefix import first_difference
+from tokcache.cli.by_transformers import ByTransformers, by_transformers
 from tokcache.config import ENGINES, CacheConfig
 from tokcache.demo.tokenizers import TokenizerSource
 from tokcache.errors import InvalidPrompts, MissingFile
@@ -163,7 +164,8 @@ class Explanation:
 
     `why_not_whole` is None if whole texts are cached, `why_not_parts` is None if segments are.
     `continuations` is empty if every segment is encoded alike; `affixes` is None if unknown.
-    `why_not_compared` is the reason if there are no `answers`.
+    `why_not_compared` is the reason if there are no `answers`. `by_transformers` is what a user of
+    `AutoTokenizer` gets, None if the files don't say.
     """
 
     name: str
@@ -184,11 +186,14 @@ class Explanation:
     sample: Sample
     answers: tuple[Answer, ...]
     why_not_compared: str | None
+    by_transformers: ByTransformers | None = None
 
     @property
     def is_different(self) -> bool:
         """Whether an answer differed from the plain tokenizer's."""
-        return any(answer.difference for answer in self.answers)
+        other = self.by_transformers
+        is_other = other is not None and other.is_different
+        return is_other or any(answer.difference for answer in self.answers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a dict that JSON can hold."""
@@ -243,6 +248,11 @@ def explain(
         sample=sample,
         answers=answers,
         why_not_compared=why_not_compared,
+        by_transformers=(
+            by_transformers(source, config, text, _why_not_parts)
+            if isinstance(source, TokenizerSource)
+            else None
+        ),
     )
 
 

@@ -19,25 +19,91 @@ _MONTH = (
 )
 _DAY = r"(?:Mon|Tue(?:s)?|Wed(?:nes)?|Thu(?:rs)?|Fri|Sat(?:ur)?|Sun)(?:day)?\b\.?"
 _ZONE = r"(?:\s*(?:Z|(?:UTC|GMT)?[+-]\d{1,2}:?(?:\d{2})?|[A-Z]{3,4})\b)?"
-_CLOCK = rf"\d{{1,2}}:\d{{2}}(?::\d{{2}}(?:[.,]\d+)?)?(?:\s*[AaPp]\.?[Mm]\b\.?)?{_ZONE}"
+_HOUR, _MINUTE = r"(?:[01]?\d|2[0-4])", r"[0-5]\d"
+_HOUR_OF_12 = r"(?:1[0-2]|0?[1-9])"
+_HALF = r"(?:\s?[AP]\.?M\b\.?|[ap]\.?m\b\.?|\s[ap]\.m\b\.?|\s[ap]m\b)"  # AM or PM
+_CLOCK = (
+    rf"{_HOUR}:{_MINUTE}(?::[0-6]\d(?:[.,]\d+)?)?{_HALF}?{_ZONE}"
+    rf"|{_HOUR_OF_12}\.{_MINUTE}{_HALF}|{_HOUR_OF_12}(?:\s?[AP]\.?M\b\.?|[ap]\.?m\b\.?|\s[ap]\.m\.)"
+    rf"|{_HOUR}(?:[.:]{_MINUTE})?\s?Uhr\b|{_HOUR}\s?[hH]\s?{_MINUTE}\b"
+)
+_CLOCK = rf"(?:{_CLOCK})"
+# Not a part of an address, a line of a file, or a negative number.
+_CLOCK_ALONE = rf"(?<![\w:.])(?<!\s-){_CLOCK}(?![\w:]|\.\d)"
 _NUMBER_OF_DAY = r"\d{1,2}(?:st|nd|rd|th)?"
-_AT = r",?\s+(?:at\s+)?"
-_ISO = rf"\d{{4}}-\d{{1,2}}-\d{{1,2}}(?:(?:T|{_AT}){_CLOCK}|T\d{{2}}\b)?"
-_SLASHES = r"\d{1,2}/\d{1,2}/(?:\d{4}|\d{2})|\d{4}/\d{1,2}/\d{1,2}|\d{1,2}\.\d{1,2}\.\d{4}"
+_AT = r",?\s+(?:at\s+|um\s+|à\s+|a las\s+)?"
+_ISO = (
+    rf"\d{{4}}-\d{{1,2}}-\d{{1,2}}(?:(?:T|{_AT}){_CLOCK}|T\d{{2}}\b|[_-]\d{{2}}-\d{{2}}(?:-\d{{2}})?)?"
+    r"|\d{4}-W\d{2}(?:-\d)?\b|(?<![\w-])20[2-4]\d-[0-3]\d{2}(?![\w-])"
+)
+_NUMERIC = (
+    r"\d{1,2}/\d{1,2}/(?:\d{4}|\d{2})|\d{4}/\d{1,2}/\d{1,2}|\d{1,2}\.\d{1,2}\.(?:\d{4}|\d{2})"
+    r"|(?:19|20)\d{2}\.\s?\d{1,2}\.\s?\d{1,2}\.?|\d{1,2}-\d{1,2}-(?:19|20)\d{2}"
+)
 _WRITTEN = (
-    rf"(?:{_DAY},?\s+)?(?:(?:the\s+)?{_NUMBER_OF_DAY}(?:\s+of)?[\s-]+)?{_MONTH}"
-    rf"(?:[\s-]+{_NUMBER_OF_DAY}\b)?(?:,?\s+{_CLOCK})?(?:,?[\s-]+\d{{4}}\b)?(?:{_AT}{_CLOCK})?"
+    rf"(?:{_DAY},?\s+)?(?:(?:the\s+)?{_NUMBER_OF_DAY}(?:\s+of)?[\s/-]+)?{_MONTH}"
+    rf"(?:[\s-]+{_NUMBER_OF_DAY}\b)?(?:,?\s+{_CLOCK})?(?:,?[\s/-]+(?:\d{{4}}|\d{{2}})\b)?"
+    rf"(?:(?:{_AT}|:){_CLOCK})?"
+)
+# In German, French, Spanish, Portuguese, Italian, Dutch and Russian, with the day's number.
+_MONTHS = (
+    r"janvier|januari?|janeiro|enero|gennaio|février|februari?|fevereiro|febrero|febbraio|mars|märz"
+    r"|maart|março|marzo|avril|april|abril|aprile|mai|mei|maio|mayo|maggio|juin|juni|junho|junio"
+    r"|giugno|juillet|juli|julho|julio|luglio|août|august(?:us)?|agosto|septembre|september"
+    r"|setembro|septiembre|settembre|octobre|o[kc]tober|outubro|octubre|ottobre|novembre|november"
+    r"|novembro|noviembre|décembre|de[zc]ember|dezembro|diciembre|dicembre|января|февраля|марта"
+    r"|апреля|мая|июня|июля|августа|сентября|октября|ноября|декабря"
+)
+_DAYS = (
+    r"(?:mon|diens|donners|frei|sams|sonn)tag|mittwoch|sonnabend|lundi|mardi|mercredi|jeudi"
+    r"|vendredi|samedi|dimanche|lunes|martes|miércoles|jueves|viernes|sábado|domingo"
+    r"|(?:segunda|terça|quarta|quinta|sexta)(?:-feira)?|(?:lune|marte|mercole|giove|vener)dì|sabato"
+    r"|domenica|(?:maan|dins|woens|donder|vrij|zater|zon)dag|понедельник|вторник|среда|четверг"
+    r"|пятница|суббота|воскресенье"
+)
+_ELSEWHERE = (
+    rf"(?i:(?:\b(?:{_DAYS}),?\s+(?:der\s+|den\s+|le\s+)?)?(?<!\d)\d{{1,2}}(?:\.|er|º)?\s+(?:de\s+)?"
+    rf"(?:{_MONTHS})\b(?:\s+(?:del?\s+)?\d{{4}}\b)?)(?:{_AT}{_CLOCK})?"
 )
 # Seconds since 1970, with three, six or nine more digits.
 _EPOCH = r"(?<![\w.])1[4-9]\d{8}(?:\d{3}){0,3}(?:\.\d+)?(?!\w)"
 # Year, month, day and clock without separators.
 _DIGITS = r"(?<!\w)20[2-4]\d(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])(?:[T_-]?\d{4}(?:\d{2})?Z?)?(?!\w)"
 _AGO = r"\d+(?:\.\d+)?\s*(?:ms|s|sec|seconds?|min|minutes?|h|hours?|days?|weeks?)\s+ago\b"
-_CJK = r"\d{4}年\d{1,2}月(?:\d{1,2}日)?(?:\s*\d{1,2}[:时時]\d{1,2})?"
-_DATE = re.compile(
-    rf"{_ISO}|(?:{_SLASHES})\b(?:{_AT}{_CLOCK})?|{_CJK}|{_WRITTEN}|{_DAY}(?:{_AT}{_CLOCK})?"
-    rf"|{_AGO}|{_CLOCK}|{_EPOCH}|{_DIGITS}|(?:morning|afternoon|evening|night)\b"
+_QUARTER = r"\bQ[1-4][\s/-]*\d{4}\b|\b\d{4}[\s/-]*Q[1-4]\b"
+# Chinese, Japanese and Korean.
+_CJK_DAY = r"\d{1,2}\s*[月월]\s*\d{1,2}\s*[日号號일]"
+_CJK_CLOCK = (
+    r"(?:(?:[上下]午|午[前後]|早上|晚上|凌晨|오[전후])\s*\d{1,2}\s*[点點时時시](?:\s*\d{1,2}\s*[分분])?"
+    r"|\d{1,2}\s*[点點时時시]\s*\d{1,2}\s*[分분])(?:\s*\d{1,2}\s*[秒초])?"
 )
+_CJK_WEEK = (
+    r"[(\uff08]?(?:(?:星期|周|週)[一二三四五六日天]|[月火水木金土日]曜日?|[월화수목금토일]요일)[)\uff09]?"
+    r"|[(\uff08][月火水木金土日월화수목금토일][)\uff09]"
+)
+_CJK = (
+    rf"(?:(?:\d{{4}}|(?:令和|平成)\s*\d{{1,2}})\s*[年년]\s*(?:{_CJK_DAY}|\d{{1,2}}\s*[月월])|{_CJK_DAY})"
+    rf"(?:\s*(?:{_CJK_WEEK}))?(?:\s*(?:{_CJK_CLOCK}|\d{{1,2}}[:時时]\d{{1,2}}))?|(?<![:\w]){_CJK_CLOCK}(?!:)|{_CJK_WEEK}"
+)
+_YEAR = r"(?<![\w.])(?:19|20)\d{2}(?!\w)"
+_DATE = re.compile(
+    rf"{_ISO}|(?<![\w.]){_ELSEWHERE}|(?<![\w./-])(?:{_NUMERIC})(?![\w/]|[.-]\d)(?:{_AT}{_CLOCK})?"
+    rf"|{_WRITTEN}|{_DAY}(?:{_AT}{_CLOCK})?|{_AGO}|{_CLOCK_ALONE}|{_QUARTER}|{_CJK}|{_EPOCH}|{_DIGITS}"
+    rf"|(?:morning|afternoon|evening|night|noon|midnight)\b|{_YEAR}"
+)
+# Forms that other numbers have as well: they count after a word that says what they are.
+_WEAK = re.compile(
+    r"[1-9]\d?:\d{2}|1\d{9}|\d{1,2}\.\d{1,2}\.\d{2}|\d/\d{1,2}/\d{2}|\d{2}/\d/\d{2}|(?:19|20)\d{2}"
+)
+_CUE = re.compile(
+    r"(?:time|clock|\bnow|hour|date|today|year|it(?:'s| is)\b|current|since|until|generated|started"
+    r"|created|issued|expires|as of|stamp|epoch|unix|\bts\b|\biat\b|\bexp\b|uhr|heute|datum"
+    r"|zeit|jahr|heure|année|hora|fecha|\bhoy\b|año|\boggi\b|\bora\b|anno|\bhoje\b|\bano\b|vandaag|[时時今现現年]"
+    r"|врем|сейчас|дата|сегодня|год|시[간각]|오늘)[^\n]{0,24}$",
+    re.IGNORECASE,
+)
+_VERSION = re.compile(r"(?:version|release|build|\bv)[ :=]*$", re.IGNORECASE)
+_DOTTED = re.compile(r"[\d.]+")
 _UUID = re.compile(r"(?<!\w)[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}(?!\w)")
 _NUMBER = re.compile(r"\d[\d,_]*(?:\.\d+)*")
 _RUN = re.compile(r"[A-Za-z0-9]+")
@@ -86,7 +152,9 @@ def changed_value(before: str, after: str, position: int) -> Value | None:
             continue
         is_named = bool(_NAMED.search(texts[0][: left.start()]))
         runs = left[0], right[0]
-        if pattern is _RUN:
+        if pattern is _DATE:
+            is_found = all(map(_is_date, texts, (left, right)))
+        elif pattern is _RUN:
             is_found = _is_random(*runs, is_named=is_named)
         elif pattern is _WIDE_RUN:
             is_found = min(map(len, runs)) >= _N_LONG
@@ -112,6 +180,14 @@ def _covering(pattern: re.Pattern[str], text: str, position: int) -> re.Match[st
         if match.end() >= position:
             found = match
     return found
+
+
+def _is_date(text: str, match: re.Match[str]) -> bool:
+    """Return whether a text that has the form of a date or clock is one, by the words before it."""
+    before = text[: match.start()]
+    if _DOTTED.fullmatch(match[0]) and _VERSION.search(before):
+        return False
+    return not _WEAK.fullmatch(match[0]) or bool(_CUE.search(before))
 
 
 def _is_random(left: str, right: str, *, is_named: bool) -> bool:

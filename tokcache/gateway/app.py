@@ -101,7 +101,11 @@ def make_app(service: Service) -> Starlette:
                 allow_origins=list(config.allowed_origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["x-tokcache-plan", "x-tokcache-planned-tokens"],
+                expose_headers=[
+                    "x-tokcache-plan",
+                    "x-tokcache-planned-tokens",
+                    "x-tokcache-reason",
+                ],
             )
         )
     return Starlette(
@@ -505,6 +509,8 @@ def _headers(request: Request, turn: Turn) -> dict[str, str]:
         "x-tokcache-plan": turn.plan,
         "x-tokcache-planned-tokens": str(turn.n_promised),
     }
+    if turn.made.reason is not None:
+        headers["x-tokcache-reason"] = turn.made.reason
     if changed := getattr(request.state, "rules", None):
         headers["x-tokcache-rules"] = ",".join(changed)
     return headers

@@ -17,7 +17,9 @@ _HELP = {
     "cached_tokens_total": "Tokens of prompts that the llama-server did not decode.",
     "restored_tokens_total": "Cached tokens that came from a saved file.",
     "plans_total": "Requests by the place that held their prefix.",
-    "reasons_total": "Times that less was reused than could have been, by reason.",
+    "misses_total": "Requests of which less was reused than all but the last message, by reason.",
+    "missed_tokens_total": "Tokens of their prompts that were decoded, by reason.",
+    "reasons_total": "Refusals, and requests with a part that changes each time, by reason.",
     "saves_total": "Slots saved to a file.",
     "saves_skipped_total": "Slots given away unsaved, because saving would have taken more time.",
     "restores_total": "Slots restored from a file.",
@@ -68,6 +70,8 @@ def _families(service: Service) -> Iterable[tuple[str, list[tuple[str, int]]]]:
         yield name, [("", counts[key])]
     plans = [(f'plan="{plan}"', counts[f"plan_{plan}"]) for plan in ("slot", "file", "none")]
     yield "plans_total", plans
+    for name, missed in (("misses", router.misses), ("missed_tokens", router.missed_tokens)):
+        yield f"{name}_total", [(f'reason="{each}"', n) for each, n in sorted(missed.items())]
     reasons = router.reasons + files.refusals
     yield "reasons_total", [(f'reason="{each}"', n) for each, n in sorted(reasons.items())]
     yield "evictions_total", [("", files.n_evictions)]
@@ -125,6 +129,7 @@ def status(service: Service) -> dict[str, Any]:
             "max_bytes": service.files.max_bytes,
             "queue": len(router.queue),
         },
+        "misses": dict(router.misses),
         "reasons": dict(router.reasons + service.files.refusals),
         "recent": [asdict(each) for each in reversed(service.recent)],
     }

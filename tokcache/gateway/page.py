@@ -46,7 +46,8 @@ form { margin-top: 1rem } input { font: inherit; padding: .3rem; width: 100%; ma
 <svg id="chart" viewBox="0 0 100 40" preserveAspectRatio="none" role="img"
  aria-label="share of prompt tokens reused in each of the last requests"><polyline points=""/></svg>
 <h2>Servers</h2><div id="servers"></div>
-<h2>Why less was reused</h2><div class="wide"><table id="reasons"></table></div>
+<h2>Why less was reused</h2><div class="wide"><table id="misses"></table></div>
+<h2>Refusals</h2><div class="wide"><table id="reasons"></table></div>
 <h2>Last requests</h2><div class="wide"><table id="recent"></table></div>
 </main>
 <script>
@@ -120,13 +121,14 @@ function show(found) {
     card.append(slots);
     return card;
   }));
-  fill(by("reasons"), ["reason", "times"],
-    Object.entries(found.reasons).sort((a, b) => b[1] - a[1])
-      .map(([name, n]) => [name.replaceAll("_", " "), number.format(n)]), "nothing yet");
+  ["misses", "reasons"].forEach(kind => fill(by(kind), ["reason", "times"],
+    Object.entries(found[kind]).sort((a, b) => b[1] - a[1])
+      .map(([name, n]) => [name.replaceAll("_", " "), number.format(n)]), "nothing yet"));
   fill(by("recent"), ["path", "from", "prompt", "reused", "answer", "first token", "reason"],
     found.recent.map(r => [r.api, r.plan, number.format(r.n_prompt),
       percent(r.n_cached, r.n_prompt), number.format(r.n_predicted),
-      (1000 * r.first_s).toFixed(0) + " ms", r.reason.replaceAll("_", " ")]), "no request yet");
+      (1000 * r.first_s).toFixed(0) + " ms", (r.detail || r.reason).replaceAll("_", " ")]),
+    "no request yet");
 }
 async function update() {
   let found = null, status = 0;

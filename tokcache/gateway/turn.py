@@ -39,6 +39,7 @@ class Recent:
     n_predicted: int
     first_s: float
     reason: str
+    detail: str
 
 
 class Host(Protocol):
@@ -148,7 +149,8 @@ class Turn:
             "planned_tokens": self.n_promised,
             "cached_tokens": counts.n_cached if counts else 0,
             "prompt_tokens": counts.n_prompt if counts else 0,
-            "reason": self.made.reason,
+            "reason": self.made.reason or "",
+            "detail": self.made.detail,
         }
 
     def _finish(self) -> None:
@@ -158,7 +160,7 @@ class Turn:
         self._is_finished = True
         self.n_tokens = counts.n_prompt + counts.n_predicted
         router.measured(self.made.slot.server, counts.n_prompt - counts.n_cached, counts.prompt_s)
-        reason = router.finish(
+        router.finish(
             self.made,
             self._prompt.chain(self.answer.element()),
             n_prompt=counts.n_prompt,
@@ -175,7 +177,8 @@ class Turn:
                 counts.n_cached,
                 counts.n_predicted,
                 self._first_s,
-                reason,
+                self.made.reason or "",
+                self.made.detail,
             )
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tokcache.state.reasons import Miss, MissReason
@@ -42,5 +42,5 @@ def explained(miss: Miss, shared: str, held: str, new: str) -> Explanation:
             DifferenceClass.TEMPLATE,
             DifferenceClass.THINKING,
         ):
-            miss = replace(miss, reason=MissReason.TEMPLATE)
+            miss = miss._replace(reason=MissReason.TEMPLATE)
     return Explanation(miss, len(shared), difference, shared, held, new)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
@@ -383,8 +383,8 @@ class Llama(LoadedLlama):
             ]
             n_bytes = min(map(len, texts))
             if n_bytes and texts[0][:n_bytes] == texts[1][:n_bytes]:
-                miss = replace(miss, reason=MissReason.RE_ENCODING)
-        miss = replace(miss, held_tokens=())
+                miss = miss._replace(reason=MissReason.RE_ENCODING)
+        miss = miss._replace(held_tokens=())
         before, after = ids[:at].tolist(), ids[at : at + MAX_SHOWN].tolist()
         self._parting = _Parting(scope, self._record.work, miss, before, own, after)
         return miss

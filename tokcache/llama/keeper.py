@@ -134,6 +134,12 @@ class Keeper:
             if restored.stop < plan.n_tokens:
                 n_missed, failed = n_wanted - restored.stop, "restore_failed"
                 miss = Miss(MissReason.REFUSED, restored.stop, n_missed, detail=failed)
+            elif (
+                self._memory.is_recurrent and restored.stop < n_wanted and not self.is_reproducible
+            ):
+                lost = _tails(states).find_miss(ids[:-1], n_found=restored.stop)
+                if lost.n_removed > (0 if miss is None else miss.n_removed):
+                    miss = lost
             return restored._replace(miss=miss)
 
     def _checked(self, states: Namespace, start: int, reached: int, goal: int) -> Restored:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -102,6 +102,10 @@ class ModelStates:
             self.keeper = Keeper(sequence, memory, is_reproducible=is_reproducible)
         self._model, self._path, self._files, self._n_ctx = model, path, files, n_ctx
         self._warned_of: str | None = None
+        # The last namespace, and what it was made of: most requests ask for the same again.
+        self._last: Namespace | None = None
+        self._last_wanted: tuple[Any, ...] = ()
+        self._last_public: NDArray[np.int32] | None = None
         if files is not None and cache is not None and not uncached:
             files.begin()
 
@@ -159,12 +163,17 @@ class ModelStates:
         key = self._key()
         if not key:
             return None
-        return self.cache.namespace(
-            key,
-            scope=self.record.scope,
-            public_prefix=self.public_prefix,
-            aligned=self.record.alignment.is_reproducible or self.memory.is_recurrent,
-        )
+        is_aligned = self.record.alignment.is_reproducible or self.memory.is_recurrent
+        wanted = self.cache, key, self.record.scope, is_aligned
+        if wanted != self._last_wanted or self.public_prefix is not self._last_public:
+            self._last = self.cache.namespace(
+                key,
+                scope=self.record.scope,
+                public_prefix=self.public_prefix,
+                aligned=is_aligned,
+            )
+            self._last_wanted, self._last_public = wanted, self.public_prefix
+        return self._last
 
     def _key(self) -> bytes:
         """Return the fingerprint; empty while it is pending, or where `uncached` says why."""
@@ -303,7 +312,7 @@ class ModelStates:
                 held = held._replace(is_generated=parts and is_generated)
         miss = miss or Miss(MissReason.NEVER_STORED, n_same, 0)
         seconds = self._seconds(goal - n_held)
-        return held._replace(miss=replace(miss, n_missed=goal - n_held, seconds=seconds))
+        return held._replace(miss=miss._replace(n_missed=goal - n_held, seconds=seconds))
 
     def _seconds(self, n_tokens: int) -> float | None:
         """Return how long decoding so many tokens of the present scope takes, None if unknown."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tokcache._validate import require_scope
 from tokcache.llama.tokenizer import OWN_SCOPE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
 
@@ -37,15 +36,33 @@ class RequestScopes:
         """
         return self.current() if scope is OWN_SCOPE else require_scope(scope)
 
-    @contextmanager
-    def serving(self, scope: str | None) -> Iterator[None]:
+    def serving(self, scope: str | None) -> AbstractContextManager[None]:
         """Work, in this thread, for a request of `scope`; OWN_SCOPE changes nothing."""
-        thread, before = self._thread, self.current()
-        thread.scope = self.of(scope)
-        try:
-            yield
-        finally:
-            thread.scope = before
+        return _Serving(self, scope)
+
+    def work_for(self, scope: str | None) -> str | None:
+        """Work, in this thread, for `scope` from now on; return the scope before.
+
+        Errors: InvalidScope.
+        """
+        before = self.current()
+        self._thread.scope = self.of(scope)
+        return before
+
+
+class _Serving:
+    """A class, because entering a generator's context takes several times as long."""
+
+    __slots__ = ("_before", "_scope", "_scopes")
+
+    def __init__(self, scopes: RequestScopes, scope: str | None) -> None:
+        self._scopes, self._scope = scopes, scope
+
+    def __enter__(self) -> None:
+        self._before = self._scopes.work_for(self._scope)
+
+    def __exit__(self, *_error: object) -> None:
+        self._scopes.work_for(self._before)
 
 
 class ScopedItems(Generator[Any, Any, Any]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,7 @@ class SequenceStates:
         restored = own.keeper.restore(states, ids, 0) if is_usable else Restored(0, 0)
         miss = restored.miss
         if miss is not None:
-            miss = None if restored.stop >= len(ids) - 1 else replace(miss, held_tokens=())
+            miss = None if restored.stop >= len(ids) - 1 else miss._replace(held_tokens=())
         self._cache.count_prompt(len(ids), restored_tokens=restored.stop, miss=miss)
         return restored.stop
 

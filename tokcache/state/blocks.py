@@ -53,8 +53,10 @@ class BlockCache:
         Clearing a part's scope from now on makes its work void.
         """
         clears = self._store.clears
+        if root_key.scope is None or not n_public:
+            return [(root_key, wanted, Work(clears, root_key.scope))]
         parts = [(root_key, wanted)]
-        if root_key.scope is not None and n_public:
+        if n_public:
             public = self._whole_blocks(wanted[: n_public * TOKEN_BYTES], root_key)
             if public:
                 parts = [(root_key._replace(scope=None), public)]
@@ -102,8 +104,8 @@ class BlockCache:
             raise
         with self._store.lock:
             plan = self._planned(paths, counts_tokens=counts_tokens)
-            n_asked = len(parts[-1][1]) // TOKEN_BYTES
-            if plan.n_tokens < n_asked:
+            if plan.n_tokens * TOKEN_BYTES < len(parts[-1][1]):
+                n_asked = len(parts[-1][1]) // TOKEN_BYTES
                 last, (_, sought, _) = paths[-1], parts[len(paths) - 1]
                 plan.miss = self._misses.find(
                     last, sought, n_found=plan.n_tokens, n_asked=n_asked, explain=explain

@@ -60,8 +60,7 @@ class StateMemory:
             )
             for snapshot in self.snapshots:
                 if self.retention.is_expired(snapshot, now) and not snapshot.is_kept:
-                    self.remove_snapshot(snapshot)
-                    self.counts["expirations"] += 1
+                    self.expire_snapshot(snapshot)
         root = self.index.root(root_key)
         if root is None:
             return None, Match(n_tokens=root_key.start)
@@ -176,6 +175,7 @@ class StateMemory:
             self._note_removal(held, budget)
             self.remove(held)
         elif isinstance(held, Snapshot):
+            self.note_snapshot(held, budget)
             self.remove_snapshot(held)
         self.counts["evictions"] += 1
 
@@ -187,6 +187,23 @@ class StateMemory:
         if isinstance(step, Root):
             place = step.root_key, node.base, node.tokens
             self.removals.note(*place, cause, grain=step.grain, written=node.written)
+
+    def expire_snapshot(self, snapshot: Snapshot) -> None:
+        """Take out a snapshot that was not used for `ttl_s`."""
+        self.note_snapshot(snapshot, "ttl_s")
+        self.remove_snapshot(snapshot)
+        self.counts["expirations"] += 1
+
+    def note_snapshot(self, snapshot: Snapshot, cause: str) -> None:
+        """Remember why a snapshot is removed or not stored."""
+        name = snapshot.root_key, snapshot.name, snapshot.n_tokens
+        self.removals.note_snapshot(*name, cause, written=snapshot.written)
+
+    def note_unwritten(self, node: Node, root_key: RootKey) -> None:
+        """Remember that the queue of a tier had no room for a block."""
+        grain = self.index.grain(root_key)
+        place = root_key, node.base, node.tokens
+        self.removals.note(*place, "queue_full", grain=grain, written=node.written)
 
     # Filing and removing
 

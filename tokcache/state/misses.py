@@ -27,6 +27,7 @@ from tokcache.state.reasons import Miss, MissReason, reason_of_tier
 
 if TYPE_CHECKING:
     from tokcache.state.index import Node
+    from tokcache.state.names import RootKey
     from tokcache.state.path import Path
     from tokcache.state.removals import Removal
     from tokcache.state.store import Store
@@ -50,6 +51,10 @@ class _Why(NamedTuple):
     removed_at: float | None = None
 
 
+_DIFFERENT_TEXT = _Why(MissReason.DIFFERENT_TEXT)
+_NEVER_STORED, _NOT_KNOWN = _Why(MissReason.NEVER_STORED), _Why(MissReason.NOT_KNOWN)
+
+
 class MissFinder:
     """Explains the end of a look-up of blocks; the store's lock is held.
 
@@ -66,21 +71,32 @@ class MissFinder:
         Units: of the prompt's `n_asked` tokens the plan serves `n_found`.
         """
         at, is_other, node = path.n_tokens, False, None
-        why = self._impossible(path, n_found, n_asked)
+        store, why, root = self._store, None, path.root
+        if (  # seldom: a new prompt is the usual miss
+            path.nodes
+            or path.refusal
+            or not (store.min_tokens <= n_asked and at <= n_found and store.enabled)
+            or store.is_closed
+            or path.work.is_void
+        ):
+            why = self._impossible(path, n_found, n_asked)
         if why is None:
-            rest = wanted[at * TOKEN_BYTES :]
-            n_same, is_other, node = self._nearest(path, rest)
-            at += n_same
-            why, is_alike = self._removed(path, wanted)
+            is_alike = False
+            # At the very beginning, blocks that may be cut anywhere have no token in common.
+            if at or path.loose or (root is not None and root.grain > TOKEN_BYTES):
+                n_same, is_other, node = self._nearest(path, wanted)
+                at += n_same
+            if self._memory.removals.has(path.root_key):
+                why, is_alike = self._removed(path, wanted)
             if why is None and is_other and at:
-                why = _Why(MissReason.DIFFERENT_TEXT)
+                why = _DIFFERENT_TEXT
             why = why or self._unheld(path, wanted, is_alike=is_alike)
         n_missed = n_asked - n_found
         return Miss(
             why.reason,
             at,
             n_missed,
-            self._store.own_seconds(n_missed, *path.root_key[:2]),
+            store.own_seconds(n_missed, *path.root_key[:2]),
             why.detail,
             why.n_removed,
             why.removed_at,
@@ -89,16 +105,16 @@ class MissFinder:
 
     def _impossible(self, path: Path, n_found: int, n_asked: int) -> _Why | None:
         """Return the reason of a look-up that could find nothing more."""
-        detail = ""
-        if not self._store.enabled:
+        store, detail = self._store, ""
+        if not store.enabled:
             detail = "disabled"
-        elif self._store.is_closed:
+        elif store.is_closed:
             detail = "closed"
         elif path.work.is_void:
             detail = "cleared"
         elif path.nodes and path.nodes[-1].start >= path.n_tokens:
             detail = "payload_lost"
-        elif n_asked < self._store.min_tokens or n_found < path.n_tokens:
+        elif n_asked < store.min_tokens or n_found < path.n_tokens:
             detail = "below_minimum"
         if detail:
             return _Why(MissReason.REFUSED, detail)
@@ -106,11 +122,11 @@ class MissFinder:
             return _Why(reason_of_tier(path.refusal.rpartition(": ")[2]), path.refusal)
         return None
 
-    def _nearest(self, path: Path, rest: bytes) -> tuple[int, bool, Node | None]:
+    def _nearest(self, path: Path, wanted: bytes) -> tuple[int, bool, Node | None]:
         """Return how the nearest held prefix goes on after the path.
 
-        The tokens that it has in common with `rest` (only an aligned block can have some), whether
-        it goes on in another way, and the block in which it does, if memory has it.
+        The tokens that it has in common with the rest of `wanted` (only an aligned block can have
+        some), whether it goes on in another way, and the block in which it does, if memory has it.
         """
         at = path.n_tokens
         if path.loose:
@@ -122,8 +138,7 @@ class MissFinder:
             return 0, True, last
         if not last.n_after:
             return 0, False, None
-        if not at and path.root.grain == TOKEN_BYTES:
-            return 0, True, None  # no block at the beginning has the first token
+        rest = wanted[at * TOKEN_BYTES :]
         first = rest[:TOKEN_BYTES]
         nearest: tuple[int, int, Node | None] = (0, -1, None)
         for each in _following(last):
@@ -136,13 +151,12 @@ class MissFinder:
     def _removed(self, path: Path, wanted: bytes) -> tuple[_Why | None, bool]:
         """Return why this process does not hold the rest any more.
 
-        Or None, and whether it may have removed a block that goes on like the prompt. A block that
+        Or None, and whether it may have removed a block that goes on like the prompt. Only for a
+        namespace of which a removal is remembered. A block that
         was removed started at the end of the path, or where a held block starts that was filed
         later, was cut elsewhere, and begins in the same way.
         """
         removals, key, at = self._memory.removals, path.root_key, path.n_tokens
-        if not removals.has(key):
-            return None, False
         places = [(path.point(), at)]
         if not path.loose:
             starts = [node for node in path.nodes[-_MAX_LOOKED_AT:] if node.start < at]
@@ -155,20 +169,11 @@ class MissFinder:
             if found is None:
                 continue
             if found.n_tokens - (at - start) >= n_needed:
-                return self._why_removed(path, found, found.n_tokens - (at - start)), False
+                n_removed = found.n_tokens - (at - start)
+                why = reason_of_removal(self._store, key, found)
+                return _Why(*why, n_removed, found.removed_at), False
             is_alike |= found.n_most > at - start
         return None, is_alike
-
-    def _why_removed(self, path: Path, found: Removal, n_tokens: int) -> _Why:
-        numbers = n_tokens, found.removed_at
-        if found.cause not in _REMOVED:
-            return _Why(MissReason.REFUSED, found.cause, *numbers)
-        copies = [each for each in self._store.below if each.bit & found.written]
-        for each in copies:
-            if each.worth.rests(path.root_key.fingerprint):
-                return _Why(MissReason.SLOWER_THAN_PREFILL, each.tier.label, *numbers)
-        tiers = ", ".join(["ram", *(each.tier.label for each in copies)])
-        return _Why(_REMOVED[found.cause], f"{tiers}: {found.cause}", *numbers)
 
     def _unheld(self, path: Path, wanted: bytes, *, is_alike: bool) -> _Why:
         """Return the reason for tokens that neither follow a held prefix nor were removed."""
@@ -180,15 +185,29 @@ class MissFinder:
             roots = self._memory.index.firsts.get(key.scope, [])
             for root in roots[:_MAX_LOOKED_AT]:
                 other = root.root_key
+                if other.fingerprint == key.fingerprint:
+                    continue
                 child = root.children.get((0, wanted[: root.grain]))
-                if child is None or other.fingerprint == key.fingerprint:
+                if child is None:
                     continue
                 n_same = common_tokens(child.tokens, wanted)
                 if n_same >= _MIN_SAME or 2 * n_same * TOKEN_BYTES >= len(wanted):
                     differing = self._store.differing_parts(key.fingerprint, other.fingerprint)
                     return _Why(MissReason.OTHER_FINGERPRINT, differing)
         is_lost = is_alike or self._memory.removals.has_forgotten(key)
-        return _Why(MissReason.NOT_KNOWN if is_lost else MissReason.NEVER_STORED)
+        return _NOT_KNOWN if is_lost else _NEVER_STORED
+
+
+def reason_of_removal(store: Store, root_key: RootKey, found: Removal) -> tuple[MissReason, str]:
+    """Return the reason and the detail of a state that was removed; the store's lock is held."""
+    if found.cause not in _REMOVED:
+        return MissReason.REFUSED, found.cause
+    copies = [each for each in store.below if each.bit & found.written]
+    for each in copies:
+        if each.worth.rests(root_key.fingerprint):
+            return MissReason.SLOWER_THAN_PREFILL, each.tier.label
+    tiers = ", ".join(["ram", *(each.tier.label for each in copies)])
+    return _REMOVED[found.cause], f"{tiers}: {found.cause}"
 
 
 def _following(node: Node) -> list[Node]:

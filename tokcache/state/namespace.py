@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from tokcache.state.blocks import BlockCache
     from tokcache.state.handles import BlockIO, RestorePlan, StateHandle
+    from tokcache.state.reasons import Miss
     from tokcache.state.snapshots import SnapshotStore
     from tokcache.state.store import Store
 
@@ -145,7 +146,7 @@ class Namespace:
         return self._blocks.plan(
             self._chain,
             wanted,
-            self._n_public(wanted),
+            self._n_public(wanted) if self._public else 0,
             max_tokens=max_tokens,
             counts_tokens=counts_tokens,
             explain=explain,
@@ -226,6 +227,15 @@ class Namespace:
         return self._snapshots.find(
             self._single, wanted, self._n_public(wanted), is_counted=is_counted
         )
+
+    def find_miss(self, tokens: object, *, n_found: int = 0) -> Miss:
+        """Return why `find` returned no state, or none of more than `n_found` of the tokens.
+
+        `find` counts the same reasons. Nothing is looked up below memory.
+
+        Errors: InvalidTokens.
+        """
+        return self._snapshots.miss(self._single, token_bytes(tokens), n_found=n_found)
 
     def handle(self, tokens: object) -> StateHandle | None:
         """Return the state in memory of exactly these tokens; counts as no look-up and no use."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from tokcache.state.index import Root, root_bytes
@@ -10,6 +10,8 @@ from tokcache.state.memory import NODE_BYTES
 from tokcache.state.names import TOKEN_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tokcache.state.handles import Work
     from tokcache.state.index import Node
     from tokcache.state.names import RootKey
@@ -49,7 +51,7 @@ class Path:
     root: Root | None
     nodes: list[Node]
     n_tokens: int
-    loose: list[tuple[int, int, memoryview]] = field(default_factory=list)
+    loose: Sequence[tuple[int, int, memoryview]] = ()
     loose_point: bytes = b""
     refusal: str = ""
 
@@ -142,4 +144,4 @@ class Path:
 
     def cut(self, n_tokens: int) -> None:
         """Let the path end at `n_tokens`; loose blocks go."""
-        self.n_tokens, self.loose = n_tokens, []
+        self.n_tokens, self.loose = n_tokens, ()

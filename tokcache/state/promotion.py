@@ -115,7 +115,7 @@ class Promotion:
             below.tier.refuse("no_room")
             return False
         point = path.point()
-        path.loose.append((start, stop, stored.view()))
+        path.loose = [*path.loose, (start, stop, stored.view())]
         path.loose_point = child_name(point, tokens[: n_shared * TOKEN_BYTES])
         path.n_tokens += n_shared
         return True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class MissReason(StrEnum):
@@ -26,8 +26,7 @@ class MissReason(StrEnum):
     NOT_KNOWN = "not_known"
 
 
-@dataclass(frozen=True, slots=True)
-class Miss:
+class Miss(NamedTuple):
     """Where a prompt parts from the nearest held prefix, why, and the cost.
 
     `detail` says which: the tier and budget that evicted the state, the refusal, the parts of the
@@ -47,7 +46,12 @@ class Miss:
     detail: str = ""
     n_removed: int = 0
     removed_at: float | None = None
-    held_tokens: tuple[int, ...] = field(default=(), repr=False)
+    held_tokens: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return all fields except the tokens, which are part of a prompt."""
+        shown = zip(self._fields[:-1], self, strict=False)
+        return f"Miss({', '.join(f'{name}={value!r}' for name, value in shown)})"
 
 
 # Refusals of a tier during a look-up that mean something else than that the tier did not answer.

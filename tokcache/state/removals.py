@@ -4,7 +4,8 @@
    namespace: a short digest of the place where the block starts (the prefix before it and its first
    token), its length, the cause and the time.
 2. When a look-up ends at such a place, `find` returns the row.
-3. `forget` drops the tables of a scope that is cleared.
+3. `note_snapshot` and `find_snapshot` do the same for snapshots, by the digest of all their tokens.
+4. `forget` drops the tables of a scope that is cleared.
 
 Implementation: a table is a ring of fixed length, so the oldest row goes first, and rows of one
 namespace never displace those of another. A row has digests of the block's first 16, 64, 256 and
@@ -22,9 +23,10 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokcache.state.names import TOKEN_BYTES, child_name
+from tokcache.state.snapshot_index import prefix_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tokcache.state.names import RootKey
 
@@ -46,6 +48,7 @@ CAUSES = (
     "save_failed",
     "queue_full",
 )
+_OF_MEMORY = CAUSES[:3]
 
 
 class Removal(NamedTuple):
@@ -86,14 +89,7 @@ class Removals:
         written: int = 0,
     ) -> None:
         """Remember that the block of `tokens` after `point` was removed or not stored."""
-        name = root_key[:3]
-        table = self._tables.get(name)
-        if table is None:
-            table = self._tables[name] = _Table()
-            if len(self._tables) > N_TABLES:
-                self._tables.popitem(last=False)
-                self._has_dropped = True
-        self._tables.move_to_end(name)
+        table = self._table(root_key)
         lengths = [n * TOKEN_BYTES for n in _CHECKED]
         checks = [self._check(tokens[:n]) if n < len(tokens) else 0 for n in lengths]
         checks.append(self._check(tokens))
@@ -102,13 +98,53 @@ class Removals:
         before = table.get(place)
         if before is not None:
             old = _ROW.unpack(before)
-            is_shared = old[4] or (old[0], *old[5:]) != (n_tokens, *checks)
+            is_same = (old[0], *old[5:]) == (n_tokens, *checks)
+            is_shared = old[4] or not is_same
+            if is_same:
+                number = _lasting(number, written, old)
         row = _ROW.pack(n_tokens, time.time(), number, written, is_shared, *checks)
         table.put(place, row)
 
+    def _table(self, root_key: RootKey) -> _Table:
+        """Return the table of a namespace, which is the last to be dropped from now on."""
+        name = root_key[:3]
+        table = self._tables.get(name)
+        if table is None:
+            table = self._tables[name] = _Table()
+            if len(self._tables) > N_TABLES:
+                self._tables.popitem(last=False)
+                self._has_dropped = True
+        self._tables.move_to_end(name)
+        return table
+
+    def note_snapshot(
+        self, root_key: RootKey, name: bytes, n_tokens: int, cause: str, *, written: int = 0
+    ) -> None:
+        """Remember that the snapshot of this name was removed or not stored."""
+        table, place = self._table(root_key), self._place(name, b"")
+        number, before = CAUSES.index(cause), table.get(place)
+        if before is not None:
+            number = _lasting(number, written, _ROW.unpack(before))
+        table.put(place, _ROW.pack(n_tokens, time.time(), number, written, False, 0, 0, 0, 0, 0))
+
+    def find_snapshot(self, root_key: RootKey, tokens: bytes, n_above: int) -> Removal | None:
+        """Return the removal of the longest snapshot of over `n_above` tokens of `tokens`."""
+        found, table = None, self._tables.get(root_key[:3])
+        if table is None:
+            return None
+        n_wanted = len(tokens) // TOKEN_BYTES
+        lengths = sorted({row[0] for row in table.rows() if n_above < row[0] <= n_wanted})
+        for n_tokens, name in prefix_names(root_key, tokens, lengths):
+            row = table.get(self._place(name, b""))
+            if row is not None:
+                _, removed_at, number, written, *_ = _ROW.unpack(row)
+                n_removed = n_tokens - n_above
+                found = Removal(CAUSES[number], n_removed, n_removed, removed_at, written)
+        return found
+
     def has(self, root_key: RootKey) -> bool:
         """Return whether a state of this namespace was removed, and that is remembered."""
-        return root_key[:3] in self._tables
+        return bool(self._tables) and root_key[:3] in self._tables
 
     def find(self, root_key: RootKey, point: bytes, rest: bytes, grain: int) -> Removal | None:
         """Return the removal of the block after `point` that `rest` begins with.
@@ -148,7 +184,7 @@ class Removals:
 
     def has_forgotten(self, root_key: RootKey) -> bool:
         """Return whether rows of this namespace may be lost."""
-        table = self._tables.get(root_key[:3])
+        table = self._tables.get(root_key[:3]) if self._tables else None
         return self._has_dropped if table is None else table.has_lost
 
     def forget(self, is_doomed: Callable[[str | None], bool]) -> None:
@@ -166,6 +202,16 @@ class Removals:
 
     def _check(self, tokens: bytes) -> int:
         return int.from_bytes(blake2b(tokens, digest_size=4, key=self._key).digest(), "little")
+
+
+def _lasting(number: int, written: int, before: tuple[int, ...]) -> int:
+    """Return the cause of a removal, after another one of the same state: of both, the first.
+
+    If a tier's queue was full, and the tier did not get the state later, that is why no copy of an
+    evicted state is left.
+    """
+    is_unwritten = CAUSES[before[2]] == "queue_full" and before[3] == written
+    return before[2] if is_unwritten and CAUSES[number] in _OF_MEMORY else number
 
 
 class _Table:
@@ -189,6 +235,10 @@ class _Table:
         """Return the row with this key."""
         n = self._index(key)
         return None if n < 0 else bytes(self._rows[n * _ROW.size : (n + 1) * _ROW.size])
+
+    def rows(self) -> Iterator[tuple[int, ...]]:
+        """Return the rows, unpacked."""
+        return _ROW.iter_unpack(self._rows)
 
     def put(self, key: bytes, row: bytes) -> None:
         """Write a row, in the place of one with the same key, or of the oldest."""

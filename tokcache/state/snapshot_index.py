@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from hashlib import blake2b
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from tokcache._prefix import common_tokens
 from tokcache.state.names import DIGEST_BYTES, TOKEN_BYTES, RootKey, root_name
 
 if TYPE_CHECKING:
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
 
 # Python objects of one state: itself, its name, places in dicts, heap item. Its tokens and its
 # root key's names are added. Checked by tests/state/test_snapshots.py::test_overhead_is_counted.
-SNAPSHOT_BYTES = 1600
+SNAPSHOT_BYTES = 1700
+_MAX_LOOKED_AT = 16
 
 
 class Snapshot:
@@ -83,6 +86,7 @@ class SnapshotIndex:
     def __init__(self) -> None:
         self._named: dict[tuple[RootKey, bytes], dict[int, Snapshot]] = {}
         self._lengths: dict[RootKey, Counter[int]] = {}
+        self._of_root: dict[RootKey, dict[Snapshot, None]] = {}
         self.n_states = 0
 
     def lengths(self, root_key: RootKey) -> set[int]:
@@ -95,6 +99,12 @@ class SnapshotIndex:
         best = held[max(held)] if held else None
         return best if best is not None and best.tokens == tokens else None
 
+    def nearest(self, root_key: RootKey, tokens: bytes) -> list[tuple[int, bool]]:
+        """Return how far `tokens` begin as the newest states do, and whether those go on then."""
+        newest = islice(reversed(self._of_root.get(root_key, {})), _MAX_LOOKED_AT)
+        same = [(common_tokens(each.tokens, tokens), each.n_tokens) for each in newest]
+        return [(n_same, n_same < n_tokens) for n_same, n_tokens in same]
+
     def same(self, snapshot: Snapshot) -> Snapshot | None:
         """Return the state that `snapshot` would replace."""
         return self._named.get((snapshot.root_key, snapshot.name), {}).get(snapshot.priority)
@@ -106,6 +116,7 @@ class SnapshotIndex:
             raise AssertionError("two states in one place")
         held[snapshot.priority] = snapshot
         self._lengths.setdefault(snapshot.root_key, Counter())[snapshot.n_tokens] += 1
+        self._of_root.setdefault(snapshot.root_key, {})[snapshot] = None
         self.n_states += 1
 
     def remove(self, snapshot: Snapshot) -> None:
@@ -118,8 +129,10 @@ class SnapshotIndex:
         lengths[snapshot.n_tokens] -= 1
         if not lengths[snapshot.n_tokens]:
             del lengths[snapshot.n_tokens]
+        del self._of_root[snapshot.root_key][snapshot]
         if not lengths:
             del self._lengths[snapshot.root_key]
+            del self._of_root[snapshot.root_key]
         snapshot.is_dead = True
         self.n_states -= 1
 
@@ -133,3 +146,5 @@ class SnapshotIndex:
         for root_key, lengths in self._lengths.items():
             if lengths != Counter(each.n_tokens for each in found if each.root_key == root_key):
                 raise AssertionError("lengths miscounted")
+            if {*self._of_root[root_key]} != {each for each in found if each.root_key == root_key}:
+                raise AssertionError("states of another root, or too few")

@@ -10,9 +10,12 @@ from tokcache._validate import MAX_INT, require_int
 from tokcache.errors import InvalidConfig, InvalidTokens
 from tokcache.state.handles import StateHandle, Work
 from tokcache.state.memory import snapshot_overhead
+from tokcache.state.misses import reason_of_removal
 from tokcache.state.names import TOKEN_BYTES, RootKey, root_name
+from tokcache.state.reasons import Miss, MissReason, reason_of_tier
 from tokcache.state.snapshot_index import Snapshot, prefix_names
 from tokcache.state.tiers import Address, Stored
+from tokcache.state.tiers.counters import take_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,6 +75,8 @@ class SnapshotStore:
         except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
             _log.debug("a state could not be read", exc_info=True)
             self._store.refuse("save_failed")
+            with self._store.lock:
+                self._memory.note_snapshot(snapshot, "save_failed")
             return False
 
     def _keep(
@@ -121,12 +126,17 @@ class SnapshotStore:
         if n_bytes + overhead > self._store.ram_bytes:
             n_total = n_bytes + overhead
             memory.refusals["over_budget"] += 1
+            memory.note_snapshot(snapshot, "over_budget")
             self._store.notices.oversize(snapshot.root_key.fingerprint, snapshot.n_tokens, n_total)
             return None
         if not memory.has_snapshot_room(self._n_replaced(snapshot)):
             memory.refusals["entries_in_use"] += 1
+            memory.note_snapshot(snapshot, "entries_in_use")
             return None
-        return memory.take(n_bytes, overhead)
+        buffer = memory.take(n_bytes, overhead)
+        if buffer is None:
+            memory.note_snapshot(snapshot, "blocks_in_use")
+        return buffer
 
     # Finding
 
@@ -135,6 +145,8 @@ class SnapshotStore:
     ) -> StateHandle | None:
         """Return the state of the longest stored prefix of `wanted`, None if there is none."""
         if is_counted:
+            if self._store.below:
+                take_refusal()  # of an earlier look-up
             with self._store.lock:
                 self._memory.counts["lookups"] += 1
                 self._memory.counts["prompt_tokens"] += len(wanted) // TOKEN_BYTES
@@ -148,7 +160,48 @@ class SnapshotStore:
         if is_counted:
             with self._store.lock:
                 self._memory.counts["hits"] += found is not None
+            n_found = 0 if found is None else found.n_tokens
+            if n_found * TOKEN_BYTES < len(wanted):
+                refusal = take_refusal() if self._store.below else ""
+                miss = self.miss(root_key, wanted, n_found=n_found, refusal=refusal)
+                with self._store.lock:
+                    self._store.count_miss(miss)
         return found
+
+    def miss(self, root_key: RootKey, wanted: bytes, *, n_found: int, refusal: str = "") -> Miss:
+        """Return why no snapshot of more than `n_found` tokens of `wanted` is held.
+
+        `refusal` is that of a tier that was asked for one.
+
+        Cost: at most 128 digests on the way through the tokens, and 16 comparisons.
+        """
+        n_wanted, store, memory = len(wanted) // TOKEN_BYTES, self._store, self._memory
+        at, detail, found = n_found, "", None
+        with store.lock:
+            if not store.enabled or store.is_closed or n_wanted < store.min_tokens:
+                refusals = {"disabled": not store.enabled, "closed": store.is_closed}
+                detail = next((name for name, holds in refusals.items() if holds), "below_minimum")
+                reason = MissReason.REFUSED
+            elif refusal:
+                reason, detail = reason_of_tier(refusal.rpartition(": ")[2]), refusal
+            elif found := memory.removals.find_snapshot(root_key, wanted, n_found):
+                reason, detail = reason_of_removal(store, root_key, found)
+            else:
+                nearest = memory.snapshots.nearest(root_key, wanted)
+                at = max([n_found, *(n_same for n_same, _ in nearest)])
+                resting = [each for each in store.below if each.worth.rests(root_key.fingerprint)]
+                if any(n_same == at > 0 and goes_on for n_same, goes_on in nearest):
+                    reason = MissReason.DIFFERENT_TEXT
+                elif resting:
+                    reason, detail = MissReason.SLOWER_THAN_PREFILL, resting[0].tier.label
+                elif memory.removals.has_forgotten(root_key):
+                    reason = MissReason.NOT_KNOWN
+                else:
+                    reason = MissReason.NEVER_STORED
+            n_missed = n_wanted - n_found
+            seconds = store.own_seconds(n_missed, root_key.fingerprint, root_key.scope)
+            numbers = (found.n_tokens, found.removed_at) if found is not None else ()
+            return Miss(reason, at, n_missed, seconds, detail, *numbers)
 
     def handle(self, root_key: RootKey, wanted: bytes) -> StateHandle | None:
         """Return the state in memory of exactly these tokens; counts as no look-up and no use."""
@@ -209,8 +262,7 @@ class SnapshotStore:
         while snapshot is not None and not snapshot.is_kept:
             if not self._memory.retention.is_expired(snapshot, time.monotonic()):
                 return snapshot
-            self._memory.remove_snapshot(snapshot)
-            self._memory.counts["expirations"] += 1
+            self._memory.expire_snapshot(snapshot)
             snapshot = self._memory.snapshots.get(root_key, name, tokens)
         return snapshot
 

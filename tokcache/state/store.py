@@ -134,7 +134,7 @@ class Store(Locked):
 
     def own_seconds(self, n_tokens: int, fingerprint: bytes, scope: str | None) -> float | None:
         """Return how long prefilling takes as measured in one scope, or None; the lock is held."""
-        speed = self._own_prefill.get((fingerprint, scope))
+        speed = self._own_prefill.get((fingerprint, scope)) if self._prefill else None
         return None if speed is None else speed.seconds(n_tokens)
 
     def note_parts(self, fingerprint: bytes, parts: Mapping[str, object]) -> None:
@@ -169,21 +169,26 @@ class Store(Locked):
     def queue_blocks(self, nodes: list[Node], root_key: RootKey) -> None:
         """Queue the blocks that each tier lacks, parents first; the lock is held."""
         for below in self.below:
+            is_full = False
             for node in nodes:
                 if node.written & below.bit or node.is_dead:
                     continue
+                if is_full:  # without the one before it, it would not be found
+                    self.memory.note_unwritten(node, root_key)
+                    continue
                 record = Record(node.name, node.tokens, priority=node.priority)
-                if not self._queue(
-                    below, node, block_address(self.memory.index, node, root_key), record
-                ):
-                    break  # without it, the blocks that follow would not be found
+                address = block_address(self.memory.index, node, root_key)
+                is_full = not self._queue(below, node, address, record)
+                if is_full:
+                    self.memory.note_unwritten(node, root_key)
 
     def queue_snapshot(self, snapshot: Snapshot, address: Address) -> None:
         """Queue a snapshot for each tier that does not have it yet; the lock is held."""
         record = Record(snapshot.name, snapshot.tokens, snapshot.n_past, snapshot.priority)
         for below in self.below:
-            if not snapshot.written & below.bit:
-                self._queue(below, snapshot, address, record)
+            if snapshot.written & below.bit or self._queue(below, snapshot, address, record):
+                continue
+            self.memory.note_snapshot(snapshot, "queue_full")
 
     def _queue(self, below: Below, held: Node | Snapshot, address: Address, record: Record) -> bool:
         tier, bit, payload = below.tier, below.bit, self.memory.tier.get(held)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache._forks import call_in_child
 from tokcache._validate import require_bool, require_scope
-from tokcache.config import CacheConfig
+from tokcache.config import ADMIT_ONE_IN, LONG_CHARS, CacheConfig
 from tokcache.errors import Abandoned, InvalidText
 from tokcache.stats import CacheStats, L0Stats, L1Stats
 from tokcache.text import _implementation as implementation
@@ -33,15 +33,13 @@ from tokcache.text.chat.cache import RenderCache
 from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.engines.copying import HuggingFaceEngine
 from tokcache.text.flights import Flights, Key, new_flight
-from tokcache.text.segments.cache import L1
+from tokcache.text.segments.cache import L1, NOT_LOOKED_UP
 
 if TYPE_CHECKING:
-    from tokcache.text._implementation import L0Cache, TokenIds
+    from tokcache.text._implementation import L0Cache, TokenIds, Walk
     from tokcache.text.cache_file import CacheFileReport
     from tokcache.text.engines.copying import Engine
 
-_LONG_CHARS = 2048  # a longer text that L1 puts together is seldom stored in L0
-_ADMIT_ONE_IN = 8
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_L0 = L0Stats(0, 0, 0, 0, {}, 0, 0, 0)
 _NO_L1 = L1Stats()
@@ -144,15 +142,17 @@ class CachedTokenizer:
         add_special_tokens: bool,
         scope: str | None,
         generation: _Generation | None = None,
+        found: TokenIds | Walk | None = NOT_LOOKED_UP,
     ) -> TokenIds:
         """Return the ids of a text that L0 does not have: from cached segments, or encoded.
 
+        `found` is the answer of `L1.look`, if it was asked.
         L0 stores one in a few of the long texts whose segments were all cached: L1 puts such a
         text together in microseconds, and most never come again.
         """
         if generation is None:
             generation = self._generation
-        since = _n_clears(generation)
+        since = generation.l0._n_clears  # noqa: SLF001 (ours)
         if type(text) is not str or (scope is not None and type(scope) is not str):
             text, add_special_tokens, scope, since = _key(text, add_special_tokens, scope, since)
         if generation.engine is None:
@@ -161,15 +161,25 @@ class CachedTokenizer:
         if l1 is None:
             return self._encode_once(generation, (text, add_special_tokens, scope, since))
         once = self._encode_once
-        ids, was_cached = l1.encode(text, add_special_tokens, scope, since, once, generation)
+        ids, seconds = l1.encode(text, add_special_tokens, scope, since, once, generation, found)
         if ids is None:
             return once(generation, (text, add_special_tokens, scope, since), _nothing)
-        if was_cached:
-            if len(text) > _LONG_CHARS:
+        is_long = len(text) > LONG_CHARS
+        if seconds is None:
+            if is_long:
                 self._n_long += 1
-                if self._n_long % _ADMIT_ONE_IN:
+                if self._n_long % ADMIT_ONE_IN:
                     return ids
-            generation.put(text, add_special_tokens, ids, scope, since)
+        elif seconds:
+            with self._lock:
+                self._encoded_texts += 1
+                self._encoded_tokens += len(ids)
+                self._encode_seconds += seconds
+            if is_long:
+                return ids
+        else:
+            return ids  # `once` has counted and stored them
+        generation.put(text, add_special_tokens, ids, scope, since)
         return ids
 
     async def afind(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds:
@@ -240,20 +250,9 @@ class CachedTokenizer:
         `encode` encodes its missing segments. Without it, or if it returns None, the engine
         encodes the whole text.
         """
-        text, add_special_tokens, scope, since = key
-        engine = self.engine(generation) if generation.engine is None else generation.engine
-        l1 = generation.l1
+        engine = self.engine(generation)
         if engine.reason is not None:  # the plain tokenizer, whose answers are not cached
-            return implementation.TokenIds(_encode_whole(engine, [text], add_special_tokens)[0])
-        if encode is not None and l1 is not None and l1.encodes_alone(text):
-            start = perf_counter()
-            ids = encode()
-            if ids is not None:
-                self._count_encoded([ids], perf_counter() - start)
-                if len(text) <= _LONG_CHARS:
-                    generation.put(text, add_special_tokens, ids, scope, since)
-                return ids
-            encode = _nothing
+            return implementation.TokenIds(_encode_whole(engine, [key[0]], key[1])[0])
         while True:
             found = generation.flights.claim(key)
             if found is None:
@@ -311,15 +310,12 @@ class CachedTokenizer:
         except BaseException as error:
             generation.flights.fail(keys, error)
             raise
-        self._count_encoded(done, perf_counter() - start)
-        generation.flights.land(keys, done)
-        return done
-
-    def _count_encoded(self, done: list[TokenIds], seconds: float) -> None:
         with self._lock:
             self._encoded_texts += len(done)
             self._encoded_tokens += sum(map(len, done))
-            self._encode_seconds += seconds
+            self._encode_seconds += perf_counter() - start
+        generation.flights.land(keys, done)
+        return done
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -12,11 +12,13 @@ from os import urandom
 from sys import getsizeof
 
 from tokcache._validate import require_bool, require_int, require_scope, require_size
-from tokcache.config import MAX_SAMPLE_SIZE
+from tokcache.config import ADMIT_ONE_IN, LONG_CHARS, MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 
-from tokcache.text._quick cimport Method, divert, n_names, name_at
+from tokcache.text._quick cimport (
+    Descriptor, Method, divert, n_arguments, n_names, name_at, type_of,
+)
 from tokcache.text._table cimport (
     KIND_MASK, N_SECRETS, OWNER_MASK, OWNER_SHIFT, SCOPE_SHIFT, WHOLE, Crowd, Entry, Key, Table,
     bytes_to_grow, digest_of, fetch, fetch_home, find, find_crowd, insert, is_long, key_of,
@@ -42,6 +44,7 @@ cdef extern from "Python.h":
     void* PyObject_Malloc(size_t n)
     void PyObject_Free(void* p)
     void decref "Py_DECREF"(PyObject* o)
+    object attribute "PyObject_GenericGetAttr"(object o, object name)  # no __getattr__
 
 cdef enum:
     # The owner of a key's bytes (in an entry's meta).
@@ -57,6 +60,10 @@ cdef enum:
     SCOPE_BYTES = 100   # of a scope besides its name: places in a dict and two lists, two ints
     MAX_UNITS = 0xFFFFFFF0
     SMALL_BYTES = 512   # up to this size CPython's own allocator is used, in steps of 16
+
+
+cdef Py_ssize_t long_chars = LONG_CHARS
+cdef Py_ssize_t admit_one_in = ADMIT_ONE_IN
 
 
 ctypedef struct Victim:
@@ -140,17 +147,20 @@ cdef class L0Cache:
         """Do the same as `get`, without the cost of keyword arguments."""
         return self.look(<PyObject*> text, <PyObject*> add_special_tokens, <PyObject*> scope)
 
-    cdef inline object look(
-        self, PyObject* text, PyObject* add_special_tokens, PyObject* scope
-    ):
+    cdef object look(self, PyObject* text, PyObject* add_special_tokens, PyObject* scope):
         # These are borrowed: Cython takes a reference to each object that it handles.
-        cdef Key key
-        cdef Entry* entry
-        cdef Table* table = &self.tables[map_of(add_special_tokens)]
+        cdef int which = map_of(add_special_tokens)
         if not is_exact_str(text):
             return self._get(
                 exact_str(<object> text), <object> add_special_tokens, <object> scope
             )
+        return self.look_in(which, text, scope)
+
+    cdef inline object look_in(self, int which, PyObject* text, PyObject* scope):
+        """Look an exact str up in one of the maps."""
+        cdef Key key
+        cdef Entry* entry
+        cdef Table* table = &self.tables[which]
         key_from(text, &key)
         if scope != Py_None:
             key.scope = self.number_of(<object> scope)
@@ -498,6 +508,11 @@ cdef class L0Cache:
         cdef Table* a = &self.tables[0]
         cdef Table* b = &self.tables[1]
         cdef uint64_t budget = self.max_bytes
+        if self.n_bytes() + n_bytes + bytes_to_grow(table, key) <= budget:  # almost always
+            if a.n + <Py_ssize_t> b.n >= self.max_entries:
+                self.evictions += 1
+                self.drop(victim.table, victim.position)
+            return True
         # Compare with the bytes that remain after evicting all others, so that the loops below end.
         if n_bytes + self.fixed_bytes() + self.own_scope_bytes(key.scope) + (
             bytes_to_grow(table, key) if table.n == 0 else 0
@@ -589,8 +604,22 @@ cdef object quick_get(PyObject* self, PyObject* const* args, Py_ssize_t n_args, 
     cdef PyObject* add_special_tokens
     cdef PyObject* scope
     if n_args == 1 and has_known_names(args + 1, names, &add_special_tokens, &scope):
-        return (<L0Cache> self).look(args[0], add_special_tokens, scope)
+        if is_exact_str(args[0]) and is_bool(add_special_tokens):
+            return (<L0Cache> self).look_in(add_special_tokens == Py_True, args[0], scope)
     return method_get(self, args, n_args, names)
+
+
+cdef object quick_get_descriptor(
+    PyObject* descriptor, PyObject* const* args, size_t n_args, PyObject* names
+):
+    """Take the calls of the descriptor of `L0Cache.get`, whose first argument is the cache."""
+    cdef PyObject* add_special_tokens
+    cdef PyObject* scope
+    if n_arguments(n_args) == 2 and type_of(args[0]) == <PyObject*> L0Cache:
+        if has_known_names(args + 2, names, &add_special_tokens, &scope):
+            if is_exact_str(args[1]) and is_bool(add_special_tokens):
+                return (<L0Cache> args[0]).look_in(add_special_tokens == Py_True, args[1], scope)
+    return descriptor_get(descriptor, args, n_args, names)
 
 
 cdef object quick_put(PyObject* self, PyObject* const* args, Py_ssize_t n_args, PyObject* names):
@@ -602,11 +631,22 @@ cdef object quick_put(PyObject* self, PyObject* const* args, Py_ssize_t n_args, 
     return method_put(self, args, n_args, names)
 
 
+cdef object quick_put_descriptor(
+    PyObject* descriptor, PyObject* const* args, size_t n_args, PyObject* names
+):
+    """Take the calls of the descriptor of `L0Cache.put`, whose first argument is the cache."""
+    if n_arguments(n_args) == 3 and type_of(args[0]) == <PyObject*> L0Cache:
+        return quick_put(args[0], args + 1, 2, names)
+    return descriptor_put(descriptor, args, n_args, names)
+
+
 cdef Method method_get
 cdef Method method_put
+cdef Descriptor descriptor_get
+cdef Descriptor descriptor_put
 has_quick_calls = bool(
-    divert(L0Cache, b"get", quick_get, &method_get)
-    and divert(L0Cache, b"put", quick_put, &method_put)
+    divert(L0Cache, b"get", quick_get, &method_get, quick_get_descriptor, &descriptor_get)
+    and divert(L0Cache, b"put", quick_put, &method_put, quick_put_descriptor, &descriptor_put)
 )
 
 
@@ -619,10 +659,30 @@ def token_ids(self, text, *, add_special_tokens=True, scope=None):
     """
     # WrappedTokenizer.token_ids: CPython calls a function with keyword-only arguments the slow way.
     if scope is None:
-        scope = self._tokcache_scope
-    core = self._tokcache
+        scope = attribute(self, "_tokcache_scope")
+    core = attribute(self, "_tokcache")
     ids = core.get(text, add_special_tokens, scope)
-    return core.miss(text, add_special_tokens, scope) if ids is None else ids
+    if ids is not None:
+        return ids
+    if scope is not None or not PyUnicode_CheckExact(text):
+        return core.miss(text, add_special_tokens, scope)
+    # Most texts that L0 does not have are put together from cached segments: without a Python frame
+    # that takes a tenth less time. `miss` does the same.
+    generation = core._generation
+    l1 = generation.l1
+    look = None if l1 is None else l1.look
+    if look is None:
+        return core.miss(text, add_special_tokens, None, generation)
+    found = look(text, add_special_tokens, 0)
+    if type(found) is not TokenIds:
+        return core.miss(text, add_special_tokens, None, generation, found)
+    if PyUnicode_GET_LENGTH(<PyObject*> text) > long_chars:
+        n_long = core._n_long + 1
+        core._n_long = n_long
+        if n_long % admit_one_in:
+            return found
+    generation.put(text, add_special_tokens, found, None, generation.l0._n_clears)
+    return found
 
 
 cdef object text_of(const Entry* entry):
@@ -656,6 +716,10 @@ cdef inline int key_from(PyObject* text, Key* key) except -1:
     key.n_bytes = <size_t> PyUnicode_GET_LENGTH(text) * key.kind
     key.scope = 0
     return 0
+
+
+cdef inline bint is_bool(PyObject* o) noexcept:
+    return o == Py_True or o == Py_False
 
 
 cdef inline int map_of(PyObject* add_special_tokens) except -1:

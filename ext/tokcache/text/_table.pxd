@@ -229,11 +229,11 @@ cdef inline uint64_t differs_at(const Key* a, const Key* b) noexcept nogil:
 
 cdef inline uint64_t digest_of(const Table* t, const Key* key) noexcept nogil:
     """Return the digest under which this key is filed or would be."""
-    cdef uint64_t digest
+    return long_digest_of(t, key) if is_long(key) else full_of(t, key)
+
+cdef inline uint64_t long_digest_of(const Table* t, const Key* key) noexcept nogil:
+    cdef uint64_t digest = sampled_of(t, key)
     cdef Crowd* crowd
-    if not is_long(key):
-        return full_of(t, key)
-    digest = sampled_of(t, key)
     while True:
         crowd = find_crowd(t, digest)
         if crowd == NULL:
@@ -258,8 +258,9 @@ cdef inline void fetch_entry(const Entry* entry, size_t n_bytes) noexcept nogil:
     """Prefetch the memory that a match needs: the ids' header and the start of the stored key."""
     cdef size_t i
     fetch(entry.value)
-    for i in range(0, min(n_bytes, <size_t> FETCH_BYTES), 64):
-        fetch(entry.key + i)
+    if n_bytes > 64:  # the compare reads a shorter key at once
+        for i in range(0, min(n_bytes, <size_t> FETCH_BYTES), 64):
+            fetch(entry.key + i)
 
 cdef inline Entry* find(const Table* t, uint64_t digest, const Key* key) noexcept nogil:
     """Return the entry with exactly this key, or NULL."""

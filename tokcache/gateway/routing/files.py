@@ -21,6 +21,7 @@ from typing import Any
 
 from tokcache._files import atomic_file
 from tokcache.gateway.routing.chain import EMPTY, Chain
+from tokcache.llama.server.removals import Removal, SlotRemovals
 
 _FORMAT = 2
 _USE_IS_WORTH_S = 600.0  # a file used again counts as used that much later, for each use
@@ -48,6 +49,8 @@ class SavedFile:
     # A file of the warm folder: neither evicted nor replaced by a longer one.
     is_pinned: bool = False
     ids: Chain = EMPTY
+    # The tenant; None also for files of an earlier process. It is not in the list on disk.
+    scope: str | None = None
 
     def tokens_at(self, n_links: int) -> int:
         """Return about how many tokens the first `n_links` links take."""
@@ -79,6 +82,7 @@ class Files:
         # The probabilities of each pool's model after a fixed prompt, when its files were saved.
         self.probes: dict[str, dict[str, list[Any]]] = {}
         self.refusals: Counter[str] = Counter()
+        self.removals = SlotRemovals()
         self._files: dict[str, SavedFile] = {}
         self._by_link: dict[tuple[str, bytes], dict[SavedFile, None]] = {}
         self._stale: dict[str, list[str]] = {}
@@ -134,6 +138,7 @@ class Files:
             self._unlist(self._files[file.name])
         if not self.make_room(file.n_bytes):
             self.refusals["file_over_budget"] += 1
+            self.note_removal(file.scope, file.chain, "file_over_budget")
             self._delete(file.pool, file.name)
             return False
         self._list(file)
@@ -148,8 +153,21 @@ class Files:
                 break
             if not file.n_readers and not file.is_pinned:
                 self.n_evictions += 1
+                self.note_removal(file.scope, file.chain, "max_bytes")
                 self.drop(file)
         return self.n_bytes + n_bytes <= self.max_bytes
+
+    def note_removal(self, scope: str | None, chain: Chain, cause: str) -> None:
+        """Remember that a tenant's prefix is gone, or could not be kept."""
+        self.removals.note_places(repr(scope).encode(), _beginnings(chain), cause)
+
+    def removal(self, scope: str | None, chain: Chain) -> Removal | None:
+        """Return why a beginning of `chain` is gone, counted in links; None if none is."""
+        return self.removals.find_places(repr(scope).encode(), _beginnings(chain))
+
+    def has_forgotten(self, scope: str | None) -> bool:
+        """Return whether some removals of a tenant are forgotten."""
+        return self.removals.has_forgotten(repr(scope).encode())
 
     def touch(self, file: SavedFile) -> None:
         """Record that a file was used."""
@@ -259,6 +277,12 @@ def remove_strangers(folder: Path, files: Files) -> int:
     return n_removed
 
 
+def _beginnings(chain: Chain) -> list[tuple[int, bytes]]:
+    """Return the first 1, 2, 4 … links of a chain and all of them, each as its last link."""
+    lengths = [1 << n for n in range(len(chain).bit_length())] + [len(chain)]
+    return [(n, chain.links[n - 1]) for n in lengths if 0 < n <= len(chain)]
+
+
 def _value(file: SavedFile) -> float:
     return file.used_at + _USE_IS_WORTH_S * min(file.n_uses, _MAX_USES)
 
@@ -270,7 +294,7 @@ def _told(file: SavedFile) -> dict[str, Any]:
     told["ids"] = [
         [link.hex(), n] for link, n in zip(file.ids.links, file.ids.n_chars, strict=True)
     ]
-    del told["chain"], told["n_readers"]
+    del told["chain"], told["n_readers"], told["scope"]
     return told
 
 

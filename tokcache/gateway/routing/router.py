@@ -27,6 +27,7 @@ from tokcache.gateway.routing.choice import (
 )
 from tokcache.gateway.routing.files import Files, SavedFile
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
+from tokcache.state.reasons import MissReason
 
 _MIN_WAIT_TOKENS = 256
 _MAX_BYPASSED_S = 2.0  # a request that waited so long is served before later ones
@@ -53,6 +54,8 @@ class Router:
         self.queue: list[Wish] = []
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.misses: Counter[str] = Counter()
+        self.missed_tokens: Counter[str] = Counter()
         self.erases_between_scopes = False
         self._admission = Admission()
         self._displaced_at = float("-inf")
@@ -188,23 +191,24 @@ class Router:
     def _assigned(self, wish: Wish, choice: Choice, now: float) -> Assignment:
         slot = choice.slot
         made = Assignment(
-            wish, slot, choice.source, choice.n_gained, "", file=choice.file, copied=choice.copied
+            wish, slot, choice.source, choice.n_gained, file=choice.file, copied=choice.copied
         )
         made.n_links, made.epoch = choice.n_links, slot.server.epoch
         if choice.n_links < len(wish.chain) - 1:  # more than the last piece has to be decoded
-            made.reason = "different_text" if choice.n_links else "never_stored"
-            made.reason = "busy" if wish.has_waited_for_prefix else made.reason
+            made.reason, made.detail = self._why(wish, choice.n_links)
         if choice.copied is not None:
             choice.copied.is_busy = True
             if not self._is_saved(choice.copied):
                 made.save.append(choice.copied)
         keeps_all = choice.source == "slot" and slot.is_continued_by(wish)
-        if not keeps_all and slot.n_tokens >= self._min_save_tokens:
-            self._displaced_at = now
+        if not keeps_all and len(slot.chain) and not self._is_saved(slot):
             if self.is_worth_saving(slot):
                 made.save.append(slot)
-            elif self.is_savable(slot):
-                self.counts["save_skipped"] += 1
+            else:
+                self.counts["save_skipped"] += self.is_savable(slot)
+                self._note_unsaved(slot)
+        if not keeps_all and slot.n_tokens >= self._min_save_tokens:
+            self._displaced_at = now
             self._admission.displaced(slot)
         is_of_another = slot.is_dirty and slot.scope != wish.scope
         made.is_erased = is_of_another and self.erases_between_scopes
@@ -218,6 +222,32 @@ class Router:
         slot.used_at = next(self._clock)
         self.counts[f"plan_{choice.source}"] += 1
         return made
+
+    def _why(self, wish: Wish, n_links: int) -> tuple[MissReason, str]:
+        """Return why no more than the first `n_links` links of a request are reused."""
+        if wish.has_waited_for_prefix:
+            return MissReason.REFUSED, "busy"
+        removal = self.files.removal(wish.scope, wish.chain)
+        if removal is not None and removal.n_tokens > n_links:
+            if removal.cause == "max_bytes":
+                return MissReason.EVICTED, "file: max_bytes"
+            return MissReason.REFUSED, removal.cause
+        if n_links:
+            return MissReason.DIFFERENT_TEXT, ""
+        is_lost = self.files.has_forgotten(wish.scope)
+        return (MissReason.NOT_KNOWN if is_lost else MissReason.NEVER_STORED), ""
+
+    def _note_unsaved(self, slot: Slot) -> None:
+        """Remember why a slot's contents are not saved before another request replaces them."""
+        if not slot.server.can_save:
+            cause = "no_slot_save_path"
+        elif slot.n_tokens < self._min_save_tokens:
+            cause = "below_minimum"
+        elif not slot.server.can_restore:
+            cause = "restore_not_used_by_server"
+        else:
+            cause = "save_skipped"
+        self.files.note_removal(slot.scope, slot.chain, cause)
 
     # -- reports of the service ---------------------------------------------------------------
 
@@ -285,6 +315,7 @@ class Router:
             n_tokens=n_tokens,
             n_bytes=n_bytes,
             ids=ids,
+            scope=slot.scope,
         )
         self.counts["save"] += 1
         slot.saved = file if self.files.add(file) else None
@@ -302,7 +333,8 @@ class Router:
     def not_restored(self, made: Assignment, reason: str) -> None:
         """Record that a file could not be restored; a failed restore empties the slot."""
         self.reasons[reason] += 1
-        made.source, made.n_promised, made.reason = "none", 0, reason
+        made.source, made.n_promised = "none", 0
+        made.reason, made.detail = MissReason.REFUSED, reason
         made.slot.lost()
 
     def least_to_restore(self, made: Assignment) -> int:
@@ -313,7 +345,8 @@ class Router:
         """Record that a file is not restored; the slot keeps what it holds."""
         self.reasons[reason] += 1
         made.n_links, made.n_promised = self._live(made)
-        made.source, made.reason = ("slot" if made.n_promised else "none"), reason
+        made.source = "slot" if made.n_promised else "none"
+        made.reason, made.detail = MissReason.TEMPLATE, reason
 
     def _live(self, made: Assignment) -> tuple[int, int]:
         """Return the links, and the tokens, that an assigned slot holds of its request."""
@@ -332,8 +365,8 @@ class Router:
 
     def finish(
         self, made: Assignment, chain: Chain, *, n_prompt: int, n_cached: int, n_tokens: int
-    ) -> str:
-        """Record an answer, compare the promise with the tokens used, and return the reason."""
+    ) -> None:
+        """Record an answer, and compare the promise with the tokens used."""
         slot, wish = made.slot, made.wish
         slot.holds(chain, len(wish.chain), n_prompt, n_tokens)
         slot.scope = wish.scope
@@ -354,12 +387,15 @@ class Router:
         if made.source == "file":
             server.n_useless_restores = 0 if is_kept else server.n_useless_restores + 1
         if made.n_promised >= MIN_RESTORE_TOKENS and not is_kept:
-            made.reason = (
-                "restore_not_used_by_server" if made.source == "file" else "slot_changed_by_others"
-            )
-        if made.reason:
-            self.reasons[made.reason] += 1
-        return made.reason
+            is_file = made.source == "file"
+            made.detail = "restore_not_used_by_server" if is_file else "slot_changed_by_others"
+            made.reason = MissReason.REFUSED
+            self.reasons[made.detail] += 1
+        elif made.detail == "busy":
+            self.reasons["busy"] += 1
+        if made.reason is not None:
+            self.misses[made.reason] += 1
+            self.missed_tokens[made.reason] += max(0, n_prompt - 1 - n_cached)
 
     def reject(self, made: Assignment) -> None:
         """Record that the server rejected the request; the slot's contents are as before."""

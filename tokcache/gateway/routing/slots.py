@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tokcache.gateway.routing.chain import EMPTY, Chain
 from tokcache.gateway.routing.files import SavedFile, tokens_at
+
+if TYPE_CHECKING:
+    from tokcache.state.reasons import MissReason
 
 _MAX_USELESS = 3  # a server that used less than half of so many restored files gets no more
 _FIRST_TOKENS_PER_S = 1_000.0
@@ -112,14 +116,16 @@ class Assignment:
     """A request, its slot, and the steps before it is sent.
 
     The steps are, in this order: save each slot in `save`, erase, restore `file` (or the file that
-    `copied` was saved to). `reason` says why the promise is not larger.
+    `copied` was saved to). `reason` says why the promise is not larger, `detail` has the code of a
+    refusal or the budget.
     """
 
     wish: Wish
     slot: Slot
     source: str = "none"
     n_promised: int = 0
-    reason: str = ""
+    reason: MissReason | None = None
+    detail: str = ""
     save: list[Slot] = field(default_factory=list)
     is_erased: bool = False
     file: SavedFile | None = None

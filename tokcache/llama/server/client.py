@@ -182,15 +182,18 @@ class LlamaServer:
         conversation: str | None = None,
         temperature: float = 0.0,
         n_probs: int = 0,
+        explain: bool = False,
         **settings: Any,
     ) -> Reused:
         """Complete a text or token ids, starting from the best slot or saved file.
 
         `scope` separates tenants: their prompts share no slot contents or files. `conversation`
-        is a name that `pin` accepts.
+        is a name that `pin` accepts. `miss` of the result says why no more of the prompt was
+        reused; `explain` also asks the server for the texts on both sides of that place.
         """
         asked = sampling(settings, n_predict, temperature, n_probs)
-        return self._drive(self._session.complete(prompt, asked, scope, conversation))
+        steps = self._session.complete(prompt, asked, scope, conversation, explain=explain)
+        return self._drive(steps)
 
     def stream(
         self,
@@ -208,8 +211,7 @@ class LlamaServer:
         try:
             with contextlib.closing(self._connection.stream(job.call(is_stream=True))) as pieces:
                 for piece in pieces:
-                    self._session.note(job, piece)
-                    yield piece
+                    yield self._session.noted(job, piece)
         except BaseException as error:
             self._manager.fail(job, error)
             raise

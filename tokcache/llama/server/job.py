@@ -14,10 +14,31 @@ from tokcache.llama.server.trust import WHOLE
 
 if TYPE_CHECKING:
     from tokcache.llama.server.calls import Call
+    from tokcache.llama.server.removals import Removal
     from tokcache.llama.server.results import Completion
     from tokcache.llama.server.slot import SlotRecord
     from tokcache.llama.server.table import Start, Wish
     from tokcache.text.token_ids import TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """The contents that had most of a prompt when it got its slot.
+
+    `after` are the ids with which they go on, `is_generated` if the model generated these;
+    `refusal` is why they could not be used although they hold the whole prompt or more of it than
+    the chosen ones. `has_other`: the scope has the prompt's beginning with other adapters.
+
+    Units: `n_same` tokens in common with the prompt.
+    """
+
+    n_same: int
+    after: TokenIds
+    is_generated: bool
+    refusal: str
+    removal: Removal | None
+    has_other: bool
+    is_forgotten: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -36,6 +57,10 @@ class Job:
     received: list[int] = field(default_factory=list)
     is_over: bool = False
     epoch: int = 0
+    # The contents that had most of the prompt, None if those that it starts from have all of it.
+    parting: Parting | None = None
+    # Why the chosen file or slot could not be used.
+    refusal: str = ""
 
     @property
     def slot(self) -> SlotRecord:

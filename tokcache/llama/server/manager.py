@@ -13,6 +13,7 @@ A request goes through these steps:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,11 @@ from tokcache.errors import (
     ServerRefused,
     ServerUnreachable,
 )
+from tokcache.llama.explanation import explained
 from tokcache.llama.server import calls
 from tokcache.llama.server.checkpoints import ALL, gap_after
 from tokcache.llama.server.job import Job
+from tokcache.llama.server.misses import MAX_SHOWN, is_same_text
 from tokcache.llama.server.namespaces import adapters_of, namespace_of, scope_key, scope_of
 from tokcache.llama.server.preparation import Preparation
 from tokcache.llama.server.records import Records
@@ -42,6 +45,7 @@ from tokcache.llama.server.slot import Condition
 from tokcache.llama.server.table import Wish
 from tokcache.llama.server.trust import WHOLE, is_mostly_used
 from tokcache.llama.server.watch import Watch
+from tokcache.state.reasons import MissReason
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from tokcache.llama.server.results import Completion
     from tokcache.llama.server.settings import SlotSettings
     from tokcache.llama.server.steps import Steps
+    from tokcache.state.reasons import Miss
 
 _RESERVED = {"id_slot", "cache_prompt", "n_cache_reuse"}
 
@@ -89,15 +94,36 @@ class SlotManager(Forkable):
         settings: Mapping[str, Any],
         scope: str | None,
         conversation: str | None,
+        *,
+        explain: bool = False,
     ) -> Steps[Reused]:
-        """Complete a prompt."""
+        """Complete a prompt; with `explain`, return the texts where its reuse ended, too."""
         job = yield from self.begin(prompt, settings, scope, conversation)
         try:
             completion = yield job.call()
         except BaseException as error:
             self.fail(job, error)
             raise
-        return self.finish(job, completion)
+        reused = self.finish(job, completion)
+        if explain and reused.miss is not None:
+            reused = yield from self._explained(job, reused, reused.miss)
+        return reused
+
+    def _explained(self, job: Job, reused: Reused, miss: Miss) -> Steps[Reused]:
+        """Add the texts on both sides of the place where the reuse of a prompt ended."""
+        parting, at = job.parting, miss.at_token
+        after = parting.after if parting is not None and parting.n_same == at else TokenIds()
+        shared = (yield calls.detokenize(job.prompt[:at].tolist())) if at else ""
+        held = (yield calls.detokenize(after.tolist())) if after else ""
+        new = yield calls.detokenize(job.prompt[at : at + MAX_SHOWN].tolist())
+        if job.start is not None and job.slot.is_condemned:
+            return reused  # the scope was cleared meanwhile
+        is_different = miss.reason is MissReason.DIFFERENT_TEXT
+        is_generated = parting is not None and parting.is_generated
+        if is_different and is_generated and is_same_text(held, new):
+            miss = replace(miss, reason=MissReason.RE_ENCODING)
+        found = explained(miss, shared, held, new)
+        return replace(reused, miss=found.miss, explanation=found)
 
     def begin(
         self,
@@ -168,12 +194,18 @@ class SlotManager(Forkable):
         n_used = completion.n_cached if job.n_used is None else job.n_used
         try:
             self._count(job, completion, n_used)
+            misses = self.records.misses
+            misses.note_prefill(job, completion.n_prefilled, completion.first_token_s)
+            miss = misses.find(job, n_used)
+            if miss is not None:
+                self.trust.count_miss(miss)
             if job.start is None:
-                return Reused(completion, 0, first_token_s)
+                return Reused(completion, 0, first_token_s, miss=miss)
             slot, n_live = job.slot, job.start.n_live
             slot.loaded(job.adapters)
             self._verify(job, n_used)
-            reused = Reused(completion, min(job.n_restored, n_used), first_token_s, n_live, slot.id)
+            n_restored = min(job.n_restored, n_used)
+            reused = Reused(completion, n_restored, first_token_s, n_live, slot.id, miss)
             with self.table.lock:
                 is_kept = self._is_kept(job)
                 if is_kept:
@@ -244,7 +276,7 @@ class SlotManager(Forkable):
         if job.n_restored:
             if self.trust.verify(job.adapters, job.kind, job.n_restored, n_used):
                 with self.table.lock:
-                    self.records.shelf.clear(job.adapters)
+                    self.records.shelf.clear(job.adapters, cause="restore_not_used_by_server")
         elif not is_mostly_used(job.n_promised, n_used):
             self.trust.refuse("slot_not_used_by_server")
         elif job.n_promised:

@@ -69,8 +69,11 @@ class Preparation:
         """Bring the slot of a job to the state that its prompt starts from."""
         start = yield from self._checked(job)
         slot = start.slot
+        job.parting = self._records.misses.parting(job.wish, start)
         if not slot.is_saved and len(slot.tokens) > start.n_live:
             yield from self._saver.save(slot)
+        if job.parting is not None or not start.n_live:
+            self._records.replaced(slot, n_kept=start.n_live)
         is_kept = start.n_live > 0 or (
             start.found is not None and slot.namespace == job.wish.namespace
         )
@@ -97,6 +100,7 @@ class Preparation:
                 slot = start.slot
                 if listed.get(slot.id, -1) not in (None, slot.n_held):
                     trust.refuse("slot_changed_by_others")
+                    self._records.replaced(slot, "slot_changed_by_others")
                     slot.lost()
                     is_as_recorded = False
         except (ServerUnreachable, ServerTimeout):
@@ -104,6 +108,7 @@ class Preparation:
         except ServerError as error:
             # This may be another server: restore nothing into it.
             start.slot.lost()
+            job.refusal = "server_not_understood"
             job.start = table.from_nothing(start)
             trust.degrade("server_not_understood", error)
             return job.start
@@ -151,7 +156,8 @@ class Preparation:
         try:
             if not records.shelf.folder.is_intact(found.file.name, found.file.n_bytes):
                 records.drop(found.file)
-                trust.refuse("cleared" if slot.is_condemned else "restore_failed")
+                job.refusal = "cleared" if slot.is_condemned else "restore_failed"
+                trust.refuse(job.refusal)
                 return
             restored = yield calls.restore_slot(slot.id, found.file.name)
         except ServerUnreachable as error:
@@ -160,16 +166,18 @@ class Preparation:
             raise
         except ServerError as error:
             records.drop(found.file)
+            job.refusal = "cleared" if slot.is_condemned else "restore_failed"
             if slot.is_condemned:
-                trust.refuse("cleared")
+                trust.refuse(job.refusal)
             else:
-                trust.degrade("restore_failed", error)
+                trust.degrade(job.refusal, error)
             return
         finally:
             records.table.read(found.file)
         if restored.n_tokens != found.file.n_saved:
             records.drop(found.file)
-            trust.refuse("cleared" if slot.is_condemned else "restore_failed")
+            job.refusal = "cleared" if slot.is_condemned else "restore_failed"
+            trust.refuse(job.refusal)
             yield from self._saver.erase(slot)
             return
         trust.count("restore", seconds=perf_counter() - began)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cachetools import LRUCache
 
 from tokcache._validate import require_size
+from tokcache.llama.server.misses import SlotMisses
 from tokcache.llama.server.namespaces import adapters_of, scope_of
 from tokcache.llama.server.results import ReuseStats
 from tokcache.llama.server.settings import STEP_TOKENS
@@ -50,6 +51,12 @@ class Records:
         )
         # The server would decode tokens of several slots in one batch, in other pieces than alone.
         self.table = SlotTable((), self.shelf, is_one_at_a_time=settings.reproducible)
+        self.misses = SlotMisses(
+            self.shelf,
+            self.table,
+            self.trust.kinds,
+            aligned_to=settings.block_tokens if settings.reproducible else None,
+        )
         # Digests of the first blocks of prompts, each with its namespace.
         self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
 
@@ -118,7 +125,31 @@ class Records:
     def drop(self, file: SavedSlot) -> None:
         """Drop a file that can't be used."""
         with self.table.lock:
-            self.shelf.drop(file)
+            self.shelf.drop(file, "restore_failed")
+
+    def replaced(self, slot: SlotRecord, cause: str = "overwritten", *, n_kept: int = 0) -> None:
+        """Remember that a slot is about to lose all but its first tokens, if no file has them."""
+        with self.table.lock:
+            namespace, tokens = slot.namespace, slot.tokens
+            is_kept = namespace is None or len(tokens) <= n_kept or self._settings.reproducible
+            if namespace is None or is_kept:
+                return
+            is_whole_only = self._is_whole_only(namespace)
+            if self.shelf.covers(namespace, tokens, slot.n_held, is_whole_only=is_whole_only):
+                return
+            if cause == "overwritten":  # or rather: not saved before
+                n_bytes = (self.trust.kv_bytes_per_token or 0) * slot.n_held
+                if not self.trust.can_save:
+                    cause = "no_slot_save_path"
+                elif len(tokens) < self._settings.min_save_tokens:
+                    cause = "below_minimum"
+                elif not self.trust.kinds(adapters_of(namespace)):
+                    cause = "restore_not_used_by_server"
+                elif n_bytes > require_size("max_bytes", self._settings.max_bytes):
+                    cause = "file_over_budget"
+                elif self.shelf.removals.has(namespace, tokens):
+                    return  # its file was evicted
+            self.shelf.removals.note(namespace, tokens, cause)
 
     def shared_head(self, namespace: bytes, heads: list[TokenIds]) -> TokenIds | None:
         """Return the longest of `heads`, a prompt's beginnings, that another prompt had too."""
@@ -142,6 +173,8 @@ class Records:
             self.shelf.sweep()
             if is_first:
                 self.shelf.take_stock()
+            for slot in self.table.slots.values():
+                self.replaced(slot, "files_of_another_model" if is_other else "server_restarted")
             self.table.reset_contents()
             self.table.resize(self._settings.slot_ids or range(n_slots))
 
@@ -149,7 +182,7 @@ class Records:
         """Drop all files, and everything learned about the model: the server has another one."""
         with self.table.lock:
             self.trust.refuse("files_of_another_model", len(self.shelf))
-            self.shelf.clear()
+            self.shelf.clear(cause="files_of_another_model")
             self.trust.reset()
 
     def clear(self, scope: bytes | None) -> list[SlotRecord]:
@@ -158,6 +191,7 @@ class Records:
             for file in list(self.shelf):
                 if scope is None or scope_of(file.namespace) == scope:
                     self.shelf.drop(file)
+            self.misses.clear(lambda each: scope in (None, scope_of(each)))
             held = self.table.condemn(scope)
             self.shelf.pinned = {
                 pin for pin in self.shelf.pinned if scope is not None and pin[0] != scope
@@ -189,6 +223,8 @@ class Records:
                 n_stale_bytes=sum(shelf.stale.values()),
                 is_folder_reachable=shelf.folder.is_reachable,
                 refusals=dict(self.trust.refusals),
+                misses={str(reason): n for reason, n in self.trust.misses.items()},
+                missed_tokens={str(reason): n for reason, n in self.trust.missed_tokens.items()},
             )
 
     def abandon(self) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokcache.llama.explanation import Explanation
+    from tokcache.state.reasons import Miss
     from tokcache.text.token_ids import TokenIds
 
 
@@ -85,11 +87,15 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a streamed answer; the last one has the `completion` of the whole answer."""
+    """A part of a streamed answer; the last one has the `completion` of the whole answer.
+
+    `reused`, in the last one of `stream`: how much of the prompt was reused.
+    """
 
     text: str
     token_ids: TokenIds
     completion: Completion | None = None
+    reused: Reused | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,9 @@ class Reused:
     `n_restored` tokens of a saved file. These are fewer than the tokens in common with the file if
     the server went back to a context checkpoint. `completion.n_cached` counts all tokens that the
     server reused. `first_token_s` includes waiting for a slot, saving its contents and restoring.
+
+    `miss` says why the server reused no more of the prompt; None if it reused all that it can.
+    `explanation` has the texts on both sides, if `explain` asked for it.
     """
 
     completion: Completion
@@ -116,6 +125,8 @@ class Reused:
     first_token_s: float
     n_live: int = 0
     id_slot: int = -1
+    miss: Miss | None = None
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +135,10 @@ class ReuseStats:
 
     Units: `prompt_tokens` sent. Of these the server decoded neither the `context_tokens`, which its
     slot still held, nor the `restored_tokens` of a saved file. `refusals` counts the times that
-    something was not reused, saved or kept, by reason. `n_stale_files` and `n_stale_bytes` are
-    evicted files that could not be deleted because the slot folder can't be reached; new files
-    take their names first.
+    something was not reused, saved or kept, by reason. `misses` counts, by `MissReason`, the
+    prompts of which the server decoded more than the last token, `missed_tokens` the other tokens
+    that it decoded. `n_stale_files` and `n_stale_bytes` are evicted files that could not be deleted
+    because the slot folder can't be reached; new files take their names first.
     """
 
     requests: int
@@ -147,6 +159,8 @@ class ReuseStats:
     n_stale_bytes: int
     is_folder_reachable: bool | None
     refusals: Mapping[str, int] = field(default_factory=dict)
+    misses: Mapping[str, int] = field(default_factory=dict)
+    missed_tokens: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def token_hit_rate(self) -> float:

@@ -7,6 +7,7 @@ thread and `AsyncLlamaServer` in an event loop.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ class Session:
         self.manager = SlotManager(
             connection, slot_settings or SlotSettings(), self.check_vocabulary
         )
+        if tokenizer is not None:
+            self.manager.records.misses.decode = partial(vocabulary.decode, tokenizer)
         self.reader = KvReader(connection.url, self.manager)
 
     def describe(self, name: str) -> str:
@@ -95,10 +98,13 @@ class Session:
         settings: dict[str, Any],
         scope: str | None,
         conversation: str | None,
+        *,
+        explain: bool,
     ) -> Steps[Reused]:
         """Complete a text or token ids in a managed slot."""
         ids = yield from self._prompt_ids(prompt, scope)
-        return (yield from self.manager.complete(ids, settings, scope, conversation))
+        steps = self.manager.complete(ids, settings, scope, conversation, explain=explain)
+        return (yield from steps)
 
     def begin(
         self,
@@ -111,12 +117,12 @@ class Session:
         ids = yield from self._prompt_ids(prompt, scope)
         return (yield from self.manager.begin(ids, settings, scope, conversation))
 
-    def note(self, job: Job, piece: Piece) -> None:
-        """Record a piece of a streamed answer."""
+    def noted(self, job: Job, piece: Piece) -> Piece:
+        """Record a piece of a streamed answer, and return it; the last one with the reuse."""
         if piece.completion is not None:
-            self.manager.finish(job, piece.completion)
-        else:
-            job.received.extend(piece.token_ids)
+            return replace(piece, reused=self.manager.finish(job, piece.completion))
+        job.received.extend(piece.token_ids)
+        return piece
 
     def _prompt_ids(self, prompt: Prompt, scope: str | None) -> Steps[TokenIds]:
         require_scope(scope)

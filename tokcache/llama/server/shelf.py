@@ -12,12 +12,14 @@ import hashlib
 import secrets
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from tokcache._prefix import n_common
 from tokcache.llama.server.checkpoints import NO_GAP, Gap
 from tokcache.llama.server.folder import DIGEST_BYTES, PREFIX, SUFFIX, Folder
 from tokcache.llama.server.namespaces import adapters_of, scope_of
+from tokcache.llama.server.removals import SlotRemovals
 from tokcache.llama.server.trust import ANSWER, PROMPT, WHOLE
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from tokcache.text.token_ids import TokenIds
 
 _SWEEP_EVERY_S = 60.0
+_MAX_LOOKED_AT = 16  # files of a namespace that share no whole step with a prompt
 
 
 @dataclass(eq=False, slots=True)
@@ -109,6 +112,8 @@ class Shelf:
         self._key = secrets.token_bytes(32)
         self._files: dict[str, SavedSlot] = {}
         self._by_chain: dict[bytes, dict[SavedSlot, None]] = {}
+        self._by_namespace: dict[bytes, dict[SavedSlot, None]] = {}
+        self.removals = SlotRemovals()
         # Evicted files that could not be deleted, with their bytes.
         self.stale: dict[str, int] = {}
         # Conversations to keep, each with the key of its scope.
@@ -143,6 +148,16 @@ class Shelf:
                 # For equal lengths the smaller file is faster to read.
                 return max(found, key=lambda each: (each.n_tokens, -each.file.n_bytes))
         return None
+
+    def nearest(self, namespace: bytes, prompt: TokenIds) -> list[SavedSlot]:
+        """Return the files that share most whole steps with `prompt`, usable or not.
+
+        If none shares a step, they are some of the namespace.
+        """
+        for link in reversed(self._chain(namespace, prompt)):
+            if found := self._by_chain.get(link):
+                return list(islice(reversed(found), _MAX_LOOKED_AT))
+        return list(islice(reversed(self._by_namespace.get(namespace, {})), _MAX_LOOKED_AT))
 
     def name_for(self, namespace: bytes, tokens: TokenIds, n_held: int) -> str:
         """Return a file name for a slot of `n_held` tokens that starts with `tokens`."""
@@ -184,7 +199,7 @@ class Shelf:
                 break
             if file.n_readers == 0 and not file.is_pinned:
                 self.n_evictions += 1
-                self.drop(file)
+                self.drop(file, "max_bytes")
         return self.n_bytes + n_bytes <= self._max_bytes
 
     def add(
@@ -225,25 +240,29 @@ class Shelf:
         self.n_bytes += file.n_bytes
         for link in file.chain:
             self._by_chain.setdefault(link, {})[file] = None
+        self._by_namespace.setdefault(namespace, {})[file] = None
+        self.removals.forget(namespace, tokens)
         if not fits:
             self._trust.refuse("file_over_budget")
-            self.drop(file)
+            self.drop(file, "file_over_budget")
             return None
         self._trust.went_well("file_over_budget")
         return file
 
-    def drop(self, file: SavedSlot) -> None:
-        """Remove a file from the records, and delete it if possible."""
+    def drop(self, file: SavedSlot, cause: str = "") -> None:
+        """Remove a file from the records, and delete it if possible; remember the cause, if any."""
         if self._files.get(file.name) is not file:
             return
+        if cause:
+            self.removals.note(file.namespace, file.tokens, cause)
         self._unlist(file)
         self._remove(file.name, file.n_bytes)
 
-    def clear(self, adapters: bytes | None = None) -> None:
+    def clear(self, adapters: bytes | None = None, *, cause: str = "") -> None:
         """Drop all files, or those that were decoded with `adapters`."""
         for file in list(self):
             if adapters is None or adapters_of(file.namespace) == adapters:
-                self.drop(file)
+                self.drop(file, cause)
 
     def pin(self, conversation: tuple[bytes, str], *, is_pinned: bool) -> None:
         """Keep a conversation's slot and files from eviction, or allow it again."""
@@ -261,6 +280,8 @@ class Shelf:
         """Remove all files from the records, but delete none: they belong to another process."""
         self._files.clear()
         self._by_chain.clear()
+        self._by_namespace.clear()
+        self.removals = SlotRemovals()
         self.stale.clear()
         self._left.clear()
         self._key = secrets.token_bytes(32)
@@ -294,7 +315,7 @@ class Shelf:
         for file in list(self):
             if file.used_at < oldest and file.n_readers == 0 and not file.is_pinned:
                 self.n_evictions += 1
-                self.drop(file)
+                self.drop(file, "max_age_s")
         oldest_time = time.time() - self._max_age_s
         for name, stat in self._others():
             if stat.st_mtime < oldest_time:
@@ -317,6 +338,10 @@ class Shelf:
             del files[file]
             if not files:
                 del self._by_chain[link]
+        files = self._by_namespace[file.namespace]
+        del files[file]
+        if not files:
+            del self._by_namespace[file.namespace]
 
     def _remove(self, name: str, n_bytes: int) -> None:
         if self.folder.is_reachable is False or not self.folder.delete(name):

@@ -13,6 +13,7 @@ from tokcache.errors import ServerError, ServerUnsupported
 
 if TYPE_CHECKING:
     from tokcache.llama.server.results import SlotFile
+    from tokcache.state.reasons import Miss
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ class Trust:
         self._lock = threading.Lock()
         self.refusals: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
+        self.misses: Counter[str] = Counter()
+        self.missed_tokens: Counter[str] = Counter()
         self.seconds = {"restore": 0.0, "save": 0.0}
         self.can_save = True
         # The file of the last save.
@@ -151,6 +154,12 @@ class Trust:
             self.counts[name] += n
             if name in self.seconds:
                 self.seconds[name] += seconds
+
+    def count_miss(self, miss: Miss) -> None:
+        """Count a prompt of which the server decoded more than its last token."""
+        with self._lock:
+            self.misses[miss.reason] += 1
+            self.missed_tokens[miss.reason] += miss.n_missed
 
     def refuse(self, reason: str, n: int = 1, error: ServerError | None = None) -> None:
         """Count a refusal; log it if it begins a series that the operator can end."""

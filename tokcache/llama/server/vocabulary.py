@@ -78,6 +78,12 @@ def check(wrapped: ServerTokenizer, url: str) -> Steps[None]:
         _log.warning("%s; the tokenizer's ids are sent", message)
 
 
+def decode(wrapped: ServerTokenizer, ids: Sequence[int]) -> str:
+    """Return the text of `ids`, special tokens included."""
+    plain = wrapped.unwrap()
+    return _decode(getattr(plain, "backend_tokenizer", plain), ids)
+
+
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=False)
 

@@ -1,9 +1,10 @@
 """The added tokens that separate a text, the cuts they forbid, and when they forbid every cut.
 
 The tokenizers library finds added tokens in two phases: first those that are not `normalized`, in
-the raw text; then the others, in the normalised pieces of text between them. The scanner finds the
-tokens of both phases in one pass over the raw text. That is right only where the order of the
-phases makes no difference.
+the raw text; then the others, in the normalised pieces of text between them. Without a normalizer
+the scanner finds the tokens of both phases in one pass over the raw text, provided that the order
+of the phases makes no difference. With one, it leaves the second phase to the library, which finds
+those tokens inside the segments that it encodes (`second_phase`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.text.cuts.char_classes import WHITESPACE, class_of
 from tokcache.text.cuts.plan import Separator
-from tokcache.text.cuts.rules import DIGITS, LETTERS, WHITESPACE_LEFT, C, Pair, pairs_in
+from tokcache.text.cuts.rules import DIGITS, LETTERS, WHITESPACE_LEFT, C, Pair, pairs_in_any
 from tokcache.text.engines.copying import added_tokens, free_edge
 
 if TYPE_CHECKING:
@@ -55,50 +56,38 @@ class Refusal:
     sentence: str
 
 
-def why_no_cuts(tokenizer: Tokenizer, phases: Phases, *, is_prefixed: bool) -> Refusal | None:
+def why_no_cuts(phases: Phases, normalizers: Sequence[Any]) -> Refusal | None:
     """Return why added tokens make every cut unsafe, None if they don't.
 
-    `is_prefixed` says that the beginning of a text is encoded differently from the rest.
+    `normalizers` are those of the variants: None, or a component.
     """
-    refusal = _why_not_found(phases.all)
+    is_normalized = normalizers[0] is not None
+    refusal = _why_not_found(phases, is_normalized=is_normalized)
     if refusal is not None or not phases.normalized:
         return refusal
-
-    # Without a normalizer the scanner finds the tokens of both phases in one pass.
-    normalizer = tokenizer.normalizer
-    tokens = phases.normalized
-    if normalizer is None:
-        first, second = ([token.content for token in each] for each in (phases.raw, tokens))
+    if not is_normalized:
+        first, second = (
+            [token.content for token in each] for each in (phases.raw, phases.normalized)
+        )
         if _meet(first, second) or _meet(second, first):
             return Refusal("added_tokens_overlap", "added tokens of the two phases may overlap")
         return None
-
-    # With a normalizer, the scanner leaves the second phase to the library: it encodes segments,
-    # and finds those tokens inside them.
-    if any(token.lstrip or token.rstrip or token.single_word for token in tokens):
-        return Refusal(
-            "normalized_token_flags",
-            "an added token with flags is searched for in the normalised text",
-        )
-    names = {normalizer.normalize_str(token.content) for token in tokens}
-    if len(names) < len(tokens):  # it is chance which one a copy of the tokenizer finds
-        return Refusal("normalized_tokens_alike", "two added tokens are equal once normalised")
-    if is_prefixed:
-        return Refusal(
-            "normalized_token_prefix",
-            "an added token that is searched for in the normalised text may not be found after a "
-            "cut, where text is normalised differently than at its beginning",
-        )
+    for normalizer in normalizers:
+        names = {normalizer.normalize_str(token.content) for token in phases.normalized}
+        if len(names) < len(phases.normalized):  # it is chance which one a copy finds
+            sentence = "two added tokens are equal once normalised"
+            return Refusal("normalized_tokens_alike", sentence)
     return None
 
 
-def _why_not_found(tokens: list[Any]) -> Refusal | None:
+def _why_not_found(phases: Phases, *, is_normalized: bool) -> Refusal | None:
     """Return why the scanner can't find added tokens as the library does, None if it can."""
+    tokens = phases.raw if is_normalized else phases.all
     if any(len(token.content) > _LONGEST_TOKEN for token in tokens):
         return Refusal(
             "long_added_token", f"an added token is longer than {_LONGEST_TOKEN} characters"
         )
-    if free_edge(tokens) is None:
+    if free_edge(phases.all) is None:
         return Refusal(
             "no_separator",
             "added tokens hold every character with which a separator could begin",
@@ -112,14 +101,11 @@ def _why_not_found(tokens: list[Any]) -> Refusal | None:
     return None
 
 
-def may_appear(tokenizer: Tokenizer, phases: Phases) -> bool:
-    """Return whether normalization may turn other characters into an added token."""
-    return tokenizer.normalizer is not None and bool(phases.normalized)
-
-
-def separators(tokenizer: Tokenizer, phases: Phases) -> tuple[Separator, ...]:
+def separators(
+    tokenizer: Tokenizer, phases: Phases, *, is_normalized: bool
+) -> tuple[Separator, ...]:
     """Return the added tokens that the scanner finds in a raw text."""
-    found = phases.raw + (phases.normalized if tokenizer.normalizer is None else [])
+    found = phases.raw + ([] if is_normalized else phases.normalized)
     contents = [token.content for token in found]
     overlapped = _overlapped(contents)
     is_nested = any(b.startswith(a) for a, b in pairwise(sorted(contents)))
@@ -154,7 +140,7 @@ def separators(tokenizer: Tokenizer, phases: Phases) -> tuple[Separator, ...]:
     )
 
 
-def without_unsafe(pairs: set[Pair], tokens: Iterable[Separator]) -> set[Pair]:
+def without_unsafe(pairs: set[Pair], tokens: Sequence[Separator]) -> set[Pair]:
     """Return the pairs without those at which an added token makes a cut unsafe."""
     pairs = set(pairs)
     for one in tokens:
@@ -165,17 +151,12 @@ def without_unsafe(pairs: set[Pair], tokens: Iterable[Separator]) -> set[Pair]:
             pairs -= {(left, first) for left in C if left not in WHITESPACE_LEFT}
             ends = {last, C.NEWLINE_RUN} if last is C.NEWLINE else {last}
             pairs -= {(end, right) for end in ends for right in C if right not in WHITESPACE}
-        if one.skips or one.single_word:
-            pairs -= set(pairs_in(one.content))
-    return pairs
+    return pairs - pairs_in_any(one.content for one in tokens if one.skips or one.single_word)
 
 
-def pairs_inside(tokenizer: Tokenizer, phases: Phases) -> set[Pair]:
-    """Return the pairs of classes inside the tokens of the second phase, raw and normalised."""
-    names = [token.content for token in phases.normalized]
-    if tokenizer.normalizer is not None:
-        names += map(tokenizer.normalizer.normalize_str, list(names))
-    return {pair for name in names for pair in pairs_in(name)}
+def pairs_inside(phases: Phases) -> set[Pair]:
+    """Return the pairs of classes inside the tokens of the second phase."""
+    return pairs_in_any(token.content for token in phases.normalized)
 
 
 # ---- tokens that overlap
@@ -194,11 +175,12 @@ def _meet(first: Sequence[str], second: Sequence[str]) -> bool:
     if first and second and _are_many([*first, *second]):
         return True
     prefixes = {text[:end] for text in second for end in range(1, len(text) + 1)}
-    whole = set(second)
+    whole, begins = set(second), {text[0] for text in second}
     return any(
         text[start:end] in prefixes and (end == len(text) or text[start:end] in whole)
         for text in first
         for start in range(len(text))
+        if text[start] in begins
         for end in range(start + 1, len(text) + 1)
     )
 
@@ -212,7 +194,13 @@ def _overlapped(contents: list[str]) -> set[str]:
     if _are_many(contents):
         return set(contents)
     ordered, whole = sorted(contents), set(contents)
-    rests = {content[start:] for content in contents for start in range(1, len(content))}
+    begins = {content[0] for content in contents}
+    rests = {
+        content[start:]
+        for content in contents
+        for start in range(1, len(content))
+        if content[start] in begins
+    }
     inside = {rest[:end] for rest in rests for end in range(1, len(rest) + 1)} & whole
     n_open = [0] * (len(ordered) + 1)  # at each index, the ranges that begin minus those that end
     for rest in rests:

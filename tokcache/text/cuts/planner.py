@@ -10,7 +10,8 @@ rule carries its reason. A component that is not recognised allows no cut, and t
 3. A pre-tokenizer that forces a boundary in a pair makes a cut safe (`pre_tokenizers`, `patterns`).
 4. Where no stage forces a boundary, a BPE vocabulary can prove one: no token spans the pair
    (`vocabulary`).
-5. The library finds added tokens before all that, and they may forbid cuts (`added_tokens`).
+5. The library finds added tokens before all that, and they may forbid cuts (`added_tokens`); some
+   of them in the normalised text (`second_phase`).
 
 Implementation: each step returns its findings, and `plan_cuts` alone puts them together.
 """
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 from tokcache.errors import CopyError, Unrecognised
 from tokcache.text.cuts.added_tokens import (
     Phases,
-    may_appear,
     pairs_inside,
     separators,
     why_no_cuts,
@@ -31,10 +31,16 @@ from tokcache.text.cuts.added_tokens import (
 )
 from tokcache.text.cuts.affixes import find_affixes, find_space_variant, find_variants
 from tokcache.text.cuts.char_classes import N_CLASSES
-from tokcache.text.cuts.normalizers import narrowed, read_normalizer
+from tokcache.text.cuts.normalizers import (
+    Normalizer,
+    narrowed,
+    read_normalizer,
+    rewritten_pairs,
+)
 from tokcache.text.cuts.plan import CutPlan
 from tokcache.text.cuts.pre_tokenizers import forced_cuts, splitting_stages
-from tokcache.text.cuts.rules import Findings, Pair, is_coarse, pairs_in
+from tokcache.text.cuts.rules import Findings, Pair, is_coarse, pairs_in_any
+from tokcache.text.cuts.second_phase import normalizers_of, unsafe_pairs, why_no_cut_inside
 from tokcache.text.cuts.vocabulary import cuts_of_vocabulary, proves_none
 from tokcache.text.engines.components import stages_of
 from tokcache.text.engines.copying import component_state, why_random
@@ -67,19 +73,28 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
     if affixes == (None, None):
         return CutPlan("post_processor", refused=refused)
 
-    found = Findings(refused=refused) + _find_rules(tokenizer, normalizer, pre_tokenizer)
-    phases = Phases.of(tokenizer)
+    rules, reading = _find_rules(tokenizer, normalizer, pre_tokenizer)
+    found = Findings(refused=refused) + rules
     variants = find_variants(normalizer, pre_tokenizer)
     distinct = tuple(dict.fromkeys(variants))
-    off = why_no_cuts(tokenizer, phases, is_prefixed=len(distinct) > 1)
+    phases = Phases.of(tokenizer)
+    is_normalized = bool(stages_of(normalizer))
+    in_phase = phases.normalized if is_normalized else []  # the second one, found by the library
+    components = normalizers_of(distinct) if in_phase else [None]
+    off = why_no_cuts(phases, components)
     if off is not None:
         return CutPlan(off.reason, (), (*found.refused, off.sentence), found.recognised)
-    if may_appear(tokenizer, phases):
-        found = Findings((), found.recognised, (*found.refused, _MAY_APPEAR))
 
-    separated_by = separators(tokenizer, phases)
-    safe = without_unsafe({pair for rule in found.rules for pair in rule.pairs()}, separated_by)
-    inside = {pair for one in separated_by for pair in pairs_in(one.content)}
+    safe = {pair for rule in found.rules for pair in rule.pairs()} - rewritten_pairs(reading)
+    why = why_no_cut_inside(in_phase, components, reading, variants) if in_phase else None
+    if why is not None:
+        found, safe = Findings((), found.recognised, (*found.refused, why)), set()
+    elif in_phase:
+        safe -= unsafe_pairs(in_phase, components[0], reading)
+    separated_by = separators(tokenizer, phases, is_normalized=is_normalized)
+    safe = without_unsafe(safe, separated_by)
+    inside = pairs_in_any(one.content for one in separated_by)
+    contents = [token.content for token in phases.all]
     coarse = {pair for pair in safe - inside if is_coarse(pair)}
     return CutPlan(
         off=None,
@@ -88,41 +103,42 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
         recognised=found.recognised,
         coarse=_matrix(coarse),
         fine=_matrix(safe),
-        seams=_matrix(coarse - pairs_inside(tokenizer, phases)),
+        seams=_matrix(coarse - pairs_inside(phases)),
         separators=separated_by,
         variants=distinct,
         variant_of=tuple(map(distinct.index, variants)),  # type: ignore[arg-type]
-        space_variant=find_space_variant(variants, [token.content for token in phases.all]),
+        space_variant=-1 if why else find_space_variant(variants, contents),
         affixes=affixes,
     )
 
 
-_MAY_APPEAR = (
-    "an added token is searched for in the normalised text, where it may be made of other "
-    "characters: cuts at added tokens of the raw text only"
-)
+def _find_rules(
+    tokenizer: Tokenizer, normalizer: Any, pre_tokenizer: Any
+) -> tuple[Findings, Normalizer]:
+    """Return the cuts that normalizer, pre-tokenizer and model allow, without added tokens.
 
-
-def _find_rules(tokenizer: Tokenizer, normalizer: Any, pre_tokenizer: Any) -> Findings:
-    """Return the cuts that normalizer, pre-tokenizer and model allow, without added tokens."""
+    The second value is the reading of the normalizer.
+    """
     try:
         normal = read_normalizer(tokenizer, normalizer)
     except Unrecognised as unknown:
-        return Findings(refused=(f"normalizer {unknown}: cuts at added tokens only",))
+        refused = (f"normalizer {unknown}: cuts at added tokens only",)
+        return Findings(refused=refused), Normalizer()
     stages = stages_of(pre_tokenizer)
     names = ", ".join(stage["type"] for stage in stages) or "none"
     recognised = Findings(recognised=(("normalizer", normal.name), ("pre_tokenizer", names)))
     try:
-        stages = splitting_stages(stages, normal)
+        stages, normal = splitting_stages(stages, normal)
         found = Findings(forced_cuts(stages, normal))
     except Unrecognised as unknown:
         refused = (f"pre-tokenizer {unknown}: cuts at added tokens only",)
-        return recognised + Findings(refused=refused)
+        return recognised + Findings(refused=refused), normal
     if not found.rules and stages:
         found = proves_none("the pre-tokenizer forces none")
     elif not found.rules:
         found = cuts_of_vocabulary(tokenizer, normal)
-    return recognised + Findings(narrowed(found.rules, normal), found.recognised, found.refused)
+    rules = narrowed(found.rules, normal)
+    return recognised + Findings(rules, found.recognised, found.refused), normal
 
 
 def _matrix(pairs: set[Pair]) -> bytes:

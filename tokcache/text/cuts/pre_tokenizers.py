@@ -92,8 +92,11 @@ _BY_NEIGHBOURS: dict[str, Rules] = {
 }
 
 
-def splitting_stages(stages: list[Any], normalizer: Normalizer) -> list[Any]:
-    """Return the stages that may still split a text after the normalizer.
+def splitting_stages(stages: list[Any], normalizer: Normalizer) -> tuple[list[Any], Normalizer]:
+    """Return the stages that may still split a text after the normalizer, and its reading.
+
+    A Metaspace that does not split, as the last stage, replaces the spaces of each piece, which is
+    then the normalizer's effect; the variants put its marker where it belongs.
 
     Errors: Unrecognised if the normalizer replaces the characters that the first of them splits at.
     """
@@ -106,7 +109,15 @@ def splitting_stages(stages: list[Any], normalizer: Normalizer) -> list[Any]:
             raise Unrecognised(f"{stages[0]['type']} after a normalizer that replaces spaces")
     if normalizer.marks_runs and (not stages or stages[0]["type"] != "Metaspace"):
         raise Unrecognised("finds no space where the normalizer replaced a run of them")
-    return stages
+    if stages and _only_marks(stages[-1]):
+        return stages[:-1], replace(normalizer, space=MARKER)
+    return stages, normalizer
+
+
+def _only_marks(stage: Any) -> bool:
+    """Return whether a stage replaces spaces by SentencePiece's marker and splits nothing."""
+    is_metaspace = stage["type"] == "Metaspace" and not stage.get("split", True)
+    return is_metaspace and stage.get("replacement", MARKER) == MARKER
 
 
 def forced_cuts(stages: list[Any], normalizer: Normalizer) -> Rules:
@@ -154,7 +165,7 @@ def _stage_rules(stage: Any, *, is_first: bool) -> tuple[Rules, bool]:
         if stage.get("replacement", MARKER) != MARKER:
             raise Unrecognised(f"Metaspace with {stage['replacement']!r} is not known")
         if not stage.get("split", True):
-            raise Unrecognised("Metaspace without split forces no boundary")
+            raise Unrecognised("Metaspace replaces spaces before the next stage sees them")
         why = "a part begins with every space"
         return (Rule("visible | space", VISIBLE, SPACE, why, is_apart=True),), True
     if kind == "ByteLevel":

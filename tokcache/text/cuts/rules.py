@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from tokcache.text.cuts.char_classes import VISIBLE, WHITESPACE, CharClass, class_of
 from tokcache.text.engines.components import MARKER
@@ -72,6 +72,15 @@ def pairs_in(text: str) -> Iterator[Pair]:
             yield C.NEWLINE_RUN, right
         if right is C.NEWLINE_RUN:
             yield left, C.NEWLINE
+
+
+def pairs_in_any(texts: Iterable[str]) -> set[Pair]:
+    """Return the pairs of neighbouring classes in any of the texts.
+
+    Cost: a pass over the texts; the classes of each pair of characters are looked up once.
+    """
+    distinct = set(chain.from_iterable(map(pairwise, texts)))
+    return {pair for left, right in distinct for pair in pairs_in(left + right)}
 
 
 def is_coarse(pair: Pair) -> bool:

@@ -24,6 +24,9 @@ def cuts_of_vocabulary(tokenizer: Tokenizer, normalizer: Normalizer) -> Findings
 
     Cost: a pass over the vocabulary.
     """
+    if normalizer.rewritten:
+        string, content = normalizer.rewritten[0]
+        return proves_none(f"the normalizer replaces {string!r} by {content!r}")
     if normalizer.replaced or normalizer.composes:
         return proves_none("the normalizer makes one character of several")
     model = tokenizer.model

@@ -9,6 +9,7 @@ answers are not cached, and it has the reason.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
 from tokcache.errors import CopyError
+from tokcache.text.engines.components import stages_of
 from tokcache.text.engines.layout import Layout, learn
 
 P = ParamSpec("P")
@@ -52,6 +54,7 @@ _PROBES = (
     "Ünïcödé, e\u0301, ﬁ, 東京, русский, שלום, 👩‍👩‍👧 \u200b",
 )
 _MAX_PROBED_TOKENS = 64
+_MAX_PROBED_CONTENTS = 1024
 
 
 class Engine(Protocol):
@@ -288,6 +291,13 @@ def added_tokens(tokenizer: Tokenizer) -> list[Any]:
     return [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
 
 
+def has_normalized_tokens(tokenizer: Tokenizer) -> bool:
+    """Return whether added tokens are searched for in a text that a normalizer may have changed."""
+    normalizer = json.loads(component_state(tokenizer.normalizer))
+    is_searched = any(token.normalized for token in added_tokens(tokenizer))
+    return is_searched and bool(stages_of(normalizer))
+
+
 def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
     """Return whether two tokenizers have equal components and encode the probes alike."""
     added, right_added = (
@@ -312,7 +322,10 @@ def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
 
     tokens = added_tokens(source)
     step = max(1, len(tokens) // _MAX_PROBED_TOKENS)
-    probes = [*_PROBES, *_normalized_contents(source)]
+    contents = _normalized_contents(source)
+    size = 1 + len(contents) // _MAX_PROBED_CONTENTS  # of many, several make one probe
+    groups = [contents[at : at + size] for at in range(0, len(contents), size)]
+    probes = [*_PROBES, *map("\n".join, groups)]
     probes += [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in tokens[::step]]
     if source.encode_special_tokens:
         # All added tokens: one that was special once is skipped as long as special ones are.

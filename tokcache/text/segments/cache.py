@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import blake2b
 from os import urandom
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tokcache._prefix import first_difference
@@ -31,7 +32,11 @@ from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
 from tokcache.text.cuts.plan import VOCABULARY_PROOF
 from tokcache.text.cuts.scanner import Scanner, spans_of
-from tokcache.text.engines.copying import SegmentEncoder, is_of_library
+from tokcache.text.engines.copying import (
+    SegmentEncoder,
+    has_normalized_tokens,
+    is_of_library,
+)
 from tokcache.text.engines.fast import (
     FastEncoder,
     agreed_code_points,
@@ -56,7 +61,9 @@ if TYPE_CHECKING:
     )
     from tokcache.text.cuts.plan import CutPlan
 
-__all__ = ["L1"]
+__all__ = ["L1", "NOT_LOOKED_UP"]
+
+NOT_LOOKED_UP: Any = object()
 
 _log = logging.getLogger("tokcache")
 _MAX_SCOPE_TAGS = 4096
@@ -75,7 +82,8 @@ class _Variant:
     """The encoders of one tokenizer variant.
 
     With `space_variant` (or -1) they also encode that variant's segments, a space before each.
-    `is_apart` says that each segment must be a text of its own. `lengths` has the bytes of each id.
+    `is_apart` says that each segment must be a text of its own. `lengths` has the bytes of each
+    id. `fast` encodes the segments made of `agreed` code points.
     """
 
     number: int
@@ -83,14 +91,16 @@ class _Variant:
     is_apart: bool
     sure: SegmentEncoder
     lengths: IdLengths | None
-    fast: FastEncoder | None = None
+    fast: FastEncoder | None
+    agreed: CodePoints | None
 
 
 class L1:
     """The segment cache of one tokenizer, and the encoders of missing segments.
 
     `engine` is the name of the encoder; `notes` say why it is no faster one. `off` is the reason
-    why no text is put together from segments, or None.
+    why no text is put together from segments, or None. `look` looks a text up in the segment cache
+    alone, for the native `token_ids`; it is None if its answers have to be checked.
 
     Errors:  MissingExtra if the configured engine is not installed; the tokenizer's own errors
              pass through.
@@ -128,39 +138,53 @@ class L1:
         since: int,
         encode_once: Callable[[Any, _Key, Callable[[], TokenIds | None]], TokenIds] | None = None,
         generation: Any = None,
-    ) -> tuple[TokenIds | None, bool]:
-        """Return the ids of `text`, and whether all segments were cached; None: encode it whole.
+        found: TokenIds | Walk | None = NOT_LOOKED_UP,
+    ) -> tuple[TokenIds | None, float | None]:
+        """Return the ids of `text`, and how many seconds they took; no ids: encode it whole.
 
-        Missing segments are encoded here. If `encode_once` is given, it is called with
-        `generation`, the key and the function that does so, and may return another thread's ids
-        instead; a partial of the two would be made for each cached text. Nothing is stored if the
-        scope was cleared since the number of clears was `since`.
+        Seconds are None if all segments were cached. Missing segments are encoded here. If
+        `encode_once` is given, and another thread can ask for `text` meanwhile, it is called with
+        `generation`, the key and the function that encodes them, and may return another thread's
+        ids instead; the seconds are then 0. Nothing is stored if the scope was cleared since the
+        number of clears was `since`. `found` is the answer of `look`, if it was asked.
         """
-        if self.off is not None:
-            return None, False
-        tag = 0 if scope is None else self.tag(scope)
-        found = self._cache.look(text, add_special_tokens, tag, since)
+        if found is NOT_LOOKED_UP:
+            if self.off is not None:
+                return None, None
+            tag = 0 if scope is None else self.tag(scope)
+            found = self._cache.look(text, add_special_tokens, tag, since)
         if found is None:
-            return None, False
+            return None, None
         if isinstance(found, implementation.TokenIds):
             if self._verify_rate:
                 found = self._verified(text, add_special_tokens, found)
-            return found, True
-        if encode_once is None:
-            return self._complete(found, text, add_special_tokens), False
+            return found, None
+        # Up to this length an engine that holds the interpreter lock gets the text in one call.
+        if encode_once is None or (self.holds_lock and len(text) <= CHARS_AT_ONCE):
+            start = perf_counter()
+            ids = self._complete(found, text, add_special_tokens)
+            return ids, perf_counter() - start
         complete = partial(self._complete, found, text, add_special_tokens)
-        return encode_once(generation, (text, add_special_tokens, scope, since), complete), False
-
-    def encodes_alone(self, text: str) -> bool:
-        """Return whether no other thread can ask for `text` while its segments are encoded."""
-        return self.holds_lock and len(text) <= CHARS_AT_ONCE
+        return encode_once(generation, (text, add_special_tokens, scope, since), complete), 0.0
 
     def _complete(self, walk: Walk, text: str, add_special_tokens: bool) -> TokenIds | None:
         """Encode the missing segments and return the ids of the text; None: encode it whole."""
         variants = self._variants
         for one in variants:
             if one.fast is not None and self._variants is variants:  # else it was dropped
-                self._encode_fast(walk, one, one.fast)
+                # An encoder that holds the interpreter lock gets several calls, no long segment.
+                max_chars = CHARS_AT_ONCE if one.fast.holds_lock else _NO_LIMIT
+                try:
+                    is_right = _encode_missing(
+                        walk, one, one.fast.encode, one.agreed, max_chars, _NO_LIMIT
+                    )
+                except BaseException as error:
+                    if not is_of_library(error):
+                        raise
+                    self._drop_fast(f"it failed: {error}")
+                else:
+                    if not is_right:
+                        self._drop_fast("it did not keep the segments of a text apart")
             if walk.n_chars and not _encode_sure(walk, one):
                 self.counts["segments_differ"] += 1
                 return None
@@ -238,23 +262,6 @@ class L1:
 
     # ---- engines
 
-    def _encode_fast(self, walk: Walk, one: _Variant, encoder: FastEncoder) -> None:
-        """Encode the segments made of code points on which the encoder and tokenizers agree.
-
-        Several calls, and none for a long segment, if the encoder holds the interpreter lock.
-        """
-        max_chars = CHARS_AT_ONCE if encoder.holds_lock else _NO_LIMIT
-        agreed = _agreed(implementation.CodePoints)
-        try:
-            is_right = _encode_missing(walk, one, encoder.encode, agreed, max_chars, _NO_LIMIT)
-        except BaseException as error:
-            if not is_of_library(error):
-                raise
-            self._drop_fast(f"it failed: {error}")
-            return
-        if not is_right:
-            self._drop_fast("it did not keep the segments of a text apart")
-
     def _choose_fast(self, wanted: str) -> list[FastEncoder] | None:
         if wanted == "tokenizers":
             return None
@@ -280,6 +287,9 @@ class L1:
         self._cache: SegmentCache = implementation.SegmentCache(
             self.plan, self._max_bytes, fast is None
         )
+        is_sure = self.off is None and not self._verify_rate
+        self.look: Callable[..., TokenIds | Walk | None] | None
+        self.look = self._cache.look if is_sure else None
         self._cache.clear(n_clears=self._n_clears)  # last: another thread may clear it from here
 
     def _made_variants(self, fast: Sequence[FastEncoder | None]) -> list[_Variant]:
@@ -299,7 +309,8 @@ class L1:
             lengths = (
                 id_lengths(sure.tokenizer, plan.variants[number], known) if is_distinct else None
             )
-            made.append(_Variant(number, plan.space_variant, is_apart, sure, lengths, own))
+            agreed = None if own is None else _agreed(implementation.CodePoints)
+            made.append(_Variant(number, plan.space_variant, is_apart, sure, lengths, own, agreed))
         return made
 
     def _drop_fast(self, reason: str) -> None:
@@ -357,6 +368,11 @@ class L1:
 
 def _proven(name: str, sure: SegmentEncoder) -> FastEncoder:
     """Return a fast encoder that gives the same ids as `sure`, or raise FastEncoderUnavailable."""
+    # The fast ones find such a token in the raw text: a `K` even if NFC joins the next mark to it.
+    own = sure.tokenizer
+    if has_normalized_tokens(own):
+        why = "it does not search for added tokens in the normalised text"
+        raise FastEncoderUnavailable(name, why)
     encoder = build(name, sure.tokenizer.to_str())
     reason = prove(encoder, sure.tokenizer, probe_texts(sure.tokenizer))
     if reason is not None:
@@ -387,13 +403,14 @@ def _encode_missing(  # noqa: PLR0917 (the arguments of `joined`)
     max_apart: int,
 ) -> bool:
     """Encode the missing segments of one variant; False if the ids don't fit them."""
-    for lengths in (one.lengths, None):  # the second if the length of an id is unknown
+    lengths = one.lengths
+    while True:
         texts = walk.joined(
             one.number, one.space_variant, one.sure.between, lengths, agreed, max_chars, max_apart
         )
         if not texts:
             return True
         is_right = walk.take(encode(texts), one.sure.separator, lengths)
-        if is_right is not None:
-            return is_right
-    return False
+        if is_right is not None or lengths is None:
+            return bool(is_right)
+        lengths = None  # the length of an id is unknown

@@ -86,7 +86,8 @@ def _made(
         n_bytes, token = len(one.content.encode()), in_model(index)
         if token is not None and length_of_token(token) != n_bytes:
             return None  # one id for two strings
-        added[index] = 0 if one.lstrip or one.rstrip else n_bytes
+        is_unsure = one.lstrip or one.rstrip or _is_changed(own, one)
+        added[index] = 0 if is_unsure else n_bytes
 
     def length_of(index: int) -> int:
         if index in added:
@@ -106,6 +107,13 @@ def _made(
     if all(length_of(index) == lengths[index] for index in range(0, len(lengths), step)):
         made.fill(lengths)
     return made
+
+
+def _is_changed(own: Tokenizer, token: Any) -> bool:
+    """Return whether an added token may stand for other characters than those of its content."""
+    if not token.normalized or own.normalizer is None:
+        return False
+    return MARKER in token.content or own.normalizer.normalize_str(token.content) != token.content
 
 
 def _is_byte_level(normalizers: list[Any], stages: list[Any]) -> bool:

@@ -1,0 +1,295 @@
+"""Why a llama-server decodes tokens: each reason with a real server; tenants see no others."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.integration.served import (
+    N_PREDICT,
+    Wrapped,
+    both_clients,
+    client,
+    port_of,
+    prompt,
+    serve,
+    serve_with_adapter,
+)
+from tokcache import samples
+from tokcache.llama.server import LlamaServer, SlotSettings
+from tokcache.llama.server.removals import N_ROWS, N_TABLES, SlotRemovals
+from tokcache.state.reasons import Miss, MissReason
+from tokcache.text.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.integration.served import Connect
+    from tokcache.llama.server import Reused
+    from tokcache.samples.server_process import ServerProcess
+
+A, B = prompt(1, 200), prompt(2, 150)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slots")
+
+
+@pytest.fixture(scope="module")
+def process(folder: Path) -> Iterator[ServerProcess]:
+    with serve(folder) as running:
+        yield running
+
+
+@pytest.fixture
+def server(process: ServerProcess, folder: Path) -> Iterator[LlamaServer]:
+    with client(process, slot_folder=folder) as made:
+        made.clear()
+        yield made
+
+
+def ask(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
+    found = server.complete(tokens, n_predict=N_PREDICT, **settings)
+    server.flush(30)
+    return found
+
+
+def miss(server: LlamaServer, tokens: list[int], **settings: Any) -> Miss:
+    found = ask(server, tokens, **settings)
+    assert found.miss is not None
+    assert found.miss.n_missed == len(tokens) - 1 - found.completion.n_cached
+    assert found.miss.held_tokens == ()
+    return found.miss
+
+
+def test_prompts_that_are_held_whole_have_no_miss(server: LlamaServer) -> None:
+    first = miss(server, A)
+    assert (first.reason, first.at_token, first.n_missed) == (MissReason.NEVER_STORED, 0, 199)
+    assert first.seconds is not None
+    assert first.seconds > 0
+    assert ask(server, A).miss is None
+    ask(server, B)
+    ask(server, prompt(3, 100))  # now A is in a file alone
+    found = ask(server, A)
+    assert found.n_restored == 199
+    assert found.miss is None
+    stats = server.stats()
+    assert stats.misses == {"never_stored": 3}
+    assert stats.missed_tokens == {"never_stored": 199 + 149 + 99}
+
+
+@both_clients
+def test_a_different_text_is_located_and_shown_on_request(
+    process: ServerProcess, folder: Path, connect: Connect
+) -> None:
+    first = "The time is 10:15:00 now. " + "Please answer in one sentence. " * 8
+    other = first.replace("10:15:00", "10:16:30")
+    settings = SlotSettings(slot_folder=folder)
+    with connect(process.url, timeout_s=60, slot_settings=settings) as server:
+        server.complete(first, n_predict=N_PREDICT, scope="a")
+        ids = [server.token_ids(each).tolist() for each in (first, other)]
+        n_same = next(n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
+        *_, last = server.stream(other, n_predict=N_PREDICT, scope="a")
+        assert last.reused is not None
+        found = last.reused.miss
+        assert found is not None
+        assert (found.reason, found.at_token) == (MissReason.DIFFERENT_TEXT, n_same)
+        shown = server.complete(
+            first.replace("10:15:00", "11:47:10"), n_predict=1, scope="a", explain=True
+        ).explanation
+        assert shown is not None
+        assert shown.difference is not None
+        assert shown.difference.kind == "date_or_clock"
+        assert "The time is 1" in shown.shared
+        assert "The time" not in repr(shown)
+        unknown = server.complete(other, n_predict=1, scope="b", explain=True).explanation
+        assert unknown is not None
+        assert (unknown.miss.reason, unknown.held) == (MissReason.NEVER_STORED, "")
+
+
+def test_a_prompt_that_grows_was_never_stored_further(server: LlamaServer) -> None:
+    answer = ask(server, A).completion.token_ids.tolist()
+    found = miss(server, [*A, *answer[:-1], *B])
+    assert (found.reason, found.at_token) == (MissReason.NEVER_STORED, 200 + N_PREDICT - 1)
+
+
+def test_an_evicted_file_names_the_budget_and_the_time(
+    process: ServerProcess, folder: Path
+) -> None:
+    with client(process, slot_folder=folder) as server:
+        ask(server, A)
+        n_bytes = server.stats().n_bytes
+    with client(process, slot_folder=folder, max_bytes=n_bytes + 1000) as server:
+        for tokens in (A, B, prompt(3, 200), prompt(4, 200)):
+            ask(server, tokens)
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.EVICTED, "file: max_bytes")
+        assert found.n_removed == 128  # the largest power of two up to 200
+        assert found.removed_at is not None
+        assert server.stats().misses["evicted"] == 1
+        assert miss(server, [*A[:12], *prompt(5, 200)]).reason is not MissReason.EVICTED
+
+
+@pytest.mark.parametrize(
+    ("settings", "detail"),
+    [({"min_save_tokens": 500}, "below_minimum"), ({"max_bytes": 1000}, "file_over_budget")],
+    ids=["too short", "over the budget"],
+)
+def test_contents_that_were_not_saved_say_why(
+    process: ServerProcess, folder: Path, settings: Any, detail: str
+) -> None:
+    with client(process, slot_folder=folder, **settings) as server:
+        for tokens in (A, B, prompt(3, 200)):
+            ask(server, tokens)
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.REFUSED, detail)
+
+
+def test_a_file_that_is_gone_or_damaged_says_so(server: LlamaServer, folder: Path) -> None:
+    for tokens in (A, B, prompt(3, 200)):
+        ask(server, tokens)
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:-7])
+    found = miss(server, A)
+    assert (found.reason, found.detail) == (MissReason.REFUSED, "restore_failed")
+
+
+def test_a_slot_that_others_changed_says_so(server: LlamaServer) -> None:
+    ask(server, A)
+    for slot in (0, 1):
+        server.completion(prompt(9, 50), n_predict=1, id_slot=slot)
+    found = miss(server, A)
+    assert (found.reason, found.detail) == (MissReason.REFUSED, "slot_not_used_by_server")
+
+
+def test_a_busy_slot_says_so(server: LlamaServer) -> None:
+    pieces = server.stream(A, n_predict=200, ignore_eos=True)
+    next(pieces)
+    assert miss(server, A).reason is MissReason.NEVER_STORED  # its record has not begun
+    pieces.close()
+    server.flush(30)
+    ask(server, A)
+    pieces = server.stream([*A, 7, 8, 9], n_predict=200, ignore_eos=True)
+    next(pieces)
+    server._manager.records.shelf.clear()  # only the busy slot holds it
+    found = miss(server, [*A, 5, 6, *B])
+    assert (found.reason, found.detail) == (MissReason.REFUSED, "slot_busy")
+    pieces.close()
+    server.flush(30)
+
+
+def test_an_answer_that_is_encoded_again_is_no_different_text(
+    process: ServerProcess, folder: Path
+) -> None:
+    with LlamaServer(
+        process.url,
+        timeout_s=60,
+        tokenizer=Wrapped(samples.tiny_tokenizer()),
+        slot_settings=SlotSettings(slot_folder=folder),
+    ) as server:
+        for seed in range(20, 60):  # until the answer begins with an id of several characters
+            first = prompt(seed, 100)
+            answer = ask(server, first).completion.token_ids.tolist()
+            text = server.detokenize(answer[:-1])
+            again = [
+                each
+                for char in text
+                for each in server.tokenize(char, add_special_tokens=False).tolist()
+            ]
+            is_other = again[:1] != answer[:1] and server.detokenize(again) == text
+            if is_other and "\ufffd" not in text:
+                break
+        found = ask(server, [*first, *again]).miss
+        assert found is not None
+        assert (found.reason, found.at_token) == (MissReason.RE_ENCODING, 100)
+        assert server.stats().misses["re_encoding"] == 1
+
+
+def test_other_adapters_are_another_fingerprint(tmp_path: Path) -> None:
+    with (
+        serve_with_adapter(tmp_path) as url,
+        LlamaServer(url, timeout_s=60, slot_settings=SlotSettings(slot_folder=tmp_path)) as server,
+    ):
+        adapters = [{"id": 0, "scale": 0.5}]
+        assert miss(server, A, scope="a").reason is MissReason.NEVER_STORED
+        assert miss(server, A, scope="b", lora=adapters).reason is MissReason.NEVER_STORED
+        found = miss(server, A, scope="a", lora=adapters)
+        assert (found.reason, found.detail) == (MissReason.OTHER_FINGERPRINT, "lora")
+
+
+@pytest.mark.parametrize("is_other", [False, True], ids=["the same model", "another model"])
+def test_a_restart_says_so(tmp_path: Path, is_other: bool) -> None:
+    with serve(tmp_path) as process:
+        port = port_of(process)
+        server = client(process, slot_folder=tmp_path, min_save_tokens=150)
+        ask(server, A)
+        ask(server, B[:100])
+    model = samples.tiny_model(seed=5) if is_other else None
+    with serve(tmp_path, port=port, model=model), server:
+        found = ask(server, B[:100]).miss
+        assert found is not None
+        if is_other:
+            assert (found.reason, found.detail) == (MissReason.OTHER_FINGERPRINT, "model")
+            assert miss(server, A).reason is MissReason.OTHER_FINGERPRINT
+        else:
+            assert (found.reason, found.detail) == (MissReason.REFUSED, "server_restarted")
+            assert ask(server, A).miss is None  # from its file
+
+
+def test_another_tenant_changes_nothing_that_a_tenant_sees(
+    process: ServerProcess, folder: Path
+) -> None:
+    """Scope "a" makes the same calls with and without scope "b", which has the same prompts."""
+    rng = random.Random(3)
+    calls = [A, [*A[:90], *B], B, [*A, 7, 8], A, prompt(8, 180), A[:120]]
+    seen = []
+    for has_other in (False, True):
+        with client(process, slot_folder=folder) as server:
+            found: list[Any] = []
+            for tokens in calls:
+                if has_other:
+                    for other in (A, [*A[:70], *B], tokens, [*tokens, *rng.sample(tokens, 3)]):
+                        ask(server, other, scope="b")
+                reused = ask(server, tokens, scope="a", explain=True)
+                told = reused.miss and replace(reused.miss, seconds=None)
+                shown = reused.explanation
+                # Where the tokens were held, in a slot or a file, depends on who came last.
+                found.append((reused.n_live + reused.n_restored, told))
+                found.append(shown and (shown.shared, shown.held[:20], shown.new))
+            server.clear()
+        seen.append(found)
+    assert seen[0] == seen[1]
+
+
+def test_removals_are_bounded_and_of_one_namespace() -> None:
+    removals = SlotRemovals()
+    ids = TokenIds(range(100))
+    removals.note(b"a" * 20, ids, "max_bytes")
+    for n in range(N_ROWS):
+        removals.note(b"b" * 20, TokenIds(range(1000 * n, 1000 * n + 16)), "max_bytes")
+    assert removals.find(b"b" * 20, ids[:16]) is not None
+    assert removals.find(b"c" * 20, ids) is None
+    found = removals.find(b"a" * 20, ids)
+    assert found is not None
+    assert (found.cause, found.n_tokens) == ("max_bytes", 64)
+    assert removals.find(b"a" * 20, ids[:50]) == found._replace(n_tokens=32)
+    assert removals.find(b"a" * 20, TokenIds([*range(40), 7, *range(60)])) == found._replace(
+        n_tokens=32
+    )
+    assert not removals.has_forgotten(b"b" * 20)
+    removals.note(b"b" * 20, TokenIds(range(-20, 0)), "max_bytes")
+    assert removals.has_forgotten(b"b" * 20)
+    assert not removals.has_forgotten(b"a" * 20)
+    removals.forget(b"a" * 20, ids[:20])
+    assert removals.find(b"a" * 20, ids[:20]) is None
+    removals.clear(lambda namespace: namespace[:1] == b"b")
+    assert removals.find(b"b" * 20, ids[:16]) is None
+    for n in range(N_TABLES):
+        removals.note(n.to_bytes(20, "little"), ids, "max_bytes")
+    assert removals.find(b"a" * 20, ids) is None
+    assert removals.has_forgotten(b"a" * 20)

@@ -1,0 +1,126 @@
+"""SlotRemovals: remembers, for each namespace, the contents of slots and files that are gone.
+
+1. When a file is evicted, or a slot's contents are replaced and no file has them, `note` writes a
+   row for each of their first 16, 32, 64 … tokens: a short digest, the cause and the time.
+2. When a prompt is reused no further, `find` returns the row of its longest such beginning.
+3. `forget` drops the rows of contents that are saved again, `clear` those of a scope.
+
+All digests have a random key. Rows of one namespace never displace those of another.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from tokcache.text.token_ids import TokenIds
+
+N_ROWS, N_TABLES = 256, 64
+FIRST_TOKENS = 16  # fewer, such as a BOS, are the same in unrelated prompts
+_KEY_BYTES = 8
+
+
+class Removal(NamedTuple):
+    """The cause of a removal, and the time in seconds since the epoch.
+
+    Units: `n_tokens` of the prompt that were removed, at least: a power of two.
+    """
+
+    cause: str
+    n_tokens: int
+    removed_at: float
+
+
+@dataclass(slots=True)
+class _Table:
+    rows: OrderedDict[bytes, tuple[str, float]] = field(default_factory=OrderedDict)
+    has_lost: bool = False
+
+
+class SlotRemovals:
+    """The tables of all namespaces; not thread-safe: callers hold the lock of the table of slots.
+
+    Cost: one digest of the tokens for each removal, and for each prompt that is reused no further
+          in a namespace of which something was removed.
+    """
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(16)
+        self._tables: OrderedDict[bytes, _Table] = OrderedDict()
+        self._has_dropped = False
+
+    def note(self, namespace: bytes, tokens: TokenIds, cause: str) -> None:
+        """Remember that contents that began with `tokens` are gone."""
+        if len(tokens) >= FIRST_TOKENS:
+            self.note_places(namespace, self._places(namespace, tokens), cause)
+
+    def note_places(
+        self, namespace: bytes, places: Iterable[tuple[int, bytes]], cause: str
+    ) -> None:
+        """Remember the same by digests of its beginnings, each with its length."""
+        table = self._tables.setdefault(namespace, _Table())
+        self._tables.move_to_end(namespace)
+        if len(self._tables) > N_TABLES:
+            self._tables.popitem(last=False)
+            self._has_dropped = True
+        row = cause, time.time()
+        for _, place in places:
+            table.rows[place] = row
+            table.rows.move_to_end(place)
+        while len(table.rows) > N_ROWS:
+            table.rows.popitem(last=False)
+            table.has_lost = True
+
+    def find(self, namespace: bytes, prompt: TokenIds) -> Removal | None:
+        """Return the removal of the longest beginning of `prompt`, None without one."""
+        if namespace not in self._tables:
+            return None
+        return self.find_places(namespace, self._places(namespace, prompt))
+
+    def find_places(self, namespace: bytes, places: Iterable[tuple[int, bytes]]) -> Removal | None:
+        """Return the removal of the longest of these beginnings, None without one."""
+        table, found = self._tables.get(namespace), None
+        for n_tokens, place in places:
+            row = table.rows.get(place) if table is not None else None
+            if row is not None:
+                found = Removal(row[0], n_tokens, row[1])
+        return found
+
+    def has(self, namespace: bytes, tokens: TokenIds) -> bool:
+        """Return whether the removal of these contents is remembered."""
+        found = self.find(namespace, tokens)
+        return found is not None and 2 * found.n_tokens > len(tokens)
+
+    def has_forgotten(self, namespace: bytes) -> bool:
+        """Return whether rows of this namespace may be lost."""
+        table = self._tables.get(namespace)
+        return self._has_dropped if table is None else table.has_lost
+
+    def forget(self, namespace: bytes, tokens: TokenIds) -> None:
+        """Drop the rows of contents that a file has again."""
+        table = self._tables.get(namespace)
+        for _, place in self._places(namespace, tokens) if table is not None else ():
+            if table is not None:
+                table.rows.pop(place, None)
+
+    def clear(self, is_doomed: Callable[[bytes], bool]) -> None:
+        """Drop the tables of these namespaces."""
+        for namespace in [each for each in self._tables if is_doomed(each)]:
+            del self._tables[namespace]
+
+    def _places(self, namespace: bytes, tokens: TokenIds) -> Iterator[tuple[int, bytes]]:
+        """Yield the digests of the first 16, 32, 64 … tokens."""
+        state = blake2b(namespace, key=self._key, digest_size=_KEY_BYTES)
+        view, done, n_tokens = memoryview(tokens).cast("B"), 0, FIRST_TOKENS
+        size = memoryview(tokens).itemsize
+        while n_tokens <= len(tokens):
+            state.update(view[done : n_tokens * size])
+            yield n_tokens, state.digest()
+            done, n_tokens = n_tokens * size, 2 * n_tokens
