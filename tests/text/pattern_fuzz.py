@@ -79,7 +79,8 @@ def drawn_tokenizer(rng: random.Random, n_splits: int = 0) -> tuple[Tokenizer, s
     """
     only_splits = n_splits > 0
     while True:
-        stages, words = [], []
+        stages: list[Any] = []
+        words: list[str] = []
         for _ in range(n_splits or rng.choice((1, 1, 2, 3))):
             pattern = _known(rng) if rng.random() < 0.25 else drawn_patterns.pattern(rng)
             if rng.random() < 0.9 and not is_derived(pattern):
@@ -300,7 +301,8 @@ def _open_matches(program: Program, pair: Pair) -> list[tuple[str, int]]:
     newline = alphabet.samples.index("\n")
     visible = [one for one in range(alphabet.n) if alphabet.visible >> one & 1]
     lefts = alphabet.newline if pair[0] in (C.NEWLINE, C.NEWLINE_RUN) else alphabet.lefts[pair[0]]
-    texts, rest, found = {program.start: ""}, deque([program.start]), []
+    texts, rest = {program.start: ""}, deque([program.start])
+    found: list[tuple[str, int]] = []
     while rest:
         state = rest.popleft()
         text = texts[state]

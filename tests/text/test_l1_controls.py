@@ -25,11 +25,13 @@ from tokcache import CacheConfig
 from tokcache.text.cuts import (
     added_tokens,
     normalizers,
-    patterns,
     planner,
     pre_tokenizers,
     vocabulary,
 )
+from tokcache.text.cuts.patterns import KNOWN
+from tokcache.text.cuts.regex.lookup import cuts_of_pattern
+from tokcache.text.cuts.regex.pattern_cuts import PatternCuts
 from tokcache.text.engines import copying as engines
 
 MAX_DRAWS = 2500
@@ -98,6 +100,13 @@ def _state(made: Tokenizer, part: str) -> str:
     return engines.component_state(getattr(made, part)).decode()
 
 
+def _deepseek_as_cl100k(pattern: str) -> PatternCuts:
+    """Return the cuts of a pattern, cl100k's for that of DeepSeek, whose words may have digits."""
+    found = cuts_of_pattern(pattern)
+    is_deepseek = found == cuts_of_pattern(KNOWN["deepseek_v3"])
+    return cuts_of_pattern(KNOWN["cl100k"]) if is_deepseek else found
+
+
 REFUSALS: dict[str, tuple[Disable, IsConcerned]] = {
     "normalized tokens with a normalizer": (
         _replaced_by(planner, "may_appear", value=False),
@@ -133,7 +142,7 @@ REFUSALS: dict[str, tuple[Disable, IsConcerned]] = {
         _is_bpe_without_pre_tokenizer,
     ),
     "a word that begins with a digit": (
-        lambda patch: patch.setitem(patterns.PATTERNS, patterns.DEEPSEEK, patterns.CL100K_RULES),
+        lambda patch: patch.setattr(pre_tokenizers, "cuts_of_pattern", _deepseek_as_cl100k),
         _splits_as_deepseek,
     ),
 }

@@ -61,8 +61,13 @@ def test_known_patterns_are_not_derived_when_a_tokenizer_is_wrapped(
 
 
 def test_a_pattern_is_derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = []
-    monkeypatch.setattr(safety, "program_of", lambda p: times.append(p) or program_of(p))
+    times: list[str] = []
+
+    def counted(pattern: str) -> Program:
+        times.append(pattern)
+        return program_of(pattern)
+
+    monkeypatch.setattr(safety, "program_of", counted)
     for _ in range(3):
         cuts_of_pattern(r"\p{L}+|\p{N}{5}|[^\p{L}]")
     assert len(times) == 1

@@ -176,6 +176,11 @@ def _replaced_pairs(normalizer: Normalizer) -> set[Pair]:
     return {pair for string in normalizer.replaced for pair in pairs_in(string)}
 
 
+def _hides_whitespace(stage: Any) -> bool:
+    """Return whether a stage turns whitespace into other characters and splits nothing."""
+    return bool(stage["type"] == "ByteLevel" and not stage.get("use_regex", True))
+
+
 def _without_marked_punctuation(rule: Rule) -> Rule:
     """Return a rule that holds even if a mark after punctuation makes another character of it."""
     return rule if rule.is_apart else replace(rule, right=rule.right - {C.PUNCTUATION})
@@ -205,9 +210,9 @@ def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
         if stage.get("use_regex", True):
             # It replaces whitespace, too, which a later stage looks for.
             return _by_pattern(GPT2, "Isolated", place)[0], frozenset()
-        if not place.is_last:
+        if not place.is_last and _hides_whitespace(stage):
             raise Unrecognised("ByteLevel replaces spaces before the next stage sees them")
-        return (), frozenset()
+        return (), _ALL
     if kind == "CharDelimiterSplit":
         stage = {"pattern": {"String": stage["delimiter"]}, "behavior": "Removed"}
     elif kind != "Split":

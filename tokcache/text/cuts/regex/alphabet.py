@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
@@ -68,38 +69,43 @@ def alphabet_of(queries: Iterable[str]) -> Alphabet:
     answers = [_matched(query, chars) for query in asked]
     ignoring = [i for i, query in enumerate(asked) if query.startswith("(?i:")]
 
-    # Characters with the same key are one symbol.
-    symbols: dict[tuple[object, ...], int] = {}
-    members: list[str] = []
-    held = []
+    held: dict[_Kind, str] = {}  # with the first character of each
     for at, char in enumerate(chars):
-        key = (
+        kind = _Kind(
             tuple(at in answer for answer in answers),
             class_of(char),
             _composed_from(char),
             unicodedata.category(char)[0] in _VISIBLE,
         )
-        if key not in symbols:
-            symbols[key] = len(symbols)
-            members.append(char)
-            held.append(key)
-        if len(char.casefold()) > 1 and any(key[0][i] for i in ignoring):  # type: ignore[index]
+        held.setdefault(kind, char)
+        if len(char.casefold()) > 1 and any(kind.answers[i] for i in ignoring):
             raise Unrecognised(f"ignored case of {char!a}, which stands for several characters")
 
-    def mask(symbol_is_in: Iterable[bool]) -> int:
-        return sum(1 << symbol for symbol, is_in in enumerate(symbol_is_in) if is_in)
+    def mask(is_in: Iterable[bool]) -> int:
+        return sum(1 << symbol for symbol, one in enumerate(is_in) if one)
 
-    classes = [class_of(char) for char in members]
+    by_query = {query: mask(kind.answers[i] for kind in held) for i, query in enumerate(asked)}
     return Alphabet(
-        n=len(members),
-        samples="".join(members),
-        chars={query: mask(key[0][i] for key in held) for i, query in enumerate(asked)},  # type: ignore[index]
-        lefts={one: mask(own is one for own in classes) for one in CharClass},
-        rights={one: mask(one in (key[1], key[2]) for key in held) for one in CharClass},
-        visible=mask(key[3] is True for key in held),
-        word=mask(key[0][list(asked).index(r"\w")] for key in held),  # type: ignore[index]
-        newline=1 << classes.index(CharClass.NEWLINE),
+        n=len(held),
+        samples="".join(held.values()),
+        chars=by_query,
+        lefts={one: mask(kind.own is one for kind in held) for one in CharClass},
+        rights={
+            one: mask(one in (kind.own, kind.composed_from) for kind in held) for one in CharClass
+        },
+        visible=mask(kind.is_visible for kind in held),
+        word=by_query[r"\w"],
+        newline=mask(kind.own is CharClass.NEWLINE for kind in held),
     )
+
+
+class _Kind(NamedTuple):
+    """All that is known of a character; characters of one kind are one symbol."""
+
+    answers: tuple[bool, ...]  # whether it is matched, for each query
+    own: CharClass
+    composed_from: CharClass | None
+    is_visible: bool
 
 
 # ---- characters
@@ -142,7 +148,7 @@ def _is_character(point: int) -> bool:
 @cache
 def _compositions() -> dict[int, CharClass]:
     """Return the characters that NFC makes of a character of a rule's class and marks after it."""
-    found = {}
+    found: dict[int, CharClass] = {}
     for point in range(0xC0, 0x3100):  # later ones are compositions of Hangul, or excluded
         char = chr(point)
         parts = unicodedata.normalize("NFD", char)
