@@ -30,8 +30,7 @@ from tokcache.text.cuts import (
     vocabulary,
 )
 from tokcache.text.cuts.patterns import KNOWN
-from tokcache.text.cuts.regex.lookup import cuts_of_pattern
-from tokcache.text.cuts.regex.pattern_cuts import PatternCuts
+from tokcache.text.cuts.regex.lookup import cuts_of_pattern, outcomes_of
 from tokcache.text.engines import copying as engines
 
 MAX_DRAWS = 2500
@@ -100,11 +99,11 @@ def _state(made: Tokenizer, part: str) -> str:
     return engines.component_state(getattr(made, part)).decode()
 
 
-def _deepseek_as_cl100k(pattern: str) -> PatternCuts:
-    """Return the cuts of a pattern, cl100k's for that of DeepSeek, whose words may have digits."""
-    found = cuts_of_pattern(pattern)
-    is_deepseek = found == cuts_of_pattern(KNOWN["deepseek_v3"])
-    return cuts_of_pattern(KNOWN["cl100k"]) if is_deepseek else found
+def _deepseek_as_cl100k(pattern: str, behavior: str, *, invert: bool) -> Any:
+    """Return the outcomes of a pattern: cl100k's for that of DeepSeek, whose words have digits."""
+    if cuts_of_pattern(pattern) == cuts_of_pattern(KNOWN["deepseek_v3"]):
+        pattern = KNOWN["cl100k"]
+    return outcomes_of(pattern, behavior, invert=invert)
 
 
 REFUSALS: dict[str, tuple[Disable, IsConcerned]] = {
@@ -142,7 +141,7 @@ REFUSALS: dict[str, tuple[Disable, IsConcerned]] = {
         _is_bpe_without_pre_tokenizer,
     ),
     "a word that begins with a digit": (
-        lambda patch: patch.setattr(pre_tokenizers, "cuts_of_pattern", _deepseek_as_cl100k),
+        lambda patch: patch.setattr(pre_tokenizers, "outcomes_of", _deepseek_as_cl100k),
         _splits_as_deepseek,
     ),
 }

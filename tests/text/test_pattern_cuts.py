@@ -20,11 +20,11 @@ from tokcache.text.cuts import pre_tokenizers as stages
 from tokcache.text.cuts.char_classes import CharClass
 from tokcache.text.cuts.patterns import KNOWN
 from tokcache.text.cuts.planner import plan_cuts
-from tokcache.text.cuts.regex import pattern_cuts, safety
+from tokcache.text.cuts.regex import lookup, pattern_cuts, safety
 from tokcache.text.cuts.regex.automaton import Program
 from tokcache.text.cuts.regex.known import RESULTS
 from tokcache.text.cuts.regex.lookup import cuts_of_pattern
-from tokcache.text.cuts.regex.pattern_cuts import LEFTS, RIGHTS, Outcome, PatternCuts, joins
+from tokcache.text.cuts.regex.pattern_cuts import LEFTS, RIGHTS, PatternCuts, joins
 from tokcache.text.cuts.regex.safety import cuts_of, derive, program_of
 from tokcache.text.cuts.regex.syntax import parse
 
@@ -142,7 +142,10 @@ def test_random_tokenizers_split_parts_as_they_split_the_whole() -> None:
 
 def n_unsafe(monkeypatch: pytest.MonkeyPatch, *patterns: str, behavior: str = "isolated") -> int:
     """Return how many of 3,000 random texts change with a cut that the plan allows."""
-    monkeypatch.setattr(stages, "cuts_of_pattern", lambda pattern: cuts_of(program_of(pattern)))
+    derived = lookup.outcomes_of.__wrapped__
+    monkeypatch.setattr(lookup, "cuts_of_pattern", lambda pattern: cuts_of(program_of(pattern)))
+    if stages.outcomes_of is lookup.outcomes_of:
+        monkeypatch.setattr(stages, "outcomes_of", derived)
     tokenizer = split_by(*patterns, behavior=behavior)
     tokenizer.normalizer = None
     pairs = allowed(plan_cuts(tokenizer))
@@ -166,12 +169,11 @@ def _every_newline_is_single(alphabet: Any) -> dict[CharClass, int]:
 
 
 MASKS = safety.left_masks
-OUTCOME = PatternCuts.outcome
 
 
-def _never_changed(cuts: PatternCuts, pair: Any, behavior: str, *, invert: bool) -> Outcome:
-    found = OUTCOME(cuts, pair, behavior, invert=invert)
-    return Outcome.MAY_JOIN if found is Outcome.CHANGED else found
+def _never_changed(pattern: str, behavior: str, *, invert: bool) -> Any:
+    apart, _ = lookup.outcomes_of.__wrapped__(pattern, behavior, invert=invert)
+    return apart, frozenset(product(LEFTS, RIGHTS))
 
 
 DEEPSEEK_V3 = [KNOWN[one] for one in ("numbers_by_three", "deepseek_v3_cjk", "deepseek_v3")]
@@ -185,7 +187,7 @@ WEAKENED: dict[str, tuple[Any, str, Any, list[str]]] = {
     "iii_gaps_clip": (pattern_cuts, "joins", always(False), [KNOWN["clip"]]),
     "iii_gaps_deepseek": (pattern_cuts, "joins", always(False), DEEPSEEK_V3),
     "iv_stages": (
-        PatternCuts, "outcome", _never_changed, [r"\p{N}\p{L}+", r"\p{N}+|\p{L}+|\s+|[^\s]"],
+        stages, "outcomes_of", _never_changed, [r"\p{N}\p{L}+", r"\p{N}+|\p{L}+|\s+|[^\s]"],
     ),
     "v_newlines": (safety, "left_masks", _every_newline_is_single, [KNOWN["gpt2"]]),
 }  # fmt: skip

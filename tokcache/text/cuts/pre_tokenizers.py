@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import Unrecognised
 from tokcache.text.cuts.char_classes import VISIBLE, WHITESPACE
 from tokcache.text.cuts.patterns import GPT2
-from tokcache.text.cuts.regex.lookup import cuts_of_pattern
-from tokcache.text.cuts.regex.pattern_cuts import LEFTS, RIGHTS, Outcome
+from tokcache.text.cuts.regex.lookup import outcomes_of
+from tokcache.text.cuts.regex.pattern_cuts import LEFTS, RIGHTS
 from tokcache.text.cuts.rules import (
     DIGITS,
     LETTERS,
@@ -127,7 +128,7 @@ def forced_cuts(stages: list[Any], normalizer: Normalizer) -> Findings:
     Errors: Unrecognised if the first stage that is not known comes before any that forces a cut.
     """
     rules: list[Rule] = []
-    rest = _ALL - _replaced_pairs(normalizer)  # the pairs that no stage has decided about
+    rest = _ALL.difference(_replaced_pairs(normalizer))  # the pairs that no stage has decided about
     for index, stage in enumerate(stages):
         place = _Place(normalizer, rest, index == 0, index == len(stages) - 1)
         try:
@@ -137,9 +138,9 @@ def forced_cuts(stages: list[Any], normalizer: Normalizer) -> Findings:
                 raise
             return Findings(tuple(rules), (), (f"pre-tokenizer {unknown}: {_AFTERWARDS}",))
         rules += (kept for rule in own for kept in _only(rule, rest))
-        rest = rest & passed - {pair for rule in own for pair in rule.pairs()}
-        if not rest:
+        if not passed or index == len(stages) - 1:
             break
+        rest = rest & passed - {pair for rule in own for pair in rule.pairs()}
     return Findings(tuple(rules))
 
 
@@ -251,24 +252,19 @@ def _by_pattern(
 
     Errors: Unrecognised.
     """
-    cuts = cuts_of_pattern(pattern)
-    outcomes = {pair: cuts.outcome(pair, behavior, invert=invert) for pair in _ALL}
-
-    def among(*wanted: Outcome) -> set[Pair]:
-        return {
-            pair
-            for pair in place.pairs
-            if all(outcomes[one] in wanted for one in _become(pair, place.normalizer))
-        }
-
-    passed = frozenset(among(Outcome.APART, Outcome.MAY_JOIN))
-    return _rules_of(among(Outcome.APART)), passed
+    apart, passed = outcomes_of(pattern, behavior, invert=invert)
+    normal = place.normalizer
+    if not (normal.keeps_non_ascii and normal.keeps_lines and not normal.replaced):
+        apart, passed = (
+            frozenset(pair for pair in pairs if all(one in pairs for one in _become(pair, normal)))
+            for pairs in (apart, passed)
+        )
+    return _rules_of(apart & place.pairs), passed
 
 
 def _become(pair: Pair, normalizer: Normalizer) -> Iterator[Pair]:
-    """Yield the pairs that a normalizer may make of a pair."""
+    """Yield the pairs that a normalizer may make of a pair, besides the pair itself."""
     left, right = pair
-    yield pair
     if not normalizer.keeps_non_ascii and left in NON_ASCII:
         yield C.OTHER, right  # it may become any visible characters
     if not normalizer.keeps_lines and left in WHITESPACE_LEFT:
@@ -281,7 +277,8 @@ def _become(pair: Pair, normalizer: Normalizer) -> Iterator[Pair]:
         yield left, C.PUNCTUATION
 
 
-def _rules_of(pairs: Iterable[Pair]) -> Rules:
+@lru_cache(maxsize=64)
+def _rules_of(pairs: frozenset[Pair]) -> Rules:
     """Return rules that allow exactly these pairs, without OTHER."""
     # A rule has visible characters or whitespace on each side, so that a normalizer that changes
     # one of them does not forbid the rest.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 from tokcache.text.cuts.patterns import KNOWN
 from tokcache.text.cuts.regex.known import RESULTS
-from tokcache.text.cuts.regex.pattern_cuts import PatternCuts
+from tokcache.text.cuts.regex.pattern_cuts import Outcome, PatternCuts
+
+if TYPE_CHECKING:
+    from tokcache.text.cuts.rules import Pair
 
 _NAMES = {pattern: name for name, pattern in KNOWN.items()}
 
@@ -25,6 +29,21 @@ def cuts_of_pattern(pattern: str) -> PatternCuts:
     from tokcache.text.cuts.regex.safety import derive  # noqa: PLC0415 (only for unknown patterns)
 
     return derive(pattern)
+
+
+@lru_cache(maxsize=256)
+def outcomes_of(
+    pattern: str, behavior: str, *, invert: bool
+) -> tuple[frozenset[Pair], frozenset[Pair]]:
+    """Return the pairs at which a Split keeps its pieces apart, and those where it may join two.
+
+    The second set contains the first.
+
+    Errors: Unrecognised.
+    """
+    cuts = cuts_of_pattern(pattern)
+    found = {pair: cuts.outcome(pair, behavior, invert=invert) for pair in cuts.kept}
+    return frozenset(pair for pair, one in found.items() if one is Outcome.APART), frozenset(found)
 
 
 @cache

@@ -72,13 +72,10 @@ class PatternCuts:
         left, right = pair
         ends = [left in self.gap_ends, left in self.match_ends]
         starts = [right in self.gap_starts, right in self.match_starts]
-        may_join = any(
-            joins(behavior, bool(end), bool(start), invert=invert)
-            for end in (0, 1)
-            for start in (0, 1)
-            if ends[end] and starts[start]
-        )
-        return Outcome.MAY_JOIN if may_join else Outcome.APART
+        for end, start in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            if ends[end] and starts[start] and joins(behavior, end == 1, start == 1, invert=invert):
+                return Outcome.MAY_JOIN
+        return Outcome.APART
 
 
 def joins(behavior: str, left_matched: bool, right_matched: bool, *, invert: bool) -> bool:
