@@ -15,7 +15,7 @@ from tokcache.text._native import NATIVE
 
 ROOT = Path(tokcache.__file__).parent
 LEAVES = {"errors", "config", "differences", "reasons", "stats"}
-LEAVES |= {"_cache_folder", "_forks", "_prefix", "_validate", "_version"}
+LEAVES |= {"_cache_folder", "_files", "_forks", "_prefix", "_validate", "_version"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
     "differences": {"errors", "_prefix", "differences"},
@@ -61,6 +61,14 @@ def test_a_package_imports_only_the_packages_below_it(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "tokcache" and len(parts) > 1 and is_package(parts[1]):
             assert parts[1] in MAY_IMPORT[package_of(path)], f"{path.name} imports {name}"
+
+
+def test_the_guide_for_contributors_names_every_room() -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    rooms = [path.parent for path in ROOT.glob("*/__init__.py")]
+    rooms += [path.parent for path in (ROOT / "text").glob("*/__init__.py")]
+    missing = [room for room in rooms if f"`{room.relative_to(ROOT)}/`" not in guide]
+    assert not missing
 
 
 # The packages of text/ in layers, the lowest first; each may import the layers below its own.

@@ -111,7 +111,7 @@ L1_REFUSALS = {
     "oversize": Reason("a chunk does not fit the budget", "raise `l1_max_bytes`"),
     "memory": Reason("the system gave no memory", "lower the budgets, or add memory"),
     "cleared": Reason("its scope was cleared while the text was encoded", _NOTHING),
-    "parts_differ": Reason(
+    "segments_differ": Reason(
         "missing segments, encoded together, could not be told apart; the text was encoded whole",
         "please report it if it is frequent, with the tokenizer",
     ),

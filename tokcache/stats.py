@@ -42,8 +42,8 @@ class L1Stats:
     """Counters of L1, the segment cache.
 
     Units: a text is one of the `hits` if all of its chunks were cached, else one of the `misses`.
-    `chunk_hits` and `chunk_misses` count look-ups of chunks, `short_hits` and `short_misses` those
-    of short segments. `lookup_chars`, `chunk_miss_chars` and `engine_chars` are the code points of
+    `chunk_hits` and `chunk_misses` count look-ups of chunks, `segment_hits` and `segment_misses`
+    those of segments. `lookup_chars`, `chunk_miss_chars` and `engine_chars` are the code points of
     texts looked up, of chunks not found, and of text that the engine encoded. `tokens` counts the
     ids of all answers, `engine_tokens` those of them that the engine made. `n_bytes` is the bytes
     held. `refusals` counts, by reason, texts that were not cut and segments that were not kept.
@@ -53,8 +53,8 @@ class L1Stats:
     misses: int = 0
     chunk_hits: int = 0
     chunk_misses: int = 0
-    short_hits: int = 0
-    short_misses: int = 0
+    segment_hits: int = 0
+    segment_misses: int = 0
     lookup_chars: int = 0
     chunk_miss_chars: int = 0
     engine_chars: int = 0
@@ -64,13 +64,13 @@ class L1Stats:
     evictions: int = 0
     refusals: Mapping[str, int] = field(default_factory=dict)
     n_chunks: int = 0
-    n_shorts: int = 0
+    n_segments: int = 0
     n_bytes: int = 0
 
     def __add__(self, now: L1Stats) -> L1Stats:
         """Add the counters of a cache that was replaced; sizes are those of `now`."""
         own, new = asdict(self), asdict(now)
-        held = {name: new[name] for name in ("n_chunks", "n_shorts", "n_bytes")}
+        held = {name: new[name] for name in ("n_chunks", "n_segments", "n_bytes")}
         refusals = dict(Counter(self.refusals) + Counter(now.refusals))
         total = {name: own[name] + new[name] for name in own if name not in (*held, "refusals")}
         return L1Stats(**total, **held, refusals=refusals)

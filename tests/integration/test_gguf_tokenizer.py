@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,47 @@ def test_a_difference_from_llama_cpp_is_named_and_refuses_the_file(
     message = r"differs at token \d+: .* llama.cpp has .*; pass the model's own tokenizer.json"
     with pytest.raises(UnsupportedTokenizer, match=message):
         read_gguf_tokenizer(samples.tiny_model(**SIZES))
+
+
+def model_of_pattern(name: str, tmp_path: Path) -> Path:
+    """Return a model whose file names another pattern; no merge makes its token "quxyz"."""
+    tokenizer = Tokenizer.from_file(str(samples.tiny_tokenizer()))
+    state = json.loads(tokenizer.to_str())
+    removed = next(text for text in state["model"]["vocab"] if text.isascii() and len(text) == 5)
+    state["model"]["vocab"]["quxyz"] = state["model"]["vocab"].pop(removed)
+    state["model"]["merges"] = [
+        pair for pair in state["model"]["merges"] if removed not in ("".join(pair), *pair)
+    ]
+    source = tmp_path / "tokenizer.json"
+    source.write_text(json.dumps(state))
+    model = samples.tiny_model(source, folder=tmp_path, **SIZES)
+
+    key = b"tokenizer.ggml.pre" + struct.pack("<I", 8)
+    before, after = model.read_bytes().split(key)
+    length = struct.unpack("<Q", after[:8])[0]
+    named = before + key + struct.pack("<Q", len(name)) + name.encode() + after[8 + length :]
+    path = tmp_path / "named.gguf"
+    path.write_bytes(named + bytes(64))  # the longer name may move the aligned tensors
+    return path
+
+
+# One name of each set, and the names that were missing in one of them.
+@pytest.mark.parametrize("name", ["qwen2", "llama-bpe", "lfm2", "jina-v5-nano", "olmo", "smollm"])
+def test_a_named_pattern_gives_the_ids_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    path = model_of_pattern(name, tmp_path)
+    read = read_gguf_tokenizer(path).tokenizer
+    llm = own_ids(path)
+    for text in [*TEXTS, "quxyz and quxyz quxyzz"]:
+        expected = llm.tokenize(text.encode(), add_bos=False, special=True)
+        assert read.encode(text, add_special_tokens=False).ids == expected, text
+
+
+def test_a_name_whose_words_skip_the_merges_is_not_read_as_one_whose_words_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_tokenizer, "_IGNORE_MERGES", ())
+    with pytest.raises(UnsupportedTokenizer, match=r"differs at token .*pass the model's own"):
+        read_gguf_tokenizer(model_of_pattern("lfm2", tmp_path))
 
 
 def test_other_kinds_and_patterns_are_refused(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_l1_clears_the_chunks_and_segments_of_one_scope_only(name: str, kind: st
     one.check()
     for scope in (0, 1, 2):
         one.cache.clear(scope=scope)
-    assert one.cache.stats().n_chunks == one.cache.stats().n_shorts == 0
+    assert one.cache.stats().n_chunks == one.cache.stats().n_segments == 0
     assert one.cache.memory_usage() == 0
     assert one.ids(texts[0]) == one.expected(texts[0])
     one.check()

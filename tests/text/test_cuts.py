@@ -24,7 +24,7 @@ from tests.text.tokenizers_synthetic import PATTERNS, RANDOM, SYNTHETIC
 from tokcache.text.cuts.char_classes import N_CLASSES, CharClass
 from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.cuts.scanner import class_behind
-from tokcache.text.engines.copying import PartEncoder
+from tokcache.text.engines.copying import SegmentEncoder
 
 if TYPE_CHECKING:
     from tokcache.text.cuts.plan import CutPlan
@@ -153,7 +153,7 @@ class Splitter:
     Ids are compared where only the vocabulary proves the cuts, and for a sample of all others.
     """
 
-    def __init__(self, encoder: PartEncoder, plan: CutPlan) -> None:
+    def __init__(self, encoder: SegmentEncoder, plan: CutPlan) -> None:
         own = encoder.tokenizer
         self.by_pieces = ("model", "BPE without a pre-tokenizer, the vocabulary as proof") not in (
             plan.recognised
@@ -176,7 +176,7 @@ def check(tokenizer: Tokenizer, plan: CutPlan) -> Checked:
     """Compare the split of each text whose cut the plan allows with the splits of its two parts."""
     first, later, inside = plan.variant_of
     splitters = [
-        Splitter(PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer), plan)
+        Splitter(SegmentEncoder(tokenizer, one.normalizer, one.pre_tokenizer), plan)
         for one in plan.variants
     ]
     found = Checked(set(), [])

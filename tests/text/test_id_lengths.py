@@ -20,7 +20,7 @@ from tests.text.tokenizers_synthetic import SYNTHETIC, plain
 from tokcache.config import CacheConfig
 from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.engines.components import BYTE_NAMES, MARKER
-from tokcache.text.engines.copying import PartEncoder
+from tokcache.text.engines.copying import SegmentEncoder
 from tokcache.text.engines.fast import agreed_code_points
 from tokcache.text.segments import id_lengths as module
 from tokcache.text.segments.id_lengths import id_lengths
@@ -43,7 +43,7 @@ def _encoders_and_lengths(
     REFERENCE.use(monkeypatch)
     made = []
     for one in plan_cuts(tokenizer).variants:
-        own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer)
+        own = SegmentEncoder(tokenizer, one.normalizer, one.pre_tokenizer)
         made.append((own, id_lengths(own.tokenizer, one, {})))
     return made
 
@@ -88,12 +88,12 @@ def test_without_a_token_for_the_marker_there_is_no_length_table(has_marker: boo
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = Replace(" ", "\u2581")
     (one,) = plan_cuts(tokenizer).variants
-    own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
+    own = SegmentEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
     assert (id_lengths(own, one, {}) is not None) == has_marker
     wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers"))
     for text in ("a b", " a b a", "\u2581a b", "b a " * 100):
         assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
-    assert "parts_differ" not in wrapped.cache_stats().l1.refusals
+    assert "segments_differ" not in wrapped.cache_stats().l1.refusals
 
 
 @pytest.mark.parametrize("has_all_merges", [True, False])
@@ -111,13 +111,13 @@ def test_merges_that_spell_a_byte_token_allow_no_length_table(has_all_merges: bo
     spelled = tokenizer.token_to_id("<0x41>")
     assert (tokenizer.encode("<0x41>").ids == [spelled]) == has_all_merges
     (one,) = plan_cuts(tokenizer).variants
-    own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
+    own = SegmentEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
     assert id_lengths(own, one, {}) is None
     wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers", l0_max_entries=1))
     for n in range(40):
         text = f"{'a ' * n}<0x41> b{' <0x41>' * n} ab{' b' * n}"
         assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
-    assert "parts_differ" not in wrapped.cache_stats().l1.refusals
+    assert "segments_differ" not in wrapped.cache_stats().l1.refusals
 
 
 def test_ids_are_correct_if_a_byte_token_takes_part_in_merges() -> None:
@@ -131,7 +131,7 @@ def test_ids_are_correct_if_a_byte_token_takes_part_in_merges() -> None:
     for n in range(40):
         text = f"{'a ' * n}a_  b{' _b' * n} ab{' b' * n}a_ "
         assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
-    assert "parts_differ" not in wrapped.cache_stats().l1.refusals
+    assert "segments_differ" not in wrapped.cache_stats().l1.refusals
 
 
 def test_ids_are_correct_if_two_tokens_share_an_id(engine: str) -> None:
@@ -143,7 +143,7 @@ def test_ids_are_correct_if_two_tokens_share_an_id(engine: str) -> None:
         wrapped = tokcache.wrap(tokenizer, CacheConfig(engine=engine, l0_max_entries=1))
         for text in ("gg x", " x k", "bc z", " z gg", "x bc gg z", " gg x k"):
             assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
-        assert "parts_differ" not in wrapped.cache_stats().l1.refusals
+        assert "segments_differ" not in wrapped.cache_stats().l1.refusals
 
 
 def test_a_vocabulary_with_large_gaps_keeps_the_engine(engine: str) -> None:
@@ -164,7 +164,7 @@ def test_the_engines_vocabulary_is_used_if_a_sample_of_it_is_correct(
     REFERENCE.use(monkeypatch)
     tokenizer = plain(SYNTHETIC["gpt2"])
     (one,) = plan_cuts(tokenizer).variants
-    own = PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
+    own = SegmentEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
     alphabet = {char: bytes([byte]) for byte, char in _byte_names().items()}
     names = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.get_added_tokens_decoder()

@@ -23,7 +23,7 @@ from tokcache.errors import InvalidConfig, InvalidText
 from tokcache.text.segments.cache import CHARS_AT_ONCE, L1
 
 if TYPE_CHECKING:
-    from tokcache.text.engines.copying import PartEncoder
+    from tokcache.text.engines.copying import SegmentEncoder
 
 LINE = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's fine.\n"
 WITHOUT_FAST_ENCODER = CacheConfig(engine="tokenizers", l0_max_entries=1)
@@ -175,7 +175,7 @@ class Encoder:
 
     def __init__(
         self,
-        sure: PartEncoder,
+        sure: SegmentEncoder,
         spoil: Callable[[list[int]], list[int]] = list,
         *,
         is_fork_safe: bool = True,
@@ -282,7 +282,7 @@ def test_verification_finds_a_wrong_answer_and_turns_l1_off(
     assert "quick brown fox" not in record.getMessage()
     stats = wrapped.cache_stats().l1
     assert stats.refusals["differences"] == stats.refusals["verified"] == 1
-    assert stats.n_chunks == stats.n_shorts == 0
+    assert stats.n_chunks == stats.n_segments == 0
     assert _l1(wrapped).off == "difference"
     for text in CHATS:
         assert _cached_ids(wrapped, text) == _plain_ids(SYNTHETIC["gpt2"](), text)
@@ -306,7 +306,7 @@ def test_verification_drops_the_fast_encoder_whose_answer_was_wrong(
     assert (_l1(wrapped).engine, _l1(wrapped).off) == ("tokenizers", None)
     stats = wrapped.cache_stats().l1
     assert stats.refusals == {"differences": 1, "verified": 1, "engine_dropped": 1}
-    assert stats.n_chunks == stats.n_shorts == 0
+    assert stats.n_chunks == stats.n_segments == 0
     for text in CHATS:
         assert _cached_ids(wrapped, text) == _plain_ids(SYNTHETIC["gpt2"](), text)
     assert wrapped.cache_stats().l1.hits > 0
@@ -358,15 +358,15 @@ def test_verification_of_correct_answers_only_counts(caplog: pytest.LogCaptureFi
 # ---- encoders that fail after the proof
 
 
-def _drops_separators(sure: PartEncoder) -> Callable[[list[int]], list[int]]:
+def _drops_separators(sure: SegmentEncoder) -> Callable[[list[int]], list[int]]:
     return lambda ids: [index for index in ids if index != sure.separator]
 
 
-def _adds_separators(sure: PartEncoder) -> Callable[[list[int]], list[int]]:
+def _adds_separators(sure: SegmentEncoder) -> Callable[[list[int]], list[int]]:
     return lambda ids: [*ids, sure.separator]
 
 
-FAILURES: dict[str, Callable[[PartEncoder], Callable[[list[int]], list[int]]]] = {
+FAILURES: dict[str, Callable[[SegmentEncoder], Callable[[list[int]], list[int]]]] = {
     "raises": lambda _: _raises_overflow_error,
     "panics": lambda _: _panics,
     "drops_separators": _drops_separators,

@@ -180,7 +180,7 @@ class Histories:
         # counts this reason. The answer is correct, but the plan is not.
         for config, wrapped in self.wrapped:
             refusals = wrapped.cache_stats().l1.refusals
-            assert "parts_differ" not in refusals, (config, SEED, self.asked[-3:])
+            assert "segments_differ" not in refusals, (config, SEED, self.asked[-3:])
 
     def compare(self, text: str, add_special_tokens: bool) -> None:
         self.asked.append((text, add_special_tokens))

@@ -283,7 +283,7 @@ def test_fast_encoders_that_fail_the_proof_are_not_used(case: str, engine: Any) 
 def test_a_separator_is_found_for_a_vocabulary_with_gaps() -> None:
     cached = tokcache.wrap(with_gaps(), tokcache.CacheConfig(engine="tokenizers"))
     assert len(cached.token_ids("a lot, b foo " * 90, add_special_tokens=False)) == 450
-    assert "parts_differ" not in cached.cache_stats().l1.refusals
+    assert "segments_differ" not in cached.cache_stats().l1.refusals
 
 
 @pytest.mark.parametrize(

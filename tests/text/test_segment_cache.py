@@ -27,7 +27,7 @@ from tokcache.text.cuts.char_classes import (
 )
 from tokcache.text.cuts.planner import plan_cuts
 from tokcache.text.cuts.scanner import class_behind
-from tokcache.text.engines.copying import PartEncoder
+from tokcache.text.engines.copying import SegmentEncoder
 from tokcache.text.segments.cache import L1
 from tokcache.text.segments.id_lengths import id_lengths
 
@@ -53,7 +53,7 @@ class CacheWithEncoders:
         self.tokenizer, self.plan = _plan(kind)
         self.cache = implementation(name).l1.SegmentCache(self.plan, max_bytes, cuts_fine)
         self.encoders = [
-            PartEncoder(self.tokenizer, one.normalizer, one.pre_tokenizer)
+            SegmentEncoder(self.tokenizer, one.normalizer, one.pre_tokenizer)
             for one in self.plan.variants
         ]
         self.sizes = [
@@ -135,7 +135,7 @@ def test_two_byte_words_hit_inside_four_byte_strings() -> None:
         "ij \u0438\u0439 kl",
     ):
         assert one.ids(text) == one.expected(text)
-    assert one.cache.stats().short_hits == 2
+    assert one.cache.stats().segment_hits == 2
 
 
 @both
@@ -182,7 +182,7 @@ def test_ids_are_correct_and_the_budget_is_kept(name: str, kind: str, max_bytes:
     stats = one.cache.stats()
     assert stats.evictions > 0 or max_bytes != 20_000
     if max_bytes == 1:
-        assert stats.n_bytes == stats.n_chunks == stats.n_shorts == stats.insertions == 0
+        assert stats.n_bytes == stats.n_chunks == stats.n_segments == stats.insertions == 0
         assert stats.hits == 0
         assert stats.refusals["oversize"] >= 8
 
@@ -268,9 +268,9 @@ def test_segments_of_one_scope_do_not_hit_in_another(name: str) -> None:
     one = CacheWithEncoders(name)
     one.ids("alpha beta gamma", scope=1)
     one.ids("gamma beta alpha", scope=2)
-    assert one.cache.stats().short_hits == 0
+    assert one.cache.stats().segment_hits == 0
     one.ids("beta alpha beta gamma", scope=1)
-    assert one.cache.stats().short_hits > 0
+    assert one.cache.stats().segment_hits > 0
 
 
 @both
@@ -533,7 +533,7 @@ def test_segments_hit_in_strings_of_another_character_width(name: str) -> None:
     for at, late in enumerate(("\xe9", "\u201d", "\U0001f600")):
         text = f"alpha beta {late}"
         assert one.ids(text) == one.expected(text)
-        assert one.cache.stats().short_hits == 2 * (at + 1) > 0
+        assert one.cache.stats().segment_hits == 2 * (at + 1) > 0
     one.check()
 
 

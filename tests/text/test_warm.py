@@ -37,7 +37,7 @@ from tokcache.errors import (
 from tokcache.text import cache_file as warm
 from tokcache.text.cache_file import format as warm_file
 from tokcache.text.cache_file.format import Entry, Header, Kind
-from tokcache.text.engines.copying import HuggingFaceEngine, PartEncoder
+from tokcache.text.engines.copying import HuggingFaceEngine, SegmentEncoder
 
 KEY = b"sixteen bytes or more of it"
 CONFIG = tokcache.CacheConfig(engine="tokenizers")
@@ -68,7 +68,7 @@ def engine_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     calls: Counter[str] = Counter()
     for kind, method in (
         (HuggingFaceEngine, "encode"),
-        (PartEncoder, "encode"),
+        (SegmentEncoder, "encode"),
     ):
         plain = getattr(kind, method)
 
@@ -223,7 +223,7 @@ def test_every_kind_of_string_survives_dump_and_load(
 @on_both
 def test_dumping_and_loading_an_empty_cache(tmp_path: Path) -> None:
     report = wrapped().cache_dump(tmp_path / "cache")
-    assert (report.n_texts, report.n_chunks, report.n_shorts, report.left_out) == (0, 0, 0, {})
+    assert (report.n_texts, report.n_chunks, report.n_segments, report.left_out) == (0, 0, 0, {})
     new = filled()
     before = cache_contents(new)
     assert new.cache_load(tmp_path / "cache") == report
@@ -237,7 +237,7 @@ def test_loading_twice_changes_nothing(tmp_path: Path) -> None:
     before = cache_contents(tok)
     again = tok.cache_load(tmp_path / "cache")
     assert cache_contents(tok) == before
-    assert again.left_out == {"held": report.n_texts + report.n_chunks + report.n_shorts}
+    assert again.left_out == {"held": report.n_texts + report.n_chunks + report.n_segments}
 
 
 @on_both
@@ -461,7 +461,7 @@ FALSE_ENTRIES: dict[str, tuple[tuple[Entry, bytes, bytes], str]] = {
         entry("hello", HELLO, kind=Kind.CHUNK, end_class=16), "into which no text is cut"
     ),
     "other ids of a chunk": (entry("hello", [7], kind=Kind.CHUNK), "other ids for a segment"),
-    "other ids of a segment": (entry("hello", [7], kind=Kind.SHORT), "other ids for a segment"),
+    "other ids of a segment": (entry("hello", [7], kind=Kind.SEGMENT), "other ids for a segment"),
 }  # fmt: skip
 
 
@@ -519,7 +519,7 @@ def test_entries_over_the_budget_are_skipped_without_reading_them_into_memory(
     tok = wrapped(l0_max_bytes=1 << 20, l1_max_bytes=1 << 20)
     large = [
         entry(b"a" * n_large, HELLO, kind=kind, n_bytes=n_large)
-        for kind in (Kind.TEXT, Kind.CHUNK, Kind.SHORT)
+        for kind in (Kind.TEXT, Kind.CHUNK, Kind.SEGMENT)
     ]
     path = forge(tok, tmp_path / "cache", entry("hello", HELLO), *large)
     warm.fingerprint(tok._tokcache._generation.engine.tokenizer)
@@ -630,8 +630,8 @@ def test_only_the_given_scopes_are_dumped_or_loaded(tmp_path: Path, scopes: Any)
     some = tok.cache_dump(tmp_path / "some", scopes=scopes)
     assert some.n_texts == len(LONG) * len(set(scopes) & {None, "a", "b"})
     assert (some.left_out == {}) == (whole.n_texts == some.n_texts)
-    assert some.left_out["scope"] + some.n_texts + some.n_chunks + some.n_shorts == (
-        whole.n_texts + whole.n_chunks + whole.n_shorts
+    assert some.left_out["scope"] + some.n_texts + some.n_chunks + some.n_segments == (
+        whole.n_texts + whole.n_chunks + whole.n_segments
     )
     for new, file, asked in ((wrapped(), "some", None), (wrapped(), "whole", scopes)):
         new.cache_load(tmp_path / file, scopes=asked)
@@ -837,7 +837,7 @@ def test_each_implementation_reads_files_of_the_other(
     new = wrapped()
     report = new.cache_load(tmp_path / "cache")
     assert report.n_texts == dumped.n_texts
-    assert report.n_shorts > 0
+    assert report.n_segments > 0
     assert report.left_out["cuts"] == dumped.n_chunks > 0
     for text in (*TEXTS, *LONG):
         assert new.token_ids(text).tolist() == new.encode(text).ids
@@ -849,7 +849,7 @@ def test_a_cache_without_l1_loads_and_dumps_texts_alone(tmp_path: Path) -> None:
     new = wrapped(l1=False)
     report = new.cache_load(tmp_path / "cache")
     assert report.n_texts == dumped.n_texts
-    assert report.left_out == {"l1_off": dumped.n_chunks + dumped.n_shorts}
+    assert report.left_out == {"l1_off": dumped.n_chunks + dumped.n_segments}
     only_texts = new.cache_dump(tmp_path / "texts")
     assert (only_texts.n_texts, only_texts.n_chunks) == (dumped.n_texts, 0)
     assert wrapped().cache_load(tmp_path / "texts").n_texts == dumped.n_texts
@@ -867,7 +867,7 @@ def test_segments_are_not_dumped_after_l1_was_turned_off(tmp_path: Path) -> None
     tok._tokcache.l1.off = "difference"
     report = tok.cache_dump(tmp_path / "cache")
     assert report.n_texts > 0
-    assert report.n_chunks == report.n_shorts == 0
+    assert report.n_chunks == report.n_segments == 0
 
 
 @pytest.mark.parametrize("kind", ["gigatoken", "fastokens"])
@@ -893,7 +893,7 @@ def test_a_fast_encoder_dumps_chunks_and_loads_no_segments(
     again = tokcache.wrap(Tokenizer.from_file(file), tokcache.CacheConfig(engine=kind))
     report = again.cache_load(tmp_path / "cache")
     assert report.left_out["l1_off"] > 0
-    assert report.n_shorts == 0
+    assert report.n_segments == 0
 
 
 # ---- tokenizers that are never cached, or that change

@@ -77,7 +77,7 @@ def test_repr_shows_the_wrapped_tokenizer_and_the_cache_sizes(kind: str) -> None
     wrapped: Any = tokcache.wrap(plain, tokcache.CacheConfig(engine="tokenizers"))
     wrapped.token_ids("a secret of two words", scope="tenant-a")
     stats = wrapped.cache_stats()
-    n_segments = stats.l1.n_chunks + stats.l1.n_shorts
+    n_segments = stats.l1.n_chunks + stats.l1.n_segments
     start = (
         f"<tokcache.wrap of {plain!r}: 1 texts and {n_segments} segments held, "
         f"{stats.l0.n_bytes + stats.l1.n_bytes:,} bytes"

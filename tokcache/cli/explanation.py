@@ -441,7 +441,7 @@ def _answer(cache: WrappedTokenizer, text: str, special: bool, right: list[int])
     if index is not None:
         one, other = (ids[index] if index < len(ids) else None for ids in (right, found))
         difference = f"id {index} is {one} in the plain tokenizer and {other} in the cache"
-    n_whole = [stats.l1.refusals.get("parts_differ", 0) for stats in (before, after)]
+    n_whole = [stats.l1.refusals.get("segments_differ", 0) for stats in (before, after)]
     if difference is None and n_whole[0] < n_whole[1]:
         difference = "token ids run across a cut, so the text was encoded whole"
     return Answer(engine, special, origin, len(found), difference)

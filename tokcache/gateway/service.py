@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
+from tokcache._files import atomic_file
 from tokcache.errors import (
     ApiError,
     InvalidConfig,
@@ -166,10 +167,8 @@ class Service:
     def _read_key(self) -> bytes:
         path = self.folder / "key"
         if not path.exists():
-            made = path.with_suffix(".new")
-            made.touch(mode=0o600)
-            made.write_bytes(secrets.token_bytes(_KEY_BYTES))
-            made.replace(path)
+            with atomic_file(path) as file:
+                file.write(secrets.token_bytes(_KEY_BYTES))
         key = path.read_bytes()
         if len(key) != _KEY_BYTES:
             raise InvalidConfig(f"{path} is damaged; delete it and {self.folder / 'files.json'}")

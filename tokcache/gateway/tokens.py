@@ -25,7 +25,7 @@ from tokcache.errors import ServerError, TokcacheError, UnsupportedTokenizer
 from tokcache.gateway.api.errors import upstream_error
 from tokcache.llama.server import calls
 from tokcache.text.wrappers import wrap
-from tokcache.text.wrappers.gguf_tokenizer import is_gguf, probe_of
+from tokcache.text.wrappers.gguf_tokenizer import gguf_probe_texts, is_gguf
 
 if TYPE_CHECKING:
     from tokcache.gateway.servers.upstream import Look, Upstream
@@ -164,7 +164,7 @@ class ProvenTokenizers:
     async def _difference(self, upstream: Upstream, wrapped: WrappedTokenizer) -> str | None:
         """Return the first text of the probe whose ids differ from the server's."""
         plain = wrapped.unwrap()
-        texts = ["\0", "a\0b", *await asyncio.to_thread(probe_of, plain)]
+        texts = ["\0", "a\0b", *await asyncio.to_thread(gguf_probe_texts, plain)]
         found = await asyncio.to_thread(plain.encode_batch, texts, add_special_tokens=False)
         # The server encodes each text of a list by itself.
         content, expected, owners = [], [], []

@@ -129,7 +129,7 @@ class FileDigests:
         )
         self._may_run = threading.Event()
         self._may_run.set()
-        self._turns = threading.Semaphore(_N_AT_ONCE)
+        self._places = threading.Semaphore(_N_AT_ONCE)
         self._remembered.start_without_threads()
 
     @contextmanager
@@ -213,14 +213,14 @@ class FileDigests:
         found: FileDigest | None = None
         failure: OSError | None = None
         try:
-            has_turn = self._turns.acquire(timeout=_PAUSE_S)
-            while not has_turn and reference() is not None:
-                has_turn = self._turns.acquire(timeout=_PAUSE_S)
-            if has_turn:
+            has_place = self._places.acquire(timeout=_PAUSE_S)
+            while not has_place and reference() is not None:
+                has_place = self._places.acquire(timeout=_PAUSE_S)
+            if has_place:
                 try:
                     found = self._hash(path, identity, lambda: self._goes_on(reference))
                 finally:
-                    self._turns.release()
+                    self._places.release()
         except OSError as error:
             failure = error
         except Exception as error:  # noqa: BLE001  (no Llama may wait for ever)

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokcache._cache_folder import user_cache_folder
+from tokcache._files import write_temporary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +57,6 @@ _MAX_BLOCKS = 64
 _MAX_BYTES = _HEAD.size + _MAX_BLOCKS * _BLOCK.size + _DIGEST_BYTES
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +234,7 @@ def _read_own(name: str, folder: int) -> bytes:
 
 def _make_key(folder: int) -> bytes:
     """Return this user's key, made unless another process was faster."""
-    temporary = _temporary(secrets.token_bytes(_DIGEST_BYTES), folder)
+    temporary = write_temporary(folder, _TEMPORARY, (secrets.token_bytes(_DIGEST_BYTES),))
     try:
         # A damaged key is replaced; link fails if another process has made one meanwhile.
         with contextlib.suppress(FileNotFoundError):
@@ -250,20 +250,8 @@ def _make_key(folder: int) -> bytes:
     return key
 
 
-def _temporary(data: bytes, folder: int) -> str:
-    name = _TEMPORARY + secrets.token_hex(8)
-    fd = os.open(name, _CREATE, 0o600, dir_fd=folder)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-    except OSError:
-        os.unlink(name, dir_fd=folder)
-        raise
-    return name
-
-
 def _write(name: str, data: bytes, folder: int) -> None:
-    temporary = _temporary(data, folder)
+    temporary = write_temporary(folder, _TEMPORARY, (data,))
     try:
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:

@@ -109,11 +109,11 @@ TEXT = (
     _Family("l1_misses_total", "stats.l1.misses", "Texts with some chunk not in L1."),
     _Family("l1_chunk_hits_total", "stats.l1.chunk_hits", "Look-ups of chunks that hit."),
     _Family("l1_chunk_misses_total", "stats.l1.chunk_misses", "Look-ups of chunks that missed."),
-    _Family("l1_short_hits_total", "stats.l1.short_hits", "Look-ups of short segments that hit."),
+    _Family("l1_segment_hits_total", "stats.l1.segment_hits", "Look-ups of segments that hit."),
     _Family(
-        "l1_short_misses_total",
-        "stats.l1.short_misses",
-        "Look-ups of short segments that missed.",
+        "l1_segment_misses_total",
+        "stats.l1.segment_misses",
+        "Look-ups of segments that missed.",
     ),
     _Family("l1_lookup_characters_total", "stats.l1.lookup_chars", "Characters looked up in L1."),
     _Family(
@@ -138,7 +138,7 @@ TEXT = (
         "l1_refusals_total", "stats.l1.refusals", "Texts not cut, segments not kept.", "reason"
     ),
     _Family("l1_chunks", "stats.l1.n_chunks", "Chunks in L1."),
-    _Family("l1_shorts", "stats.l1.n_shorts", "Short segments in L1."),
+    _Family("l1_segments", "stats.l1.n_segments", "Segments in L1."),
     _Family("l1_bytes", "stats.l1.n_bytes", "Bytes L1 holds."),
     _Family("l1_max_bytes", "config.l1_max_bytes", "Bytes that L1 may hold."),
     _Family("render_hits_total", "stats.render.hits", "Chats of which a part was not rendered."),

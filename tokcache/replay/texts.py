@@ -159,7 +159,7 @@ class TextReplay:
         The chunks have what the table of segments leaves; it doubles until it is half empty.
         """
         wrapped, budget = self.encoder.wrapped, np.asarray(sizes, np.float64)
-        n_segments = 0 if wrapped is None else wrapped.cache_stats().l1.n_shorts
+        n_segments = 0 if wrapped is None else wrapped.cache_stats().l1.n_segments
         if n_segments:
             wanted = max(_SEGMENT_TABLE_BYTES, n_segments * _SEGMENT_BYTES)
             most = np.minimum(budget / _SEGMENT_SHARE, 2.0**50)

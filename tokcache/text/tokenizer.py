@@ -508,7 +508,7 @@ class WrappedTokenizer:
 
     def _cached_repr(self, plain: str) -> str:
         stats, scope = self._tokcache.stats(), self._tokcache_scope
-        n_segments = stats.l1.n_chunks + stats.l1.n_shorts
+        n_segments = stats.l1.n_chunks + stats.l1.n_segments
         return (
             f"<tokcache.wrap of {plain}: {stats.l0.n_entries:,} texts and "
             f"{n_segments:,} segments held, "

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokcache._files import atomic_file
 from tokcache.gateway.routing.chain import Chain
 
 _FORMAT = 1
@@ -164,14 +163,8 @@ class Files:
             "probes": self.probes,
         }
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=path.parent, prefix=".list-")  # mode 0600
-        try:
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                json.dump(told, file)
-            Path(made).replace(path)
-        except BaseException:
-            Path(made).unlink(missing_ok=True)
-            raise
+        with atomic_file(path) as file:
+            file.write(json.dumps(told).encode("ascii"))
 
     def read_list(self, path: Path) -> int:
         """List the files of an earlier process that are still there; return their number.

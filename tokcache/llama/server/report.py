@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokcache.llama.server.steps import Steps
 
 
-# Bytes of a token in a file besides its state: its id, and its cell in attention.
+# Bytes of a token in a file besides its state: its id, and the record of its cell in the KV cache.
 # Source: the difference between files of 400 and 15 tokens of a hybrid model (xllamacpp).
 _ID_BYTES, _CELL_BYTES = 4, 12
 
@@ -33,7 +33,8 @@ class SlotKv:
     checkpoints, each a copy of a window or of a recurrent state) or "unknown". `unknown` gives the
     reasons why a figure is 0.
 
-    Units: `n_kv_dim` values per token in all layers; `share` is `n_tokens` over `n_ctx`.
+    Units: `n_kv_dim` counts the values of one token in all layers; `share` is `n_tokens` over
+           `n_ctx`.
     """
 
     url: str
@@ -56,8 +57,8 @@ class SlotKv:
 class KvBlock:
     """Up to 64 tokens of a slot, from position `start`.
 
-    `score` estimates the cost of losing the block: one plus its reuses, times the share of the
-    slot's tokens that depend on it (all later tokens depend on the early ones).
+    `score` estimates the cost of losing the block: (1 + reuses) times the share of the slot's
+    tokens that depend on it, which are its own and all later ones.
 
     Units: `idle_s` seconds since the slot was last used.
     """
@@ -72,7 +73,10 @@ class KvBlock:
 
 @dataclass(frozen=True, slots=True)
 class SlotBlocks:
-    """The blocks of one slot, earliest first; `unknown` gives the reasons if there are none."""
+    """The blocks of one slot, earliest first; none for an empty slot or one without a record.
+
+    If the server's slots can't be read, `unknown` gives the reason.
+    """
 
     url: str
     id: int
@@ -97,11 +101,12 @@ class KvReader:
     def __init__(self, url: str, manager: SlotManager) -> None:
         self._url = url
         self._manager = manager
-        self._shapes: dict[tuple[Any, ...], KvShape] = {}
+        self._shape_key: tuple[Any, ...] | None = None  # of the model file that was read last
+        self._shape = KvShape()
 
     def state(self) -> Steps[tuple[SlotKv, ...]]:
         """Return the KV state of each slot; figures are 0 if the server can't be reached."""
-        seen = yield from self._seen()
+        seen = yield from self._read_slots()
         if isinstance(seen, _NotSeen):
             return tuple(
                 SlotKv(self._url, number, seen.is_reachable, unknown=(seen.reason,))
@@ -110,7 +115,7 @@ class KvReader:
         shape, slots = seen
         states = []
         for slot in slots:
-            n_tokens = self._held(slot)
+            n_tokens = self._n_held(slot)
             n_bytes, source = self._bytes(shape, n_tokens)
             state = SlotKv(
                 url=self._url,
@@ -133,7 +138,7 @@ class KvReader:
 
     def blocks(self) -> Steps[tuple[SlotBlocks, ...]]:
         """Return the blocks of each slot; none if the server can't be reached."""
-        seen = yield from self._seen()
+        seen = yield from self._read_slots()
         if isinstance(seen, _NotSeen):
             return tuple(
                 SlotBlocks(self._url, number, seen.is_reachable, unknown=(seen.reason,))
@@ -154,24 +159,24 @@ class KvReader:
         return tuple(reports)
 
     def _known_ids(self) -> list[int]:
-        return sorted(self._manager.table.slots) or [0]
+        return sorted(self._manager.table.slots) or [0]  # every server has a slot 0
 
-    def _seen(self) -> Steps[tuple[KvShape, tuple[Slot, ...]] | _NotSeen]:
+    def _read_slots(self) -> Steps[tuple[KvShape, tuple[Slot, ...]] | _NotSeen]:
         try:
             yield from self._manager.refresh()
             slots = yield calls.slots()
         except ServerError as error:
-            is_away = isinstance(error, ServerUnreachable | ServerTimeout)
-            self._manager.trust.refuse("server_away" if is_away else "slots_not_listed")
-            return _NotSeen(not is_away, str(error))
+            is_reachable = not isinstance(error, ServerUnreachable | ServerTimeout)
+            self._manager.trust.refuse("slots_not_listed" if is_reachable else "server_away")
+            return _NotSeen(is_reachable, str(error))
         self._manager.trust.went_well("slots_not_listed")
         props, meta = self._manager.watch.props, self._manager.watch.meta
         key = (props, meta)
         # Read the file again after a restart of the server: it may hold another model.
-        if key not in self._shapes:
-            shape = yield partial(kv_shape, props.model_path if props else "", meta)
-            self._shapes = {key: shape}
-        return self._shapes[key], slots
+        if key != self._shape_key:
+            self._shape = yield partial(kv_shape, props.model_path if props else "", meta)
+            self._shape_key = key
+        return self._shape, slots
 
     def _bytes(self, shape: KvShape, n_tokens: int) -> tuple[int, str]:
         """Return the bytes of `n_tokens` in a slot, and the source of that figure."""
@@ -180,19 +185,19 @@ class KvReader:
         if not n_tokens:
             return 0, "model" if shape.n_layers else "unknown"
         if saved is None or shape.memory == "attention":
-            return round(
-                kv_bytes_per_token * n_tokens
-            ), "model" if kv_bytes_per_token else "unknown"
+            source = "model" if kv_bytes_per_token else "unknown"
+            return round(kv_bytes_per_token * n_tokens), source
         if shape.memory in {"recurrent", "hybrid"}:
-            # One state per sequence of any length, plus the attention state of each token.
+            # One recurrent state, as large for any length, plus the attention state of each token.
             file_bytes_per_token = _ID_BYTES + (
                 _CELL_BYTES + kv_bytes_per_token if kv_bytes_per_token else 0
             )
             state_bytes = max(0.0, saved.n_bytes - file_bytes_per_token * saved.n_tokens)
             return round(state_bytes + kv_bytes_per_token * n_tokens), "measured"
+        # A sliding window, or an unknown memory: as much per token as in the saved file.
         return round(saved.n_bytes / saved.n_tokens * n_tokens), "measured"
 
-    def _held(self, slot: Slot) -> int:
+    def _n_held(self, slot: Slot) -> int:
         if slot.n_tokens is not None:
             return slot.n_tokens
         record = self._manager.table.slots.get(slot.id)
@@ -205,8 +210,8 @@ def _blocks(record: SlotRecord, n_bytes: int) -> list[KvBlock]:
     for number, start in enumerate(range(0, record.n_held, STEP_TOKENS)):
         n_tokens = min(STEP_TOKENS, record.n_held - start)
         n_uses = record.reuse[number] if number < len(record.reuse) else 0
-        standing = (record.n_held - start) / record.n_held
-        score = (1 + n_uses) * standing
-        share = round(n_bytes * n_tokens / record.n_held)
-        blocks.append(KvBlock(start, n_tokens, n_uses, score, idle_s, share))
+        share_depending = (record.n_held - start) / record.n_held
+        score = (1 + n_uses) * share_depending
+        block_bytes = round(n_bytes * n_tokens / record.n_held)
+        blocks.append(KvBlock(start, n_tokens, n_uses, score, idle_s, block_bytes))
     return blocks

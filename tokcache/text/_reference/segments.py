@@ -22,7 +22,7 @@ from tokcache.errors import IdLengthUnknown, Unsure
 from tokcache.stats import L1Stats
 from tokcache.text._reference.token_ids import TokenIds
 from tokcache.text.cuts.char_classes import N_CLASSES, CharClass, class_of
-from tokcache.text.cuts.scanner import Part, Scanner, class_behind, parts_of
+from tokcache.text.cuts.scanner import Scanner, Span, class_behind, spans_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -299,7 +299,7 @@ class SegmentCache:
             return L1Stats(
                 **self._counts,
                 refusals=dict(self._refusals),
-                n_shorts=n_segments,
+                n_segments=n_segments,
                 n_chunks=len(self._held) - n_segments,
                 n_bytes=self._n_bytes,
             )
@@ -419,7 +419,7 @@ class SegmentCache:
                 walk.chunks.append(_Missed(key, segments))
             p = end
 
-    def _segment(self, walk: Walk, span: Part) -> _Ids | _Pending:
+    def _segment(self, walk: Walk, span: Span) -> _Ids | _Pending:
         """Return the ids of a segment if they are cached, else list it as pending."""
         if span.token is not None:
             return (span.token.id,)
@@ -427,13 +427,13 @@ class SegmentCache:
         key = (text, walk.scope, span.variant)
         ids = self._held.get(key) if len(text) <= SEGMENT_CHARS else None
         if ids is not None:
-            walk.counts["short_hits"] += 1
+            walk.counts["segment_hits"] += 1
             return ids
-        walk.counts["short_misses"] += key not in walk.pending
+        walk.counts["segment_misses"] += key not in walk.pending
         return walk.pending.setdefault(key, _Pending(text, span.variant, span.start))
 
-    def _spans(self, text: str, start: int, stop: int, variant: int) -> Iterator[Part]:
-        return parts_of(
+    def _spans(self, text: str, start: int, stop: int, variant: int) -> Iterator[Span]:
+        return spans_of(
             self._plan, self._scanner, text, (start, stop), variant, fine=self.cuts_fine
         )
 

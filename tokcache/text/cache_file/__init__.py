@@ -69,8 +69,8 @@ if TYPE_CHECKING:
 MIN_KEY_BYTES = 16
 _N_VERIFIED = 16  # entries of each kind that are encoded again
 _HELD_BYTES = 200  # memory of an entry besides its text and ids, until it is in the cache
-_SHORT_SHARE = 4  # short segments get a quarter of L1's budget
-_SHORT_TABLE_BYTES = 64  # memory of a short segment in its table
+_SEGMENT_SHARE = 4  # short segments get a quarter of L1's budget
+_SEGMENT_TABLE_BYTES = 64  # memory of a short segment in its table
 _MAX_ID = 1 << 24
 _IDS_AT_ONCE = 1 << 18  # ids that are checked together
 
@@ -96,7 +96,7 @@ class Core(Protocol):
 class CacheFileReport:
     """The entries that were written to a cache file or loaded from it.
 
-    Units: `n_texts` counts whole texts, `n_chunks` and `n_shorts` chunks and short segments;
+    Units: `n_texts` counts whole texts, `n_chunks` and `n_segments` chunks and short segments;
            `n_bytes` is the size of the file. `left_out` counts the entries that were not written
            or not loaded, by reason. "scope": not asked for. "held": the cache has them already.
            "no_room": over the budget, or no place in the table of short segments; the entries used
@@ -107,7 +107,7 @@ class CacheFileReport:
 
     n_texts: int
     n_chunks: int
-    n_shorts: int
+    n_segments: int
     n_bytes: int
     left_out: Mapping[str, int]
 
@@ -129,7 +129,7 @@ def dump(
     rows.texts = generation.l0.held()
     if l1 is not None and l1.off is None:
         rows.seed = l1.cache.cut_seed
-        rows.chunks, rows.shorts = l1.cache.held_chunks(), l1.cache.held_segments()
+        rows.chunks, rows.segments = l1.cache.held_chunks(), l1.cache.held_segments()
     entries = list(_named_entries(rows, l1, wanted))
 
     # The place of each scope in the file's list; the scopes over its limits are left out.
@@ -177,8 +177,8 @@ def load(
     filled = {Kind.TEXT: generation.l0.fill(rows.texts)}
     if l1 is not None:
         if not l1.cache.cuts_fine:
-            rows.left_out["l1_off"] += len(rows.shorts)
-            rows.shorts = []
+            rows.left_out["l1_off"] += len(rows.segments)
+            rows.segments = []
         # The cut seed decides where chunks begin, so chunks are useful only under their own seed.
         # A cache that holds fewer chunks than the file takes over the file's seed.
         own, n_chunks = l1.cache.cut_seed, l1.cache.stats().n_chunks
@@ -189,7 +189,7 @@ def load(
             else:
                 l1.cache.cut_seed = rows.seed
         # First short segments: their table may double, and chunks get the rest.
-        filled[Kind.SHORT] = l1.cache.fill_segments(rows.shorts)
+        filled[Kind.SEGMENT] = l1.cache.fill_segments(rows.segments)
         filled[Kind.CHUNK] = l1.cache.fill_chunks(rows.chunks)
     n_there = sum(there for _, there in filled.values())
     counts = Counter({kind: n for kind, (n, _) in filled.items()})
@@ -224,13 +224,13 @@ class _Rows:
 
     texts: list[_Row] = field(default_factory=list)
     chunks: list[_Row] = field(default_factory=list)
-    shorts: list[_Row] = field(default_factory=list)
+    segments: list[_Row] = field(default_factory=list)
     seed: bytes = b""
     n_bytes: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
     def n_rows(self) -> int:
-        return len(self.texts) + len(self.chunks) + len(self.shorts)
+        return len(self.texts) + len(self.chunks) + len(self.segments)
 
 
 def _current(core: Core) -> tuple[Tokenizer, Any]:
@@ -285,8 +285,8 @@ def _plan_digest(l1: L1 | None) -> bytes:
 
 
 def _report(counts: Counter[Any], n_bytes: int, left_out: Counter[str]) -> CacheFileReport:
-    n_texts, n_chunks, n_shorts = (counts[kind] for kind in Kind)
-    return CacheFileReport(n_texts, n_chunks, n_shorts, n_bytes, dict(+left_out))
+    n_texts, n_chunks, n_segments = (counts[kind] for kind in Kind)
+    return CacheFileReport(n_texts, n_chunks, n_segments, n_bytes, dict(+left_out))
 
 
 # ---- dump
@@ -305,8 +305,8 @@ def _named_entries(rows: _Rows, l1: L1 | None, wanted: Scopes | None) -> Iterato
             for text, ids, tag, variant, end_class, is_tail in rows.chunks
         ),
         (
-            (Kind.SHORT, names.get(tag, ...), text, ids, False, variant, 0)
-            for text, ids, tag, variant in rows.shorts
+            (Kind.SEGMENT, names.get(tag, ...), text, ids, False, variant, 0)
+            for text, ids, tag, variant in rows.segments
         ),
     )
     for one in found:
@@ -345,7 +345,7 @@ class _Loading:
         self._n_left = {
             Kind.TEXT: config.l0_max_bytes,
             Kind.CHUNK: config.l1_max_bytes,
-            Kind.SHORT: config.l1_max_bytes // _SHORT_SHARE,
+            Kind.SEGMENT: config.l1_max_bytes // _SEGMENT_SHARE,
         }
         self._n_texts_left = config.l0_max_entries
 
@@ -383,8 +383,8 @@ class _Loading:
         if self._wanted is not None and scope not in self._wanted:
             return "scope"
         is_text, n_bytes = one.kind is Kind.TEXT, one.n_content + _HELD_BYTES
-        if one.kind is Kind.SHORT:
-            n_bytes = max(one.n_content, _SHORT_TABLE_BYTES)
+        if one.kind is Kind.SEGMENT:
+            n_bytes = max(one.n_content, _SEGMENT_TABLE_BYTES)
         if n_bytes > self._n_left[one.kind] or (is_text and self._n_texts_left == 0):
             return "no_room"
         self._n_left[one.kind] -= n_bytes
@@ -406,7 +406,7 @@ class _Loading:
         if one.kind is Kind.CHUNK:
             self._rows.chunks.append((*row, one.end_class, one.flag))
         else:
-            self._rows.shorts.append(row)
+            self._rows.segments.append(row)
 
 
 class _Ids:
@@ -464,7 +464,7 @@ def _verify(file: Path, tokenizer: Tokenizer, l1: L1 | None, rows: _Rows) -> Non
     if l1 is not None:
         samples += [
             ("segment", ids, l1.encode_chunk, (text, variant))
-            for text, ids, _, variant, *_ in [*_sample(rows.chunks), *_sample(rows.shorts)]
+            for text, ids, _, variant, *_ in [*_sample(rows.chunks), *_sample(rows.segments)]
         ]
     for kind, ids, encode, args in samples:
         right = result_or_error(encode, *args)

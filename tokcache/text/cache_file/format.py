@@ -17,9 +17,7 @@ import hmac
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain
@@ -27,6 +25,7 @@ from pathlib import Path
 from struct import Struct
 from typing import IO, Any, TypeVar
 
+from tokcache._files import atomic_file
 from tokcache.errors import Damaged, InvalidCacheFile, MissingFile
 
 MAX_SCOPES = 1 << 20  # in one file
@@ -51,7 +50,7 @@ class Kind(IntEnum):
 
     TEXT = 0
     CHUNK = 1
-    SHORT = 2
+    SEGMENT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,46 +109,19 @@ def write(
         raise IsADirectoryError(
             errno.EISDIR, "this is a folder, pass the name of a file", str(path)
         )
-    with _named(path.parent):
-        handle, name = _temporary(path)
-    try:
-        with _named(path):
-            with os.fdopen(handle, "wb") as file:
-                _write_all(file, _pieces(header, list(scopes), entries, key is not None), key)
-                file.flush()
-                os.fsync(file.fileno())
-                n_bytes = file.tell()
-            Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the new name is on disk, too
-    finally:
-        os.close(handle)
-    return n_bytes
-
-
-def _temporary(path: Path) -> tuple[int, str]:
-    try:
-        return tempfile.mkstemp(prefix=".tokcache-", dir=path.parent)  # mode 0600
-    except FileNotFoundError:
+    if not path.parent.exists():
         raise MissingFile(
             f"the folder {path.parent}, in which {path.name} is to be written, does not exist; "
             "create it first"
-        ) from None
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Have the system's errors name `path` instead of the temporary file."""
+        )
+    failed = path.parent  # the path that an error names: the temporary file's name helps nobody
     try:
-        yield
-    except MissingFile:
-        raise
+        with atomic_file(path, is_synced=True) as file:
+            failed = path
+            _write_all(file, _pieces(header, list(scopes), entries, key is not None), key)
+            return file.tell()
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        error.filename, error.filename2 = str(failed), None
         raise
 
 
@@ -282,7 +254,7 @@ class Reader:
             n_bytes, n_ids, scope, kind, flag, variant, end_class = _ENTRY.unpack(
                 self.take(_ENTRY.size)
             )
-            if kind > Kind.SHORT or flag > 1 or scope > self._n_scopes:
+            if kind > Kind.SEGMENT or flag > 1 or scope > self._n_scopes:
                 raise Damaged("has an entry of an unknown kind")
             one = Entry(Kind(kind), scope, bool(flag), variant, end_class, n_bytes, n_ids)
             if one.kind < before:

@@ -1,5 +1,7 @@
 """Compiles chat templates as transformers does, with jinja2 alone, and finds their switches.
 
+A switch is a variable that a caller may pass, such as `enable_thinking`.
+
 Source: transformers/utils/chat_template_utils.py (5.24) for the environment: sandbox, whitespace,
         filters, functions and the tag `generation`.
 """
@@ -24,9 +26,10 @@ if TYPE_CHECKING:
     from jinja2 import Environment, Template
     from jinja2.parser import Parser
 
-# Variables that every caller passes, and functions of the environment: none is a switch.
+# Variables that transformers itself passes, and functions of the environment: none is a switch.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception"}
 _GIVEN |= {"strftime_now", "continue_final_message"}
+# Bounds on the work of trying them, however many a template has.
 _MAX_SWITCHES = 12
 _MAX_VALUES = 6
 
@@ -51,7 +54,7 @@ class Switch:
 
 
 def new_environment() -> Environment:
-    """Return an environment in which templates are parsed and rendered as by transformers."""
+    """Return an environment in which templates are parsed and rendered as transformers does."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -96,19 +99,20 @@ def _raise(message: str) -> None:
 
 
 def find_switches(environment: Environment, source: str) -> list[Switch]:
-    """Return the variables that a template reads and never sets, or asks whether they are set.
+    """Return the first variables, by name, that a caller may pass to a template.
 
-    The values of a switch are true, false, a fixed text, and the constants that it is compared
-    with.
+    Those are the variables that it reads, and either never sets or tests with `is defined` or
+    `default`. The values of a switch are true, false, the constants that it is compared with (up to
+    4), and `FIXED_TEXT`.
     """
-    # jinja2 finds them while it generates code, and folds constants of the tree as it does.
+    # This call folds constants in the tree that it gets, so the tree is parsed again.
     names = find_undeclared_variables(environment.parse(source))
     names -= _GIVEN | set(environment.globals)
     tree = environment.parse(source)
     stored = {each.name for each in tree.find_all(nodes.Name) if each.ctx != "load"}
     stored |= {each.name for each in tree.find_all(nodes.Macro)}
     arguments = {each.name for each in tree.find_all(nodes.Name) if each.ctx == "param"}
-    asked = {
+    tested_if_defined = {
         each.node.name
         for each in tree.find_all((nodes.Test, nodes.Filter))
         if isinstance(each.node, nodes.Name) and each.name in {"defined", "undefined", "default"}
@@ -122,7 +126,8 @@ def find_switches(environment: Environment, source: str) -> list[Switch]:
                 compared.setdefault(side.name, []).extend(found)
     switches = []
     for name in sorted(names - arguments):
-        if name.endswith("_token") or (name in stored and name not in asked):
+        # bos_token and so on come from the tokenizer.
+        if name.endswith("_token") or (name in stored and name not in tested_if_defined):
             continue
         values: list[Any] = [True, False]
         for value in compared.get(name, []):
@@ -133,11 +138,13 @@ def find_switches(environment: Environment, source: str) -> list[Switch]:
     return switches[:_MAX_SWITCHES]
 
 
-def _constants(node: nodes.Node) -> Iterator[str | int | float | bool | None]:
+def _constants(node: nodes.Node) -> Iterator[str | int | float | bool]:
     """Yield the constants of an operand: a literal, a negative number, or a list of literals."""
     items = node.items if isinstance(node, (nodes.List, nodes.Tuple)) else [node]
     for item in items:
-        is_negative = isinstance(item, nodes.Neg)
-        found = item.node if isinstance(item, nodes.Neg) else item
-        if isinstance(found, nodes.Const) and isinstance(found.value, str | int | float):
-            yield -found.value if is_negative else found.value  # type: ignore[operator]
+        if isinstance(item, nodes.Const) and isinstance(item.value, str | int | float):
+            yield item.value
+        elif isinstance(item, nodes.Neg) and isinstance(
+            value := getattr(item.node, "value", None), int | float
+        ):
+            yield -value

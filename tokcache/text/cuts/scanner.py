@@ -100,7 +100,7 @@ class Scanner:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Span:
     """A segment of a text: one added token, or the text between two cuts (`token` is None)."""
 
     start: int
@@ -109,9 +109,9 @@ class Part:
     variant: int
 
 
-def parts_of(
+def spans_of(
     plan: CutPlan, scanner: Scanner, text: str, span: tuple[int, int], variant: int, *, fine: bool
-) -> Iterator[Part]:
+) -> Iterator[Span]:
     """Yield the added tokens of a chunk, and the segments between them or between fine cuts.
 
     `span` is the chunk's place in the text. The first segment is encoded with `variant`.
@@ -124,8 +124,8 @@ def parts_of(
         match = scanner.match(text, i, start)
         if match is not None and not match.is_text:
             if match.start > start:
-                yield Part(start, match.start, None, variant)
-            yield Part(match.start, match.stop, match.token, 0)
+                yield Span(start, match.start, None, variant)
+            yield Span(match.start, match.stop, match.token, 0)
             start, i = match.stop, match.end
             left, variant = plan.piece_left, plan.variant_of[1]
             continue
@@ -134,9 +134,9 @@ def parts_of(
             for at in range(i, stop):
                 own = class_behind(text[at], left)
                 if fine and match is None and at > start and plan.allows(left, own):
-                    yield Part(start, at, None, variant)
+                    yield Span(start, at, None, variant)
                     start, variant = at, plan.variant_of[2]
                 left = own
         i = stop
     if span[1] > start:
-        yield Part(start, span[1], None, variant)
+        yield Span(start, span[1], None, variant)

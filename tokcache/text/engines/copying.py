@@ -134,7 +134,7 @@ class HuggingFaceEngine:
         return self._tokenizer
 
 
-class PartEncoder:
+class SegmentEncoder:
     """Encodes segments of texts with the components of one variant, many in one call.
 
     Segments may be joined to one text by `between`, an added token with a random name that no

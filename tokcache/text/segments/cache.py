@@ -30,8 +30,8 @@ from tokcache._prefix import first_difference
 from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
 from tokcache.text.cuts.plan import VOCABULARY_PROOF
-from tokcache.text.cuts.scanner import Scanner, parts_of
-from tokcache.text.engines.copying import PartEncoder, is_of_library
+from tokcache.text.cuts.scanner import Scanner, spans_of
+from tokcache.text.engines.copying import SegmentEncoder, is_of_library
 from tokcache.text.engines.fast import (
     FastEncoder,
     agreed_code_points,
@@ -81,7 +81,7 @@ class _Variant:
     number: int
     space_variant: int
     is_apart: bool
-    sure: PartEncoder
+    sure: SegmentEncoder
     lengths: IdLengths | None
     fast: FastEncoder | None = None
 
@@ -112,7 +112,7 @@ class L1:
         self._verify_rate = config.verify_rate
         self._max_bytes = config.l1_max_bytes
         self._sure = [
-            PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer) for one in plan.variants
+            SegmentEncoder(tokenizer, one.normalizer, one.pre_tokenizer) for one in plan.variants
         ]
         self._secret = urandom(32)
         self._tags: dict[str, int] = {}
@@ -162,7 +162,7 @@ class L1:
             if one.fast is not None and self._variants is variants:  # else it was dropped
                 self._encode_fast(walk, one, one.fast)
             if walk.n_chars and not _encode_sure(walk, one):
-                self.counts["parts_differ"] += 1
+                self.counts["segments_differ"] += 1
                 return None
         ids = walk.finish()
         return self._verified(text, add_special_tokens, ids) if self._verify_rate else ids
@@ -219,7 +219,7 @@ class L1:
         ids: list[int] = []
         scanner, span = Scanner(self.plan), (0, len(text))
         try:
-            parts = list(parts_of(self.plan, scanner, text, span, variant, fine=False))
+            parts = list(spans_of(self.plan, scanner, text, span, variant, fine=False))
         except Unsure:
             return None
         for part in parts:
@@ -355,7 +355,7 @@ class L1:
         return found.finish() if are_right else None
 
 
-def _proven(name: str, sure: PartEncoder) -> FastEncoder:
+def _proven(name: str, sure: SegmentEncoder) -> FastEncoder:
     """Return a fast encoder that gives the same ids as `sure`, or raise FastEncoderUnavailable."""
     encoder = build(name, sure.tokenizer.to_str())
     reason = prove(encoder, sure.tokenizer, probe_texts(sure.tokenizer))

@@ -249,7 +249,7 @@ class Backend:
 
     def encode(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method that returns Encoding objects, which can't be made from ids."""
-        if self.splits_special_tokens is None:  # a call of transformers has counted it already
+        if self.splits_special_tokens is None:  # else transformers called, which was counted there
             self.core.count_bypass("encoding_objects")
         with self.turn():
             return getattr(Tokenizer, method)(self.raw, *args, **kwargs)

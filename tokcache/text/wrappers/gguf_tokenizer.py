@@ -4,8 +4,8 @@
 2. The tokenizer is built for two kinds: byte-level BPE whose pattern is known by its name in the
    file, and SentencePiece BPE.
 3. Both encode the probe: samples of many scripts, whitespace, digits and code, pieces of the
-   vocabulary joined, random code points, and added tokens next to all of these. A difference
-   refuses the file; so does a token that has another text.
+   vocabulary joined, tokens that merges don't make, random code points, and added tokens next to
+   all of these. A difference refuses the file, and so does a text that is the text of two tokens.
 
 Source: src/llama-vocab.cpp of llama.cpp, for the patterns and their names, and for the order in
         which SentencePiece pairs are merged.
@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 
 # Bits of llama_token_attr.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _LSTRIP, _RSTRIP = 1 << 0, 1 << 3, 1 << 4, 1 << 7, 1 << 8
-# Types of GGUF's metadata, and the bytes of those of one size.
+# Types of values in GGUF's metadata, and how many bytes a value takes, for types of fixed size.
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 7: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 10: 8, 11: 8, 12: 8}
 _CURE = "pass the model's own tokenizer.json"
-_N_RANDOM = 200
-_MARKER = "\u2581"
+_N_RANDOM_TEXTS = 200
+_N_UNMERGED = 1000
+_SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 
 _SAMPLES = (
     " ", "  ", "   ", "a  b", " a", "a ", "\n", "\n\n\n", " \n \n", "\t\ta\t", "\r\n\r\n", "a\r\nb",
@@ -56,23 +57,23 @@ _SAMPLES = (
     "e\u0301 \u00e9 \ufb01 \u01c4 \u1e9e", "\U0001f600\U0001f44d\U0001f3fd \U0001f1e9\U0001f1ea",
     "\u200b\u200d\ufeffx", "a" * 70, "\u2581 \u2581x", "<0x0A> <s> <unk> </s> [INST]", "\x01\x7f",
 )  # fmt: skip
-# ASCII, the planes' letters, CJK, emoji: the code points of which random texts are made.
+# ASCII, letters of many scripts, CJK, emoji: random texts are made of these code points.
 _RANGES = ((32, 127), (0xA0, 0x250), (0x370, 0x590), (0x600, 0x700), (0x900, 0xD00), (0xE00, 0xE60),
            (0x3040, 0x3100), (0x4E00, 0x9FA6), (0xAC00, 0xD7A4), (0x1F300, 0x1F650))  # fmt: skip
 
-_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# Patterns, by their names in llama.cpp (`tokenizer.ggml.pre`).
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WHITESPACE = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+# With these a word that is a token is taken as it is, without merges.
+_IGNORE_MERGES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
+                  "lfm2", "jina-v5-nano")  # fmt: skip
 _PATTERNS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2 + _WHITESPACE),
-    **dict.fromkeys(
-        ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-        _LLAMA3 + _WHITESPACE,
-    ),
+    **dict.fromkeys(_IGNORE_MERGES, _LLAMA3 + _WHITESPACE),
 }
-# A word that is a token is taken as it is, without merges.
-_IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0"}
+# Names for GPT-2's pattern, and for the same after every digit was split off.
 _GPT2 = {"gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion"}
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 
@@ -98,14 +99,14 @@ def read_gguf_tokenizer(path: str | os.PathLike[str]) -> GgufTokenizer:
     Errors: MissingFile; InvalidModel for a file that llama.cpp can't read; UnsupportedTokenizer
             if the kind is not known, or with the first difference from llama.cpp's ids;
             MissingExtra without llama-cpp-python.
-    Cost:   a second at 2,000 tokens, some at 150,000.
+    Cost:   about 1 s at 2,000 tokens, several seconds at 150,000.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingFile(f"no such model file: {path}")
     try:
         import llama_cpp  # noqa: PLC0415 (an extra)
-        from llama_cpp._internals import LlamaModel  # noqa: PLC0415 (loads without a context)
+        from llama_cpp._internals import LlamaModel  # noqa: PLC0415 (Llama would make a context)
     except ImportError as error:
         raise MissingExtra(
             f"the tokenizer of {path.name} is read by llama.cpp: pip install 'tokcache[llama]', or "
@@ -131,7 +132,7 @@ def read_gguf_tokenizer(path: str | os.PathLike[str]) -> GgufTokenizer:
             raise UnsupportedTokenizer(
                 f"no tokenizer can be built from {path.name}: {error}; {_CURE}"
             ) from None
-        difference = _first_difference(file, tokenizer, model)
+        difference = _why_not_equal(file, tokenizer, model)
     finally:
         model.close()
     if difference is not None:
@@ -152,17 +153,22 @@ class _File:
         self.adds_space = metadata.get("tokenizer.ggml.add_space_prefix", "true") == "true"
         ids = range(lib.llama_vocab_n_tokens(vocab))
         try:
-            self.texts = [lib.llama_vocab_get_text(vocab, index).decode() for index in ids]
+            self.texts = [lib.llama_vocab_get_text(vocab, token_id).decode() for token_id in ids]
         except UnicodeDecodeError as error:
             raise UnsupportedTokenizer(
                 f"{path.name} has a token that is not UTF-8 ({error}); {_CURE}"
             ) from None
-        self.attributes = [lib.llama_vocab_get_attr(vocab, index) for index in ids]
-        self.scores = [lib.llama_vocab_get_score(vocab, index) for index in ids]
-        self.before = [lib.llama_vocab_bos(vocab)] if lib.llama_vocab_get_add_bos(vocab) else []
-        self.after = [lib.llama_vocab_eos(vocab)] if lib.llama_vocab_get_add_eos(vocab) else []
-        ends = {"bos_token": lib.llama_vocab_bos(vocab), "eos_token": lib.llama_vocab_eos(vocab)}
-        self.config = {name: self.texts[index] for name, index in ends.items() if index >= 0}
+        self.attributes = [lib.llama_vocab_get_attr(vocab, token_id) for token_id in ids]
+        self.scores = [lib.llama_vocab_get_score(vocab, token_id) for token_id in ids]
+        self.ids_before = [lib.llama_vocab_bos(vocab)] if lib.llama_vocab_get_add_bos(vocab) else []
+        self.ids_after = [lib.llama_vocab_eos(vocab)] if lib.llama_vocab_get_add_eos(vocab) else []
+        special_ids = {
+            "bos_token": lib.llama_vocab_bos(vocab),
+            "eos_token": lib.llama_vocab_eos(vocab),
+        }
+        self.config = {
+            name: self.texts[token_id] for name, token_id in special_ids.items() if token_id >= 0
+        }
         if "tokenizer.chat_template" in metadata:
             self.config["chat_template"] = metadata["tokenizer.chat_template"]
 
@@ -180,32 +186,10 @@ class _File:
 
 
 def _build(file: _File) -> Tokenizer:
-    vocab = {text: index for index, text in enumerate(file.texts)}
     if file.kind == "gpt2":
-        merges = _strings(file.path, "tokenizer.ggml.merges")
-        # As in llama.cpp, a space at the start belongs to the left part.
-        cuts = [merge.index(" ", 1) for merge in merges]
-        pairs = [(one[:at], one[at + 1 :]) for one, at in zip(merges, cuts, strict=True)]
-        model = BPE(vocab, pairs, ignore_merges=file.pattern in _IGNORE_MERGES)
-        tokenizer = Tokenizer(model)
-        tokenizer.pre_tokenizer = _byte_level(file)
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = _byte_level_bpe(file)
     elif file.kind == "llama":
-        unknown = [text for text, bits in zip(file.texts, file.attributes, strict=True) if bits & 1]
-        model = BPE(
-            vocab,
-            _merges_by_score(file, vocab),
-            unk_token=unknown[0] if unknown else None,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-        tokenizer = Tokenizer(model)
-        marks = [normalizers.Prepend(_MARKER)] if file.adds_space else []
-        tokenizer.normalizer = normalizers.Sequence([*marks, normalizers.Replace(" ", _MARKER)])
-        strip = [decoders.Strip(" ", 1, 0)] if file.adds_space else []
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace(_MARKER, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-        )
+        tokenizer = _sentencepiece_bpe(file)
     else:
         raise UnsupportedTokenizer(
             f"{file.path.name} has a tokenizer of the kind {file.kind!r}; only 'gpt2' (byte-level "
@@ -214,8 +198,9 @@ def _build(file: _File) -> Tokenizer:
     added = list(file.added_tokens())
     tokenizer.add_special_tokens([one for one in added if one.special])
     tokenizer.add_tokens([one for one in added if not one.special])
-    if file.before or file.after:
-        before, after = ([file.texts[index] for index in ids] for ids in (file.before, file.after))
+    if file.ids_before or file.ids_after:
+        before = [file.texts[token_id] for token_id in file.ids_before]
+        after = [file.texts[token_id] for token_id in file.ids_after]
         tokenizer.post_processor = TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", "$B", *after],
@@ -224,8 +209,49 @@ def _build(file: _File) -> Tokenizer:
     return tokenizer
 
 
+def _byte_level_bpe(file: _File) -> Tokenizer:
+    merges = _array_of_strings(file.path, "tokenizer.ggml.merges")
+    # As in llama.cpp, a space at the start belongs to the left part.
+    cuts = [merge.index(" ", 1) for merge in merges]
+    pairs = [(one[:at], one[at + 1 :]) for one, at in zip(merges, cuts, strict=True)]
+    vocab = {text: token_id for token_id, text in enumerate(file.texts)}
+    tokenizer = Tokenizer(BPE(vocab, pairs, ignore_merges=file.pattern in _IGNORE_MERGES))
+    tokenizer.pre_tokenizer = _byte_level(file)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece_bpe(file: _File) -> Tokenizer:
+    vocab = {text: token_id for token_id, text in enumerate(file.texts)}
+    attributes = zip(file.texts, file.attributes, strict=True)
+    model = BPE(
+        vocab,
+        _merges_by_score(file, vocab),
+        unk_token=next((text for text, bits in attributes if bits & _UNKNOWN), None),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    prepend = [normalizers.Prepend(_SPACE_MARK)] if file.adds_space else []
+    replace = normalizers.Replace(" ", _SPACE_MARK)
+    tokenizer.normalizer = normalizers.Sequence([*prepend, replace])
+    strip_decoder = [decoders.Strip(" ", 1, 0)] if file.adds_space else []
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_SPACE_MARK, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *strip_decoder,
+        ]
+    )
+    return tokenizer
+
+
 def read_gguf_strings(path: Path, beginning: str) -> dict[str, str]:
-    """Return the strings, not those in arrays, whose keys begin so; llama.cpp has read the file."""
+    """Return the metadata's strings (not those in arrays) whose key starts with `beginning`.
+
+    `path` is a file that llama.cpp could load: nothing in it is checked.
+    """
     return {
         key: values[0].decode(errors="replace")
         for key, is_array, values in _string_entries(path)
@@ -233,8 +259,8 @@ def read_gguf_strings(path: Path, beginning: str) -> dict[str, str]:
     }
 
 
-def _strings(path: Path, wanted: str) -> list[str]:
-    """Return an array of strings in the metadata."""
+def _array_of_strings(path: Path, wanted: str) -> list[str]:
+    """Return the metadata's array of strings with the key `wanted`."""
     for key, is_array, values in _string_entries(path):
         if is_array and key == wanted:
             return [value.decode() for value in values]
@@ -251,25 +277,25 @@ def _string_entries(path: Path) -> Iterator[tuple[str, bool, list[bytes]]]:
         n_entries = int.from_bytes(data[16:24], "little")
         at = 24
         for _ in range(n_entries):
-            key, at = _string(data, at)
-            kind, at = int.from_bytes(data[at : at + 4], "little"), at + 4
+            key, at = _read_string(data, at)
+            value_type, at = int.from_bytes(data[at : at + 4], "little"), at + 4
             count = 1
-            is_array = kind == _ARRAY
+            is_array = value_type == _ARRAY
             if is_array:
-                kind = int.from_bytes(data[at : at + 4], "little")
+                value_type = int.from_bytes(data[at : at + 4], "little")
                 count = int.from_bytes(data[at + 4 : at + 12], "little")
                 at += 12
-            if kind != _STRING:
-                at += count * _SIZES[kind]  # no file has an array of arrays
+            if value_type != _STRING:
+                at += count * _SIZES[value_type]  # llama.cpp refuses arrays of arrays
                 continue
             values = []
             for _ in range(count):
-                value, at = _string(data, at)
+                value, at = _read_string(data, at)
                 values.append(value)
             yield key.decode(), is_array, values
 
 
-def _string(data: mmap, at: int) -> tuple[bytes, int]:
+def _read_string(data: mmap, at: int) -> tuple[bytes, int]:
     start = at + 8
     stop = start + int.from_bytes(data[at:start], "little")
     return data[start:stop], stop
@@ -277,15 +303,15 @@ def _string(data: mmap, at: int) -> tuple[bytes, int]:
 
 def _byte_level(file: _File) -> pre_tokenizers.PreTokenizer:
     """Return the pre-tokenizer that the file names."""
-    by_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    gpt2_split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if file.pattern in _GPT2:
-        return by_gpt2
+        return gpt2_split
     if file.pattern in _DIGITS_APART:
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_gpt2])
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_split])
     if file.pattern in _PATTERNS:
         split = pre_tokenizers.Split(Regex(_PATTERNS[file.pattern]), "isolated")
-        raw = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([split, raw])
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([split, bytes_only])
     known = ", ".join(sorted({*_GPT2, *_DIGITS_APART, *_PATTERNS}))
     raise UnsupportedTokenizer(
         f"{file.path.name} splits texts by the pattern {file.pattern!r}; known are {known}; {_CURE}"
@@ -295,24 +321,24 @@ def _byte_level(file: _File) -> pre_tokenizers.PreTokenizer:
 def _merges_by_score(file: _File, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """Return the pairs that make a token, the highest score of the made token first."""
     found: list[tuple[float, int, str, str]] = []
-    for index, (text, score) in enumerate(zip(file.texts, file.scores, strict=True)):
+    for token_id, (text, score) in enumerate(zip(file.texts, file.scores, strict=True)):
         for at in range(1, len(text)):
             left, right = text[:at], text[at:]
             if left in vocab and right in vocab:
-                found.append((-score, index, left, right))
+                found.append((-score, token_id, left, right))
     found.sort(key=lambda pair: pair[:2])
     return [(left, right) for _, _, left, right in found]
 
 
-def _first_difference(file: _File, tokenizer: Tokenizer, model: Any) -> str | None:
+def _why_not_equal(file: _File, tokenizer: Tokenizer, model: Any) -> str | None:
     """Compare every token's text, then the ids of the probe with and without BOS and EOS."""
-    for index, text in enumerate(file.texts):
-        if tokenizer.token_to_id(text) != index:
-            return f"{text!r} is token {index} and also {tokenizer.token_to_id(text)}"
-    for text in probe_of(tokenizer):
-        for special in (False, True):
-            wanted = model.tokenize(text.encode(), special, True)
-            found = tokenizer.encode(text, add_special_tokens=special).ids
+    for token_id, text in enumerate(file.texts):
+        if tokenizer.token_to_id(text) != token_id:
+            return f"{text!r} is token {token_id} and also {tokenizer.token_to_id(text)}"
+    for text in gguf_probe_texts(tokenizer):
+        for adds_special in (False, True):
+            wanted = model.tokenize(text.encode(), add_bos=adds_special, special=True)
+            found = tokenizer.encode(text, add_special_tokens=adds_special).ids
             at = first_difference(wanted, found)
             if at is not None:
                 return (
@@ -322,11 +348,31 @@ def _first_difference(file: _File, tokenizer: Tokenizer, model: Any) -> str | No
     return None
 
 
-def probe_of(tokenizer: Tokenizer) -> list[str]:
+def gguf_probe_texts(tokenizer: Tokenizer) -> list[str]:
     """Return the texts of the probe: the same for the same vocabulary."""
     rng = random.Random(0)  # noqa: S311 (the same texts every time)
     texts = ["", *_SAMPLES, *probe_texts(tokenizer)]
-    for _ in range(_N_RANDOM):
-        points = [rng.choice(_RANGES) for _ in range(12)]
-        texts.append("".join(chr(rng.randrange(*points_of)) for points_of in points))
-    return texts
+    for _ in range(_N_RANDOM_TEXTS):
+        ranges = [rng.choice(_RANGES) for _ in range(12)]
+        texts.append("".join(chr(rng.randrange(*code_points)) for code_points in ranges))
+    unmerged = _unmerged_tokens(tokenizer)
+    some = rng.sample(unmerged, min(len(unmerged), _N_UNMERGED))
+    return texts + ["\n".join(some[at : at + 25]) for at in range(0, len(some), 25)]
+
+
+def _unmerged_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Return the texts of tokens that merges don't make, to show whether words skip merges."""
+    merging = Tokenizer.from_str(tokenizer.to_str())
+    model = merging.model
+    if not isinstance(model, BPE):
+        return []
+    model.ignore_merges = False
+    merging.model = model
+    ids = range(tokenizer.get_vocab_size())
+    texts = tokenizer.decode_batch([[token_id] for token_id in ids], skip_special_tokens=False)
+    encoded = merging.encode_batch_fast(texts, add_special_tokens=False)
+    return [
+        text
+        for text, encoding in zip(texts, encoded, strict=True)
+        if len(encoding.ids) > 1 and "\ufffd" not in text
+    ]

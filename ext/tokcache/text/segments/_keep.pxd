@@ -149,8 +149,8 @@ cdef inline void count_answer(Store* s, const Lookup* l, size_t n_ids) noexcept 
     s.counts.chunk_misses += l.n_missed
     s.counts.chunk_miss_chars += l.n_miss_units
     s.counts.lookup_chars += l.text.n_units
-    s.counts.short_hits += l.n_segment_hits
-    s.counts.short_misses += l.n_segment_misses
+    s.counts.segment_hits += l.n_segment_hits
+    s.counts.segment_misses += l.n_segment_misses
     s.counts.tokens += n_ids
 
 

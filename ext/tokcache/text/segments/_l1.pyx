@@ -340,8 +340,8 @@ cdef class SegmentCache:
             misses=counts.misses,
             chunk_hits=counts.chunk_hits,
             chunk_misses=counts.chunk_misses,
-            short_hits=counts.short_hits,
-            short_misses=counts.short_misses,
+            segment_hits=counts.segment_hits,
+            segment_misses=counts.segment_misses,
             lookup_chars=counts.lookup_chars,
             chunk_miss_chars=counts.chunk_miss_chars,
             engine_chars=counts.engine_chars,
@@ -353,7 +353,7 @@ cdef class SegmentCache:
                 REASONS[i]: counts.refusals[i] for i in range(N_REASONS) if counts.refusals[i]
             },
             n_chunks=self.store.chunks.n,
-            n_shorts=self.store.segments.n,
+            n_segments=self.store.segments.n,
             n_bytes=store_bytes(&self.store),
         )
 

@@ -42,8 +42,8 @@ ctypedef struct Counts:
     uint64_t chunk_misses
     uint64_t lookup_chars
     uint64_t chunk_miss_chars
-    uint64_t short_hits
-    uint64_t short_misses
+    uint64_t segment_hits
+    uint64_t segment_misses
     uint64_t engine_chars
     uint64_t engine_tokens
     uint64_t tokens

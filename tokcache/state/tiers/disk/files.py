@@ -14,18 +14,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import time
 from typing import TYPE_CHECKING
 
+from tokcache._files import CREATE, write_temporary
 from tokcache._prefix import common_tokens
 from tokcache.errors import StateRefused
 from tokcache.state.tiers import BROKEN, Address, Record, is_in_place
 from tokcache.state.tiers.disk.budget import FUTURE_S, ByteBudget
 from tokcache.state.tiers.disk.file import READ, DiskFile, read_head
 from tokcache.state.tiers.disk.folder import (
-    CREATE,
     MODEL_NAME,
     TEMPORARY,
     StateFolder,
@@ -192,7 +191,7 @@ class StateFiles:
             self._budget.reserve(n_bytes)
             n_spare = n_bytes
             try:
-                temporary = self._write_temporary(folder, parts)
+                temporary = write_temporary(folder, TEMPORARY, parts, is_synced=self._is_synced)
                 try:
                     with self._budget.locked():  # two writers must not both find the place free
                         name = self._free_name(folder, address, record)
@@ -240,30 +239,6 @@ class StateFiles:
                 return None if is_held else name
         raise StateRefused("place_taken")
 
-    def _write_temporary(self, folder: int, parts: tuple[bytes | memoryview, ...]) -> str:
-        """Write a file under a name that no reader looks for; return that name.
-
-        Errors: OSError; then the file is removed.
-        """
-        temporary = f"{TEMPORARY}{os.getpid():x}-{secrets.token_hex(8)}"
-        fd = os.open(temporary, CREATE, 0o600, dir_fd=folder)
-        try:
-            left = [view for part in parts if (view := memoryview(part)).nbytes]
-            while left:
-                n_written = os.writev(fd, left)
-                while left and n_written >= left[0].nbytes:
-                    n_written -= left.pop(0).nbytes
-                if n_written:
-                    left[0] = left[0][n_written:]
-            if self._is_synced:
-                os.fsync(fd)
-        except BaseException:
-            _unlink(folder, temporary)
-            raise
-        finally:
-            os.close(fd)
-        return temporary
-
     def probe(self) -> None:
         """Write and remove a small file, and take the writers' lock.
 
@@ -271,7 +246,7 @@ class StateFiles:
         """
         folder = self._folder.open()
         try:
-            _unlink(folder, self._write_temporary(folder, (b"tokcache",)))
+            _unlink(folder, write_temporary(folder, TEMPORARY, (b"tokcache",)))
             with self._budget.locked():
                 pass
         finally:

@@ -19,6 +19,7 @@ import shutil
 import stat
 from typing import TYPE_CHECKING
 
+from tokcache._files import CREATE
 from tokcache.errors import InvalidConfig
 from tokcache.state.tiers.disk.file import LAYOUT, READ, File, reason_of
 
@@ -39,7 +40,6 @@ _LONGEST_NAME = 255  # bytes
 TRIES = 3
 _DIGITS = 64  # of a digest
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class StateFolder:
