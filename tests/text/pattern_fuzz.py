@@ -34,7 +34,7 @@ from tokcache.text.cuts.regex.pattern_cuts import LEFTS, RIGHTS
 from tokcache.text.cuts.regex.safety import derive, is_ended, program_of
 from tokcache.text.cuts.rules import WHITESPACE_LEFT, Pair
 from tokcache.text.cuts.scanner import class_behind
-from tokcache.text.engines.copying import PartEncoder
+from tokcache.text.engines.copying import SegmentEncoder
 
 if TYPE_CHECKING:
     from tokcache.text.cuts.plan import CutPlan
@@ -184,7 +184,7 @@ def unsafe_cuts(
     """Yield each of `n_texts` random texts whose pieces change with a cut at one of the pairs."""
     plan = plan_cuts(tokenizer)
     whole, inside = (
-        PartEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
+        SegmentEncoder(tokenizer, one.normalizer, one.pre_tokenizer).tokenizer
         for one in (plan.variants[plan.variant_of[0]], plan.variants[plan.variant_of[2]])
     )
     for _ in range(n_texts if pairs else 0):

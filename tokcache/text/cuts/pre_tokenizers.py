@@ -128,7 +128,8 @@ def forced_cuts(stages: list[Any], normalizer: Normalizer) -> Findings:
     Errors: Unrecognised if the first stage that is not known comes before any that forces a cut.
     """
     rules: list[Rule] = []
-    rest = _ALL.difference(_replaced_pairs(normalizer))  # the pairs that no stage has decided about
+    # The pairs that no stage has decided about, without those inside a string that is replaced.
+    rest = _ALL.difference(pair for one in normalizer.replaced for pair in pairs_in(one))
     for index, stage in enumerate(stages):
         place = _Place(normalizer, rest, index == 0, index == len(stages) - 1)
         try:
@@ -170,11 +171,6 @@ def _only(rule: Rule, pairs: frozenset[Pair]) -> list[Rule]:
     return [
         replace(rule, left=frozenset(left), right=right) for right, left in rights.items() if right
     ]
-
-
-def _replaced_pairs(normalizer: Normalizer) -> set[Pair]:
-    """Return the pairs inside the strings that a normalizer replaces."""
-    return {pair for string in normalizer.replaced for pair in pairs_in(string)}
 
 
 def _hides_whitespace(stage: Any) -> bool:

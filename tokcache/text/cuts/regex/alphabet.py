@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 import unicodedata
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -123,26 +124,18 @@ def _characters(queries: Iterable[str]) -> str:
     named = {ord(char) for query in queries for char in query}
     for query in queries:
         named |= {int(next(filter(None, found)), 16) for found in _POINT.findall(query)}
-        if query.startswith("(?i:"):
-            named |= {point for point in _cased() if _is_folded(point, query)}
-    named |= set(range(0x80)) | {0x2028, 0x2029}
+    # Without regard to case, 0x130, 0x131, 0x17F and 0x212A may be equal to ASCII letters.
+    named |= {*range(0x80), 0x130, 0x131, 0x17F, 0x212A, 0x2028, 0x2029}
     named |= {end for first, last, _ in RANGES for end in (first, last)}
     cuts = sorted(named | {point + 1 for point in named})
     found: dict[tuple[int, int, object], int] = {}
-    for point in _points_between(cuts):
-        starts, kinds = _intervals()
+    starts, kinds = _intervals()
+    for point in sorted({*cuts, *starts, *_compositions()}):
+        if point > sys.maxunicode or 0xD800 <= point < 0xE000:  # noqa: PLR2004 (surrogates)
+            continue
         kind = kinds[bisect_right(starts, point) - 1]
         found.setdefault((bisect_right(cuts, point), kind, _composed_from(chr(point))), point)
     return "".join(map(chr, sorted(found.values())))
-
-
-def _points_between(cuts: list[int]) -> Iterator[int]:
-    """Yield each code point at which something may change, and the characters that NFC composes."""
-    yield from (p for p in {*cuts, *_intervals()[0], *_compositions()} if _is_character(p))
-
-
-def _is_character(point: int) -> bool:
-    return point < 0x110000 and not 0xD800 <= point < 0xE000  # noqa: PLR2004 (Unicode's limits)
 
 
 @cache
@@ -161,22 +154,6 @@ def _compositions() -> dict[int, CharClass]:
 
 def _composed_from(char: str) -> CharClass | None:
     return _compositions().get(ord(char))
-
-
-@cache
-def _cased() -> tuple[int, ...]:
-    """Return the code points that have another case."""
-    return tuple(
-        point
-        for point in range(0x1EA00)
-        if chr(point).casefold() != chr(point) or chr(point).upper() != chr(point)
-    )
-
-
-def _is_folded(point: int, query: str) -> bool:
-    """Return whether a code point may be equal to one that the query names, or is long folded."""
-    folded = chr(point).casefold()
-    return len(folded) > 1 or folded in query.casefold()
 
 
 def _matched(query: str, chars: str) -> set[int]:

@@ -21,7 +21,9 @@ _MAX_REPEATS = 1000
 _INTERVAL = re.compile(r"\{(\d*)(,?)(\d*)\}")
 _PLACES = {"b": "word", "B": "no_word", "z": "end", "Z": "last_line"}
 _ONE_CHAR = frozenset("rntfvaesSdDwWhH")  # letters of escapes that match one character
-_NOT_IN_CLASSES = frozenset("bBRXKkgNOcCM")
+_NOT_IN_CLASSES = frozenset("bBRXKkgNOcCM0123456789")
+_RAW_BYTE = re.compile(r"\\x[89A-Fa-f]")  # a part of a character
+_BEYOND_ASCII = re.compile(r"\\[pPxu]|\[:|&&")
 _GROUPS = {"(?:": "group", "(?=": "ahead", "(?!": "not_ahead", "(?i:": "ignore_case"}
 _REFUSED_GROUPS = {
     "(?<=": "look-behind",
@@ -91,13 +93,6 @@ def parse(pattern: str) -> Node:
     if parser.at < len(pattern):
         raise parser.refusal("unmatched )")
     return node
-
-
-def escaped(text: str) -> str:
-    """Return a pattern that matches exactly `text`."""
-    return "".join(
-        f"\\x{{{ord(char):x}}}" if char in r"\.[]{}()*+?|^$&-" else char for char in text
-    )
 
 
 def may_be_empty(node: Node) -> bool:
@@ -205,10 +200,15 @@ class _Parser:
         self.at += 1
         if char in "^$":
             return Place("line_start" if char == "^" else "line_end")
-        return self._chars(char if char == "." else escaped(char), ignore_case)
+        return self._chars("\\" + char if char in "}&-" else char, ignore_case)
 
     def _chars(self, query: str, ignore_case: bool) -> Chars:
-        return Chars(f"(?i:{query})" if ignore_case else query)
+        if not ignore_case:
+            return Chars(query)
+        # The alphabet knows which other characters are equal to ASCII letters, and no more.
+        if not query.isascii() or _BEYOND_ASCII.search(query):
+            raise self.refusal("ignored case of more than ASCII", self.at - len(query))
+        return Chars(f"(?i:{query})")
 
     def _group(self, ignore_case: bool) -> Node:
         start = self.at
@@ -259,7 +259,7 @@ class _Parser:
             if char == "":
                 raise self.refusal("unclosed class", start)
             if char == "\\":
-                if self._peek(2)[1:] in _NOT_IN_CLASSES:
+                if self._peek(2)[1:] in _NOT_IN_CLASSES or _RAW_BYTE.match(self._pattern, self.at):
                     raise self.refusal(f"escape {self._peek(2)} in a class")
                 self.at += 2
                 continue
