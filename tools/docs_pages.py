@@ -20,6 +20,10 @@ from tokcache.differences import DifferenceClass
 from tokcache.llama.memory_type import ARCHITECTURES
 from tokcache.llama.reasons import REASONS
 from tokcache.llama.server.trust import CURES
+from tokcache.text.cuts.char_classes import VISIBLE, CharClass
+from tokcache.text.cuts.patterns import KNOWN
+from tokcache.text.cuts.regex.lookup import cuts_of_pattern
+from tokcache.text.cuts.regex.pattern_cuts import Outcome
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _PART = re.compile(r"<!-- generated: (\w+) -->\n(?:.*?<!-- end -->\n)?", re.DOTALL)
@@ -123,11 +127,48 @@ def differences() -> str:
     return "| class | meaning | what to change |\n|---|---|---|\n" + "".join(rows)
 
 
+def patterns() -> str:
+    """Return the known patterns, and the cuts that each allows as the only stage."""
+    rows = []
+    for name, pattern in KNOWN.items():
+        cuts = cuts_of_pattern(pattern)
+        apart = {
+            pair for pair in cuts.kept if cuts.outcome(pair, "Isolated", invert=False) is APART
+        }
+        proven = [shown for shown, pairs in _SHOWN.items() if pairs <= apart]
+        rows.append(f"| `{name}` | {_origin(name)} | {', '.join(proven) or 'none alone'} |\n")
+    return "| pattern | tested with | cuts |\n|---|---|---|\n" + "".join(rows)
+
+
+APART = Outcome.APART
+_SHOWN = {
+    "visible \\| space": {(left, CharClass.SPACE) for left in VISIBLE},
+    "letter \\| space": {(CharClass.LETTER, CharClass.SPACE)},
+    "newline \\| letter": {(CharClass.NEWLINE, CharClass.LETTER)},
+    "newlines \\| letter": {(CharClass.NEWLINE_RUN, CharClass.LETTER)},
+    "letter \\| punctuation": {(CharClass.LETTER, CharClass.PUNCTUATION)},
+    "letter \\| digit": {(CharClass.LETTER, CharClass.DIGIT)},
+    "digit \\| digit": {(CharClass.DIGIT, CharClass.DIGIT)},
+}
+_REAL = {  # patterns of tokenizer files that the tests read
+    "gpt2": "GPT-2, OLMo 1, MiniMind, SmolLM2",
+    "qwen2": "Qwen2.5",
+    "deepseek_v3": "DeepSeek V3",
+    "deepseek_v3_cjk": "DeepSeek V3",
+    "numbers_by_three": "DeepSeek V3",
+}
+
+
+def _origin(name: str) -> str:
+    return f"real: {_REAL[name]}" if name in _REAL else "synthetic"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "reasons": reason_tables,
     "architectures": architectures,
     "cli": commands,
     "differences": differences,
+    "patterns": patterns,
 }
 
 

@@ -129,7 +129,7 @@ def _find_rules(
     recognised = Findings(recognised=(("normalizer", normal.name), ("pre_tokenizer", names)))
     try:
         stages, normal = splitting_stages(stages, normal)
-        found = Findings(forced_cuts(stages, normal))
+        found = forced_cuts(stages, normal)
     except Unrecognised as unknown:
         refused = (f"pre-tokenizer {unknown}: cuts at added tokens only",)
         return recognised + Findings(refused=refused), normal

@@ -1,0 +1,308 @@
+r"""Runs a pattern over the symbols of its alphabet: ordered threads, the most preferred first.
+
+A state is the ordered list of ways in which a match may go on after the characters read. Reading
+the next symbol, or the end of the text, tells whether the match is decided:
+
+1. Each thread follows its instructions up to those that read a character. A condition on the next
+   character (`$`, `(?!\S)`) is judged with the symbol at hand, the one before it is remembered.
+2. A thread that reaches the end of the pattern ends the match before the symbol, and all threads
+   after it are dropped, because they are less preferred.
+3. A look-ahead over several characters runs along with its thread. A match with such a look-ahead
+   is kept in the list, at its place, until the look-ahead is decided.
+
+Source: Russ Cox, "Regular Expression Matching: the Virtual Machine Approach" (2009), Pike's VM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokcache.errors import Unrecognised
+from tokcache.text.cuts.regex.syntax import Chars, Choice, Look, Node, Place, Repeat, Row
+
+if TYPE_CHECKING:
+    from tokcache.text.cuts.regex.alphabet import Alphabet
+
+_MAX_INSTRUCTIONS = 4000
+_MAX_THREADS = 200
+MATCHED = -1  # the `at` of a thread whose match only waits for its look-aheads
+
+
+class Ahead(NamedTuple):
+    """A look-ahead that is not decided yet, and where in it the next symbol may be read."""
+
+    is_negative: bool
+    at: frozenset[int]
+
+
+class Thread(NamedTuple):
+    """A way in which a match may go on; `end` orders the ends of those that are MATCHED."""
+
+    at: int
+    aheads: frozenset[Ahead]
+    end: int
+
+
+class State(NamedTuple):
+    """The threads, the most preferred first, and what conditions know of the character before.
+
+    `before` is (is a character of a word, is a newline), or None before the match.
+    """
+
+    threads: tuple[Thread, ...]
+    before: tuple[bool, bool] | None
+
+
+class Step(NamedTuple):
+    """The state after a symbol, and the end of the match that it decides.
+
+    `end` is None if no match is decided, HERE for one that ends before the symbol, or the `end` of
+    a thread that was MATCHED. `ends` are the ends that the threads of the new state number anew.
+    """
+
+    state: State
+    end: int | None
+    ends: tuple[int, ...]
+
+
+HERE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    symbols: int
+    next: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Fork:
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    start: int
+    is_negative: bool
+    next: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    kind: str
+    next: int
+
+
+class _End:
+    """The end of the pattern, or of a look-ahead."""
+
+
+class Program:
+    """A pattern as instructions. The symbol `alphabet.n` stands for the end of the text."""
+
+    def __init__(self, node: Node, alphabet: Alphabet) -> None:
+        self.alphabet = alphabet
+        self.end_of_text = alphabet.n
+        self._code: list[_Read | _Fork | _Ahead | _Place | _End] = [_End()]
+        self._reads_before = False
+        start = self._compile(node, 0)
+        before = None
+        self.start = State((Thread(start, frozenset(), 0),), before)
+        self._followed: dict[tuple[int, object, int], list[tuple[int, frozenset[Ahead]]]] = {}
+        self._steps: dict[tuple[State, int], Step] = {}
+
+    def step(self, state: State, symbol: int) -> Step:
+        """Return the step from a state by a symbol.
+
+        Errors: Unrecognised if a condition reads the character before the match, for look-aheads
+                inside look-aheads, and beyond `_MAX_THREADS`.
+        """
+        key = state, symbol
+        if key not in self._steps:
+            self._steps[key] = self._step(state, symbol)
+        return self._steps[key]
+
+    # ---- compiling
+
+    def _compile(self, node: Node, then: int) -> int:
+        """Add the instructions of a node that goes on at `then`; return where it starts."""
+        if isinstance(node, Chars):
+            return self._add(_Read(self.alphabet.chars[node.query], then))
+        if isinstance(node, Row):
+            for part in reversed(node.parts):
+                then = self._compile(part, then)
+            return then
+        if isinstance(node, Choice):
+            return self._add(_Fork(tuple(self._compile(one, then) for one in node.options)))
+        if isinstance(node, Look):
+            return self._add(_Ahead(self._compile(node.node, 0), node.is_negative, then))
+        if isinstance(node, Place):
+            self._reads_before |= node.kind in ("word", "no_word", "line_start")
+            return self._add(_Place(node.kind, then))
+        return self._compile_repeat(node, then)
+
+    def _compile_repeat(self, node: Repeat, then: int) -> int:
+        def fork(again: int) -> int:
+            return self._add(_Fork((again, then) if node.is_greedy else (then, again)))
+
+        if node.high is None:
+            loop = self._add(_Fork(()))  # filled in below
+            body = self._compile(node.node, loop)
+            self._code[loop] = _Fork((body, then) if node.is_greedy else (then, body))
+            start = loop
+        else:
+            start = then
+            for _ in range(node.high - node.low):
+                start = fork(self._compile(node.node, start))
+        for _ in range(node.low):
+            start = self._compile(node.node, start)
+        return start
+
+    def _add(self, instruction: _Read | _Fork | _Ahead | _Place | _End) -> int:
+        if len(self._code) == _MAX_INSTRUCTIONS:
+            raise Unrecognised(f"more than {_MAX_INSTRUCTIONS} instructions")
+        self._code.append(instruction)
+        return len(self._code) - 1
+
+    # ---- running
+
+    def _step(self, state: State, symbol: int) -> Step:
+        threads: list[Thread] = []
+        seen: dict[int, list[frozenset[Ahead]]] = {}
+        end = None
+
+        def keep(thread: Thread) -> None:
+            # A thread at the same place that waits for less is preferred, whatever comes.
+            others = seen.setdefault(thread.at, [])
+            if not any(one <= thread.aheads for one in others):
+                others.append(thread.aheads)
+                threads.append(thread)
+
+        for thread in state.threads:
+            aheads = self._advanced(thread.aheads, state.before, symbol)
+            if aheads is None:
+                continue
+            if thread.at == MATCHED:
+                followed = [(MATCHED, frozenset[Ahead]())]
+            else:
+                followed = self._follow(thread.at, state.before, symbol)
+            for at, more in followed:
+                waits = aheads | more
+                own_end = thread.end if thread.at == MATCHED else HERE
+                if at == MATCHED and not waits:
+                    end = own_end
+                    break
+                keep(Thread(at, waits, own_end if at == MATCHED else 0))
+            if end is not None:
+                break
+        if len(threads) > _MAX_THREADS:
+            raise Unrecognised(f"more than {_MAX_THREADS} threads")
+        ends = sorted({thread.end for thread in threads if thread.at == MATCHED})
+        ordered = tuple(
+            thread._replace(end=ends.index(thread.end)) if thread.at == MATCHED else thread
+            for thread in threads
+        )
+        return Step(State(ordered, self._before(symbol)), end, tuple(ends))
+
+    def _before(self, symbol: int) -> tuple[bool, bool] | None:
+        if not self._reads_before:
+            return (False, False)
+        alphabet = self.alphabet
+        return bool(alphabet.word >> symbol & 1), bool(alphabet.newline >> symbol & 1)
+
+    def _follow(
+        self, at: int, before: tuple[bool, bool] | None, symbol: int
+    ) -> list[tuple[int, frozenset[Ahead]]]:
+        """Return where a thread may be after a symbol, and its new look-aheads, in order.
+
+        MATCHED says that the match ends before the symbol.
+        """
+        key = at, before, symbol
+        found = self._followed.get(key)
+        if found is not None:
+            return found
+        found = []
+        seen = set()
+        rest: list[tuple[int, frozenset[Ahead]]] = [(at, frozenset())]
+        while rest:
+            here = rest.pop()
+            if here in seen:
+                continue
+            seen.add(here)
+            at, aheads = here
+            code = self._code[at]
+            if isinstance(code, _End):
+                found.append((MATCHED, aheads))
+            elif isinstance(code, _Read):
+                if code.symbols >> symbol & 1:
+                    found.append((code.next, aheads))
+            elif isinstance(code, _Fork):
+                rest.extend((target, aheads) for target in reversed(code.targets))
+            elif isinstance(code, _Place):
+                if self._is_true(code.kind, before, symbol):
+                    rest.append((code.next, aheads))
+            else:
+                own = Ahead(code.is_negative, frozenset({code.start}))
+                more = self._advanced(frozenset({own}), before, symbol)
+                if more is not None:
+                    rest.append((code.next, aheads | more))
+        self._followed[key] = found
+        return found
+
+    def _advanced(
+        self, aheads: frozenset[Ahead], before: tuple[bool, bool] | None, symbol: int
+    ) -> frozenset[Ahead] | None:
+        """Return the look-aheads that a symbol does not decide, or None if one of them fails."""
+        if not aheads:
+            return aheads
+        rest = []
+        for ahead in aheads:
+            next_at: set[int] = set()
+            is_found = False
+            for at in ahead.at:
+                for target, more in self._follow(at, before, symbol):
+                    if more:
+                        raise Unrecognised("look-ahead of several characters in a look-ahead")
+                    is_found |= target == MATCHED or self._ends(target)
+                    next_at.add(target)
+            if is_found or not next_at:
+                if is_found == ahead.is_negative:
+                    return None
+            else:
+                rest.append(Ahead(ahead.is_negative, frozenset(next_at)))
+        return frozenset(rest)
+
+    def _ends(self, at: int) -> bool:
+        """Return whether the end can be reached from here whatever comes next."""
+        rest, seen = [at], set()
+        while rest:
+            at = rest.pop()
+            code = self._code[at]
+            if isinstance(code, _End):
+                return True
+            if isinstance(code, _Fork) and at not in seen:
+                seen.add(at)
+                rest.extend(code.targets)
+        return False
+
+    def _is_true(self, kind: str, before: tuple[bool, bool] | None, symbol: int) -> bool:
+        alphabet = self.alphabet
+        is_end = symbol == self.end_of_text
+        if kind == "end":
+            return is_end
+        if kind == "line_end":
+            return is_end or bool(alphabet.newline >> symbol & 1)
+        if kind == "last_line":
+            raise Unrecognised(r"\Z, which depends on two characters")
+        was_word, was_newline = self.before_match() if before is None else before
+        if kind == "line_start":
+            return was_newline and not is_end
+        is_word = bool(alphabet.word >> symbol & 1)
+        return (was_word != is_word) == (kind == "word")
+
+    def before_match(self) -> tuple[bool, bool]:
+        """Refuse a condition on the character before the match, which another match may end with.
+
+        Errors: Unrecognised, always.
+        """
+        raise Unrecognised(r"\b or ^ that reads the character before its match")

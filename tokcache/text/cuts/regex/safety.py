@@ -1,0 +1,200 @@
+r"""Decides between which character classes a Split by a pattern may be taken apart.
+
+A Split searches the text from left to right; the text between two matches is a gap. For all texts
+`u` that end in a character of one class and `v` that begin with one of another, the matches in
+`u + v` are those of `u` and those of `v`, if
+
+(i) no match depends on the characters before it: look-behind, or `\b` at its beginning;
+(ii) in every state that can be reached with the last character of `u`, the first of `v` ends all
+     threads and decides the same match as the end of the text does.
+
+Every suffix of `u` is itself such a text, so (ii) holds for the matches that begin anywhere in `u`.
+Then only a gap can touch both sides:
+
+(iii) the Split has a boundary there unless a gap may end `u` and another one begin `v`.
+
+Where they may, the last piece of `u` and the first of `v` are one piece, and a later stage may
+still split it: see `PatternCuts.outcome`, for condition (iv). A newline after a visible
+character is a class of its own on the left, because GPT-2's pattern takes it for a word of its own
+only there: (v).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+from tokcache.errors import Unrecognised
+from tokcache.text.cuts.char_classes import CharClass
+from tokcache.text.cuts.regex.alphabet import Alphabet, alphabet_of
+from tokcache.text.cuts.regex.automaton import Program, State
+from tokcache.text.cuts.regex.pattern_cuts import LEFTS, RIGHTS, PatternCuts
+from tokcache.text.cuts.regex.syntax import (
+    Chars,
+    Choice,
+    Look,
+    Node,
+    Repeat,
+    Row,
+    may_be_empty,
+    parse,
+)
+
+MAX_STATES = 1200
+
+
+@lru_cache(maxsize=256)
+def derive(pattern: str) -> PatternCuts:
+    """Return the cuts that a pattern allows, or refuse it.
+
+    Errors: Unrecognised, with the name and place of the construct, or the limit that is exceeded.
+    Cost:   some hundred milliseconds; the result is remembered.
+    """
+    program = program_of(pattern)
+    return cuts_of(program)
+
+
+def program_of(pattern: str) -> Program:
+    """Return the automaton of a pattern.
+
+    Errors: Unrecognised.
+    """
+    node = parse(pattern)
+    if may_be_empty(node):
+        raise Unrecognised("a match may be empty")
+    return Program(node, alphabet_of(_queries(node)))
+
+
+def _queries(node: Node) -> Iterator[str]:
+    """Yield the classes of characters in a tree."""
+    if isinstance(node, Chars):
+        yield node.query
+    elif isinstance(node, Row | Choice):
+        for one in node.parts if isinstance(node, Row) else node.options:
+            yield from _queries(one)
+    elif isinstance(node, Repeat | Look):
+        yield from _queries(node.node)
+
+
+def cuts_of(program: Program) -> PatternCuts:
+    """Return the cuts that a pattern allows.
+
+    Errors: Unrecognised beyond the limits of states and threads.
+    """
+    alphabet = program.alphabet
+    after = states_after(program)
+    ended_by = {symbol: _ended_by(program, states) for symbol, states in after.items()}
+    lefts = {one: _symbols(mask) for one, mask in left_masks(alphabet).items()}
+
+    def is_kept(left: CharClass, right: CharClass) -> bool:
+        own = alphabet.rights[right]
+        return all(not own & ~ended_by[symbol] for symbol in lefts[left])
+
+    # A newline after a visible character is a symbol of its own: see `states_after`.
+    reads = 0
+    for mask in alphabet.chars.values():
+        reads |= mask
+    gaps_at_end = sum(1 << one for one in range(alphabet.n) if _may_end_gap(program, one))
+    gaps_at_start = sum(1 << one for one in range(alphabet.n) if _may_begin_gap(program, one))
+    starts = sum(
+        1 << one for one in range(alphabet.n) if program.step(program.start, one).state.threads
+    )
+    newline = alphabet.n
+
+    def ends_in(mask: int) -> frozenset[CharClass]:
+        mask |= (mask & alphabet.newline and 1) << newline
+        return frozenset(one for one in LEFTS if left_masks(alphabet)[one] & mask)
+
+    def begins_in(mask: int) -> frozenset[CharClass]:
+        return frozenset(one for one in RIGHTS if alphabet.rights[one] & mask)
+
+    return PatternCuts(
+        kept=frozenset((left, right) for left in LEFTS for right in RIGHTS if is_kept(left, right)),
+        gap_ends=ends_in(gaps_at_end),
+        match_ends=ends_in(reads),
+        gap_starts=begins_in(gaps_at_start),
+        match_starts=begins_in(starts),
+    )
+
+
+def left_masks(alphabet: Alphabet) -> dict[CharClass, int]:
+    """Return the symbols of each left class; `alphabet.n` is a newline after visible text."""
+    masks = {one: alphabet.lefts[one] for one in LEFTS}
+    masks[CharClass.NEWLINE] = 1 << alphabet.n
+    masks[CharClass.NEWLINE_RUN] = alphabet.newline
+    masks[CharClass.OTHER] = alphabet.visible
+    return masks
+
+
+def states_after(program: Program) -> dict[int, set[State]]:
+    """Return the states that a match may be in after each symbol, whatever was read before.
+
+    The symbol `alphabet.n` stands for a newline that is the first character or follows a visible
+    one.
+
+    Errors: Unrecognised beyond `MAX_STATES`.
+    """
+    alphabet = program.alphabet
+    after: dict[int, set[State]] = {symbol: set() for symbol in range(alphabet.n + 1)}
+    found, rest = {program.start}, [program.start]
+    while rest:
+        state = rest.pop()
+        for symbol in range(alphabet.n):
+            reached = program.step(state, symbol).state
+            if not reached.threads:
+                continue
+            after[symbol].add(reached)
+            if reached not in found:
+                found.add(reached)
+                rest.append(reached)
+                if len(found) > MAX_STATES:
+                    raise Unrecognised(f"more than {MAX_STATES} states")
+    newline = _symbols(alphabet.newline)[0]
+    for state in {program.start}.union(*(after[one] for one in _symbols(alphabet.visible))):
+        reached = program.step(state, newline).state
+        if reached.threads:
+            after[alphabet.n].add(reached)
+    # The match that begins at the newline itself may have any character before it.
+    return after
+
+
+def _ended_by(program: Program, states: Iterable[State]) -> int:
+    """Return the symbols that end every one of the states as the end of the text does."""
+    ended = (1 << program.alphabet.n) - 1
+    for state in states:
+        for symbol in _symbols(ended):
+            if not is_ended(program, state, symbol):
+                ended &= ~(1 << symbol)
+    return ended
+
+
+def is_ended(program: Program, state: State, symbol: int) -> bool:
+    """Return whether a symbol decides the match as the end of the text does: condition (ii)."""
+    step = program.step(state, symbol)
+    return not step.state.threads and step.end == program.step(state, program.end_of_text).end
+
+
+def _may_end_gap(program: Program, symbol: int) -> bool:
+    """Return whether a character may be in a gap at the end of a text."""
+    state = program.step(program.start, symbol).state
+    return program.step(state, program.end_of_text).end is None
+
+
+def _may_begin_gap(program: Program, symbol: int) -> bool:
+    """Return whether a text that begins with a character may have no match at its beginning."""
+    first = program.step(program.start, symbol).state
+    found, rest = {first}, [first]
+    while rest:
+        state = rest.pop()
+        if not state.threads or program.step(state, program.end_of_text).end is None:
+            return True
+        for one in range(program.alphabet.n):
+            step = program.step(state, one)
+            if step.end is None and step.state not in found:
+                found.add(step.state)
+                rest.append(step.state)
+    return False
+
+
+def _symbols(mask: int) -> list[int]:
+    return [symbol for symbol in range(mask.bit_length()) if mask >> symbol & 1]

@@ -1,0 +1,133 @@
+"""Make the tables that derive cuts from patterns: `python tools/pattern_tables.py`.
+
+1. `regex/properties.py`: the code points by the properties that a pattern may name, from the
+   tokenizers library itself (`--properties`, about a minute).
+2. `regex/known.py`: the cuts of every pattern in `patterns.py`.
+
+With --check nothing is written, and the exit code is 1 if a table differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import sys
+import textwrap
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
+
+FOLDER = Path(__file__).resolve().parents[1] / "tokcache" / "text" / "cuts" / "regex"
+
+_CATEGORIES = (
+    "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Co Cn"
+)
+_SCRIPTS = (
+    "Han Hiragana Katakana Hangul Latin Cyrillic Greek Arabic Hebrew Thai Devanagari Common "
+    "Inherited Armenian Georgian Bengali Tamil Telugu Bopomofo Lao Khmer Myanmar Tibetan Ethiopic "
+    "Mongolian Sinhala Gujarati Gurmukhi Kannada Malayalam Oriya"
+)
+_OTHERS = (
+    "Alphabetic Uppercase Lowercase White_Space Emoji Ideographic Cntrl Graph Print Punct XDigit "
+    "Alnum"
+)
+_NAMES = f"{_CATEGORIES} {_SCRIPTS} {_OTHERS}".split()
+
+
+def _code_points() -> list[int]:
+    """Return the code points that are looked at: all but the inside of the unassigned planes."""
+    planes = [plane + offset for plane in range(0x40000, 0x110000, 0x10000) for offset in
+              [*range(0x400), *range(0xFFF0, 0x10000)]]  # fmt: skip
+    return [*range(0xD800), *range(0xE000, 0x33500), *planes]
+
+
+def properties_module() -> str:
+    """Return the text of `properties.py`."""
+    points = _code_points()
+    text = "".join(map(chr, points))
+    changes: dict[int, int] = defaultdict(int)
+    for bit, query in enumerate([*(rf"\p{{{name}}}" for name in _NAMES), r"\s", r"\w", r"\d", "."]):
+        split = Split(Regex(f"(?:{query})+"), "removed", invert=True)
+        for _, (start, stop) in split.pre_tokenize_str(text):
+            changes[start] ^= 1 << bit
+            changes[stop] ^= 1 << bit
+    kinds: dict[int, int] = {}
+    intervals: list[tuple[int, int]] = []
+    kind = 0
+    for at in sorted({0, *changes} - {len(points)}):
+        kind ^= changes.get(at, 0)
+        intervals.append((points[at], kinds.setdefault(kind, len(kinds))))
+    packed = " ".join(f"{start:x} {kind:x}" for start, kind in intervals)
+    encoded = base64.b64encode(zlib.compress(packed.encode(), 9)).decode()
+    lines = "\n".join(f'    "{line}"' for line in textwrap.wrap(encoded, 90))
+    names = "\n".join(f'    "{line} "' for line in textwrap.wrap(" ".join(_NAMES).lower(), 88))
+    return f'''"""Code points by the properties that a pattern may name.
+
+Made by tools/pattern_tables.py with tokenizers {tokenizers.__version__}.
+"""
+
+# The names of the properties that every interval is alike in, in lower case.
+NAMES = (
+{names}
+)
+
+# Pairs of hexadecimal numbers: the first code point of an interval, and its kind. Intervals of one
+# kind have the same properties. Compressed by zlib, then base64.
+INTERVALS = (
+{lines}
+)
+'''
+
+
+def known_module() -> str:
+    """Return the text of `known.py`."""
+    from tokcache.text.cuts.patterns import KNOWN  # noqa: PLC0415 (after properties.py is made)
+    from tokcache.text.cuts.regex.safety import derive  # noqa: PLC0415
+
+    rows = "\n".join(
+        f'    "{name}": "{derive(pattern).packed()}",' for name, pattern in KNOWN.items()
+    )
+    return f'''"""The cuts of the known patterns, packed; made by tools/pattern_tables.py.
+
+Made with tokenizers {tokenizers.__version__}. They hold for others, too: the characters of the
+rules' classes have had their properties since Unicode 3.2.
+"""
+
+RESULTS = {{
+{rows}
+}}
+'''
+
+
+def _write(name: str, text: str, *, check: bool) -> bool:
+    """Write a module, or compare it with `check`; return whether it differed."""
+    path = FOLDER / name
+    differs = not path.exists() or path.read_text() != text
+    if differs and not check:
+        path.write_text(text)
+        print(f"wrote {path.name}")
+    elif differs:
+        print(f"{path.name} is out of date", file=sys.stderr)
+    return differs
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--properties", action="store_true", help="make properties.py, too")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    differs = False
+    if options.properties:
+        differs = _write("properties.py", properties_module(), check=options.check)
+    differs |= _write("known.py", known_module(), check=options.check)
+    return 1 if options.check and differs else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
