@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -256,7 +255,7 @@ def test_another_tenant_changes_nothing_that_a_tenant_sees(
                     for other in (A, [*A[:70], *B], tokens, [*tokens, *rng.sample(tokens, 3)]):
                         ask(server, other, scope="b")
                 reused = ask(server, tokens, scope="a", explain=True)
-                told = reused.miss and replace(reused.miss, seconds=None)
+                told = reused.miss and reused.miss._replace(seconds=None)
                 shown = reused.explanation
                 # Where the tokens were held, in a slot or a file, depends on who came last.
                 found.append((reused.n_live + reused.n_restored, told))

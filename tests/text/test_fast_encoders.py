@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
 import tokcache
 from tests.text.tokenizers_made import MADE
@@ -187,6 +187,26 @@ def test_an_encoder_with_another_pre_tokenizer_fails_the_proof(name: str) -> Non
         state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
         other = Tokenizer.from_str(json.dumps(state))
         assert reason in (prove(encoder, other, probe_texts(other)) or "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pattern_that_is_not_known_is_left_to_tokenizers(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # fastokens passes the proof with this pattern, and gives other ids for "1ésa.".
+    require_installed(name)
+    tokenizer = SYNTHETIC["qwen2"]()
+    tokenizer.normalizer = None
+    pattern = r"\p{N}+(?:(?:\s){2}?[\p{L}&&[^\p{Han}]]{2,}\B)"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "merged_with_previous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    wrapped = tokcache.wrap(tokenizer, CacheConfig(engine=name))
+    assert wrapped.token_ids("1\xe9sa.").tolist() == tokenizer.encode("1\xe9sa.").ids
+    assert "is not a known one; use tokenizers" in caplog.text
 
 
 @pytest.mark.parametrize("name", NAMES)

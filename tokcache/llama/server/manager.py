@@ -121,7 +121,7 @@ class SlotManager(Forkable):
         is_different = miss.reason is MissReason.DIFFERENT_TEXT
         is_generated = parting is not None and parting.is_generated
         if is_different and is_generated and is_same_text(held, new):
-            miss = replace(miss, reason=MissReason.RE_ENCODING)
+            miss = miss._replace(reason=MissReason.RE_ENCODING)
         found = explained(miss, shared, held, new)
         return replace(reused, miss=found.miss, explanation=found)
 

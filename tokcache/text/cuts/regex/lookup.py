@@ -22,8 +22,7 @@ def cuts_of_pattern(pattern: str) -> PatternCuts:
     Cost:   some microseconds for a known pattern; for others some hundred milliseconds, once in a
             process.
     """
-    # Some files hold the characters themselves where others hold their escapes.
-    name = _NAMES.get(pattern) or _NAMES.get(pattern.replace("\r", r"\r").replace("\n", r"\n"))
+    name = name_of(pattern)
     if name in RESULTS:
         return _shipped(name)
     from tokcache.text.cuts.regex.safety import derive  # noqa: PLC0415 (only for unknown patterns)
@@ -44,6 +43,12 @@ def outcomes_of(
     cuts = cuts_of_pattern(pattern)
     found = {pair: cuts.outcome(pair, behavior, invert=invert) for pair in cuts.kept}
     return frozenset(pair for pair, one in found.items() if one is Outcome.APART), frozenset(found)
+
+
+def name_of(pattern: str) -> str | None:
+    """Return the name of a known pattern, or None."""
+    # Some files hold the characters themselves where others hold their escapes.
+    return _NAMES.get(pattern) or _NAMES.get(pattern.replace("\r", r"\r").replace("\n", r"\n"))
 
 
 @cache
