@@ -54,7 +54,9 @@ def answered(made: Router, texts: list[str], answer: str, now: float = 0.0) -> A
 
 def carry(made: Router, assignment: Assignment) -> None:
     for slot in assignment.save:
-        made.saved(slot, made.files.new_name(slot.server.pool), slot.n_tokens, slot.n_tokens)
+        made.admission.saved(
+            slot, made.files.new_name(slot.server.pool), slot.n_tokens, slot.n_tokens
+        )
     file = assignment.file or (assignment.copied.saved if assignment.copied else None)
     if assignment.is_erased:
         assignment.slot.emptied()
@@ -229,7 +231,7 @@ def decoded(made: Router, seconds: float) -> None:
     server = made.servers["one"]
     made.measured(server, 1000, 1.0)
     for _ in range(40):
-        made._admission.saved(server, 1000, seconds)
+        made.admission.measured(server, 1000, seconds)
 
 
 def test_prompts_that_never_come_back_are_saved_no_longer_and_conversations_still_are() -> None:
@@ -280,7 +282,7 @@ def test_a_slot_whose_contents_are_saved_is_given_away_first() -> None:
     assert saved is not other
     # The other one was used before, but it would have to be saved.
     saved.used_at, other.used_at = other.used_at, saved.used_at
-    made.saved(saved, made.files.new_name("p"), saved.n_tokens, saved.n_tokens)
+    made.admission.saved(saved, made.files.new_name("p"), saved.n_tokens, saved.n_tokens)
     assert answered(made, ["z" * 4000], "a").slot is saved
 
 
@@ -302,7 +304,7 @@ def test_the_next_slot_to_give_away_is_saved_while_its_server_is_idle() -> None:
     assert assignment.slot is third.slot
     made.read_done(assignment)
     made.release(assignment.slot)
-    made.saved(oldest, made.files.new_name("p"), oldest.n_tokens, oldest.n_tokens)
+    made.admission.saved(oldest, made.files.new_name("p"), oldest.n_tokens, oldest.n_tokens)
     made.release(oldest)
     assert made.next_to_save(12.0) is None  # one slot can be given away at once
     assert made.next_to_save(500.0) is None

@@ -145,7 +145,7 @@ class Service:
         if self._saving is not None:
             await asyncio.wait((self._saving,))
         for slot in self.router.idle():
-            if time.monotonic() < deadline and self.router.is_savable(slot):
+            if time.monotonic() < deadline and self.router.admission.is_savable(slot):
                 await self._save(slot)
         for task in list(self._tasks):
             task.cancel()
@@ -213,7 +213,10 @@ class Service:
         raise ApiError(503, "no llama-server could take the request; try again", retry_after_s=5)
 
     def _require_pinned(self, path: str, made: Assignment) -> None:
-        """Refuse a request that its server would run in another slot, maybe another tenant's."""
+        """Refuse /v1/messages if its server no longer obeys `id_slot`.
+
+        The request could run in another tenant's slot.
+        """
         if path == "/v1/messages" and made.slot.server.name not in self.pinning:
             raise ApiError(503, "the llama-servers have changed; try again", retry_after_s=1)
 
@@ -345,7 +348,9 @@ class Service:
             slot.lost()
             return
         seconds = time.monotonic() - began
-        self.router.saved(slot, name, saved.n_tokens, saved.n_bytes, seconds=seconds, ids=ids)
+        self.router.admission.saved(
+            slot, name, saved.n_tokens, saved.n_bytes, seconds=seconds, ids=ids
+        )
 
     async def _ids(
         self, upstream: Upstream, chat: bytes | None, scope: str | None, n_tokens: int | None = None

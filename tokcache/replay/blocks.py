@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,7 +57,10 @@ class BlockReplay:
 
     def _add(self, some: PromptsOfBlocks, trace: Trace) -> None:
         try:
-            ids, n_tokens = _arrays(some.ids, some.n_tokens)
+            if some.n_tokens and (set(map(type, some.n_tokens)) != {int} or min(some.n_tokens) < 0):
+                raise ValueError("lengths are integers")  # noqa: TRY301 (caught with numpy's own)
+            ids = _packed(list(chain.from_iterable(some.ids)))
+            n_tokens = _packed(some.n_tokens)
         except (TypeError, ValueError, OverflowError, struct.error):
             if len(some.ids) == 1:
                 where = f"{trace.source.name}, {trace.source.unit} {some.numbers[0]}"
@@ -89,15 +93,6 @@ class BlockReplay:
         self._begin()
         self.prefixes.add(prompts)
         return len(lengths)
-
-
-def _arrays(ids: Sequence[Sequence[int]], n_tokens: Sequence[int]) -> tuple[Ints, Ints]:
-    all_ids: list[int] = []
-    for each in ids:
-        all_ids += each
-    if n_tokens and (set(map(type, n_tokens)) != {int} or min(n_tokens) < 0):
-        raise ValueError("lengths are integers")
-    return _packed(all_ids), _packed(n_tokens)
 
 
 def _packed(values: Sequence[int]) -> Ints:

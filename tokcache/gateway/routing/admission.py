@@ -1,4 +1,4 @@
-"""Decides whether contents that lose their slot are saved first.
+"""Decides whether contents that lose their slot are saved first, and records the files.
 
 Contents that share a prefix with another request, such as a conversation of two turns, always are.
 Of a prompt that was seen once and shares nothing, saving takes a known time now, and pays back only
@@ -8,8 +8,13 @@ are remembered by a digest, saved or not, so that returns are seen of both.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from tokcache.gateway.routing.chain import EMPTY, Chain
+from tokcache.gateway.routing.files import Files, SavedFile
 
 if TYPE_CHECKING:
     from tokcache.gateway.routing.slots import Server, Slot, Wish
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 _MAX_GONE = 4096
 _KEPT = 0.98  # the weight of the past at each displacement: the last 50 count
 _KEPT_SAVE = 0.8
+# A slot that will soon be given away is saved while its server has nothing to do.
+_MIN_IDLE_S, _PRESSURE_S = 0.3, 60.0
+_SLOTS_PER_SAVED = 4
 
 
 @dataclass(slots=True)
@@ -33,47 +41,129 @@ class Chance:
 
 
 class Admission:
-    """Knows the chance of a return and the time of a save.
+    """Knows which slots are saved, the chance of a return, and the time of a save.
 
     Units: times in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, files: Files, counts: Counter[str], min_tokens: int) -> None:
+        self._files = files
+        self._counts = counts
+        self._min_tokens = min_tokens
+        self._displaced_at = float("-inf")
         self._chances: dict[str | None, Chance] = {}
         self._gone: dict[bytes, Chance] = {}
         self._save_s_per_token: dict[str, float] = {}
 
-    def pays(self, slot: Slot, n_lost: int) -> bool:
-        """Return whether saving a slot takes less time than is expected to be spared."""
+    def is_saved(self, slot: Slot) -> bool:
+        """Return whether a file holds all that a slot holds."""
+        if slot.saved is None or slot.saved not in self._files:
+            slot.saved = self._files.covers(slot.server.pool, slot.chain)
+        return slot.saved is not None
+
+    def is_savable(self, slot: Slot) -> bool:
+        """Return whether a slot's contents are lost with it and could be saved."""
+        is_long = slot.n_tokens >= self._min_tokens and len(slot.chain) > 0
+        return is_long and slot.server.can_restore and not self.is_saved(slot)
+
+    def is_worth_saving(self, slot: Slot) -> bool:
+        """Return whether saving a slot before it is given away is expected to save time."""
+        if not self.is_savable(slot):
+            return False
         if slot.is_shared:
             return True
+        held = self._files.find(slot.server.pool, slot.chain)
+        n_lost = slot.n_tokens - (slot.tokens_at(held[1]) if held else 0)
         save_s = self._save_s_per_token.get(slot.server.name, 0.0) * slot.n_tokens
         spared_s = n_lost / slot.server.tokens_per_s
         # A restore takes about as long as a save.
         return self._chance(slot.scope).share * (spared_s - save_s) > save_s
 
-    def displaced(self, slot: Slot) -> None:
-        """Record that a slot's contents give way to another request."""
-        if slot.is_shared or not slot.n_prompt_links:
-            return
-        chance = self._chance(slot.scope)
-        chance.n_gone = _KEPT * chance.n_gone + 1
-        chance.n_back *= _KEPT
-        self._gone[slot.chain.links[slot.n_prompt_links - 1]] = chance
-        if len(self._gone) > _MAX_GONE:
-            del self._gone[next(iter(self._gone))]
+    def displaced(self, slot: Slot, now: float) -> bool:
+        """Record that a slot's contents give way to another request; return whether to save them.
+
+        The reason why they are not saved is remembered, for the request that misses them.
+        """
+        is_saved_now = self.is_worth_saving(slot)
+        if not is_saved_now and len(slot.chain) and not self.is_saved(slot):
+            cause = "save_skipped"
+            if not slot.server.can_save:
+                cause = "no_slot_save_path"
+            elif slot.n_tokens < self._min_tokens:
+                cause = "below_minimum"
+            elif not slot.server.can_restore:
+                cause = "restore_not_used_by_server"
+            else:
+                self._counts["save_skipped"] += 1
+            self._files.note_removal(slot.scope, slot.chain, cause)
+        if slot.n_tokens >= self._min_tokens:
+            self._displaced_at = now
+            if slot.n_prompt_links and not slot.is_shared:
+                chance = self._chance(slot.scope)
+                chance.n_gone = _KEPT * chance.n_gone + 1
+                chance.n_back *= _KEPT
+                self._gone[slot.chain.links[slot.n_prompt_links - 1]] = chance
+                if len(self._gone) > _MAX_GONE:
+                    del self._gone[next(iter(self._gone))]
+        return is_saved_now
+
+    def next_to_save(self, servers: Iterable[Server], now: float) -> Slot | None:
+        """Return an idle slot to save now, because a request would soon have to wait for that.
+
+        Only servers without work are asked: llama-server decodes nothing while it saves. And only
+        if conversations lately lost their slots, and then the slot that was not used for longest.
+        """
+        if now - self._displaced_at > _PRESSURE_S:
+            return None
+        for server in servers:
+            if not server.can_restore or any(slot.is_busy for slot in server.slots):
+                continue
+            unsaved = [slot for slot in server.slots if self.is_worth_saving(slot)]
+            n_free = len(server.slots) - len(unsaved)
+            if unsaved and n_free < max(1, len(server.slots) // _SLOTS_PER_SAVED):
+                oldest = min(unsaved, key=lambda slot: slot.used_at)
+                if now - oldest.idle_since >= _MIN_IDLE_S:
+                    return oldest
+        return None
+
+    def saved(
+        self,
+        slot: Slot,
+        name: str,
+        n_tokens: int,
+        n_bytes: int,
+        *,
+        seconds: float = 0.0,
+        ids: Chain = EMPTY,
+    ) -> SavedFile | None:
+        """Record a slot's new file and how long it took; None if it is over the budget."""
+        self.measured(slot.server, n_tokens, seconds)
+        file = SavedFile(
+            name=name,
+            pool=slot.server.pool,
+            chain=slot.chain,
+            n_prompt_links=slot.n_prompt_links,
+            n_prompt=slot.n_prompt,
+            n_tokens=n_tokens,
+            n_bytes=n_bytes,
+            ids=ids,
+            scope=slot.scope,
+        )
+        self._counts["save"] += 1
+        slot.saved = file if self._files.add(file) else None
+        return slot.saved
+
+    def measured(self, server: Server, n_tokens: int, seconds: float) -> None:
+        """Record how long a save took."""
+        found = seconds / max(1, n_tokens)
+        known = self._save_s_per_token.get(server.name, found)
+        self._save_s_per_token[server.name] = _KEPT_SAVE * known + (1 - _KEPT_SAVE) * found
 
     def asked(self, wish: Wish) -> None:
         """Record the return of contents that a request continues."""
         for link in wish.chain.links:
             if (chance := self._gone.pop(link, None)) is not None:
                 chance.n_back += 1
-
-    def saved(self, server: Server, n_tokens: int, seconds: float) -> None:
-        """Record how long a save took."""
-        found = seconds / max(1, n_tokens)
-        known = self._save_s_per_token.get(server.name, found)
-        self._save_s_per_token[server.name] = _KEPT_SAVE * known + (1 - _KEPT_SAVE) * found
 
     def _chance(self, scope: str | None) -> Chance:
         return self._chances.setdefault(scope, Chance())

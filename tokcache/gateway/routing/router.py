@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from functools import partial
+from typing import TYPE_CHECKING
 
 from tokcache.errors import QueueFull
 from tokcache.gateway.routing.admission import Admission
@@ -25,9 +27,11 @@ from tokcache.gateway.routing.choice import (
     rank,
     rank_of_equals,
 )
-from tokcache.gateway.routing.files import Files, SavedFile
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
 from tokcache.state.reasons import MissReason
+
+if TYPE_CHECKING:
+    from tokcache.gateway.routing.files import Files, SavedFile
 
 _MIN_WAIT_TOKENS = 256
 _MAX_BYPASSED_S = 2.0  # a request that waited so long is served before later ones
@@ -35,9 +39,6 @@ _MIN_SHARE_WAIT_S, _MAX_SHARE_WAIT_S = 1.0, 10.0
 _FEW_SLOTS = 3
 _FIRST_TOKENS_PER_CHAR = 0.3
 _KEPT = 0.9  # the weight of the past in a running mean
-# A slot that will soon be given away is saved while its server has nothing to do.
-_MIN_IDLE_S, _PRESSURE_S = 0.3, 60.0
-_SLOTS_PER_SAVED = 4
 
 
 class Router:
@@ -57,10 +58,8 @@ class Router:
         self.misses: Counter[str] = Counter()
         self.missed_tokens: Counter[str] = Counter()
         self.erases_between_scopes = False
-        self._admission = Admission()
-        self._displaced_at = float("-inf")
+        self.admission = Admission(files, self.counts, min_save_tokens)
         self._max_queue = max_queue
-        self._min_save_tokens = min_save_tokens
         self._side_tokens = side_tokens
         self._tokens_per_char = _FIRST_TOKENS_PER_CHAR
         self._clock = itertools.count(1)
@@ -107,7 +106,7 @@ class Router:
         if len(self.queue) >= self._max_queue:
             self.reasons["queue_full"] += 1
             raise QueueFull(1 + len(self.queue) // 8)
-        self._admission.asked(wish)
+        self.admission.asked(wish)
         self.queue.append(wish)
 
     def cancel(self, wish: Wish) -> None:
@@ -117,38 +116,30 @@ class Router:
 
     def assign(self, now: float) -> list[Assignment]:
         """Give queued requests to idle slots; a request may prefer to wait."""
-        made = []
-        while self.queue and self.idle():
-            assignment = next(
-                filter(None, (self._try(wish, now) for wish in self._order(now))), None
-            )
-            if assignment is None:
-                break
-            made.append(assignment)
-        return made
 
-    def _order(self, now: float) -> list[Wish]:
-        """Return the queue: those that waited long, then those that continue an idle slot."""
-        idle = self.idle()
-
-        def rank(wish: Wish) -> tuple[int, float]:
+        def turn(idle: list[Slot], wish: Wish) -> tuple[int, float]:
+            # First those that waited long, then those that continue an idle slot.
             if now - wish.arrived > _MAX_BYPASSED_S:
                 return 0, wish.arrived
             is_continued = any(slot.is_continued_by(wish) for slot in idle)
             return (1 if is_continued else 2), wish.arrived
 
-        return sorted(self.queue, key=rank)
-
-    def _try(self, wish: Wish, now: float) -> Assignment | None:
-        idle = self.idle(wish.model)
-        if not idle:
-            return None
-        best = self._best(wish, idle)
-        if self._is_worth_waiting(wish, best, now):
-            wish.has_waited_for_prefix = True
-            return None
-        self.queue.remove(wish)
-        return self._assigned(wish, best, now)
+        made = []
+        while self.queue and (idle := self.idle()):
+            for wish in sorted(self.queue, key=partial(turn, idle)):
+                own_idle = self.idle(wish.model)
+                if not own_idle:
+                    continue
+                best = self._best(wish, own_idle)
+                if self._is_worth_waiting(wish, best, now):
+                    wish.has_waited_for_prefix = True
+                    continue
+                self.queue.remove(wish)
+                made.append(self._assigned(wish, best, now))
+                break
+            else:
+                break
+        return made
 
     def _best(self, wish: Wish, idle: list[Slot]) -> Choice:
         is_side = self._is_side(wish)
@@ -161,7 +152,9 @@ class Router:
         # Whether a slot would be saved is asked only for these, because it takes a look-up.
         return max(
             equals,
-            key=lambda each: rank_of_equals(each, wish, needs_save=self.is_worth_saving(each.slot)),
+            key=lambda each: rank_of_equals(
+                each, wish, needs_save=self.admission.is_worth_saving(each.slot)
+            ),
         )
 
     def _is_side(self, wish: Wish) -> bool:
@@ -198,18 +191,11 @@ class Router:
             made.reason, made.detail = self._why(wish, choice.n_links)
         if choice.copied is not None:
             choice.copied.is_busy = True
-            if not self._is_saved(choice.copied):
+            if not self.admission.is_saved(choice.copied):
                 made.save.append(choice.copied)
         keeps_all = choice.source == "slot" and slot.is_continued_by(wish)
-        if not keeps_all and len(slot.chain) and not self._is_saved(slot):
-            if self.is_worth_saving(slot):
-                made.save.append(slot)
-            else:
-                self.counts["save_skipped"] += self.is_savable(slot)
-                self._note_unsaved(slot)
-        if not keeps_all and slot.n_tokens >= self._min_save_tokens:
-            self._displaced_at = now
-            self._admission.displaced(slot)
+        if not keeps_all and self.admission.displaced(slot, now):
+            made.save.append(slot)
         is_of_another = slot.is_dirty and slot.scope != wish.scope
         made.is_erased = is_of_another and self.erases_between_scopes
         if choice.file is not None:
@@ -237,89 +223,16 @@ class Router:
         is_lost = self.files.has_forgotten(wish.scope)
         return (MissReason.NOT_KNOWN if is_lost else MissReason.NEVER_STORED), ""
 
-    def _note_unsaved(self, slot: Slot) -> None:
-        """Remember why a slot's contents are not saved before another request replaces them."""
-        if not slot.server.can_save:
-            cause = "no_slot_save_path"
-        elif slot.n_tokens < self._min_save_tokens:
-            cause = "below_minimum"
-        elif not slot.server.can_restore:
-            cause = "restore_not_used_by_server"
-        else:
-            cause = "save_skipped"
-        self.files.note_removal(slot.scope, slot.chain, cause)
-
     # -- reports of the service ---------------------------------------------------------------
 
-    def is_savable(self, slot: Slot) -> bool:
-        """Return whether a slot's contents are lost with it and could be saved."""
-        is_long = slot.n_tokens >= self._min_save_tokens and len(slot.chain) > 0
-        return is_long and slot.server.can_restore and not self._is_saved(slot)
-
-    def is_worth_saving(self, slot: Slot) -> bool:
-        """Return whether saving a slot before it is given away is expected to save time."""
-        if not self.is_savable(slot):
-            return False
-        held = self.files.find(slot.server.pool, slot.chain)
-        n_lost = slot.n_tokens - (slot.tokens_at(held[1]) if held else 0)
-        return self._admission.pays(slot, n_lost)
-
     def next_to_save(self, now: float) -> Slot | None:
-        """Return an idle slot to save now, because a request would soon have to wait for that.
-
-        Only servers without work are asked: llama-server decodes nothing while it saves. And only
-        if conversations lately lost their slots, and then the slot that was not used for longest.
-        """
-        if self.queue or now - self._displaced_at > _PRESSURE_S:
-            return None
-        for server in self.servers.values():
-            if not server.can_restore or any(slot.is_busy for slot in server.slots):
-                continue
-            unsaved = [slot for slot in server.slots if self.is_worth_saving(slot)]
-            n_free = len(server.slots) - len(unsaved)
-            if unsaved and n_free < max(1, len(server.slots) // _SLOTS_PER_SAVED):
-                oldest = min(unsaved, key=lambda slot: slot.used_at)
-                if now - oldest.idle_since >= _MIN_IDLE_S:
-                    return oldest
-        return None
+        """Return an idle slot to save now; the caller calls `begin_save` for it."""
+        return None if self.queue else self.admission.next_to_save(self.servers.values(), now)
 
     def begin_save(self, slot: Slot) -> None:
         """Keep a slot from other requests while it is saved; one that continues it waits."""
         slot.is_busy = True
         slot.coming, slot.begun_at = slot.chain, None
-
-    def _is_saved(self, slot: Slot) -> bool:
-        if slot.saved is not None and slot.saved in self.files:
-            return True
-        slot.saved = self.files.covers(slot.server.pool, slot.chain)
-        return slot.saved is not None
-
-    def saved(
-        self,
-        slot: Slot,
-        name: str,
-        n_tokens: int,
-        n_bytes: int,
-        *,
-        seconds: float = 0.0,
-        ids: Chain = EMPTY,
-    ) -> SavedFile | None:
-        """Record a slot's new file; None if it is over the budget."""
-        self._admission.saved(slot.server, n_tokens, seconds)
-        file = SavedFile(
-            name=name,
-            pool=slot.server.pool,
-            chain=slot.chain,
-            n_prompt_links=slot.n_prompt_links,
-            n_prompt=slot.n_prompt,
-            n_tokens=n_tokens,
-            n_bytes=n_bytes,
-            ids=ids,
-            scope=slot.scope,
-        )
-        self.counts["save"] += 1
-        slot.saved = file if self.files.add(file) else None
-        return slot.saved
 
     def restored(self, made: Assignment, file: SavedFile) -> None:
         """Record that the assigned slot holds a file's contents."""

@@ -33,16 +33,11 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SPACE = " \t\r\n"
 
 
-def _json_loads() -> Callable[[bytes | str], Any]:
-    try:
-        import orjson  # noqa: PLC0415 (an extra: four times as fast)
-    except ImportError:
-        return json.loads
-    loads: Callable[[bytes | str], Any] = orjson.loads
-    return loads
-
-
-loads = _json_loads()
+loads: Callable[[bytes | str], Any]
+try:
+    from orjson import loads  # an extra: four times as fast
+except ImportError:
+    loads = json.loads
 
 
 @dataclass(slots=True)
@@ -173,11 +168,9 @@ class Source:
 
     @cached_property
     def _values(self) -> Iterator[Any]:
-        return self._values_on_lines() if self.has_values_on_lines else self._values_anywhere()
-
-    def _values_on_lines(self) -> Iterator[Any]:
-        for line in self._lines:
-            yield from self._parsed(line)
+        if self.has_values_on_lines:
+            return (value for line in self._lines for value in self._parsed(line))
+        return self._values_anywhere()
 
     def _parsed(self, line: bytes) -> Sequence[Any]:
         try:

@@ -122,15 +122,12 @@ def splitting_stages(stages: list[Any], normalizer: Normalizer) -> tuple[list[An
             raise Unrecognised(f"{stages[0]['type']} after a normalizer that replaces spaces")
     if normalizer.marks_runs and (not stages or stages[0]["type"] != "Metaspace"):
         raise Unrecognised("finds no space where the normalizer replaced a run of them")
-    if stages and _only_marks(stages[-1]):
+    last = stages[-1] if stages else {}
+    # A last stage that replaces spaces by SentencePiece's marker and splits nothing.
+    marks = last.get("type") == "Metaspace" and last.get("replacement", MARKER) == MARKER
+    if marks and not last.get("split", True):
         return stages[:-1], replace(normalizer, space=MARKER)
     return stages, normalizer
-
-
-def _only_marks(stage: Any) -> bool:
-    """Return whether a stage replaces spaces by SentencePiece's marker and splits nothing."""
-    is_metaspace = stage["type"] == "Metaspace" and not stage.get("split", True)
-    return is_metaspace and stage.get("replacement", MARKER) == MARKER
 
 
 def forced_cuts(stages: list[Any], normalizer: Normalizer) -> Findings:
@@ -184,16 +181,6 @@ def _only(rule: Rule, pairs: frozenset[Pair]) -> list[Rule]:
     ]
 
 
-def _hides_whitespace(stage: Any) -> bool:
-    """Return whether a stage turns whitespace into other characters and splits nothing."""
-    return bool(stage["type"] == "ByteLevel" and not stage.get("use_regex", True))
-
-
-def _without_marked_punctuation(rule: Rule) -> Rule:
-    """Return a rule that holds even if a mark after punctuation makes another character of it."""
-    return rule if rule.is_apart else replace(rule, right=rule.right - {C.PUNCTUATION})
-
-
 def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
     """Return the rules of one stage, and the pairs at which it changes no other piece.
 
@@ -202,7 +189,11 @@ def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
     rules = _neighbour_rules(stage)
     if rules is not None:
         if place.normalizer.composes:
-            rules = tuple(map(_without_marked_punctuation, rules))
+            # A mark after punctuation may make another character of it.
+            rules = tuple(
+                rule if rule.is_apart else replace(rule, right=rule.right - {C.PUNCTUATION})
+                for rule in rules
+            )
         return rules, _ALL
     kind = stage["type"]
     if kind == "Metaspace":
@@ -218,7 +209,7 @@ def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
         if stage.get("use_regex", True):
             # It replaces whitespace, too, which a later stage looks for.
             return _by_pattern(GPT2, "Isolated", place)[0], frozenset()
-        if not place.is_last and _hides_whitespace(stage):
+        if not place.is_last:
             raise Unrecognised("ByteLevel replaces spaces before the next stage sees them")
         return (), _ALL
     if kind == "CharDelimiterSplit":

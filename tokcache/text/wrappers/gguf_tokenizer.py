@@ -210,7 +210,12 @@ def _build(file: _File) -> Tokenizer:
 
 
 def _byte_level_bpe(file: _File) -> Tokenizer:
-    merges = _array_of_strings(file.path, "tokenizer.ggml.merges")
+    key = "tokenizer.ggml.merges"
+    strings = _string_entries(file.path)
+    found = next((each for name, is_array, each in strings if is_array and name == key), None)
+    if found is None:
+        raise InvalidModel(f"{file.path} has no {key}, which byte-level BPE needs; {_CURE}")
+    merges = [merge.decode() for merge in found]
     # As in llama.cpp, a space at the start belongs to the left part.
     cuts = [merge.index(" ", 1) for merge in merges]
     pairs = [(one[:at], one[at + 1 :]) for one, at in zip(merges, cuts, strict=True)]
@@ -257,14 +262,6 @@ def read_gguf_strings(path: Path, beginning: str) -> dict[str, str]:
         for key, is_array, values in _string_entries(path)
         if not is_array and key.startswith(beginning)
     }
-
-
-def _array_of_strings(path: Path, wanted: str) -> list[str]:
-    """Return the metadata's array of strings with the key `wanted`."""
-    for key, is_array, values in _string_entries(path):
-        if is_array and key == wanted:
-            return [value.decode() for value in values]
-    raise InvalidModel(f"{path} has no {wanted}, which its kind of tokenizer needs; {_CURE}")
 
 
 def _string_entries(path: Path) -> Iterator[tuple[str, bool, list[bytes]]]:

@@ -21,7 +21,7 @@ only there: (v).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 
 from tokcache.errors import Unrecognised
@@ -83,7 +83,15 @@ def cuts_of(program: Program) -> PatternCuts:
     """
     alphabet = program.alphabet
     after = states_after(program)
-    ended_by = {symbol: _ended_by(program, states) for symbol, states in after.items()}
+    # After each symbol, those that end every state as the end of the text does.
+    ended_by = {
+        symbol: sum(
+            1 << one
+            for one in range(alphabet.n)
+            if all(is_ended(program, state, one) for state in states)
+        )
+        for symbol, states in after.items()
+    }
     lefts = {one: _symbols(mask) for one, mask in left_masks(alphabet).items()}
 
     def is_kept(left: CharClass, right: CharClass) -> bool:
@@ -94,11 +102,14 @@ def cuts_of(program: Program) -> PatternCuts:
     reads = 0
     for mask in alphabet.chars.values():
         reads |= mask
-    gaps_at_end = sum(1 << one for one in range(alphabet.n) if _may_end_gap(program, one))
-    gaps_at_start = sum(1 << one for one in range(alphabet.n) if _may_begin_gap(program, one))
-    starts = sum(
-        1 << one for one in range(alphabet.n) if program.step(program.start, one).state.threads
+    alone = [program.step(program.start, one).state for one in range(alphabet.n)]
+    gaps_at_end = sum(
+        1 << one
+        for one, state in enumerate(alone)
+        if program.step(state, program.end_of_text).end is None
     )
+    gaps_at_start = sum(1 << one for one in range(alphabet.n) if _may_begin_gap(program, one))
+    starts = sum(1 << one for one, state in enumerate(alone) if state.threads)
     newline = alphabet.n
 
     def ends_in(mask: int) -> frozenset[CharClass]:
@@ -158,26 +169,10 @@ def states_after(program: Program) -> dict[int, set[State]]:
     return after
 
 
-def _ended_by(program: Program, states: Iterable[State]) -> int:
-    """Return the symbols that end every one of the states as the end of the text does."""
-    ended = (1 << program.alphabet.n) - 1
-    for state in states:
-        for symbol in _symbols(ended):
-            if not is_ended(program, state, symbol):
-                ended &= ~(1 << symbol)
-    return ended
-
-
 def is_ended(program: Program, state: State, symbol: int) -> bool:
     """Return whether a symbol decides the match as the end of the text does: condition (ii)."""
     step = program.step(state, symbol)
     return not step.state.threads and step.end == program.step(state, program.end_of_text).end
-
-
-def _may_end_gap(program: Program, symbol: int) -> bool:
-    """Return whether a character may be in a gap at the end of a text."""
-    state = program.step(program.start, symbol).state
-    return program.step(state, program.end_of_text).end is None
 
 
 def _may_begin_gap(program: Program, symbol: int) -> bool:

@@ -139,7 +139,9 @@ class _Parser:
             quantified = self._quantified(node)
             if ignore_case and is_literal:
                 times = 2 if quantified is not node else 1
-                if _folds_to_one(literal + self._pattern[start : self.at] * (times - 1)):
+                text = literal + self._pattern[start : self.at] * (times - 1)
+                folded = text.casefold()  # may it be equal to one character, as "ss" is to U+00DF?
+                if len(folded) > len(text) or any(one in folded for one in _folds()):
                     raise self.refusal("ignored case of several characters", start)
             parts.append(quantified)
         return parts[0] if len(parts) == 1 else Row(tuple(parts))
@@ -278,12 +280,6 @@ class _Parser:
                 depth -= 1
                 if depth == 0:
                     return
-
-
-def _folds_to_one(literal: str) -> bool:
-    """Return whether a part of a text is, without regard to case, equal to one character."""
-    folded = literal.casefold()
-    return len(folded) > len(literal) or any(one in folded for one in _folds())
 
 
 @cache
