@@ -49,7 +49,7 @@ class Preparation:
 
     def refresh(self) -> Steps[None]:
         """Read the server's identity; reset the records if it was restarted or replaced."""
-        identity = yield from self._watch.changed()
+        identity = yield from self._watch.look_for_change()
         if identity is None:
             return
         with self._records.table.lock:
@@ -62,7 +62,7 @@ class Preparation:
             self._records.restarted(
                 identity.props.n_slots,
                 is_first=known is None,
-                is_other=known is not None and identity.model != known.model,
+                is_other=known is not None and identity.state_key != known.state_key,
             )
 
     def prepare(self, job: Job) -> Steps[None]:
@@ -124,11 +124,11 @@ class Preparation:
         epoch = table.epoch
         if watch.compared_epoch == epoch:
             return False
-        said = yield from watch.ask(job.slot)
+        probabilities = yield from watch.probe(job.slot)
         with table.lock:
             if watch.compared_epoch == epoch or table.epoch != epoch:
                 return True  # another request compared them first, or the server changed again
-            if not watch.compare(said) and len(self._records.shelf):
+            if not watch.remember_and_compare(probabilities) and len(self._records.shelf):
                 self._records.drop_files()
                 table.reset_contents()
             watch.compared_epoch = table.epoch

@@ -30,12 +30,15 @@ _N_PROBS = 16
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A server's identity at one look; `model` differs if it serves another model."""
+    """A server's identity at one look; its saved files fit another start with an equal `state_key`.
+
+    `state_key` names the model file, the build, the context size, the template and the adapters.
+    """
 
     props: ServerProps
     meta: ModelMeta
     adapters: str
-    model: tuple[Any, ...]
+    state_key: tuple[Any, ...]
 
 
 class Watch:
@@ -43,18 +46,20 @@ class Watch:
 
     A saved state does not name its model. Before a file is restored, the server must have the same
     model, adapters, context size and build as when it saved the file. A server does not report
-    other options that change a state, such as the RoPE base. So after each start we compare its
-    probabilities after a fixed prompt, and drop the files of a start with other probabilities.
+    other options that change a state, such as the RoPE base. So `Preparation` compares its
+    probabilities after a fixed prompt once after each start. If they differ, it drops all files
+    that were saved before.
     """
 
     def __init__(
-        self, slot_ids: tuple[int, ...] | None, check_model: Callable[[], Steps[None]]
+        self, slot_ids: tuple[int, ...] | None, check_vocabulary: Callable[[], Steps[None]]
     ) -> None:
         self._slot_ids = slot_ids or ()
-        self._check_model = check_model
+        self._check_vocabulary = check_vocabulary
         self.identity: Identity | None = None
-        # The probabilities at the last comparison, and the table's epoch at that time.
-        self._said: TokenProbabilities | None = None
+        # The probabilities at the last comparison, and `SlotTable.epoch` at that time, which grows
+        # with each start of the server.
+        self._probabilities: TokenProbabilities | None = None
         self.compared_epoch = 0
 
     @property
@@ -67,8 +72,12 @@ class Watch:
         """The model's metadata, empty before the first look."""
         return self.identity.meta if self.identity else ModelMeta()
 
-    def changed(self) -> Steps[Identity | None]:
-        """Return the server's identity if it is not the one of the last look."""
+    def look_for_change(self) -> Steps[Identity | None]:
+        """Return the server's identity if it is not the one of the last look.
+
+        Errors: InvalidConfig if the server lacks a slot of the settings; ServerError; those of the
+                check of the vocabulary, which another model must pass.
+        """
         known = self.identity
         props: ServerProps = yield calls.props()
         is_same = known is not None and props == known.props
@@ -79,14 +88,14 @@ class Watch:
             return None
         meta = yield calls.model_meta()
         adapters = yield from self._adapters()
-        file = model_identity(props.model_path, meta)
-        model = (file, props.build, props.n_ctx, props.chat_template, adapters)
+        model_file = model_identity(props.model_path, meta)
+        state_key = (model_file, props.build, props.n_ctx, props.chat_template, adapters)
         absent = [n for n in self._slot_ids if n >= props.n_slots]
         if absent:
             raise InvalidConfig(f"slot_ids names slot {absent[0]}, the server has {props.n_slots}")
-        if known is not None and model != known.model:
-            yield from self._check_model()
-        return Identity(props, meta, adapters, model)
+        if known is not None and state_key != known.state_key:
+            yield from self._check_vocabulary()
+        return Identity(props, meta, adapters, state_key)
 
     def _adapters(self) -> Steps[str]:
         try:
@@ -94,31 +103,34 @@ class Watch:
         except (RequestRejected, ServerUnsupported) as error:
             if isinstance(error, RequestRejected) and error.status != _NOT_FOUND:
                 raise
-            return ""  # servers of 2024
+            return ""  # servers of 2024 have no /lora-adapters
         return adapters
 
-    def ask(self, slot: SlotRecord) -> Steps[TokenProbabilities | None]:
+    def probe(self, slot: SlotRecord) -> Steps[TokenProbabilities | None]:
         """Return the model's probabilities after the fixed prompt, None if it reports none.
 
         Cost: decodes 64 tokens in `slot` and so replaces its contents.
         """
-        slot.reset()
+        slot.reset()  # the probe takes its place
         tokens = probe_tokens(self.meta.n_vocab)
-        asked = {"n_predict": 1, "n_probs": _N_PROBS, "temperature": 0.0, "cache_prompt": False}
+        settings = {"n_predict": 1, "n_probs": _N_PROBS, "temperature": 0.0, "cache_prompt": False}
         try:
-            completion = yield calls.completion(tokens, {**asked, "id_slot": slot.id})
+            completion = yield calls.completion(tokens, {**settings, "id_slot": slot.id})
         except (ServerUnreachable, ServerTimeout):
             raise
         except ServerError:
             return None
         return completion.probabilities[0] if completion.probabilities else None
 
-    def compare(self, said: TokenProbabilities | None) -> bool:
-        """Return whether `said` is of the same model as at the last comparison; remember it."""
-        is_same = is_same_model(self._said, said)
-        self._said = said
+    def remember_and_compare(self, probabilities: TokenProbabilities | None) -> bool:
+        """Remember probabilities; return whether they show the model of the last comparison.
+
+        False at the first comparison, and if one of the two has none: then nothing is shown.
+        """
+        is_same = is_same_model(self._probabilities, probabilities)
+        self._probabilities = probabilities
         return is_same
 
     def reset(self) -> None:
-        """Reset to the unconnected state."""
+        """Reset to the unconnected state; the last probabilities stay for the next comparison."""
         self.identity = None
