@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+import socket
+import time
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from tokcache import samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +53,27 @@ def test_another_model_is_refused_with_the_names_of_those_served(
     assert "one.gguf, two.gguf" in answer.json()["error"]["message"]
     assert (answer.json().get("type") == "error") == (path == "/v1/messages")
     assert served.chat([user("hi")], model="one.gguf")
+
+
+def test_a_server_that_never_answers_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # it does not listen: connections are refused
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with gateway(tmp_path, upstreams=[{"url": url}]) as made:
+            upstream = made.service.upstreams[url]
+            n_looks = 0
+            look = upstream.look
+
+            async def counted(*args: Any) -> Any:
+                nonlocal n_looks
+                n_looks += 1
+                return await look(*args)
+
+            upstream.look = counted  # type: ignore[method-assign, assignment]
+            deadline = time.monotonic() + 20
+            while n_looks < 3 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert n_looks >= 3
+    assert sum("is down" in record.getMessage() for record in caplog.records) == 1

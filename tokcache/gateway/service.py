@@ -1,4 +1,4 @@
-"""Carries requests to their slots, and keeps the servers and the list of files.
+"""Sends requests to their slots, watches the servers, and keeps the list of files.
 
 1. `open` queues a request until the router assigns a slot, saves, erases and restores as the
    assignment says, and sends the request with `id_slot`.
@@ -7,8 +7,8 @@
 3. `Turn.close` releases the slot. If the answer was cut off, it does so once llama-server has
    stopped working on it.
 
-A server that fails before the first event is replaced by another one, or waited for. A task looks
-at the servers, starts a crashed one again and writes the list of files.
+If a server fails before the first byte of its answer, the request gets another slot, up to four
+times. A task checks the servers, starts a crashed one again and writes the list of files.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ if TYPE_CHECKING:
     from tokcache.gateway.routing.chain import Prompt
 
 _CHAT = "/v1/chat/completions"
-_TRIES = 4
-_TICK_S = 0.05
+_MAX_TRIES = 4  # of one request
+_TICK_S = 0.05  # between tries to assign requests that wait, and while shutting down
 _IDLE_TICK_S = 0.25
-_LOOK_S = 1.0
-_SETTLE_S = 120.0
-_SETTLE_LOOK_S = 0.05
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_CHECK_S = 1.0  # between checks of a server
+_MAX_SETTLE_S = 120.0
+_SETTLE_CHECK_S = 0.05
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # before a crashed server is started again
 _N_RECENT = 50
 _KEY_BYTES = 32
 _log = logging.getLogger("tokcache.gateway")
@@ -99,6 +99,7 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self.n_turns = 0
         self._is_list_old = False
+        self._reported_down: set[str] = set()
         self._saving: asyncio.Task[None] | None = None
         self._has_queue = asyncio.Event()
 
@@ -182,10 +183,10 @@ class Service:
     async def open(
         self, wish: Wish, prompt: Prompt, path: str, body: bytes, answer: Answer
     ) -> Turn:
-        """Get a slot for a request, prepare it, and send the request."""
+        """Wait for a slot, bring it to the planned state, and send the request."""
         if self.is_draining:
             raise ApiError(503, "the gateway is shutting down; try again", retry_after_s=5)
-        for _ in range(_TRIES):
+        for _ in range(_MAX_TRIES):
             made = await self._slot_for(wish)
             turn = Turn(self, made, prompt, answer, path)
             try:
@@ -196,7 +197,7 @@ class Service:
             except ServerUnreachable as error:
                 # Before the first byte, another slot or server can take the request.
                 self.counts["failover"] += 1
-                if isinstance(error, ServerRefused):
+                if isinstance(error, ServerRefused):  # nobody listens there; else it may be alive
                     self._down(made.slot.server.name, error)
                 turn.close()
             except ServerError as error:
@@ -252,7 +253,7 @@ class Service:
             del self._waiting[wish]
             self.router.cancel(wish)
             if not is_taken and future.done() and not future.cancelled():
-                # The slot was assigned in the moment in which the client left.
+                # It was assigned in the moment in which the client left or the time was over.
                 self._give_back(future.result())
         return made
 
@@ -283,9 +284,9 @@ class Service:
                 made.file = made.copied.saved
                 if made.file is not None:
                     made.file.n_readers += 1
-                # Its conversation may go on at once.
-                source, made.copied = made.copied, None
-                self.release(source)
+                # The copied slot is saved now; requests of its own conversation may use it again.
+                copied_slot, made.copied = made.copied, None
+                self.release(copied_slot)
             if made.is_erased:
                 await upstream.erase(made.slot.id)
                 made.slot.emptied()
@@ -318,6 +319,7 @@ class Service:
         except ServerError as error:
             _log.warning("slot %d could not be restored: %s", made.slot.id, type(error).__name__)
             self.files.drop(file)
+            self._is_list_old = True
             self.router.not_restored(made, "restore_failed")
             return
         self.router.restored(made, file)
@@ -380,8 +382,8 @@ class Service:
             self._saving = None
 
     async def wait_until_idle(self, slot: Slot) -> None:
-        """Wait until a server has noticed that the request in a slot is over."""
-        deadline = time.monotonic() + _SETTLE_S
+        """Wait until a server has noticed that the request in a slot is over, at most 120 s."""
+        deadline = time.monotonic() + _MAX_SETTLE_S
         upstream = self.upstreams[slot.server.name]
         while slot.server.is_up and time.monotonic() < deadline:
             try:
@@ -391,7 +393,7 @@ class Service:
                 self.counts["settle_failed"] += 1
                 slot.lost()
                 return
-            await asyncio.sleep(_SETTLE_LOOK_S)
+            await asyncio.sleep(_SETTLE_CHECK_S)
 
     # -- the servers --------------------------------------------------------------------------
 
@@ -403,24 +405,26 @@ class Service:
         if self.looks.get(name) == look and server.is_up:
             return
         self.pinning.discard(name)
-        # The build's name is the same for different versions, so each start is probed.
+        # Two versions of llama-server can report the same build, so each start is probed.
         if await pins_messages(upstream, look.n_slots):
             self.pinning.add(name)
         can_save, is_folder_ours = False, False
         if upstream.slot_folder is not None or look.is_text_only:
-            said = await upstream.probe()
+            probabilities = await upstream.probe()
             can_save, is_folder_ours = await upstream.probe_saving()
             known = self.files.probes.get(look.pool)
-            if known is not None and not is_same_model(_probabilities(known), said):
+            if known is not None and not is_same_model(_probabilities(known), probabilities):
                 self.router.reasons["files_of_another_model"] += 1
                 self.files.clear(look.pool)
-            if said is not None:
+            if probabilities is not None:
                 self.files.probes[look.pool] = {
-                    "token_ids": list(said.token_ids),
-                    "logprobs": list(said.logprobs),
+                    "token_ids": list(probabilities.token_ids),
+                    "logprobs": list(probabilities.logprobs),
                 }
+            self._is_list_old = True
         if is_folder_ours and upstream.slot_folder is not None:
             self.files.folders[look.pool] = upstream.slot_folder
+        self._reported_down.discard(name)
         self.counts["server_start"] += int(name in self.looks)
         self.looks[name] = look
         self.router.server_up(
@@ -433,7 +437,7 @@ class Service:
     async def _warm(self, folder: Path, pool: str) -> None:
         """Decode and save the prompts of the warm folder that no file holds.
 
-        Files are bodies of chat completions, NAME.json without tenants, SCOPE/NAME.json with them.
+        Each file holds the body of one chat completion: NAME.json, or with tenants SCOPE/NAME.json.
         """
         pattern = "*/*.json" if self.config.tenants else "*.json"
         for path in await asyncio.to_thread(lambda: sorted(folder.glob(pattern))):
@@ -461,7 +465,8 @@ class Service:
                 _log.warning("%s could not be warmed: %s", path, error)
 
     def _down(self, name: str, error: Exception) -> None:
-        if self.router.servers[name].is_up or name not in self.looks:
+        if name not in self._reported_down:
+            self._reported_down.add(name)
             _log.warning("%s is down: %s", name, error)
         self.router.server_down(name)
 
@@ -469,7 +474,7 @@ class Service:
         """Look at every server, and start a crashed one again."""
         pause_s = _FIRST_PAUSE_S
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_CHECK_S)
             if self.managed is not None and not self.managed.is_running():
                 name = self.managed.url
                 self._down(name, ServerRefused("its process ended"))
@@ -506,7 +511,7 @@ class Service:
             slot = None if self._saving else self.router.next_to_save(time.monotonic())
             if slot is not None:
                 self._saving = asyncio.ensure_future(self._save_idle(slot))
-            if self._is_list_old and n_ticks * _IDLE_TICK_S >= _LOOK_S:
+            if self._is_list_old and n_ticks * _IDLE_TICK_S >= _CHECK_S:
                 n_ticks = 0
                 self._write_list()
 
@@ -519,8 +524,8 @@ class Service:
             _log.warning("the list of files could not be written: %s", error)
 
 
-def _probabilities(told: dict[str, list[Any]]) -> TokenProbabilities | None:
+def _probabilities(stored: dict[str, list[Any]]) -> TokenProbabilities | None:
     try:
-        return TokenProbabilities(tuple(told["token_ids"]), tuple(told["logprobs"]))
+        return TokenProbabilities(tuple(stored["token_ids"]), tuple(stored["logprobs"]))
     except (KeyError, TypeError):
         return None
