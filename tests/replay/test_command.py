@@ -252,6 +252,7 @@ def test_the_page_is_one_file_without_text_of_prompts(page: Path) -> None:
     for title in ("Hit rate of prefix states", "Time saved", "Latency of tokenization",
                   "Misses by reason", "Bytes by tier", "Costliest prompts"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text
+    assert "Below 1 MiB an L1 may have up to five points more or less." in text
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
 

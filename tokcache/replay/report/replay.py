@@ -99,6 +99,8 @@ def _curves(found: Result) -> list[Chart]:
         for one in curves:
             for name, rate in one.others.items():
                 how += f" {_NAMES[one.name]}, counted as {name}, without a limit: {rate:.1%}."
+        if any(one.name == "L1" and one.sizes[0] < 1 << 20 for one in curves):
+            how += " Below 1 MiB an L1 may have up to five points more or less."
         if sampled < 1:
             how += f" {sampled:.2%} of the objects were looked at (SHARDS)."
         svg = charts.lines(
