@@ -82,7 +82,9 @@ def test_a_reason_is_in_the_header_the_answer_and_the_figures(served: Gateway) -
     assert "x-tokcache-reason" not in again.headers
     assert again.json()["tokcache"]["reason"] == ""
     other = served.http.post("/v1/chat/completions", json=body, headers=key("two"))
-    assert other.json()["tokcache"] == told
+    # A slot of its own may hold the beginning of the template.
+    assert {**other.json()["tokcache"], "cached_tokens": 0} == {**told, "cached_tokens": 0}
+    assert other.json()["tokcache"]["cached_tokens"] < 10
     assert served.service.router.misses["never_stored"] == before + 2
     metrics = served.http.get("/metrics", headers=key("boss")).text
     assert f'tokcache_gateway_misses_total{{reason="never_stored"}} {before + 2}' in metrics

@@ -282,7 +282,13 @@ def _read_digest(
             state.update(buffer[:n_read])
         else:
             return None
-        blocks = tuple(_block(file.fileno(), start) for start in _chosen(identity.n_bytes))
+        # One block in each sixteenth of the file, at a place that nobody can predict.
+        step = max(identity.n_bytes // _N_BLOCKS, _BLOCK_BYTES)
+        blocks = tuple(
+            _block(file.fileno(), start + secrets.randbelow(max(n_free, 0) + 1))
+            for start in range(0, identity.n_bytes, step)
+            for n_free in [min(step, identity.n_bytes - start) - _BLOCK_BYTES]
+        )
         _require_same(path, file.fileno(), identity)
     return FileDigest(identity, state.digest(), blocks)
 
@@ -302,13 +308,6 @@ def file_identity(path: str) -> FileIdentity:
 def _require_same(path: str, fd: int, identity: FileIdentity) -> None:
     if not identity == FileIdentity.of(os.fstat(fd)) == file_identity(path):
         raise FileChanged(f"{path} was changed or replaced after it was loaded")
-
-
-def _chosen(n_bytes: int) -> Iterator[int]:
-    """Yield the starts of blocks: one in each sixteenth of the file, at unpredictable places."""
-    step = max(n_bytes // _N_BLOCKS, _BLOCK_BYTES)
-    for start in range(0, n_bytes, step):
-        yield start + secrets.randbelow(max(min(step, n_bytes - start) - _BLOCK_BYTES, 0) + 1)
 
 
 def _block(fd: int, offset: int, n_bytes: int = _BLOCK_BYTES) -> BlockDigest:

@@ -138,7 +138,8 @@ class SlotMisses:
             return ""
         if isinstance(nearest, SlotRecord):
             is_other = nearest is not start.slot and nearest.condition is not Condition.FREE
-            if is_other:
+            # A busy slot, such as one that is being saved, is the reason if it holds most of them.
+            if is_other and n_same - start.n_promised >= self.goal(len(wish.prompt)) - n_same:
                 return "slot_busy"
         elif not self._kinds(adapters_of(wish.namespace)):
             return "restore_not_used_by_server"

@@ -44,6 +44,14 @@ class Stretch(NamedTuple):
     head: Head | None = None
     n_state_bytes: int = 0
 
+    def n_common(self, keys: bytes, at: int) -> int:
+        """Return how many of the messages a chat has whose messages are `keys` from `at` on."""
+
+        def differs(n_messages: int) -> bool:
+            return not keys.startswith(self.keys[: self.ends[n_messages - 1]], at)
+
+        return bisect_right(range(1, len(self.ends)), 0, key=differs)
+
 
 NO_MESSAGE = Stretch(0, b"", (0,), (None,), (0,), "")
 
@@ -122,7 +130,7 @@ class ChatTree:
             texts.append(stretch.text)
             node, stretch = child, below
             if not keys.startswith(below.keys, at):
-                n_entries = _n_common(below, keys, at)
+                n_entries = below.n_common(keys, at)
                 break
             n_entries = len(below.ends)
             at += len(below.keys)
@@ -282,15 +290,6 @@ class ChatTree:
             if not parent.children:
                 self.leaves[parent] = None
                 self.leaves.move_to_end(parent, last=False)
-
-
-def _n_common(stretch: Stretch, keys: bytes, at: int) -> int:
-    """Return how many of a stretch's messages the chat has at `at`."""
-
-    def differs(n_messages: int) -> bool:
-        return not keys.startswith(stretch.keys[: stretch.ends[n_messages - 1]], at)
-
-    return bisect_right(range(1, len(stretch.ends)), 0, key=differs)
 
 
 def _joined(old: Stretch, new: Stretch) -> Stretch:

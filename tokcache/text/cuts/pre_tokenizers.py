@@ -181,6 +181,16 @@ def _only(rule: Rule, pairs: frozenset[Pair]) -> list[Rule]:
     ]
 
 
+def _hides_whitespace(stage: Any) -> bool:
+    """Return whether a stage turns whitespace into other characters and splits nothing."""
+    return bool(stage["type"] == "ByteLevel" and not stage.get("use_regex", True))
+
+
+def _without_marked_punctuation(rule: Rule) -> Rule:
+    """Return a rule that holds even if a mark after punctuation makes another character of it."""
+    return rule if rule.is_apart else replace(rule, right=rule.right - {C.PUNCTUATION})
+
+
 def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
     """Return the rules of one stage, and the pairs at which it changes no other piece.
 
@@ -189,11 +199,7 @@ def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
     rules = _neighbour_rules(stage)
     if rules is not None:
         if place.normalizer.composes:
-            # A mark after punctuation may make another character of it.
-            rules = tuple(
-                rule if rule.is_apart else replace(rule, right=rule.right - {C.PUNCTUATION})
-                for rule in rules
-            )
+            rules = tuple(map(_without_marked_punctuation, rules))
         return rules, _ALL
     kind = stage["type"]
     if kind == "Metaspace":
@@ -209,7 +215,7 @@ def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
         if stage.get("use_regex", True):
             # It replaces whitespace, too, which a later stage looks for.
             return _by_pattern(GPT2, "Isolated", place)[0], frozenset()
-        if not place.is_last:
+        if not place.is_last and _hides_whitespace(stage):
             raise Unrecognised("ByteLevel replaces spaces before the next stage sees them")
         return (), _ALL
     if kind == "CharDelimiterSplit":

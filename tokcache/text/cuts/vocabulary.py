@@ -37,10 +37,7 @@ def cuts_of_vocabulary(tokenizer: Tokenizer, normalizer: Normalizer) -> Findings
 
     # The ASCII classes whose characters are all tokens: no character of them becomes an unknown
     # token, which could fuse with the one next to it.
-    # Every byte has a token, and no other token holds the name of one.
-    others = "\n".join(vocabulary.keys() - BYTE_NAMES)
-    is_plain = vocabulary.keys() >= BYTE_NAMES and not BYTE_NAME.search(others)
-    has_bytes = model.byte_fallback and is_plain
+    has_bytes = model.byte_fallback and _has_plain_bytes(vocabulary)
     missing = {
         class_of(char)
         for char in map(chr, range(128))
@@ -85,3 +82,9 @@ def _why_merges_tell_nothing(model: Any, vocabulary: dict[str, int]) -> str | No
     if len(set(vocabulary.values())) < len(vocabulary):
         return "one id stands for two tokens, and merges go by ids"
     return None
+
+
+def _has_plain_bytes(vocabulary: dict[str, int]) -> bool:
+    """Return whether every byte has a token, and no other token holds the name of one."""
+    others = "\n".join(vocabulary.keys() - BYTE_NAMES)
+    return vocabulary.keys() >= BYTE_NAMES and not BYTE_NAME.search(others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tokcache.text.cuts.patterns import KNOWN
@@ -24,7 +24,7 @@ def cuts_of_pattern(pattern: str) -> PatternCuts:
     """
     name = name_of(pattern)
     if name in RESULTS:
-        return _shipped(name)
+        return PatternCuts.unpacked(RESULTS[name])
     from tokcache.text.cuts.regex.safety import derive  # noqa: PLC0415 (only for unknown patterns)
 
     return derive(pattern)
@@ -49,8 +49,3 @@ def name_of(pattern: str) -> str | None:
     """Return the name of a known pattern, or None."""
     # Some files hold the characters themselves where others hold their escapes.
     return _NAMES.get(pattern) or _NAMES.get(pattern.replace("\r", r"\r").replace("\n", r"\n"))
-
-
-@cache
-def _shipped(name: str) -> PatternCuts:
-    return PatternCuts.unpacked(RESULTS[name])
