@@ -1,17 +1,19 @@
 """Decides whether contents that lose their slot are saved first, and records the files.
 
-Contents that share a prefix with another request, such as a conversation of two turns, always are.
-Of a prompt that was seen once and shares nothing, saving takes a known time now, and pays back only
-if the prompt comes back. The chance of that is learned for each scope: prompts that were given away
-are remembered by a digest, saved or not, so that returns are seen of both.
+Contents that share a prefix with another request, such as a conversation of two turns, are always
+saved. Saving a prompt that was seen once and shares nothing costs a known time now, and helps only
+if the prompt comes back. The chance of that is learned per scope: a digest of each displaced prompt
+is remembered, whether it was saved or not, so returns of both kinds are counted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from cachetools import FIFOCache, LRUCache
 
 from tokcache.gateway.routing.chain import EMPTY, Chain
 from tokcache.gateway.routing.files import Files, SavedFile
@@ -19,7 +21,7 @@ from tokcache.gateway.routing.files import Files, SavedFile
 if TYPE_CHECKING:
     from tokcache.gateway.routing.slots import Server, Slot, Wish
 
-_MAX_GONE = 4096
+MAX_SCOPES, MAX_GONE = 1024, 512
 _KEPT = 0.98  # the weight of the past at each displacement: the last 50 count
 _KEPT_SAVE = 0.8
 # A slot that will soon be given away is saved while its server has nothing to do.
@@ -29,10 +31,14 @@ _SLOTS_PER_SAVED = 4
 
 @dataclass(slots=True)
 class Chance:
-    """How often prompts of a scope came back after they had lost their slot; first one of two."""
+    """How often prompts of a scope came back after they lost their slot; starts as one of two.
+
+    `gone` has the last links of the prompts that have not come back so far.
+    """
 
     n_gone: float = 2.0
     n_back: float = 1.0
+    gone: FIFOCache[bytes, None] = field(default_factory=lambda: FIFOCache(MAX_GONE))
 
     @property
     def share(self) -> float:
@@ -51,8 +57,7 @@ class Admission:
         self._counts = counts
         self._min_tokens = min_tokens
         self._displaced_at = float("-inf")
-        self._chances: dict[str | None, Chance] = {}
-        self._gone: dict[bytes, Chance] = {}
+        self._chances: LRUCache[str | None, Chance] = LRUCache(MAX_SCOPES)
         self._save_s_per_token: dict[str, float] = {}
 
     def is_saved(self, slot: Slot) -> bool:
@@ -102,16 +107,14 @@ class Admission:
                 chance = self._chance(slot.scope)
                 chance.n_gone = _KEPT * chance.n_gone + 1
                 chance.n_back *= _KEPT
-                self._gone[slot.chain.links[slot.n_prompt_links - 1]] = chance
-                if len(self._gone) > _MAX_GONE:
-                    del self._gone[next(iter(self._gone))]
+                chance.gone[slot.chain.links[slot.n_prompt_links - 1]] = None
         return is_saved_now
 
     def next_to_save(self, servers: Iterable[Server], now: float) -> Slot | None:
         """Return an idle slot to save now, because a request would soon have to wait for that.
 
-        Only servers without work are asked: llama-server decodes nothing while it saves. And only
-        if conversations lately lost their slots, and then the slot that was not used for longest.
+        Only idle servers are considered, because llama-server decodes nothing while it saves; and
+        only if a conversation lost its slot in the last 60 s. Returns the least recently used slot.
         """
         if now - self._displaced_at > _PRESSURE_S:
             return None
@@ -161,8 +164,10 @@ class Admission:
 
     def asked(self, wish: Wish) -> None:
         """Record the return of contents that a request continues."""
+        chance = self._chance(wish.scope)
         for link in wish.chain.links:
-            if (chance := self._gone.pop(link, None)) is not None:
+            if link in chance.gone:
+                del chance.gone[link]
                 chance.n_back += 1
 
     def _chance(self, scope: str | None) -> Chance:
