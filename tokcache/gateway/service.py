@@ -20,7 +20,7 @@ import secrets
 import time
 from collections import Counter, deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import platformdirs
 
@@ -49,10 +49,13 @@ from tokcache.llama.server.model import is_same_model
 from tokcache.llama.server.results import TokenProbabilities
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from tokcache.gateway.api.streams import Answer
     from tokcache.gateway.config import GatewayConfig
     from tokcache.gateway.routing.chain import Prompt
 
+T = TypeVar("T")
 _CHAT = "/v1/chat/completions"
 _MAX_TRIES = 4  # of one request
 _TICK_S = 0.05  # between tries to assign requests that wait, and while shutting down
@@ -96,7 +99,7 @@ class Service:
         self.key = b""
         self.is_draining = False
         self._waiting: dict[Wish, asyncio.Future[Assignment]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.n_turns = 0
         self._is_list_old = False
         self._reported_down: set[str] = set()
@@ -144,10 +147,11 @@ class Service:
         while (self.n_turns or self._waiting) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_TICK_S)
         if self._saving is not None:
-            await asyncio.wait((self._saving,))
+            left_s = max(0.0, deadline - time.monotonic())
+            await asyncio.wait((self._saving,), timeout=left_s)
         for slot in self.router.idle():
             if time.monotonic() < deadline and self.router.admission.is_savable(slot):
-                await self._save(slot)
+                await self._save_idle(slot)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -162,11 +166,12 @@ class Service:
                 return self.upstreams[server.name]
         raise ApiError(503, "no llama-server is up; try again", retry_after_s=5)
 
-    def in_background(self, work: Any) -> None:
-        """Run a coroutine that nobody waits for."""
+    def in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a coroutine that `stop` ends."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _read_key(self) -> bytes:
         path = self.folder / "key"
@@ -370,7 +375,7 @@ class Service:
         return ids_chain(ids, self.key, scope)
 
     async def _save_idle(self, slot: Slot) -> None:
-        """Save a slot before a request waits for that."""
+        """Save an idle slot now, so that no later request waits for it."""
         self.router.begin_save(slot)
         try:
             await self._save(slot)
@@ -508,9 +513,11 @@ class Service:
         while True:
             await asyncio.sleep(_IDLE_TICK_S)
             n_ticks += 1
-            slot = None if self._saving else self.router.next_to_save(time.monotonic())
+            # `stop` saves the slots itself.
+            is_allowed = self._saving is None and not self.is_draining
+            slot = self.router.next_to_save(time.monotonic()) if is_allowed else None
             if slot is not None:
-                self._saving = asyncio.ensure_future(self._save_idle(slot))
+                self._saving = self.in_background(self._save_idle(slot))
             if self._is_list_old and n_ticks * _IDLE_TICK_S >= _CHECK_S:
                 n_ticks = 0
                 self._write_list()

@@ -58,7 +58,7 @@ class ProvenTokenizers:
     """
 
     def __init__(
-        self, reasons: Counter[str], in_background: Callable[[Coroutine[Any, Any, None]], None]
+        self, reasons: Counter[str], in_background: Callable[[Coroutine[Any, Any, None]], object]
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._reasons = reasons

@@ -52,8 +52,8 @@ class Host(Protocol):
     broken: tuple[type[BaseException], ...]
     n_turns: int
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine that nobody waits for."""
+    def in_background(self, work: Coroutine[Any, Any, None]) -> object:
+        """Run a coroutine that the service ends when it stops."""
 
     async def wait_until_idle(self, slot: Slot) -> None:
         """Wait until a server has noticed that the request in a slot is over."""

@@ -1,0 +1,78 @@
+"""Saves that are cut off, fail or take long: nothing is lost without a reason, or left on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.gateway.gateways import SYSTEM, Gateway, gateway, system, upstream, user
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tokcache.samples.server_process import ServerProcess
+
+
+@contextlib.contextmanager
+def paused(process: ServerProcess) -> Iterator[None]:
+    """Let a llama-server take requests and answer none."""
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+
+
+def wait_for(is_so: Callable[[], Any], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert is_so()
+
+
+def chat(number: int) -> list[dict[str, Any]]:
+    return [system(f"chat {number}. {SYSTEM}"), user("hi")]
+
+
+@contextlib.contextmanager
+def draining(served: Gateway) -> Iterator[None]:
+    """Let one of three conversations lose its slot, and drain before an idle slot is saved."""
+    for number in range(3):
+        served.service.is_draining = False
+        served.chat(chat(number))
+        served.service.is_draining = True
+    served.wait_until_idle()
+    yield
+    served.service.is_draining = False
+
+
+def test_no_idle_slot_is_saved_while_the_gateway_drains(tmp_path: Path) -> None:
+    with upstream(tmp_path / "slots") as server, gateway(tmp_path / "own", server) as served:
+        service = served.service
+        with draining(served):
+            time.sleep(1.0)  # four ticks
+            assert service.router.next_to_save(time.monotonic()) is not None
+            assert service.counts["idle_save"] == 0
+        wait_for(lambda: service.counts["idle_save"])
+
+
+def test_a_save_that_does_not_end_holds_a_stop_no_longer_than_the_drain(tmp_path: Path) -> None:
+    with (
+        upstream(tmp_path / "slots") as server,
+        gateway(tmp_path / "own", server, drain_timeout_s=1.0) as served,
+    ):
+        with draining(served):
+            os.kill(server.pid, signal.SIGSTOP)
+        with paused(server):
+            wait_for(lambda: served.service._saving)
+            began = time.monotonic()
+            served.close()
+            assert time.monotonic() - began < 8
+            assert served.service._saving is None
