@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.gateway.gateways import SYSTEM, Gateway, gateway, system, upstream, user
+from tests.gateway.gateways import SYSTEM, Gateway, gateway, httpx, system, upstream, user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,3 +76,25 @@ def test_a_save_that_does_not_end_holds_a_stop_no_longer_than_the_drain(tmp_path
             served.close()
             assert time.monotonic() - began < 8
             assert served.service._saving is None
+
+
+def test_a_file_that_is_written_after_its_client_left_is_not_forgotten(tmp_path: Path) -> None:
+    slots = tmp_path / "slots"
+    with upstream(slots, n_slots=1) as server, gateway(tmp_path / "own", server) as served:
+        files = served.service.files
+        served.chat(chat(0))
+        served.wait_until_idle()
+        with paused(server):
+            body = {"messages": chat(1), "max_tokens": 1}
+            with pytest.raises(httpx.ReadTimeout):
+                served.http.post("/v1/chat/completions", json=body, timeout=1.0)
+            assert served.service.n_turns == 1
+        served.wait_until_idle()
+        wait_for(lambda: list(slots.iterdir()))
+        (written,) = slots.iterdir()
+        wait_for(lambda: files._stale)
+        assert list(files._stale.values()) == [[written.name]]
+        served.chat(chat(1))
+        wait_for(lambda: len(files) == 1)
+        assert [file.name for file in files] == [written.name]
+        assert [each.name for each in slots.iterdir()] == [written.name]

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from tokcache.gateway.api.streams import Answer
     from tokcache.gateway.config import GatewayConfig
     from tokcache.gateway.routing.chain import Prompt
+    from tokcache.llama.server.results import SlotFile
 
 T = TypeVar("T")
 _CHAT = "/v1/chat/completions"
@@ -332,13 +333,23 @@ class Service:
     async def _save(self, slot: Slot) -> None:
         server = slot.server
         name = self.files.new_name(server.pool)
-        began = time.monotonic()
         upstream = self.upstreams[server.name]
+
+        async def timed() -> tuple[SlotFile, float]:
+            began = time.monotonic()
+            return await upstream.save(slot.id, name), time.monotonic() - began
+
+        saving = self.in_background(timed())
         try:
-            saved, ids = await asyncio.gather(
-                upstream.save(slot.id, name),
+            (saved, seconds), ids = await asyncio.gather(
+                asyncio.shield(saving),
                 self._ids(upstream, slot.asked, slot.scope, slot.n_prompt),
             )
+        except asyncio.CancelledError:
+            # The client left. The server writes the file all the same; only then may another
+            # server of the pool write a file of that name.
+            saving.add_done_callback(lambda _: self.files.note_stale(server.pool, name))
+            raise
         except ServerUnreachable:
             self.files.discard(server.pool, name)
             raise
@@ -354,7 +365,6 @@ class Service:
             self.files.discard(server.pool, name)
             slot.lost()
             return
-        seconds = time.monotonic() - began
         self.router.admission.saved(
             slot, name, saved.n_tokens, saved.n_bytes, seconds=seconds, ids=ids
         )

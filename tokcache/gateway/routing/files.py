@@ -126,6 +126,10 @@ class Files:
         else:
             self._delete(pool, name)
 
+    def note_stale(self, pool: str, name: str) -> None:
+        """Record that a file that is not listed may exist; the next save uses its name."""
+        self._stale.setdefault(pool, []).append(name)
+
     def add(self, file: SavedFile) -> bool:
         """List a file and drop the shorter ones that it contains; False if over the budget."""
         for link in file.chain.links:
@@ -262,7 +266,7 @@ class Files:
                 self.refusals["file_not_deleted"] += 1
             else:
                 return
-        self._stale.setdefault(pool, []).append(name)
+        self.note_stale(pool, name)
 
 
 def remove_strangers(folder: Path, files: Files) -> int:
