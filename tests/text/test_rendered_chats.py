@@ -450,6 +450,40 @@ def test_the_budget_is_kept_and_old_chats_go_first() -> None:
     assert stats_of(wrapped).n_entries == before
 
 
+@pytest.mark.parametrize("kind", ["one top", "a top for each first part"])
+def test_the_settings_of_calls_count_in_the_budget(kind: str) -> None:
+    template = "{{ tools|tojson }}" + CHATML
+    if kind != "one top":
+        template = "{{ messages|length > 0 }}" + template
+    config = tokcache.CacheConfig(render_max_bytes="24K")
+    wrapped = tokcache.wrap(plain_tokenizer(template), config)
+    for size in (500, 500, 100_000, 1000, 1500, 100_000, 2000, 1500, 3000, 30_000, 500):
+        tool = {"type": "function", "function": {"name": "x" * size}}
+        for n_messages in (1, 2, 3):
+            known(chat_of(*"abc")[:n_messages], wrapped, tools=[tool])
+            check_tree(wrapped)
+    found = stats_of(wrapped)
+    assert found.refusals["oversize"] >= 9
+    assert found.evictions > 0
+    assert found.hits > 5
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_root_that_was_removed_is_not_linked_again(is_new: bool, chatml: Any) -> None:
+    for _ in range(2):
+        known(chat_of("a", "b"), chatml)
+    tree = chatml._tokcache.rendered._tree
+    (root,) = tree.roots.values()
+    state = root.stretch
+    for node in (*root.children.values(), root):
+        tree.remove(node)
+    top = tree_module.Node(b"result", tree_module.NO_MESSAGE) if is_new else root
+    assert tree.put_top(top, root, state) == "cleared"
+    assert not root.is_linked
+    assert tree.roots == {}
+    assert tree.n_bytes == tree.n_entries == 0
+
+
 @pytest.mark.parametrize("template", [CHATML, "{{ messages[0].content }}" + CHATML, "late"])
 def test_chats_that_branch_are_right_within_a_small_budget(template: str) -> None:
     least = 1

@@ -283,13 +283,16 @@ def _new_root(tree: ChatTree, parts: Parts, place: tuple[CachedTemplate, bytes])
     """Return a new root, which is in the tree. The lock is held.
 
     Its values are made of the bytes, so that nobody else can change them.
+
+    Errors: RenderingRefused if they do not fit into the budget.
     """
     scope, special_tokens, arguments, tools, documents, prompt = loads(place[1])  # noqa: S302
     names = {**parts.names, **special_tokens, **arguments, "tools": tools, "documents": documents}
     names["add_generation_prompt"] = prompt
     stretch = NO_MESSAGE._replace(n_state_bytes=5 * len(place[1]))
     root = Root(b"", stretch, place=place, names=names, scope=scope)
-    tree.put_top(root, root, stretch)
+    if refusal := tree.add_root(root):
+        raise RenderingRefused(refusal)
     return root
 
 
