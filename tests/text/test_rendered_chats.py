@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from sys import getsizeof
 from types import SimpleNamespace
 from typing import Any
 
@@ -265,6 +266,36 @@ def test_a_template_that_reads_all_messages_first_is_reused_while_its_result_is_
     roles = ("user", "assistant", "tool", "assistant", "tool", "user", "assistant")
     chat = [{"role": role, "content": ""} for role in roles]
     assert [known(chat[:n], wrapped) for n in (1, 1, 3, 5, 6, 7)] == [0, 0, 1, 3, 0, 6]
+
+
+LOOPED = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TAILS = {
+    "one text": ("", "{{ tools|length }}{{ 'go' if add_generation_prompt }}", 2),
+    "a long text": ("", "{{ 'x' * 31100 }}", 0),
+    "a message": ("", "{{ messages[0].content }}", 0),
+    "their number": ("", "{{ messages|length }}", 0),
+    "a namespace": ("{% set s = namespace(last='') %}", "{{ s.last }}", 0),
+    "no namespace": ("{% set s = 'x' %}", "{{ s }}", 2),
+}
+
+
+@pytest.mark.parametrize("case", TAILS)
+def test_the_last_part_is_kept_if_it_is_short_and_reads_no_chat(case: str) -> None:
+    first, tail, n_kept = TAILS[case]
+    loop = LOOPED.replace("{% endfor", "{% set s.last = m.content %}{% endfor")
+    template = first + (loop if "namespace(" in first else LOOPED) + tail
+    config = tokcache.CacheConfig(render_max_bytes="24K")
+    wrapped = tokcache.wrap(plain_tokenizer(template), config)
+    for letters in ("abcdef", "abx", "xyz", "bcd"):
+        for n_messages in range(1, len(letters) + 1):
+            for prompt in (True, False):
+                chat = chat_of(*letters[:n_messages])
+                known(chat, wrapped, tools=[TOOL], add_generation_prompt=prompt)
+        check_tree(wrapped)
+    assert "differences" not in stats_of(wrapped).refusals
+    assert stats_of(wrapped).hit_messages > 20
+    heads = [root.stretch.head for root in wrapped._tokcache.rendered._tree.roots.values()]
+    assert [len(head.tails) for head in heads] == [n_kept]
 
 
 def test_a_clock_in_the_loop_is_read_at_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,6 +554,8 @@ def check_tree(wrapped: Any) -> None:
         assert list(cuts) == sorted(cuts)
         assert cuts[-1] == len(text)
         assert (head is None) == (points[-1] is None)
+        if head is not None:
+            assert sum(map(getsizeof, head.tails.values())) <= head.n_bytes
         for name, child in node.children.items():
             assert child.parent is node
             assert child.name == name
