@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import logging
@@ -594,6 +595,26 @@ def test_a_difference_switches_it_off_loudly(
     assert found.refusals == {"differences": 1}
     assert found.n_entries == 0
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, asyncio.CancelledError])
+def test_an_interrupted_verification_switches_nothing_off(
+    interruption: type[BaseException], monkeypatch: pytest.MonkeyPatch, chatml: Any
+) -> None:
+    chat = chat_of("a", "b")
+    known(chat, chatml)
+    (template,) = chatml._tokcache.rendered._templates.values()
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "apply_chat_template", interrupted)
+        with pytest.raises(interruption):
+            chatml.apply_chat_template(chat, tokenize=False)
+    assert stats_of(chatml).refusals == {"new_template": 1, "verified": 1}
+    assert template.n_to_probe == [2, 2]  # the answer was not compared
+    assert known(chat, chatml) == 2
 
 
 def need_but_the_end(self: Run, n_messages: int) -> None:

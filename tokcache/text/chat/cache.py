@@ -172,8 +172,8 @@ class RenderCache:
             is_probe = template.n_to_probe[is_known] > 0
             if not is_probe and (not self._verify_rate or self._rng.random() >= self._verify_rate):
                 return text
-            template.n_to_probe[is_known] -= is_probe
             plain = self._plain(chat)
+            template.n_to_probe[is_known] -= is_probe
             has_clock = template.parts is not None and template.parts.has_clock
             if text != plain and has_clock:  # it may have changed between the two
                 text, _ = self._render(template, chat, frozen, scope)
@@ -190,7 +190,7 @@ class RenderCache:
         self.refuse("verified")
         try:
             return chat.plain()
-        except BaseException:
+        except Exception:  # an interruption or a cancellation says nothing about the text
             self._turn_off()
             raise
 
