@@ -130,22 +130,19 @@ EXPRESSIONS = (
     *("m.missing", "m.missing.more", "m.items is defined", "m.get('content')", "m.items()|list"),
     *("m.content.x", "m.content.upper()", "m.content.format('x')", "m.content.upper is defined"),
     *("m.content.x.y", "m.calls[0].name", "m.calls.name", "m.calls.append is defined", "m.copy.x"),
-    *(
-        "ns.x",
-        "ns.missing",
-        "ns.last.role",
-        "loop.first",
-        "loop.previtem.role",
-        "m._x",
-        "m.__len__",
-    ),
+    *("ns.x", "ns.missing", "ns.last.role", "m._x"),
+    *("m.__len__", "loop.first", "loop.previtem.role", "messages[0].role", "m.values.y"),
     *("none.x", "(1).x", "m.keys.x", "dict(a=1).a", "dict.fromkeys", "show.name", "(m.x or 1).y"),
+    *("m.calls|map(attribute='name')|list", "m.content[0].x"),
     *(
-        "m.__len__",
-        "messages[0].role",
-        "m.calls|map(attribute='name')|list",
-        "m.content[0].x",
-        "m.values.y",
+        "dict.mro",
+        "dict.mro is defined",
+        "dict.x",
+        "range.mro",
+        "namespace.mro",
+        "namespace.x",
+        "raise_exception.x",
+        "strftime_now.x",
     ),
 )
 
@@ -165,6 +162,38 @@ def test_attributes_are_those_that_transformers_finds(expression: str) -> None:
         for n_messages in range(1, len(chat) + 1):
             known(chat[:n_messages], wrapped)
     assert "differences" not in stats_of(wrapped).refusals
+    if isinstance(text_of(wrapped, chat[:3]), str):  # not an error
+        assert stats_of(wrapped).hits >= 5
+    else:
+        assert stats_of(wrapped).refusals["failed"] > 0
+
+
+ALIASES = (
+    *("{{ dict.mro }}", "{{ dict.mro is defined }}", "{{ dict.__name__ }}", "{{ dict.x }}"),
+    *("{{ (dict or 1).mro }}", "{{ [dict][0].mro }}", "{{ dict(a=1).a }}"),
+    *("{% set d = dict %}{{ d.mro }}", "{% for d in [dict] %}{{ d.mro }}{% endfor %}"),
+)
+
+
+@pytest.mark.parametrize("text", ALIASES)
+def test_the_class_dict_has_the_attributes_that_transformers_finds(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jinja's own `dict` is a class, and `dict["mro"]` a type; transformers 5.24 replaces it."""
+    compile_template = chat_template_utils._cached_compile_jinja_template
+
+    def with_class(source: str) -> Any:
+        made = compile_template(source)
+        made.environment.globals["dict"] = dict
+        return made.environment.from_string(source)
+
+    monkeypatch.setattr(chat_template_utils, "_compile_jinja_template", with_class)
+    wrapped = tokcache.wrap(plain_tokenizer(f"{{% for m in messages %}}{text}{{% endfor %}}"))
+    for n_messages in (1, 1, 2, 3, 4):
+        known(chat_of(*"abcd")[:n_messages], wrapped)
+    found = stats_of(wrapped)
+    assert "differences" not in found.refusals
+    assert found.hits == 3
 
 
 REAL = ("qwen2.5", "minimind", "phi-3-mini", "deepseek-v3", "bert-base-uncased")
