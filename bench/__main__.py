@@ -109,7 +109,8 @@ def run_many(
 ) -> int:
     """Run benchmarks one after the other, each in a new process; return the worst exit code.
 
-    When the `minutes` are over, the one that runs is stopped, and the others are skipped.
+    It is 1 or more if none measured. When the `minutes` are over, the one that runs is stopped, and
+    the others are skipped.
     """
     if html is not None:
         require_libraries()
@@ -137,6 +138,9 @@ def run_many(
     print(f"\n{'benchmark':16} {'seconds':>8}  bars")
     for name, one in found.items():
         print(f"{name:16} {one.get('seconds', 0):8.0f}  {_verdict(one)}")
+    if all("failed" in one or one["skipped"] for one in found.values()):
+        print("no benchmark measured anything")
+        worst = max(worst, 1)
     if file is not None:
         print(f"wrote {file}")
     if html is not None:

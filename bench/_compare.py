@@ -17,7 +17,8 @@ and each process has another memory layout. So a run measures in several process
    for one false name in the whole comparison). A figure whose noise could hide twice `--least` is
    not decided.
 
-A benchmark of one process says nothing about the spread between processes; a quarter is taken.
+A benchmark of one process says nothing about the spread between processes; a quarter is assumed,
+with the eight degrees of freedom.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ from bench._report import FORMAT, number
 LEAST = 0.10  # a change below this is not named
 _FALSE_NAMES = 0.01  # the probability of one or more in a comparison of equal runs
 _PRIOR_DF = 8
-_SPREAD_OF_ONE = 0.25  # between processes, where there is one: twice that of the noisiest figures
-_LEAST_SPREAD = 0.02  # that of the quietest figures
+# Assumed between processes if only one measured: twice the spread of the noisiest figures.
+_SPREAD_OF_ONE = 0.25
+_LEAST_SPREAD = 0.02  # assumed at least: the spread of the quietest figures
 _MEDIAN_CHI2 = 0.4549  # of one degree of freedom
 _FEW_PEERS = 8
 _OURS = "tokcache"
@@ -215,7 +217,8 @@ def changes(before: dict[str, Any], after: dict[str, Any], least: float) -> list
         own, scale, usual = _of_benchmark(each, elsewhere)
         for key, one in own.items():
             values = old[name][key].value, new[name][key].value
-            error, df = scale * one.error(usual), one.df + (_PRIOR_DF if usual else 0)
+            is_from_spread = one.df > 0 and usual is None  # of this figure's own processes alone
+            error, df = scale * one.error(usual), one.df + (0 if is_from_spread else _PRIOR_DF)
             control = math.exp(one.control)
             found.append(Change((name, *key), *values, one.log_ratio, control, error, df, least))
         if len(own) > 1 and len({one.n_processes for one in own.values()}) == 1:

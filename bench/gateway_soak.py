@@ -113,7 +113,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """Let the clients work, kill servers meanwhile, and check what is left."""
+    """Run clients and kill servers for some minutes, then check slots, sockets and memory."""
     with tempfile.TemporaryDirectory(prefix="tokcache-bench-") as folder:
         ours = Ours(Path(folder))
         try:

@@ -100,6 +100,21 @@ def test_one_process_decides_only_large_changes() -> None:
     assert set(verdicts(before, run_of(2, n=1, ours=10.0))) == {"slower"}
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_single_figure_without_peers_is_compared(n: int) -> None:
+    def run(ns: float) -> dict[str, Any]:
+        report = _report.Report("start")
+        report.console.quiet = True
+        report.table("import", "ns", {"tokcache": [[ns] * 3] * n})
+        return {"format": _report.FORMAT, "benchmarks": {"start": report.as_json({}, 1.0)}}
+
+    (same,) = _compare.changes(run(100), run(100), _compare.LEAST)
+    (large,) = _compare.changes(run(100), run(10_000), _compare.LEAST)
+    assert same.verdict in ("same", "not decided")
+    assert large.verdict == "slower"
+    assert (same.p, same.df) == (1.0, {1: 8, 2: 2}[n])
+
+
 def test_a_higher_figure_that_is_better_is_not_slower() -> None:
     report = _report.Report("serve")
     report.console.quiet = True
@@ -157,7 +172,7 @@ def test_the_run_of_all_ends_in_time_and_stops_what_still_runs(
     file = tmp_path / "a.json"
     chosen = {"soak": ["--seconds", "600"], "start": []}
     began = monotonic()
-    assert command.run_many(chosen, file, minutes=4 / 60) == 0
+    assert command.run_many(chosen, file, minutes=4 / 60) == 1  # nothing was measured
     assert monotonic() - began < 30
     found = json.loads(file.read_text())["benchmarks"]
     reason = "the 0.0666667 minutes of this run were over"

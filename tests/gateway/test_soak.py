@@ -7,24 +7,13 @@ import random
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from tests.gateway.gateways import SYSTEM, gateway, httpx, upstream
+from tests.gateway.gateways import gateway, httpx, upstream  # isort: skip (skips without extras)
+
+from bench.gateway_soak import MAX_DIFFERENT, bodies
 
 SECONDS = float(os.environ.get("TOKCACHE_SOAK_S", "10"))
-N_CLIENTS, N_CHATS, N_TURNS = 8, 6, 3
-# Another split into batches changes the last bits, and with them a few greedy answers.
-MAX_DIFFERENT = 0.1
-
-
-def bodies() -> list[dict[str, Any]]:
-    made = []
-    for chat in range(N_CHATS):
-        messages = [{"role": "system", "content": f"{chat % 2} {SYSTEM}"}]
-        for turn in range(N_TURNS):
-            messages = [*messages, {"role": "user", "content": f"chat {chat} turn {turn} " * 10}]
-            made.append({"messages": messages, "max_tokens": 6, "temperature": 0})
-    return made
+N_CLIENTS = 8
 
 
 def n_sockets() -> int:

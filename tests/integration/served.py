@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Iterator
     from pathlib import Path
 
-    from tokcache.llama.server import Piece
+    from tokcache.llama.server import Piece, Reused
 
 BLOCK = 64
 N_CTX = 1024
@@ -48,6 +48,13 @@ class Wrapped:
 
     def unwrap(self) -> Tokenizer:
         return self._plain
+
+
+def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
+    """Complete and save, so that the next request finds the slot's file."""
+    found = server.complete(tokens, **{"n_predict": N_PREDICT, **settings})
+    server.flush(30)
+    return found
 
 
 def serve(folder: Path, *, port: int = 0, n_slots: int = 2, **settings: Any) -> ServerProcess:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.integration import served
 from tests.integration.served import BLOCK, N_PREDICT, prompt, serve_with_adapter
 from tokcache import samples
 from tokcache.errors import RequestRejected
@@ -18,16 +20,14 @@ from tokcache.llama.server.slot import Condition
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tokcache.llama.server import Completion, Reused
+    from tokcache.llama.server import Completion
 
 HALF: dict[str, Any] = {"lora": [{"id": 0, "scale": 0.5}]}
 NONE: dict[str, Any] = {"lora": [{"id": 0, "scale": 0.0}]}
 WHOLE: dict[str, Any] = {}  # as the server was started: scale 1
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("slots")
+complete = partial(served.complete, n_probs=4)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,6 @@ def client(url: str, folder: Path, **settings: Any) -> LlamaServer:
     return LlamaServer(
         url, timeout_s=60, slot_settings=SlotSettings(slot_folder=folder, **settings)
     )
-
-
-def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
-    found = server.complete(tokens, n_predict=N_PREDICT, n_probs=4, **settings)
-    server.flush(30)
-    return found
 
 
 def right(server: LlamaServer, tokens: list[int], **settings: Any) -> Completion:

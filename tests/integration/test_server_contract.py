@@ -16,6 +16,7 @@ from tests.integration.served import (
     InLoop,
     Wrapped,
     both_clients,
+    complete,
     is_right,
     prompt,
     serve,
@@ -30,13 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.integration.served import Connect
-    from tokcache.llama.server import Reused
     from tokcache.samples.server_process import ServerProcess
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("slots")
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +48,6 @@ def server(
     settings = SlotSettings(slot_folder=folder)
     with request.param(process.url, tokenizer=tokenizer, slot_settings=settings) as made:
         yield made
-
-
-def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
-    found = server.complete(tokens, n_predict=N_PREDICT, **settings)
-    server.flush(30)
-    return found
 
 
 def public(kind: type) -> dict[str, Any]:

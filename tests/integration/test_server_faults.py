@@ -22,12 +22,12 @@ from tokenizers.models import BPE
 
 from tests.integration.pretended import PROPS, Pretender, answer, pretend
 from tests.integration.served import (
-    N_PREDICT,
     InLoop,
     Wrapped,
     async_client,
     both_clients,
     client,
+    complete,
     port_of,
     prompt,
     serve,
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.integration.served import Connect
-    from tokcache.llama.server import Reused
     from tokcache.samples.server_process import ServerProcess
 
 
@@ -72,12 +71,6 @@ def url(pretender: Pretender) -> Iterator[str]:
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with serve(tmp_path_factory.mktemp("slots")) as running:
         yield running
-
-
-def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
-    found = server.complete(tokens, n_predict=settings.pop("n_predict", N_PREDICT), **settings)
-    server.flush(30)
-    return found
 
 
 # -- another model with the same properties ------------------------------------------------------

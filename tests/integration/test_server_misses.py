@@ -12,6 +12,7 @@ from tests.integration.served import (
     Wrapped,
     both_clients,
     client,
+    complete,
     port_of,
     prompt,
     serve,
@@ -24,42 +25,22 @@ from tokcache.state.reasons import Miss, MissReason
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.integration.served import Connect
-    from tokcache.llama.server import Reused
     from tokcache.samples.server_process import ServerProcess
 
 A, B = prompt(1, 200), prompt(2, 150)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("slots")
-
-
-@pytest.fixture(scope="module")
-def process(folder: Path) -> Iterator[ServerProcess]:
-    with serve(folder) as running:
-        yield running
-
-
 @pytest.fixture
-def server(process: ServerProcess, folder: Path) -> Iterator[LlamaServer]:
-    with client(process, slot_folder=folder) as made:
-        made.clear()
-        yield made
-
-
-def ask(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
-    found = server.complete(tokens, n_predict=N_PREDICT, **settings)
-    server.flush(30)
-    return found
+def server(server: LlamaServer) -> LlamaServer:
+    server.clear()
+    return server
 
 
 def miss(server: LlamaServer, tokens: list[int], **settings: Any) -> Miss:
-    found = ask(server, tokens, **settings)
+    found = complete(server, tokens, **settings)
     assert found.miss is not None
     assert found.miss.n_missed == len(tokens) - 1 - found.completion.n_cached
     assert found.miss.held_tokens == ()
@@ -71,10 +52,10 @@ def test_prompts_that_are_held_whole_have_no_miss(server: LlamaServer) -> None:
     assert (first.reason, first.at_token, first.n_missed) == (MissReason.NEVER_STORED, 0, 199)
     assert first.seconds is not None
     assert first.seconds > 0
-    assert ask(server, A).miss is None
-    ask(server, B)
-    ask(server, prompt(3, 100))  # now A is in a file alone
-    found = ask(server, A)
+    assert complete(server, A).miss is None
+    complete(server, B)
+    complete(server, prompt(3, 100))  # now A is in a file alone
+    found = complete(server, A)
     assert found.n_restored == 199
     assert found.miss is None
     stats = server.stats()
@@ -112,7 +93,7 @@ def test_a_different_text_is_located_and_shown_on_request(
 
 
 def test_a_prompt_that_grows_was_never_stored_further(server: LlamaServer) -> None:
-    answer = ask(server, A).completion.token_ids.tolist()
+    answer = complete(server, A).completion.token_ids.tolist()
     found = miss(server, [*A, *answer[:-1], *B])
     assert (found.reason, found.at_token) == (MissReason.NEVER_STORED, 200 + N_PREDICT - 1)
 
@@ -121,11 +102,11 @@ def test_an_evicted_file_names_the_budget_and_the_time(
     process: ServerProcess, folder: Path
 ) -> None:
     with client(process, slot_folder=folder) as server:
-        ask(server, A)
+        complete(server, A)
         n_bytes = server.stats().n_bytes
     with client(process, slot_folder=folder, max_bytes=n_bytes + 1000) as server:
         for tokens in (A, B, prompt(3, 200), prompt(4, 200)):
-            ask(server, tokens)
+            complete(server, tokens)
         found = miss(server, A)
         assert (found.reason, found.detail) == (MissReason.EVICTED, "file: max_bytes")
         assert found.n_removed == 128  # the largest power of two up to 200
@@ -144,14 +125,14 @@ def test_contents_that_were_not_saved_say_why(
 ) -> None:
     with client(process, slot_folder=folder, **settings) as server:
         for tokens in (A, B, prompt(3, 200)):
-            ask(server, tokens)
+            complete(server, tokens)
         found = miss(server, A)
         assert (found.reason, found.detail) == (MissReason.REFUSED, detail)
 
 
 def test_a_file_that_is_gone_or_damaged_says_so(server: LlamaServer, folder: Path) -> None:
     for tokens in (A, B, prompt(3, 200)):
-        ask(server, tokens)
+        complete(server, tokens)
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes()[:-7])
     found = miss(server, A)
@@ -159,7 +140,7 @@ def test_a_file_that_is_gone_or_damaged_says_so(server: LlamaServer, folder: Pat
 
 
 def test_a_slot_that_others_changed_says_so(server: LlamaServer) -> None:
-    ask(server, A)
+    complete(server, A)
     for slot in (0, 1):
         server.completion(prompt(9, 50), n_predict=1, id_slot=slot)
     found = miss(server, A)
@@ -172,7 +153,7 @@ def test_a_busy_slot_says_so(server: LlamaServer) -> None:
     assert miss(server, A).reason is MissReason.NEVER_STORED  # its record has not begun
     pieces.close()
     server.flush(30)
-    ask(server, A)
+    complete(server, A)
     pieces = server.stream([*A, 7, 8, 9], n_predict=200, ignore_eos=True)
     next(pieces)
     server._manager.records.shelf.clear()  # only the busy slot holds it
@@ -193,7 +174,7 @@ def test_an_answer_that_is_encoded_again_is_no_different_text(
     ) as server:
         for seed in range(20, 60):  # until the answer begins with an id of several characters
             first = prompt(seed, 100)
-            answer = ask(server, first).completion.token_ids.tolist()
+            answer = complete(server, first).completion.token_ids.tolist()
             text = server.detokenize(answer[:-1])
             again = [
                 each
@@ -203,7 +184,7 @@ def test_an_answer_that_is_encoded_again_is_no_different_text(
             is_other = again[:1] != answer[:1] and server.detokenize(again) == text
             if is_other and "\ufffd" not in text:
                 break
-        found = ask(server, [*first, *again]).miss
+        found = complete(server, [*first, *again]).miss
         assert found is not None
         assert (found.reason, found.at_token) == (MissReason.RE_ENCODING, 100)
         assert server.stats().misses["re_encoding"] == 1
@@ -226,18 +207,18 @@ def test_a_restart_says_so(tmp_path: Path, is_other: bool) -> None:
     with serve(tmp_path) as process:
         port = port_of(process)
         server = client(process, slot_folder=tmp_path, min_save_tokens=150)
-        ask(server, A)
-        ask(server, B[:100])
+        complete(server, A)
+        complete(server, B[:100])
     model = samples.tiny_model(seed=5) if is_other else None
     with serve(tmp_path, port=port, model=model), server:
-        found = ask(server, B[:100]).miss
+        found = complete(server, B[:100]).miss
         assert found is not None
         if is_other:
             assert (found.reason, found.detail) == (MissReason.OTHER_FINGERPRINT, "model")
             assert miss(server, A).reason is MissReason.OTHER_FINGERPRINT
         else:
             assert (found.reason, found.detail) == (MissReason.REFUSED, "server_restarted")
-            assert ask(server, A).miss is None  # from its file
+            assert complete(server, A).miss is None  # from its file
 
 
 def test_another_tenant_changes_nothing_that_a_tenant_sees(
@@ -253,8 +234,8 @@ def test_another_tenant_changes_nothing_that_a_tenant_sees(
             for tokens in calls:
                 if has_other:
                     for other in (A, [*A[:70], *B], tokens, [*tokens, *rng.sample(tokens, 3)]):
-                        ask(server, other, scope="b")
-                reused = ask(server, tokens, scope="a", explain=True)
+                        complete(server, other, scope="b")
+                reused = complete(server, tokens, scope="a", explain=True)
                 told = reused.miss and reused.miss._replace(seconds=None)
                 shown = reused.explanation
                 # Where the tokens were held, in a slot or a file, depends on who came last.

@@ -20,6 +20,7 @@ from tests.integration.served import (
     Wrapped,
     async_client,
     client,
+    complete,
     is_right,
     port_of,
     prompt,
@@ -43,30 +44,6 @@ if TYPE_CHECKING:
 
     from tokcache.llama.server import Reused
     from tokcache.samples.server_process import ServerProcess
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("slots")
-
-
-@pytest.fixture(scope="module")
-def process(folder: Path) -> Iterator[ServerProcess]:
-    with serve(folder) as running:
-        yield running
-
-
-@pytest.fixture
-def server(process: ServerProcess, folder: Path) -> Iterator[LlamaServer]:
-    with client(process, slot_folder=folder) as made:
-        yield made
-
-
-def complete(server: LlamaServer, tokens: list[int], **settings: Any) -> Reused:
-    """Complete and save, so that the next request finds the slot's file."""
-    found = server.complete(tokens, n_predict=N_PREDICT, **settings)
-    server.flush(30)
-    return found
 
 
 def is_idle(server: LlamaServer) -> bool:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
+
+from tokcache.text.cuts.char_classes import class_of
 from tokcache.text.cuts.regex.automaton import HERE, Program
+
+if TYPE_CHECKING:
+    from tokcache.text.cuts.regex.alphabet import Alphabet
 
 # Characters of every class in the rules, and some that patterns treat apart.
 CHARS = "asStT1.(_'/ \t\r\n\xe9\u4e2d\u3042\u2019\u3002\u0301\xa0\xbd\x0b\u017f\u0130\U0001f600$"
@@ -64,9 +72,26 @@ def text(rng: random.Random, low: int = 1, high: int = 9) -> str:
     return "".join(rng.choices(rng.choice((CHARS, FEW)), k=rng.randint(low, high)))
 
 
+def symbol_of(alphabet: Alphabet, char: str) -> int:
+    """Return the symbol of a character: that of a sample in exactly the same classes."""
+    if char in alphabet.samples:
+        return alphabet.samples.index(char)
+    held = [
+        (mask, bool(Split(Regex(query), "removed", invert=True).pre_tokenize_str(char)))
+        for query, mask in alphabet.chars.items()
+    ]
+    (found, *_) = (
+        symbol
+        for symbol, sample in enumerate(alphabet.samples)
+        if class_of(sample) is class_of(char)
+        and all(bool(mask >> symbol & 1) is is_held for mask, is_held in held)
+    )
+    return found
+
+
 def matches(program: Program, text: str) -> Iterator[tuple[int, int]]:
-    """Yield the place of each match in a text of the alphabet's samples."""
-    symbols = [program.alphabet.samples.index(char) for char in text]
+    """Yield the place of each match in a text."""
+    symbols = [symbol_of(program.alphabet, char) for char in text]
     start = 0
     while start < len(text):
         state, at, stop = program.start, start, None

@@ -229,7 +229,7 @@ def _draw_once(rng: random.Random, focus: Focus) -> Tokenizer:
     for token in _tokens(rng, focus):
         is_normalized = token.normalized and made.normalizer is not None
         content = made.normalizer.normalize_str(token.content) if is_normalized else token.content
-        # Of two tokens that are equal once normalised, it is chance which one is found.
+        # Of two tokens that are equal once normalised, which one is found is random.
         if content not in seen:
             seen.add(content)
             (made.add_special_tokens if token.special else made.add_tokens)([token])
@@ -315,8 +315,8 @@ def compare(seed: str, found: Found, focus: Focus = _ALL, n_texts: int = N_TEXTS
             if got != right:
                 found.wrong.append((seed, text))
     refusals = wrapped.cache_stats().l1.refusals
-    if refusals.get("parts_differ"):  # the ids were right, but a cut was not
-        found.wrong.append((seed, "parts_differ"))
+    if refusals.get("segments_differ"):  # the ids were right, but a cut was not
+        found.wrong.append((seed, "segments_differ"))
 
 
 def _outcome(encode: Callable[..., Any], text: str) -> Any:

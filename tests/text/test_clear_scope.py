@@ -16,10 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import tokcache
 from tests.text.implementations import both, implementation
+from tests.text.test_rendered_chats import chat_of, check_tree, plain_tokenizer
 from tests.text.test_segment_cache import CacheWithEncoders, numbered, texts_with_shared_passages
 from tests.text.test_wrap_flight import CountingEngine, Wrapped, engine, ids, tok, wait_until
 from tests.text.tokenizers_synthetic import SYNTHETIC
 from tokcache.errors import InvalidScope
+from tokcache.text.chat import running
 
 __all__ = ["engine", "tok"]  # fixtures
 
@@ -334,6 +336,49 @@ def test_cache_clear_of_a_scope_clears_both_layers_of_that_scope_only(
     wrapped.cache_clear()
     stats = wrapped.cache_stats()
     assert stats.l0.n_entries == stats.l1.n_chunks == stats.encoded_texts == 0
+
+
+@pytest.mark.parametrize("template", ["", "{{ messages[-1].content }}"])
+@pytest.mark.parametrize("has_new_root", [False, True])
+def test_a_chat_whose_scope_is_cleared_while_it_is_rendered_is_not_cached(
+    template: str, has_new_root: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template += "{% for m in messages %}{{ m.content }};{% endfor %}"
+    wrapped = tokcache.wrap(plain_tokenizer(template))
+    run_rest, waiting = running.run_rest, []
+
+    def render(*contents: str, scope: str) -> str:
+        chat = chat_of(*contents)
+        found: str = wrapped.scoped(scope).apply_chat_template(chat, tokenize=False)
+        assert found == wrapped.unwrap().apply_chat_template(chat, tokenize=False)
+        return found
+
+    def run_rest_after_a_clear(*args: Any) -> Any:
+        while waiting:
+            waiting.pop()
+            wrapped.cache_clear(scope="a")
+            if has_new_root:
+                render("x", "y", scope="a")
+        return run_rest(*args)
+
+    monkeypatch.setattr(running, "run_rest", run_rest_after_a_clear)
+    for _ in range(5):
+        render("a", "b", scope="b")
+    for contents in (("a secret",), ("a secret", "b")):
+        waiting.append(None)
+        render(*contents, scope="a")
+        check_tree(wrapped)
+        tree = wrapped._tokcache.rendered._tree
+        nodes: list[Any] = [root for root in tree.roots.values() if root.scope == "a"]
+        assert len(nodes) == has_new_root
+        for node in nodes:
+            nodes += node.children.values()
+            assert b"a secret" not in node.stretch.keys
+    assert wrapped.cache_stats().render.refusals["cleared"] == 2
+    wrapped.cache_clear(scope="a")
+    wrapped.cache_clear(scope="b")
+    check_tree(wrapped)
+    assert tree.n_bytes == tree.n_entries == 0
 
 
 def test_clearing_during_concurrent_calls_leaves_no_entry_of_the_scope() -> None:

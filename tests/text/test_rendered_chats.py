@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import logging
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from sys import getsizeof
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,22 +130,19 @@ EXPRESSIONS = (
     *("m.missing", "m.missing.more", "m.items is defined", "m.get('content')", "m.items()|list"),
     *("m.content.x", "m.content.upper()", "m.content.format('x')", "m.content.upper is defined"),
     *("m.content.x.y", "m.calls[0].name", "m.calls.name", "m.calls.append is defined", "m.copy.x"),
-    *(
-        "ns.x",
-        "ns.missing",
-        "ns.last.role",
-        "loop.first",
-        "loop.previtem.role",
-        "m._x",
-        "m.__len__",
-    ),
+    *("ns.x", "ns.missing", "ns.last.role", "m._x"),
+    *("m.__len__", "loop.first", "loop.previtem.role", "messages[0].role", "m.values.y"),
     *("none.x", "(1).x", "m.keys.x", "dict(a=1).a", "dict.fromkeys", "show.name", "(m.x or 1).y"),
+    *("m.calls|map(attribute='name')|list", "m.content[0].x"),
     *(
-        "m.__len__",
-        "messages[0].role",
-        "m.calls|map(attribute='name')|list",
-        "m.content[0].x",
-        "m.values.y",
+        "dict.mro",
+        "dict.mro is defined",
+        "dict.x",
+        "range.mro",
+        "namespace.mro",
+        "namespace.x",
+        "raise_exception.x",
+        "strftime_now.x",
     ),
 )
 
@@ -163,6 +162,38 @@ def test_attributes_are_those_that_transformers_finds(expression: str) -> None:
         for n_messages in range(1, len(chat) + 1):
             known(chat[:n_messages], wrapped)
     assert "differences" not in stats_of(wrapped).refusals
+    if isinstance(text_of(wrapped, chat[:3]), str):  # not an error
+        assert stats_of(wrapped).hits >= 5
+    else:
+        assert stats_of(wrapped).refusals["failed"] > 0
+
+
+ALIASES = (
+    *("{{ dict.mro }}", "{{ dict.mro is defined }}", "{{ dict.__name__ }}", "{{ dict.x }}"),
+    *("{{ (dict or 1).mro }}", "{{ [dict][0].mro }}", "{{ dict(a=1).a }}"),
+    *("{% set d = dict %}{{ d.mro }}", "{% for d in [dict] %}{{ d.mro }}{% endfor %}"),
+)
+
+
+@pytest.mark.parametrize("text", ALIASES)
+def test_the_class_dict_has_the_attributes_that_transformers_finds(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jinja's own `dict` is a class, and `dict["mro"]` a type; transformers 5.24 replaces it."""
+    compile_template = chat_template_utils._cached_compile_jinja_template
+
+    def with_class(source: str) -> Any:
+        made = compile_template(source)
+        made.environment.globals["dict"] = dict
+        return made.environment.from_string(source)
+
+    monkeypatch.setattr(chat_template_utils, "_compile_jinja_template", with_class)
+    wrapped = tokcache.wrap(plain_tokenizer(f"{{% for m in messages %}}{text}{{% endfor %}}"))
+    for n_messages in (1, 1, 2, 3, 4):
+        known(chat_of(*"abcd")[:n_messages], wrapped)
+    found = stats_of(wrapped)
+    assert "differences" not in found.refusals
+    assert found.hits == 3
 
 
 REAL = ("qwen2.5", "minimind", "phi-3-mini", "deepseek-v3", "bert-base-uncased")
@@ -265,6 +296,36 @@ def test_a_template_that_reads_all_messages_first_is_reused_while_its_result_is_
     roles = ("user", "assistant", "tool", "assistant", "tool", "user", "assistant")
     chat = [{"role": role, "content": ""} for role in roles]
     assert [known(chat[:n], wrapped) for n in (1, 1, 3, 5, 6, 7)] == [0, 0, 1, 3, 0, 6]
+
+
+LOOPED = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TAILS = {
+    "one text": ("", "{{ tools|length }}{{ 'go' if add_generation_prompt }}", 2),
+    "a long text": ("", "{{ 'x' * 31100 }}", 0),
+    "a message": ("", "{{ messages[0].content }}", 0),
+    "their number": ("", "{{ messages|length }}", 0),
+    "a namespace": ("{% set s = namespace(last='') %}", "{{ s.last }}", 0),
+    "no namespace": ("{% set s = 'x' %}", "{{ s }}", 2),
+}
+
+
+@pytest.mark.parametrize("case", TAILS)
+def test_the_last_part_is_kept_if_it_is_short_and_reads_no_chat(case: str) -> None:
+    first, tail, n_kept = TAILS[case]
+    loop = LOOPED.replace("{% endfor", "{% set s.last = m.content %}{% endfor")
+    template = first + (loop if "namespace(" in first else LOOPED) + tail
+    config = tokcache.CacheConfig(render_max_bytes="24K")
+    wrapped = tokcache.wrap(plain_tokenizer(template), config)
+    for letters in ("abcdef", "abx", "xyz", "bcd"):
+        for n_messages in range(1, len(letters) + 1):
+            for prompt in (True, False):
+                chat = chat_of(*letters[:n_messages])
+                known(chat, wrapped, tools=[TOOL], add_generation_prompt=prompt)
+        check_tree(wrapped)
+    assert "differences" not in stats_of(wrapped).refusals
+    assert stats_of(wrapped).hit_messages > 20
+    heads = [root.stretch.head for root in wrapped._tokcache.rendered._tree.roots.values()]
+    assert [len(head.tails) for head in heads] == [n_kept]
 
 
 def test_a_clock_in_the_loop_is_read_at_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +511,40 @@ def test_the_budget_is_kept_and_old_chats_go_first() -> None:
     assert stats_of(wrapped).n_entries == before
 
 
+@pytest.mark.parametrize("kind", ["one top", "a top for each first part"])
+def test_the_settings_of_calls_count_in_the_budget(kind: str) -> None:
+    template = "{{ tools|tojson }}" + CHATML
+    if kind != "one top":
+        template = "{{ messages|length > 0 }}" + template
+    config = tokcache.CacheConfig(render_max_bytes="24K")
+    wrapped = tokcache.wrap(plain_tokenizer(template), config)
+    for size in (500, 500, 100_000, 1000, 1500, 100_000, 2000, 1500, 3000, 30_000, 500):
+        tool = {"type": "function", "function": {"name": "x" * size}}
+        for n_messages in (1, 2, 3):
+            known(chat_of(*"abc")[:n_messages], wrapped, tools=[tool])
+            check_tree(wrapped)
+    found = stats_of(wrapped)
+    assert found.refusals["oversize"] >= 9
+    assert found.evictions > 0
+    assert found.hits > 5
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_root_that_was_removed_is_not_linked_again(is_new: bool, chatml: Any) -> None:
+    for _ in range(2):
+        known(chat_of("a", "b"), chatml)
+    tree = chatml._tokcache.rendered._tree
+    (root,) = tree.roots.values()
+    state = root.stretch
+    for node in (*root.children.values(), root):
+        tree.remove(node)
+    top = tree_module.Node(b"result", tree_module.NO_MESSAGE) if is_new else root
+    assert tree.put_top(top, root, state) == "cleared"
+    assert not root.is_linked
+    assert tree.roots == {}
+    assert tree.n_bytes == tree.n_entries == 0
+
+
 @pytest.mark.parametrize("template", [CHATML, "{{ messages[0].content }}" + CHATML, "late"])
 def test_chats_that_branch_are_right_within_a_small_budget(template: str) -> None:
     least = 1
@@ -489,6 +584,8 @@ def check_tree(wrapped: Any) -> None:
         assert list(cuts) == sorted(cuts)
         assert cuts[-1] == len(text)
         assert (head is None) == (points[-1] is None)
+        if head is not None:
+            assert sum(map(getsizeof, head.tails.values())) <= head.n_bytes
         for name, child in node.children.items():
             assert child.parent is node
             assert child.name == name
@@ -527,6 +624,26 @@ def test_a_difference_switches_it_off_loudly(
     assert found.refusals == {"differences": 1}
     assert found.n_entries == 0
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, asyncio.CancelledError])
+def test_an_interrupted_verification_switches_nothing_off(
+    interruption: type[BaseException], monkeypatch: pytest.MonkeyPatch, chatml: Any
+) -> None:
+    chat = chat_of("a", "b")
+    known(chat, chatml)
+    (template,) = chatml._tokcache.rendered._templates.values()
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "apply_chat_template", interrupted)
+        with pytest.raises(interruption):
+            chatml.apply_chat_template(chat, tokenize=False)
+    assert stats_of(chatml).refusals == {"new_template": 1, "verified": 1}
+    assert template.n_to_probe == [2, 2]  # the answer was not compared
+    assert known(chat, chatml) == 2
 
 
 def need_but_the_end(self: Run, n_messages: int) -> None:

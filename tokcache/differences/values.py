@@ -91,7 +91,8 @@ _DATE = re.compile(
     rf"|{_WRITTEN}|{_DAY}(?:{_AT}{_CLOCK})?|{_AGO}|{_CLOCK_ALONE}|{_QUARTER}|{_CJK}|{_EPOCH}|{_DIGITS}"
     rf"|(?:morning|afternoon|evening|night|noon|midnight)\b|{_YEAR}"
 )
-# Forms that other numbers have as well: they count after a word that says what they are.
+# Scores, prices and versions look like these, too. Such a number is a date only if one of the words
+# of `_CUE` stands before it.
 _WEAK = re.compile(
     r"[1-9]\d?:\d{2}|1\d{9}|\d{1,2}\.\d{1,2}\.\d{2}|\d/\d{1,2}/\d{2}|\d{2}/\d/\d{2}|(?:19|20)\d{2}"
 )

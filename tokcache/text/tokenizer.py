@@ -136,23 +136,25 @@ class CachedTokenizer:
         ids = generation.get(text, add_special_tokens, scope)
         return self.miss(text, add_special_tokens, scope, generation) if ids is None else ids
 
-    def miss(
+    def miss(  # noqa: PLR0917 (keywords cost a tenth of a microsecond each)
         self,
         text: str,
         add_special_tokens: bool,
         scope: str | None,
         generation: _Generation | None = None,
         found: TokenIds | Walk | None = NOT_LOOKED_UP,
+        since: int | None = None,
     ) -> TokenIds:
         """Return the ids of a text that L0 does not have: from cached segments, or encoded.
 
-        `found` is the answer of `L1.look`, if it was asked.
+        `found` is the answer of `L1.look`, if it was asked; `since` is the number of clears before.
         L0 stores one in a few of the long texts whose segments were all cached: L1 puts such a
         text together in microseconds, and most never come again.
         """
         if generation is None:
             generation = self._generation
-        since = generation.l0._n_clears  # noqa: SLF001 (ours)
+        if since is None:
+            since = generation.l0._n_clears  # noqa: SLF001 (ours)
         if type(text) is not str or (scope is not None and type(scope) is not str):
             text, add_special_tokens, scope, since = _key(text, add_special_tokens, scope, since)
         if generation.engine is None:
@@ -170,7 +172,7 @@ class CachedTokenizer:
                 self._n_long += 1
                 if self._n_long % ADMIT_ONE_IN:
                     return ids
-        elif seconds:
+        elif seconds >= 0:
             with self._lock:
                 self._encoded_texts += 1
                 self._encoded_tokens += len(ids)

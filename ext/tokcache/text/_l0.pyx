@@ -673,15 +673,17 @@ def token_ids(self, text, *, add_special_tokens=True, scope=None):
     look = None if l1 is None else l1.look
     if look is None:
         return core.miss(text, add_special_tokens, None, generation)
-    found = look(text, add_special_tokens, 0)
+    # A clear after this number was read keeps the text out of L0, and its segments out of L1.
+    since = generation.l0._n_clears
+    found = look(text, add_special_tokens, 0, since)
     if type(found) is not TokenIds:
-        return core.miss(text, add_special_tokens, None, generation, found)
+        return core.miss(text, add_special_tokens, None, generation, found, since)
     if PyUnicode_GET_LENGTH(<PyObject*> text) > long_chars:
         n_long = core._n_long + 1
         core._n_long = n_long
         if n_long % admit_one_in:
             return found
-    generation.put(text, add_special_tokens, found, None, generation.l0._n_clears)
+    generation.put(text, add_special_tokens, found, None, since)
     return found
 
 

@@ -255,7 +255,7 @@ class Router:
         return self._live(made)[1] + MIN_RESTORE_TOKENS
 
     def not_worth_restoring(self, made: Assignment, reason: str) -> None:
-        """Record that a file is not restored; the slot keeps what it holds."""
+        """Record that a file was not restored, so that the slot keeps its contents."""
         self.reasons[reason] += 1
         made.n_links, made.n_promised = self._live(made)
         made.source = "slot" if made.n_promised else "none"

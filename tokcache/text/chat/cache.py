@@ -172,8 +172,8 @@ class RenderCache:
             is_probe = template.n_to_probe[is_known] > 0
             if not is_probe and (not self._verify_rate or self._rng.random() >= self._verify_rate):
                 return text
-            template.n_to_probe[is_known] -= is_probe
             plain = self._plain(chat)
+            template.n_to_probe[is_known] -= is_probe
             has_clock = template.parts is not None and template.parts.has_clock
             if text != plain and has_clock:  # it may have changed between the two
                 text, _ = self._render(template, chat, frozen, scope)
@@ -190,7 +190,7 @@ class RenderCache:
         self.refuse("verified")
         try:
             return chat.plain()
-        except BaseException:
+        except Exception:  # an interruption or a cancellation says nothing about the text
             self._turn_off()
             raise
 
@@ -283,13 +283,16 @@ def _new_root(tree: ChatTree, parts: Parts, place: tuple[CachedTemplate, bytes])
     """Return a new root, which is in the tree. The lock is held.
 
     Its values are made of the bytes, so that nobody else can change them.
+
+    Errors: RenderingRefused if they do not fit into the budget.
     """
     scope, special_tokens, arguments, tools, documents, prompt = loads(place[1])  # noqa: S302
     names = {**parts.names, **special_tokens, **arguments, "tools": tools, "documents": documents}
     names["add_generation_prompt"] = prompt
     stretch = NO_MESSAGE._replace(n_state_bytes=5 * len(place[1]))
     root = Root(b"", stretch, place=place, names=names, scope=scope)
-    tree.put_top(root, root, stretch)
+    if refusal := tree.add_root(root):
+        raise RenderingRefused(refusal)
     return root
 
 

@@ -69,9 +69,15 @@ def take_apart(template: Template, source: str) -> Parts:
     macros = [node for node in head if isinstance(node, nodes.Macro)]
     loop.iter = nodes.Name(STEPS, "load")
     kept = {"loop", LOOP, *_namespaces([*head, loop])}
+    called = {id(node.node) for node in _all([*head, loop]) if isinstance(node, nodes.Call)}
+    has_class = any(
+        isinstance(node, nodes.Name) and node.name == "dict" and id(node) not in called
+        for node in _all([*head, loop])
+    )
     for node in loop.body:
         _rename_loop(node)
-        _look_up_items(node, kept)
+        if not has_class:
+            _look_up_items(node, kept)
     second = _compiled(environment, [*macros, loop])
     head, loop, tail = _split(environment, source)
     macros = [node for node in head if isinstance(node, nodes.Macro)]
@@ -168,6 +174,8 @@ def _look_up_items(node: nodes.Node, kept: set[str]) -> None:
 
     For a dict that is the same unless dicts have an attribute of that name; for objects without
     items, too, but slower, so attributes of the names in `kept` and methods are left as they are.
+    The class `dict` has every item (`dict["x"]` is a type), so a template that has it as a value is
+    not changed. No other global of the environment has items.
     """
     for name, child in node.iter_fields():
         children = child if isinstance(child, list) else [child]

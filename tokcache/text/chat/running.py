@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tokcache.text.chat.rewrite import Parts
 
 NEVER_SETTLED = 1 << 60  # more messages than any chat has
+_MAX_TAIL_BYTES = 256  # a longer text of the last part is not kept
 Names = dict[str, Any]
 # A chat's messages as bytes, end to end, and where each of them ends.
 Frozen = tuple[bytes, tuple[int, ...]]
@@ -213,7 +214,8 @@ class Head:
     `values` are data. `lists` has, for each variable that holds the messages from a number on, that
     number. `spaces` are the namespaces, the only objects that a template can change; each with the
     variables that hold it and its first attributes.
-    `tails` are texts of the last part that depend on nothing else than `add_generation_prompt`.
+    `tails` are texts of the last part that depend on nothing else than `add_generation_prompt`, one
+    for True and one for False; `n_bytes` has room for both.
     """
 
     text: str
@@ -223,7 +225,7 @@ class Head:
     n_needed: int
     start: int
     n_bytes: int
-    tails: dict[bool | None, str] = field(default_factory=dict)
+    tails: dict[bool, str] = field(default_factory=dict)
 
 
 class Point(NamedTuple):
@@ -249,6 +251,8 @@ def run_head(parts: Parts, settings: Names, run: Run) -> Head:
     context = parts.environment.context_class(parts.environment, names, None, {})
     text = "".join(parts.head.root_render_func(context))
     n_bytes = 2 * getsizeof(text)  # and once more in its key
+    if parts.tail is not None:
+        n_bytes += 2 * _MAX_TAIL_BYTES
     values: Names = {}
     lists: dict[str, int] = {}
     spaces: dict[int, tuple[list[str], Names]] = {}
@@ -307,15 +311,15 @@ def run_rest(
 
     tail = ""
     if parts.tail is not None:
-        # It is the same for all chats if it depends on none of them.
-        key = prompt if type(prompt) is bool and not spaces else None
-        known_tail = head.tails.get(key)
+        # A tail that reads no message and no namespace is the same for every chat with this head.
+        is_kept = type(prompt) is bool and not spaces
+        known_tail = head.tails.get(prompt) if is_kept else None
         if known_tail is None:
             run.n_needed = 0
             context = environment.context_class(environment, names, None, {})
             known_tail = "".join(parts.tail.root_render_func(context))
-            if key is not None and not run.n_needed:
-                head.tails[key] = known_tail
+            if is_kept and not run.n_needed and getsizeof(known_tail) <= _MAX_TAIL_BYTES:
+                head.tails[prompt] = known_tail
         tail = known_tail
     return "".join(chunks), points, tail
 

@@ -178,33 +178,45 @@ class ChatTree:
         self.n_insertions += len(new.ends)
         return ""
 
-    def put_top(self, top: Node, root: Root, stretch: Stretch) -> str:
-        """Give a top the state before the first message; a new one is put into the tree.
+    def add_root(self, root: Root) -> str:
+        """Put a new root into its place; return the reason if it is not kept."""
+        n_bytes = _n_bytes(root.stretch) + len(root.name)
+        if n_bytes > self.max_bytes // 2:
+            return "oversize"
+        self.make_room(n_bytes)
+        self._link(root, None)
+        self.n_entries += 1
+        return ""
 
-        Return the reason if it is not kept. A root is its own top.
+    def put_top(self, top: Node, root: Root, stretch: Stretch) -> str:
+        """Give a top the state before the first message; a new one is put below the root.
+
+        Return the reason if it is not kept. A root is its own top. One that was removed stays
+        removed: its scope may have been cleared, and its place may have a new root.
         """
-        if top.is_linked:
+        if not root.is_linked:
+            return "cleared"
+        was_linked = top.is_linked
+        if was_linked:
             if top.stretch.points[0] is not None:
                 return ""
             n_bytes = top.stretch.n_state_bytes + stretch.n_state_bytes
             stretch = stretch._replace(n_state_bytes=n_bytes)
-        elif top is not root and not root.is_linked:
-            return "cleared"
         elif top.name in root.children:
             return ""
         n_bytes = _n_bytes(stretch) + len(top.name)
-        if top is not root and n_bytes > self.max_bytes // 2:
+        if n_bytes > self.max_bytes // 2:
             return "oversize"
-        self.make_room(n_bytes - top.n_bytes, but=top if top.is_linked else root)
-        if top.is_linked:
+        self.make_room(n_bytes - top.n_bytes, but=top if was_linked else root)
+        if not root.is_linked or (was_linked and not top.is_linked):
+            return "cleared"
+        if was_linked:
             self._resize(top, stretch, n_bytes)
             return ""
-        if top is not root and not root.is_linked:
-            return "cleared"
         top.stretch = stretch
-        self._link(top, None if top is root else root)
+        self._link(top, root)
         self.n_entries += 1
-        self.n_insertions += top is not root
+        self.n_insertions += 1
         return ""
 
     def _link(self, node: Node, parent: Node | None) -> None:
@@ -280,6 +292,7 @@ class ChatTree:
         node.is_linked = False
         self.n_entries -= len(node.stretch.ends)
         self.n_bytes -= node.n_bytes
+        node.n_bytes = 0
         parent = node.parent
         if isinstance(node, Root):
             del self.roots[node.place]

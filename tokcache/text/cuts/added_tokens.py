@@ -74,7 +74,7 @@ def why_no_cuts(phases: Phases, normalizers: Sequence[Any]) -> Refusal | None:
         return None
     for normalizer in normalizers:
         names = {normalizer.normalize_str(token.content) for token in phases.normalized}
-        if len(names) < len(phases.normalized):  # it is chance which one a copy finds
+        if len(names) < len(phases.normalized):  # which one a copy finds is random
             sentence = "two added tokens are equal once normalised"
             return Refusal("normalized_tokens_alike", sentence)
     return None

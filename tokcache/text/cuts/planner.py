@@ -7,7 +7,7 @@ rule carries its reason. A component that is not recognised allows no cut, and t
 
 1. The ids around a text must be known (`affixes`).
 2. The normalizer must map each character of a pair by itself (`normalizers`).
-3. A pre-tokenizer that forces a boundary in a pair makes a cut safe (`pre_tokenizers`, `patterns`).
+3. A pre-tokenizer that forces a boundary in a pair makes a cut safe (`pre_tokenizers`, `regex`).
 4. Where no stage forces a boundary, a BPE vocabulary can prove one: no token spans the pair
    (`vocabulary`).
 5. The library finds added tokens before all that, and they may forbid cuts (`added_tokens`); some
@@ -53,7 +53,8 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
     """Return the cut plan of `tokenizer`, in which truncation and padding are off.
 
     Cost: well under a millisecond where a pre-tokenizer forces the cuts; a pass over the
-          vocabulary where only the vocabulary can prove them.
+          vocabulary where only the vocabulary can prove them; for a pattern that is not known some
+          hundred milliseconds, once in a process.
     """
     reason = why_random(tokenizer.model)
     if reason is not None:

@@ -139,9 +139,9 @@ def forced_cuts(stages: list[Any], normalizer: Normalizer) -> Findings:
     # The pairs that no stage has decided about, without those inside a string that is replaced.
     rest = _ALL.difference(pair for one in normalizer.replaced for pair in pairs_in(one))
     for index, stage in enumerate(stages):
-        place = _Place(normalizer, rest, index == 0, index == len(stages) - 1)
+        context = _Context(normalizer, rest, index == 0, index == len(stages) - 1)
         try:
-            own, passed = _stage_rules(stage, place)
+            own, passed = _stage_rules(stage, context)
         except Unrecognised as unknown:
             if not rules or stage["type"] not in _ONE_PIECE_AT_A_TIME:
                 raise
@@ -154,8 +154,8 @@ def forced_cuts(stages: list[Any], normalizer: Normalizer) -> Findings:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """The surroundings of a stage; `pairs` are those that no stage before it decides about."""
+class _Context:
+    """The context of a stage; `pairs` are those that no earlier stage decided."""
 
     normalizer: Normalizer
     pairs: frozenset[Pair]
@@ -191,14 +191,14 @@ def _without_marked_punctuation(rule: Rule) -> Rule:
     return rule if rule.is_apart else replace(rule, right=rule.right - {C.PUNCTUATION})
 
 
-def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
+def _stage_rules(stage: Any, context: _Context) -> tuple[Rules, frozenset[Pair]]:
     """Return the rules of one stage, and the pairs at which it changes no other piece.
 
     Errors: Unrecognised.
     """
     rules = _neighbour_rules(stage)
     if rules is not None:
-        if place.normalizer.composes:
+        if context.normalizer.composes:
             rules = tuple(map(_without_marked_punctuation, rules))
         return rules, _ALL
     kind = stage["type"]
@@ -210,12 +210,12 @@ def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
         why = "a part begins with every space"
         return (Rule("visible | space", VISIBLE, SPACE, why, is_apart=True),), frozenset()
     if kind == "ByteLevel":
-        if stage.get("add_prefix_space") and not place.is_first:
+        if stage.get("add_prefix_space") and not context.is_first:
             raise Unrecognised("ByteLevel puts a space before every part of a text")
         if stage.get("use_regex", True):
             # It replaces whitespace, too, which a later stage looks for.
-            return _by_pattern(GPT2, "Isolated", place)[0], frozenset()
-        if not place.is_last and _hides_whitespace(stage):
+            return _by_pattern(GPT2, "Isolated", context)[0], frozenset()
+        if not context.is_last and _hides_whitespace(stage):
             raise Unrecognised("ByteLevel replaces spaces before the next stage sees them")
         return (), _ALL
     if kind == "CharDelimiterSplit":
@@ -229,7 +229,7 @@ def _stage_rules(stage: Any, place: _Place) -> tuple[Rules, frozenset[Pair]]:
     else:
         pattern = "".join(f"\\x{{{ord(char):x}}}" for char in string)
     try:
-        return _by_pattern(pattern, stage["behavior"], place, invert=bool(stage.get("invert")))
+        return _by_pattern(pattern, stage["behavior"], context, invert=bool(stage.get("invert")))
     except Unrecognised as unknown:
         shown = pattern if string is None else string
         raise Unrecognised(f"Split by {shown!r}: {unknown}") from None
@@ -250,20 +250,20 @@ def _neighbour_rules(stage: Any) -> Rules | None:
 
 
 def _by_pattern(
-    pattern: str, behavior: str, place: _Place, *, invert: bool = False
+    pattern: str, behavior: str, context: _Context, *, invert: bool = False
 ) -> tuple[Rules, frozenset[Pair]]:
     """Return the rules of a Split by a pattern, and the pairs at which it changes no other piece.
 
     Errors: Unrecognised.
     """
     apart, passed = outcomes_of(pattern, behavior, invert=invert)
-    normal = place.normalizer
+    normal = context.normalizer
     if not (normal.keeps_non_ascii and normal.keeps_lines and not normal.replaced):
         apart, passed = (
             frozenset(pair for pair in pairs if all(one in pairs for one in _become(pair, normal)))
             for pairs in (apart, passed)
         )
-    return _rules_of(apart & place.pairs), passed
+    return _rules_of(apart & context.pairs), passed
 
 
 def _become(pair: Pair, normalizer: Normalizer) -> Iterator[Pair]:

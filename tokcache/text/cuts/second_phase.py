@@ -84,10 +84,10 @@ def unsafe_pairs(tokens: Sequence[Any], normalizer: Any, reading: Normalizer) ->
     before, after = WHITESPACE_LEFT | padded, WHITESPACE | padded
     for flag in ("lstrip", "rstrip", "single_word"):
         flagged = [name for token, name in names if name and getattr(token, flag)]
-        firsts = set[C]().union(*(reading.right_of(one) for one in {name[0] for name in flagged}))
-        lasts = set[C]().union(*(reading.left_of(one) for one in {name[-1] for name in flagged}))
         if not flagged:
             continue
+        firsts = set[C]().union(*(reading.right_of(one) for one in {name[0] for name in flagged}))
+        lasts = set[C]().union(*(reading.left_of(one) for one in {name[-1] for name in flagged}))
         if flag == "lstrip":  # it takes the whitespace before it: no cut in there
             found |= set(product(before, firsts | after))
         elif flag == "rstrip":

@@ -71,6 +71,7 @@ NOT_LOOKED_UP: Any = object()
 
 _log = logging.getLogger("tokcache")
 _MAX_SCOPE_TAGS = 4096
+COUNTED = -1.0  # no seconds: another call has counted and stored the text
 CHARS_AT_ONCE = 1 << 17  # an engine that holds the interpreter lock gets no more in one call
 _CHARS_FOR_A_THREAD = 4096  # for fewer, a second thread costs more than it saves
 _MAX_APART = 64  # more separators in a text make tokenizers slower
@@ -149,8 +150,8 @@ class L1:
         Seconds are None if all segments were cached. Missing segments are encoded here. If
         `encode_once` is given, and another thread can ask for `text` meanwhile, it is called with
         `generation`, the key and the function that encodes them, and may return another thread's
-        ids instead; the seconds are then 0. Nothing is stored if the scope was cleared since the
-        number of clears was `since`. `found` is the answer of `look`, if it was asked.
+        ids instead; the seconds are then COUNTED. Nothing is stored if the scope was cleared since
+        the number of clears was `since`. `found` is the answer of `look`, if it was asked.
         """
         if found is NOT_LOOKED_UP:
             if self.off is not None:
@@ -169,7 +170,7 @@ class L1:
             ids = self._complete(found, text, add_special_tokens)
             return ids, perf_counter() - start
         complete = partial(self._complete, found, text, add_special_tokens)
-        return encode_once(generation, (text, add_special_tokens, scope, since), complete), 0.0
+        return encode_once(generation, (text, add_special_tokens, scope, since), complete), COUNTED
 
     def _complete(self, walk: Walk, text: str, add_special_tokens: bool) -> TokenIds | None:
         """Encode the missing segments and return the ids of the text; None: encode it whole."""
@@ -247,16 +248,16 @@ class L1:
         ids: list[int] = []
         scanner, span = Scanner(self.plan), (0, len(text))
         try:
-            parts = list(spans_of(self.plan, scanner, text, span, variant, fine=False))
+            segments = list(spans_of(self.plan, scanner, text, span, variant, fine=False))
         except Unsure:
             return None
-        for part in parts:
-            if part.token is not None:
-                ids.append(part.token.id)
+        for segment in segments:
+            if segment.token is not None:
+                ids.append(segment.token.id)
                 continue
-            own = self._sure[part.variant].tokenizer
+            own = self._sure[segment.variant].tokenizer
             # `encode`, not a batch: after a batch, forked children stay serial.
-            ids += own.encode(text[part.start : part.stop], add_special_tokens=False).ids
+            ids += own.encode(text[segment.start : segment.stop], add_special_tokens=False).ids
         return ids
 
     def after_fork(self) -> None:
@@ -372,17 +373,21 @@ class L1:
 
 def _proven(name: str, sure: SegmentEncoder) -> FastEncoder:
     """Return a fast encoder that gives the same ids as `sure`, or raise FastEncoderUnavailable."""
-    # The fast ones find such a token in the raw text: a `K` even if NFC joins the next mark to it.
     own = sure.tokenizer
+    # Fast encoders search the raw text: they find `K` even where NFC composes it with the mark
+    # after it.
     if has_normalized_tokens(own):
         why = "it does not search for added tokens in the normalised text"
         raise FastEncoderUnavailable(name, why)
-    # Their regular expressions are of another dialect, so patterns that nobody compared may differ
-    # in texts that no probe has: fastokens reads `\s{2}?` as two, Oniguruma as two or none.
-    for stage in stages_of(json.loads(component_state(own.pre_tokenizer))):
-        pattern = stage.get("pattern", {}).get("Regex")
-        if pattern is not None and name_of(pattern) is None:
-            raise FastEncoderUnavailable(name, f"the pattern {pattern[:80]!r} is not a known one")
+    # Their regular expressions are of another dialect, so a pattern that was never compared may
+    # give other pieces for texts that the probes miss: fastokens reads `\s{2}?` as two characters,
+    # Oniguruma as two or none.
+    for component in (own.normalizer, own.pre_tokenizer):
+        for stage in stages_of(json.loads(component_state(component))):
+            pattern = (stage.get("pattern") or {}).get("Regex")
+            if pattern is not None and name_of(pattern) is None:
+                why = f"the pattern {pattern[:80]!r} is not a known one"
+                raise FastEncoderUnavailable(name, why)
     encoder = build(name, sure.tokenizer.to_str())
     reason = prove(encoder, sure.tokenizer, probe_texts(sure.tokenizer))
     if reason is not None:

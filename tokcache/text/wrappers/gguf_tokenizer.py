@@ -30,6 +30,7 @@ from tokcache.errors import (
     TokcacheError,
     UnsupportedTokenizer,
 )
+from tokcache.text.cuts.patterns import KNOWN
 from tokcache.text.engines.fast import probe_texts
 
 if TYPE_CHECKING:
@@ -61,17 +62,13 @@ _SAMPLES = (
 _RANGES = ((32, 127), (0xA0, 0x250), (0x370, 0x590), (0x600, 0x700), (0x900, 0xD00), (0xE00, 0xE60),
            (0x3040, 0x3100), (0x4E00, 0x9FA6), (0xAC00, 0xD7A4), (0x1F300, 0x1F650))  # fmt: skip
 
-# Patterns, by their names in llama.cpp (`tokenizer.ggml.pre`).
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WHITESPACE = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 # With these a word that is a token is taken as it is, without merges.
 _IGNORE_MERGES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
                   "lfm2", "jina-v5-nano")  # fmt: skip
+# Patterns, by their names in llama.cpp (`tokenizer.ggml.pre`).
 _PATTERNS = {
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2 + _WHITESPACE),
-    **dict.fromkeys(_IGNORE_MERGES, _LLAMA3 + _WHITESPACE),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), KNOWN["qwen2"]),
+    **dict.fromkeys(_IGNORE_MERGES, KNOWN["cl100k"]),
 }
 # Names for GPT-2's pattern, and for the same after every digit was split off.
 _GPT2 = {"gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion"}

@@ -58,7 +58,8 @@ class Step(NamedTuple):
     """The state after a symbol, and the end of the match that it decides.
 
     `end` is None if no match is decided, HERE for one that ends before the symbol, or the `end` of
-    a thread that was MATCHED. `ends` are the ends that the threads of the new state number anew.
+    a thread that was MATCHED. `ends[i]` is the old end of the threads whose `end` is `i` in the
+    new state.
     """
 
     state: State
@@ -106,8 +107,7 @@ class Program:
         self._code: list[_Read | _Fork | _Ahead | _Place | _End] = [_End()]
         self._reads_before = False
         start = self._compile(node, 0)
-        before = None
-        self.start = State((Thread(start, frozenset(), 0),), before)
+        self.start = State((Thread(start, frozenset(), 0),), None)
         self._followed: dict[tuple[int, object, int], list[tuple[int, frozenset[Ahead]]]] = {}
         self._steps: dict[tuple[State, int], Step] = {}
 
@@ -292,8 +292,6 @@ class Program:
             return is_end
         if kind == "line_end":
             return is_end or bool(alphabet.newline >> symbol & 1)
-        if kind == "last_line":
-            raise Unrecognised(r"\Z, which depends on two characters")
         was_word, was_newline = self.before_match() if before is None else before
         if kind == "line_start":
             return was_newline and not is_end
@@ -301,7 +299,7 @@ class Program:
         return (was_word != is_word) == (kind == "word")
 
     def before_match(self) -> tuple[bool, bool]:
-        """Refuse a condition on the character before the match, which another match may end with.
+        """Refuse a condition that reads the character before the match: it may be of another match.
 
         Errors: Unrecognised, always.
         """

@@ -1,4 +1,4 @@
-"""Finds the cuts of a pattern: shipped for a known one, derived and remembered for another."""
+"""Finds the cuts of a pattern: those of known patterns ship, those of others are derived once."""
 
 from __future__ import annotations
 

@@ -14,9 +14,8 @@ Then only a gap can touch both sides:
 (iii) the Split has a boundary there unless a gap may end `u` and another one begin `v`.
 
 Where they may, the last piece of `u` and the first of `v` are one piece, and a later stage may
-still split it: see `PatternCuts.outcome`, for condition (iv). A newline after a visible
-character is a class of its own on the left, because GPT-2's pattern takes it for a word of its own
-only there: (v).
+still split it: see `PatternCuts.outcome`, for condition (iv). (v) A newline after a visible
+character is a separate class on the left: only there does GPT-2's pattern match it alone.
 """
 
 from __future__ import annotations
@@ -43,15 +42,24 @@ from tokcache.text.cuts.regex.syntax import (
 MAX_STATES = 1200
 
 
-@lru_cache(maxsize=256)
 def derive(pattern: str) -> PatternCuts:
     """Return the cuts that a pattern allows, or refuse it.
 
     Errors: Unrecognised, with the name and place of the construct, or the limit that is exceeded.
-    Cost:   some hundred milliseconds; the result is remembered.
+    Cost:   some hundred milliseconds; the result is remembered, a refusal too.
     """
-    program = program_of(pattern)
-    return cuts_of(program)
+    found = _derived(pattern)
+    if isinstance(found, str):
+        raise Unrecognised(found)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _derived(pattern: str) -> PatternCuts | str:
+    try:
+        return cuts_of(program_of(pattern))
+    except Unrecognised as refused:
+        return str(refused)
 
 
 def program_of(pattern: str) -> Program:
@@ -98,10 +106,7 @@ def cuts_of(program: Program) -> PatternCuts:
         own = alphabet.rights[right]
         return all(not own & ~ended_by[symbol] for symbol in lefts[left])
 
-    # A newline after a visible character is a symbol of its own: see `states_after`.
-    reads = 0
-    for mask in alphabet.chars.values():
-        reads |= mask
+    reads = sum(1 << one for one in range(alphabet.n) if after[one])
     alone = [program.step(program.start, one).state for one in range(alphabet.n)]
     gaps_at_end = sum(
         1 << one
@@ -110,11 +115,12 @@ def cuts_of(program: Program) -> PatternCuts:
     )
     gaps_at_start = sum(1 << one for one in range(alphabet.n) if _may_begin_gap(program, one))
     starts = sum(1 << one for one, state in enumerate(alone) if state.threads)
-    newline = alphabet.n
+    masks = left_masks(alphabet)
 
     def ends_in(mask: int) -> frozenset[CharClass]:
-        mask |= (mask & alphabet.newline and 1) << newline
-        return frozenset(one for one in LEFTS if left_masks(alphabet)[one] & mask)
+        if mask & alphabet.newline:
+            mask |= 1 << alphabet.n  # a newline after a visible character: see `states_after`
+        return frozenset(one for one in LEFTS if masks[one] & mask)
 
     def begins_in(mask: int) -> frozenset[CharClass]:
         return frozenset(one for one in RIGHTS if alphabet.rights[one] & mask)
@@ -161,11 +167,11 @@ def states_after(program: Program) -> dict[int, set[State]]:
                 if len(found) > MAX_STATES:
                     raise Unrecognised(f"more than {MAX_STATES} states")
     newline = _symbols(alphabet.newline)[0]
+    # `start` is one of these: a match that begins at the newline may have any character before it.
     for state in {program.start}.union(*(after[one] for one in _symbols(alphabet.visible))):
         reached = program.step(state, newline).state
         if reached.threads:
             after[alphabet.n].add(reached)
-    # The match that begins at the newline itself may have any character before it.
     return after
 
 

@@ -19,10 +19,15 @@ from tokcache.errors import Unrecognised
 
 _MAX_REPEATS = 1000
 _INTERVAL = re.compile(r"\{(\d*)(,?)(\d*)\}")
-_PLACES = {"b": "word", "B": "no_word", "z": "end", "Z": "last_line"}
-_ONE_CHAR = frozenset("rntfvaesSdDwWhH")  # letters of escapes that match one character
-_NOT_IN_CLASSES = frozenset("bBRXKkgNOcCM0123456789")
-_RAW_BYTE = re.compile(r"\\x[89A-Fa-f]")  # a part of a character
+_PLACES = {r"\b": "word", r"\B": "no_word", r"\z": "end"}
+# The escapes that match one character, in a class and outside it. Two digits after `\x` are a byte,
+# which from 80 on is only a part of a character.
+_ESCAPE = re.compile(
+    r"\\(?:[pP]\{\^?[\w ]+\}|x\{[0-9A-Fa-f]+\}|x[0-7][0-9A-Fa-f]|u[0-9A-Fa-f]{4}"
+    r"|[rntfvaesSdDwWhH]|[^A-Za-z0-9])",
+    re.ASCII | re.DOTALL,
+)
+_POSIX_CLASS = re.compile(r"\[:\^?[a-z]+:\]")
 _BEYOND_ASCII = re.compile(r"\\[pPxu]|\[:|&&")
 _GROUPS = {"(?:": "group", "(?=": "ahead", "(?!": "not_ahead", "(?i:": "ignore_case"}
 _REFUSED_GROUPS = {
@@ -130,7 +135,7 @@ class _Parser:
 
     def _row(self, ignore_case: bool) -> Node:
         parts: list[Node] = []
-        literal = ""  # the characters just read, which one folded character may stand for
+        literal = ""  # the last literal characters: one may equal several if case is ignored
         while self._peek() not in ("", "|", ")"):
             start = self.at
             node = self._atom(ignore_case)
@@ -214,6 +219,8 @@ class _Parser:
 
     def _group(self, ignore_case: bool) -> Node:
         start = self.at
+        if ignore_case:  # the library joins the literals of nested groups: "ss" is U+00DF, too
+            raise self.refusal("group in a group that ignores case")
         kind = "group"
         if self._peek(2) == "(?":
             opening = next((one for one in _GROUPS if self._pattern.startswith(one, start)), None)
@@ -224,7 +231,7 @@ class _Parser:
             self.at += len(opening)
         else:
             self.at += 1
-        node = self.choice(ignore_case=ignore_case or kind == "ignore_case")
+        node = self.choice(ignore_case=kind == "ignore_case")
         if self._peek() != ")":
             raise self.refusal("unclosed group", start)
         self.at += 1
@@ -234,24 +241,17 @@ class _Parser:
 
     def _escape(self, ignore_case: bool) -> Node:
         start = self.at
-        letter = self._pattern[start + 1 : start + 2]
-        self.at += 2
-        if letter in _PLACES and letter:
-            return Place(_PLACES[letter])
-        if letter in ("p", "P"):
-            found = re.compile(r"\{\^?[\w ]+\}").match(self._pattern, self.at)
-        elif letter == "x":
-            found = re.compile(r"\{[0-9A-Fa-f]+\}|[0-7][0-9A-Fa-f]").match(self._pattern, self.at)
-        elif letter == "u":
-            found = re.compile(r"[0-9A-Fa-f]{4}").match(self._pattern, self.at)
-        elif letter and (letter in _ONE_CHAR or not (letter.isascii() and letter.isalnum())):
-            return self._chars(self._pattern[start : self.at], ignore_case)
-        else:
-            found = None
-        if found is None:
-            raise self.refusal(f"escape \\{letter}", start)
-        self.at = found.end()
+        if self._peek(2) in _PLACES:
+            self.at += 2
+            return Place(_PLACES[self._pattern[start : self.at]])
+        self._skip_escape("")
         return self._chars(self._pattern[start : self.at], ignore_case)
+
+    def _skip_escape(self, where: str) -> None:
+        found = _ESCAPE.match(self._pattern, self.at)
+        if found is None:
+            raise self.refusal(f"escape {self._peek(2)}{where}")
+        self.at = found.end()
 
     def _skip_class(self) -> None:
         """Go on after a bracketed class, in which other classes may be nested."""
@@ -261,15 +261,13 @@ class _Parser:
             if char == "":
                 raise self.refusal("unclosed class", start)
             if char == "\\":
-                if self._peek(2)[1:] in _NOT_IN_CLASSES or _RAW_BYTE.match(self._pattern, self.at):
-                    raise self.refusal(f"escape {self._peek(2)} in a class")
-                self.at += 2
+                self._skip_escape(" in a class")
                 continue
             if self._peek(2) == "[:":
-                end = self._pattern.find(":]", self.at)
-                if end < 0:
-                    raise self.refusal("unclosed class", start)
-                self.at = end + 2
+                found = _POSIX_CLASS.match(self._pattern, self.at)
+                if found is None:
+                    raise self.refusal("[: that begins no POSIX class")
+                self.at = found.end()
                 continue
             self.at += 1
             if char == "[":
