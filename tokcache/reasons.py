@@ -349,6 +349,18 @@ SERVER_REFUSALS = {
         "a slot that was decoding for another request held more of the prompt",
         "start the server with more slots, or send the requests of a conversation in turn",
     ),
+    "cut_off": Reason(
+        "a request was cut off before its answer began, so its slot was emptied",
+        "leave `save_when` at `answered`, so that a file has the contents",
+    ),
+    "context_shifted": Reason(
+        "the prompt and its answer did not fit into a slot, so the server dropped some tokens",
+        "start the server with more context",
+    ),
+    "explanation_failed": Reason(
+        "the server did not give the texts that `explain` asked for; the answer has none",
+        "see the server's log",
+    ),
     "no_checkpoint": Reason(
         "a slot or file held more of the prompt, but the server cannot go back to that place",
         "start llama-server with its default `--ctx-checkpoints`; in reproducible mode only whole "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.integration.pretended import Pretender, pretend
 from tests.integration.served import (
     N_PREDICT,
     Wrapped,
@@ -19,12 +20,14 @@ from tests.integration.served import (
     serve_with_adapter,
 )
 from tokcache import samples
+from tokcache.errors import ServerUnreachable
 from tokcache.llama.server import LlamaServer, SlotSettings
 from tokcache.llama.server.removals import N_ROWS, N_TABLES, SlotRemovals
 from tokcache.state.reasons import Miss, MissReason
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.integration.served import Connect
@@ -273,3 +276,105 @@ def test_removals_are_bounded_and_of_one_namespace() -> None:
         removals.note(n.to_bytes(20, "little"), ids, "max_bytes")
     assert removals.find(b"a" * 20, ids) is None
     assert removals.has_forgotten(b"a" * 20)
+
+
+@pytest.fixture
+def pretender() -> Iterator[Pretender]:
+    made = Pretender()
+    with pretend(made) as made.url:
+        yield made
+
+
+def pretended(made: Pretender, **settings: Any) -> LlamaServer:
+    return LlamaServer(made.url, timeout_s=60, slot_settings=SlotSettings(**settings))
+
+
+FULL = (500, {"error": {"code": 500, "message": "no room on the disk", "type": "server_error"}})
+
+
+@pytest.mark.parametrize(
+    ("said", "detail"),
+    [
+        (FULL, "save_failed"),
+        ({"n_saved": 150, "n_written": 15_000}, "slot_changed_by_others"),
+        (None, "save_failed"),  # the connection ends
+    ],
+    ids=["an error", "other tokens", "no answer"],
+)
+def test_a_failed_save_is_the_reason_and_no_eviction(
+    pretender: Pretender, said: Any, detail: str
+) -> None:
+    pretender.say["save"] = said
+    with pretended(pretender) as server:
+        for tokens in (A, B, prompt(3, 200)):
+            complete(server, tokens)
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.REFUSED, detail)
+
+
+def test_contents_for_which_pinned_files_leave_no_room_say_so(pretender: Pretender) -> None:
+    with pretended(pretender, max_bytes=25_000) as server:
+        complete(server, prompt(4, 200), conversation="kept")
+        server.pin("kept")
+        for tokens in (A, B, prompt(3, 200)):
+            complete(server, tokens)
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.REFUSED, "file_over_budget")
+
+
+def test_a_request_that_is_cut_off_in_a_slot_says_so(pretender: Pretender) -> None:
+    with pretended(pretender, save_when="overwritten") as server:
+        complete(server, A)
+        pretender.say["/completion"] = None
+        with pytest.raises(ServerUnreachable):
+            server.complete([*A, 7], n_predict=1)
+        server.flush(30)
+        pretender.say["/completion"] = pretender.complete
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.REFUSED, "cut_off")
+        server.clear()
+        assert miss(server, A).reason is MissReason.NEVER_STORED
+
+
+def test_a_shifted_context_says_so(pretender: Pretender) -> None:
+    def shifted(body: Any) -> Any:
+        return {**pretender.complete(body), "truncated": True, "tokens_cached": 100}
+
+    with pretended(pretender) as server:
+        pretender.say["/completion"] = shifted
+        complete(server, A)
+        pretender.say["/completion"] = pretender.complete
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.REFUSED, "context_shifted")
+
+
+@both_clients
+def test_an_explanation_that_fails_costs_no_answer(pretender: Pretender, connect: Connect) -> None:
+    with connect(pretender.url, timeout_s=60) as server:
+        pretender.say["/detokenize"] = FULL
+        found = server.complete(A, n_predict=1, explain=True)
+        assert found.completion.text == " it"
+        assert found.miss is not None
+        assert found.explanation is None
+        assert server.stats().refusals["explanation_failed"] == 1
+
+
+@pytest.mark.parametrize("scope", ["a", None, "b"], ids=["own", "all", "another"])
+@pytest.mark.parametrize("is_understood", [True, False], ids=["a slot", "no slot"])
+def test_nothing_is_explained_of_a_scope_that_was_cleared_meanwhile(
+    pretender: Pretender, scope: str | None, is_understood: bool
+) -> None:
+    with pretended(pretender) as server:
+
+        def cleared(_: Any) -> Any:
+            pretender.say["/detokenize"] = {"content": "text"}
+            server.clear(scope=scope)
+            return {"content": "text"}
+
+        if not is_understood:
+            pretender.say["/props"] = {}
+        complete(server, A, scope="a")
+        pretender.say["/detokenize"] = cleared
+        found = server.complete([*A[:90], *B], n_predict=1, scope="a", explain=True)
+        assert found.miss is not None
+        assert (found.explanation is not None) == (scope == "b")
