@@ -415,6 +415,15 @@ GATEWAY_REASONS = {
         "let nobody else use the llama-server",
     ),
     "save_failed": Reason("the llama-server could not save a slot", "see its log"),
+    "cut_off": Reason(
+        "a request was cut off while its slot was prepared, so the slot's contents were lost",
+        _NOTHING,
+    ),
+    "server_away": Reason("the llama-server did not answer, so its slots are lost", "see its log"),
+    "server_restarted": Reason(
+        "the llama-server was started again, and no file had the contents of its slots",
+        "stop the gateway first: it saves the slots",
+    ),
     "file_over_budget": Reason("a saved slot is larger than `max_bytes`", "raise `max_bytes`"),
     "file_not_deleted": Reason(
         "a saved file could not be deleted", "let the gateway write to the slot folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -191,6 +192,105 @@ def test_contents_that_are_not_saved_say_why(given: Any, detail: str) -> None:
     answered(made, ["y" * 4000], "b")
     again = answered(made, [LONG], "a")
     assert (again.reason, again.detail) == (MissReason.REFUSED, detail)
+
+
+def displacing(made: Router, texts: list[str]) -> Assignment:
+    """Assign a request that takes the only slot, and stop before anything is saved."""
+    made.enqueue(wish(prompt(texts).chain()))
+    (assignment,) = made.assign(0.0)
+    return assignment
+
+
+def fail_to_save(made: Router) -> None:
+    other = displacing(made, ["y" * 4000])
+    (slot,) = other.save
+    made.not_saved(slot)
+    made.read_done(other)
+    made.finish(other, prompt(["y" * 4000]).chain("a"), n_prompt=1000, n_cached=0, n_tokens=1005)
+    made.release(other.slot)
+
+
+def fail_to_save_in_idle_time(made: Router) -> None:
+    (slot,) = made.servers["one"].slots
+    made.begin_save(slot)
+    made.not_saved(slot)
+    made.release(slot)
+    decoded(made, 2.0)  # now a save is not worth its time
+    answered(made, ["y" * 4000], "a")
+
+
+def cut_off(made: Router) -> None:
+    other = displacing(made, ["y" * 4000])
+    made.read_done(other)
+    made.abort(other, has_begun=False)
+    made.release(other.slot)
+
+
+def restart_during_an_answer(made: Router) -> None:
+    other = displacing(made, [LONG, "more"])
+    carry(made, other)
+    up(made, n_slots=1)
+    made.abort(other, has_begun=True)
+    made.release(other.slot)
+
+
+@pytest.mark.parametrize(
+    ("lose", "detail"),
+    [
+        (fail_to_save, "save_failed"),
+        (fail_to_save_in_idle_time, "save_failed"),
+        (cut_off, "cut_off"),
+        (lambda made: up(made, n_slots=1), "server_restarted"),
+        (restart_during_an_answer, "server_restarted"),
+        (lambda made: (made.server_down("one"), up(made, n_slots=1)), "server_away"),
+    ],
+    ids=["save", "idle save", "cut off", "restart", "restart during an answer", "away"],
+)
+def test_contents_that_are_lost_say_why(lose: Callable[[Router], Any], detail: str) -> None:
+    made = router()
+    up(made, n_slots=1)
+    answered(made, [LONG], "a")
+    lose(made)
+    again = answered(made, [LONG], "a")
+    assert (again.source, again.reason, again.detail) == ("none", MissReason.REFUSED, detail)
+
+
+@pytest.mark.parametrize("cause", ["file_gone", "restore_failed", "files_of_another_model"])
+def test_files_that_are_dropped_say_why(cause: str) -> None:
+    made = router()
+    up(made, n_slots=1)
+    for char in "xy":
+        answered(made, [char * 4000], "a")
+    (file,) = made.files
+    if cause == "files_of_another_model":
+        made.files.clear("p")
+    else:
+        made.files.drop(file, cause)
+    again = answered(made, [LONG], "a")
+    assert (again.reason, again.detail) == (
+        (MissReason.OTHER_FINGERPRINT, "model")
+        if cause == "files_of_another_model"
+        else (MissReason.REFUSED, cause)
+    )
+
+
+@pytest.mark.parametrize("is_over", [False, True], ids=["failed", "over the budget"])
+def test_an_idle_save_that_failed_is_not_tried_again_and_again(is_over: bool) -> None:
+    made = router(max_bytes=10) if is_over else router()
+    up(made, n_slots=2)
+    for char in "xyz":
+        answered(made, [char * 4000], "a", now=1.0)
+    slot = made.next_to_save(10.0)
+    assert slot is not None
+    if is_over:
+        assert made.admission.saved(slot, "tokcache-1.bin", slot.n_tokens, 1000) is None
+    else:
+        made.not_saved(slot)
+    other = made.next_to_save(10.0)
+    assert other is not slot
+    assert other is not None
+    made.not_saved(other)
+    assert made.next_to_save(10.0) is None
 
 
 def test_restores_stop_after_three_that_helped_nothing() -> None:

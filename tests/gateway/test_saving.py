@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from typing import TYPE_CHECKING, Any
@@ -97,3 +98,14 @@ def test_a_file_that_is_written_after_its_client_left_is_not_forgotten(tmp_path:
         wait_for(lambda: len(files) == 1)
         assert [file.name for file in files] == [written.name]
         assert [each.name for each in slots.iterdir()] == [written.name]
+
+
+def test_a_conversation_whose_save_failed_says_so(tmp_path: Path) -> None:
+    slots = tmp_path / "slots"
+    with upstream(slots, n_slots=1) as server, gateway(tmp_path / "own", server) as served:
+        served.chat(chat(0))
+        shutil.rmtree(slots)
+        served.chat(chat(1))
+        told = served.chat(chat(0))["tokcache"]
+        assert (told["reason"], told["detail"]) == ("refused", "save_failed")
+        assert served.service.router.reasons["save_failed"] == 2

@@ -308,7 +308,7 @@ class Service:
         if file is None or file not in self.files or not self.files.is_intact(file):
             # Reading a truncated file could crash the server.
             if file is not None:
-                self.files.drop(file)
+                self.files.drop(file, "file_gone")
             self.router.not_restored(made, "file_gone")
             return
         if chat is not None and file.ids:
@@ -324,7 +324,7 @@ class Service:
             raise
         except ServerError as error:
             _log.warning("slot %d could not be restored: %s", made.slot.id, type(error).__name__)
-            self.files.drop(file)
+            self.files.drop(file, "restore_failed")
             self._is_list_old = True
             self.router.not_restored(made, "restore_failed")
             return
@@ -351,10 +351,11 @@ class Service:
             saving.add_done_callback(lambda _: self.files.note_stale(server.pool, name))
             raise
         except ServerUnreachable:
+            self.router.not_saved(slot)
             self.files.discard(server.pool, name)
             raise
         except ServerError as error:
-            self.router.reasons["save_failed"] += 1
+            self.router.not_saved(slot)
             _log.warning("slot %d could not be saved: %s", slot.id, type(error).__name__)
             self.files.discard(server.pool, name)
             return
@@ -363,7 +364,7 @@ class Service:
             # Somebody else uses the server: the slot holds other tokens than we recorded.
             self.router.reasons["slot_changed_by_others"] += 1
             self.files.discard(server.pool, name)
-            slot.lost()
+            self.router.lose(slot, "slot_changed_by_others")
             return
         self.router.admission.saved(
             slot, name, saved.n_tokens, saved.n_bytes, seconds=seconds, ids=ids
@@ -406,7 +407,7 @@ class Service:
                     return
             except ServerError:
                 self.counts["settle_failed"] += 1
-                slot.lost()
+                self.router.lose(slot, "server_away")
                 return
             await asyncio.sleep(_SETTLE_CHECK_S)
 

@@ -94,6 +94,8 @@ class Admission:
             cause = "save_skipped"
             if not slot.server.can_save:
                 cause = "no_slot_save_path"
+            elif slot.unsaved:
+                cause = slot.unsaved
             elif slot.n_tokens < self._min_tokens:
                 cause = "below_minimum"
             elif not slot.server.can_restore:
@@ -123,8 +125,10 @@ class Admission:
                 continue
             unsaved = [slot for slot in server.slots if self.is_worth_saving(slot)]
             n_free = len(server.slots) - len(unsaved)
-            if unsaved and n_free < max(1, len(server.slots) // _SLOTS_PER_SAVED):
-                oldest = min(unsaved, key=lambda slot: slot.used_at)
+            # A save that failed is tried again only when the contents give way.
+            untried = [slot for slot in unsaved if not slot.unsaved]
+            if untried and n_free < max(1, len(server.slots) // _SLOTS_PER_SAVED):
+                oldest = min(untried, key=lambda slot: slot.used_at)
                 if now - oldest.idle_since >= _MIN_IDLE_S:
                     return oldest
         return None
@@ -153,7 +157,8 @@ class Admission:
             scope=slot.scope,
         )
         self._counts["save"] += 1
-        slot.saved = file if self._files.add(file) else None
+        is_listed = self._files.add(file)
+        slot.saved, slot.unsaved = (file, "") if is_listed else (None, "file_over_budget")
         return slot.saved
 
     def measured(self, server: Server, n_tokens: int, seconds: float) -> None:

@@ -157,8 +157,7 @@ class Files:
                 break
             if not file.n_readers and not file.is_pinned:
                 self.n_evictions += 1
-                self.note_removal(file.scope, file.chain, "max_bytes")
-                self.drop(file)
+                self.drop(file, "max_bytes")
         return self.n_bytes + n_bytes <= self.max_bytes
 
     def note_removal(self, scope: str | None, chain: Chain, cause: str) -> None:
@@ -178,9 +177,11 @@ class Files:
         file.used_at = time.time()
         file.n_uses += 1
 
-    def drop(self, file: SavedFile) -> None:
-        """Remove a file from the list and from its folder."""
+    def drop(self, file: SavedFile, cause: str = "") -> None:
+        """Remove a file from the list and from its folder; remember the cause, if any."""
         if self._files.get(file.name) is file:
+            if cause:
+                self.note_removal(file.scope, file.chain, cause)
             self._unlist(file)
             self._delete(file.pool, file.name)
 
@@ -228,9 +229,9 @@ class Files:
         return len(self)
 
     def clear(self, pool: str) -> None:
-        """Drop all files of a pool, for example because the model gives other probabilities."""
+        """Drop all files of a pool, because the model gives other probabilities."""
         for file in [each for each in self._files.values() if each.pool == pool]:
-            self.drop(file)
+            self.drop(file, "files_of_another_model")
 
     def is_intact(self, file: SavedFile) -> bool:
         """Return whether a listed file still has its size; True if its folder can't be reached."""

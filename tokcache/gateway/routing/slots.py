@@ -30,6 +30,8 @@ class Slot:
     n_prompt: int = 0
     n_tokens: int = 0
     saved: SavedFile | None = None
+    # Why the last save of the contents failed; "" if none did.
+    unsaved: str = ""
     # The chat completion whose prompt it holds; the ids of its file are made from it.
     asked: bytes | None = None
     is_busy: bool = False
@@ -59,6 +61,7 @@ class Slot:
         self.chain, self.n_prompt_links = chain, n_links
         self.n_prompt, self.n_tokens = n_prompt, n_tokens
         self.saved = None
+        self.unsaved = ""
         self.asked = None
         self.is_dirty = True
 

@@ -28,7 +28,7 @@ from cachetools import LRUCache
 from tokcache._prefix import n_common
 from tokcache.llama.server.job import Parting
 from tokcache.llama.server.namespaces import adapters_of, scope_of
-from tokcache.llama.server.removals import FIRST_TOKENS
+from tokcache.llama.server.removals import FIRST_TOKENS, reason_of_cause
 from tokcache.llama.server.slot import Condition, SlotRecord
 from tokcache.state.reasons import Miss, MissReason
 from tokcache.state.tiers.backoff import Speed
@@ -45,12 +45,6 @@ MAX_SHOWN = 256  # tokens of the nearest contents after the place where a prompt
 _COMPARED = 32  # ids on each side of the place where a prompt parts from generated ones
 _MAX_NAMESPACES, _MAX_ADAPTERS = 1024, 16
 _MIN_MEASURED = 16  # the time that fewer tokens take says little about a prompt's
-_REMOVED = {
-    "max_bytes": (MissReason.EVICTED, "file: max_bytes"),
-    "max_age_s": (MissReason.EXPIRED, "file: max_age_s"),
-    "overwritten": (MissReason.EVICTED, "slot: n_slots"),
-    "files_of_another_model": (MissReason.OTHER_FINGERPRINT, "model"),
-}
 
 
 class _Why(NamedTuple):
@@ -182,8 +176,7 @@ class SlotMisses:
         removal = parting.removal
         if removal is not None and removal.n_tokens > parting.n_same:
             numbers = removal.n_tokens - parting.n_same, removal.removed_at
-            reason, detail = _REMOVED.get(removal.cause, (MissReason.REFUSED, removal.cause))
-            return _Why(reason, detail, *numbers)
+            return _Why(*reason_of_cause(removal.cause), *numbers)
         if parting.has_other:
             return _Why(MissReason.OTHER_FINGERPRINT, "lora")
         if parting.n_same and parting.after:

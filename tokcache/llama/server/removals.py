@@ -3,7 +3,8 @@
 1. When a file is evicted, or a slot's contents are replaced and no file has them, `note` writes a
    row for each of their first 16, 32, 64 … tokens: a short digest, the cause and the time.
 2. When a prompt is reused no further, `find` returns the row of its longest such beginning.
-3. `forget` drops the rows of contents that are saved again, `clear` those of a scope.
+3. `clear` drops the rows of a scope. Rows of contents that are saved again stay: they are read only
+   where nothing holds as much of the prompt, and the next removal replaces them.
 
 All digests have a random key. Rows of one namespace never displace those of another.
 """
@@ -17,14 +18,28 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
+from tokcache.state.reasons import MissReason
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from tokcache.text.token_ids import TokenIds
 
+# The causes that are not the code of a refusal, and the reason that each is shown as.
+_REASONS = {
+    "max_bytes": (MissReason.EVICTED, "file: max_bytes"),
+    "max_age_s": (MissReason.EXPIRED, "file: max_age_s"),
+    "overwritten": (MissReason.EVICTED, "slot: n_slots"),
+    "files_of_another_model": (MissReason.OTHER_FINGERPRINT, "model"),
+}
 N_ROWS, N_TABLES = 256, 64
 FIRST_TOKENS = 16  # fewer, such as a BOS, are the same in unrelated prompts
 _KEY_BYTES = 8
+
+
+def reason_of_cause(cause: str) -> tuple[MissReason, str]:
+    """Return the reason and the detail of a miss that a removal with this cause explains."""
+    return _REASONS.get(cause, (MissReason.REFUSED, cause))
 
 
 class Removal(NamedTuple):
@@ -102,13 +117,6 @@ class SlotRemovals:
         """Return whether rows of this namespace may be lost."""
         table = self._tables.get(namespace)
         return self._has_dropped if table is None else table.has_lost
-
-    def forget(self, namespace: bytes, tokens: TokenIds) -> None:
-        """Drop the rows of contents that a file has again."""
-        table = self._tables.get(namespace)
-        for _, place in self._places(namespace, tokens) if table is not None else ():
-            if table is not None:
-                table.rows.pop(place, None)
 
     def clear(self, is_doomed: Callable[[bytes], bool]) -> None:
         """Drop the tables of these namespaces."""
