@@ -404,7 +404,9 @@ GATEWAY_REASONS = {
         "use a chat template that only appends; `tokcache explain --chat` names its switches",
     ),
     "prompt_ids_unknown": Reason(
-        "the llama-server did not render a prompt, so its ids could not be compared", _NOTHING
+        "the llama-server did not render a prompt, or counted another number of tokens than the"
+        " tokenizer, so its ids were not compared",
+        _NOTHING,
     ),
     "restore_not_used_by_server": Reason(
         "the llama-server used less than half of a restored file",
@@ -434,7 +436,7 @@ GATEWAY_REASONS = {
     ),
     "list_damaged": Reason("the list of saved files can't be read", "delete `files.json`"),
     "list_of_other_format": Reason(
-        "the list of saved files is of another version of tokcache", _NOTHING
+        "the list of saved files is of another version of tokcache, so they are not found", _NOTHING
     ),
     "tokenizer_pending": Reason(
         "the llama-server counted tokens while the model's tokenizer was still being proven equal",

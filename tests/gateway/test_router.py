@@ -226,6 +226,11 @@ def cut_off(made: Router) -> None:
     made.release(other.slot)
 
 
+def come_back(made: Router) -> None:
+    made.server_down("one")
+    up(made, n_slots=1)
+
+
 def restart_during_an_answer(made: Router) -> None:
     other = displacing(made, [LONG, "more"])
     carry(made, other)
@@ -242,7 +247,7 @@ def restart_during_an_answer(made: Router) -> None:
         (cut_off, "cut_off"),
         (lambda made: up(made, n_slots=1), "server_restarted"),
         (restart_during_an_answer, "server_restarted"),
-        (lambda made: (made.server_down("one"), up(made, n_slots=1)), "server_away"),
+        (come_back, "server_away"),
     ],
     ids=["save", "idle save", "cut off", "restart", "restart during an answer", "away"],
 )
@@ -541,7 +546,7 @@ class Machine(RuleBasedStateMachine):
     @rule(answer=strategies.sampled_from(["ok", "w" * 1000]), share=strategies.floats(0, 1))
     def finish(self, answer: str, share: float) -> None:
         made, asked = self.running.pop(0)
-        n_chars = made.wish.chain.chars_at(len(made.wish.chain))
+        n_chars = made.wish.chain.stop_at(len(made.wish.chain))
         n_prompt = max(1, int(n_chars * TOKENS_PER_CHAR))
         self.router.finish(
             made,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tokcache.gateway.routing.chain import Chain
+    from tokcache.gateway.routing.slots import Slot
     from tokcache.samples.server_process import ServerProcess
 
 
@@ -109,3 +112,23 @@ def test_a_conversation_whose_save_failed_says_so(tmp_path: Path) -> None:
         told = served.chat(chat(0))["tokcache"]
         assert (told["reason"], told["detail"]) == ("refused", "save_failed")
         assert served.service.router.reasons["save_failed"] == 2
+
+
+def test_the_time_of_a_save_is_that_of_the_server_alone(tmp_path: Path) -> None:
+    with (
+        upstream(tmp_path / "slots", n_slots=1) as server,
+        gateway(tmp_path / "own", server) as served,
+    ):
+        service = served.service
+        ids_of = service._ids_of
+
+        async def late(slot: Slot) -> Chain:
+            await asyncio.sleep(2.0)
+            return await ids_of(slot)
+
+        service._ids_of = late  # type: ignore[method-assign]
+        for number in range(2):
+            served.chat(chat(number))
+        (file,) = service.files
+        (per_token_s,) = service.router.admission._save_s_per_token.values()
+        assert per_token_s * file.n_tokens < 1.0

@@ -314,7 +314,7 @@ class Service:
         if chat is not None and file.ids:
             # Equal messages can render differently, for example if the template looks at the last.
             ids = await self._ids(upstream, chat, made.wish.scope)
-            n_shared = file.ids.chars_at(file.ids.n_common(ids))
+            n_shared = file.ids.stop_at(file.ids.n_common(ids))
             if ids and n_shared < self.router.least_to_restore(made):
                 self.router.not_worth_restoring(made, "different_ids")
                 return
@@ -343,7 +343,7 @@ class Service:
         try:
             (saved, seconds), ids = await asyncio.gather(
                 asyncio.shield(saving),
-                self._ids(upstream, slot.asked, slot.scope, slot.n_prompt),
+                self._ids_of(slot),
             )
         except asyncio.CancelledError:
             # The client left. The server writes the file all the same; only then may another
@@ -370,6 +370,24 @@ class Service:
             slot, name, saved.n_tokens, saved.n_bytes, seconds=seconds, ids=ids
         )
 
+    async def _ids_of(self, slot: Slot) -> Chain:
+        """Return the chain of the ids of a slot's prompt, the empty one if they are not known."""
+        if slot.ids:
+            return slot.ids
+        upstream = self.upstreams[slot.server.name]
+        return await self._ids(upstream, slot.chat_body, slot.scope, slot.n_prompt)
+
+    def keeps_chat_body(self, slot: Slot) -> bool:
+        """Return whether the body of a chat is kept until its slot is saved.
+
+        It is only where the ids of the file can be found, because bodies can be large.
+        """
+        look = self.looks.get(slot.server.name)
+        upstream = self.upstreams[slot.server.name]
+        return (
+            slot.server.can_save and look is not None and self.tokens.may_know_ids(upstream, look)
+        )
+
     async def _ids(
         self, upstream: Upstream, chat: bytes | None, scope: str | None, n_tokens: int | None = None
     ) -> Chain:
@@ -381,7 +399,10 @@ class Service:
         if chat is None or look is None:
             return EMPTY
         ids = await self.tokens.prompt_ids(upstream, look, chat, scope)
-        if ids is None or n_tokens not in (None, len(ids)):
+        if ids is None:
+            return EMPTY
+        if n_tokens not in (None, len(ids)):
+            self.router.reasons["prompt_ids_unknown"] += 1
             return EMPTY
         return ids_chain(ids, self.key, scope)
 

@@ -61,6 +61,9 @@ class Host(Protocol):
     def release(self, slot: Slot) -> None:
         """Make a slot idle and give it to the next request."""
 
+    def keeps_chat_body(self, slot: Slot) -> bool:
+        """Return whether the body of a chat is kept until its slot is saved."""
+
 
 class Turn:
     """A request and the slot that it was assigned; whoever opens it closes it."""
@@ -78,7 +81,7 @@ class Turn:
         self._prompt = prompt
         self._api = api
         self._exchange: Exchange | None = None
-        self._asked: bytes | None = None
+        self._chat_body: bytes | None = None
         self._has_begun = False
         self._is_finished = False
         self._is_closed = False
@@ -92,7 +95,7 @@ class Turn:
         """
         upstream = self._service.upstreams[self.made.slot.server.name]
         body = with_settings(body, {"id_slot": self.made.slot.id, "cache_prompt": True})
-        self._asked = body if path == "/v1/chat/completions" else None
+        self._chat_body = body if path == "/v1/chat/completions" else None
         self._exchange = await upstream.stream(path, body)
         if self._exchange.status != _OK:
             raise await upstream.rejection(self._exchange)
@@ -167,7 +170,8 @@ class Turn:
             n_cached=counts.n_cached,
             n_tokens=self.n_tokens,
         )
-        self.made.slot.asked = self._asked
+        if self._service.keeps_chat_body(self.made.slot):
+            self.made.slot.chat_body = self._chat_body
         self._service.recent.append(
             Recent(
                 time.time(),

@@ -158,6 +158,8 @@ class Admission:
         )
         self._counts["save"] += 1
         is_listed = self._files.add(file)
+        if ids:
+            slot.ids, slot.chat_body = ids, None
         slot.saved, slot.unsaved = (file, "") if is_listed else (None, "file_over_budget")
         return slot.saved
 

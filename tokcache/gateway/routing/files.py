@@ -23,7 +23,8 @@ from tokcache._files import atomic_file
 from tokcache.gateway.routing.chain import EMPTY, Chain
 from tokcache.llama.server.removals import Removal, SlotRemovals
 
-_FORMAT = 2
+# A list of another format is counted as `list_of_other_format`, and its files are not found.
+_FORMAT = 3
 _USE_IS_WORTH_S = 600.0  # a file used again counts as used that much later, for each use
 _MAX_USES = 8
 _NAME_BYTES = 20
@@ -62,7 +63,7 @@ def tokens_at(chain: Chain, n_links: int, n_prompt_links: int, n_prompt: int) ->
     n_links = min(n_links, n_prompt_links)
     if n_links == n_prompt_links:
         return n_prompt
-    return n_prompt * chain.chars_at(n_links) // max(1, chain.chars_at(n_prompt_links))
+    return n_prompt * chain.stop_at(n_links) // max(1, chain.stop_at(n_prompt_links))
 
 
 class Files:
@@ -295,20 +296,18 @@ def _value(file: SavedFile) -> float:
 def _told(file: SavedFile) -> dict[str, Any]:
     told = asdict(file)
     told["links"] = [link.hex() for link in file.chain.links]
-    told["n_chars"] = list(file.chain.n_chars)
-    told["ids"] = [
-        [link.hex(), n] for link, n in zip(file.ids.links, file.ids.n_chars, strict=True)
-    ]
+    told["stops"] = list(file.chain.stops)
+    told["ids"] = [[link.hex(), n] for link, n in zip(file.ids.links, file.ids.stops, strict=True)]
     del told["chain"], told["n_readers"], told["scope"]
     return told
 
 
 def _read(found: dict[str, Any]) -> SavedFile:
     links = tuple(bytes.fromhex(each) for each in found.pop("links"))
-    n_chars = tuple(int(each) for each in found.pop("n_chars"))
+    stops = tuple(int(each) for each in found.pop("stops"))
     ids = tuple((bytes.fromhex(link), int(n)) for link, n in found.pop("ids"))
     name = str(found["name"])
-    if not links or len(links) != len(n_chars) or "/" in name or not name.startswith("tokcache-"):
+    if not links or len(links) != len(stops) or "/" in name or not name.startswith("tokcache-"):
         raise ValueError(name)
-    id_links, n_ids = zip(*ids, strict=True) if ids else ((), ())
-    return SavedFile(chain=Chain(links, n_chars), ids=Chain(id_links, n_ids), **found)
+    id_links, id_stops = zip(*ids, strict=True) if ids else ((), ())
+    return SavedFile(chain=Chain(links, stops), ids=Chain(id_links, id_stops), **found)

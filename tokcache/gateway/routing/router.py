@@ -160,7 +160,7 @@ class Router:
         )
 
     def _is_side(self, wish: Wish) -> bool:
-        n_chars = wish.chain.chars_at(len(wish.chain))
+        n_chars = wish.chain.stop_at(len(wish.chain))
         return n_chars * self._tokens_per_char < self._side_tokens
 
     def _is_worth_waiting(self, wish: Wish, best: Choice, now: float) -> bool:
@@ -172,7 +172,7 @@ class Router:
                 if not slot.is_busy or slot.scope != wish.scope:
                     continue
                 n_shared = slot.coming.n_common(wish.chain)
-                n_tokens = int(wish.chain.chars_at(n_shared) * self._tokens_per_char)
+                n_tokens = int(wish.chain.stop_at(n_shared) * self._tokens_per_char)
                 n_more = n_tokens - best.n_gained
                 if n_more < _MIN_WAIT_TOKENS or now - wish.arrived > _MAX_SHARE_WAIT_S:
                     continue
@@ -253,7 +253,7 @@ class Router:
         slot = made.slot
         slot.scope = made.wish.scope
         slot.holds(file.chain, file.n_prompt_links, file.n_prompt, file.n_tokens)
-        slot.saved = file
+        slot.saved, slot.ids = file, file.ids
 
     def not_restored(self, made: Assignment, reason: str) -> None:
         """Record that a file could not be restored; a failed restore empties the slot."""
@@ -299,7 +299,7 @@ class Router:
         slot.n_uses += 1
         if made.epoch != slot.server.epoch:
             self.lose(slot, "server_restarted")
-        n_chars = wish.chain.chars_at(len(wish.chain))
+        n_chars = wish.chain.stop_at(len(wish.chain))
         if n_chars and n_prompt:
             share = n_prompt / n_chars
             self._tokens_per_char = _KEPT * self._tokens_per_char + (1 - _KEPT) * share
@@ -339,12 +339,12 @@ class Router:
         slot.scope = wish.scope
         slot.is_dirty = True
         if has_begun:
-            n_chars = wish.chain.chars_at(len(wish.chain))
+            n_chars = wish.chain.stop_at(len(wish.chain))
             n_tokens = int(n_chars * self._tokens_per_char)
             slot.holds(wish.chain, len(wish.chain), n_tokens, n_tokens)
         else:
-            links, chars = slot.chain.links[: made.n_links], slot.chain.n_chars[: made.n_links]
-            slot.holds(Chain(links, chars), made.n_links, made.n_promised, made.n_promised)
+            links, stops = slot.chain.links[: made.n_links], slot.chain.stops[: made.n_links]
+            slot.holds(Chain(links, stops), made.n_links, made.n_promised, made.n_promised)
         if made.epoch != slot.server.epoch:
             self.lose(slot, "server_restarted")
 
