@@ -1,11 +1,11 @@
 """Sends requests to their slots, watches the servers, and keeps the list of files.
 
-1. `open` queues a request until the router assigns a slot, saves, erases and restores as the
-   assignment says, and sends the request with `id_slot`.
-2. `Turn.events` (turn.py) yields the events of the upstream's stream and records the counts of the
-   last one.
-3. `Turn.close` releases the slot. If the answer was cut off, it does so once llama-server has
-   stopped working on it.
+1. `open` queues a request until the router assigns a slot. It saves, erases and restores slots as
+   the assignment says, and sends the request with `id_slot`.
+2. `Turn.events` (turn.py) yields the events of the llama-server's stream, and records the counts of
+   tokens in the last one.
+3. `Turn.close` releases the slot. If the answer was cut off, it waits in the background until
+   llama-server has stopped decoding.
 
 If a server fails before the first byte of its answer, the request gets another slot, up to four
 times. A task checks the servers, starts a crashed one again and writes the list of files.
@@ -203,7 +203,8 @@ class Service:
             except ServerUnreachable as error:
                 # Before the first byte, another slot or server can take the request.
                 self.counts["failover"] += 1
-                if isinstance(error, ServerRefused):  # nobody listens there; else it may be alive
+                # A refused connection shows that the server is gone; a broken one does not.
+                if isinstance(error, ServerRefused):
                     self._down(made.slot.server.name, error)
                 turn.close()
             except ServerError as error:
@@ -259,7 +260,7 @@ class Service:
             del self._waiting[wish]
             self.router.cancel(wish)
             if not is_taken and future.done() and not future.cancelled():
-                # It was assigned in the moment in which the client left or the time was over.
+                # A slot was assigned just when the client left, or when the time was over.
                 self._give_back(future.result())
         return made
 
@@ -290,7 +291,7 @@ class Service:
                 made.file = made.copied.saved
                 if made.file is not None:
                     made.file.n_readers += 1
-                # The copied slot is saved now; requests of its own conversation may use it again.
+                # The slot is saved now, so its own conversation may use it again.
                 copied_slot, made.copied = made.copied, None
                 self.release(copied_slot)
             if made.is_erased:
@@ -306,13 +307,13 @@ class Service:
     async def _restore(self, made: Assignment, upstream: Upstream, chat: bytes | None) -> None:
         file = made.file
         if file is None or file not in self.files or not self.files.is_intact(file):
-            # Reading a truncated file could crash the server.
+            # llama-server can crash when it reads a truncated file.
             if file is not None:
                 self.files.drop(file, "file_gone")
             self.router.not_restored(made, "file_gone")
             return
         if chat is not None and file.ids:
-            # Equal messages can render differently, for example if the template looks at the last.
+            # A template can render equal messages in another way, such as by their number.
             ids = await self._ids(upstream, chat, made.wish.scope)
             n_shared = file.ids.stop_at(file.ids.n_common(ids))
             if ids and n_shared < self.router.least_to_restore(made):
@@ -346,8 +347,8 @@ class Service:
                 self._ids_of(slot),
             )
         except asyncio.CancelledError:
-            # The client left. The server writes the file all the same; only then may another
-            # server of the pool write a file of that name.
+            # The client left, but the server still writes the file. Its name is used again once
+            # that is done, so that no other server of the pool writes it at the same time.
             saving.add_done_callback(lambda _: self.files.note_stale(server.pool, name))
             raise
         except ServerUnreachable:
@@ -393,7 +394,7 @@ class Service:
     ) -> Chain:
         """Return the chain of a prompt's ids, the empty one if they are not known.
 
-        `n_tokens` is the server's count of them, without which they are believed.
+        `n_tokens` is the server's own count: if the ids are not as many, they are not used.
         """
         look = self.looks.get(upstream.url)
         if chat is None or look is None:
@@ -442,7 +443,7 @@ class Service:
         if self.looks.get(name) == look and server.is_up:
             return
         self.pinning.discard(name)
-        # Two versions of llama-server can report the same build, so each start is probed.
+        # Two versions of llama-server can report one build number, so each start is probed.
         if await pins_messages(upstream, look.n_slots):
             self.pinning.add(name)
         can_save, is_folder_ours = False, False
@@ -531,7 +532,7 @@ class Service:
                     self._down(name, error)
 
     async def _reconsider(self) -> None:
-        """Try again to assign requests that wait for a prefix, whose time passes."""
+        """Try again and again to assign queued requests: they wait for a prefix only so long."""
         while True:
             await self._has_queue.wait()
             await asyncio.sleep(_TICK_S)

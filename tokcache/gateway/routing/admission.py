@@ -1,9 +1,10 @@
 """Decides whether contents that lose their slot are saved first, and records the files.
 
 Contents that share a prefix with another request, such as a conversation of two turns, are always
-saved. Saving a prompt that was seen once and shares nothing costs a known time now, and helps only
-if the prompt comes back. The chance of that is learned per scope: a digest of each displaced prompt
-is remembered, whether it was saved or not, so returns of both kinds are counted.
+saved. A prompt that was seen once and shares nothing is saved only if that is expected to spare
+time: saving it takes a known time now, and spares decoding only if the prompt comes back. How
+likely that is, is learned in each scope: a digest of every prompt that lost its slot is remembered,
+saved or not, and looked up in later requests.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from tokcache.gateway.routing.slots import Server, Slot, Wish
 
 MAX_SCOPES, MAX_GONE = 1024, 512
-_KEPT = 0.98  # the weight of the past at each displacement: the last 50 count
-_KEPT_SAVE = 0.8
+# The weight that the counts of a scope keep when one more prompt loses its slot; so about the last
+# 50 prompts count.
+_KEPT = 0.98
+_KEPT_SAVE = 0.8  # the weight that the mean time of a save keeps at the next one
 # A slot that will soon be given away is saved while its server has nothing to do.
 _MIN_IDLE_S, _PRESSURE_S = 0.3, 60.0
 _SLOTS_PER_SAVED = 4
@@ -31,9 +34,10 @@ _SLOTS_PER_SAVED = 4
 
 @dataclass(slots=True)
 class Chance:
-    """How often prompts of a scope came back after they lost their slot; starts as one of two.
+    """How many prompts of a scope lost their slot, and how many of these came back.
 
-    `gone` has the last links of the prompts that have not come back so far.
+    Both numbers fade, and start as if one of two had come back. `gone` has the last link of each
+    prompt that has not come back so far.
     """
 
     n_gone: float = 2.0
@@ -42,12 +46,12 @@ class Chance:
 
     @property
     def share(self) -> float:
-        """Return the chance of a return."""
+        """Return the share of prompts that came back."""
         return min(1.0, self.n_back / self.n_gone)
 
 
 class Admission:
-    """Knows which slots are saved, the chance of a return, and the time of a save.
+    """Knows which slots are saved, how many prompts come back, and how long a save takes.
 
     Units: times in seconds.
     """
@@ -87,7 +91,7 @@ class Admission:
     def displaced(self, slot: Slot, now: float) -> bool:
         """Record that a slot's contents give way to another request; return whether to save them.
 
-        The reason why they are not saved is remembered, for the request that misses them.
+        If they are not saved, the reason is remembered for a request that asks for them later.
         """
         is_saved_now = self.is_worth_saving(slot)
         if not is_saved_now and len(slot.chain) and not self.is_saved(slot):
@@ -170,7 +174,7 @@ class Admission:
         self._save_s_per_token[server.name] = _KEPT_SAVE * known + (1 - _KEPT_SAVE) * found
 
     def asked(self, wish: Wish) -> None:
-        """Record the return of contents that a request continues."""
+        """Record that a request came; it may continue prompts that lost their slot."""
         chance = self._chance(wish.scope)
         for link in wish.chain.links:
             if link in chance.gone:

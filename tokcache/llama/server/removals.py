@@ -45,7 +45,7 @@ def reason_of_cause(cause: str) -> tuple[MissReason, str]:
 class Removal(NamedTuple):
     """The cause of a removal, and the time in seconds since the epoch.
 
-    Units: `n_tokens` of the prompt that were removed, at least: a power of two.
+    Units: at least `n_tokens` of the prompt were removed, which is a power of two.
     """
 
     cause: str
@@ -79,7 +79,7 @@ class SlotRemovals:
     def note_places(
         self, namespace: bytes, places: Iterable[tuple[int, bytes]], cause: str
     ) -> None:
-        """Remember the same by digests of its beginnings, each with its length."""
+        """Remember that contents are gone whose beginnings have these lengths and digests."""
         table = self._tables.setdefault(namespace, _Table())
         self._tables.move_to_end(namespace)
         if len(self._tables) > N_TABLES:
@@ -94,13 +94,13 @@ class SlotRemovals:
             table.has_lost = True
 
     def find(self, namespace: bytes, prompt: TokenIds) -> Removal | None:
-        """Return the removal of the longest beginning of `prompt`, None without one."""
+        """Return the removal of the longest beginning of `prompt`, None if none was removed."""
         if namespace not in self._tables:
             return None
         return self.find_places(namespace, self._places(namespace, prompt))
 
     def find_places(self, namespace: bytes, places: Iterable[tuple[int, bytes]]) -> Removal | None:
-        """Return the removal of the longest of these beginnings, None without one."""
+        """Return the removal of the longest of these beginnings, None if none was removed."""
         table, found = self._tables.get(namespace), None
         for n_tokens, place in places:
             row = table.rows.get(place) if table is not None else None
