@@ -37,6 +37,7 @@ class Gateway:
         self._error: BaseException | None = None
         self._config = config
         self.service: Service
+        self.loop: asyncio.AbstractEventLoop
         self.url = ""
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -53,6 +54,7 @@ class Gateway:
             self._is_up.set()
 
     async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
         self.service = Service(self._config)
         try:
             await self.service.start()

@@ -8,7 +8,8 @@
    llama-server has stopped decoding.
 
 If a server fails before the first byte of its answer, the request gets another slot, up to four
-times. A task checks the servers, starts a crashed one again and writes the list of files.
+times. Each server is looked at by a task of its own: one that hangs is down after some seconds, and
+its requests fail over too. Another task saves slots in idle time and writes the list of files.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tokcache.errors import (
     QueueFull,
     ServerError,
     ServerRefused,
+    ServerTimeout,
     ServerUnreachable,
 )
 from tokcache.gateway.api.body import read_object
@@ -62,6 +64,8 @@ _MAX_TRIES = 4  # of one request
 _TICK_S = 0.05  # between tries to assign requests that wait, and while shutting down
 _IDLE_TICK_S = 0.25
 _CHECK_S = 1.0  # between checks of a server
+_PROBE_S = 120.0  # for the probes of a server that has just started
+_HUNG_S = 30.0  # a started server that does not answer for so long is started again
 _MAX_SETTLE_S = 120.0
 _SETTLE_CHECK_S = 0.05
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # before a crashed server is started again
@@ -106,6 +110,9 @@ class Service:
         self._reported_down: set[str] = set()
         self._saving: asyncio.Task[None] | None = None
         self._has_queue = asyncio.Event()
+        self._deadline: float | None = None
+        self._last_saves: list[asyncio.Task[None]] = []
+        self._is_list_read = False
 
     @property
     def is_healthy(self) -> bool:
@@ -119,6 +126,7 @@ class Service:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.key = self._read_key()
         self.files.read_list(self.folder / "files.json")
+        self._is_list_read = True
         if self.managed is not None:
             remove_strangers(self.folder / "slots", self.files)
         configs = list(self.config.upstreams)
@@ -130,35 +138,69 @@ class Service:
             upstream = Upstream(config, read_timeout_s=self.config.read_timeout_s)
             self.upstreams[config.url] = upstream
             self.router.servers.setdefault(config.url, Server(config.url))
-            try:
-                await self._look(config.url)
-            except ServerError as error:
-                # Others may serve meanwhile, and it may come up later.
-                self._down(config.url, error)
+        # A server that does not answer may come up later; the others serve meanwhile.
+        await asyncio.gather(*map(self._check, self.upstreams))
         if not self.is_healthy and self.managed is not None:
             raise ServerError("the started llama-server does not answer")
-        self.in_background(self._watch())
+        for name in self.upstreams:
+            self.in_background(self._watch(name))
         self.in_background(self._reconsider())
         self.in_background(self._tick())
 
-    async def stop(self) -> None:
-        """Wait for the requests under way, save the slots, and end the servers."""
+    def begin_drain(self) -> None:
+        """Refuse new requests, and save each slot as soon as no request needs it."""
         self.is_draining = True
-        deadline = time.monotonic() + self.config.drain_timeout_s
-        while (self.n_turns or self._waiting) and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(_TICK_S)
-        if self._saving is not None:
-            left_s = max(0.0, deadline - time.monotonic())
-            await asyncio.wait((self._saving,), timeout=left_s)
-        for slot in self.router.idle():
-            if time.monotonic() < deadline and self.router.admission.is_savable(slot):
-                await self._save_idle(slot)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._write_list()
-        if self.managed is not None:
-            await asyncio.to_thread(self.managed.stop)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self.config.drain_timeout_s
+            servers = self.router.servers.values()
+            self._last_saves = [self.in_background(self._save_last(each)) for each in servers]
+
+    async def stop(self) -> None:
+        """Wait for the requests under way, save the slots, and end the servers.
+
+        Waiting and saving take no longer than `drain_timeout_s`, from `begin_drain` on.
+        """
+        self.begin_drain()
+        left_s = max(0.0, (self._deadline or 0.0) - time.monotonic())
+        try:
+            async with asyncio.timeout(left_s):
+                while self.n_turns or self._waiting:  # noqa: ASYNC110
+                    await asyncio.sleep(_TICK_S)
+                await asyncio.gather(*self._last_saves, return_exceptions=True)
+        except TimeoutError:
+            self.counts["drain_timeout"] += 1
+            _log.warning(
+                "requests or saves took longer than drain_timeout_s = %g s; slots that were not"
+                " saved by then are lost",
+                self.config.drain_timeout_s,
+            )
+        finally:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._is_list_read:  # else the list of an earlier run would be lost
+                self._write_list()
+            if self.managed is not None:
+                await asyncio.to_thread(self.managed.stop)
+
+    async def _save_last(self, server: Server) -> None:
+        """Save a server's slots before the end, each when it becomes idle."""
+        tried: list[tuple[Slot, Chain]] = []
+        while True:
+            idle = [
+                slot
+                for slot in server.slots
+                if not slot.is_busy
+                and (slot, slot.chain) not in tried
+                and self.router.admission.is_savable(slot)
+            ]
+            if idle and server.is_up:
+                tried.append((idle[0], idle[0].chain))
+                await self._save_idle(idle[0])
+            elif server.is_up and (self._waiting or any(slot.is_busy for slot in server.slots)):
+                await asyncio.sleep(_TICK_S)
+            else:
+                return
 
     def any_upstream(self, model: str) -> Upstream:
         """Return a server that is up and has the model."""
@@ -443,6 +485,26 @@ class Service:
         if self.looks.get(name) == look and server.is_up:
             return
         self.pinning.discard(name)
+        # Its slots are empty or not known; no request is sent to it before the probes are done.
+        self.router.server_down(name, "server_restarted")
+        try:
+            async with asyncio.timeout(_PROBE_S):
+                can_save = await self._probe(name, look)
+        except TimeoutError:
+            raise ServerTimeout(f"{name} did not answer the probes in {_PROBE_S:g} s") from None
+        self._reported_down.discard(name)
+        self.counts["server_start"] += int(name in self.looks)
+        self.looks[name] = look
+        self.router.server_up(
+            name, model=look.model, pool=look.pool, can_save=can_save, n_slots=look.n_slots
+        )
+        self.assign()
+        if can_save and self.config.warm_folder:
+            self.in_background(self._warm(Path(self.config.warm_folder), look.pool))
+
+    async def _probe(self, name: str, look: Look) -> bool:
+        """Try what a server that has started can do; return whether its slots can be saved."""
+        upstream = self.upstreams[name]
         # Two versions of llama-server can report one build number, so each start is probed.
         if await pins_messages(upstream, look.n_slots):
             self.pinning.add(name)
@@ -462,15 +524,7 @@ class Service:
             self._is_list_old = True
         if is_folder_ours and upstream.slot_folder is not None:
             self.files.folders[look.pool] = upstream.slot_folder
-        self._reported_down.discard(name)
-        self.counts["server_start"] += int(name in self.looks)
-        self.looks[name] = look
-        self.router.server_up(
-            name, model=look.model, pool=look.pool, can_save=can_save, n_slots=look.n_slots
-        )
-        self.assign()
-        if can_save and self.config.warm_folder:
-            self.in_background(self._warm(Path(self.config.warm_folder), look.pool))
+        return can_save
 
     async def _warm(self, folder: Path, pool: str) -> None:
         """Decode and save the prompts of the warm folder that no file holds.
@@ -508,13 +562,31 @@ class Service:
             _log.warning("%s is down: %s", name, error)
         self.router.server_down(name)
 
-    async def _watch(self) -> None:
-        """Look at every server, and start a crashed one again."""
+    async def _check(self, name: str) -> bool:
+        """Look at a server; return False if it is down now."""
+        upstream, began = self.upstreams[name], asyncio.get_running_loop().time()
+        try:
+            await self._look(name)
+        except ServerTimeout as error:
+            if upstream.heard_at >= began and self.router.servers[name].is_up:
+                # It sends other answers, so it is only slow.
+                self.counts["late_look"] += 1
+                return True
+            self._down(name, error)
+            upstream.break_off()
+            return False
+        except (ServerError, OSError) as error:
+            self._down(name, error)
+            return False
+        return True
+
+    async def _watch(self, name: str) -> None:
+        """Look at a server again and again; start a managed one that crashed or hangs again."""
         pause_s = _FIRST_PAUSE_S
+        answered_at = time.monotonic()
         while True:
             await asyncio.sleep(_CHECK_S)
             if self.managed is not None and not self.managed.is_running():
-                name = self.managed.url
                 self._down(name, ServerRefused("its process ended"))
                 self.counts["server_crash"] += 1
                 try:
@@ -525,11 +597,12 @@ class Service:
                     await asyncio.sleep(pause_s)
                     pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
                     continue
-            for name in self.upstreams:
-                try:
-                    await self._look(name)
-                except (ServerError, OSError) as error:
-                    self._down(name, error)
+            if await self._check(name):
+                answered_at = time.monotonic()
+            elif self.managed is not None and time.monotonic() - answered_at > _HUNG_S:
+                self.counts["server_hung"] += 1
+                await asyncio.to_thread(self.managed.stop)
+                answered_at = time.monotonic()
 
     async def _reconsider(self) -> None:
         """Try again and again to assign queued requests: they wait for a prefix only so long."""

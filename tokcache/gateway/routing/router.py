@@ -83,13 +83,13 @@ class Router:
             # A server that ran before this process may hold anybody's tokens.
             slot.is_dirty = True
 
-    def server_down(self, name: str) -> None:
-        """Record that a server can't be reached; the contents of its slots are lost."""
+    def server_down(self, name: str, cause: str = "server_away") -> None:
+        """Record that a server takes no requests; the contents of its slots are lost."""
         server = self.servers[name]
         server.is_up = False
         server.epoch += 1
         for slot in server.slots:
-            self.lose(slot, "server_away")
+            self.lose(slot, cause)
 
     def idle(self, model: str = "") -> list[Slot]:
         """Return the idle slots of the servers that are up and have the model."""

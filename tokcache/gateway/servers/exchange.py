@@ -34,6 +34,9 @@ class Address:
     def __init__(self, url: str, *, read_timeout_s: float) -> None:
         parts = urlsplit(url)
         self.url = url
+        # When bytes last arrived from the server, by the clock of the event loop.
+        self.heard_at = 0.0
+        self.exchanges: set[Exchange] = set()
         self._read_timeout_s = read_timeout_s
         self._host = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -49,24 +52,30 @@ class Address:
     ) -> Exchange:
         """Send a request and return the exchange once the status of its answer is known."""
         loop = asyncio.get_running_loop()
-        exchange = Exchange(self.url, timeout_s or self._read_timeout_s)
+        exchange = Exchange(self.url, timeout_s or self._read_timeout_s, self)
         try:
             async with asyncio.timeout(_CONNECT_S):
                 transport, _ = await loop.create_connection(
                     lambda: exchange, self._host, self._port, ssl=self._tls
                 )
         except TimeoutError as error:
-            raise ServerTimeout(f"{self.url} did not accept a connection in time") from error
+            raise ServerUnreachable(f"{self.url} did not accept a connection in time") from error
         except OSError as error:
             raise ServerRefused(f"{self.url} is out of reach: {type(error).__name__}") from error
         target = f"{method} {self._prefix}{path}".encode("ascii")
         transport.write(b"%s%s%d\r\n\r\n%s" % (target, self._fields, len(body), body))
+        self.exchanges.add(exchange)
         try:
             await exchange.answered()
         except BaseException:
             exchange.close()
             raise
         return exchange
+
+    def break_off(self) -> None:
+        """End all exchanges with ServerUnreachable, because the server does not answer."""
+        for exchange in self.exchanges:
+            exchange.fail(ServerUnreachable(f"{self.url} does not answer"))
 
 
 class Exchange(asyncio.Protocol):
@@ -76,11 +85,12 @@ class Exchange(asyncio.Protocol):
             `timeout_s`, InvalidAnswer for anything that is not HTTP.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, address: Address | None = None) -> None:
         import httptools  # noqa: PLC0415 (an extra)
 
         self.status = 0
         self._url = url
+        self._address = address
         self._timeout_s = timeout_s
         self._parser: httptools.HttpResponseParser = httptools.HttpResponseParser(self)
         self._parser_errors = (httptools.HttpParserError, httptools.HttpParserUpgrade)
@@ -117,6 +127,8 @@ class Exchange(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection, which makes llama-server stop; closing twice does no harm."""
+        if self._address is not None:
+            self._address.exchanges.discard(self)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -147,9 +159,10 @@ class Exchange(asyncio.Protocol):
         if left_s > 0:
             self._timer = loop.call_later(left_s, self._time_out)
         else:
-            self._fail(ServerTimeout(f"{self._url} did not answer in time"))
+            self.fail(ServerTimeout(f"{self._url} did not answer in time"))
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """Let the reader raise an error, unless the answer is whole."""
         if self._error is None and not self._is_over:
             self._error = error
         self._wake()
@@ -166,16 +179,18 @@ class Exchange(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse a part of the answer."""
+        if self._address is not None:
+            self._address.heard_at = asyncio.get_running_loop().time()
         if not self.status:
             self._n_head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except self._parser_errors as error:
-            self._fail(InvalidAnswer(f"{self._url} did not answer in HTTP: {error}"))
+            self.fail(InvalidAnswer(f"{self._url} did not answer in HTTP: {error}"))
             self.close()
             return
         if not self.status and self._n_head_bytes > _MAX_HEAD_BYTES:
-            self._fail(InvalidAnswer(f"{self._url} sent headers without an end"))
+            self.fail(InvalidAnswer(f"{self._url} sent headers without an end"))
             self.close()
         if self._n_waiting > _MAX_WAITING_BYTES and not self._is_paused and self._transport:
             self._is_paused = True
@@ -186,7 +201,7 @@ class Exchange(asyncio.Protocol):
         """Record that no more arrives."""
         self._transport = None
         kind = type(error).__name__ if error else "it closed the connection"
-        self._fail(ServerUnreachable(f"{self._url} is out of reach: {kind}"))
+        self.fail(ServerUnreachable(f"{self._url} is out of reach: {kind}"))
 
     # -- called by the parser -----------------------------------------------------------------
 

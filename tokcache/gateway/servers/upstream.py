@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _SLOT_ACTION_S = 60.0
+_LOOK_S = 5.0  # llama-server answers /props while it decodes
 _MAX_ANSWER_BYTES = 64 << 20
 _MAX_LINE_BYTES = 16 << 20
 _OK, _NOT_SUPPORTED = 200, 501
@@ -69,17 +70,28 @@ class Upstream:
         self.tokenizer = config.tokenizer
         self._meta = ModelMeta()
 
+    @property
+    def heard_at(self) -> float:
+        """When bytes last arrived from the server, by the clock of the event loop."""
+        return self._address.heard_at
+
+    def break_off(self) -> None:
+        """End all requests under way with ServerUnreachable, because the server hangs."""
+        self._address.break_off()
+
     async def look(self, last: Look | None = None) -> Look:
         """Ask who the server is; raise InvalidAnswer if it is not a llama-server.
 
         The metadata of the model is asked for again only if the server has started since `last`.
+
+        Errors: ServerTimeout if no answer comes within 5 s.
         """
-        raw = await self._json("GET", "/props")
+        raw = await self._json("GET", "/props", timeout_s=_LOOK_S)
         props = calls.props().read(raw)
         if last is None or not props.boot or props.boot != last.boot:
-            self._meta = await self._do(calls.model_meta())
+            self._meta = await self._do(calls.model_meta(), _LOOK_S)
         try:
-            adapters = await self._do(calls.lora_adapters())
+            adapters = await self._do(calls.lora_adapters(), _LOOK_S)
         except (RequestRejected, ServerUnsupported):
             adapters = ""
         modalities = raw.get("modalities") or {}
