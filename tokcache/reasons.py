@@ -391,6 +391,10 @@ GATEWAY_REASONS = {
     "queue_timeout": Reason(
         "no slot became free within `queue_timeout_s`", "raise it, or start more llama-servers"
     ),
+    "model_name_taken": Reason(
+        "a llama-server started with another model under the name of one that is served",
+        "start it with another `--alias`",
+    ),
     "file_gone": Reason(
         "a saved file was deleted or truncated", "leave the slot folder to the gateway"
     ),

@@ -202,7 +202,7 @@ class Endpoints:
         """Return the model that a request must go to, "" if all servers have the same."""
         known = {each.model for each in self._service.router.servers.values() if each.model}
         asked = body.get("model")
-        if len(known) <= 1 or asked in known:
+        if len(known) <= 1 or (isinstance(asked, str) and asked in known):
             return str(asked) if len(known) > 1 else ""
         raise ApiError(
             404, f"there is no such model; served are {', '.join(sorted(known))}", code="model"

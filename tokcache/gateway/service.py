@@ -17,15 +17,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
+import os
 import time
 from collections import Counter, deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import platformdirs
 
-from tokcache._files import atomic_file
 from tokcache.errors import (
     ApiError,
     InvalidConfig,
@@ -38,6 +37,7 @@ from tokcache.errors import (
 from tokcache.gateway.api.body import read_object
 from tokcache.gateway.api.streams import ChatAnswer
 from tokcache.gateway.config import UpstreamConfig
+from tokcache.gateway.folder import Folder
 from tokcache.gateway.routing.chain import EMPTY, Chain, chat_prompt, ids_chain
 from tokcache.gateway.routing.files import Files, remove_strangers
 from tokcache.gateway.routing.router import Router
@@ -70,8 +70,17 @@ _MAX_SETTLE_S = 120.0
 _SETTLE_CHECK_S = 0.05
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # before a crashed server is started again
 _N_RECENT = 50
-_KEY_BYTES = 32
 _log = logging.getLogger("tokcache.gateway")
+
+
+class WarmPrompt(NamedTuple):
+    """One file of the warm folder; `link` is the last one of its chain."""
+
+    path: Path
+    scope: str | None
+    body: dict[str, Any]
+    prompt: Prompt
+    link: bytes
 
 
 class Service:
@@ -84,7 +93,9 @@ class Service:
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
         self.broken: tuple[type[BaseException], ...] = (ServerError, OSError)
-        self.folder = Path(config.folder or platformdirs.user_cache_path("tokcache") / "gateway")
+        # Two gateways of one host have two ports, so by default they have two folders.
+        default = platformdirs.user_cache_path("tokcache") / "gateway" / str(config.port)
+        self.folder = Folder(Path(config.folder or default))
         self.files = Files(int(config.max_bytes))
         self.router = Router(
             self.files,
@@ -100,8 +111,7 @@ class Service:
         self.pinning: set[str] = set()
         self.recent: deque[Recent] = deque(maxlen=_N_RECENT)
         self.counts: Counter[str] = Counter()
-        self.managed = ManagedServer(config, self.folder / "slots") if config.model else None
-        self.key = b""
+        self.managed = ManagedServer(config, self.folder.slots) if config.model else None
         self.is_draining = False
         self._waiting: dict[Wish, asyncio.Future[Assignment]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -112,7 +122,8 @@ class Service:
         self._has_queue = asyncio.Event()
         self._deadline: float | None = None
         self._last_saves: list[asyncio.Task[None]] = []
-        self._is_list_read = False
+        self._is_started = False
+        self._probabilities: dict[str, TokenProbabilities | None] = {}
 
     @property
     def is_healthy(self) -> bool:
@@ -123,25 +134,31 @@ class Service:
 
     async def start(self) -> None:
         """Start or reach the servers, and find the files of an earlier run."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.key = self._read_key()
-        self.files.read_list(self.folder / "files.json")
-        self._is_list_read = True
+        self.folder.open(f"process {os.getpid()}, port {self.config.port}")
+        self.key = self.folder.key
+        self.files.owner = self.folder.owner
+        self.files.read_list(self.folder.list_path, {each.link for each in self._read_warm()})
         if self.managed is not None:
-            remove_strangers(self.folder / "slots", self.files)
+            remove_strangers(self.folder.slots, self.files)
         configs = list(self.config.upstreams)
         if self.managed is not None:
             url = await asyncio.to_thread(self.managed.start)
-            folder, model = str(self.folder / "slots"), self.config.model
+            folder, model = str(self.folder.slots), self.config.model
             configs = [UpstreamConfig(url=url, slot_folder=folder, tokenizer=model)]
         for config in configs:
-            upstream = Upstream(config, read_timeout_s=self.config.read_timeout_s)
+            upstream = Upstream(
+                config, read_timeout_s=self.config.read_timeout_s, owner=self.files.owner
+            )
             self.upstreams[config.url] = upstream
             self.router.servers.setdefault(config.url, Server(config.url))
         # A server that does not answer may come up later; the others serve meanwhile.
-        await asyncio.gather(*map(self._check, self.upstreams))
+        found = await asyncio.gather(*map(self._check, self.upstreams), return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException):
+                raise error
         if not self.is_healthy and self.managed is not None:
             raise ServerError("the started llama-server does not answer")
+        self._is_started = True
         for name in self.upstreams:
             self.in_background(self._watch(name))
         self.in_background(self._reconsider())
@@ -178,10 +195,11 @@ class Service:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            if self._is_list_read:  # else the list of an earlier run would be lost
+            if self._is_started:  # else the list of an earlier run would be lost
                 self._write_list()
             if self.managed is not None:
                 await asyncio.to_thread(self.managed.stop)
+            self.folder.close()
 
     async def _save_last(self, server: Server) -> None:
         """Save a server's slots before the end, each when it becomes idle."""
@@ -215,16 +233,6 @@ class Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    def _read_key(self) -> bytes:
-        path = self.folder / "key"
-        if not path.exists():
-            with atomic_file(path) as file:
-                file.write(secrets.token_bytes(_KEY_BYTES))
-        key = path.read_bytes()
-        if len(key) != _KEY_BYTES:
-            raise InvalidConfig(f"{path} is damaged; delete it and {self.folder / 'files.json'}")
-        return key
 
     # -- one request --------------------------------------------------------------------------
 
@@ -490,6 +498,7 @@ class Service:
         try:
             async with asyncio.timeout(_PROBE_S):
                 can_save = await self._probe(name, look)
+                self._require_one_model(name, look)
         except TimeoutError:
             raise ServerTimeout(f"{name} did not answer the probes in {_PROBE_S:g} s") from None
         self._reported_down.discard(name)
@@ -500,7 +509,7 @@ class Service:
         )
         self.assign()
         if can_save and self.config.warm_folder:
-            self.in_background(self._warm(Path(self.config.warm_folder), look.pool))
+            self.in_background(self._warm(look.pool))
 
     async def _probe(self, name: str, look: Look) -> bool:
         """Try what a server that has started can do; return whether its slots can be saved."""
@@ -510,7 +519,7 @@ class Service:
             self.pinning.add(name)
         can_save, is_folder_ours = False, False
         if upstream.slot_folder is not None or look.is_text_only:
-            probabilities = await upstream.probe()
+            probabilities = self._probabilities[name] = await upstream.probe()
             can_save, is_folder_ours = await upstream.probe_saving()
             known = self.files.probes.get(look.pool)
             if known is not None and not is_same_model(_probabilities(known), probabilities):
@@ -526,17 +535,53 @@ class Service:
             self.files.folders[look.pool] = upstream.slot_folder
         return can_save
 
-    async def _warm(self, folder: Path, pool: str) -> None:
-        """Decode and save the prompts of the warm folder that no file holds.
+    def _require_one_model(self, name: str, look: Look) -> None:
+        """Raise InvalidConfig if another server has another model under the same name.
+
+        Clients name models by these names, and a conversation may continue on any of the servers.
+        """
+        for other in self.router.servers.values():
+            if other.name == name or not other.is_up or other.model != look.model:
+                continue
+            ours, theirs = self._probabilities.get(name), self._probabilities.get(other.name)
+            is_other = self.looks[other.name].meta != look.meta
+            is_known = ours is not None and theirs is not None
+            if is_other or (is_known and not is_same_model(ours, theirs)):
+                raise InvalidConfig(
+                    f"{name} and {other.name} have different models under the name"
+                    f" {look.model!r}; start one of them with another --alias"
+                )
+
+    def _read_warm(self) -> list[WarmPrompt]:
+        """Return the prompts of the warm folder.
 
         Each file holds the body of one chat completion: NAME.json, or with tenants SCOPE/NAME.json.
         """
+        if not self.config.warm_folder:
+            return []
+        read = []
         pattern = "*/*.json" if self.config.tenants else "*.json"
-        for path in await asyncio.to_thread(lambda: sorted(folder.glob(pattern))):
+        for path in sorted(Path(self.config.warm_folder).glob(pattern)):
             scope = path.parent.name if self.config.tenants else None
             try:
                 body = {**read_object(path.read_bytes()), "max_tokens": 1, "stream": True}
                 prompt = chat_prompt(body, self.key, scope)
+                read.append(WarmPrompt(path, scope, body, prompt, prompt.chain().links[-1]))
+            except (ApiError, OSError, RecursionError) as error:
+                self.counts["warm_failed"] += 1
+                _log.warning("%s could not be warmed: %s", path, error)
+        return read
+
+    async def _warm(self, pool: str) -> None:
+        """Decode and save the prompts of the warm folder that no file holds, and pin their files.
+
+        Files of prompts that are not in the folder any more lose their pin.
+        """
+        prompts = self._read_warm()
+        self.files.pin_only({each.link for each in prompts})
+        self._is_list_old = True
+        for path, scope, body, prompt, _ in prompts:
+            try:
                 held = self.files.covers(pool, prompt.chain())
                 if held is not None:
                     held.is_pinned = True
@@ -549,9 +594,12 @@ class Service:
                     await self._save(turn.made.slot)
                 finally:
                     turn.close()
-                if turn.made.slot.saved is not None:
-                    turn.made.slot.saved.is_pinned = True
-                self.counts["warmed"] += 1
+                saved = turn.made.slot.saved
+                self.counts["warmed" if saved is not None else "warm_failed"] += 1
+                if saved is None:
+                    _log.warning("%s was not saved; is max_bytes too small?", path)
+                else:
+                    saved.is_pinned = True
             except (ApiError, ServerError, OSError) as error:
                 self.counts["warm_failed"] += 1
                 _log.warning("%s could not be warmed: %s", path, error)
@@ -576,6 +624,13 @@ class Service:
             upstream.break_off()
             return False
         except (ServerError, OSError) as error:
+            self._down(name, error)
+            return False
+        except InvalidConfig as error:
+            if not self._is_started:
+                raise
+            # Another model was started behind this address.
+            self.router.reasons["model_name_taken"] += 1
             self._down(name, error)
             return False
         return True
@@ -631,7 +686,7 @@ class Service:
     def _write_list(self) -> None:
         self._is_list_old = False
         try:
-            self.files.write_list(self.folder / "files.json")
+            self.files.write_list(self.folder.list_path)
         except OSError as error:
             self.counts["list_not_written"] += 1
             _log.warning("the list of files could not be written: %s", error)

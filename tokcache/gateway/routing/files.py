@@ -15,6 +15,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class Files:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        # The public name of this gateway; its files in a shared folder have it in their names.
+        self.owner = "none"
         self.n_bytes = 0
         self.n_evictions = 0
         self.folders: dict[str, Path] = {}
@@ -118,7 +121,7 @@ class Files:
         """Return a name that nobody can guess, or that of an evicted file that is still there."""
         if self._stale.get(pool):
             return self._stale[pool].pop()
-        return f"tokcache-{secrets.token_hex(_NAME_BYTES)}.bin"
+        return f"tokcache-{self.owner}-{secrets.token_hex(_NAME_BYTES)}.bin"
 
     def discard(self, pool: str, name: str) -> None:
         """Remove a file that is not listed, for example one that is half written."""
@@ -199,8 +202,15 @@ class Files:
         with atomic_file(path) as file:
             file.write(json.dumps(told).encode("ascii"))
 
-    def read_list(self, path: Path) -> int:
+    def pin_only(self, links: AbstractSet[bytes]) -> None:
+        """End the pins of all files but those that have one of these links."""
+        for file in self._files.values():
+            file.is_pinned = file.is_pinned and not links.isdisjoint(file.chain.links)
+
+    def read_list(self, path: Path, pinned: AbstractSet[bytes] = frozenset()) -> int:
         """List the files of an earlier process that are still there; return their number.
+
+        A file stays pinned if it has one of the links in `pinned`.
 
         Files of a model that is not served now stay listed, for it may come back. A damaged list is
         counted and ignored: the files in it are then not found.
@@ -223,6 +233,7 @@ class Files:
         self.probes.update(probes)
         self._stale.update(stale)
         for file in sorted(read, key=lambda each: each.used_at):
+            file.is_pinned = file.is_pinned and not pinned.isdisjoint(file.chain.links)
             if self.is_intact(file):
                 self.add(file)
             else:
@@ -272,10 +283,10 @@ class Files:
 
 
 def remove_strangers(folder: Path, files: Files) -> int:
-    """Delete files with our form of name that no list names; return their number."""
+    """Delete the files that this gateway wrote and no longer lists; return their number."""
     n_removed = 0
     listed = {file.name for file in files}
-    for path in folder.glob("tokcache-*.bin"):
+    for path in folder.glob(f"tokcache-{files.owner}-*.bin"):
         if path.name not in listed:
             with contextlib.suppress(OSError):  # another process deleted it first
                 path.unlink()

@@ -36,7 +36,6 @@ _MAX_LINE_BYTES = 16 << 20
 _OK, _NOT_SUPPORTED = 200, 501
 _FIRST_SERVER_ERROR = 500
 _N_PROBS = 16
-_PROBE_FILE = "tokcache-probe.bin"
 _log = logging.getLogger("tokcache.gateway")
 
 
@@ -54,6 +53,7 @@ class Look:
     n_slots: int
     n_ctx: int
     is_text_only: bool
+    meta: ModelMeta
 
 
 class Upstream:
@@ -63,8 +63,11 @@ class Upstream:
     Threads: not safe; used from one event loop.
     """
 
-    def __init__(self, config: UpstreamConfig, *, read_timeout_s: float) -> None:
+    def __init__(self, config: UpstreamConfig, *, read_timeout_s: float, owner: str) -> None:
         self.url = config.url
+        # Other gateways and servers may use the same slot folder.
+        place = hashlib.blake2b(config.url.encode(), digest_size=4).hexdigest()
+        self._probe_file = f"tokcache-{owner}-probe-{place}.bin"
         self.slot_folder = Path(config.slot_folder) if config.slot_folder else None
         self._address = Address(config.url, read_timeout_s=read_timeout_s)
         self.tokenizer = config.tokenizer
@@ -113,6 +116,7 @@ class Upstream:
             n_slots=props.n_slots,
             n_ctx=props.n_ctx,
             is_text_only=not any(modalities.values()),
+            meta=self._meta,
         )
 
     async def probe(self) -> TokenProbabilities | None:
@@ -129,10 +133,10 @@ class Upstream:
     async def probe_saving(self) -> tuple[bool, bool]:
         """Return whether slots can be saved, and whether the file is in our folder."""
         try:
-            saved = await self.save(0, _PROBE_FILE)
+            saved = await self.save(0, self._probe_file)
         except (ServerUnsupported, RequestRejected):
             return False, False
-        path = self.slot_folder / _PROBE_FILE if self.slot_folder is not None else None
+        path = self.slot_folder / self._probe_file if self.slot_folder is not None else None
         is_there = path is not None and path.is_file() and path.stat().st_size == saved.n_bytes
         if path is not None and is_there:
             path.unlink()
