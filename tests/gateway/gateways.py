@@ -14,11 +14,12 @@ from tokcache import samples
 
 pytest.importorskip("xllamacpp", reason="needs tokcache[demo]")
 httpx = pytest.importorskip("httpx", reason="needs tokcache[gateway]")
-uvicorn = pytest.importorskip("uvicorn", reason="needs tokcache[gateway]")
+pytest.importorskip("uvicorn", reason="needs tokcache[gateway]")
 pytest.importorskip("starlette", reason="needs tokcache[gateway]")
 
 from tokcache.gateway.app import make_app  # noqa: E402
 from tokcache.gateway.config import GatewayConfig, load  # noqa: E402
+from tokcache.gateway.listener import bind, server  # noqa: E402
 from tokcache.gateway.service import Service  # noqa: E402
 from tokcache.samples.server_process import ServerProcess  # noqa: E402
 
@@ -58,21 +59,12 @@ class Gateway:
         self.service = Service(self._config)
         try:
             await self.service.start()
-            self._server = uvicorn.Server(
-                uvicorn.Config(
-                    make_app(self.service),
-                    port=0,
-                    lifespan="off",
-                    log_level="warning",
-                    timeout_graceful_shutdown=5,
-                )
-            )
-            self._server.install_signal_handlers = lambda: None
-            task = asyncio.create_task(self._server.serve())
+            sockets = bind("127.0.0.1", 0)
+            self._server = server(make_app(self.service), self.service, self._config)
+            task = asyncio.create_task(self._server.serve(sockets))
             while not self._server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
                 await asyncio.sleep(0.01)
-            port = self._server.servers[0].sockets[0].getsockname()[1]
-            self.url = f"http://127.0.0.1:{port}"
+            self.url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
             self._is_up.set()
             await task
         finally:

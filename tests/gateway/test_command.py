@@ -298,3 +298,78 @@ def test_defaults_are_safe() -> None:
     config = GatewayConfig(upstreams=(UpstreamConfig(url=URL),))
     assert config.host == "127.0.0.1"
     assert not config.allowed_origins
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    slow = tmp_path / "llama-server"
+    slow.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\nsleep 60\n")
+    slow.chmod(0o700)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run(  # noqa: S603 (our own code)
+            [sys.executable, "-m", "tokcache", "serve", str(samples.tiny_model()),
+             "--llama-server", str(slow), "--port", str(taken.getsockname()[1]),
+             "--folder", str(tmp_path / "own")],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "is it in use?" in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_signal_while_the_model_is_loaded_ends_the_llama_server_too(tmp_path: Path) -> None:
+    slow, pid_file = tmp_path / "llama-server", tmp_path / "pid"
+    slow.write_text(f"#!/bin/sh\necho $$ > {pid_file}\nexec sleep 60\n")
+    slow.chmod(0o700)
+    with subprocess.Popen(  # noqa: S603 (our own code)
+        [sys.executable, "-m", "tokcache", "serve", str(samples.tiny_model()), "--llama-server",
+         str(slow), "--port", str(free_port()), "--folder", str(tmp_path / "own")],
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 30
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+def test_a_program_that_can_not_be_started_is_named(tmp_path: Path) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text("no program")
+    found = CliRunner().invoke(
+        app, ["serve", str(samples.tiny_model()), "--llama-server", str(program),
+              "--folder", str(tmp_path / "own"), "--port", str(free_port())]
+    )  # fmt: skip
+    assert found.exit_code == 2
+    assert found.stderr.startswith(f"tokcache: {program} can't be started")
+
+
+def test_settings_without_effect_are_refused() -> None:
+    model = str(samples.tiny_model())
+    for flags in (
+        {"model": model, "server_args": ["--flash-attn"]},
+        {"upstreams": [URL], "llama_server": sys.executable},
+    ):
+        with pytest.raises(InvalidConfig, match="no effect"):
+            load(None, flags, {})
+
+
+def test_a_flag_replaces_the_model_or_the_upstreams_of_the_file(tmp_path: Path) -> None:
+    path, model = tmp_path / "serve.toml", str(samples.tiny_model())
+    path.write_text(f'model = "{model}"\n')
+    found = load(path, {"upstreams": [{"url": URL}]}, {})
+    assert (found.model, found.upstreams) == (None, (UpstreamConfig(url=URL),))
+    path.write_text(f'[[upstreams]]\nurl = "{URL}"\n')
+    found = load(path, {"model": model}, {})
+    assert (found.model, found.upstreams) == (model, ())
+
+
+def test_lists_of_the_environment_may_have_spaces_and_wrong_names_are_helped() -> None:
+    flags = {"upstreams": [URL]}
+    found = load(None, flags, {"TOKCACHE_SERVE_RULES": "move_clock, blank_nonce"})
+    assert found.rules == ("move_clock", "blank_nonce")
+    with pytest.raises(InvalidConfig, match="n_slots"):
+        load(None, flags, {"TOKCACHE_SERVE_SLOTS": "3"})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.gateway.gateways import SYSTEM, gateway, httpx, upstream, user
+from tests.gateway.gateways import SYSTEM, GatewayConfig, gateway, httpx, upstream, user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,3 +133,41 @@ def test_each_turn_is_answered_as_without_the_gateway(urls: tuple[str, str], pat
         else:
             said = bare.get("output") or [{"role": "assistant", "content": text}]
             body[place] += [*said, user(f"number {turn}")]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_message_names_the_stop_sequence_as_the_server_does(
+    tmp_path: Path, is_stream: bool
+) -> None:
+    body = {"model": "any", "messages": [user("Tell me about bears")], "max_tokens": 40,
+            "temperature": 0, "stop_sequences": ["e"], "stream": is_stream}  # fmt: skip
+
+    def told(answer: Any) -> Any:
+        if not is_stream:
+            return {name: answer.json()[name] for name in ("stop_reason", "stop_sequence")}
+        lines = [line for line in answer.text.splitlines() if '"message_delta"' in line]
+        return json.loads(lines[-1].removeprefix("data: "))["delta"]
+
+    with upstream(tmp_path / "slots") as server, gateway(tmp_path / "own", server) as served:
+        direct = told(httpx.post(f"{server.url}/v1/messages", json=body, trust_env=False))
+        assert direct["stop_sequence"] == "e"
+        answer = served.http.post("/v1/messages", json=body)
+        assert told(answer) == direct
+        assert "__verbose" not in answer.text
+
+
+def test_a_verbose_answer_has_the_servers_members(tmp_path: Path) -> None:
+    body = {"messages": [user("hi")], "max_tokens": 6, "temperature": 0, "verbose": True}
+    with upstream(tmp_path / "slots") as server, gateway(tmp_path / "own", server) as served:
+        path = "/v1/chat/completions"
+        direct = httpx.post(f"{server.url}{path}", json=body, trust_env=False).json()["__verbose"]
+        ours = served.http.post(path, json=body).json()["__verbose"]
+    for each in (direct, ours):
+        del each["timings"], each["id_slot"]
+    assert ours == direct
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "configuration.md").read_text()
+    for field in dataclasses.fields(GatewayConfig):
+        assert f"`{field.name}`" in text, field.name

@@ -124,3 +124,26 @@ def test_warm_prompts_are_held_before_the_first_request(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert served.service.counts["warmed"] == 0
         assert cached(served.chat([system(), user("another")])) > 200
+
+
+def test_the_search_for_a_clock_takes_time_of_the_length_and_no_more() -> None:
+    line = "now " * 20 + "1:11 " * 16 + "x" * 81 + "\n"
+    text = line * (2_000_000 // len(line))
+    began = time.monotonic()
+    assert suggested(body(text)) == []
+    assert apply(body(text), ["move_clock"]) == (body(text), [])
+    assert time.monotonic() - began < 2.0
+    assert suggested(body("1:11 " * 1_000_000)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "is_clock"),
+    [("It is now 10:11", True), (f"{'x' * 79} now 1:11", True), (f"{'x' * 80} now 1:11", False),
+     (f"now{' ' * 80}1:11", True), (f"now{' ' * 81}1:11", False), (f"now 1:11{'x' * 80}", True),
+     (f"now 1:11{'x' * 81}", False), (f"now 1:11{'x' * 81} 2:22", True), ("1:11 now", False),
+     (f"1:11 now {'x' * 60} 2:22", True), ("snow 1:11", False), ("now\n1:11", False)],
+)  # fmt: skip
+def test_which_lines_tell_the_time(text: str, is_clock: bool) -> None:
+    for around in ("", "before\n"):
+        found = suggested(body(f"{around}{text}{around and chr(10) + 'after'}"))
+        assert found == (["move_clock"] if is_clock else [])

@@ -17,12 +17,18 @@ from tokcache.gateway.tenants import Tenant, Tenants, digest_of, new_key
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-KEYS = {"one": "key-of-one", "two": "key-of-two", "boss": "key-of-boss"}
+KEYS = {
+    "one": "key-of-one",
+    "two": "key-of-two",
+    "boss": "key-of-boss",
+    "metered": "key-of-metered",
+}
 TENANTS: list[dict[str, Any]] = [
     {"name": "one", "key_sha256": digest_of(KEYS["one"])},
     {"name": "two", "key_sha256": digest_of(KEYS["two"]), "max_in_flight": 1},
     {"name": "boss", "key_sha256": digest_of(KEYS["boss"]), "is_admin": True,
      "tokens_per_minute": 300},
+    {"name": "metered", "key_sha256": digest_of(KEYS["metered"]), "tokens_per_minute": 300},
 ]  # fmt: skip
 
 
@@ -177,7 +183,54 @@ def test_tokens_a_minute_hold_over_any_run(uses: list[tuple[float, int]]) -> Non
             tenant.start(now)
         except ApiError:
             continue
-        tenant.end(n_tokens)
+        tenant.charge(n_tokens)
+        tenant.end()
         n_used, most = n_used + n_tokens, max(most, n_tokens)
     assert n_used <= 600 + now * 10 + most
     assert tenant.n_in_flight == 0
+
+
+def test_the_tokens_of_a_stream_that_its_client_closes_are_charged(served: Gateway) -> None:
+    headers = key("metered")  # 300 tokens a minute
+    body = {"messages": [system(), user("count")], "max_tokens": 1500, "ignore_eos": True,
+            "stream": True}  # fmt: skip
+    path = "/v1/chat/completions"
+    with served.http.stream("POST", path, json=body, headers=headers) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        n_read = sum(1 for _, line in zip(range(100), lines, strict=False) if line)
+    served.wait_until_idle()
+    assert n_read == 100
+    # The system prompt has over 400 tokens, so over a minute's tokens are owed.
+    for path, asked in (
+        ("/v1/chat/completions", {**body, "stream": False}),
+        ("/v1/messages/count_tokens", {"messages": [user("x")]}),
+        ("/tokenize", {"content": "x"}),
+        ("/detokenize", {"tokens": [1]}),
+    ):
+        answer = served.http.post(path, json=asked, headers=headers)
+        assert answer.status_code == 429, path
+        assert int(answer.headers["retry-after"]) > 20
+
+
+def test_a_plan_does_not_depend_on_the_texts_of_others(served: Gateway) -> None:
+    router = served.service.router
+    before = router.estimate("one", 1000)
+    for number in range(3):
+        served.chat([user(f"{number}" + "\u0f04\u1234☃" * 100)], max_tokens=1, headers=key("two"))
+    assert router.estimate("one", 1000) == before
+    assert router.estimate("two", 1000) > before
+
+
+def test_the_tokens_of_a_prompt_that_was_cut_off_are_the_servers_own(served: Gateway) -> None:
+    first = [user("☃" * 300)]
+    body = {"messages": first, "max_tokens": 500, "ignore_eos": True, "stream": True}
+    path = "/v1/chat/completions"
+    with served.http.stream("POST", path, json=body, headers=key("one")) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        for _ in range(10):
+            next(lines)
+    served.wait_until_idle()
+    more = [*first, {"role": "assistant", "content": "k"}, user("more")]
+    answer = served.chat(more, headers=key("one"), max_tokens=1)
+    told = answer["tokcache"]
+    assert abs(told["planned_tokens"] - told["cached_tokens"]) < 40, told

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokcache.cli._common import BAD_INPUT, errors_in_one_line
-from tokcache.errors import MissingExtra, TokcacheError
+from tokcache.cli._common import errors_in_one_line
+from tokcache.errors import MissingExtra
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,53 +129,40 @@ def _print_settings(settings: GatewayConfig) -> None:
 
 
 async def _run(settings: GatewayConfig) -> None:
-    import uvicorn  # noqa: PLC0415 (an extra)
-
     from tokcache.gateway.app import make_app  # noqa: PLC0415
+    from tokcache.gateway.listener import bind, server  # noqa: PLC0415
     from tokcache.gateway.service import Service  # noqa: PLC0415
 
+    # Before the model is loaded, which can take minutes.
+    sockets = bind(settings.host, settings.port)
     service = Service(settings)
+    loop = asyncio.get_running_loop()
+    starting = loop.create_task(service.start())
+    for each in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(each, starting.cancel)
     try:
-        await service.start()
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(service),
-                host=settings.host,
-                port=settings.port,
-                ssl_certfile=settings.tls_certfile,
-                ssl_keyfile=settings.tls_keyfile,
-                timeout_graceful_shutdown=int(settings.drain_timeout_s),
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                server_header=False,
-                # An address in a header would be believed from everybody.
-                proxy_headers=False,
-            )
-        )
+        try:
+            await starting
+        except asyncio.CancelledError:
+            return
+        listening = server(make_app(service), service, settings)
         # uvicorn raises a signal again once it has stopped; the saving comes after that.
         for each in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(each, lambda: None)
-        _print_urls(settings)
+            loop.add_signal_handler(each, lambda: None)
+        _print_urls(settings, int(sockets[0].getsockname()[1]))
         # All that was loaded stays; a collection that walks it would hold up every stream.
         gc.freeze()
-        await server.serve()
-        if not server.started:
-            raise TokcacheError(f"can't listen on {settings.host}:{settings.port}; is it in use?")
-    except SystemExit:
-        typer.echo(
-            f"tokcache: can't listen on {settings.host}:{settings.port}; is it in use?", err=True
-        )
-        raise typer.Exit(BAD_INPUT) from None
+        await listening.serve(sockets)
     finally:
         await service.stop()
+        for each_socket in sockets:
+            each_socket.close()
 
 
-def _print_urls(settings: GatewayConfig) -> None:
+def _print_urls(settings: GatewayConfig, port: int) -> None:
     scheme = "https" if settings.tls_certfile else "http"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"{scheme}://{host}:{settings.port}"
+    url = f"{scheme}://{host}:{port}"
     key = "any text" if not settings.tenants else "a key whose digest is configured"
     typer.echo(f"OpenAI clients:    OPENAI_BASE_URL={url}/v1   OPENAI_API_KEY={key}")
     typer.echo(f"Anthropic clients: ANTHROPIC_BASE_URL={url}   ANTHROPIC_API_KEY={key}")

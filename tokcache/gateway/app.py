@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -19,9 +19,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from tokcache.errors import ApiError, ServerError
+from tokcache.errors import ApiError, ServerError, ServerUnreachable
 from tokcache.gateway.api import messages, rules
 from tokcache.gateway.api.body import (
+    is_streaming,
     read_object,
     require_no_fetches,
     require_one_answer,
@@ -39,12 +40,14 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
+    from tokcache.gateway.servers.upstream import Look, Upstream
     from tokcache.gateway.service import Service
     from tokcache.gateway.turn import Turn
 
 _CHAT, _TEXT, _RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 _MESSAGES = "/v1/messages"
 _ID_BYTES = 12
+_MAX_TRIES = 4  # of a request that needs no slot
 _WITH_UNREAD_BODY = {408, 413}
 _NO_STORE = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 _PAGE_HEADERS = {
@@ -54,6 +57,7 @@ _PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
 }
 _log = logging.getLogger("tokcache.gateway")
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable["Response"]]
 
 
@@ -110,11 +114,14 @@ def make_app(service: Service) -> Starlette:
                 ],
             )
         )
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=middleware,
         exception_handlers={404: endpoints.no_such_path, 405: endpoints.no_such_path},
     )
+    # A redirect would name the host of the request, which is not checked before it.
+    app.router.redirect_slashes = False
+    return app
 
 
 class Endpoints:
@@ -129,6 +136,7 @@ class Endpoints:
         self._tenants = Tenants(service.config.tenants)
         hosts = {"localhost", "127.0.0.1", "[::1]", self._config.host, *self._config.allowed_hosts}
         is_loopback = self._config.host in ("127.0.0.1", "localhost", "::1")
+        hosts = {host.lower() for host in hosts}
         # A web page can make a browser send requests here under another name (DNS rebinding).
         self._hosts = hosts if is_loopback or self._config.allowed_hosts else None
 
@@ -153,6 +161,8 @@ class Endpoints:
         return handle
 
     def _require_own_page(self, request: Request) -> None:
+        if request.url.path == "/health":  # some checkers send no Host; there is nothing to read
+            return
         host = request.headers.get("host", "").rpartition(":")
         name = host[0] if host[0] and host[2].isdigit() else "".join(host)
         if self._hosts is not None and name.lower() not in self._hosts:
@@ -215,12 +225,13 @@ class Endpoints:
         tenant = self._tenants.find(request.headers)
         raw = await self._body(request)
         body = read_object(raw)
+        is_stream = is_streaming(body)
+        self._require_servable(body)
         api = _APIS[request.url.path]
         if api.path == _CHAT:
             body, changed = rules.apply(body, self._config.rules)
             raw = json.dumps(body).encode() if changed else raw
             request.state.rules = changed
-        is_stream = body.get("stream") is True
         if not is_stream:
             settings: dict[str, Any] = {"stream": True}
             if api.path == _CHAT:
@@ -238,12 +249,14 @@ class Endpoints:
         tenant = self._tenants.find(request.headers)
         given = await self._body(request)
         body = read_object(given)
-        require_one_answer(body)
+        is_stream = is_streaming(body)
+        self._require_servable(body)
         chat, request.state.rules = rules.apply(_translated(body), self._config.rules)
-        is_stream = chat.get("stream") is True
         servers = self._service.router.servers.keys()
         if servers <= self._service.pinning and not request.state.rules:
-            return await self._message_as_it_came(request, tenant, chat, given)
+            return await self._message_as_it_came(request, tenant, chat, given, is_stream)
+        # The stream names the stop sequence that was found only in its verbose form.
+        chat |= {"verbose": True} if chat.get("stop") else {}
         chat |= {"stream": True, "stream_options": {"include_usage": True}}
         raw = json.dumps(chat).encode()
         turn, answer = await self._open(request, tenant, _APIS[_CHAT], chat, raw)
@@ -259,10 +272,14 @@ class Endpoints:
         return JSONResponse(messages.from_chat(answer, message_id, model), headers=headers)
 
     async def _message_as_it_came(
-        self, request: Request, tenant: Tenant, chat: dict[str, Any], raw: bytes
+        self,
+        request: Request,
+        tenant: Tenant,
+        chat: dict[str, Any],
+        raw: bytes,
+        is_stream: bool,
     ) -> Response:
         """Pass a message on to a server that pins it; its translation names its prefixes."""
-        is_stream = chat.get("stream") is True
         raw = raw if is_stream else with_settings(raw, {"stream": True})
         api = _Api(_MESSAGES, chat_prompt, messages.MessageAnswer)
         turn, answer = await self._open(request, tenant, api, chat, raw)
@@ -272,6 +289,12 @@ class Endpoints:
         await self._collect(request, turn, tenant)
         return JSONResponse(answer.body(), headers=headers)
 
+    def _require_servable(self, body: Mapping[str, Any]) -> None:
+        """Refuse a body that no llama-server is asked for, before any work is done for it."""
+        require_one_answer(body)
+        require_no_fetches(body)
+        self._server_model(body)
+
     async def _open(
         self, request: Request, tenant: Tenant, api: _Api, body: dict[str, Any], raw: bytes
     ) -> tuple[Turn, Answer]:
@@ -279,12 +302,11 @@ class Endpoints:
 
         Errors: ApiError; ClientDisconnect if the client left while it waited.
         """
-        require_one_answer(body)
-        require_no_fetches(body.get("messages") or body.get("input"))
         model = self._server_model(body)
         try:
             prompt = api.prompt(body, self._service.key, tenant.scope)
-            wish = Wish(prompt.chain(), tenant.scope, model, time.monotonic())
+            now = time.monotonic()
+            wish = Wish(prompt.chain(), tenant.scope, model, now, charge=tenant.charge)
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
         answer = api.answer()
@@ -293,7 +315,7 @@ class Endpoints:
             with _Presence(request.receive):
                 turn = await self._service.open(wish, prompt, api.path, raw, answer)
         except BaseException:
-            tenant.end(0)
+            tenant.end()
             raise
         if api.path in (_CHAT, _MESSAGES):
             # Counted while the llama-server decodes: it takes a millisecond for a long system text.
@@ -309,7 +331,7 @@ class Endpoints:
                     pass
         finally:
             turn.close()
-            tenant.end(turn.n_tokens)
+            tenant.end()
 
     async def _streamed(self, turn: Turn) -> AsyncIterator[tuple[bytes, bool]]:
         try:
@@ -347,22 +369,46 @@ class Endpoints:
 
     async def count_tokens(self, request: Request) -> Response:
         """Count the tokens of an Anthropic message's prompt."""
-        scope = self._tenants.find(request.headers).scope
+        tenant = self._tenants.find(request.headers)
         body = read_object(await self._body(request))
         chat = _translated(body, is_counting=True)
-        upstream = self._service.any_upstream(self._server_model(body))
-        look = self._service.looks[upstream.url]
-        n_tokens = await self._service.tokens.count(upstream, look, chat, scope)
+
+        async def ask(upstream: Upstream, look: Look) -> int:
+            return await self._service.tokens.count(upstream, look, chat, tenant.scope)
+
+        n_tokens = await self._from_any(tenant, self._server_model(body), ask)
         return JSONResponse({"input_tokens": n_tokens})
+
+    async def _from_any(
+        self, tenant: Tenant, model: str, ask: Callable[[Upstream, Look], Awaitable[T]]
+    ) -> T:
+        """Return the answer of a server that is up, of another one if the first fails.
+
+        The tenant's limits hold, but no tokens are charged.
+        """
+        tenant.start(time.monotonic())
+        try:
+            for _ in range(_MAX_TRIES):
+                upstream = self._service.any_upstream(model)
+                try:
+                    return await ask(upstream, self._service.looks[upstream.url])
+                except ServerUnreachable as error:
+                    self._service.failed(upstream.url, error)
+        finally:
+            tenant.end()
+        raise ApiError(503, "no llama-server could be asked; try again", retry_after_s=5)
 
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a text."""
-        scope = self._tenants.find(request.headers).scope
+        tenant = self._tenants.find(request.headers)
         raw = await self._body(request)
         body = read_object(raw)
-        upstream = self._service.any_upstream(self._server_model(body))
-        look = self._service.looks[upstream.url]
-        code, found = await self._service.tokens.tokenize(upstream, look, raw, body, scope)
+
+        async def ask(upstream: Upstream, look: Look) -> tuple[int, Any]:
+            tokens, scope = self._service.tokens, tenant.scope
+            return await tokens.tokenize(upstream, look, raw, body, scope)
+
+        code, found = await self._from_any(tenant, self._server_model(body), ask)
         return JSONResponse(found, status_code=code)
 
     async def embeddings(self, request: Request) -> Response:
@@ -378,10 +424,15 @@ class Endpoints:
 
     async def passed(self, request: Request) -> Response:
         """Pass on a request that needs no slot."""
-        self._tenants.find(request.headers)
+        tenant = self._tenants.find(request.headers)
         raw = await self._body(request)
-        upstream = self._service.any_upstream(self._server_model(read_object(raw)))
-        code, found = await upstream.post(request.url.path, raw)
+        body = read_object(raw)
+        require_no_fetches(body)
+
+        async def ask(upstream: Upstream, _: Look) -> tuple[int, Any]:
+            return await upstream.post(request.url.path, raw)
+
+        code, found = await self._from_any(tenant, self._server_model(body), ask)
         return JSONResponse(found, status_code=code)
 
     async def models(self, request: Request) -> Response:
@@ -469,7 +520,7 @@ class _Stream(StreamingResponse):
                     await send({**body, "body": b"", "more_body": False})
         finally:
             self._turn.close()
-            self._tenant.end(self._turn.n_tokens)
+            self._tenant.end()
 
 
 class _Presence:

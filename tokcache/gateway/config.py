@@ -131,6 +131,7 @@ class GatewayConfig:
             raise MissingFile(f"there is no model file {self.model}; pass the path of a GGUF")
         if self.llama_server and not Path(self.llama_server).is_file():
             raise MissingFile(f"there is no llama-server at {self.llama_server}")
+        _require_effect(self)
         if len({each.url for each in self.upstreams}) != len(self.upstreams):
             raise InvalidConfig("two upstreams have the same URL")
         require_int("port", self.port, 0, _MAX_PORT)
@@ -157,6 +158,18 @@ class GatewayConfig:
             raise InvalidConfig("each tenant needs a name and a key_sha256 that no other has")
 
 
+def _require_effect(config: GatewayConfig) -> None:
+    if config.llama_server and not config.model:
+        raise InvalidConfig(
+            "llama_server has no effect with upstreams, which run already; remove it"
+        )
+    if config.server_args and not config.llama_server:
+        raise InvalidConfig(
+            "server_args has no effect without llama_server, the program that takes them; name that"
+            " too"
+        )
+
+
 def load(
     path: str | os.PathLike[str] | None,
     flags: Mapping[str, Any],
@@ -164,7 +177,8 @@ def load(
 ) -> GatewayConfig:
     """Return the settings of a file, overridden by the environment, then by flags that are set.
 
-    A variable TOKCACHE_SERVE_PORT sets `port`; lists are separated by commas.
+    A variable TOKCACHE_SERVE_PORT sets `port`; lists are separated by commas. A flag for a model
+    replaces the upstreams of the file and the environment, and the other way round.
 
     Errors: InvalidConfig for unknown settings and wrong values; MissingFile.
     """
@@ -175,7 +189,11 @@ def load(
             settings[name.removeprefix(_PREFIX).lower()] = _parsed(
                 name, value, fields.get(name.removeprefix(_PREFIX).lower())
             )
-    settings |= {name: value for name, value in flags.items() if value is not None}
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name, other in (("model", "upstreams"), ("upstreams", "model")):
+        if name in given and other not in given:
+            settings.pop(other, None)  # the flag says which of the two to serve
+    settings |= given
     unknown = sorted(settings.keys() - fields.keys())
     if unknown:
         raise InvalidConfig(
@@ -202,11 +220,15 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _parsed(name: str, value: str, field: dataclasses.Field[Any] | None) -> Any:
     if field is None or field.name == "tenants":
-        raise InvalidConfig(f"the environment variable {name} names no setting")
+        names = ", ".join(sorted(field.name for field in dataclasses.fields(GatewayConfig)))
+        raise InvalidConfig(
+            f"the environment variable {name} names no setting; after {_PREFIX} comes one of"
+            f" {names} in upper case"
+        )
     if field.name == "upstreams":
-        return [{"url": each} for each in value.split(",") if each]
+        return [{"url": each.strip()} for each in value.split(",") if each.strip()]
     if str(field.type).startswith("tuple"):
-        return [each for each in value.split(",") if each]
+        return [each.strip() for each in value.split(",") if each.strip()]
     kind = {"int": int, "float": float}.get(str(field.type), str)
     try:
         return kind(value)

@@ -18,8 +18,10 @@ import asyncio
 import json
 import logging
 import os
+import threading
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -142,7 +144,7 @@ class Service:
             remove_strangers(self.folder.slots, self.files)
         configs = list(self.config.upstreams)
         if self.managed is not None:
-            url = await asyncio.to_thread(self.managed.start)
+            url = await self._start_managed(self.managed)
             folder, model = str(self.folder.slots), self.config.model
             configs = [UpstreamConfig(url=url, slot_folder=folder, tokenizer=model)]
         for config in configs:
@@ -163,6 +165,30 @@ class Service:
             self.in_background(self._watch(name))
         self.in_background(self._reconsider())
         self.in_background(self._tick())
+
+    async def _start_managed(self, managed: ManagedServer) -> str:
+        """Start the llama-server in a thread that does not hold up the end of this process."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[str] = loop.create_future()
+
+        def tell(url: str, error: BaseException | None) -> None:
+            if future.done():  # the gateway was stopped meanwhile
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(url)
+
+        def start() -> None:
+            try:
+                url, error = managed.start(), None
+            except Exception as found:  # noqa: BLE001 (raised where it is awaited)
+                url, error = "", found
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(tell, url, error)
+
+        threading.Thread(target=start, daemon=True).start()
+        return await future
 
     def begin_drain(self) -> None:
         """Refuse new requests, and save each slot as soon as no request needs it."""
@@ -252,11 +278,8 @@ class Service:
                 await turn.send(path, body)
             except ServerUnreachable as error:
                 # Before the first byte, another slot or server can take the request.
-                self.counts["failover"] += 1
-                # A refused connection shows that the server is gone; a broken one does not.
-                if isinstance(error, ServerRefused):
-                    self._down(made.slot.server.name, error)
-                turn.close()
+                self.failed(made.slot.server.name, error)
+                turn.close(is_charged=False)
             except ServerError as error:
                 turn.close()
                 raise ApiError(502, "the llama-server failed before it answered") from error
@@ -469,19 +492,24 @@ class Service:
             self.release(slot)
             self._saving = None
 
-    async def wait_until_idle(self, slot: Slot) -> None:
-        """Wait until a server has noticed that the request in a slot is over, at most 120 s."""
+    async def wait_until_idle(self, slot: Slot) -> int | None:
+        """Wait until a server noticed that a slot's request is over, at most 120 s.
+
+        Returns the number of tokens that the slot holds, None if it is not known.
+        """
         deadline = time.monotonic() + _MAX_SETTLE_S
         upstream = self.upstreams[slot.server.name]
         while slot.server.is_up and time.monotonic() < deadline:
             try:
-                if not await upstream.is_processing(slot.id):
-                    return
+                listed = await upstream.slot(slot.id)
             except ServerError:
                 self.counts["settle_failed"] += 1
                 self.router.lose(slot, "server_away")
-                return
+                return None
+            if listed is None or not listed.is_processing:
+                return listed.n_tokens if listed is not None else None
             await asyncio.sleep(_SETTLE_CHECK_S)
+        return None
 
     # -- the servers --------------------------------------------------------------------------
 
@@ -604,6 +632,13 @@ class Service:
                 self.counts["warm_failed"] += 1
                 _log.warning("%s could not be warmed: %s", path, error)
 
+    def failed(self, name: str, error: ServerUnreachable) -> None:
+        """Record that a server failed before the first byte, so that another one is asked."""
+        self.counts["failover"] += 1
+        # A refused connection shows that the server is gone; a broken one does not.
+        if isinstance(error, ServerRefused):
+            self._down(name, error)
+
     def _down(self, name: str, error: Exception) -> None:
         if name not in self._reported_down:
             self._reported_down.add(name)
@@ -645,7 +680,7 @@ class Service:
                 self._down(name, ServerRefused("its process ended"))
                 self.counts["server_crash"] += 1
                 try:
-                    await asyncio.to_thread(self.managed.start)
+                    await self._start_managed(self.managed)
                     pause_s = _FIRST_PAUSE_S
                 except (ServerError, OSError) as error:
                     _log.warning("the llama-server did not start again: %s", error)

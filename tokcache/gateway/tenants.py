@@ -77,9 +77,12 @@ class Tenant:
                 )
         self.n_in_flight += 1
 
-    def end(self, n_tokens: int) -> None:
-        """Count the end of a request that used `n_tokens` of prompt and answer."""
+    def end(self) -> None:
+        """Count the end of a request."""
         self.n_in_flight -= 1
+
+    def charge(self, n_tokens: int) -> None:
+        """Count the tokens of prompt and answer that a request used, also one that was cut off."""
         if self.config.tokens_per_minute:
             self.tokens -= n_tokens
 

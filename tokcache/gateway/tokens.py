@@ -46,8 +46,8 @@ class _Proof:
     look: Look
     reason: str = "tokenizer_pending"
     wrapped: WrappedTokenizer | None = None
-    # The piece of each id that was asked for; llama-server gives bytes where it is not UTF-8.
-    pieces: dict[int, str | list[int]] = field(default_factory=dict)
+    # The piece of each id that a scope asked for; llama-server gives bytes where it is not UTF-8.
+    pieces: dict[str | None, dict[int, str | list[int]]] = field(default_factory=dict)
 
 
 class ProvenTokenizers:
@@ -119,12 +119,13 @@ class ProvenTokenizers:
         if body.get("with_pieces") is not True:
             return _OK, {"tokens": ids.tolist()}
         listed = ids.tolist()
-        unknown = sorted(set(listed) - proof.pieces.keys())
+        pieces = proof.pieces.setdefault(scope, {})
+        unknown = sorted(set(listed) - pieces.keys())
         if unknown:
             asked = {"content": unknown, "with_pieces": True}
             told = await self._of_server(upstream, asked)
-            proof.pieces |= {one["id"]: one["piece"] for one in told}
-        return _OK, {"tokens": [{"id": each, "piece": proof.pieces[each]} for each in listed]}
+            pieces |= {one["id"]: one["piece"] for one in told}
+        return _OK, {"tokens": [{"id": each, "piece": pieces[each]} for each in listed]}
 
     async def _ids(self, proof: _Proof, body: dict[str, Any], scope: str | None) -> TokenIds | None:
         """Return the ids of a text, None if the server must be asked; count which and why.

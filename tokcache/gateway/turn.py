@@ -55,8 +55,8 @@ class Host(Protocol):
     def in_background(self, work: Coroutine[Any, Any, None]) -> object:
         """Run a coroutine that the service ends when it stops."""
 
-    async def wait_until_idle(self, slot: Slot) -> None:
-        """Wait until a server has noticed that the request in a slot is over."""
+    async def wait_until_idle(self, slot: Slot) -> int | None:
+        """Wait until a server noticed that a slot's request is over; return the tokens in it."""
 
     def release(self, slot: Slot) -> None:
         """Make a slot idle and give it to the next request."""
@@ -83,6 +83,7 @@ class Turn:
         self._exchange: Exchange | None = None
         self._chat_body: bytes | None = None
         self._has_begun = False
+        self._n_events = 0
         self._is_finished = False
         self._is_closed = False
         self._first_s = 0.0
@@ -126,6 +127,7 @@ class Turn:
             self.is_done = self._is_finished
             return name, data, None
         found = event_object(data)
+        self._n_events += 1
         self.answer.feed({"error": found} if name == "error" else found)
         if not self._has_begun and "prompt_progress" not in found:
             self._has_begun = True
@@ -162,6 +164,7 @@ class Turn:
             return
         self._is_finished = True
         self.n_tokens = counts.n_prompt + counts.n_predicted
+        self.made.wish.charge(self.n_tokens)
         router.measured(self.made.slot.server, counts.n_prompt - counts.n_cached, counts.prompt_s)
         router.finish(
             self.made,
@@ -186,10 +189,11 @@ class Turn:
             )
         )
 
-    def close(self) -> None:
+    def close(self, *, is_charged: bool = True) -> None:
         """Release the slot, at once or when the upstream has noticed that a client left.
 
-        It does not wait: it also runs when the task of a client that left is cancelled.
+        It does not wait: it also runs when the task of a client that left is cancelled. The tokens
+        of an answer that was cut off are charged, unless the request is sent to another server.
         """
         if self._is_closed:
             return
@@ -199,23 +203,31 @@ class Turn:
             self._released()
             return
         self._service.router.abort(self.made, has_begun=self._has_begun)
-        self._service.in_background(self._settle())
+        self._service.in_background(self._settle(is_charged=is_charged and self.made.is_sent))
 
     def rejected(self) -> None:
         """Release the slot of a request that the upstream rejected."""
         self._is_closed = True
         self._disconnect()
         self._service.router.reject(self.made)
-        self._service.in_background(self._settle())
+        self._service.in_background(self._settle(is_charged=False))
 
     def _disconnect(self) -> None:
         if self._exchange is not None:
             self._exchange.close()
 
-    async def _settle(self) -> None:
+    async def _settle(self, *, is_charged: bool) -> None:
+        wish, router = self.made.wish, self._service.router
+        n_held = None
         try:
-            await self._service.wait_until_idle(self.made.slot)
+            n_held = await self._service.wait_until_idle(self.made.slot)
+            if n_held is not None and self._has_begun:
+                router.settled(self.made, n_held, self._n_events)
         finally:
+            if is_charged:
+                n_chars = wish.chain.stop_at(len(wish.chain))
+                n_about = router.estimate(wish.scope, n_chars) + self._n_events
+                wish.charge(n_about if n_held is None else n_held)
             self._released()
 
     def _released(self) -> None:

@@ -10,6 +10,11 @@ import orjson
 
 from tokcache.errors import ApiError
 
+_MEDIA = frozenset(
+    f"{kind}_{form}" for kind in ("image", "audio", "video", "file") for form in ("url", "data")
+) | frozenset(f"input_{kind}" for kind in ("image", "audio", "video", "file"))
+_DATA = ("data", "file_data", "image", "audio", "video", "file")
+_SCHEMAS = ("tools", "functions", "response_format", "json_schema", "text", "metadata")
 _SEVERAL = ("n", "n_cmpl", "best_of")
 
 
@@ -42,25 +47,53 @@ def require_one_answer(body: Mapping[str, Any]) -> None:
             )
 
 
-def require_no_fetches(found: Any) -> None:
+def require_no_fetches(body: Mapping[str, Any]) -> None:
     """Refuse media that the llama-server would fetch from a URL or a file.
+
+    All members are searched, because an API can read another one than its documentation says;
+    only schemas are left out, where these names mean properties.
 
     Errors: ApiError 400.
     """
-    stack = [found]
+    stack: list[Any] = [value for name, value in body.items() if name not in _SCHEMAS]
     while stack:
         each = stack.pop()
         if isinstance(each, list):
             stack += each
         elif isinstance(each, dict):
-            for name in ("image_url", "video_url", "audio_url", "input_image"):
-                media = each.get(name)
-                url = media.get("url") if isinstance(media, dict) else media
-                if isinstance(url, str) and not url.startswith("data:"):
+            for name in _MEDIA & each.keys():
+                if not _is_data(each[name]):
                     raise ApiError(
                         400, f"{name}: send the data itself (data:…;base64,…), not an address"
                     )
             stack += [value for value in each.values() if isinstance(value, list | dict)]
+
+
+def _is_data(media: Any) -> bool:
+    """Return whether a medium is given by its data: a data: URL, or base64 under another name."""
+    if isinstance(media, str):
+        return media.startswith("data:")
+    stack = [("url", media)]
+    while stack:
+        name, each = stack.pop()
+        if isinstance(each, dict):
+            stack += each.items()
+        elif isinstance(each, list):
+            stack += [(name, one) for one in each]
+        elif isinstance(each, str) and not each.startswith("data:"):
+            # No base64 and no name of a format has a colon; every address has one.
+            is_address = name.endswith("url") or (name in _DATA and ":" in each)
+            if is_address:
+                return False
+    return True
+
+
+def is_streaming(body: Mapping[str, Any]) -> bool:
+    """Return whether a body asks for a stream; ApiError 400 as from llama-server if unclear."""
+    found = body.get("stream")
+    if found is not None and not isinstance(found, bool):
+        raise ApiError(400, "stream must be true or false")
+    return found is True
 
 
 def with_settings(raw: bytes, settings: Mapping[str, Any]) -> bytes:

@@ -183,7 +183,7 @@ def from_chat(answer: ChatAnswer, message_id: str, model: str) -> dict[str, Any]
         "model": model,
         "content": blocks,
         "stop_reason": _stop_reason(answer),
-        "stop_sequence": None,
+        "stop_sequence": _stop_sequence(answer),
         "usage": usage(answer),
     }
 
@@ -203,6 +203,11 @@ def usage(answer: ChatAnswer) -> dict[str, int]:
 
 def _stop_reason(answer: ChatAnswer) -> str:
     return _STOPS.get(answer.finish_reason or "stop", "end_turn")
+
+
+def _stop_sequence(answer: ChatAnswer) -> str | None:
+    found = answer.verbose.get("stopping_word")
+    return found if found and isinstance(found, str) else None
 
 
 def _input(arguments: str) -> Any:
@@ -253,7 +258,8 @@ class MessageEvents:
     def end(self) -> Iterator[dict[str, Any]]:
         """Yield the last events."""
         yield from self._closed()
-        delta = {"stop_reason": _stop_reason(self._answer), "stop_sequence": None}
+        sequence = _stop_sequence(self._answer)
+        delta = {"stop_reason": _stop_reason(self._answer), "stop_sequence": sequence}
         yield {"type": "message_delta", "delta": delta, "usage": usage(self._answer)}
         yield {"type": "message_stop"}
 

@@ -7,16 +7,18 @@ Without them the gateway counts the requests in which a nonce or a clock was see
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
 
 # A client's billing line at the start of the system text holds a nonce.
 _NONCE = re.compile(r"\A(x-anthropic-billing-header:[^\n]*?\bcch=)[0-9A-Za-z]+")
-_CLOCK = re.compile(
-    r"^[^\n]{0,80}\b(?:now|today|date|time)\b[^\n]{0,80}"
-    r"(?:\d{4}-\d{2}-\d{2}|\d{1,2}:\d{2})[^\n]{0,80}$\n?",
-    re.IGNORECASE | re.MULTILINE,
-)
+# A line tells the time if one of these words comes before a date or time. At most 80 characters are
+# before the word, between both, and after the date.
+_WORD = re.compile(r"\b(?:now|today|date|time)\b", re.IGNORECASE)
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2}:\d{2}")
+_MAX_AROUND, _MAX_LINE = 80, 260
+_MAX_SEARCHED = 64 << 10  # characters of a system text
 
 
 def blanked(text: str) -> str:
@@ -43,9 +45,36 @@ def suggested(body: dict[str, Any]) -> list[str]:
     seen = []
     if _NONCE.search(system):
         seen.append("blank_nonce")
-    if _CLOCK.search(system):
+    if _clock_lines(system):
         seen.append("move_clock")
     return seen
+
+
+def _clock_lines(text: str) -> list[tuple[int, int]]:
+    """Return the start and stop of each line that tells the time, with its end of line.
+
+    Cost: O(len(text)) up to the first 65,536 characters, which are all that is searched.
+    """
+    found = []
+    stop = 0
+    for date in _DATE.finditer(text, 0, _MAX_SEARCHED):
+        if date.start() < stop:
+            continue  # in a line that was looked at
+        start = text.rfind("\n", stop - 1 if stop else 0, date.start()) + 1
+        stop = text.find("\n", date.end()) + 1 or len(text)
+        if stop - start <= _MAX_LINE and _tells_time(text[start:stop].rstrip("\n")):
+            found.append((start, stop))
+    return found
+
+
+def _tells_time(line: str) -> bool:
+    ends = [word.end() for word in _WORD.finditer(line) if word.start() <= _MAX_AROUND]
+    for date in _DATE.finditer(line):
+        n_before = bisect_right(ends, date.start())
+        is_near = n_before > 0 and date.start() - ends[n_before - 1] <= _MAX_AROUND
+        if is_near and len(line) - date.end() <= _MAX_AROUND:
+            return True
+    return False
 
 
 def _system(body: dict[str, Any]) -> str | None:
@@ -73,10 +102,13 @@ def _blank_nonce(body: dict[str, Any]) -> dict[str, Any] | None:
 def _move_clock(body: dict[str, Any]) -> dict[str, Any] | None:
     """Move lines with a date or time from the system text to the end of the last user message."""
     system = _system(body)
-    lines = [found.group().strip() for found in _CLOCK.finditer(system or "")]
-    if system is None or not lines:
+    spans = _clock_lines(system or "")
+    if system is None or not spans:
         return None
-    body = _with_system(body, _CLOCK.sub("", system))
+    lines = [system[start:stop].strip() for start, stop in spans]
+    bounds = [0, *(place for span in spans for place in span), len(system)]
+    kept = (system[bounds[i] : bounds[i + 1]] for i in range(0, len(bounds), 2))
+    body = _with_system(body, "".join(kept))
     for position in range(len(body["messages"]) - 1, 0, -1):
         message = body["messages"][position]
         is_user = isinstance(message, dict) and message.get("role") == "user"

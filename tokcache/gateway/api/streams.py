@@ -64,11 +64,14 @@ class ChatAnswer:
         self._thoughts: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
         self._logprobs: list[Any] = []
+        self.verbose: dict[str, Any] = {}
 
     def feed(self, found: dict[str, Any]) -> None:
         """Add a chunk."""
         raise_error_in(found)
         self._first = self._first or found
+        if isinstance(found.get("__verbose"), dict):
+            self.verbose = found["__verbose"]
         for choice in found.get("choices") or ():
             delta = choice.get("delta") or {}
             self._texts.append(_text(delta, "content"))
@@ -115,6 +118,11 @@ class ChatAnswer:
             choice["logprobs"] = {"content": self._logprobs}
         members = {name: self._first.get(name) for name in ("created", "model", "id")}
         members["system_fingerprint"] = self._first.get("system_fingerprint")
+        if self.verbose:
+            settings = {**self.verbose.get("generation_settings", {}), "stream": False}
+            content = "".join(self._texts)
+            told = {"content": content, "generation_settings": settings}
+            members["__verbose"] = {**self.verbose, **told}
         return {
             "choices": [choice],
             **members,

@@ -17,8 +17,10 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cachetools import LRUCache
+
 from tokcache.errors import QueueFull
-from tokcache.gateway.routing.admission import Admission
+from tokcache.gateway.routing.admission import MAX_SCOPES, Admission
 from tokcache.gateway.routing.chain import EMPTY, Chain
 from tokcache.gateway.routing.choice import (
     MIN_RESTORE_TOKENS,
@@ -62,7 +64,8 @@ class Router:
         self.admission = Admission(files, self.counts, min_save_tokens)
         self._max_queue = max_queue
         self._side_tokens = side_tokens
-        self._tokens_per_char = _FIRST_TOKENS_PER_CHAR
+        # A mean of each scope: no plan of a tenant depends on another's texts.
+        self._tokens_per_char: LRUCache[str | None, float] = LRUCache(MAX_SCOPES)
         self._clock = itertools.count(1)
 
     # -- servers ------------------------------------------------------------------------------
@@ -161,7 +164,11 @@ class Router:
 
     def _is_side(self, wish: Wish) -> bool:
         n_chars = wish.chain.stop_at(len(wish.chain))
-        return n_chars * self._tokens_per_char < self._side_tokens
+        return self.estimate(wish.scope, n_chars) < self._side_tokens
+
+    def estimate(self, scope: str | None, n_chars: int) -> int:
+        """Return about how many tokens so many characters of a scope's texts take."""
+        return int(n_chars * self._tokens_per_char.get(scope, _FIRST_TOKENS_PER_CHAR))
 
     def _is_worth_waiting(self, wish: Wish, best: Choice, now: float) -> bool:
         """Return whether a busy slot will hold much more, sooner than it could be decoded."""
@@ -172,7 +179,7 @@ class Router:
                 if not slot.is_busy or slot.scope != wish.scope:
                     continue
                 n_shared = slot.coming.n_common(wish.chain)
-                n_tokens = int(wish.chain.stop_at(n_shared) * self._tokens_per_char)
+                n_tokens = self.estimate(wish.scope, wish.chain.stop_at(n_shared))
                 n_more = n_tokens - best.n_gained
                 if n_more < _MIN_WAIT_TOKENS or now - wish.arrived > _MAX_SHARE_WAIT_S:
                     continue
@@ -301,8 +308,9 @@ class Router:
             self.lose(slot, "server_restarted")
         n_chars = wish.chain.stop_at(len(wish.chain))
         if n_chars and n_prompt:
+            known = self._tokens_per_char.get(wish.scope, _FIRST_TOKENS_PER_CHAR)
             share = n_prompt / n_chars
-            self._tokens_per_char = _KEPT * self._tokens_per_char + (1 - _KEPT) * share
+            self._tokens_per_char[wish.scope] = _KEPT * known + (1 - _KEPT) * share
         self.counts["request"] += 1
         self.counts["prompt_tokens"] += n_prompt
         self.counts["cached_tokens"] += n_cached
@@ -339,14 +347,20 @@ class Router:
         slot.scope = wish.scope
         slot.is_dirty = True
         if has_begun:
-            n_chars = wish.chain.stop_at(len(wish.chain))
-            n_tokens = int(n_chars * self._tokens_per_char)
+            # `settled` replaces this number by the server's own.
+            n_tokens = self.estimate(wish.scope, wish.chain.stop_at(len(wish.chain)))
             slot.holds(wish.chain, len(wish.chain), n_tokens, n_tokens)
         else:
             links, stops = slot.chain.links[: made.n_links], slot.chain.stops[: made.n_links]
             slot.holds(Chain(links, stops), made.n_links, made.n_promised, made.n_promised)
         if made.epoch != slot.server.epoch:
             self.lose(slot, "server_restarted")
+
+    def settled(self, made: Assignment, n_held: int, n_decoded: int) -> None:
+        """Record the server's number of tokens in the slot of a request that was cut off."""
+        slot = made.slot
+        if slot.chain is made.wish.chain and made.epoch == slot.server.epoch:
+            slot.n_tokens, slot.n_prompt = n_held, max(1, n_held - n_decoded)
 
     def begun(self, slot: Slot, now: float) -> None:
         """Record that a slot's prompt was decoded and its answer began."""

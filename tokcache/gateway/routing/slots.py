@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,8 @@ class Wish:
     model: str
     arrived: float
     has_waited_for_prefix: bool = False
+    # Takes the tokens of prompt and answer that were decoded, or reused, for the request.
+    charge: Callable[[int], None] = lambda _: None
 
 
 @dataclass(eq=False, slots=True)

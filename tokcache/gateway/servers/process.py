@@ -77,14 +77,14 @@ class ManagedServer:
         if self._server is not None:
             self._server.close()
             self._server = None
-        if self._program is not None:
-            self._program.terminate()
+        program, self._program = self._program, None
+        if program is not None:
+            program.terminate()
             try:
-                self._program.wait(_STOP_S)
+                program.wait(_STOP_S)
             except subprocess.TimeoutExpired:
-                self._program.kill()
-                self._program.wait()
-            self._program = None
+                program.kill()
+                program.wait()
 
     def command(self) -> list[str]:
         """Return the command line of a given llama-server program."""
@@ -105,20 +105,25 @@ class ManagedServer:
                 probe.bind(("127.0.0.1", 0))
                 self._port = int(probe.getsockname()[1])
         log_path = self._folder / "llama-server.log"
-        with log_path.open("wb") as log:
-            self._program = subprocess.Popen(  # noqa: S603 (the program that the user named)
-                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+        try:
+            with log_path.open("wb") as log:
+                program = self._program = subprocess.Popen(  # noqa: S603 (the user named it)
+                    self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+        except OSError as error:
+            raise ServerError(
+                f"{self._config.llama_server} can't be started: {error.strerror}"
+            ) from None
         self.url = f"http://127.0.0.1:{self._port}"
         deadline = time.monotonic() + self._config.start_timeout_s
-        while time.monotonic() < deadline and self._program.poll() is None:
+        while time.monotonic() < deadline and program.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=1):  # noqa: S310
                     return
             except OSError:  # it does not listen yet, or is still loading
                 pass
             time.sleep(_LOOK_AGAIN_S)
-        is_over = self._program.poll() is not None
+        is_over = program.poll() is not None
         self.stop()
         tail = log_path.read_text(encoding="utf-8", errors="replace")[-_MAX_LOG_TAIL:]
         raise ServerError(

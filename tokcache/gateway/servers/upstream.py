@@ -26,7 +26,7 @@ from tokcache.llama.server.results import ModelMeta
 if TYPE_CHECKING:
     from tokcache.gateway.config import UpstreamConfig
     from tokcache.llama.server.calls import Call
-    from tokcache.llama.server.results import Completion, SlotFile, TokenProbabilities
+    from tokcache.llama.server.results import Completion, Slot, SlotFile, TokenProbabilities
 
 T = TypeVar("T")
 _SLOT_ACTION_S = 60.0
@@ -154,10 +154,10 @@ class Upstream:
         """Empty a slot."""
         await self._do(calls.erase_slot(id_slot), _SLOT_ACTION_S)
 
-    async def is_processing(self, id_slot: int) -> bool:
-        """Return whether a slot still works on a request."""
+    async def slot(self, id_slot: int) -> Slot | None:
+        """Return a slot as the server lists it."""
         listed = await self._do(calls.slots())
-        return any(slot.id == id_slot and slot.is_processing for slot in listed)
+        return next((slot for slot in listed if slot.id == id_slot), None)
 
     async def get(self, path: str) -> tuple[int, Any]:
         """Return the status and JSON answer of a GET."""
