@@ -436,6 +436,33 @@ def test_the_memory_of_displaced_prompts_is_bounded() -> None:
     assert len(made.admission._chances) == MAX_SCOPES
 
 
+def test_a_save_counts_only_the_tokens_that_no_file_holds() -> None:
+    made = router()
+    up(made)
+    decoded(made, 0.3)
+    slot = Slot(made.servers["one"], 99)
+    chain = prompt([LONG, "more"]).chain()
+    slot.holds(chain, len(chain), 1000, 1000)
+    assert made.admission.is_worth_saving(slot)
+    decoded(made, 0.4)  # half of 1.0 - 0.4 s would be spared
+    assert not made.admission.is_worth_saving(slot)
+    decoded(made, 0.3)
+    part = prompt([LONG]).chain()
+    assert made.files.add(SavedFile("tokcache-1.bin", "p", part, len(part), 990, 990, 600))
+    assert not made.admission.is_worth_saving(slot)
+
+
+def test_a_slot_that_was_used_just_now_is_not_saved_yet() -> None:
+    made = router()
+    up(made)
+    for char in "xyz":
+        answered(made, [char * 4000], "a", now=10.0)
+    for slot in made.servers["one"].slots:
+        made.release(slot, 10.0)
+    assert made.next_to_save(10.2) is None
+    assert made.next_to_save(10.4) is not None
+
+
 def test_a_save_that_takes_longer_than_decoding_is_left_out() -> None:
     made = router()
     up(made, n_slots=1)

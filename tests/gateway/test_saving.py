@@ -132,3 +132,31 @@ def test_the_time_of_a_save_is_that_of_the_server_alone(tmp_path: Path) -> None:
         (file,) = service.files
         (per_token_s,) = service.router.admission._save_s_per_token.values()
         assert per_token_s * file.n_tokens < 1.0
+
+
+def test_a_slot_that_somebody_else_used_is_not_saved_as_ours(tmp_path: Path) -> None:
+    with (
+        upstream(tmp_path / "slots", n_slots=1) as server,
+        gateway(tmp_path / "own", server) as served,
+    ):
+        served.chat(chat(0))
+        other = {"prompt": "one two three", "n_predict": 1, "id_slot": 0, "cache_prompt": False}
+        assert httpx.post(f"{server.url}/completion", json=other, timeout=60).is_success
+        served.chat(chat(1))
+        assert not served.service.files
+        assert served.service.router.reasons["slot_changed_by_others"] == 1
+        told = served.chat(chat(0))["tokcache"]
+        assert (told["plan"], told["detail"]) == ("none", "slot_changed_by_others")
+
+
+def test_a_request_that_finds_no_server_in_time_gets_503(tmp_path: Path) -> None:
+    with (
+        upstream(tmp_path / "slots") as server,
+        gateway(tmp_path / "own", server, queue_timeout_s=0.3) as served,
+    ):
+        server.kill()
+        wait_for(lambda: served.http.get("/health").status_code == 503)
+        answer = served.http.post("/v1/chat/completions", json={"messages": chat(0)})
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "5"
+        assert served.service.router.reasons["queue_timeout"] == 1

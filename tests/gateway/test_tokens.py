@@ -254,6 +254,10 @@ def test_a_file_is_restored_only_for_a_prompt_with_its_ids(
         with gateway(tmp_path / "own", upstreams=upstreams) as made:
             assert made.service.files
             assert all(file.ids for file in made.service.files)
+            # The tokenizer is not proven yet, so nothing speaks against a restore.
+            answer = made.chat(chats[0])
+            assert made.service.router.reasons["different_ids"] == 0
+            assert answer["tokcache"]["plan"] == "file"
 
 
 def in_loop(served: Gateway, work: Coroutine[Any, Any, Any]) -> Any:

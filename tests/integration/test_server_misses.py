@@ -22,7 +22,13 @@ from tests.integration.served import (
 from tokcache import samples
 from tokcache.errors import ServerUnreachable
 from tokcache.llama.server import LlamaServer, SlotSettings
+from tokcache.llama.server.job import Job
+from tokcache.llama.server.namespaces import namespace_of
+from tokcache.llama.server.records import Records
 from tokcache.llama.server.removals import N_ROWS, N_TABLES, SlotRemovals
+from tokcache.llama.server.slot import Condition
+from tokcache.llama.server.table import Start, Wish
+from tokcache.llama.server.trust import KINDS
 from tokcache.state.reasons import Miss, MissReason
 from tokcache.text.token_ids import TokenIds
 
@@ -274,6 +280,90 @@ def test_removals_are_bounded_and_of_one_namespace() -> None:
         removals.note(n.to_bytes(20, "little"), ids, "max_bytes")
     assert removals.find(b"a" * 20, ids) is None
     assert removals.has_forgotten(b"a" * 20)
+
+
+def parted(
+    held: list[int],
+    *,
+    condition: Condition = Condition.FREE,
+    n_prompt: int = 0,
+    n_live: int = 0,
+    lora: Any = None,
+) -> Miss:
+    """Return why a prompt A was decoded whole: it got a slot with `n_live` of its tokens.
+
+    Another slot has the `held` tokens, of which the first `n_prompt` are a prompt's, in the same
+    scope, and with the adapters `lora`.
+    """
+    records = Records("http://127.0.0.1:9", SlotSettings())
+    records.misses.decode = lambda _: "the same text"
+    records.table.resize([0, 1])
+    own, other = records.table.slots.values()
+    wish = Wish(namespace_of(None), TokenIds(A), None, KINDS)
+    other.decoded(namespace_of(None, lora), TokenIds(held), None)
+    other.n_prompt = n_prompt or len(held)
+    # So that the scope is known to have prompts with these adapters.
+    records.misses.parting(
+        Wish(namespace_of(None, lora), TokenIds(B), None, KINDS), Start(own, 0, None)
+    )
+    other.condition = condition
+    start = Start(own, n_live, None)
+    job = Job(wish.prompt, {}, wish, start=start, parting=records.misses.parting(wish, start))
+    found = records.misses.find(job, 0)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        (A[:100], (MissReason.REFUSED, "slot_busy")),
+        (A[:99], (MissReason.NEVER_STORED, "")),
+        ([*A[:99], *B], (MissReason.DIFFERENT_TEXT, "")),
+    ],
+    ids=["half", "less, and no more", "less, and another text"],
+)
+def test_a_busy_slot_is_blamed_only_for_the_most_of_a_miss(held: list[int], expected: Any) -> None:
+    found = parted(held, condition=Condition.BUSY)
+    assert (found.reason, found.detail) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "reason"),
+    [(100, MissReason.RE_ENCODING), (101, MissReason.DIFFERENT_TEXT)],
+    ids=["its answer", "its prompt"],
+)
+def test_only_the_ids_of_an_answer_can_be_those_of_a_text_encoded_again(
+    n_prompt: int, reason: MissReason
+) -> None:
+    held = [*A[:100], *B]
+    assert parted(held, condition=Condition.FREE, n_prompt=n_prompt).reason is reason
+
+
+@pytest.mark.parametrize(
+    ("n_same", "expected"),
+    [
+        (15, (MissReason.NEVER_STORED, "")),
+        (16, (MissReason.OTHER_FINGERPRINT, "lora")),
+    ],
+)
+def test_a_few_common_tokens_do_not_blame_other_adapters(n_same: int, expected: Any) -> None:
+    found = parted([*A[:n_same], *B], lora=[{"id": 0, "scale": 0.5}])
+    assert (found.reason, found.detail) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_live", "expected"),
+    [
+        (99, (MissReason.DIFFERENT_TEXT, "slot_not_used_by_server")),
+        (100, (MissReason.REFUSED, "slot_not_used_by_server")),
+    ],
+)
+def test_a_slot_that_the_server_decoded_again_is_blamed_only_for_the_most_of_a_miss(
+    n_live: int, expected: Any
+) -> None:
+    found = parted([*A[:100], *B], n_live=n_live)
+    assert (found.reason, found.detail) == expected
 
 
 @pytest.fixture

@@ -132,11 +132,11 @@ class SlotMisses:
         if nearest is None or min(n_same, len(wish.prompt) - 1) <= start.n_promised:
             return ""
         if isinstance(nearest, SlotRecord):
-            is_other = nearest is not start.slot and nearest.condition is not Condition.FREE
-            # A busy slot, such as one that is being saved, is blamed only if it holds at least half
-            # of the tokens that were missed.
-            if is_other and n_same - start.n_promised >= self.goal(len(wish.prompt)) - n_same:
-                return "slot_busy"
+            if nearest is not start.slot and nearest.condition is not Condition.FREE:
+                # A busy slot, such as one that is being saved, is blamed only if it holds at least
+                # half of the tokens that were missed.
+                is_most = n_same - start.n_promised >= self.goal(len(wish.prompt)) - n_same
+                return "slot_busy" if is_most else ""
         elif not self._kinds(adapters_of(wish.namespace)):
             return "restore_not_used_by_server"
         # If the texts differ within the contents, `_why` names that.
