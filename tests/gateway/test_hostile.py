@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.gateway.gateways import Gateway, gateway, upstream, user
+from tokcache.gateway import listener
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -348,3 +349,24 @@ def test_a_redirect_never_names_another_host(served: Gateway) -> None:
     answer = served.http.get("/metrics/", headers={"host": "evil.example"}, follow_redirects=False)
     assert answer.status_code == 404
     assert "location" not in answer.headers
+
+
+def test_a_client_that_does_not_read_loses_its_slot(
+    served: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "_STALLED_S", 0.5)
+    asked = {"messages": [user("x")], "max_tokens": 1900, "ignore_eos": True, "stream": True,
+             "logprobs": True, "top_logprobs": 100}  # fmt: skip
+    body = json.dumps(asked).encode()
+    head = b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n"
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    with socket.socket() as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        link.connect((host, int(port)))
+        link.sendall(head % (CHAT.encode(), len(body)) + body)
+        n_before = served.service.router.counts["aborted"]
+        deadline = time.monotonic() + 30
+        while served.service.router.counts["aborted"] == n_before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    served.wait_until_idle()

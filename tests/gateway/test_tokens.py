@@ -209,6 +209,21 @@ def test_no_tenant_meets_the_texts_of_another(
             assert asked(served, {"content": text}, **headers[name])[0] == 200
             misses.append(wrapped.cache_stats().l0.misses - before)
         assert misses == [1, 0, 1, 0]
+        # Nor are the pieces of its ids there sooner.
+        tokens, asked_for = served.service.tokens, []
+        of_server = tokens._of_server
+
+        async def counted(upstream: Any, body: dict[str, Any]) -> Any:
+            asked_for.append(body)
+            return await of_server(upstream, body)
+
+        tokens._of_server = counted  # type: ignore[method-assign]
+        numbers = []
+        for name in ("a", "a", "b", "b"):
+            before = len(asked_for)
+            asked(served, {"content": text, "with_pieces": True}, **headers[name])
+            numbers.append(len(asked_for) - before)
+        assert numbers == [1, 0, 1, 0]
         assert served.http.post("/tokenize", json={"content": text}).status_code == 401
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 MAX_HEAD_BYTES = 64 << 10
 # Each request takes two connections, and a process often has 1,024 files at most.
 MAX_CONNECTIONS = 400
+# A client that reads nothing of its answer for so long loses its connection, and its slot is free.
+_STALLED_S = 60.0
 # Framing of chunks: at most six bytes a byte of the body.
 _FRAMING = 7
 _BACKLOG = 512
@@ -83,7 +86,7 @@ def server(app: ASGIApp, service: Service, config: GatewayConfig) -> Server:
             http=limited,
             ssl_certfile=config.tls_certfile,
             ssl_keyfile=config.tls_keyfile,
-            timeout_graceful_shutdown=int(config.drain_timeout_s),
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout_s),
             limit_concurrency=MAX_CONNECTIONS,
             log_level="warning",
             access_log=False,
@@ -107,6 +110,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._n_raw = self._n_body = 0
         self._refusal = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head."""
@@ -119,6 +123,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._stop_waiting()
+        self._stop_stall_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -131,6 +136,29 @@ class _LimitedProtocol(HttpToolsProtocol):
             self._refuse(_TOO_LARGE)
         elif self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._wait_for_head()
+
+    def pause_writing(self) -> None:
+        """Begin to watch whether the client reads its answer."""
+        super().pause_writing()  # type: ignore[no-untyped-call]
+        self._watch_reader(-1)
+
+    def resume_writing(self) -> None:
+        """Stop watching."""
+        self._stop_stall_timer()
+        super().resume_writing()  # type: ignore[no-untyped-call]
+
+    def _watch_reader(self, n_waiting: int) -> None:
+        """Close the connection if as many bytes wait as `_STALLED_S` ago."""
+        n_now = self.transport.get_write_buffer_size()
+        if n_now == n_waiting:
+            self.transport.abort()
+        else:
+            self._stall_timer = self.loop.call_later(_STALLED_S, self._watch_reader, n_now)
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     def on_message_begin(self) -> None:
         """Count for the next request."""

@@ -126,6 +126,8 @@ class Service:
         self._last_saves: list[asyncio.Task[None]] = []
         self._is_started = False
         self._probabilities: dict[str, TokenProbabilities | None] = {}
+        # Servers with another model under a name in use; they are not probed every second.
+        self._refused: dict[str, Look] = {}
 
     @property
     def is_healthy(self) -> bool:
@@ -281,7 +283,7 @@ class Service:
                 self.failed(made.slot.server.name, error)
                 turn.close(is_charged=False)
             except ServerError as error:
-                turn.close()
+                turn.close(is_charged=False)
                 raise ApiError(502, "the llama-server failed before it answered") from error
             except ApiError:
                 turn.rejected()
@@ -523,6 +525,8 @@ class Service:
         self.pinning.discard(name)
         # Its slots are empty or not known; no request is sent to it before the probes are done.
         self.router.server_down(name, "server_restarted")
+        if self._refused.get(name) == look:
+            self._require_one_model(name, look)
         try:
             async with asyncio.timeout(_PROBE_S):
                 can_save = await self._probe(name, look)
@@ -575,6 +579,7 @@ class Service:
             is_other = self.looks[other.name].meta != look.meta
             is_known = ours is not None and theirs is not None
             if is_other or (is_known and not is_same_model(ours, theirs)):
+                self._refused[name] = look
                 raise InvalidConfig(
                     f"{name} and {other.name} have different models under the name"
                     f" {look.model!r}; start one of them with another --alias"
@@ -665,7 +670,8 @@ class Service:
             if not self._is_started:
                 raise
             # Another model was started behind this address.
-            self.router.reasons["model_name_taken"] += 1
+            if name not in self._reported_down:
+                self.router.reasons["model_name_taken"] += 1
             self._down(name, error)
             return False
         return True
