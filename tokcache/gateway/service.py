@@ -458,11 +458,11 @@ class Service:
 
         It is only where the ids of the file can be found, because bodies can be large.
         """
-        look = self.looks.get(slot.server.name)
-        upstream = self.upstreams[slot.server.name]
-        return (
-            slot.server.can_save and look is not None and self.tokens.may_know_ids(upstream, look)
-        )
+        server = slot.server
+        look = self.looks.get(server.name)
+        if look is None or not server.can_save:
+            return False
+        return self.tokens.may_know_ids(self.upstreams[server.name], look)
 
     async def _ids(
         self, upstream: Upstream, chat: bytes | None, scope: str | None, n_tokens: int | None = None
