@@ -294,6 +294,19 @@ def test_cors_is_closed_by_default_and_open_to_the_named_origins_only() -> None:
     assert allowed("http://app.example", origin="http://other.example") is None
 
 
+def test_allowed_hosts_are_compared_without_case() -> None:
+    upstreams = (UpstreamConfig(url=URL),)
+    service = Service(GatewayConfig(upstreams=upstreams, allowed_hosts=("Gateway.Example",)))
+
+    async def ask(host: str) -> int:
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            return int((await client.get("/v1/models")).status_code)
+
+    assert asyncio.run(ask("gateway.EXAMPLE")) == 200
+    assert asyncio.run(ask("gateway.example.evil")) == 403
+
+
 def test_defaults_are_safe() -> None:
     config = GatewayConfig(upstreams=(UpstreamConfig(url=URL),))
     assert config.host == "127.0.0.1"

@@ -44,10 +44,11 @@ def test_each_model_answers_its_own_requests(served: Gateway) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/tokenize"])
+@pytest.mark.parametrize("model", ["three", [], {}, 3, None], ids=str)
 def test_another_model_is_refused_with_the_names_of_those_served(
-    served: Gateway, path: str
+    served: Gateway, path: str, model: Any
 ) -> None:
-    body = {"model": "three", "messages": [user("hi")], "max_tokens": 2, "content": "x"}
+    body = {"model": model, "messages": [user("hi")], "max_tokens": 2, "content": "x"}
     answer = served.http.post(path, json=body)
     assert answer.status_code == 404
     assert "one.gguf, two.gguf" in answer.json()["error"]["message"]

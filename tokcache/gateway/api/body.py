@@ -61,7 +61,8 @@ def require_no_fetches(body: Mapping[str, Any]) -> None:
         if isinstance(each, list):
             stack += each
         elif isinstance(each, dict):
-            for name in _MEDIA & each.keys():
+            found = () if _MEDIA.isdisjoint(each) else _MEDIA & each.keys()
+            for name in found:
                 if not _is_data(each[name]):
                     raise ApiError(
                         400, f"{name}: send the data itself (data:…;base64,…), not an address"
