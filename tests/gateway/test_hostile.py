@@ -370,3 +370,17 @@ def test_a_client_that_does_not_read_loses_its_slot(
             assert time.monotonic() < deadline
             time.sleep(0.05)
     served.wait_until_idle()
+
+
+def test_connections_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MAX_CONNECTIONS", 4)
+    with gateway(tmp_path, upstreams=[{"url": "http://127.0.0.1:9"}]) as made:
+        host, _, port = made.url.removeprefix("http://").partition(":")
+        assert made.http.get("/v1/models").status_code == 200
+        with contextlib.ExitStack() as links:
+            for _ in range(3):
+                links.enter_context(socket.create_connection((host, int(port))))
+            time.sleep(0.2)
+            assert made.http.get("/v1/models").status_code == 503
+        time.sleep(0.2)
+        assert made.http.get("/v1/models").status_code == 200
