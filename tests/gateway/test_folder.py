@@ -61,6 +61,14 @@ def test_a_folder_that_can_not_be_used_is_named(tmp_path: Path, is_file: bool) -
     assert str(folder) in str(caught.value)
 
 
+def test_a_slot_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "slots").write_text("x")
+    with pytest.raises(InvalidConfig, match="--folder"):
+        asyncio.run(
+            start_and_stop(service(tmp_path, upstreams=None, model=str(samples.tiny_model())))
+        )
+
+
 def test_a_start_that_fails_leaves_the_list(tmp_path: Path) -> None:
     asyncio.run(start_and_stop(service(tmp_path)))
     (tmp_path / "files.json").write_text("kept")

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokcache.errors import ServerError
+from tokcache.errors import InvalidConfig, ServerError
 from tokcache.samples.server_process import ServerProcess
 
 if TYPE_CHECKING:
@@ -40,7 +40,13 @@ class ManagedServer:
     def start(self) -> str:
         """Start the server and return its URL, the same one after a crash."""
         self.stop()
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidConfig(
+                f"the folder {self._folder} for saved slots can't be made: {error.strerror}; name"
+                " another with --folder"
+            ) from None
         if self._config.llama_server:
             self._start_program()
         else:
