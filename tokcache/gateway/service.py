@@ -35,6 +35,7 @@ from tokcache.errors import (
     ServerRefused,
     ServerTimeout,
     ServerUnreachable,
+    TokcacheError,
 )
 from tokcache.gateway.api.body import read_object
 from tokcache.gateway.api.streams import ChatAnswer
@@ -688,7 +689,7 @@ class Service:
                 try:
                     await self._start_managed(self.managed)
                     pause_s = _FIRST_PAUSE_S
-                except (ServerError, OSError) as error:
+                except (TokcacheError, OSError) as error:
                     _log.warning("the llama-server did not start again: %s", error)
                     await asyncio.sleep(pause_s)
                     pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
