@@ -142,7 +142,8 @@ class Service:
         self.folder.open(f"process {os.getpid()}, port {self.config.port}")
         self.key = self.folder.key
         self.files.owner = self.folder.owner
-        self.files.read_list(self.folder.list_path, {each.link for each in self._read_warm()})
+        warm = self._read_warm(is_told=False)  # `_warm` tells
+        self.files.read_list(self.folder.list_path, {each.link for each in warm})
         if self.managed is not None:
             remove_strangers(self.folder.slots, self.files)
         configs = list(self.config.upstreams)
@@ -586,8 +587,8 @@ class Service:
                     f" {look.model!r}; start one of them with another --alias"
                 )
 
-    def _read_warm(self) -> list[WarmPrompt]:
-        """Return the prompts of the warm folder.
+    def _read_warm(self, *, is_told: bool) -> list[WarmPrompt]:
+        """Return the prompts of the warm folder; count and log those that can't be read if told.
 
         Each file holds the body of one chat completion: NAME.json, or with tenants SCOPE/NAME.json.
         """
@@ -602,8 +603,9 @@ class Service:
                 prompt = chat_prompt(body, self.key, scope)
                 read.append(WarmPrompt(path, scope, body, prompt, prompt.chain().links[-1]))
             except (ApiError, OSError, RecursionError) as error:
-                self.counts["warm_failed"] += 1
-                _log.warning("%s could not be warmed: %s", path, error)
+                self.counts["warm_failed"] += is_told
+                if is_told:
+                    _log.warning("%s could not be warmed: %s", path, error)
         return read
 
     async def _warm(self, pool: str) -> None:
@@ -611,7 +613,7 @@ class Service:
 
         Files of prompts that are not in the folder any more lose their pin.
         """
-        prompts = self._read_warm()
+        prompts = self._read_warm(is_told=True)
         self.files.pin_only({each.link for each in prompts})
         self._is_list_old = True
         for path, scope, body, prompt, _ in prompts:
