@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,16 @@ pytest.importorskip("httpx", reason="needs tokcache[gateway]")
 pytest.importorskip("starlette", reason="needs tokcache[gateway]")
 
 from tokcache.gateway.api.streams import ChatAnswer
-from tokcache.gateway.config import load
+from tokcache.gateway.app import _Stream
+from tokcache.gateway.config import TenantConfig, load
 from tokcache.gateway.routing.chain import chat_prompt
 from tokcache.gateway.routing.slots import Wish
 from tokcache.gateway.service import Service
+from tokcache.gateway.tenants import Tenant
 from tokcache.gateway.turn import Turn
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 URL = "http://127.0.0.1:9"
@@ -77,3 +81,23 @@ def test_the_outcome_is_told_with_the_counts_and_nowhere_else(turn: Turn) -> Non
     (recent,) = turn._service.recent
     assert 0 <= recent.first_s < 10
     assert (recent.n_prompt, recent.n_cached, recent.n_predicted) == (100, 60, 2)
+
+
+def test_the_tokens_of_a_stream_count_against_its_tenant(turn: Turn) -> None:
+    tenant = Tenant(TenantConfig(name="x", key_sha256="0" * 64, tokens_per_minute=600))
+    tenant.start(0.0)
+
+    async def content() -> AsyncIterator[tuple[bytes, bool]]:
+        for found in (TEXT, END, {"choices": [], "timings": TIMINGS}):
+            told(turn, found)
+        yield b"data: [DONE]", True
+
+    async def receive() -> dict[str, Any]:
+        return await asyncio.Future[dict[str, Any]]()  # the client stays
+
+    async def send(_: Any) -> None:
+        pass
+
+    asyncio.run(_Stream(content(), turn, tenant, {})({}, receive, send))
+    assert (tenant.n_in_flight, tenant.tokens) == (0, 600 - 102)
+    assert not turn.made.slot.is_busy
