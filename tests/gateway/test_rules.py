@@ -141,7 +141,8 @@ def test_the_search_for_a_clock_takes_time_of_the_length_and_no_more() -> None:
     [("It is now 10:11", True), (f"{'x' * 79} now 1:11", True), (f"{'x' * 80} now 1:11", False),
      (f"now{' ' * 80}1:11", True), (f"now{' ' * 81}1:11", False), (f"now 1:11{'x' * 80}", True),
      (f"now 1:11{'x' * 81}", False), (f"now 1:11{'x' * 60} 2:22{'x' * 70}", True),
-     ("1:11 now", False), (f"1:11 now {'x' * 60} 2:22", True), ("snow 1:11", False), ("now\n1:11", False)],
+     ("1:11 now", False), (f"1:11 now {'x' * 60} 2:22", True), ("snow 1:11", False),
+     ("now\n1:11", False)],
 )  # fmt: skip
 def test_which_lines_tell_the_time(text: str, is_clock: bool) -> None:
     for around in ("", "before\n"):
