@@ -12,8 +12,9 @@ Source: doc/RE and src/regparse.c of Oniguruma 6.9.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
+from itertools import chain
+from typing import NamedTuple
 
 from tokcache.errors import Unrecognised
 
@@ -39,29 +40,25 @@ _REFUSED_GROUPS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Chars:
+class Chars(NamedTuple):
     """One character; `query` is a pattern that matches the same characters and nothing else."""
 
     query: str
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One node after another."""
 
     parts: tuple[Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The first option that leads to a match."""
 
     options: tuple[Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Repeat:
+class Repeat(NamedTuple):
     """A node `low` to `high` times (None: without limit), as often or as rarely as possible."""
 
     node: Node
@@ -70,16 +67,14 @@ class Repeat:
     is_greedy: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(NamedTuple):
     """A look-ahead: the text here begins, or does not begin, with a match of the node."""
 
     node: Node
     is_negative: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A condition on the characters before and after: see `automaton.Program`."""
 
     kind: str
@@ -283,5 +278,6 @@ class _Parser:
 @cache
 def _folds() -> frozenset[str]:
     """Return the texts that one character equals without regard to case, as "ss" does U+00DF."""
-    folded = (chr(point).casefold() for point in range(0x80, 0xFB20))
+    ranges = range(0xDF, 0x588), range(0x1E96, 0x1FFD), range(0xFB00, 0xFB18)
+    folded = (chr(point).casefold() for point in chain.from_iterable(ranges))
     return frozenset(one for one in folded if len(one) > 1)
