@@ -119,7 +119,7 @@ def test_every_rule_has_its_grain_and_reason() -> None:
     cuts = {cut.name: cut for cut in explained("starcoder").cuts}
     assert cuts["letter, punctuation | whitespace"].grain is Grain.CHUNK
     assert cuts["digit | digit"].grain is Grain.SEGMENT
-    assert cuts["digit | digit"].reason == "every digit is a part of its own"
+    assert cuts["digit | digit"].reason == "every digit is a pre-token of its own"
     assert cuts["digit | digit"].left == ("digit",)
 
 

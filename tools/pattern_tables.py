@@ -71,7 +71,7 @@ def properties_module() -> str:
         kind = properties, composed.get(points[at])
         intervals.append((points[at], kinds.setdefault(kind, len(kinds))))
     names = "\n".join(f'    "{line} "' for line in textwrap.wrap(" ".join(_NAMES).lower(), 88))
-    return f'''"""Code points by the properties that a pattern may name.
+    return f'''"""Code points by the properties that a pattern may name, and compositions.
 
 Made by tools/pattern_tables.py with tokenizers {tokenizers.__version__}.
 """
@@ -81,8 +81,8 @@ NAMES = (
 {names}
 )
 
-# The first code point of every interval (<I), then the kind of every interval (<H). Characters of one
-# kind have the same properties, and the same class in COMPOSITIONS. Compressed, then base64.
+# The first code point of every interval (<I), then the kind of every interval (<H). Characters of
+# one kind have the same properties, and the same class in COMPOSITIONS. Compressed, then base64.
 INTERVALS = (
 {_packed("<IH", intervals)}
 )

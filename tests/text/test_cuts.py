@@ -511,7 +511,7 @@ NO_CUT: dict[str, tuple[Build, str]] = {
             pre_tokenizers.Split(Regex("zz"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
         ),
-        "ByteLevel puts a space before every part of a text",
+        "ByteLevel puts a space before every pre-token",
     ),
     "spaces_hidden": (
         _with("gpt2", normalizer=_MARKS),
@@ -570,7 +570,7 @@ AFTERWARDS = {
             pre_tokenizers.Digits(),
             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
         ),
-        "pre-tokenizer ByteLevel puts a space before every part of a text",
+        "pre-tokenizer ByteLevel puts a space before every pre-token",
     ),
     "look_behind": (
         _split_by(r"\p{N}+", r"(?<=\S)\s"),

@@ -36,6 +36,7 @@ _ALIASES = {"l", "m", "n", "p", "s", "z", "c", "any", "assigned", "letter", "mar
 _ALIASES |= {"punctuation", "symbol", "separator", "alpha", "digit", "space", "upper", "lower"}
 _ALIASES |= {"word", "blank"}
 _KNOWN = _ALIASES | set(NAMES.split())
+_SURROGATES = range(0xD800, 0xE000)
 _VISIBLE = frozenset("LMNPS")  # the first letters of the categories of visible characters
 
 
@@ -64,8 +65,7 @@ def alphabet_of(queries: Iterable[str]) -> Alphabet:
 
     Errors: Unrecognised for a property that `properties` does not have.
     """
-    # `\w` and the newline are asked, too, for the conditions `\b` and `$`.
-    asked = [*dict.fromkeys([*queries, r"\w", r"\n"])]
+    asked = [*dict.fromkeys([*queries, r"\n"])]  # the condition `$` needs the newline
     for query in asked:
         for found in _PROPERTY.finditer(query):
             name = found[1] or found[2]
@@ -89,7 +89,9 @@ def alphabet_of(queries: Iterable[str]) -> Alphabet:
     by_answer: dict[int, int] = {}
     for symbol, kind in enumerate(held):
         by_answer[kind.answers] = by_answer.get(kind.answers, 0) | 1 << symbol
-    by_query = {query: mask(kind.answers >> i & 1 for kind in held) for i, query in enumerate(asked)}
+    by_query = {
+        query: mask(kind.answers >> i & 1 for kind in held) for i, query in enumerate(asked)
+    }
     return Alphabet(
         n=len(held),
         samples="".join(held.values()),
@@ -100,7 +102,7 @@ def alphabet_of(queries: Iterable[str]) -> Alphabet:
             one: mask(one in (kind.own, kind.composed_from) for kind in held) for one in CharClass
         },
         visible=mask(kind.is_visible for kind in held),
-        word=by_query[r"\w"],
+        word=by_query.get(r"\w", 0),  # asked only if there is a condition `\b`
         newline=by_query[r"\n"],
     )
 
@@ -133,7 +135,7 @@ def _characters(queries: Iterable[str]) -> str:
         # The first of each kind between the two cuts: where a key is repeated, the last one stays.
         points = [first, *starts[at:end]]
         found += dict(zip(kinds[at - 1 : end][::-1], points[::-1], strict=True)).values()
-    return "".join(chr(point) for point in sorted(found) if not 0xD800 <= point < 0xE000)
+    return "".join(chr(point) for point in sorted(found) if point not in _SURROGATES)
 
 
 @cache

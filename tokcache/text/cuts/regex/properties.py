@@ -1,4 +1,4 @@
-"""Code points by the properties that a pattern may name.
+"""Code points by the properties that a pattern may name, and compositions.
 
 Made by tools/pattern_tables.py with tokenizers 0.23.3.
 """
@@ -12,8 +12,8 @@ NAMES = (
     "uppercase lowercase white_space emoji ideographic cntrl graph print punct xdigit alnum "
 )
 
-# The first code point of every interval (<I), then the kind of every interval (<H). Characters of one
-# kind have the same properties, and the same class in COMPOSITIONS. Compressed, then base64.
+# The first code point of every interval (<I), then the kind of every interval (<H). Characters of
+# one kind have the same properties, and the same class in COMPOSITIONS. Compressed, then base64.
 INTERVALS = (
     "eNrl3AmcTtXjMPA7jH0nQiVJ4UlMsq9j38KMPVkmlUqpUWlXU2hRIS3a0x6VUKlkGcoS0VREQqi0aJnKUpa83+d57o"
     "wh9fv939///X/e9/N+xvfcc+85995zt3PvPZ5zgyAIilCUYpSkKidxMtU5hZrUIsJp1OZ06pBEU5rTitZ05BwGMojB"

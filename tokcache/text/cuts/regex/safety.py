@@ -83,6 +83,8 @@ def _queries(node: Node) -> Iterator[str]:
             yield from _queries(one)
     elif isinstance(node, Repeat | Look):
         yield from _queries(node.node)
+    elif node.kind in ("word", "no_word"):
+        yield r"\w"
 
 
 def cuts_of(program: Program) -> PatternCuts:
