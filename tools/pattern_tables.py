@@ -84,23 +84,22 @@ NAMES = (
 # The first code point of every interval (<I), then the kind of every interval (<H). Characters of
 # one kind have the same properties, and the same class in COMPOSITIONS. Compressed, then base64.
 INTERVALS = (
-{_packed("<IH", intervals)}
+{_packed("I", "H", intervals)}
 )
 
 # The code points below 0x3100 that NFC makes of a character of a rule's class and marks after it
 # (<H), then the class of each (B). Later ones are compositions of Hangul, or excluded from NFC.
 COMPOSITIONS = (
-{_packed("<HB", _compositions())}
+{_packed("H", "B", _compositions())}
 )
 '''
 
 
-def _packed(kinds: str, rows: Iterable[tuple[int, int]]) -> str:
+def _packed(first: str, second: str, rows: Iterable[tuple[int, int]]) -> str:
     """Return the lines of a literal that holds two columns, one after the other."""
-    order, first, second = kinds
     firsts, seconds = zip(*rows, strict=True)
     n = len(firsts)
-    packed = struct.pack(f"{order}{n}{first}{n}{second}", *firsts, *seconds)
+    packed = struct.pack(f"<{n}{first}{n}{second}", *firsts, *seconds)
     encoded = base64.b64encode(zlib.compress(packed, 9)).decode()
     return "\n".join(f'    "{line}"' for line in textwrap.wrap(encoded, 90))
 

@@ -150,14 +150,17 @@ class SegmentEncoder:
     """
 
     def __init__(self, source: Tokenizer, normalizer: str, pre_tokenizer: str) -> None:
-        own = _same_model(source, normalizer=normalizer, pre_tokenizer=pre_tokenizer)
+        own = _same_model(
+            source, added_tokens(source), normalizer=normalizer, pre_tokenizer=pre_tokenizer
+        )
         own.no_truncation()
         own.no_padding()
 
         # The separator's id must be one that no token of the model has. The library gives the next
         # free id; the model may have some of the ids after it, and then several names are added.
-        edge = free_edge(added_tokens(own))
-        first = max(max(own.get_added_tokens_decoder(), default=-1) + 1, _n_model_tokens(own))
+        added = own.get_added_tokens_decoder()
+        edge = free_edge(added.values())
+        first = max(max(added, default=-1) + 1, _n_model_tokens(own))
         n_taken = 0
         while own.model.id_to_token(first + n_taken) is not None:
             n_taken += 1
@@ -178,7 +181,7 @@ class SegmentEncoder:
         return [encoding.ids for encoding in found]
 
 
-def free_edge(added: list[Any]) -> str | None:
+def free_edge(added: Iterable[Any]) -> str | None:
     """Return a character that no added token has, with which a separator begins and ends.
 
     So no added token can overlap a separator. None if there is no such character.
@@ -249,8 +252,9 @@ def copy_tokenizer(source: Tokenizer) -> Tokenizer:
     Cost:   about a millisecond, and no memory for the vocabulary; if that copy is not equal, the
             whole tokenizer is serialised and read.
     """
-    own = _same_model(source)
-    contents = _normalized_contents(own, added_tokens(own))
+    tokens = added_tokens(source)
+    own = _same_model(source, tokens)
+    contents = _normalized_contents(own, tokens)
     if contents:
         normalized = own.normalizer.normalize_str  # `own.normalizer` makes an object
         if not all(map(normalized, contents)):
@@ -263,8 +267,11 @@ def copy_tokenizer(source: Tokenizer) -> Tokenizer:
     return own
 
 
-def _same_model(source: Tokenizer, **instead: str) -> Tokenizer:
-    """Return a tokenizer with the model of `source` and its components, or those given as JSON."""
+def _same_model(source: Tokenizer, tokens: list[AddedToken], **instead: str) -> Tokenizer:
+    """Return a tokenizer with the model of `source` and its components, or those given as JSON.
+
+    `tokens` are its added tokens.
+    """
     # Components are copied as JSON, because some can't be unpickled (Precompiled).
     states = {part: component_state(getattr(source, part)).decode() for part in ENCODING_PARTS}
     states |= instead
@@ -276,7 +283,7 @@ def _same_model(source: Tokenizer, **instead: str) -> Tokenizer:
     own.model = source.model
     if own.decoder is None and source.decoder is not None:
         own.decoder = source.decoder  # written in Python: ids don't depend on it
-    own.add_tokens(added_tokens(source))
+    own.add_tokens(tokens)
     own.encode_special_tokens = source.encode_special_tokens
     if source.truncation is not None:
         own.enable_truncation(**source.truncation)

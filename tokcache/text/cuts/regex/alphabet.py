@@ -90,7 +90,7 @@ def alphabet_of(queries: Iterable[str]) -> Alphabet:
     for symbol, kind in enumerate(held):
         by_answer[kind.answers] = by_answer.get(kind.answers, 0) | 1 << symbol
     by_query = {
-        query: mask(kind.answers >> i & 1 for kind in held) for i, query in enumerate(asked)
+        query: mask(bool(kind.answers >> i & 1) for kind in held) for i, query in enumerate(asked)
     }
     return Alphabet(
         n=len(held),
@@ -141,7 +141,7 @@ def _characters(queries: Iterable[str]) -> str:
 @cache
 def _intervals() -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the first code point of every interval, in order, and the kind of each."""
-    return _unpacked("<IH", INTERVALS)
+    return _unpacked("I", "H", INTERVALS)
 
 
 @cache
@@ -150,15 +150,14 @@ def _compositions() -> dict[int, int]:
 
     Only for those that it makes of a character of a rule's class and marks after it.
     """
-    return dict(zip(*_unpacked("<HB", COMPOSITIONS), strict=True))
+    return dict(zip(*_unpacked("H", "B", COMPOSITIONS), strict=True))
 
 
-def _unpacked(kinds: str, packed: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _unpacked(first: str, second: str, packed: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return two columns of numbers, packed one after the other as tools/pattern_tables.py does."""
-    order, first, second = kinds
     raw = zlib.decompress(base64.b64decode(packed))
-    n = len(raw) // struct.calcsize(kinds)
-    numbers = struct.unpack(f"{order}{n}{first}{n}{second}", raw)
+    n = len(raw) // struct.calcsize(f"<{first}{second}")
+    numbers = struct.unpack(f"<{n}{first}{n}{second}", raw)
     return numbers[:n], numbers[n:]
 
 

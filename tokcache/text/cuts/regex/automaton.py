@@ -234,14 +234,14 @@ class Program:
         """Return the one state with these threads."""
         state = self._states.get((threads, before))
         if state is None:
-            reads: list[tuple[int, int]] | None = []
+            reads: list[tuple[int, int]] = []
+            is_conditional = False
             for thread in threads:
                 own = None if thread.aheads else self._unconditional_from(thread.at)
-                if own is None:
-                    reads = None
-                    break
-                reads += own
-            state = self._states[threads, before] = State(threads, before, reads)
+                is_conditional |= own is None
+                reads += own or ()
+            state = State(threads, before, None if is_conditional else reads)
+            self._states[threads, before] = state
         return state
 
     def _before(self, symbol: int) -> tuple[bool, bool] | None:
