@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 import unicodedata
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
+import tokcache
 from tests.text import drawn_patterns, pattern_fuzz
 from tests.text.pattern_fuzz import allowed, fuzz, pieces, tightness, unsafe_cuts
 from tests.text.tokenizers_synthetic import PATTERNS, SYNTHETIC
@@ -79,6 +81,14 @@ def test_a_pattern_is_derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         cuts_of_pattern(r"\p{L}+|\p{N}{5}|[^\p{L}]")
     assert len(times) == 1
+
+
+def test_the_work_for_a_common_pattern_is_bounded() -> None:
+    """The automaton runs over one of the symbols that the pattern can't tell apart."""
+    for name in KNOWN.keys() - {"jais2"}:  # whose runs of spaces are a thousand states
+        program = program_of(KNOWN[name])
+        cuts_of(program)
+        assert len(program._steps) < 1300, name
 
 
 # ---- the tables of characters
@@ -417,6 +427,30 @@ def test_many_added_tokens_leave_the_cuts_of_the_pattern() -> None:
     assert plan.refused == ()
     assert plan.allows(C.LETTER, C.SPACE)
     assert len(plan.separators) >= 20_000
+
+
+def test_wrapping_is_linear_in_the_added_tokens() -> None:
+    """A few calls of functions for each token: 11, where 22 took twice as long."""
+
+    def n_calls(n_tokens: int) -> int:
+        tokenizer = SYNTHETIC["qwen2"]()
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.add_tokens([AddedToken(f"<|{i}|>", normalized=True) for i in range(n_tokens)])
+        calls = 0
+
+        def count(_: Any, event: str, __: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            tokcache.wrap(tokenizer)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    n_more = 4000
+    assert n_calls(2000 + n_more) - n_calls(2000) < 15 * n_more
 
 
 # ---- tightness
