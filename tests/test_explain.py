@@ -300,7 +300,7 @@ def test_with_an_unknown_pattern_only_cuts_at_added_tokens_remain() -> None:
     assert found.why_not_parts is None
     (refused,) = found.refused
     assert refused.startswith(
-        r"pre-tokenizer Split by '\\s?(?<!\\S)\\S+': look-behind at character 3: cuts at added"
+        r"pre-tokenizer Split by '\s?(?<!\S)\S+': look-behind at character 3: cuts at added"
     )
     shown = report(found)
     assert "Segments:    cached, but cut at added tokens only" in shown

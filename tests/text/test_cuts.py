@@ -519,7 +519,7 @@ NO_CUT: dict[str, tuple[Build, str]] = {
     ),
     "pattern_not_modelled": (
         _pre(pre_tokenizers.Split(Regex(r"\d+|(?<=a)b"), "isolated"), _BYTES),
-        r"pre-tokenizer Split by '\\d+|(?<=a)b': look-behind at character 4",
+        r"pre-tokenizer Split by '\d+|(?<=a)b': look-behind at character 4",
     ),
     "nothing_forced": (
         SYNTHETIC["bytes_unsplit"],
@@ -574,7 +574,7 @@ AFTERWARDS = {
     ),
     "look_behind": (
         _split_by(r"\p{N}+", r"(?<=\S)\s"),
-        r"pre-tokenizer Split by '(?<=\\S)\\s': look-behind at character 0",
+        r"pre-tokenizer Split by '(?<=\S)\s': look-behind at character 0",
     ),
 }
 

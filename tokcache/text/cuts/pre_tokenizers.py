@@ -226,8 +226,9 @@ def _stage_rules(stage: Any, context: _Context) -> tuple[Rules, frozenset[Pair]]
     try:
         return _by_pattern(pattern, stage["behavior"], context, invert=bool(stage.get("invert")))
     except Unrecognised as unknown:
-        shown = pattern if string is None else string
-        raise Unrecognised(f"Split by {shown!r}: {unknown}") from None
+        # Backslashes are shown once, so that a place counts the characters that a reader sees.
+        shown = repr(pattern if string is None else string).replace("\\\\", "\\")
+        raise Unrecognised(f"Split by {shown}: {unknown}") from None
 
 
 def _neighbour_rules(stage: Any) -> Rules | None:
