@@ -257,7 +257,7 @@ def test_the_entry_budget_holds_over_both_maps(name: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("max_bytes", [2_000, 4_000, 1 << 20])
+@pytest.mark.parametrize("max_bytes", [2_000, 2_500, 3_000, 1 << 20])
 def test_every_insertion_is_held_or_counted_as_an_eviction(name: str, max_bytes: int) -> None:
     """Whether the budget of bytes is full before the number of entries is reached, or not."""
     cache = implementation(name).l0_cache(max_entries=10, max_bytes=max_bytes)

@@ -591,8 +591,8 @@ def test_one_in_eight_long_texts_of_cached_chunks_is_kept_whole(scope: str | Non
     passages = [f"This is passage {n}, one of several of a text.\n" * 3 for n in range(20)]
     texts = ["".join(passages[at:] + passages[:at]) for at in range(20)]
     assert len(texts[0]) > LONG_CHARS
-    for text in texts * 2:
+    for text in texts * 5:
         assert wrapped.token_ids(text, scope=scope).tolist() == wrapped.encode(text).ids
     stats = wrapped.cache_stats()
-    assert stats.l1.hits > 2 * ADMIT_ONE_IN
+    assert stats.l1.hits > 2 * ADMIT_ONE_IN  # where chunks end is random, and so is their number
     assert stats.l0.insertions == stats.l1.misses + stats.l1.hits // ADMIT_ONE_IN

@@ -27,15 +27,10 @@ from tokenizers.pre_tokenizers import Split
 
 from tokcache.errors import Unrecognised
 from tokcache.text.cuts.char_classes import RANGES, CharClass, class_of
-from tokcache.text.cuts.regex.properties import COMPOSITIONS, INTERVALS, NAMES
+from tokcache.text.cuts.regex.properties import COMPOSITIONS, INTERVALS
 
-_PROPERTY = re.compile(r"\\[pP]\{\^?([\w ]+)\}|\[:\^?(\w+):\]")
 _POINT = re.compile(r"\\x\{([0-9A-Fa-f]+)\}|\\x([0-7][0-9A-Fa-f])|\\u([0-9A-Fa-f]{4})")
 _IGNORED_LETTER = re.compile(r"\(\?i:[A-Za-z]\)")
-_ALIASES = {"l", "m", "n", "p", "s", "z", "c", "any", "assigned", "letter", "mark", "number"}
-_ALIASES |= {"punctuation", "symbol", "separator", "alpha", "digit", "space", "upper", "lower"}
-_ALIASES |= {"word", "blank"}
-_KNOWN = _ALIASES | set(NAMES.split())
 _SURROGATES = range(0xD800, 0xE000)
 _VISIBLE = frozenset("LMNPS")  # the first letters of the categories of visible characters
 
@@ -63,14 +58,10 @@ class Alphabet(NamedTuple):
 def alphabet_of(queries: Iterable[str]) -> Alphabet:
     """Return the alphabet of a pattern whose classes of characters are `queries`.
 
-    Errors: Unrecognised for a property that `properties` does not have.
+    Errors: Unrecognised for a class that the library can't compile alone, or one that ignores the
+            case of a character that stands for several.
     """
     asked = [*dict.fromkeys([*queries, r"\n"])]  # the condition `$` needs the newline
-    for query in asked:
-        for found in _PROPERTY.finditer(query):
-            name = found[1] or found[2]
-            if name.lower() not in _KNOWN:
-                raise Unrecognised(f"property {name}")
     chars = _characters(asked)
     answers = _answers(asked, chars)
     ignoring = sum(1 << i for i, query in enumerate(asked) if query.startswith("(?i:"))

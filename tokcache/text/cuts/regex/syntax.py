@@ -17,6 +17,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from tokcache.errors import Unrecognised
+from tokcache.text.cuts.regex.properties import NAMES
 
 _MAX_REPEATS = 1000
 _INTERVAL = re.compile(r"\{(\d*)(,?)(\d*)\}")
@@ -24,11 +25,16 @@ _PLACES = {r"\b": "word", r"\B": "no_word", r"\z": "end"}
 # The escapes that match one character, in a class and outside it. Two digits after `\x` are a byte,
 # which from 80 on is only a part of a character.
 _ESCAPE = re.compile(
-    r"\\(?:[pP]\{\^?[\w ]+\}|x\{[0-9A-Fa-f]+\}|x[0-7][0-9A-Fa-f]|u[0-9A-Fa-f]{4}"
+    r"\\(?:[pP]\{\^?([\w ]+)\}|x\{[0-9A-Fa-f]+\}|x[0-7][0-9A-Fa-f]|u[0-9A-Fa-f]{4}"
     r"|[rntfvaesSdDwWhH]|[^A-Za-z0-9])",
     re.ASCII | re.DOTALL,
 )
-_POSIX_CLASS = re.compile(r"\[:\^?[a-z]+:\]")
+_POSIX_CLASS = re.compile(r"\[:\^?([a-z]+):\]")
+# The properties that `properties` knows, in lower case.
+_ALIASES = {"l", "m", "n", "p", "s", "z", "c", "any", "assigned", "letter", "mark", "number"}
+_ALIASES |= {"punctuation", "symbol", "separator", "alpha", "digit", "space", "upper", "lower"}
+_ALIASES |= {"word", "blank"}
+_KNOWN = _ALIASES | set(NAMES.split())
 _BEYOND_ASCII = re.compile(r"\\[pPxu]|\[:|&&")
 _GROUPS = {"(?:": "group", "(?=": "ahead", "(?!": "not_ahead", "(?i:": "ignore_case"}
 _REFUSED_GROUPS = {
@@ -246,7 +252,12 @@ class _Parser:
         found = _ESCAPE.match(self._pattern, self.at)
         if found is None:
             raise self.refusal(f"escape {self._peek(2)}{where}")
+        self._check_property(found[1])
         self.at = found.end()
+
+    def _check_property(self, name: str | None) -> None:
+        if name is not None and name.lower() not in _KNOWN:
+            raise self.refusal(f"property {name}")
 
     def _skip_class(self) -> None:
         """Go on after a bracketed class, in which other classes may be nested."""
@@ -262,6 +273,7 @@ class _Parser:
                 found = _POSIX_CLASS.match(self._pattern, self.at)
                 if found is None:
                     raise self.refusal("[: that begins no POSIX class")
+                self._check_property(found[1])
                 self.at = found.end()
                 continue
             self.at += 1
