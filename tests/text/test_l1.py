@@ -254,6 +254,7 @@ def test_an_encoder_that_holds_the_gil_encodes_a_short_text_in_the_thread_that_a
         l1.clear(None, 0)
         for text in texts:
             ids, _ = l1.encode(text, False, None, 0, encode_once)
+            assert ids is not None
             assert ids.tolist() == wrapped.encode(text, add_special_tokens=False).ids
         assert asked == wanted
 

@@ -28,7 +28,7 @@ def tool() -> Any:
 
 
 def of_format_2(tokenizer: Tokenizer, **instead: Any) -> dict[str, Any]:
-    description = json.loads(tokenizer.to_str())
+    description: dict[str, Any] = json.loads(tokenizer.to_str())
     description |= {"version": "2.0", "role_to_token": {}, "post_processor": None}
     return description | instead
 
