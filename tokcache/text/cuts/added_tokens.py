@@ -115,7 +115,7 @@ def separators(
     # The scanner ends a piece at each token of the second phase. The library does not, so the last
     # character of such a token is a neighbour of the next token. That makes a difference only if
     # the character may belong to a word; then no token counts as `in_piece`.
-    ends = {class_of(token.content[-1]) for token in phases.normalized}
+    ends = {*map(class_of, {token.content[-1] for token in phases.normalized})}
     in_second = set() if ends & _MAYBE_WORDS else {id(token) for token in phases.normalized}
     return tuple(
         Separator(
