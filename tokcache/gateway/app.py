@@ -61,6 +61,14 @@ T = TypeVar("T")
 Handler = Callable[[Request], Awaitable["Response"]]
 
 
+class AsciiJson(JSONResponse):
+    """JSON in ASCII: an upstream's text may have lone surrogates, which UTF-8 can't hold."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the bytes of the answer."""
+        return json.dumps(content, separators=(",", ":")).encode("ascii")
+
+
 @dataclass(frozen=True, slots=True)
 class _Api:
     """How one API names its prompt and puts its answers together."""
@@ -182,7 +190,7 @@ class Endpoints:
         if error.status in _WITH_UNREAD_BODY:
             headers["connection"] = "close"
         body = error_body(error, is_anthropic=request.url.path.startswith(_MESSAGES))
-        return JSONResponse(body, status_code=error.status, headers=headers)
+        return AsciiJson(body, status_code=error.status, headers=headers)
 
     async def no_such_path(self, request: Request, _: Exception) -> Response:
         """Answer a path or method that is not served."""
@@ -242,7 +250,7 @@ class Endpoints:
         if is_stream:
             return _Stream(self._streamed(turn), turn, tenant, headers)
         await self._collect(request, turn, tenant)
-        return JSONResponse({**answer.body(), "tokcache": turn.happened()}, headers=headers)
+        return AsciiJson({**answer.body(), "tokcache": turn.happened()}, headers=headers)
 
     async def message(self, request: Request) -> Response:
         """Answer an Anthropic message by a chat completion."""
@@ -269,7 +277,7 @@ class Endpoints:
             events = messages.MessageEvents(answer, message_id, model)
             return _Stream(self._streamed_message(turn, events), turn, tenant, headers)
         await self._collect(request, turn, tenant)
-        return JSONResponse(messages.from_chat(answer, message_id, model), headers=headers)
+        return AsciiJson(messages.from_chat(answer, message_id, model), headers=headers)
 
     async def _message_as_it_came(
         self,
@@ -287,7 +295,7 @@ class Endpoints:
         if is_stream:
             return _Stream(self._streamed(turn), turn, tenant, headers)
         await self._collect(request, turn, tenant)
-        return JSONResponse(answer.body(), headers=headers)
+        return AsciiJson(answer.body(), headers=headers)
 
     def _require_servable(self, body: Mapping[str, Any]) -> None:
         """Refuse a body that no llama-server is asked for, before any work is done for it."""
@@ -377,7 +385,7 @@ class Endpoints:
             return await self._service.tokens.count(upstream, look, chat, tenant.scope)
 
         n_tokens = await self._from_any(tenant, self._server_model(body), ask)
-        return JSONResponse({"input_tokens": n_tokens})
+        return AsciiJson({"input_tokens": n_tokens})
 
     async def _from_any(
         self, tenant: Tenant, model: str, ask: Callable[[Upstream, Look], Awaitable[T]]
@@ -409,7 +417,7 @@ class Endpoints:
             return await tokens.tokenize(upstream, look, raw, body, scope)
 
         code, found = await self._from_any(tenant, self._server_model(body), ask)
-        return JSONResponse(found, status_code=code)
+        return AsciiJson(found, status_code=code)
 
     async def embeddings(self, request: Request) -> Response:
         """Pass on a request for embeddings, which llama-server gives to any slot."""
@@ -433,7 +441,7 @@ class Endpoints:
             return await upstream.post(request.url.path, raw)
 
         code, found = await self._from_any(tenant, self._server_model(body), ask)
-        return JSONResponse(found, status_code=code)
+        return AsciiJson(found, status_code=code)
 
     async def models(self, request: Request) -> Response:
         """List the models of all servers that are up."""
@@ -449,13 +457,13 @@ class Endpoints:
                     "owned_by": "llamacpp",
                     "meta": {"n_ctx": look.n_ctx},
                 }
-        return JSONResponse({"object": "list", "data": list(listed.values())})
+        return AsciiJson({"object": "list", "data": list(listed.values())})
 
     async def health(self, _: Request) -> Response:
         """Answer 200 if a server is up and the gateway is not shutting down."""
         is_well = self._service.is_healthy and not self._service.is_draining
         told = {"status": "ok" if is_well else "unavailable"}
-        return JSONResponse(told, status_code=200 if is_well else 503)
+        return AsciiJson(told, status_code=200 if is_well else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Show all figures to Prometheus."""
@@ -466,7 +474,7 @@ class Endpoints:
     async def status(self, request: Request) -> Response:
         """Show the figures of the page."""
         self._require_admin(request)
-        return JSONResponse(status(self._service), headers=_NO_STORE)
+        return AsciiJson(status(self._service), headers=_NO_STORE)
 
     async def page(self, _: Request) -> Response:
         """Show the page; it asks for the figures itself, with a key if one is needed."""
