@@ -101,6 +101,8 @@ def _benchmark(name: str, one: Run) -> Iterator[Part]:
     versions = [f"{each} {found}" for each, found in one["packages"].items() if found]
     n_processes = int(one["options"].get("processes", 1))
     in_processes = f"; measured in {n_processes} processes" if n_processes > 1 else ""
+    if "rounds" in one["options"]:
+        in_processes += f"; {one['options']['rounds']} rounds"
     text = f"{summary(name)} With {', '.join(versions)}{in_processes}; {one['seconds']:.0f} s."
     yield Heading(name, text)
     measured = [each for each in one["figures"] if each["processes"]]
