@@ -308,6 +308,20 @@ def test_the_curves_of_texts_are_those_of_five_real_caches(
     assert l0.hit_rates([exact.max_bytes])[0] == pytest.approx(n_hits / len(texts), abs=0.01)
 
 
+@pytest.mark.parametrize("n_kib", [192, 384, 768])
+def test_a_small_l1_has_up_to_four_points_less_than_its_curve(
+    n_kib: int, texts: list[str], of_texts: TextReplay
+) -> None:
+    """All of a text is looked up before any of it is stored; the oldest of eight is evicted."""
+    config = tokcache.CacheConfig(engine="tokenizers", l0_max_entries=1, l1_max_bytes=n_kib << 10)
+    real = tokcache.wrap(of_texts.encoder.plain, config)
+    set_cut_seed(real)
+    for text in texts:
+        real.token_ids(text)
+    less = of_texts.l1_rates([n_kib << 10])[0] - real.cache_stats().l1.char_hit_rate
+    assert -0.01 < less < 0.04
+
+
 def test_generated_text_counts_only_with_ids_or_on_request() -> None:
     made = text_replay()
     prompt, reply = list(range(100, 132)), list(range(200, 232))

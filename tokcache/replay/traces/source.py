@@ -115,6 +115,8 @@ class Source:
             self.n_bytes = Path(path).stat().st_size
         except FileNotFoundError:
             raise MissingFile(f"no such trace: {path}") from None
+        except IsADirectoryError:
+            raise InvalidTrace(f"{path} is a folder; name its files, as {path}/*.jsonl") from None
         except OSError as error:
             raise InvalidTrace(f"{path} can't be read: {error.strerror}") from None
         return file
