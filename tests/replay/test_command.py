@@ -200,6 +200,21 @@ def test_the_settings_can_be_pasted(kv: int, tmp_path: Path) -> None:
     assert 'max_bytes = "' in found["config"]
 
 
+def test_a_file_that_can_not_be_written_costs_no_figure(tmp_path: Path) -> None:
+    code, output = run(chats(tmp_path / "log"), "--json", tmp_path)
+    assert (code, "can't be written: Is a directory" in output) == (2, True)
+    assert "On these 30 prompts" in output
+
+
+def test_a_closed_output_costs_no_file(tmp_path: Path) -> None:
+    log, written = chats(tmp_path / "log"), tmp_path / "figures"
+    command = [sys.executable, "-m", "tokcache", "replay", str(log), "--json", str(written)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:  # noqa: S603 (our own code)
+        assert process.stdout is not None
+        process.stdout.close()
+    assert json.loads(written.read_text())["n_prompts"] == 30
+
+
 def test_a_model_measures_prefill_and_states(tmp_path: Path) -> None:
     from tokcache.samples import tiny_model, tiny_tokenizer  # noqa: PLC0415
 

@@ -130,13 +130,15 @@ def replay(
             except KeyboardInterrupt:
                 is_partial = True
         found = replaying.result(is_partial=is_partial)
-        _show(found)
-        if json_file is not None:
-            write_text(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
-        if html is not None:
-            from tokcache.replay.report.replay import page  # noqa: PLC0415 (an extra)
+        try:  # a file that can't be written costs no figure, a closed output no file
+            if json_file is not None:
+                write_text(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
+            if html is not None:
+                from tokcache.replay.report.replay import page  # noqa: PLC0415 (an extra)
 
-            write_text(html, page(found))
+                write_text(html, page(found))
+        finally:
+            _show(found)
     if is_partial:
         raise typer.Exit(_INTERRUPTED)
     is_unread = found.n_skipped and not found.n_prompts and not found.n_without_text
