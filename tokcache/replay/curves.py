@@ -196,9 +196,9 @@ class StackDistances:
     ) -> Flags:
         """Return whether an earlier look-up of the same key was marked, in the table or here."""
         ordered = marks[by_key]
-        before = np.cumsum(ordered) - ordered
+        before: Ints = np.cumsum(ordered) - ordered
         firsts = np.flatnonzero(is_first)
-        at_first = before[firsts]
+        at_first: Ints = before[firsts]
         at_first[is_held] -= self._marked[held]  # a mark in the table is one more before it
         found = np.zeros(len(marks), np.bool_)
         found[by_key] = before > np.repeat(at_first, np.diff(np.r_[firsts, len(marks)]))
