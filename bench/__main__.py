@@ -48,16 +48,10 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"bench.{name.replace('-', '_')}")
 
 
-def summary(name: str) -> str:
-    """Return the first line of a benchmark's docstring; its libraries are not imported."""
-    file = Path(bench.__file__).with_name(f"{name.replace('-', '_')}.py")
-    return file.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
-
-
 def show_list() -> int:
     """Print a line for each benchmark."""
     for name in names():
-        print(f"{name:16} {summary(name)}")
+        print(f"{name:16} {_report.summary(name)}")
     return 0
 
 
