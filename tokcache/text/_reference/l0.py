@@ -101,6 +101,7 @@ class L0Cache:
     """
 
     _maps: tuple[_Map, _Map]
+    _evicted: Evictions
 
     def __init__(
         self, *, max_entries: int = 10_000, max_bytes: int | str = "64M", sample_size: int = 8

@@ -208,6 +208,7 @@ class SegmentCache:
     """
 
     _n_bytes: int
+    _evicted: Evictions
 
     def __init__(self, plan: CutPlan, max_bytes: int, cuts_fine: bool = True) -> None:
         self.max_bytes = max_bytes
