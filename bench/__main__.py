@@ -50,12 +50,6 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"bench.{name.replace('-', '_')}")
 
 
-def summary(name: str) -> str:
-    """Return the first line of a benchmark's docstring; its libraries are not imported."""
-    file = Path(bench.__file__).with_name(f"{name.replace('-', '_')}.py")
-    return file.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
-
-
 def stated(name: str, constant: str) -> str:
     """Return UNIT or BAR of a benchmark; its libraries are not imported."""
     file = Path(bench.__file__).with_name(f"{name.replace('-', '_')}.py")
@@ -68,7 +62,7 @@ def stated(name: str, constant: str) -> str:
 def show_list() -> int:
     """Print what each benchmark measures, its unit and its bar."""
     for name in names():
-        print(f"{name:16} {summary(name)}")
+        print(f"{name:16} {_report.summary(name)}")
         print(f"{'':16}   in {stated(name, 'UNIT')}")
         print(f"{'':16}   bar: {stated(name, 'BAR')}")
     return 0

@@ -85,6 +85,22 @@ BYPASSES = {
     ),
 }
 
+# L0Stats.misses_by_reason, and those of chunks and segments in L1Stats: why a look-up missed.
+TEXT_MISSES = {
+    "new": Reason(
+        "the cache never held it, or only before a clear or a change of the tokenizer", _NOTHING
+    ),
+    "evicted": Reason(
+        "the cache held and evicted it",
+        "raise `l0_max_entries` and `l0_max_bytes` (texts) or `l1_max_bytes` (chunks, segments)",
+    ),
+    "not_known": Reason(
+        "the cache may have evicted it: it remembers about 4,096 evictions, and of"
+        " texts above 16 KiB the length, the beginning and the end",
+        "look at `evictions`: if they grow as fast as `insertions`, raise the budget",
+    ),
+}
+
 # L0Stats.refusals: texts not put into L0.
 L0_REFUSALS = {
     "oversize": Reason("the entry is larger than L0's whole budget", "raise `l0_max_bytes`"),
@@ -498,6 +514,7 @@ MISSES = {
 TABLES = {
     "Prompts not reused to their end": MISSES,
     "Calls answered by the plain tokenizer": BYPASSES,
+    "Texts, chunks and segments not found in L0 and L1": TEXT_MISSES,
     "Texts not put into L0": L0_REFUSALS,
     "Texts not cut, chunks not kept (L1)": L1_REFUSALS,
     "Tokenizers whose texts are never cut": L1_OFF,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokcache
-from tokcache.replay.curves import StackDistances, _smaller_before, mixed
+from tokcache.replay.curves import StackDistances, _smaller_before, _stable_order, mixed
 from tokcache.replay.prefixes import (
     BLOCKS,
     CONTINUES,
@@ -87,6 +87,13 @@ def test_earlier_smaller_elements_are_summed(values: list[int]) -> None:
         for at in range(len(values))
     ]
     assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("greatest", [1, 7, 1 << 10, (1 << 64) - 1])
+def test_equal_keys_are_ordered_by_their_position(greatest: int) -> None:
+    keys = np.random.default_rng(2).integers(0, greatest, 999, np.uint64, endpoint=True)
+    keys[500:700] = keys[300:500]
+    assert (_stable_order(keys) == np.argsort(keys, kind="stable")).all()
 
 
 def zipf(n: int, n_objects: int, seed: int) -> list[int]:

@@ -96,7 +96,12 @@ class _Family:
 
 TEXT = (
     _Family("l0_hits_total", "stats.l0.hits", "Look-ups of whole texts that hit."),
-    _Family("l0_misses_total", "stats.l0.misses", "Look-ups of whole texts that missed."),
+    _Family(
+        "l0_misses_total",
+        "stats.l0.misses_by_reason",
+        "Look-ups of whole texts that missed.",
+        "reason",
+    ),
     _Family("l0_hit_tokens_total", "stats.l0.hit_tokens", "Token ids served from L0 hits."),
     _Family("l0_insertions_total", "stats.l0.insertions", "Texts put into L0."),
     _Family("l0_evictions_total", "stats.l0.evictions", "Texts evicted from L0."),
@@ -108,12 +113,18 @@ TEXT = (
     _Family("l1_hits_total", "stats.l1.hits", "Texts with all chunks in L1."),
     _Family("l1_misses_total", "stats.l1.misses", "Texts with some chunk not in L1."),
     _Family("l1_chunk_hits_total", "stats.l1.chunk_hits", "Look-ups of chunks that hit."),
-    _Family("l1_chunk_misses_total", "stats.l1.chunk_misses", "Look-ups of chunks that missed."),
+    _Family(
+        "l1_chunk_misses_total",
+        "stats.l1.chunk_misses_by_reason",
+        "Look-ups of chunks that missed.",
+        "reason",
+    ),
     _Family("l1_segment_hits_total", "stats.l1.segment_hits", "Look-ups of segments that hit."),
     _Family(
         "l1_segment_misses_total",
-        "stats.l1.segment_misses",
+        "stats.l1.segment_misses_by_reason",
         "Look-ups of segments that missed.",
+        "reason",
     ),
     _Family("l1_lookup_characters_total", "stats.l1.lookup_chars", "Characters looked up in L1."),
     _Family(

@@ -279,7 +279,7 @@ class StackDistances:
 
 
 def _stable_order(keys: Keys) -> tuple[Ints, Keys]:
-    """Return the order of a stable argsort, in a third of its time, and the keys in it.
+    """Return the order of a stable argsort, in a third of its time, and the keys in that order.
 
     The position takes the place of the key's lowest bits, which are needed only where other keys
     have the same higher ones.

@@ -26,7 +26,7 @@ from tokcache._forks import call_in_child
 from tokcache._validate import require_bool, require_scope
 from tokcache.config import ADMIT_ONE_IN, LONG_CHARS, CacheConfig
 from tokcache.errors import Abandoned, InvalidText
-from tokcache.stats import CacheStats, L0Stats, L1Stats
+from tokcache.stats import CacheStats, L0Stats, L1Stats, add_counts
 from tokcache.text import _implementation as implementation
 from tokcache.text._native import is_native
 from tokcache.text.chat.cache import RenderCache
@@ -389,7 +389,11 @@ class CachedTokenizer:
     def after_fork(self) -> None:
         """In a forked child: no text is being encoded here, whatever the parent's threads did."""
         self._renew_locks()
-        self._generation.flights = Flights(self._generation.get, self._counts, self._lock)
+        self._generation.flights = Flights(
+            self._generation.l0._get_again,  # noqa: SLF001 (ours)
+            self._counts,
+            self._lock,
+        )
         if self._generation.l1 is not None:
             self._generation.l1.after_fork()
 
@@ -399,7 +403,7 @@ class CachedTokenizer:
             max_bytes=self._config.l0_max_bytes,
             sample_size=self._config.l0_sample_size,
         )
-        flights = Flights(l0._get, self._counts, self._lock)  # noqa: SLF001 (without keywords)
+        flights = Flights(l0._get_again, self._counts, self._lock)  # noqa: SLF001 (ours)
         self._generation = _Generation(l0, flights)
         self._set_get()
 
@@ -426,7 +430,7 @@ class CachedTokenizer:
         """Return a snapshot of the counters."""
         with self._lock:
             return CacheStats(
-                l0=_sum(self._retired, self._generation.l0.stats(), self._counts["rechecks"]),
+                l0=_sum(self._retired, self._generation.l0.stats()),
                 l1=_sum_l1(self._retired_l1, self._generation.l1),
                 render=self.rendered.stats(),
                 encoded_texts=self._encoded_texts,
@@ -643,15 +647,16 @@ def _sum_l1(old: L1Stats, l1: L1 | None) -> L1Stats:
     return old if l1 is None else old + l1.stats()
 
 
-def _sum(old: L0Stats, now: L0Stats, n_rechecks: int = 0) -> L0Stats:
-    """Add up two generations; a second look-up of one text is not a second miss."""
+def _sum(old: L0Stats, now: L0Stats) -> L0Stats:
+    """Add up two generations."""
     return L0Stats(
         hits=old.hits + now.hits,
-        misses=max(0, old.misses + now.misses - n_rechecks),
+        misses=old.misses + now.misses,
         insertions=old.insertions + now.insertions,
         evictions=old.evictions + now.evictions,
-        refusals=dict(Counter(old.refusals) + Counter(now.refusals)),
+        refusals=add_counts(old.refusals, now.refusals),
         hit_tokens=old.hit_tokens + now.hit_tokens,
         n_entries=now.n_entries,
         n_bytes=now.n_bytes,
+        misses_by_reason=add_counts(old.misses_by_reason, now.misses_by_reason),
     )
