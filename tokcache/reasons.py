@@ -373,6 +373,18 @@ SERVER_REFUSALS = {
         "a slot that was decoding for another request held more of the prompt",
         "start the server with more slots, or send the requests of a conversation in turn",
     ),
+    "cut_off": Reason(
+        "a request was cut off before its answer began, so its slot was emptied",
+        "leave `save_when` at `answered`, so that a file has the contents",
+    ),
+    "context_shifted": Reason(
+        "the prompt and its answer did not fit into a slot, so the server dropped some tokens",
+        "start the server with more context",
+    ),
+    "explanation_failed": Reason(
+        "the server did not give the texts that `explain` asked for; the answer has none",
+        "see the server's log",
+    ),
     "no_checkpoint": Reason(
         "a slot or file held more of the prompt, but the server cannot go back to that place",
         "start llama-server with its default `--ctx-checkpoints`; in reproducible mode only whole "
@@ -416,7 +428,9 @@ GATEWAY_REASONS = {
         "use a chat template that only appends; `tokcache explain --chat` names its switches",
     ),
     "prompt_ids_unknown": Reason(
-        "the llama-server did not render a prompt, so its ids could not be compared", _NOTHING
+        "the llama-server did not render a prompt, or counted another number of tokens than the"
+        " tokenizer, so its ids were not compared",
+        _NOTHING,
     ),
     "restore_not_used_by_server": Reason(
         "the llama-server used less than half of a restored file",
@@ -427,6 +441,15 @@ GATEWAY_REASONS = {
         "let nobody else use the llama-server",
     ),
     "save_failed": Reason("the llama-server could not save a slot", "see its log"),
+    "cut_off": Reason(
+        "a request was cut off while its slot was prepared, so the slot's contents were lost",
+        _NOTHING,
+    ),
+    "server_away": Reason("the llama-server did not answer, so its slots are lost", "see its log"),
+    "server_restarted": Reason(
+        "the llama-server was started again, and no file had the contents of its slots",
+        "stop the gateway first: it saves the slots",
+    ),
     "file_over_budget": Reason("a saved slot is larger than `max_bytes`", "raise `max_bytes`"),
     "file_not_deleted": Reason(
         "a saved file could not be deleted", "let the gateway write to the slot folder"
@@ -437,7 +460,7 @@ GATEWAY_REASONS = {
     ),
     "list_damaged": Reason("the list of saved files can't be read", "delete `files.json`"),
     "list_of_other_format": Reason(
-        "the list of saved files is of another version of tokcache", _NOTHING
+        "the list of saved files is of another version of tokcache, so they are not found", _NOTHING
     ),
     "tokenizer_pending": Reason(
         "the llama-server counted tokens while the model's tokenizer was still being proven equal",

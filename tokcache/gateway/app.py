@@ -113,6 +113,8 @@ def make_app(service: Service) -> Starlette:
                     "x-tokcache-plan",
                     "x-tokcache-planned-tokens",
                     "x-tokcache-reason",
+                    "x-tokcache-rules",
+                    "retry-after",
                 ],
             )
         )

@@ -100,14 +100,13 @@ class Preparation:
                 slot = start.slot
                 if listed.get(slot.id, -1) not in (None, slot.n_held):
                     trust.refuse("slot_changed_by_others")
-                    self._records.replaced(slot, "slot_changed_by_others")
-                    slot.lost()
+                    self._records.lose(slot, "slot_changed_by_others")
                     is_as_recorded = False
         except (ServerUnreachable, ServerTimeout):
             raise
         except ServerError as error:
             # This may be another server: restore nothing into it.
-            start.slot.lost()
+            self._records.lose(start.slot, "server_not_understood")
             job.refusal = "server_not_understood"
             job.start = table.from_nothing(start)
             trust.degrade("server_not_understood", error)
