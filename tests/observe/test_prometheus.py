@@ -99,6 +99,9 @@ def test_every_counter_of_a_tokenizer_is_shown(
     }
     assert {name: value(registry, name) for name in shown} == shown
     assert value(registry, "bypasses_total", reason="encoding_objects") == 1
+    engine, reason = tok.cache_stats().engine, tok.cache_stats().engine_reason
+    assert value(registry, "engine", engine=engine) == 1
+    assert value(registry, "engine_reason", reason=reason) == 1
     tok.cache_clear()
     assert value(registry, "l0_hits_total") == 0
 
