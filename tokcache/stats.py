@@ -127,7 +127,8 @@ class CacheStats:
     Units: `encoded_texts` counts the texts that the engine encoded, in full or in part,
     `encoded_tokens` their ids and `encode_seconds` the time. `bypasses` counts, by reason, the
     calls that the plain tokenizer answered. `shared` counts callers that waited for another
-    caller's encoding of the same text.
+    caller's encoding of the same text. `engine` names the encoder of uncached text, and
+    `engine_reason` says why it is that one: a key of `reasons.ENGINE_REASONS`.
     """
 
     l0: L0Stats
@@ -139,6 +140,8 @@ class CacheStats:
     shared: int = 0
     invalidations: int = 0
     bypasses: Mapping[str, int] = field(default_factory=dict)
+    engine: str = "tokenizers"
+    engine_reason: str = "pending"
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,10 @@ _COUNTERS = {
         "`states.stats().disk.refusals`, `states.stats().redis.refusals`"
     ),
     "llama-server": "`server.stats().refusals`",
-    "Digests of model files": "the log",
+    "The engine in force": (
+        "`tok.cache_stats().engine_reason`, the metric `tokcache_engine_reason`, `tokcache explain`"
+    ),
+    "Digests of model files, and proofs of engines": "the log",
     "The endpoint `tokcache serve`": (
         "the metric `tokcache_gateway_reasons_total`, and `detail` in answers; their `reason` is "
         "one of the first table (`tokcache_gateway_misses_total`)"

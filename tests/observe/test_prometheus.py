@@ -106,6 +106,9 @@ def test_every_counter_of_a_tokenizer_is_shown(
         got = value(registry, "l1_segment_misses_total", reason=reason)
         assert got == stats.l1.segment_misses_by_reason[reason]
     assert value(registry, "l0_misses_total", reason="new") == stats.l0.misses > 0
+    engine, reason = tok.cache_stats().engine, tok.cache_stats().engine_reason
+    assert value(registry, "engine", engine=engine) == 1
+    assert value(registry, "engine_reason", reason=reason) == 1
     tok.cache_clear()
     assert value(registry, "l0_hits_total") == 0
 

@@ -278,6 +278,11 @@ cdef class SegmentCache:
     def cuts_fine(self):
         return bool(self.store.cuts_fine)
 
+    @cuts_fine.setter
+    def cuts_fine(self, bint cuts_fine):
+        # Entries stay valid: the flag only says into what a missing chunk is split.
+        self.store.cuts_fine = cuts_fine
+
     def look(self, str text not None, bint add_special_tokens, uint64_t scope, since=None):
         """Return the ids of `text` if all of it is cached, else a Walk with the segments to encode.
 
