@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from bench._report import Report
 
 PACKAGES = ("xllamacpp", "starlette", "uvicorn", "httptools", "uvloop", "httpx")
+UNIT = "AUC: 0.5 is chance, 1 is certainty"
+BAR = "as chance for another tenant's prompts; at least 0.9 for one's own, or it would show nothing"
 IN_ALL = ("--trials", "200")
 # The AUC of two samples that do not differ stays within so many standard deviations of 0.5; for
 # 2,000 trials that is 0.045.

@@ -85,6 +85,22 @@ BYPASSES = {
     ),
 }
 
+# L0Stats.misses_by_reason, and those of chunks and segments in L1Stats: why a look-up missed.
+TEXT_MISSES = {
+    "new": Reason(
+        "the cache never held it, or only before a clear or a change of the tokenizer", _NOTHING
+    ),
+    "evicted": Reason(
+        "the cache held and evicted it",
+        "raise `l0_max_entries` and `l0_max_bytes` (texts) or `l1_max_bytes` (chunks, segments)",
+    ),
+    "not_known": Reason(
+        "the cache may have evicted it: it remembers about 4,096 evictions, and of"
+        " texts above 16 KiB the length, the beginning and the end",
+        "look at `evictions`: if they grow as fast as `insertions`, raise the budget",
+    ),
+}
+
 # L0Stats.refusals: texts not put into L0.
 L0_REFUSALS = {
     "oversize": Reason("the entry is larger than L0's whole budget", "raise `l0_max_bytes`"),
@@ -124,6 +140,56 @@ L1_REFUSALS = {
         "the faster encoder failed or differed, and tokenizers encodes from then on",
         'see the log; choose `engine="tokenizers"`',
     ),
+}
+
+# CacheStats.engine_reason: why the engine in force encodes, and no faster one.
+ENGINE_REASONS = {
+    "pending": Reason(
+        "the proof of a faster engine has not ended, and tokenizers encodes until then",
+        "`wait_for_engine()` waits for it",
+    ),
+    "proven": Reason("the engine proved equal to the tokenizer in this process", _NOTHING),
+    "remembered": Reason(
+        "the engine proved equal in an earlier process, and on a sample of the probes in this one",
+        _NOTHING,
+    ),
+    "configured": Reason('`engine="tokenizers"` was configured', 'choose `engine="auto"`'),
+    "not_installed": Reason("no faster engine is installed", "pip install 'tokcache[engines]'"),
+    "refused": Reason(
+        "no installed engine is equal to the tokenizer", "`tokcache explain` says why"
+    ),
+    "failed": Reason("the proof ended with an error", "see the log, and please report it"),
+    "dropped": Reason(
+        "the faster engine failed or gave other ids, and tokenizers encodes from then on",
+        "see the log",
+    ),
+    "forked": Reason(
+        "the process was forked, and the engine's threads exist only in the parent",
+        "wrap the tokenizer after the fork",
+    ),
+    "difference": Reason(
+        "`verify_rate` found a difference, and no text is put together from segments any more",
+        "please report it, with the tokenizer",
+    ),
+    "not_cut": Reason(
+        "no text of this tokenizer is cut, and tokenizers encodes whole texts",
+        "`tokcache explain` says why",
+    ),
+    "no_l1": Reason("`l1=False` was configured, and tokenizers encodes", "choose `l1=True`"),
+    "not_cached": Reason(
+        "the tokenizer's answers are not cached, and it encodes itself",
+        "`tokcache explain` says why",
+    ),
+}
+
+# SignedRecords.refusals: why a model file was hashed, or an engine proven, again.
+RECORD_REFUSALS = {
+    "unreadable": Reason("the record can't be read", "check the cache folder"),
+    "damaged": Reason("the record is damaged", "check the cache folder"),
+    "unwritable": Reason("the record can't be written", "check the cache folder"),
+    "no_folder": Reason("there is no cache folder", "set TOKCACHE_CACHE_DIR"),
+    "no_key": Reason("the key of the cache folder can't be read", "check its permissions"),
+    "damaged_key": Reason("the key of the cache folder is damaged", "remove it"),
 }
 
 # CutPlan.off, shown by `tokcache explain`: why no text of a tokenizer is cut.
@@ -379,12 +445,7 @@ SERVER_REFUSALS = {
 # `remembered_digests`: why the digest of a model file was computed again.
 DIGEST_REFUSALS = {
     "blocks_differ": Reason("the file was changed although its times were not", _NOTHING),
-    "unreadable": Reason("the remembered digest cannot be read", "check the cache folder"),
-    "damaged": Reason("the remembered digest is damaged", "check the cache folder"),
-    "unwritable": Reason("the digest cannot be written", "check the cache folder"),
-    "no_folder": Reason("there is no cache folder", "set TOKCACHE_CACHE_DIR"),
-    "no_key": Reason("the key of the cache folder cannot be read", "check its permissions"),
-    "damaged_key": Reason("the key of the cache folder is damaged", "remove it"),
+    **RECORD_REFUSALS,
 }
 
 # Counters of `tokcache serve`, and the `detail` of a reason in its answers.
@@ -525,14 +586,16 @@ MISSES = {
 TABLES = {
     "Prompts not reused to their end": MISSES,
     "Calls answered by the plain tokenizer": BYPASSES,
+    "Texts, chunks and segments not found in L0 and L1": TEXT_MISSES,
     "Texts not put into L0": L0_REFUSALS,
     "Texts not cut, chunks not kept (L1)": L1_REFUSALS,
+    "The engine in force": ENGINE_REASONS,
     "Tokenizers whose texts are never cut": L1_OFF,
     "Chats rendered in full": RENDER_REFUSALS,
     "States not stored or not used": STATE_REFUSALS,
     "llama.cpp in process": LLAMA_REFUSALS,
     "Disk and Redis": TIER_REFUSALS,
     "llama-server": SERVER_REFUSALS,
-    "Digests of model files": DIGEST_REFUSALS,
+    "Digests of model files, and proofs of engines": DIGEST_REFUSALS,
     "The endpoint `tokcache serve`": GATEWAY_REASONS,
 }

@@ -22,6 +22,7 @@ from tokcache import CacheConfig
 from tokcache.config import ADMIT_ONE_IN, LONG_CHARS
 from tokcache.errors import InvalidConfig, InvalidText
 from tokcache.text.segments.cache import CHARS_AT_ONCE, L1
+from tokcache.text.segments.choice import Chosen
 
 if TYPE_CHECKING:
     from tokcache.text.engines.copying import SegmentEncoder
@@ -232,7 +233,7 @@ def _use(wrapped: Any, spoil: Callable[[list[int]], list[int]] = list, **how: An
     """Make L1 encode with an `Encoder`, as if it had passed the proof; return it."""
     l1 = _l1(wrapped)
     encoders = [Encoder(sure, spoil, **how) for sure in l1._sure]
-    l1._set_fast(encoders)
+    l1._take(Chosen(dict(enumerate(encoders)), "proven"))
     return encoders[0]
 
 

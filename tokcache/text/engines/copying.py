@@ -143,8 +143,8 @@ class SegmentEncoder:
     """Encodes segments of texts with the components of one variant, many in one call.
 
     Segments may be joined to one text by `between`, an added token with a random name that no
-    text can hold. Each segment is then encoded by itself, and its ids stand between two ids that
-    are `separator`.
+    text can hold: it has the `secret`. Each segment is then encoded by itself, and its ids stand
+    between two ids that are `separator`.
 
     Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock.
     """
@@ -164,7 +164,8 @@ class SegmentEncoder:
         n_taken = 0
         while own.model.id_to_token(first + n_taken) is not None:
             n_taken += 1
-        names = [f"{edge}{secrets.token_hex(8)}{edge}" for _ in range(n_taken + 1)]
+        self.secret = secrets.token_hex(8)
+        names = [f"{edge}{self.secret}{number:x}{edge}" for number in range(n_taken + 1)]
         own.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
         self.between = names[-1]
         self.separator: int = own.token_to_id(self.between)  # type: ignore[assignment]  # was added
