@@ -581,7 +581,10 @@ class Service:
             is_other = self.looks[other.name].meta != look.meta
             is_known = ours is not None and theirs is not None
             if is_other or (is_known and not is_same_model(ours, theirs)):
-                self._refused[name] = look
+                if self._refused.get(name) != look:
+                    self._refused[name] = look
+                    self.router.reasons["model_name_taken"] += 1
+                    self._reported_down.discard(name)  # so that `_down` says why
                 raise InvalidConfig(
                     f"{name} and {other.name} have different models under the name"
                     f" {look.model!r}; start one of them with another --alias"
@@ -673,8 +676,6 @@ class Service:
             if not self._is_started:
                 raise
             # Another model was started behind this address.
-            if name not in self._reported_down:
-                self.router.reasons["model_name_taken"] += 1
             self._down(name, error)
             return False
         return True
