@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tokcache.errors import QueueFull
 from tokcache.gateway.routing.admission import MAX_GONE, MAX_SCOPES
-from tokcache.gateway.routing.chain import Chain, chat_prompt
+from tokcache.gateway.routing.chain import Chain, chat_prompt, text_prompt
 from tokcache.gateway.routing.files import Files, SavedFile
 from tokcache.gateway.routing.router import Router
 from tokcache.gateway.routing.slots import Assignment, Slot, Wish
@@ -673,3 +673,8 @@ def test_another_tenant_changes_no_reason_that_a_tenant_sees() -> None:
         seen.append(found)
     assert seen[0] == seen[1]
     assert len({reason for _, reason, _ in seen[0]}) > 2
+
+
+def test_the_chain_of_very_many_ids_stops_at_a_million() -> None:
+    lengths = [len(text_prompt({"prompt": [1] * n}, KEY, None).chain()) for n in (64, 1 << 21)]
+    assert lengths == [2, (1 << 20) // 32]

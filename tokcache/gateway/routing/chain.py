@@ -28,6 +28,7 @@ PIECE_CHARS = 512
 # A text has no messages, whose ends are good places to compare; its pieces are shorter.
 _TEXT_PIECE_CHARS = 128
 _PIECE_TOKENS = 32
+_MAX_IDS = 1 << 20  # of one prompt that the chain covers
 _IDS_PIECE_TOKENS = 64
 _DIGEST_BYTES = 16
 # Members of a body that change how llama-server renders the prompt.
@@ -144,6 +145,8 @@ def text_prompt(body: Mapping[str, Any], key: bytes, scope: str | None) -> Promp
         parts = _full_parts(found)
         rest = found[len(parts) * _TEXT_PIECE_CHARS :]
         return Prompt(seed, parts, is_text=True, rest=rest)
+    # No context is longer; 10 million ids took seconds in which nothing else was served.
+    found = found[:_MAX_IDS] if isinstance(found, list) else found
     if isinstance(found, list) and all(isinstance(each, int) for each in found):
         n_full = len(found) // _PIECE_TOKENS
         of_ids = (found[i * _PIECE_TOKENS : (i + 1) * _PIECE_TOKENS] for i in range(n_full))
