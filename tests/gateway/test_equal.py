@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.gateway.gateways import SYSTEM, GatewayConfig, gateway, httpx, upstream, user
+from tests.gateway.gateways import SYSTEM, gateway, httpx, upstream, user
+from tokcache.gateway.config import GatewayConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -139,13 +139,13 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         """Begin to watch whether the client reads its answer."""
-        super().pause_writing()  # type: ignore[no-untyped-call]
+        super().pause_writing()
         self._watch_reader(-1)
 
     def resume_writing(self) -> None:
         """Stop watching."""
         self._stop_stall_timer()
-        super().resume_writing()  # type: ignore[no-untyped-call]
+        super().resume_writing()
 
     def _watch_reader(self, n_waiting: int) -> None:
         """Close the connection if as many bytes wait as `_STALLED_S` ago."""
