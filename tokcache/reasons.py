@@ -263,6 +263,14 @@ LLAMA_REFUSALS = {
         "the sequence holds other positions than its record says",
         "call `reset` after you change a sequence yourself",
     ),
+    "fork_of_the_past": Reason(
+        "a recurrent memory holds only its present state, and a fork of fewer tokens was asked for",
+        "fork when the source has just reached the end of the common tokens",
+    ),
+    "fork_outside_window": Reason(
+        "the window has dropped positions that the next token of the branches looks back at",
+        "fork before the source is decoded further, or make the context with swa_full=True",
+    ),
     "pending_save_overtaken": Reason(
         "the sequence went on before the fingerprint was known", "wait for the fingerprint first"
     ),

@@ -257,6 +257,19 @@ def test_the_entry_budget_holds_over_both_maps(name: str) -> None:
 
 
 @both
+@pytest.mark.parametrize("max_bytes", [2_000, 2_500, 3_000, 1 << 20])
+def test_every_insertion_is_held_or_counted_as_an_eviction(name: str, max_bytes: int) -> None:
+    """Whether the budget of bytes is full before the number of entries is reached, or not."""
+    cache = implementation(name).l0_cache(max_entries=10, max_bytes=max_bytes)
+    for i in range(200):
+        cache.put(f"text {i} {'x' * (i * 7 % 150)}", [i] * (i % 5), add_special_tokens=i % 3 == 0)
+        stats = cache.stats()
+        assert stats.insertions - stats.evictions == len(cache)
+    assert cache.stats().evictions > 100
+    cache._check()
+
+
+@both
 def test_the_victim_comes_from_the_larger_map(name: str) -> None:
     """Texts with and without special tokens are in two maps with one budget."""
     cache = implementation(name).l0_cache(max_entries=10)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 import time
 from bisect import bisect_left
@@ -27,6 +28,7 @@ _FORMAT = 2
 _USE_IS_WORTH_S = 600.0  # a file used again counts as used that much later, for each use
 _MAX_USES = 8
 _NAME_BYTES = 20
+_MAX_COUNT = 1 << 62
 
 
 @dataclass(eq=False, slots=True)
@@ -205,7 +207,7 @@ class Files:
                 self.refusals["list_of_other_format"] += 1
                 return 0
             read = [_read(each) for each in found["files"]]
-            stale = {str(pool): [str(n) for n in names] for pool, names in found["stale"].items()}
+            stale = _read_stale(found["stale"])
             folders = {str(pool): Path(each) for pool, each in found["folders"].items()}
             probes = {str(pool): dict(each) for pool, each in found["probes"].items()}
         except FileNotFoundError:
@@ -299,11 +301,49 @@ def _told(file: SavedFile) -> dict[str, Any]:
 
 
 def _read(found: dict[str, Any]) -> SavedFile:
-    links = tuple(bytes.fromhex(each) for each in found.pop("links"))
-    n_chars = tuple(int(each) for each in found.pop("n_chars"))
-    ids = tuple((bytes.fromhex(link), int(n)) for link, n in found.pop("ids"))
-    name = str(found["name"])
-    if not links or len(links) != len(n_chars) or "/" in name or not name.startswith("tokcache-"):
-        raise ValueError(name)
+    """Return a file of the list on disk, which anything may have damaged.
+
+    Errors: ValueError, KeyError, TypeError, AttributeError.
+    """
+    links = tuple(bytes.fromhex(each) for each in found["links"])
+    n_chars = tuple(_count(each) for each in found["n_chars"])
+    ids = tuple((bytes.fromhex(link), _count(n)) for link, n in found["ids"])
+    name, pool, used_at = found["name"], found["pool"], found["used_at"]
+    if not _is_name(name) or not isinstance(pool, str) or not isinstance(used_at, int | float):
+        raise ValueError("name, pool or used_at")
+    if not links or len(links) != len(n_chars) or not math.isfinite(used_at):
+        raise ValueError("links or used_at")
     id_links, n_ids = zip(*ids, strict=True) if ids else ((), ())
-    return SavedFile(chain=Chain(links, n_chars), ids=Chain(id_links, n_ids), **found)
+    return SavedFile(
+        name,
+        pool,
+        Chain(links, n_chars),
+        n_prompt_links=_count(found["n_prompt_links"]),
+        n_prompt=_count(found["n_prompt"]),
+        n_tokens=_count(found["n_tokens"]),
+        n_bytes=_count(found["n_bytes"]),
+        used_at=float(used_at),
+        n_uses=_count(found["n_uses"]),
+        is_pinned=found["is_pinned"] is True,
+        ids=Chain(id_links, n_ids),
+    )
+
+
+def _is_name(found: object) -> bool:
+    """Return whether this is the name of a saved slot's file, as `new_name` makes them."""
+    return isinstance(found, str) and found.startswith("tokcache-") and "/" not in found
+
+
+def _count(found: object) -> int:
+    if type(found) is not int or not 0 <= found < _MAX_COUNT:
+        raise ValueError("a count is no number from 0 on")
+    return found
+
+
+def _read_stale(found: dict[str, list[str]]) -> dict[str, list[str]]:
+    stale = {str(pool): [str(name) for name in names] for pool, names in found.items()}
+    if any(
+        "/" in name or not name.startswith("tokcache-") for each in stale.values() for name in each
+    ):
+        raise ValueError("a stale file has a name of another kind")
+    return stale
