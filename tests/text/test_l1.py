@@ -464,7 +464,7 @@ def test_an_encoder_used_by_two_variants_is_dropped_once(caplog: pytest.LogCaptu
     assert _cached_ids(wrapped, TEXT) == _plain_ids(build(), TEXT)
     assert encoder.texts
     for one in variants:
-        one.fast.spoil = _raises_overflow_error
+        one.fast.spoil = _raises_overflow_error  # type: ignore[union-attr]
     with caplog.at_level("ERROR", logger="tokcache"):
         for text in ("New " + TEXT, "York " + TEXT):
             assert _cached_ids(wrapped, text) == _plain_ids(build(), text)
