@@ -223,8 +223,8 @@ def test_rounds_of_a_run_of_several_are_those_asked_for(
 def test_every_benchmark_is_listed_and_has_a_short_form() -> None:
     assert {"exact", "multiturn", "gateway", "ttft", "states"} <= set(command.names())
     for name in command.names():
-        assert command.summary(name).endswith((".", ";", ","))
-        assert len(command.summary(name)) > 20
+        assert _report.summary(name).endswith((".", ";", ","))
+        assert len(_report.summary(name)) > 20
         assert command.stated(name, "UNIT") == command.module(name).UNIT
         assert command.stated(name, "BAR") == command.module(name).BAR
         assert all(isinstance(word, str) for word in command.module(name).IN_ALL)

@@ -70,7 +70,7 @@ def _wrap_by_length(tokenizer: Tokenizer) -> Any:
 
 
 def _any_escape(self: Any, _where: str) -> None:
-    self.at = syntax._ESCAPE.match(self._pattern, self.at).end()
+    self.at = syntax._ESCAPE.match(self._pattern, self.at).end()  # type: ignore[union-attr]
 
 
 def _parsed_without_kinds(name: str, value: Any, minimum: int, maximum: int = 1 << 62) -> int:

@@ -345,7 +345,8 @@ def test_a_chat_whose_scope_is_cleared_while_it_is_rendered_is_not_cached(
 ) -> None:
     template += "{% for m in messages %}{{ m.content }};{% endfor %}"
     wrapped = tokcache.wrap(plain_tokenizer(template))
-    run_rest, waiting = running.run_rest, []
+    run_rest = running.run_rest
+    waiting: list[Any] = []
 
     def render(*contents: str, scope: str) -> str:
         chat = chat_of(*contents)

@@ -25,7 +25,7 @@ from tests.text.tokenizers_made import MADE
 from tests.text.tokenizers_synthetic import SYNTHETIC
 from tokcache.config import CacheConfig
 from tokcache.reasons import ENGINE_REASONS, RECORD_REFUSALS
-from tokcache.text.engines import remembered
+from tokcache.text.engines import fast, remembered
 from tokcache.text.segments import choice as choices
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Gate]:
     """Hold the proofs, which are made in the background, until the test opens the gate."""
     request.getfixturevalue("in_background")
-    made = Gate(choices.build)
+    made = Gate(fast.build)
     monkeypatch.setattr(choices, "build", made.build)
     yield made
     made.open.set()
@@ -472,7 +472,7 @@ def test_a_remembered_equality_that_is_wrong_is_found_by_a_sample_of_the_probes(
 ) -> None:
     plain = SYNTHETIC["gpt2"]()
     proven_now(plain)
-    build = choices.build
+    build = fast.build
     monkeypatch.setattr(
         choices, "build", lambda *of: Spoilt(build(*of), lambda ids: [i ^ (i > 9) for i in ids])
     )
@@ -491,7 +491,7 @@ def with_spoilt(
 ) -> tuple[Any, list[Spoilt]]:
     """Wrap with an encoder that proves equal and may be spoilt afterwards."""
     made: list[Spoilt] = []
-    build = choices.build
+    build = fast.build
 
     def build_spoilt(name: str, tokenizer_json: str) -> Any:
         made.append(Spoilt(build(name, tokenizer_json), list))

@@ -459,12 +459,12 @@ def test_an_encoder_used_by_two_variants_is_dropped_once(caplog: pytest.LogCaptu
     build = SYNTHETIC["gpt2_prefix_space"]
     wrapped = tokcache.wrap(build(), config)
     encoder = _use(wrapped)
-    variants: list[Any] = _l1(wrapped)._variants
+    variants = _l1(wrapped)._variants
     assert [one.fast is not None for one in variants] == [True, True]
     assert _cached_ids(wrapped, TEXT) == _plain_ids(build(), TEXT)
     assert encoder.texts
     for one in variants:
-        one.fast.spoil = _raises_overflow_error
+        one.fast.spoil = _raises_overflow_error  # type: ignore[union-attr]
     with caplog.at_level("ERROR", logger="tokcache"):
         for text in ("New " + TEXT, "York " + TEXT):
             assert _cached_ids(wrapped, text) == _plain_ids(build(), text)

@@ -33,8 +33,10 @@ PROMPT_SETTINGS = (
 )
 _PROMPT_FIELDS = {"messages", "tools", "functions", "system", "instructions", "input", "prompt"}
 # Tuples, because a foreign type may be a list or an object, which no set can be asked for.
-_IMAGES = ("image", "image_url", "input_image", "input_audio", "audio", "audio_url", "video")
-_IMAGES += ("video_url", "document", "file", "input_file")
+_IMAGES = (
+    *("image", "image_url", "input_image", "input_audio", "audio", "audio_url", "video"),
+    *("video_url", "document", "file", "input_file"),
+)
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 

@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain, product
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from unicodedata import normalize
 
 from tokenizers.models import BPE
@@ -255,7 +255,7 @@ def build(name: str, tokenizer_json: str) -> FastEncoder:
         raise FastEncoderUnavailable(name, f"not installed ({found})") from found
     if isinstance(found, BaseException):
         raise FastEncoderUnavailable(name, _first_line(found)) from found
-    return found
+    return cast("FastEncoder", found)
 
 
 def is_fork_safe(name: str) -> bool:

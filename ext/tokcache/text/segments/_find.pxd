@@ -1,5 +1,6 @@
 # Looks a text up in the store, chunk by chunk.
 #
+# 0. If an earlier text began alike, the chunks of that beginning are taken in one piece.
 # 1. The chunk that followed the previous one in an earlier text is tried first: it is compared in
 #    full and needs neither scan nor digest. Its end is proven by its own link to the next chunk, or
 #    else by the characters there.
@@ -13,6 +14,9 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from tokcache.text._evictions cimport NEW, why_missing
+from tokcache.text.segments._beginnings cimport (
+    Beginning, Stop, find_beginning, hold, n_stops_within,
+)
 from tokcache.text.segments._chunker cimport chunk_end, may_end, variant_at
 from tokcache.text.segments._chunks cimport (
     NO_CHUNK, Chunk, find_chunk, find_next, is_chunk, link_to, no_link, place_of, put_follower,
@@ -21,6 +25,7 @@ from tokcache.text.segments._chunks cimport (
 from tokcache.text.segments._lookup cimport (
     Lookup, Missed, end_missed, push_known, push_long, push_missed, push_op, push_pending, push_run,
 )
+from tokcache.text.segments._remember cimport remember
 from tokcache.text.segments._scan cimport Plan, Text
 from tokcache.text.segments._segmenter cimport (
     END, SPAN, SURROGATE, Span, Spans, begin_spans, next_span,
@@ -35,6 +40,7 @@ from tokcache.text.segments._store cimport (
 
 cdef enum:
     STORED_UNITS = 1 << 16  # a longer chunk, in which no cut was found, is not stored
+    TOUCH_SHIFT = 4         # chunks of a beginning are marked as used every so many of the chunks
 
     LOOKED_UP = 0           # outcomes of `look_up`
     REFUSED = 1             # the text can't be cut safely: counted by reason
@@ -46,13 +52,18 @@ cdef inline int look_up(Store* s, Lookup* l) noexcept nogil:
     cdef const Plan* plan = &s.chunker.plan
     cdef const Text* t = &l.text
     cdef const Chunk* chunk
-    cdef size_t p = 0, end = 0
-    cdef uint32_t place, before = NO_CHUNK, ahead = find_head(s, l)
+    cdef size_t p, end = 0
+    cdef uint32_t place, before = NO_CHUNK, ahead = NO_CHUNK
     cdef uint32_t variant = 0, end_class = 0
     cdef uint64_t digest = 0
     cdef int outcome
     l.epoch = s.epoch
     advance_clock(s)
+    p = take_beginning(s, l, &before)
+    if p == 0:
+        ahead = find_head(s, l)
+    elif before != NO_CHUNK:
+        ahead = find_next(&s.chunks, before, t, p, l.scope, &s.secret[0])
     while p < t.n_units:
         place = ahead
         ahead = NO_CHUNK
@@ -84,6 +95,8 @@ cdef inline int look_up(Store* s, Lookup* l) noexcept nogil:
             return NO_MEMORY
         before = place
         p = end
+    if l.n_missed == 0:
+        remember(s, l)
     return LOOKED_UP
 
 cdef inline bint may_end_here(
@@ -92,6 +105,45 @@ cdef inline bint may_end_here(
     if end == t.n_units or chunk.is_tail:
         return end == t.n_units
     return may_end(plan, t, end, chunk.end_class)
+
+cdef inline size_t take_beginning(Store* s, Lookup* l, uint32_t* before) noexcept nogil:
+    """Take the ids of a known beginning of the text; return how many units it has.
+
+    `before` is set to its last chunk, if that is still stored.
+    """
+    cdef const Plan* plan = &s.chunker.plan
+    cdef size_t n_equal = 0
+    cdef uint32_t i, n, place
+    cdef const Stop* last
+    cdef Beginning* one = find_beginning(
+        &s.beginnings, &l.text, l.scope, &s.secret[0], &n_equal
+    )
+    if one == NULL:
+        return 0
+    n = n_stops_within(one, n_equal)
+    if n < 2:
+        return 0
+    last = &one.stops[n - 1]
+    if last.end != l.text.n_units and (
+        last.is_tail or not may_end(plan, &l.text, last.end, last.end_class)
+    ):
+        n -= 1  # the chunk that follows is equal, too, and proves this cut
+        last -= 1
+    one.tick = s.clock
+    if s.clock - one.touched > s.chunks.n >> TOUCH_SHIFT:
+        one.touched = s.clock
+        for i in range(n):
+            place = place_of(&s.chunks, one.stops[i].chunk)
+            if place != NO_CHUNK:
+                s.chunks.all[place].tick = s.clock
+    l.block = hold(one.block)
+    l.beginning = <uint32_t> (one - s.beginnings.all)
+    l.n_begun_stops = n
+    l.n_begun_ids = last.n_ids
+    l.begun_units = last.end
+    l.n_chunk_hits += n
+    before[0] = place_of(&s.chunks, last.chunk)
+    return last.end
 
 cdef inline uint32_t find_head(const Store* s, const Lookup* l) noexcept nogil:
     """Return the first chunk of the last text if this text begins with it, too."""

@@ -7,6 +7,7 @@ from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
 from tokcache.text._evictions cimport N_WHY
+from tokcache.text.segments._beginnings cimport block_ids
 from tokcache.text.segments._chunks cimport (
     NO_CHUNK, Chunk, Link, add_chunk, chunk_item_bytes, find_chunk, link_to, no_link, put_follower,
 )
@@ -125,12 +126,15 @@ cdef inline uint32_t keep_chunk(Store* s, const Lookup* l, const Missed* missed)
 # ---- the answer
 
 cdef inline size_t n_answer_ids(const Lookup* l) noexcept nogil:
-    return count_ids(l, 0, l.n_ops) if l.n_missed else l.n_run_ids
+    return l.n_begun_ids + (count_ids(l, 0, l.n_ops) if l.n_missed else l.n_run_ids)
 
 cdef inline void write_answer(const Store* s, const Lookup* l, int32_t* into) noexcept nogil:
     """Write the `n_answer_ids` ids of the text."""
     cdef const Chunk* chunk
     cdef size_t i
+    if l.block != NULL:
+        memcpy(into, block_ids(l.block), l.n_begun_ids * sizeof(int32_t))
+        into += l.n_begun_ids
     if l.n_missed:
         write_ids(l, into, 0, l.n_ops, 0)
         return

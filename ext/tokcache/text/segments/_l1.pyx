@@ -21,6 +21,7 @@ from tokcache.text._digest cimport N_SECRETS
 from tokcache.text._evictions cimport N_WHY
 from tokcache.text._places cimport has_vectors
 from tokcache.text._token_ids cimport TokenIds, ids_data, new_owner, owner_data
+from tokcache.text.segments._beginnings cimport Beginning, beginnings_bytes, bytes_of
 from tokcache.text.segments._chunker cimport N_SEEDS, chunk_end
 from tokcache.text.segments._chunks cimport (
     NO_CHUNK, Chunk, chunk_item_bytes, key_of, no_link,
@@ -35,16 +36,16 @@ from tokcache.text.segments._keep cimport (
 )
 from tokcache.text.segments._keys cimport narrow
 from tokcache.text.segments._lookup cimport (
-    APART, FITS, LAST, UNTOLD, Lookup, Pending, begin_lookup, lookup_bytes, pick, release_lookup,
-    take_ids,
+    APART, FITS, LAST, UNTOLD, Lookup, Pending, begin_lookup, end_beginning, lookup_bytes, pick,
+    release_lookup, take_ids,
 )
 from tokcache.text.segments._plan cimport read_plan
 from tokcache.text.segments._scan cimport N_CLASSES, Text, bits_of
 from tokcache.text.segments._segmenter cimport END, SPAN, Span, Spans, begin_spans, next_span
 from tokcache.text.segments._segments cimport PENDING, WAYS, Segment
 from tokcache.text.segments._store cimport (
-    N_REASONS, POST_PROCESSOR, TOO_LONG, Store, make_segment_room, release_store, remove_all,
-    remove_scope, store_bytes,
+    BEGINNING_SHARE, N_REASONS, POST_PROCESSOR, TOO_LONG, Store, make_segment_room, release_store,
+    remove_all, remove_scope, store_bytes,
 )
 
 cdef extern from "Python.h":
@@ -506,6 +507,11 @@ cdef class SegmentCache:
             )] += 1
         return n[KEPT], n[PRESENT]
 
+    @property
+    def _n_beginnings(self):
+        """Number of beginnings of texts; for tests."""
+        return self.store.beginnings.n
+
     def _check(self):
         """Verify every invariant; for tests."""
         cdef uint32_t i, j, n = 0
@@ -523,8 +529,27 @@ cdef class SegmentCache:
         for i in range(self.store.segments.n_sets * WAYS):
             n += self.store.segments.all[i].tick != 0
         assert n == self.store.segments.n
+        self.check_beginnings()
 
     # ---- inside
+
+    cdef int check_beginnings(self) except -1:
+        cdef uint32_t i, j, end, n_ids
+        cdef uint64_t n_bytes = 0
+        cdef const Beginning* one
+        assert BEGINNING_SHARE * beginnings_bytes(&self.store.beginnings) <= self.store.max_bytes
+        for i in range(self.store.beginnings.n):
+            one = &self.store.beginnings.all[i]
+            n_bytes += bytes_of(one)
+            end = n_ids = 0
+            for j in range(one.n_stops):
+                assert one.stops[j].end > end and one.stops[j].n_ids >= n_ids
+                assert j + 1 == one.n_stops or not one.stops[j].is_tail
+                end, n_ids = one.stops[j].end, one.stops[j].n_ids
+            assert end == one.n_units <= one.text_capacity
+            assert n_ids <= one.block.capacity and one.block.n_holders
+        assert n_bytes == self.store.beginnings.item_bytes
+        return 0
 
     cdef bint was_cleared(self, Walk walk) except -1:
         """Return whether the scope of a Walk was cleared since its call began."""
@@ -553,6 +578,7 @@ cdef class SegmentCache:
 
     cdef void put_by(self, Walk walk):
         """Keep a Walk for use by the next text, unless its arrays are large."""
+        end_beginning(&walk.found)
         walk.text = None
         walk.held = None
         if lookup_bytes(&walk.found) <= SPARE_BYTES:

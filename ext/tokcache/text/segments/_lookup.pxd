@@ -1,6 +1,7 @@
 # The state of one look-up: the cached ids of a text, and the segments that are missing.
 #
-# 1. Up to the first missing chunk, the places of the cached chunks are noted in `run`.
+# 1. The ids of a known beginning of the text are in `block`, which the look-up holds. From there up
+#    to the first missing chunk, the places of the cached chunks are noted in `run`.
 # 2. A missing chunk copies them, since its segments may evict chunks, and is listed in `missed`.
 #    From then on the ids of the text are a list of `ops`: so many of the `known` ids, or those of
 #    one `pending` segment.
@@ -16,6 +17,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
 from tokcache.text._evictions cimport N_WHY
+from tokcache.text.segments._beginnings cimport NO_BEGINNING, Block, release_block
 from tokcache.text.segments._chunks cimport Link
 from tokcache.text.segments._id_lengths cimport Lengths, PointSet, covers, encoded_bytes, length_of
 from tokcache.text.segments._scan cimport (
@@ -65,7 +67,12 @@ ctypedef struct Lookup:
     bint keeps             # the scope was not cleared between the call and the look-up
     int32_t serial
     uint64_t epoch         # of the store; links of another epoch are not valid
-    uint32_t* run          # the chunks found before the first missing one
+    Block* block           # the ids of the known beginning of the text, or NULL
+    size_t n_begun_ids
+    size_t begun_units
+    uint32_t beginning     # its place while no other code has run, or NO_BEGINNING
+    uint32_t n_begun_stops
+    uint32_t* run          # the chunks found after it, before the first missing one
     size_t n_run
     size_t run_capacity
     size_t n_run_ids
@@ -103,9 +110,18 @@ cdef inline void begin_lookup(Lookup* l, Text text, uint64_t scope, int32_t seri
     l.serial = serial
     l.n_run = l.n_run_ids = l.n_known = l.n_ops = l.n_pending = l.n_missed = l.barrier = 0
     l.n_picked = 0
+    end_beginning(l)
     l.n_chunk_hits = l.n_miss_units = l.n_segment_hits = l.n_segment_misses = 0
 
+cdef inline void end_beginning(Lookup* l) noexcept nogil:
+    """Release the known beginning of the text."""
+    release_block(l.block)
+    l.block = NULL
+    l.n_begun_ids = l.begun_units = l.n_begun_stops = 0
+    l.beginning = NO_BEGINNING
+
 cdef inline void release_lookup(Lookup* l) noexcept nogil:
+    release_block(l.block)
     free(l.run)
     free(l.known)
     free(l.ops)

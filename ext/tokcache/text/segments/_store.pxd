@@ -1,4 +1,4 @@
-# The store of a segment cache: the tables of chunks and segments within one budget of bytes.
+# The store of a segment cache: chunks, segments and beginnings of texts within one budget of bytes.
 #
 # `_find` looks texts up in it, `_keep` stores new chunks and segments.
 #
@@ -11,6 +11,9 @@ from libc.string cimport memset
 from tokcache.text._digest cimport N_SECRETS, full_digest
 from tokcache.text._evictions cimport (
     N_WHY, Evictions, forget_all, forget_scope, note_eviction,
+)
+from tokcache.text.segments._beginnings cimport (
+    Beginnings, beginnings_bytes, release_beginnings, remove_beginning,
 )
 from tokcache.text.segments._chunker cimport Chunker
 from tokcache.text.segments._chunks cimport (
@@ -28,6 +31,7 @@ from tokcache.text.segments._segments cimport (
 cdef enum:
     N_DRAWS = 8            # chunks drawn for an eviction, of which the oldest is evicted
     SEGMENT_SHARE = 4      # segments may take 1 / SEGMENT_SHARE of the budget
+    BEGINNING_SHARE = 8    # beginnings, which repeat what chunks have, 1 / BEGINNING_SHARE
 
     POST_PROCESSOR = 0     # reasons why a text is not cut, or why a chunk is not stored
     LONE_SURROGATE = 1
@@ -63,6 +67,7 @@ ctypedef struct Store:
     Chunker chunker
     Chunks chunks
     Segments segments
+    Beginnings beginnings
     Link head              # to the first chunk of the last text
     uint64_t epoch         # changes when all chunks are removed
     uint64_t[N_SECRETS] secret
@@ -76,7 +81,10 @@ ctypedef struct Store:
 
 
 cdef inline uint64_t store_bytes(const Store* s) noexcept nogil:
-    return chunks_bytes(&s.chunks) + sets_bytes(s.segments.n_sets)
+    return (
+        chunks_bytes(&s.chunks) + sets_bytes(s.segments.n_sets)
+        + beginnings_bytes(&s.beginnings)
+    )
 
 cdef inline void advance_clock(Store* s) noexcept nogil:
     s.clock += 1
@@ -139,15 +147,18 @@ cdef inline bint make_room(Store* s, uint64_t n_bytes) noexcept nogil:
     if s.chunks.serial == LAST_SERIAL:  # a serial used again could make an old link valid
         remove_chunks(s)
         s.evicted_chunks.is_lost = True
-    least = store_bytes(s) - s.chunks.item_bytes + n_bytes
+    least = store_bytes(s) - s.chunks.item_bytes - beginnings_bytes(&s.beginnings) + n_bytes
     if s.chunks.capacity == 0:
         least += bytes_to_grow(&s.chunks)
     if least > s.max_bytes:
         return False  # it does not fit even after evicting all others
     while not has_room(s, n_bytes):
         if s.chunks.n == 0:
-            return False
-        evict_chunk(s)
+            if s.beginnings.n == 0:
+                return False
+            release_beginnings(&s.beginnings)
+        else:
+            evict_chunk(s)
     return grow_chunks(&s.chunks) if bytes_to_grow(&s.chunks) else True
 
 cdef inline void make_segment_room(Store* s, uint64_t n_more, bint may_evict) noexcept nogil:
@@ -168,6 +179,7 @@ cdef inline void make_segment_room(Store* s, uint64_t n_more, bint may_evict) no
 # ---- removal
 
 cdef inline void remove_chunks(Store* s) noexcept nogil:
+    release_beginnings(&s.beginnings)  # they have links to chunks
     release_chunks(&s.chunks)
     s.head = no_link()
     s.epoch += 1
@@ -180,6 +192,9 @@ cdef inline void remove_scope(Store* s, uint64_t scope) noexcept nogil:
     for i in range(s.chunks.n, 0, -1):
         if s.chunks.all[i - 1].scope == scope:
             remove_chunk(&s.chunks, i - 1)
+    for i in range(s.beginnings.n, 0, -1):
+        if s.beginnings.all[i - 1].scope == scope:
+            remove_beginning(&s.beginnings, i - 1, &s.secret[0])
     if s.chunks.n == 0:
         remove_chunks(s)
     for i in range(s.segments.n_sets * WAYS):
@@ -198,6 +213,7 @@ cdef inline void remove_all(Store* s) noexcept nogil:
     forget_all(&s.evicted_segments)
 
 cdef inline void release_store(Store* s) noexcept nogil:
+    release_beginnings(&s.beginnings)
     release_chunks(&s.chunks)
     release_segments(&s.segments)
     release_plan(&s.chunker.plan)
