@@ -105,6 +105,7 @@ class Records:
                 is_pinned=slot.conversation in self.shelf.pinned,
                 is_superseding=not self._is_whole_only(slot.namespace),
                 gap=slot.gap,
+                ends=slot.ends,
             )
 
     def _is_whole_only(self, namespace: bytes) -> bool:
