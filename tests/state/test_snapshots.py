@@ -370,8 +370,9 @@ def test_the_least_recently_used_states_of_a_conversation_go_first() -> None:
     prompts = [[*opening, *range(10, 10 + n)] for n in range(1, 6)]
     fill(prompts[0])
     fill(prompts[1])
-    with states.find(prompts[0]) as found:  # used after the second was stored
-        assert found.n_tokens == 4
+    found = states.find(prompts[0])  # used after the second was stored
+    assert found is not None
+    found.close()
     fill(prompts[2])
     fill(prompts[3])
     assert [held(each) for each in prompts] == [True, False, True, True, False]
@@ -380,8 +381,10 @@ def test_the_least_recently_used_states_of_a_conversation_go_first() -> None:
     assert [held(each) for each in prompts] == [True, False, True, True, False]
     miss = states.find_miss(prompts[1])
     assert (miss.reason, miss.detail) == (MissReason.EVICTED, "ram: conversation_snapshots")
-    with states.handle(prompts[0]):  # in use: the next one goes
-        fill(prompts[4])
+    in_use = states.handle(prompts[0])
+    assert in_use is not None
+    fill(prompts[4])  # the next one goes
+    in_use.close()
     assert [held(each) for each in prompts] == [True, False, False, True, True]
     stats = cache.stats()
     assert (stats.evictions, stats.saved_bytes, stats.n_states) == (2, 21, 5)

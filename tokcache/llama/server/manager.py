@@ -33,7 +33,7 @@ from tokcache.errors import (
 )
 from tokcache.llama.explanation import explained
 from tokcache.llama.server import calls
-from tokcache.llama.server.checkpoints import ALL, distance, gap_after
+from tokcache.llama.server.checkpoints import ALL, gap_after
 from tokcache.llama.server.job import Job
 from tokcache.llama.server.misses import MAX_SHOWN, is_same_text
 from tokcache.llama.server.namespaces import adapters_of, namespace_of, scope_key, scope_of
@@ -43,7 +43,7 @@ from tokcache.llama.server.results import Reused, ReuseStats
 from tokcache.llama.server.saver import Saver
 from tokcache.llama.server.slot import Condition
 from tokcache.llama.server.table import Wish
-from tokcache.llama.server.trust import PROMPT, WHOLE, is_mostly_used
+from tokcache.llama.server.trust import WHOLE, is_mostly_used
 from tokcache.llama.server.watch import Watch
 from tokcache.state.reasons import MissReason
 from tokcache.text.token_ids import TokenIds
@@ -275,9 +275,8 @@ class SlotManager(Forkable):
     def _verify(self, job: Job, n_used: int) -> None:
         self.trust.went_back |= 0 < n_used < job.n_promised
         if job.n_restored:
-            # The slot's record still is that of the restored file.
-            n_before = distance(job.n_restored, job.slot.ends) if job.kind == PROMPT else 0
-            if self.trust.verify(job.adapters, job.kind, job.n_restored, n_used, n_before):
+            self.trust.note_parting(job.adapters, job.n_from_end, job.n_restored - n_used)
+            if self.trust.verify(job.adapters, job.kind, job.n_restored, n_used, job.n_before):
                 with self.table.lock:
                     self.records.shelf.clear(job.adapters, cause="restore_not_used_by_server")
         elif not is_mostly_used(job.n_promised, n_used):

@@ -110,7 +110,10 @@ class Records:
 
     def _is_whole_only(self, namespace: bytes) -> bool:
         # If the server can't use a part of a file, a longer file does not replace a shorter one.
-        return self._settings.reproducible or PROMPT not in self.trust.kinds(adapters_of(namespace))
+        # Nor does it where prompts part shortly before their ends, and a file ends at that place.
+        adapters = adapters_of(namespace)
+        is_needed = self.trust.n_apart(adapters) > 0 or PROMPT not in self.trust.kinds(adapters)
+        return self._settings.reproducible or is_needed
 
     def not_saved(self, name: str) -> None:
         """Record that a file `name` may exist, for example half written, but is not usable."""

@@ -79,6 +79,8 @@ CURES = {
         "it must be the server's --slot-save-path, and readable for this process",
     ),
 }
+_MAX_APART = 64  # tokens: a prompt's end that a chat template writes is no longer
+_MUCH = 16  # tokens
 _N_GOOD_AGAIN = 8  # successes in a row that end a series, so that rare failures are one series
 
 
@@ -114,6 +116,7 @@ class Trust:
         self.went_back = False
         self._verdicts: dict[tuple[bytes, str], _Verdict] = {}
         self._too_far: dict[bytes, int] = {}
+        self._n_apart: dict[bytes, int] = {}
         # Series of refusals, with the number of successes since the last one.
         self._ongoing: dict[str, int] = {}
 
@@ -124,6 +127,23 @@ class Trust:
         verdicts = {kind: self._verdicts.get((adapters, kind)) for kind in KINDS}
         stopped = {kind for kind, verdict in verdicts.items() if verdict and verdict.is_stopped}
         return frozenset() if WHOLE in stopped else KINDS - stopped
+
+    def n_apart(self, adapters: bytes) -> int:
+        """Return how many tokens before its end a prompt is best decoded alone; 0 for nowhere."""
+        return self._n_apart.get(adapters, 0)
+
+    def note_parting(self, adapters: bytes, n_from_end: int, n_lost: int) -> None:
+        """Note that a prompt differed `n_from_end` tokens before a saved one's end.
+
+        If the server then went far back, that is likely to come again: a chat template that ends
+        prompts with text that it writes otherwise later has all prompts differ there.
+
+        Units: `n_lost` tokens before that place were decoded again.
+        """
+        if 0 < n_from_end <= _MAX_APART and n_lost > _MUCH:
+            with self._lock:
+                known = self._n_apart.get(adapters, 0)
+                self._n_apart[adapters] = max(known, n_from_end)
 
     def too_far(self, adapters: bytes) -> int:
         """Return the tokens before a prompt's end from which on restores were not used."""
@@ -144,6 +164,7 @@ class Trust:
             self.can_save, self.saved, self.went_back = True, None, False
             self._verdicts.clear()
             self._too_far.clear()
+            self._n_apart.clear()
 
     def restart(self) -> frozenset[bytes]:
         """Reset the verdicts, because the server was restarted, maybe with other options.
@@ -156,6 +177,7 @@ class Trust:
             self.can_save = True
             self._verdicts.clear()
             self._too_far.clear()
+            self._n_apart.clear()
         return frozenset(adapters for adapters, _ in stopped)
 
     def count(self, name: str, n: int = 1, seconds: float = 0.0) -> None:
