@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from tests.integration import chat_templates
-from tests.integration.models import llama, store
+from tests.integration.models import keep_logits, llama, store
 from tokcache import samples
 from tokcache.errors import InvalidConfig
 from tokcache.llama.openers import Openers, derive
@@ -145,6 +145,29 @@ def test_a_prompt_parts_where_thinking_is_dropped(architecture: str) -> None:
     assert ask(history + other + THINKING) == n_ids(llm, "<think>\n")
     assert llm.prefix_cache.stats().refusals == {}
     llm.prefix_cache._check()
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_logits_after_such_a_restore_are_those_of_an_uncached_run(architecture: str) -> None:
+    model = samples.tiny_model(architecture=architecture)
+    cached, uncached = llama(store(block_tokens=BLOCK), model=model), llama(model=model)
+    for llm in (cached, uncached):
+        keep_logits(llm)
+    history = f"{FIRST}{ASSISTANT}{LONG}{END}{USER}"
+    for text in (
+        f"{FIRST}{THINKING}",
+        f"{history}one{END}{THINKING}",
+        f"{history}two{END}{THINKING}",
+    ):
+        uncached.reset()
+        for llm in (cached, uncached):
+            chat(llm)(text)
+        first = cached.last_reuse.n_prompt - cached.last_reuse.n_decoded
+        n_prompt = cached.last_reuse.n_prompt
+        # Other batches change them by up to 0.05, a wrong state by 0.2 to 9.
+        worst = np.abs(cached.scores[first:n_prompt] - uncached.scores[first:n_prompt]).max()
+        assert worst <= 0.05
+    assert cached.last_reuse.n_restored > 2 * len(LONG.split())
 
 
 def test_a_question_with_tools_is_left_at_its_end() -> None:
