@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib
 import json
@@ -34,6 +35,7 @@ USAGE = """python -m bench list                      the benchmarks, a line each
 
 MINUTES = 20.0  # of `all`
 _OF_COMMAND = {"json", "later"}
+_INTERRUPTED = 130
 
 
 def names() -> list[str]:
@@ -48,16 +50,21 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"bench.{name.replace('-', '_')}")
 
 
-def summary(name: str) -> str:
-    """Return the first line of a benchmark's docstring; its libraries are not imported."""
+def stated(name: str, constant: str) -> str:
+    """Return UNIT or BAR of a benchmark; its libraries are not imported."""
     file = Path(bench.__file__).with_name(f"{name.replace('-', '_')}.py")
-    return file.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == constant:
+            return str(ast.literal_eval(node.value))
+    raise AssertionError(f"{file.name} has no {constant}")
 
 
 def show_list() -> int:
-    """Print a line for each benchmark."""
+    """Print what each benchmark measures, its unit and its bar."""
     for name in names():
-        print(f"{name:16} {summary(name)}")
+        print(f"{name:16} {_report.summary(name)}")
+        print(f"{'':16}   in {stated(name, 'UNIT')}")
+        print(f"{'':16}   bar: {stated(name, 'BAR')}")
     return 0
 
 
@@ -74,13 +81,14 @@ def run_one(name: str, argv: list[str]) -> int:
     it.add_options(parser)
     options = parser.parse_args(argv)
     report = _report.Report(name, it.PACKAGES, is_first=not options.later)
+    given = {key: value for key, value in vars(options).items() if key not in _OF_COMMAND}
+    report.line(f"{name} with " + ", ".join(f"{key} {value}" for key, value in given.items()))
     began = monotonic()
     if options.processes > 1:
         _repeat.measure(report, argv, options.processes)
     else:
         it.run(options, report)
     if options.json is not None:
-        given = {key: value for key, value in vars(options).items() if key not in _OF_COMMAND}
         found = {name: report.as_json(given, monotonic() - began)}
         write(options.json, found)
         print(f"wrote {options.json}")
@@ -109,21 +117,28 @@ def run_many(
 ) -> int:
     """Run benchmarks one after the other, each in a new process; return the worst exit code.
 
-    It is 1 or more if none measured. When the `minutes` are over, the one that runs is stopped, and
-    the others are skipped.
+    It is 1 or more if none measured, and 130 after an interrupt. When the `minutes` are over, or
+    the run is interrupted, the one that runs is stopped, and the others are skipped.
     """
     if html is not None:
         require_libraries()
-    worst, began = 0, monotonic()
+    worst, began, is_interrupted = 0, monotonic(), False
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="tokcache-bench-") as folder:
         for place, (name, options) in enumerate(chosen.items(), 1):
-            print(f"\n== {name} ({place} of {len(chosen)}): {' '.join(options)}", flush=True)
+            taken = f"{(monotonic() - began) / 60:.1f}"
+            taken += "" if math.isinf(minutes) else f" of {minutes:g}"
+            words = " ".join(options)
+            print(f"\n== {name} ({place} of {len(chosen)}, after {taken} min): {words}", flush=True)
             own = Path(folder, f"{name}.json")
             command = [sys.executable, "-m", "bench", "run", name, *options, "--json", str(own)]
-            code = _run_until(began + 60 * minutes, command)
+            try:
+                code = None if is_interrupted else _run_until(began + 60 * minutes, command)
+            except KeyboardInterrupt:
+                code, is_interrupted = None, True
             if code is None:
                 reason = f"the {minutes:g} minutes of this run were over"
+                reason = "the run was interrupted" if is_interrupted else reason
                 print(f"{name}: {reason}")
                 found[name] = {"skipped": reason}
             elif own.is_file():
@@ -141,12 +156,13 @@ def run_many(
     if all("failed" in one or one["skipped"] for one in found.values()):
         print("no benchmark measured anything")
         worst = max(worst, 1)
+    print(f"{(monotonic() - began) / 60:.1f} min")
     if file is not None:
         print(f"wrote {file}")
     if html is not None:
         html.write_text(_page.page(_whole(found)), encoding="utf-8")
         print(f"wrote {html}")
-    return worst
+    return _INTERRUPTED if is_interrupted else worst
 
 
 def _run_until(deadline: float, command: Sequence[str]) -> int | None:
@@ -167,6 +183,14 @@ def _run_until(deadline: float, command: Sequence[str]) -> int | None:
                 process.wait(10)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _rounds(name: str, rounds: int | None) -> list[str]:
+    """Return the words that set the rounds of a benchmark; none if it has no rounds."""
+    parser = argparse.ArgumentParser()
+    module(name).add_options(parser)
+    has_rounds = hasattr(parser.parse_args([]), "rounds")
+    return ["--rounds", str(rounds)] if rounds is not None and has_rounds else []
 
 
 def _verdict(one: dict[str, Any]) -> str:
@@ -193,7 +217,9 @@ def main(argv: list[str]) -> int:
                 return run_one(name, rest)
             parser = argparse.ArgumentParser(prog="python -m bench run NAME NAME …")
             parser.add_argument("--json", type=Path, help="write all figures to this file")
-            return run_many({key: [] for key in chosen}, parser.parse_args(rest).json)
+            parser.add_argument("--rounds", type=int, help="of those that have rounds")
+            some = parser.parse_args(rest)
+            return run_many({key: _rounds(key, some.rounds) for key in chosen}, some.json)
         case ["all", *rest]:
             parser = argparse.ArgumentParser(prog="python -m bench all")
             parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -201,8 +227,13 @@ def main(argv: list[str]) -> int:
             parser.add_argument(
                 "--minutes", type=float, default=MINUTES, help="what is left then is skipped"
             )
+            parser.add_argument(
+                "--rounds", type=int, help="of those that have rounds, instead of the shortened"
+            )
             options = parser.parse_args(rest)
-            chosen_all = {name: list(module(name).IN_ALL) for name in names()}
+            chosen_all = {
+                name: [*module(name).IN_ALL, *_rounds(name, options.rounds)] for name in names()
+            }
             return run_many(chosen_all, options.json, options.html, options.minutes)
         case ["page", *rest]:
             return _page.main(rest)

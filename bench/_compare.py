@@ -267,6 +267,11 @@ def main(argv: list[str]) -> int:
     found = changes(before, after, options.least)
     for title, run in (("before", before), ("after", after)):
         print(f"{title}: commit {run['environment']['commit']}, {run['environment']['cpu']}")
+    for name, one in before["benchmarks"].items():
+        other = after["benchmarks"].get(name, {}).get("options", {})
+        for key, value in one.get("options", {}).items():
+            if other.get(key, value) != value:
+                print(f"{name}: {key} {value} before, {other[key]} after: other work was measured")
     console = Console(width=140, highlight=False)
     shown = [one for one in found if options.every or one.verdict in ("slower", "faster")]
     if shown:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench._report import number
+from bench._report import number, summary
 from tokcache.replay.report import Chart, Figure, Heading, Part, Report, Table, charts
 from tokcache.replay.report.page import render
 
@@ -96,11 +96,11 @@ def _bars(bars: list[tuple[str, Run]]) -> Table:
 
 
 def _benchmark(name: str, one: Run) -> Iterator[Part]:
-    from bench.__main__ import summary  # noqa: PLC0415 (it imports this module)
-
     versions = [f"{each} {found}" for each, found in one["packages"].items() if found]
     n_processes = int(one["options"].get("processes", 1))
     in_processes = f"; measured in {n_processes} processes" if n_processes > 1 else ""
+    if "rounds" in one["options"]:
+        in_processes += f"; {one['options']['rounds']} rounds"
     text = f"{summary(name)} With {', '.join(versions)}{in_processes}; {one['seconds']:.0f} s."
     yield Heading(name, text)
     measured = [each for each in one["figures"] if each["processes"]]

@@ -25,6 +25,12 @@ FORMAT = 2  # of the JSON file
 Values = Sequence[float] | Sequence[Sequence[float]] | float
 
 
+def summary(name: str) -> str:
+    """Return the first line of a benchmark's docstring; its libraries are not imported."""
+    file = Path(__file__).with_name(f"{name.replace('-', '_')}.py")
+    return file.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

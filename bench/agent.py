@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from bench._report import Report
 
 PACKAGES = ("xllamacpp", "starlette", "uvicorn", "httpx")
+UNIT = "tokens prefilled over the least possible"
+BAR = "at most 1.05 times the least"
 IN_ALL: tuple[str, ...] = ()
 N_ANSWER = 16
 DONE = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"

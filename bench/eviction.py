@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import argparse
 
 PACKAGES = ("libcachesim", "numpy")
+UNIT = "% hits"
+BAR = "no other policy has 1 point more on the real traces"
 IN_ALL = ("--requests", "40000")
 CAPACITIES = (0.01, 0.05, 0.10, 0.25, 0.50)
 DEFAULT = "tokcache, sample of 8"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from bench._report import Report
 
 PACKAGES = ("cachetools", "cachebox", "lru-dict", "numpy")
+UNIT = "ns a call"
+BAR = "none"
 IN_ALL = ("--quick",)
 PROCESSES = 5
 SYSTEMS: dict[str, Any] = {

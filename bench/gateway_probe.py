@@ -1,8 +1,9 @@
 """A tenant of `tokcache serve` that times its probes of another tenant's prompts learns nothing.
 
-In each trial a tenant sends a prompt. Then another tenant sends the same prompt, or one that nobody
-sent, and takes the time. The AUC is how often the probe of a sent prompt is the faster one of a
-pair: 0.5 if the time tells nothing. First the same is done within one tenant, where it tells a lot.
+In each trial one tenant sends a prompt. Then another tenant, the prober, sends either the same
+prompt or one that nobody has sent, and measures the time. The AUC is the share of pairs, one probe
+of each kind, in which the probe of a sent prompt was faster: 0.5 if the time tells nothing. The
+same is measured within one tenant first, to show that the probe can tell the difference there.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from bench._report import Report
 
 PACKAGES = ("xllamacpp", "starlette", "uvicorn", "httptools", "uvloop", "httpx")
+UNIT = "AUC: 0.5 is chance, 1 is certainty"
+BAR = "as chance for another tenant's prompts; at least 0.9 for one's own, or it would show nothing"
 IN_ALL = ("--trials", "200")
-# Standard deviations of the AUC of two equal samples: 0.045 for 2,000 trials.
+# The AUC of two samples that do not differ stays within so many standard deviations of 0.5; for
+# 2,000 trials that is 0.045.
 DEVIATIONS = 3.5
 N_WITHIN, MIN_WITHIN = 60, 0.9
 
@@ -35,12 +39,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def allowed(n_trials: int) -> float:
-    """Return how far from 0.5 chance alone takes the AUC of so many trials."""
+    """Return the largest distance of the AUC from 0.5 that chance alone explains."""
     return float(DEVIATIONS * (1 / 3 / n_trials) ** 0.5)
 
 
 def auc(url: str, victim: str, prober: str, n_trials: int, seed: int) -> float:
-    """Return how often a probe of a prompt that was sent is faster than one that was not."""
+    """Return the share of pairs in which the probe of a sent prompt was the faster one."""
     rng = random.Random(seed)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
@@ -52,7 +56,7 @@ def auc(url: str, victim: str, prober: str, n_trials: int, seed: int) -> float:
             return time.perf_counter() - began
 
         is_sent = [number % 2 == 0 for number in range(n_trials)]
-        # In a random order, so that no rhythm of the machine falls on one kind.
+        # In a random order, so that a slow spell of the machine does not fall on one kind alone.
         rng.shuffle(is_sent)
         for each in is_sent:
             sent, other = (" ".join(str(rng.randrange(1000)) for _ in range(40)) for _ in range(2))
@@ -76,7 +80,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
             between = auc(ours.url(), victim, prober, options.trials, 2)
         finally:
             ours.stop()
-    report.bar("AUC within one tenant: it would show", within, MIN_WITHIN, "")
+    report.bar("AUC of a tenant that probes itself", within, MIN_WITHIN, "")
     report.fact("AUC of a tenant that probes another", f"{between:.3f} in {options.trials} trials")
     report.bar(
         "AUC away from 0.5", abs(between - 0.5), round(allowed(options.trials), 3), "", most=True

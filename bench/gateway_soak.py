@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from bench._report import Report
 
 PACKAGES = ("xllamacpp", "starlette", "uvicorn", "httptools", "uvloop", "httpx")
+UNIT = "wrong answers, MB"
+BAR = "no wrong answer; at most 2% more memory in the last half"
 IN_ALL = ("--seconds", "40", "--kill-every", "15")
 SYSTEM = "You are a careful assistant who answers in short sentences. " * 20
 N_CHATS, N_TURNS = 6, 3

@@ -23,6 +23,8 @@ from bench.workloads import texts
 from bench.workloads.data import add_tokenizer, default_tokenizers, tokenizer_file
 
 PACKAGES = ("tokenizers", "numpy")
+UNIT = "% of a prompt encoded again"
+BAR = "at most 10 after an inserted sentence, 15 after swapped documents"
 IN_ALL = ("--seeds", "3")
 N_BYTES, N_DOCUMENTS = 64 << 10, 16
 BARS = {"sentence inserted": 10.0, "documents swapped": 15.0}

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "TOKCACHE_REAL_MODEL"
 PACKAGES = ("llama-cpp-python", "numpy")
+UNIT = "difference of logits"
+BAR = "at most that of an uncached run with other batches"
 IN_ALL = ("--prompts", "6")
 N_CTX, N_ANSWER, OTHER_BATCH = 512, 16, 37
 MIN_TOKENS, MAX_TOKENS, MIN_BEGINNING = 60, 300, 16

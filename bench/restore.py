@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from bench._report import Report
 
 PACKAGES = ("llama-cpp-python", "numpy")
+UNIT = "us"
+BAR = "at most 2 times a memcpy, and 2.5 for saving"
 IN_ALL = ("--rounds", "60")
 N_PREFIX, N_TAIL, BLOCK, N_CTX = 1024, 200, 256, 4096
 BARS = {"restore": 2.0, "save": 2.5}

@@ -25,6 +25,8 @@ from bench.workloads.data import add_tokenizer, default_tokenizers
 from bench.wrapper import load
 
 PACKAGES = ("tokenizers", "transformers")
+UNIT = "requests a second, ms late"
+BAR = "at least those of the better plain way"
 IN_ALL = ("--tokenizer", "qwen2.5", "--chats", "8", "--rounds", "3")
 N_CLIENTS, TICK_S = 16, 0.001
 OURS = "tokcache, atoken_ids"

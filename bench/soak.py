@@ -41,6 +41,8 @@ BLOCK, N_CTX, N_SLOTS, N_ANSWER = 64, 1024, 8, 6
 MAX_BYTES = 4_000_000
 NEAR_TIE = 0.05
 PACKAGES = ("xllamacpp", "httpx")
+UNIT = "wrong answers"
+BAR = "none is wrong"
 IN_ALL = ("--seconds", "30", "--kill-every", "8")
 AnyServer = LlamaServer | AsyncLlamaServer
 # The errors of a server that was killed or is starting.

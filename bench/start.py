@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from bench._report import Report
 
 PACKAGES = ("tokenizers", "numpy", "transformers")
+UNIT = "ms"
+BAR = "at most 150"
 IN_ALL = ("--rounds", "7")
 MODULES = ("tokcache", "tokenizers", "numpy", "transformers")
 OPTIONAL = ("transformers", "numpy", "llama_cpp", "redis", "prometheus_client", "httpx")

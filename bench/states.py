@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from tokcache.state.namespace import Namespace
 
 PACKAGES = ("numpy", "xxhash")
+UNIT = "us, bytes"
+BAR = (
+    "at most 40 us to look up 8,192 tokens; 1.1 times the bytes of unique blocks; 2 times as "
+    "slow with the most entries"
+)
 IN_ALL = ("--rounds", "400", "--entries", "3000", "--largest", "10000")
 MODEL = b"model"
 BLOCK = 256

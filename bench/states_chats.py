@@ -214,7 +214,6 @@ def prefill(n_prompts: int, report: Report) -> None:
     }
     on_the_grid(models["grid only"])
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    calls = dict.fromkeys(models, 0)
     rng = random.Random(4)
     for number in range(n_prompts + 1):
         words = " ".join(rng.choices(("loan", "card", "map", "fine", "room", "desk"), k=350))
@@ -235,14 +234,10 @@ def prefill(n_prompts: int, report: Report) -> None:
             began = perf_counter()
             next(steps)
             took = perf_counter() - began
-            n_calls = len(llm._record.batches)
             steps.close()
             if number:  # the first one looks for the openers, too
                 seconds[name].append(took * 1000)
-                calls[name] += n_calls
     report.table("a new prompt, 4 layers x 384", "ms", seconds, base="grid only")
-    for name, n in calls.items():
-        report.fact(f"decode calls a prompt, {name}", n / n_prompts)
     ratio = sum(seconds["tokcache"]) / sum(seconds["grid only"])
     report.bar("prefill of a new prompt over grid only", ratio, MAX_PREFILL, most=True)
 

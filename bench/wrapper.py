@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from bench._report import Report
 
 PACKAGES = ("tokenizers", "transformers")
+UNIT = "us a call"
+BAR = (
+    "at most a third of the plain overhead; 1.05 times a plain miss; 2 times token_ids for a "
+    "known chat"
+)
 IN_ALL = ("--tokenizer", "qwen2.5", "--chats", "5")
 SIZES = {"64": 64, "1k": 1024, "8k": 8192}  # tokens
 SHORT = "ab"

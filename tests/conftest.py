@@ -11,6 +11,11 @@ import pytest
 # then takes seconds. OpenMP reads this variable when llama.cpp is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# A proof in the background would end at another moment in each run, and change what is counted.
+# Nor may the outcome of one run decide about another: the proof would not be tested again.
+os.environ.setdefault("TOKCACHE_WAIT_FOR_ENGINE", "1")
+os.environ.setdefault("TOKCACHE_REMEMBER_ENGINES", "0")
+
 _NEXT_TO_THE_REPOSITORY = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

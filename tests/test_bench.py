@@ -180,11 +180,53 @@ def test_the_run_of_all_ends_in_time_and_stops_what_still_runs(
     assert f"skipped: {reason}" in capsys.readouterr().out
 
 
+def test_an_interrupted_run_leaves_its_figures_and_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_until, calls = command._run_until, []
+
+    def interrupted(deadline: float, words: Any) -> int | None:
+        calls.append(words)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return run_until(deadline, words)
+
+    monkeypatch.setattr(command, "_run_until", interrupted)
+    file, html = tmp_path / "a.json", tmp_path / "a.html"
+    chosen = {"start": ["--rounds", "1"], "soak": [], "exact": []}
+    assert command.run_many(chosen, file, html, 20.0) == 130
+    found = json.loads(file.read_text())["benchmarks"]
+    assert found["start"]["figures"]
+    assert found["soak"] == found["exact"] == {"skipped": "the run was interrupted"}
+    assert len(calls) == 2
+    assert "soak was skipped: the run was interrupted" in html.read_text()
+    shown = capsys.readouterr().out
+    assert "== soak (2 of 3, after 0." in shown
+    assert "of 20 min)" in shown
+
+
+def test_rounds_of_a_run_of_several_are_those_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: dict[str, Any] = {}
+    monkeypatch.setattr(command, "run_many", lambda given, *_: chosen.update(given) or 0)
+    assert command.main(["run", "start", "exact", "--rounds", "7"]) == 0
+    assert chosen == {"start": ["--rounds", "7"], "exact": []}
+    before, after = (run_of(seed) | {"environment": {"commit": "a", "cpu": "b"}} for seed in (1, 2))
+    after["benchmarks"]["exact"]["options"] = {"rounds": "60"}
+    before["benchmarks"]["exact"]["options"] = {"rounds": "200"}
+    monkeypatch.setattr(_compare, "read", lambda file: before if file.name == "a" else after)
+    _compare.main(["a", "b"])
+    assert "exact: rounds 200 before, 60 after: other work was measured" in capsys.readouterr().out
+
+
 def test_every_benchmark_is_listed_and_has_a_short_form() -> None:
     assert {"exact", "multiturn", "gateway", "ttft", "states"} <= set(command.names())
     for name in command.names():
         assert command.summary(name).endswith((".", ";", ","))
         assert len(command.summary(name)) > 20
+        assert command.stated(name, "UNIT") == command.module(name).UNIT
+        assert command.stated(name, "BAR") == command.module(name).BAR
         assert all(isinstance(word, str) for word in command.module(name).IN_ALL)
 
 
@@ -198,6 +240,7 @@ def test_run_writes_its_figures(tmp_path: Path) -> None:
     assert found["benchmarks"]["start"]["checks"] == {"no optional library is imported": True}
     systems = {one["system"] for one in found["benchmarks"]["start"]["figures"]}
     assert systems == {"tokcache", "tokenizers", "numpy", "transformers"}
+    assert "start with processes 1, rounds 1" in done.stdout
 
 
 def test_several_processes_measure_and_their_figures_are_put_together(tmp_path: Path) -> None:

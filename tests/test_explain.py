@@ -119,7 +119,7 @@ def test_every_rule_has_its_grain_and_reason() -> None:
     cuts = {cut.name: cut for cut in explained("starcoder").cuts}
     assert cuts["letter, punctuation | whitespace"].grain is Grain.CHUNK
     assert cuts["digit | digit"].grain is Grain.SEGMENT
-    assert cuts["digit | digit"].reason == "every digit is a part of its own"
+    assert cuts["digit | digit"].reason == "every digit is a pre-token of its own"
     assert cuts["digit | digit"].left == ("digit",)
 
 
@@ -300,7 +300,7 @@ def test_with_an_unknown_pattern_only_cuts_at_added_tokens_remain() -> None:
     assert found.why_not_parts is None
     (refused,) = found.refused
     assert refused.startswith(
-        r"pre-tokenizer Split by '\\s?(?<!\\S)\\S+': look-behind at character 3: cuts at added"
+        r"pre-tokenizer Split by '\s?(?<!\S)\S+': look-behind at character 3: cuts at added"
     )
     shown = report(found)
     assert "Segments:    cached, but cut at added tokens only" in shown

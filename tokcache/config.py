@@ -24,7 +24,8 @@ class CacheConfig:
 
     L0 caches whole texts. `l1` switches L1, the cache of chunks and segments, on or off. `engine`
     names the encoder of uncached text ("auto": the fastest installed one that proves equal to the
-    tokenizer). `render_max_bytes` is the size of the cache of rendered chats; 0 switches it off.
+    tokenizer, which it does in the background; tokenizers encodes until then).
+    `render_max_bytes` is the size of the cache of rendered chats; 0 switches it off.
     `verify_rate` is the share of answers assembled from cached parts (segments, rendered messages)
     that are compared with the tokenizer's own answer for the whole.
 

@@ -195,6 +195,10 @@ class CopyError(TokcacheError, RuntimeError):
         self.reason = reason
 
 
+class ChoiceDiscarded(TokcacheError):
+    """Nobody needs the choice of an engine any more."""
+
+
 class FastEncoderUnavailable(TokcacheError, RuntimeError):
     """An encoder is not installed or can't encode with this tokenizer; `reason` says why."""
 

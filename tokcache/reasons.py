@@ -85,6 +85,22 @@ BYPASSES = {
     ),
 }
 
+# L0Stats.misses_by_reason, and those of chunks and segments in L1Stats: why a look-up missed.
+TEXT_MISSES = {
+    "new": Reason(
+        "the cache never held it, or only before a clear or a change of the tokenizer", _NOTHING
+    ),
+    "evicted": Reason(
+        "the cache held and evicted it",
+        "raise `l0_max_entries` and `l0_max_bytes` (texts) or `l1_max_bytes` (chunks, segments)",
+    ),
+    "not_known": Reason(
+        "the cache may have evicted it: it remembers about 4,096 evictions, and of"
+        " texts above 16 KiB the length, the beginning and the end",
+        "look at `evictions`: if they grow as fast as `insertions`, raise the budget",
+    ),
+}
+
 # L0Stats.refusals: texts not put into L0.
 L0_REFUSALS = {
     "oversize": Reason("the entry is larger than L0's whole budget", "raise `l0_max_bytes`"),
@@ -124,6 +140,56 @@ L1_REFUSALS = {
         "the faster encoder failed or differed, and tokenizers encodes from then on",
         'see the log; choose `engine="tokenizers"`',
     ),
+}
+
+# CacheStats.engine_reason: why the engine in force encodes, and no faster one.
+ENGINE_REASONS = {
+    "pending": Reason(
+        "the proof of a faster engine has not ended, and tokenizers encodes until then",
+        "`wait_for_engine()` waits for it",
+    ),
+    "proven": Reason("the engine proved equal to the tokenizer in this process", _NOTHING),
+    "remembered": Reason(
+        "the engine proved equal in an earlier process, and on a sample of the probes in this one",
+        _NOTHING,
+    ),
+    "configured": Reason('`engine="tokenizers"` was configured', 'choose `engine="auto"`'),
+    "not_installed": Reason("no faster engine is installed", "pip install 'tokcache[engines]'"),
+    "refused": Reason(
+        "no installed engine is equal to the tokenizer", "`tokcache explain` says why"
+    ),
+    "failed": Reason("the proof ended with an error", "see the log, and please report it"),
+    "dropped": Reason(
+        "the faster engine failed or gave other ids, and tokenizers encodes from then on",
+        "see the log",
+    ),
+    "forked": Reason(
+        "the process was forked, and the engine's threads exist only in the parent",
+        "wrap the tokenizer after the fork",
+    ),
+    "difference": Reason(
+        "`verify_rate` found a difference, and no text is put together from segments any more",
+        "please report it, with the tokenizer",
+    ),
+    "not_cut": Reason(
+        "no text of this tokenizer is cut, and tokenizers encodes whole texts",
+        "`tokcache explain` says why",
+    ),
+    "no_l1": Reason("`l1=False` was configured, and tokenizers encodes", "choose `l1=True`"),
+    "not_cached": Reason(
+        "the tokenizer's answers are not cached, and it encodes itself",
+        "`tokcache explain` says why",
+    ),
+}
+
+# SignedRecords.refusals: why a model file was hashed, or an engine proven, again.
+RECORD_REFUSALS = {
+    "unreadable": Reason("the record can't be read", "check the cache folder"),
+    "damaged": Reason("the record is damaged", "check the cache folder"),
+    "unwritable": Reason("the record can't be written", "check the cache folder"),
+    "no_folder": Reason("there is no cache folder", "set TOKCACHE_CACHE_DIR"),
+    "no_key": Reason("the key of the cache folder can't be read", "check its permissions"),
+    "damaged_key": Reason("the key of the cache folder is damaged", "remove it"),
 }
 
 # CutPlan.off, shown by `tokcache explain`: why no text of a tokenizer is cut.
@@ -268,6 +334,14 @@ LLAMA_REFUSALS = {
         "the sequence holds other positions than its record says",
         "call `reset` after you change a sequence yourself",
     ),
+    "fork_of_the_past": Reason(
+        "a recurrent memory holds only its present state, and a fork of fewer tokens was asked for",
+        "fork when the source has just reached the end of the common tokens",
+    ),
+    "fork_outside_window": Reason(
+        "the window has dropped positions that the next token of the branches looks back at",
+        "fork before the source is decoded further, or make the context with swa_full=True",
+    ),
     "pending_save_overtaken": Reason(
         "the sequence went on before the fingerprint was known", "wait for the fingerprint first"
     ),
@@ -354,6 +428,18 @@ SERVER_REFUSALS = {
         "a slot that was decoding for another request held more of the prompt",
         "start the server with more slots, or send the requests of a conversation in turn",
     ),
+    "cut_off": Reason(
+        "a request was cut off before its answer began, so its slot was emptied",
+        "leave `save_when` at `answered`, so that a file has the contents",
+    ),
+    "context_shifted": Reason(
+        "the prompt and its answer did not fit into a slot, so the server dropped some tokens",
+        "start the server with more context",
+    ),
+    "explanation_failed": Reason(
+        "the server did not give the texts that `explain` asked for; the answer has none",
+        "see the server's log",
+    ),
     "no_checkpoint": Reason(
         "a slot or file held more of the prompt, but the server cannot go back to that place",
         "start llama-server with its default `--ctx-checkpoints`; in reproducible mode only whole "
@@ -364,12 +450,7 @@ SERVER_REFUSALS = {
 # `remembered_digests`: why the digest of a model file was computed again.
 DIGEST_REFUSALS = {
     "blocks_differ": Reason("the file was changed although its times were not", _NOTHING),
-    "unreadable": Reason("the remembered digest cannot be read", "check the cache folder"),
-    "damaged": Reason("the remembered digest is damaged", "check the cache folder"),
-    "unwritable": Reason("the digest cannot be written", "check the cache folder"),
-    "no_folder": Reason("there is no cache folder", "set TOKCACHE_CACHE_DIR"),
-    "no_key": Reason("the key of the cache folder cannot be read", "check its permissions"),
-    "damaged_key": Reason("the key of the cache folder is damaged", "remove it"),
+    **RECORD_REFUSALS,
 }
 
 # Counters of `tokcache serve`, and the `detail` of a reason in its answers.
@@ -397,7 +478,9 @@ GATEWAY_REASONS = {
         "use a chat template that only appends; `tokcache explain --chat` names its switches",
     ),
     "prompt_ids_unknown": Reason(
-        "the llama-server did not render a prompt, so its ids could not be compared", _NOTHING
+        "the llama-server did not render a prompt, or counted another number of tokens than the"
+        " tokenizer, so its ids were not compared",
+        _NOTHING,
     ),
     "restore_not_used_by_server": Reason(
         "the llama-server used less than half of a restored file",
@@ -408,6 +491,15 @@ GATEWAY_REASONS = {
         "let nobody else use the llama-server",
     ),
     "save_failed": Reason("the llama-server could not save a slot", "see its log"),
+    "cut_off": Reason(
+        "a request was cut off while its slot was prepared, so the slot's contents were lost",
+        _NOTHING,
+    ),
+    "server_away": Reason("the llama-server did not answer, so its slots are lost", "see its log"),
+    "server_restarted": Reason(
+        "the llama-server was started again, and no file had the contents of its slots",
+        "stop the gateway first: it saves the slots",
+    ),
     "file_over_budget": Reason("a saved slot is larger than `max_bytes`", "raise `max_bytes`"),
     "file_not_deleted": Reason(
         "a saved file could not be deleted", "let the gateway write to the slot folder"
@@ -418,7 +510,7 @@ GATEWAY_REASONS = {
     ),
     "list_damaged": Reason("the list of saved files can't be read", "delete `files.json`"),
     "list_of_other_format": Reason(
-        "the list of saved files is of another version of tokcache", _NOTHING
+        "the list of saved files is of another version of tokcache, so they are not found", _NOTHING
     ),
     "tokenizer_pending": Reason(
         "the llama-server counted tokens while the model's tokenizer was still being proven equal",
@@ -495,14 +587,16 @@ MISSES = {
 TABLES = {
     "Prompts not reused to their end": MISSES,
     "Calls answered by the plain tokenizer": BYPASSES,
+    "Texts, chunks and segments not found in L0 and L1": TEXT_MISSES,
     "Texts not put into L0": L0_REFUSALS,
     "Texts not cut, chunks not kept (L1)": L1_REFUSALS,
+    "The engine in force": ENGINE_REASONS,
     "Tokenizers whose texts are never cut": L1_OFF,
     "Chats rendered in full": RENDER_REFUSALS,
     "States not stored or not used": STATE_REFUSALS,
     "llama.cpp in process": LLAMA_REFUSALS,
     "Disk and Redis": TIER_REFUSALS,
     "llama-server": SERVER_REFUSALS,
-    "Digests of model files": DIGEST_REFUSALS,
+    "Digests of model files, and proofs of engines": DIGEST_REFUSALS,
     "The endpoint `tokcache serve`": GATEWAY_REASONS,
 }

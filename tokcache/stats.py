@@ -5,13 +5,23 @@ Counters only grow until their cache is cleared; `n_entries` and `n_bytes` are c
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+
+from tokcache.reasons import TEXT_MISSES
 
 
 def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
+
+
+def _no_misses() -> dict[str, int]:
+    return dict.fromkeys(TEXT_MISSES, 0)
+
+
+def add_counts(old: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
+    """Add the counts of each reason; those of 0 are kept."""
+    return {reason: old.get(reason, 0) + now.get(reason, 0) for reason in {**old, **now}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +29,8 @@ class L0Stats:
     """Counters of L0, the exact-string cache.
 
     Units: `n_bytes` is the bytes held (keys, ids, overhead); `hit_tokens` counts the token ids
-    served from hits.
+    served from hits. `misses_by_reason` says how many of the `misses` were texts that this cache
+    had evicted.
     """
 
     hits: int
@@ -30,6 +41,7 @@ class L0Stats:
     hit_tokens: int
     n_entries: int
     n_bytes: int
+    misses_by_reason: Mapping[str, int] = field(default_factory=_no_misses)
 
     @property
     def hit_rate(self) -> float:
@@ -43,10 +55,12 @@ class L1Stats:
 
     Units: a text is one of the `hits` if all of its chunks were cached, else one of the `misses`.
     `chunk_hits` and `chunk_misses` count look-ups of chunks, `segment_hits` and `segment_misses`
-    those of segments. `lookup_chars`, `chunk_miss_chars` and `engine_chars` are the code points of
-    texts looked up, of chunks not found, and of text that the engine encoded. `tokens` counts the
-    ids of all answers, `engine_tokens` those of them that the engine made. `n_bytes` is the bytes
-    held. `refusals` counts, by reason, texts that were not cut and segments that were not kept.
+    those of segments; `chunk_misses_by_reason` and `segment_misses_by_reason` say how many of the
+    misses had been evicted. `lookup_chars`, `chunk_miss_chars` and `engine_chars` are the code
+    points of texts looked up, of chunks not found, and of text that the engine encoded. `tokens`
+    counts the ids of all answers, `engine_tokens` those of them that the engine made. `n_bytes` is
+    the bytes held. `refusals` counts, by reason, texts that were not cut and segments that were not
+    kept.
     """
 
     hits: int = 0
@@ -66,14 +80,18 @@ class L1Stats:
     n_chunks: int = 0
     n_segments: int = 0
     n_bytes: int = 0
+    chunk_misses_by_reason: Mapping[str, int] = field(default_factory=_no_misses)
+    segment_misses_by_reason: Mapping[str, int] = field(default_factory=_no_misses)
 
     def __add__(self, now: L1Stats) -> L1Stats:
         """Add the counters of a cache that was replaced; sizes are those of `now`."""
-        own, new = asdict(self), asdict(now)
-        held = {name: new[name] for name in ("n_chunks", "n_segments", "n_bytes")}
-        refusals = dict(Counter(self.refusals) + Counter(now.refusals))
-        total = {name: own[name] + new[name] for name in own if name not in (*held, "refusals")}
-        return L1Stats(**total, **held, refusals=refusals)
+        total = asdict(now)
+        for name, old in asdict(self).items():
+            if isinstance(old, dict):
+                total[name] = add_counts(old, total[name])
+            elif name not in {"n_chunks", "n_segments", "n_bytes"}:
+                total[name] += old
+        return L1Stats(**total)
 
     @property
     def char_hit_rate(self) -> float:
@@ -109,7 +127,8 @@ class CacheStats:
     Units: `encoded_texts` counts the texts that the engine encoded, in full or in part,
     `encoded_tokens` their ids and `encode_seconds` the time. `bypasses` counts, by reason, the
     calls that the plain tokenizer answered. `shared` counts callers that waited for another
-    caller's encoding of the same text.
+    caller's encoding of the same text. `engine` names the encoder of uncached text, and
+    `engine_reason` says why it is that one: a key of `reasons.ENGINE_REASONS`.
     """
 
     l0: L0Stats
@@ -121,6 +140,8 @@ class CacheStats:
     shared: int = 0
     invalidations: int = 0
     bypasses: Mapping[str, int] = field(default_factory=dict)
+    engine: str = "tokenizers"
+    engine_reason: str = "pending"
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,12 @@ _COUNTERS = {
     ),
     "Calls answered by the plain tokenizer": "`tok.cache_stats().bypasses`",
     "Texts not put into L0": "`tok.cache_stats().l0.refusals`",
+    "Texts, chunks and segments not found in L0 and L1": (
+        "`misses_by_reason` of `tok.cache_stats().l0`, `chunk_misses_by_reason` and "
+        "`segment_misses_by_reason` of `tok.cache_stats().l1`; the metrics "
+        "`tokcache_l0_misses_total`, `tokcache_l1_chunk_misses_total` and "
+        "`tokcache_l1_segment_misses_total`"
+    ),
     "Texts not cut, chunks not kept (L1)": "`tok.cache_stats().l1.refusals`",
     "Tokenizers whose texts are never cut": "`tok.cache_stats().l1.refusals`, `tokcache explain`",
     "Chats rendered in full": "`tok.cache_stats().render.refusals`",
@@ -62,7 +68,10 @@ _COUNTERS = {
         "`states.stats().disk.refusals`, `states.stats().redis.refusals`"
     ),
     "llama-server": "`server.stats().refusals`",
-    "Digests of model files": "the log",
+    "The engine in force": (
+        "`tok.cache_stats().engine_reason`, the metric `tokcache_engine_reason`, `tokcache explain`"
+    ),
+    "Digests of model files, and proofs of engines": "the log",
     "The endpoint `tokcache serve`": (
         "the metric `tokcache_gateway_reasons_total`, and `detail` in answers; their `reason` is "
         "one of the first table (`tokcache_gateway_misses_total`)"

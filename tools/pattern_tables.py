@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import argparse
 import base64
+import struct
 import sys
 import textwrap
+import unicodedata
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
+
+from tokcache.text.cuts.char_classes import CharClass, class_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "tokcache" / "text" / "cuts" / "regex"
 
@@ -56,17 +60,18 @@ def properties_module() -> str:
         for _, (start, stop) in split.pre_tokenize_str(text):
             changes[start] ^= 1 << bit
             changes[stop] ^= 1 << bit
-    kinds: dict[int, int] = {}
+    # An interval ends where a property changes, and before and behind a composition.
+    composed = dict(_compositions())
+    ends = {text.index(chr(point + more)) for point in composed for more in (0, 1)}
+    kinds: dict[tuple[int, int | None], int] = {}
     intervals: list[tuple[int, int]] = []
-    kind = 0
-    for at in sorted({0, *changes} - {len(points)}):
-        kind ^= changes.get(at, 0)
+    properties = 0
+    for at in sorted({0, *changes, *ends} - {len(points)}):
+        properties ^= changes.get(at, 0)
+        kind = properties, composed.get(points[at])
         intervals.append((points[at], kinds.setdefault(kind, len(kinds))))
-    packed = " ".join(f"{start:x} {kind:x}" for start, kind in intervals)
-    encoded = base64.b64encode(zlib.compress(packed.encode(), 9)).decode()
-    lines = "\n".join(f'    "{line}"' for line in textwrap.wrap(encoded, 90))
     names = "\n".join(f'    "{line} "' for line in textwrap.wrap(" ".join(_NAMES).lower(), 88))
-    return f'''"""Code points by the properties that a pattern may name.
+    return f'''"""Code points by the properties that a pattern may name, and compositions.
 
 Made by tools/pattern_tables.py with tokenizers {tokenizers.__version__}.
 """
@@ -76,12 +81,37 @@ NAMES = (
 {names}
 )
 
-# Pairs of hexadecimal numbers: the first code point of an interval, and its kind. Intervals of one
-# kind have the same properties. Compressed by zlib, then base64.
+# The first code point of every interval (<I), then the kind of every interval (<H). Characters of
+# one kind have the same properties, and the same class in COMPOSITIONS. Compressed, then base64.
 INTERVALS = (
-{lines}
+{_packed("I", "H", intervals)}
+)
+
+# The code points below 0x3100 that NFC makes of a character of a rule's class and marks after it
+# (<H), then the class of each (B). Later ones are compositions of Hangul, or excluded from NFC.
+COMPOSITIONS = (
+{_packed("H", "B", _compositions())}
 )
 '''
+
+
+def _packed(first: str, second: str, rows: Iterable[tuple[int, int]]) -> str:
+    """Return the lines of a literal that holds two columns, one after the other."""
+    firsts, seconds = zip(*rows, strict=True)
+    n = len(firsts)
+    packed = struct.pack(f"<{n}{first}{n}{second}", *firsts, *seconds)
+    encoded = base64.b64encode(zlib.compress(packed, 9)).decode()
+    return "\n".join(f'    "{line}"' for line in textwrap.wrap(encoded, 90))
+
+
+def _compositions() -> Iterator[tuple[int, int]]:
+    for point in range(0xC0, 0x3100):
+        char = chr(point)
+        parts = unicodedata.normalize("NFD", char)
+        if parts != char and unicodedata.normalize("NFC", char) == char:
+            own = class_of(parts[0])
+            if own is not CharClass.OTHER:
+                yield point, own
 
 
 def known_module() -> str:

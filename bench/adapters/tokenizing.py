@@ -122,10 +122,12 @@ class Tokcache:
         self.tokenizer = tokcache.wrap(Tokenizer.from_file(str(file)), config)
         token_ids = self.tokenizer.token_ids
         self.encode: Callable[[str], Any] = lambda text: token_ids(text, add_special_tokens=False)
-        segments: Any = self.tokenizer.cache_stats()
-        engine = getattr(getattr(segments, "l1", None), "engine", None)
-        if engine is not None and engine != settings.get("engine", engine):
-            raise Unavailable(f"its engine is {engine}: {settings['engine']} was refused")
+        self.tokenizer.wait_for_engine()
+        stats = self.tokenizer.cache_stats()
+        if stats.engine != settings.get("engine", stats.engine):
+            raise Unavailable(
+                f"its engine is {stats.engine} ({stats.engine_reason}), not {settings['engine']}"
+            )
 
     def segment_chars(self) -> tuple[int, int, int]:
         """Return the characters looked up, those in missing chunks, and those encoded."""

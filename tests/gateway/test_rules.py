@@ -84,6 +84,22 @@ def test_rules_are_named_in_a_header_and_without_them_counted(tmp_path: Path) ->
         load(None, {"upstreams": ["http://127.0.0.1:1"], "rules": ["x"]}, {})
 
 
+def test_a_page_of_an_allowed_origin_may_read_the_headers(tmp_path: Path) -> None:
+    origin = "http://page.test"
+    settings = {"rules": ["sort_tools"], "allowed_origins": [origin], "max_queue": 1}
+    with (
+        upstream(tmp_path / "slots", n_slots=1) as server,
+        gateway(tmp_path / "own", server, **settings) as served,
+    ):
+        asked = {"tools": [tool("b"), tool("a")], "headers": {"origin": origin}}
+        headers = served.chat([user("hi")], **asked)["headers"]
+        assert headers["access-control-allow-origin"] == origin
+        exposed = set(headers["access-control-expose-headers"].split(", "))
+        told = {name for name in headers if name.startswith("x-tokcache-")}
+        assert told | {"retry-after"} <= exposed
+        assert "x-tokcache-rules" in told
+
+
 def test_warm_prompts_are_held_before_the_first_request(tmp_path: Path) -> None:
     folder = tmp_path / "warm"
     folder.mkdir()

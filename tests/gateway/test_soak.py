@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from pathlib import Path
 
 from tests.gateway.gateways import gateway, httpx, upstream  # isort: skip (skips without extras)
 
-from bench.gateway_soak import MAX_DIFFERENT, bodies
+from bench.gateway_soak import MAX_DIFFERENT, Clients, bodies
 
 SECONDS = float(os.environ.get("TOKCACHE_SOAK_S", "10"))
 N_CLIENTS = 8
@@ -22,57 +21,32 @@ def n_sockets() -> int:
 
 
 def test_soak(tmp_path: Path) -> None:
-    asked = bodies()
     with (
         upstream(tmp_path / "slots") as one,
         upstream(tmp_path / "slots") as two,
         gateway(tmp_path / "own", one, two, max_queue=64) as served,
     ):
         expected = []
-        for body in asked:
+        for body in bodies():
             found = httpx.post(f"{one.url}/v1/chat/completions",
                                json={**body, "cache_prompt": False}, timeout=60)  # fmt: skip
             expected.append(found.json()["choices"][0]["message"]["content"])
-        failures: list[str] = []
-        n_right, n_different, n_left = 0, 0, 0
-        lock = threading.Lock()
-        deadline = time.monotonic() + SECONDS
-
-        def work(seed: int) -> None:
-            nonlocal n_right, n_different, n_left
-            rng = random.Random(seed)
-            with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as client:
-                while time.monotonic() < deadline:
-                    number = rng.randrange(len(asked))
-                    try:
-                        if rng.random() < 0.3:
-                            body = {**asked[number], "stream": True, "max_tokens": 200}
-                            with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-                                for _ in zip(answer.iter_lines(), range(rng.randrange(9)),
-                                             strict=False):  # fmt: skip
-                                    pass
-                            n_left += 1
-                            continue
-                        answer = client.post("/v1/chat/completions", json=asked[number])
-                        told = answer.json()["choices"][0]["message"]["content"]
-                    except Exception as error:  # noqa: BLE001 (reported below)
-                        failures.append(repr(error))
-                        return
-                    with lock:
-                        n_right += told == expected[number]
-                        n_different += told != expected[number]
-
+        assert len(set(expected)) == len(expected)  # so that a mix-up is seen
         before = n_sockets()
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(N_CLIENTS)]
+        clients = Clients(served.url, expected, time.monotonic() + SECONDS)
+        threads = [threading.Thread(target=clients.work, args=(n,)) for n in range(N_CLIENTS)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert not failures
         served.wait_until_idle()
-        assert n_left > 3
-        assert n_right > 20
-        assert n_different <= MAX_DIFFERENT * (n_right + n_different), (n_right, n_different)
+        counts = clients.counts
+        assert not clients.failures
+        assert not counts["swapped"], counts
+        assert counts["left"] > 3
+        assert counts["right"] > 20
+        n_whole = counts["right"] + counts["different"]
+        assert counts["different"] <= MAX_DIFFERENT * n_whole, counts
         slots = [s for server in served.service.router.servers.values() for s in server.slots]
         assert not any(slot.is_busy for slot in slots)
         assert all(file.n_readers == 0 for file in served.service.files)

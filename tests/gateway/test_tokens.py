@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -17,8 +18,9 @@ from tokcache.gateway.tenants import new_key
 pytest.importorskip("llama_cpp", reason="needs tokcache[llama]")
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Coroutine, Iterator
 
+    from tokcache.gateway.routing.slots import Slot
     from tokcache.samples.server_process import ServerProcess
 
 
@@ -252,3 +254,72 @@ def test_a_file_is_restored_only_for_a_prompt_with_its_ids(
         with gateway(tmp_path / "own", upstreams=upstreams) as made:
             assert made.service.files
             assert all(file.ids for file in made.service.files)
+            # The tokenizer is not proven yet, so nothing speaks against a restore.
+            answer = made.chat(chats[0])
+            assert made.service.router.reasons["different_ids"] == 0
+            assert answer["tokcache"]["plan"] == "file"
+
+
+def in_loop(served: Gateway, work: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of a coroutine that runs in the gateway's own loop."""
+    loop = next(iter(served.service._tasks)).get_loop()
+    return asyncio.run_coroutine_threadsafe(work, loop).result(30)
+
+
+def test_ids_that_do_not_come_are_counted(served: Gateway) -> None:
+    service = served.service
+    (server,) = service.upstreams.values()
+    look, reasons = service.looks[server.url], service.router.reasons
+    body = json.dumps({"messages": [user("hi")]}).encode()
+    n_before = reasons["prompt_ids_unknown"]
+    ids = in_loop(served, service.tokens.prompt_ids(server, look, body, None))
+    assert reasons["prompt_ids_unknown"] == n_before
+    for chat, n_tokens in ((b'{"messages": 5}', None), (body, len(ids) + 1)):
+        assert not in_loop(served, service._ids(server, chat, None, n_tokens))
+    assert reasons["prompt_ids_unknown"] == n_before + 2
+
+
+def only_slot(served: Gateway) -> Slot:
+    (server,) = served.service.router.servers.values()
+    (slot,) = server.slots
+    return slot
+
+
+def test_a_restored_slot_has_the_ids_of_its_file(tmp_path: Path, model: Path) -> None:
+    chats = [[system(f"{n}. {SYSTEM}"), user("hi")] for n in range(3)]
+    with upstream(tmp_path / "slots", model=model, n_slots=1) as process:
+        upstreams = [{"url": process.url, "slot_folder": str(tmp_path / "slots"),
+                      "tokenizer": str(model)}]  # fmt: skip
+        with gateway(tmp_path / "own", upstreams=upstreams) as made:
+            wait_for_proof(made)
+            made.chat(chats[0])
+            slot, files = only_slot(made), made.service.files
+            assert slot.chat_body is not None
+            made.chat(chats[1])
+            (file,) = files
+            assert file.ids
+            # The file is restored for a request that the server then rejects.
+            body = {"messages": [*chats[0], user("go on")], "grammar": "root ::= ("}
+            assert made.http.post("/v1/chat/completions", json=body).status_code == 400
+            made.wait_until_idle()
+            assert made.service.router.counts["restore"] == 1
+            assert slot.ids == file.ids
+            assert only_slot(made).chat_body is None
+            files.drop(file)
+            made.chat(chats[2])
+            assert [each.ids for each in files if each.chain == file.chain] == [file.ids]
+
+
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_the_body_of_a_chat_is_kept_only_where_its_ids_can_be_found(
+    tmp_path: Path, model: Path, has_tokenizer: bool
+) -> None:
+    other = changed_tokenizer(tmp_path / "tokenizer.json", is_reversed=True)
+    with upstream(tmp_path / "slots", model=model, n_slots=1) as process:
+        upstreams = [{"url": process.url, "slot_folder": str(tmp_path / "slots"),
+                      "tokenizer": str(other) if has_tokenizer else None}]  # fmt: skip
+        with gateway(tmp_path / "own", upstreams=upstreams) as made:
+            wait_for_proof(made)
+            made.chat([system(), user("hi")])
+            assert only_slot(made).n_tokens > 0
+            assert only_slot(made).chat_body is None

@@ -41,6 +41,7 @@ class Pretender:
     """Gives the answers that a test sets, and counts the requests."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.asked: Counter[str] = Counter()
         self.bodies: list[Any] = []
         self.logprob = -0.5

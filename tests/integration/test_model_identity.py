@@ -527,7 +527,7 @@ def test_a_record_of_another_key_or_another_file_is_not_used(
 
 
 def test_the_number_of_records_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered_digests, "MAX_RECORDS", 5)
+    monkeypatch.setattr("tokcache._records.MAX_RECORDS", 5)
     remembered = RememberedDigests()
     made = [FileIdentity(n, 2, 3, 4, 5) for n in range(12)]
     stale = folder / ".new-1"
@@ -590,7 +590,7 @@ def test_an_unsafe_folder_is_not_used_and_is_logged_once(
             expected = hashlib.sha256(file.read_bytes()).digest()
             assert digest(file, remembered) == expected
     assert len(caplog.records) == 1
-    assert "digests are not remembered" in caplog.text
+    assert "no remembered digest can be kept" in caplog.text
     assert sum(remembered.refusals.values()) >= 2
     if how != "a file":
         assert [each.name for each in folder.iterdir() if each.name != "key"] == []
@@ -599,7 +599,7 @@ def test_an_unsafe_folder_is_not_used_and_is_logged_once(
 def test_without_a_home_or_room_only_the_hashing_is_repeated(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokcache.llama.remembered_digests.user_cache_folder", lambda: Path("~/x"))
+    monkeypatch.setattr("tokcache._records.user_cache_folder", lambda: Path("~/x"))
     monkeypatch.delenv("TOKCACHE_CACHE_DIR")
     remembered = RememberedDigests()
     assert digest(file, remembered) == hashlib.sha256(file.read_bytes()).digest()

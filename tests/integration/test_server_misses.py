@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.integration.pretended import Pretender, pretend
 from tests.integration.served import (
     N_PREDICT,
     Wrapped,
@@ -19,12 +20,20 @@ from tests.integration.served import (
     serve_with_adapter,
 )
 from tokcache import samples
+from tokcache.errors import ServerUnreachable
 from tokcache.llama.server import LlamaServer, SlotSettings
+from tokcache.llama.server.job import Job
+from tokcache.llama.server.namespaces import namespace_of
+from tokcache.llama.server.records import Records
 from tokcache.llama.server.removals import N_ROWS, N_TABLES, SlotRemovals
+from tokcache.llama.server.slot import Condition
+from tokcache.llama.server.table import Start, Wish
+from tokcache.llama.server.trust import KINDS
 from tokcache.state.reasons import Miss, MissReason
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.integration.served import Connect
@@ -265,11 +274,195 @@ def test_removals_are_bounded_and_of_one_namespace() -> None:
     removals.note(b"b" * 20, TokenIds(range(-20, 0)), "max_bytes")
     assert removals.has_forgotten(b"b" * 20)
     assert not removals.has_forgotten(b"a" * 20)
-    removals.forget(b"a" * 20, ids[:20])
-    assert removals.find(b"a" * 20, ids[:20]) is None
     removals.clear(lambda namespace: namespace[:1] == b"b")
     assert removals.find(b"b" * 20, ids[:16]) is None
     for n in range(N_TABLES):
         removals.note(n.to_bytes(20, "little"), ids, "max_bytes")
     assert removals.find(b"a" * 20, ids) is None
     assert removals.has_forgotten(b"a" * 20)
+
+
+def parted(
+    held: list[int],
+    *,
+    condition: Condition = Condition.FREE,
+    n_prompt: int = 0,
+    n_live: int = 0,
+    lora: Any = None,
+) -> Miss:
+    """Return why a prompt A was decoded whole: it got a slot with `n_live` of its tokens.
+
+    Another slot has the `held` tokens, of which the first `n_prompt` are a prompt's, in the same
+    scope, and with the adapters `lora`.
+    """
+    records = Records("http://127.0.0.1:9", SlotSettings())
+    records.misses.decode = lambda _: "the same text"
+    records.table.resize([0, 1])
+    own, other = records.table.slots.values()
+    wish = Wish(namespace_of(None), TokenIds(A), None, KINDS)
+    other.decoded(namespace_of(None, lora), TokenIds(held), None)
+    other.n_prompt = n_prompt or len(held)
+    # So that the scope is known to have prompts with these adapters.
+    records.misses.parting(
+        Wish(namespace_of(None, lora), TokenIds(B), None, KINDS), Start(own, 0, None)
+    )
+    other.condition = condition
+    start = Start(own, n_live, None)
+    job = Job(wish.prompt, {}, wish, start=start, parting=records.misses.parting(wish, start))
+    found = records.misses.find(job, 0)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        (A[:100], (MissReason.REFUSED, "slot_busy")),
+        (A[:99], (MissReason.NEVER_STORED, "")),
+        ([*A[:99], *B], (MissReason.DIFFERENT_TEXT, "")),
+    ],
+    ids=["half", "less, and no more", "less, and another text"],
+)
+def test_a_busy_slot_is_blamed_only_for_the_most_of_a_miss(held: list[int], expected: Any) -> None:
+    found = parted(held, condition=Condition.BUSY)
+    assert (found.reason, found.detail) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "reason"),
+    [(100, MissReason.RE_ENCODING), (101, MissReason.DIFFERENT_TEXT)],
+    ids=["its answer", "its prompt"],
+)
+def test_only_the_ids_of_an_answer_can_be_those_of_a_text_encoded_again(
+    n_prompt: int, reason: MissReason
+) -> None:
+    held = [*A[:100], *B]
+    assert parted(held, condition=Condition.FREE, n_prompt=n_prompt).reason is reason
+
+
+@pytest.mark.parametrize(
+    ("n_same", "expected"),
+    [
+        (15, (MissReason.NEVER_STORED, "")),
+        (16, (MissReason.OTHER_FINGERPRINT, "lora")),
+    ],
+)
+def test_a_few_common_tokens_do_not_blame_other_adapters(n_same: int, expected: Any) -> None:
+    found = parted([*A[:n_same], *B], lora=[{"id": 0, "scale": 0.5}])
+    assert (found.reason, found.detail) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_live", "expected"),
+    [
+        (99, (MissReason.DIFFERENT_TEXT, "slot_not_used_by_server")),
+        (100, (MissReason.REFUSED, "slot_not_used_by_server")),
+    ],
+)
+def test_a_slot_that_the_server_decoded_again_is_blamed_only_for_the_most_of_a_miss(
+    n_live: int, expected: Any
+) -> None:
+    found = parted([*A[:100], *B], n_live=n_live)
+    assert (found.reason, found.detail) == expected
+
+
+@pytest.fixture
+def pretender() -> Iterator[Pretender]:
+    made = Pretender()
+    with pretend(made) as made.url:
+        yield made
+
+
+def pretended(made: Pretender, **settings: Any) -> LlamaServer:
+    return LlamaServer(made.url, timeout_s=60, slot_settings=SlotSettings(**settings))
+
+
+FULL = (500, {"error": {"code": 500, "message": "no room on the disk", "type": "server_error"}})
+
+
+@pytest.mark.parametrize(
+    ("said", "detail"),
+    [
+        (FULL, "save_failed"),
+        ({"n_saved": 150, "n_written": 15_000}, "slot_changed_by_others"),
+        (None, "save_failed"),  # the connection ends
+    ],
+    ids=["an error", "other tokens", "no answer"],
+)
+def test_a_failed_save_is_the_reason_and_no_eviction(
+    pretender: Pretender, said: Any, detail: str
+) -> None:
+    pretender.say["save"] = said
+    with pretended(pretender) as server:
+        for tokens in (A, B, prompt(3, 200)):
+            complete(server, tokens)
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.REFUSED, detail)
+
+
+def test_contents_for_which_pinned_files_leave_no_room_say_so(pretender: Pretender) -> None:
+    with pretended(pretender, max_bytes=25_000) as server:
+        complete(server, prompt(4, 200), conversation="kept")
+        server.pin("kept")
+        for tokens in (A, B, prompt(3, 200)):
+            complete(server, tokens)
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.REFUSED, "file_over_budget")
+
+
+def test_a_request_that_is_cut_off_in_a_slot_says_so(pretender: Pretender) -> None:
+    with pretended(pretender, save_when="overwritten") as server:
+        complete(server, A)
+        pretender.say["/completion"] = None
+        with pytest.raises(ServerUnreachable):
+            server.complete([*A, 7], n_predict=1)
+        server.flush(30)
+        pretender.say["/completion"] = pretender.complete
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.REFUSED, "cut_off")
+        server.clear()
+        assert miss(server, A).reason is MissReason.NEVER_STORED
+
+
+def test_a_shifted_context_says_so(pretender: Pretender) -> None:
+    def shifted(body: Any) -> Any:
+        return {**pretender.complete(body), "truncated": True, "tokens_cached": 100}
+
+    with pretended(pretender) as server:
+        pretender.say["/completion"] = shifted
+        complete(server, A)
+        pretender.say["/completion"] = pretender.complete
+        found = miss(server, A)
+        assert (found.reason, found.detail) == (MissReason.REFUSED, "context_shifted")
+
+
+@both_clients
+def test_an_explanation_that_fails_costs_no_answer(pretender: Pretender, connect: Connect) -> None:
+    with connect(pretender.url, timeout_s=60) as server:
+        pretender.say["/detokenize"] = FULL
+        found = server.complete(A, n_predict=1, explain=True)
+        assert found.completion.text == " it"
+        assert found.miss is not None
+        assert found.explanation is None
+        assert server.stats().refusals["explanation_failed"] == 1
+
+
+@pytest.mark.parametrize("scope", ["a", None, "b"], ids=["own", "all", "another"])
+@pytest.mark.parametrize("is_understood", [True, False], ids=["a slot", "no slot"])
+def test_nothing_is_explained_of_a_scope_that_was_cleared_meanwhile(
+    pretender: Pretender, scope: str | None, is_understood: bool
+) -> None:
+    with pretended(pretender) as server:
+
+        def cleared(_: Any) -> Any:
+            pretender.say["/detokenize"] = {"content": "text"}
+            server.clear(scope=scope)
+            return {"content": "text"}
+
+        if not is_understood:
+            pretender.say["/props"] = {}
+        complete(server, A, scope="a")
+        pretender.say["/detokenize"] = cleared
+        found = server.complete([*A[:90], *B], n_predict=1, scope="a", explain=True)
+        assert found.miss is not None
+        assert (found.explanation is not None) == (scope == "b")

@@ -87,7 +87,6 @@ def test_every_counter_of_a_tokenizer_is_shown(
     assert stats.l0.hits == stats.bypasses["encoding_objects"] == stats.invalidations == 1
     shown = {
         "l0_hits_total": stats.l0.hits,
-        "l0_misses_total": stats.l0.misses,
         "l0_hit_tokens_total": stats.l0.hit_tokens,
         "l0_max_entries": 77,
         "l0_max_bytes": CONFIG.l0_max_bytes,
@@ -99,6 +98,17 @@ def test_every_counter_of_a_tokenizer_is_shown(
     }
     assert {name: value(registry, name) for name in shown} == shown
     assert value(registry, "bypasses_total", reason="encoding_objects") == 1
+    for reason in ("new", "evicted", "not_known"):
+        got = value(registry, "l0_misses_total", reason=reason)
+        assert got == stats.l0.misses_by_reason[reason]
+        got = value(registry, "l1_chunk_misses_total", reason=reason)
+        assert got == stats.l1.chunk_misses_by_reason[reason]
+        got = value(registry, "l1_segment_misses_total", reason=reason)
+        assert got == stats.l1.segment_misses_by_reason[reason]
+    assert value(registry, "l0_misses_total", reason="new") == stats.l0.misses > 0
+    engine, reason = tok.cache_stats().engine, tok.cache_stats().engine_reason
+    assert value(registry, "engine", engine=engine) == 1
+    assert value(registry, "engine_reason", reason=reason) == 1
     tok.cache_clear()
     assert value(registry, "l0_hits_total") == 0
 
@@ -148,7 +158,10 @@ def leaves(kind: Any, prefix: str) -> Iterator[str]:
 def test_no_counter_is_left_out() -> None:
     by_tier = {"stats.n_blocks", "stats.n_bytes"}
     by_tier |= {"stats.redis.n_bytes", "stats.redis.evictions"}  # Redis itself reports them
-    assert set(leaves(CacheStats, "stats")) <= {one.path for one in TEXT}
+    sums = {f"stats.{name}" for name in ("l0.misses", "l1.chunk_misses", "l1.segment_misses")}
+    paths = {one.path for one in TEXT}
+    assert {f"{path}_by_reason" for path in sums} <= paths
+    assert set(leaves(CacheStats, "stats")) - sums <= paths
     assert set(leaves(StateStats, "stats")) - by_tier <= {one.path for one in STATES}
 
 
@@ -159,8 +172,8 @@ def test_a_model_may_have_a_tokenizer_and_states(
     for model, cache in (("a", tok), ("a", states), ("b", other)):
         collector.add(model, cache)
     tok.token_ids("hello")
-    assert value(registry, "l0_misses_total", "a") == 1
-    assert value(registry, "l0_misses_total", "b") == 0
+    assert value(registry, "l0_misses_total", "a", reason="new") == 1
+    assert value(registry, "l0_misses_total", "b", reason="new") == 0
     assert value(registry, "state_hits_total", "a") == 1
     assert value(registry, "state_hits_total", "b") is None
 

@@ -129,14 +129,90 @@ def test_bad_input_is_one_line_with_exit_code_2(tmp_path: Path) -> None:
         ([log, "--model", "/nowhere.gguf"], "no such model file"),
         ([log, "--state-bytes", "4GB"], "--state-bytes"),
         ([broken, "--strict"], "line 31: not a JSON value"),
-        ([log, "--json", "/nowhere/x"], "can't be written"),
+        ([log, "--json", "/nowhere/x"], "can't be written: no such folder: /nowhere"),
+        ([log, "--state-bytes", "4G"], "add --kv-bytes-per-token or --model"),
     ]
     for args, message in cases:
         code, output = run(*args)
         assert (code, message in output) == (2, True), (args, output)
         assert "Traceback" not in output
     code, output = run(broken)
-    assert (code, "1 records" in output, "line 31" in output) == (0, True, True)
+    assert (code, "1 record\n" in output, "line 31" in output) == (0, True, True)
+
+
+def test_files_that_do_not_fit_are_named_before_any_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokcache.replay.run.TextReplay.add", lambda *_: pytest.fail("replayed"))
+    log, ids = chats(tmp_path / "log"), tmp_path / "ids"
+    ids.write_text('{"hash_ids": [1], "input_length": 512}')
+    code, output = run(log, ids)
+    assert (code, "has texts" in output, "replay them one by one" in output) == (2, True, True)
+    code, output = run(log, tmp_path / "absent")
+    assert (code, "no such trace" in output) == (2, True)
+
+
+def test_a_trace_of_which_nothing_could_be_read_is_no_success(tmp_path: Path) -> None:
+    code, output = run(chats(tmp_path / "log", 5), "--format", "mooncake")
+    assert (code, "No record could be read (5 records skipped)" in output) == (2, True), output
+
+
+def test_the_summary_says_little_where_little_is_saved(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("one text of a few words\n")
+    code, output = run(log)
+    assert code == 0, output
+    first = output.splitlines()[0]
+    assert first.startswith("On this prompt, states would save the prefill of less than 1% of the ")
+    assert "of a tiny sample tokenizer" in first
+
+
+def test_the_summary_has_the_hits_of_the_size_that_was_timed(tmp_path: Path) -> None:
+    """The least size with nearly all hits has fewer than the default size."""
+    log = chats(tmp_path / "log")
+    l1 = next(one for one in figures(log)["curves"] if one["name"] == "L1")
+    output = run(log)[1]
+    shown = re.search(r"cache of the default size would find (\d+)% of the characters", output)
+    assert shown is not None, output
+    assert int(shown[1]) == pytest.approx(100 * l1["unlimited"], abs=2)
+
+
+def test_a_log_of_token_ids_needs_no_tokenizer(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(2 * (json.dumps({"prompt": list(range(64))}) + "\n"))
+    code, output = run(log)
+    assert code == 0, output
+    assert "The token ids are those of the trace" in output
+    assert "tiny" not in output
+    assert "template" not in output
+
+
+@pytest.mark.parametrize("kv", [1, 57_344, 1_000_000])
+def test_the_settings_can_be_pasted(kv: int, tmp_path: Path) -> None:
+    log = chats(tmp_path / "log")
+    found = figures(log, "--kv-bytes-per-token", str(kv))
+    names: dict[str, Any] = {}
+    exec(found["config"], names)  # noqa: S102 (our own code)
+    assert names["config"].l1_max_bytes >= 4 << 20
+    states = next(one for one in found["curves"] if one["name"] == "states")
+    with contextlib.closing(names["states"]) as cache:
+        assert cache.ram_bytes >= states["knee_size"]
+    assert 'max_bytes = "' in found["config"]
+
+
+def test_a_file_that_can_not_be_written_costs_no_figure(tmp_path: Path) -> None:
+    code, output = run(chats(tmp_path / "log"), "--json", tmp_path)
+    assert (code, "can't be written: Is a directory" in output) == (2, True)
+    assert "On these 30 prompts" in output
+
+
+def test_a_closed_output_costs_no_file(tmp_path: Path) -> None:
+    log, written = chats(tmp_path / "log"), tmp_path / "figures"
+    command = [sys.executable, "-m", "tokcache", "replay", str(log), "--json", str(written)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:  # noqa: S603 (our own code)
+        assert process.stdout is not None
+        process.stdout.close()
+    assert json.loads(written.read_text())["n_prompts"] == 30
 
 
 def test_a_model_measures_prefill_and_states(tmp_path: Path) -> None:
@@ -252,7 +328,8 @@ def test_the_page_is_one_file_without_text_of_prompts(page: Path) -> None:
     for title in ("Hit rate of prefix states", "Time saved", "Latency of tokenization",
                   "Misses by reason", "Bytes by tier", "Costliest prompts"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text
-    assert "Below 1 MiB an L1 may have up to five points more or less." in text
+    assert "Below 1 MiB an L1 has up to four points less" in text
+    assert "Restoring states counts as no time; --model measures it." in text
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokcache
-from tokcache.replay.curves import StackDistances, _smaller_before, mixed
+from tokcache.replay.curves import StackDistances, _smaller_before, _stable_order, mixed
 from tokcache.replay.prefixes import (
     BLOCKS,
     CONTINUES,
@@ -87,6 +87,15 @@ def test_earlier_smaller_elements_are_summed(values: list[int]) -> None:
         for at in range(len(values))
     ]
     assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("greatest", [1, 7, 1 << 10, (1 << 64) - 1])
+def test_equal_keys_are_ordered_by_their_position(greatest: int) -> None:
+    keys = np.random.default_rng(2).integers(0, greatest, 999, np.uint64, endpoint=True)
+    keys[500:700] = keys[300:500]
+    order, ordered = _stable_order(keys)
+    assert (order == np.argsort(keys, kind="stable")).all()
+    assert (ordered == np.sort(keys)).all()
 
 
 def zipf(n: int, n_objects: int, seed: int) -> list[int]:
@@ -306,6 +315,20 @@ def test_the_curves_of_texts_are_those_of_five_real_caches(
     found = real.cache_stats().l1.char_hit_rate
     assert of_texts.l1_rates([n_bytes])[0] == pytest.approx(found, abs=0.01)
     assert l0.hit_rates([exact.max_bytes])[0] == pytest.approx(n_hits / len(texts), abs=0.01)
+
+
+@pytest.mark.parametrize("n_kib", [192, 384, 768])
+def test_a_small_l1_has_up_to_four_points_less_than_its_curve(
+    n_kib: int, texts: list[str], of_texts: TextReplay
+) -> None:
+    """All of a text is looked up before any of it is stored; the oldest of eight is evicted."""
+    config = tokcache.CacheConfig(engine="tokenizers", l0_max_entries=1, l1_max_bytes=n_kib << 10)
+    real = tokcache.wrap(of_texts.encoder.plain, config)
+    set_cut_seed(real)
+    for text in texts:
+        real.token_ids(text)
+    less = of_texts.l1_rates([n_kib << 10])[0] - real.cache_stats().l1.char_hit_rate
+    assert -0.01 < less < 0.04
 
 
 def test_generated_text_counts_only_with_ids_or_on_request() -> None:

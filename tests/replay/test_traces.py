@@ -331,8 +331,9 @@ def test_broken_lines_of_a_hash_trace_are_counted_by_number_and_skipped(tmp_path
 @pytest.mark.parametrize(
     "wrong",
     [{"hash_ids": [1, 2.5]}, {"hash_ids": ["a secret"]}, {"hash_ids": [1 << 70]},
-     {"input_length": "5"}, {"input_length": -1}, {"input_length": 5.5}, {"hash_ids": None}],
-    ids=["share", "text", "large", "length-text", "negative", "length-share", "null"],
+     {"input_length": "5"}, {"input_length": -1}, {"input_length": 5.5}, {"hash_ids": None},
+     {"input_length": 10**18}],
+    ids=["share", "text", "large", "length-text", "negative", "length-share", "null", "too-long"],
 )  # fmt: skip
 def test_ids_that_are_no_integers_are_named_by_number(wrong: Any, tmp_path: Path) -> None:
     row = {"input_length": 1024, "hash_ids": [1, 2]}
@@ -345,6 +346,48 @@ def test_ids_that_are_no_integers_are_named_by_number(wrong: Any, tmp_path: Path
     assert skipped.n == 1
     assert "line 2: " in skipped.named[0]
     assert "secret" not in skipped.named[0]
+
+
+def test_unsigned_hashes_of_64_bits_are_ids(tmp_path: Path) -> None:
+    row = {"input_length": 1024, "hash_ids": [1 << 63, (1 << 64) - 1]}
+    skipped = Skipped()
+    trace = open_trace(written(tmp_path / "trace", row, row), skipped)
+    replay = BlockReplay(Prefixes)
+    assert sum(replay.run(trace)) == 2
+    trace.source.close()
+    assert (skipped.n, replay.prefixes.hit_rates([float("inf")])[0]) == (0, 0.5)  # type: ignore[union-attr]
+
+
+def test_a_session_with_a_time_that_is_no_number_is_skipped(tmp_path: Path) -> None:
+    """JSON has no NaN, but Python's reader of values on several lines takes it."""
+    path = tmp_path / "trace"
+    path.write_text('{"requests": [{"t": NaN,\n"in": 64, "hash_ids": [1]}]}')
+    why = f"{path}, item 1: a request has no t, in or hash_ids"
+    assert blocks(str(path))[2:] == ([], Skipped(n=1, named=[why]))
+
+
+def test_a_folder_says_how_its_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidTrace, match=r"is a folder; name its files"):
+        open_trace(str(tmp_path), Skipped())
+
+
+def test_a_loop_of_links_is_an_error(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.symlink_to(other)
+    other.symlink_to(one)
+    with pytest.raises(InvalidTrace, match="Too many levels of symbolic links"):
+        open_trace(str(one), Skipped())
+
+
+@pytest.mark.parametrize("where", ["body", "response", "choice"])
+def test_token_ids_without_text_are_a_prompt(where: str, tmp_path: Path) -> None:
+    choice: dict[str, Any] = {"token_ids": [3]}
+    answer: dict[str, Any] = {"choices": [choice]}
+    record: dict[str, Any] = {"response": answer}
+    {"body": record, "response": answer, "choice": choice}[where]["prompt_token_ids"] = [1, 2]
+    name, (request,), skipped = read(written(tmp_path / "trace", record))
+    assert (name, request.prompt_ids, request.reply_ids) == ("openai", [1, 2], [3])
+    assert skipped.n == 0
 
 
 def test_strict_stops_at_the_first_broken_line(tmp_path: Path) -> None:

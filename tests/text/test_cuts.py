@@ -511,7 +511,7 @@ NO_CUT: dict[str, tuple[Build, str]] = {
             pre_tokenizers.Split(Regex("zz"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
         ),
-        "ByteLevel puts a space before every part of a text",
+        "ByteLevel puts a space before every pre-token",
     ),
     "spaces_hidden": (
         _with("gpt2", normalizer=_MARKS),
@@ -519,7 +519,7 @@ NO_CUT: dict[str, tuple[Build, str]] = {
     ),
     "pattern_not_modelled": (
         _pre(pre_tokenizers.Split(Regex(r"\d+|(?<=a)b"), "isolated"), _BYTES),
-        r"pre-tokenizer Split by '\\d+|(?<=a)b': look-behind at character 4",
+        r"pre-tokenizer Split by '\d+|(?<=a)b': look-behind at character 4",
     ),
     "nothing_forced": (
         SYNTHETIC["bytes_unsplit"],
@@ -570,11 +570,11 @@ AFTERWARDS = {
             pre_tokenizers.Digits(),
             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
         ),
-        "pre-tokenizer ByteLevel puts a space before every part of a text",
+        "pre-tokenizer ByteLevel puts a space before every pre-token",
     ),
     "look_behind": (
         _split_by(r"\p{N}+", r"(?<=\S)\s"),
-        r"pre-tokenizer Split by '(?<=\\S)\\s': look-behind at character 0",
+        r"pre-tokenizer Split by '(?<=\S)\s': look-behind at character 0",
     ),
 }
 

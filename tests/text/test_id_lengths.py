@@ -8,7 +8,7 @@ import unicodedata
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import ByteLevel
@@ -94,6 +94,35 @@ def test_without_a_token_for_the_marker_there_is_no_length_table(has_marker: boo
     for text in ("a b", " a b a", "\u2581a b", "b a " * 100):
         assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
     assert "segments_differ" not in wrapped.cache_stats().l1.refusals
+
+
+def test_a_token_found_in_normalised_text_has_not_the_length_of_its_content(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`\u2581ab` stands for " ab", two bytes less."""
+    tokenizer = _with_marked_token()
+    own, sizes = _encoders_and_lengths(tokenizer, monkeypatch)[-1]
+    index = tokenizer.token_to_id("\u2581ab")
+    assert own.encode(["x ab"])[0][-1] == index
+    assert sizes.of_id(index) == 0
+
+
+def test_tokens_found_in_normalised_text_leave_the_segments_of_a_text_in_use() -> None:
+    """With wrong lengths, the ids would not fit the segments: each text would be encoded whole."""
+    tokenizer = _with_marked_token()
+    wrapped = tokcache.wrap(tokenizer, CacheConfig(engine="tokenizers", l0_max_entries=1))
+    for n in range(20):
+        text = f"The dog {n} ab is late ab. " * 9
+        assert wrapped.token_ids(text).tolist() == tokenizer.encode(text).ids
+    assert "segments_differ" not in wrapped.cache_stats().l1.refusals
+    assert wrapped.cache_stats().l1.segment_hits > 0
+
+
+def _with_marked_token() -> Tokenizer:
+    tokenizer: Tokenizer = SYNTHETIC["llama2"]()
+    tokenizer.normalizer = Replace(" ", "\u2581")
+    tokenizer.add_tokens([AddedToken("\u2581ab", normalized=True)])
+    return tokenizer
 
 
 @pytest.mark.parametrize("has_all_merges", [True, False])

@@ -41,6 +41,7 @@ class _Machine(RuleBasedStateMachine):
         )
         self.roomy = max_entries == 1000 and max_bytes == 1 << 30
         self.model: dict[tuple[str, bool, str | None], list[int]] = {}
+        self.once_put: set[tuple[str, bool, str | None]] = set()  # since the last clear
         self.n_gets = 0
 
     @rule(text=TEXTS, flag=st.booleans(), scope=SCOPES, ids=IDS)
@@ -48,6 +49,7 @@ class _Machine(RuleBasedStateMachine):
         stored = self.cache.put(text, ids, add_special_tokens=flag, scope=scope)
         assert stored or not self.roomy
         if stored:
+            self.once_put.add((text, flag, scope))
             self.model[text, flag, scope] = ids
             assert self.cache.get(text, add_special_tokens=flag, scope=scope) == ids
             self.n_gets += 1
@@ -64,9 +66,17 @@ class _Machine(RuleBasedStateMachine):
             self._get(*data.draw(st.sampled_from(sorted(self.model, key=repr))))
 
     def _get(self, text: str, flag: bool, scope: str | None) -> None:
+        before = self.cache.stats().misses_by_reason
         got = self.cache.get((text + "\0")[:-1], add_special_tokens=flag, scope=scope)
         self.n_gets += 1
         expected = self.model.get((text, flag, scope))
+        if got is None:  # fewer entries than the cache remembers; refused ones can't be told apart
+            after = self.cache.stats().misses_by_reason
+            assert after["not_known"] == 0
+            if (text, flag, scope) not in self.once_put:
+                assert after["new"] == before["new"] + 1
+            elif (text, flag, scope) in self.model:
+                assert after["evicted"] == before["evicted"] + 1
         if got is not None or self.roomy:
             assert got == expected if expected is not None else got is None
 
@@ -76,6 +86,7 @@ class _Machine(RuleBasedStateMachine):
         n_held = sum(key[2] == scope for key in self.model)
         self.cache.clear(scope=scope)
         self.model = {key: ids for key, ids in self.model.items() if key[2] != scope}
+        self.once_put = {key for key in self.once_put if key[2] != scope}
         after = self.cache.stats()
         assert before.n_entries - after.n_entries <= n_held
         assert (before.hits, before.insertions) == (after.hits, after.insertions)
@@ -85,6 +96,7 @@ class _Machine(RuleBasedStateMachine):
     def clear(self) -> None:
         self.cache.clear()
         self.model.clear()
+        self.once_put.clear()
         self.n_gets = 0
 
     @invariant()
@@ -95,6 +107,7 @@ class _Machine(RuleBasedStateMachine):
         assert len(self.cache) <= len(self.model)
         stats = self.cache.stats()
         assert stats.hits + stats.misses == self.n_gets
+        assert stats.misses == sum(stats.misses_by_reason.values())
         if self.roomy:
             assert len(self.cache) == len(self.model)
 

@@ -19,8 +19,10 @@ import tokcache
 from tests.text.implementations import both, implementation, native
 from tests.text.tokenizers_synthetic import SYNTHETIC, TRAINING, plain
 from tokcache import CacheConfig
+from tokcache.config import ADMIT_ONE_IN, LONG_CHARS
 from tokcache.errors import InvalidConfig, InvalidText
 from tokcache.text.segments.cache import CHARS_AT_ONCE, L1
+from tokcache.text.segments.choice import Chosen
 
 if TYPE_CHECKING:
     from tokcache.text.engines.copying import SegmentEncoder
@@ -231,8 +233,31 @@ def _use(wrapped: Any, spoil: Callable[[list[int]], list[int]] = list, **how: An
     """Make L1 encode with an `Encoder`, as if it had passed the proof; return it."""
     l1 = _l1(wrapped)
     encoders = [Encoder(sure, spoil, **how) for sure in l1._sure]
-    l1._set_fast(encoders)
+    l1._take(Chosen(dict(enumerate(encoders)), "proven"))
     return encoders[0]
+
+
+def test_an_encoder_that_holds_the_gil_encodes_a_short_text_in_the_thread_that_asks() -> None:
+    """No other thread can ask for the text meanwhile. For a long one it can, between the calls."""
+    wrapped = _wrapped(0.0)
+    l1 = _l1(wrapped)
+    asked: list[str] = []
+
+    def encode_once(_: Any, key: Any, complete: Callable[[], Any]) -> Any:
+        asked.append(key[0])
+        return complete()
+
+    words = "".join(f"line {n:06d} of many\n" for n in range(10_000))
+    texts = words[:500], words[: CHARS_AT_ONCE + 1]
+    for holds_lock, wanted in ((True, [texts[1]]), (False, [*texts])):
+        _use(wrapped, holds_lock=holds_lock)
+        asked.clear()
+        l1.clear(None, 0)
+        for text in texts:
+            ids, _ = l1.encode(text, False, None, 0, encode_once)
+            assert ids is not None
+            assert ids.tolist() == wrapped.encode(text, add_special_tokens=False).ids
+        assert asked == wanted
 
 
 def test_an_encoder_that_holds_the_gil_gets_a_long_text_in_several_calls() -> None:
@@ -560,3 +585,16 @@ def test_a_growing_chat_is_composed_of_cached_chunks(
     assert stats.engine_chars < n_chars / 4
     assert stats.char_hit_rate > 0.5
     assert stats.refusals == {}
+
+
+@pytest.mark.parametrize("scope", [None, "a"])  # looked up in native code, and in Python
+def test_one_in_eight_long_texts_of_cached_chunks_is_kept_whole(scope: str | None) -> None:
+    wrapped: Any = tokcache.wrap(SYNTHETIC["gpt2"](), WITHOUT_FAST_ENCODER)
+    passages = [f"This is passage {n}, one of several of a text.\n" * 3 for n in range(20)]
+    texts = ["".join(passages[at:] + passages[:at]) for at in range(20)]
+    assert len(texts[0]) > LONG_CHARS
+    for text in texts * 5:
+        assert wrapped.token_ids(text, scope=scope).tolist() == wrapped.encode(text).ids
+    stats = wrapped.cache_stats()
+    assert stats.l1.hits > 2 * ADMIT_ONE_IN  # where chunks end is random, and so is their number
+    assert stats.l0.insertions == stats.l1.misses + stats.l1.hits // ADMIT_ONE_IN

@@ -59,6 +59,15 @@ def _nfc_that_composes_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(normalizers.READERS, "NFKC", lambda *_: replace(nfc, keeps_non_ascii=False))
 
 
+def _every_stage_is_last(patch: pytest.MonkeyPatch) -> None:
+    rules = pre_tokenizers._stage_rules
+    patch.setattr(
+        pre_tokenizers,
+        "_stage_rules",
+        lambda stage, context: rules(stage, replace(context, is_last=True)),
+    )
+
+
 def _tokens_found_in_raw_text(patch: pytest.MonkeyPatch) -> None:
     """Judge no cut by the added tokens that are searched for in the normalised text."""
     _replaced_by(planner, "unsafe_pairs", value=frozenset())(patch)
@@ -129,7 +138,7 @@ REFUSALS: dict[str, tuple[Disable, IsConcerned]] = {
         _strips,
     ),
     "whitespace hidden by ByteLevel": (
-        _replaced_by(pre_tokenizers, "_hides_whitespace", value=False),
+        _every_stage_is_last,
         _has_bytes_first,
     ),
     "a marked run": (_replace_read_with(marks_runs=False), _replaces),

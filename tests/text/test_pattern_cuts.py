@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import product
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
+import tokcache
 from tests.text import drawn_patterns, pattern_fuzz
-from tests.text.pattern_fuzz import allowed, fuzz, tightness, unsafe_cuts
+from tests.text.pattern_fuzz import allowed, fuzz, pieces, tightness, unsafe_cuts
 from tests.text.tokenizers_synthetic import PATTERNS, SYNTHETIC
 from tokcache.errors import Unrecognised
 from tokcache.text.cuts import pre_tokenizers as stages
-from tokcache.text.cuts.char_classes import CharClass
+from tokcache.text.cuts.char_classes import CharClass, class_of
 from tokcache.text.cuts.patterns import KNOWN
 from tokcache.text.cuts.planner import plan_cuts
-from tokcache.text.cuts.regex import lookup, pattern_cuts, safety
+from tokcache.text.cuts.regex import (
+    alphabet,
+    lookup,
+    pattern_cuts,
+    properties,
+    safety,
+    syntax,
+)
 from tokcache.text.cuts.regex.automaton import Program
 from tokcache.text.cuts.regex.known import RESULTS
 from tokcache.text.cuts.regex.lookup import cuts_of_pattern
@@ -73,6 +83,65 @@ def test_a_pattern_is_derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(times) == 1
 
 
+def test_the_work_for_a_common_pattern_is_bounded() -> None:
+    """The automaton runs over one of the symbols that the pattern can't tell apart."""
+    for name in KNOWN.keys() - {"jais2"}:  # whose runs of spaces are a thousand states
+        program = program_of(KNOWN[name])
+        cuts_of(program)
+        assert len(program._steps) < 1300, name
+
+
+# ---- the tables of characters
+
+
+def test_characters_of_one_kind_have_the_properties_that_the_library_gives_them() -> None:
+    """After a new version of Unicode: `python tools/pattern_tables.py --properties`."""
+    starts, kinds = alphabet._intervals()
+    rng = random.Random(7)
+    of_kind: dict[int, list[str]] = {}
+    for first, stop, kind in zip(starts, [*starts[1:], 0x110000], kinds, strict=True):
+        last = 0xD7FF if first < 0xD800 < stop else stop - 1
+        points = {first, last, rng.randint(first, last)}
+        of_kind.setdefault(kind, []).extend(map(chr, sorted(points)))
+    text = "".join(char for own in of_kind.values() for char in own)
+    queries = [rf"\p{{{name}}}" for name in properties.NAMES.split()] + [r"\s", r"\w", r"\d", "."]
+    for query in queries:
+        split = pre_tokenizers.Split(Regex(f"(?:{query})+"), "removed", invert=True)
+        ends = {end for _, place in split.pre_tokenize_str(text) for end in place}
+        at = 0
+        for own in of_kind.values():
+            inside = ends & {*range(at + 1, at + len(own))}
+            assert not inside, (query, ascii(text[min(inside)]))
+            at += len(own)
+
+
+def test_the_compositions_are_those_of_unicode() -> None:
+    def found(point: int) -> CharClass:
+        char = chr(point)
+        parts = unicodedata.normalize("NFD", char)
+        is_made = parts != char and unicodedata.normalize("NFC", char) == char
+        return class_of(parts[0]) if is_made else C.OTHER
+
+    points = [point for point in range(0x20000) if not 0xAC00 <= point < 0xE000]  # no Hangul
+    wanted = {point: found(point) for point in points}
+    assert alphabet._compositions() == {
+        point: own for point, own in wanted.items() if own is not C.OTHER
+    }
+
+
+def test_no_other_character_is_equal_to_an_ascii_letter_than_by_casefolding() -> None:
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x20000)]))
+    split = pre_tokenizers.Split(Regex("(?i:[a-z])"), "removed", invert=True)
+    found = [char for char, _ in split.pre_tokenize_str(text)]
+    assert [*"AZaz"] == [char for char in found if char in "AZaz"]
+    assert all(any(map(str.isascii, char.casefold())) for char in found)
+
+
+def test_every_text_that_one_character_folds_to_is_known() -> None:
+    folded = {chr(point).casefold() for point in range(0x20000)}
+    assert syntax._folds() == {one for one in folded if len(one) > 1}
+
+
 # ---- the library's matches
 
 
@@ -117,6 +186,8 @@ DIALECT = [
     (r"\s+(?!\S)|\s", "  a ", [" ", " ", " "]),
     (r"\d{1,3}(?=(?:\d{3})*\b)", "1234567x 12345", ["12", "345"]),
     (r"a{,2}b", "aaab", ["aab"]),
+    # At one place of the pattern, one way waits for a look-ahead and the other for none.
+    (r"(?:(?=abc)|)a[bd]", "ad abc abd", ["ad", "ab", "ab"]),
 ]
 
 
@@ -180,6 +251,18 @@ def test_the_stages_of_a_family_prove_their_cuts(name: str) -> None:
     plan = plan_cuts(tokenizer)
     assert all(plan.allows(*pair) for pair in wanted)
     assert list(unsafe_cuts(random.Random(name), tokenizer, allowed(plan), 300)) == []
+
+
+def test_a_character_that_a_normalizer_may_split_is_judged_as_any_visible_character() -> None:
+    """NFD makes a letter and a mark of `\xe9`, and the pattern joins a mark with a space."""
+    tokenizer = split_by(r"\p{M}\s?|\p{L}+|\s|[^\p{L}\p{M}\s]+")
+    for normalizer, is_safe in ((None, True), (normalizers.NFD(), False)):
+        tokenizer.normalizer = normalizer
+        is_split = pieces(tokenizer, "\xe9 a") == pieces(tokenizer, "\xe9") + pieces(
+            tokenizer, " a"
+        )
+        assert is_split == is_safe
+        assert plan_cuts(tokenizer).allows(C.NON_ASCII_LETTER, C.SPACE) == is_safe
 
 
 # ---- each condition is needed
@@ -281,7 +364,9 @@ REFUSED = {
     r"(?:a?)*b": "repeat of an expression that may be empty at character 6",
     r"a{2000}": "more than 1000 repeats at character 1",
     r"(?:a{900}b{900}){9}": "more than 4000 instructions",
-    r"\p{Tifinagh}": "property Tifinagh",
+    r"a\p{Tifinagh}": "property Tifinagh at character 1",
+    r"[a\p{^Tifinagh}]": "property Tifinagh at character 2",
+    r"[[:tifinagh:]]": "property tifinagh at character 1",
     r"\bfoo": r"\b or ^ that reads the character before its match",
     r"a(?=(?!bc)b+d)": "look-ahead of several characters in a look-ahead",
     r"(?i:ss)": "ignored case of several characters at character 5",
@@ -344,6 +429,30 @@ def test_many_added_tokens_leave_the_cuts_of_the_pattern() -> None:
     assert plan.refused == ()
     assert plan.allows(C.LETTER, C.SPACE)
     assert len(plan.separators) >= 20_000
+
+
+def test_wrapping_is_linear_in_the_added_tokens() -> None:
+    """A few calls of functions for each token: 11, where 22 took twice as long."""
+
+    def n_calls(n_tokens: int) -> int:
+        tokenizer = SYNTHETIC["qwen2"]()
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.add_tokens([AddedToken(f"<|{i}|>", normalized=True) for i in range(n_tokens)])
+        calls = 0
+
+        def count(_: Any, event: str, __: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            tokcache.wrap(tokenizer)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    n_more = 4000
+    assert n_calls(2000 + n_more) - n_calls(2000) < 15 * n_more
 
 
 # ---- tightness

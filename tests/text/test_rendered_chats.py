@@ -28,7 +28,8 @@ from tests.text.implementations import both, implementation
 from tokcache.stats import RenderStats
 from tokcache.text.chat import running
 from tokcache.text.chat import tree as tree_module
-from tokcache.text.chat.running import Loop, Run, Watched
+from tokcache.text.chat.running import Loop, Point, Run, Watched
+from tokcache.text.chat.tree import NO_MESSAGE, ChatTree, Node, Root, Stretch
 
 N_DRAWN = int(os.environ.get("TOKCACHE_DRAWN_CHATS", "300"))
 
@@ -435,6 +436,75 @@ def test_arguments_and_special_tokens_are_part_of_the_key() -> None:
     n_hits = stats_of(wrapped).hits
     assert known(chat, wrapped) == 2
     assert stats_of(wrapped).hits == n_hits + 1
+    wrapped.pad_token = "<p>"  # noqa: S105 (the template does not read it)
+    assert known(chat, wrapped) == 2
+
+
+def test_prompts_that_are_equal_but_of_another_type_have_texts_of_their_own() -> None:
+    wrapped = tokcache.wrap(plain_tokenizer(LOOPED + "{{ add_generation_prompt }}"))
+    for _ in range(4):  # the first answers are those of transformers
+        for prompt in (True, 1, 1.0, False, 0):
+            known(chat_of("a", "b"), wrapped, add_generation_prompt=prompt)
+    assert stats_of(wrapped).hits > 10
+    assert "differences" not in stats_of(wrapped).refusals
+
+
+def test_a_last_part_that_reads_a_namespace_of_the_loop_is_never_kept() -> None:
+    loop = LOOPED.replace("{% endfor", "{% set s.n = s.n + 1 %}{% endfor")
+    template = "{% set s = namespace(n=0) %}" + loop + "{{ s.n }}"
+    wrapped = tokcache.wrap(plain_tokenizer(template))
+    for n_messages in (1, 2, 3, 4, 5, 6, 7, 6, 5):
+        known(chat_of(*"abcdefg"[:n_messages]), wrapped, add_generation_prompt=True)
+    assert stats_of(wrapped).hits > 3
+    assert "differences" not in stats_of(wrapped).refusals
+
+
+def _stretch(name: bytes, n_state_bytes: int = 0) -> Stretch:
+    point = Point(n_done=1, n_needed=1, at=0, spaces=())
+    return Stretch(
+        first=1,
+        keys=name,
+        ends=(len(name),),
+        points=(point,),
+        cuts=(0,),
+        text="",
+        n_state_bytes=n_state_bytes,
+    )
+
+
+def _root(tree: ChatTree) -> Root:
+    root = Root(b"", NO_MESSAGE, place=(None, b""), names={})
+    assert tree.add_root(root) == ""
+    return root
+
+
+@pytest.mark.parametrize("is_own_top", [True, False])
+def test_a_state_before_the_first_message_over_half_the_budget_is_not_kept(
+    is_own_top: bool,
+) -> None:
+    tree = ChatTree(8000)
+    root = _root(tree)
+    top = root if is_own_top else Node(b"head", NO_MESSAGE)
+    n_bytes, stretch = tree.n_bytes, top.stretch
+    too_large = _stretch(b"", 4000)._replace(first=0)
+    assert tree.put_top(top, root, too_large) == "oversize"
+    assert (tree.n_bytes, tree.n_evictions, top.stretch) == (n_bytes, 0, stretch)
+    assert root.is_linked
+    assert not root.children
+    assert tree.put_top(top, root, too_large._replace(n_state_bytes=1000)) == ""
+
+
+def test_a_chat_is_found_after_the_one_that_was_used_last_was_removed() -> None:
+    tree = ChatTree(1 << 20)
+    root = _root(tree)
+    for name in (b"a", b"b"):
+        assert tree.add(root, tree.find(root, name, (1,)), _stretch(name), name, (1,)) == ""
+    assert root.latest is root.children[b"b"]
+    tree.remove(root.children[b"b"])
+    assert tree.find(root, b"b", (1,)).n_messages == 0
+    assert tree.find(root, b"a", (1,)).n_messages == 1
+    tree.remove(root.children[b"a"])
+    assert tree.find(root, b"a", (1,)).n_messages == 0
 
 
 def weather(at: str) -> str:

@@ -52,9 +52,7 @@ def _without_flag(flag: str) -> Weaken:
     def unsafe_pairs(tokens: list[Any], *more: Any) -> Any:
         flags = ("lstrip", "rstrip", "single_word")
         seen = [
-            SimpleNamespace(
-                content=one.content, **{name: name != flag and getattr(one, name) for name in flags}
-            )
+            SimpleNamespace(**{name: name != flag and getattr(one, name) for name in flags})
             for one in tokens
         ]
         return _unsafe_pairs(seen, *more)
@@ -65,14 +63,10 @@ def _without_flag(flag: str) -> Weaken:
 def _without_pairs(patch: pytest.MonkeyPatch) -> None:
     """Make the planner believe that every token of the second phase is one character."""
 
-    def unsafe_pairs(tokens: list[Any], *more: Any) -> Any:
-        flags = ("lstrip", "rstrip", "single_word")
-        seen = [
-            SimpleNamespace(content=char, **{name: getattr(one, name) for name in flags})
-            for one in tokens
-            for char in {one.content[0], one.content[-1]}
-        ]
-        return _unsafe_pairs(seen, *more)
+    def unsafe_pairs(tokens: list[Any], contents: list[str], reading: Any) -> Any:
+        ends = [(token, one[at]) for token, one in zip(tokens, contents, strict=True) if one
+                for at in (0, -1)]  # fmt: skip
+        return _unsafe_pairs([token for token, _ in ends], [char for _, char in ends], reading)
 
     patch.setattr(planner, "unsafe_pairs", unsafe_pairs)
 
@@ -82,8 +76,8 @@ def _read_as(**facts: Any) -> Weaken:
     return lambda patch: patch.setattr(
         planner,
         "unsafe_pairs",
-        lambda tokens, normalizer, reading: _unsafe_pairs(
-            tokens, normalizer, replace(reading, **facts)
+        lambda tokens, contents, reading: _unsafe_pairs(
+            tokens, contents, replace(reading, **facts)
         ),
     )
 

@@ -207,6 +207,48 @@ def test_evicted_chunks_are_encoded_again(name: str) -> None:
 
 
 @both
+def test_misses_of_evicted_chunks_are_told_from_new_ones(name: str) -> None:
+    max_bytes = {"native": 9_000, "reference": 40_000}[name]  # a few chunks
+    one = CacheWithEncoders(name, max_bytes=max_bytes, cuts_fine=False)
+    texts = [letter * 400 for letter in "abcdefghijkl"]
+    for text in texts:
+        one.ids(text)
+    assert one.cache.stats().evictions > 0
+    assert one.cache.stats().chunk_misses_by_reason == {"new": 12, "evicted": 0, "not_known": 0}
+    one.ids(texts[0], scope=1)
+    one.ids(texts[0])
+    assert one.cache.stats().chunk_misses_by_reason == {"new": 13, "evicted": 1, "not_known": 0}
+    one.cache.clear(scope=0)
+    one.ids(texts[1])
+    stats = one.cache.stats()
+    assert stats.chunk_misses_by_reason == {"new": 14, "evicted": 1, "not_known": 0}
+    assert stats.chunk_misses == 15
+    assert stats.segment_misses == sum(stats.segment_misses_by_reason.values())
+    one.cache.clear()
+    one.ids(texts[0])
+    assert one.cache.stats().chunk_misses_by_reason == {"new": 1, "evicted": 0, "not_known": 0}
+
+
+@both
+def test_misses_of_evicted_segments_are_never_counted_as_new(name: str) -> None:
+    one = CacheWithEncoders(name, max_bytes=66_000)
+    words = [f" {n}" for n in range(1000, 2500)]
+    rng = random.Random(3)
+    new = []
+    for _ in range(3):
+        one.ids("x" + "".join(words))
+        new.append(one.cache.stats().segment_misses_by_reason["new"])
+        rng.shuffle(words)
+    stats = one.cache.stats()
+    assert new[0] == new[1] == new[2] >= 1000
+    assert stats.segment_misses_by_reason["evicted"] > 500
+    assert stats.segment_misses == sum(stats.segment_misses_by_reason.values())
+    before = stats.segment_misses_by_reason["evicted"]
+    one.ids("y" + "".join(f" {n}" for n in range(5000, 5100)))
+    assert one.cache.stats().segment_misses_by_reason["evicted"] == before
+
+
+@both
 def test_a_chunk_larger_than_the_budget_is_counted_and_not_stored(name: str) -> None:
     one = CacheWithEncoders(name, max_bytes=9_000, cuts_fine=False)
     for text in ("hello", "a" * 20_000, "hello"):

@@ -34,6 +34,13 @@ def write_text(path: Path, text: str) -> None:
         raise typer.Exit(BAD_INPUT) from None
 
 
+def require_folder(path: Path | None) -> None:
+    """Exit with one line if a file can't be written later because its folder is absent."""
+    if path is not None and not path.parent.is_dir():
+        typer.echo(f"tokcache: {path} can't be written: no such folder: {path.parent}", err=True)
+        raise typer.Exit(BAD_INPUT)
+
+
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Print a TokcacheError in one line and exit; other exceptions are bugs and pass through."""

@@ -25,6 +25,7 @@ _NAMED = 6  # added tokens that are listed by name; the rest are counted
 _SHOWN_LINES = 100
 _NOTE_CHARS = 160
 _ADVICE = "; use tokenizers"
+_PROVEN = {"proven": "proven equal now", "remembered": "proven equal in an earlier process"}
 _INDENT = 13
 _SHADES = ("#000000 on #cfe8ff", "#000000 on #ffe9b3")
 _TOKEN = "bold #ffffff on #7a3e9d"  # noqa: S105 (a colour)
@@ -100,7 +101,8 @@ def _entries(found: Explanation) -> Iterator[tuple[str, list[str]]]:
         ]
         yield "Continued", continued or [f"every segment is encoded {alike}"]
         more = "; it encodes missing chunks whole: only --engine tokenizers looks up their segments"
-        engine = [f"{found.engine}{'' if found.looks_up_segments else more}"]
+        proven = f", {_PROVEN[found.engine_reason]}" if found.engine_reason in _PROVEN else ""
+        engine = [f"{found.engine}{proven}{'' if found.looks_up_segments else more}"]
         for note in found.engine_notes:
             # The line starts with the engine's name, so its error needs no full sentence.
             short = note.replace(" can't encode with this tokenizer:", ":").removesuffix(_ADVICE)

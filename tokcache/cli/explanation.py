@@ -181,6 +181,7 @@ class Explanation:
     continuations: tuple[Continuation, ...]
     affixes: Affixes | None
     engine: str | None
+    engine_reason: str
     engine_notes: tuple[str, ...]
     looks_up_segments: bool
     sample: Sample
@@ -216,6 +217,7 @@ def explain(
     plain = source.load() if isinstance(source, TokenizerSource) else source
     config = config or CacheConfig()
     wrapped = wrap(plain, config)
+    wrapped.wait_for_engine()
     core = wrapped._tokcache  # noqa: SLF001 (ours)
     l1 = core.l1
     reason = core.engine(core.fresh()).reason
@@ -243,6 +245,7 @@ def explain(
         continuations=tuple(_continuations(plan)) if plan else (),
         affixes=_affixes(plain, plan),
         engine=l1.engine if l1 is not None and l1.off is None else None,
+        engine_reason=wrapped.cache_stats().engine_reason,
         engine_notes=tuple(_engine_notes(l1, config.engine)) if l1 else (),
         looks_up_segments=by_segments is wrapped,
         sample=sample,

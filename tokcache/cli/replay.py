@@ -14,7 +14,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tokcache
 from tokcache._validate import require_share, require_size
-from tokcache.cli._common import AnyTokenizer, errors_in_one_line, write_text
+from tokcache.cli._common import (
+    BAD_INPUT,
+    AnyTokenizer,
+    errors_in_one_line,
+    require_folder,
+    write_text,
+)
 from tokcache.demo.tokenizers import chat_format, find_tokenizer
 from tokcache.errors import InvalidConfig
 from tokcache.replay.result import Prefill
@@ -89,17 +95,24 @@ def replay(
 
     Reads request logs of OpenAI and Anthropic, ShareGPT, tau-bench, SWE-agent, plain texts,
     OpenTelemetry spans, and the hash traces of Mooncake, Bailian and kv-cache-tester. Exit code 2:
-    bad input; 130: interrupted, with the figures up to then.
+    bad input, or no record could be read; 130: interrupted, with the figures up to then.
     """
     with errors_in_one_line():
         from tokcache.replay.run import Options, Replay  # noqa: PLC0415 (numpy takes 0.1 s)
 
         _check(sample, prefill_rate, kv_bytes_per_token)
+        for file in (html, json_file):
+            require_folder(file)
         if html is not None:
             from tokcache.replay.report import require_libraries  # noqa: PLC0415 (an extra)
 
             require_libraries()
         prefill = _prefill(model, prefill_rate, kv_bytes_per_token)
+        if state_bytes is not None and not prefill.kv_bytes_per_token:
+            raise InvalidConfig(
+                "--state-bytes needs the size of a token's state: add --kv-bytes-per-token or "
+                "--model"
+            )
         named = str(model) if tokenizer is None and model is not None else tokenizer
         options = Options(
             format_name=format_name,
@@ -117,14 +130,19 @@ def replay(
             except KeyboardInterrupt:
                 is_partial = True
         found = replaying.result(is_partial=is_partial)
-        if json_file is not None:
-            write_text(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
-        if html is not None:
-            from tokcache.replay.report.replay import page  # noqa: PLC0415 (an extra)
+        try:  # a file that can't be written costs no figure, a closed output no file
+            if json_file is not None:
+                write_text(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
+            if html is not None:
+                from tokcache.replay.report.replay import page  # noqa: PLC0415 (an extra)
 
-            write_text(html, page(found))
-        _show(found)
-    raise typer.Exit(_INTERRUPTED if is_partial else 0)
+                write_text(html, page(found))
+        finally:
+            _show(found)
+    if is_partial:
+        raise typer.Exit(_INTERRUPTED)
+    is_unread = found.n_skipped and not found.n_prompts and not found.n_without_text
+    raise typer.Exit(BAD_INPUT if is_unread else 0)
 
 
 def _check(sample: float, prefill_rate: float | None, kv: float | None) -> None:
@@ -158,7 +176,8 @@ def _encoder(named: str | None, no_text: bool) -> Encoder:
     form = chat_format(source, plain)
     wrapped = tokcache.wrap(source.load())
     name = source.name if named else f"{source.name}: --tokenizer names another"
-    return Encoder(name, form.name, plain, wrapped, None if no_text else wrapped, form.write)
+    kept = None if no_text else wrapped
+    return Encoder(name, form.name, plain, wrapped, kept, form.write, is_sample=named is None)
 
 
 @contextlib.contextmanager

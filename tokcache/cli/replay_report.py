@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from tokcache.replay.summary import sentence, with_unit
+from tokcache.replay.summary import counted, sentence, with_unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ def print_result(console: Console, found: Result) -> None:
     head = {
         "Traces": ", ".join(f"{name} ({form})" for name, form in found.traces),
         "Tokenizer": found.tokenizer,
-        "Skipped": f"{found.n_skipped:,} records" if found.n_skipped else "",
+        "Skipped": counted(found.n_skipped, "record") if found.n_skipped else "",
     }
     for name, text in head.items():
         if text:
@@ -45,21 +45,16 @@ def print_result(console: Console, found: Result) -> None:
 
 def _curves(found: Result) -> Table:
     made = Table(show_edge=False, pad_edge=False, box=None)
-    made.add_column("hit rate")
+    made.add_column("hit rate of")
     made.add_column("counted")
-    for name in ("1/16", "1/4", "of the size", "no limit"):
+    for name in ("size/16", "size/4", "this size", "no limit"):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("size", justify="right", no_wrap=True)
     for curve in found.curves:
-        rates = [_at(curve, share * curve.knee_size) for share in (1 / 16, 1 / 4)]
+        rates = [curve.rate_at(share * curve.knee_size) for share in (1 / 16, 1 / 4)]
         cells = [f"{rate:.1%}" for rate in (*rates, curve.knee_rate, curve.unlimited)]
         made.add_row(curve.name, curve.counted, *cells, _size(curve))
     return made
-
-
-def _at(curve: Curve, size: float) -> float:
-    below = [rate for at, rate in zip(curve.sizes, curve.rates, strict=True) if at <= size]
-    return below[-1] if below else 0.0
 
 
 def _size(curve: Curve) -> str:

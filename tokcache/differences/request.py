@@ -32,8 +32,9 @@ PROMPT_SETTINGS = (
     "continue_final_message",
 )
 _PROMPT_FIELDS = {"messages", "tools", "functions", "system", "instructions", "input", "prompt"}
-_IMAGES = {"image", "image_url", "input_image", "input_audio", "audio", "audio_url", "video"}
-_IMAGES |= {"video_url", "document", "file", "input_file"}
+# Tuples, because a foreign type may be a list or an object, which no set can be asked for.
+_IMAGES = ("image", "image_url", "input_image", "input_audio", "audio", "audio_url", "video")
+_IMAGES += ("video_url", "document", "file", "input_file")
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -158,7 +159,7 @@ def _has_anthropic_blocks(body: dict[str, Any]) -> bool:
     """Return whether contents or tools have a shape that only Anthropic's API has."""
     if any(isinstance(tool, dict) and "input_schema" in tool for tool in _list(body, "tools")):
         return True
-    own = {"tool_use", "tool_result", "thinking", "redacted_thinking"}
+    own = ("tool_use", "tool_result", "thinking", "redacted_thinking")
     for message in _list(body, "messages"):
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list) and any(

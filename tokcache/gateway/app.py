@@ -57,6 +57,14 @@ _log = logging.getLogger("tokcache.gateway")
 Handler = Callable[[Request], Awaitable["Response"]]
 
 
+class AsciiJson(JSONResponse):
+    """JSON in ASCII: an upstream's text may have lone surrogates, which UTF-8 can't hold."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the bytes of the answer."""
+        return json.dumps(content, separators=(",", ":")).encode("ascii")
+
+
 @dataclass(frozen=True, slots=True)
 class _Api:
     """How one API names its prompt and puts its answers together."""
@@ -105,6 +113,8 @@ def make_app(service: Service) -> Starlette:
                     "x-tokcache-plan",
                     "x-tokcache-planned-tokens",
                     "x-tokcache-reason",
+                    "x-tokcache-rules",
+                    "retry-after",
                 ],
             )
         )
@@ -170,7 +180,7 @@ class Endpoints:
         if error.status in _WITH_UNREAD_BODY:
             headers["connection"] = "close"
         body = error_body(error, is_anthropic=request.url.path.startswith(_MESSAGES))
-        return JSONResponse(body, status_code=error.status, headers=headers)
+        return AsciiJson(body, status_code=error.status, headers=headers)
 
     async def no_such_path(self, request: Request, _: Exception) -> Response:
         """Answer a path or method that is not served."""
@@ -229,7 +239,7 @@ class Endpoints:
         if is_stream:
             return _Stream(self._streamed(turn), turn, tenant, headers)
         await self._collect(request, turn, tenant)
-        return JSONResponse({**answer.body(), "tokcache": turn.happened()}, headers=headers)
+        return AsciiJson({**answer.body(), "tokcache": turn.happened()}, headers=headers)
 
     async def message(self, request: Request) -> Response:
         """Answer an Anthropic message by a chat completion."""
@@ -254,7 +264,7 @@ class Endpoints:
             events = messages.MessageEvents(answer, message_id, model)
             return _Stream(self._streamed_message(turn, events), turn, tenant, headers)
         await self._collect(request, turn, tenant)
-        return JSONResponse(messages.from_chat(answer, message_id, model), headers=headers)
+        return AsciiJson(messages.from_chat(answer, message_id, model), headers=headers)
 
     async def _message_as_it_came(
         self, request: Request, tenant: Tenant, chat: dict[str, Any], raw: bytes
@@ -268,7 +278,7 @@ class Endpoints:
         if is_stream:
             return _Stream(self._streamed(turn), turn, tenant, headers)
         await self._collect(request, turn, tenant)
-        return JSONResponse(answer.body(), headers=headers)
+        return AsciiJson(answer.body(), headers=headers)
 
     async def _open(
         self, request: Request, tenant: Tenant, api: _Api, body: dict[str, Any], raw: bytes
@@ -351,7 +361,7 @@ class Endpoints:
         upstream = self._service.any_upstream(self._server_model(body))
         look = self._service.looks[upstream.url]
         n_tokens = await self._service.tokens.count(upstream, look, chat, scope)
-        return JSONResponse({"input_tokens": n_tokens})
+        return AsciiJson({"input_tokens": n_tokens})
 
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a text."""
@@ -361,7 +371,7 @@ class Endpoints:
         upstream = self._service.any_upstream(self._server_model(body))
         look = self._service.looks[upstream.url]
         code, found = await self._service.tokens.tokenize(upstream, look, raw, body, scope)
-        return JSONResponse(found, status_code=code)
+        return AsciiJson(found, status_code=code)
 
     async def embeddings(self, request: Request) -> Response:
         """Pass on a request for embeddings, which llama-server gives to any slot."""
@@ -380,7 +390,7 @@ class Endpoints:
         raw = await self._body(request)
         upstream = self._service.any_upstream(self._server_model(read_object(raw)))
         code, found = await upstream.post(request.url.path, raw)
-        return JSONResponse(found, status_code=code)
+        return AsciiJson(found, status_code=code)
 
     async def models(self, request: Request) -> Response:
         """List the models of all servers that are up."""
@@ -396,13 +406,13 @@ class Endpoints:
                     "owned_by": "llamacpp",
                     "meta": {"n_ctx": look.n_ctx},
                 }
-        return JSONResponse({"object": "list", "data": list(listed.values())})
+        return AsciiJson({"object": "list", "data": list(listed.values())})
 
     async def health(self, _: Request) -> Response:
         """Answer 200 if a server is up and the gateway is not shutting down."""
         is_well = self._service.is_healthy and not self._service.is_draining
         told = {"status": "ok" if is_well else "unavailable"}
-        return JSONResponse(told, status_code=200 if is_well else 503)
+        return AsciiJson(told, status_code=200 if is_well else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Show all figures to Prometheus."""
@@ -413,7 +423,7 @@ class Endpoints:
     async def status(self, request: Request) -> Response:
         """Show the figures of the page."""
         self._require_admin(request)
-        return JSONResponse(status(self._service), headers=_NO_STORE)
+        return AsciiJson(status(self._service), headers=_NO_STORE)
 
     async def page(self, _: Request) -> Response:
         """Show the page; it asks for the figures itself, with a key if one is needed."""

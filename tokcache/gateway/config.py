@@ -19,7 +19,9 @@ from tokcache.gateway.api.rules import RULES
 _PREFIX = "TOKCACHE_SERVE_"
 _MAX_PORT = 65_535
 _MAX_SLOTS = 256
+_TLS = ("tls_certfile", "tls_keyfile")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_URL = re.compile(r"[!-~]+")  # no space, line end or other character that a request line can't hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +37,14 @@ class UpstreamConfig:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url) if isinstance(self.url, str) else None
-        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        _require_texts(self, "slot_folder", "tokenizer")
+        try:
+            is_plain = isinstance(self.url, str) and _URL.fullmatch(self.url)
+            parts = urlsplit(self.url) if is_plain else None
+            is_server = parts is not None and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a wrong port, or brackets around no address
+            parts, is_server = None, False
+        if parts is None or not is_server or parts.scheme not in ("http", "https"):
             raise InvalidConfig(
                 f"{self.url!r} is not a llama-server's URL; write one such as http://127.0.0.1:8080"
             )
@@ -48,6 +56,11 @@ class UpstreamConfig:
             raise MissingFile(
                 f"there is no file {self.tokenizer} (the tokenizer of {self.url}); name a GGUF or a"
                 " tokenizer.json"
+            )
+        if self.slot_folder and not Path(self.slot_folder).is_dir():
+            raise MissingFile(
+                f"there is no folder {self.slot_folder} (slot_folder of {self.url}); name the one "
+                "that its --slot-save-path is, as this machine sees it"
             )
         object.__setattr__(self, "url", self.url.rstrip("/"))
 
@@ -71,11 +84,14 @@ class TenantConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InvalidConfig("a tenant needs a name")
-        if self.key_sha256 and not _DIGEST.fullmatch(str(self.key_sha256)):
+        _require_texts(self, "key_sha256", "scope")
+        if self.key_sha256 and not _DIGEST.fullmatch(self.key_sha256):
             raise InvalidConfig(
                 f"tenant {self.name}: key_sha256 must be 64 hexadecimal digits; run"
                 " `tokcache serve --new-key`"
             )
+        if self.scope == "":
+            raise InvalidConfig(f"tenant {self.name}: scope must not be empty; leave it out")
         if self.key_sha256 and self.scope is None:
             object.__setattr__(self, "scope", self.name)
         require_int("max_in_flight", self.max_in_flight, minimum=0)
@@ -123,6 +139,7 @@ class GatewayConfig:
     tenants: tuple[TenantConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        _require_texts(self, "model", "llama_server", "host", "folder", "warm_folder", *_TLS)
         if bool(self.model) == bool(self.upstreams):
             raise InvalidConfig(
                 "give either MODEL.gguf or --upstream URL, not both and not neither"
@@ -133,6 +150,24 @@ class GatewayConfig:
             raise MissingFile(f"there is no llama-server at {self.llama_server}")
         if len({each.url for each in self.upstreams}) != len(self.upstreams):
             raise InvalidConfig("two upstreams have the same URL")
+        self._require_numbers()
+        unknown = sorted(set(self.rules) - RULES.keys())
+        if unknown:
+            raise InvalidConfig(f"rules: {unknown[0]!r} is unknown; known are {', '.join(RULES)}")
+        if self.warm_folder and not Path(self.warm_folder).is_dir():
+            raise MissingFile(f"there is no folder {self.warm_folder} (warm_folder)")
+        if bool(self.tls_certfile) != bool(self.tls_keyfile):
+            raise InvalidConfig("TLS needs both tls_certfile and tls_keyfile")
+        for name in _TLS:
+            path = getattr(self, name)
+            if path and not Path(path).is_file():
+                raise MissingFile(f"there is no file {path} ({name})")
+        names = [each.name for each in self.tenants]
+        keys = [each.key_sha256 for each in self.tenants]
+        if len(set(names)) < len(names) or len(set(keys)) < len(keys) or not all(keys):
+            raise InvalidConfig("each tenant needs a name and a key_sha256 that no other has")
+
+    def _require_numbers(self) -> None:
         require_int("port", self.port, 0, _MAX_PORT)
         require_int("n_slots", self.n_slots, 1, _MAX_SLOTS)
         for name in ("n_ctx", "min_save_tokens", "max_queue"):
@@ -144,17 +179,13 @@ class GatewayConfig:
         for field in dataclasses.fields(self):
             if field.name.endswith("_s"):
                 require_seconds(field.name, getattr(self, field.name))
-        unknown = sorted(set(self.rules) - RULES.keys())
-        if unknown:
-            raise InvalidConfig(f"rules: {unknown[0]!r} is unknown; known are {', '.join(RULES)}")
-        if self.warm_folder and not Path(self.warm_folder).is_dir():
-            raise MissingFile(f"there is no folder {self.warm_folder} (warm_folder)")
-        if bool(self.tls_certfile) != bool(self.tls_keyfile):
-            raise InvalidConfig("TLS needs both tls_certfile and tls_keyfile")
-        names = [each.name for each in self.tenants]
-        keys = [each.key_sha256 for each in self.tenants]
-        if len(set(names)) < len(names) or len(set(keys)) < len(keys) or not all(keys):
-            raise InvalidConfig("each tenant needs a name and a key_sha256 that no other has")
+
+
+def _require_texts(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not isinstance(value, str):
+            raise InvalidConfig(f"{name} must be a text, not {value!r}")
 
 
 def load(
@@ -185,7 +216,8 @@ def load(
     settings["tenants"] = _made(TenantConfig, "tenants", settings.get("tenants", ()))
     for name in ("server_args", "rules", "allowed_origins", "allowed_hosts"):
         value = settings.get(name, ())
-        if isinstance(value, str) or not all(isinstance(each, str) for each in value):
+        is_list = isinstance(value, list | tuple)
+        if not is_list or not all(isinstance(each, str) for each in value):
             raise InvalidConfig(f"{name} must be a list of texts")
         settings[name] = tuple(value)
     return GatewayConfig(**settings)

@@ -1,11 +1,11 @@
 """Sends requests to their slots, watches the servers, and keeps the list of files.
 
-1. `open` queues a request until the router assigns a slot, saves, erases and restores as the
-   assignment says, and sends the request with `id_slot`.
-2. `Turn.events` (turn.py) yields the events of the upstream's stream and records the counts of the
-   last one.
-3. `Turn.close` releases the slot. If the answer was cut off, it does so once llama-server has
-   stopped working on it.
+1. `open` queues a request until the router assigns a slot. It saves, erases and restores slots as
+   the assignment says, and sends the request with `id_slot`.
+2. `Turn.events` (turn.py) yields the events of the llama-server's stream, and records the counts of
+   tokens in the last one.
+3. `Turn.close` releases the slot. If the answer was cut off, it waits in the background until
+   llama-server has stopped decoding.
 
 If a server fails before the first byte of its answer, the request gets another slot, up to four
 times. A task checks the servers, starts a crashed one again and writes the list of files.
@@ -20,7 +20,7 @@ import secrets
 import time
 from collections import Counter, deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import platformdirs
 
@@ -49,10 +49,14 @@ from tokcache.llama.server.model import is_same_model
 from tokcache.llama.server.results import TokenProbabilities
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from tokcache.gateway.api.streams import Answer
     from tokcache.gateway.config import GatewayConfig
     from tokcache.gateway.routing.chain import Prompt
+    from tokcache.llama.server.results import SlotFile
 
+T = TypeVar("T")
 _CHAT = "/v1/chat/completions"
 _MAX_TRIES = 4  # of one request
 _TICK_S = 0.05  # between tries to assign requests that wait, and while shutting down
@@ -96,7 +100,7 @@ class Service:
         self.key = b""
         self.is_draining = False
         self._waiting: dict[Wish, asyncio.Future[Assignment]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.n_turns = 0
         self._is_list_old = False
         self._reported_down: set[str] = set()
@@ -144,10 +148,11 @@ class Service:
         while (self.n_turns or self._waiting) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_TICK_S)
         if self._saving is not None:
-            await asyncio.wait((self._saving,))
+            left_s = max(0.0, deadline - time.monotonic())
+            await asyncio.wait((self._saving,), timeout=left_s)
         for slot in self.router.idle():
             if time.monotonic() < deadline and self.router.admission.is_savable(slot):
-                await self._save(slot)
+                await self._save_idle(slot)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -162,11 +167,12 @@ class Service:
                 return self.upstreams[server.name]
         raise ApiError(503, "no llama-server is up; try again", retry_after_s=5)
 
-    def in_background(self, work: Any) -> None:
-        """Run a coroutine that nobody waits for."""
+    def in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a coroutine that `stop` ends."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _read_key(self) -> bytes:
         path = self.folder / "key"
@@ -197,7 +203,8 @@ class Service:
             except ServerUnreachable as error:
                 # Before the first byte, another slot or server can take the request.
                 self.counts["failover"] += 1
-                if isinstance(error, ServerRefused):  # nobody listens there; else it may be alive
+                # A refused connection shows that the server is gone; a broken one does not.
+                if isinstance(error, ServerRefused):
                     self._down(made.slot.server.name, error)
                 turn.close()
             except ServerError as error:
@@ -253,7 +260,7 @@ class Service:
             del self._waiting[wish]
             self.router.cancel(wish)
             if not is_taken and future.done() and not future.cancelled():
-                # It was assigned in the moment in which the client left or the time was over.
+                # A slot was assigned just when the client left, or when the time was over.
                 self._give_back(future.result())
         return made
 
@@ -284,7 +291,7 @@ class Service:
                 made.file = made.copied.saved
                 if made.file is not None:
                     made.file.n_readers += 1
-                # The copied slot is saved now; requests of its own conversation may use it again.
+                # The slot is saved now, so its own conversation may use it again.
                 copied_slot, made.copied = made.copied, None
                 self.release(copied_slot)
             if made.is_erased:
@@ -300,15 +307,15 @@ class Service:
     async def _restore(self, made: Assignment, upstream: Upstream, chat: bytes | None) -> None:
         file = made.file
         if file is None or file not in self.files or not self.files.is_intact(file):
-            # Reading a truncated file could crash the server.
+            # llama-server can crash when it reads a truncated file.
             if file is not None:
-                self.files.drop(file)
+                self.files.drop(file, "file_gone")
             self.router.not_restored(made, "file_gone")
             return
         if chat is not None and file.ids:
-            # Equal messages can render differently, for example if the template looks at the last.
+            # A template can render equal messages in another way, such as by their number.
             ids = await self._ids(upstream, chat, made.wish.scope)
-            n_shared = file.ids.chars_at(file.ids.n_common(ids))
+            n_shared = file.ids.stop_at(file.ids.n_common(ids))
             if ids and n_shared < self.router.least_to_restore(made):
                 self.router.not_worth_restoring(made, "different_ids")
                 return
@@ -318,7 +325,7 @@ class Service:
             raise
         except ServerError as error:
             _log.warning("slot %d could not be restored: %s", made.slot.id, type(error).__name__)
-            self.files.drop(file)
+            self.files.drop(file, "restore_failed")
             self._is_list_old = True
             self.router.not_restored(made, "restore_failed")
             return
@@ -327,18 +334,29 @@ class Service:
     async def _save(self, slot: Slot) -> None:
         server = slot.server
         name = self.files.new_name(server.pool)
-        began = time.monotonic()
         upstream = self.upstreams[server.name]
+
+        async def timed() -> tuple[SlotFile, float]:
+            began = time.monotonic()
+            return await upstream.save(slot.id, name), time.monotonic() - began
+
+        saving = self.in_background(timed())
         try:
-            saved, ids = await asyncio.gather(
-                upstream.save(slot.id, name),
-                self._ids(upstream, slot.asked, slot.scope, slot.n_prompt),
+            (saved, seconds), ids = await asyncio.gather(
+                asyncio.shield(saving),
+                self._ids_of(slot),
             )
+        except asyncio.CancelledError:
+            # The client left, but the server still writes the file. Its name is used again once
+            # that is done, so that no other server of the pool writes it at the same time.
+            saving.add_done_callback(lambda _: self.files.note_stale(server.pool, name))
+            raise
         except ServerUnreachable:
+            self.router.not_saved(slot)
             self.files.discard(server.pool, name)
             raise
         except ServerError as error:
-            self.router.reasons["save_failed"] += 1
+            self.router.not_saved(slot)
             _log.warning("slot %d could not be saved: %s", slot.id, type(error).__name__)
             self.files.discard(server.pool, name)
             return
@@ -347,30 +365,50 @@ class Service:
             # Somebody else uses the server: the slot holds other tokens than we recorded.
             self.router.reasons["slot_changed_by_others"] += 1
             self.files.discard(server.pool, name)
-            slot.lost()
+            self.router.lose(slot, "slot_changed_by_others")
             return
-        seconds = time.monotonic() - began
         self.router.admission.saved(
             slot, name, saved.n_tokens, saved.n_bytes, seconds=seconds, ids=ids
         )
+
+    async def _ids_of(self, slot: Slot) -> Chain:
+        """Return the chain of the ids of a slot's prompt, the empty one if they are not known."""
+        if slot.ids:
+            return slot.ids
+        upstream = self.upstreams[slot.server.name]
+        return await self._ids(upstream, slot.chat_body, slot.scope, slot.n_prompt)
+
+    def keeps_chat_body(self, slot: Slot) -> bool:
+        """Return whether the body of a chat is kept until its slot is saved.
+
+        It is only where the ids of the file can be found, because bodies can be large.
+        """
+        server = slot.server
+        look = self.looks.get(server.name)
+        if look is None or not server.can_save:
+            return False
+        return self.tokens.may_know_ids(self.upstreams[server.name], look)
 
     async def _ids(
         self, upstream: Upstream, chat: bytes | None, scope: str | None, n_tokens: int | None = None
     ) -> Chain:
         """Return the chain of a prompt's ids, the empty one if they are not known.
 
-        `n_tokens` is the server's count of them, without which they are believed.
+        `n_tokens` is the server's own count: if the ids are not as many, they are not used.
         """
         look = self.looks.get(upstream.url)
         if chat is None or look is None:
             return EMPTY
         ids = await self.tokens.prompt_ids(upstream, look, chat, scope)
-        if ids is None or n_tokens not in (None, len(ids)):
+        if ids is None:
+            return EMPTY
+        if n_tokens not in (None, len(ids)):
+            self.router.reasons["prompt_ids_unknown"] += 1
             return EMPTY
         return ids_chain(ids, self.key, scope)
 
     async def _save_idle(self, slot: Slot) -> None:
-        """Save a slot before a request waits for that."""
+        """Save an idle slot now, so that no later request waits for it."""
         self.router.begin_save(slot)
         try:
             await self._save(slot)
@@ -391,7 +429,7 @@ class Service:
                     return
             except ServerError:
                 self.counts["settle_failed"] += 1
-                slot.lost()
+                self.router.lose(slot, "server_away")
                 return
             await asyncio.sleep(_SETTLE_CHECK_S)
 
@@ -405,7 +443,7 @@ class Service:
         if self.looks.get(name) == look and server.is_up:
             return
         self.pinning.discard(name)
-        # Two versions of llama-server can report the same build, so each start is probed.
+        # Two versions of llama-server can report one build number, so each start is probed.
         if await pins_messages(upstream, look.n_slots):
             self.pinning.add(name)
         can_save, is_folder_ours = False, False
@@ -494,7 +532,7 @@ class Service:
                     self._down(name, error)
 
     async def _reconsider(self) -> None:
-        """Try again to assign requests that wait for a prefix, whose time passes."""
+        """Try again and again to assign queued requests: they wait for a prefix only so long."""
         while True:
             await self._has_queue.wait()
             await asyncio.sleep(_TICK_S)
@@ -508,9 +546,11 @@ class Service:
         while True:
             await asyncio.sleep(_IDLE_TICK_S)
             n_ticks += 1
-            slot = None if self._saving else self.router.next_to_save(time.monotonic())
+            # `stop` saves the slots itself.
+            is_allowed = self._saving is None and not self.is_draining
+            slot = self.router.next_to_save(time.monotonic()) if is_allowed else None
             if slot is not None:
-                self._saving = asyncio.ensure_future(self._save_idle(slot))
+                self._saving = self.in_background(self._save_idle(slot))
             if self._is_list_old and n_ticks * _IDLE_TICK_S >= _CHECK_S:
                 n_ticks = 0
                 self._write_list()

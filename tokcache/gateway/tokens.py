@@ -58,7 +58,7 @@ class ProvenTokenizers:
     """
 
     def __init__(
-        self, reasons: Counter[str], in_background: Callable[[Coroutine[Any, Any, None]], None]
+        self, reasons: Counter[str], in_background: Callable[[Coroutine[Any, Any, None]], object]
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._reasons = reasons
@@ -92,6 +92,7 @@ class ProvenTokenizers:
         try:
             status, found = await upstream.post("/apply-template", chat)
             if status != _OK:
+                self._reasons["prompt_ids_unknown"] += 1
                 return None
             return await proof.wrapped.atoken_ids(
                 calls.text(found, "prompt"), add_special_tokens=True, scope=scope
@@ -99,6 +100,13 @@ class ProvenTokenizers:
         except TokcacheError:
             self._reasons["prompt_ids_unknown"] += 1
             return None
+
+    def may_know_ids(self, upstream: Upstream, look: Look) -> bool:
+        """Return whether a server's tokenizer is proven, or may be; this starts no proof."""
+        proof = self._proofs.get(upstream.url)
+        if proof is None or proof.look != look:
+            return upstream.tokenizer is not None
+        return proof.wrapped is not None or proof.reason == "tokenizer_pending"
 
     async def tokenize(
         self, upstream: Upstream, look: Look, raw: bytes, body: dict[str, Any], scope: str | None

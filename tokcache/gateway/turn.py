@@ -52,14 +52,17 @@ class Host(Protocol):
     broken: tuple[type[BaseException], ...]
     n_turns: int
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine that nobody waits for."""
+    def in_background(self, work: Coroutine[Any, Any, None]) -> object:
+        """Run a coroutine that the service ends when it stops."""
 
     async def wait_until_idle(self, slot: Slot) -> None:
         """Wait until a server has noticed that the request in a slot is over."""
 
     def release(self, slot: Slot) -> None:
         """Make a slot idle and give it to the next request."""
+
+    def keeps_chat_body(self, slot: Slot) -> bool:
+        """Return whether the body of a chat is kept until its slot is saved."""
 
 
 class Turn:
@@ -78,7 +81,7 @@ class Turn:
         self._prompt = prompt
         self._api = api
         self._exchange: Exchange | None = None
-        self._asked: bytes | None = None
+        self._chat_body: bytes | None = None
         self._has_begun = False
         self._is_finished = False
         self._is_closed = False
@@ -92,7 +95,7 @@ class Turn:
         """
         upstream = self._service.upstreams[self.made.slot.server.name]
         body = with_settings(body, {"id_slot": self.made.slot.id, "cache_prompt": True})
-        self._asked = body if path == "/v1/chat/completions" else None
+        self._chat_body = body if path == "/v1/chat/completions" else None
         self._exchange = await upstream.stream(path, body)
         if self._exchange.status != _OK:
             raise await upstream.rejection(self._exchange)
@@ -167,7 +170,8 @@ class Turn:
             n_cached=counts.n_cached,
             n_tokens=self.n_tokens,
         )
-        self.made.slot.asked = self._asked
+        if self._service.keeps_chat_body(self.made.slot):
+            self.made.slot.chat_body = self._chat_body
         self._service.recent.append(
             Recent(
                 time.time(),

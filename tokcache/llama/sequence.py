@@ -127,6 +127,39 @@ class Sequence:
         """Wait until decodes that are still running, on a GPU, are complete."""
         llama_cpp.llama_synchronize(self._ctx)
 
+    def branch_from(self, source: Sequence, n_tokens: int) -> None:
+        """Hold the first `n_tokens` positions of another sequence, in the same cells, and no more.
+
+        The other one must hold them (`holds`), and both must share one pool of cells.
+        """
+        self._require_blocks()
+        self.clear()
+        if n_tokens == source.end():
+            source._drop_outside_window()
+        llama_cpp.llama_memory_seq_cp(self._memory, source._seq_id, self._seq_id, 0, n_tokens)
+        if self.end() != n_tokens:
+            raise StateError(f"a fork of {n_tokens} positions ends at position {self.end() - 1}")
+
+    def _drop_outside_window(self) -> None:
+        """Free the cells of positions that a window has left behind.
+
+        llama.cpp uses such a cell again where it belongs to one sequence; cells that branches
+        share would stay for ever. The part of the state that is not full attention holds only the
+        window, so reading it and writing it back frees the others.
+        """
+        # One that is still whole may be kept so on purpose (swa_full); of a hybrid only the
+        # recurrent part's position is known.
+        has_left = self._kind.is_recurrent or 0 < self._first() < self.end() - self._kind.window
+        if not self._kind.window or not has_left:
+            return
+        size = int(llama_cpp.llama_state_seq_get_size_ext(self._ctx, self._seq_id, _PARTIAL))
+        part = np.empty(size, np.uint8).data
+        get, put = llama_cpp.llama_state_seq_get_data_ext, llama_cpp.llama_state_seq_set_data_ext
+        written = get(self._ctx, _pointer(part), size, self._seq_id, _PARTIAL)
+        read = put(self._ctx, _pointer(part), size, self._seq_id, _PARTIAL)
+        if written != size or read != size:
+            raise StateError(f"llama.cpp wrote {written} and took {read} of {size} bytes")
+
     # Blocks
 
     def _require_blocks(self) -> None:

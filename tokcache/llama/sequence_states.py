@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 import numpy as np
 
-from tokcache._validate import require_int
+from tokcache._validate import require_bool, require_int
 from tokcache.errors import InvalidConfig, StateError
 from tokcache.llama.keeper import Keeper, Restored
 from tokcache.llama.memory_type import MemoryType
+from tokcache.llama.reasons import explained
 from tokcache.llama.sequence import Sequence
 from tokcache.llama.tokenizer import OWN_SCOPE
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.names import token_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from tokcache.state.handles import Work
@@ -29,13 +32,15 @@ if TYPE_CHECKING:
 class _Own:
     """One sequence of the caller's, and the namespace of its states.
 
-    `generation` counts how often its positions were replaced.
+    `generation` counts how often its positions were replaced, `n_prompt` is the length of the
+    prompt that they were restored for.
     """
 
     sequence: Sequence
     keeper: Keeper
     states: Namespace
     generation: int = 0
+    n_prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +69,21 @@ class SequenceStates:
     `ctx` is a llama_context_p with `kv_unified=True` and one sequence more than are used: blocks
     are copied through the last one. `scope` separates stored states from those of other scopes;
     each sequence may serve another one (`restore`, `reset`). `fingerprint` covers everything that
-    decides the numbers in a state (`tokcache.llama.state_fingerprint` makes one). Logits differ
-    from those of an uncached run as those of other batches and other cells do.
+    decides the numbers in a state (`tokcache.llama.state_fingerprint` makes one). `public_prefix`
+    are token ids that prompts may begin with and that are no scope's secret: a system prompt, say;
+    their states are stored once for all scopes. Logits differ from those of an uncached run as
+    those of other batches and other cells do.
 
-    Errors: StateError for a context that can't do it, before llama.cpp ends the process;
-            InvalidConfig, InvalidScope or InvalidTokens for an argument of the wrong kind. A state
-            that can't be saved or restored costs a decode and counts by reason in
-            `prefix_cache.stats().refusals`.
+    With `reproducible=True` a prompt is decoded in pieces that end at multiples of the cache's
+    `block_tokens` (`stops` gives them; each is a decode of its own, without tokens of other
+    sequences), and only those pieces are saved: generated tokens are not. A prompt is then decoded
+    in the same batches with and without the cache. These states and those of the default mode never
+    meet.
+
+    Errors: StateError for a context that can't do it, before llama.cpp ends the process, and for a
+            memory that can't be reproducible; InvalidConfig, InvalidScope or InvalidTokens for an
+            argument of the wrong kind. A state that can't be saved, restored or forked costs a
+            decode and counts by reason in `prefix_cache.stats().refusals`.
     Threads: those that may use the context: one at a time.
     """
 
@@ -81,6 +94,8 @@ class SequenceStates:
         prefix_cache: PrefixStateCache,
         fingerprint: bytes,
         scope: str | None = None,
+        public_prefix: object = (),
+        reproducible: bool = False,
     ) -> None:
         if not isinstance(prefix_cache, PrefixStateCache):
             raise InvalidConfig(f"prefix_cache must be a PrefixStateCache, not {prefix_cache!r}")
@@ -90,8 +105,19 @@ class SequenceStates:
         self._ctx = ctx
         self._memory = MemoryType.of(ctx)
         self._cache = prefix_cache
+        self._is_reproducible = require_bool("reproducible", reproducible)
+        if reproducible:
+            n_block, n_ctx = prefix_cache.block_tokens, int(llama_cpp.llama_n_ctx(ctx))
+            why_not = self._memory.why_not_reproducible(n_block, n_ctx)
+            if why_not is not None:
+                raise StateError(explained(why_not))
+            key = n_block.to_bytes(8, "little")
+            fingerprint = blake2b(fingerprint, key=key, person=b"tokcache.repro.1").digest()
         self._states = prefix_cache.namespace(
-            fingerprint, scope=scope, aligned=self._memory.is_recurrent
+            fingerprint,
+            scope=scope,
+            public_prefix=public_prefix,
+            aligned=self._memory.is_recurrent or reproducible,
         )
         self._scratch = int(llama_cpp.llama_n_seq_max(ctx)) - 1
         self._n_vocab = int(
@@ -115,9 +141,11 @@ class SequenceStates:
         """
         n_past = require_int("n_past", n_past, 0)
         n_tokens = require_int("n_tokens", n_tokens, n_past)
-        step = self._memory.stops(self._cache.block_tokens, is_reproducible=False)
+        n_block, is_reproducible = self._cache.block_tokens, self._is_reproducible
+        step = self._memory.stops(n_block, is_reproducible=is_reproducible)
+        step = n_block if is_reproducible else step
         stops = set(range(n_past // step * step + step, n_tokens, step) if step else ())
-        if self._memory.is_recurrent:
+        if self._memory.is_recurrent and not is_reproducible:
             stops.add(n_tokens - 1)
         return sorted(stop for stop in {*stops, n_tokens} if stop > n_past)
 
@@ -131,20 +159,22 @@ class SequenceStates:
         """
         states, own, ids = self._namespace(scope), self._sequence(seq_id), self._ids(tokens)
         own.generation += 1
-        own.states = states
+        own.states, own.n_prompt = states, len(ids)
         own.sequence.clear()
         is_usable = len(ids) > 0 and self._is_usable(ids)
         restored = own.keeper.restore(states, ids, 0) if is_usable else Restored(0, 0)
         miss = restored.miss
+        n_block = self._cache.block_tokens if self._is_reproducible else 1
         if miss is not None:
-            miss = None if restored.stop >= len(ids) - 1 else miss._replace(held_tokens=())
+            goal = (len(ids) - 1) // n_block * n_block
+            miss = None if restored.stop >= goal else miss._replace(held_tokens=())
         self._cache.count_prompt(len(ids), restored_tokens=restored.stop, miss=miss)
         return restored.stop
 
     def save(self, tokens: object, seq_id: int) -> int:
         """Save the state of `tokens`, which the sequence holds; return the new positions."""
         own, ids = self._sequence(seq_id), self._ids(tokens)
-        if not len(ids) or not self._is_usable(ids):
+        if not self._is_savable(own, ids) or not self._is_usable(ids):
             return 0
         if not own.sequence.is_at(len(ids)):
             self._cache.refuse("sequence_is_elsewhere")
@@ -155,7 +185,57 @@ class SequenceStates:
         """Note that the caller removed or replaced positions of the sequence, for `scope`."""
         states, own = self._namespace(scope), self._sequence(seq_id)
         own.generation += 1
-        own.states = states
+        own.states, own.n_prompt = states, 0
+
+    def fork(self, source: int, targets: Iterable[int], n_tokens: int | None = None) -> int:
+        """Let other sequences begin with the first `n_tokens` positions of one, by default all.
+
+        Return how many positions they hold now: decode each branch from there on. The branches
+        share the cells of the source, so no bytes are copied (a recurrent state is, when a branch
+        is decoded), and serve its scope. Positions that they held are removed. The source may be
+        decoded further, removed or restored.
+
+        It returns 0, and nothing has changed, where this memory can't do it: a recurrent memory or
+        a hybrid forks only at its present end; a window only where the positions that the next
+        token looks back at are still there. In reproducible mode a fork ends at a multiple of the
+        cache's `block_tokens`, and the states of the branches' own tokens are not saved.
+
+        Errors: InvalidConfig for a sequence that the context does not have, or that is the source
+                or named twice; nothing has changed then.
+        Cost:   a call of llama_memory_seq_cp for each target.
+        """
+        own, ids = self._sequence(source), [self._target(source, each) for each in targets]
+        if len(set(ids)) < len(ids):
+            raise InvalidConfig(f"targets must differ, not {ids}")
+        end = own.sequence.end()
+        n_tokens = end if n_tokens is None else require_int("n_tokens", n_tokens, 1)
+        if self._is_reproducible:
+            n_tokens -= n_tokens % self._cache.block_tokens
+        refusal = self._why_not_forked(own.sequence, n_tokens, end)
+        if refusal is not None:
+            self._cache.refuse(refusal)
+            return 0
+        for each in ids:
+            target = self._sequence(each)
+            target.generation += 1
+            target.states, target.n_prompt = own.states, 0
+            target.sequence.branch_from(own.sequence, n_tokens)
+        return n_tokens if ids else 0
+
+    def _target(self, source: int, seq_id: object) -> int:
+        target = require_int("a target", seq_id, 0, self._scratch - 1)
+        if target == source:
+            raise InvalidConfig(f"a target must be another sequence than the source {source}")
+        return target
+
+    def _why_not_forked(self, sequence: Sequence, n_tokens: int, end: int) -> str | None:
+        if self._memory.refusal is not None:
+            return self._memory.refusal
+        if not 0 < n_tokens <= end:
+            return "sequence_is_elsewhere"
+        if self._memory.is_recurrent and n_tokens < end:
+            return "fork_of_the_past"
+        return None if sequence.holds(n_tokens) else "fork_outside_window"
 
     # Saves that are taken later
 
@@ -165,7 +245,7 @@ class SequenceStates:
         Cost: reads the state of the last position; of a recurrent memory the whole state.
         """
         own, ids = self._sequence(seq_id), self._ids(tokens)
-        if not len(ids) or not self._is_usable(ids):
+        if not self._is_savable(own, ids) or not self._is_usable(ids):
             return
         if not own.sequence.is_at(len(ids)):
             self._cache.refuse("sequence_is_elsewhere")
@@ -209,9 +289,17 @@ class SequenceStates:
                 scratch=self._scratch,
                 is_alone=False,
             )
-            keeper = Keeper(sequence, self._memory)
+            keeper = Keeper(sequence, self._memory, is_reproducible=self._is_reproducible)
             self._own[seq_id] = _Own(sequence, keeper, self._states)
         return self._own[seq_id]
+
+    def _is_savable(self, own: _Own, ids: NDArray[np.int32]) -> bool:
+        """Return whether there is something to save: in reproducible mode whole pieces of prompts.
+
+        A prompt's last piece is decoded again each time, and the tokens after it were generated.
+        """
+        is_piece = len(ids) <= own.n_prompt and len(ids) % self._cache.block_tokens == 0
+        return len(ids) > 0 and (is_piece or not self._is_reproducible)
 
     def _ids(self, tokens: object) -> NDArray[np.int32]:
         return np.frombuffer(token_bytes(tokens), np.int32)

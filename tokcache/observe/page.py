@@ -60,18 +60,30 @@ def _of_tokenizer(stats: CacheStats, figures: list[Figure], parts: list[Part]) -
         figures.append(Figure("L0, equal texts", f"{l0.hit_rate:.0%}", how))
     if l1.lookup_chars:
         how = f"of {l1.lookup_chars:,} characters were in cached chunks"
-        figures.append(Figure("L1, equal parts", f"{l1.char_hit_rate:.0%}", how))
+        figures.append(Figure("L1, equal chunks", f"{l1.char_hit_rate:.0%}", how))
     if stats.encoded_texts:
         how = f"for {stats.encoded_tokens:,} tokens of {stats.encoded_texts:,} texts"
         figures.append(Figure("Encoding", duration(stats.encode_seconds), how))
     calls = Counter({f"bypass: {reason}": n for reason, n in stats.bypasses.items()})
     for layer, counts in (("L0", l0.refusals), ("L1", l1.refusals)):
         calls.update({f"{layer}: {reason}": n for reason, n in counts.items()})
+    missed = {
+        "texts": l0.misses_by_reason,
+        "chunks": l1.chunk_misses_by_reason,
+        "segments": l1.segment_misses_by_reason,
+    }
+    parts += _reasons(
+        "Look-ups that missed, by reason",
+        {f"{of}: {reason}": n for of, counts in missed.items() for reason, n in counts.items()},
+        "look-ups",
+        "Of whole texts in L0, and of chunks and segments in L1. A larger budget helps with those "
+        "that were evicted.",
+    )
     parts += _reasons(
         "Texts that were not cached, by reason",
         calls,
-        "calls or parts of texts",
-        "Bypasses were answered by the plain tokenizer; L0 and L1 did not cut or keep the others.",
+        "calls, texts, chunks or segments",
+        "The plain tokenizer answered the bypasses. L0 and L1 did not cut or keep the others.",
     )
     found = l0.hit_tokens + l1.tokens - l1.engine_tokens
     total = l0.hit_tokens + max(l1.tokens, stats.encoded_tokens)
@@ -103,7 +115,7 @@ def _of_states(stats: StateStats, figures: list[Figure], parts: list[Part]) -> s
         "States that were not stored or not used, by reason",
         stats.refusals,
         "states",
-        "The refusals of all tiers.",
+        "Refusals of memory, disk and Redis together.",
     )
     return f"{stats.token_hit_rate:.0%} of {n_tokens:,} prompt tokens were not decoded again"
 

@@ -65,7 +65,8 @@ class _States:
 class _Family:
     """One metric: its name, the path of its value in _Text or _States, and its meaning.
 
-    `label` is the second label of a metric whose value is a mapping.
+    `label` is the second label of a metric whose value is a mapping, or a str: that is the label,
+    and the metric is 1.
     """
 
     name: str
@@ -89,14 +90,19 @@ class _Family:
             if self.label is None:
                 family.add_metric([model], value)
             else:
-                for key, one in value.items():
+                for key, one in ({value: 1} if isinstance(value, str) else value).items():
                     family.add_metric([model, key], one)
         return family  # type: ignore[no-any-return]  # add_metric is not in Metric
 
 
 TEXT = (
     _Family("l0_hits_total", "stats.l0.hits", "Look-ups of whole texts that hit."),
-    _Family("l0_misses_total", "stats.l0.misses", "Look-ups of whole texts that missed."),
+    _Family(
+        "l0_misses_total",
+        "stats.l0.misses_by_reason",
+        "Look-ups of whole texts that missed.",
+        "reason",
+    ),
     _Family("l0_hit_tokens_total", "stats.l0.hit_tokens", "Token ids served from L0 hits."),
     _Family("l0_insertions_total", "stats.l0.insertions", "Texts put into L0."),
     _Family("l0_evictions_total", "stats.l0.evictions", "Texts evicted from L0."),
@@ -105,15 +111,23 @@ TEXT = (
     _Family("l0_max_entries", "config.l0_max_entries", "Texts that L0 may hold."),
     _Family("l0_bytes", "stats.l0.n_bytes", "Bytes L0 holds: keys, ids and overhead."),
     _Family("l0_max_bytes", "config.l0_max_bytes", "Bytes that L0 may hold."),
+    _Family("engine", "stats.engine", "1 for the encoder of uncached text.", "engine"),
+    _Family("engine_reason", "stats.engine_reason", "1 for why it is that encoder.", "reason"),
     _Family("l1_hits_total", "stats.l1.hits", "Texts with all chunks in L1."),
     _Family("l1_misses_total", "stats.l1.misses", "Texts with some chunk not in L1."),
     _Family("l1_chunk_hits_total", "stats.l1.chunk_hits", "Look-ups of chunks that hit."),
-    _Family("l1_chunk_misses_total", "stats.l1.chunk_misses", "Look-ups of chunks that missed."),
+    _Family(
+        "l1_chunk_misses_total",
+        "stats.l1.chunk_misses_by_reason",
+        "Look-ups of chunks that missed.",
+        "reason",
+    ),
     _Family("l1_segment_hits_total", "stats.l1.segment_hits", "Look-ups of segments that hit."),
     _Family(
         "l1_segment_misses_total",
-        "stats.l1.segment_misses",
+        "stats.l1.segment_misses_by_reason",
         "Look-ups of segments that missed.",
+        "reason",
     ),
     _Family("l1_lookup_characters_total", "stats.l1.lookup_chars", "Characters looked up in L1."),
     _Family(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 _BATCH_IDS = 1 << 18
 _SEED = 0x686173686573
+_MAX_TOKENS = 1 << 40  # of a prompt: sums of more would not fit
 
 
 class BlockReplay:
@@ -57,20 +57,27 @@ class BlockReplay:
 
     def _add(self, some: PromptsOfBlocks, trace: Trace) -> None:
         try:
-            if some.n_tokens and (set(map(type, some.n_tokens)) != {int} or min(some.n_tokens) < 0):
+            if some.n_tokens and (
+                set(map(type, some.n_tokens)) != {int}
+                or min(some.n_tokens) < 0
+                or max(some.n_tokens) > _MAX_TOKENS
+            ):
                 raise ValueError("lengths are integers")  # noqa: TRY301 (caught with numpy's own)
-            ids = _packed(list(chain.from_iterable(some.ids)))
+            together: list[int] = []
+            for each in some.ids:
+                together += each  # in half of the time that itertools.chain takes
+            ids = _packed(together)
             n_tokens = _packed(some.n_tokens)
         except (TypeError, ValueError, OverflowError, struct.error):
             if len(some.ids) == 1:
                 where = f"{trace.source.name}, {trace.source.unit} {some.numbers[0]}"
-                trace.source.skipped.add(where, "its ids or its length are no integers")
+                why = "its ids are not 64-bit integers, or its length is not a number of tokens"
+                trace.source.skipped.add(where, why)
                 return
             for number, one, n in zip(some.numbers, some.ids, some.n_tokens, strict=True):
                 self._add(PromptsOfBlocks((number,), (one,), (n,), some.scope), trace)
             return
-        scope = np.uint64(some.scope << 40)
-        self._keys.append(mixed(ids.view(np.uint64) + scope, _SEED))
+        self._keys.append(mixed(ids.view(np.uint64), _SEED + (some.scope << 40)))
         self._lengths.append(_packed(list(map(len, some.ids))))
         self._n_tokens.append(n_tokens)
         self._numbers += some.numbers
@@ -96,5 +103,11 @@ class BlockReplay:
 
 
 def _packed(values: Sequence[int]) -> Ints:
-    """Return an array in a third of the time that numpy takes; struct.error if one is no int."""
-    return np.frombuffer(struct.pack(f"{len(values)}q", *values), np.int64)
+    """Return an array in a third of the time that numpy takes; struct.error if one is no int.
+
+    Integers from 2**63 on, which unsigned hashes are, become the negative ones with their bits.
+    """
+    try:
+        return np.frombuffer(struct.pack(f"{len(values)}q", *values), np.int64)
+    except struct.error:
+        return np.frombuffer(struct.pack(f"{len(values)}Q", *values), np.int64)

@@ -40,13 +40,15 @@ _N_BUCKETS = 56 * _STEPS
 
 def mixed(values: Keys, seed: int) -> Keys:
     """Return well-mixed 64-bit keys of integers: splitmix64 (Steele et al., OOPSLA 2014)."""
-    with np.errstate(over="ignore"):
-        x = values + np.uint64(seed & (_ALL - 1))
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x ^= x >> np.uint64(shift)
-            x *= np.uint64(factor)
-        x ^= x >> np.uint64(31)
-        return x
+    x: Keys = values + np.uint64(seed & (_ALL - 1))
+    shifted = np.empty_like(x)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        np.right_shift(x, np.uint64(shift), out=shifted)
+        x ^= shifted
+        x *= np.uint64(factor)
+    np.right_shift(x, np.uint64(31), out=shifted)
+    x ^= shifted
+    return x
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +125,19 @@ class StackDistances:
             marks = np.zeros(len(keys), np.bool_)
         found, was_marked = self._distances(keys, weights, groups, marks)
         rate = self.rate
-        distances = np.where(found < 0, -1.0, found / rate)
-        self._counted += values.sum(axis=1) / rate
+        is_new = found < 0
+        distances = found / rate
+        distances[is_new] = -1.0
         # The last bucket is for objects that were not seen before.
-        buckets = np.ceil(_exact_bucket(distances) - 1e-9).astype(np.int64) - 1
-        buckets = np.clip(buckets, 0, _N_BUCKETS - 1)
-        buckets[distances < 0] = _N_BUCKETS
+        edges = _exact_bucket(distances)
+        edges -= 1 + 1e-9
+        buckets = np.ceil(edges, out=edges).astype(np.int64)
+        np.clip(buckets, 0, _N_BUCKETS - 1, out=buckets)
+        buckets[is_new] = _N_BUCKETS
         for which, value in enumerate(values):
-            self._sums[which] += np.bincount(buckets, value / rate, _N_BUCKETS + 1)
+            sums = np.bincount(buckets, value, _N_BUCKETS + 1) / rate
+            self._sums[which] += sums
+            self._counted[which] += sums.sum()
         if len(self._keys) > self._max_objects:
             # Remove the objects with the greater keys, so that half of the table is free again.
             n_kept = self._max_objects // 2
@@ -146,8 +153,7 @@ class StackDistances:
         self, keys: Keys, weights: Ints, groups: Ints | None, marks: Flags
     ) -> tuple[Ints, Flags]:
         n, n_places = len(keys), len(self._by_place)
-        by_key = _stable_order(keys)
-        ordered = keys[by_key]
+        by_key, ordered = _stable_order(keys)
         is_first = np.ones(n, np.bool_)
         is_first[1:] = ordered[1:] != ordered[:-1]
         distinct = ordered[is_first]
@@ -189,13 +195,13 @@ class StackDistances:
         self, marks: Flags, by_key: Ints, is_first: Flags, is_held: Flags, held: Ints
     ) -> Flags:
         """Return whether an earlier look-up of the same key was marked, in the table or here."""
-        ordered = marks[by_key].astype(np.int64)
-        before = np.cumsum(ordered) - ordered
-        number = np.cumsum(is_first) - 1  # of the key, among those of the batch
-        in_table = np.zeros(int(is_first.sum()), np.bool_)
-        in_table[is_held] = self._marked[held]
+        ordered = marks[by_key]
+        before: Ints = np.cumsum(ordered) - ordered
+        firsts = np.flatnonzero(is_first)
+        at_first: Ints = before[firsts]
+        at_first[is_held] -= self._marked[held]  # a mark in the table is one more before it
         found = np.zeros(len(marks), np.bool_)
-        found[by_key] = (before > before[is_first][number]) | in_table[number]
+        found[by_key] = before > np.repeat(at_first, np.diff(np.r_[firsts, len(marks)]))
         return found
 
     def _summed(self, previous: Ints, weights: Ints) -> Ints:
@@ -239,7 +245,9 @@ class StackDistances:
         self.weight_seen += float(weights.sum()) / self.rate
 
     def _close_gaps(self) -> None:
-        order = np.argsort(self._place)
+        row_at = np.full(len(self._by_place), -1, np.int64)
+        row_at[self._place] = np.arange(len(self._place))
+        order = row_at[row_at >= 0]
         self._place = np.empty_like(order)
         self._place[order] = np.arange(len(order))
         self._by_place = self._weight[order]
@@ -270,8 +278,8 @@ class StackDistances:
         return float(2 ** ((used[-1] + 1) / _STEPS)) if len(used) else 1.0
 
 
-def _stable_order(keys: Keys) -> Ints:
-    """Return what a stable argsort does, in a third of its time.
+def _stable_order(keys: Keys) -> tuple[Ints, Keys]:
+    """Return the order of a stable argsort, in a third of its time, and the keys in that order.
 
     The position takes the place of the key's lowest bits, which are needed only where other keys
     have the same higher ones.
@@ -283,7 +291,8 @@ def _stable_order(keys: Keys) -> Ints:
     ordered = keys[order]
     if (ordered[1:] < ordered[:-1]).any():
         order = np.argsort(keys, kind="stable")
-    return order
+        ordered = keys[order]
+    return order, ordered
 
 
 def _interleaved(is_new: Flags, new: NDArray[Any], old: NDArray[Any]) -> NDArray[Any]:
@@ -319,20 +328,27 @@ def _smaller_before(values: Ints, weights: Ints) -> Ints:
     a group of equal higher bits, those with a 0 are the smaller ones.
     """
     n = len(values)
+    order = np.argsort(values)
+    rank = np.empty(n, np.int64)
+    rank[order] = np.arange(n)
     found = np.zeros(n, np.int64)
-    if n <= 1:
-        return found
-    rank: NDArray[Any] = np.empty(
-        n, np.uint16 if n <= 1 << 16 else np.uint32
-    )  # uint16: a radix sort
-    rank[np.argsort(values)] = np.arange(n)
-    for bit in range(int(n - 1).bit_length()):
-        group = rank >> (bit + 1)
-        order = np.argsort(group, kind="stable")  # by group, in time within a group
-        is_low = (rank[order] >> bit) & 1 == 0
-        low = np.cumsum(np.where(is_low, weights[order], 0))
-        # The sum before the group: its first element has the rank group << (bit + 1).
-        starts = np.arange(0, n, 2 << bit)
-        before = np.r_[0, low[starts[1:] - 1]][group[order]]
-        found[order] += np.where(is_low, 0, low - before)
-    return found
+    # All are one group first, in time. A group holds all ranks with its higher bits, so it begins
+    # at the place of its least rank.
+    for bit in range(int(max(n - 1, 0)).bit_length() - 1, -1, -1):
+        starts = rank >> (bit + 1) << (bit + 1)
+        is_low = (rank >> bit) & 1 == 0
+        low = np.cumsum(np.where(is_low, weights, 0))
+        low -= np.where(starts, low[starts - 1], 0)
+        found += np.where(is_low, 0, low)
+        # The low half of each group goes first; the order within the halves stays.
+        n_low = np.cumsum(is_low)
+        n_low -= np.where(starts, n_low[starts - 1], 0)
+        to = np.where(is_low, starts + n_low - 1, np.arange(1 << bit, n + (1 << bit)) - n_low)
+        rank, weights, found = _placed(to, rank), _placed(to, weights), _placed(to, found)
+    return _placed(order, found)  # it is by rank now
+
+
+def _placed(to: Ints, values: Ints) -> Ints:
+    placed = np.empty_like(values)
+    placed[to] = values
+    return placed

@@ -7,7 +7,6 @@ rest of it, as in `state.retention`, and a block that hits has only hits before 
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ REASONS = {
 }
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class CostlyPrompt:
     """A prompt with many tokens that no state covers.
 
@@ -82,8 +81,8 @@ class Prefixes:
         self.distances = StackDistances(3, rate=rate, max_objects=max_objects)
         self.n_prompts = self.n_tokens = self.n_explained = 0
         self.missed_tokens: Counter[str] = Counter()
+        self.costliest: list[CostlyPrompt] = []  # the costliest first
         self._size = size
-        self._costliest: list[CostlyPrompt] = []
 
     def add(self, prompts: Prompts) -> None:
         """Count a batch of prompts."""
@@ -98,26 +97,31 @@ class Prefixes:
             [n_looked.sum(), reachable.sum(), (reachable * share_of_token).sum()], np.float64
         )
         index = self.distances.sampled(keys)
-        # Last blocks first: the whole batch backwards, prompts in their order.
+        # Last blocks first: the blocks of each prompt backwards, prompts in their order.
         if index is None:
-            at, prompt = np.arange(len(keys)), np.repeat(np.arange(len(lengths)), lengths)
+            prompt, firsts, counts = np.repeat(np.arange(len(lengths)), lengths), starts, lengths
         else:
-            at, prompt = index, np.searchsorted(starts + lengths, index, side="right")
-        ends = np.flatnonzero(np.r_[prompt[1:] != prompt[:-1], True]) if len(at) else at
-        sizes = np.diff(np.r_[-1, ends])
-        turned = np.repeat(ends - sizes + 1 + ends, sizes) - np.arange(len(at))
-        at = at[turned]
-        offset = at - starts[prompt]
-        tokens = np.clip(n_tokens[prompt] - offset * self.block_tokens, 0, self.block_tokens)
-        is_looked = offset < n_looked[prompt]
-        tokens = np.where(is_looked, tokens, 0)
+            prompt = np.searchsorted(starts + lengths, index, side="right")
+            counts = np.bincount(prompt, minlength=len(lengths))
+            firsts = np.cumsum(counts) - counts
+        turned = np.repeat(2 * firsts + counts - 1, counts) - np.arange(len(prompt))
+        at = turned if index is None else index[turned]
+        offset = at - np.repeat(starts, counts)
+        is_looked = offset < np.repeat(n_looked, counts)
+        values = np.empty((3, len(at)))
+        values[BLOCKS] = is_looked
+        # The last block of a prompt may have fewer tokens.
+        tokens = np.repeat(n_tokens, counts) - offset * self.block_tokens
+        np.clip(tokens, 0, self.block_tokens, out=tokens)
+        np.multiply(tokens, is_looked, out=values[TOKENS])
+        np.multiply(values[TOKENS], np.repeat(share_of_token, counts), out=values[SHARES])
         found = self.distances.look_up(
             keys[at],
             np.ones(len(at), np.int64),
-            np.stack([is_looked, tokens, tokens * share_of_token[prompt]]),
+            values,
             totals,
             groups=prompt,
-            marks=offset < lengths[prompt] - 1,
+            marks=offset < np.repeat(lengths - 1, counts),
         )
         if index is None:
             self._explain(found, turned, starts, prompts)
@@ -143,8 +147,7 @@ class Prefixes:
         n_missed = n_tokens - n_reused
         first = self.n_explained
         self.n_explained += len(starts)
-        least = self._costliest[0].n_missed if len(self._costliest) == N_COSTLIEST else -1
-        for at in np.flatnonzero(n_missed > least).tolist():
+        for at in np.argsort(-n_missed, kind="stable")[:N_COSTLIEST].tolist():
             place = prompts.places[at]
             one = CostlyPrompt(
                 int(n_missed[at]),
@@ -154,15 +157,9 @@ class Prefixes:
                 int(n_reused[at]),
                 EVICTED if n_evicted[at] > n_new[at] else str(reasons[at]),
             )
-            if len(self._costliest) < N_COSTLIEST:
-                heapq.heappush(self._costliest, one)
-            else:
-                heapq.heappushpop(self._costliest, one)
-
-    @property
-    def costliest(self) -> list[CostlyPrompt]:
-        """The prompts with the most missed tokens, the costliest first."""
-        return sorted(self._costliest, key=lambda one: (-one.n_missed, one.number))
+            self.costliest.append(one)
+        self.costliest.sort(key=lambda one: -one.n_missed)  # stable: the first one of equals stays
+        del self.costliest[N_COSTLIEST:]
 
     def hit_rates(self, sizes: Sequence[float] | Floats, which: int = TOKENS) -> Floats:
         """Return the hit rate at each size: of blocks, of tokens, or averaged over prompts.

@@ -40,6 +40,11 @@ class Curve:
     sample_rate: float
     others: dict[str, float] = field(default_factory=dict)
 
+    def rate_at(self, size: float) -> float:
+        """Return the hit rate of the largest size of the curve that is not above `size`."""
+        below = [rate for at, rate in zip(self.sizes, self.rates, strict=True) if at <= size]
+        return below[-1] if below else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Misses:
@@ -108,6 +113,7 @@ class Result:
     tokenization: Tokenization | None
     prefill: Prefill
     config: str
+    is_sample_tokenizer: bool = False
 
     def curve(self, name: str) -> Curve | None:
         """Return the curve of a layer, if the traces have one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -83,6 +84,8 @@ class Replay:
 
     def run(self, paths: Sequence[str]) -> None:
         """Replay the files in their order."""
+        if len(paths) > 1:
+            self._check(paths)
         scope = 1
         try:
             for path in paths:
@@ -96,6 +99,22 @@ class Replay:
                 scope = trace.first_scope + 1
         finally:
             self._seconds = perf_counter() - self._began
+
+    def _check(self, paths: Sequence[str]) -> None:
+        """Find files that are absent or can't be counted together, before hours of work."""
+        names: dict[bool, str] = {}
+        for path in paths:
+            if path == "-" or Path(path).is_fifo() or Path(path).is_char_device():
+                continue  # can be read only once
+            trace = open_trace(path, Skipped(), self._options.format_name)
+            trace.source.close()
+            if trace.source.head.strip():
+                names[trace.has_text] = path
+        if len(names) > 1:
+            raise InvalidTrace(
+                f"{names[True]} has texts and {names[False]} ids of blocks, which can't be counted "
+                "together; replay them one by one"
+            )
 
     def _blocks_of(self, block_tokens: int) -> float | None:
         """Return the number of blocks that fit into `state_bytes`."""
@@ -161,7 +180,8 @@ class Replay:
             n_without_text=self._n_without_text,
             n_tokens_without_text=self._n_tokens_without_text,
             notes=tuple(self._notes(texts, prefixes)),
-            tokenizer=texts.encoder.name if texts else "",
+            tokenizer=texts.encoder.name if texts and texts.n_texts else "",
+            is_sample_tokenizer=bool(texts and texts.n_texts and texts.encoder.is_sample),
             curves=tuple(curves),
             misses=self._misses(prefixes),
             tokenization=_tokenization(texts) if texts and texts.n_texts else None,
@@ -178,10 +198,13 @@ class Replay:
                 "them; applications record messages only if they opt in"
             )
         if texts is not None:
-            notes.append(f"Chats as: {texts.encoder.chats_as}")
+            if texts.n_texts:
+                notes.append(f"Chats as: {texts.encoder.chats_as}")
+            else:
+                notes.append("The token ids are those of the trace: nothing was tokenized")
             if texts.n_left_out:
                 notes.append(f"{texts.n_left_out:,} parts that are not text were left out")
-            if texts.l1_of_cuts is None:
+            if texts.n_texts and texts.l1_of_cuts is None:
                 notes.append("L1 is off for this tokenizer; `tokcache explain` says why")
             if texts.n_replies:
                 how = (

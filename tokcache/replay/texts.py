@@ -42,7 +42,8 @@ _N_TIMES = 64 * 16  # a sixteenth of a factor of two each, from 2**-32 s
 class Encoder:
     """A tokenizer with and without a cache, and its form of chats.
 
-    `wrapped` is None if no text may stay in memory; L1's cuts still come from `cuts`.
+    `wrapped` is None if no text may stay in memory; L1's cuts still come from `cuts`. `is_sample`:
+    nobody named a tokenizer, and this one has fewer tokens than that of any real model.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Encoder:
     cuts: WrappedTokenizer
     wrapped: WrappedTokenizer | None
     render: Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str]
+    is_sample: bool = False
 
 
 @dataclass(slots=True)
@@ -84,7 +86,8 @@ class Times:
 class Layer:
     """Look-ups of one text layer, in batches.
 
-    Sums: look-ups, and their tokens (L0) or characters (L1). Weights are bytes in the cache.
+    Sums: look-ups, and their tokens (L0) or characters (L1). Weights are bytes in the cache. All
+    look-ups of one `add` come before what they store.
     """
 
     def __init__(self, rate: float, max_objects: int) -> None:
@@ -92,12 +95,17 @@ class Layer:
         self._keys: list[int] = []
         self._weights: list[int] = []
         self._values: list[int] = []
+        self._groups: list[int] = []
+        self._n_added = 0
 
     def add(self, keys: Iterable[int], weights: Iterable[int], values: Iterable[int]) -> None:
-        """Count look-ups."""
+        """Count the look-ups of one text."""
+        n_before = len(self._keys)
         self._keys.extend(keys)
         self._weights.extend(weights)
         self._values.extend(values)
+        self._groups += [self._n_added] * (len(self._keys) - n_before)
+        self._n_added += 1
         if len(self._keys) >= _BATCH:
             self.flush()
 
@@ -105,13 +113,15 @@ class Layer:
         """Count the look-ups that wait for a full batch."""
         keys = np.array(self._keys, np.uint64)
         weights = np.array(self._weights, np.int64)
+        groups = np.array(self._groups, np.int64)
         values = np.stack([np.ones(len(keys)), np.array(self._values, np.float64)])
         totals = values.sum(axis=1)
         index = self.distances.sampled(keys)
         if index is not None:
             keys, weights, values = keys[index], weights[index], values[:, index]
-        self._keys, self._weights, self._values = [], [], []
-        return self.distances.look_up(keys, weights, values, totals)
+            groups = groups[index]
+        self._keys, self._weights, self._values, self._groups = [], [], [], []
+        return self.distances.look_up(keys, weights, values, totals, groups=groups)
 
 
 class TextReplay:

@@ -23,6 +23,9 @@ class L0Cache:
         self, text: str, *, add_special_tokens: bool = True, scope: str | None = None
     ) -> TokenIds | None: ...
     def _get(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds | None: ...
+    def _get_again(
+        self, text: str, add_special_tokens: bool, scope: str | None
+    ) -> TokenIds | None: ...
     def put(
         self,
         text: str,

@@ -30,8 +30,8 @@ Key = tuple[str, bool, str | None, int]
 class Flights:
     """The texts that are being encoded now, under one configuration of a tokenizer.
 
-    `get` looks a text up in L0. `counts` gets "shared", the claims that waited for another thread,
-    and "rechecks", the second look-ups in L0; `lock` guards it, and the flights.
+    `get` looks a text up in L0 that missed before. `counts` gets "shared", the claims that waited
+    for another thread; `lock` guards it, and the flights.
 
     Threads: safe.
     """
@@ -60,8 +60,7 @@ class Flights:
                 self._counts["shared"] += 1
                 found = self._waited_for[key] = self._waited_for[key] or new_flight()
                 return found
-            self._counts["rechecks"] += 1  # the text may have landed since the caller's look-up
-            ids = self._get(*key[:3])
+            ids = self._get(*key[:3])  # the text may have landed since the caller's look-up
             if ids is None:
                 self._waited_for[key] = flight
             return ids

@@ -19,14 +19,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tokcache._forks import call_in_child
 from tokcache._validate import require_bool, require_scope
 from tokcache.config import ADMIT_ONE_IN, LONG_CHARS, CacheConfig
 from tokcache.errors import Abandoned, InvalidText
-from tokcache.stats import CacheStats, L0Stats, L1Stats
+from tokcache.stats import CacheStats, L0Stats, L1Stats, add_counts
 from tokcache.text import _implementation as implementation
 from tokcache.text._native import is_native
 from tokcache.text.chat.cache import RenderCache
@@ -342,7 +342,7 @@ class CachedTokenizer:
                     l1: L1 | None = None
                     if self._config.l1 and isinstance(engine, HuggingFaceEngine):
                         plan = plan_cuts(engine.tokenizer)
-                        l1 = L1(engine.tokenizer, plan, self._config, engine.encode)
+                        l1 = L1(engine.tokenizer, plan, self._config, engine.encode, self._distrust)
                     # A clear of a scope at this moment either sees L1, or is counted in n_clears.
                     with self._lock:
                         if l1 is not None:
@@ -389,17 +389,43 @@ class CachedTokenizer:
     def after_fork(self) -> None:
         """In a forked child: no text is being encoded here, whatever the parent's threads did."""
         self._renew_locks()
-        self._generation.flights = Flights(self._generation.get, self._counts, self._lock)
+        self._generation.flights = Flights(
+            self._generation.l0._get_again,  # noqa: SLF001 (ours)
+            self._counts,
+            self._lock,
+        )
         if self._generation.l1 is not None:
             self._generation.l1.after_fork()
 
+    def wait_for_engine(self, timeout_s: float | None) -> bool:
+        """Wait until the engine is chosen; False if `timeout_s` was too short."""
+        due = None if timeout_s is None else monotonic() + timeout_s
+        while True:
+            l1 = self.l1
+            left = None if due is None else max(0.0, due - monotonic())
+            if l1 is None or (l1.wait_for_engine(left) and l1 is self._generation.l1):
+                return True
+            if due is not None and monotonic() >= due:
+                return False
+
+    def _distrust(self, l1: L1) -> None:
+        """Remove all whole texts: some may have been put together from wrong ids of this L1."""
+        with self._lock:
+            generation = self._generation
+            if generation.l1 is l1:
+                self._retired = _sum(self._retired, generation.l0.stats())
+                generation.l0.clear()
+
     def _renew(self) -> None:
+        before: _Generation | None = getattr(self, "_generation", None)
+        if before is not None and before.l1 is not None:
+            before.l1.retire()
         l0 = implementation.L0Cache(
             max_entries=self._config.l0_max_entries,
             max_bytes=self._config.l0_max_bytes,
             sample_size=self._config.l0_sample_size,
         )
-        flights = Flights(l0._get, self._counts, self._lock)  # noqa: SLF001 (without keywords)
+        flights = Flights(l0._get_again, self._counts, self._lock)  # noqa: SLF001 (ours)
         self._generation = _Generation(l0, flights)
         self._set_get()
 
@@ -425,8 +451,9 @@ class CachedTokenizer:
     def stats(self) -> CacheStats:
         """Return a snapshot of the counters."""
         with self._lock:
+            engine, reason = self._engine_in_force()
             return CacheStats(
-                l0=_sum(self._retired, self._generation.l0.stats(), self._counts["rechecks"]),
+                l0=_sum(self._retired, self._generation.l0.stats()),
                 l1=_sum_l1(self._retired_l1, self._generation.l1),
                 render=self.rendered.stats(),
                 encoded_texts=self._encoded_texts,
@@ -435,7 +462,17 @@ class CachedTokenizer:
                 shared=self._counts["shared"],
                 invalidations=self._counts["invalidations"],
                 bypasses=dict(self._bypasses),
+                engine=engine,
+                engine_reason=reason,
             )
+
+    def _engine_in_force(self) -> tuple[str, str]:
+        generation = self._generation
+        if generation.l1 is not None:
+            return generation.l1.engine, generation.l1.engine_reason
+        if generation.engine is None:
+            return "tokenizers", "pending"
+        return "tokenizers", "no_l1" if generation.engine.reason is None else "not_cached"
 
     def _reset_counts(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -517,6 +554,14 @@ class WrappedTokenizer:
     def cache_stats(self) -> CacheStats:
         """Return a snapshot of the counters."""
         return self._tokcache.stats()
+
+    def wait_for_engine(self, timeout_s: float | None = None) -> bool:
+        """Wait until the engine is chosen; False if `timeout_s` seconds were too short.
+
+        Until then tokenizers encodes uncached text. `cache_stats().engine` names the engine. A
+        change of the tokenizer and `cache_clear()` begin a new choice.
+        """
+        return self._tokcache.wait_for_engine(timeout_s)
 
     def cache_clear(self, *, scope: str | None = None) -> None:
         """Remove the entries of `scope`, or every entry and all counters.
@@ -643,15 +688,16 @@ def _sum_l1(old: L1Stats, l1: L1 | None) -> L1Stats:
     return old if l1 is None else old + l1.stats()
 
 
-def _sum(old: L0Stats, now: L0Stats, n_rechecks: int = 0) -> L0Stats:
-    """Add up two generations; a second look-up of one text is not a second miss."""
+def _sum(old: L0Stats, now: L0Stats) -> L0Stats:
+    """Add up two generations."""
     return L0Stats(
         hits=old.hits + now.hits,
-        misses=max(0, old.misses + now.misses - n_rechecks),
+        misses=old.misses + now.misses,
         insertions=old.insertions + now.insertions,
         evictions=old.evictions + now.evictions,
-        refusals=dict(Counter(old.refusals) + Counter(now.refusals)),
+        refusals=add_counts(old.refusals, now.refusals),
         hit_tokens=old.hit_tokens + now.hit_tokens,
         n_entries=now.n_entries,
         n_bytes=now.n_bytes,
+        misses_by_reason=add_counts(old.misses_by_reason, now.misses_by_reason),
     )

@@ -16,6 +16,10 @@ from tokcache.config import ADMIT_ONE_IN, LONG_CHARS, MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
 from tokcache.stats import L0Stats
 
+from tokcache.text._evictions cimport (
+    EVICTED, N_WHY, NOT_KNOWN, Evictions, forget_all, forget_scope, note_eviction, text_digest,
+    why_missing,
+)
 from tokcache.text._quick cimport (
     Descriptor, Method, divert, n_arguments, n_names, name_at, type_of,
 )
@@ -45,6 +49,7 @@ cdef extern from "Python.h":
     void PyObject_Free(void* p)
     void decref "Py_DECREF"(PyObject* o)
     object attribute "PyObject_GenericGetAttr"(object o, object name)  # no __getattr__
+    bint unlikely(bint condition)  # the other branch comes first, and this one is not inlined
 
 cdef enum:
     # The owner of a key's bytes (in an entry's meta).
@@ -59,6 +64,7 @@ cdef enum:
     MAX_CLEARED = 1024  # scopes whose last clear is remembered individually
     SCOPE_BYTES = 100   # of a scope besides its name: places in a dict and two lists, two ints
     MAX_UNITS = 0xFFFFFFF0
+    DIGESTED_BYTES = 1 << 14  # of longer evicted texts, the first and the last half of it
     SMALL_BYTES = 512   # up to this size CPython's own allocator is used, in steps of 16
 
 
@@ -93,7 +99,7 @@ cdef class L0Cache:
     """Caches the token ids of whole strings.
 
     Units:   `max_entries` strings and `max_bytes` bytes (keys, ids, overhead) over both maps;
-             `max_bytes` may be a str such as "64M".
+             `max_bytes` may be a str such as "64M". The memory of evictions takes 65 KiB more.
     Errors:  InvalidConfig for a budget below 1 or a flag that is not a bool; InvalidText if the
              text is not a str; InvalidScope.
     Cost:    a look-up is one digest and one memcmp; nothing is allocated.
@@ -117,6 +123,8 @@ cdef class L0Cache:
     cdef readonly uint64_t _n_clears  # number of clears, of one scope or of all
     cdef dict cleared         # hash of a scope -> _n_clears at its last clear
     cdef uint64_t cleared_all  # _n_clears at the last clear of all, or when `cleared` was full
+    cdef Evictions evicted
+    cdef uint64_t[N_WHY] misses_by_reason  # of those, NEW is not counted
 
     def __cinit__(self, *, max_entries=10_000, max_bytes="64M", sample_size=8):
         cdef bytes random = urandom(8 * N_SECRETS + 8)
@@ -138,6 +146,7 @@ cdef class L0Cache:
 
     def __dealloc__(self):
         self.empty()
+        forget_all(&self.evicted)
 
     def get(self, text, *, add_special_tokens=True, scope=None):
         """Return the ids stored for `text` in `scope`, or None."""
@@ -146,6 +155,16 @@ cdef class L0Cache:
     def _get(self, text, add_special_tokens, scope):
         """Do the same as `get`, without the cost of keyword arguments."""
         return self.look(<PyObject*> text, <PyObject*> add_special_tokens, <PyObject*> scope)
+
+    def _get_again(self, text, add_special_tokens, scope):
+        """Look up a text that has just missed: another miss is not counted."""
+        cdef uint64_t misses = self.misses
+        cdef uint64_t[N_WHY] by_reason = self.misses_by_reason
+        ids = self.look(<PyObject*> text, <PyObject*> add_special_tokens, <PyObject*> scope)
+        if ids is None:
+            self.misses = misses
+            self.misses_by_reason = by_reason
+        return ids
 
     cdef object look(self, PyObject* text, PyObject* add_special_tokens, PyObject* scope):
         # These are borrowed: Cython takes a reference to each object that it handles.
@@ -164,18 +183,42 @@ cdef class L0Cache:
         key_from(text, &key)
         if scope != Py_None:
             key.scope = self.number_of(<object> scope)
-            if key.scope == 0:
-                self.misses += 1
-                return None
+            if unlikely(key.scope == 0):
+                return self.miss(which, text, scope)
         entry = find(table, digest_of(table, &key), &key)
-        if entry == NULL:
-            self.misses += 1
-            return None
+        if unlikely(entry == NULL):
+            return self.miss(which, text, scope)
         self.hits += 1
         self.tick()
         table.ticks[entry - table.entries] = self.clock
         self.hit_tokens += (<TokenIds> entry.value).n_tokens
         return <TokenIds> entry.value
+
+    cdef object miss(self, int which, PyObject* text, PyObject* scope):
+        """Count a miss, by its reason; return None."""
+        # It takes the text and not its Key, so that a hit need not store one in memory.
+        cdef Key key
+        cdef uint64_t tag
+        cdef int why
+        self.misses += 1
+        if self.evicted.rows != NULL or self.evicted.is_lost:
+            key_from(text, &key)
+            tag = scope_tag(None if scope == Py_None else <object> scope)
+            why = why_missing(&self.evicted, self.eviction_digest(which, &key, tag), tag)
+            if why == EVICTED and key.n_bytes > DIGESTED_BYTES:
+                why = NOT_KNOWN  # the evicted text may differ between the two halves
+            self.misses_by_reason[why] += 1
+        return None
+
+    cdef uint64_t eviction_digest(self, int which, const Key* key, uint64_t tag) noexcept:
+        cdef uint64_t seed = tag ^ <uint64_t> key.n_units << 4 ^ key.kind << 1 ^ <uint64_t> which
+        cdef const uint64_t* secret = self.tables[0].secret
+        if key.n_bytes <= DIGESTED_BYTES:
+            return text_digest(key.data, key.n_bytes, seed, secret)
+        seed = text_digest(key.data, DIGESTED_BYTES // 2, seed, secret)
+        return text_digest(
+            key.data + key.n_bytes - DIGESTED_BYTES // 2, DIGESTED_BYTES // 2, seed, secret
+        )
 
     def put(self, text, ids, *, add_special_tokens=True, scope=None):
         """Store `ids` for `text` in `scope`; return False if the entry was refused."""
@@ -307,6 +350,12 @@ cdef class L0Cache:
         return L0Stats(
             hits=self.hits,
             misses=self.misses,
+            misses_by_reason={
+                "new": self.misses - self.misses_by_reason[EVICTED]
+                - self.misses_by_reason[NOT_KNOWN],
+                "evicted": self.misses_by_reason[EVICTED],
+                "not_known": self.misses_by_reason[NOT_KNOWN],
+            },
             insertions=self.insertions,
             evictions=self.evictions,
             refusals=dict(self.refusals),
@@ -404,6 +453,7 @@ cdef class L0Cache:
         else:
             self.cleared_all = self._n_clears
             self.cleared = {}
+        forget_scope(&self.evicted, scope_tag(scope))
         for which in range(2):
             table = &self.tables[which]
             i, capacity = 0, table.capacity
@@ -436,6 +486,8 @@ cdef class L0Cache:
 
     cdef int reset(self) except -1:
         self.hits = self.misses = self.hit_tokens = self.insertions = self.evictions = 0
+        memset(self.misses_by_reason, 0, sizeof(self.misses_by_reason))
+        forget_all(&self.evicted)
         self.refusals = {}
         self.scope_numbers = {}
         self.scope_names = [None]
@@ -510,8 +562,7 @@ cdef class L0Cache:
         cdef uint64_t budget = self.max_bytes
         if self.n_bytes() + n_bytes + bytes_to_grow(table, key) <= budget:  # almost always
             if a.n + <Py_ssize_t> b.n >= self.max_entries:
-                self.evictions += 1
-                self.drop(victim.table, victim.position)
+                self.evict_at(victim.table, victim.position)
             return True
         # Compare with the bytes that remain after evicting all others, so that the loops below end.
         if n_bytes + self.fixed_bytes() + self.own_scope_bytes(key.scope) + (
@@ -519,8 +570,7 @@ cdef class L0Cache:
         ) > budget:
             return False
         if a.n + <Py_ssize_t> b.n >= self.max_entries:
-            self.evictions += 1
-            self.drop(victim.table, victim.position)
+            self.evict_at(victim.table, victim.position)
         while self.n_bytes() + n_bytes > budget:
             self.evict(a if a.n_item_bytes > b.n_item_bytes else b)
         while self.n_bytes() + n_bytes + bytes_to_grow(table, key) > budget:
@@ -533,10 +583,17 @@ cdef class L0Cache:
         return True
 
     cdef int evict(self, Table* table) except -1:
-        self.evictions += 1
-        return self.drop(
+        return self.evict_at(
             table, oldest_of(table, &self.rng, <uint32_t> self.sample_size, self.clock)
         )
+
+    cdef int evict_at(self, Table* table, uint32_t position) except -1:
+        cdef Key key = key_of(&table.entries[position])
+        cdef uint64_t tag = scope_tag(self.scope_names[key.scope] if key.scope else None)
+        cdef int which = table == &self.tables[1]
+        self.evictions += 1
+        note_eviction(&self.evicted, self.eviction_digest(which, &key, tag), tag)
+        return self.drop(table, position)
 
     cdef int drop(self, Table* table, uint32_t position) except -1:
         fetch(table.entries[position].value)
@@ -737,6 +794,11 @@ cdef str exact_str(object text):
     if not PyUnicode_Check(text):
         raise InvalidText(f"text must be a str, not {type(text).__name__}; decode bytes first")
     return str.__str__(text)  # a subclass of str becomes a plain str
+
+
+cdef uint64_t scope_tag(object scope) except? 0:
+    """Return the number that stands for a scope in the memory of evictions."""
+    return 0 if scope is None else <uint64_t> <Py_ssize_t> hash(scope)
 
 
 cdef str exact_scope(object scope):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -83,12 +84,27 @@ def event_object(data: bytes) -> dict[str, Any]:
         found = orjson.loads(data)
     except ValueError:
         try:
-            found = json.loads(data)
+            found = finite_json(data)
         except (ValueError, RecursionError):
             found = None
     if not isinstance(found, dict):
         raise ApiError(502, "the llama-server sent an event that is not a JSON object")
     return found
+
+
+def finite_json(data: bytes | str) -> Any:
+    """Return the value of a JSON text whose numbers are all finite, as clients need them.
+
+    Errors: ValueError; RecursionError.
+    """
+    return json.loads(data, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:

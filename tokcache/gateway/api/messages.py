@@ -319,7 +319,13 @@ class MessageAnswer:
             self._blocks[index]["input"] = _input(arguments)
         return {**self._message, "content": [block for _, block in sorted(self._blocks.items())]}
 
-    def element(self) -> str:
-        """Return the message as the next request of the conversation has it, in canonical form."""
-        made = _message({"role": "assistant", "content": self.body()["content"]}, "answer")
+    def element(self) -> str | None:
+        """Return the message as the next request of the conversation has it, in canonical form.
+
+        None if a block has no translation: the next request is refused then, too.
+        """
+        try:
+            made = _message({"role": "assistant", "content": self.body()["content"]}, "answer")
+        except ApiError:
+            return None
         return "".join(map(canonical_message, made))

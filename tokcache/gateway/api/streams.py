@@ -47,8 +47,8 @@ class Answer(Protocol):
     def body(self) -> dict[str, Any]:
         """Return the whole answer as the API returns it without streaming."""
 
-    def element(self) -> str:
-        """Return the answer as the element that continues the request's chain."""
+    def element(self) -> str | None:
+        """Return the answer as the element that continues the request's chain, None if unknown."""
 
 
 class ChatAnswer:
@@ -76,7 +76,7 @@ class ChatAnswer:
             for part in delta.get("tool_calls") or ():
                 self._feed_call(part)
             self._logprobs += (choice.get("logprobs") or {}).get("content") or ()
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            self.finish_reason = _text(choice, "finish_reason") or self.finish_reason
         self.usage = found.get("usage") or self.usage
         # With `timings_per_token` every chunk has times; only those after the end are the answer's.
         if found.get("timings") and self.finish_reason:
@@ -143,7 +143,7 @@ class TextAnswer:
         raise_error_in(found)
         for choice in found.get("choices") or ():
             self._texts.append(_text(choice, "text"))
-            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+            self._finish_reason = _text(choice, "finish_reason") or self._finish_reason
             self._logprobs += (choice.get("logprobs") or {}).get("content") or ()
         self._last = {**self._last, **found}
         if self._finish_reason:

@@ -1,17 +1,20 @@
 """Decides whether contents that lose their slot are saved first, and records the files.
 
-Contents that share a prefix with another request, such as a conversation of two turns, always are.
-Of a prompt that was seen once and shares nothing, saving takes a known time now, and pays back only
-if the prompt comes back. The chance of that is learned for each scope: prompts that were given away
-are remembered by a digest, saved or not, so that returns are seen of both.
+Contents that share a prefix with another request, such as a conversation of two turns, are always
+saved. A prompt that was seen once and shares nothing is saved only if that is expected to spare
+time: saving it takes a known time now, and spares decoding only if the prompt comes back. How
+likely that is, is learned in each scope: a digest of every prompt that lost its slot is remembered,
+saved or not, and looked up in later requests.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from cachetools import FIFOCache, LRUCache
 
 from tokcache.gateway.routing.chain import EMPTY, Chain
 from tokcache.gateway.routing.files import Files, SavedFile
@@ -19,9 +22,11 @@ from tokcache.gateway.routing.files import Files, SavedFile
 if TYPE_CHECKING:
     from tokcache.gateway.routing.slots import Server, Slot, Wish
 
-_MAX_GONE = 4096
-_KEPT = 0.98  # the weight of the past at each displacement: the last 50 count
-_KEPT_SAVE = 0.8
+MAX_SCOPES, MAX_GONE = 1024, 512
+# The weight that the counts of a scope keep when one more prompt loses its slot; so about the last
+# 50 prompts count.
+_KEPT = 0.98
+_KEPT_SAVE = 0.8  # the weight that the mean time of a save keeps at the next one
 # A slot that will soon be given away is saved while its server has nothing to do.
 _MIN_IDLE_S, _PRESSURE_S = 0.3, 60.0
 _SLOTS_PER_SAVED = 4
@@ -29,19 +34,24 @@ _SLOTS_PER_SAVED = 4
 
 @dataclass(slots=True)
 class Chance:
-    """How often prompts of a scope came back after they had lost their slot; first one of two."""
+    """How many prompts of a scope lost their slot, and how many of these came back.
+
+    Both numbers fade, and start as if one of two had come back. `gone` has the last link of each
+    prompt that has not come back so far.
+    """
 
     n_gone: float = 2.0
     n_back: float = 1.0
+    gone: FIFOCache[bytes, None] = field(default_factory=lambda: FIFOCache(MAX_GONE))
 
     @property
     def share(self) -> float:
-        """Return the chance of a return."""
+        """Return the share of prompts that came back."""
         return min(1.0, self.n_back / self.n_gone)
 
 
 class Admission:
-    """Knows which slots are saved, the chance of a return, and the time of a save.
+    """Knows which slots are saved, how many prompts come back, and how long a save takes.
 
     Units: times in seconds.
     """
@@ -51,8 +61,7 @@ class Admission:
         self._counts = counts
         self._min_tokens = min_tokens
         self._displaced_at = float("-inf")
-        self._chances: dict[str | None, Chance] = {}
-        self._gone: dict[bytes, Chance] = {}
+        self._chances: LRUCache[str | None, Chance] = LRUCache(MAX_SCOPES)
         self._save_s_per_token: dict[str, float] = {}
 
     def is_saved(self, slot: Slot) -> bool:
@@ -82,13 +91,15 @@ class Admission:
     def displaced(self, slot: Slot, now: float) -> bool:
         """Record that a slot's contents give way to another request; return whether to save them.
 
-        The reason why they are not saved is remembered, for the request that misses them.
+        If they are not saved, the reason is remembered for a request that asks for them later.
         """
         is_saved_now = self.is_worth_saving(slot)
         if not is_saved_now and len(slot.chain) and not self.is_saved(slot):
             cause = "save_skipped"
             if not slot.server.can_save:
                 cause = "no_slot_save_path"
+            elif slot.unsaved:
+                cause = slot.unsaved
             elif slot.n_tokens < self._min_tokens:
                 cause = "below_minimum"
             elif not slot.server.can_restore:
@@ -102,16 +113,14 @@ class Admission:
                 chance = self._chance(slot.scope)
                 chance.n_gone = _KEPT * chance.n_gone + 1
                 chance.n_back *= _KEPT
-                self._gone[slot.chain.links[slot.n_prompt_links - 1]] = chance
-                if len(self._gone) > _MAX_GONE:
-                    del self._gone[next(iter(self._gone))]
+                chance.gone[slot.chain.links[slot.n_prompt_links - 1]] = None
         return is_saved_now
 
     def next_to_save(self, servers: Iterable[Server], now: float) -> Slot | None:
         """Return an idle slot to save now, because a request would soon have to wait for that.
 
-        Only servers without work are asked: llama-server decodes nothing while it saves. And only
-        if conversations lately lost their slots, and then the slot that was not used for longest.
+        Only idle servers are considered, because llama-server decodes nothing while it saves; and
+        only if a conversation lost its slot in the last 60 s. Returns the least recently used slot.
         """
         if now - self._displaced_at > _PRESSURE_S:
             return None
@@ -120,8 +129,10 @@ class Admission:
                 continue
             unsaved = [slot for slot in server.slots if self.is_worth_saving(slot)]
             n_free = len(server.slots) - len(unsaved)
-            if unsaved and n_free < max(1, len(server.slots) // _SLOTS_PER_SAVED):
-                oldest = min(unsaved, key=lambda slot: slot.used_at)
+            # A save that failed is tried again only when the contents give way.
+            untried = [slot for slot in unsaved if not slot.unsaved]
+            if untried and n_free < max(1, len(server.slots) // _SLOTS_PER_SAVED):
+                oldest = min(untried, key=lambda slot: slot.used_at)
                 if now - oldest.idle_since >= _MIN_IDLE_S:
                     return oldest
         return None
@@ -150,7 +161,10 @@ class Admission:
             scope=slot.scope,
         )
         self._counts["save"] += 1
-        slot.saved = file if self._files.add(file) else None
+        is_listed = self._files.add(file)
+        if ids:
+            slot.ids, slot.chat_body = ids, None
+        slot.saved, slot.unsaved = (file, "") if is_listed else (None, "file_over_budget")
         return slot.saved
 
     def measured(self, server: Server, n_tokens: int, seconds: float) -> None:
@@ -160,9 +174,11 @@ class Admission:
         self._save_s_per_token[server.name] = _KEPT_SAVE * known + (1 - _KEPT_SAVE) * found
 
     def asked(self, wish: Wish) -> None:
-        """Record the return of contents that a request continues."""
+        """Record that a request came; it may continue prompts that lost their slot."""
+        chance = self._chance(wish.scope)
         for link in wish.chain.links:
-            if (chance := self._gone.pop(link, None)) is not None:
+            if link in chance.gone:
+                del chance.gone[link]
                 chance.n_back += 1
 
     def _chance(self, scope: str | None) -> Chance:

@@ -47,10 +47,13 @@ _MESSAGE = ("role", "name", "tool_call_id", "reasoning_content", "content", "too
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The digests of a request's prefixes; `n_chars` counts the characters up to each."""
+    """The digests of a request's prefixes, and the place where each prefix stops.
+
+    Units: `stops` are characters of the elements, or tokens in a chain of ids.
+    """
 
     links: tuple[bytes, ...] = ()
-    n_chars: tuple[int, ...] = ()
+    stops: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.links)
@@ -63,9 +66,9 @@ class Chain:
         n_both = min(len(self.links), len(other.links))
         return bisect_left(range(n_both), True, key=lambda i: self.links[i] != other.links[i])
 
-    def chars_at(self, n_links: int) -> int:
-        """Return the characters in the first `n_links` pieces."""
-        return self.n_chars[n_links - 1] if n_links else 0
+    def stop_at(self, n_links: int) -> int:
+        """Return the place where the first `n_links` pieces stop."""
+        return self.stops[n_links - 1] if n_links else 0
 
 
 EMPTY = Chain()
@@ -92,7 +95,7 @@ class Prompt:
             elements = (*elements, *_full_parts(self.rest + answer))
         elif answer is not None and not self.is_text:
             elements = (*elements, answer)
-        links, chars, last, n_chars = [], [], self.seed, 0
+        links, stops, last, n_chars = [], [], self.seed, 0
         for element in elements:
             for start in range(0, len(element), PIECE_CHARS):
                 piece = element[start : start + PIECE_CHARS]
@@ -101,12 +104,12 @@ class Prompt:
                 ).digest()
                 n_chars += len(piece)
                 links.append(last)
-                chars.append(n_chars)
-        return Chain(tuple(links), tuple(chars))
+                stops.append(n_chars)
+        return Chain(tuple(links), tuple(stops))
 
 
 def ids_chain(ids: TokenIds, key: bytes, scope: str | None) -> Chain:
-    """Return the chain of a rendered prompt; its `n_chars` are tokens, in steps of 64."""
+    """Return the chain of a rendered prompt's ids, which stops every 64 tokens."""
     links, last = [], _seed(key, scope, "ids", {})
     stops = range(_IDS_PIECE_TOKENS, len(ids) + 1, _IDS_PIECE_TOKENS)
     held = memoryview(ids)

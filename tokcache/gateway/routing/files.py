@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 import time
 from bisect import bisect_left
@@ -23,10 +24,12 @@ from tokcache._files import atomic_file
 from tokcache.gateway.routing.chain import EMPTY, Chain
 from tokcache.llama.server.removals import Removal, SlotRemovals
 
-_FORMAT = 2
+# A list of another format is counted as `list_of_other_format`, and its files are not found.
+_FORMAT = 3
 _USE_IS_WORTH_S = 600.0  # a file used again counts as used that much later, for each use
 _MAX_USES = 8
 _NAME_BYTES = 20
+_MAX_COUNT = 1 << 62
 
 
 @dataclass(eq=False, slots=True)
@@ -62,7 +65,7 @@ def tokens_at(chain: Chain, n_links: int, n_prompt_links: int, n_prompt: int) ->
     n_links = min(n_links, n_prompt_links)
     if n_links == n_prompt_links:
         return n_prompt
-    return n_prompt * chain.chars_at(n_links) // max(1, chain.chars_at(n_prompt_links))
+    return n_prompt * chain.stop_at(n_links) // max(1, chain.stop_at(n_prompt_links))
 
 
 class Files:
@@ -126,6 +129,10 @@ class Files:
         else:
             self._delete(pool, name)
 
+    def note_stale(self, pool: str, name: str) -> None:
+        """Record that a file that is not listed may exist; the next save uses its name."""
+        self._stale.setdefault(pool, []).append(name)
+
     def add(self, file: SavedFile) -> bool:
         """List a file and drop the shorter ones that it contains; False if over the budget."""
         for link in file.chain.links:
@@ -153,8 +160,7 @@ class Files:
                 break
             if not file.n_readers and not file.is_pinned:
                 self.n_evictions += 1
-                self.note_removal(file.scope, file.chain, "max_bytes")
-                self.drop(file)
+                self.drop(file, "max_bytes")
         return self.n_bytes + n_bytes <= self.max_bytes
 
     def note_removal(self, scope: str | None, chain: Chain, cause: str) -> None:
@@ -174,9 +180,11 @@ class Files:
         file.used_at = time.time()
         file.n_uses += 1
 
-    def drop(self, file: SavedFile) -> None:
-        """Remove a file from the list and from its folder."""
+    def drop(self, file: SavedFile, cause: str = "") -> None:
+        """Remove a file from the list and from its folder; remember the cause, if any."""
         if self._files.get(file.name) is file:
+            if cause:
+                self.note_removal(file.scope, file.chain, cause)
             self._unlist(file)
             self._delete(file.pool, file.name)
 
@@ -205,7 +213,7 @@ class Files:
                 self.refusals["list_of_other_format"] += 1
                 return 0
             read = [_read(each) for each in found["files"]]
-            stale = {str(pool): [str(n) for n in names] for pool, names in found["stale"].items()}
+            stale = _read_stale(found["stale"])
             folders = {str(pool): Path(each) for pool, each in found["folders"].items()}
             probes = {str(pool): dict(each) for pool, each in found["probes"].items()}
         except FileNotFoundError:
@@ -224,9 +232,9 @@ class Files:
         return len(self)
 
     def clear(self, pool: str) -> None:
-        """Drop all files of a pool, for example because the model gives other probabilities."""
+        """Drop all files of a pool, because the model gives other probabilities."""
         for file in [each for each in self._files.values() if each.pool == pool]:
-            self.drop(file)
+            self.drop(file, "files_of_another_model")
 
     def is_intact(self, file: SavedFile) -> bool:
         """Return whether a listed file still has its size; True if its folder can't be reached."""
@@ -262,7 +270,7 @@ class Files:
                 self.refusals["file_not_deleted"] += 1
             else:
                 return
-        self._stale.setdefault(pool, []).append(name)
+        self.note_stale(pool, name)
 
 
 def remove_strangers(folder: Path, files: Files) -> int:
@@ -290,20 +298,56 @@ def _value(file: SavedFile) -> float:
 def _told(file: SavedFile) -> dict[str, Any]:
     told = asdict(file)
     told["links"] = [link.hex() for link in file.chain.links]
-    told["n_chars"] = list(file.chain.n_chars)
-    told["ids"] = [
-        [link.hex(), n] for link, n in zip(file.ids.links, file.ids.n_chars, strict=True)
-    ]
+    told["stops"] = list(file.chain.stops)
+    told["ids"] = [[link.hex(), n] for link, n in zip(file.ids.links, file.ids.stops, strict=True)]
     del told["chain"], told["n_readers"], told["scope"]
     return told
 
 
 def _read(found: dict[str, Any]) -> SavedFile:
-    links = tuple(bytes.fromhex(each) for each in found.pop("links"))
-    n_chars = tuple(int(each) for each in found.pop("n_chars"))
-    ids = tuple((bytes.fromhex(link), int(n)) for link, n in found.pop("ids"))
-    name = str(found["name"])
-    if not links or len(links) != len(n_chars) or "/" in name or not name.startswith("tokcache-"):
-        raise ValueError(name)
-    id_links, n_ids = zip(*ids, strict=True) if ids else ((), ())
-    return SavedFile(chain=Chain(links, n_chars), ids=Chain(id_links, n_ids), **found)
+    """Return a file of the list on disk, which anything may have damaged.
+
+    Errors: ValueError, KeyError, TypeError, AttributeError.
+    """
+    links = tuple(bytes.fromhex(each) for each in found["links"])
+    stops = tuple(_count(each) for each in found["stops"])
+    ids = tuple((bytes.fromhex(link), _count(n)) for link, n in found["ids"])
+    name, pool, used_at = found["name"], found["pool"], found["used_at"]
+    if not _is_name(name) or not isinstance(pool, str) or not isinstance(used_at, int | float):
+        raise ValueError("name, pool or used_at")
+    if not links or len(links) != len(stops) or not math.isfinite(used_at):
+        raise ValueError("links or used_at")
+    id_links, id_stops = zip(*ids, strict=True) if ids else ((), ())
+    return SavedFile(
+        name,
+        pool,
+        Chain(links, stops),
+        n_prompt_links=_count(found["n_prompt_links"]),
+        n_prompt=_count(found["n_prompt"]),
+        n_tokens=_count(found["n_tokens"]),
+        n_bytes=_count(found["n_bytes"]),
+        used_at=float(used_at),
+        n_uses=_count(found["n_uses"]),
+        is_pinned=found["is_pinned"] is True,
+        ids=Chain(id_links, id_stops),
+    )
+
+
+def _is_name(found: object) -> bool:
+    """Return whether this is the name of a saved slot's file, as `new_name` makes them."""
+    return isinstance(found, str) and found.startswith("tokcache-") and "/" not in found
+
+
+def _count(found: object) -> int:
+    if type(found) is not int or not 0 <= found < _MAX_COUNT:
+        raise ValueError("a count is no number from 0 on")
+    return found
+
+
+def _read_stale(found: dict[str, list[str]]) -> dict[str, list[str]]:
+    stale = {str(pool): [str(name) for name in names] for pool, names in found.items()}
+    if any(
+        "/" in name or not name.startswith("tokcache-") for each in stale.values() for name in each
+    ):
+        raise ValueError("a stale file has a name of another kind")
+    return stale

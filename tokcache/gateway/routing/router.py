@@ -28,6 +28,7 @@ from tokcache.gateway.routing.choice import (
     rank_of_equals,
 )
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
+from tokcache.llama.server.removals import reason_of_cause
 from tokcache.state.reasons import MissReason
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Router:
     def server_up(self, name: str, *, model: str, pool: str, can_save: bool, n_slots: int) -> None:
         """Record that a server started, or restarted with empty slots."""
         server = self.servers.setdefault(name, Server(name))
+        for slot in server.slots:
+            self.lose(slot, "server_restarted")
         server.model, server.pool, server.can_save = model, pool, can_save
         server.is_up = True
         server.epoch += 1
@@ -77,7 +80,6 @@ class Router:
             server.slots.append(Slot(server, len(server.slots)))
         del server.slots[n_slots:]
         for slot in server.slots:
-            slot.lost()
             # A server that ran before this process may hold anybody's tokens.
             slot.is_dirty = True
 
@@ -87,7 +89,7 @@ class Router:
         server.is_up = False
         server.epoch += 1
         for slot in server.slots:
-            slot.lost()
+            self.lose(slot, "server_away")
 
     def idle(self, model: str = "") -> list[Slot]:
         """Return the idle slots of the servers that are up and have the model."""
@@ -158,7 +160,7 @@ class Router:
         )
 
     def _is_side(self, wish: Wish) -> bool:
-        n_chars = wish.chain.chars_at(len(wish.chain))
+        n_chars = wish.chain.stop_at(len(wish.chain))
         return n_chars * self._tokens_per_char < self._side_tokens
 
     def _is_worth_waiting(self, wish: Wish, best: Choice, now: float) -> bool:
@@ -170,7 +172,7 @@ class Router:
                 if not slot.is_busy or slot.scope != wish.scope:
                     continue
                 n_shared = slot.coming.n_common(wish.chain)
-                n_tokens = int(wish.chain.chars_at(n_shared) * self._tokens_per_char)
+                n_tokens = int(wish.chain.stop_at(n_shared) * self._tokens_per_char)
                 n_more = n_tokens - best.n_gained
                 if n_more < _MIN_WAIT_TOKENS or now - wish.arrived > _MAX_SHARE_WAIT_S:
                     continue
@@ -215,9 +217,7 @@ class Router:
             return MissReason.REFUSED, "busy"
         removal = self.files.removal(wish.scope, wish.chain)
         if removal is not None and removal.n_tokens > n_links:
-            if removal.cause == "max_bytes":
-                return MissReason.EVICTED, "file: max_bytes"
-            return MissReason.REFUSED, removal.cause
+            return reason_of_cause(removal.cause)
         if n_links:
             return MissReason.DIFFERENT_TEXT, ""
         is_lost = self.files.has_forgotten(wish.scope)
@@ -234,6 +234,18 @@ class Router:
         slot.is_busy = True
         slot.coming, slot.begun_at = slot.chain, None
 
+    def lose(self, slot: Slot, cause: str) -> None:
+        """Record that a slot's contents are gone or not known any more, and why."""
+        if len(slot.chain) and not self.admission.is_saved(slot):
+            self.files.note_removal(slot.scope, slot.chain, slot.unsaved or cause)
+        slot.lost()
+
+    def not_saved(self, slot: Slot) -> None:
+        """Record that the server could not save a slot; the contents stay until they give way."""
+        self.reasons["save_failed"] += 1
+        slot.unsaved = "save_failed"
+        self.files.note_removal(slot.scope, slot.chain, "save_failed")
+
     def restored(self, made: Assignment, file: SavedFile) -> None:
         """Record that the assigned slot holds a file's contents."""
         self.counts["restore"] += 1
@@ -241,7 +253,7 @@ class Router:
         slot = made.slot
         slot.scope = made.wish.scope
         slot.holds(file.chain, file.n_prompt_links, file.n_prompt, file.n_tokens)
-        slot.saved = file
+        slot.saved, slot.ids = file, file.ids
 
     def not_restored(self, made: Assignment, reason: str) -> None:
         """Record that a file could not be restored; a failed restore empties the slot."""
@@ -286,8 +298,8 @@ class Router:
         slot.is_shared = made.n_links > 0 or wish.has_waited_for_prefix
         slot.n_uses += 1
         if made.epoch != slot.server.epoch:
-            slot.lost()
-        n_chars = wish.chain.chars_at(len(wish.chain))
+            self.lose(slot, "server_restarted")
+        n_chars = wish.chain.stop_at(len(wish.chain))
         if n_chars and n_prompt:
             share = n_prompt / n_chars
             self._tokens_per_char = _KEPT * self._tokens_per_char + (1 - _KEPT) * share
@@ -322,19 +334,19 @@ class Router:
         self.counts["aborted"] += 1
         if not made.is_sent:
             # The slot may still hold the tokens of its scope, or half of a restored file.
-            slot.lost()
+            self.lose(slot, "cut_off")
             return
         slot.scope = wish.scope
         slot.is_dirty = True
-        if made.epoch != slot.server.epoch:
-            slot.lost()
-        elif has_begun:
-            n_chars = wish.chain.chars_at(len(wish.chain))
+        if has_begun:
+            n_chars = wish.chain.stop_at(len(wish.chain))
             n_tokens = int(n_chars * self._tokens_per_char)
             slot.holds(wish.chain, len(wish.chain), n_tokens, n_tokens)
         else:
-            links, chars = slot.chain.links[: made.n_links], slot.chain.n_chars[: made.n_links]
-            slot.holds(Chain(links, chars), made.n_links, made.n_promised, made.n_promised)
+            links, stops = slot.chain.links[: made.n_links], slot.chain.stops[: made.n_links]
+            slot.holds(Chain(links, stops), made.n_links, made.n_promised, made.n_promised)
+        if made.epoch != slot.server.epoch:
+            self.lose(slot, "server_restarted")
 
     def begun(self, slot: Slot, now: float) -> None:
         """Record that a slot's prompt was decoded and its answer began."""

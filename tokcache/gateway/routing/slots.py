@@ -30,8 +30,12 @@ class Slot:
     n_prompt: int = 0
     n_tokens: int = 0
     saved: SavedFile | None = None
-    # The chat completion whose prompt it holds; the ids of its file are made from it.
-    asked: bytes | None = None
+    # Why the last save of the contents failed; "" if none did.
+    unsaved: str = ""
+    # The chat completion whose prompt it holds, until the ids of that are known.
+    chat_body: bytes | None = None
+    # The chain of its prompt's token ids, empty where they are not known.
+    ids: Chain = EMPTY
     is_busy: bool = False
     is_side: bool = False
     # The contents share a prefix with another request, for example an earlier turn.
@@ -59,7 +63,8 @@ class Slot:
         self.chain, self.n_prompt_links = chain, n_links
         self.n_prompt, self.n_tokens = n_prompt, n_tokens
         self.saved = None
-        self.asked = None
+        self.unsaved = ""
+        self.chat_body, self.ids = None, EMPTY
         self.is_dirty = True
 
     def lost(self) -> None:

@@ -1,9 +1,9 @@
 """One request to a llama-server and its answer, over a connection of its own.
 
 llama-server closes the connection after each stream, although its headers offer to keep it (seen in
-build 11549), so none is kept. The head and the body of a request leave in one write, and the answer
-is parsed where it arrives, without a task or a queue in between. (With httpx a request cost 10 ms
-of processor time, with this 4.)
+build 11549), so no connection is kept. Head and body of a request leave in one write, and the
+answer is parsed in the callback that receives it, without a task or a queue in between. A request
+takes 4 ms of processor time this way; with httpx it took 10.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 5.0
 _MAX_HEAD_BYTES = 64 << 10
-# The answer is not read any further while so much of it waits for the client.
+# Reading stops while more bytes of an answer than this have arrived that no client has taken.
 _MAX_WAITING_BYTES = 256 << 10
 _FIRST_FINAL_STATUS = 200
 
@@ -70,7 +70,7 @@ class Address:
 
 
 class Exchange(asyncio.Protocol):
-    """A request that was sent, and its answer; whoever gets it closes it.
+    """A request that was sent, and its answer; the caller closes it.
 
     Errors: ServerUnreachable if the connection breaks, ServerTimeout if nothing arrives for
             `timeout_s`, InvalidAnswer for anything that is not HTTP.
@@ -92,7 +92,7 @@ class Exchange(asyncio.Protocol):
         self._is_over = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        # One timer for the whole exchange: a timer for each wait took a tenth of the time.
+        # One timer for the whole exchange, because one for each wait took a tenth of the time.
         self._waits_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -191,7 +191,7 @@ class Exchange(asyncio.Protocol):
     # -- called by the parser -----------------------------------------------------------------
 
     def on_headers_complete(self) -> None:
-        """Record the status, unless it announces another one."""
+        """Record the status, unless it is an interim one (1xx)."""
         status = self._parser.get_status_code()
         if status >= _FIRST_FINAL_STATUS and not self._is_over:
             self.status = status

@@ -17,6 +17,7 @@ from tokcache.errors import (
     ServerFailed,
     ServerUnsupported,
 )
+from tokcache.gateway.api.body import finite_json
 from tokcache.gateway.api.errors import upstream_error
 from tokcache.gateway.servers.exchange import Address, Exchange
 from tokcache.llama.server import calls
@@ -176,7 +177,7 @@ class Upstream:
             if len(content) > _MAX_ANSWER_BYTES:
                 raise InvalidAnswer(f"{self.url} answered more than {_MAX_ANSWER_BYTES:,} bytes")
         try:
-            return json.loads(content.decode("utf-8", "replace"))
+            return finite_json(content.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
             return None
 

@@ -143,10 +143,12 @@ class Exchange:
         return (*found, RuntimeError, ValueError) if self.is_closed else found
 
     def retry_after(self, call: Call[Any], error: Exception, attempt: int) -> float:
-        """Return the pause before a call is sent again; raise ServerError if that is not safe.
+        """Return the seconds to wait before a call is sent again.
 
-        It is safe if no connection was made, or if the connection broke and the call may be
-        repeated. A request that timed out is not sent again.
+        It is sent again if no connection was made, or if the connection broke and the call may be
+        repeated; not if it timed out.
+
+        Errors: the ServerError for `error` if the call is not sent again.
         """
         is_unsent = isinstance(error, self.httpx.ConnectError | self.httpx.ConnectTimeout)
         is_broken = isinstance(error, self.httpx.NetworkError | self.httpx.RemoteProtocolError)
@@ -207,7 +209,7 @@ class Exchange:
 
 
 class Body:
-    """The bytes of an answer so far, limited in time and size."""
+    """The bytes of an answer that have arrived, limited in time and size."""
 
     def __init__(self, url: str, path: str, timeout_s: float) -> None:
         self._url, self._path = url, path
@@ -243,7 +245,7 @@ class Body:
             )
 
     def lines(self, chunk: bytes) -> Iterator[str]:
-        """Add bytes, and take out and yield the lines that they complete.
+        """Add bytes; yield the lines that are complete now, and remove them.
 
         Only a newline ends a line.
         """
@@ -320,8 +322,8 @@ class StreamReader:
         ids = calls.token_ids(found, "tokens") if found.get("tokens") else TokenIds()
         if self._first_token_s is None and ids:
             self._first_token_s = self._body.seconds
-        # A stream omits the ids of tokens that end within a character. The ids after such a gap do
-        # not continue those before it.
+        # A stream omits the ids of tokens that end within a character. Ids that follow such a gap
+        # do not continue the earlier ones, so they are dropped.
         n_predicted = calls.optional_integer(found, "tokens_predicted")
         self._has_gap |= n_predicted is not None and n_predicted != len(self._ids) + len(ids)
         if not self._has_gap:

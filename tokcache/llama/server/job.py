@@ -60,6 +60,8 @@ class Job:
     received: list[int] = field(default_factory=list)
     is_over: bool = False
     epoch: int = 0
+    # When the scope was last cleared before the request, see Records.cleared_at.
+    cleared_at: int = 0
     # The contents that had most of the prompt, None if those that it starts from have all of it.
     parting: Parting | None = None
     # Why the chosen file or slot could not be used.

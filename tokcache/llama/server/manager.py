@@ -110,14 +110,22 @@ class SlotManager(Forkable):
         return reused
 
     def _explained(self, job: Job, reused: Reused, miss: Miss) -> Steps[Reused]:
-        """Add the texts on both sides of the place where the reuse of a prompt ended."""
+        """Add the texts on both sides of the place where the reuse of a prompt ended.
+
+        The answer is returned without them if the server does not give them.
+        """
         parting, at = job.parting, miss.at_token
         after = parting.after if parting is not None and parting.n_same == at else TokenIds()
-        shared = (yield calls.detokenize(job.prompt[:at].tolist())) if at else ""
-        held = (yield calls.detokenize(after.tolist())) if after else ""
-        new = yield calls.detokenize(job.prompt[at : at + MAX_SHOWN].tolist())
-        if job.start is not None and job.slot.is_condemned:
-            return reused  # the scope was cleared meanwhile
+        try:
+            shared = (yield calls.detokenize(job.prompt[:at].tolist())) if at else ""
+            held = (yield calls.detokenize(after.tolist())) if after else ""
+            new = yield calls.detokenize(job.prompt[at : at + MAX_SHOWN].tolist())
+        except ServerError:
+            self.trust.refuse("explanation_failed")
+            return reused
+        # The slot may have been released since, so its record does not show that.
+        if self.records.cleared_at(scope_of(job.wish.namespace)) != job.cleared_at:
+            return reused
         is_different = miss.reason is MissReason.DIFFERENT_TEXT
         is_generated = parting is not None and parting.is_generated
         if is_different and is_generated and is_same_text(held, new):
@@ -152,6 +160,7 @@ class SlotManager(Forkable):
             is_file_only=self.settings.reproducible,
         )
         job = Job(prompt, dict(settings), wish)
+        job.cleared_at = self.records.cleared_at(scope_of(namespace))
         if not (yield from self._preparation.connect()):
             return job
         self._require_servable(prompt)
@@ -238,7 +247,7 @@ class SlotManager(Forkable):
         if job.start.found is not None:
             self.table.read(job.start.found.file)
         if isinstance(error, ServerRefused):
-            slot.lost()
+            self.records.lose(slot, "server_away")
         is_kept = self._is_kept(job)
         if isinstance(error, ServerRefused | RequestRejected) and is_kept:
             slot.release()
@@ -291,7 +300,9 @@ class SlotManager(Forkable):
         n_promised, n_prompt = job.n_promised, completion.n_prompt
         gap = gap_after(slot.gap, n_promised=n_promised, n_used=n_used, n_prompt=n_prompt)
         if completion.is_truncated and n_held != n_expected:
-            slot.lost()  # the server shifted the context: it no longer holds the tokens sent
+            # The server shifted the context: it no longer holds the tokens that were sent.
+            slot.decoded(job.wish.namespace, job.prompt, job.wish.conversation)
+            self.records.lose(slot, "context_shifted")
             return
         namespace = job.wish.namespace
         tokens = _joined(job.prompt, completion.token_ids)[:n_held]

@@ -1,19 +1,20 @@
 """SlotMisses: finds why a llama-server decoded tokens of a prompt that it might have held.
 
-1. When a prompt gets a slot that does not hold all of it, `parting` notes the slot or file of its
-   namespace that has most of it, before the slot is changed.
-2. After the answer, `find` compares that with the tokens that the server really reused.
+1. When a prompt gets a slot that does not hold all of it, `parting` looks for the slot or file of
+   its namespace that shares most tokens with it. This is done before the slot is changed.
+2. After the answer, `find` compares that with the number of tokens that the server reused.
 
-The first of these that holds is the reason:
+The first of these that is true is the reason:
 
-1. The server was not understood, or the chosen file could not be restored.
-2. The server decoded most of the tokens again that its slot should have held.
-3. A slot that another request uses, or a file that is not restored any more, has more.
-4. This client removed contents that continue the prompt, or could not save them.
-5. The nearest contents go on in another way: different text, or the ids of an answer whose text
-   was encoded again.
+1. The answers were not those of a llama-server, or the chosen file could not be restored.
+2. The server decoded tokens again that its slot should have held: most of those missed.
+3. Another slot or a file holds more of the prompt, but cannot be used: the slot is busy, or such
+   files are no longer restored.
+4. This client removed contents that begin with more of the prompt, or could not save them.
+5. The nearest contents go on with other tokens: a different text, or the ids of an answer whose
+   text was encoded again.
 6. The scope has the prompt's beginning with other adapters.
-7. Rows of removals are lost: not known.
+7. Some removals of the scope are no longer remembered, so the reason is not known.
 8. This client never had more of the prompt in this scope.
 
 Nothing here looks at the contents of another scope.
@@ -28,7 +29,7 @@ from cachetools import LRUCache
 from tokcache._prefix import n_common
 from tokcache.llama.server.job import Parting
 from tokcache.llama.server.namespaces import adapters_of, scope_of
-from tokcache.llama.server.removals import FIRST_TOKENS
+from tokcache.llama.server.removals import FIRST_TOKENS, reason_of_cause
 from tokcache.llama.server.slot import Condition, SlotRecord
 from tokcache.state.reasons import Miss, MissReason
 from tokcache.state.tiers.backoff import Speed
@@ -45,12 +46,6 @@ MAX_SHOWN = 256  # tokens of the nearest contents after the place where a prompt
 _COMPARED = 32  # ids on each side of the place where a prompt parts from generated ones
 _MAX_NAMESPACES, _MAX_ADAPTERS = 1024, 16
 _MIN_MEASURED = 16  # the time that fewer tokens take says little about a prompt's
-_REMOVED = {
-    "max_bytes": (MissReason.EVICTED, "file: max_bytes"),
-    "max_age_s": (MissReason.EXPIRED, "file: max_age_s"),
-    "overwritten": (MissReason.EVICTED, "slot: n_slots"),
-    "files_of_another_model": (MissReason.OTHER_FINGERPRINT, "model"),
-}
 
 
 class _Why(NamedTuple):
@@ -68,8 +63,8 @@ class SlotMisses:
     `decode` returns the text of ids: without it, an answer that was encoded again counts as a
     different text.
 
-    Cost: nothing for a prompt that its slot or file holds whole; else comparisons with the slots
-          and with the files of its namespace that share most with it.
+    Cost: nothing for a prompt that its slot or file holds whole; for others a comparison with each
+          slot of the namespace and with the files that share most with it.
     """
 
     def __init__(
@@ -93,7 +88,7 @@ class SlotMisses:
         return goal // self._aligned_to * self._aligned_to if self._aligned_to else goal
 
     def parting(self, wish: Wish, start: Start) -> Parting | None:
-        """Return how the contents of the prompt's namespace go on, None if `start` has all."""
+        """Return where the nearest contents part from a prompt, None if `start` has all of it."""
         namespace, prompt = wish.namespace, wish.prompt
         if start.n_promised >= self.goal(len(prompt)):
             return None
@@ -137,13 +132,14 @@ class SlotMisses:
         if nearest is None or min(n_same, len(wish.prompt) - 1) <= start.n_promised:
             return ""
         if isinstance(nearest, SlotRecord):
-            is_other = nearest is not start.slot and nearest.condition is not Condition.FREE
-            # A busy slot, such as one that is being saved, is the reason if it holds most of them.
-            if is_other and n_same - start.n_promised >= self.goal(len(wish.prompt)) - n_same:
-                return "slot_busy"
+            if nearest is not start.slot and nearest.condition is not Condition.FREE:
+                # A busy slot, such as one that is being saved, is blamed only if it holds at least
+                # half of the tokens that were missed.
+                is_most = n_same - start.n_promised >= self.goal(len(wish.prompt)) - n_same
+                return "slot_busy" if is_most else ""
         elif not self._kinds(adapters_of(wish.namespace)):
             return "restore_not_used_by_server"
-        # If the texts part inside the contents, that is the reason.
+        # If the texts differ within the contents, `_why` names that.
         return "no_checkpoint" if n_same in (len(nearest.tokens), len(wish.prompt)) else ""
 
     def note_prefill(self, job: Job, n_tokens: int, seconds: float) -> None:
@@ -182,8 +178,7 @@ class SlotMisses:
         removal = parting.removal
         if removal is not None and removal.n_tokens > parting.n_same:
             numbers = removal.n_tokens - parting.n_same, removal.removed_at
-            reason, detail = _REMOVED.get(removal.cause, (MissReason.REFUSED, removal.cause))
-            return _Why(reason, detail, *numbers)
+            return _Why(*reason_of_cause(removal.cause), *numbers)
         if parting.has_other:
             return _Why(MissReason.OTHER_FINGERPRINT, "lora")
         if parting.n_same and parting.after:
@@ -207,6 +202,6 @@ class SlotMisses:
 
 
 def is_same_text(left: str, right: str) -> bool:
-    """Return whether both texts are the same as far as both go."""
+    """Return whether the shorter text is the beginning of the other one."""
     n_both = min(len(left), len(right))
     return n_both > 0 and left[:n_both] == right[:n_both]

@@ -106,14 +106,13 @@ class Preparation:
                 slot = start.slot
                 if listed.get(slot.id, -1) not in (None, slot.n_held):
                     trust.refuse("slot_changed_by_others")
-                    self._records.replaced(slot, "slot_changed_by_others")
-                    slot.lost()
+                    self._records.lose(slot, "slot_changed_by_others")
                     is_as_recorded = False
         except (ServerUnreachable, ServerTimeout):
             raise
         except ServerError as error:
             # This may be another server: restore nothing into it.
-            start.slot.lost()
+            self._records.lose(start.slot, "server_not_understood")
             job.refusal = "server_not_understood"
             job.start = table.from_nothing(start)
             trust.degrade("server_not_understood", error)
@@ -205,7 +204,7 @@ class Preparation:
         completion = yield asked.call()
         slot.loaded(job.adapters)
         job.n_used = completion.n_cached
-        slot.decoded(job.wish.namespace, head, job.wish.conversation)
+        slot.decoded(job.wish.namespace, head, job.wish.conversation, n_used=job.n_used)
         yield from self._saver.save(slot)
 
     def _stage(self, job: Job) -> Steps[None]:
@@ -227,5 +226,6 @@ class Preparation:
             completion = yield asked.call()
             slot.loaded(job.adapters)
             job.n_used = completion.n_cached if job.n_used is None else job.n_used
-            slot.decoded(job.wish.namespace, head, job.wish.conversation)
+            n_used = completion.n_cached
+            slot.decoded(job.wish.namespace, head, job.wish.conversation, n_used=n_used)
             yield from self._saver.save(slot)

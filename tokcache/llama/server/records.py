@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokcache.llama.server.slot import SlotRecord
     from tokcache.text.token_ids import TokenIds
 
-_MAX_SEEN = 65_536
+_MAX_SEEN, _MAX_CLEARS = 65_536, 1024
 
 
 class Records:
@@ -59,6 +59,9 @@ class Records:
         )
         # Digests of the first blocks of prompts, each with its namespace.
         self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
+        # The number of the last clear of each scope; None: the last one of all scopes.
+        self._clears: LRUCache[bytes | None, int] = LRUCache(_MAX_CLEARS)
+        self._n_clears = 0
 
     # -- saving and restoring a slot --------------------------------------------------------------
 
@@ -84,6 +87,7 @@ class Records:
                 return None
             if not self.shelf.make_room(int((self.trust.kv_bytes_per_token or 0) * slot.n_held)):
                 self.trust.refuse("file_over_budget")
+                slot.not_saved("file_over_budget")
                 return None
             return self.shelf.name_for(slot.namespace, slot.tokens, slot.n_held)
 
@@ -115,10 +119,11 @@ class Records:
         is_needed = self.trust.n_apart(adapters) > 0 or PROMPT not in self.trust.kinds(adapters)
         return self._settings.reproducible or is_needed
 
-    def not_saved(self, name: str) -> None:
-        """Record that a file `name` may exist, for example half written, but is not usable."""
+    def not_saved(self, slot: SlotRecord, name: str, reason: str) -> None:
+        """Record why a slot was not saved: its file may exist, maybe half written."""
         with self.table.lock:
             self.shelf.note_stale(name)
+            slot.not_saved(reason)
 
     def restored(self, slot: SlotRecord, file: SavedSlot) -> None:
         """Record that the server read `file` into a slot."""
@@ -135,25 +140,31 @@ class Records:
         """Remember that a slot is about to lose all but its first tokens, if no file has them."""
         with self.table.lock:
             namespace, tokens = slot.namespace, slot.tokens
-            is_kept = namespace is None or len(tokens) <= n_kept or self._settings.reproducible
-            if namespace is None or is_kept:
+            is_kept = len(tokens) <= n_kept or self._settings.reproducible
+            # Nothing is remembered of a scope that was cleared.
+            if namespace is None or is_kept or slot.is_condemned:
                 return
             is_whole_only = self._is_whole_only(namespace)
             if self.shelf.covers(namespace, tokens, slot.n_held, is_whole_only=is_whole_only):
                 return
             if cause == "overwritten":  # or rather: not saved before
-                n_bytes = (self.trust.kv_bytes_per_token or 0) * slot.n_held
                 if not self.trust.can_save:
                     cause = "no_slot_save_path"
                 elif len(tokens) < self._settings.min_save_tokens:
                     cause = "below_minimum"
                 elif not self.trust.kinds(adapters_of(namespace)):
                     cause = "restore_not_used_by_server"
-                elif n_bytes > require_size("max_bytes", self._settings.max_bytes):
-                    cause = "file_over_budget"
+                elif slot.unsaved:
+                    cause = slot.unsaved
                 elif self.shelf.removals.has(namespace, tokens):
                     return  # its file was evicted
             self.shelf.removals.note(namespace, tokens, cause)
+
+    def lose(self, slot: SlotRecord, cause: str) -> None:
+        """Record that a slot's contents are gone or not known any more, and why."""
+        with self.table.lock:
+            self.replaced(slot, cause)
+            slot.lost()
 
     def shared_head(self, namespace: bytes, heads: list[TokenIds]) -> TokenIds | None:
         """Return the longest of `heads`, a prompt's beginnings, that another prompt had too."""
@@ -178,20 +189,27 @@ class Records:
             if is_first:
                 self.shelf.take_stock()
             for slot in self.table.slots.values():
-                self.replaced(slot, "files_of_another_model" if is_other else "server_restarted")
+                self.replaced(slot, "server_restarted")
             self.table.reset_contents()
             self.table.resize(self._settings.slot_ids or range(n_slots))
 
     def drop_files(self) -> None:
-        """Drop all files, and everything learned about the model: the server has another one."""
+        """Drop all files and records of slots: the server has another model.
+
+        Everything that was learned about the old one is dropped, too.
+        """
         with self.table.lock:
             self.trust.refuse("files_of_another_model", len(self.shelf))
             self.shelf.clear(cause="files_of_another_model")
+            for slot in self.table.slots.values():
+                self.lose(slot, "files_of_another_model")
             self.trust.reset()
 
     def clear(self, scope: bytes | None) -> list[SlotRecord]:
         """Clear a scope's files, pins and digests; return its slots, those in use condemned."""
         with self.table.lock:
+            self._n_clears += 1
+            self._clears[scope] = self._n_clears
             for file in list(self.shelf):
                 if scope is None or scope_of(file.namespace) == scope:
                     self.shelf.drop(file)
@@ -203,6 +221,14 @@ class Records:
             for seen in [seen for seen in self._seen if scope in (None, scope_of(seen))]:
                 del self._seen[seen]
         return held
+
+    def cleared_at(self, scope: bytes) -> int:
+        """Return a number that is another one once the scope was cleared.
+
+        It may also change if the clears of a thousand other scopes displaced that of this one.
+        """
+        with self.table.lock:
+            return max(self._clears.get(scope, 0), self._clears.get(None, 0))
 
     def stats(self) -> ReuseStats:
         """Return the counters."""

@@ -3,7 +3,8 @@
 1. When a file is evicted, or a slot's contents are replaced and no file has them, `note` writes a
    row for each of their first 16, 32, 64 … tokens: a short digest, the cause and the time.
 2. When a prompt is reused no further, `find` returns the row of its longest such beginning.
-3. `forget` drops the rows of contents that are saved again, `clear` those of a scope.
+3. `clear` drops the rows of a scope. Rows of contents that are saved again stay: they are read only
+   where nothing holds as much of the prompt, and the next removal replaces them.
 
 All digests have a random key. Rows of one namespace never displace those of another.
 """
@@ -17,20 +18,34 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
+from tokcache.state.reasons import MissReason
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from tokcache.text.token_ids import TokenIds
 
+# The causes that are not the code of a refusal, and the reason that each is shown as.
+_REASONS = {
+    "max_bytes": (MissReason.EVICTED, "file: max_bytes"),
+    "max_age_s": (MissReason.EXPIRED, "file: max_age_s"),
+    "overwritten": (MissReason.EVICTED, "slot: n_slots"),
+    "files_of_another_model": (MissReason.OTHER_FINGERPRINT, "model"),
+}
 N_ROWS, N_TABLES = 256, 64
 FIRST_TOKENS = 16  # fewer, such as a BOS, are the same in unrelated prompts
 _KEY_BYTES = 8
 
 
+def reason_of_cause(cause: str) -> tuple[MissReason, str]:
+    """Return the reason and the detail of a miss that a removal with this cause explains."""
+    return _REASONS.get(cause, (MissReason.REFUSED, cause))
+
+
 class Removal(NamedTuple):
     """The cause of a removal, and the time in seconds since the epoch.
 
-    Units: `n_tokens` of the prompt that were removed, at least: a power of two.
+    Units: at least `n_tokens` of the prompt were removed, which is a power of two.
     """
 
     cause: str
@@ -64,7 +79,7 @@ class SlotRemovals:
     def note_places(
         self, namespace: bytes, places: Iterable[tuple[int, bytes]], cause: str
     ) -> None:
-        """Remember the same by digests of its beginnings, each with its length."""
+        """Remember that contents are gone whose beginnings have these lengths and digests."""
         table = self._tables.setdefault(namespace, _Table())
         self._tables.move_to_end(namespace)
         if len(self._tables) > N_TABLES:
@@ -79,13 +94,13 @@ class SlotRemovals:
             table.has_lost = True
 
     def find(self, namespace: bytes, prompt: TokenIds) -> Removal | None:
-        """Return the removal of the longest beginning of `prompt`, None without one."""
+        """Return the removal of the longest beginning of `prompt`, None if none was removed."""
         if namespace not in self._tables:
             return None
         return self.find_places(namespace, self._places(namespace, prompt))
 
     def find_places(self, namespace: bytes, places: Iterable[tuple[int, bytes]]) -> Removal | None:
-        """Return the removal of the longest of these beginnings, None without one."""
+        """Return the removal of the longest of these beginnings, None if none was removed."""
         table, found = self._tables.get(namespace), None
         for n_tokens, place in places:
             row = table.rows.get(place) if table is not None else None
@@ -102,13 +117,6 @@ class SlotRemovals:
         """Return whether rows of this namespace may be lost."""
         table = self._tables.get(namespace)
         return self._has_dropped if table is None else table.has_lost
-
-    def forget(self, namespace: bytes, tokens: TokenIds) -> None:
-        """Drop the rows of contents that a file has again."""
-        table = self._tables.get(namespace)
-        for _, place in self._places(namespace, tokens) if table is not None else ():
-            if table is not None:
-                table.rows.pop(place, None)
 
     def clear(self, is_doomed: Callable[[bytes], bool]) -> None:
         """Drop the tables of these namespaces."""

@@ -53,7 +53,7 @@ class Saver:
         try:
             saved = yield calls.save_slot(slot.id, name)
         except ServerError as error:
-            self._records.not_saved(name)
+            self._records.not_saved(slot, name, "save_failed")
             self._trust.degrade("save_failed", error)
             return
         is_as_recorded = (
@@ -61,8 +61,8 @@ class Saver:
         )
         if not is_as_recorded or saved.n_tokens < self._settings.min_save_tokens:
             self._trust.refuse("slot_changed_by_others")
-            self._records.not_saved(name)
-            slot.lost()
+            self._records.not_saved(slot, name, "slot_changed_by_others")
+            self._records.lose(slot, "slot_changed_by_others")
             return
         self._trust.count("save", seconds=perf_counter() - began)
         self._trust.went_well("save_failed", "no_slot_save_path", "slot_changed_by_others")
@@ -101,6 +101,7 @@ class Saver:
             yield from self.save(slot, is_count_known=False)
             if slot.n_held:
                 return
+        self._records.replaced(slot, "overwritten" if is_known else "cut_off")
         yield from self.erase(slot)
         if self._trust.can_save:
             return
@@ -138,7 +139,7 @@ class Saver:
             if slot.is_condemned:
                 drive(self.empty(slot), self._connection)
         except ServerError as error:
-            slot.lost()
+            self._records.lose(slot, "settling_failed")
             self._trust.refuse("settling_failed")
             _log.debug("slot %d: %s", slot.id, error)
         finally:

@@ -254,7 +254,6 @@ class Shelf:
         for link in file.chain:
             self._by_chain.setdefault(link, {})[file] = None
         self._by_namespace.setdefault(namespace, {})[file] = None
-        self.removals.forget(namespace, tokens)
         if not fits:
             self._trust.refuse("file_over_budget")
             self.drop(file, "file_over_budget")

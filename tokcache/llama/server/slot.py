@@ -70,6 +70,8 @@ class SlotRecord:
     reuse: list[int] = field(default_factory=list)
     # Whether nothing is left to save: saved already, or not worth it.
     is_saved: bool = True
+    # Why the last save of the contents failed; "" if none did.
+    unsaved: str = ""
     # The adapters of the slot's last request, None if unknown.
     adapters: bytes | None = None
     # The namespace of the request that has the slot, and whether to erase the slot after it.
@@ -121,7 +123,7 @@ class SlotRecord:
             self.namespace, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
             self.gap, self.ends = NO_GAP, ()
             self.conversation, self.reuse, self.n_uses = None, [], 0
-            self.since, self.is_saved = time.monotonic(), True
+            self.since, self.is_saved, self.unsaved = time.monotonic(), True, ""
 
     def reset(self) -> None:
         """Record that neither the contents nor the adapters are known."""
@@ -139,15 +141,25 @@ class SlotRecord:
         with self.lock:
             self.namespace, self.tokens, self.gap = file.namespace, file.tokens, file.gap
             self.n_held, self.n_prompt, self.ends = file.n_saved, file.n_prompt, file.ends
+            self.unsaved = ""
 
     def decoded(
-        self, namespace: bytes, head: TokenIds, conversation: tuple[bytes, str] | None
+        self,
+        namespace: bytes,
+        head: TokenIds,
+        conversation: tuple[bytes, str] | None,
+        *,
+        n_used: int,
     ) -> None:
-        """Record that the slot holds `head`, the first tokens of a prompt, and no answer."""
+        """Record that the slot holds `head`, the first tokens of a prompt, and no answer.
+
+        The server reused `n_used` tokens for it.
+        """
         with self.lock:
             self.namespace, self.tokens, self.conversation = namespace, head, conversation
-            self.ends = ends_after(self.ends, n_used=len(head), n_prompt=len(head))
+            self.ends = ends_after(self.ends, n_used=n_used, n_prompt=len(head))
             self.n_held = self.n_prompt = len(head)
+            self.unsaved = ""
 
     def answered(
         self,
@@ -191,14 +203,19 @@ class SlotRecord:
         """Record that the slot holds at least some of `tokens`; the next save shows how many."""
         with self.lock:
             self.namespace, self.tokens, self.conversation = namespace, tokens, conversation
-            self.n_prompt, self.gap = n_prompt, gap
+            self.n_prompt, self.gap, self.unsaved = n_prompt, gap, ""
 
     def saving(self) -> None:
         """Record that the contents are being saved, or are not worth it."""
         with self.lock:
             self.is_saved = True
 
+    def not_saved(self, reason: str) -> None:
+        """Record why a save failed; a request that later misses the contents is told so."""
+        with self.lock:
+            self.unsaved = reason
+
     def saved(self, n_tokens: int) -> None:
         """Record that the slot holds the `n_tokens` that a save wrote."""
         with self.lock:
-            self.n_held, self.tokens = n_tokens, self.tokens[:n_tokens]
+            self.n_held, self.tokens, self.unsaved = n_tokens, self.tokens[:n_tokens], ""

@@ -40,7 +40,8 @@ def report(found: Result) -> Report:
     if found.is_partial:
         notes.insert(0, "The replay was interrupted: figures are those of the requests up to then.")
     if found.n_skipped:
-        notes.append(f"{found.n_skipped:,} records were skipped; the first ones:")
+        were = "record was" if found.n_skipped == 1 else "records were"
+        notes.append(f"{found.n_skipped:,} {were} skipped; the first ones:")
         notes += found.skipped
     return Report(
         "tokcache replay", sentence(found), _figures(found), parts, [*notes, *found.notes]
@@ -100,7 +101,10 @@ def _curves(found: Result) -> list[Chart]:
             for name, rate in one.others.items():
                 how += f" {_NAMES[one.name]}, counted as {name}, without a limit: {rate:.1%}."
         if any(one.name == "L1" and one.sizes[0] < 1 << 20 for one in curves):
-            how += " Below 1 MiB an L1 may have up to five points more or less."
+            how += (
+                " Below 1 MiB an L1 has up to four points less: it evicts the oldest of eight "
+                "chunks, and of few chunks these are often not the oldest of all."
+            )
         if sampled < 1:
             how += f" {sampled:.2%} of the objects were looked at (SHARDS)."
         svg = charts.lines(
@@ -127,14 +131,16 @@ def _times(found: Result) -> list[Chart]:
         saved["tokenization, with tokcache"] = timed.with_s
         how = (
             f"Tokenization with {_name(found.tokenizer)} on {os.cpu_count()} cores: every "
-            f"prompt with the cache; without it a sample of {timed.n_sampled:,} tokens, for all "
-            f"{found.n_tokens:,}. "
+            "prompt with the cache at its default size; without it a sample of "
+            f"{timed.n_sampled:,} tokens, for all {found.n_tokens:,}. "
         )
     if found.prefill_s is not None:
         saved["prefill, without states"], saved["prefill, with states"] = found.prefill_s
         how += f"Prefill at {found.prefill.tokens_per_s:,.0f} tokens/s, {found.prefill.how}."
         if found.prefill.restore_tokens_per_s:
             how += f" Restoring at {found.prefill.restore_tokens_per_s:,.0f} tokens/s, measured."
+        else:
+            how += " Restoring states counts as no time; --model measures it."
     if saved:
         svg = charts.bars(saved, x_label="time for all prompts", write=duration)
         made.append(Chart("Time saved", svg, how))

@@ -17,7 +17,7 @@ from tokcache.replay.traces.request import Request
 name = "anthropic"
 about = "request bodies of Anthropic's Messages API, one a line"
 _WRAPPED = ("params", "body", "request", "request_body")
-_BLOCKS = {"tool_use", "tool_result", "thinking"}
+_BLOCKS = ("tool_use", "tool_result", "thinking")  # a foreign type may be a list
 
 
 def matches(value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from tokcache.errors import Malformed
 from tokcache.replay.traces.request import Conversation, Message
 
-_TEXT_TYPES = {"text", "input_text", "output_text", "refusal", "reasoning", "thinking"}
+_TEXT_TYPES = ("text", "input_text", "output_text", "refusal", "reasoning", "thinking")
 
 
 def conversation(
@@ -104,9 +104,9 @@ def _parts(
         text = part.get("text", part.get("content", part.get("thinking")))
         if kind in _TEXT_TYPES and isinstance(text, str):
             texts.append(text)
-        elif kind in {"tool_use", "tool_call"}:
+        elif kind in ("tool_use", "tool_call"):
             calls.append(_call(part, part.get("id")))
-        elif kind in {"tool_result", "tool_call_response"}:
+        elif kind in ("tool_result", "tool_call_response"):
             found = part.get("content", part.get("result", part.get("response")))
             is_content = found is None or isinstance(found, str | list)
             results.append(

@@ -7,6 +7,7 @@ of a subagent's requests count from its start, and its ids are those of its sess
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from tokcache.errors import Malformed
@@ -54,6 +55,8 @@ def columns(values: list[Any]) -> None:
 def _collect(requests: Any, begins: float, found: list[tuple[float, Blocks]]) -> None:
     for one in requests:
         at = begins + one["t"]
+        if not isfinite(at):
+            raise TypeError
         if isinstance(one.get("requests"), list):
             _collect(one["requests"], at, found)
         elif type(one["hash_ids"]) is list:

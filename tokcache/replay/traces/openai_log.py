@@ -23,7 +23,9 @@ def matches(value: Any) -> bool:
     if isinstance(value, str) or messages_of(value):
         return True
     body = body_of(value, _WRAPPED)
-    return any(key in body for key in ("messages", "prompt", "input", "text"))
+    if any(key in body for key in ("messages", "prompt", "input", "text", "prompt_token_ids")):
+        return True
+    return "prompt_ids" in _reply(answer_of(value))
 
 
 def requests(value: Any) -> Iterable[Request]:
@@ -55,7 +57,13 @@ def requests(value: Any) -> Iterable[Request]:
         return [Request(prompt_ids=prompt, **_reply(answer))]
     if isinstance(prompt, list) and prompt and all(isinstance(one, str) for one in prompt):
         return [Request(text=one) for one in prompt]
-    raise Malformed("it has neither messages nor a prompt that is a text")
+    reply = _reply(answer)
+    ids = body.get("prompt_token_ids")
+    if _are_ids(ids):
+        reply["prompt_ids"] = ids
+    if reply.get("prompt_ids"):  # a log that keeps no text
+        return [Request(**reply)]
+    raise Malformed("it has neither messages nor a prompt that is a text or token ids")
 
 
 def body_of(value: Any, wrapped: Iterable[str]) -> Mapping[str, Any]:

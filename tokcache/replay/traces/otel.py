@@ -16,7 +16,7 @@ from tokcache.replay.traces.request import Request
 
 name = "otel"
 about = "OpenTelemetry spans of generative AI"
-_MODEL_CALLS = {"chat", "text_completion", "generate_content"}
+_MODEL_CALLS = ("chat", "text_completion", "generate_content")  # a foreign value may be a list
 
 
 def matches(value: Any) -> bool:
@@ -39,11 +39,13 @@ def requests(value: Any) -> Iterable[Request]:
         messages = _json(found.get("gen_ai.input.messages"))
         if operation not in _MODEL_CALLS and n_tokens is None and messages is None:
             continue
-        count = int(n_tokens) if isinstance(n_tokens, int | float | str) else None
+        count = _count(n_tokens)
         if messages is None:
             yield Request(n_tokens=count)
             continue
         system = _json(found.get("gen_ai.system_instructions"))
+        if not isinstance(messages, list):
+            raise Malformed("its gen_ai.input.messages are no list")
         with_content = [
             {**one, "content": one["parts"]} if isinstance(one, dict) and "parts" in one else one
             for one in messages
@@ -55,6 +57,14 @@ def requests(value: Any) -> Iterable[Request]:
             n_tokens=count,
             n_left_out=made.n_left_out,
         )
+
+
+def _count(found: Any) -> int | None:
+    """Return a number of tokens, which OTLP writes as a text; None where there is none."""
+    try:
+        return int(found) if isinstance(found, int | float | str) else None
+    except (ValueError, OverflowError):
+        raise Malformed("its number of tokens is no number") from None
 
 
 def _spans(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

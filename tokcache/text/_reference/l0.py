@@ -20,7 +20,9 @@ from tokcache._forks import call_in_child
 from tokcache._validate import require_bool, require_int, require_scope, require_size
 from tokcache.config import MAX_SAMPLE_SIZE
 from tokcache.errors import InvalidText
+from tokcache.reasons import TEXT_MISSES as MISSES
 from tokcache.stats import L0Stats
+from tokcache.text._reference.evictions import Evictions
 from tokcache.text._reference.token_ids import TokenIds
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ _Row = tuple[str, bool, TokenIds, str | None]
 # A dict slot and a list slot each for _Map and its base, the key tuple, the entry object.
 _ENTRY_BYTES = 560
 _MAX_CLEARED = 1024  # scopes whose last clear is remembered individually
+_DIGESTED_BYTES = 1 << 14  # of the native one, which tells longer texts apart by samples
 
 
 @dataclass(slots=True)
@@ -62,14 +65,21 @@ class _Map(cachetools.Cache[_Key, "_Entry"]):
             self[last].index = hole
         super().__delitem__(key)
 
-    def evict(self, rng: random.Random, sample_size: int) -> None:
+    def evict(self, rng: random.Random, sample_size: int) -> _Key:
         drawn = rng.sample(self.keys_dense, min(sample_size, len(self.keys_dense)))
-        del self[min(drawn, key=lambda key: self[key].tick)]
+        oldest = min(drawn, key=lambda key: self[key].tick)
+        del self[oldest]
+        return oldest
 
 
 def _n_bytes(key: _Key, ids: TokenIds) -> int:
     n_bytes = sys.getsizeof(key[0]) + 4 * len(ids) + _ENTRY_BYTES
     return n_bytes + (sys.getsizeof(key[1]) if key[1] is not None else 0)
+
+
+def _text_bytes(text: str) -> int:
+    widest = max(text, default="")
+    return len(text) * (1 if widest < "\u0100" else 2 if widest < "\U00010000" else 4)
 
 
 def _exact_str(text: object) -> str:
@@ -91,6 +101,7 @@ class L0Cache:
     """
 
     _maps: tuple[_Map, _Map]
+    _evicted: Evictions
 
     def __init__(
         self, *, max_entries: int = 10_000, max_bytes: int | str = "64M", sample_size: int = 8
@@ -119,13 +130,16 @@ class L0Cache:
                 self._cleared_all = self._n_clears
                 self._cleared: dict[int, int] = {}  # hash of a scope -> _n_clears at its last clear
             if scope is not None:
+                self._evicted.forget(scope)
                 for one in self._maps:
                     for key in [key for key in one.keys_dense if key[1] == scope]:
                         del one[key]
                 return
             self._maps = (_Map(), _Map())
-            self._clock = self._hits = self._misses = self._hit_tokens = 0
+            self._clock = self._hits = self._hit_tokens = 0
             self._insertions = self._evictions = 0
+            self._misses = dict.fromkeys(MISSES, 0)
+            self._evicted = Evictions()
             self._refusals: Counter[str] = Counter()
 
     def get(
@@ -136,12 +150,25 @@ class L0Cache:
 
     def _get(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds | None:
         """Look up as `get` does, without the cost of keyword arguments."""
+        return self._look(text, add_special_tokens, scope, is_counted=True)
+
+    def _get_again(self, text: str, add_special_tokens: bool, scope: str | None) -> TokenIds | None:
+        """Look up a text that has just missed: another miss is not counted."""
+        return self._look(text, add_special_tokens, scope, is_counted=False)
+
+    def _look(
+        self, text: str, add_special_tokens: bool, scope: str | None, is_counted: bool
+    ) -> TokenIds | None:
         which = require_bool("add_special_tokens", add_special_tokens)
         key = (_exact_str(text), require_scope(scope))
         with self._lock:
             entry = self._maps[which].get(key)
             if entry is None:
-                self._misses += 1
+                if is_counted:
+                    why = self._evicted.why((which, key))
+                    if why == "evicted" and _text_bytes(key[0]) > _DIGESTED_BYTES:
+                        why = "not_known"
+                    self._misses[why] += 1
                 return None
             self._hits += 1
             self._hit_tokens += len(entry.ids)
@@ -185,15 +212,18 @@ class L0Cache:
                 self._refusals["oversize"] += 1
                 return False
             while len(self) >= self.max_entries:
-                max(self._maps, key=len).evict(self._rng, self.sample_size)
-                self._evictions += 1
+                self._evict(max(self._maps, key=len))
             while self.memory_usage() + n_bytes > self.max_bytes:
-                max(self._maps, key=lambda m: m.currsize).evict(self._rng, self.sample_size)
-                self._evictions += 1
+                self._evict(max(self._maps, key=lambda m: m.currsize))
             self._clock += 1
             target[key] = _Entry(own, self._clock, 0, n_bytes)
             self._insertions += 1
             return True
+
+    def _evict(self, one: _Map) -> None:
+        key = one.evict(self._rng, self.sample_size)
+        self._evicted.note((one is self._maps[True], key), key[1])
+        self._evictions += 1
 
     def held(self) -> list[_Row]:
         """Return (text, add_special_tokens, ids, scope) of every entry, last used first."""
@@ -251,7 +281,8 @@ class L0Cache:
         with self._lock:
             return L0Stats(
                 hits=self._hits,
-                misses=self._misses,
+                misses=sum(self._misses.values()),
+                misses_by_reason=dict(self._misses),
                 insertions=self._insertions,
                 evictions=self._evictions,
                 refusals=dict(self._refusals),

@@ -19,7 +19,9 @@ import cachetools
 
 from tokcache._forks import call_in_child
 from tokcache.errors import IdLengthUnknown, Unsure
+from tokcache.reasons import TEXT_MISSES
 from tokcache.stats import L1Stats
+from tokcache.text._reference.evictions import Evictions
 from tokcache.text._reference.token_ids import TokenIds
 from tokcache.text.cuts.char_classes import N_CLASSES, CharClass, class_of
 from tokcache.text.cuts.scanner import Scanner, Span, class_behind, spans_of
@@ -86,6 +88,8 @@ class Walk:
         self.chunks: list[_Ids | _Missed] = []
         self.pending: dict[_Key, _Pending] = {}
         self.counts: Counter[str] = Counter(lookup_chars=len(text))
+        self.chunk_misses: list[str] = []  # their reasons
+        self.segment_misses: list[str] = []
         self._picked: list[list[_Pending]] = []
         self._is_finished = False
 
@@ -204,6 +208,7 @@ class SegmentCache:
     """
 
     _n_bytes: int
+    _evicted: Evictions
 
     def __init__(self, plan: CutPlan, max_bytes: int, cuts_fine: bool = True) -> None:
         self.max_bytes = max_bytes
@@ -229,6 +234,7 @@ class SegmentCache:
                 self._cleared_all = self.n_clears
                 self._cleared: dict[int, int] = {}  # scope -> n_clears at its last clear
             if scope is not None:
+                self._evicted.forget(scope)
                 for key in [key for key in self._held if key[1] == scope]:
                     self._n_bytes -= _n_bytes(key, self._held.pop(key))
                 return
@@ -236,6 +242,9 @@ class SegmentCache:
             self._n_bytes = 0
             self._counts: Counter[str] = Counter()
             self._refusals: Counter[str] = Counter()
+            self._evicted = Evictions()
+            self._chunk_misses = dict.fromkeys(TEXT_MISSES, 0)
+            self._segment_misses = dict.fromkeys(TEXT_MISSES, 0)
 
     def look(
         self, text: str, add_special_tokens: bool, scope: int, since: int | None = None
@@ -279,6 +288,10 @@ class SegmentCache:
             self._counts["misses" if missed else "hits"] += 1
             self._counts["chunk_misses"] += len(missed)
             self._counts.update(walk.counts)
+            for why in walk.chunk_misses:
+                self._chunk_misses[why] += 1
+            for why in walk.segment_misses:
+                self._segment_misses[why] += 1
             ids = [
                 index
                 for one in walk.chunks
@@ -299,6 +312,8 @@ class SegmentCache:
             return L1Stats(
                 **self._counts,
                 refusals=dict(self._refusals),
+                chunk_misses_by_reason=dict(self._chunk_misses),
+                segment_misses_by_reason=dict(self._segment_misses),
                 n_segments=n_segments,
                 n_chunks=len(self._held) - n_segments,
                 n_bytes=self._n_bytes,
@@ -414,6 +429,7 @@ class SegmentCache:
                 walk.chunks.append(ids)
             else:
                 walk.counts["chunk_miss_chars"] += end - p
+                walk.chunk_misses.append(self._evicted.why(key))
                 spans = self._spans(text, p, end, variant)
                 segments = [self._segment(walk, span) for span in spans]
                 walk.chunks.append(_Missed(key, segments))
@@ -429,7 +445,9 @@ class SegmentCache:
         if ids is not None:
             walk.counts["segment_hits"] += 1
             return ids
-        walk.counts["segment_misses"] += key not in walk.pending
+        if key not in walk.pending:
+            walk.counts["segment_misses"] += 1
+            walk.segment_misses.append(self._evicted.why(key))
         return walk.pending.setdefault(key, _Pending(text, span.variant, span.start))
 
     def _spans(self, text: str, start: int, stop: int, variant: int) -> Iterator[Span]:
@@ -492,6 +510,7 @@ class SegmentCache:
         while self._n_bytes + n_bytes > self.max_bytes:
             gone, gone_ids = self._held.popitem()
             self._n_bytes -= _n_bytes(gone, gone_ids)
+            self._evicted.note(gone, gone[1])
             self._counts["evictions"] += 1
         self._held[key] = ids
         self._n_bytes += n_bytes

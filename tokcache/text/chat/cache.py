@@ -8,9 +8,9 @@
 4. The tree takes what has been rendered, as far as `running` has seen that it is settled.
 
 Implementation: the entry of the first n messages has all text that n messages settle. A template
-that looks at the next message leaves the last message's text to the next entry. Where a template
-reads all messages before its loop (the last user's message, say), or the clock, that part runs
-every time, and its result is part of the key.
+that looks at the next message leaves the last message's text to the next entry. Where the part of a
+template before its loop reads all messages (to find the last question, say) or the clock, that part
+runs for every call, and its result is part of the key.
 """
 
 from __future__ import annotations
@@ -210,9 +210,11 @@ class RenderCache:
         parts, running = template.parts, template.running
         if parts is None:  # another thread has given the template up meanwhile
             raise RenderingRefused(template.why_not)
-        _, special_tokens, arguments, tools, documents, prompt, normalise, _ = chat
-        settled_prompt = prompt if parts.reads_prompt else None
-        settings = scope, special_tokens, arguments, tools, documents, settled_prompt
+        prompt = chat.add_generation_prompt
+        settings = (
+            *(scope, chat.special_tokens, chat.arguments, chat.tools, chat.documents),
+            prompt if parts.reads_prompt else None,
+        )
         place = template, implementation.freeze(settings)
         keys, ends = frozen
         with self._lock:
@@ -220,7 +222,7 @@ class RenderCache:
             root = tree.roots.get(place) or _new_root(tree, parts, place)
             top: Node = root
             found = None if root.is_volatile else tree.find(root, keys, ends)
-        run = running.Run(frozen, normalise, parts.environment.undefined)
+        run = running.Run(frozen, chat.normalise, parts.environment.undefined)
         head = found.head if found else None
         if head is None:
             head = running.run_head(parts, {**root.names, "add_generation_prompt": prompt}, run)
@@ -270,7 +272,7 @@ def _take_apart(
 ) -> None:
     from tokcache.text.chat import rewrite, running  # noqa: PLC0415 (they need jinja2)
 
-    template.running, template.why_not = running, "failed"
+    template.running = running
     try:
         template.parts = rewrite.take_apart(compile_template(source), source)
     except TemplateNotTaken as error:
@@ -317,7 +319,9 @@ def _grown(
             before = head.text
         else:
             cut = len(head.text)
-            state = Stretch(0, b"", (0,), (last,), (cut,), head.text, head, n_state_bytes)
+            state = NO_MESSAGE._replace(
+                points=(last,), cuts=(cut,), text=head.text, head=head, n_state_bytes=n_state_bytes
+            )
             n_state_bytes = 0
     n_known = found.n_messages
     if n_known == len(ends):
@@ -339,10 +343,14 @@ def _grown(
         cuts.append(cut)
     begin = ends[n_known - 1] if n_known else 0
     own_ends = tuple([end - begin for end in ends[n_known:]])
-    whole = "" if settled is None else before + text[: last.at]
-    own_head = None if settled is None else head
     new = Stretch(
-        *(n_known + 1, keys[begin:], own_ends, tuple(made), tuple(cuts)),
-        *(whole, own_head, n_state_bytes),
+        first=n_known + 1,
+        keys=keys[begin:],
+        ends=own_ends,
+        points=tuple(made),
+        cuts=tuple(cuts),
+        text="" if settled is None else before + text[: last.at],
+        head=None if settled is None else head,
+        n_state_bytes=n_state_bytes,
     )
     return state, new

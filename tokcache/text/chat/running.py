@@ -1,11 +1,11 @@
 """Runs the parts of a chat template, and watches which messages each iteration depends on.
 
-Templates reach the messages only through `Watched` and `Loop`. Both count how many messages must be
-there before everything that was read can no longer change; then it is *settled*. Messages are
-numbered from 0. Reading message 3 is settled by 4 messages. Seeing that it is not the last is
-settled by 5. Seeing that it is the last, or how many there are, can change with the next message,
-so no number settles it (`NEVER_SETTLED`). The text of an iteration that is settled belongs to every
-longer chat, too.
+Templates reach the messages only through `Watched` and `Loop`. Both count how many messages a chat
+must have before a longer chat could not change anything that was read; then it is *settled*.
+Messages are numbered from 0. Reading message 3 is settled by 4 messages. Learning that it is not
+the last is settled by 5. Learning that it is the last, or how many there are, can change with the
+next message, so no number settles it (`NEVER_SETTLED`). The text of a settled iteration belongs to
+every longer chat, too.
 """
 
 from __future__ import annotations
@@ -213,9 +213,8 @@ class Head:
 
     `values` are data. `lists` has, for each variable that holds the messages from a number on, that
     number. `spaces` are the namespaces, the only objects that a template can change; each with the
-    variables that hold it and its first attributes.
-    `tails` are texts of the last part that depend on nothing else than `add_generation_prompt`, one
-    for True and one for False; `n_bytes` has room for both.
+    variables that hold it and its first attributes. `tails` are the texts of the last part for
+    `add_generation_prompt` True and False, if they depend on nothing else; `n_bytes` counts both.
     """
 
     text: str

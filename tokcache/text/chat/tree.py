@@ -53,7 +53,7 @@ class Stretch(NamedTuple):
         return bisect_right(range(1, len(self.ends)), 0, key=differs)
 
 
-NO_MESSAGE = Stretch(0, b"", (0,), (None,), (0,), "")
+NO_MESSAGE = Stretch(first=0, keys=b"", ends=(0,), points=(None,), cuts=(0,), text="")
 
 
 @dataclass(slots=True, eq=False)
@@ -90,8 +90,9 @@ class Root(Node):
 class Found(NamedTuple):
     """How far a chat is known.
 
-    Its first `n_messages` are known; the last of them is entry `n_entries - 1` of `node`. `texts`
-    are the parts of the text up to `point`.
+    Its first `n_messages` are known; the last of them is entry `n_entries - 1` of `node`. `texts`,
+    one after the other, are the text up to `point`. `n_changes` counts the changes of the tree up
+    to this look-up.
     """
 
     node: Node
@@ -244,25 +245,25 @@ class ChatTree:
         upper = Node(
             node.name,
             Stretch(
-                whole.first,
-                whole.keys[:end],
-                whole.ends[:n_entries],
-                whole.points[:n_entries],
-                whole.cuts[:n_entries],
-                whole.text[:cut],
-                whole.head if is_settled else None,
-                whole.n_state_bytes // 2,
+                first=whole.first,
+                keys=whole.keys[:end],
+                ends=whole.ends[:n_entries],
+                points=whole.points[:n_entries],
+                cuts=whole.cuts[:n_entries],
+                text=whole.text[:cut],
+                head=whole.head if is_settled else None,
+                n_state_bytes=whole.n_state_bytes // 2,
             ),
         )
         lower = Stretch(
-            whole.first + n_entries,
-            whole.keys[end:],
-            tuple([each - end for each in whole.ends[n_entries:]]),
-            whole.points[n_entries:],
-            tuple([each - cut for each in whole.cuts[n_entries:]]),
-            whole.text[cut:],
-            whole.head,
-            whole.n_state_bytes - whole.n_state_bytes // 2,
+            first=whole.first + n_entries,
+            keys=whole.keys[end:],
+            ends=tuple([each - end for each in whole.ends[n_entries:]]),
+            points=whole.points[n_entries:],
+            cuts=tuple([each - cut for each in whole.cuts[n_entries:]]),
+            text=whole.text[cut:],
+            head=whole.head,
+            n_state_bytes=whole.n_state_bytes - whole.n_state_bytes // 2,
         )
         is_leaf = node in self.leaves
         self._link(upper, parent)
@@ -276,7 +277,7 @@ class ChatTree:
         return upper
 
     def make_room(self, n_bytes: int, but: Node | None = None) -> None:
-        """Evict until `n_bytes` more fit; the most recently used node, `but`, goes last."""
+        """Evict until `n_bytes` more fit; `but` is evicted only after all other leaves."""
         while self.leaves and self.n_bytes + n_bytes > self.max_bytes:
             oldest = next(iter(self.leaves))
             if oldest is but and len(self.leaves) > 1:
@@ -308,14 +309,14 @@ class ChatTree:
 def _joined(old: Stretch, new: Stretch) -> Stretch:
     end, cut = len(old.keys), len(old.text)
     return Stretch(
-        old.first,
-        old.keys + new.keys,
-        old.ends + tuple([end + each for each in new.ends]),
-        old.points + new.points,
-        old.cuts + tuple([cut + each for each in new.cuts]),
-        old.text + new.text,
-        new.head,
-        old.n_state_bytes + new.n_state_bytes,
+        first=old.first,
+        keys=old.keys + new.keys,
+        ends=old.ends + tuple([end + each for each in new.ends]),
+        points=old.points + new.points,
+        cuts=old.cuts + tuple([cut + each for each in new.cuts]),
+        text=old.text + new.text,
+        head=new.head,
+        n_state_bytes=old.n_state_bytes + new.n_state_bytes,
     )
 
 

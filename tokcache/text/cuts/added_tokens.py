@@ -13,15 +13,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokcache.text.cuts.char_classes import WHITESPACE, class_of
 from tokcache.text.cuts.plan import Separator
 from tokcache.text.cuts.rules import DIGITS, LETTERS, WHITESPACE_LEFT, C, Pair, pairs_in_any
-from tokcache.text.engines.copying import added_tokens, free_edge
+from tokcache.text.engines.copying import free_edge
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 _LONGEST_TOKEN = 256  # characters; a text may match almost all of a long one at every position
 _MAX_SUBSTRINGS = 2_000_000  # substrings of added tokens that are compared with each other
@@ -32,18 +32,21 @@ _MAYBE_WORDS = LETTERS | DIGITS | {C.UNDERSCORE, C.NON_ASCII_PUNCTUATION, C.OTHE
 class Phases:
     """The added tokens by the phase that finds them: in raw text, or in normalised pieces."""
 
-    raw: list[Any]
-    normalized: list[Any]
+    raw: list[AddedToken]
+    normalized: list[AddedToken]
+    ids: dict[str, int]  # by content
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Phases:
-        """Return the added tokens of a tokenizer."""
-        tokens = added_tokens(tokenizer)
-        raw = [token for token in tokens if not token.normalized]
-        return cls(raw, [token for token in tokens if token.normalized])
+        """Return the added tokens of a tokenizer, each phase in the order of ids."""
+        phases = cls([], [], {})
+        for index, token in sorted(tokenizer.get_added_tokens_decoder().items()):
+            (phases.normalized if token.normalized else phases.raw).append(token)
+            phases.ids[token.content] = index
+        return phases
 
     @property
-    def all(self) -> list[Any]:
+    def all(self) -> list[AddedToken]:
         """The tokens of both phases."""
         return self.raw + self.normalized
 
@@ -56,12 +59,13 @@ class Refusal:
     sentence: str
 
 
-def why_no_cuts(phases: Phases, normalizers: Sequence[Any]) -> Refusal | None:
+def why_no_cuts(
+    phases: Phases, contents: Sequence[list[str]], *, is_normalized: bool
+) -> Refusal | None:
     """Return why added tokens make every cut unsafe, None if they don't.
 
-    `normalizers` are those of the variants: None, or a component.
+    `contents` are those of the second phase, as the normalizer of each variant makes them.
     """
-    is_normalized = normalizers[0] is not None
     refusal = _why_not_found(phases, is_normalized=is_normalized)
     if refusal is not None or not phases.normalized:
         return refusal
@@ -72,11 +76,9 @@ def why_no_cuts(phases: Phases, normalizers: Sequence[Any]) -> Refusal | None:
         if _meet(first, second) or _meet(second, first):
             return Refusal("added_tokens_overlap", "added tokens of the two phases may overlap")
         return None
-    for normalizer in normalizers:
-        names = {normalizer.normalize_str(token.content) for token in phases.normalized}
-        if len(names) < len(phases.normalized):  # which one a copy finds is random
-            sentence = "two added tokens are equal once normalised"
-            return Refusal("normalized_tokens_alike", sentence)
+    if any(len(set(one)) < len(one) for one in contents):  # which of them a copy finds is random
+        sentence = "two added tokens are equal once normalised"
+        return Refusal("normalized_tokens_alike", sentence)
     return None
 
 
@@ -109,20 +111,16 @@ def separators(
     contents = [token.content for token in found]
     overlapped = _overlapped(contents)
     is_nested = any(b.startswith(a) for a, b in pairwise(sorted(contents)))
-    ids = {
-        token.content: index
-        for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
-    }
     skip = tokenizer.encode_special_tokens
     # The scanner ends a piece at each token of the second phase. The library does not, so the last
     # character of such a token is a neighbour of the next token. That makes a difference only if
     # the character may belong to a word; then no token counts as `in_piece`.
-    ends = {class_of(token.content[-1]) for token in phases.normalized}
+    ends = {*map(class_of, {token.content[-1] for token in phases.normalized})}
     in_second = set() if ends & _MAYBE_WORDS else {id(token) for token in phases.normalized}
     return tuple(
         Separator(
             content=token.content,
-            id=ids[token.content],
+            id=phases.ids[token.content],
             lstrip=token.lstrip,
             rstrip=token.rstrip,
             single_word=token.single_word,

@@ -19,7 +19,7 @@ from tokcache.text.engines.copying import result_or_error
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
     from tokcache.text.cuts.rules import Affixes
 
@@ -100,10 +100,10 @@ def find_variants(normalizer: Any, pre_tokenizer: Any) -> Variants:
     return first, later, inside
 
 
-def find_space_variant(variants: Variants, contents: Iterable[str]) -> int:
+def find_space_variant(variants: Variants, tokens: Iterable[AddedToken]) -> int:
     """Return the index of the variant that only puts a space before a segment, or -1.
 
-    `contents` are the added tokens: one that holds a space could be found at the space put there.
+    An added token that holds a space could be found at the space put there.
     """
     first, later, inside = variants
     puts_only_a_space = (
@@ -112,8 +112,9 @@ def find_space_variant(variants: Variants, contents: Iterable[str]) -> int:
         and stages_of(json.loads(first.normalizer))
         == [{"type": "Prepend", "prepend": MARKER}, MARKS_BLANKS]
     )
-    has_spaces = any(set(content) & {" ", MARKER} for content in contents)
-    return 0 if puts_only_a_space and not has_spaces else -1
+    if not puts_only_a_space or any({" ", MARKER} & {*token.content} for token in tokens):
+        return -1
+    return 0
 
 
 def _never_first(state: Any) -> Any:

@@ -40,7 +40,7 @@ from tokcache.text.cuts.normalizers import (
 from tokcache.text.cuts.plan import CutPlan
 from tokcache.text.cuts.pre_tokenizers import forced_cuts, splitting_stages
 from tokcache.text.cuts.rules import Findings, Pair, is_coarse, pairs_in_any
-from tokcache.text.cuts.second_phase import normalizers_of, unsafe_pairs, why_no_cut_inside
+from tokcache.text.cuts.second_phase import normalized_contents, unsafe_pairs, why_no_cut_inside
 from tokcache.text.cuts.vocabulary import cuts_of_vocabulary, proves_none
 from tokcache.text.engines.components import stages_of
 from tokcache.text.engines.copying import component_state, why_random
@@ -54,7 +54,7 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
 
     Cost: well under a millisecond where a pre-tokenizer forces the cuts; a pass over the
           vocabulary where only the vocabulary can prove them; for a pattern that is not known some
-          hundred milliseconds, once in a process.
+          20 to 40 milliseconds, once in a process.
     """
     reason = why_random(tokenizer.model)
     if reason is not None:
@@ -81,21 +81,20 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
     phases = Phases.of(tokenizer)
     is_normalized = bool(stages_of(normalizer))
     in_phase = phases.normalized if is_normalized else []  # the second one, found by the library
-    components = normalizers_of(distinct) if in_phase else [None]
-    off = why_no_cuts(phases, components)
+    contents = normalized_contents(in_phase, distinct)
+    off = why_no_cuts(phases, contents, is_normalized=is_normalized)
     if off is not None:
         return CutPlan(off.reason, (), (*found.refused, off.sentence), found.recognised)
 
     safe = {pair for rule in found.rules for pair in rule.pairs()} - rewritten_pairs(reading)
-    why = why_no_cut_inside(in_phase, components, reading, variants) if in_phase else None
+    why = why_no_cut_inside(contents, reading, variants) if in_phase else None
     if why is not None:
         found, safe = Findings((), found.recognised, (*found.refused, why)), set()
     elif in_phase:
-        safe -= unsafe_pairs(in_phase, components[0], reading)
+        safe -= unsafe_pairs(in_phase, contents[0], reading)
     separated_by = separators(tokenizer, phases, is_normalized=is_normalized)
     safe = without_unsafe(safe, separated_by)
     inside = pairs_in_any(one.content for one in separated_by)
-    contents = [token.content for token in phases.all]
     coarse = {pair for pair in safe - inside if is_coarse(pair)}
     return CutPlan(
         off=None,
@@ -108,7 +107,7 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
         separators=separated_by,
         variants=distinct,
         variant_of=tuple(map(distinct.index, variants)),  # type: ignore[arg-type]
-        space_variant=-1 if why else find_space_variant(variants, contents),
+        space_variant=-1 if why else find_space_variant(variants, phases.all),
         affixes=affixes,
     )
 

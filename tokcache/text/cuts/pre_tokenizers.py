@@ -75,25 +75,25 @@ _WORDS_APART = (
 )
 _NO_PUNCTUATION = LETTERS | DIGITS | WHITESPACE
 _BEFORE_PUNCTUATION = Rule(
-    "other | punctuation", _NO_PUNCTUATION, PUNCTUATION, "a part begins with each punctuation"
+    "other | punctuation", _NO_PUNCTUATION, PUNCTUATION, "a pre-token begins with each punctuation"
 )
 _AFTER_PUNCTUATION = Rule(
     "punctuation | other",
     PUNCTUATION,
     _NO_PUNCTUATION - NEWLINE,
-    "a part ends with punctuation",
+    "a pre-token ends with punctuation",
 )
 _NO_DIGITS = VISIBLE - DIGITS | WHITESPACE
 _AROUND_DIGITS = (
-    Rule("digit | other", DIGITS, _NO_DIGITS, "digits are parts of their own"),
+    Rule("digit | other", DIGITS, _NO_DIGITS, "digits are pre-tokens of their own"),
     Rule(
         "other | digit",
         _NO_DIGITS | {C.NEWLINE_RUN},
         DIGITS,
-        "digits are parts of their own",
+        "digits are pre-tokens of their own",
     ),
 )
-_EACH_DIGIT = Rule("digit | digit", DIGITS, DIGITS, "every digit is a part of its own")
+_EACH_DIGIT = Rule("digit | digit", DIGITS, DIGITS, "every digit is a pre-token of its own")
 
 # The stages that look at two neighbouring characters alone; PUNCTUATION is by its behavior.
 _BY_NEIGHBOURS: dict[str, Rules] = {
@@ -181,11 +181,6 @@ def _only(rule: Rule, pairs: frozenset[Pair]) -> list[Rule]:
     ]
 
 
-def _hides_whitespace(stage: Any) -> bool:
-    """Return whether a stage turns whitespace into other characters and splits nothing."""
-    return bool(stage["type"] == "ByteLevel" and not stage.get("use_regex", True))
-
-
 def _without_marked_punctuation(rule: Rule) -> Rule:
     """Return a rule that holds even if a mark after punctuation makes another character of it."""
     return rule if rule.is_apart else replace(rule, right=rule.right - {C.PUNCTUATION})
@@ -207,15 +202,15 @@ def _stage_rules(stage: Any, context: _Context) -> tuple[Rules, frozenset[Pair]]
             raise Unrecognised(f"Metaspace with {stage['replacement']!r} is not known")
         if not stage.get("split", True):
             raise Unrecognised("Metaspace replaces spaces before the next stage sees them")
-        why = "a part begins with every space"
+        why = "a pre-token begins with every space"
         return (Rule("visible | space", VISIBLE, SPACE, why, is_apart=True),), frozenset()
     if kind == "ByteLevel":
         if stage.get("add_prefix_space") and not context.is_first:
-            raise Unrecognised("ByteLevel puts a space before every part of a text")
+            raise Unrecognised("ByteLevel puts a space before every pre-token")
         if stage.get("use_regex", True):
             # It replaces whitespace, too, which a later stage looks for.
             return _by_pattern(GPT2, "Isolated", context)[0], frozenset()
-        if not context.is_last and _hides_whitespace(stage):
+        if not context.is_last:
             raise Unrecognised("ByteLevel replaces spaces before the next stage sees them")
         return (), _ALL
     if kind == "CharDelimiterSplit":
@@ -231,8 +226,9 @@ def _stage_rules(stage: Any, context: _Context) -> tuple[Rules, frozenset[Pair]]
     try:
         return _by_pattern(pattern, stage["behavior"], context, invert=bool(stage.get("invert")))
     except Unrecognised as unknown:
-        shown = pattern if string is None else string
-        raise Unrecognised(f"Split by {shown!r}: {unknown}") from None
+        # Backslashes are shown once, so that a place counts the characters that a reader sees.
+        shown = repr(pattern if string is None else string).replace("\\\\", "\\")
+        raise Unrecognised(f"Split by {shown}: {unknown}") from None
 
 
 def _neighbour_rules(stage: Any) -> Rules | None:

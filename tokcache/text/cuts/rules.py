@@ -70,8 +70,6 @@ def pairs_in(text: str) -> Iterator[Pair]:
         yield left, right
         if left is C.NEWLINE:
             yield C.NEWLINE_RUN, right
-        if right is C.NEWLINE_RUN:
-            yield left, C.NEWLINE
 
 
 def pairs_in_any(texts: Iterable[str]) -> set[Pair]:

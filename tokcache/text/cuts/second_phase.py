@@ -18,13 +18,13 @@ whole text, if four things hold.
 
 from __future__ import annotations
 
-from itertools import pairwise, product
+from itertools import chain, compress, pairwise, product
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
-
-from tokenizers import Tokenizer
 
 from tokcache.text.cuts.char_classes import WHITESPACE
 from tokcache.text.cuts.rules import NON_ASCII, WHITESPACE_LEFT, C, Pair
+from tokcache.text.engines.copying import with_components
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,34 +32,32 @@ if TYPE_CHECKING:
     from tokcache.text.cuts.normalizers import Normalizer
     from tokcache.text.cuts.plan import Variant
 
-_NO_TOKENIZER = (
-    '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":%s,'
-    '"pre_tokenizer":null,"post_processor":null,"decoder":null,'
-    '"model":{"type":"WordLevel","vocab":{"?":0},"unk_token":"?"}}'
-)
 _SOUGHT = "added tokens are searched for in the normalised text"
 _ENDS = "cuts at added tokens of the raw text only"
 
 
-def normalizers_of(variants: Sequence[Variant]) -> list[Any]:
-    """Return the distinct normalizers of the variants, the first one that of a whole text."""
+def normalized_contents(tokens: Sequence[Any], variants: Sequence[Variant]) -> list[list[str]]:
+    """Return the contents of tokens as the normalizer of each variant makes them.
+
+    The first list is that of a whole text; normalizers that are equal make one list.
+    """
     states = dict.fromkeys(one.normalizer for one in variants)
-    return [Tokenizer.from_str(_NO_TOKENIZER % state).normalizer for state in states]
+    normalizers = [with_components(normalizer=state).normalizer for state in states]
+    return [[one.normalize_str(token.content) for token in tokens] for one in normalizers]
 
 
 def why_no_cut_inside(
-    tokens: Sequence[Any],
-    normalizers: Sequence[Any],
+    contents: Sequence[list[str]],
     normalizer: Normalizer,
     variants: tuple[Variant, Variant, Variant],
 ) -> str | None:
     """Return why no cut is safe except at the added tokens of the raw text, None if some are.
 
-    `tokens` are those of the second phase; `variants` as `affixes.find_variants` returns them.
+    `contents` as `normalized_contents` returns those of the tokens of the second phase; `variants`
+    as `affixes.find_variants` returns them.
     """
     if not normalizer.is_read:
         return f"{_SOUGHT}, and a precompiled map may make any character of them: {_ENDS}"
-    contents = [[one.normalize_str(token.content) for token in tokens] for one in normalizers]
     if any(other != contents[0] for other in contents):
         return f"{_SOUGHT}, which begins with more than the text itself: {_ENDS}"
     _, later, inside = variants
@@ -68,13 +66,14 @@ def why_no_cut_inside(
     return None
 
 
-def unsafe_pairs(tokens: Sequence[Any], normalizer: Any, reading: Normalizer) -> set[Pair]:
+def unsafe_pairs(tokens: Sequence[Any], contents: Sequence[str], reading: Normalizer) -> set[Pair]:
     """Return the pairs of classes at which a token of the second phase makes a cut unsafe.
 
-    Cost: a pass over the contents of the tokens.
+    `contents` are those of the tokens, normalised.
+
+    Cost: a pass over them.
     """
-    names = [(token, normalizer.normalize_str(token.content)) for token in tokens]
-    inside = {pair for _, name in names for pair in pairwise(name)}
+    inside = set(chain.from_iterable(map(pairwise, contents)))
     found: set[Pair] = set()
     for left, right in inside:
         found |= set(product(reading.left_of(left), reading.right_of(right)))
@@ -83,11 +82,12 @@ def unsafe_pairs(tokens: Sequence[Any], normalizer: Any, reading: Normalizer) ->
     padded = NON_ASCII if reading.pads_non_ascii else frozenset[C]()
     before, after = WHITESPACE_LEFT | padded, WHITESPACE | padded
     for flag in ("lstrip", "rstrip", "single_word"):
-        flagged = [name for token, name in names if name and getattr(token, flag)]
+        is_flagged = map(attrgetter(flag), tokens)
+        flagged = [one for one in compress(contents, is_flagged) if one]
         if not flagged:
             continue
-        firsts = set[C]().union(*(reading.right_of(one) for one in {name[0] for name in flagged}))
-        lasts = set[C]().union(*(reading.left_of(one) for one in {name[-1] for name in flagged}))
+        firsts = set[C]().union(*map(reading.right_of, {one[0] for one in flagged}))
+        lasts = set[C]().union(*map(reading.left_of, {one[-1] for one in flagged}))
         if flag == "lstrip":  # it takes the whitespace before it: no cut in there
             found |= set(product(before, firsts | after))
         elif flag == "rstrip":

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer
@@ -53,6 +54,7 @@ _PROBES = (
     "two\n\nlines\r\n\tand a tab",
     "Ünïcödé, e\u0301, ﬁ, 東京, русский, שלום, 👩‍👩‍👧 \u200b",
 )
+_FLAGS = attrgetter("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _MAX_PROBED_TOKENS = 64
 _MAX_PROBED_CONTENTS = 1024
 
@@ -141,25 +143,29 @@ class SegmentEncoder:
     """Encodes segments of texts with the components of one variant, many in one call.
 
     Segments may be joined to one text by `between`, an added token with a random name that no
-    text can hold. Each segment is then encoded by itself, and its ids stand between two ids that
-    are `separator`.
+    text can hold: it has the `secret`. Each segment is then encoded by itself, and its ids stand
+    between two ids that are `separator`.
 
     Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock.
     """
 
     def __init__(self, source: Tokenizer, normalizer: str, pre_tokenizer: str) -> None:
-        own = _same_model(source, normalizer=normalizer, pre_tokenizer=pre_tokenizer)
+        own = _same_model(
+            source, added_tokens(source), normalizer=normalizer, pre_tokenizer=pre_tokenizer
+        )
         own.no_truncation()
         own.no_padding()
 
         # The separator's id must be one that no token of the model has. The library gives the next
         # free id; the model may have some of the ids after it, and then several names are added.
-        edge = free_edge(added_tokens(own))
-        first = max(max(own.get_added_tokens_decoder(), default=-1) + 1, _n_model_tokens(own))
+        added = own.get_added_tokens_decoder()
+        edge = free_edge(added.values())
+        first = max(max(added, default=-1) + 1, _n_model_tokens(own))
         n_taken = 0
         while own.model.id_to_token(first + n_taken) is not None:
             n_taken += 1
-        names = [f"{edge}{secrets.token_hex(8)}{edge}" for _ in range(n_taken + 1)]
+        self.secret = secrets.token_hex(8)
+        names = [f"{edge}{self.secret}{number:x}{edge}" for number in range(n_taken + 1)]
         own.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
         self.between = names[-1]
         self.separator: int = own.token_to_id(self.between)  # type: ignore[assignment]  # was added
@@ -176,7 +182,7 @@ class SegmentEncoder:
         return [encoding.ids for encoding in found]
 
 
-def free_edge(added: list[Any]) -> str | None:
+def free_edge(added: Iterable[Any]) -> str | None:
     """Return a character that no added token has, with which a separator begins and ends.
 
     So no added token can overlap a separator. None if there is no such character.
@@ -247,9 +253,13 @@ def copy_tokenizer(source: Tokenizer) -> Tokenizer:
     Cost:   about a millisecond, and no memory for the vocabulary; if that copy is not equal, the
             whole tokenizer is serialised and read.
     """
-    own = _same_model(source)
-    if any(own.normalizer.normalize_str(content) == "" for content in _normalized_contents(own)):
-        raise CopyError("empty_added_token")  # the library may search for it without end
+    tokens = added_tokens(source)
+    own = _same_model(source, tokens)
+    contents = _normalized_contents(own, tokens)
+    if contents:
+        normalized = own.normalizer.normalize_str  # `own.normalizer` makes an object
+        if not all(map(normalized, contents)):
+            raise CopyError("empty_added_token")  # the library may search for it without end
     if not _is_equal(own, source):
         own = Tokenizer.from_str(source.to_str())
         own.encode_special_tokens = source.encode_special_tokens
@@ -258,8 +268,11 @@ def copy_tokenizer(source: Tokenizer) -> Tokenizer:
     return own
 
 
-def _same_model(source: Tokenizer, **instead: str) -> Tokenizer:
-    """Return a tokenizer with the model of `source` and its components, or those given as JSON."""
+def _same_model(source: Tokenizer, tokens: list[AddedToken], **instead: str) -> Tokenizer:
+    """Return a tokenizer with the model of `source` and its components, or those given as JSON.
+
+    `tokens` are its added tokens.
+    """
     # Components are copied as JSON, because some can't be unpickled (Precompiled).
     states = {part: component_state(getattr(source, part)).decode() for part in ENCODING_PARTS}
     states |= instead
@@ -267,23 +280,28 @@ def _same_model(source: Tokenizer, **instead: str) -> Tokenizer:
         states["decoder"] = component_state(source.decoder).decode()
     except CopyError:
         states["decoder"] = "null"
-    parts = "".join(f'"{name}":{state},' for name, state in states.items())
-    own = Tokenizer.from_str(
-        '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],'
-        f"{parts}"
-        '"model":{"type":"WordLevel","vocab":{"?":0},"unk_token":"?"}}'
-    )
-
+    own = with_components(**states)
     own.model = source.model
     if own.decoder is None and source.decoder is not None:
         own.decoder = source.decoder  # written in Python: ids don't depend on it
-    own.add_tokens(added_tokens(source))
+    own.add_tokens(tokens)
     own.encode_special_tokens = source.encode_special_tokens
     if source.truncation is not None:
         own.enable_truncation(**source.truncation)
     if source.padding is not None:
         own.enable_padding(**source.padding)
     return own
+
+
+def with_components(**states: str) -> Tokenizer:
+    """Return a tokenizer with a vocabulary of one token and components given as JSON."""
+    states = {**dict.fromkeys((*ENCODING_PARTS, "decoder"), "null"), **states}
+    parts = "".join(f'"{name}":{state},' for name, state in states.items())
+    return Tokenizer.from_str(
+        '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],'
+        f"{parts}"
+        '"model":{"type":"WordLevel","vocab":{"?":0},"unk_token":"?"}}'
+    )
 
 
 def added_tokens(tokenizer: Tokenizer) -> list[Any]:
@@ -300,10 +318,7 @@ def has_normalized_tokens(tokenizer: Tokenizer) -> bool:
 
 def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
     """Return whether two tokenizers have equal components and encode the probes alike."""
-    added, right_added = (
-        {index: token.__getstate__() for index, token in one.get_added_tokens_decoder().items()}
-        for one in (own, source)
-    )
+    added, right_added = (one.get_added_tokens_decoder() for one in (own, source))
     # The number of special tokens around a text: truncation leaves room for them, and a template
     # that was changed in place reports the number of before.
     around, right_around = (
@@ -311,7 +326,8 @@ def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
         for one in (own, source)
     )
     if (
-        added != right_added
+        added.keys() != right_added.keys()
+        or any(_FLAGS(added[index]) != _FLAGS(token) for index, token in right_added.items())
         or around != right_around
         or own.get_vocab_size() != source.get_vocab_size()
         or any(signature(own, part) != signature(source, part) for part in ENCODING_PARTS)
@@ -320,12 +336,12 @@ def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
     if why_random(source.model) is not None:
         return True  # the encodings can't be compared, and they are not cached
 
-    tokens = added_tokens(source)
+    tokens = [token for _, token in sorted(right_added.items())]
     step = max(1, len(tokens) // _MAX_PROBED_TOKENS)
-    contents = _normalized_contents(source)
+    contents = _normalized_contents(source, tokens)
     size = 1 + len(contents) // _MAX_PROBED_CONTENTS  # of many, several make one probe
-    groups = [contents[at : at + size] for at in range(0, len(contents), size)]
-    probes = [*_PROBES, *map("\n".join, groups)]
+    groups = ["\n".join(contents[at : at + size]) for at in range(0, len(contents), size)]
+    probes = [*_PROBES]
     probes += [f"a{t.content}b {t.content.lower()} \n{t.content}" for t in tokens[::step]]
     if source.encode_special_tokens:
         # All added tokens: one that was special once is skipped as long as special ones are.
@@ -336,11 +352,10 @@ def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
         found = result_or_error(tokenizer.encode, text, add_special_tokens=special)
         return str(found) if isinstance(found, BaseException) else (found.ids, found.type_ids)
 
-    return all(
-        outcome(own, text, special) == outcome(source, text, special)
-        for text in probes
-        for special in (True, False)
-    )
+    # The special tokens around a text don't depend on the added tokens that are found in it.
+    texts = [(text, special) for text in probes for special in (True, False)]
+    texts += [(text, False) for text in groups]
+    return all(outcome(own, *one) == outcome(source, *one) for one in texts)
 
 
 def result_or_error(
@@ -364,12 +379,12 @@ def is_of_library(error: BaseException) -> bool:
     return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError)
 
 
-def _normalized_contents(tokenizer: Tokenizer) -> list[str]:
-    """Return the contents of the added tokens that are searched for in normalised text.
+def _normalized_contents(tokenizer: Tokenizer, tokens: Iterable[Any]) -> list[str]:
+    """Return the contents of those of its added tokens that are searched for in normalised text.
 
     Encoding them as texts shows whether the library still searches for the forms that they had
     before the normalizer was changed in place.
     """
     if tokenizer.normalizer is None:
         return []
-    return [token.content for token in added_tokens(tokenizer) if token.normalized]
+    return [token.content for token in tokens if token.normalized]

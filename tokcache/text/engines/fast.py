@@ -230,7 +230,7 @@ class Fastokens:
         return {}
 
 
-_ENCODERS: dict[str, Callable[[str], FastEncoder]] = {
+_ENCODERS: dict[str, type[Gigatoken | Fastokens]] = {
     encoder.name: encoder for encoder in (Gigatoken, Fastokens)
 }
 
@@ -258,12 +258,24 @@ def build(name: str, tokenizer_json: str) -> FastEncoder:
     return found
 
 
-def prove(encoder: FastEncoder, reference: Tokenizer, probes: Sequence[str]) -> str | None:
+def is_fork_safe(name: str) -> bool:
+    """Return whether the child of a fork may build an encoder that its parent may have built."""
+    return _ENCODERS[name].is_fork_safe
+
+
+def prove(
+    encoder: FastEncoder,
+    reference: Tokenizer,
+    probes: Sequence[str],
+    pause: Callable[[], None] | None = None,
+) -> str | None:
     """Return None if `encoder` is equal to `reference`, else why it is not or may not be.
 
     `reference` must be the tokenizer for which `encoder` was built, with all added tokens and
     without truncation. It encodes text by text: a batch would start threads, after which the
-    children of a fork encode without threads.
+    children of a fork encode without threads. `pause` is called before each probe.
+
+    Errors: those of `pause`.
     """
     # First the tokenizers whose differences show only in texts that are too rare for probes.
     added = added_tokens(reference)
@@ -295,6 +307,8 @@ def prove(encoder: FastEncoder, reference: Tokenizer, probes: Sequence[str]) -> 
         return ids
 
     for text in probes:
+        if pause is not None:
+            pause()
         wanted, found = (
             f"an error ({_first_line(ids)})" if isinstance(ids, BaseException) else ids
             for ids in (result_or_error(right, text), result_or_error(own, text))

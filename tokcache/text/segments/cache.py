@@ -14,41 +14,30 @@ that are encoded again in full; the first difference ends the fast engine that m
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import blake2b
 from os import urandom
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod
 
 from tokcache._prefix import first_difference
-from tokcache.errors import FastEncoderUnavailable, MissingExtra, Unsure
+from tokcache.errors import MissingExtra, Unsure
 from tokcache.text import _implementation as implementation
 from tokcache.text.cuts.plan import VOCABULARY_PROOF
-from tokcache.text.cuts.regex.lookup import name_of
 from tokcache.text.cuts.scanner import Scanner, spans_of
-from tokcache.text.engines.components import stages_of
-from tokcache.text.engines.copying import (
-    SegmentEncoder,
-    component_state,
-    has_normalized_tokens,
-    is_of_library,
-)
-from tokcache.text.engines.fast import (
-    FastEncoder,
-    agreed_code_points,
-    build,
-    installed,
-    probe_texts,
-    prove,
-)
+from tokcache.text.engines.copying import SegmentEncoder, is_of_library
+from tokcache.text.engines.fast import FastEncoder, agreed_code_points, installed, is_fork_safe
+from tokcache.text.engines.remembered import REMEMBERED, Outcome
+from tokcache.text.segments.choice import Choice, Chosen
 from tokcache.text.segments.id_lengths import id_lengths
 
 if TYPE_CHECKING:
@@ -103,9 +92,12 @@ class _Variant:
 class L1:
     """The segment cache of one tokenizer, and the encoders of missing segments.
 
-    `engine` is the name of the encoder; `notes` say why it is no faster one. `off` is the reason
-    why no text is put together from segments, or None. `look` looks a text up in the segment cache
-    alone, for the native `token_ids`; it is None if its answers have to be checked.
+    `engine` is the name of the encoder, `engine_reason` why it is that one (a key of
+    `reasons.ENGINE_REASONS`); `notes` say why it is no faster one. It is tokenizers until another
+    one is proven, and again if that one fails. `off` is the reason why no text is put together from
+    segments, or None. `look` looks a text up in the segment cache alone, for the native
+    `token_ids`; it is None if its answers have to be checked. `distrust` is called with the L1
+    after its engine gave wrong ids: other caches may have them, too.
 
     Errors:  MissingExtra if the configured engine is not installed; the tokenizer's own errors
              pass through.
@@ -118,12 +110,14 @@ class L1:
         plan: CutPlan,
         config: CacheConfig,
         whole: Callable[[Sequence[str], bool], list[list[int]]],
+        distrust: Callable[[L1], None],
     ) -> None:
         self.plan = plan
         self.off = plan.off
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
         self._whole = whole
+        self._distrust: WeakMethod[Any] = WeakMethod(distrust)
         self._verify_rate = config.verify_rate
         self._max_bytes = config.l1_max_bytes
         self._sure = [
@@ -133,7 +127,17 @@ class L1:
         self._tags: dict[str, int] = {}
         self._n_clears = 0
         self._rng = random.Random(urandom(16))  # noqa: S311 (a draw, not a secret)
-        self._set_fast(None if self.off else self._choose_fast(config.engine))
+        self._lock = threading.Lock()  # held for changes of the engine
+        self._variants = self._made_variants({})
+        self.holds_lock = False
+        self.engine = "tokenizers"
+        self._start_cache()
+        self._identities: Sequence[bytes] = ()
+        self._wanted = config.engine
+        self._names, self.engine_reason = self._candidates()
+        self._choice: Choice | None = None
+        if self._names:
+            self._begin_choice()
 
     def encode(  # noqa: PLR0917 (keywords cost a tenth of a microsecond each)
         self,
@@ -174,6 +178,8 @@ class L1:
 
     def _complete(self, walk: Walk, text: str, add_special_tokens: bool) -> TokenIds | None:
         """Encode the missing segments and return the ids of the text; None: encode it whole."""
+        if self._choice is None and self._names:  # in the child of a fork
+            self._begin_choice()
         variants = self._variants
         for one in variants:
             if one.fast is not None and self._variants is variants:  # else it was dropped
@@ -186,7 +192,7 @@ class L1:
                 except BaseException as error:
                     if not is_of_library(error):
                         raise
-                    self._drop_fast(f"it failed: {error}")
+                    self._drop_fast(f"it failed: {error}", is_wrong=False)
                 else:
                     if not is_right:
                         self._drop_fast("it did not keep the segments of a text apart")
@@ -261,43 +267,97 @@ class L1:
         return ids
 
     def after_fork(self) -> None:
-        """In a forked child: drop an encoder whose threads exist only in the parent."""
+        """In a forked child: drop an encoder whose threads exist only in the parent.
+
+        A choice that had not been made begins again when this child first encodes.
+        """
+        self._lock = threading.Lock()
+        self._names = [name for name in self._names if is_fork_safe(name)]
         if not all(one.fast.is_fork_safe for one in self._variants if one.fast is not None):
-            self._set_fast(None)
+            self._use({})
+            self.engine_reason = "forked"
+        if self._choice is not None and not self._choice.is_done:
+            self._choice = None
+            if not self._names:
+                self.engine_reason = "forked"
 
     # ---- engines
 
-    def _choose_fast(self, wanted: str) -> list[FastEncoder] | None:
-        if wanted == "tokenizers":
-            return None
-        present = installed()
-        if wanted != "auto" and wanted not in present:
-            raise MissingExtra(
-                f"engine={wanted!r} is not installed; pip install 'tokcache[engines]'"
-            )
-        for name in present if wanted == "auto" else [wanted]:
-            try:
-                return [_proven(name, sure) for sure in self._sure]
-            except FastEncoderUnavailable as error:
-                self.notes.append(str(error))
-        if wanted != "auto":
-            _log.warning("%s", self.notes[-1])
-        return None
+    def wait_for_engine(self, timeout_s: float | None) -> bool:
+        """Wait until the engine is chosen; False if `timeout_s` was too short."""
+        if self._choice is None and self._names:
+            self._begin_choice()
+        return self._choice is None or self._choice.wait(timeout_s)
 
-    def _set_fast(self, fast: Sequence[FastEncoder] | None) -> None:
-        self._variants = self._made_variants(fast or [None] * len(self._sure))
-        self.holds_lock = fast is not None and fast[0].holds_lock
-        self.engine = fast[0].name if fast else "tokenizers"
+    def retire(self) -> None:
+        """Discard a choice that has not been made: no new text will be encoded here."""
+        self._names = ()
+        if self._choice is not None:
+            self._choice.discard()
+
+    def _candidates(self) -> tuple[Sequence[str], str]:
+        """Return the encoders to try, and the reason of the engine until one is proven."""
+        if self.off is not None:
+            return (), "not_cut"
+        if self._wanted == "tokenizers":
+            return (), "configured"
+        present = installed()
+        if self._wanted == "auto":
+            return present, "pending" if present else "not_installed"
+        if self._wanted not in present:
+            raise MissingExtra(
+                f"engine={self._wanted!r} is not installed; pip install 'tokcache[engines]'"
+            )
+        return [self._wanted], "pending"
+
+    def _begin_choice(self) -> None:
+        with self._lock:
+            if self._choice is not None:
+                return  # another thread was first
+            numbers = [one.number for one in self._variants if not one.is_apart]
+            choice = Choice(self._names, {n: self._sure[n] for n in numbers}, self._take)
+            self._choice = choice
+        choice.begin()
+
+    def _take(self, chosen: Chosen) -> None:
+        """Switch to the chosen encoders; all entries stay."""
+        variants = self._made_variants(chosen.encoders)  # a few milliseconds, so not under the lock
+        with self._lock:
+            if self.off is not None:
+                return
+            self.notes += chosen.notes
+            self._identities = chosen.identities
+            self.engine_reason = chosen.reason
+            if chosen.encoders:
+                self._use(chosen.encoders, variants)
+        if not chosen.encoders and self._wanted != "auto":
+            _log.warning("%s", chosen.notes[-1])
+
+    def _use(
+        self, fast: Mapping[int, FastEncoder], variants: Sequence[_Variant] | None = None
+    ) -> None:
+        """Encode with these encoders, or with tokenizers if there are none.
+
+        A text that another thread encodes at this moment is encoded by one or the other: the ids
+        are the same.
+        """
         # A fast encoder takes less time for a whole chunk than the look-ups of its segments.
-        self._cache: SegmentCache = implementation.SegmentCache(
-            self.plan, self._max_bytes, fast is None
-        )
+        self._cache.cuts_fine = not fast
+        self.holds_lock = any(one.holds_lock for one in fast.values())
+        self.engine = next(iter(fast.values())).name if fast else "tokenizers"
+        self._variants = self._made_variants(fast) if variants is None else variants
+
+    def _start_cache(self) -> None:
+        """Begin with an empty segment cache: what other threads still put into the old is lost."""
+        cache = implementation.SegmentCache(self.plan, self._max_bytes, self.engine == "tokenizers")
+        cache.clear(n_clears=self._n_clears)
+        self._cache: SegmentCache = cache
         is_sure = self.off is None and not self._verify_rate
         self.look: Callable[..., TokenIds | Walk | None] | None
         self.look = self._cache.look if is_sure else None
-        self._cache.clear(n_clears=self._n_clears)  # last: another thread may clear it from here
+        cache.clear(n_clears=self._n_clears)  # another thread may have cleared the old one
 
-    def _made_variants(self, fast: Sequence[FastEncoder | None]) -> list[_Variant]:
+    def _made_variants(self, fast: Mapping[int, FastEncoder]) -> Sequence[_Variant]:
         plan = self.plan
         first, later, inside = plan.variant_of
         numbers = range(len(plan.variants)) if plan.space_variant < 0 else [inside]
@@ -305,7 +365,7 @@ class L1:
         for number in numbers:
             is_apart = number == first != later
             sure = self._sure[number]
-            own = None if is_apart else fast[number]
+            own = None if is_apart else fast.get(number)
             known = {} if own is None else own.vocabulary()
             # An id that stands for two tokens has no length of its own.
             is_distinct = VOCABULARY_PROOF in plan.recognised or len(
@@ -318,13 +378,32 @@ class L1:
             made.append(_Variant(number, plan.space_variant, is_apart, sure, lengths, own, agreed))
         return made
 
-    def _drop_fast(self, reason: str) -> None:
-        if self.engine == "tokenizers":
-            return  # another thread was first
-        _log.error("engine %s is dropped for this tokenizer, %s", self.engine, reason)
-        self.counts["engine_dropped"] += 1
-        self.notes.append(f"{self.engine} was dropped: {reason}")
-        self._set_fast(None)
+    def _drop_fast(self, reason: str, *, is_wrong: bool = True) -> None:
+        """Encode with tokenizers from now on, because the fast encoder failed or `is_wrong`.
+
+        Ids that it gave before are not trusted either in the second case: no cache keeps them.
+        """
+        with self._lock:
+            if self.engine == "tokenizers":
+                return  # another thread was first
+            _log.error("engine %s is dropped for this tokenizer, %s", self.engine, reason)
+            self.counts["engine_dropped"] += 1
+            self.notes.append(f"{self.engine} was dropped: {reason}")
+            self.engine_reason = "dropped"
+            self._use({})
+        if is_wrong:
+            self._clear_answers()
+        for identity in self._identities:  # later processes try it again, or never
+            if is_wrong:
+                REMEMBERED.keep(identity, Outcome("it gave wrong ids after it had proven equal"))
+            else:
+                REMEMBERED.remove(identity)
+
+    def _clear_answers(self) -> None:
+        self._start_cache()
+        distrust = self._distrust()
+        if distrust is not None:
+            distrust(self)
 
     # ---- verification
 
@@ -348,8 +427,9 @@ class L1:
                 f"{len(text)} characters; the right ids were returned"
             )
             return right
-        self.off = "difference"
-        self._cache.clear(n_clears=self._n_clears)
+        self.off = self.engine_reason = "difference"
+        self.retire()
+        self._clear_answers()
         _log.error(
             "the segment cache (engine %s) gave other token ids than the tokenizer and is off "
             "from now on for this tokenizer: first difference at token %d of %d, in a text of %d "
@@ -369,30 +449,6 @@ class L1:
             return found
         are_right = all(_encode_sure(found, one) for one in self._variants if found.n_chars)
         return found.finish() if are_right else None
-
-
-def _proven(name: str, sure: SegmentEncoder) -> FastEncoder:
-    """Return a fast encoder that gives the same ids as `sure`, or raise FastEncoderUnavailable."""
-    own = sure.tokenizer
-    # Fast encoders search the raw text: they find `K` even where NFC composes it with the mark
-    # after it.
-    if has_normalized_tokens(own):
-        why = "it does not search for added tokens in the normalised text"
-        raise FastEncoderUnavailable(name, why)
-    # Their regular expressions are of another dialect, so a pattern that was never compared may
-    # give other pieces for texts that the probes miss: fastokens reads `\s{2}?` as two characters,
-    # Oniguruma as two or none.
-    for component in (own.normalizer, own.pre_tokenizer):
-        for stage in stages_of(json.loads(component_state(component))):
-            pattern = (stage.get("pattern") or {}).get("Regex")
-            if pattern is not None and name_of(pattern) is None:
-                why = f"the pattern {pattern[:80]!r} is not a known one"
-                raise FastEncoderUnavailable(name, why)
-    encoder = build(name, sure.tokenizer.to_str())
-    reason = prove(encoder, sure.tokenizer, probe_texts(sure.tokenizer))
-    if reason is not None:
-        raise FastEncoderUnavailable(name, reason)
-    return encoder
 
 
 @cache

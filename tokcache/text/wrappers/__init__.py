@@ -33,8 +33,8 @@ def wrap(tokenizer: Any, config: CacheConfig | None = None) -> WrappedTokenizer:
             from llama.cpp's.
     Cost:   with `engine="tokenizers"` 3 to 30 ms for most tokenizers, 0.1 to 0.5 s for phi-3-mini,
             t5-small and deepseek-v3; the vocabulary is shared, not copied. With gigatoken or
-            fastokens, where installed, the proof and the encoder's tables take another 0.7 to 3 s
-            and 50 to 190 MiB.
+            fastokens, where installed, `wrap` takes no longer: their proof and tables take 0.7 to
+            3 s in the background (`wait_for_engine` waits for it) and 50 to 190 MiB.
     """
     log_missing_extension()
     if config is not None and not isinstance(config, CacheConfig):

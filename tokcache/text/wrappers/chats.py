@@ -73,15 +73,20 @@ def rendered_chat(
         known.refuse("failed")
         return None
     arguments = {name: value for name, value in kwargs.items() if name not in _NOT_PASSED}
-    prompt = kwargs.get("add_generation_prompt", False)
 
     def plain_text() -> str:
         found: str = plain(conversation, **{**kwargs, "tokenize": False})
         return found
 
     chat = Chat(
-        *(conversation, special_tokens, arguments, tools, kwargs.get("documents"), prompt),
-        *(_normalised, plain_text),
+        messages=conversation,
+        special_tokens=special_tokens,
+        arguments=arguments,
+        tools=tools,
+        documents=kwargs.get("documents"),
+        add_generation_prompt=kwargs.get("add_generation_prompt", False),
+        normalise=_normalised,
+        plain=plain_text,
     )
     scope = tokenizer._tokcache_scope  # noqa: SLF001 (ours)
     found: str | None = known.render(template, chat, scope)

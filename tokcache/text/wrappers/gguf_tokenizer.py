@@ -24,6 +24,7 @@ from tokenizers.processors import TemplateProcessing
 
 from tokcache._prefix import first_difference
 from tokcache.errors import (
+    Damaged,
     InvalidModel,
     MissingExtra,
     MissingFile,
@@ -252,20 +253,24 @@ def _sentencepiece_bpe(file: _File) -> Tokenizer:
 def read_gguf_strings(path: Path, beginning: str) -> dict[str, str]:
     """Return the metadata's strings (not those in arrays) whose key starts with `beginning`.
 
-    `path` is a file that llama.cpp could load: nothing in it is checked.
+    Errors: InvalidModel for a file that is cut off or damaged.
     """
-    return {
-        key: values[0].decode(errors="replace")
-        for key, is_array, values in _string_entries(path)
-        if not is_array and key.startswith(beginning)
-    }
+    try:
+        return {
+            key: values[0].decode(errors="replace")
+            for key, is_array, values in _string_entries(path)
+            if not is_array and key.startswith(beginning)
+        }
+    except Damaged as damage:
+        raise InvalidModel(f"{path} {damage}; pass a whole GGUF") from None
 
 
 def _string_entries(path: Path) -> Iterator[tuple[str, bool, list[bytes]]]:
     """Yield each entry of strings in the metadata, and whether it is an array.
 
-    llama.cpp's API gives no arrays, and the gguf package takes 45 us a string. The file is sound:
-    llama.cpp has read it.
+    llama.cpp's API gives no arrays, and the gguf package takes 45 us a string.
+
+    Errors: Damaged, if an entry does not end within the file or has an unknown type.
     """
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         n_entries = int.from_bytes(data[16:24], "little")
@@ -280,18 +285,22 @@ def _string_entries(path: Path) -> Iterator[tuple[str, bool, list[bytes]]]:
                 count = int.from_bytes(data[at + 4 : at + 12], "little")
                 at += 12
             if value_type != _STRING:
-                at += count * _SIZES[value_type]  # llama.cpp refuses arrays of arrays
+                if value_type not in _SIZES:  # also an array of arrays, which llama.cpp refuses
+                    raise Damaged(f"has metadata of the unknown type {value_type}")
+                at += count * _SIZES[value_type]
                 continue
             values = []
             for _ in range(count):
                 value, at = _read_string(data, at)
                 values.append(value)
-            yield key.decode(), is_array, values
+            yield key.decode(errors="replace"), is_array, values
 
 
 def _read_string(data: mmap, at: int) -> tuple[bytes, int]:
     start = at + 8
     stop = start + int.from_bytes(data[at:start], "little")
+    if start > len(data) or stop > len(data):
+        raise Damaged("ends within its metadata")
     return data[start:stop], stop
 
 

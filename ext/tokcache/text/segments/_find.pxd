@@ -10,7 +10,9 @@
 # It uses no Python objects and takes no lock.
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.string cimport memset
 
+from tokcache.text._evictions cimport NEW, why_missing
 from tokcache.text.segments._chunker cimport chunk_end, may_end, variant_at
 from tokcache.text.segments._chunks cimport (
     NO_CHUNK, Chunk, find_chunk, find_next, is_chunk, link_to, no_link, place_of, put_follower,
@@ -24,10 +26,11 @@ from tokcache.text.segments._segmenter cimport (
     END, SPAN, SURROGATE, Span, Spans, begin_spans, next_span,
 )
 from tokcache.text.segments._segments cimport (
-    PENDING, Segment, find_segment, place_segment, segment_digest, segment_key,
+    PENDING, Segment, find_segment, segment_digest, segment_key,
 )
 from tokcache.text.segments._store cimport (
     BESIDE_SINGLE_WORD, LONE_SURROGATE, Store, advance_clock, chunk_digest, make_segment_room,
+    place_new_segment,
 )
 
 cdef enum:
@@ -128,8 +131,14 @@ cdef inline int split_missed(
     cdef Missed* missed
     cdef Spans spans
     cdef Span span
-    cdef int outcome
+    cdef int outcome, why
     cdef size_t i
+    if l.n_missed == 0:
+        memset(l.chunk_misses_by_reason, 0, sizeof(l.chunk_misses_by_reason))
+        memset(l.segment_misses_by_reason, 0, sizeof(l.segment_misses_by_reason))
+    # A chunk that is too long to be stored has no digest.
+    why = NEW if end - p > STORED_UNITS else why_missing(&s.evicted_chunks, digest, l.scope)
+    l.chunk_misses_by_reason[why] += 1
     for i in range(l.n_run):  # copy the ids found so far: the chunks may be evicted now
         chunk = &s.chunks.all[l.run[i]]
         if not push_known(l, chunk.ids, chunk.n_ids):
@@ -163,7 +172,7 @@ cdef inline bint take_segment(Store* s, Lookup* l, const Span* span) noexcept no
     cdef Segment key
     cdef Segment* at
     cdef uint64_t digest
-    cdef bint evicts = False
+    cdef int why
     if not segment_key(&l.text, span.start, span.stop, l.scope, span.variant, &key):
         return push_long(l, span.start, span.stop, span.variant)
     digest = segment_digest(&key, &s.secret[0])
@@ -176,13 +185,14 @@ cdef inline bint take_segment(Store* s, Lookup* l, const Span* span) noexcept no
         if at.ids[1] == l.serial:
             l.n_segment_hits += 1
             return push_op(l, <uint32_t> at.ids[0], 0)
-    elif l.keeps:
+    why = why_missing(&s.evicted_segments, digest, l.scope)  # before another one is evicted
+    if at == NULL and l.keeps:
         make_segment_room(s, 1, True)
         if s.segments.n_sets:
-            at = place_segment(&s.segments, digest, s.clock, &evicts)
-            s.counts.evictions += evicts
+            at = place_new_segment(s, digest)
             at[0] = key
             at.tick = s.clock
+    l.segment_misses_by_reason[why] += 1
     l.n_segment_misses += 1
     if at != NULL:
         at.n_ids = PENDING

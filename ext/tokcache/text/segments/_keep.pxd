@@ -6,6 +6,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
+from tokcache.text._evictions cimport N_WHY
 from tokcache.text.segments._chunks cimport (
     NO_CHUNK, Chunk, Link, add_chunk, chunk_item_bytes, find_chunk, link_to, no_link, put_follower,
 )
@@ -20,7 +21,7 @@ from tokcache.text.segments._segments cimport (
 )
 from tokcache.text.segments._store cimport (
     CLEARED, NO_CUT, OUT_OF_MEMORY, OVERSIZE, Store, advance_clock, chunk_digest, has_room,
-    make_room, place_in,
+    make_room, place_in, place_new_segment,
 )
 
 cdef enum:
@@ -67,14 +68,12 @@ cdef inline void keep_segment(Store* s, const Lookup* l, const Pending* one) noe
     cdef Segment key
     cdef Segment* at
     cdef uint64_t digest
-    cdef bint evicts = False
     if not segment_key(&l.text, one.start, one.stop, l.scope, one.variant, &key):
         return
     digest = segment_digest(&key, &s.secret[0])
     at = find_segment(&s.segments, digest, &key)
     if at == NULL and one.n_ids <= SEGMENT_IDS and s.segments.n_sets:
-        at = place_segment(&s.segments, digest, s.clock, &evicts)
-        s.counts.evictions += evicts
+        at = place_new_segment(s, digest)
         at[0] = key
     if at == NULL:
         return
@@ -141,8 +140,12 @@ cdef inline void write_answer(const Store* s, const Lookup* l, int32_t* into) no
         into += chunk.n_ids
 
 cdef inline void count_answer(Store* s, const Lookup* l, size_t n_ids) noexcept nogil:
+    cdef int why
     if l.n_missed:
         s.counts.misses += 1
+        for why in range(N_WHY):
+            s.counts.chunk_misses_by_reason[why] += l.chunk_misses_by_reason[why]
+            s.counts.segment_misses_by_reason[why] += l.segment_misses_by_reason[why]
     else:
         s.counts.hits += 1
     s.counts.chunk_hits += l.n_chunk_hits

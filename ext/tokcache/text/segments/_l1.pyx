@@ -18,6 +18,7 @@ from os import urandom
 from tokcache.stats import L1Stats
 
 from tokcache.text._digest cimport N_SECRETS
+from tokcache.text._evictions cimport N_WHY
 from tokcache.text._places cimport has_vectors
 from tokcache.text._token_ids cimport TokenIds, ids_data, new_owner, owner_data
 from tokcache.text.segments._chunker cimport N_SEEDS, chunk_end
@@ -65,6 +66,7 @@ cdef tuple REASONS = (  # as `_store` numbers them
     "post_processor", "surrogate", "too_long", "beside_single_word", "cleared", "no_cut",
     "oversize", "memory",
 )
+cdef tuple WHY = ("new", "evicted", "not_known")  # as `_evictions` numbers them
 cdef bint uses_vectors = has_vectors()
 cdef Lengths no_lengths
 memset(&no_lengths, 0, sizeof(no_lengths))
@@ -227,7 +229,8 @@ cdef class Walk:
 cdef class SegmentCache:
     """The token ids of chunks and short segments of texts, cut as `plan` (a CutPlan) says.
 
-    Units:   `max_bytes` is for keys, ids and tables; working memory takes up to 300 KiB more.
+    Units:   `max_bytes` is for keys, ids and tables; working memory and the memory of evictions
+             take up to 450 KiB more.
     Cost:    one compare and one copy of the ids per cached chunk; an uncached chunk is scanned
              once. Only the answer is allocated.
     Threads: safe under the interpreter lock.
@@ -274,6 +277,11 @@ cdef class SegmentCache:
     @property
     def cuts_fine(self):
         return bool(self.store.cuts_fine)
+
+    @cuts_fine.setter
+    def cuts_fine(self, bint cuts_fine):
+        # Entries stay valid: the flag only says into what a missing chunk is split.
+        self.store.cuts_fine = cuts_fine
 
     def look(self, str text not None, bint add_special_tokens, uint64_t scope, since=None):
         """Return the ids of `text` if all of it is cached, else a Walk with the segments to encode.
@@ -342,6 +350,12 @@ cdef class SegmentCache:
             chunk_misses=counts.chunk_misses,
             segment_hits=counts.segment_hits,
             segment_misses=counts.segment_misses,
+            chunk_misses_by_reason={
+                WHY[i]: counts.chunk_misses_by_reason[i] for i in range(N_WHY)
+            },
+            segment_misses_by_reason={
+                WHY[i]: counts.segment_misses_by_reason[i] for i in range(N_WHY)
+            },
             lookup_chars=counts.lookup_chars,
             chunk_miss_chars=counts.chunk_miss_chars,
             engine_chars=counts.engine_chars,

@@ -15,6 +15,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
+from tokcache.text._evictions cimport N_WHY
 from tokcache.text.segments._chunks cimport Link
 from tokcache.text.segments._id_lengths cimport Lengths, PointSet, covers, encoded_bytes, length_of
 from tokcache.text.segments._scan cimport (
@@ -88,6 +89,9 @@ ctypedef struct Lookup:
     uint64_t n_miss_units  # of missing chunks
     uint64_t n_segment_hits
     uint64_t n_segment_misses
+    # Set at the first missing chunk; they are read only if there is one.
+    uint64_t[N_WHY] chunk_misses_by_reason
+    uint64_t[N_WHY] segment_misses_by_reason
 
 
 # ---- begin and end

@@ -9,6 +9,9 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
 from tokcache.text._digest cimport N_SECRETS, full_digest
+from tokcache.text._evictions cimport (
+    N_WHY, Evictions, forget_all, forget_scope, note_eviction,
+)
 from tokcache.text.segments._chunker cimport Chunker
 from tokcache.text.segments._chunks cimport (
     LAST_SERIAL, NO_CHUNK, Chunks, Link, bytes_to_grow, chunks_bytes, grow_chunks, no_link,
@@ -18,7 +21,8 @@ from tokcache.text.segments._keys cimport narrow, width_of
 from tokcache.text.segments._plan cimport release_plan
 from tokcache.text.segments._scan cimport Text
 from tokcache.text.segments._segments cimport (
-    MAX_SETS, WAYS, Segment, Segments, grow_segments, grown_sets, release_segments, sets_bytes,
+    MAX_SETS, WAYS, Segment, Segments, grow_segments, grown_sets, place_segment,
+    release_segments, segment_digest, sets_bytes,
 )
 
 cdef enum:
@@ -50,6 +54,8 @@ ctypedef struct Counts:
     uint64_t insertions
     uint64_t evictions
     uint64_t[N_REASONS] refusals
+    uint64_t[N_WHY] chunk_misses_by_reason
+    uint64_t[N_WHY] segment_misses_by_reason
 
 ctypedef struct Store:
     uint64_t max_bytes
@@ -65,6 +71,8 @@ ctypedef struct Store:
     uint8_t* scratch       # units of a chunk, narrowed
     size_t n_scratch_bytes
     Counts counts
+    Evictions evicted_chunks
+    Evictions evicted_segments
 
 
 cdef inline uint64_t store_bytes(const Store* s) noexcept nogil:
@@ -107,8 +115,19 @@ cdef inline bint chunk_digest(
 # ---- room
 
 cdef inline void evict_chunk(Store* s) noexcept nogil:
+    cdef uint32_t place = oldest_chunk(&s.chunks, &s.rng, s.clock, N_DRAWS)
     s.counts.evictions += 1
-    remove_chunk(&s.chunks, oldest_chunk(&s.chunks, &s.rng, s.clock, N_DRAWS))
+    note_eviction(&s.evicted_chunks, s.chunks.all[place].digest, s.chunks.all[place].scope)
+    remove_chunk(&s.chunks, place)
+
+cdef inline Segment* place_new_segment(Store* s, uint64_t digest) noexcept nogil:
+    """Return the place for a new segment; another one may be evicted from it."""
+    cdef bint evicts = False
+    cdef Segment* at = place_segment(&s.segments, digest, s.clock, &evicts)
+    if evicts:
+        s.counts.evictions += 1
+        note_eviction(&s.evicted_segments, segment_digest(at, &s.secret[0]), at.scope)
+    return at
 
 cdef inline bint has_room(const Store* s, uint64_t n_bytes) noexcept nogil:
     """Return whether one more chunk of `n_bytes` fits without an eviction."""
@@ -119,6 +138,7 @@ cdef inline bint make_room(Store* s, uint64_t n_bytes) noexcept nogil:
     cdef uint64_t least
     if s.chunks.serial == LAST_SERIAL:  # a serial used again could make an old link valid
         remove_chunks(s)
+        s.evicted_chunks.is_lost = True
     least = store_bytes(s) - s.chunks.item_bytes + n_bytes
     if s.chunks.capacity == 0:
         least += bytes_to_grow(&s.chunks)
@@ -154,6 +174,8 @@ cdef inline void remove_chunks(Store* s) noexcept nogil:
 
 cdef inline void remove_scope(Store* s, uint64_t scope) noexcept nogil:
     cdef uint32_t i
+    forget_scope(&s.evicted_chunks, scope)
+    forget_scope(&s.evicted_segments, scope)
     # Backwards, so that the chunk that takes a removed one's place was already looked at.
     for i in range(s.chunks.n, 0, -1):
         if s.chunks.all[i - 1].scope == scope:
@@ -172,9 +194,13 @@ cdef inline void remove_all(Store* s) noexcept nogil:
     remove_chunks(s)
     release_segments(&s.segments)
     memset(&s.counts, 0, sizeof(Counts))
+    forget_all(&s.evicted_chunks)
+    forget_all(&s.evicted_segments)
 
 cdef inline void release_store(Store* s) noexcept nogil:
     release_chunks(&s.chunks)
     release_segments(&s.segments)
     release_plan(&s.chunker.plan)
+    forget_all(&s.evicted_chunks)
+    forget_all(&s.evicted_segments)
     free(s.scratch)

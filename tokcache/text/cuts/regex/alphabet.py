@@ -4,20 +4,22 @@
 2. The string has a character of every kind: each interval of `properties` is cut at the code points
    that the pattern names and at the ends of the rules' character classes, and one character stands
    for all of the same kind between two such cuts.
-3. Characters with the same answers, in the same character class, are one symbol.
+3. Characters with the same answers, in the same character class, are one symbol. The pattern can't
+   tell symbols with the same answers apart, so its automaton runs over one of them (`alike`).
 """
 
 from __future__ import annotations
 
 import base64
 import re
+import struct
 import sys
 import unicodedata
 import zlib
-from bisect import bisect_right
-from collections.abc import Iterable
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from tokenizers import Regex
@@ -25,28 +27,26 @@ from tokenizers.pre_tokenizers import Split
 
 from tokcache.errors import Unrecognised
 from tokcache.text.cuts.char_classes import RANGES, CharClass, class_of
-from tokcache.text.cuts.regex.properties import INTERVALS, NAMES
+from tokcache.text.cuts.regex.properties import COMPOSITIONS, INTERVALS
 
-_PROPERTY = re.compile(r"\\[pP]\{\^?([\w ]+)\}|\[:\^?(\w+):\]")
 _POINT = re.compile(r"\\x\{([0-9A-Fa-f]+)\}|\\x([0-7][0-9A-Fa-f])|\\u([0-9A-Fa-f]{4})")
-_ALIASES = {"l", "m", "n", "p", "s", "z", "c", "any", "assigned", "letter", "mark", "number"}
-_ALIASES |= {"punctuation", "symbol", "separator", "alpha", "digit", "space", "upper", "lower"}
-_ALIASES |= {"word", "blank"}
-_KNOWN = _ALIASES | set(NAMES.split())
+_IGNORED_LETTER = re.compile(r"\(\?i:[A-Za-z]\)")
+_SURROGATES = range(0xD800, 0xE000)
 _VISIBLE = frozenset("LMNPS")  # the first letters of the categories of visible characters
 
 
-@dataclass(frozen=True, slots=True)
-class Alphabet:
+class Alphabet(NamedTuple):
     """The symbols 0 to `n` - 1, and sets of them as masks of bits.
 
-    `samples` has a character of each symbol. `chars` are the symbols that each query matches.
+    `samples` has a character of each symbol. `alike` are, for a symbol of each set that the pattern
+    can't tell apart, the symbols of the set. `chars` are the symbols that each query matches.
     `lefts` and `rights` are those of a class on the left and on the right of a cut: on the right,
     a class also has the characters that NFC makes of one of its own and the marks after it.
     """
 
     n: int
     samples: str
+    alike: dict[int, int]
     chars: dict[str, int]
     lefts: dict[CharClass, int]
     rights: dict[CharClass, int]
@@ -58,65 +58,56 @@ class Alphabet:
 def alphabet_of(queries: Iterable[str]) -> Alphabet:
     """Return the alphabet of a pattern whose classes of characters are `queries`.
 
-    Errors: Unrecognised for a property that `properties` does not have.
+    Errors: Unrecognised for a class that the library can't compile alone, or one that ignores the
+            case of a character that stands for several.
     """
-    asked = dict.fromkeys([*queries, r"\w"])
-    for query in asked:
-        for found in _PROPERTY.finditer(query):
-            name = found[1] or found[2]
-            if name.lower() not in _KNOWN:
-                raise Unrecognised(f"property {name}")
+    asked = [*dict.fromkeys([*queries, r"\n"])]  # the condition `$` needs the newline
     chars = _characters(asked)
-    answers = [_matched(query, chars) for query in asked]
-    ignoring = [i for i, query in enumerate(asked) if query.startswith("(?i:")]
+    answers = _answers(asked, chars)
+    ignoring = sum(1 << i for i, query in enumerate(asked) if query.startswith("(?i:"))
 
     held: dict[_Kind, str] = {}  # with the first character of each
-    for at, char in enumerate(chars):
-        kind = _Kind(
-            tuple(at in answer for answer in answers),
-            class_of(char),
-            _composed_from(char),
-            unicodedata.category(char)[0] in _VISIBLE,
-        )
-        held.setdefault(kind, char)
-        if len(char.casefold()) > 1 and any(kind.answers[i] for i in ignoring):
+    composed = _compositions()
+    for char, answer in zip(chars, answers, strict=True):
+        is_visible = unicodedata.category(char)[0] in _VISIBLE
+        held.setdefault(_Kind(answer, class_of(char), composed.get(ord(char)), is_visible), char)
+        if answer & ignoring and len(char.casefold()) > 1:
             raise Unrecognised(f"ignored case of {char!a}, which stands for several characters")
 
     def mask(is_in: Iterable[bool]) -> int:
         return sum(1 << symbol for symbol, one in enumerate(is_in) if one)
 
-    by_query = {query: mask(kind.answers[i] for kind in held) for i, query in enumerate(asked)}
+    by_answer: dict[int, int] = {}
+    for symbol, kind in enumerate(held):
+        by_answer[kind.answers] = by_answer.get(kind.answers, 0) | 1 << symbol
+    by_query = {
+        query: mask(bool(kind.answers >> i & 1) for kind in held) for i, query in enumerate(asked)
+    }
     return Alphabet(
         n=len(held),
         samples="".join(held.values()),
+        alike={(own & -own).bit_length() - 1: own for own in by_answer.values()},
         chars=by_query,
         lefts={one: mask(kind.own is one for kind in held) for one in CharClass},
         rights={
             one: mask(one in (kind.own, kind.composed_from) for kind in held) for one in CharClass
         },
         visible=mask(kind.is_visible for kind in held),
-        word=by_query[r"\w"],
-        newline=mask(kind.own is CharClass.NEWLINE for kind in held),
+        word=by_query.get(r"\w", 0),  # asked only if there is a condition `\b`
+        newline=by_query[r"\n"],
     )
 
 
 class _Kind(NamedTuple):
     """All that is known of a character; characters of one kind are one symbol."""
 
-    answers: tuple[bool, ...]  # whether it is matched, for each query
+    answers: int  # one bit for each query that matches it
     own: CharClass
-    composed_from: CharClass | None
+    composed_from: int | None  # a class
     is_visible: bool
 
 
 # ---- characters
-
-
-@cache
-def _intervals() -> tuple[list[int], list[int]]:
-    """Return the first code point and the kind of every interval."""
-    numbers = [int(one, 16) for one in zlib.decompress(base64.b64decode(INTERVALS)).split()]
-    return numbers[::2], numbers[1::2]
 
 
 def _characters(queries: Iterable[str]) -> str:
@@ -127,43 +118,60 @@ def _characters(queries: Iterable[str]) -> str:
     # Without regard to case, 0x130, 0x131, 0x17F and 0x212A may be equal to ASCII letters.
     named |= {*range(0x80), 0x130, 0x131, 0x17F, 0x212A, 0x2028, 0x2029}
     named |= {end for first, last, _ in RANGES for end in (first, last)}
-    cuts = sorted(named | {point + 1 for point in named})
-    found: dict[tuple[int, int, object], int] = {}
+    cuts = [*sorted(named | {point + 1 for point in named}), sys.maxunicode + 1]
     starts, kinds = _intervals()
-    for point in sorted({*cuts, *starts, *_compositions()}):
-        if point > sys.maxunicode or 0xD800 <= point < 0xE000:  # noqa: PLR2004 (surrogates)
-            continue
-        kind = kinds[bisect_right(starts, point) - 1]
-        found.setdefault((bisect_right(cuts, point), kind, _composed_from(chr(point))), point)
-    return "".join(map(chr, sorted(found.values())))
+    found: list[int] = []
+    for first, stop in pairwise(cuts):
+        at, end = bisect_right(starts, first), bisect_left(starts, stop)
+        # The first of each kind between the two cuts: where a key is repeated, the last one stays.
+        points = [first, *starts[at:end]]
+        found += dict(zip(kinds[at - 1 : end][::-1], points[::-1], strict=True)).values()
+    return "".join(chr(point) for point in sorted(found) if point not in _SURROGATES)
 
 
 @cache
-def _compositions() -> dict[int, CharClass]:
-    """Return the characters that NFC makes of a character of a rule's class and marks after it."""
-    found: dict[int, CharClass] = {}
-    for point in range(0xC0, 0x3100):  # later ones are compositions of Hangul, or excluded
-        char = chr(point)
-        parts = unicodedata.normalize("NFD", char)
-        if parts != char and unicodedata.normalize("NFC", char) == char:
-            own = class_of(parts[0])
-            if own is not CharClass.OTHER:
-                found[point] = own
-    return found
+def _intervals() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the first code point of every interval, in order, and the kind of each."""
+    return _unpacked("I", "H", INTERVALS)
 
 
-def _composed_from(char: str) -> CharClass | None:
-    return _compositions().get(ord(char))
+@cache
+def _compositions() -> dict[int, int]:
+    """Return the class of the first of the characters of which NFC makes a character.
 
-
-def _matched(query: str, chars: str) -> set[int]:
-    """Return the places of the characters that a query matches.
-
-    Errors: Unrecognised if the library can't compile it alone.
+    Only for those that it makes of a character of a rule's class and marks after it.
     """
-    try:
-        split = Split(Regex(f"(?:{query})+"), "removed", invert=True)
-    except Exception as error:  # noqa: BLE001 (the library raises Exception)
-        raise Unrecognised(f"class {query} ({error})") from None
-    found = split.pre_tokenize_str(chars)
-    return {at for _, (start, stop) in found for at in range(start, stop)}
+    return dict(zip(*_unpacked("H", "B", COMPOSITIONS), strict=True))
+
+
+def _unpacked(first: str, second: str, packed: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return two columns of numbers, packed one after the other as tools/pattern_tables.py does."""
+    raw = zlib.decompress(base64.b64decode(packed))
+    n = len(raw) // struct.calcsize(f"<{first}{second}")
+    numbers = struct.unpack(f"<{n}{first}{n}{second}", raw)
+    return numbers[:n], numbers[n:]
+
+
+def _answers(queries: Sequence[str], chars: str) -> list[int]:
+    """Return for each character the queries that match it, one bit for each query.
+
+    Errors: Unrecognised if the library can't compile a query alone.
+    """
+    answers = [0] * len(chars)
+    # Without regard to case, a letter is equal only to characters that casefolding relates to it.
+    foldable = [at for at, char in enumerate(chars) if any(map(str.isascii, char.casefold()))]
+    folding = "".join(chars[at] for at in foldable)
+    for i, query in enumerate(queries):
+        if len(query) == 1 and query not in ".\n":
+            at = chars.find(query)  # `_characters` has every character that a query names
+            answers[at] |= 1 << i
+            continue
+        text = folding if _IGNORED_LETTER.fullmatch(query) else chars
+        try:
+            split = Split(Regex(f"(?:{query})+"), "removed", invert=True)
+        except Exception as error:  # noqa: BLE001 (the library raises Exception)
+            raise Unrecognised(f"class {query} ({error})") from None
+        for _, (start, stop) in split.pre_tokenize_str(text):
+            for at in range(start, stop):
+                answers[foldable[at] if text is folding else at] |= 1 << i
+    return answers

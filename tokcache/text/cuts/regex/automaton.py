@@ -15,7 +15,6 @@ Source: Russ Cox, "Regular Expression Matching: the Virtual Machine Approach" (2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokcache.errors import Unrecognised
@@ -44,14 +43,25 @@ class Thread(NamedTuple):
     end: int
 
 
-class State(NamedTuple):
+class State:
     """The threads, the most preferred first, and what conditions know of the character before.
 
-    `before` is (is a character of a word, is a newline), or None before the match.
+    `before` is (is a character of a word, is a newline), or None before the match. Equal states of
+    one program are one object, so that they are compared and hashed by identity. `reads` are the
+    (symbols, where they lead) of all threads in order, None if a condition decides about one.
     """
 
-    threads: tuple[Thread, ...]
-    before: tuple[bool, bool] | None
+    __slots__ = ("before", "reads", "threads")
+
+    def __init__(
+        self,
+        threads: tuple[Thread, ...],
+        before: tuple[bool, bool] | None,
+        reads: list[tuple[int, int]] | None,
+    ) -> None:
+        self.threads = threads
+        self.before = before
+        self.reads = reads
 
 
 class Step(NamedTuple):
@@ -68,28 +78,25 @@ class Step(NamedTuple):
 
 
 HERE = 1 << 30
+_NO_AHEADS: frozenset[Ahead] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
+class _Read(NamedTuple):
     symbols: int
     next: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Fork:
+class _Fork(NamedTuple):
     targets: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Ahead:
+class _Ahead(NamedTuple):
     start: int
     is_negative: bool
     next: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     kind: str
     next: int
 
@@ -107,7 +114,9 @@ class Program:
         self._code: list[_Read | _Fork | _Ahead | _Place | _End] = [_End()]
         self._reads_before = False
         start = self._compile(node, 0)
-        self.start = State((Thread(start, frozenset(), 0),), None)
+        self._states: dict[tuple[tuple[Thread, ...], tuple[bool, bool] | None], State] = {}
+        self._unconditional: dict[int, list[tuple[int, int]] | None] = {}
+        self.start = self._state((Thread(start, _NO_AHEADS, 0),), None)
         self._followed: dict[tuple[int, object, int], list[tuple[int, frozenset[Ahead]]]] = {}
         self._steps: dict[tuple[State, int], Step] = {}
 
@@ -167,6 +176,8 @@ class Program:
     # ---- running
 
     def _step(self, state: State, symbol: int) -> Step:
+        if state.reads is not None:
+            return self._unconditional_step(state.reads, symbol)
         threads: list[Thread] = []
         seen: dict[int, list[frozenset[Ahead]]] = {}
         end = None
@@ -202,7 +213,36 @@ class Program:
             thread._replace(end=ends.index(thread.end)) if thread.at == MATCHED else thread
             for thread in threads
         )
-        return Step(State(ordered, self._before(symbol)), end, tuple(ends))
+        return Step(self._state(ordered, self._before(symbol)), end, tuple(ends))
+
+    def _unconditional_step(self, reads: list[tuple[int, int]], symbol: int) -> Step:
+        """Return the step of a state in which no thread waits and no condition is judged."""
+        after: dict[int, None] = {}
+        end = None
+        for symbols, then in reads:
+            if symbols >> symbol & 1:
+                if then == MATCHED:
+                    end = HERE
+                    break
+                after[then] = None
+        threads = tuple(Thread(at, _NO_AHEADS, 0) for at in after)
+        if len(threads) > _MAX_THREADS:
+            raise Unrecognised(f"more than {_MAX_THREADS} threads")
+        return Step(self._state(threads, self._before(symbol)), end, ())
+
+    def _state(self, threads: tuple[Thread, ...], before: tuple[bool, bool] | None) -> State:
+        """Return the one state with these threads."""
+        state = self._states.get((threads, before))
+        if state is None:
+            reads: list[tuple[int, int]] = []
+            is_conditional = False
+            for thread in threads:
+                own = None if thread.aheads else self._unconditional_from(thread.at)
+                is_conditional |= own is None
+                reads += own or ()
+            state = State(threads, before, None if is_conditional else reads)
+            self._states[threads, before] = state
+        return state
 
     def _before(self, symbol: int) -> tuple[bool, bool] | None:
         if not self._reads_before:
@@ -221,6 +261,9 @@ class Program:
         found = self._followed.get(key)
         if found is not None:
             return found
+        reads = self._unconditional_from(at)
+        if reads is not None:
+            return [(then, _NO_AHEADS) for symbols, then in reads if symbols >> symbol & 1]
         found = []
         seen = set()
         rest: list[tuple[int, frozenset[Ahead]]] = [(at, frozenset())]
@@ -248,6 +291,31 @@ class Program:
                     rest.append((code.next, aheads | more))
         self._followed[key] = found
         return found
+
+    def _unconditional_from(self, at: int) -> list[tuple[int, int]] | None:
+        """Return the (symbols, where they lead) that may be read from here, in order.
+
+        The end of the pattern is read by any symbol. None if a condition is on the way to them.
+        """
+        if at not in self._unconditional:
+            found: list[tuple[int, int]] | None = []
+            seen, rest = set(), [at]
+            while rest and found is not None:
+                here = rest.pop()
+                if here in seen:
+                    continue
+                seen.add(here)
+                code = self._code[here]
+                if isinstance(code, _Fork):
+                    rest.extend(reversed(code.targets))
+                elif isinstance(code, _Read):
+                    found.append((code.symbols, code.next))
+                elif isinstance(code, _End):
+                    found.append((-1, MATCHED))
+                else:
+                    found = None
+            self._unconditional[at] = found
+        return self._unconditional[at]
 
     def _advanced(
         self, aheads: frozenset[Ahead], before: tuple[bool, bool] | None, symbol: int

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from tokcache.text.cuts.char_classes import VISIBLE, WHITESPACE, CharClass
 
-Pair = tuple[CharClass, CharClass]
+if TYPE_CHECKING:
+    from tokcache.text.cuts.rules import Pair
 
 LEFTS = (*sorted(VISIBLE | WHITESPACE), CharClass.NEWLINE_RUN, CharClass.OTHER)
 RIGHTS = tuple(sorted(VISIBLE | WHITESPACE))

@@ -21,7 +21,8 @@ character is a separate class on the left: only there does GPT-2's pattern match
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import and_
 
 from tokcache.errors import Unrecognised
 from tokcache.text.cuts.char_classes import CharClass
@@ -46,7 +47,8 @@ def derive(pattern: str) -> PatternCuts:
     """Return the cuts that a pattern allows, or refuse it.
 
     Errors: Unrecognised, with the name and place of the construct, or the limit that is exceeded.
-    Cost:   some hundred milliseconds; the result is remembered, a refusal too.
+    Cost:   some 10 to 30 milliseconds, 150 for a pattern of many hundred states, after this module
+            is imported (7); the result is remembered in the process, a refusal too.
     """
     found = _derived(pattern)
     if isinstance(found, str):
@@ -82,6 +84,8 @@ def _queries(node: Node) -> Iterator[str]:
             yield from _queries(one)
     elif isinstance(node, Repeat | Look):
         yield from _queries(node.node)
+    elif node.kind in ("word", "no_word"):
+        yield r"\w"
 
 
 def cuts_of(program: Program) -> PatternCuts:
@@ -90,32 +94,37 @@ def cuts_of(program: Program) -> PatternCuts:
     Errors: Unrecognised beyond the limits of states and threads.
     """
     alphabet = program.alphabet
+    alike = alphabet.alike
     after = states_after(program)
     # After each symbol, those that end every state as the end of the text does.
     ended_by = {
         symbol: sum(
-            1 << one
-            for one in range(alphabet.n)
+            symbols
+            for one, symbols in alike.items()
             if all(is_ended(program, state, one) for state in states)
         )
         for symbol, states in after.items()
     }
-    lefts = {one: _symbols(mask) for one, mask in left_masks(alphabet).items()}
+    masks = left_masks(alphabet)
+    # Behind each left class, the symbols that all of its symbols allow there.
+    sets = {**alike, alphabet.n: 1 << alphabet.n}
+    kept_by = {
+        left: reduce(and_, (ended_by[one] for one, symbols in sets.items() if symbols & mask), -1)
+        for left, mask in masks.items()
+    }
 
     def is_kept(left: CharClass, right: CharClass) -> bool:
-        own = alphabet.rights[right]
-        return all(not own & ~ended_by[symbol] for symbol in lefts[left])
+        return not alphabet.rights[right] & ~kept_by[left]
 
-    reads = sum(1 << one for one in range(alphabet.n) if after[one])
-    alone = [program.step(program.start, one).state for one in range(alphabet.n)]
+    reads = sum(symbols for one, symbols in alike.items() if after[one])
+    alone = {one: program.step(program.start, one).state for one in alike}
     gaps_at_end = sum(
-        1 << one
-        for one, state in enumerate(alone)
+        alike[one]
+        for one, state in alone.items()
         if program.step(state, program.end_of_text).end is None
     )
-    gaps_at_start = sum(1 << one for one in range(alphabet.n) if _may_begin_gap(program, one))
-    starts = sum(1 << one for one, state in enumerate(alone) if state.threads)
-    masks = left_masks(alphabet)
+    gaps_at_start = sum(alike[one] for one in alike if _may_begin_gap(program, one))
+    starts = sum(alike[one] for one, state in alone.items() if state.threads)
 
     def ends_in(mask: int) -> frozenset[CharClass]:
         if mask & alphabet.newline:
@@ -152,11 +161,11 @@ def states_after(program: Program) -> dict[int, set[State]]:
     Errors: Unrecognised beyond `MAX_STATES`.
     """
     alphabet = program.alphabet
-    after: dict[int, set[State]] = {symbol: set() for symbol in range(alphabet.n + 1)}
+    after: dict[int, set[State]] = {symbol: set() for symbol in (*alphabet.alike, alphabet.n)}
     found, rest = {program.start}, [program.start]
     while rest:
         state = rest.pop()
-        for symbol in range(alphabet.n):
+        for symbol in alphabet.alike:
             reached = program.step(state, symbol).state
             if not reached.threads:
                 continue
@@ -166,9 +175,10 @@ def states_after(program: Program) -> dict[int, set[State]]:
                 rest.append(reached)
                 if len(found) > MAX_STATES:
                     raise Unrecognised(f"more than {MAX_STATES} states")
-    newline = _symbols(alphabet.newline)[0]
+    newline = alphabet.newline.bit_length() - 1
+    visible = (after[one] for one, symbols in alphabet.alike.items() if symbols & alphabet.visible)
     # `start` is one of these: a match that begins at the newline may have any character before it.
-    for state in {program.start}.union(*(after[one] for one in _symbols(alphabet.visible))):
+    for state in {program.start}.union(*visible):
         reached = program.step(state, newline).state
         if reached.threads:
             after[alphabet.n].add(reached)
@@ -189,13 +199,9 @@ def _may_begin_gap(program: Program, symbol: int) -> bool:
         state = rest.pop()
         if not state.threads or program.step(state, program.end_of_text).end is None:
             return True
-        for one in range(program.alphabet.n):
+        for one in program.alphabet.alike:
             step = program.step(state, one)
             if step.end is None and step.state not in found:
                 found.add(step.state)
                 rest.append(step.state)
     return False
-
-
-def _symbols(mask: int) -> list[int]:
-    return [symbol for symbol in range(mask.bit_length()) if mask >> symbol & 1]

@@ -12,10 +12,12 @@ Source: doc/RE and src/regparse.c of Oniguruma 6.9.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
+from itertools import chain
+from typing import NamedTuple
 
 from tokcache.errors import Unrecognised
+from tokcache.text.cuts.regex.properties import NAMES
 
 _MAX_REPEATS = 1000
 _INTERVAL = re.compile(r"\{(\d*)(,?)(\d*)\}")
@@ -23,11 +25,16 @@ _PLACES = {r"\b": "word", r"\B": "no_word", r"\z": "end"}
 # The escapes that match one character, in a class and outside it. Two digits after `\x` are a byte,
 # which from 80 on is only a part of a character.
 _ESCAPE = re.compile(
-    r"\\(?:[pP]\{\^?[\w ]+\}|x\{[0-9A-Fa-f]+\}|x[0-7][0-9A-Fa-f]|u[0-9A-Fa-f]{4}"
+    r"\\(?:[pP]\{\^?([\w ]+)\}|x\{[0-9A-Fa-f]+\}|x[0-7][0-9A-Fa-f]|u[0-9A-Fa-f]{4}"
     r"|[rntfvaesSdDwWhH]|[^A-Za-z0-9])",
     re.ASCII | re.DOTALL,
 )
-_POSIX_CLASS = re.compile(r"\[:\^?[a-z]+:\]")
+_POSIX_CLASS = re.compile(r"\[:\^?([a-z]+):\]")
+# The properties that `properties` knows, in lower case.
+_ALIASES = {"l", "m", "n", "p", "s", "z", "c", "any", "assigned", "letter", "mark", "number"}
+_ALIASES |= {"punctuation", "symbol", "separator", "alpha", "digit", "space", "upper", "lower"}
+_ALIASES |= {"word", "blank"}
+_KNOWN = _ALIASES | set(NAMES.split())
 _BEYOND_ASCII = re.compile(r"\\[pPxu]|\[:|&&")
 _GROUPS = {"(?:": "group", "(?=": "ahead", "(?!": "not_ahead", "(?i:": "ignore_case"}
 _REFUSED_GROUPS = {
@@ -39,29 +46,25 @@ _REFUSED_GROUPS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Chars:
+class Chars(NamedTuple):
     """One character; `query` is a pattern that matches the same characters and nothing else."""
 
     query: str
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One node after another."""
 
     parts: tuple[Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The first option that leads to a match."""
 
     options: tuple[Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Repeat:
+class Repeat(NamedTuple):
     """A node `low` to `high` times (None: without limit), as often or as rarely as possible."""
 
     node: Node
@@ -70,16 +73,14 @@ class Repeat:
     is_greedy: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(NamedTuple):
     """A look-ahead: the text here begins, or does not begin, with a match of the node."""
 
     node: Node
     is_negative: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A condition on the characters before and after: see `automaton.Program`."""
 
     kind: str
@@ -251,7 +252,12 @@ class _Parser:
         found = _ESCAPE.match(self._pattern, self.at)
         if found is None:
             raise self.refusal(f"escape {self._peek(2)}{where}")
+        self._check_property(found[1])
         self.at = found.end()
+
+    def _check_property(self, name: str | None) -> None:
+        if name is not None and name.lower() not in _KNOWN:
+            raise self.refusal(f"property {name}")
 
     def _skip_class(self) -> None:
         """Go on after a bracketed class, in which other classes may be nested."""
@@ -267,6 +273,7 @@ class _Parser:
                 found = _POSIX_CLASS.match(self._pattern, self.at)
                 if found is None:
                     raise self.refusal("[: that begins no POSIX class")
+                self._check_property(found[1])
                 self.at = found.end()
                 continue
             self.at += 1
@@ -283,5 +290,6 @@ class _Parser:
 @cache
 def _folds() -> frozenset[str]:
     """Return the texts that one character equals without regard to case, as "ss" does U+00DF."""
-    folded = (chr(point).casefold() for point in range(0x80, 0xFB20))
+    ranges = range(0xDF, 0x588), range(0x1E96, 0x1FFD), range(0xFB00, 0xFB18)
+    folded = (chr(point).casefold() for point in chain.from_iterable(ranges))
     return frozenset(one for one in folded if len(one) > 1)

@@ -1,0 +1,1 @@
+"""Fuzzing of all code that reads foreign bytes: `python -m tests.fuzz list` names the targets."""
