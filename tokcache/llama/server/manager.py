@@ -301,7 +301,7 @@ class SlotManager(Forkable):
         gap = gap_after(slot.gap, n_promised=n_promised, n_used=n_used, n_prompt=n_prompt)
         if completion.is_truncated and n_held != n_expected:
             # The server shifted the context: it no longer holds the tokens that were sent.
-            slot.decoded(job.wish.namespace, job.prompt, job.wish.conversation)
+            slot.decoded(job.wish.namespace, job.prompt, job.wish.conversation, n_used=n_used)
             self.records.lose(slot, "context_shifted")
             return
         namespace = job.wish.namespace

@@ -149,7 +149,7 @@ class SlotRecord:
         head: TokenIds,
         conversation: tuple[bytes, str] | None,
         *,
-        n_used: int,
+        n_used: int = 0,
     ) -> None:
         """Record that the slot holds `head`, the first tokens of a prompt, and no answer.
 
