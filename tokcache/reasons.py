@@ -307,6 +307,11 @@ LLAMA_REFUSALS = {
     "model_file_changed": Reason(
         "the model file was changed while it was loaded", "rename new files over old ones"
     ),
+    "openers_unknown": Reason(
+        "the messages of the model's chat template do not open with added tokens, or it could not "
+        "render a short chat; states of recurrent memories are saved on the grid only",
+        "pass `message_openers=`",
+    ),
     "unknown_positions": Reason(
         "the context holds positions that no known token wrote, such as an image", _NOTHING
     ),

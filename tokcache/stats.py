@@ -170,11 +170,11 @@ class StateStats:
     Units: `prompt_tokens` counts the tokens of all prompts, `context_tokens` those still in the
     engine's context, `restored_tokens` those restored from this cache; the rest were decoded. A
     prompt that was entirely in the context is not a look-up. `saved_tokens` counts positions
-    stored, `promoted_tokens` positions that came from a lower tier. `n_bytes` is the bytes held in
-    memory. `refusals` counts, by reason, states not stored or not used; those of a lower tier have
-    reasons such as "disk: reason" or "redis: reason". `misses` counts, by `MissReason`, the prompts
-    that were reused no further than to some token before their end, `missed_tokens` their tokens
-    from there on.
+    stored, `saved_bytes` the bytes of their states, `promoted_tokens` positions that came from a
+    lower tier. `n_bytes` is the bytes held in memory. `refusals` counts, by reason, states not
+    stored or not used; those of a lower tier have reasons such as "disk: reason" or "redis:
+    reason". `misses` counts, by `MissReason`, the prompts that were reused no further than to some
+    token before their end, `missed_tokens` their tokens from there on.
     """
 
     lookups: int
@@ -194,6 +194,7 @@ class StateStats:
     misses: Mapping[str, int] = field(default_factory=dict)
     missed_tokens: Mapping[str, int] = field(default_factory=dict)
     n_states: int = 0
+    saved_bytes: int = 0
     promoted_tokens: int = 0
     expirations: int = 0
     disk: TierStats = field(default_factory=TierStats)

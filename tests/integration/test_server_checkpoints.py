@@ -108,6 +108,50 @@ def test_a_saved_slot_is_continued_after_a_restart(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_chats_that_share_their_beginning_alone_do_not_end_the_restores_of_others(
+    architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two chats take turns in one slot; both begin alike, where the server has no checkpoint."""
+    shared, thinking = prompt(70, 100), [7, 8]
+    chats = [[*shared, *prompt(71 + n, 150)] for n in range(2)]
+    with (
+        serve_one(tmp_path, architecture) as running,
+        client(running, slot_folder=tmp_path, slot_ids=(0,)) as server,
+        caplog.at_level(logging.WARNING),
+    ):
+        for turn in range(3):
+            for n, chat in enumerate(chats):
+                found = complete(server, [*chat, *thinking])
+                require_same(found.completion, uncached(server, [*chat, *thinking]), 2e-2)
+                if turn:  # the last prompt's thinking was opened, and is dropped
+                    assert found.n_restored >= len(chat) - 40 - 5
+                chats[n] = [*chat, *prompt(80 + 2 * turn + n, 40)]
+        assert server.stats().refusals == {"restore_not_used_by_server": 1}
+        assert caplog.messages == []
+
+
+@pytest.mark.parametrize("architecture", ["mamba2", "lfm2", "falcon-h1"])
+def test_a_second_file_ends_where_prompts_part(architecture: str, tmp_path: Path) -> None:
+    """Prompts end with tokens that are dropped later, before the last checkpoint of the server."""
+    thinking = [*range(7, 14)]
+    chats = [prompt(60 + n, 250) for n in range(2)]
+    with (
+        serve_one(tmp_path, architecture) as running,
+        client(running, slot_folder=tmp_path, slot_ids=(0,)) as server,
+    ):
+        for turn in range(4):
+            for n, chat in enumerate(chats):
+                chats[n] = longer = [*chat, *prompt(80 + 2 * turn + n, 100)]
+                found = complete(server, [*longer, *thinking])
+                require_same(found.completion, uncached(server, [*longer, *thinking]), 2e-2)
+                if turn == 1 and n == 0:  # the first that parts there goes far back
+                    assert found.n_restored < len(chat) - 16
+                if turn == 3:
+                    assert found.n_restored == len(chat)
+        assert server.stats().refusals == {}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_without_checkpoints_nothing_is_reused_and_the_log_names_the_option(
     architecture: str,
     tmp_path: Path,

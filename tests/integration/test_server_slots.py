@@ -282,7 +282,12 @@ def test_restores_that_the_server_does_not_use_stop_with_one_warning(
             found = complete(server, [*shared, *prompt(seed, 50)])
             assert is_right(found.completion, uncached(server, [*shared, *prompt(seed, 50)]))
             server._manager.table.reset_contents()
+        # So far before a prompt's end there need be no checkpoint: that is not an error.
         assert server.stats().refusals["restore_not_used_by_server"] == 1
+        assert caplog.messages == []
+        complete(server, prompt(95, 200))
+        complete(server, [*shared, *prompt(2, 50)[:48], 5, 6])  # near the end
+        assert server.stats().refusals["restore_not_used_by_server"] == 2
         assert len([m for m in caplog.messages if "tokcache.llama.Llama" in m]) == 1
         first = complete(server, shared)
         complete(server, prompt(99, 100))

@@ -128,6 +128,7 @@ def test_every_counter_of_a_state_cache_is_shown(
         "state_restored_tokens_total": 257,
         "state_saved_tokens_total": 300,
         "state_saved_blocks_total": stats.saved_blocks,
+        "state_saved_bytes_total": stats.saved_bytes,
         "state_restore_seconds_total": stats.restore_seconds,
         "state_entries": stats.n_entries,
         "state_max_entries": 32,

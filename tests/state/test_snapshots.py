@@ -14,6 +14,7 @@ import pytest
 
 from tokcache.errors import InvalidConfig, InvalidTokens, StateError
 from tokcache.state.cache import PrefixStateCache
+from tokcache.state.reasons import MissReason
 from tokcache.state.tiers.disk import DiskTier
 from tokcache.state.tiers.disk.files import STEP_S
 
@@ -277,16 +278,19 @@ def test_an_invalid_argument_of_store_is_a_clear_error(
     assert len(cache) == 0
 
 
-def test_overhead_is_counted() -> None:
+@pytest.mark.parametrize("n_opening", [0, 4])
+def test_overhead_is_counted(n_opening: int) -> None:
     cache = PrefixStateCache(ram_bytes=1 << 30, max_entries=100_000)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for first in range(3000):
-        cache.namespace(b"m").store(range(first, first + 40), bytes(300))
+        tokens = range(first, first + 40)
+        cache.namespace(b"m").fill(tokens, 300, lambda _: None, n_opening=n_opening)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     grown, counted = after - before, cache.memory_usage()
     assert 0.65 * counted < grown < 1.05 * counted  # 0.699 if NumPy was imported before
+    cache._check()
 
 
 def test_fill_stores_the_bytes_that_the_caller_copies() -> None:
@@ -345,3 +349,51 @@ def test_a_buffer_without_views_is_used_again() -> None:
         cache.namespace(b"m").store([number], b"B" * 100_000)
     assert cache.memory_usage() < 250_000
     cache._check()
+
+
+def test_the_least_recently_used_states_of_a_conversation_go_first() -> None:
+    cache = PrefixStateCache(max_entries=100, conversation_snapshots=3)
+    states = cache.namespace(b"m", scope="a")
+    opening = [1, 2, 3]
+
+    def fill(tokens: list[int], n_opening: int = 3) -> None:
+        assert states.fill(
+            tokens, 3, lambda buffer: buffer.__setitem__(slice(None), b"abc"), n_opening=n_opening
+        )
+
+    def held(tokens: list[int]) -> bool:
+        found = states.handle(tokens)
+        if found is not None:
+            found.close()
+        return found is not None
+
+    prompts = [[*opening, *range(10, 10 + n)] for n in range(1, 6)]
+    fill(prompts[0])
+    fill(prompts[1])
+    found = states.find(prompts[0])  # used after the second was stored
+    assert found is not None
+    found.close()
+    fill(prompts[2])
+    fill(prompts[3])
+    assert [held(each) for each in prompts] == [True, False, True, True, False]
+    fill([7, 8, 9, 10])  # another conversation, and one that is not known
+    fill([*opening, 99], n_opening=0)
+    assert [held(each) for each in prompts] == [True, False, True, True, False]
+    miss = states.find_miss(prompts[1])
+    assert (miss.reason, miss.detail) == (MissReason.EVICTED, "ram: conversation_snapshots")
+    in_use = states.handle(prompts[0])
+    assert in_use is not None
+    fill(prompts[4])  # the next one goes
+    in_use.close()
+    assert [held(each) for each in prompts] == [True, False, False, True, True]
+    stats = cache.stats()
+    assert (stats.evictions, stats.saved_bytes, stats.n_states) == (2, 21, 5)
+    cache._check()
+
+
+def test_a_conversation_has_at_most_half_of_all_entries() -> None:
+    cache = PrefixStateCache(max_entries=4, conversation_snapshots=100)
+    states = cache.namespace(b"m")
+    for n in range(1, 5):
+        states.fill([1, 2, 3, *range(n)], 3, lambda _: None, n_opening=3)
+    assert cache.stats().n_states == 2

@@ -54,6 +54,8 @@ class RecordCopy:
     batches: tuple[int, ...]
     logits_from: int | None
     n_prompt: int
+    stops: tuple[int, ...]
+    n_opening: int
     scope: Any
     work: Work | None
     has_unsaved: bool
@@ -64,7 +66,9 @@ class ContextRecord:
 
     Attributes are to be read. Only the methods change them, one for each event in the context.
 
-    Units:   positions, which are tokens; `n_prompt` is the length of the present prompt.
+    Units:   positions, which are tokens; `n_prompt` is the length of the present prompt, `stops` is
+             where its decode stops for a save that can't be made later, and its first `n_opening`
+             tokens tell its conversation from others, 0 if that is not known.
     Threads: the context's: one at a time.
     """
 
@@ -74,7 +78,8 @@ class ContextRecord:
         self.alignment = alignment
         self.batches: list[int] = []
         self.logits_from: int | None = None
-        self.n_prompt = 0
+        self.n_prompt = self.n_opening = 0
+        self.stops: tuple[int, ...] = ()
         self.scope: Any = scope  # None, a name or MIXED
         self.work: Work | None = None  # void once that scope was cleared
         self.has_unsaved = False  # whether some states could not be stored yet
@@ -229,6 +234,11 @@ class ContextRecord:
         """
         self.request_begins(scope, work)
         self.n_prompt, self.logits_from = n_prompt, None
+        self.stops, self.n_opening = (), 0
+
+    def stops_at(self, stops: tuple[int, ...], n_opening: int) -> None:
+        """Note where the decode of the present prompt stops, and how its conversation begins."""
+        self.stops, self.n_opening = stops, n_opening
 
     def request_begins(self, scope: str | None, work: Work | None) -> None:
         """Note that the held positions, and those that follow, serve a request of `scope`."""
@@ -259,6 +269,8 @@ class ContextRecord:
             batches=tuple(self.batches),
             logits_from=self.logits_from,
             n_prompt=self.n_prompt,
+            stops=self.stops,
+            n_opening=self.n_opening,
             scope=self.scope,
             work=self.work,
             has_unsaved=self.has_unsaved,
@@ -272,6 +284,7 @@ class ContextRecord:
         self.n_aligned = copy.n_aligned if copy.alignment == self.alignment else 0
         self.batches, self.logits_from = list(copy.batches), copy.logits_from
         self.n_prompt, self.has_unsaved = copy.n_prompt, copy.has_unsaved
+        self.stops, self.n_opening = copy.stops, copy.n_opening
         self.scope, self.work = copy.scope, copy.work
         self._update_from = None
 

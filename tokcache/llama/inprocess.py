@@ -113,8 +113,11 @@ class Llama(LoadedLlama):
     larger figures of two CPUs).
 
     Full attention and sliding windows are reused to the token. Recurrent models and hybrids are
-    reused up to a multiple of `block_tokens`, the token before a whole prompt's last one, or the
-    end of an answer: their earlier states are overwritten. Windows, recurrent models and hybrids
+    reused up to a multiple of `block_tokens`, the token before a whole prompt's last one, the end
+    of an answer, or where the last question begins or ends and where the next prompt is likely to
+    part: their earlier states are overwritten. These places come from the chat template;
+    `message_openers` ({"user": text, "assistant": text}) names the texts that open a message, where
+    the template does not tell. Windows, recurrent models and hybrids
     are therefore decoded in pieces, and saved at the end of each. In reproducible mode
     `block_tokens` must not be larger than the window.
 

@@ -2,9 +2,9 @@
 
 Attention and windows: blocks of any length, or aligned; the last one may be cut. Recurrent
 memories and hybrids: aligned blocks, each saved when its end is reached, because it holds only the
-recurrent state at its end. The positions after the last block (up to the token before a prompt's
-last one, or to the end of an answer) are a tail: a snapshot of these positions alone, loaded after
-its blocks.
+recurrent state at its end. The positions after the last block (up to a place where the next
+prompt is likely to part, or to the end of an answer) are a tail: a snapshot of these positions
+alone, loaded after its blocks.
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ class Keeper:
 
     # Saving
 
-    def save(self, states: Namespace, ids: Ids) -> int:
+    def save(self, states: Namespace, ids: Ids, *, n_opening: int = 0) -> int:
         """Save the state of `ids`, which the sequence holds; return the new positions.
 
-        The sequence may hold more, where its memory keeps every position.
+        The sequence may hold more, where its memory keeps every position. The first `n_opening` ids
+        tell their conversation from others: the cache bounds the tails of each.
         """
         n_tokens, n_block = len(ids), states.block_tokens
         # A memory that can't go back can still give up its only position: that proves nothing.
@@ -76,7 +77,7 @@ class Keeper:
             states.refuse("memory_of_unknown_behaviour")
             return 0
         if self._memory.is_recurrent and n_tokens % n_block:
-            return self._save_tail(states, ids)
+            return self._save_tail(states, ids, n_opening)
         # A block must not be longer than a window: if `block_tokens` is, the positions since its
         # last multiple are saved in several blocks of the window's length.
         step, stops = self._memory.block_tokens(n_block), [n_tokens]
@@ -86,7 +87,7 @@ class Keeper:
         read, n_bytes = self._sequence.read_block, self._sequence.block_bytes
         return sum(states.save(ids[:stop], read, n_bytes) for stop in stops)
 
-    def _save_tail(self, states: Namespace, ids: Ids) -> int:
+    def _save_tail(self, states: Namespace, ids: Ids, n_opening: int) -> int:
         n_block = states.block_tokens
         start, stop = len(ids) // n_block * n_block, len(ids)
         if self.is_reproducible or stop < states.min_tokens:
@@ -99,6 +100,7 @@ class Keeper:
             ids,
             self._sequence.block_bytes(start, stop),
             lambda buffer: self._sequence.read_block(start, stop, buffer),
+            n_opening=n_opening,
         )
         return (stop - start) * is_saved
 

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tokcache._validate import require_bool, require_int, require_scope
 from tokcache.errors import InvalidConfig, InvalidModel, ModelClosed
@@ -20,6 +23,7 @@ from tokcache.llama.fingerprint import LoadedFiles, LoadedModel
 from tokcache.llama.gate import Gate
 from tokcache.llama.memory_type import MemoryType
 from tokcache.llama.model_states import ModelStates
+from tokcache.llama.openers import checked_openers, derive, encoded
 from tokcache.llama.reasons import explained
 from tokcache.llama.scopes import RequestScopes
 from tokcache.llama.sequence import Sequence
@@ -28,13 +32,17 @@ from tokcache.state.names import token_bytes
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
+    from tokcache.llama.openers import Openers
     from tokcache.state.cache import PrefixStateCache
 
+_log = logging.getLogger("tokcache")
+
+_ADDED = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 BLOCK_TOKENS = 256  # of reproducible mode without a prefix cache; a cache has as many by default
 
 
@@ -56,9 +64,11 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
         scope: str | None = None,
         public_prefix: Any = (),
         reproducible: bool = False,
+        message_openers: Mapping[str, str] | None = None,
         **llama_cpp_kwargs: Any,
     ) -> None:
         self._scopes = RequestScopes(require_scope(scope))
+        self._message_openers = checked_openers(message_openers)
         public = np.frombuffer(token_bytes(public_prefix), np.int32)
         cache = checked_cache(prefix_cache)
         n_block = BLOCK_TOKENS if cache is None else cache.block_tokens
@@ -94,10 +104,13 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
             uncached=next((reason for reason, holds in reasons.items() if holds), None),
             cache=cache,
             public_prefix=public,
+            find_openers=partial(_find_openers, self._model, self.metadata, self._message_openers),
         )
         self._gate = Gate(self)
         try:
             self.tokenizer_ = model_tokenizer(self._model, tokenizer, scope)
+            if self._message_openers is not None:  # wrong ones are an error now, not at a prompt
+                self._states.openers()
         except BaseException:
             self.close()
             raise
@@ -286,4 +299,33 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
         """Return the settings, without tokenizer and cache: a pickle has neither."""
         state: dict[str, Any] = super().__getstate__()
         own = ("scope", "public_prefix", "reproducible")
-        return state | {name: getattr(self, name) for name in own}
+        state |= {name: getattr(self, name) for name in own}
+        return state | {"message_openers": self._message_openers}
+
+
+def _find_openers(
+    model: Any, metadata: dict[str, str], texts: Mapping[str, str] | None
+) -> Openers | None:
+    """Return the given openers of messages, else those of the model's chat template."""
+    vocab = llama_cpp.llama_model_get_vocab(model.model)
+
+    def is_added(token: int) -> bool:
+        return bool(llama_cpp.llama_vocab_get_attr(vocab, token) & _ADDED)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = model.tokenize(text.encode(), add_bos=False, special=True)
+        return ids
+
+    if texts is not None:
+        return encoded(texts, encode, is_added)
+    template = metadata.get("tokenizer.chat_template")
+    if not template:
+        return None
+    ends = (model.token_eos(), model.token_bos())
+    eos, bos = (model.token_get_text(each) if each >= 0 else "" for each in ends)
+    try:
+        formatter = Jinja2ChatFormatter(template, eos, bos)
+        return derive(lambda chat: str(formatter(messages=chat).prompt), encode, is_added)
+    except Exception as error:  # noqa: BLE001  (a template may raise anything; the caller counts it)
+        _log.debug("the chat template can't render a short chat: %s", type(error).__name__)
+        return None

@@ -20,6 +20,7 @@ from tokcache.errors import FileChanged, StateError
 from tokcache.llama.context import MIXED, UNKNOWN, n_shared
 from tokcache.llama.fingerprint import describe, digest_of
 from tokcache.llama.keeper import Keeper
+from tokcache.llama.openers import Places
 from tokcache.llama.reasons import explained, is_known
 from tokcache.state.reasons import Miss, MissReason
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tokcache.llama.context import ContextRecord, RecordCopy
     from tokcache.llama.fingerprint import LoadedFiles, LoadedModel
     from tokcache.llama.memory_type import MemoryType
+    from tokcache.llama.openers import Openers
     from tokcache.llama.sequence import Sequence
     from tokcache.state.cache import PrefixStateCache
     from tokcache.state.namespace import Namespace
@@ -42,6 +44,7 @@ EMPTY: NDArray[np.int32] = np.empty(0, np.int32)
 _MIN_SAME = 16  # tokens: fewer are the same in unrelated prompts
 _WITHOUT_CAUSE = {MissReason.DIFFERENT_TEXT, MissReason.NEVER_STORED, MissReason.NOT_KNOWN}
 _PREFILL_TOKENS = 16  # the time that fewer take says little about a prompt's
+_NEAR = 16  # tokens: decoding them takes hardly longer than decoding one
 
 
 class Held(NamedTuple):
@@ -91,6 +94,7 @@ class ModelStates:
         uncached: str | None,
         cache: PrefixStateCache | None,
         public_prefix: NDArray[np.int32],
+        find_openers: Callable[[], Openers | None],
     ) -> None:
         self.record, self.memory, self.sequence = record, memory, sequence
         self.cache, self.public_prefix = cache, public_prefix
@@ -102,6 +106,8 @@ class ModelStates:
             self.keeper = Keeper(sequence, memory, is_reproducible=is_reproducible)
         self._model, self._path, self._files, self._n_ctx = model, path, files, n_ctx
         self._warned_of: str | None = None
+        self._find_openers, self._has_looked = find_openers, False
+        self._openers: Openers | None = None
         # The last namespace, and what it was made of: most requests ask for the same again.
         self._last: Namespace | None = None
         self._last_wanted: tuple[Any, ...] = ()
@@ -207,8 +213,9 @@ class ModelStates:
         step = block_tokens if is_reproducible else self._save_step()
         if step:
             n_next = min(n_next, step - n_tokens % step)
-            if self._saves_tails() and n_tokens < record.n_prompt - 1 < n_tokens + n_next:
-                n_next = record.n_prompt - 1 - n_tokens
+            for stop in record.stops if self._saves_tails() else ():
+                if n_tokens < stop < n_tokens + n_next:
+                    n_next = stop - n_tokens
         return n_next
 
     def _save_step(self) -> int:
@@ -219,14 +226,41 @@ class ModelStates:
         return self.memory.stops(block_tokens, is_reproducible=is_reproducible)
 
     def _saves_tails(self) -> bool:
-        """Return whether a state is saved before a prompt's last token: it can't be cut later."""
+        """Return whether states are saved where prompts may part: they can't be cut later."""
         is_reproducible = self.record.alignment.is_reproducible
         return self.memory.is_recurrent and not is_reproducible and self._save_step() > 0
+
+    def openers(self) -> Openers | None:
+        """Return the ids that open messages; None if they are not known, which is counted once."""
+        if not self._has_looked:
+            self._openers, self._has_looked = self._find_openers(), True
+            if self._openers is None:
+                self.refuse("openers_unknown")
+        return self._openers
+
+    def _stops(self, ids: NDArray[np.int32], n_held: int) -> tuple[tuple[int, ...], int]:
+        """Return where to stop in a prompt of which `n_held` tokens are there, and its opening.
+
+        A state is saved before the last token, so that the prompt can be answered again, or where
+        the prompt for an answer begins to depend on what follows, if that is near; and where the
+        last question ends, or begins, unless a saved state is near.
+        """
+        if not self._saves_tails():
+            return (), 0
+        openers = self.openers()
+        places = Places() if openers is None else openers.places(ids)
+        last, block_tokens = len(ids) - 1, self.record.alignment.block_tokens
+        answer, question = min(places.answer or last, last), places.question
+        stops = {answer} if last - answer <= _NEAR else {answer, last}
+        is_near = question - n_held <= _NEAR or question % block_tokens <= _NEAR
+        if not is_near and answer - question > _NEAR:
+            stops.add(question)
+        return tuple(sorted(stops)), places.opening
 
     def save_as_reached(self) -> None:
         """Save the state at this position if it could not be saved later."""
         step, n_tokens = self._save_step(), self.record.n_tokens
-        is_tail = n_tokens == self.record.n_prompt - 1 and self._saves_tails()
+        is_tail = n_tokens in self.record.stops and self._saves_tails()
         if step and n_tokens == self.record.n_savable and (n_tokens % step == 0 or is_tail):
             self.save(n_tokens)
 
@@ -255,7 +289,7 @@ class ModelStates:
             n_block = record.alignment.block_tokens
             is_alone = not self.memory.has_attention and n_tokens % n_block != 0
             if is_all_there or is_alone:
-                self.keeper.save(states, record.ids[:n_tokens])
+                self.keeper.save(states, record.ids[:n_tokens], n_opening=record.n_opening)
             record.saved(has_unsaved=not is_all_there)
 
     # Prompts: bringing their first tokens into the context
@@ -297,6 +331,7 @@ class ModelStates:
                 record.reset()
         record.prompt_begins(scope, work, len(ids))
         n_held, miss = self.restore(ids, n_in_context)
+        record.stops_at(*self._stops(ids, n_held))
         goal = (len(ids) - 1) // n_block * n_block if is_reproducible else len(ids) - 1
         held = Held(min(n_in_context, n_held), n_held)
         if n_held >= goal:
@@ -395,6 +430,7 @@ class ModelStates:
         record, copy = self.record, held.record
         record.reset()
         record.prompt_begins(copy.scope, copy.work, copy.n_prompt)
+        record.stops_at(copy.stops, copy.n_opening)
         if held.snapshot is None:
             # Decode the same batches again, except for the aligned positions that the cache has.
             self.sequence.clear()

@@ -218,6 +218,7 @@ STATES = (
     ),
     _Family("state_saved_tokens_total", "stats.saved_tokens", "Positions stored."),
     _Family("state_saved_blocks_total", "stats.saved_blocks", "Blocks stored."),
+    _Family("state_saved_bytes_total", "stats.saved_bytes", "Bytes of states stored."),
     _Family("state_restore_seconds_total", "stats.restore_seconds", "Seconds spent restoring."),
     _Family("state_save_seconds_total", "stats.save_seconds", "Seconds spent saving."),
     _Family("state_evictions_total", "stats.evictions", "Blocks evicted."),

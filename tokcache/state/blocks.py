@@ -300,7 +300,7 @@ class BlockCache:
         self, path: Path, blocks: list[NewBlock], read: BlockIO, priority: int
     ) -> tuple[int, bool]:
         """Return the number of new positions, and whether another save filed others first."""
-        n_filled = n_filed = n_saved = 0
+        n_filled = n_filed = n_saved = n_bytes = 0
         try:
             for block in blocks:
                 read(block.start, block.stop, block.buffer)
@@ -319,8 +319,10 @@ class BlockCache:
                     path.append(node, block.stop)
                     n_filed += 1
                     n_saved += block.stop - block.start
+                    n_bytes += block.buffer.nbytes
                 self._memory.counts["saved_blocks"] += n_filed
                 self._memory.counts["saved_tokens"] += n_saved
+                self._memory.counts["saved_bytes"] += n_bytes
                 for block in blocks[n_filed:]:
                     self._memory.drop(block.buffer, block.overhead)
                 self._store.queue_blocks(path.nodes, path.root_key)

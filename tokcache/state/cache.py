@@ -44,9 +44,11 @@ class PrefixStateCache:
     Units:  `ram_bytes` bytes, or a size such as "4G", of all that is retained in memory (states,
             tokens, overhead, buffers waiting for their next use); `max_entries` stored prefixes
             (ends of chains, and snapshots); `block_tokens` positions a block at most; prefixes
-            below `min_tokens` are neither saved nor used; `ttl_s` seconds after its last use a
-            state is removed; `queue_bytes` bytes, or a size, of states that may wait to be written
-            to a tier, by default a quarter of `ram_bytes`: more are not written, and counted.
+            below `min_tokens` are neither saved nor used; `conversation_snapshots` snapshots of one
+            conversation at most, and at most half of `max_entries`; `ttl_s` seconds after its last
+            use a state is removed; `queue_bytes` bytes, or a size, of states that may wait to be
+            written to a tier, by default a quarter of `ram_bytes`: more are not written, and
+            counted.
     Errors: InvalidConfig for anything below 1. A state that can't be stored or read costs a miss
             and a counter, never an exception.
     Cost:   a look-up costs the prompt's length, not the number of entries.
@@ -59,6 +61,7 @@ class PrefixStateCache:
         ram_bytes: int | str = 256 << 20,
         max_entries: int = 32,
         block_tokens: int = 256,
+        conversation_snapshots: int = 48,
         disk: str | os.PathLike[str] | DiskTier | None = None,
         redis: str | RedisTier | None = None,
         min_tokens: int = 1,
@@ -70,6 +73,7 @@ class PrefixStateCache:
             ram_bytes=ram_bytes,
             max_entries=max_entries,
             block_tokens=block_tokens,
+            conversation_snapshots=conversation_snapshots,
             min_tokens=min_tokens,
             ttl_s=ttl_s,
             disk=disk,

@@ -134,7 +134,7 @@ class StateMemory:
             victim = self.retention.victim()
             if victim is None:
                 return False
-            self._evict(victim, "ram_bytes")
+            self.evict(victim, "ram_bytes")
 
     def has_entry_room(self, parent: Node, at: int) -> bool:
         """Make room for a chain that follows position `at` of `parent`, which is in use."""
@@ -161,16 +161,17 @@ class StateMemory:
             return False
         step: Node | None = victim if isinstance(victim, Node) else None
         if step is None:
-            self._evict(victim, "max_entries")
+            self.evict(victim, "max_entries")
         while step is not None and step.parent is not None and not (step.children or step.pins):
             if step.tick != victim.tick:
                 break
             parent = step.parent
-            self._evict(step, "max_entries")
+            self.evict(step, "max_entries")
             step = parent
         return True
 
-    def _evict(self, held: Held, budget: str) -> None:
+    def evict(self, held: Held, budget: str) -> None:
+        """Remove a state, and remember which budget it was over."""
         if isinstance(held, Node):
             self._note_removal(held, budget)
             self.remove(held)

@@ -39,6 +39,7 @@ _REMOVED = {
     "ram_bytes": MissReason.EVICTED,
     "max_entries": MissReason.EVICTED,
     "ttl_s": MissReason.EXPIRED,
+    "conversation_snapshots": MissReason.EVICTED,
 }
 
 

@@ -202,13 +202,22 @@ class Namespace:
             root_key, held, state, n_past=n_past, priority=priority, pin=pin
         )
 
-    def fill(self, tokens: object, n_bytes: int, read: Callable[[memoryview], object]) -> bool:
+    def fill(
+        self,
+        tokens: object,
+        n_bytes: int,
+        read: Callable[[memoryview], object],
+        *,
+        n_opening: int = 0,
+    ) -> bool:
         """Store as `store` does the state that `read` copies into a buffer of `n_bytes`.
 
-        If it raises, nothing is stored, and it is counted.
+        If it raises, nothing is stored, and it is counted. States with the same first `n_opening`
+        tokens are of one conversation: beyond `conversation_snapshots` of the cache, the least
+        recently used of them is removed. With 0 the number has no bound of its own.
         """
         held = token_bytes(tokens)
-        return self._snapshots.fill(self._key_of(held), held, n_bytes, read)
+        return self._snapshots.fill(self._key_of(held), held, n_bytes, read, n_opening=n_opening)
 
     def _key_of(self, held: bytes) -> RootKey:
         is_public = self._n_public(held) * TOKEN_BYTES == len(held)

@@ -47,6 +47,7 @@ CAUSES = (
     "blocks_in_use",
     "save_failed",
     "queue_full",
+    "conversation_snapshots",
 )
 _OF_MEMORY = CAUSES[:3]
 

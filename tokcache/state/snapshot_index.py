@@ -24,6 +24,7 @@ class Snapshot:
 
     __slots__ = (
         "__weakref__",
+        "conversation",
         "hits",
         "is_dead",
         "is_kept",
@@ -48,6 +49,7 @@ class Snapshot:
     ) -> None:
         self.root_key, self.name, self.tokens = root_key, name, tokens
         self.n_past, self.priority = n_past, priority
+        self.conversation = b""  # the name of the tokens that tell it from others; empty: none
         self.n_bytes = 0
         self.hits = 0
         self.pins = 0
@@ -87,6 +89,7 @@ class SnapshotIndex:
         self._named: dict[tuple[RootKey, bytes], dict[int, Snapshot]] = {}
         self._lengths: dict[RootKey, Counter[int]] = {}
         self._of_root: dict[RootKey, dict[Snapshot, None]] = {}
+        self._talks: dict[bytes, dict[Snapshot, None]] = {}
         self.n_states = 0
 
     def lengths(self, root_key: RootKey) -> set[int]:
@@ -109,6 +112,10 @@ class SnapshotIndex:
         """Return the state that `snapshot` would replace."""
         return self._named.get((snapshot.root_key, snapshot.name), {}).get(snapshot.priority)
 
+    def of_conversation(self, snapshot: Snapshot) -> list[Snapshot]:
+        """Return the states of the same conversation, itself included; none if it has none."""
+        return list(self._talks.get(snapshot.conversation, ()))
+
     def add(self, snapshot: Snapshot) -> None:
         """Add a state; its place must be free."""
         held = self._named.setdefault((snapshot.root_key, snapshot.name), {})
@@ -117,6 +124,8 @@ class SnapshotIndex:
         held[snapshot.priority] = snapshot
         self._lengths.setdefault(snapshot.root_key, Counter())[snapshot.n_tokens] += 1
         self._of_root.setdefault(snapshot.root_key, {})[snapshot] = None
+        if snapshot.conversation:
+            self._talks.setdefault(snapshot.conversation, {})[snapshot] = None
         self.n_states += 1
 
     def remove(self, snapshot: Snapshot) -> None:
@@ -130,6 +139,10 @@ class SnapshotIndex:
         if not lengths[snapshot.n_tokens]:
             del lengths[snapshot.n_tokens]
         del self._of_root[snapshot.root_key][snapshot]
+        if snapshot.conversation:
+            del self._talks[snapshot.conversation][snapshot]
+            if not self._talks[snapshot.conversation]:
+                del self._talks[snapshot.conversation]
         if not lengths:
             del self._lengths[snapshot.root_key]
             del self._of_root[snapshot.root_key]
@@ -143,6 +156,9 @@ class SnapshotIndex:
         found = list(self)
         if len(found) != self.n_states or any(each.is_dead for each in found):
             raise AssertionError("states miscounted, or a dead one among them")
+        talks = [(name, each) for name, held in self._talks.items() for each in held]
+        if {*talks} != {(each.conversation, each) for each in found if each.conversation}:
+            raise AssertionError("states of another conversation, or too few")
         for root_key, lengths in self._lengths.items():
             if lengths != Counter(each.n_tokens for each in found if each.root_key == root_key):
                 raise AssertionError("lengths miscounted")

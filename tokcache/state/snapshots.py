@@ -66,10 +66,18 @@ class SnapshotStore:
         return self._keep(snapshot, view.nbytes, copy, pin=pin)
 
     def fill(
-        self, root_key: RootKey, tokens: bytes, n_bytes: int, read: Callable[[memoryview], object]
+        self,
+        root_key: RootKey,
+        tokens: bytes,
+        n_bytes: int,
+        read: Callable[[memoryview], object],
+        *,
+        n_opening: int,
     ) -> bool:
         """Store the state that `read` copies into a buffer; False, and counted, if it raises."""
         snapshot = _new_snapshot(root_key, tokens, None, 0)
+        if n_opening:
+            ((_, snapshot.conversation),) = prefix_names(root_key, tokens, [n_opening])
         try:
             return self._keep(snapshot, require_int("n_bytes", n_bytes, 0), read, pin=False)
         except Exception:  # noqa: BLE001  (the state is not stored, the request goes on)
@@ -111,10 +119,28 @@ class SnapshotStore:
                     self._set_kept(snapshot, is_kept=is_kept)
                     memory.counts["saved_blocks"] += 1
                     memory.counts["saved_tokens"] += snapshot.n_tokens
+                    memory.counts["saved_bytes"] += n_bytes
                     self._store.queue_snapshot(snapshot, _address_of(snapshot))
+                    self._bound_conversation(snapshot)
                 else:
                     memory.drop(buffer, snapshot_overhead(snapshot))
         return is_filed
+
+    def _bound_conversation(self, newest: Snapshot) -> None:
+        """Remove the least recently used states of a conversation that has too many.
+
+        The store's lock is held. States in use, or waiting to be written, stay until the next save.
+        The files of a removed one go in the background.
+        """
+        held = self._memory.snapshots.of_conversation(newest)
+        n_over = len(held) - self._store.conversation_snapshots
+        if n_over <= 0:
+            return
+        free = [each for each in held if each is not newest and not each.pins]
+        free.sort(key=lambda each: (each.priority, each.tick))
+        for each in free[:n_over]:
+            self._store.remove_later(each, _address_of(each))
+            self._memory.evict(each, "conversation_snapshots")
 
     def _n_replaced(self, snapshot: Snapshot) -> int:
         return self._memory.snapshots.same(snapshot) is not None

@@ -54,6 +54,7 @@ _COUNTED = (
     "restored_tokens",
     "saved_tokens",
     "saved_blocks",
+    "saved_bytes",
     "evictions",
     "promoted_tokens",
     "expirations",
@@ -75,6 +76,7 @@ class Store(Locked):
         ram_bytes: int | str,
         max_entries: int,
         block_tokens: int,
+        conversation_snapshots: int,
         min_tokens: int,
         ttl_s: float | None,
         disk: str | os.PathLike[str] | DiskTier | None,
@@ -85,6 +87,9 @@ class Store(Locked):
         self.ram_bytes = require_size("ram_bytes", ram_bytes)
         self.max_entries = require_int("max_entries", max_entries, minimum=1)
         self.block_tokens = require_int("block_tokens", block_tokens, minimum=1)
+        # One conversation must leave room for another.
+        most = require_int("conversation_snapshots", conversation_snapshots, minimum=1)
+        self.conversation_snapshots = min(most, max(self.max_entries // 2, 1))
         self.min_tokens = require_int("min_tokens", min_tokens, minimum=1)
         self.enabled = require_bool("enabled", enabled)
         # States that wait to be written can't be evicted; they must leave room for the next saves.
@@ -189,6 +194,13 @@ class Store(Locked):
             if snapshot.written & below.bit or self._queue(below, snapshot, address, record):
                 continue
             self.memory.note_snapshot(snapshot, "queue_full")
+
+    def remove_later(self, snapshot: Snapshot, address: Address) -> None:
+        """Remove a snapshot from the tiers that have it, in the background; the lock is held."""
+        for below in self.below:
+            if snapshot.written & below.bit:
+                remove = partial(below.tier.remove, address)
+                below.writer.put(Job(address.root_key.scope, 0, remove))
 
     def _queue(self, below: Below, held: Node | Snapshot, address: Address, record: Record) -> bool:
         tier, bit, payload = below.tier, below.bit, self.memory.tier.get(held)

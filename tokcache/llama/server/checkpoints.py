@@ -12,6 +12,10 @@ by 0.00, 0.04, 0.10 .. 0.33. Decoding the same prompt in other batches changes t
 After the server went back to `n_used` tokens, a prompt may therefore differ before that position,
 or after the checkpoint that the server makes shortly before each prompt's end, but not in between.
 Recurrent and hybrid models do not have the fault, but a server does not report its model's kind.
+
+A slot keeps a checkpoint of the end of each prompt that it served (`ends`), and may have others. So
+a prompt that differs after one of these ends can be continued there. One that differs before an end
+is tried, until a restore at that distance from it was not used (`tokcache.llama.server.trust`).
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from dataclasses import dataclass
 # Source: checkpoint_offsets in llama.cpp's server-context.cpp.
 _BEFORE_END = 4
 _ANYWHERE = 2**31
+ANY_DISTANCE = _ANYWHERE
+_MAX_ENDS = 32  # llama-server keeps so many checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,26 @@ class Gap:
 
     def __contains__(self, n_tokens: int) -> bool:
         return self.start <= n_tokens < self.stop
+
+
+def distance(n_tokens: int, ends: tuple[int, ...]) -> int:
+    """Return how far before an end of a prompt `n_tokens` lie; 0 if a checkpoint is near.
+
+    A checkpoint is near if at least half of the tokens come before it.
+    """
+    before = max((end for end in ends if end - _BEFORE_END <= n_tokens), default=0)
+    if 2 * (before - _BEFORE_END) >= n_tokens:
+        return 0
+    return min((end for end in ends if end - _BEFORE_END > n_tokens), default=n_tokens) - n_tokens
+
+
+def ends_after(before: tuple[int, ...], *, n_used: int, n_prompt: int) -> tuple[int, ...]:
+    """Return the ends in a slot that had those `before`, and then served a prompt.
+
+    The server drops the checkpoints after the `n_used` tokens that it used.
+    """
+    kept = [end for end in before if end - _BEFORE_END <= n_used and end != n_prompt]
+    return (*kept, n_prompt)[-_MAX_ENDS:]
 
 
 NO_GAP = Gap()

@@ -52,6 +52,9 @@ class Job:
     start: Start | None = None
     n_restored: int = 0
     kind: str = WHOLE
+    # How far before an end of a prompt in the restored file this one differs, and before its last.
+    n_before: int = 0
+    n_from_end: int = 0
     # Tokens that the server reused in the first of several completions; None before the first.
     n_used: int | None = None
     received: list[int] = field(default_factory=list)

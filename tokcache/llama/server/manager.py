@@ -156,6 +156,7 @@ class SlotManager(Forkable):
             prompt=prompt,
             conversation=(scope_of(namespace), conversation) if conversation is not None else None,
             kinds=kinds & {WHOLE} if self.settings.reproducible else kinds,
+            too_far=self.trust.too_far(adapters_of(namespace)),
             is_file_only=self.settings.reproducible,
         )
         job = Job(prompt, dict(settings), wish)
@@ -283,7 +284,8 @@ class SlotManager(Forkable):
     def _verify(self, job: Job, n_used: int) -> None:
         self.trust.went_back |= 0 < n_used < job.n_promised
         if job.n_restored:
-            if self.trust.verify(job.adapters, job.kind, job.n_restored, n_used):
+            self.trust.note_parting(job.adapters, job.n_from_end, job.n_restored - n_used)
+            if self.trust.verify(job.adapters, job.kind, job.n_restored, n_used, job.n_before):
                 with self.table.lock:
                     self.records.shelf.clear(job.adapters, cause="restore_not_used_by_server")
         elif not is_mostly_used(job.n_promised, n_used):
@@ -299,7 +301,7 @@ class SlotManager(Forkable):
         gap = gap_after(slot.gap, n_promised=n_promised, n_used=n_used, n_prompt=n_prompt)
         if completion.is_truncated and n_held != n_expected:
             # The server shifted the context: it no longer holds the tokens that were sent.
-            slot.decoded(job.wish.namespace, job.prompt, job.wish.conversation)
+            slot.decoded(job.wish.namespace, job.prompt, job.wish.conversation, n_used=n_used)
             self.records.lose(slot, "context_shifted")
             return
         namespace = job.wish.namespace

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from tokcache.errors import ServerError, ServerRefused, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import calls
+from tokcache.llama.server.checkpoints import distance
 from tokcache.llama.server.job import Job, adapter_settings
 from tokcache.llama.server.model import probe_tokens
 from tokcache.llama.server.namespaces import NO_ADAPTERS
 from tokcache.llama.server.table import Start
+from tokcache.llama.server.trust import PROMPT
 
 if TYPE_CHECKING:
     from tokcache.llama.server.records import Records
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from tokcache.llama.server.settings import SlotSettings
     from tokcache.llama.server.steps import Steps
     from tokcache.llama.server.watch import Watch
+
+_MIN_HEAD = 64  # tokens to decode, below which a second file saves less than it costs
 
 
 class Preparation:
@@ -83,6 +87,8 @@ class Preparation:
             yield from self._restore(job, start)
         if self._settings.reproducible:
             yield from self._stage(job)
+        elif n_apart := self._records.trust.n_apart(job.adapters):
+            yield from self._stop_before_end(job, n_apart)
 
     def _checked(self, job: Job) -> Steps[Start]:
         """Check that the server is the one recorded, before sending ids or relying on a record."""
@@ -182,7 +188,24 @@ class Preparation:
         trust.count("restore", seconds=perf_counter() - began)
         trust.went_well("restore_failed")
         job.n_restored, job.kind = found.n_tokens, found.kind
+        if found.kind == PROMPT:
+            job.n_before = distance(found.n_tokens, found.file.ends)
+            job.n_from_end = found.file.n_prompt - found.n_tokens
         records.restored(slot, found.file)
+
+    def _stop_before_end(self, job: Job, n_apart: int) -> Steps[None]:
+        """Decode a prompt up to its last `n_apart` tokens alone, and save the slot there."""
+        head, slot = job.prompt[: len(job.prompt) - n_apart], job.slot
+        if len(head) - job.n_promised < _MIN_HEAD:
+            return
+        settings = {"n_predict": 0, **adapter_settings(job.settings)}
+        asked = Job(head, settings, job.wish, job.began, job.start, job.n_restored)
+        slot.loaded(None)
+        completion = yield asked.call()
+        slot.loaded(job.adapters)
+        job.n_used = completion.n_cached
+        slot.decoded(job.wish.namespace, head, job.wish.conversation, n_used=job.n_used)
+        yield from self._saver.save(slot)
 
     def _stage(self, job: Job) -> Steps[None]:
         """Decode a prompt's whole blocks alone and save them, so no bit depends on later tokens.
@@ -203,5 +226,6 @@ class Preparation:
             completion = yield asked.call()
             slot.loaded(job.adapters)
             job.n_used = completion.n_cached if job.n_used is None else job.n_used
-            slot.decoded(job.wish.namespace, head, job.wish.conversation)
+            n_used = completion.n_cached
+            slot.decoded(job.wish.namespace, head, job.wish.conversation, n_used=n_used)
             yield from self._saver.save(slot)

@@ -109,11 +109,15 @@ class Records:
                 is_pinned=slot.conversation in self.shelf.pinned,
                 is_superseding=not self._is_whole_only(slot.namespace),
                 gap=slot.gap,
+                ends=slot.ends,
             )
 
     def _is_whole_only(self, namespace: bytes) -> bool:
         # If the server can't use a part of a file, a longer file does not replace a shorter one.
-        return self._settings.reproducible or PROMPT not in self.trust.kinds(adapters_of(namespace))
+        # Nor does it where prompts part shortly before their ends, and a file ends at that place.
+        adapters = adapters_of(namespace)
+        is_needed = self.trust.n_apart(adapters) > 0 or PROMPT not in self.trust.kinds(adapters)
+        return self._settings.reproducible or is_needed
 
     def not_saved(self, slot: SlotRecord, name: str, reason: str) -> None:
         """Record why a slot was not saved: its file may exist, maybe half written."""

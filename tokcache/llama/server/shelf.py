@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from tokcache._prefix import n_common
-from tokcache.llama.server.checkpoints import NO_GAP, Gap
+from tokcache.llama.server.checkpoints import ANY_DISTANCE, NO_GAP, Gap, distance
 from tokcache.llama.server.folder import DIGEST_BYTES, PREFIX, SUFFIX, Folder
 from tokcache.llama.server.namespaces import adapters_of, scope_of
 from tokcache.llama.server.removals import SlotRemovals
@@ -58,12 +58,16 @@ class SavedSlot:
     n_readers: int = 0
     is_whole_only: bool = False
     gap: Gap = NO_GAP
+    ends: tuple[int, ...] = ()
     chain: tuple[bytes, ...] = field(default=())
 
-    def match(self, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
+    def match(
+        self, prompt: TokenIds, kinds: frozenset[str], too_far: int = ANY_DISTANCE
+    ) -> Found | None:
         """Return how `prompt` continues this file, None if that is not among `kinds`.
 
-        The last token of a prompt is always decoded, to get its logits.
+        A prompt that differs `too_far` from a checkpoint of the file does not continue it. The
+        last token of a prompt is always decoded, to get its logits.
         """
         n_same = n_common(self.tokens, prompt)
         n_tokens = min(n_same, len(prompt) - 1)
@@ -74,6 +78,7 @@ class SavedSlot:
             kind = ANSWER if n_same >= self.n_prompt else PROMPT
         is_usable = kind in kinds and n_tokens not in self.gap
         is_usable &= kind == WHOLE or not self.is_whole_only
+        is_usable &= kind != PROMPT or distance(n_tokens, self.ends) < too_far
         return Found(self, n_tokens, kind) if n_tokens > 0 and is_usable else None
 
 
@@ -131,10 +136,16 @@ class Shelf:
     def __iter__(self) -> Iterator[SavedSlot]:
         return iter(self._files.values())
 
-    def find(self, namespace: bytes, prompt: TokenIds, kinds: frozenset[str]) -> Found | None:
+    def find(
+        self,
+        namespace: bytes,
+        prompt: TokenIds,
+        kinds: frozenset[str],
+        too_far: int = ANY_DISTANCE,
+    ) -> Found | None:
         """Return the file that holds most of `prompt`, its last token excluded.
 
-        `kinds` are the allowed ways to continue a file.
+        `kinds` are the allowed ways to continue a file, `too_far` as in `SavedSlot.match`.
 
         Cost: O(len(prompt)), and a comparison with each file that shares as much as the best one.
         """
@@ -143,7 +154,7 @@ class Shelf:
         for link in reversed(self._chain(namespace, prompt)):
             files = [file for file in self._by_chain.get(link, ()) if file.name not in seen]
             seen.update(file.name for file in files)
-            found = [match for file in files if (match := file.match(prompt, kinds))]
+            found = [match for file in files if (match := file.match(prompt, kinds, too_far))]
             if found:  # files at earlier links share less
                 # For equal lengths the smaller file is faster to read.
                 return max(found, key=lambda each: (each.n_tokens, -each.file.n_bytes))
@@ -213,6 +224,7 @@ class Shelf:
         is_pinned: bool,
         is_superseding: bool,
         gap: Gap = NO_GAP,
+        ends: tuple[int, ...] = (),
     ) -> SavedSlot | None:
         """Record a file that was written; drop it and return None if it exceeds the budget."""
         replaced = self._files.get(saved.filename)
@@ -230,6 +242,7 @@ class Shelf:
             conversation=conversation,
             is_pinned=is_pinned,
             gap=gap,
+            ends=ends,
             chain=tuple(self._chain(namespace, tokens)),
         )
         self.folder.look_for(saved.filename, saved.n_bytes)

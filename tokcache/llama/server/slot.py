@@ -21,7 +21,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from tokcache._prefix import n_common
-from tokcache.llama.server.checkpoints import NO_GAP, Gap
+from tokcache.llama.server.checkpoints import ANY_DISTANCE, NO_GAP, Gap, distance, ends_after
 from tokcache.llama.server.settings import STEP_TOKENS
 from tokcache.text.token_ids import TokenIds
 
@@ -60,6 +60,8 @@ class SlotRecord:
     n_held: int = 0
     n_prompt: int = 0
     gap: Gap = NO_GAP
+    # Where prompts ended that the slot served one after the other.
+    ends: tuple[int, ...] = ()
     conversation: tuple[bytes, str] | None = None
     since: float = field(default_factory=time.monotonic)
     used_at: float = 0.0
@@ -103,20 +105,23 @@ class SlotRecord:
 
     # -- its contents -------------------------------------------------------------------------
 
-    def n_usable(self, prompt: TokenIds) -> int:
+    def n_usable(self, prompt: TokenIds, too_far: int = ANY_DISTANCE) -> int:
         """Return how many of a prompt's first tokens the server need not decode.
 
-        The last token is always decoded, to get its logits.
+        The last token is always decoded, to get its logits. `too_far` is the distance from a
+        checkpoint at which the server uses none.
         """
         n_tokens = min(n_common(self.tokens, prompt), len(prompt) - 1)
         # A prompt that differs before the slot's end needs a checkpoint; the gap has no right one.
-        return 0 if n_tokens < self.n_held and n_tokens in self.gap else n_tokens
+        needs_checkpoint = n_tokens < self.n_held
+        is_far = needs_checkpoint and distance(n_tokens, self.ends) >= too_far
+        return 0 if is_far or (needs_checkpoint and n_tokens in self.gap) else n_tokens
 
     def lost(self) -> None:
         """Record that the slot is empty or that its contents are unknown."""
         with self.lock:
             self.namespace, self.tokens, self.n_held, self.n_prompt = None, TokenIds(), 0, 0
-            self.gap = NO_GAP
+            self.gap, self.ends = NO_GAP, ()
             self.conversation, self.reuse, self.n_uses = None, [], 0
             self.since, self.is_saved, self.unsaved = time.monotonic(), True, ""
 
@@ -135,15 +140,24 @@ class SlotRecord:
         """Record that the server read `file` into the slot."""
         with self.lock:
             self.namespace, self.tokens, self.gap = file.namespace, file.tokens, file.gap
-            self.n_held, self.n_prompt = file.n_saved, file.n_prompt
+            self.n_held, self.n_prompt, self.ends = file.n_saved, file.n_prompt, file.ends
             self.unsaved = ""
 
     def decoded(
-        self, namespace: bytes, head: TokenIds, conversation: tuple[bytes, str] | None
+        self,
+        namespace: bytes,
+        head: TokenIds,
+        conversation: tuple[bytes, str] | None,
+        *,
+        n_used: int = 0,
     ) -> None:
-        """Record that the slot holds `head`, the first tokens of a prompt, and no answer."""
+        """Record that the slot holds `head`, the first tokens of a prompt, and no answer.
+
+        The server reused `n_used` tokens for it.
+        """
         with self.lock:
             self.namespace, self.tokens, self.conversation = namespace, head, conversation
+            self.ends = ends_after(self.ends, n_used=n_used, n_prompt=len(head))
             self.n_held = self.n_prompt = len(head)
             self.unsaved = ""
 
@@ -165,7 +179,9 @@ class SlotRecord:
         """
         with self.lock:
             reuse, n_uses = (self.reuse, self.n_uses) if n_used else ([], 0)
+            ends = ends_after(self.ends, n_used=n_used, n_prompt=n_prompt)
             self.lost()
+            self.ends = ends
             self.namespace, self.tokens, self.conversation = namespace, tokens, conversation
             self.n_prompt, self.n_held, self.gap = n_prompt, n_held, gap
             self.is_saved = is_saved

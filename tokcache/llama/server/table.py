@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tokcache.llama.server.checkpoints import ANY_DISTANCE
 from tokcache.llama.server.namespaces import scope_of
 from tokcache.llama.server.settings import STEP_TOKENS
 from tokcache.llama.server.slot import Condition, SlotRecord
@@ -31,7 +32,8 @@ _WORTH_WAITING = STEP_TOKENS
 class Wish:
     """The needs of a request.
 
-    `kinds` are the allowed ways to continue a saved slot. `is_file_only`: it may not continue the
+    `kinds` are the allowed ways to continue a saved slot; `too_far` is the distance from a
+    checkpoint at which the server uses nothing. `is_file_only`: it may not continue the
     live contents of a slot.
     """
 
@@ -39,6 +41,7 @@ class Wish:
     prompt: TokenIds
     conversation: tuple[bytes, str] | None
     kinds: frozenset[str]
+    too_far: int = ANY_DISTANCE
     is_file_only: bool = False
 
 
@@ -221,7 +224,9 @@ class SlotTable:
         return Start(slot, 0, found)
 
     def _found(self, wish: Wish) -> Found | None:
-        return self.shelf.find(wish.namespace, wish.prompt, wish.kinds) if wish.kinds else None
+        if not wish.kinds:
+            return None
+        return self.shelf.find(wish.namespace, wish.prompt, wish.kinds, wish.too_far)
 
     def _live(
         self, wish: Wish, slots: Iterable[SlotRecord], condition: Condition = Condition.FREE
@@ -230,7 +235,7 @@ class SlotTable:
         if wish.is_file_only:
             return None
         matches = [
-            (slot, slot.n_usable(wish.prompt))
+            (slot, slot.n_usable(wish.prompt, wish.too_far))
             for slot in slots
             if slot.namespace == wish.namespace and slot.condition is condition
         ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokcache.errors import ServerError, ServerUnsupported
+from tokcache.llama.server.checkpoints import ANY_DISTANCE
 
 if TYPE_CHECKING:
     from tokcache.llama.server.results import SlotFile
@@ -78,6 +79,8 @@ CURES = {
         "it must be the server's --slot-save-path, and readable for this process",
     ),
 }
+_MAX_APART = 64  # tokens: a prompt's end that a chat template writes is no longer
+_MUCH = 16  # tokens
 _N_GOOD_AGAIN = 8  # successes in a row that end a series, so that rare failures are one series
 
 
@@ -87,7 +90,9 @@ class Trust:
     Verdicts are kept for each set of adapters and each way to continue a saved slot; they hold for
     one model and one start of the server. A restore helped if the server then used at least half of
     its tokens: if it goes back to a context checkpoint, it uses fewer than prompt and slot have in
-    common. A kind of restore stops once it has failed more often than it helped.
+    common. A kind of restore stops once it has failed more often than it helped. One that failed
+    where no prompt's end, and so perhaps no checkpoint, was near says nothing of others: only those
+    at the same distance or farther stop (`too_far`).
 
     Threads: safe.
     """
@@ -110,6 +115,8 @@ class Trust:
         # Whether the server ever went back to a context checkpoint.
         self.went_back = False
         self._verdicts: dict[tuple[bytes, str], _Verdict] = {}
+        self._too_far: dict[bytes, int] = {}
+        self._n_apart: dict[bytes, int] = {}
         # Series of refusals, with the number of successes since the last one.
         self._ongoing: dict[str, int] = {}
 
@@ -120,6 +127,27 @@ class Trust:
         verdicts = {kind: self._verdicts.get((adapters, kind)) for kind in KINDS}
         stopped = {kind for kind, verdict in verdicts.items() if verdict and verdict.is_stopped}
         return frozenset() if WHOLE in stopped else KINDS - stopped
+
+    def n_apart(self, adapters: bytes) -> int:
+        """Return how many tokens before its end a prompt is best decoded alone; 0 for nowhere."""
+        return self._n_apart.get(adapters, 0)
+
+    def note_parting(self, adapters: bytes, n_from_end: int, n_lost: int) -> None:
+        """Note that a prompt differed `n_from_end` tokens before a saved one's end.
+
+        If the server then went far back, that is likely to come again: a chat template that ends
+        prompts with text that it writes otherwise later has all prompts differ there.
+
+        Units: `n_lost` tokens before that place were decoded again.
+        """
+        if 0 < n_from_end <= _MAX_APART and n_lost > _MUCH:
+            with self._lock:
+                known = self._n_apart.get(adapters, 0)
+                self._n_apart[adapters] = max(known, n_from_end)
+
+    def too_far(self, adapters: bytes) -> int:
+        """Return the tokens before a prompt's end from which on restores were not used."""
+        return self._too_far.get(adapters, ANY_DISTANCE)
 
     @property
     def kv_bytes_per_token(self) -> float | None:
@@ -135,6 +163,8 @@ class Trust:
         with self._lock:
             self.can_save, self.saved, self.went_back = True, None, False
             self._verdicts.clear()
+            self._too_far.clear()
+            self._n_apart.clear()
 
     def restart(self) -> frozenset[bytes]:
         """Reset the verdicts, because the server was restarted, maybe with other options.
@@ -146,6 +176,8 @@ class Trust:
             stopped = [key for key, verdict in self._verdicts.items() if verdict.is_stopped]
             self.can_save = True
             self._verdicts.clear()
+            self._too_far.clear()
+            self._n_apart.clear()
         return frozenset(adapters for adapters, _ in stopped)
 
     def count(self, name: str, n: int = 1, seconds: float = 0.0) -> None:
@@ -198,15 +230,24 @@ class Trust:
         if self._is_strict:
             raise error
 
-    def verify(self, adapters: bytes, kind: str, n_promised: int, n_used: int) -> bool:
-        """Record how much of a restore was used; return whether all restores stop now."""
+    def verify(
+        self, adapters: bytes, kind: str, n_promised: int, n_used: int, n_before: int = 0
+    ) -> bool:
+        """Record how much of a restore was used; return whether all restores stop now.
+
+        Units: the prompt differed `n_before` tokens before the next end of a prompt in the file, 0
+               if one was near before.
+        """
         with self._lock:
             verdict = self._verdicts.setdefault((adapters, kind), _Verdict())
             if self._is_enough(n_promised, n_used):
                 verdict.n_helped += 1
                 return False
-            verdict.n_failed += 1
             self.refusals["restore_not_used_by_server"] += 1
+            if n_before:
+                self._too_far[adapters] = min(self.too_far(adapters), n_before)
+                return False
+            verdict.n_failed += 1
             if verdict.is_stopped or verdict.n_failed <= verdict.n_helped:
                 return False
             verdict.is_stopped = True
