@@ -547,6 +547,22 @@ def test_a_miss_of_an_evicted_text_is_told_from_a_new_one(name: str) -> None:
 
 
 @both
+@pytest.mark.parametrize(("owner", "other"), [(None, ""), ("", None), ("a", "A")])
+def test_an_eviction_is_told_to_its_scope_alone(
+    name: str, owner: str | None, other: str | None
+) -> None:
+    cache = implementation(name).l0_cache(max_entries=1)
+    cache.put("text", [1], scope=owner)
+    cache.put("another", [2], scope=owner)
+    assert cache.get("text", scope=other) is None
+    assert cache.stats().misses_by_reason == {"new": 1, "evicted": 0, "not_known": 0}
+    if other is not None:
+        cache.clear(scope=other)
+    assert cache.get("text", scope=owner) is None
+    assert cache.stats().misses_by_reason == {"new": 1, "evicted": 1, "not_known": 0}
+
+
+@both
 def test_no_text_is_wrongly_counted_as_new_or_evicted(name: str) -> None:
     cache = implementation(name).l0_cache(max_entries=8)
     texts = ["x" * 2000 + f"{n:06}" + "y" * 2000 for n in range(400)]

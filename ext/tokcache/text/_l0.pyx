@@ -797,8 +797,11 @@ cdef str exact_str(object text):
 
 
 cdef uint64_t scope_tag(object scope) except? 0:
-    """Return the number that stands for a scope in the memory of evictions."""
-    return 0 if scope is None else <uint64_t> <Py_ssize_t> hash(scope)
+    """Return the number that stands for a scope in the memory of evictions.
+
+    None has one that no hash has: the hash of "" is 0, and none is -1.
+    """
+    return <uint64_t> <Py_ssize_t> (-1 if scope is None else hash(scope))
 
 
 cdef str exact_scope(object scope):
