@@ -13,8 +13,8 @@ import pytest
 from tests.gateway.gateways import SYSTEM, Gateway, gateway, system, upstream, user
 from tests.gateway.test_saving import paused, wait_for
 from tokcache import samples
-from tokcache.gateway import service as service_module
 from tokcache.gateway.servers import upstream as upstream_module
+from tokcache.gateway.servers import watch
 from tokcache.samples import server_process
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def test_a_stream_of_a_server_that_hangs_ends_with_an_error(tmp_path: Path) -> N
 def test_a_managed_server_that_hangs_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, "_HUNG_S", 1.0)
+    monkeypatch.setattr(watch, "_HUNG_S", 1.0)
     monkeypatch.setattr(server_process, "_STOP_S", 0.5)
     model = str(samples.tiny_model())
     with gateway(tmp_path / "own", model=model, n_slots=1, n_ctx=512, n_threads=1) as served:

@@ -77,13 +77,13 @@ def test_the_probe_tells_a_server_that_honours_the_slot(tmp_path: Path, name: st
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         with gateway(tmp_path, upstreams=[{"url": url}]) as made:
-            assert (url in made.service.pinning) == is_pinning
+            assert (url in made.service.watch.pinning) == is_pinning
         server.shutdown()
 
 
 def test_todays_llama_server_gets_messages_as_chat_completions(tmp_path: Path) -> None:
     with upstream(tmp_path / "slots") as server, gateway(tmp_path / "own", server) as made:
-        assert not made.service.pinning
+        assert not made.service.watch.pinning
         answer = made.http.post("/v1/messages", json={**BODY, "messages": [user("hi")]}).json()
         assert answer["id"].startswith("msg_")
 
@@ -97,7 +97,7 @@ def passing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway,
         gateway(folder / "own", server) as made,
         upstream(folder / "bare", n_slots=1) as bare,
     ):
-        made.service.pinning.add(server.url)
+        made.service.watch.pinning.add(server.url)
         yield made, bare.url
 
 
@@ -158,11 +158,11 @@ def test_a_message_is_never_passed_to_a_server_that_no_longer_pins_it(
     second.start()
     while not served.service.router.queue and time.monotonic() < deadline:
         time.sleep(0.01)
-    before = set(served.service.pinning)
-    served.service.pinning.clear()
+    before = set(served.service.watch.pinning)
+    served.service.watch.pinning.clear()
     for thread in (first, second):
         thread.join(60)
-    served.service.pinning |= before
+    served.service.watch.pinning |= before
     assert [each.status_code for each in answers] == [200, 503]
     assert answers[1].json()["error"]["type"] == "overloaded_error"
     served.wait_until_idle()

@@ -284,7 +284,7 @@ def in_loop(served: Gateway, work: Coroutine[Any, Any, Any]) -> Any:
 def test_ids_that_do_not_come_are_counted(served: Gateway) -> None:
     service = served.service
     (server,) = service.upstreams.values()
-    look, reasons = service.looks[server.url], service.router.reasons
+    look, reasons = service.watch.looks[server.url], service.router.reasons
     body = json.dumps({"messages": [user("hi")]}).encode()
     n_before = reasons["prompt_ids_unknown"]
     ids = in_loop(served, service.tokens.prompt_ids(server, look, body, None))

@@ -261,7 +261,7 @@ class Endpoints:
         self._require_servable(body)
         chat, request.state.rules = rules.apply(_translated(body), self._config.rules)
         servers = self._service.router.servers.keys()
-        if servers <= self._service.pinning and not request.state.rules:
+        if servers <= self._service.watch.pinning and not request.state.rules:
             return await self._message_as_it_came(request, tenant, chat, given, is_stream)
         # The stream names the stop sequence that was found only in its verbose form.
         chat |= {"verbose": True} if chat.get("stop") else {}
@@ -399,9 +399,9 @@ class Endpoints:
             for _ in range(_MAX_TRIES):
                 upstream = self._service.any_upstream(model)
                 try:
-                    return await ask(upstream, self._service.looks[upstream.url])
+                    return await ask(upstream, self._service.watch.looks[upstream.url])
                 except ServerUnreachable as error:
-                    self._service.failed(upstream.url, error)
+                    self._service.watch.failed(upstream.url, error)
         finally:
             tenant.end()
         raise ApiError(503, "no llama-server could be asked; try again", retry_after_s=5)
@@ -449,7 +449,7 @@ class Endpoints:
         listed: dict[str, Any] = {}
         for server in self._service.router.servers.values():
             if server.is_up:
-                look = self._service.looks[server.name]
+                look = self._service.watch.looks[server.name]
                 listed[server.model] = {
                     "id": server.model,
                     "object": "model",
@@ -542,8 +542,12 @@ class _Presence:
         self._has_left = False
 
     def __enter__(self) -> None:
+        async def gone() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+
         self._task = asyncio.current_task()
-        self._watch = asyncio.ensure_future(self._gone())
+        self._watch = asyncio.ensure_future(gone())
         self._watch.add_done_callback(self._cancel)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -553,10 +557,6 @@ class _Presence:
             self._task.uncancel()
             if kind is asyncio.CancelledError:
                 raise ClientDisconnect from None
-
-    async def _gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
 
     def _cancel(self, watch: asyncio.Future[None]) -> None:
         if not watch.cancelled() and self._task is not None:

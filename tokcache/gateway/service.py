@@ -1,4 +1,4 @@
-"""Sends requests to their slots, watches the servers, and keeps the list of files.
+"""Sends requests to their slots, saves and restores slots, and keeps the list of files.
 
 1. `open` queues a request until the router assigns a slot. It saves, erases and restores slots as
    the assignment says, and sends the request with `id_slot`.
@@ -8,8 +8,8 @@
    llama-server has stopped decoding.
 
 If a server fails before the first byte of its answer, the request gets another slot, up to four
-times. Each server is looked at by a task of its own: one that hangs is down after some seconds, and
-its requests fail over too. Another task saves slots in idle time and writes the list of files.
+times. servers/watch.py knows which servers are up. A task saves slots in idle time and writes the
+list of files.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import asyncio
 import json
 import logging
 import os
-import threading
 import time
 from collections import Counter, deque
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -29,13 +27,9 @@ import platformdirs
 
 from tokcache.errors import (
     ApiError,
-    InvalidConfig,
     QueueFull,
     ServerError,
-    ServerRefused,
-    ServerTimeout,
     ServerUnreachable,
-    TokcacheError,
 )
 from tokcache.gateway.api.body import read_object
 from tokcache.gateway.api.streams import ChatAnswer
@@ -45,13 +39,11 @@ from tokcache.gateway.routing.chain import EMPTY, Chain, chat_prompt, ids_chain
 from tokcache.gateway.routing.files import Files, remove_strangers
 from tokcache.gateway.routing.router import Router
 from tokcache.gateway.routing.slots import Assignment, Server, Slot, Wish
-from tokcache.gateway.servers.pinning import pins_messages
 from tokcache.gateway.servers.process import ManagedServer
 from tokcache.gateway.servers.upstream import Look, Upstream
+from tokcache.gateway.servers.watch import ServerWatch
 from tokcache.gateway.tokens import ProvenTokenizers
 from tokcache.gateway.turn import Recent, Turn
-from tokcache.llama.server.model import is_same_model
-from tokcache.llama.server.results import TokenProbabilities
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -66,12 +58,9 @@ _CHAT = "/v1/chat/completions"
 _MAX_TRIES = 4  # of one request
 _TICK_S = 0.05  # between tries to assign requests that wait, and while shutting down
 _IDLE_TICK_S = 0.25
-_CHECK_S = 1.0  # between checks of a server
-_PROBE_S = 120.0  # for the probes of a server that has just started
-_HUNG_S = 30.0  # a started server that does not answer for so long is started again
+_WRITE_S = 1.0  # between two writes of the list of files
 _MAX_SETTLE_S = 120.0
 _SETTLE_CHECK_S = 0.05
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # before a crashed server is started again
 _N_RECENT = 50
 _log = logging.getLogger("tokcache.gateway")
 
@@ -109,26 +98,26 @@ class Service:
         self.router.erases_between_scopes = bool(config.tenants)
         self.tokens = ProvenTokenizers(self.router.reasons, self.in_background)
         self.upstreams: dict[str, Upstream] = {}
-        self.looks: dict[str, Look] = {}
-        # The servers whose own /v1/messages runs in the slot that it is asked for.
-        self.pinning: set[str] = set()
         self.recent: deque[Recent] = deque(maxlen=_N_RECENT)
         self.counts: Counter[str] = Counter()
         self.managed = ManagedServer(config, self.folder.slots) if config.model else None
+        self.watch = ServerWatch(
+            self.router,
+            self.files,
+            self.upstreams,
+            managed=self.managed,
+            counts=self.counts,
+            server_is_up=self._server_is_up,
+        )
         self.is_draining = False
         self._waiting: dict[Wish, asyncio.Future[Assignment]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.n_turns = 0
         self._is_list_old = False
-        self._reported_down: set[str] = set()
         self._saving: asyncio.Task[None] | None = None
         self._has_queue = asyncio.Event()
         self._deadline: float | None = None
         self._last_saves: list[asyncio.Task[None]] = []
-        self._is_started = False
-        self._probabilities: dict[str, TokenProbabilities | None] = {}
-        # Servers with another model under a name in use; they are not probed every second.
-        self._refused: dict[str, Look] = {}
 
     @property
     def is_healthy(self) -> bool:
@@ -148,7 +137,7 @@ class Service:
             remove_strangers(self.folder.slots, self.files)
         configs = list(self.config.upstreams)
         if self.managed is not None:
-            url = await self._start_managed(self.managed)
+            url = await self.watch.start(self.managed)
             folder, model = str(self.folder.slots), self.config.model
             configs = [UpstreamConfig(url=url, slot_folder=folder, tokenizer=model)]
         for config in configs:
@@ -158,41 +147,17 @@ class Service:
             self.upstreams[config.url] = upstream
             self.router.servers.setdefault(config.url, Server(config.url))
         # A server that does not answer may come up later; the others serve meanwhile.
-        found = await asyncio.gather(*map(self._check, self.upstreams), return_exceptions=True)
+        found = await asyncio.gather(*map(self.watch.check, self.upstreams), return_exceptions=True)
         for error in found:
             if isinstance(error, BaseException):
                 raise error
         if not self.is_healthy and self.managed is not None:
             raise ServerError("the started llama-server does not answer")
-        self._is_started = True
+        self.watch.is_started = True
         for name in self.upstreams:
-            self.in_background(self._watch(name))
+            self.in_background(self.watch.run(name))
         self.in_background(self._reconsider())
         self.in_background(self._tick())
-
-    async def _start_managed(self, managed: ManagedServer) -> str:
-        """Start the llama-server in a thread that does not hold up the end of this process."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[str] = loop.create_future()
-
-        def tell(url: str, error: BaseException | None) -> None:
-            if future.done():  # the gateway was stopped meanwhile
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(url)
-
-        def start() -> None:
-            try:
-                url, error = managed.start(), None
-            except Exception as found:  # noqa: BLE001 (raised where it is awaited)
-                url, error = "", found
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(tell, url, error)
-
-        threading.Thread(target=start, daemon=True).start()
-        return await future
 
     def begin_drain(self) -> None:
         """Refuse new requests, and save each slot as soon as no request needs it."""
@@ -225,7 +190,7 @@ class Service:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            if self._is_started:  # else the list of an earlier run would be lost
+            if self.watch.is_started:  # else the list of an earlier run would be lost
                 self._write_list()
             if self.managed is not None:
                 await asyncio.to_thread(self.managed.stop)
@@ -282,7 +247,7 @@ class Service:
                 await turn.send(path, body)
             except ServerUnreachable as error:
                 # Before the first byte, another slot or server can take the request.
-                self.failed(made.slot.server.name, error)
+                self.watch.failed(made.slot.server.name, error)
                 turn.close(is_charged=False)
             except ServerError as error:
                 turn.close(is_charged=False)
@@ -302,7 +267,7 @@ class Service:
 
         The request could run in another tenant's slot.
         """
-        if path == "/v1/messages" and made.slot.server.name not in self.pinning:
+        if path == "/v1/messages" and made.slot.server.name not in self.watch.pinning:
             raise ApiError(503, "the llama-servers have changed; try again", retry_after_s=1)
 
     async def _slot_for(self, wish: Wish) -> Assignment:
@@ -421,7 +386,9 @@ class Service:
         try:
             (saved, seconds), ids = await asyncio.gather(
                 asyncio.shield(saving),
-                self._ids_of(slot),
+                self._ids(
+                    upstream, slot.chat_body, slot.scope, n_tokens=slot.n_prompt, known=slot.ids
+                ),
             )
         except asyncio.CancelledError:
             # The client left, but the server still writes the file. Its name is used again once
@@ -448,32 +415,33 @@ class Service:
             slot, name, saved.n_tokens, saved.n_bytes, seconds=seconds, ids=ids
         )
 
-    async def _ids_of(self, slot: Slot) -> Chain:
-        """Return the chain of the ids of a slot's prompt, the empty one if they are not known."""
-        if slot.ids:
-            return slot.ids
-        upstream = self.upstreams[slot.server.name]
-        return await self._ids(upstream, slot.chat_body, slot.scope, slot.n_prompt)
-
     def keeps_chat_body(self, slot: Slot) -> bool:
         """Return whether the body of a chat is kept until its slot is saved.
 
         It is only where the ids of the file can be found, because bodies can be large.
         """
         server = slot.server
-        look = self.looks.get(server.name)
+        look = self.watch.looks.get(server.name)
         if look is None or not server.can_save:
             return False
         return self.tokens.may_know_ids(self.upstreams[server.name], look)
 
     async def _ids(
-        self, upstream: Upstream, chat: bytes | None, scope: str | None, n_tokens: int | None = None
+        self,
+        upstream: Upstream,
+        chat: bytes | None,
+        scope: str | None,
+        *,
+        n_tokens: int | None = None,
+        known: Chain = EMPTY,
     ) -> Chain:
         """Return the chain of a prompt's ids, the empty one if they are not known.
 
         `n_tokens` is the server's own count: if the ids are not as many, they are not used.
         """
-        look = self.looks.get(upstream.url)
+        if known:
+            return known
+        look = self.watch.looks.get(upstream.url)
         if chat is None or look is None:
             return EMPTY
         ids = await self.tokens.prompt_ids(upstream, look, chat, scope)
@@ -515,80 +483,14 @@ class Service:
             await asyncio.sleep(_SETTLE_CHECK_S)
         return None
 
-    # -- the servers --------------------------------------------------------------------------
+    # -- the warm folder ----------------------------------------------------------------------
 
-    async def _look(self, name: str) -> None:
-        """Read a server's identity; if it has started since the last look, record that."""
-        upstream = self.upstreams[name]
-        look = await upstream.look(self.looks.get(name))
-        server = self.router.servers[name]
-        if self.looks.get(name) == look and server.is_up:
-            return
-        self.pinning.discard(name)
-        # Its slots are empty or not known; no request is sent to it before the probes are done.
-        self.router.server_down(name, "server_restarted")
-        if self._refused.get(name) == look:
-            self._require_one_model(name, look)
-        try:
-            async with asyncio.timeout(_PROBE_S):
-                can_save = await self._probe(name, look)
-                self._require_one_model(name, look)
-        except TimeoutError:
-            raise ServerTimeout(f"{name} did not answer the probes in {_PROBE_S:g} s") from None
-        self._reported_down.discard(name)
-        self.counts["server_start"] += int(name in self.looks)
-        self.looks[name] = look
-        self.router.server_up(
-            name, model=look.model, pool=look.pool, can_save=can_save, n_slots=look.n_slots
-        )
+    def _server_is_up(self, look: Look, *, can_save: bool) -> None:
+        """Assign waiting requests to a server that has come up, and warm its slots."""
+        self._is_list_old = True
         self.assign()
         if can_save and self.config.warm_folder:
             self.in_background(self._warm(look.pool))
-
-    async def _probe(self, name: str, look: Look) -> bool:
-        """Try what a server that has started can do; return whether its slots can be saved."""
-        upstream = self.upstreams[name]
-        # Two versions of llama-server can report one build number, so each start is probed.
-        if await pins_messages(upstream, look.n_slots):
-            self.pinning.add(name)
-        can_save, is_folder_ours = False, False
-        if upstream.slot_folder is not None or look.is_text_only:
-            probabilities = self._probabilities[name] = await upstream.probe()
-            can_save, is_folder_ours = await upstream.probe_saving()
-            known = self.files.probes.get(look.pool)
-            if known is not None and not is_same_model(_probabilities(known), probabilities):
-                self.router.reasons["files_of_another_model"] += 1
-                self.files.clear(look.pool)
-            if probabilities is not None:
-                self.files.probes[look.pool] = {
-                    "token_ids": list(probabilities.token_ids),
-                    "logprobs": list(probabilities.logprobs),
-                }
-            self._is_list_old = True
-        if is_folder_ours and upstream.slot_folder is not None:
-            self.files.folders[look.pool] = upstream.slot_folder
-        return can_save
-
-    def _require_one_model(self, name: str, look: Look) -> None:
-        """Raise InvalidConfig if another server has another model under the same name.
-
-        Clients name models by these names, and a conversation may continue on any of the servers.
-        """
-        for other in self.router.servers.values():
-            if other.name == name or not other.is_up or other.model != look.model:
-                continue
-            ours, theirs = self._probabilities.get(name), self._probabilities.get(other.name)
-            is_other = self.looks[other.name].meta != look.meta
-            is_known = ours is not None and theirs is not None
-            if is_other or (is_known and not is_same_model(ours, theirs)):
-                if self._refused.get(name) != look:
-                    self._refused[name] = look
-                    self.router.reasons["model_name_taken"] += 1
-                    self._reported_down.discard(name)  # so that `_down` says why
-                raise InvalidConfig(
-                    f"{name} and {other.name} have different models under the name"
-                    f" {look.model!r}; start one of them with another --alias"
-                )
 
     def _read_warm(self, *, is_told: bool) -> list[WarmPrompt]:
         """Return the prompts of the warm folder; count and log those that can't be read if told.
@@ -643,66 +545,7 @@ class Service:
                 self.counts["warm_failed"] += 1
                 _log.warning("%s could not be warmed: %s", path, error)
 
-    def failed(self, name: str, error: ServerUnreachable) -> None:
-        """Record that a server failed before the first byte, so that another one is asked."""
-        self.counts["failover"] += 1
-        # A refused connection shows that the server is gone; a broken one does not.
-        if isinstance(error, ServerRefused):
-            self._down(name, error)
-
-    def _down(self, name: str, error: Exception) -> None:
-        if name not in self._reported_down:
-            self._reported_down.add(name)
-            _log.warning("%s is down: %s", name, error)
-        self.router.server_down(name)
-
-    async def _check(self, name: str) -> bool:
-        """Look at a server; return False if it is down now."""
-        upstream, began = self.upstreams[name], asyncio.get_running_loop().time()
-        try:
-            await self._look(name)
-        except ServerTimeout as error:
-            if upstream.heard_at >= began and self.router.servers[name].is_up:
-                # It sends other answers, so it is only slow.
-                self.counts["late_look"] += 1
-                return True
-            self._down(name, error)
-            upstream.break_off()
-            return False
-        except (ServerError, OSError) as error:
-            self._down(name, error)
-            return False
-        except InvalidConfig as error:
-            if not self._is_started:
-                raise
-            # Another model was started behind this address.
-            self._down(name, error)
-            return False
-        return True
-
-    async def _watch(self, name: str) -> None:
-        """Look at a server again and again; start a managed one that crashed or hangs again."""
-        pause_s = _FIRST_PAUSE_S
-        answered_at = time.monotonic()
-        while True:
-            await asyncio.sleep(_CHECK_S)
-            if self.managed is not None and not self.managed.is_running():
-                self._down(name, ServerRefused("its process ended"))
-                self.counts["server_crash"] += 1
-                try:
-                    await self._start_managed(self.managed)
-                    pause_s = _FIRST_PAUSE_S
-                except (TokcacheError, OSError) as error:
-                    _log.warning("the llama-server did not start again: %s", error)
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
-                    continue
-            if await self._check(name):
-                answered_at = time.monotonic()
-            elif self.managed is not None and time.monotonic() - answered_at > _HUNG_S:
-                self.counts["server_hung"] += 1
-                await asyncio.to_thread(self.managed.stop)
-                answered_at = time.monotonic()
+    # -- tasks that run all the time ----------------------------------------------------------
 
     async def _reconsider(self) -> None:
         """Try again and again to assign queued requests: they wait for a prefix only so long."""
@@ -724,7 +567,7 @@ class Service:
             slot = self.router.next_to_save(time.monotonic()) if is_allowed else None
             if slot is not None:
                 self._saving = self.in_background(self._save_idle(slot))
-            if self._is_list_old and n_ticks * _IDLE_TICK_S >= _CHECK_S:
+            if self._is_list_old and n_ticks * _IDLE_TICK_S >= _WRITE_S:
                 n_ticks = 0
                 self._write_list()
 
@@ -735,10 +578,3 @@ class Service:
         except OSError as error:
             self.counts["list_not_written"] += 1
             _log.warning("the list of files could not be written: %s", error)
-
-
-def _probabilities(stored: dict[str, list[Any]]) -> TokenProbabilities | None:
-    try:
-        return TokenProbabilities(tuple(stored["token_ids"]), tuple(stored["logprobs"]))
-    except (KeyError, TypeError):
-        return None

@@ -204,9 +204,10 @@ class SequenceStates:
                 or named twice; nothing has changed then.
         Cost:   a call of llama_memory_seq_cp for each target.
         """
-        own, ids = self._sequence(source), [self._target(source, each) for each in targets]
-        if len(set(ids)) < len(ids):
-            raise InvalidConfig(f"targets must differ, not {ids}")
+        own, last = self._sequence(source), self._scratch - 1
+        ids = [require_int("a target", each, 0, last) for each in targets]
+        if len({source, *ids}) < len(ids) + 1:
+            raise InvalidConfig(f"targets must differ from each other and from {source}, not {ids}")
         end = own.sequence.end()
         n_tokens = end if n_tokens is None else require_int("n_tokens", n_tokens, 1)
         if self._is_reproducible:
@@ -221,12 +222,6 @@ class SequenceStates:
             target.states, target.n_prompt = own.states, 0
             target.sequence.branch_from(own.sequence, n_tokens)
         return n_tokens if ids else 0
-
-    def _target(self, source: int, seq_id: object) -> int:
-        target = require_int("a target", seq_id, 0, self._scratch - 1)
-        if target == source:
-            raise InvalidConfig(f"a target must be another sequence than the source {source}")
-        return target
 
     def _why_not_forked(self, sequence: Sequence, n_tokens: int, end: int) -> str | None:
         if self._memory.refusal is not None:

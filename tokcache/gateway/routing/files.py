@@ -357,8 +357,6 @@ def _count(found: object) -> int:
 
 def _read_stale(found: dict[str, list[str]]) -> dict[str, list[str]]:
     stale = {str(pool): [str(name) for name in names] for pool, names in found.items()}
-    if any(
-        "/" in name or not name.startswith("tokcache-") for each in stale.values() for name in each
-    ):
+    if not all(_is_name(name) for names in stale.values() for name in names):
         raise ValueError("a stale file has a name of another kind")
     return stale

@@ -24,22 +24,22 @@ async def pins_messages(upstream: Upstream, n_slots: int) -> bool:
     """
     if n_slots < len(set(_ASKED)):
         return False
+
+    async def last_tasks() -> dict[Any, Any]:
+        """Return the number of the last request of each slot."""
+        status, found = await upstream.get("/slots")
+        listed = found if status == _OK and isinstance(found, list) else []
+        return {each.get("id"): each.get("id_task") for each in listed if isinstance(each, dict)}
+
     messages = [{"role": "user", "content": "hi"}]
-    before = await _last_tasks(upstream)
+    before = await last_tasks()
     if not before:
         return False
     for wanted in _ASKED:
         body = {"model": "any", "max_tokens": 1, "messages": messages, "id_slot": wanted}
         status, _ = await upstream.post("/v1/messages", json.dumps(body).encode())
-        after = await _last_tasks(upstream)
+        after = await last_tasks()
         if status != _OK or {each for each in after if after[each] != before.get(each)} != {wanted}:
             return False
         before = after
     return True
-
-
-async def _last_tasks(upstream: Upstream) -> dict[Any, Any]:
-    """Return the number of the last request of each slot."""
-    status, found = await upstream.get("/slots")
-    listed = found if status == _OK and isinstance(found, list) else []
-    return {each.get("id"): each.get("id_task") for each in listed if isinstance(each, dict)}

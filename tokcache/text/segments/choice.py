@@ -131,22 +131,23 @@ class Choice:
     def make(self) -> None:
         """Make the choice and deliver it."""
         self._resumed = perf_counter()
+
+        def hand_over(chosen: Chosen) -> None:
+            deliver = self._deliver()
+            if deliver is not None and not self._is_discarded:
+                deliver(chosen)
+
         try:
-            self._hand_over(self._chosen())
+            hand_over(self._chosen())
         except ChoiceDiscarded:
             self._is_discarded = True
         except BaseException as error:
             _log.exception("the proof of an engine failed, and tokenizers encodes")
-            self._hand_over(Chosen({}, "failed", [f"the proof failed ({type(error).__name__})"]))
+            hand_over(Chosen({}, "failed", [f"the proof failed ({type(error).__name__})"]))
             if not is_of_library(error):
                 raise
         finally:
             self._done.set()
-
-    def _hand_over(self, chosen: Chosen) -> None:
-        deliver = self._deliver()
-        if deliver is not None and not self._is_discarded:
-            deliver(chosen)
 
     def _chosen(self) -> Chosen:
         notes: list[str] = []
