@@ -290,7 +290,7 @@ def test_ids_that_do_not_come_are_counted(served: Gateway) -> None:
     ids = in_loop(served, service.tokens.prompt_ids(server, look, body, None))
     assert reasons["prompt_ids_unknown"] == n_before
     for chat, n_tokens in ((b'{"messages": 5}', None), (body, len(ids) + 1)):
-        assert not in_loop(served, service._ids(server, chat, None, n_tokens))
+        assert not in_loop(served, service._ids(server, chat, None, n_tokens=n_tokens))
     assert reasons["prompt_ids_unknown"] == n_before + 2
 
 
