@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tokcache.gateway.routing.chain import Chain
-    from tokcache.gateway.routing.slots import Slot
     from tokcache.samples.server_process import ServerProcess
 
 
@@ -120,13 +119,13 @@ def test_the_time_of_a_save_is_that_of_the_server_alone(tmp_path: Path) -> None:
         gateway(tmp_path / "own", server) as served,
     ):
         service = served.service
-        ids_of = service._ids_of
+        ids_of = service._ids
 
-        async def late(slot: Slot) -> Chain:
+        async def late(*given: Any, **named: Any) -> Chain:
             await asyncio.sleep(2.0)
-            return await ids_of(slot)
+            return await ids_of(*given, **named)
 
-        service._ids_of = late  # type: ignore[method-assign]
+        service._ids = late  # type: ignore[method-assign]
         for number in range(2):
             served.chat(chat(number))
         (file,) = service.files
