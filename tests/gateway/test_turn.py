@@ -86,6 +86,7 @@ def test_the_outcome_is_told_with_the_counts_and_nowhere_else(turn: Turn) -> Non
 def test_the_tokens_of_a_stream_count_against_its_tenant(turn: Turn) -> None:
     tenant = Tenant(TenantConfig(name="x", key_sha256="0" * 64, tokens_per_minute=600))
     tenant.start(0.0)
+    turn.made.wish.charge = tenant.charge
 
     async def content() -> AsyncIterator[tuple[bytes, bool]]:
         for found in (TEXT, END, {"choices": [], "timings": TIMINGS}):

@@ -18,6 +18,7 @@ import xxhash
 from tokcache.errors import TokcacheError
 from tokcache.replay.curves import Floats, Keys, Looked, StackDistances, mixed
 from tokcache.replay.prefixes import Prefixes, Prompts
+from tokcache.text._native import is_native
 from tokcache.text.engines.copying import is_of_library
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ _L0_ENTRY_BYTES, _L1_CHUNK_BYTES = 205, 100
 # The table of segments inside chunks, which tokenizers' own encoder uses: its first size, what an
 # entry takes when it is half full, and its greatest share of L1 (ext/tokcache/text/segments).
 _SEGMENT_TABLE_BYTES, _SEGMENT_BYTES, _SEGMENT_SHARE = 1 << 14, 128, 4
+# The native table of texts whose chunks are all known: its share of L1, and the least one.
+_BEGINNING_SHARE, _LEAST_BEGINNINGS_BYTES = 8, 1 << 16
 _FIRST_SAMPLE_S, _SAMPLE_SHARE = 0.5, 0.1
 _N_TIMES = 64 * 16  # a sixteenth of a factor of two each, from 2**-32 s
 
@@ -166,7 +169,8 @@ class TextReplay:
     def l1_rates(self, sizes: Sequence[float] | Floats) -> Floats:
         """Return the share of characters in cached chunks for each size of L1.
 
-        The chunks have what the table of segments leaves; it doubles until it is half empty.
+        The chunks have what the other two tables leave: that of segments, which doubles until it
+        is half empty, and that of whole beginnings of texts.
         """
         wrapped, budget = self.encoder.wrapped, np.asarray(sizes, np.float64)
         n_segments = 0 if wrapped is None else wrapped.cache_stats().l1.n_segments
@@ -178,6 +182,9 @@ class TextReplay:
                 np.ceil(np.log2(wanted / _SEGMENT_TABLE_BYTES)),
             )
             budget = budget - np.where(most < _SEGMENT_TABLE_BYTES, 0, table)
+        if is_native():
+            beginnings = np.asarray(sizes) / _BEGINNING_SHARE
+            budget = budget - np.where(beginnings < _LEAST_BEGINNINGS_BYTES, 0, beginnings)
         return self.l1.distances.hit_rates(budget, 1)
 
     def add(self, request: Request, place: str) -> str | None:
