@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
+import os
 import sys
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 from tokcache._forks import call_in_child
@@ -85,7 +84,7 @@ def identity_of(name: str, tokenizer_json: str) -> bytes | None:
     builds = [_build_of(name), _build_of("tokenizers"), _proof()]
     if None in builds:
         return None
-    python = f"{sys.version_info[:2]} {unicodedata.unidata_version} {platform.machine()}"
+    python = f"{sys.version_info[:2]} {unicodedata.unidata_version} {os.uname().machine}"
     text = "\0".join((_FORMAT, __version__, name, python, *map(str, builds)))
     content = hashlib.sha256(tokenizer_json.encode("utf-8", "surrogatepass")).digest()
     return hashlib.sha256(text.encode() + content).digest()
@@ -94,6 +93,8 @@ def identity_of(name: str, tokenizer_json: str) -> bytes | None:
 @cache
 def _build_of(package: str) -> str | None:
     """Return a digest of the installed files of a package, as its installer listed them."""
+    from importlib import metadata  # noqa: PLC0415 (it takes 30 ms, and is rarely needed)
+
     try:
         files = metadata.distribution(package).read_text("RECORD") or ""
     except metadata.PackageNotFoundError:
