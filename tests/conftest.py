@@ -11,7 +11,8 @@ import pytest
 # then takes seconds. OpenMP reads this variable when llama.cpp is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# A proof in the background would end at another moment in each run, and change what is counted.
+# Tests wait for an engine: a proof in the background would end at another moment in each run, and
+# the counters would differ.
 # Nor may the outcome of one run decide about another: the proof would not be tested again.
 os.environ.setdefault("TOKCACHE_WAIT_FOR_ENGINE", "1")
 os.environ.setdefault("TOKCACHE_REMEMBER_ENGINES", "0")

@@ -102,7 +102,7 @@ def test_places_of_a_prompt() -> None:
     assert openers.places(np.array([], np.int32)) == (0, 0, 0)
 
 
-# What is decoded
+# Decoded tokens
 
 
 def chat(llm: Any) -> Callable[..., int]:
