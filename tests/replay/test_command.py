@@ -31,6 +31,8 @@ SECRET = "xylophone"  # noqa: S105 (a word of the prompts)
 
 def run(*args: str | Path) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["replay", *map(str, args)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
     return done.exit_code, done.output
 
 

@@ -590,11 +590,14 @@ def test_a_growing_chat_is_composed_of_cached_chunks(
 @pytest.mark.parametrize("scope", [None, "a"])  # looked up in native code, and in Python
 def test_one_in_eight_long_texts_of_cached_chunks_is_kept_whole(scope: str | None) -> None:
     wrapped: Any = tokcache.wrap(SYNTHETIC["gpt2"](), WITHOUT_FAST_ENCODER)
-    passages = [f"This is passage {n}, one of several of a text.\n" * 3 for n in range(20)]
+    passages = [
+        "".join(f"Line {at} of passage {n} has {n * at} words.\n" for at in range(9, 13))
+        for n in range(20)
+    ]
     texts = ["".join(passages[at:] + passages[:at]) for at in range(20)]
     assert len(texts[0]) > LONG_CHARS
     for text in texts * 5:
         assert wrapped.token_ids(text, scope=scope).tolist() == wrapped.encode(text).ids
     stats = wrapped.cache_stats()
-    assert stats.l1.hits > 2 * ADMIT_ONE_IN  # where chunks end is random, and so is their number
+    assert stats.l1.hits > ADMIT_ONE_IN  # where chunks end is random, and so is their number
     assert stats.l0.insertions == stats.l1.misses + stats.l1.hits // ADMIT_ONE_IN

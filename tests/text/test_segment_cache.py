@@ -196,7 +196,8 @@ def test_evicted_chunks_are_encoded_again(name: str) -> None:
         one.check()
     stats = one.cache.stats()
     assert stats.evictions > 20
-    assert stats.insertions - stats.evictions == stats.n_chunks
+    short = stats.n_segments if name == "reference" else 0  # it counts a short chunk as a segment
+    assert stats.insertions - stats.evictions == stats.n_chunks + short
     assert stats.misses > 20
     # The newest chunk is still cached: at least once of twenty, for the one that is evicted is the
     # oldest of a random sample, which may hold new ones alone (with five it failed 4 times of 60).

@@ -183,7 +183,7 @@ class TextReplay:
             )
             budget = budget - np.where(most < _SEGMENT_TABLE_BYTES, 0, table)
         if is_native():
-            beginnings = np.asarray(sizes) / _BEGINNING_SHARE
+            beginnings = np.minimum(np.asarray(sizes) / _BEGINNING_SHARE, 2.0**50)
             budget = budget - np.where(beginnings < _LEAST_BEGINNINGS_BYTES, 0, beginnings)
         return self.l1.distances.hit_rates(budget, 1)
 
