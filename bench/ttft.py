@@ -22,17 +22,23 @@ clock starts: its time is that of decoding the unseen tokens. `--large` uses a m
 have about the same times; without it the model has 4 layers x 384. With a vocabulary of 151,665
 tokens LlamaRAMCache stores a matrix of 310 MB with every state: 4 turns of 6 chats take 8 GB of
 memory, and LlamaDiskCache the same on disk.
+
+In the end the first tokens of a prompt are pre-warmed (`Llama.prewarm`) in a process with a folder
+of states. The process is ended and started again several times; each time the first request and a
+second one, which begin with these tokens and go on with others, are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -42,6 +48,8 @@ from bench.adapters.answering import (
     BLOCK,
     N_ANSWER,
     N_CTX,
+    PREFIX,
+    PREWARMED,
     SYSTEMS,
     Answer,
     Setting,
@@ -68,6 +76,8 @@ EXPECTED, IDEAL, PEER, SERVER = "nothing kept", "unseen alone", "LlamaRAMCache",
 RAM, DISK, REDIS = "tokcache RAM", "tokcache disk", "tokcache Redis"
 REPRODUCIBLE = ", reproducible"
 MAX_OVER_LEAST, MAX_OVER_PEER, MAX_OVER_IDEAL, MAX_OVER_RAM = 1.02, 0.42, 1.1, 1.3
+MAX_OVER_SECOND = 1.2
+N_WARM, N_QUESTION, N_RESTARTS = 1500, 64, 5
 
 Prompts = list[list[int]]
 
@@ -177,6 +187,26 @@ def run_all(
         return play(workers, asked, shown)
 
 
+def after_restarts(args: Any, model: str, prompt: list[int]) -> tuple[list[Answer], list[Answer]]:
+    """Return the answers to the first and second requests after restarts with a warm prefix."""
+    rng = random.Random(5)
+    prefix = prompt[:N_WARM]
+    firsts: list[Answer] = []
+    seconds: list[Answer] = []
+    with tempfile.TemporaryDirectory(prefix="tokcache-bench-") as folder:
+        Path(folder, PREFIX).write_text(json.dumps(prefix))
+        worker = Worker(PREWARMED, Setting(model, args.threads, folder, ""))
+        try:
+            for _ in range(N_RESTARTS):
+                worker.restart()
+                for answers in (firsts, seconds):
+                    question = rng.choices(range(3, 2000), k=N_QUESTION)
+                    answers.append(worker.ask([*prefix, *question]))
+        finally:
+            worker.close()
+    return firsts, seconds
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--turns", type=int, default=4, help="prompts per session")
@@ -224,6 +254,17 @@ def run(options: argparse.Namespace, report: Report) -> None:
         whole = {s: [1000 * a.whole_s for a in given] for s, given in answers.items()}
         report.table(f"{title}: whole requests, with saving", "ms", whole, base=PEER)
     bars(runs, parts, report)
+
+    firsts, seconds = after_restarts(options, model, max(asked, key=len))
+    n_most = max(answer.n_prefilled for answer in (*firsts, *seconds))
+    report.check("only the question is prefilled", is_right=n_most == N_QUESTION, found=str(n_most))
+    ms = {
+        "first request after a restart with pre-warm": [1000 * a.first_token_s for a in firsts],
+        "a second request": [1000 * a.first_token_s for a in seconds],
+    }
+    report.table(f"{N_WARM:,} warm tokens, {N_QUESTION} new ones", "ms", ms)
+    first, second = map(median, ms.values())
+    report.bar("first request over a second one", first / second, MAX_OVER_SECOND, most=True)
 
 
 def bars(runs: dict[str, Run], parts: dict[str, slice], report: Report) -> None:

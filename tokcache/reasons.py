@@ -312,6 +312,36 @@ LLAMA_REFUSALS = {
         "render a short chat; states of recurrent memories are saved on the grid only",
         "pass `message_openers=`",
     ),
+    "prewarm_chat_handler": Reason(
+        "a chat was to be warmed, and the model has a chat handler of your own, which may fill the "
+        "context itself",
+        "warm the text or the ids",
+    ),
+    "prewarm_duplicate": Reason("a prefix was given twice to `prewarm`", _NOTHING),
+    "prewarm_empty": Reason(
+        "a prefix has no token, or, in reproducible mode, fewer than `block_tokens`",
+        "leave the prefix out",
+    ),
+    "prewarm_not_kept": Reason(
+        "memory has no room for all the states of a prefix that was prefilled",
+        "raise `ram_bytes` and `max_entries`, or warm fewer prefixes",
+    ),
+    "prewarm_not_written": Reason(
+        "a tier below memory did not take all the states of a prefix; its own reason is counted",
+        "look up that reason: the disk is full, for example",
+    ),
+    "prewarm_other_model": Reason(
+        "a prefix has ids that are not in the model's vocabulary, or a file for "
+        "`tokcache states warm` is for another model",
+        "encode the prefix with the model's tokenizer",
+    ),
+    "prewarm_template_failed": Reason(
+        "the chat template can't render the chat with a question after it",
+        "warm a chat that the template takes, or the text or ids",
+    ),
+    "prewarm_too_long": Reason(
+        "a prefix leaves no room in the context for a question", "raise `n_ctx`"
+    ),
     "unknown_positions": Reason(
         "the context holds positions that no known token wrote, such as an image", _NOTHING
     ),

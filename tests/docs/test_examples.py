@@ -78,13 +78,15 @@ COMMANDS = _commands()
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder with the files that the pages name: a tokenizer, a model, requests."""
+    """Stand in a folder with the files that pages name: a tokenizer, a model, requests, prompts."""
     tokenizer = samples.tiny_tokenizer()
     shutil.copytree(tokenizer.parent, tmp_path / "my-model")
     shutil.copy(tokenizer, tmp_path / "tokenizer.json")
     shutil.copy(samples.tiny_model(), tmp_path / "model.gguf")
     for path in (ROOT / "docs/assets/why").iterdir():
         shutil.copy(path, tmp_path)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "rules.txt").write_text("Answer in one sentence. " * 20)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -84,6 +84,14 @@ class CacheMachine(RuleBasedStateMachine):
             if self.has_room:
                 assert plan.n_tokens == best
 
+    @rule(key=KEYS, tokens=TOKENS, is_pinned=st.booleans())
+    def pin(self, key: Key, tokens: list[int], *, is_pinned: bool) -> None:
+        states = self.cache.namespace(key[0], scope=key[1])
+        n_held, n_below = states.pin(tokens, is_pinned=is_pinned)
+        assert n_held == n_below <= len(tokens)
+        if self.has_room:
+            assert n_held == self.best(key, tokens)
+
     @rule(key=KEYS, tokens=TOKENS)
     def hold(self, key: Key, tokens: list[int]) -> None:
         plan = self.cache.namespace(key[0], scope=key[1]).plan(tokens)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import tokcache
-from tokcache.cli import demo, explain, replay, serve, states, why
+from tokcache.cli import demo, explain, replay, serve, states, warm, why
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +20,7 @@ app.command()(explain.explain)
 app.command()(replay.replay)
 app.command()(why.why)
 app.command()(serve.serve)
+states.states.command()(warm.warm)
 app.add_typer(states.states, name="states")
 
 

@@ -1,5 +1,7 @@
 """The commands for a folder of states: `tokcache states ls | verify | prune | stats DIR`.
 
+`tokcache states warm` is in `warm`.
+
 Scopes and models are shown as the digests that name their folders, because a folder does not hold
 their names. A scope that the caller names is shown by its name.
 """
@@ -31,7 +33,7 @@ _SHOWN = 12  # leading digits of a digest that are printed
 
 states = typer.Typer(
     no_args_is_help=True,
-    help="List, verify, prune or count the states of a folder.",
+    help="List, verify, prune, count or prefill the states of a folder.",
     rich_markup_mode=None,
 )
 Folder = Annotated[
@@ -129,7 +131,7 @@ def verify(
 
 def _verified(tier: DiskTier, files: list[File], *, remove: bool) -> dict[str, str]:
     refused: dict[str, str] = {}
-    with _progress() as progress:
+    with progress_bar() as progress:
         for file in progress.track(files, description="verifying"):
             try:
                 verified_file(tier.path, file, tier.codec)
@@ -188,7 +190,7 @@ def prune(
 
 
 def _prune(tier: DiskTier, max_bytes: int) -> None:
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("pruning", total=None)
         tier.prune(
             max_bytes, lambda done, total: progress.update(task, completed=done, total=total)
@@ -198,7 +200,7 @@ def _prune(tier: DiskTier, max_bytes: int) -> None:
 def _tier(folder: Path, key_name: str | None = None, ttl_s: float | None = None) -> DiskTier:
     if not (folder / MARKER).is_file():
         _refuse(folder)
-    return DiskTier(folder, hmac_key=_key(key_name), ttl_s=ttl_s)
+    return DiskTier(folder, hmac_key=key_of(key_name), ttl_s=ttl_s)
 
 
 def _refuse(folder: Path) -> NoReturn:
@@ -215,7 +217,8 @@ def _refuse(folder: Path) -> NoReturn:
     )
 
 
-def _key(name: str | None) -> bytes | None:
+def key_of(name: str | None) -> bytes | None:
+    """Return the HMAC key in the environment variable of that name, None without a name."""
     if name is None:
         return None
     try:
@@ -238,7 +241,8 @@ def _ago(used_at: float) -> str:
     return f"{seconds:.0f} seconds ago"
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Return a progress bar on stderr, which shows nothing if that is not a terminal."""
     console = Console(stderr=True)
     columns: Any = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tokcache.llama.fingerprint import state_fingerprint as state_fingerprint
     from tokcache.llama.inprocess import Llama as Llama
     from tokcache.llama.inprocess import Reuse as Reuse
+    from tokcache.llama.prewarm import Prewarmed as Prewarmed
     from tokcache.llama.sequence_states import SequenceStates as SequenceStates
     from tokcache.llama.server import AsyncLlamaServer as AsyncLlamaServer
     from tokcache.llama.server import LlamaServer as LlamaServer
@@ -23,6 +24,7 @@ __all__ = [
     "Explanation",
     "Llama",
     "LlamaServer",
+    "Prewarmed",
     "Reuse",
     "SequenceStates",
     "SlotSettings",
@@ -33,6 +35,7 @@ __all__ = [
 _MODULES = {
     "Explanation": "explanation",
     "Llama": "inprocess",
+    "Prewarmed": "prewarm",
     "Reuse": "inprocess",
     "SequenceStates": "sequence_states",
     "state_fingerprint": "fingerprint",
@@ -41,7 +44,7 @@ _MODULES = {
     "SlotSettings": "server",
     "kv_report": "server",
 }
-_IN_PROCESS = {"inprocess", "sequence_states", "fingerprint"}  # they need llama_cpp
+_IN_PROCESS = {"inprocess", "prewarm", "sequence_states", "fingerprint"}  # they need llama_cpp
 
 
 def __getattr__(name: str) -> Any:

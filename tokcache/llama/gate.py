@@ -11,6 +11,8 @@ Life of a step:
    it takes a snapshot. The suspended one resumes from the snapshot at its own next step.
 4. A step that decodes more than once pauses between two decodes when there are tickets that may
    enter: so they wait for one decode, not for a whole prompt or answer.
+5. A step for idle times (`is_idle`) enters when no other ticket waits and no generation had a step
+   for `REST_S`. It asks `is_wanted` after each decode, and leaves if another thread waits.
 
 So an unread stream blocks no other call, interleaved streams both give the right tokens, and no
 lock is held while a consumer is busy with a token, whatever thread it comes back from.
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 IDLE_S = 0.1
+REST_S = 1.0
 
 
 class Context(Protocol):
@@ -68,6 +71,10 @@ class _Kind(Enum):
     BETWEEN = "between"  # leaves the positions in the context as they are
     CALL = "call"  # changes the positions in the context
     GENERATION = "generation"
+    IDLE = "idle"  # changes the positions in the context, and has the time that nobody else needs
+
+
+_ENTER_AT_ONCE = (_Kind.BETWEEN, _Kind.CALL)
 
 
 @dataclass(slots=True, eq=False)
@@ -108,15 +115,24 @@ class Gate:
         if self.is_closed:
             raise ModelClosed("this model was closed; make a new Llama")
 
+    def is_wanted(self) -> bool:
+        """Return whether another thread waits for more than idle time."""
+        return bool(self._waiting) and any(
+            ticket.kind is not _Kind.IDLE for ticket in self._waiting[:]
+        )
+
     def is_inside(self) -> bool:
         """Return whether the calling thread is in a step already."""
         return self._inside == threading.get_ident()
 
     @contextmanager
-    def step(self, steps: Steps | None = None, *, is_generation: bool = False) -> Iterator[None]:
+    def step(
+        self, steps: Steps | None = None, *, is_generation: bool = False, is_idle: bool = False
+    ) -> Iterator[None]:
         """Hold the context for `steps`, or for a plain call; nested calls pass through.
 
         `is_generation`: a plain call that generates waits for its turn as a generation does.
+        `is_idle`: a plain call that waits until nobody else needs the context.
         """
         self.require_open()
         serving = nullcontext() if steps is None else self._context.serving(steps.scope)
@@ -129,6 +145,7 @@ class Gate:
                 self._running = before
             return
         kind = _Kind.GENERATION if steps is not None or is_generation else _Kind.CALL
+        kind = _Kind.IDLE if is_idle else kind
         self._enter(_Ticket(kind, threading.get_ident(), steps))
         try:
             self.require_open()
@@ -146,7 +163,7 @@ class Gate:
     def _enter(self, ticket: _Ticket) -> None:
         with self._mutex:
             is_free = self._inside is None and not self._waiting
-            is_ours = ticket.kind is not _Kind.GENERATION or ticket.steps is self._whose_turn()
+            is_ours = ticket.kind in _ENTER_AT_ONCE or ticket.steps is self._whose_turn()
             if is_free and is_ours:  # the usual case, once a token: no other thread waits
                 self._inside = ticket.thread
                 return
@@ -179,6 +196,8 @@ class Gate:
                 wait = 0.0
             elif self._paused_call is not None:
                 wait = 0.0 if ticket is self._paused_call else math.inf
+            elif ticket.kind is _Kind.IDLE:
+                wait = math.inf if self.is_wanted() else self._others_wait_s(REST_S)
             elif ticket.kind is _Kind.CALL or (ticket.steps and ticket.steps is turn):
                 wait = 0.0
             else:
@@ -197,8 +216,11 @@ class Gate:
         steps = self._turn() if self._turn else None
         return None if steps is None or steps.is_over else steps
 
-    def _others_wait_s(self) -> float:
-        """Return how long the generation whose turn it is keeps out the others."""
+    def _others_wait_s(self, idle_s: float = IDLE_S) -> float:
+        """Return how long the generation whose turn it is keeps out the others.
+
+        `idle_s` is for how long its consumer must not have asked for a token.
+        """
         turn = self._whose_turn()
         if turn is None:
             return 0.0
@@ -209,7 +231,7 @@ class Gate:
         # Its consumer waits here for another step: it won't ask for a token meanwhile.
         if any(ticket.thread == thread for ticket in waiting):
             return 0.0
-        return max(when + IDLE_S - time.monotonic(), 0.0)
+        return max(when + idle_s - time.monotonic(), 0.0)
 
     def _leave(self, *, is_step: bool) -> None:
         with self._mutex:

@@ -15,21 +15,25 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 
 from tokcache._validate import require_scope
-from tokcache.errors import InvalidText, InvalidTokens
+from tokcache.errors import InvalidConfig, InvalidText, InvalidTokens, StateError
 from tokcache.llama.arguments import checked_messages, checked_prompt, checked_texts
 from tokcache.llama.explanation import Explanation, explained
 from tokcache.llama.gate import Steps
 from tokcache.llama.loading import LoadedLlama
 from tokcache.llama.model_states import MAX_SHOWN
+from tokcache.llama.prewarm import Prewarm
 from tokcache.llama.scopes import ScopedItems
 from tokcache.llama.tokenizer import OWN_SCOPE, ModelTokenizer, int32_ids
 from tokcache.state.reasons import Miss, MissReason
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     import numpy as np
     from numpy.typing import NDArray
 
     from tokcache.llama.model_states import Held, HeldState
+    from tokcache.llama.prewarm import Prewarmed
     from tokcache.state.handles import Work
 
 _COMPARED = 32  # ids on each side of the place where a prompt parts from generated ones
@@ -283,6 +287,60 @@ class Llama(LoadedLlama):
         self._require_open()
         text: bytes = self.tokenizer_.detokenize(tokens, prev_tokens=prev_tokens, special=special)
         return text
+
+    # Prefixes that requests will begin with
+
+    def prewarm(
+        self,
+        prefixes: Iterable[Any],
+        *,
+        scope: str | None = OWN_SCOPE,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> list[Prewarmed]:
+        """Prefill prefixes before the first request needs them, store and pin their states.
+
+        A prefix is a text, a list of messages, {"messages": …, "tools": …} or token ids. A chat is
+        prefilled as far as its prompt does not depend on the next question; one that ends with a
+        question, as a whole. The states are evicted and pruned after all that are not pinned, until
+        `unpin`; a disk tier keeps pins for later processes, where the same call restores the states
+        instead of decoding them.
+
+        Waits for the digest of the model file, and works while nobody else needs the context: a
+        request of another thread waits for one decode at most. `progress(n_done, n_total)` is
+        called with numbers of tokens after each decode; it must not use the model.
+
+        Returns one result a prefix; a prefix that can't be warmed is refused there by reason
+        (tokcache.reasons.LLAMA_REFUSALS), and the context is as it was.
+
+        Errors: InvalidConfig without a prefix cache; InvalidText, InvalidTokens, InvalidScope
+                before anything is decoded; StateError inside a request of this model; ModelClosed.
+        """
+        with self.serving(scope):
+            return self._prewarming().run(prefixes, progress)
+
+    def unpin(self, prefixes: Iterable[Any], *, scope: str | None = OWN_SCOPE) -> int:
+        """End the pins that `prewarm` set for these prefixes; return how many were in memory.
+
+        Their states stay until others need the room.
+
+        Errors: as `prewarm`.
+        """
+        with self.serving(scope):
+            return self._prewarming().unpin(prefixes)
+
+    def _prewarming(self) -> Prewarm:
+        gate, scope = self._open_gate(), self._scopes.current()
+        gate.require_open()
+        if self.prefix_cache is None:
+            raise InvalidConfig(
+                "this model has no prefix cache that could keep prefixes; pass prefix_cache="
+            )
+        if gate.is_inside():
+            raise StateError(
+                "prefixes can't be warmed inside a request of the same model; call prewarm from "
+                "another thread"
+            )
+        return Prewarm(self, gate, self._states, self._eval_batch, scope)
 
     # Completions
 

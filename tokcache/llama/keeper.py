@@ -19,6 +19,8 @@ from tokcache.errors import StateError
 from tokcache.state.reasons import Miss, MissReason
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -104,6 +106,27 @@ class Keeper:
             n_opening=n_opening,
         )
         return (stop - start) * is_saved
+
+    # Pinning
+
+    def pin(
+        self, states: Namespace, ids: Ids, ends: Iterable[int], *, is_pinned: bool
+    ) -> tuple[int, int]:
+        """Evict the states of `ids`, and those of its first `ends`, last; or as others again.
+
+        Return how many of `ids` can be restored from memory, and how many from every tier.
+        """
+        blocks = states.pin(ids, is_pinned=is_pinned)
+        if not self._memory.is_recurrent or self.is_reproducible:
+            return blocks
+        tails = [_tails(states).pin(ids[:end], is_pinned=is_pinned) for end in ends]
+        found = []
+        for n_blocks, *n_tails in zip(blocks, *tails, strict=True):
+            # A tail of a hybrid needs all blocks before it.
+            n_block = states.block_tokens if self._memory.has_attention else 1 << 62
+            usable = [n for n in n_tails if n // n_block * n_block <= n_blocks]
+            found.append(max([n_blocks, *usable]))
+        return found[0], found[1]
 
     # Restoring
 

@@ -166,15 +166,19 @@ class ModelStates:
         """Return the namespace of the held positions, None if their states are not cached."""
         if self.cache is None or self.why_not_cached() is not None or self.record.scope is MIXED:
             return None
+        return self._namespace_of(self.record.scope)
+
+    def _namespace_of(self, scope: str | None) -> Namespace | None:
+        """Return the namespace of a scope, None while the fingerprint is pending."""
         key = self._key()
-        if not key:
+        if not key or self.cache is None:
             return None
         is_aligned = self.record.alignment.is_reproducible or self.memory.is_recurrent
-        wanted = self.cache, key, self.record.scope, is_aligned
+        wanted = self.cache, key, scope, is_aligned
         if wanted != self._last_wanted or self.public_prefix is not self._last_public:
             self._last = self.cache.namespace(
                 key,
-                scope=self.record.scope,
+                scope=scope,
                 public_prefix=self.public_prefix,
                 aligned=is_aligned,
             )
@@ -387,6 +391,38 @@ class ModelStates:
         if (found.start, found.stop) != (n_in_context, n_in_context):
             self.record.restored(found.start, ids[: found.stop])
         return found
+
+    # Prefixes that are prefilled before a request needs them
+
+    def hold_prefix(self, ids: NDArray[np.int32], ends: tuple[int, ...], scope: str | None) -> Held:
+        """Bring all of `ids` that is known into the context, the last one included.
+
+        The decode of the rest stops at each of `ends`. Only plain attention can be stored whenever
+        it is in the context; the states of other memories must come from the cache, or be decoded
+        and stored as they are reached.
+        """
+        record = self.record
+        if not self.memory.is_plain and self.sequence is not None:
+            if record.has_unsaved:
+                self.end_generation()
+            self.sequence.clear()
+            record.reset()
+        # A prompt's last token is always left to decode, so one more than the prefix is asked.
+        held = self.hold(np.append(ids, ids[-1:]), scope)
+        record.stops_at(tuple(end for end in ends if end > held.n_tokens), 0)
+        return held
+
+    def pin(
+        self, ids: NDArray[np.int32], ends: tuple[int, ...], scope: str | None, *, is_pinned: bool
+    ) -> tuple[int, int]:
+        """Evict the states of a prefix after all others, or as others again.
+
+        Return how many of its tokens can be restored from memory, and how many from every tier.
+        """
+        states = None if self.why_not_cached() else self._namespace_of(scope)
+        if states is None or self.keeper is None:
+            return 0, 0
+        return self.keeper.pin(states, ids, ends, is_pinned=is_pinned)
 
     # Generations that are suspended
 

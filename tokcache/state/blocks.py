@@ -180,6 +180,48 @@ class BlockCache:
             self._store, pinned, served, n_tokens, works, counts_tokens=counts_tokens
         )
 
+    # Pinning
+
+    def pin(
+        self, root_key: RootKey, wanted: bytes, n_public: int, *, is_pinned: bool
+    ) -> tuple[int, int]:
+        """Evict the blocks of a prefix after all others, or as others again.
+
+        Return how many of its tokens memory holds, and how many of these every tier has.
+        """
+        with self._store.lock:
+            self._store.settle()
+            parts = self._begun_parts(root_key, self._whole_blocks(wanted, root_key), n_public)
+        n_held = n_below = 0
+        for part in parts:
+            part_key, tokens, work = part
+            # The pin of a block that only a tier has may end, too.
+            path = None if is_pinned else self._found_anywhere(part)
+            with self._store.lock:
+                path = path or Path.found(self._store, part_key, tokens, work)
+                nodes, n_before = path.nodes, n_held
+                n_held = path.n_tokens
+                is_whole = n_held * TOKEN_BYTES == len(tokens)
+                if is_pinned and not is_whole:
+                    nodes = []
+                elif is_pinned:
+                    self._memory.pin(nodes, n_held)
+                else:
+                    nodes = self._memory.unpin(nodes, n_held)
+                if n_below == n_before:
+                    for node in path.nodes:
+                        if not all(node.written & below.bit for below in self._store.below):
+                            break
+                        n_below = min(node.stop, n_held)
+                index = self._memory.index
+                addresses = [block_address(index, node, part_key) for node in nodes]
+                for below in self._store.below:
+                    below.pin_later(addresses, is_pinned=is_pinned)
+                self._store.release_later(path.pinned())
+            if not is_whole:
+                break
+        return n_held, n_below
+
     # Saving
 
     def save(

@@ -33,6 +33,7 @@ class Node:
         "children",
         "has_given_up",
         "is_dead",
+        "is_pinned",
         "is_queued",
         "n_after",
         "n_bytes",
@@ -62,6 +63,7 @@ class Node:
         self.used_s = 0.0  # when it served last
         self.touched_s = 0.0  # when that was last reported to the tiers below
         self.is_dead = False
+        self.is_pinned = False  # evicted after all others that are not
         self.is_queued = False
         self.written = 0  # tiers below that have it, or are about to: one bit each
         self.has_given_up = False  # its end is not an entry: another chain took that place

@@ -44,6 +44,8 @@ class StateMemory:
         self.missed_tokens: Counter[str] = Counter()
         self.removals = Removals()
         self.overhead = 0
+        # The positions at which pinned prefixes end, by the block that holds the last one.
+        self._pin_ends: dict[Node, set[int]] = {}
         self.retention = Retention(ttl_s)
         self._dead: dict[int, memoryview] = {}
         self._swept_s = time.monotonic()
@@ -163,7 +165,8 @@ class StateMemory:
         if step is None:
             self.evict(victim, "max_entries")
         while step is not None and step.parent is not None and not (step.children or step.pins):
-            if step.tick != victim.tick:
+            # Blocks before a pinned one are pinned too; those that follow may not be.
+            if step.tick != victim.tick or step.is_pinned != victim.is_pinned:
                 break
             parent = step.parent
             self.evict(step, "max_entries")
@@ -231,12 +234,36 @@ class StateMemory:
         """Take a leaf out of the tree."""
         parent = node.parent
         self.index.remove(node)
+        self._pin_ends.pop(node, None)
         self.overhead -= NODE_BYTES + len(node.tokens)
         self._drop_payload(node)
         if isinstance(parent, Root):
             self.remove_root(parent)
         elif parent is not None and not parent.children:
             self.retention.watch(parent)
+
+    def pin(self, nodes: list[Node], n_tokens: int) -> None:
+        """Evict these blocks, which hold a prefix of `n_tokens`, after all that are not pinned."""
+        for node in nodes:
+            node.is_pinned = True
+        if nodes:
+            self._pin_ends.setdefault(nodes[-1], set()).add(n_tokens)
+
+    def unpin(self, nodes: list[Node], n_tokens: int) -> list[Node]:
+        """End the pin of that prefix; return the blocks that no other pinned prefix needs."""
+        ends = self._pin_ends.get(nodes[-1], set()) if nodes else set()
+        ends.discard(n_tokens)
+        if nodes and not ends:
+            self._pin_ends.pop(nodes[-1], None)
+        free: list[Node] = []
+        for node in reversed(nodes):
+            is_needed = any(child.is_pinned for child in node.children.values())
+            if is_needed or node in self._pin_ends:
+                break
+            node.is_pinned = False
+            free.append(node)
+        self.retention.unpinned()
+        return free
 
     def remove_snapshot(self, snapshot: Snapshot) -> None:
         """Take out a snapshot."""
@@ -320,6 +347,13 @@ class StateMemory:
         self.tier._check()  # noqa: SLF001
         if {*self.index.nodes(), *self.snapshots} != self.tier.names():
             raise AssertionError("tree and tier hold different states")
+        for node in self.index.nodes():
+            before = node.parent
+            has_block_before = before is not None and before.parent is not None
+            if node.is_pinned and has_block_before and not (before and before.is_pinned):
+                raise AssertionError("a pinned block follows one that is not pinned")
+        if any(end.is_dead or not end.is_pinned for end in self._pin_ends):
+            raise AssertionError("a pinned prefix ends in a block that is not pinned")
         if self.counted_overhead() > self.overhead:
             raise AssertionError("overhead undercounted")
         if self.held_bytes() > self.ram_bytes or self.n_entries > self.max_entries:

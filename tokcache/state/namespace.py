@@ -175,6 +175,26 @@ class Namespace:
             self._chain, wanted, self._n_public(wanted), read, n_bytes, priority=priority
         )
 
+    def pin(self, tokens: object, *, is_pinned: bool = True) -> tuple[int, int]:
+        """Evict the states of `tokens` after all that are not pinned, or as others again.
+
+        These are the blocks, if memory holds all of them, and the snapshot of all `tokens`. They
+        do not expire in memory or in a folder, where the pin outlives the process. The common
+        beginning of two pinned prefixes stays pinned until both pins have ended. A pin of a handle
+        is stronger: it keeps its state in any case.
+
+        Return how many of the tokens memory holds, and how many of these every tier below has, or
+        is about to get (`flush` of the cache waits for that).
+
+        Errors: InvalidTokens.
+        """
+        held = token_bytes(tokens)
+        blocks = self._blocks.pin(self._chain, held, self._n_public(held), is_pinned=is_pinned)
+        if not held:
+            return blocks
+        snapshot = self._snapshots.pin_exact(self._key_of(held), held, is_pinned=is_pinned)
+        return max(blocks, snapshot)
+
     # Snapshots
 
     def store(

@@ -1,4 +1,4 @@
-"""Retention: chooses the state to evict: of the lowest priority, the least recently used."""
+"""Retention: chooses the state to evict: unpinned, of the lowest priority, least recently used."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Held(Protocol):
     tick: int
     is_dead: bool
     is_queued: bool
+    is_pinned: bool
     used_s: float
 
     @property
@@ -27,21 +28,23 @@ class Held(Protocol):
 
 
 class Retention:
-    """Priority, then LRU, leaves first, and a time to live; the store holds its lock.
+    """Pinned last, then priority, then LRU, leaves first, and a time to live.
+
+    The store holds its lock.
 
     A block is never less recent than those below it, so taking leaves first takes the least
     recent first too. Each block has at most one place in the heap. A block that was used after it
     was pushed, or is no longer a leaf, is corrected when it is popped: using a block costs no heap
     operation.
 
-    Units: `ttl_s` seconds after its last use a state is expired; None: never.
+    Units: `ttl_s` seconds after its last use a state is expired, unless it is pinned; None: never.
     Cost:  O(1) a use, O(log n) a victim.
     """
 
     def __init__(self, ttl_s: float | None) -> None:
         self.ttl_s = ttl_s
         self._clock = 0
-        self._heap: list[tuple[int, int, int, Held]] = []
+        self._heap: list[tuple[bool, int, int, int, Held]] = []
         self._compact_at = _MIN_HEAP
 
     def use(self, held: Iterable[Held], now: float) -> None:
@@ -54,19 +57,27 @@ class Retention:
                 each.used_s = now
 
     def is_expired(self, held: Held, now: float) -> bool:
-        """Return whether the last use was longer ago than `ttl_s`."""
-        return self.ttl_s is not None and now - held.used_s > self.ttl_s
+        """Return whether the last use was longer ago than `ttl_s`; never for a pinned state."""
+        is_old = self.ttl_s is not None and now - held.used_s > self.ttl_s
+        return is_old and not held.is_pinned
 
     def watch(self, held: Held) -> None:
         """Note that `held` has no children and may become a victim."""
         if not held.is_queued and not held.is_dead:
             held.is_queued = True
-            heapq.heappush(self._heap, (held.priority, held.tick, id(held), held))
+            item = (held.is_pinned, held.priority, held.tick, id(held), held)
+            heapq.heappush(self._heap, item)
             if len(self._heap) > self._compact_at:
                 # Blocks that were removed otherwise than as victims would stay here forever.
-                self._heap = [item for item in self._heap if not item[3].is_dead]
+                self._heap = [item for item in self._heap if not item[-1].is_dead]
                 heapq.heapify(self._heap)
                 self._compact_at = max(_MIN_HEAP, 2 * len(self._heap))
+
+    def unpinned(self) -> None:
+        """Note that states are no longer pinned: they may be victims before others in the heap."""
+        held = [item[-1] for item in self._heap if not item[-1].is_dead]
+        self._heap = [(each.is_pinned, each.priority, each.tick, id(each), each) for each in held]
+        heapq.heapify(self._heap)
 
     def victim(self) -> Held | None:
         """Return the first that may be evicted, None if all are in use."""
@@ -78,11 +89,11 @@ class Retention:
 
     def _next(self, in_use: list[Held]) -> Held | None:
         while self._heap:
-            priority, tick, _, held = heapq.heappop(self._heap)
+            *rank, _, held = heapq.heappop(self._heap)
             held.is_queued = False
             if held.is_dead or held.children:
                 continue  # removed, or no longer a leaf: watched again when it becomes one
-            if (priority, tick) != (held.priority, held.tick):
+            if rank != [held.is_pinned, held.priority, held.tick]:
                 self.watch(held)
             elif held.pins:
                 in_use.append(held)

@@ -20,7 +20,7 @@ _MAX_LOOKED_AT = 16
 
 
 class Snapshot:
-    """The state after all of `tokens`; `is_kept` ones are never evicted."""
+    """The state after all of `tokens`; `is_kept` ones are never evicted, `is_pinned` ones last."""
 
     __slots__ = (
         "__weakref__",
@@ -28,6 +28,7 @@ class Snapshot:
         "hits",
         "is_dead",
         "is_kept",
+        "is_pinned",
         "is_queued",
         "n_bytes",
         "n_past",
@@ -56,7 +57,7 @@ class Snapshot:
         self.tick = 0
         self.used_s = self.touched_s = self.used_at = 0.0
         self.written = 0
-        self.is_dead = self.is_queued = self.is_kept = False
+        self.is_dead = self.is_queued = self.is_kept = self.is_pinned = False
 
     @property
     def n_tokens(self) -> int:

@@ -115,6 +115,7 @@ class SnapshotStore:
                     if replaced is not None and replaced.is_kept:
                         self._set_kept(replaced, is_kept=False)
                     snapshot.used_at = time.time()
+                    snapshot.is_pinned = replaced is not None and replaced.is_pinned
                     memory.file_snapshot(snapshot, buffer)
                     self._set_kept(snapshot, is_kept=is_kept)
                     memory.counts["saved_blocks"] += 1
@@ -129,14 +130,14 @@ class SnapshotStore:
     def _bound_conversation(self, newest: Snapshot) -> None:
         """Remove the least recently used states of a conversation that has too many.
 
-        The store's lock is held. States in use, or waiting to be written, stay until the next save.
-        The files of a removed one go in the background.
+        The store's lock is held. States that are pinned, in use, or waiting to be written, stay
+        until the next save. The files of a removed one go in the background.
         """
         held = self._memory.snapshots.of_conversation(newest)
         n_over = len(held) - self._store.conversation_snapshots
         if n_over <= 0:
             return
-        free = [each for each in held if each is not newest and not each.pins]
+        free = [each for each in held if each is not newest and not (each.pins or each.is_pinned)]
         free.sort(key=lambda each: (each.priority, each.tick))
         for each in free[:n_over]:
             self._store.remove_later(each, _address_of(each))
@@ -307,6 +308,31 @@ class SnapshotStore:
             return None
         snapshot.pins += 1
         return StateHandle(self, snapshot, payload)
+
+    # Pinning
+
+    def pin_exact(self, root_key: RootKey, wanted: bytes, *, is_pinned: bool) -> tuple[int, int]:
+        """Evict the state of exactly these tokens after all others, or as others again.
+
+        Return how many tokens memory holds, and how many the tiers: all or none.
+        """
+        n_tokens = len(wanted) // TOKEN_BYTES
+        ((_, name),) = prefix_names(root_key, wanted, [n_tokens])
+        with self._store.lock:
+            self._store.settle()
+            snapshot = self._live(root_key, name, wanted)
+            tiers = self._store.below
+            is_below = snapshot is not None and all(snapshot.written & each.bit for each in tiers)
+            address = _address(root_key, name, n_tokens)
+            if snapshot is not None:
+                snapshot.is_pinned = is_pinned
+                if is_pinned:  # a tier that could not take it may have room now
+                    self._store.queue_snapshot(snapshot, address)
+                else:
+                    self._memory.retention.unpinned()
+            for each in tiers:
+                each.pin_later([address], is_pinned=is_pinned)
+        return (n_tokens if snapshot is not None else 0), n_tokens * is_below
 
     # Finding below
 

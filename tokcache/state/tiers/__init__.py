@@ -123,6 +123,12 @@ class Tier(Protocol):
     def touch(self, addresses: Sequence[Address]) -> list[int]:
         """Note that these are in use; return the indices in `addresses` of those that are gone."""
 
+    def pin(self, addresses: Sequence[Address], *, is_pinned: bool) -> None:
+        """Keep these after all others, and from expiring, or no longer; those that are there.
+
+        A tier whose server decides about evictions ignores it.
+        """
+
     def remove(self, address: Address) -> None:
         """Remove one state."""
 

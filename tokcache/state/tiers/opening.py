@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tokcache.errors import InvalidConfig, StateRefused
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from tokcache.state.index import Node
     from tokcache.state.snapshot_index import Snapshot
-    from tokcache.state.tiers import Tier
+    from tokcache.state.tiers import Address, Tier
 
 _log = logging.getLogger("tokcache")
 
@@ -57,6 +58,12 @@ class Below:
         held.pins -= 1
         held.written &= ~self.bit
         return False
+
+    def pin_later(self, addresses: list[Address], *, is_pinned: bool) -> None:
+        """Pin these states after the writes that wait, or end their pins; else it is counted."""
+        pin = partial(self.tier.pin, addresses, is_pinned=is_pinned)
+        if addresses and not self.writer.put(Job(addresses[0].root_key.scope, 0, pin)):
+            self.tier.refuse("queue_full")
 
 
 def open_tiers(disk: object, redis: object, queue_bytes: int) -> tuple[Below, ...]:

@@ -99,7 +99,9 @@ class ByteBudget:
             os.pwrite(fd, max(total, 0).to_bytes(_COUNT_BYTES, "little"), 0)
 
     def prune(self, goal: int, progress: Callable[[int, int], object] | None = None) -> int:
-        """Remove expired and least recently used files down to `goal` bytes; return those left.
+        """Remove expired and least recently used files down to `goal` bytes, pinned ones last.
+
+        Return the bytes left.
 
         Errors: OSError.
         """
@@ -122,12 +124,14 @@ class ByteBudget:
                     os.utime(entry.path, (now, now), follow_symlinks=False)
         files = list(self._folder.files())
         total = sum(file.n_bytes for file in files)
-        # Of equal age the deepest go first: they are useless without those that precede them.
-        files.sort(key=lambda file: (min(file.used_at, now), -file.position))
+        # Pinned files go last, and of equal age the deepest first: they are useless without those
+        # that precede them.
+        files.sort(key=lambda file: (file.is_pinned, min(file.used_at, now), -file.position))
         for n_seen, file in enumerate(files):
             if progress is not None:
                 progress(n_seen, len(files))
-            is_expired = self.ttl_s is not None and now - file.used_at > self.ttl_s
+            is_old = self.ttl_s is not None and now - file.used_at > self.ttl_s
+            is_expired = is_old and not file.is_pinned
             if total <= goal and not is_expired:
                 if self.ttl_s is None:
                     break

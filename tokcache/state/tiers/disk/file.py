@@ -11,6 +11,7 @@ import contextlib
 import errno
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 LAYOUT = "1"
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block
+FILE_MODE, PINNED_MODE = 0o600, 0o700
 _FIRST_READ = 8192  # the head and some 1,900 tokens: one read for most blocks
 
 _REASONS = {
@@ -46,6 +48,11 @@ def reason_of(error: OSError) -> str:
     return _REASONS.get(error.errno or 0, "error")
 
 
+def is_pinned_mode(mode: int) -> bool:
+    """Return whether a file of this mode is pinned: pruned after all others."""
+    return bool(mode & stat.S_IXUSR)
+
+
 @dataclass(frozen=True, slots=True)
 class File:
     """A file of a state, as a scan finds it; all names are digests.
@@ -59,6 +66,7 @@ class File:
     position: int
     n_bytes: int
     used_at: float
+    is_pinned: bool = False
 
     @property
     def path(self) -> str:

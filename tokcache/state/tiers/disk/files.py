@@ -7,6 +7,8 @@ store both at once.
 1. A writer reserves the bytes of the file, writes it under a temporary name, and syncs it.
 2. Under the writers' lock it looks again whether the place is free, and renames the file.
 3. It syncs the folder. At each moment the whole file is there, or none of it.
+
+A pinned file is marked by its owner's execute bit, which copies of the folder keep.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from tokcache._prefix import common_tokens
 from tokcache.errors import StateRefused
 from tokcache.state.tiers import BROKEN, Address, Record, is_in_place
 from tokcache.state.tiers.disk.budget import FUTURE_S, ByteBudget
-from tokcache.state.tiers.disk.file import READ, DiskFile, read_head
+from tokcache.state.tiers.disk.file import (
+    FILE_MODE,
+    PINNED_MODE,
+    READ,
+    DiskFile,
+    is_pinned_mode,
+    read_head,
+)
 from tokcache.state.tiers.disk.folder import (
     MODEL_NAME,
     TEMPORARY,
@@ -143,7 +152,8 @@ class StateFiles:
         age_s = time.time() - status.st_mtime
         if age_s < -FUTURE_S:
             os.utime(fd)  # written while the clock was wrong: from now on it ages as others do
-        if self._budget.ttl_s is not None and age_s > self._budget.ttl_s:
+        is_old = self._budget.ttl_s is not None and age_s > self._budget.ttl_s
+        if is_old and not is_pinned_mode(status.st_mode):
             raise StateRefused("expired")
         return status.st_size
 
@@ -196,7 +206,9 @@ class StateFiles:
                     with self._budget.locked():  # two writers must not both find the place free
                         name = self._free_name(folder, address, record)
                         if name is not None:
-                            n_spare = _size(folder, name)
+                            n_spare, is_pinned = _replaced(folder, name)
+                            if is_pinned:  # the longer block serves the pinned prefix, too
+                                os.chmod(temporary, PINNED_MODE, dir_fd=folder)
                             os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
                 finally:
                     _unlink(folder, temporary)
@@ -265,6 +277,20 @@ class StateFiles:
                     is_there = True
         return is_there
 
+    def pin(self, address: Address, *, is_pinned: bool) -> None:
+        """Mark the files of a state as pinned, or no longer.
+
+        Errors: OSError.
+        """
+        with self._opened_folder(address.root_key) as folder:
+            for name in self.names(address):
+                with contextlib.suppress(FileNotFoundError):
+                    fd = os.open(name, READ, dir_fd=folder)
+                    try:
+                        os.fchmod(fd, PINNED_MODE if is_pinned else FILE_MODE)
+                    finally:
+                        os.close(fd)
+
     def remove(self, address: Address) -> None:
         """Remove one state.
 
@@ -281,8 +307,10 @@ def _unlink(folder: int, name: str) -> None:
         os.unlink(name, dir_fd=folder)
 
 
-def _size(folder: int, name: str) -> int:
+def _replaced(folder: int, name: str) -> tuple[int, bool]:
+    """Return the size of the file that a new one replaces, 0 if none, and whether it is pinned."""
     try:
-        return os.stat(name, dir_fd=folder, follow_symlinks=False).st_size
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
-        return 0
+        return 0, False
+    return status.st_size, is_pinned_mode(status.st_mode)

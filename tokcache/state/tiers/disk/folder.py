@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from tokcache._files import CREATE
 from tokcache.errors import InvalidConfig
-from tokcache.state.tiers.disk.file import LAYOUT, READ, File, reason_of
+from tokcache.state.tiers.disk.file import LAYOUT, READ, File, is_pinned_mode, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,7 +156,8 @@ class StateFolder:
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode):
                     size, used = status.st_size, status.st_mtime
-                    yield File(scope, root, entry.name, position, size, used)
+                    is_pinned = is_pinned_mode(status.st_mode)
+                    yield File(scope, root, entry.name, position, size, used, is_pinned)
 
     def subfolders(self, *names: str) -> list[str]:
         """Return the names of the folders at that path that are digests; links are skipped."""

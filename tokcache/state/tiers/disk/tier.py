@@ -197,6 +197,15 @@ class DiskTier:
                 gone.append(n)
         return gone
 
+    def pin(self, addresses: Sequence[Address], *, is_pinned: bool) -> None:
+        """Prune these after all others, and never as expired, or no longer; in any process."""
+        for address in addresses:
+            try:
+                self._files.pin(address, is_pinned=is_pinned)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    self._folder.refuse(error)
+
     def name_model(self, fingerprint: bytes, name: str) -> None:
         """Note a model's name: folders of its states get it when the next state is written."""
         self._files.model_names[fingerprint] = name

@@ -173,6 +173,9 @@ class RedisTier:
             return False
         return True
 
+    def pin(self, addresses: Sequence[Address], *, is_pinned: bool) -> None:
+        """Do nothing: the server's `maxmemory-policy` and TTL decide."""
+
     def touch(self, addresses: Sequence[Address]) -> list[int]:
         """Note that these are in use: their time starts again.
 
