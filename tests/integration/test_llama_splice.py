@@ -86,7 +86,8 @@ def test_a_sampled_answer_is_reused_to_its_end_with_splice_and_not_without(
     architecture: str, place: str
 ) -> None:
     model = samples.tiny_model(architecture=architecture)
-    decoded, texts = {}, set()
+    decoded: dict[bool, int] = {}
+    texts: set[str] = set()
     for is_on in (True, False):
         llm = llama(store(), model=model, splice=is_on)
         assert llm.splice is is_on
@@ -171,7 +172,7 @@ def test_tokens_of_byte_fallback_are_spliced_by_their_bytes(
     tmp_path: Path, shared_data: Path
 ) -> None:
     source = shared_data / "tokenizers" / "phi-3-mini" / "tokenizer.json"
-    sizes = {"n_layers": 1, "n_embd": 32, "n_heads": 1, "n_kv_heads": 1, "n_ff": 32}
+    sizes: dict[str, Any] = {"n_layers": 1, "n_embd": 32, "n_heads": 1, "n_kv_heads": 1, "n_ff": 32}
     model = samples.tiny_model(source, folder=tmp_path, **sizes)
     llm, plain = llama(store(), model=model, splice=True), Tokenizer.from_file(str(source))
     names = [f"<0x{each:02X}>" for each in "\u65e5".encode()] + list("there")

@@ -64,7 +64,8 @@ def again(server: LlamaServer, prompt: str, **more: Any) -> tuple[int, str]:
 def test_a_sampled_answer_is_reused_to_its_end_with_splice_and_not_without(
     process: ServerProcess, folder: Path, tokenizer: Wrapped, connect: Connect
 ) -> None:
-    n_cached, texts = {}, set()
+    n_cached: dict[bool, int] = {}
+    texts: set[str] = set()
     for is_on in (True, False):
         settings = SlotSettings(slot_folder=folder)
         with connect(process.url, tokenizer=tokenizer, slot_settings=settings) as server:
@@ -79,8 +80,7 @@ def test_a_sampled_answer_is_reused_to_its_end_with_splice_and_not_without(
                 assert (found.n_spliced, found.splice_refusal) == (N, "")
                 assert found.completion.n_cached == n_held
                 assert found.n_live == n_held
-                slot = server.inner if hasattr(server, "inner") else server
-                held = slot._manager.table.slots[found.id_slot].tokens
+                held = getattr(server, "inner", server)._manager.table.slots[found.id_slot].tokens
                 assert server.detokenize(held[: found.completion.n_prompt]) == prompt
                 assert server.stats().refusals["splice_no_answer"] == 1
             else:

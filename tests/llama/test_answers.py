@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tokcache.llama.answers import Added, Answers, Splice
 
+Ids = NDArray[np.int32]
 # Ids below 128 are the bytes of their text, 200 and above are added tokens, 150 is "ab".
 END, PAIR = 200, 150
 _IS_ADDED = np.arange(256) >= END
@@ -22,16 +24,16 @@ class Work:
     is_void: bool = False
 
 
-def ids(*parts: bytes | int) -> np.ndarray:
+def ids(*parts: bytes | int) -> Ids:
     found = [each for part in parts for each in ([part] if isinstance(part, int) else part)]
     return np.array(found, np.int32)
 
 
-def text(tokens: np.ndarray) -> bytes:
+def text(tokens: Ids) -> bytes:
     return b"".join(b"ab" if each == PAIR else bytes([each % 256]) for each in tokens.tolist())
 
 
-def splice(answers: Answers, scope: str | None, prompt: np.ndarray) -> Splice:
+def splice(answers: Answers, scope: str | None, prompt: Ids) -> Splice:
     steps = answers.splice(scope, prompt, ADDED)
     try:
         asked = next(steps)
@@ -42,7 +44,7 @@ def splice(answers: Answers, scope: str | None, prompt: np.ndarray) -> Splice:
         return found
 
 
-def remember(answers: Answers, prompt: np.ndarray, answer: np.ndarray, scope: str = "a") -> None:
+def remember(answers: Answers, prompt: Ids, answer: Ids, scope: str = "a") -> None:
     answers.remember(answers.begin(scope, prompt), answer)
 
 

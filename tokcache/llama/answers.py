@@ -212,7 +212,7 @@ class Answers:
                 self._kept[key] = answers
 
 
-class _Kept(LRUCache["Key", "tuple[Ids, ...]"]):
+class _Kept(LRUCache):  # type: ignore[misc]
     """The answers to each prompt, the newest last, and the lengths of the prompts of each scope."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -256,7 +256,7 @@ def _fitting(
         own = None if has_added else (yield answer)
         if has_added:
             why = "splice_added_token"
-        elif own is None or text is None or not _is_text(own):
+        elif own is None or text is None or own.decode(errors="replace").encode() != own:
             why = "splice_partial_character"
         elif own == text and is_followed:
             return answer, stop, ""
@@ -274,11 +274,3 @@ def _are(table: NDArray[np.bool_], ids: Ids, *, unknown: bool) -> NDArray[np.boo
     """Return the table's value for each id, `unknown` for those outside of it."""
     is_known = (ids >= 0) & (ids < len(table))
     return np.where(is_known, table[np.where(is_known, ids, 0)], unknown)
-
-
-def _is_text(found: bytes) -> bool:
-    try:
-        found.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -49,30 +49,27 @@ class Splicer:
         scope: str | None,
     ) -> Generator[Any, Any, None]:
         """Yield the items of a completion of llama_cpp, with answers spliced into its prompt."""
-        mine = self._last = self._splice(call, encode, scope)
+        mine = _NOTHING
+        if any(call.get(name) not in (None, False) for name in _QUOTING):
+            mine = _NOTHING._replace(refusal="splice_call_form")
+        else:
+            prompt = call["prompt"]
+            ids = int32_ids(self._encoded(prompt, encode) if isinstance(prompt, str) else prompt)
+            steps = self.answers.splice(scope, ids, self._added_tokens())
+            try:
+                asked = next(steps)
+                while True:
+                    asked = steps.send(b"".join(map(self._bytes_of, asked.tolist())))
+            except StopIteration as stop:
+                mine = stop.value
         if mine.n_spliced:
             call["prompt"] = mine.ids.tolist()
+        self._last = mine
         try:
             yield from complete(**call)
         finally:
             if self._last is mine:  # it failed before the prompt was decoded
                 self._last = _NOTHING
-
-    def _splice(
-        self, call: dict[str, Any], encode: Callable[..., list[int]], scope: str | None
-    ) -> Splice:
-        if any(call.get(name) not in (None, False) for name in _QUOTING):
-            return _NOTHING._replace(refusal="splice_call_form")
-        prompt = call["prompt"]
-        ids = int32_ids(self._encoded(prompt, encode) if isinstance(prompt, str) else prompt)
-        steps = self.answers.splice(scope, ids, self._added_tokens())
-        try:
-            asked = next(steps)
-            while True:
-                asked = steps.send(b"".join(map(self._bytes_of, asked.tolist())))
-        except StopIteration as stop:
-            found: Splice = stop.value
-            return found
 
     def take(self) -> Splice:
         """Return what was spliced into the prompt that is decoded now."""

@@ -105,17 +105,19 @@ class Session:
         splice: bool,
     ) -> Steps[Reused]:
         """Complete a text or token ids in a managed slot."""
-        if require_bool("splice", splice) and self._tokenizer is None:
+        tokenizer = self._tokenizer
+        if require_bool("splice", splice) and tokenizer is None:
             raise InvalidConfig(
                 "splice=True needs LlamaServer(tokenizer=…), the model's own tokenizer: a server "
                 "does not report which of its tokens are added ones"
             )
         ids = yield from self._prompt_ids(prompt, scope)
         complete = partial(self.manager.complete, explain=explain)
-        if not splice:
+        if not splice or tokenizer is None:
             return (yield from complete(ids, settings, scope, conversation))
+        calls.require_settings(settings)
         records, namespace = self.manager.records, namespace_of(scope, settings.get("lora"))
-        spliced = yield from self._spliced(ids, namespace)
+        spliced = yield from self._spliced(ids, namespace, tokenizer)
         if spliced.refusal:
             records.trust.refuse(spliced.refusal)
         if spliced.n_spliced:
@@ -128,12 +130,14 @@ class Session:
             records.answers.remember(begun, completion.token_ids.numpy()[:n_text])
         return replace(reused, n_spliced=spliced.n_spliced, splice_refusal=spliced.refusal)
 
-    def _spliced(self, ids: TokenIds, namespace: bytes) -> Steps[Splice]:
+    def _spliced(
+        self, ids: TokenIds, namespace: bytes, tokenizer: vocabulary.ServerTokenizer
+    ) -> Steps[Splice]:
         """Return a prompt's ids with the generated ids of earlier answers; `answers` has the rules.
 
         The server gives the text of ids. A replacement character in it may stand for other bytes.
         """
-        added = yield partial(vocabulary.added, self._tokenizer)
+        added = yield partial(vocabulary.added, tokenizer)
         steps = self.manager.records.answers.splice(namespace, ids.numpy(), added)
         try:
             asked = next(steps)
