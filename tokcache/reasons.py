@@ -295,6 +295,40 @@ STATE_REFUSALS = {
     ),
 }
 
+# Prompts with `splice=True`: the first reason for which an answer kept the ids of its text.
+# `last_reuse.splice_refusal` and `Reused.splice_refusal` have them, and the counters below.
+SPLICE_REFUSALS = {
+    "splice_no_answer": Reason(
+        "no remembered answer of the scope begins where the prompt's ids agree up to its start: a "
+        "new chat, one that was changed before the answer, or an answer that was forgotten",
+        _NOTHING,
+    ),
+    "splice_other_text": Reason(
+        "the prompt has another text in the place of the answer",
+        "send answers back as they were generated",
+    ),
+    "splice_trimmed": Reason(
+        "the prompt has a part of the answer: it was trimmed, or a stop text ended it",
+        "use a chat template that keeps answers as they are, and the model's own end token",
+    ),
+    "splice_partial_character": Reason(
+        "the answer ended within a character, or its bytes are not known exactly",
+        "raise the limit of tokens",
+    ),
+    "splice_added_token": Reason(
+        "the model generated a control token or an added one inside the answer", _NOTHING
+    ),
+    "splice_no_added_token_follows": Reason(
+        "the answer's text is not followed at once by an added token, so that its last ids may "
+        "depend on the text after it",
+        "use a chat template that ends answers with an added token",
+    ),
+    "splice_call_form": Reason(
+        "`echo`, `logprobs` and `suffix` need the prompt's own text",
+        "leave them out of calls of a chat",
+    ),
+}
+
 # The same counter, of `tokcache.llama.Llama` and `SequenceStates`; llama/reasons.py has those that
 # keep a model from being cached at all.
 LLAMA_REFUSALS = {
@@ -378,6 +412,7 @@ LLAMA_REFUSALS = {
     "tokens_outside_the_vocabulary": Reason(
         "tokens are not in the model's vocabulary", "encode with the model's own tokenizer"
     ),
+    **SPLICE_REFUSALS,
 }
 
 # TierStats.refusals, and StateStats.refusals as "disk: reason" and "redis: reason".
@@ -475,6 +510,7 @@ SERVER_REFUSALS = {
         "start llama-server with its default `--ctx-checkpoints`; in reproducible mode only whole "
         "files are restored",
     ),
+    **{code: each for code, each in SPLICE_REFUSALS.items() if code != "splice_call_form"},
 }
 
 # `remembered_digests`: why the digest of a model file was computed again.
@@ -584,7 +620,8 @@ MISSES = {
     ),
     "re_encoding": Reason(
         "the ids that the model generated are not those of their text encoded again",
-        "continue with the ids, not with the text; otherwise the answer's end is decoded again",
+        "pass `splice=True`, or continue with the ids, not with the text; otherwise the answer's "
+        "end is decoded again",
     ),
     "evicted": Reason(
         "this process held the state and evicted it; the detail names tiers and budget",

@@ -117,7 +117,7 @@ _MEANINGS = {
     ),
     DifferenceClass.RE_ENCODING: (
         "The generated ids differ from those of their text encoded again.",
-        "Send the next prompt as token ids, the generated ones included.",
+        "Pass `splice=True`, or send the next prompt as token ids, the generated ones included.",
     ),
 }
 _REUSED = {

@@ -44,10 +44,13 @@ _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 class Reuse:
     """How much of the last prompt did not have to be decoded.
 
-    `miss` says why no more of it was reused; None if all of it was that can be.
+    `miss` says why no more of it was reused; None if all of it was that can be. With `splice=True`
+    `splice_refusal` is the first reason for which an answer in it kept the ids of its text, ""
+    if none did.
 
     Units: tokens; `n_in_context` were still in the context, `n_restored` came from the prefix
-    cache, the rest of `n_prompt` was decoded; `seconds` is how long finding and restoring took.
+    cache, the rest of `n_prompt` was decoded; `n_spliced` are generated ids that took the place of
+    others; `seconds` is how long finding and restoring took.
     """
 
     n_prompt: int
@@ -55,6 +58,8 @@ class Reuse:
     n_restored: int
     seconds: float
     miss: Miss | None = None
+    n_spliced: int = 0
+    splice_refusal: str = ""
 
     @property
     def n_decoded(self) -> int:
@@ -124,6 +129,11 @@ class Llama(LoadedLlama):
     the template does not tell. Windows, recurrent models and hybrids
     are therefore decoded in pieces, and saved at the end of each. In reproducible mode
     `block_tokens` must not be larger than the window.
+
+    With `splice=True` the prompts of completions take the generated ids of earlier answers of their
+    scope, instead of those of their text encoded again, where the text stays the same byte for
+    byte (tokcache.llama.answers names the conditions). Such a prompt is reused to the end of its
+    last answer, but its ids depend on the answers before. `last_reuse` says how many were spliced.
 
     Architectures for which llama.cpp may choose another memory (tokcache.llama.memory_type names
     the known ones), embedding contexts, `logits_all` and draft models run uncached, counted by
@@ -211,6 +221,8 @@ class Llama(LoadedLlama):
         if clear is not None:
             clear(scope=scope)
         with self._open_gate().step():
+            if self._splicer is not None:
+                self._splicer.answers.clear(lambda each: scope is None or each == scope)
             if self._parting is not None and scope in (None, self._parting.scope):
                 self._parting = None
             if scope is None or self._record.may_hold(scope):
@@ -375,7 +387,12 @@ class Llama(LoadedLlama):
             return super().__call__(*args, **kwargs)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        completion = super()._create_completion(*args, **kwargs)
+        complete = super()._create_completion
+        if self._splicer is None or args:
+            completion = complete(*args, **kwargs)
+        else:
+            scope = self._scopes.current()
+            completion = self._splicer.completing(complete, kwargs, self.tokenize, scope)
         steps = Steps(self._open_gate(), completion, scope=self._scopes.current())
         # Without `stream` the caller takes one item and drops the rest.
         return steps if kwargs.get("stream") else iter((steps.only(),))
@@ -397,13 +414,21 @@ class Llama(LoadedLlama):
 
     def _generate(self, tokens: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _GENERATE.bind(self, tokens, *args, **kwargs)
-        if call.arguments.get("reset", True):
-            call.arguments["tokens"] = self._hold(tokens)
+        is_prompt = call.arguments.get("reset", True)
+        if is_prompt:
+            ids, call.arguments["tokens"] = self._hold(tokens)
             call.arguments["reset"] = False
-        yield from super().generate(*call.args[1:], **call.kwargs)
+        generation = super().generate(*call.args[1:], **call.kwargs)
+        if self._splicer is not None and is_prompt:
+            scope, work = self._record.scope, self._record.work
+            generation = self._splicer.remembering(generation, ids, scope, work)
+        yield from generation
 
-    def _hold(self, tokens: Any) -> Any:
-        """Bring the longest known prefix into the context; return the tokens left to decode."""
+    def _hold(self, tokens: Any) -> tuple[NDArray[np.int32], Any]:
+        """Bring the longest known prefix into the context.
+
+        Return the prompt's ids, and the tokens left to decode.
+        """
         began = time.perf_counter()
         tokens = tokens if isinstance(tokens, list) else list(tokens)
         scope, states = self._scopes.current(), self._states
@@ -423,12 +448,17 @@ class Llama(LoadedLlama):
             self.reset()
         miss = None if held.miss is None else self._explained(held, ids, scope)
         n_restored, seconds = held.n_tokens - held.n_in_context, time.perf_counter() - began
-        self.last_reuse = Reuse(len(ids), held.n_in_context, n_restored, seconds, miss)
+        n_spliced, refusal = (0, "") if self._splicer is None else self._splicer.take()[1:]
+        if refusal:
+            states.refuse(refusal)
+        self.last_reuse = Reuse(
+            len(ids), held.n_in_context, n_restored, seconds, miss, n_spliced, refusal
+        )
         if states.cache is not None:
             states.cache.count_prompt(
                 len(ids), context_tokens=held.n_in_context, restored_tokens=n_restored, miss=miss
             )
-        return tokens[held.n_tokens :]
+        return ids, tokens[held.n_tokens :]
 
     def _explained(self, held: Held, ids: NDArray[np.int32], scope: str | None) -> Miss | None:
         """Return the miss without text, and keep the ids around it for `explain_miss`."""

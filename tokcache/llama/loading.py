@@ -27,6 +27,7 @@ from tokcache.llama.openers import checked_openers, derive, encoded
 from tokcache.llama.reasons import explained
 from tokcache.llama.scopes import RequestScopes
 from tokcache.llama.sequence import Sequence
+from tokcache.llama.splicer import ADDED, Splicer
 from tokcache.llama.tokenizer import model_tokenizer
 from tokcache.state.names import token_bytes
 
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokcache")
 
-_ADDED = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 BLOCK_TOKENS = 256  # of reproducible mode without a prefix cache; a cache has as many by default
 
 
@@ -54,6 +54,7 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
     _sequence: Sequence | None = None
     _is_embedding = False
     _llama_cpp_cache: Any = None
+    _splicer: Splicer | None = None
 
     def __init__(
         self,
@@ -65,10 +66,12 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
         public_prefix: Any = (),
         reproducible: bool = False,
         message_openers: Mapping[str, str] | None = None,
+        splice: bool = False,
         **llama_cpp_kwargs: Any,
     ) -> None:
         self._scopes = RequestScopes(require_scope(scope))
         self._message_openers = checked_openers(message_openers)
+        require_bool("splice", splice)
         public = np.frombuffer(token_bytes(public_prefix), np.int32)
         cache = checked_cache(prefix_cache)
         n_block = BLOCK_TOKENS if cache is None else cache.block_tokens
@@ -109,6 +112,7 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
         self._gate = Gate(self)
         try:
             self.tokenizer_ = model_tokenizer(self._model, tokenizer, scope)
+            self._splicer = Splicer(self._model, self.tokenizer_) if splice else None
             if self._message_openers is not None:  # wrong ones are an error now, not at a prompt
                 self._states.openers()
         except BaseException:
@@ -144,6 +148,8 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
         ]
         if self.reproducible:
             facts.append(f"reproducible in blocks of {self.block_tokens}")
+        if self.splice:
+            facts.append("answers spliced")
         if self.scope is not None:
             facts.append(f"scope {self.scope!r}")
         return f"<{type(self).__name__} {Path(self.model_path).name}: {', '.join(facts)}>"
@@ -186,6 +192,8 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
             n_block = self.block_tokens if checked is None else checked.block_tokens
             alignment = Alignment(self.reproducible, n_block)
             self._record.realigned(alignment, is_other_cache=True)
+            if self._splicer is not None:  # the clears of the cache before do not reach them
+                self._splicer.answers.clear()
 
     @property
     def reproducible(self) -> bool:
@@ -214,6 +222,11 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
             )
         with self._changing_settings():
             self._record.realigned(Alignment(self.reproducible, value))
+
+    @property
+    def splice(self) -> bool:
+        """Whether prompts take the generated ids of earlier answers; it can't be changed."""
+        return self._splicer is not None
 
     @contextmanager
     def _changing_settings(self) -> Iterator[None]:
@@ -298,7 +311,7 @@ class LoadedLlama(llama_cpp.Llama):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings, without tokenizer and cache: a pickle has neither."""
         state: dict[str, Any] = super().__getstate__()
-        own = ("scope", "public_prefix", "reproducible")
+        own = ("scope", "public_prefix", "reproducible", "splice")
         state |= {name: getattr(self, name) for name in own}
         return state | {"message_openers": self._message_openers}
 
@@ -310,7 +323,7 @@ def _find_openers(
     vocab = llama_cpp.llama_model_get_vocab(model.model)
 
     def is_added(token: int) -> bool:
-        return bool(llama_cpp.llama_vocab_get_attr(vocab, token) & _ADDED)
+        return bool(llama_cpp.llama_vocab_get_attr(vocab, token) & ADDED)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = model.tokenize(text.encode(), add_bos=False, special=True)

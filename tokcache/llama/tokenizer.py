@@ -146,6 +146,8 @@ class WrappedTokenizer(ModelTokenizer):
         self._tokenizer = tokenizer
         # The copy that encodes special tokens as text, and the generation of the tokenizer then.
         self._as_text: tuple[Any, Any] | None = None
+        # The ids of its added tokens, and the generation then.
+        self._added: tuple[Any, frozenset[int]] | None = None
         # llama.cpp's own answer for the empty text: the tokens that it adds to every text.
         around = model.tokenize(b"", add_bos=True, special=True)
         bos = around[:1] if around and around[0] == model.token_bos() else []
@@ -171,6 +173,14 @@ class WrappedTokenizer(ModelTokenizer):
             return tokens
         has_bos = special and bool(self._before) and tokens[:1] == self._before
         return [*([] if has_bos else self._before), *tokens, *self._after]
+
+    def added_ids(self) -> frozenset[int]:
+        """Return the ids of the added tokens: one object until the tokenizer changes."""
+        generation = _generation(self._tokenizer)
+        if self._added is None or generation is None or self._added[0] is not generation:
+            added = rust_tokenizer(self._tokenizer).get_added_tokens_decoder()
+            self._added = generation, frozenset(added)
+        return self._added[1]
 
     def cache_clear(self, *, scope: str | None = None) -> None:
         """Clear the texts of one scope, or of all, in the wrapped tokenizer too.

@@ -183,16 +183,21 @@ class LlamaServer:
         temperature: float = 0.0,
         n_probs: int = 0,
         explain: bool = False,
+        splice: bool = False,
         **settings: Any,
     ) -> Reused:
         """Complete a text or token ids, starting from the best slot or saved file.
 
         `scope` separates tenants: their prompts share no slot contents or files. `conversation`
         is a name that `pin` accepts. `miss` of the result says why no more of the prompt was
-        reused; `explain` also asks the server for the texts on both sides of that place.
+        reused; `explain` also asks the server for the texts on both sides of that place. With
+        `splice` the prompt takes the generated ids of earlier answers of its scope that were asked
+        for with `splice`, where its text stays the same byte for byte; this needs `tokenizer`.
         """
         asked = sampling(settings, n_predict, temperature, n_probs)
-        steps = self._session.complete(prompt, asked, scope, conversation, explain=explain)
+        steps = self._session.complete(
+            prompt, asked, scope, conversation, explain=explain, splice=splice
+        )
         return self._drive(steps)
 
     def stream(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cachetools import LRUCache
 
 from tokcache._validate import require_size
+from tokcache.llama.answers import Answers
 from tokcache.llama.server.misses import SlotMisses
 from tokcache.llama.server.namespaces import adapters_of, scope_of
 from tokcache.llama.server.results import ReuseStats
@@ -57,6 +58,7 @@ class Records:
             self.trust.kinds,
             aligned_to=settings.block_tokens if settings.reproducible else None,
         )
+        self.answers = Answers()  # by namespace
         # Digests of the first blocks of prompts, each with its namespace.
         self._seen: LRUCache[bytes, None] = LRUCache(_MAX_SEEN)
         # The number of the last clear of each scope; None: the last one of all scopes.
@@ -201,6 +203,7 @@ class Records:
         with self.table.lock:
             self.trust.refuse("files_of_another_model", len(self.shelf))
             self.shelf.clear(cause="files_of_another_model")
+            self.answers.clear()
             for slot in self.table.slots.values():
                 self.lose(slot, "files_of_another_model")
             self.trust.reset()
@@ -214,6 +217,7 @@ class Records:
                 if scope is None or scope_of(file.namespace) == scope:
                     self.shelf.drop(file)
             self.misses.clear(lambda each: scope in (None, scope_of(each)))
+            self.answers.clear(lambda each: scope in (None, scope_of(each)))
             held = self.table.condemn(scope)
             self.shelf.pinned = {
                 pin for pin in self.shelf.pinned if scope is not None and pin[0] != scope
@@ -261,4 +265,5 @@ class Records:
         """Start without records in the child of a fork: slots and files are the parent's."""
         self.shelf.abandon()
         self.table.abandon()
+        self.answers.reset()
         self.trust.after_fork()

@@ -117,7 +117,9 @@ class Reused:
     server reused. `first_token_s` includes waiting for a slot, saving its contents and restoring.
 
     `miss` says why the server reused no more of the prompt; None if it reused all that it can.
-    `explanation` has the texts on both sides, if `explain` asked for it.
+    `explanation` has the texts on both sides, if `explain` asked for it. With `splice` the prompt
+    took `n_spliced` generated ids of earlier answers in the place of others, and `splice_refusal`
+    is the first reason for which an answer kept the ids of its text.
     """
 
     completion: Completion
@@ -127,6 +129,8 @@ class Reused:
     id_slot: int = -1
     miss: Miss | None = None
     explanation: Explanation | None = None
+    n_spliced: int = 0
+    splice_refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)

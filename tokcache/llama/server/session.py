@@ -12,15 +12,17 @@ from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from tokcache._validate import require_scope
-from tokcache.errors import InvalidConfig
+from tokcache._validate import require_bool, require_scope
+from tokcache.errors import InvalidConfig, ServerError, ServerTimeout, ServerUnreachable
 from tokcache.llama.server import calls, vocabulary
 from tokcache.llama.server.manager import SlotManager
+from tokcache.llama.server.namespaces import namespace_of
 from tokcache.llama.server.report import KvReader
 from tokcache.llama.server.settings import SlotSettings
 from tokcache.text.token_ids import TokenIds
 
 if TYPE_CHECKING:
+    from tokcache.llama.answers import Splice
     from tokcache.llama.server.calls import Call
     from tokcache.llama.server.connection import Connection
     from tokcache.llama.server.job import Job
@@ -100,11 +102,56 @@ class Session:
         conversation: str | None,
         *,
         explain: bool,
+        splice: bool,
     ) -> Steps[Reused]:
         """Complete a text or token ids in a managed slot."""
+        tokenizer = self._tokenizer
+        if require_bool("splice", splice) and tokenizer is None:
+            raise InvalidConfig(
+                "splice=True needs LlamaServer(tokenizer=…), the model's own tokenizer: a server "
+                "does not report which of its tokens are added ones"
+            )
         ids = yield from self._prompt_ids(prompt, scope)
-        steps = self.manager.complete(ids, settings, scope, conversation, explain=explain)
-        return (yield from steps)
+        complete = partial(self.manager.complete, explain=explain)
+        if not splice or tokenizer is None:
+            return (yield from complete(ids, settings, scope, conversation))
+        calls.require_settings(settings)
+        records, namespace = self.manager.records, namespace_of(scope, settings.get("lora"))
+        spliced = yield from self._spliced(ids, namespace, tokenizer)
+        if spliced.refusal:
+            records.trust.refuse(spliced.refusal)
+        if spliced.n_spliced:
+            ids = TokenIds(spliced.ids)
+        begun = records.answers.begin(namespace, ids.numpy())
+        reused = yield from complete(ids, settings, scope, conversation)
+        completion = reused.completion
+        if len(completion.token_ids) == completion.n_predicted:  # else a setting omitted the ids
+            n_text = completion.n_predicted - (completion.stop == "eos")  # its id has no text
+            records.answers.remember(begun, completion.token_ids.numpy()[:n_text])
+        return replace(reused, n_spliced=spliced.n_spliced, splice_refusal=spliced.refusal)
+
+    def _spliced(
+        self, ids: TokenIds, namespace: bytes, tokenizer: vocabulary.ServerTokenizer
+    ) -> Steps[Splice]:
+        """Return a prompt's ids with the generated ids of earlier answers; `answers` has the rules.
+
+        The server gives the text of ids. A replacement character in it may stand for other bytes.
+        """
+        added = yield partial(vocabulary.added, tokenizer)
+        steps = self.manager.records.answers.splice(namespace, ids.numpy(), added)
+        try:
+            asked = next(steps)
+            while True:
+                try:
+                    text = yield calls.detokenize(asked.tolist())
+                except (ServerUnreachable, ServerTimeout):
+                    raise
+                except ServerError:
+                    text = "\ufffd"
+                asked = steps.send(None if "\ufffd" in text else text.encode())
+        except StopIteration as stop:
+            found: Splice = stop.value
+            return found
 
     def begin(
         self,

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from tokcache.errors import VocabularyMismatch
+from tokcache.llama.answers import Added
 from tokcache.llama.server import calls
 
 if TYPE_CHECKING:
@@ -82,6 +85,15 @@ def decode(wrapped: ServerTokenizer, ids: Sequence[int]) -> str:
     """Return the text of `ids`, special tokens included."""
     plain = wrapped.unwrap()
     return _decode(getattr(plain, "backend_tokenizer", plain), ids)
+
+
+def added(wrapped: ServerTokenizer) -> Added:
+    """Return which ids are added tokens of the tokenizer."""
+    plain = wrapped.unwrap()
+    tokenizer: Tokenizer = getattr(plain, "backend_tokenizer", plain)
+    ids = list(tokenizer.get_added_tokens_decoder())
+    table = np.isin(np.arange(max([tokenizer.get_vocab_size(), *(each + 1 for each in ids)])), ids)
+    return Added(table, table)
 
 
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
