@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import settings
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from tests.machines import assert_fails, effort
 from tests.text.implementations import REFERENCE, native
 
 
@@ -124,8 +125,55 @@ class ReferenceMachine(_Machine):
         self.cache_class = REFERENCE.l0_cache
 
 
-_SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestNative = NativeMachine.TestCase
-TestNative.settings = _SETTINGS
+TestNative.settings = effort(50, 35)
 TestReference = ReferenceMachine.TestCase
-TestReference.settings = _SETTINGS
+TestReference.settings = effort(25, 35)
+
+
+# ---- planted faults
+
+
+class WithoutScopes(REFERENCE.l0_cache):  # type: ignore[misc,name-defined]
+    """Finds the entries of every scope in the shared one."""
+
+    def get(self, text: str, *, add_special_tokens: bool = True, scope: str | None = None) -> Any:
+        found = super().get(text, add_special_tokens=add_special_tokens, scope=scope)
+        others = [row for row in self.held() if row[:2] == (text, add_special_tokens)]
+        return others[0][2] if found is None and others and scope is None else found
+
+
+class OverBudget(REFERENCE.l0_cache):  # type: ignore[misc,name-defined]
+    """Evicts nothing for bytes."""
+
+    def _evict(self, one: Any) -> None:
+        if len(self) >= self.max_entries:
+            super()._evict(one)
+        else:
+            self.max_bytes += 4000
+
+
+class UncountedMisses(REFERENCE.l0_cache):  # type: ignore[misc,name-defined]
+    """Counts the misses of short texts only."""
+
+    def get(self, text: str, *, add_special_tokens: bool = True, scope: str | None = None) -> Any:
+        found = super().get(text, add_special_tokens=add_special_tokens, scope=scope)
+        if found is None and len(text) > 600:
+            self._misses["new"] = max(0, self._misses["new"] - 1)
+        return found
+
+
+@pytest.mark.parametrize("faulty", [WithoutScopes, OverBudget, UncountedMisses])
+def test_a_planted_fault_is_found(faulty: Any) -> None:
+    class Faulty(_Machine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache_class = faulty
+
+        @invariant()
+        def keeps_the_budget_that_it_was_given(self) -> None:
+            if hasattr(self, "cache"):
+                self.n_given = getattr(self, "n_given", self.cache.max_bytes)
+                assert self.cache.memory_usage() <= self.n_given
+
+    assert_fails(Faulty)
