@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.errors import FailedHealthCheck, Unsatisfiable
+from hypothesis.errors import FlakyFailure, HypothesisException
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 NIGHTLY = "nightly"
@@ -51,7 +51,9 @@ def assert_fails(
     )
     try:
         run_state_machine_as_test(machine, settings=tried)
-    except (FailedHealthCheck, Unsatisfiable):  # it has not run at all
+    except FlakyFailure:  # it depends on a random secret, and is absent when run again
+        return
+    except HypothesisException:  # the machine itself is wrong
         raise
     except Exception:  # noqa: BLE001 (an assertion, or an error that the code itself raises)
         return

@@ -162,5 +162,5 @@ def machines_redis(redis_server: RedisServer) -> None:
 
 
 def test_a_clear_that_leaves_the_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DiskTier, "_remove_scope", lambda *_: 0)
+    monkeypatch.setattr(DiskTier, "clear", lambda *_, **__: 0)
     assert_fails(SharedDisk, n_examples=200, n_steps=25)
