@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from tests.machines import NIGHTLY
+
+# Before a test module is imported, which asks for the profile.
+settings.register_profile(NIGHTLY, deadline=None)
 
 # OpenMP threads spin while they wait for each other; on a busy machine a decode of milliseconds
 # then takes seconds. OpenMP reads this variable when llama.cpp is loaded.

@@ -1,4 +1,4 @@
-"""Argument checks that several rooms share: numbers, sizes, flags and scopes."""
+"""Argument checks that several rooms share: numbers, sizes, flags, URLs and scopes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tokcache.errors import InvalidConfig, InvalidScope
 MAX_INT = 2**62  # the native modules count in 64 bits; this leaves room to add
 MAX_SECONDS = 10**9  # about thirty years
 
+_USER = re.compile(r"(?<=//).*@", re.DOTALL)
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?) ?(?:([KMGT])(?:iB)?)?", re.ASCII | re.IGNORECASE)
 _FACTORS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -84,6 +85,14 @@ def require_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise InvalidConfig(f"{name} must be True or False, not {value!r}")
     return value
+
+
+def without_password(url: object) -> str:
+    """Return the repr of a URL for an error, with *** in place of a user and password.
+
+    A URL that can't be parsed may have its password anywhere before the last "@".
+    """
+    return _USER.sub("***@", repr(url))
 
 
 def require_scope(scope: object) -> str | None:

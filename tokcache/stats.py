@@ -1,6 +1,7 @@
 """Frozen copies of the counters of every layer.
 
 Counters only grow until their cache is cleared; `n_entries` and `n_bytes` are current values.
+A look-up that is under way while its tokenizer is changed may be missing from them.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import settings, strategies
+from hypothesis import strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.machines import assert_fails, effort
 from tokcache.errors import QueueFull
 from tokcache.gateway.routing.admission import MAX_GONE, MAX_SCOPES
 from tokcache.gateway.routing.chain import Chain, chat_prompt, text_prompt
@@ -614,6 +615,39 @@ class Machine(RuleBasedStateMachine):
             self.holder.pop(slot, None)
         self._assign()
 
+    @rule(is_saved=strategies.booleans())
+    def save_while_idle(self, is_saved: bool) -> None:
+        slot = self.router.next_to_save(self.now)
+        if slot is None:
+            return
+        assert not slot.is_busy
+        self.router.begin_save(slot)
+        name = self.router.files.new_name(slot.server.pool)
+        if is_saved:
+            self.router.admission.saved(slot, name, slot.n_tokens, slot.n_tokens)
+        else:
+            self.router.not_saved(slot)
+            self.router.files.note_stale(slot.server.pool, name)
+        self.router.release(slot, self.now)
+        self._assign()
+
+    @rule(
+        at=strategies.integers(0, 9),
+        cause=strategies.sampled_from(["file_gone", "restore_failed"]),
+    )
+    def drop_file(self, at: int, cause: str) -> None:
+        files = list(self.router.files)  # in the order in which they were added: names are random
+        if files:
+            self.router.files.drop(files[at % len(files)], cause)
+
+    @rule(is_up=strategies.booleans())
+    def stop(self, is_up: bool) -> None:
+        """A server goes away; it comes back with the next restart."""
+        if not is_up:
+            self.router.server_down("two")
+            for slot in self.router.servers["two"].slots:
+                self.holder.pop(slot, None)
+
     @rule(seconds=strategies.floats(0.1, 20))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -627,13 +661,59 @@ class Machine(RuleBasedStateMachine):
         assert all(file.n_readers == 0 for file in self.router.files)
 
     @invariant()
+    def files_are_found_by_all_their_links(self) -> None:
+        expected: dict[tuple[str, bytes], set[SavedFile]] = {}
+        for file in self.router.files:
+            for link in file.chain.links:
+                expected.setdefault((file.pool, link), set()).add(file)
+        held = self.router.files._by_link
+        assert {key: set(files) for key, files in held.items()} == expected
+
+    @invariant()
     def nobody_waits_long_while_a_slot_is_idle(self) -> None:
         late = [w for w in self.router.queue if self.now - w.arrived > 15]
         assert not (late and self.router.idle())
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = effort(25, 30)
 TestMachine = Machine.TestCase
+
+
+def test_a_slot_that_is_not_erased_between_scopes_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assigned = Router._assigned
+
+    def unerased(self: Router, *given: Any) -> Assignment:
+        made = assigned(self, *given)
+        made.is_erased = False
+        return made
+
+    monkeypatch.setattr(Router, "_assigned", unerased)
+    assert_fails(Machine)
+
+
+def test_a_file_that_stays_listed_by_a_link_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlist(self: Files, file: SavedFile) -> None:
+        del self._files[file.name]
+        self.n_bytes -= file.n_bytes
+        for link in file.chain.links[:-1]:
+            held = self._by_link[file.pool, link]
+            del held[file]
+            if not held:
+                del self._by_link[file.pool, link]
+
+    monkeypatch.setattr(Files, "_unlist", unlist)
+    assert_fails(Machine)
+
+
+def test_a_released_slot_that_stays_busy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def abort(self: Router, made: Assignment, *, has_begun: bool) -> None:
+        self.lose(made.slot, f"cut_off {has_begun}")
+        made.slot.server.slots[0].is_busy = True
+
+    monkeypatch.setattr(Router, "abort", abort)
+    assert_fails(Machine)
 
 
 def test_a_short_look_up_of_a_common_prefix_equals_a_plain_one() -> None:

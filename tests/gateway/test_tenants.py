@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -234,3 +235,22 @@ def test_the_tokens_of_a_prompt_that_was_cut_off_are_the_servers_own(served: Gat
     answer = served.chat(more, headers=key("one"), max_tokens=1)
     told = answer["tokcache"]
     assert abs(told["planned_tokens"] - told["cached_tokens"]) < 40, told
+
+
+def test_no_key_is_in_a_log_an_error_a_metric_or_a_page(
+    served: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = "key-of-nobody"
+    with caplog.at_level(logging.DEBUG):
+        told = [served.chat([user("hello")], headers=key("one"))]
+        for name in ("authorization", "x-api-key"):
+            answer = served.http.post("/v1/chat/completions", json={}, headers={name: wrong})
+            told += [answer.text, answer.headers]
+        for path in ("/metrics", "/status.json", "/"):
+            answer = served.http.get(path, headers=key("boss"))
+            assert answer.status_code == 200
+            told += [answer.text, answer.headers]
+    ours = [each for each in caplog.records if each.name.startswith("tokcache")]
+    told += [repr(served.service), *(each.getMessage() for each in ours)]
+    secrets = [*KEYS.values(), wrong, served.service.folder.key.hex()]
+    assert not [each for each in told if any(secret in str(each) for secret in secrets)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.machines import assert_fails, effort
 from tokcache.llama.context import MIXED, UNKNOWN, Alignment, ContextRecord, RecordCopy, n_shared
 from tokcache.state.handles import Clears, Work
 
@@ -259,8 +260,20 @@ class ContextMachine(RuleBasedStateMachine):
             assert pieces == list(pairwise([*record.batches, len(self.held)]))
 
 
-ContextMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30)
+ContextMachine.TestCase.settings = effort(50, 30)
 TestContextMachine = ContextMachine.TestCase
+
+
+def test_logits_that_outlive_a_failed_decode_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = ContextRecord.decode_failed
+
+    def forgetful(self: ContextRecord, *, is_rest_intact: bool) -> None:
+        logits = self.logits_from
+        failed(self, is_rest_intact=is_rest_intact)
+        self.logits_from = logits
+
+    monkeypatch.setattr(ContextRecord, "decode_failed", forgetful)
+    assert_fails(ContextMachine)
 
 
 # A record that never claims anything would pass the machine: these need the claims

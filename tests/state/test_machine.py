@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.machines import assert_fails, effort
 from tests.state.engine import Engine, restored
+from tokcache.state import index
 from tokcache.state.cache import PrefixStateCache
-from tokcache.state.memory import NODE_BYTES
+from tokcache.state.memory import NODE_BYTES, StateMemory
 
 if TYPE_CHECKING:
+    import pytest
+
     from tokcache.state.handles import RestorePlan
 
 TOKENS = st.lists(st.integers(0, 2), max_size=14)
@@ -152,6 +155,17 @@ class TightMachine(CacheMachine):
 
 
 TestRoomForAll = CacheMachine.TestCase
-TestRoomForAll.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestRoomForAll.settings = effort(25, 35)
 TestTight = TightMachine.TestCase
-TestTight.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTight.settings = effort(25, 35)
+
+
+def test_a_prefix_that_is_one_token_too_short_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = index.common_tokens
+    monkeypatch.setattr(index, "common_tokens", lambda *given: max(0, common(*given) - 1))
+    assert_fails(CacheMachine)
+
+
+def test_a_scope_that_is_not_cleared_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StateMemory, "remove_all", lambda *_: 0)
+    assert_fails(CacheMachine)

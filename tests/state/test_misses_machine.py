@@ -7,17 +7,23 @@ that is missing may only be one that the documentation allows to be missing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.machines import assert_fails, effort
 from tests.state.engine import Engine
 from tokcache._prefix import n_common
 from tokcache.state.cache import PrefixStateCache
+from tokcache.state.memory import StateMemory
 from tokcache.state.reasons import Miss, MissReason
 from tokcache.state.removals import N_ROWS
+
+if TYPE_CHECKING:
+    import pytest
+
+    from tokcache.state.index import Node
 
 KEYS = st.tuples(st.sampled_from([b"m", b"n"]), st.sampled_from([None, "a"]))
 # Prompts of few tokens, so that they share beginnings, and repeated, so that blocks are long.
@@ -174,6 +180,16 @@ class ExpiringMachine(MissMachine):
 
 
 TestEvictions = MissMachine.TestCase
-TestEvictions.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestEvictions.settings = effort(20, 30)
 TestExpirations = ExpiringMachine.TestCase
-TestExpirations.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestExpirations.settings = effort(12, 25)
+
+
+def test_an_eviction_that_is_told_as_an_expiry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    note = StateMemory._note_removal
+
+    def told_otherwise(self: StateMemory, node: Node, _cause: str) -> None:
+        note(self, node, "ttl_s")
+
+    monkeypatch.setattr(StateMemory, "_note_removal", told_otherwise)
+    assert_fails(MissMachine)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.machines import assert_fails, effort
 from tests.state.engine import Engine, restored
 from tests.state.media import DiskMedium, Medium, RedisMedium
+from tokcache.state.tiers.disk import DiskTier
 
 if TYPE_CHECKING:
     from tests.state.redis_server import RedisServer
@@ -150,11 +151,16 @@ class SharedRedis(SharedTier):
 
 
 TestSharedDisk = SharedDisk.TestCase
-TestSharedDisk.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestSharedDisk.settings = effort(15, 20)
 TestSharedRedis = pytest.mark.usefixtures("machines_redis")(SharedRedis.TestCase)
-TestSharedRedis.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestSharedRedis.settings = effort(10, 20)
 
 
 @pytest.fixture
 def machines_redis(redis_server: RedisServer) -> None:
     SharedRedis.server = redis_server
+
+
+def test_a_clear_that_leaves_the_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiskTier, "clear", lambda *_, **__: 0)
+    assert_fails(SharedDisk, n_examples=200, n_steps=25)

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import tokcache
+from tests.machines import assert_fails, effort
 from tests.text.implementations import both, implementation
 from tests.text.test_rendered_chats import chat_of, check_tree, plain_tokenizer
 from tests.text.test_segment_cache import CacheWithEncoders, numbered, texts_with_shared_passages
@@ -202,6 +202,8 @@ class _Machine(RuleBasedStateMachine):
             assert self.one.complete(walk) == self.one.expected(text)
             if id(walk) in self.cleared_since:
                 self.cleared_since.discard(id(walk))  # a later walk may get its id
+                held = [*self.one.cache.held_chunks(), *self.one.cache.held_segments()]
+                assert scope not in self.empty or scope not in {row[2] for row in held}
             else:
                 self.empty.discard(scope)
 
@@ -240,11 +242,25 @@ class ReferenceMachine(_Machine):
     name = "reference"
 
 
-_SETTINGS = settings(max_examples=20, stateful_step_count=25, deadline=None)
-TestNative = NativeMachine.TestCase
-TestNative.settings = _SETTINGS
-TestReference = ReferenceMachine.TestCase
-TestReference.settings = _SETTINGS
+TestNativeMachine = NativeMachine.TestCase
+TestNativeMachine.settings = effort(20, 25)
+TestReferenceMachine = ReferenceMachine.TestCase
+TestReferenceMachine.settings = effort(6, 25)
+
+
+def test_walks_of_a_cleared_scope_that_are_stored_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = implementation("reference").l1.SegmentCache
+    clear = cache.clear
+
+    def unnoticed(self: Any, scope: int | None = None, n_clears: int | None = None) -> None:
+        clear(self, scope, n_clears)
+        if scope is not None:
+            self._cleared.clear()
+
+    monkeypatch.setattr(cache, "clear", unnoticed)
+    assert_fails(ReferenceMachine, n_examples=60)
 
 
 # ---- a wrapped tokenizer

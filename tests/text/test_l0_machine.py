@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import settings
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from tests.machines import assert_fails, effort
 from tests.text.implementations import REFERENCE, native
 
 
@@ -64,6 +65,12 @@ class _Machine(RuleBasedStateMachine):
     def get_known(self, data: st.DataObject) -> None:
         if self.model:
             self._get(*data.draw(st.sampled_from(sorted(self.model, key=repr))))
+
+    @rule(data=st.data(), scope=SCOPES)
+    def get_known_elsewhere(self, data: st.DataObject, scope: str | None) -> None:
+        if self.model:
+            text, flag, _ = data.draw(st.sampled_from(sorted(self.model, key=repr)))
+            self._get(text, flag, scope)
 
     def _get(self, text: str, flag: bool, scope: str | None) -> None:
         before = self.cache.stats().misses_by_reason
@@ -124,8 +131,39 @@ class ReferenceMachine(_Machine):
         self.cache_class = REFERENCE.l0_cache
 
 
-_SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestNative = NativeMachine.TestCase
-TestNative.settings = _SETTINGS
+TestNative.settings = effort(50, 35)
 TestReference = ReferenceMachine.TestCase
-TestReference.settings = _SETTINGS
+TestReference.settings = effort(25, 35)
+
+
+# ---- planted faults
+
+
+class WithoutScopes(REFERENCE.l0_cache):  # type: ignore[misc,name-defined]
+    """Finds the entries of every scope in the shared one."""
+
+    def get(self, text: str, *, add_special_tokens: bool = True, scope: str | None = None) -> Any:
+        found = super().get(text, add_special_tokens=add_special_tokens, scope=scope)
+        others = [row for row in self.held() if row[:2] == (text, add_special_tokens)]
+        return others[0][2] if found is None and others and scope is None else found
+
+
+class UncountedMisses(REFERENCE.l0_cache):  # type: ignore[misc,name-defined]
+    """Counts the misses of short texts only."""
+
+    def get(self, text: str, *, add_special_tokens: bool = True, scope: str | None = None) -> Any:
+        found = super().get(text, add_special_tokens=add_special_tokens, scope=scope)
+        if found is None and len(text) > 600:
+            self._misses["new"] = max(0, self._misses["new"] - 1)
+        return found
+
+
+@pytest.mark.parametrize("faulty", [WithoutScopes, UncountedMisses])
+def test_a_planted_fault_is_found(faulty: Any) -> None:
+    class Faulty(_Machine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache_class = faulty
+
+    assert_fails(Faulty)

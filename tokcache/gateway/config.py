@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tokcache._validate import require_bool, require_int, require_seconds, require_size
+from tokcache._validate import (
+    require_bool,
+    require_int,
+    require_seconds,
+    require_size,
+    without_password,
+)
 from tokcache.errors import InvalidConfig, MissingFile
 from tokcache.gateway.api.rules import RULES
 
@@ -46,11 +52,12 @@ class UpstreamConfig:
             parts, is_server = None, False
         if parts is None or not is_server or parts.scheme not in ("http", "https"):
             raise InvalidConfig(
-                f"{self.url!r} is not a llama-server's URL; write one such as http://127.0.0.1:8080"
+                f"{without_password(self.url)} is not a llama-server's URL; write one such as "
+                "http://127.0.0.1:8080"
             )
         if parts.query or parts.fragment or parts.username:
             raise InvalidConfig(
-                f"{self.url!r}: a llama-server's URL has no user, query or fragment"
+                f"{without_password(self.url)}: a llama-server's URL has no user, query or fragment"
             )
         if self.tokenizer and not Path(self.tokenizer).is_file():
             raise MissingFile(

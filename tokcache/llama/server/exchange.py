@@ -13,7 +13,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tokcache._validate import require_int, require_seconds
+from tokcache._validate import require_int, require_seconds, without_password
 from tokcache.errors import (
     InvalidAnswer,
     InvalidConfig,
@@ -81,7 +81,9 @@ class Exchange:
         except ImportError:
             raise MissingExtra("LlamaServer needs httpx: pip install 'tokcache[server]'") from None
         self.httpx = httpx
-        self.url = _require_url(httpx, url)
+        server = _require_url(httpx, url)
+        # Errors, names and log lines show this one; httpx itself logs the URL of each request.
+        self.url = str(server.copy_with(userinfo=b""))
         self.is_closed = False
         timeout = require_seconds("connect_timeout_s", connect_timeout_s)
         # The arguments of httpx.Client and httpx.AsyncClient.
@@ -89,6 +91,7 @@ class Exchange:
             "base_url": self.url,
             "timeout": httpx.Timeout(self.timeout_s, connect=timeout),
             "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            "auth": (server.username, server.password) if server.userinfo else None,
             "limits": httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S),
             "verify": _trusted(url, verify),
         }
@@ -331,18 +334,19 @@ class StreamReader:
         return Piece(content, ids)
 
 
-def _require_url(httpx: ModuleType, url: Any) -> str:
+def _require_url(httpx: ModuleType, url: Any) -> Any:
     try:
         found = httpx.URL(url)
         is_server = found.scheme in {"http", "https"} and found.host
         is_port = found.port is None or 0 < found.port <= _MAX_PORT
-    except (httpx.InvalidURL, TypeError, ValueError) as error:
-        raise InvalidConfig(f"{url!r} is not a URL: {error}") from None
+    except (httpx.InvalidURL, TypeError, ValueError):
+        # The error of httpx may repeat a part of a password.
+        is_server = is_port = False
     if not is_server or not is_port:
         raise InvalidConfig(
-            f"{url!r} is not a server's URL; pass one such as http://127.0.0.1:8080"
+            f"{without_password(url)} is not a server's URL; pass one such as http://127.0.0.1:8080"
         )
-    return str(url)
+    return found
 
 
 def _trusted(url: str, verify: Any) -> bool | ssl.SSLContext:
