@@ -40,6 +40,7 @@ _OTHERS = (
     "Alphabetic Uppercase Lowercase White_Space Emoji Ideographic Cntrl Graph Print Punct XDigit "
     "Alnum"
 )
+_LINE_CHARS = 100  # as in pyproject.toml
 _NAMES = f"{_CATEGORIES} {_SCRIPTS} {_OTHERS}".split()
 
 
@@ -121,9 +122,13 @@ def known_module() -> str:
     from tokcache.text.cuts.patterns import KNOWN  # noqa: PLC0415 (after properties.py is made)
     from tokcache.text.cuts.regex.safety import derive  # noqa: PLC0415
 
-    rows = "\n".join(
-        f'    "{name}": "{derive(pattern).packed()}",' for name, pattern in KNOWN.items()
-    )
+    rows = [f'    "{name}": "{derive(pattern).packed()}",' for name, pattern in KNOWN.items()]
+    # A longer line is broken as `ruff format` breaks it.
+    rows = [
+        row if len(row) <= _LINE_CHARS else row.replace(": ", ": (\n        ")[:-1] + "\n    ),"
+        for row in rows
+    ]
+    lines = "\n".join(rows)
     return f'''"""The cuts of the known patterns, packed; made by tools/pattern_tables.py.
 
 Made with tokenizers {tokenizers.__version__}. They hold for others, too: the characters of the
@@ -131,7 +136,7 @@ rules' classes have had their properties since Unicode 3.2.
 """
 
 RESULTS = {{
-{rows}
+{lines}
 }}
 '''
 

@@ -257,6 +257,10 @@ FAMILIES = {  # the stages of a family, and some cuts that they prove together
     ),
     "aya": (["aya_digits", "o200k"], [(C.LETTER, C.SPACE), (C.NEWLINE, C.LETTER)]),
     "laguna": (["laguna_lines", "qwen2"], [(C.LETTER, C.SPACE), (C.NEWLINE, C.LETTER)]),
+    "bloom": (
+        ["bloom"],
+        [(C.LETTER, C.STOP), (C.STOP, C.LETTER), (C.PUNCTUATION, C.SPACE), (C.STOP, C.DIGIT)],
+    ),
     "viking": (["bloom", "single_numbers"], [(C.LETTER, C.SPACE), (C.NEWLINE, C.LETTER)]),
     "exaone": (["single_numbers", "gpt2"], [(C.LETTER, C.SPACE), (C.DIGIT, C.DIGIT)]),
     "super_bpe": (["numbers", r"(?=(\d{3})+(?!\d))"], [(C.LETTER, C.DIGIT), (C.DIGIT, C.SPACE)]),
