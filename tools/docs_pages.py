@@ -155,7 +155,8 @@ _SHOWN = {
     "letter \\| space": {(CharClass.LETTER, CharClass.SPACE)},
     "newline \\| letter": {(CharClass.NEWLINE, CharClass.LETTER)},
     "newlines \\| letter": {(CharClass.NEWLINE_RUN, CharClass.LETTER)},
-    "letter \\| punctuation": {(CharClass.LETTER, CharClass.PUNCTUATION)},
+    "letter \\| `.` or `,`": {(CharClass.LETTER, CharClass.STOP)},
+    "letter \\| other punctuation": {(CharClass.LETTER, CharClass.PUNCTUATION)},
     "letter \\| digit": {(CharClass.LETTER, CharClass.DIGIT)},
     "digit \\| digit": {(CharClass.DIGIT, CharClass.DIGIT)},
 }

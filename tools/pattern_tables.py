@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
-from tokcache.text.cuts.char_classes import CharClass, class_of
+from tokcache.text.cuts.char_classes import RANGES, CharClass, class_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "tokcache" / "text" / "cuts" / "regex"
 
@@ -40,6 +40,7 @@ _OTHERS = (
     "Alphabetic Uppercase Lowercase White_Space Emoji Ideographic Cntrl Graph Print Punct XDigit "
     "Alnum"
 )
+_LINE_CHARS = 100  # as in pyproject.toml
 _NAMES = f"{_CATEGORIES} {_SCRIPTS} {_OTHERS}".split()
 
 
@@ -60,15 +61,16 @@ def properties_module() -> str:
         for _, (start, stop) in split.pre_tokenize_str(text):
             changes[start] ^= 1 << bit
             changes[stop] ^= 1 << bit
-    # An interval ends where a property changes, and before and behind a composition.
+    # An interval ends where a property or the class changes, before a composition and after it.
     composed = dict(_compositions())
     ends = {text.index(chr(point + more)) for point in composed for more in (0, 1)}
-    kinds: dict[tuple[int, int | None], int] = {}
+    ends |= {text.index(chr(end)) for first, last, _ in RANGES for end in (first, last + 1)}
+    kinds: dict[tuple[int, int | None, CharClass], int] = {}
     intervals: list[tuple[int, int]] = []
     properties = 0
     for at in sorted({0, *changes, *ends} - {len(points)}):
         properties ^= changes.get(at, 0)
-        kind = properties, composed.get(points[at])
+        kind = properties, composed.get(points[at]), class_of(text[at])
         intervals.append((points[at], kinds.setdefault(kind, len(kinds))))
     names = "\n".join(f'    "{line} "' for line in textwrap.wrap(" ".join(_NAMES).lower(), 88))
     return f'''"""Code points by the properties that a pattern may name, and compositions.
@@ -82,7 +84,8 @@ NAMES = (
 )
 
 # The first code point of every interval (<I), then the kind of every interval (<H). Characters of
-# one kind have the same properties, and the same class in COMPOSITIONS. Compressed, then base64.
+# one kind have the same properties, beyond ASCII the same class of the rules, and the same class in
+# COMPOSITIONS. Compressed, then base64.
 INTERVALS = (
 {_packed("I", "H", intervals)}
 )
@@ -119,9 +122,13 @@ def known_module() -> str:
     from tokcache.text.cuts.patterns import KNOWN  # noqa: PLC0415 (after properties.py is made)
     from tokcache.text.cuts.regex.safety import derive  # noqa: PLC0415
 
-    rows = "\n".join(
-        f'    "{name}": "{derive(pattern).packed()}",' for name, pattern in KNOWN.items()
-    )
+    rows = [f'    "{name}": "{derive(pattern).packed()}",' for name, pattern in KNOWN.items()]
+    # A longer line is broken as `ruff format` breaks it.
+    rows = [
+        row if len(row) <= _LINE_CHARS else row.replace(": ", ": (\n        ")[:-1] + "\n    ),"
+        for row in rows
+    ]
+    lines = "\n".join(rows)
     return f'''"""The cuts of the known patterns, packed; made by tools/pattern_tables.py.
 
 Made with tokenizers {tokenizers.__version__}. They hold for others, too: the characters of the
@@ -129,7 +136,7 @@ rules' classes have had their properties since Unicode 3.2.
 """
 
 RESULTS = {{
-{rows}
+{lines}
 }}
 '''
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokcache.text.cuts.regex.alphabet import Alphabet
 
 # Characters of every class in the rules, and some that patterns treat apart.
-CHARS = "asStT1.(_'/ \t\r\n\xe9\u4e2d\u3042\u2019\u3002\u0301\xa0\xbd\x0b\u017f\u0130\U0001f600$"
+CHARS = "asStT1.,(-_'/ \t\r\n\xe9\u4e2d\u3042\u2019\u3002\u0301\xa0\xbd\x0b\u017f\u0130\U0001f600$"
 FEW = "as1.' \n\u4e2d\xe9"
 
 _ATOMS = (

@@ -114,6 +114,13 @@ def test_no_composition_begins_or_ends_with_non_ascii_punctuation() -> None:
 # ---- ASCII
 
 
+def test_no_mark_composes_with_a_stop() -> None:
+    """So a cut before one holds under NFC, where one before `=` and U+0338 does not."""
+    first = {pair[0] for pair in PAIRS}
+    assert not first & {*".,!?()|"}
+    assert "=" in first
+
+
 def test_every_ascii_character_has_the_class_of_its_name() -> None:
     assert len(ASCII_CLASSES) == 128
     assert [class_of(char) for char in "_'/ \t\r\n"] == [
@@ -128,6 +135,7 @@ def test_every_ascii_character_has_the_class_of_its_name() -> None:
             wanted = C.DIGIT
         else:
             wanted = C.PUNCTUATION if char in string.punctuation else C.OTHER
+            wanted = C.STOP if char in ".,!?()|" else wanted
         assert class_of(char) is wanted, ascii(char)
 
 

@@ -100,6 +100,7 @@ SYNTHETIC_ONES: dict[str, Callable[[], Tokenizer]] = {
     "like_olmo_1": lambda: _normalized("gpt2", normalizers.NFC()),
     "lowercase": lambda: _normalized("qwen2", normalizers.Lowercase(), normalizers.NFC()),
     "nmt": lambda: _normalized("qwen2", normalizers.Nmt()),
+    "bloom": SYNTHETIC["bloom"],
     "metaspace_first": SYNTHETIC["mistral"],
     "metaspace_always": lambda: _marked("always"),
     "metaspace_never": lambda: _marked("never"),

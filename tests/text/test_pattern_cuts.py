@@ -84,11 +84,12 @@ def test_a_pattern_is_derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_work_for_a_common_pattern_is_bounded() -> None:
-    """The automaton runs over one of the symbols that the pattern can't tell apart."""
-    for name in KNOWN.keys() - {"jais2"}:  # whose runs of spaces are a thousand states
+    """The automaton runs over one of the symbols that a state can't tell apart."""
+    for name in KNOWN:
         program = program_of(KNOWN[name])
         cuts_of(program)
-        assert len(program._steps) < 1300, name
+        # The runs of spaces of jais2 are 500 states.
+        assert len(program._steps) < (2500 if name == "jais2" else 300), name
 
 
 # ---- the tables of characters
@@ -174,6 +175,25 @@ def test_the_automaton_finds_the_matches_of_the_library() -> None:
     assert n_compared > 1500
 
 
+def test_the_symbols_of_one_group_have_the_same_step() -> None:
+    rng = random.Random(11)
+    n_groups = n_symbols = 0
+    for _ in range(120):
+        try:
+            program = program_of(drawn_patterns.pattern(rng))
+            states = [program.start, *safety.states_after(program)]
+        except Unrecognised:
+            continue
+        for state in rng.sample(states, min(len(states), 12)):
+            groups = program.groups(state)
+            assert sum(symbols for _, symbols in groups) == (1 << program.alphabet.n) - 1
+            for one, symbols in groups:
+                alike = [at for at in range(program.alphabet.n) if symbols >> at & 1]
+                assert {program.step(state, at) for at in alike} == {program.step(state, one)}
+                n_groups, n_symbols = n_groups + 1, n_symbols + len(alike)
+    assert n_symbols > 5 * n_groups > 1000
+
+
 DIALECT = [
     # (pattern, text, the matches of Oniguruma's Ruby syntax, some of which Python's re differs in)
     (r"\d{1,3}+", "12345", ["12345"]),
@@ -237,6 +257,10 @@ FAMILIES = {  # the stages of a family, and some cuts that they prove together
     ),
     "aya": (["aya_digits", "o200k"], [(C.LETTER, C.SPACE), (C.NEWLINE, C.LETTER)]),
     "laguna": (["laguna_lines", "qwen2"], [(C.LETTER, C.SPACE), (C.NEWLINE, C.LETTER)]),
+    "bloom": (
+        ["bloom"],
+        [(C.LETTER, C.STOP), (C.STOP, C.LETTER), (C.PUNCTUATION, C.SPACE), (C.STOP, C.DIGIT)],
+    ),
     "viking": (["bloom", "single_numbers"], [(C.LETTER, C.SPACE), (C.NEWLINE, C.LETTER)]),
     "exaone": (["single_numbers", "gpt2"], [(C.LETTER, C.SPACE), (C.DIGIT, C.DIGIT)]),
     "super_bpe": (["numbers", r"(?=(\d{3})+(?!\d))"], [(C.LETTER, C.DIGIT), (C.DIGIT, C.SPACE)]),
@@ -432,7 +456,7 @@ def test_many_added_tokens_leave_the_cuts_of_the_pattern() -> None:
 
 
 def test_wrapping_is_linear_in_the_added_tokens() -> None:
-    """A few calls of functions for each token: 11, where 22 took twice as long."""
+    """A few calls of functions for each token: 9, where 22 took three times as long."""
 
     def n_calls(n_tokens: int) -> int:
         tokenizer = SYNTHETIC["qwen2"]()
@@ -452,7 +476,7 @@ def test_wrapping_is_linear_in_the_added_tokens() -> None:
         return calls
 
     n_more = 4000
-    assert n_calls(2000 + n_more) - n_calls(2000) < 15 * n_more
+    assert n_calls(2000 + n_more) - n_calls(2000) < 10 * n_more
 
 
 # ---- tightness

@@ -23,10 +23,12 @@ from typing import Any
 import cloudpickle
 import dill
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
+from tests.text.tokenizers_synthetic import SYNTHETIC
+from tokcache.text.engines import copying
 from tokcache.text.tokenizer import WrappedTokenizer
 from tokcache.text.wrappers.patch import load_stats
 
@@ -446,3 +448,60 @@ def test_assigning_dict_replaces_the_rust_tokenizer(plain: Any, wrapped: Any) ->
     for tok in (plain, wrapped):
         tok.__dict__ = {**vars(tok), "_tokenizer": another_rust_tokenizer()}
     assert_same_answers(wrapped, plain)
+
+
+# ---- the proof of a copy
+
+
+@pytest.mark.parametrize(
+    ("contents", "wanted"),
+    [(["<a>", "<b\xe9>"], 1), (["<b\xe9>", "<be\u0301>"], 2)],
+    ids=["distinct", "alike_once_normalised"],
+)
+def test_two_copies_that_are_made_alike_cost_one_proof(
+    contents: list[str], wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two added tokens that NFC makes equal, each copy finds one by chance: both are proven."""
+    tokenizer = SYNTHETIC["gpt2"]()
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken(one, normalized=True) for one in contents])
+    proven: list[Tokenizer] = []
+    is_equal = copying._is_equal
+
+    def counted(own: Tokenizer, *rest: Any) -> bool:
+        proven.append(own)
+        # A copy may find the other one of two tokens that are alike: it is then made in other ways.
+        return is_equal(own, *rest) or wanted > 1
+
+    monkeypatch.setattr(copying, "_is_equal", counted)
+    wrapped = tokcache.wrap(tokenizer, tokcache.CacheConfig(engine="tokenizers"))
+    assert len(proven) == wanted
+    if wanted == 1:
+        text = " ".join([*contents, "a be\u0301"])
+        assert list(wrapped.token_ids(text)) == tokenizer.encode(text).ids
+
+
+def test_nfc_is_not_called_for_ascii() -> None:
+    calls: list[str] = []
+
+    class Counted:
+        def __init__(self, state: bytes, normalizer: Any) -> None:
+            self.state, self.normalizer = state, normalizer
+
+        def __getstate__(self) -> bytes:
+            return self.state
+
+        def normalize_str(self, text: str) -> str:
+            calls.append(text)
+            return str(self.normalizer.normalize_str(text))
+
+    texts = ["<a>", "be\u0301", "~\x7f"]
+    for made, wanted in (
+        (normalizers.NFC(), ["be\u0301"]),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]), texts),
+    ):
+        calls.clear()
+        state = copying.component_state(made)
+        found = copying.normalized_forms(Counted(state, made), texts)
+        assert found == [made.normalize_str(one) for one in texts]
+        assert calls == wanted

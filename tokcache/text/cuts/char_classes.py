@@ -12,12 +12,15 @@ N_CLASSES = 16
 
 
 class CharClass(IntEnum):
-    """The class of the character on one side of a cut; the last two occur on the left only."""
+    """The class of the character on one side of a cut.
+
+    NEWLINE_RUN and TOKEN_END occur on the left only.
+    """
 
     OTHER = 0
     LETTER = 1  # a-z, A-Z
     DIGIT = 2  # 0-9
-    PUNCTUATION = 3  # the other visible ASCII characters
+    PUNCTUATION = 3  # the other visible ASCII characters, without those of STOP
     UNDERSCORE = 4
     APOSTROPHE = 5
     SLASH = 6
@@ -29,6 +32,7 @@ class CharClass(IntEnum):
     NON_ASCII_PUNCTUATION = 12  # `NON_ASCII_PUNCTUATION_RANGES`
     NEWLINE_RUN = 13  # a newline that follows whitespace
     TOKEN_END = 14  # the last character of an added token, of any class
+    STOP = 15  # . , ! ? ( ) |, which BLOOM's pattern does not match
 
 
 # Letters since Unicode 3.2, of combining class 0: NFC turns each of them into letters only, and
@@ -74,6 +78,7 @@ _SINGLE = {
     "\t": CharClass.TAB,
     "\r": CharClass.RETURN,
     "\n": CharClass.NEWLINE,
+    **dict.fromkeys(".,!?()|", CharClass.STOP),
 }
 
 
@@ -115,6 +120,7 @@ VISIBLE = frozenset(
         CharClass.LETTER,
         CharClass.DIGIT,
         CharClass.PUNCTUATION,
+        CharClass.STOP,
         CharClass.UNDERSCORE,
         CharClass.APOSTROPHE,
         CharClass.SLASH,

@@ -54,7 +54,7 @@ def plan_cuts(tokenizer: Tokenizer) -> CutPlan:
 
     Cost: well under a millisecond where a pre-tokenizer forces the cuts; a pass over the
           vocabulary where only the vocabulary can prove them; for a pattern that is not known some
-          20 to 40 milliseconds, once in a process.
+          5 to 15 milliseconds, once in a process.
     """
     reason = why_random(tokenizer.model)
     if reason is not None:

@@ -16,7 +16,7 @@ Affixes = tuple[tuple[int, ...], tuple[int, ...]]  # the ids before a text, and 
 LETTERS = frozenset({C.LETTER, C.NON_ASCII_LETTER})
 DIGITS = frozenset({C.DIGIT})
 PUNCTUATION = frozenset(
-    {C.PUNCTUATION, C.UNDERSCORE, C.APOSTROPHE, C.SLASH, C.NON_ASCII_PUNCTUATION}
+    {C.PUNCTUATION, C.STOP, C.UNDERSCORE, C.APOSTROPHE, C.SLASH, C.NON_ASCII_PUNCTUATION}
 )
 NON_ASCII = frozenset({C.NON_ASCII_LETTER, C.NON_ASCII_PUNCTUATION})
 SPACE = frozenset({C.SPACE})

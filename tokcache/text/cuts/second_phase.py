@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcache.text.cuts.char_classes import WHITESPACE
 from tokcache.text.cuts.rules import NON_ASCII, WHITESPACE_LEFT, C, Pair
-from tokcache.text.engines.copying import with_components
+from tokcache.text.engines.copying import normalized_forms, with_components
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,8 @@ def normalized_contents(tokens: Sequence[Any], variants: Sequence[Variant]) -> l
     """
     states = dict.fromkeys(one.normalizer for one in variants)
     normalizers = [with_components(normalizer=state).normalizer for state in states]
-    return [[one.normalize_str(token.content) for token in tokens] for one in normalizers]
+    contents = [token.content for token in tokens]
+    return [normalized_forms(one, contents) for one in normalizers]
 
 
 def why_no_cut_inside(
@@ -73,9 +74,8 @@ def unsafe_pairs(tokens: Sequence[Any], contents: Sequence[str], reading: Normal
 
     Cost: a pass over them.
     """
-    inside = set(chain.from_iterable(map(pairwise, contents)))
     found: set[Pair] = set()
-    for left, right in inside:
+    for left, right in set(chain.from_iterable(map(pairwise, contents))):
         found |= set(product(reading.left_of(left), reading.right_of(right)))
 
     # A character of a class that is padded may become whitespace at either end.

@@ -75,7 +75,7 @@ class Engine(Protocol):
 
 
 class HuggingFaceEngine:
-    """A private copy of a tokenizer.
+    """A private copy of a tokenizer; `own` is that copy if it was made and proven already.
 
     Errors: CopyError where no copy can be proven equal.
     Threads: safe; nothing changes it, and a batch is encoded without the interpreter lock. Each
@@ -84,8 +84,10 @@ class HuggingFaceEngine:
 
     reason: str | None = None
 
-    def __init__(self, source: Tokenizer, encode_special_tokens: bool) -> None:
-        own = copy_tokenizer(source)
+    def __init__(
+        self, source: Tokenizer, encode_special_tokens: bool, own: Tokenizer | None = None
+    ) -> None:
+        own = own or copy_tokenizer(source)
         own.no_truncation()
         own.no_padding()
         own.encode_special_tokens = encode_special_tokens
@@ -150,23 +152,23 @@ class SegmentEncoder:
     """
 
     def __init__(self, source: Tokenizer, normalizer: str, pre_tokenizer: str) -> None:
-        own = _same_model(
-            source, added_tokens(source), normalizer=normalizer, pre_tokenizer=pre_tokenizer
-        )
-        own.no_truncation()
-        own.no_padding()
+        added = source.get_added_tokens_decoder()
+        tokens = [token for _, token in sorted(added.items())]
 
         # The separator's id must be one that no token of the model has. The library gives the next
         # free id; the model may have some of the ids after it, and then several names are added.
-        added = own.get_added_tokens_decoder()
-        edge = free_edge(added.values())
-        first = max(max(added, default=-1) + 1, _n_model_tokens(own))
+        edge = free_edge(tokens)
+        first = max(max(added, default=-1) + 1, _n_model_tokens(source))
         n_taken = 0
-        while own.model.id_to_token(first + n_taken) is not None:
+        while source.model.id_to_token(first + n_taken) is not None:
             n_taken += 1
         self.secret = secrets.token_hex(8)
         names = [f"{edge}{self.secret}{number:x}{edge}" for number in range(n_taken + 1)]
-        own.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+        # All in one call: after each call the library prepares its search for every added token.
+        tokens += [AddedToken(name, normalized=False, special=False) for name in names]
+        own = _same_model(source, tokens, normalizer=normalizer, pre_tokenizer=pre_tokenizer)
+        own.no_truncation()
+        own.no_padding()
         self.between = names[-1]
         self.separator: int = own.token_to_id(self.between)  # type: ignore[assignment]  # was added
         self._tokenizer = own
@@ -253,19 +255,33 @@ def copy_tokenizer(source: Tokenizer) -> Tokenizer:
     Cost:   about a millisecond, and no memory for the vocabulary; if that copy is not equal, the
             whole tokenizer is serialised and read.
     """
-    tokens = added_tokens(source)
+    return copies_of(source, 1)[0]
+
+
+def copies_of(source: Tokenizer, n_copies: int) -> list[Tokenizer]:
+    """Return copies as `copy_tokenizer` does; each one after the first costs no proof of its own.
+
+    The others are made of the same parts in the same way as the first, which is proven.
+
+    Errors: CopyError, as in `copy_tokenizer`.
+    """
+    added = source.get_added_tokens_decoder()
+    tokens = [token for _, token in sorted(added.items())]
     own = _same_model(source, tokens)
-    contents = _normalized_contents(own, tokens)
-    if contents:
-        normalized = own.normalizer.normalize_str  # `own.normalizer` makes an object
-        if not all(map(normalized, contents)):
-            raise CopyError("empty_added_token")  # the library may search for it without end
-    if not _is_equal(own, source):
+    forms = normalized_forms(own.normalizer, _normalized_contents(own, tokens))
+    if not all(forms):
+        raise CopyError("empty_added_token")  # the library may search for it without end
+    # Of two tokens that are alike once normalised, a copy finds one by chance.
+    is_repeatable = len(set(forms)) == len(forms)
+    if not _is_equal(own, source, added):
+        is_repeatable = False
         own = Tokenizer.from_str(source.to_str())
         own.encode_special_tokens = source.encode_special_tokens
-        if not _is_equal(own, source):
+        if not _is_equal(own, source, added):
             raise CopyError("copy_differs")
-    return own
+    if is_repeatable:
+        return [own, *(_same_model(own, tokens) for _ in range(n_copies - 1))]
+    return [own, *(copy_tokenizer(own) for _ in range(n_copies - 1))]
 
 
 def _same_model(source: Tokenizer, tokens: list[AddedToken], **instead: str) -> Tokenizer:
@@ -309,6 +325,20 @@ def added_tokens(tokenizer: Tokenizer) -> list[Any]:
     return [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
 
 
+def normalized_forms(normalizer: Any, texts: Iterable[str]) -> list[str]:
+    """Return texts as a normalizer makes them; without one, as they are.
+
+    Cost: a call of the library for each text, but none for ASCII if the normalizer is NFC.
+    """
+    # No ASCII character has a decomposition or composes with another one, in any Unicode version.
+    stages = stages_of(json.loads(component_state(normalizer)))
+    keeps_ascii = all(stage["type"] == "NFC" for stage in stages)
+    if normalizer is None:
+        return list(texts)
+    normalized = normalizer.normalize_str
+    return [one if keeps_ascii and one.isascii() else normalized(one) for one in texts]
+
+
 def has_normalized_tokens(tokenizer: Tokenizer) -> bool:
     """Return whether added tokens are searched for in a text that a normalizer may have changed."""
     normalizer = json.loads(component_state(tokenizer.normalizer))
@@ -316,9 +346,12 @@ def has_normalized_tokens(tokenizer: Tokenizer) -> bool:
     return is_searched and bool(stages_of(normalizer))
 
 
-def _is_equal(own: Tokenizer, source: Tokenizer) -> bool:
-    """Return whether two tokenizers have equal components and encode the probes alike."""
-    added, right_added = (one.get_added_tokens_decoder() for one in (own, source))
+def _is_equal(own: Tokenizer, source: Tokenizer, right_added: dict[int, Any]) -> bool:
+    """Return whether two tokenizers have equal components and encode the probes alike.
+
+    `right_added` are the added tokens of `source`.
+    """
+    added = own.get_added_tokens_decoder()
     # The number of special tokens around a text: truncation leaves room for them, and a template
     # that was changed in place reports the number of before.
     around, right_around = (

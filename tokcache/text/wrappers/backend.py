@@ -24,6 +24,7 @@ from tokcache.text.engines.copying import (
     HuggingFaceEngine,
     PlainEngine,
     added_tokens,
+    copies_of,
     copy_tokenizer,
     signature,
     why_random,
@@ -67,7 +68,9 @@ class Backend:
         splits_special_tokens: bool | None = None,
         own_engine: Engine | None = None,
     ) -> None:
-        self._raw, self._why_not_copied = _own_copy(source)
+        # The first engine takes a copy that is made with `_raw`: one proof is enough for both.
+        copies, self._why_not_copied = _own_copies(source, 1 if own_engine else 2)
+        self._raw, *self._unused = copies
         self._lent = threading.local()
         self.settled: Settings | None = None
         self.splits_special_tokens = splits_special_tokens
@@ -127,6 +130,7 @@ class Backend:
                 self._lent.copy = None
 
     def _build_engine(self) -> Engine:
+        own = self._unused.pop() if self._unused else None  # only before `raw` can be changed
         if self.own_engine is not None:
             return self.own_engine
         reason = self._why_not_copied or why_own(self.raw) or why_random(self.raw.model)
@@ -134,7 +138,7 @@ class Backend:
             reason = "normalizer_changed_in_place"
         try:
             if reason is None:
-                return HuggingFaceEngine(self.raw, self._splits())
+                return HuggingFaceEngine(self.raw, self._splits(), own)
         except CopyError as error:
             reason = error.reason
         why = str(reason)
@@ -269,7 +273,7 @@ class Backend:
     def replace(self, source: Tokenizer) -> None:
         """Take a copy of another tokenizer in place of this one."""
         with self.core.plain_lock:
-            self._raw, self._why_not_copied = _own_copy(source)
+            (self._raw,), self._why_not_copied = _own_copies(source, 1)
             self.settled = None
             self._has_stale_matcher = False
             self._handed_out.clear()
@@ -355,18 +359,22 @@ def _set(
 
 def own_copy(source: Tokenizer) -> Tokenizer:
     """Return a plain tokenizer that shares only the model with a plain or wrapped one."""
-    return _own_copy(source)[0]
+    (made,), _ = _own_copies(source, 1)
+    return made
 
 
-def _own_copy(source: Any) -> tuple[Tokenizer, str | None]:
-    """Return a copy and None; or the tokenizer itself, and why its answers must not be cached."""
+def _own_copies(source: Any, n_copies: int) -> tuple[list[Tokenizer], str | None]:
+    """Return copies and None; or the tokenizer itself, and why its answers must not be cached.
+
+    Only the first copy has the attributes that were set on the source.
+    """
     is_wrapped = isinstance(source, WrappedTokenizer)
     plain: Tokenizer = source._backend.raw if is_wrapped else source  # noqa: SLF001 (ours)
     try:
-        made = copy_tokenizer(plain)
-        carry_attributes(plain, made)
+        made = copies_of(plain, n_copies)
+        carry_attributes(plain, made[0])
     except CopyError as error:
-        return plain, error.reason
+        return [plain], error.reason
     return made, None
 
 

@@ -2,8 +2,7 @@
 
 1. Each class of characters in the pattern is asked of the tokenizers library, over one string.
 2. The string has a character of every kind: each interval of `properties` is cut at the code points
-   that the pattern names and at the ends of the rules' character classes, and one character stands
-   for all of the same kind between two such cuts.
+   that the pattern names, and one character stands for all of the same kind between two such cuts.
 3. Characters with the same answers, in the same character class, are one symbol. The pattern can't
    tell symbols with the same answers apart, so its automaton runs over one of them (`alike`).
 """
@@ -26,7 +25,7 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
 from tokcache.errors import Unrecognised
-from tokcache.text.cuts.char_classes import RANGES, CharClass, class_of
+from tokcache.text.cuts.char_classes import CharClass, class_of
 from tokcache.text.cuts.regex.properties import COMPOSITIONS, INTERVALS
 
 _POINT = re.compile(r"\\x\{([0-9A-Fa-f]+)\}|\\x([0-7][0-9A-Fa-f])|\\u([0-9A-Fa-f]{4})")
@@ -66,45 +65,42 @@ def alphabet_of(queries: Iterable[str]) -> Alphabet:
     answers = _answers(asked, chars)
     ignoring = sum(1 << i for i, query in enumerate(asked) if query.startswith("(?i:"))
 
-    held: dict[_Kind, str] = {}  # with the first character of each
+    # (answers, class, class of a composition, whether it is visible), and the first such character:
+    # this is all that is known of a character, and characters that are alike in it are one symbol.
+    held: dict[tuple[int, CharClass, int | None, bool], str] = {}
     composed = _compositions()
     for char, answer in zip(chars, answers, strict=True):
         is_visible = unicodedata.category(char)[0] in _VISIBLE
-        held.setdefault(_Kind(answer, class_of(char), composed.get(ord(char)), is_visible), char)
+        held.setdefault((answer, class_of(char), composed.get(ord(char)), is_visible), char)
         if answer & ignoring and len(char.casefold()) > 1:
             raise Unrecognised(f"ignored case of {char!a}, which stands for several characters")
 
-    def mask(is_in: Iterable[bool]) -> int:
-        return sum(1 << symbol for symbol, one in enumerate(is_in) if one)
-
     by_answer: dict[int, int] = {}
-    for symbol, kind in enumerate(held):
-        by_answer[kind.answers] = by_answer.get(kind.answers, 0) | 1 << symbol
+    lefts = dict.fromkeys(CharClass, 0)
+    composing = dict.fromkeys(CharClass, 0)
+    visible = 0
+    for symbol, (answer, own, base, is_visible) in enumerate(held):
+        bit = 1 << symbol
+        by_answer[answer] = by_answer.get(answer, 0) | bit
+        lefts[own] |= bit
+        visible |= bit * is_visible
+        if base is not None:
+            composing[CharClass(base)] |= bit
     by_query = {
-        query: mask(bool(kind.answers >> i & 1) for kind in held) for i, query in enumerate(asked)
+        query: sum(symbols for answer, symbols in by_answer.items() if answer >> i & 1)
+        for i, query in enumerate(asked)
     }
     return Alphabet(
         n=len(held),
         samples="".join(held.values()),
         alike={(own & -own).bit_length() - 1: own for own in by_answer.values()},
         chars=by_query,
-        lefts={one: mask(kind.own is one for kind in held) for one in CharClass},
-        rights={
-            one: mask(one in (kind.own, kind.composed_from) for kind in held) for one in CharClass
-        },
-        visible=mask(kind.is_visible for kind in held),
+        lefts=lefts,
+        rights={one: lefts[one] | composing[one] for one in CharClass},
+        visible=visible,
         word=by_query.get(r"\w", 0),  # asked only if there is a condition `\b`
         newline=by_query[r"\n"],
     )
-
-
-class _Kind(NamedTuple):
-    """All that is known of a character; characters of one kind are one symbol."""
-
-    answers: int  # one bit for each query that matches it
-    own: CharClass
-    composed_from: int | None  # a class
-    is_visible: bool
 
 
 # ---- characters
@@ -117,7 +113,6 @@ def _characters(queries: Iterable[str]) -> str:
         named |= {int(next(filter(None, found)), 16) for found in _POINT.findall(query)}
     # Without regard to case, 0x130, 0x131, 0x17F and 0x212A may be equal to ASCII letters.
     named |= {*range(0x80), 0x130, 0x131, 0x17F, 0x212A, 0x2028, 0x2029}
-    named |= {end for first, last, _ in RANGES for end in (first, last)}
     cuts = [*sorted(named | {point + 1 for point in named}), sys.maxunicode + 1]
     starts, kinds = _intervals()
     found: list[int] = []

@@ -6,9 +6,11 @@ the next symbol, or the end of the text, tells whether the match is decided:
 1. Each thread follows its instructions up to those that read a character. A condition on the next
    character (`$`, `(?!\S)`) is judged with the symbol at hand, the one before it is remembered.
 2. A thread that reaches the end of the pattern ends the match before the symbol, and all threads
-   after it are dropped, because they are less preferred.
+   after it are dropped, because they are less preferred. Those after a thread that does so whatever
+   comes are dropped one symbol earlier.
 3. A look-ahead over several characters runs along with its thread. A match with such a look-ahead
    is kept in the list, at its place, until the look-ahead is decided.
+4. A state tells few symbols apart: `Program.groups` are the sets of those with the same step.
 
 Source: Russ Cox, "Regular Expression Matching: the Virtual Machine Approach" (2009), Pike's VM.
 """
@@ -48,20 +50,39 @@ class State:
 
     `before` is (is a character of a word, is a newline), or None before the match. Equal states of
     one program are one object, so that they are compared and hashed by identity. `reads` are the
-    (symbols, where they lead) of all threads in order, None if a condition decides about one.
+    (symbols, where they lead) of all threads in order, None if a condition decides about one. They
+    end with the first thread that ends the match whatever comes. `looks` are the sets of symbols
+    that decide about a thread, as bits of `Program._looked_at`.
     """
 
-    __slots__ = ("before", "reads", "threads")
+    __slots__ = ("before", "looks", "reads", "threads")
 
     def __init__(
         self,
         threads: tuple[Thread, ...],
         before: tuple[bool, bool] | None,
         reads: list[tuple[int, int]] | None,
+        looks: int,
     ) -> None:
         self.threads = threads
+        self.looks = looks
         self.before = before
         self.reads = reads
+
+
+class _At:
+    """All that is known of a thread at a place of the program that waits for no look-ahead.
+
+    `reads` and `looks` as in State. `always_ends`: it ends the match before any symbol.
+    """
+
+    __slots__ = ("always_ends", "looks", "reads", "thread")
+
+    def __init__(self, thread: Thread, reads: list[tuple[int, int]] | None, looks: int) -> None:
+        self.thread = thread
+        self.reads = reads
+        self.looks = looks
+        self.always_ends = reads is not None and bool(reads) and reads[-1][1] == MATCHED
 
 
 class Step(NamedTuple):
@@ -81,24 +102,39 @@ HERE = 1 << 30
 _NO_AHEADS: frozenset[Ahead] = frozenset()
 
 
-class _Read(NamedTuple):
-    symbols: int
-    next: int
+# Named tuples would be shorter, but each such class takes a quarter of a millisecond to make.
 
 
-class _Fork(NamedTuple):
-    targets: tuple[int, ...]
+class _Read:
+    __slots__ = ("next", "symbols")
+
+    def __init__(self, symbols: int, then: int) -> None:
+        self.symbols = symbols
+        self.next = then
 
 
-class _Ahead(NamedTuple):
-    start: int
-    is_negative: bool
-    next: int
+class _Fork:
+    __slots__ = ("targets",)
+
+    def __init__(self, targets: tuple[int, ...]) -> None:
+        self.targets = targets
 
 
-class _Place(NamedTuple):
-    kind: str
-    next: int
+class _Ahead:
+    __slots__ = ("is_negative", "next", "start")
+
+    def __init__(self, start: int, is_negative: bool, then: int) -> None:
+        self.start = start
+        self.is_negative = is_negative
+        self.next = then
+
+
+class _Place:
+    __slots__ = ("kind", "next")
+
+    def __init__(self, kind: str, then: int) -> None:
+        self.kind = kind
+        self.next = then
 
 
 class _End:
@@ -115,7 +151,11 @@ class Program:
         self._reads_before = False
         start = self._compile(node, 0)
         self._states: dict[tuple[tuple[Thread, ...], tuple[bool, bool] | None], State] = {}
+        self._plain_states: dict[tuple[tuple[int, ...], tuple[bool, bool] | None], State] = {}
+        self._places: dict[int, _At] = {}
         self._unconditional: dict[int, list[tuple[int, int]] | None] = {}
+        self._looked_at: dict[int, int] = {}  # sets of symbols, and the bit of each
+        self._groups: dict[int, list[tuple[int, int]]] = {}
         self.start = self._state((Thread(start, _NO_AHEADS, 0),), None)
         self._followed: dict[tuple[int, object, int], list[tuple[int, frozenset[Ahead]]]] = {}
         self._steps: dict[tuple[State, int], Step] = {}
@@ -127,9 +167,34 @@ class Program:
                 inside look-aheads, and beyond `_MAX_THREADS`.
         """
         key = state, symbol
-        if key not in self._steps:
-            self._steps[key] = self._step(state, symbol)
-        return self._steps[key]
+        found = self._steps.get(key)
+        if found is None:
+            if state.reads is None:
+                found = self._step(state, symbol)
+            else:
+                found = self._unconditional_step(state.reads, symbol)
+            self._steps[key] = found
+        return found
+
+    def groups(self, state: State) -> list[tuple[int, int]]:
+        """Return (one symbol, all of them) for each set of symbols with the same step of a state.
+
+        The end of the text is in none of them.
+        """
+        bits = state.looks
+        found = self._groups.get(bits)
+        if found is None:
+            looked_at = [symbols for symbols, bit in self._looked_at.items() if bits & bit]
+            if self._reads_before:  # the state after the symbol remembers these
+                looked_at += [self.alphabet.word, self.alphabet.newline]
+            by_answers: dict[tuple[bool, ...], list[int]] = {}
+            for symbol in self.alphabet.alike:
+                answers = tuple(bool(symbols >> symbol & 1) for symbols in looked_at)
+                by_answers.setdefault(answers, []).append(symbol)
+            alike = self.alphabet.alike
+            found = [(own[0], sum(alike[one] for one in own)) for own in by_answers.values()]
+            self._groups[bits] = found
+        return found
 
     # ---- compiling
 
@@ -176,8 +241,6 @@ class Program:
     # ---- running
 
     def _step(self, state: State, symbol: int) -> Step:
-        if state.reads is not None:
-            return self._unconditional_step(state.reads, symbol)
         threads: list[Thread] = []
         seen: dict[int, list[frozenset[Ahead]]] = {}
         end = None
@@ -197,6 +260,7 @@ class Program:
                 followed = [(MATCHED, frozenset[Ahead]())]
             else:
                 followed = self._follow(thread.at, state.before, symbol)
+            is_last = False
             for at, more in followed:
                 waits = aheads | more
                 own_end = thread.end if thread.at == MATCHED else HERE
@@ -204,7 +268,10 @@ class Program:
                     end = own_end
                     break
                 keep(Thread(at, waits, own_end if at == MATCHED else 0))
-            if end is not None:
+                is_last = not waits and self._at(at).always_ends
+                if is_last:
+                    break
+            if is_last or end is not None:
                 break
         if len(threads) > _MAX_THREADS:
             raise Unrecognised(f"more than {_MAX_THREADS} threads")
@@ -217,32 +284,91 @@ class Program:
 
     def _unconditional_step(self, reads: list[tuple[int, int]], symbol: int) -> Step:
         """Return the step of a state in which no thread waits and no condition is judged."""
-        after: dict[int, None] = {}
+        after = [then for symbols, then in reads if symbols >> symbol & 1]
         end = None
-        for symbols, then in reads:
-            if symbols >> symbol & 1:
-                if then == MATCHED:
-                    end = HERE
-                    break
-                after[then] = None
-        threads = tuple(Thread(at, _NO_AHEADS, 0) for at in after)
-        if len(threads) > _MAX_THREADS:
+        if after and after[-1] == MATCHED:  # any symbol reads it, and no thread is after it
+            end = HERE
+            after.pop()
+        places = tuple(dict.fromkeys(after))
+        if len(places) > _MAX_THREADS:
             raise Unrecognised(f"more than {_MAX_THREADS} threads")
-        return Step(self._state(threads, self._before(symbol)), end, ())
+        return Step(self._plain_state(places, self._before(symbol)), end, ())
 
     def _state(self, threads: tuple[Thread, ...], before: tuple[bool, bool] | None) -> State:
         """Return the one state with these threads."""
+        if before is not None and not any(thread.aheads for thread in threads):
+            return self._plain_state(tuple(thread.at for thread in threads), before)
         state = self._states.get((threads, before))
         if state is None:
-            reads: list[tuple[int, int]] = []
-            is_conditional = False
+            looks = 0
             for thread in threads:
-                own = None if thread.aheads else self._unconditional_from(thread.at)
-                is_conditional |= own is None
-                reads += own or ()
-            state = State(threads, before, None if is_conditional else reads)
-            self._states[threads, before] = state
+                if thread.at != MATCHED:
+                    looks |= self._at(thread.at).looks
+                for ahead in thread.aheads:
+                    for at in ahead.at:
+                        looks |= self._at(at).looks
+            is_waiting = any(thread.aheads for thread in threads)
+            reads = None if is_waiting else self._at(threads[0].at).reads  # the start
+            state = self._states[threads, before] = State(threads, before, reads, looks)
         return state
+
+    def _plain_state(self, places: tuple[int, ...], before: tuple[bool, bool] | None) -> State:
+        """Return the one state of threads that wait for no look-ahead, by their places."""
+        state = self._plain_states.get((places, before))
+        if state is None:
+            threads: list[Thread] = []
+            reads: list[tuple[int, int]] = []
+            looks = 0
+            is_conditional = False
+            for at in places:
+                found = self._places.get(at) or self._at(at)
+                threads.append(found.thread)
+                looks |= found.looks
+                if found.reads is None:
+                    is_conditional = True
+                else:
+                    reads += found.reads
+                    if found.always_ends:
+                        break
+            if len(threads) < len(places):
+                state = self._plain_state(places[: len(threads)], before)
+            else:
+                state = State(tuple(threads), before, None if is_conditional else reads, looks)
+            self._plain_states[places, before] = state
+        return state
+
+    def _at(self, at: int) -> _At:
+        found = self._places.get(at)
+        if found is None:
+            reads = self._unconditional_from(at)
+            code = self._code[at]
+            looked_at = [code.symbols] if isinstance(code, _Read) else self._looked_at_from(at)
+            looks = 0
+            for one in looked_at:
+                looks |= self._looked_at.setdefault(one, 1 << len(self._looked_at))
+            found = self._places[at] = _At(Thread(at, _NO_AHEADS, 0), reads, looks)
+        return found
+
+    def _looked_at_from(self, at: int) -> set[int]:
+        """Return the sets of symbols that decide about a thread here."""
+        symbols, seen, rest = set[int](), set[int](), [at]
+        while rest:
+            here = rest.pop()
+            if here in seen:
+                continue
+            seen.add(here)
+            code = self._code[here]
+            if isinstance(code, _Read):
+                symbols.add(code.symbols)
+            elif isinstance(code, _Fork):
+                rest.extend(code.targets)
+            elif isinstance(code, _Ahead):
+                rest += (code.start, code.next)
+            elif isinstance(code, _Place):
+                is_word = code.kind in ("word", "no_word")
+                symbols.add(self.alphabet.word if is_word else self.alphabet.newline)
+                rest.append(code.next)
+        return symbols
 
     def _before(self, symbol: int) -> tuple[bool, bool] | None:
         if not self._reads_before:
@@ -295,10 +421,16 @@ class Program:
     def _unconditional_from(self, at: int) -> list[tuple[int, int]] | None:
         """Return the (symbols, where they lead) that may be read from here, in order.
 
-        The end of the pattern is read by any symbol. None if a condition is on the way to them.
+        The end of the pattern is read by any symbol, so it is the last. None if a condition is on
+        the way to them.
         """
-        if at not in self._unconditional:
-            found: list[tuple[int, int]] | None = []
+        if at in self._unconditional:
+            return self._unconditional[at]
+        code = self._code[at]
+        found: list[tuple[int, int]] | None = []
+        if isinstance(code, _Read):
+            found = [(code.symbols, code.next)]
+        else:
             seen, rest = set(), [at]
             while rest and found is not None:
                 here = rest.pop()
@@ -312,10 +444,11 @@ class Program:
                     found.append((code.symbols, code.next))
                 elif isinstance(code, _End):
                     found.append((-1, MATCHED))
+                    break
                 else:
                     found = None
-            self._unconditional[at] = found
-        return self._unconditional[at]
+        self._unconditional[at] = found
+        return found
 
     def _advanced(
         self, aheads: frozenset[Ahead], before: tuple[bool, bool] | None, symbol: int

@@ -19,7 +19,7 @@ def cuts_of_pattern(pattern: str) -> PatternCuts:
     """Return the cuts that a pattern of a Split allows.
 
     Errors: Unrecognised, with the name and place of a construct that is not modelled.
-    Cost:   some microseconds for a known pattern; for others some 20 to 40 milliseconds, once in a
+    Cost:   some microseconds for a known pattern; for others some 5 to 15 milliseconds, once in a
             process.
     """
     name = name_of(pattern)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, reduce
-from operator import and_
+from operator import and_, or_
 
 from tokcache.errors import Unrecognised
 from tokcache.text.cuts.char_classes import CharClass
@@ -47,7 +47,7 @@ def derive(pattern: str) -> PatternCuts:
     """Return the cuts that a pattern allows, or refuse it.
 
     Errors: Unrecognised, with the name and place of the construct, or the limit that is exceeded.
-    Cost:   some 10 to 30 milliseconds, 150 for a pattern of many hundred states, after this module
+    Cost:   some 5 to 15 milliseconds, 35 for a pattern of many hundred states, after this module
             is imported (7); the result is remembered in the process, a refusal too.
     """
     found = _derived(pattern)
@@ -94,37 +94,35 @@ def cuts_of(program: Program) -> PatternCuts:
     Errors: Unrecognised beyond the limits of states and threads.
     """
     alphabet = program.alphabet
-    alike = alphabet.alike
-    after = states_after(program)
-    # After each symbol, those that end every state as the end of the text does.
-    ended_by = {
-        symbol: sum(
-            symbols
-            for one, symbols in alike.items()
-            if all(is_ended(program, state, one) for state in states)
-        )
-        for symbol, states in after.items()
-    }
+    last_read = states_after(program)
+    # The symbols that end a state as the end of the text does; then those that end all the states
+    # with the same symbols before, and all that a left class leads to.
+    ended_after: dict[int, int] = {}
+    for state, symbols in last_read.items():
+        ended = sum(own for one, own in program.groups(state) if is_ended(program, state, one))
+        ended_after[symbols] = ended_after.get(symbols, -1) & ended
     masks = left_masks(alphabet)
-    # Behind each left class, the symbols that all of its symbols allow there.
-    sets = {**alike, alphabet.n: 1 << alphabet.n}
     kept_by = {
-        left: reduce(and_, (ended_by[one] for one, symbols in sets.items() if symbols & mask), -1)
+        left: reduce(and_, (ended for last, ended in ended_after.items() if last & mask), -1)
         for left, mask in masks.items()
     }
 
     def is_kept(left: CharClass, right: CharClass) -> bool:
         return not alphabet.rights[right] & ~kept_by[left]
 
-    reads = sum(symbols for one, symbols in alike.items() if after[one])
-    alone = {one: program.step(program.start, one).state for one in alike}
+    reads = reduce(or_, last_read.values(), 0)
+    alone = [
+        (program.step(program.start, one).state, symbols)
+        for one, symbols in program.groups(program.start)
+    ]
     gaps_at_end = sum(
-        alike[one]
-        for one, state in alone.items()
-        if program.step(state, program.end_of_text).end is None
+        symbols for state, symbols in alone if program.step(state, program.end_of_text).end is None
     )
-    gaps_at_start = sum(alike[one] for one in alike if _may_begin_gap(program, one))
-    starts = sum(alike[one] for one, state in alone.items() if state.threads)
+    matched: set[State] = set()
+    gaps_at_start = sum(
+        symbols for state, symbols in alone if _may_end_unmatched(program, state, matched)
+    )
+    starts = sum(symbols for state, symbols in alone if state.threads)
 
     def ends_in(mask: int) -> frozenset[CharClass]:
         if mask & alphabet.newline:
@@ -152,8 +150,8 @@ def left_masks(alphabet: Alphabet) -> dict[CharClass, int]:
     return masks
 
 
-def states_after(program: Program) -> dict[int, set[State]]:
-    """Return the states that a match may be in after each symbol, whatever was read before.
+def states_after(program: Program) -> dict[State, int]:
+    """Return the states that a match may be in, and the symbols that each may have read last.
 
     The symbol `alphabet.n` stands for a newline that is the first character or follows a visible
     one.
@@ -161,28 +159,27 @@ def states_after(program: Program) -> dict[int, set[State]]:
     Errors: Unrecognised beyond `MAX_STATES`.
     """
     alphabet = program.alphabet
-    after: dict[int, set[State]] = {symbol: set() for symbol in (*alphabet.alike, alphabet.n)}
-    found, rest = {program.start}, [program.start]
+    last_read: dict[State, int] = {}
+    rest = [program.start]
     while rest:
         state = rest.pop()
-        for symbol in alphabet.alike:
-            reached = program.step(state, symbol).state
+        for one, symbols in program.groups(state):
+            reached = program.step(state, one).state
             if not reached.threads:
                 continue
-            after[symbol].add(reached)
-            if reached not in found:
-                found.add(reached)
+            if reached not in last_read:
                 rest.append(reached)
-                if len(found) > MAX_STATES:
-                    raise Unrecognised(f"more than {MAX_STATES} states")
+            last_read[reached] = last_read.get(reached, 0) | symbols
+            if len(last_read) >= MAX_STATES:
+                raise Unrecognised(f"more than {MAX_STATES} states")
     newline = alphabet.newline.bit_length() - 1
-    visible = (after[one] for one, symbols in alphabet.alike.items() if symbols & alphabet.visible)
     # `start` is one of these: a match that begins at the newline may have any character before it.
-    for state in {program.start}.union(*visible):
+    visible = [state for state, symbols in last_read.items() if symbols & alphabet.visible]
+    for state in (program.start, *visible):
         reached = program.step(state, newline).state
         if reached.threads:
-            after[alphabet.n].add(reached)
-    return after
+            last_read[reached] |= 1 << alphabet.n
+    return last_read
 
 
 def is_ended(program: Program, state: State, symbol: int) -> bool:
@@ -191,17 +188,20 @@ def is_ended(program: Program, state: State, symbol: int) -> bool:
     return not step.state.threads and step.end == program.step(state, program.end_of_text).end
 
 
-def _may_begin_gap(program: Program, symbol: int) -> bool:
-    """Return whether a text that begins with a character may have no match at its beginning."""
-    first = program.step(program.start, symbol).state
+def _may_end_unmatched(program: Program, first: State, matched: set[State]) -> bool:
+    """Return whether a text may end, or go on, so that the match in a state comes to nothing.
+
+    A match in one of the states `matched` never does; others that are found are added.
+    """
     found, rest = {first}, [first]
     while rest:
         state = rest.pop()
         if not state.threads or program.step(state, program.end_of_text).end is None:
             return True
-        for one in program.alphabet.alike:
+        for one, _ in program.groups(state):
             step = program.step(state, one)
-            if step.end is None and step.state not in found:
+            if step.end is None and step.state not in found and step.state not in matched:
                 found.add(step.state)
                 rest.append(step.state)
+    matched |= found
     return False

@@ -290,6 +290,7 @@ class _Parser:
 @cache
 def _folds() -> frozenset[str]:
     """Return the texts that one character equals without regard to case, as "ss" does U+00DF."""
-    ranges = range(0xDF, 0x588), range(0x1E96, 0x1FFD), range(0xFB00, 0xFB18)
-    folded = (chr(point).casefold() for point in chain.from_iterable(ranges))
+    ranges = range(0x1E96, 0x1E9F), range(0x1F50, 0x1FFD), range(0xFB00, 0xFB18)
+    points = chain((0xDF, 0x130, 0x149, 0x1F0, 0x390, 0x3B0, 0x587), *ranges)
+    folded = (chr(point).casefold() for point in points)
     return frozenset(one for one in folded if len(one) > 1)
