@@ -70,7 +70,7 @@ def page(run: Run) -> str:
         Figure("Time", f"{seconds / 60:.0f} min", f"on {environment['cores']} cores"),
         Figure("Commit", environment["commit"], f"Python {environment['python']}"),
     ]
-    parts: list[Part] = [_bars(bars)] if bars else []
+    parts: list[Part] = list(_bars(bars))
     for name, one in ran.items():
         parts += _benchmark(name, one)
     notes = [f"CPU: {environment['cpu']}"]
@@ -83,16 +83,19 @@ def page(run: Run) -> str:
     return render(Report("tokcache benchmarks", sentence, figures, parts, notes))
 
 
-def _bars(bars: list[tuple[str, Run]]) -> Table:
-    rows = []
-    for name, bar in sorted(bars, key=lambda pair: bool(pair[1]["met"])):
-        value = "not measured" if bar["value"] is None else f"{number(bar['value'])} {bar['unit']}"
-        kind = "at most" if bar["is_ceiling"] else "at least"
-        verdict = "met" if bar["met"] else "missed"
-        limit = f"{kind} {bar['limit']:g} {bar['unit']}"
-        rows.append((verdict, value, limit, name, bar["name"]))
-    head = ("", "Found", "Limit", "Benchmark", "Bar")
-    return Table("Bars", head, rows, "Missed ones first.", frozenset({1, 2}))
+def _bars(bars: list[tuple[str, Run]]) -> Iterator[Table]:
+    """Yield the table of the missed bars, and a folded one of the met bars."""
+    for title, is_met in (("Missed bars", False), ("Met bars", True)):
+        rows = [_bar(name, bar) for name, bar in bars if bool(bar["met"]) is is_met]
+        if rows:
+            head = ("Bar", "Found", "Limit")
+            yield Table(title, head, rows, numbers=frozenset({1, 2}), is_folded=is_met)
+
+
+def _bar(name: str, bar: Run) -> tuple[str, str, str]:
+    value = "not measured" if bar["value"] is None else f"{number(bar['value'])} {bar['unit']}"
+    kind = "at most" if bar["is_ceiling"] else "at least"
+    return f"{name}: {bar['name']}", value, f"{kind} {bar['limit']:g} {bar['unit']}"
 
 
 def _benchmark(name: str, one: Run) -> Iterator[Part]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PACKAGES = ("libcachesim", "numpy")
 UNIT = "% hits"
 BAR = "no other policy has 1 point more on the real traces"
-IN_ALL = ("--requests", "40000")
+IN_ALL = ("--requests", "25000")
 CAPACITIES = (0.01, 0.05, 0.10, 0.25, 0.50)
 DEFAULT = "tokcache, sample of 8"
 REAL = ("Mooncake", "coding agents", "tau-bench")

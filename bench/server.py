@@ -39,7 +39,7 @@ from tokcache.samples.server_process import ServerProcess
 PACKAGES = ("xllamacpp", "httpx", "numpy")
 UNIT = "tokens prefilled, ms to the first token"
 BAR = "at most 1.05 times the least prefill"
-IN_ALL = ("--turns", "3")
+IN_ALL = ("--turns", "2")
 N_SESSIONS, N_SLOTS, BLOCK, N_CTX = 6, 2, 256, 8192
 N_ANSWER = 8
 NEAR_TIE = 0.05  # the same tolerance as in tests/integration/test_llama_exact.py

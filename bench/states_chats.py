@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 PACKAGES = ("llama-cpp-python", "numpy", "jinja2")
 UNIT = "prompt tokens decoded over the least"
 BAR = "at most 1.05 for attention, 1.15 for windows, 1.25 for recurrent memories and hybrids"
-IN_ALL = ("--turns", "7", "--memories", "attention", "hybrid", "--prompts", "6")
+IN_ALL = ("--turns", "5", "--memories", "attention", "hybrid", "--prompts", "4")
 N_CTX = 16_384
 BLOCK = 32  # of reproducible mode: not longer than the tiny models' window
 MAX_RECURRENT = 1.25

@@ -315,3 +315,18 @@ def test_the_micro_benchmarks_run() -> None:
     words = ["bench/micro", "--benchmark-disable", "-q", "-o", "addopts=", "-p", "no:xdist"]
     done = python("pytest", *words)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_a_reader_that_ends_early_costs_no_traceback() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "bench", "list"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""

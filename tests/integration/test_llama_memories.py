@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -353,6 +354,129 @@ def test_only_new_tokens_are_decoded(memory: str) -> None:
     assert (stats.lookups, stats.hits, stats.restored_tokens) == (11, 8, n_restored)
 
 
+# Going back in a hybrid's context
+
+HYBRIDS = sorted(RECURRENT - {"mamba", "mamba2", "hybrid with a window"})
+
+
+class Loaded:
+    """Notes which blocks are loaded, and from which the context goes back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+        for name in ("write_block", "go_back"):
+            monkeypatch.setattr(Sequence, name, self._noted(name, getattr(Sequence, name)))
+
+    def _noted(self, name: str, method: Any) -> Any:
+        def noted(sequence: Sequence, start: int, stop: int, buffer: memoryview) -> None:
+            self.calls.append((name, start, stop))
+            method(sequence, start, stop, buffer)
+
+        return noted
+
+
+@every_memory
+def test_the_part_that_is_not_full_attention_goes_back_with_a_cut(memory: str) -> None:
+    """The finding on LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY that `go_back` relies on."""
+    one, expected = model(memory), model(memory)
+    rng = random.Random(16)
+    prompt, more, tail = fresh(rng, 2 * BLOCK), fresh(rng, BLOCK), fresh(rng, 20)
+    for llm in (one, expected):
+        llm.eval(prompt)
+    expected.eval(tail)
+    part = one._sequence._read_part(0)
+    n_bytes = one._sequence.block_bytes(0, 2 * BLOCK)
+    is_whole = memory in {
+        "attention",
+        "several positions",
+        "mamba",
+        "mamba2",
+    }  # of one kind of memory only
+    assert (part.nbytes == n_bytes) == is_whole
+    one.eval(more)
+    one._sequence._write_part(part)
+    assert llama_cpp.llama_memory_seq_rm(one._sequence._memory, 0, 2 * BLOCK, -1)
+    one._states.record.trimmed(2 * BLOCK)
+    one.eval(tail)
+    assert differences(one, expected, 2 * BLOCK) <= TOLERANCE
+
+
+@pytest.mark.parametrize("memory", HYBRIDS)
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_going_back_loads_one_block(
+    memory: str, reproducible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = Loaded(monkeypatch)
+    pair = Pair(memory) if reproducible else None
+    cached = model(memory, store()) if pair is None else pair.cached
+    ask = partial(answer, cached) if pair is None else pair.ask
+    rng = random.Random(13)
+    prompt = fresh(rng, 6 * BLOCK + 5)
+    ask(prompt)
+    branch = prompt[: 5 * BLOCK + 3] + fresh(rng, 2 * BLOCK)
+    ask(branch)
+    assert loaded.calls == [("go_back", 4 * BLOCK, 5 * BLOCK)]
+    assert cached.last_reuse.n_in_context == 4 * BLOCK
+    assert cached.last_reuse.n_restored == BLOCK
+    other = fresh(rng, 3 * BLOCK)
+    ask(other)
+    loaded.calls.clear()
+    ask(branch)  # the context has nothing of it
+    assert {name for name, *_ in loaded.calls} == {"write_block"}
+    # The context has its first block; the others follow from the cache.
+    ask(branch[:BLOCK] + other)
+    loaded.calls.clear()
+    ask([*branch, 5])
+    assert loaded.calls[:2] == [("go_back", 0, BLOCK), ("write_block", BLOCK, 2 * BLOCK)]
+    if pair is None:
+        assert loaded.calls[-1] == ("write_block", 7 * BLOCK, len(branch) - 1)  # a tail
+        ask([*branch, 5, 6, 7])
+        loaded.calls.clear()
+        ask([*branch, 6])
+        assert loaded.calls == [("go_back", 7 * BLOCK, len(branch))]
+        assert cached.last_reuse.n_decoded == 1
+    assert not cached.prefix_cache.stats().refusals
+
+
+@pytest.mark.parametrize("memory", HYBRIDS)
+def test_a_failure_to_go_back_loads_all_blocks(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(memory)
+    prompt = fresh(random.Random(14), 6 * BLOCK + 5)
+    pair.ask(prompt)
+    loaded = Loaded(monkeypatch)
+    monkeypatch.setattr(Sequence, "is_at", lambda own, n: own.end() == n and len(loaded.calls) > 1)
+    pair.ask([*prompt[: 3 * BLOCK + 3], 7, 8])
+    assert loaded.calls[0] == ("go_back", 2 * BLOCK, 3 * BLOCK)
+    assert loaded.calls[1:] == [("write_block", at * BLOCK, (at + 1) * BLOCK) for at in range(3)]
+    assert pair.restored() == 3 * BLOCK
+    assert pair.cached.prefix_cache.stats().refusals == {"restore_failed": 1}
+
+
+@pytest.mark.parametrize("memory", HYBRIDS)
+def test_control_a_recurrent_state_that_does_not_go_back_is_found(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(memory)
+    prompt = fresh(random.Random(15), 6 * BLOCK + 5)
+    pair.ask(prompt)
+    part = Sequence._read_part
+    kept: list[memoryview] = []
+
+    def of_the_end(sequence: Sequence, seq_id: int) -> memoryview:
+        kept.append(part(sequence, seq_id))
+        wrong = np.frombuffer(kept[-1], np.uint8).copy()
+        wrong[-64:] = 0  # a part of the state of the last layer
+        return wrong.data
+
+    monkeypatch.setattr(Sequence, "_read_part", of_the_end)
+    with pytest.raises(AssertionError):
+        pair.ask([*prompt[: 3 * BLOCK + 3], 7, 8])
+    assert len(kept) == 1
+    assert pair.restored() == BLOCK
+
+
 @every_memory
 def test_a_restart_is_served_from_the_disk(memory: str, tmp_path: Path) -> None:
     rng = random.Random(2)
@@ -657,8 +781,8 @@ def test_control_a_hole_that_no_position_shows_is_found(memory: str) -> None:
     pair.cached.reset()
     restore = pair.cached._states.keeper.restore
 
-    def with_a_hole(*args: Any) -> Any:
-        restored = restore(*args)
+    def with_a_hole(*args: Any, **options: Any) -> Any:
+        restored = restore(*args, **options)
         memory = pair.cached._sequence._memory
         # Of the last block: a model that has but windows would not miss an earlier one.
         llama_cpp.llama_memory_seq_rm(memory, 0, 3 * BLOCK, 4 * BLOCK - 8)

@@ -158,6 +158,18 @@ def test_a_damaged_file_costs_a_prefill_and_is_counted(
         assert managed.complete(tokens, n_predict=1).n_restored == 2 * BLOCK
 
 
+def test_a_server_does_not_import_modules_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("xllamacpp", "numpy", "tokcache"):
+        tmp_path.joinpath(f"{name}.py").write_text(f"open('imported {name}', 'w').close()\n")
+    model = samples.tiny_model()
+    monkeypatch.chdir(tmp_path)
+    with ServerProcess(model, n_ctx=256) as running, LlamaServer(running.url) as server:
+        assert server.health() == "ok"
+    assert not list(tmp_path.glob("imported *"))
+
+
 @pytest.mark.parametrize("architecture", ["gemma3", "mamba", "lfm2"])
 def test_other_memories_stay_exact_and_report_unused_restores(architecture: str) -> None:
     model = samples.tiny_model(architecture=architecture)

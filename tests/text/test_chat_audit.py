@@ -337,6 +337,18 @@ def test_a_killed_renderer_is_started_again() -> None:
         assert opened.render(message) == before == "<|user|>Hello<|end|>\n"
 
 
+def test_a_module_in_the_current_folder_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("jinja2", "json", "tokcache"):
+        tmp_path.joinpath(f"{name}.py").write_text(f"open('imported {name}', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    with TemplateProcess(templates.APPEND_ONLY, {}) as opened:
+        text = opened.render([{"role": "user", "content": "Hello"}])
+    assert text == "<|user|>Hello<|end|>\n"
+    assert not list(tmp_path.glob("imported *"))
+
+
 def test_without_jinja2_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_process, "find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match="pip install jinja2"):

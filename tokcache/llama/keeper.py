@@ -10,6 +10,7 @@ alone, loaded after its blocks.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from hashlib import blake2b
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from tokcache.llama.memory_type import MemoryType
     from tokcache.llama.sequence import Sequence
-    from tokcache.state.handles import RestorePlan, StateHandle
+    from tokcache.state.handles import BlockIO, RestorePlan, StateHandle
     from tokcache.state.namespace import Namespace
 
     Ids = NDArray[np.int32]
@@ -106,22 +107,26 @@ class Keeper:
 
     # Restoring
 
-    def restore(self, states: Namespace, ids: Ids, n_held: int) -> Restored:
+    def restore(self, states: Namespace, ids: Ids, n_held: int, *, n_matching: int = 0) -> Restored:
         """Bring the longest known prefix of `ids`, without the last, into the sequence.
 
-        It holds `n_held` of them already; anything else that it holds may be removed. Afterwards it
-        holds `stop` of them; where that is not above `start`, nothing was loaded.
+        It holds `n_held` of them already; anything else that it holds may be removed. If it holds
+        more, of which the first `n_matching` are of `ids`, but could not be cut there, `n_held` is
+        0. Afterwards it holds `stop` of them; where that is not above `start`, nothing was loaded.
         """
         # How many tokens were useful is known at the end: our caller counts them.
         n_wanted = len(ids) - 1
         with states.plan(ids, max_tokens=n_wanted, counts_tokens=False, explain=True) as plan:
             if self._memory.is_recurrent:
                 tail = self._find_tail(states, plan, ids[:-1])
-                if tail is None:
-                    restored = self._load_states(states, plan, n_held)
-                else:
-                    with tail:
+                with nullcontext() if tail is None else tail:
+                    gone_back = self._go_back(states, plan, tail, n_matching)
+                    if gone_back is not None:
+                        restored = gone_back
+                    elif tail is not None:
                         restored = self._load_with_tail(states, plan, tail, n_held)
+                    else:
+                        restored = self._load_states(states, plan, n_held)
             elif plan.n_tokens <= n_held:
                 restored = Restored(n_held, n_held)
             else:
@@ -183,6 +188,37 @@ class Keeper:
         self._sequence.clear()
         return 0
 
+    def _go_back(
+        self, states: Namespace, plan: RestorePlan, tail: StateHandle | None, n_matching: int
+    ) -> Restored | None:
+        """Go back to the last stored state among the matching positions; load those after it.
+
+        None where that is not possible; if there are matching positions, the sequence is then
+        empty.
+        """
+        if not n_matching:
+            return None
+        sequence, start, reached = self._sequence, 0, 0
+        goal = plan.n_tokens if tail is None else tail.n_tokens
+        if not sequence.can_go_back():
+            pass
+        elif tail is not None and goal <= n_matching:
+            start = self._base(states, tail)
+            reached = self._load_tail(states, plan, tail, sequence.go_back)
+        elif within := [block for block in plan.blocks if block.stop <= n_matching]:
+            start = within[-1].start
+
+            def load(first: int, stop: int, payload: memoryview) -> None:
+                (sequence.go_back if first == start else sequence.write_block)(first, stop, payload)
+
+            reached = plan.restore(load, start=start)
+            if tail is not None and reached == plan.n_tokens:
+                reached = self._load_tail(states, plan, tail, sequence.write_block)
+        if goal and reached == goal and sequence.is_at(goal):
+            return Restored(start, goal)
+        sequence.clear()
+        return None
+
     # Tails
 
     def _find_tail(self, states: Namespace, plan: RestorePlan, ids: Ids) -> StateHandle | None:
@@ -214,18 +250,24 @@ class Keeper:
             reached = plan.restore(self._sequence.write_block, start=start)
         if reached != base and self._memory.has_attention:
             return self._checked(states, start, reached, tail.n_tokens)
+        reached = self._load_tail(states, plan, tail, self._sequence.write_block) or base
+        if reached == base and not self._memory.has_attention:
+            return self._load_states(states, plan, 0)
+        return self._checked(states, start, reached, tail.n_tokens)
+
+    def _load_tail(
+        self, states: Namespace, plan: RestorePlan, tail: StateHandle, write: BlockIO
+    ) -> int:
+        """Load a tail after its blocks; return its end, or 0 if that fails."""
         began = perf_counter()
         try:
-            self._sequence.write_block(base, tail.n_tokens, tail.payload())
+            write(self._base(states, tail), tail.n_tokens, tail.payload())
         except StateError:
             _log.debug("a tail could not be restored", exc_info=True)
             states.refuse("restore_failed")
-            if not self._memory.has_attention:
-                return self._load_states(states, plan, 0)
-        else:
-            states.count_restored(0, perf_counter() - began, is_hit=not plan.blocks)
-            reached = tail.n_tokens
-        return self._checked(states, start, reached, tail.n_tokens)
+            return 0
+        states.count_restored(0, perf_counter() - began, is_hit=not plan.blocks)
+        return tail.n_tokens
 
 
 def _tails(states: Namespace) -> Namespace:

@@ -19,7 +19,7 @@ import numpy as np
 from tokcache.errors import FileChanged, StateError
 from tokcache.llama.context import MIXED, UNKNOWN, n_shared
 from tokcache.llama.fingerprint import describe, digest_of
-from tokcache.llama.keeper import Keeper
+from tokcache.llama.keeper import Keeper, Restored
 from tokcache.llama.openers import Places
 from tokcache.llama.reasons import explained, is_known
 from tokcache.state.reasons import Miss, MissReason
@@ -324,13 +324,15 @@ class ModelStates:
         n_in_context = min(n_same, len(ids) - 1)
         if is_reproducible:
             n_in_context = min(n_in_context, record.n_aligned) // n_block * n_block
+        n_matching = 0
         if not self.trim(n_in_context):
-            n_in_context = 0
-            if self.sequence is not None:
-                self.sequence.clear()
-                record.reset()
+            n_matching, n_in_context = n_in_context, 0
         record.prompt_begins(scope, work, len(ids))
-        n_held, miss = self.restore(ids, n_in_context)
+        start, n_held, miss = self.restore(ids, n_in_context, n_matching=n_matching)
+        if n_matching and not n_held and self.sequence is not None:
+            self.sequence.clear()
+            record.reset()
+        n_in_context = max(n_in_context, start)
         record.stops_at(*self._stops(ids, n_held))
         goal = (len(ids) - 1) // n_block * n_block if is_reproducible else len(ids) - 1
         held = Held(min(n_in_context, n_held), n_held)
@@ -362,13 +364,15 @@ class ModelStates:
         self.record.trimmed(n_tokens)
         return True
 
-    def restore(self, ids: NDArray[np.int32], n_in_context: int) -> tuple[int, Miss | None]:
-        """Restore positions of `ids` beyond the first `n_in_context`.
+    def restore(
+        self, ids: NDArray[np.int32], n_in_context: int, *, n_matching: int = 0
+    ) -> Restored:
+        """Restore positions of `ids` beyond the first `n_in_context`: see `Keeper.restore`.
 
-        Return how many are held, and why the cache had no more; None without a cache.
+        If `n_matching` is above 0 and nothing is restored, the context is to be reset.
         """
         if self.cache is None:
-            return n_in_context, None
+            return Restored(n_in_context, n_in_context)
         refusal, states = "", self._namespace()
         if states is None or self.keeper is None:
             pending = "fingerprint_pending" if not self.fingerprint else "context_without_blocks"
@@ -377,11 +381,12 @@ class ModelStates:
             refusal = "unknown_positions"
         if refusal or states is None or self.keeper is None:
             self.refuse(refusal)
-            return n_in_context, Miss(MissReason.REFUSED, n_in_context, 0, detail=refusal)
-        start, reached, miss = self.keeper.restore(states, ids, n_in_context)
-        if (start, reached) != (n_in_context, n_in_context):
-            self.record.restored(start, ids[:reached])
-        return reached, miss
+            miss = Miss(MissReason.REFUSED, n_in_context, 0, detail=refusal)
+            return Restored(n_in_context, n_in_context, miss)
+        found = self.keeper.restore(states, ids, n_in_context, n_matching=n_matching)
+        if (found.start, found.stop) != (n_in_context, n_in_context):
+            self.record.restored(found.start, ids[: found.stop])
+        return found
 
     # Generations that are suspended
 
@@ -435,7 +440,7 @@ class ModelStates:
             # Decode the same batches again, except for the aligned positions that the cache has.
             self.sequence.clear()
             n_aligned = copy.n_aligned
-            reached = self.restore(copy.ids[: n_aligned + 1], 0)[0] if n_aligned else 0
+            reached = self.restore(copy.ids[: n_aligned + 1], 0).stop if n_aligned else 0
             decode(copy.ids[reached:n_aligned])
             for start, stop in pairwise([*copy.batches, len(copy.ids)]):
                 decode(copy.ids[start:stop])

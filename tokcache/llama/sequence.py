@@ -152,13 +152,25 @@ class Sequence:
         has_left = self._kind.is_recurrent or 0 < self._first() < self.end() - self._kind.window
         if not self._kind.window or not has_left:
             return
-        size = int(llama_cpp.llama_state_seq_get_size_ext(self._ctx, self._seq_id, _PARTIAL))
+        self._write_part(self._read_part(self._seq_id))
+
+    def _read_part(self, seq_id: int) -> memoryview:
+        """Return the part of a sequence's state that is not full attention."""
+        size = int(llama_cpp.llama_state_seq_get_size_ext(self._ctx, seq_id, _PARTIAL))
         part = np.empty(size, np.uint8).data
-        get, put = llama_cpp.llama_state_seq_get_data_ext, llama_cpp.llama_state_seq_set_data_ext
-        written = get(self._ctx, _pointer(part), size, self._seq_id, _PARTIAL)
-        read = put(self._ctx, _pointer(part), size, self._seq_id, _PARTIAL)
-        if written != size or read != size:
-            raise StateError(f"llama.cpp wrote {written} and took {read} of {size} bytes")
+        written = llama_cpp.llama_state_seq_get_data_ext(
+            self._ctx, _pointer(part), size, seq_id, _PARTIAL
+        )
+        if written != size:
+            raise StateError(f"llama.cpp wrote {written} of {size} bytes")
+        return part
+
+    def _write_part(self, part: memoryview) -> None:
+        read = llama_cpp.llama_state_seq_set_data_ext(
+            self._ctx, _pointer(part), part.nbytes, self._seq_id, _PARTIAL
+        )
+        if read != part.nbytes:
+            raise StateError(f"llama.cpp took {read} of {part.nbytes} bytes")
 
     # Blocks
 
@@ -209,18 +221,49 @@ class Sequence:
         self._require_blocks()
         if self._kind.has_attention and self.end() != start:
             raise StateError(f"block [{start}, {stop}) can't follow position {self.end() - 1}")
+        self._load_scratch(start, stop, buffer)
+        llama_cpp.llama_memory_seq_cp(self._memory, self._scratch, self._seq_id, start, stop)
+        self._free_scratch()
+        if self.end() != stop:
+            raise StateError(f"block [{start}, {stop}) ends at position {self.end() - 1}")
+
+    def can_go_back(self) -> bool:
+        """Return whether `go_back` works here: the rest of the state is full attention."""
+        kind = self._kind
+        return self.has_blocks and kind.is_recurrent and kind.has_attention and not kind.window
+
+    def go_back(self, start: int, stop: int, buffer: memoryview) -> None:
+        """Hold the first `stop` of the present positions, given the bytes of [start, stop).
+
+        A recurrent state can't be cut: the one after `stop` positions comes from the bytes. The
+        rows of attention stay in their cells, so the cost does not depend on how many there are.
+
+        Errors: StateError; what the sequence holds is then undefined, and must be cleared.
+        """
+        self._require_blocks()
+        if stop >= self.end():
+            raise StateError(f"position {stop} is not before the end, {self.end()}")
+        self._load_scratch(start, stop, buffer)
+        try:
+            part = self._read_part(self._scratch)
+        finally:
+            self._free_scratch()
+        self._write_part(part)
+        is_cut = llama_cpp.llama_memory_seq_rm(self._memory, self._seq_id, stop, -1)
+        if not is_cut or not self.is_at(stop):
+            raise StateError(f"going back to position {stop} ends at position {self.end() - 1}")
+
+    def _load_scratch(self, start: int, stop: int, buffer: memoryview) -> None:
         read = llama_cpp.llama_state_seq_set_data(
             self._ctx, _pointer(buffer), buffer.nbytes, self._scratch
         )
         try:
             if read != buffer.nbytes:
-                raise StateError(f"llama.cpp took {read} of a block's {buffer.nbytes} bytes")
+                raise StateError(f"llama.cpp took {read} of a block's {buffer.nbytes} bytes")  # noqa: TRY301
             self._require_span(start, stop)
-            llama_cpp.llama_memory_seq_cp(self._memory, self._scratch, self._seq_id, start, stop)
-        finally:
+        except StateError:
             self._free_scratch()
-        if self.end() != stop:
-            raise StateError(f"block [{start}, {stop}) ends at position {self.end() - 1}")
+            raise
 
     def _lend(self, start: int, stop: int) -> None:
         self._free_scratch()

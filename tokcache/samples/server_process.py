@@ -177,7 +177,8 @@ def _start(log_path: Path) -> subprocess.Popen[bytes]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with log_path.open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tokcache.samples.server_process"],
+            # -P: a module in the current folder must not stand in for a library.
+            [sys.executable, "-P", "-m", "tokcache.samples.server_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -124,7 +124,8 @@ class TemplateProcess:
     def _start(self) -> dict[str, Any]:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "tokcache.text.chat.child"],
+            # -P: a module in the current folder must not stand in for a library.
+            [sys.executable, "-P", "-m", "tokcache.text.chat.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # libraries print warnings there as they are imported
