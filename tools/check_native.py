@@ -207,7 +207,7 @@ def allocations(names: Sequence[str], folder: Path = ROOT) -> bool:
 
 
 def races(modes: Sequence[str] = ("locked", "apart"), folder: Path = ROOT) -> bool:
-    """Run the tables in threads; the sanitizer reports what they may not share."""
+    """Run the tables in threads; the sanitizer reports any race between them."""
     program = built_races(folder, BUILD / "races")
     passed = True
     for mode in modes:

@@ -1,7 +1,7 @@
 /* The object-free tables in threads, for ThreadSanitizer.
  *
- * races MODE: "locked" has writers and readers under one read-write lock, which is what a caller
- * must guarantee: look-ups may run at the same time, because they write nothing. "apart" gives each
+ * races MODE: "locked" has writers and readers under one read-write lock, as a caller
+ * must provide it: look-ups may run at the same time, because they write nothing. "apart" gives each
  * thread tables of its own: there is no hidden state that they share. "planted" writes without the
  * lock, a race that the sanitizer must report.
  */
