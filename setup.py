@@ -10,6 +10,18 @@ NATIVE = [
     "tokcache.text.segments._l1",
     "tokcache.text.chat._freezing",
 ]
+SANITIZERS = os.environ.get("TOKCACHE_SANITIZE", "")  # as gcc names them: address,undefined
+COUNTS_LINES = os.environ.get("TOKCACHE_GCOV") == "1"  # gcov then counts the lines of ext/
+
+
+def flags() -> tuple[list[str], list[str]]:
+    """Return the flags of the compiler and of the linker; `tools/check_native.py` sets others."""
+    if SANITIZERS:
+        both = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
+        return ["-O1", "-g", "-fno-omit-frame-pointer", *both], both
+    if COUNTS_LINES:
+        return ["-O0", "--coverage", "-DNDEBUG"], ["--coverage"]
+    return ["-O3", "-DNDEBUG"], []
 
 
 def native_modules() -> list[Extension]:
@@ -18,20 +30,24 @@ def native_modules() -> list[Extension]:
         return []
     from Cython.Build import cythonize  # noqa: PLC0415 (absent where nothing is compiled)
 
+    compiler_flags, linker_flags = flags()
     modules = cythonize(
         [
             Extension(
                 name,
                 [f"ext/{name.replace('.', '/')}.pyx"],
-                extra_compile_args=["-O3", "-DNDEBUG"],
+                extra_compile_args=compiler_flags,
+                extra_link_args=linker_flags,
             )
             for name in NATIVE
         ],
         include_path=["ext"],
         language_level=3,
+        emit_linenums=COUNTS_LINES,
     )
     for module in modules:
-        module.optional = True  # after cythonize, which drops it: no compiler, no extension
+        # After cythonize, which drops it: no compiler, no extension. A check needs them all.
+        module.optional = not (SANITIZERS or COUNTS_LINES)
     return modules
 
 

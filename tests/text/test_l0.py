@@ -598,3 +598,14 @@ def test_evicted_texts_above_16_kib_are_not_known(name: str) -> None:
     for text in (long, longest, longest + "x"):
         assert cache.get(text) is None
     assert cache.stats().misses_by_reason == {"new": 1, "evicted": 1, "not_known": 1}
+
+
+@both
+def test_a_map_evicts_from_the_other_to_get_its_first_places(name: str) -> None:
+    for n_ids in range(300):  # some budgets leave room for the entry, but not for its table
+        cache = implementation(name).l0_cache(max_bytes=6_000)
+        for at in range(60):
+            cache.put(f"text {at}", [at])
+        assert cache.put("other", [1] * n_ids, add_special_tokens=False)
+        assert cache.get("other", add_special_tokens=False) == [1] * n_ids
+        cache._check()

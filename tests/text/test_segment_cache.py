@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import struct
+import subprocess
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -504,7 +507,7 @@ def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
     if l1.use_vectors(request.param) != request.param:
         pytest.skip("this CPU has no AVX2")
     yield
-    l1.use_vectors(True)
+    l1.use_vectors(os.environ.get("TOKCACHE_NO_VECTORS") != "1")
 
 
 @pytest.mark.usefixtures("_vectors")
@@ -523,6 +526,24 @@ def test_chunk_ends_equal_those_of_an_exhaustive_search(kind: str, wide: str) ->
             cache.cut_seed = rng.randbytes(48)
             for start, stop, _ in cache.cut(text, False):
                 assert stop == _chunk_end(plan, cache.cut_seed, text, start), (n, gaps)
+
+
+def test_a_variable_switches_avx2_off() -> None:
+    l1 = implementation("native").l1
+    code = (
+        "from tests.text.test_segment_cache import _plan; from tokcache.text.segments import _l1;"
+        "print(_l1.SegmentCache(_plan('gpt2')[1], 1 << 20)._uses_vectors)"
+    )
+    found = [
+        subprocess.run(  # noqa: S603 (our own code)
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env={**os.environ, "TOKCACHE_NO_VECTORS": off},
+        ).stdout.strip()
+        for off in "01"
+    ]  # fmt: skip
+    has_vectors = l1.use_vectors(True)
+    l1.use_vectors(os.environ.get("TOKCACHE_NO_VECTORS") != "1")
+    assert found == [str(has_vectors), "False"]
 
 
 def _resident_bytes() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import io
 import pickle
 import sys
 from array import array
@@ -207,3 +209,13 @@ def test_a_list_that_shrinks_while_it_is_read_is_refused() -> None:
     values.extend([Shrinks(), 2, 3])
     with pytest.raises(InvalidTokens, match="changed"):
         native().token_ids(values)
+
+
+def test_nobody_gets_a_writable_buffer_and_slices_own_no_ids() -> None:
+    ids = native().token_ids(range(1000, 2000))
+    with pytest.raises(TypeError, match="read-write"):
+        io.BytesIO(b"12345678").readinto(ids)  # it asks for a writable buffer
+    with pytest.raises(TypeError, match="not writable"):
+        (ctypes.c_char * 8).from_buffer(ids)
+    assert ids.tolist() == [*range(1000, 2000)]
+    assert sys.getsizeof(ids[1:]) < sys.getsizeof(native().token_ids()) + 40

@@ -5,6 +5,7 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from operator import itemgetter
@@ -72,6 +73,12 @@ cdef Py_ssize_t long_chars = LONG_CHARS
 cdef Py_ssize_t admit_one_in = ADMIT_ONE_IN
 
 
+ctypedef struct Scope:
+    uint64_t n_entries
+    uint64_t n_bytes   # of its name and of its places in the containers
+    uint32_t next_free  # the number of another scope without entries, or 0
+
+
 ctypedef struct Victim:
     Table* table       # NULL: the next entry evicts nothing
     uint32_t position
@@ -115,10 +122,12 @@ cdef class L0Cache:
     cdef uint64_t hits, misses, hit_tokens, insertions, evictions
     cdef dict refusals
     cdef dict scope_numbers   # name -> number (1 or more) of each scope that has an entry
-    cdef list scope_names     # number -> name
-    cdef list scope_counts    # number -> number of entries
-    cdef list free_scopes     # numbers that can be used again
-    cdef uint64_t scope_bytes  # bytes of all names and of their places in these containers
+    cdef list scope_names     # number -> name; it may be longer than `scopes`
+    cdef Scope* scopes        # by number; in C, so that an eviction allocates nothing
+    cdef uint32_t n_scopes    # numbers in use or free; number 0 is the shared scope
+    cdef uint32_t scope_capacity
+    cdef uint32_t free_scope  # a number that can be used again, or 0
+    cdef uint64_t scope_bytes  # of all scopes
     # An encoding that began before its scope was cleared is not stored: `_put` checks this.
     cdef readonly uint64_t _n_clears  # number of clears, of one scope or of all
     cdef dict cleared         # hash of a scope -> _n_clears at its last clear
@@ -147,6 +156,7 @@ cdef class L0Cache:
     def __dealloc__(self):
         self.empty()
         forget_all(&self.evicted)
+        free(self.scopes)
 
     def get(self, text, *, add_special_tokens=True, scope=None):
         """Return the ids stored for `text` in `scope`, or None."""
@@ -284,7 +294,6 @@ cdef class L0Cache:
         self._n_clears += 1
         self.cleared_all = self._n_clears
         self.cleared = {}
-        self.empty()
         self.reset()
 
     def held(self):
@@ -298,7 +307,9 @@ cdef class L0Cache:
         cdef Py_ssize_t n = 0
         cdef const Entry* entry
         while not columns or len(columns[0]) != len(self):  # an allocation may run other code
-            columns = [[None] * len(self) for _ in range(5)]
+            columns = []
+            for _ in range(5):
+                columns.append([None] * len(self))
         ages, texts, specials, ids, scopes = columns
         for which in range(2):
             for i in range(self.tables[which].capacity):
@@ -311,7 +322,7 @@ cdef class L0Cache:
                 ids[n] = <TokenIds> entry.value
                 scopes[n] = self.scope_names[entry.meta >> SCOPE_SHIFT]
                 n += 1
-        return [row[1:] for row in sorted(zip(*columns), key=itemgetter(0))]
+        return list(map(itemgetter(slice(1, None)), sorted(zip(*columns), key=itemgetter(0))))
 
     def fill(self, rows):
         """Store entries in the form that `held` returns, without evicting any.
@@ -370,18 +381,27 @@ cdef class L0Cache:
         check_table(&self.tables[1])
         assert len(self) <= self.max_entries
         assert self.n_bytes() <= <uint64_t> self.max_bytes
-        counts = [0] * len(self.scope_names)
+        counts = [0] * self.n_scopes
         for table in range(2):
             for i in range(self.tables[table].capacity):
                 if self.tables[table].entries[i].value != NULL:
                     counts[self.tables[table].entries[i].meta >> SCOPE_SHIFT] += 1
-        assert counts[1:] == self.scope_counts[1:]
-        assert self.scope_bytes == sum(
-            [self.own_scope_bytes(number) for number in self.scope_numbers.values()]
-        )
-        assert sorted(self.scope_numbers.values()) == [
-            n for n in range(1, len(counts)) if counts[n]
-        ]
+        n_bytes = 0
+        numbers = set()
+        for name, number in self.scope_numbers.items():
+            assert self.scope_names[number] == name and counts[number] > 0
+            assert self.scopes[number].n_bytes == getsizeof(name) + SCOPE_BYTES
+            assert self.scopes[number].n_entries == counts[number]
+            n_bytes += self.scopes[number].n_bytes
+            numbers.add(number)
+        assert self.scope_bytes == n_bytes
+        number = self.free_scope
+        while number:
+            assert number not in numbers and counts[number] == 0
+            numbers.add(number)
+            number = self.scopes[number].next_free
+        assert numbers == set(range(1, self.n_scopes))
+        assert self.n_scopes <= max(<uint32_t> 1, self.scope_capacity)
 
     # ---- inside
 
@@ -444,7 +464,7 @@ cdef class L0Cache:
 
     cdef int clear_scope(self, str scope) except -1:
         cdef uint32_t number = self.scope_numbers.get(scope, 0), i, capacity
-        cdef Py_ssize_t n_left = self.scope_counts[number] if number else 0
+        cdef uint64_t n_left = self.scopes[number].n_entries if number else 0
         cdef Table* table
         cdef int which
         self._n_clears += 1
@@ -485,14 +505,20 @@ cdef class L0Cache:
             release_arrays(&self.tables[which])
 
     cdef int reset(self) except -1:
+        """Remove every entry and set the counters to zero; without memory nothing changes."""
+        cdef dict refusals = {}, scope_numbers = {}
+        cdef list scope_names = [None]
+        self.empty()
+        forget_all(&self.evicted)
         self.hits = self.misses = self.hit_tokens = self.insertions = self.evictions = 0
         memset(self.misses_by_reason, 0, sizeof(self.misses_by_reason))
-        forget_all(&self.evicted)
-        self.refusals = {}
-        self.scope_numbers = {}
-        self.scope_names = [None]
-        self.scope_counts = [0]
-        self.free_scopes = []
+        self.refusals = refusals
+        self.scope_numbers = scope_numbers
+        self.scope_names = scope_names
+        free(self.scopes)
+        self.scopes = NULL
+        self.scope_capacity = self.free_scope = 0
+        self.n_scopes = 1
         self.scope_bytes = 0
         return 0
 
@@ -607,33 +633,53 @@ cdef class L0Cache:
 
     cdef uint32_t enter_scope(self, str scope) except? 0:
         """Count one entry more in a scope; return its number, 0 if there are too many scopes."""
-        number = self.scope_numbers.get(scope)
-        if number is None:
-            if self.free_scopes:
-                number = self.free_scopes.pop()
-                self.scope_names[number] = scope
-            elif len(self.scope_names) < MAX_SCOPES:
-                number = len(self.scope_names)
-                self.scope_names.append(scope)
-                self.scope_counts.append(0)
-            else:
+        cdef uint32_t number = self.scope_numbers.get(scope, 0)
+        cdef uint64_t n_bytes = 0
+        if number == 0:
+            n_bytes = getsizeof(scope) + SCOPE_BYTES
+            number = self.scope_numbers.get(scope, 0)  # that call may have run other code
+        if number == 0:
+            number = self.free_scope or self.n_scopes
+            if number == MAX_SCOPES:
                 return 0
+            # All that may fail comes before the first change.
+            if number >= self.scope_capacity:
+                self.grow_scopes()
+            if number == <uint32_t> len(self.scope_names):
+                self.scope_names.append(None)
             self.scope_numbers[scope] = number
-            self.scope_bytes += self.own_scope_bytes(number)
-        self.scope_counts[number] += 1
+            self.scope_names[number] = scope
+            if number == self.n_scopes:
+                self.n_scopes += 1
+            else:
+                self.free_scope = self.scopes[number].next_free
+            self.scopes[number].n_entries = 0
+            self.scopes[number].n_bytes = n_bytes
+            self.scope_bytes += n_bytes
+        self.scopes[number].n_entries += 1
         return number
 
-    cdef uint64_t own_scope_bytes(self, uint32_t number) except? 0:
-        return getsizeof(self.scope_names[number]) + SCOPE_BYTES if number else 0
+    cdef int grow_scopes(self) except -1:
+        cdef uint32_t capacity = max(<uint32_t> 8, 2 * self.scope_capacity)
+        cdef void* grown = realloc(self.scopes, capacity * sizeof(Scope))
+        if grown == NULL:
+            raise MemoryError
+        self.scopes = <Scope*> grown
+        self.scope_capacity = capacity
+        return 0
+
+    cdef uint64_t own_scope_bytes(self, uint32_t number) noexcept:
+        return self.scopes[number].n_bytes if number else 0
 
     cdef int leave_scope(self, uint32_t number) except -1:
         """Count one entry less in a scope; the number of an empty scope can be used again."""
-        self.scope_counts[number] -= 1
-        if self.scope_counts[number] == 0:
-            self.scope_bytes -= self.own_scope_bytes(number)
+        self.scopes[number].n_entries -= 1
+        if self.scopes[number].n_entries == 0:
+            self.scope_bytes -= self.scopes[number].n_bytes
             del self.scope_numbers[self.scope_names[number]]
             self.scope_names[number] = None
-            self.free_scopes.append(number)
+            self.scopes[number].next_free = self.free_scope
+            self.free_scope = number
         return 0
 
 

@@ -257,7 +257,7 @@ cdef inline uint32_t wanted_marks(uint64_t share) noexcept nogil:
     return n
 
 cdef inline bint reserve_beginning(Beginnings* b, uint64_t share) noexcept nogil:
-    """Make room in the arrays for one more; return False, with nothing changed, without memory."""
+    """Make room in the arrays for one more; return False without memory."""
     cdef uint32_t capacity = 2 * b.capacity if b.capacity else MIN_BEGINNINGS
     cdef void* grown
     if b.n_marks == 0:

@@ -9,7 +9,8 @@ from libc.string cimport memcpy
 from tokcache.text._evictions cimport N_WHY
 from tokcache.text.segments._beginnings cimport block_ids
 from tokcache.text.segments._chunks cimport (
-    NO_CHUNK, Chunk, Link, add_chunk, chunk_item_bytes, find_chunk, link_to, no_link, put_follower,
+    NO_CHUNK, Chunk, Link, add_chunk, bytes_to_grow, chunk_item_bytes, find_chunk, grow_chunks,
+    link_to, no_link, put_follower,
 )
 from tokcache.text.segments._find cimport STORED_UNITS
 from tokcache.text.segments._keys cimport narrow, width_of
@@ -104,7 +105,9 @@ cdef inline uint32_t keep_chunk(Store* s, const Lookup* l, const Missed* missed)
     if not make_room(s, chunk_item_bytes(n_ids, n_units, chunk.width)):
         s.counts.refusals[OVERSIZE] += 1
         return NO_CHUNK
-    chunk.ids = <int32_t*> malloc(n_ids * sizeof(int32_t) + n_units * chunk.width + 1)
+    chunk.ids = NULL
+    if bytes_to_grow(&s.chunks) == 0 or grow_chunks(&s.chunks):
+        chunk.ids = <int32_t*> malloc(n_ids * sizeof(int32_t) + n_units * chunk.width + 1)
     if chunk.ids == NULL:
         s.counts.refusals[OUT_OF_MEMORY] += 1
         return NO_CHUNK

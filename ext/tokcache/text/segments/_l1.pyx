@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from operator import itemgetter
-from os import urandom
+from os import environ, urandom
 
 from tokcache.stats import L1Stats
 
@@ -68,7 +68,7 @@ cdef tuple REASONS = (  # as `_store` numbers them
     "oversize", "memory",
 )
 cdef tuple WHY = ("new", "evicted", "not_known")  # as `_evictions` numbers them
-cdef bint uses_vectors = has_vectors()
+cdef bint uses_vectors = has_vectors() and environ.get("TOKCACHE_NO_VECTORS") != "1"
 cdef Lengths no_lengths
 memset(&no_lengths, 0, sizeof(no_lengths))
 
@@ -260,9 +260,12 @@ cdef class SegmentCache:
         self.store.chunker.uses_vectors = uses_vectors
         read_plan(&self.store.chunker.plan, plan)
         self.n_variants = len(plan.variants)
-        affixes = [(TokenIds(a[0]), TokenIds(a[1])) if a else (None, None) for a in plan.affixes]
-        self.prefixes = tuple([a[0] for a in affixes])
-        self.suffixes = tuple([a[1] for a in affixes])
+        prefixes, suffixes = [], []
+        for affixes in plan.affixes:
+            prefixes.append(TokenIds(affixes[0]) if affixes else None)
+            suffixes.append(TokenIds(affixes[1]) if affixes else None)
+        self.prefixes = tuple(prefixes)
+        self.suffixes = tuple(suffixes)
         self.cleared = {}
 
     def __init__(self, plan, max_bytes, cuts_fine=True):
@@ -423,7 +426,7 @@ cdef class SegmentCache:
         cdef const Chunk* one
         while not columns or len(columns[0]) != self.store.chunks.n:
             # Again if the allocation ran other code that changed the table.
-            columns = [[None] * self.store.chunks.n for _ in range(7)]
+            columns = empty_columns(7, self.store.chunks.n)
         ages, texts, ids, scopes, variants, end_classes, tails = columns
         for i in range(self.store.chunks.n):
             one = &self.store.chunks.all[i]
@@ -443,7 +446,7 @@ cdef class SegmentCache:
         cdef const Segment* one
         while not columns or len(columns[0]) != self.store.segments.n:
             # Again if the allocation ran other code that changed the table.
-            columns = [[None] * self.store.segments.n for _ in range(5)]
+            columns = empty_columns(5, self.store.segments.n)
         ages, texts, ids, scopes, variants = columns
         for i in range(self.store.segments.n_sets * WAYS):
             one = &self.store.segments.all[i]
@@ -457,7 +460,9 @@ cdef class SegmentCache:
             scopes[n] = one.scope
             variants[n] = one.variant
             n += 1
-        return by_age([column[:n] for column in columns])
+        for i in range(5):
+            columns[i] = columns[i][:n]
+        return by_age(columns)
 
     def fill_chunks(self, rows):
         """Store chunks in the form that `held_chunks` returns, without evicting any.
@@ -506,6 +511,11 @@ cdef class SegmentCache:
                 age,
             )] += 1
         return n[KEPT], n[PRESENT]
+
+    @property
+    def _uses_vectors(self):
+        """Whether cuts are found with AVX2; for tests."""
+        return bool(self.store.chunker.uses_vectors)
 
     @property
     def _n_beginnings(self):
@@ -671,6 +681,13 @@ cdef TokenIds ids_of(const int32_t* ids, size_t n):
     return owner
 
 
+cdef list empty_columns(int n_columns, Py_ssize_t n_rows):
+    cdef list columns = []
+    for _ in range(n_columns):
+        columns.append([None] * n_rows)
+    return columns
+
+
 cdef list by_age(list columns):
     """Return the columns as rows, youngest first; the first column, the age, is left out."""
-    return [row[1:] for row in sorted(zip(*columns), key=itemgetter(0))]
+    return list(map(itemgetter(slice(1, None)), sorted(zip(*columns), key=itemgetter(0))))

@@ -40,10 +40,11 @@ cdef inline int read_plan(Plan* plan, source) except -1:
 
 cdef inline int read_tokens(Plan* plan, separators) except -1:
     """Build the trie of the added tokens, in which they are found."""
-    cdef size_t n_nodes = 1 + sum([len(one.content) for one in separators])
-    cdef size_t n_slots = 2
+    cdef size_t n_nodes = 1, n_slots = 2
     cdef uint32_t node, n = 1
     cdef uint32_t* slot
+    for one in separators:
+        n_nodes += len(one.content)
     while n_slots < 2 * n_nodes:
         n_slots *= 2
     plan.last_slot = n_slots - 1

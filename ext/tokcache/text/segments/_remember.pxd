@@ -41,6 +41,7 @@ cdef inline void remember(Store* s, Lookup* l) noexcept nogil:
         return
     else:
         if not reserve_beginning(&s.beginnings, share):
+            drop_beginnings(s, l)
             return
         place = s.beginnings.n
         one = &s.beginnings.all[place]
@@ -55,6 +56,7 @@ cdef inline void remember(Store* s, Lookup* l) noexcept nogil:
             s.beginnings.item_bytes += bytes_of(one)
         else:
             release_beginning(one)
+        drop_beginnings(s, l)
         return
     append(s, l, one)
     if place == s.beginnings.n:
@@ -62,6 +64,11 @@ cdef inline void remember(Store* s, Lookup* l) noexcept nogil:
     s.beginnings.item_bytes += bytes_of(one)
     set_marks(&s.beginnings, place, above, &s.secret[0])
     shrink(s, place, share)
+
+cdef inline void drop_beginnings(Store* s, Lookup* l) noexcept nogil:
+    """Remove all beginnings, for lack of memory: an array that has grown may exceed the budget."""
+    release_beginnings(&s.beginnings)
+    l.beginning = NO_BEGINNING
 
 cdef inline bint is_extended(const Beginning* one, const Lookup* l) noexcept nogil:
     """Return whether the text goes on where a beginning ends, but for a chunk that ended a text."""

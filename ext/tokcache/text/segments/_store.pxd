@@ -17,8 +17,8 @@ from tokcache.text.segments._beginnings cimport (
 )
 from tokcache.text.segments._chunker cimport Chunker
 from tokcache.text.segments._chunks cimport (
-    LAST_SERIAL, NO_CHUNK, Chunks, Link, bytes_to_grow, chunks_bytes, grow_chunks, no_link,
-    oldest_chunk, place_of, release_chunks, remove_chunk,
+    LAST_SERIAL, NO_CHUNK, Chunks, Link, bytes_to_grow, chunks_bytes, no_link, oldest_chunk,
+    place_of, release_chunks, remove_chunk,
 )
 from tokcache.text.segments._keys cimport narrow, width_of
 from tokcache.text.segments._plan cimport release_plan
@@ -142,7 +142,10 @@ cdef inline bint has_room(const Store* s, uint64_t n_bytes) noexcept nogil:
     return store_bytes(s) + n_bytes + bytes_to_grow(&s.chunks) <= s.max_bytes
 
 cdef inline bint make_room(Store* s, uint64_t n_bytes) noexcept nogil:
-    """Evict until one more chunk of `n_bytes` fits; return False if it can't fit."""
+    """Evict until one more chunk of `n_bytes` fits; return False if it can't fit.
+
+    The table itself may still have to grow, which needs memory.
+    """
     cdef uint64_t least
     if s.chunks.serial == LAST_SERIAL:  # a serial used again could make an old link valid
         remove_chunks(s)
@@ -159,7 +162,7 @@ cdef inline bint make_room(Store* s, uint64_t n_bytes) noexcept nogil:
             release_beginnings(&s.beginnings)
         else:
             evict_chunk(s)
-    return grow_chunks(&s.chunks) if bytes_to_grow(&s.chunks) else True
+    return True
 
 cdef inline void make_segment_room(Store* s, uint64_t n_more, bint may_evict) noexcept nogil:
     """Double the table of segments if it is half full and the budget allows it."""
