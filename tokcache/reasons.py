@@ -512,6 +512,10 @@ GATEWAY_REASONS = {
         "the model gave other probabilities after a fixed prompt, so its files were dropped",
         _NOTHING,
     ),
+    "disk_unreadable": Reason(
+        "the size of the disk could not be read again, and its last size stays the budget's",
+        "look at the disk of the slot folder, or give `max_bytes` in bytes",
+    ),
     "list_damaged": Reason("the list of saved files can't be read", "delete `files.json`"),
     "list_of_other_format": Reason(
         "the list of saved files is of another version of tokcache, so they are not found", _NOTHING

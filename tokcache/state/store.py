@@ -80,6 +80,7 @@ class Store(Locked):
         min_tokens: int,
         ttl_s: float | None,
         disk: str | os.PathLike[str] | DiskTier | None,
+        disk_bytes: int | str | None,
         redis: str | RedisTier | None,
         queue_bytes: int | str | None,
         enabled: bool,
@@ -115,7 +116,7 @@ class Store(Locked):
         self.loose: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.below: tuple[Below, ...] = ()
         if enabled:
-            self.below = open_tiers(disk, redis, queue)
+            self.below = open_tiers(disk, disk_bytes, redis, queue)
         for below in self.below:
             # It must not wait: the garbage collector may run this while any lock is held.
             weakref.finalize(self, below.writer.end).atexit = False
