@@ -289,6 +289,12 @@ STATE_REFUSALS = {
         "the engine did not accept a state; the prompt was decoded", "see the log of the engine"
     ),
     "cleared": Reason("its scope was cleared meanwhile", _NOTHING),
+    "not_worth_writing": Reason(
+        "by the reads measured so far a tier would give the states back slower than the engine "
+        "computes them, so they were not written there (counted with its name, as "
+        "`disk: not_worth_writing`)",
+        "use a faster disk or network",
+    ),
     "queue_full": Reason(
         "a tier is slower than states are saved (counted with its name, as `disk: queue_full`)",
         "raise `queue_bytes`, or use a faster tier",

@@ -104,6 +104,12 @@ class Keeper:
         )
         return (stop - start) * is_saved
 
+    def note_prefill(self, states: Namespace, n_tokens: int, seconds: float) -> None:
+        """Note how long decoding took, for the tiers that hold blocks and, if any, tails."""
+        states.note_prefill(n_tokens, seconds)
+        if self._memory.is_recurrent:
+            _tails(states).note_prefill(n_tokens, seconds)
+
     # Restoring
 
     def restore(self, states: Namespace, ids: Ids, n_held: int) -> Restored:

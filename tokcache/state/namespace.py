@@ -257,7 +257,8 @@ class Namespace:
 
         Reads from a tier below memory that take longer than that are counted. Once they have cost a
         quarter of a second, the tier is not asked for this model's states for half a minute, then
-        it is tried again. Without this call every tier is always asked.
+        it is tried again. A state that a tier is expected to give back slower than that is not
+        written there. Without this call every tier is always asked, and given all states.
 
         Errors: InvalidConfig.
         """

@@ -62,14 +62,17 @@ class Promotion:
         while path.n_tokens == foreseen:
             foreseen += self._store.block_tokens
             began, start, is_more = time.perf_counter(), path.n_tokens, False
+            n_bytes = 0
             with below.counting_failures():
                 stored = next(found, None)
                 if stored is not None:
                     with stored:
+                        n_bytes = stored.n_bytes
                         rest = wanted[path.n_tokens * TOKEN_BYTES :]
                         is_more = self._promote(path, below, stored, rest)
             seconds = time.perf_counter() - began
-            goes_on = self._store.note_read(below, path.root_key, path.n_tokens - start, seconds)
+            n_new = path.n_tokens - start
+            goes_on = self._store.note_read(below, path.root_key, n_new, seconds, n_bytes)
             if not (is_more and goes_on):
                 # It has no more blocks, or it rests from now on whatever other tiers add.
                 ended[below] = path.n_tokens if goes_on else len(wanted)

@@ -164,21 +164,45 @@ class Store(Locked):
             below.tier.refuse("slower_than_prefill")
         return [each for each in self.below if each not in resting]
 
-    def note_read(self, below: Below, root_key: RootKey, n_tokens: int, seconds: float) -> bool:
-        """Note how long a tier took for `n_tokens`; return whether to go on asking it."""
+    def note_read(
+        self, below: Below, root_key: RootKey, n_tokens: int, seconds: float, n_bytes: int
+    ) -> bool:
+        """Note how long a tier took for a state; return whether to go on asking it.
+
+        Units: `n_bytes` of the state, of which `n_tokens` were useful.
+        """
         with self.lock:
             speed = self._prefill.get(root_key.fingerprint)
             if speed is not None and n_tokens:
-                below.worth.note(root_key.fingerprint, seconds, speed.seconds(n_tokens))
+                below.worth.note(root_key.fingerprint, seconds, speed.seconds(n_tokens), n_bytes)
             return not below.worth.rests(root_key.fingerprint)
+
+    def _pays(
+        self, below: Below, root_key: RootKey, held: Sequence[Node | Snapshot], n_tokens: int
+    ) -> bool:
+        """Return whether a tier gives states back faster than `n_tokens` are prefilled.
+
+        The lock is held. If not, they are not written there, which is counted.
+        """
+        speed = self._prefill.get(root_key.fingerprint)
+        if speed is None or not held:
+            return True
+        payloads = [self.memory.tier.get(each) for each in held]
+        n_bytes = sum(payload.nbytes for payload in payloads if payload is not None)
+        if below.worth.pays(root_key.fingerprint, speed.seconds(n_tokens), n_bytes):
+            return True
+        self.memory.refusals[f"{below.tier.label}: not_worth_writing"] += 1
+        return False
 
     def queue_blocks(self, nodes: list[Node], root_key: RootKey) -> None:
         """Queue the blocks that each tier lacks, parents first; the lock is held."""
         for below in self.below:
             is_full = False
-            for node in nodes:
-                if node.written & below.bit or node.is_dead:
-                    continue
+            lacking = [node for node in nodes if not (node.written & below.bit or node.is_dead)]
+            n_tokens = sum(node.stop - node.start for node in lacking)
+            if not self._pays(below, root_key, lacking, n_tokens):
+                continue
+            for node in lacking:
                 if is_full:  # without the one before it, it would not be found
                     self.memory.note_unwritten(node, root_key)
                     continue
@@ -192,7 +216,11 @@ class Store(Locked):
         """Queue a snapshot for each tier that does not have it yet; the lock is held."""
         record = Record(snapshot.name, snapshot.tokens, snapshot.n_past, snapshot.priority)
         for below in self.below:
-            if snapshot.written & below.bit or self._queue(below, snapshot, address, record):
+            if snapshot.written & below.bit:
+                continue
+            if not self._pays(below, snapshot.root_key, [snapshot], snapshot.n_tokens):
+                continue
+            if self._queue(below, snapshot, address, record):
                 continue
             self.memory.note_snapshot(snapshot, "queue_full")
 
