@@ -85,7 +85,8 @@ class Keeper:
             first = (n_tokens - 1) // n_block * n_block + step
             stops = [*range(first, n_tokens, step), n_tokens]
         read, n_bytes = self._sequence.read_block, self._sequence.block_bytes
-        return sum(states.save(ids[:stop], read, n_bytes) for stop in stops)
+        last_only = not self._memory.has_attention
+        return sum(states.save(ids[:stop], read, n_bytes, last_only=last_only) for stop in stops)
 
     def _save_tail(self, states: Namespace, ids: Ids, n_opening: int) -> int:
         n_block = states.block_tokens
@@ -119,10 +120,23 @@ class Keeper:
         holds `stop` of them; where that is not above `start`, nothing was loaded.
         """
         # How many tokens were useful is known at the end: our caller counts them.
-        n_wanted = len(ids) - 1
-        with states.plan(ids, max_tokens=n_wanted, counts_tokens=False, explain=True) as plan:
+        n_wanted, tail, last_only = len(ids) - 1, None, not self._memory.has_attention
+        if last_only and not self.is_reproducible:  # it needs no blocks, and spares reading one
+            tail = _tails(states).find(ids[:-1], is_counted=False)
+        with states.plan(
+            ids,
+            max_tokens=n_wanted,
+            counts_tokens=False,
+            explain=True,
+            last_only=last_only,
+            n_known=n_held if tail is None else max(n_held, tail.n_tokens),
+        ) as plan:
             if self._memory.is_recurrent:
-                tail = self._find_tail(states, plan, ids[:-1])
+                if not last_only:
+                    tail = self._find_tail(states, plan, ids[:-1])
+                elif tail is not None and tail.n_tokens < plan.n_tokens:
+                    tail.close()
+                    tail = None
                 if tail is None:
                     restored = self._load_states(states, plan, n_held)
                 else:
@@ -198,7 +212,7 @@ class Keeper:
         tail = _tails(states).find(ids, is_counted=False)
         if tail is None:
             return None
-        needed = self._base(states, tail) if self._memory.has_attention else 0
+        needed = self._base(states, tail)
         if plan.n_tokens < tail.n_tokens and plan.n_tokens >= needed:
             return tail
         if plan.n_tokens < needed:

@@ -34,6 +34,7 @@ class Node:
         "has_given_up",
         "is_dead",
         "is_queued",
+        "is_unread",
         "n_after",
         "n_bytes",
         "parent",
@@ -63,6 +64,7 @@ class Node:
         self.touched_s = 0.0  # when that was last reported to the tiers below
         self.is_dead = False
         self.is_queued = False
+        self.is_unread = False  # a tier below has its state, and memory only its tokens
         self.written = 0  # tiers below that have it, or are about to: one bit each
         self.has_given_up = False  # its end is not an entry: another chain took that place
         self._name: bytes | None = None

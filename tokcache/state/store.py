@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
@@ -194,13 +195,21 @@ class Store(Locked):
         self.memory.refusals[f"{below.tier.label}: not_worth_writing"] += 1
         return False
 
-    def queue_blocks(self, nodes: list[Node], root_key: RootKey) -> None:
-        """Queue the blocks that each tier lacks, parents first; the lock is held."""
+    def queue_blocks(
+        self, nodes: list[Node], root_key: RootKey, *, last_only: bool = False
+    ) -> None:
+        """Queue the blocks that each tier lacks, parents first; the lock is held.
+
+        With `last_only` the state of the last one stands for all positions before it.
+        """
         for below in self.below:
             is_full = False
-            lacking = [node for node in nodes if not (node.written & below.bit or node.is_dead)]
-            n_tokens = sum(node.stop - node.start for node in lacking)
-            if not self._pays(below, root_key, lacking, n_tokens):
+            # Blocks that follow one whose state another tier has can't be found in this one.
+            read = takewhile(lambda node: node.written & below.bit or not node.is_unread, nodes)  # noqa: B023
+            lacking = [node for node in read if not (node.written & below.bit or node.is_dead)]
+            useful = lacking[-1:] if last_only else lacking
+            n_tokens = sum(node.stop - (0 if last_only else node.start) for node in useful)
+            if not self._pays(below, root_key, useful, n_tokens):
                 continue
             for node in lacking:
                 if is_full:  # without the one before it, it would not be found
