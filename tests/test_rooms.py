@@ -15,7 +15,8 @@ from tokcache.text._native import NATIVE
 
 ROOT = Path(tokcache.__file__).parent
 LEAVES = {"errors", "config", "differences", "reasons", "stats"}
-LEAVES |= {"_cache_folder", "_files", "_forks", "_prefix", "_records", "_validate", "_version"}
+LEAVES |= {"_cache_folder", "_disk_budget", "_files", "_forks", "_prefix", "_records"}
+LEAVES |= {"_validate", "_version"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
     "differences": {"errors", "_prefix", "differences"},

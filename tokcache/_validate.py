@@ -43,14 +43,22 @@ def require_size(name: str, value: object, minimum: int = 1) -> int:
     """
     if not isinstance(value, str):
         return require_int(name, value, minimum)
-    found = _SIZE.fullmatch(value.strip())
-    if found is None:
+    n_bytes = parsed_size(value)
+    if n_bytes is None:
         raise InvalidConfig(
             f'{name} must be a number of bytes or a size such as "64M", "1.5G" or "4GiB" '
             f"(powers of 1,024), not {value!r}"
         )
+    return require_int(name, n_bytes, minimum)
+
+
+def parsed_size(value: str) -> int | None:
+    """Return the bytes of a size such as "64M"; None for any other text."""
+    found = _SIZE.fullmatch(value.strip())
+    if found is None:
+        return None
     factor = _FACTORS[found[2].upper()] if found[2] else 1
-    return require_int(name, int(Decimal(found[1]) * factor), minimum)
+    return int(Decimal(found[1]) * factor)
 
 
 def require_seconds(name: str, value: object) -> float:

@@ -289,6 +289,12 @@ STATE_REFUSALS = {
         "the engine did not accept a state; the prompt was decoded", "see the log of the engine"
     ),
     "cleared": Reason("its scope was cleared meanwhile", _NOTHING),
+    "not_worth_writing": Reason(
+        "by the reads measured so far a tier would give the states back slower than the engine "
+        "computes them, so they were not written there (counted with its name, as "
+        "`disk: not_worth_writing`)",
+        "use a faster disk or network",
+    ),
     "queue_full": Reason(
         "a tier is slower than states are saved (counted with its name, as `disk: queue_full`)",
         "raise `queue_bytes`, or use a faster tier",
@@ -577,6 +583,10 @@ GATEWAY_REASONS = {
     "files_of_another_model": Reason(
         "the model gave other probabilities after a fixed prompt, so its files were dropped",
         _NOTHING,
+    ),
+    "disk_unreadable": Reason(
+        "the size of the disk could not be read again, and its last size stays the budget's",
+        "look at the disk of the slot folder, or give `max_bytes` in bytes",
     ),
     "list_damaged": Reason("the list of saved files can't be read", "delete `files.json`"),
     "list_of_other_format": Reason(

@@ -27,6 +27,7 @@ import pytest
 
 from tests.state.engine import Engine, restored
 from tests.state.test_disk import all_bytes, cache_on, files, found, int32
+from tokcache import _disk_budget
 from tokcache.errors import StateRefused
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.names import RootKey, child_name, root_name
@@ -294,6 +295,56 @@ def test_a_full_disk_costs_only_the_states_that_do_not_fit(tmp_path: Path) -> No
         assert 5 < sum(fresh.namespace(b"m").find([n]) is not None for n in range(40)) < 20
         assert not list((tmp_path / "full").rglob(".new-*"))
         fresh.close()
+
+
+def test_a_share_of_a_disk_that_shrinks_shrinks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_disk_budget, "REREAD_S", 0.0)
+    disk = tmp_path / "shrinks"
+    with tiny_file_system(disk, 2_000_000):
+        cache = PrefixStateCache(disk=disk / "d", disk_bytes="50%", max_entries=100)
+        save_much(cache)
+        assert cache.disk is not None
+        assert cache.disk.max_bytes == pytest.approx(1_000_000, rel=0.01)
+        assert cache.stats().disk.n_bytes > 40 * 16_000
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert not libc.mount(b"tmpfs", str(disk).encode(), b"tmpfs", 32, b"size=1000000")
+        cache.namespace(b"m").store([1000], bytes(16_000))
+        cache.flush()
+        stats = cache.stats()
+        assert cache.disk.max_bytes == pytest.approx(500_000, rel=0.01)
+        assert 300_000 < stats.disk.n_bytes < 500_000
+        assert (stats.disk.evictions > 10, stats.refusals) == (True, {})
+        cache.close()
+        fresh = cache_on(disk / "d")
+        with fresh.namespace(b"m").find([1000]) as handle:  # type: ignore[union-attr]
+            assert handle.n_bytes == 16_000
+        fresh.close()
+
+
+def test_a_share_of_free_space_makes_room_on_a_disk_that_others_fill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_disk_budget, "REREAD_S", 0.0)
+    disk = tmp_path / "filled"
+    with tiny_file_system(disk, 1_000_000):
+        cache = PrefixStateCache(disk=disk / "d", disk_bytes="80% free", max_entries=100)
+        save_much(cache)
+        assert cache.disk is not None
+        n_before = cache.stats().disk.n_bytes
+        assert n_before > 600_000
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "other").write_bytes(bytes(1_000_000))
+        for n in (1000, 1001):  # there is room for neither until the oldest are removed
+            cache.namespace(b"m").store([n], bytes(16_000))
+            cache.flush()
+            with cache_on(disk / "d").namespace(b"m").find([n]) as handle:  # type: ignore[union-attr]
+                assert handle.n_bytes == 16_000
+        stats = cache.stats()
+        assert stats.disk.n_bytes < n_before
+        assert stats.refusals == {}
+        cache.close()
 
 
 def test_a_file_over_the_size_limit_is_removed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.integration.models import BLOCK, GREEDY, llama, store, text
 from tests.state.test_cost import SlowDisk
+from tokcache import samples
 
 RNG = random.Random(6)
 LONG, OTHER = RNG.choices(range(3, 500), k=5 * BLOCK + 7), RNG.choices(range(3, 500), k=100)
@@ -48,3 +49,29 @@ def test_the_cache_learns_how_long_this_model_takes_to_prefill() -> None:
     assert speed._n_tokens == len(OTHER)  # the answer's tokens, one by one, are not counted
     assert 0 < speed.seconds(1) < 1
     llm.close()
+
+
+@pytest.mark.parametrize("arch", ["mamba", "mamba2"])
+@pytest.mark.parametrize("is_reproducible", [False, True])
+def test_a_recurrent_model_reads_only_the_last_state_from_disk(
+    tmp_path: Path, arch: str, is_reproducible: bool
+) -> None:
+    def made() -> tuple[Any, Any]:
+        cache = store(disk=tmp_path / "states")
+        model = samples.tiny_model(architecture=arch)
+        return cache, llama(cache, model=model, reproducible=is_reproducible, n_ctx=1024)
+
+    cache, llm = made()
+    prompt = RNG.choices(range(3, 500), k=12 * BLOCK + 7)
+    expected = text(llm.create_completion(prompt, **GREEDY))
+    llm.close()
+    cache.close()
+    sizes = {path.stat().st_size for path in (tmp_path / "states").rglob("*.0")}
+    assert len(list((tmp_path / "states").rglob("*.0"))) >= 12  # a state at each block's end
+    cache, llm = made()
+    assert text(llm.create_completion(prompt, **GREEDY)) == expected
+    n_restored = 12 * BLOCK if is_reproducible else len(prompt) - 1
+    assert llm.last_reuse.n_restored == n_restored
+    assert 0 < cache.stats().disk.read_bytes < max(sizes)
+    llm.close()
+    cache.close()

@@ -67,7 +67,7 @@ def add(
 
 def check(on: Shelf) -> None:
     """Assert the invariants that hold after every step."""
-    assert on.n_bytes == sum(file.n_bytes for file in on) <= on._max_bytes
+    assert on.n_bytes == sum(file.n_bytes for file in on) <= on._budget.n_bytes(on.n_bytes)
     listed = {file for files in on._by_chain.values() for file in files}
     assert listed == {file for file in on if len(file.tokens) >= STEP}
     assert all(files for files in on._by_chain.values())

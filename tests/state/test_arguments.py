@@ -130,6 +130,7 @@ def test_sizes_have_units(tmp_path: Path, size: Any) -> None:
     cache.namespace(b"m").store([1], bytes(1000))
     cache.flush()
     assert tier.prune("2K") > 0
+    assert tier.prune("100%") > 0
     assert tier.prune("0") == 0
     cache.close()
 

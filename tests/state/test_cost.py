@@ -1,4 +1,4 @@
-"""A tier that is slower than prefilling is not asked; it is tried again now and then."""
+"""A tier that is slower than prefilling is neither asked nor written; it is tried now and then."""
 
 from __future__ import annotations
 
@@ -142,6 +142,66 @@ def test_a_slow_tier_is_not_asked_for_snapshots_either(tmp_path: Path) -> None:
     cache.close()
 
 
+def refused_writes(cache: PrefixStateCache) -> int:
+    assert cache.flush(10)
+    return cache.stats().refusals.get("disk: not_worth_writing", 0)
+
+
+def test_states_are_not_written_to_a_tier_that_gives_them_back_slower(tmp_path: Path) -> None:
+    tier = filled(tmp_path, 2)
+    cache = on(tier, 0.001)
+    assert found(cache, prompt(0)) == 3 * BLOCK  # three reads of 0.1 s for 8 tokens each
+    Engine().save(cache, prompt(5000))
+    assert refused_writes(cache) == 1
+    assert tier.stats().writes == 0
+    assert found(cache, prompt(5000)) == N  # it is in memory nevertheless
+    cache._check()
+    cache.close()
+
+
+def test_each_state_is_written_by_its_own_cost(tmp_path: Path) -> None:
+    tier = filled(tmp_path, 3)
+    cache = on(tier, 0.001)
+    states = cache.namespace(b"m")
+    for first in (0, 1000, 2000):  # 0.1 s for five bytes of 80 tokens
+        assert states.find(prompt(first)) is not None
+    states.store(range(20), b"short")
+    assert (refused_writes(cache), tier.stats().writes) == (1, 0)
+    states.store(range(400), b"a long one"[:5])
+    assert (refused_writes(cache), tier.stats().writes) == (1, 1)
+    states.store(range(300), bytes(50))  # ten times the bytes
+    assert (refused_writes(cache), tier.stats().writes) == (2, 1)
+    cache.namespace(b"another model").store(range(20), b"short")
+    assert (refused_writes(cache), tier.stats().writes) == (2, 2)
+    cache.close()
+
+
+def test_a_slow_tier_is_given_a_state_now_and_then(tmp_path: Path) -> None:
+    tier = filled(tmp_path, 1)
+    cache = on(tier, 0.001)
+    (below,) = cache._store.below
+    assert found(cache, prompt(0)) == 3 * BLOCK
+    below.worth.rest_s = 0.3
+    time.sleep(0.35)
+    for first in (5000, 6000, 7000):
+        Engine().save(cache, prompt(first))
+    assert (refused_writes(cache), tier.stats().writes) == (2, N // BLOCK)
+    cache.close()
+
+
+def test_one_slow_read_does_not_keep_states_from_a_tier(tmp_path: Path) -> None:
+    tier = filled(tmp_path, 3)
+    cache = on(tier, 0.001)
+    tier.delay_s = 0.2
+    assert found(cache, prompt(0)[:BLOCK]) == BLOCK
+    Engine().save(cache, prompt(5000))
+    tier.delay_s = 0.0
+    assert [found(cache, prompt(first)) for first in (0, 1000)] == [N, N]
+    Engine().save(cache, prompt(6000))
+    assert (refused_writes(cache), tier.stats().writes) == (0, 2 * N // BLOCK)
+    cache.close()
+
+
 def test_the_last_measurements_count_most() -> None:
     speed = Speed()
     speed.note(100, 1.0)
@@ -154,10 +214,10 @@ def test_the_last_measurements_count_most() -> None:
 def test_fast_reads_give_no_credit() -> None:
     worth = Worth()
     for _ in range(100):
-        worth.note(b"m", 0.001, 1.0)
-    worth.note(b"m", 0.2, 0.0)
+        worth.note(b"m", 0.001, 1.0, 100)
+    worth.note(b"m", 0.2, 0.0, 100)
     assert not worth.rests(b"m")
-    worth.note(b"m", 0.1, 0.0)
+    worth.note(b"m", 0.1, 0.0, 100)
     assert worth.rests(b"m")
     assert not worth.rests(b"n")
 

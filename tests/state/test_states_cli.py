@@ -148,6 +148,9 @@ def test_prune_enforces_a_budget_and_an_age(folder: Path) -> None:
     assert "1 states removed" in done.output
     assert not old.exists()
     assert "0 states removed" in run("prune", folder, "--max-bytes", "1M").output
+    assert "0 states removed" in run("prune", folder, "--max-bytes", "50% free").output
+    wrong = run("prune", folder, "--max-bytes", "120%")
+    assert (wrong.exit_code, "--max-bytes must be above 0%" in wrong.output) == (2, True)
     assert "4 states removed" in run("prune", folder, "--max-bytes", 0).output
 
 

@@ -45,7 +45,8 @@ def serve(
         Path | None, typer.Option(help="Folder for saved slots and their list.")
     ] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(help="Budget of the saved slots, such as 20G [8G].")
+        str | None,
+        typer.Option(help="Budget of the saved slots, such as 20G, 10% or '50% free' [8G]."),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Check the settings, print them and stop.")

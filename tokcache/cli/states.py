@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tokcache._validate import require_size
+from tokcache._disk_budget import require_disk_size
 from tokcache.errors import InvalidConfig, MissingFile, StateRefused, TokcacheError
 from tokcache.state.tiers.disk import DiskTier
 from tokcache.state.tiers.disk.file import File, verified_file
@@ -150,7 +150,10 @@ def prune(
     *,
     max_bytes: Annotated[
         str | None,
-        typer.Option(help="Remove the least recently used until this is left: bytes, 500M, 4G."),
+        typer.Option(
+            help="Remove the least recently used until this is left: bytes, 500M, 4G, 10% of the"
+            " disk, '50% free'."
+        ),
     ] = None,
     scope: Annotated[
         str | None, typer.Option(help="Remove all states of this scope and no others.")
@@ -180,16 +183,16 @@ def prune(
         elif max_bytes is None and ttl_s is None:
             raise InvalidConfig("give one of --scope, --shared, --max-bytes or --ttl-s")
         else:
-            _prune(
-                tier,
-                _size(before) if max_bytes is None else require_size("--max-bytes", max_bytes, 0),
-            )
+            size: int | str = _size(before)
+            if max_bytes is not None:
+                size = require_disk_size("--max-bytes", max_bytes, 0)
+            _prune(tier, size)
         after = list(tier.files())
     n_gone, size = len(before) - len(after), _size(before) - _size(after)
     typer.echo(f"{n_gone:,} states removed ({size:,} bytes); {len(after):,} left")
 
 
-def _prune(tier: DiskTier, max_bytes: int) -> None:
+def _prune(tier: DiskTier, max_bytes: int | str) -> None:
     with progress_bar() as progress:
         task = progress.add_task("pruning", total=None)
         tier.prune(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tokcache._disk_budget import require_disk_size
 from tokcache._validate import (
     require_bool,
     require_int,
@@ -112,7 +113,8 @@ class GatewayConfig:
 
     Either `model` (a llama-server is started for it) or `upstreams` (running ones).
 
-    Units:  `n_ctx` tokens per slot; `max_bytes` of all saved files; `side_tokens`: a prompt shorter
+    Units:  `n_ctx` tokens per slot; `max_bytes` of all saved files, or a share of the disk they are
+            on, such as "10%" or "50% free"; `side_tokens`: a prompt shorter
             than that is a side request unless it continues a conversation.
     Errors: InvalidConfig names the setting.
     """
@@ -175,6 +177,12 @@ class GatewayConfig:
         if len(set(names)) < len(names) or len(set(keys)) < len(keys) or not all(keys):
             raise InvalidConfig("each tenant needs a name and a key_sha256 that no other has")
 
+    @property
+    def upstream_folder(self) -> Path | None:
+        """A folder in which running servers save their slots; None if a server is started."""
+        folder = self.upstreams[0].slot_folder if self.upstreams else None
+        return None if folder is None else Path(folder)
+
     def _require_numbers(self) -> None:
         require_int("port", self.port, 0, _MAX_PORT)
         require_int("n_slots", self.n_slots, 1, _MAX_SLOTS)
@@ -182,8 +190,20 @@ class GatewayConfig:
             require_int(name, getattr(self, name), minimum=1)
         for name in ("n_threads", "side_tokens"):
             require_int(name, getattr(self, name), minimum=0)
-        for name in ("max_bytes", "max_body_bytes"):
-            object.__setattr__(self, name, require_size(name, getattr(self, name)))
+        object.__setattr__(self, "max_bytes", require_disk_size("max_bytes", self.max_bytes))
+        if isinstance(self.max_bytes, str) and self.upstreams:
+            if None in {each.slot_folder for each in self.upstreams}:
+                raise InvalidConfig(
+                    f"max_bytes = {self.max_bytes!r} is a share of the disk of the saved slots, "
+                    "and an upstream has no slot_folder; name it, or give max_bytes in bytes"
+                )
+            if len({Path(each.slot_folder or "").stat().st_dev for each in self.upstreams}) > 1:
+                raise InvalidConfig(
+                    f"max_bytes = {self.max_bytes!r} is a share of one disk, and the slot_folders "
+                    "of the upstreams are on several; give max_bytes in bytes"
+                )
+        n_bytes = require_size("max_body_bytes", self.max_body_bytes)
+        object.__setattr__(self, "max_body_bytes", n_bytes)
         for field in dataclasses.fields(self):
             if field.name.endswith("_s"):
                 require_seconds(field.name, getattr(self, field.name))

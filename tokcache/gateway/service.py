@@ -88,7 +88,7 @@ class Service:
         # Two gateways of one host have two ports, so by default they have two folders.
         default = platformdirs.user_cache_path("tokcache") / "gateway" / str(config.port)
         self.folder = Folder(Path(config.folder or default))
-        self.files = Files(int(config.max_bytes))
+        self.files = Files(config.max_bytes, config.upstream_folder or self.folder.path)
         self.router = Router(
             self.files,
             max_queue=config.max_queue,

@@ -88,7 +88,8 @@ class Keeper:
             first = (n_tokens - 1) // n_block * n_block + step
             stops = [*range(first, n_tokens, step), n_tokens]
         read, n_bytes = self._sequence.read_block, self._sequence.block_bytes
-        return sum(states.save(ids[:stop], read, n_bytes) for stop in stops)
+        last_only = not self._memory.has_attention
+        return sum(states.save(ids[:stop], read, n_bytes, last_only=last_only) for stop in stops)
 
     def _save_tail(self, states: Namespace, ids: Ids, n_opening: int) -> int:
         n_block = states.block_tokens
@@ -106,6 +107,12 @@ class Keeper:
             n_opening=n_opening,
         )
         return (stop - start) * is_saved
+
+    def note_prefill(self, states: Namespace, n_tokens: int, seconds: float) -> None:
+        """Note how long decoding took, for the tiers that hold blocks and, if any, tails."""
+        states.note_prefill(n_tokens, seconds)
+        if self._memory.is_recurrent:
+            _tails(states).note_prefill(n_tokens, seconds)
 
     # Pinning
 
@@ -138,10 +145,23 @@ class Keeper:
         0. Afterwards it holds `stop` of them; where that is not above `start`, nothing was loaded.
         """
         # How many tokens were useful is known at the end: our caller counts them.
-        n_wanted = len(ids) - 1
-        with states.plan(ids, max_tokens=n_wanted, counts_tokens=False, explain=True) as plan:
+        n_wanted, tail, last_only = len(ids) - 1, None, not self._memory.has_attention
+        if last_only and not self.is_reproducible:  # it needs no blocks, and spares reading one
+            tail = _tails(states).find(ids[:-1], is_counted=False)
+        with states.plan(
+            ids,
+            max_tokens=n_wanted,
+            counts_tokens=False,
+            explain=True,
+            last_only=last_only,
+            n_known=n_held if tail is None else max(n_held, tail.n_tokens),
+        ) as plan:
             if self._memory.is_recurrent:
-                tail = self._find_tail(states, plan, ids[:-1])
+                if not last_only:
+                    tail = self._find_tail(states, plan, ids[:-1])
+                elif tail is not None and tail.n_tokens < plan.n_tokens:
+                    tail.close()
+                    tail = None
                 with nullcontext() if tail is None else tail:
                     gone_back = self._go_back(states, plan, tail, n_matching)
                     if gone_back is not None:
@@ -251,7 +271,7 @@ class Keeper:
         tail = _tails(states).find(ids, is_counted=False)
         if tail is None:
             return None
-        needed = self._base(states, tail) if self._memory.has_attention else 0
+        needed = self._base(states, tail)
         if plan.n_tokens < tail.n_tokens and plan.n_tokens >= needed:
             return tail
         if plan.n_tokens < needed:

@@ -160,7 +160,9 @@ class ModelStates:
             self.sequence.synchronize()
             scope = None if self.record.scope is MIXED else self.record.scope
             states = self.cache.namespace(key, scope=scope)
-            states.note_prefill(n_tokens, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            if self.keeper is not None:
+                self.keeper.note_prefill(states, n_tokens, seconds)
 
     def _namespace(self) -> Namespace | None:
         """Return the namespace of the held positions, None if their states are not cached."""

@@ -81,6 +81,8 @@ class BlockCache:
         max_tokens: int | None,
         counts_tokens: bool,
         explain: bool,
+        last_only: bool,
+        n_known: int,
     ) -> RestorePlan:
         """Return the blocks of the longest stored prefix of `wanted`; empty on a miss."""
         n_tokens = len(wanted) // TOKEN_BYTES
@@ -95,7 +97,9 @@ class BlockCache:
         paths: list[Path] = []
         try:
             for part in parts:
-                paths.append(self._found_anywhere(part))
+                paths.append(self._found_anywhere(part, last_only=last_only))
+                if last_only:
+                    self._promotion.fill_last(paths[-1], n_known)
                 if paths[-1].n_tokens * TOKEN_BYTES < len(part[1]):
                     break
         except BaseException:
@@ -103,7 +107,7 @@ class BlockCache:
                 self._store.release_later(path.pinned())
             raise
         with self._store.lock:
-            plan = self._planned(paths, counts_tokens=counts_tokens)
+            plan = self._planned(paths, counts_tokens=counts_tokens, last_only=last_only)
             if plan.n_tokens * TOKEN_BYTES < len(parts[-1][1]):
                 n_asked = len(parts[-1][1]) // TOKEN_BYTES
                 last, (_, sought, _) = paths[-1], parts[len(paths) - 1]
@@ -114,7 +118,7 @@ class BlockCache:
                     self._store.count_miss(plan.miss)
             return plan
 
-    def _found_anywhere(self, part: _Part) -> Path:
+    def _found_anywhere(self, part: _Part, *, last_only: bool) -> Path:
         """Return the blocks of a part that memory and the tiers below hold."""
         root_key, wanted, work = part
         with self._store.lock:
@@ -123,15 +127,15 @@ class BlockCache:
             if is_all or not self._store.below or self._store.is_closed:
                 return path
         try:
-            self._promotion.extend(path, wanted)
+            self._promotion.extend(path, wanted, last_only=last_only)
         except BaseException:
             self._store.release_later(path.pinned())
             raise
         with self._store.lock:
-            self._store.queue_blocks(path.nodes, root_key)
+            self._store.queue_blocks(path.nodes, root_key, last_only=last_only)
         return path
 
-    def _planned(self, paths: list[Path], *, counts_tokens: bool) -> RestorePlan:
+    def _planned(self, paths: list[Path], *, counts_tokens: bool, last_only: bool) -> RestorePlan:
         """Return the plan of the blocks that are still there; the lock is held.
 
         A plan ends before the first block that was lost or cleared since the look-up began.
@@ -144,6 +148,12 @@ class BlockCache:
                 path.cut(path.root_key.start)
             for node in path.nodes if is_complete else ():
                 payload = self._memory.tier.get(node)
+                if node.is_unread and not last_only:
+                    path.cut(min(path.n_tokens, node.start))
+                    is_complete = False
+                    break
+                if node is path.nodes[-1] and path.unread_state is not None:
+                    payload = path.unread_state
                 if payload is None:
                     self._memory.refusals["payload_lost"] += 1
                     path.cut(min(path.n_tokens, node.start))
@@ -233,6 +243,7 @@ class BlockCache:
         n_bytes: Callable[[int, int], int],
         *,
         priority: int,
+        last_only: bool,
     ) -> int:
         """Store the positions of `wanted` that are not stored yet; return how many."""
         started = time.perf_counter()
@@ -242,11 +253,13 @@ class BlockCache:
         if self._store.enabled and len(wanted) >= self._store.min_tokens * TOKEN_BYTES:
             with self._store.lock:
                 first, *rest = self._begun_parts(root_key, wanted, n_public)
-            n_saved = self._save_part(first, read, n_bytes, priority)
+            n_saved = self._save_part(first, read, n_bytes, priority, last_only=last_only)
             for each in rest:
                 with self._kept(first) as is_there:
                     if is_there:  # without it, the rest could not be found
-                        n_saved += self._save_part(each, read, n_bytes, priority)
+                        n_saved += self._save_part(
+                            each, read, n_bytes, priority, last_only=last_only
+                        )
         with self._store.lock:
             self._store.settle()
             self._store.seconds["save"] += time.perf_counter() - started
@@ -267,7 +280,13 @@ class BlockCache:
             self._store.release_later(path.pinned())
 
     def _save_part(
-        self, part: _Part, read: BlockIO, n_bytes: Callable[[int, int], int], priority: int
+        self,
+        part: _Part,
+        read: BlockIO,
+        n_bytes: Callable[[int, int], int],
+        priority: int,
+        *,
+        last_only: bool,
     ) -> int:
         """Store the new blocks of one part of a prompt; return their number of positions."""
         root_key, wanted, work = part
@@ -279,12 +298,13 @@ class BlockCache:
                 if work.is_void or self._store.is_closed:
                     break
                 path = Path.found(self._store, root_key, wanted, work)
+                path.last_only = last_only
                 for node in path.nodes:
                     node.priority = max(node.priority, priority)
             try:
                 if self._store.below:
                     # Promote blocks that others stored meanwhile, so that the new ones follow them.
-                    self._promotion.extend(path, wanted)
+                    self._promotion.extend(path, wanted, last_only=last_only)
                     if path.loose:  # memory has no room for them, so no block can follow them
                         path.cut(path.loose[0][0])
                 path.refusal = ""
@@ -367,6 +387,6 @@ class BlockCache:
                 self._memory.counts["saved_bytes"] += n_bytes
                 for block in blocks[n_filed:]:
                     self._memory.drop(block.buffer, block.overhead)
-                self._store.queue_blocks(path.nodes, path.root_key)
+                self._store.queue_blocks(path.nodes, path.root_key, last_only=path.last_only)
                 is_overtaken = n_filed < n_filled and path.in_the_way(blocks[n_filed]) is not None
         return n_saved, is_overtaken

@@ -42,7 +42,9 @@ class PrefixStateCache:
     DiskTier or RedisTier that you pass may serve several caches and stays open.
 
     Units:  `ram_bytes` bytes, or a size such as "4G", of all that is retained in memory (states,
-            tokens, overhead, buffers waiting for their next use); `max_entries` stored prefixes
+            tokens, overhead, buffers waiting for their next use); `disk_bytes` of the files in a
+            folder given as `disk`, by default 4 GiB: bytes, a size, or a share of the disk such as
+            "10%" or "50% free", as `max_bytes` of DiskTier; `max_entries` stored prefixes
             (ends of chains, and snapshots); `block_tokens` positions a block at most; prefixes
             below `min_tokens` are neither saved nor used; `conversation_snapshots` snapshots of one
             conversation at most, and at most half of `max_entries`; `ttl_s` seconds after its last
@@ -63,6 +65,7 @@ class PrefixStateCache:
         block_tokens: int = 256,
         conversation_snapshots: int = 48,
         disk: str | os.PathLike[str] | DiskTier | None = None,
+        disk_bytes: int | str | None = None,
         redis: str | RedisTier | None = None,
         min_tokens: int = 1,
         ttl_s: float | None = None,
@@ -77,6 +80,7 @@ class PrefixStateCache:
             min_tokens=min_tokens,
             ttl_s=ttl_s,
             disk=disk,
+            disk_bytes=disk_bytes,
             redis=redis,
             queue_bytes=queue_bytes,
             enabled=enabled,

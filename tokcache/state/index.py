@@ -35,6 +35,7 @@ class Node:
         "is_dead",
         "is_pinned",
         "is_queued",
+        "is_unread",
         "n_after",
         "n_bytes",
         "parent",
@@ -65,6 +66,7 @@ class Node:
         self.is_dead = False
         self.is_pinned = False  # evicted after all others that are not
         self.is_queued = False
+        self.is_unread = False  # a tier below has its state, and memory only its tokens
         self.written = 0  # tiers below that have it, or are about to: one bit each
         self.has_given_up = False  # its end is not an entry: another chain took that place
         self._name: bytes | None = None

@@ -219,6 +219,13 @@ class StateMemory:
         self.retention.use([node], time.monotonic())
         return node
 
+    def fill(self, node: Node, buffer: memoryview) -> None:
+        """Give a block that is unread its state."""
+        self.tier.remove(node)
+        self.tier.put(node, buffer)
+        node.n_bytes += buffer.nbytes
+        node.is_unread = False
+
     def file_snapshot(self, snapshot: Snapshot, buffer: memoryview) -> None:
         """Put a snapshot into its place, and remove the one that was there."""
         replaced = self.snapshots.same(snapshot)

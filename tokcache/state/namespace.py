@@ -131,6 +131,8 @@ class Namespace:
         max_tokens: int | None = None,
         counts_tokens: bool = True,
         explain: bool = False,
+        last_only: bool = False,
+        n_known: int = 0,
     ) -> RestorePlan:
         """Return the blocks of the longest stored prefix of `tokens`; empty on a miss.
 
@@ -139,6 +141,10 @@ class Namespace:
         `block_tokens`. With `counts_tokens=False` only the look-up is counted: the caller counts
         its prompts with `count_prompt`. `plan.miss` says why no more was found; with `explain` it
         has the first tokens with which the nearest held prefix of this scope goes on.
+
+        `last_only` is for states that stand for all positions before them, as a recurrent memory's
+        do: of blocks in a tier below only the last one's state is read, and that not if the plan
+        serves no more than `n_known` tokens. Load no other block of that plan.
 
         Errors: InvalidTokens, InvalidConfig.
         """
@@ -150,6 +156,8 @@ class Namespace:
             max_tokens=max_tokens,
             counts_tokens=counts_tokens,
             explain=explain,
+            last_only=last_only,
+            n_known=n_known,
         )
 
     def save(
@@ -159,6 +167,7 @@ class Namespace:
         n_bytes: Callable[[int, int], int],
         *,
         priority: int = 0,
+        last_only: bool = False,
     ) -> int:
         """Store the state of `tokens` where it is not stored yet; return the new positions.
 
@@ -166,13 +175,14 @@ class Namespace:
         buffer)` copies it into a buffer of that size: only the new blocks are read. Blocks that
         follow a public prefix are useful only with it, and evicted first. An aligned namespace
         leaves out the tokens beyond the last multiple of `block_tokens`. States of lower
-        `priority` are evicted first.
+        `priority` are evicted first. `last_only` as for `plan`.
 
         Errors: InvalidTokens, InvalidConfig.
         """
         wanted = token_bytes(tokens)
+        n_public = self._n_public(wanted)
         return self._blocks.save(
-            self._chain, wanted, self._n_public(wanted), read, n_bytes, priority=priority
+            *(self._chain, wanted, n_public, read, n_bytes), priority=priority, last_only=last_only
         )
 
     def pin(self, tokens: object, *, is_pinned: bool = True) -> tuple[int, int]:
@@ -277,7 +287,8 @@ class Namespace:
 
         Reads from a tier below memory that take longer than that are counted. Once they have cost a
         quarter of a second, the tier is not asked for this model's states for half a minute, then
-        it is tried again. Without this call every tier is always asked.
+        it is tried again. A state that a tier is expected to give back slower than that is not
+        written there. Without this call every tier is always asked, and given all states.
 
         Errors: InvalidConfig.
         """

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class NewBlock:
-    """A block that is to be filed: positions [start, stop), and a buffer for their state."""
+    """A block that is to be filed: positions [start, stop), and a buffer for their state.
+
+    `is_unread`: its state stays in a tier below, and the buffer is empty.
+    """
 
     tokens: bytes
     start: int
     stop: int
     buffer: memoryview
+    is_unread: bool = False
 
     @property
     def overhead(self) -> int:
@@ -39,7 +43,9 @@ class Path:
 
     `nodes` are in memory. `loose` blocks follow them: tiers below have them, and memory no room;
     `loose_point` is the name of the prefix at their end. `refusal` is why the
-    block that follows is missing: the tier and its reason, or that of a save.
+    block that follows is missing: the tier and its reason, or that of a save. `unread_state` is the
+    state of the last block where memory has no room for it. `last_only`: each block's state stands
+    for all positions before it.
 
     Units:  `n_tokens` positions that the blocks serve.
     Threads: the store's lock is held, except for reading.
@@ -54,6 +60,8 @@ class Path:
     loose: Sequence[tuple[int, int, memoryview]] = ()
     loose_point: bytes = b""
     refusal: str = ""
+    unread_state: memoryview | None = None
+    last_only: bool = False
 
     @classmethod
     def found(cls, store: Store, root_key: RootKey, wanted: bytes, work: Work) -> Self:
@@ -123,7 +131,9 @@ class Path:
             memory.refusals["entries_in_use"] += 1
             self.refusal = "entries_in_use"
             return None
-        return memory.file(root, last, block.start, block.tokens, block.buffer)
+        node = memory.file(root, last, block.start, block.tokens, block.buffer)
+        node.is_unread = block.is_unread
+        return node
 
     def append(self, node: Node, n_tokens: int) -> None:
         """Extend the path by a block in memory, up to `n_tokens` positions."""

@@ -354,7 +354,8 @@ class SnapshotStore:
                 if stored.record.tokens == tokens:
                     handle = self._promoted(below, root_key, stored, work)
         if handle is not None:
-            self._store.note_read(below, root_key, handle.n_tokens, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._store.note_read(below, root_key, handle.n_tokens, seconds, handle.n_bytes)
         return handle
 
     def _promoted(

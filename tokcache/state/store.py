@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
@@ -80,6 +81,7 @@ class Store(Locked):
         min_tokens: int,
         ttl_s: float | None,
         disk: str | os.PathLike[str] | DiskTier | None,
+        disk_bytes: int | str | None,
         redis: str | RedisTier | None,
         queue_bytes: int | str | None,
         enabled: bool,
@@ -115,7 +117,7 @@ class Store(Locked):
         self.loose: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.below: tuple[Below, ...] = ()
         if enabled:
-            self.below = open_tiers(disk, redis, queue)
+            self.below = open_tiers(disk, disk_bytes, redis, queue)
         for below in self.below:
             # It must not wait: the garbage collector may run this while any lock is held.
             weakref.finalize(self, below.writer.end).atexit = False
@@ -163,21 +165,53 @@ class Store(Locked):
             below.tier.refuse("slower_than_prefill")
         return [each for each in self.below if each not in resting]
 
-    def note_read(self, below: Below, root_key: RootKey, n_tokens: int, seconds: float) -> bool:
-        """Note how long a tier took for `n_tokens`; return whether to go on asking it."""
+    def note_read(
+        self, below: Below, root_key: RootKey, n_tokens: int, seconds: float, n_bytes: int
+    ) -> bool:
+        """Note how long a tier took for a state; return whether to go on asking it.
+
+        Units: `n_bytes` of the state, of which `n_tokens` were useful.
+        """
         with self.lock:
             speed = self._prefill.get(root_key.fingerprint)
             if speed is not None and n_tokens:
-                below.worth.note(root_key.fingerprint, seconds, speed.seconds(n_tokens))
+                below.worth.note(root_key.fingerprint, seconds, speed.seconds(n_tokens), n_bytes)
             return not below.worth.rests(root_key.fingerprint)
 
-    def queue_blocks(self, nodes: list[Node], root_key: RootKey) -> None:
-        """Queue the blocks that each tier lacks, parents first; the lock is held."""
+    def _pays(
+        self, below: Below, root_key: RootKey, held: Sequence[Node | Snapshot], n_tokens: int
+    ) -> bool:
+        """Return whether a tier gives states back faster than `n_tokens` are prefilled.
+
+        The lock is held. If not, they are not written there, which is counted.
+        """
+        speed = self._prefill.get(root_key.fingerprint)
+        if speed is None or not held:
+            return True
+        payloads = [self.memory.tier.get(each) for each in held]
+        n_bytes = sum(payload.nbytes for payload in payloads if payload is not None)
+        if below.worth.pays(root_key.fingerprint, speed.seconds(n_tokens), n_bytes):
+            return True
+        self.memory.refusals[f"{below.tier.label}: not_worth_writing"] += 1
+        return False
+
+    def queue_blocks(
+        self, nodes: list[Node], root_key: RootKey, *, last_only: bool = False
+    ) -> None:
+        """Queue the blocks that each tier lacks, parents first; the lock is held.
+
+        With `last_only` the state of the last one stands for all positions before it.
+        """
         for below in self.below:
             is_full = False
-            for node in nodes:
-                if node.written & below.bit or node.is_dead:
-                    continue
+            # Blocks that follow one whose state another tier has can't be found in this one.
+            read = takewhile(lambda node: node.written & below.bit or not node.is_unread, nodes)  # noqa: B023
+            lacking = [node for node in read if not (node.written & below.bit or node.is_dead)]
+            useful = lacking[-1:] if last_only else lacking
+            n_tokens = sum(node.stop - (0 if last_only else node.start) for node in useful)
+            if not self._pays(below, root_key, useful, n_tokens):
+                continue
+            for node in lacking:
                 if is_full:  # without the one before it, it would not be found
                     self.memory.note_unwritten(node, root_key)
                     continue
@@ -191,7 +225,11 @@ class Store(Locked):
         """Queue a snapshot for each tier that does not have it yet; the lock is held."""
         record = Record(snapshot.name, snapshot.tokens, snapshot.n_past, snapshot.priority)
         for below in self.below:
-            if snapshot.written & below.bit or self._queue(below, snapshot, address, record):
+            if snapshot.written & below.bit:
+                continue
+            if not self._pays(below, snapshot.root_key, [snapshot], snapshot.n_tokens):
+                continue
+            if self._queue(below, snapshot, address, record):
                 continue
             self.memory.note_snapshot(snapshot, "queue_full")
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokcache._disk_budget import DiskBudget
 from tokcache._files import atomic_file
 from tokcache.gateway.routing.chain import EMPTY, Chain
 from tokcache.llama.server.removals import Removal, SlotRemovals
@@ -73,13 +74,15 @@ class Files:
     """All saved slots within a budget of bytes.
 
     `folders` gives the folder of each pool whose files this process can delete. Evicted files of
-    other pools can't be deleted; their names are used again for new files.
+    other pools can't be deleted; their names are used again for new files. `max_bytes` may be a
+    share of the disk of `folder`.
 
     Threads: not safe; used from one event loop.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int | str, folder: Path | None = None) -> None:
+        self.refusals: Counter[str] = Counter()
+        self._budget = DiskBudget(max_bytes, folder, self._disk_failed)
         # The public name of this gateway; its files in a shared folder have it in their names.
         self.owner = "none"
         self.n_bytes = 0
@@ -87,11 +90,18 @@ class Files:
         self.folders: dict[str, Path] = {}
         # The probabilities of each pool's model after a fixed prompt, when its files were saved.
         self.probes: dict[str, dict[str, list[Any]]] = {}
-        self.refusals: Counter[str] = Counter()
         self.removals = SlotRemovals()
         self._files: dict[str, SavedFile] = {}
         self._by_link: dict[tuple[str, bytes], dict[SavedFile, None]] = {}
         self._stale: dict[str, list[str]] = {}
+
+    def _disk_failed(self, _: OSError) -> None:
+        self.refusals["disk_unreadable"] += 1
+
+    @property
+    def max_bytes(self) -> int:
+        """The bytes that all files may take now."""
+        return self._budget.n_bytes(self.n_bytes)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -156,15 +166,16 @@ class Files:
 
     def make_room(self, n_bytes: int) -> bool:
         """Evict the files that are worth least until `n_bytes` more fit."""
-        if n_bytes > self.max_bytes:
+        max_bytes = self.max_bytes
+        if n_bytes > max_bytes:
             return False
         for file in sorted(self._files.values(), key=_value):
-            if self.n_bytes + n_bytes <= self.max_bytes:
+            if self.n_bytes + n_bytes <= max_bytes:
                 break
             if not file.n_readers and not file.is_pinned:
                 self.n_evictions += 1
                 self.drop(file, "max_bytes")
-        return self.n_bytes + n_bytes <= self.max_bytes
+        return self.n_bytes + n_bytes <= max_bytes
 
     def note_removal(self, scope: str | None, chain: Chain, cause: str) -> None:
         """Remember that a tenant's prefix is gone, or could not be kept."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
-from tokcache._validate import require_size
 from tokcache.llama.answers import Answers
 from tokcache.llama.server.misses import SlotMisses
 from tokcache.llama.server.namespaces import adapters_of, scope_of
@@ -44,7 +43,7 @@ class Records:
             url, is_strict=settings.on_error == "raise", is_reproducible=settings.reproducible
         )
         self.shelf = Shelf(
-            max_bytes=require_size("max_bytes", settings.max_bytes),
+            max_bytes=settings.max_bytes,
             max_age_s=settings.max_age_s,
             folder=Path(settings.slot_folder) if settings.slot_folder is not None else None,
             step=min(STEP_TOKENS, settings.block_tokens) if settings.reproducible else STEP_TOKENS,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from tokcache._validate import require_bool, require_int, require_seconds, require_size
+from tokcache._disk_budget import require_disk_size
+from tokcache._validate import require_bool, require_int, require_seconds
 from tokcache.errors import InvalidConfig
 from tokcache.llama.server.model import require_kv_type
 
@@ -30,9 +31,10 @@ class SlotSettings:
     report. `save_when` "answered" saves a slot after each answer, off the request's path, so a
     restart of the server loses nothing; "overwritten" saves it before another prompt gets the slot.
 
-    Units:  `max_bytes` of all files, those of earlier clients in `slot_folder` included, as an int
-            or a size such as "8G"; `max_age_s` since a file was last used; prompts shorter than
-            `min_save_tokens` are not saved.
+    Units:  `max_bytes` of all files, those of earlier clients in `slot_folder` included, as an int,
+            a size such as "8G", or a share of the folder's disk such as "10%" or "50% free", which
+            is read again every few seconds; `max_age_s` since a file was last used; prompts shorter
+            than `min_save_tokens` are not saved.
     Errors: InvalidConfig.
     """
 
@@ -48,7 +50,12 @@ class SlotSettings:
     save_when: str = "answered"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_bytes", require_size("max_bytes", self.max_bytes))
+        object.__setattr__(self, "max_bytes", require_disk_size("max_bytes", self.max_bytes))
+        if isinstance(self.max_bytes, str) and self.slot_folder is None:
+            raise InvalidConfig(
+                f"max_bytes={self.max_bytes!r} is a share of the disk of slot_folder, which is not "
+                "given; name the folder, or give max_bytes in bytes"
+            )
         for name in ("min_save_tokens", "block_tokens"):
             require_int(name, getattr(self, name), minimum=1)
         require_bool("reproducible", self.reproducible)

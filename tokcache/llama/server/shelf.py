@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from tokcache._disk_budget import DiskBudget
 from tokcache._prefix import n_common
 from tokcache.llama.server.checkpoints import ANY_DISTANCE, NO_GAP, Gap, distance
 from tokcache.llama.server.folder import DIGEST_BYTES, PREFIX, SUFFIX, Folder
@@ -96,22 +97,24 @@ class Shelf:
 
     `trust` counts the reasons why a file was not kept or not deleted.
 
-    Units: `max_bytes` of all files; `max_age_s` since a file was last used; prefixes are looked
-           up in steps of `step` tokens, and shorter ones are not found.
+    Units: `max_bytes` of all files, or a share of the disk of `folder`; `max_age_s` since a file
+           was last used; prefixes are looked up in steps of `step` tokens, and shorter ones are not
+           found.
     Threads: not safe; callers hold the lock of the table of slots.
     """
 
     def __init__(
         self,
         *,
-        max_bytes: int,
+        max_bytes: int | str,
         max_age_s: float,
         folder: Path | None,
         step: int,
         trust: Trust,
     ) -> None:
         self._step = step
-        self._max_bytes = max_bytes
+        failed = lambda _: trust.refuse("disk_unreadable")  # noqa: E731
+        self._budget = DiskBudget(max_bytes, folder, failed)
         self._max_age_s = max_age_s
         self.folder = Folder(folder, trust)
         self._key = secrets.token_bytes(32)
@@ -197,21 +200,23 @@ class Shelf:
 
     def make_room(self, n_bytes: int) -> bool:
         """Evict files until `n_bytes` more fit; return whether they fit."""
-        if n_bytes > self._max_bytes:
+        n_held = self.n_bytes + sum(self._left.values())
+        max_bytes = self._budget.n_bytes(n_held)
+        if n_bytes > max_bytes:
             return False
-        n_over = self.n_bytes + sum(self._left.values()) + n_bytes - self._max_bytes
+        n_over = n_held + n_bytes - max_bytes
         for name, n_left in list(self._left.items()):
             if n_over <= 0:
                 break
             n_over -= n_left
             self._unlink_left(name)
         for file in sorted(self, key=lambda file: (file.is_pinned, file.used_at)):
-            if self.n_bytes + n_bytes <= self._max_bytes:
+            if self.n_bytes + n_bytes <= max_bytes:
                 break
             if file.n_readers == 0 and not file.is_pinned:
                 self.n_evictions += 1
                 self.drop(file, "max_bytes")
-        return self.n_bytes + n_bytes <= self._max_bytes
+        return self.n_bytes + n_bytes <= max_bytes
 
     def add(
         self,

@@ -74,6 +74,10 @@ CURES = {
         "a file in slot_folder could not be deleted",
         "this process must be able to write to the folder",
     ),
+    "disk_unreadable": (
+        "the size of slot_folder's disk could not be read again; its last size stays the budget's",
+        "look at that disk, or give max_bytes of SlotSettings in bytes",
+    ),
     "folder_not_readable": (
         "slot_folder could not be read",
         "it must be the server's --slot-save-path, and readable for this process",

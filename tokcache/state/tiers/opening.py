@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from tokcache._disk_budget import require_disk_size
 from tokcache.errors import InvalidConfig, StateRefused
 from tokcache.state.tiers.backoff import Worth
 from tokcache.state.write_behind import Job, WriteBehind
@@ -66,18 +67,29 @@ class Below:
             self.tier.refuse("queue_full")
 
 
-def open_tiers(disk: object, redis: object, queue_bytes: int) -> tuple[Below, ...]:
+def open_tiers(
+    disk: object, disk_bytes: int | str | None, redis: object, queue_bytes: int
+) -> tuple[Below, ...]:
     """Return the tiers of these arguments, nearest first; those made here are owned.
 
     Errors: InvalidConfig.
     """
     opened: list[tuple[Tier, bool]] = []
+    if disk_bytes is not None and not isinstance(disk, str | os.PathLike):
+        kind = "None" if disk is None else f"a {type(disk).__name__}"
+        raise InvalidConfig(
+            f"disk_bytes is the budget of a folder given as disk, and disk is {kind}; give a "
+            "folder, or max_bytes to the DiskTier"
+        )
     # Each tier is imported only where it is used: its libraries are optional.
     if disk is not None:
-        from tokcache.state.tiers.disk import DiskTier  # noqa: PLC0415
+        from tokcache.state.tiers.disk.tier import DEFAULT_BYTES, DiskTier  # noqa: PLC0415
 
         if isinstance(disk, str | os.PathLike):
-            opened.append((DiskTier(disk), True))
+            size = disk_bytes
+            if size is not None:  # named as it was given here, where it is wrong
+                size = require_disk_size("disk_bytes", size)
+            opened.append((DiskTier(disk, max_bytes=DEFAULT_BYTES if size is None else size), True))
         elif isinstance(disk, DiskTier):
             opened.append((disk, False))
         else:

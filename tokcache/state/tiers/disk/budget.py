@@ -23,6 +23,7 @@ from tokcache.state.tiers.disk.folder import GONE, TEMPORARY, TRIES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tokcache._disk_budget import DiskBudget
     from tokcache.state.tiers.counters import TierCounters
     from tokcache.state.tiers.disk.folder import StateFolder
 
@@ -37,14 +38,15 @@ _MAX_COUNTED = 1 << 60
 class ByteBudget:
     """The bytes of a folder's files, over all processes that share it.
 
-    Units: `max_bytes` bytes of files; `ttl_s` seconds after its last use a file is pruned.
+    Units: `size` bytes of files, or a share of the disk, which is read while the lock is held;
+           `ttl_s` seconds after its last use a file is pruned.
     Threads: safe, for threads and processes.
     """
 
     def __init__(
-        self, folder: StateFolder, counters: TierCounters, max_bytes: int, ttl_s: float | None
+        self, folder: StateFolder, counters: TierCounters, size: DiskBudget, ttl_s: float | None
     ) -> None:
-        self.max_bytes, self.ttl_s = max_bytes, ttl_s
+        self.size, self.ttl_s = size, ttl_s
         self._folder, self._counters = folder, counters
 
     @contextlib.contextmanager
@@ -86,15 +88,17 @@ class ByteBudget:
 
         Errors: StateRefused if they would not fit into an empty folder; OSError.
         """
-        if n_bytes > self.max_bytes:
-            raise StateRefused("over_budget")
         with self.locked() as fd:
             raw = os.pread(fd, _COUNT_BYTES, 0)
             # Without a count (a new folder, or a damaged one) the pruning below counts the files.
-            total = int.from_bytes(raw, "little") if len(raw) == _COUNT_BYTES else self.max_bytes
-            total += n_bytes
-            if n_bytes > 0 and total > self.max_bytes:
-                goal = int(self.max_bytes * _LOW_WATER) - n_bytes
+            is_counted = len(raw) == _COUNT_BYTES
+            total = int.from_bytes(raw, "little") if is_counted else self._scanned_bytes()
+            max_bytes = self.size.n_bytes(total if total <= _MAX_COUNTED else self._scanned_bytes())
+            if n_bytes > max_bytes:
+                raise StateRefused("over_budget")
+            total = (total if is_counted else max_bytes) + n_bytes
+            if n_bytes > 0 and total > max_bytes:
+                goal = int(max_bytes * _LOW_WATER) - n_bytes
                 total = self._prune_to(max(goal, 0), None) + n_bytes
             os.pwrite(fd, max(total, 0).to_bytes(_COUNT_BYTES, "little"), 0)
 

@@ -196,9 +196,11 @@ class StateFiles:
                 return 0
             parts = self._codec.packed(address, record, payload)
             n_bytes = sum(len(part) for part in parts)
-            if n_bytes > self._budget.max_bytes:
+            try:
+                self._budget.reserve(n_bytes)
+            except StateRefused:
                 self._folder.notices.oversize(address.root_key.fingerprint, n_bytes)
-            self._budget.reserve(n_bytes)
+                raise
             n_spare = n_bytes
             try:
                 temporary = write_temporary(folder, TEMPORARY, parts, is_synced=self._is_synced)

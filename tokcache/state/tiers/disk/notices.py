@@ -9,6 +9,7 @@ from tokcache.state.tiers.disk.file import reason_of
 from tokcache.state.tiers.notices import Notices
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _log = logging.getLogger("tokcache")
@@ -17,9 +18,9 @@ _log = logging.getLogger("tokcache")
 class DiskNotices(Notices):
     """The troubles of a folder of states."""
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, shown_budget: Callable[[], str]) -> None:
         super().__init__()
-        self._path, self._max_bytes = path, max_bytes
+        self._path, self._shown_budget = path, shown_budget
         self._unwritable_bytes = 0
 
     def folder(self, error: OSError | None = None) -> None:
@@ -45,7 +46,7 @@ class DiskNotices(Notices):
     def cure(self, error: OSError) -> str:
         """Return the advice for an error of writing."""
         cures = {
-            "full": f"free some space, or lower max_bytes (now {self._max_bytes:,})",
+            "full": f"free some space, or lower max_bytes (now {self._shown_budget()})",
             "permission": "give this user the right to write there",
             "missing": "the folder is gone, and the next write makes it again; keep programs that "
             "clean up away from it",
@@ -79,5 +80,5 @@ class DiskNotices(Notices):
             _log.warning(
                 "a state takes %s bytes, and the folder of states %s may hold %s: states that "
                 "large are not stored there; raise max_bytes (logged once a model)",
-                *(f"{n_bytes:,}", self._path, f"{self._max_bytes:,}"),
+                *(f"{n_bytes:,}", self._path, self._shown_budget()),
             )

@@ -14,7 +14,8 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tokcache._validate import require_bool, require_scope, require_seconds, require_size
+from tokcache._disk_budget import DiskBudget, require_disk_size
+from tokcache._validate import require_bool, require_scope, require_seconds
 from tokcache.errors import InvalidConfig, StateRefused, TierUnavailable
 from tokcache.state.tiers.block_file import StateCodec
 from tokcache.state.tiers.counters import TierCounters
@@ -43,8 +44,10 @@ class DiskTier:
     when files reach the disk: a crash of the machine, not of a process, may then lose or damage
     (never silently) the files written last.
 
-    Units:  `max_bytes` bytes of files, or a size such as "4G", over all processes that use the
-            folder; blocks that are being written may exceed it while another process prunes.
+    Units:  `max_bytes` bytes of files, a size such as "4G", or a share: "10%" of the disk, "50%
+            free" of its free space and the files together. It counts the files of all processes
+            that use the folder; blocks that are being written may exceed it while another process
+            prunes. A share follows its disk: the first write after the disk has shrunk prunes.
             `ttl_s` seconds after its last use a state is no longer used, and the next pruning
             removes it.
     Errors: InvalidConfig for settings and folders that can't be used; MissingExtra where a
@@ -68,7 +71,7 @@ class DiskTier:
         if not isinstance(named, str) or not named:
             raise InvalidConfig(f"path must be the path of a folder, not {path!r}")
         self.path = Path(named).absolute()
-        self.max_bytes = require_size("max_bytes", max_bytes)
+        size = require_disk_size("max_bytes", max_bytes)
         self.ttl_s = None if ttl_s is None else require_seconds("ttl_s", ttl_s)
         self.codec = StateCodec(hmac_key, encryption_key)
         self.codec.require_libraries()
@@ -76,13 +79,21 @@ class DiskTier:
         is_synced = require_bool("is_synced", is_synced)
         self._cleanup: Callable[[], object] | None = None
         self._counters = TierCounters()
-        self._notices = DiskNotices(self.path, self.max_bytes)
+        self._notices = DiskNotices(self.path, self._shown_budget)
         self._folder = StateFolder(self.path, self._counters, self._notices)
-        self._budget = ByteBudget(self._folder, self._counters, self.max_bytes, self.ttl_s)
+        self._size = DiskBudget(size, self.path, self._folder.refuse)
+        self._budget = ByteBudget(self._folder, self._counters, self._size, self.ttl_s)
         self._files = StateFiles(
             self._folder, self._budget, self.codec, self._counters, is_synced=is_synced
         )
         self._folder.prepare()
+        try:
+            self._size.n_bytes(self._budget.counted_bytes())
+        except OSError as error:
+            raise InvalidConfig(
+                f"the size of the disk of {self.path} can't be read: {error.strerror}; give "
+                "max_bytes in bytes"
+            ) from error
 
     @classmethod
     def ephemeral(cls, *, max_bytes: int | str = DEFAULT_BYTES) -> Self:
@@ -102,7 +113,15 @@ class DiskTier:
     def __repr__(self) -> str:
         """Return the folder, the bytes it holds and its budget."""
         n_bytes = self._budget.counted_bytes()
-        return f"<DiskTier {self.path}: {n_bytes:,} of {self.max_bytes:,} bytes>"
+        return f"<DiskTier {self.path}: {n_bytes:,} of {self._size.n_bytes(n_bytes):,} bytes>"
+
+    @property
+    def max_bytes(self) -> int:
+        """The bytes that the files may take now."""
+        return self._size.n_bytes(self._budget.counted_bytes())
+
+    def _shown_budget(self) -> str:
+        return self._size.shown(self._budget.counted_bytes())
 
     def check(self) -> None:
         """Raise if states can't be read from or written to the folder now.
@@ -254,10 +273,14 @@ class DiskTier:
     ) -> int:
         """Remove expired and least recently used states down to `max_bytes`; return the bytes left.
 
+        Units:  `max_bytes` as for the tier, whose own it is by default.
         Errors: InvalidConfig; OSError where the folder can't be read.
         """
-        goal = self.max_bytes if max_bytes is None else require_size("max_bytes", max_bytes, 0)
-        return self._budget.prune(goal, progress)
+        size = self._size
+        if max_bytes is not None:
+            wanted = require_disk_size("max_bytes", max_bytes, 0)
+            size = DiskBudget(wanted, self.path, self._folder.refuse)
+        return self._budget.prune(size.n_bytes(self._budget.counted_bytes()), progress)
 
     def files(self) -> Iterator[File]:
         """Yield every state's file; other entries of the folder are skipped."""
