@@ -44,6 +44,8 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (CHECKOUT / "tokcache").is_dir():
+        pytest.skip("these tests run on an installed package, without its source tree")
     folder = tmp_path_factory.mktemp("sdist")
     run("-m", "build", "--sdist", "--no-isolation", "--outdir", folder, CHECKOUT)
     return next(folder.glob("*.tar.gz"))

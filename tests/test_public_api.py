@@ -13,7 +13,7 @@ import pytest
 import tokcache
 from tokcache.text.tokenizer import WrappedTokenizer
 
-ROOT = Path(tokcache.__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # the package may be installed elsewhere
 NAMES = [
     "CacheConfig",
     "CacheStats",

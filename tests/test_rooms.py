@@ -117,6 +117,9 @@ def test_importing_tokcache_loads_no_optional_library() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Imports for type checking count, too: a reader has to follow them as well."""
-    command = [sys.executable, str(ROOT.parent / "tools" / "measure_house.py"), "--json"]
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "tokcache").is_dir():
+        pytest.skip("this test runs on an installed package, without its source tree")
+    command = [sys.executable, str(checkout / "tools" / "measure_house.py"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     assert json.loads(done.stdout)["circles_are"] == []

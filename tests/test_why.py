@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,13 +229,22 @@ def test_har_files_and_lists_of_requests_are_logs(tmp_path: Path) -> None:
 
 def test_the_guide_shows_real_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     docs = Path(__file__).parents[1] / "docs"
-    page = (docs / "guides/comparing.md").read_text(encoding="utf-8")
+    page = without_token_counts((docs / "guides/comparing.md").read_text(encoding="utf-8"))
     monkeypatch.chdir(docs / "assets/why")
     monkeypatch.setenv("COLUMNS", "100")
     runs = (("before.json", "after.json", "--model", samples.tiny_model()), ("session.jsonl",))
     for arguments in runs:
         shown = "\n".join(line.rstrip() for line in run(*arguments).stdout.splitlines())
-        assert f"```text\n{shown}\n```\n" in page
+        assert f"```text\n{without_token_counts(shown)}\n```\n" in page
+
+
+def without_token_counts(text: str) -> str:
+    """Return `text` without its counts of tokens.
+
+    The tiny tokenizer is trained on this Python's manual, so that another Python counts others.
+    """
+    line = r"\d+ tokens of \d+ would have been reused after \d+ equal ones"
+    return re.sub(line, "N tokens of N would have been reused after N equal ones", text)
 
 
 # ---- input that can't be read

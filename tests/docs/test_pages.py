@@ -16,6 +16,7 @@ from tokcache.llama.reasons import REASONS
 from tokcache.llama.server.trust import CURES
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(tokcache.__file__).parent  # in the checkout, or installed
 DOCS = ROOT / "docs"
 
 
@@ -45,7 +46,7 @@ _NATIVE = re.compile(r'\.refuse\("(\w+)"')
 def _codes_in_source() -> dict[str, str]:
     """Return every literal code that the source counts, and where."""
     found = {}
-    for path in sorted((ROOT / "tokcache").rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             literal, line = None, getattr(node, "lineno", 0)
             if isinstance(node, ast.Call) and node.args:
@@ -55,7 +56,7 @@ def _codes_in_source() -> dict[str, str]:
                 name = getattr(node.value, "attr", getattr(node.value, "id", ""))
                 literal = node.slice if name in {"refusals", "_refusals", "reasons"} else None
             if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
-                found[literal.value] = f"{path.relative_to(ROOT)}:{line}"
+                found[literal.value] = f"{path.relative_to(PACKAGE)}:{line}"
     for path in sorted((ROOT / "ext").rglob("*.pyx")):
         for code in _NATIVE.findall(path.read_text(encoding="utf-8")):
             found[code] = str(path.relative_to(ROOT))

@@ -288,8 +288,9 @@ def test_the_requests_of_the_demo_are_replayed(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = figures(log)
     assert (found["n_prompts"], found["n_skipped"]) == (20, 0)
-    assert "62,903 prompt ids" in done.output
-    assert found["n_tokens"] == 62_903  # the same texts
+    # The same texts; their number of tokens is that of a tokenizer trained on this Python's manual.
+    assert f"{found['n_tokens']:,} prompt ids" in done.output
+    assert 60_000 < found["n_tokens"] < 66_000
 
 
 def test_sizes_and_times_are_written_to_be_read() -> None:
