@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import pytest
 
 BLOCK = 3
-KEYS = st.tuples(
+_PARTS = st.tuples(
     st.sampled_from([b"m", b"n"]),
     st.sampled_from([None, "a"]),
     st.sampled_from(["free", "aligned"]),
-).map(
-    lambda drawn: RootKey(drawn[0], drawn[1], cast("Any", drawn[2]))
-)  # `builds` would draw a start, too
+)
+# `builds` would draw a start, too.
+KEYS = _PARTS.map(lambda drawn: RootKey(drawn[0], drawn[1], cast("Any", drawn[2])))
 TOKENS = st.lists(st.integers(0, 2), max_size=10)
 Tokens = tuple[int, ...]
 
