@@ -6,8 +6,6 @@ sequences of calls: `python -m pytest --hypothesis-profile=nightly -k Machine`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import FlakyFailure, HypothesisException
@@ -32,7 +30,7 @@ def effort(n_examples: int, n_steps: int) -> settings:
 
 
 def assert_fails(
-    machine: Callable[[], RuleBasedStateMachine], n_examples: int = 400, n_steps: int = 40
+    machine: type[RuleBasedStateMachine], n_examples: int = 400, n_steps: int = 40
 ) -> None:
     """Assert that a machine finds the fault that the caller has planted.
 

@@ -76,7 +76,7 @@ def test_a_gateway_refuses_the_user_of_a_url_without_showing_it() -> None:
 
 
 def test_tiers_show_no_keys(tmp_path: Path) -> None:
-    keys = {"hmac_key": HMAC_KEY, "encryption_key": ENCRYPTION_KEY}
+    keys: dict[str, Any] = {"hmac_key": HMAC_KEY, "encryption_key": ENCRYPTION_KEY}
     disk = DiskTier(tmp_path / "states", **keys)
     redis = RedisTier(f"redis://user:{PASSWORD}@127.0.0.1:9/0", timeout_s=0.2, **keys)
     states = PrefixStateCache(disk=disk, redis=redis, block_tokens=4)

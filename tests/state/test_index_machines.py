@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.machines import assert_fails, effort
+from tokcache import _prefix
 from tokcache.state import index as index_module
 from tokcache.state.index import BlockIndex, Node, Root
 from tokcache.state.names import RootKey
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     import pytest
 
 BLOCK = 3
-KEYS = st.tuples(
+_PARTS = st.tuples(
     st.sampled_from([b"m", b"n"]),
     st.sampled_from([None, "a"]),
     st.sampled_from(["free", "aligned"]),
-).map(lambda drawn: RootKey(*drawn))  # `builds` would draw a start, too
+)
+# `builds` would draw a start, too.
+KEYS = _PARTS.map(lambda drawn: RootKey(drawn[0], drawn[1], cast("Any", drawn[2])))
 TOKENS = st.lists(st.integers(0, 2), max_size=10)
 Tokens = tuple[int, ...]
 
@@ -339,7 +342,7 @@ TestRetentionMachine.settings = effort(40, 30)
 def test_a_common_prefix_that_is_one_token_too_long_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    common = index_module.common_tokens
+    common = _prefix.common_tokens
 
     def one_more(left: Any, right: Any) -> int:
         return common(left, right) + (len(right) > 8)

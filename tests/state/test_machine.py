@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.machines import assert_fails, effort
 from tests.state.engine import Engine, restored
+from tokcache import _prefix
 from tokcache.state import index
 from tokcache.state.cache import PrefixStateCache
 from tokcache.state.memory import NODE_BYTES, StateMemory
@@ -161,7 +162,7 @@ TestTight.settings = effort(25, 35)
 
 
 def test_a_prefix_that_is_one_token_too_short_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    common = index.common_tokens
+    common = _prefix.common_tokens
     monkeypatch.setattr(index, "common_tokens", lambda *given: max(0, common(*given) - 1))
     assert_fails(CacheMachine)
 

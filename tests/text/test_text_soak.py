@@ -10,6 +10,7 @@ import pytest
 
 from bench import text_soak
 from bench._report import Report
+from tokcache import CacheConfig
 from tokcache.text.flights import Flights
 from tokcache.text.segments.cache import L1
 from tokcache.text.tokenizer import CachedTokenizer
@@ -33,8 +34,8 @@ def for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real tokenizers take seconds to load; a short part sees few changes and fills no cache."""
     monkeypatch.setattr(text_soak, "shared_data", lambda: None)
     monkeypatch.setattr(text_soak, "CHANGE_EVERY_S", 0.3)
-    small = {"l0_max_entries": 150, "l0_max_bytes": "100K", "l1_max_bytes": "100K"}
-    own = text_soak.CacheConfig(**small, l1=False, engine="tokenizers")
+    small: dict[str, Any] = {"l0_max_entries": 150, "l0_max_bytes": "100K", "l1_max_bytes": "100K"}
+    own = CacheConfig(**small, l1=False, engine="tokenizers")
     monkeypatch.setattr(text_soak, "L0", own)
 
 
@@ -74,7 +75,7 @@ def larger_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caches take twice the bytes that they were given."""
     wrap = text_soak.wrap
     double = {
-        id(one): text_soak.CacheConfig(
+        id(one): CacheConfig(
             l0_max_entries=2 * one.l0_max_entries,
             l0_max_bytes=2 * one.l0_max_bytes,
             l1=one.l1,
