@@ -174,7 +174,8 @@ def test_tokens_of_byte_fallback_are_spliced_by_their_bytes(
     source = shared_data / "tokenizers" / "phi-3-mini" / "tokenizer.json"
     sizes: dict[str, Any] = {"n_layers": 1, "n_embd": 32, "n_heads": 1, "n_kv_heads": 1, "n_ff": 32}
     model = samples.tiny_model(source, folder=tmp_path, **sizes)
-    llm, plain = llama(store(), model=model, splice=True), Tokenizer.from_file(str(source))
+    llm = llama(store(), model=model, splice=True)
+    plain: Any = Tokenizer.from_file(str(source))
     names = [f"<0x{each:02X}>" for each in "\u65e5".encode()] + list("there")
     generated = [plain.token_to_id(name) for name in names]
     asked = "<|user|>\nWhich day?<|end|>\n<|assistant|>\n"

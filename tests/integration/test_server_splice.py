@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.served import SlotSettings, Wrapped, both_clients
+from tests.integration.served import Wrapped, both_clients
 from tokcache import samples
 from tokcache.errors import InvalidConfig
-from tokcache.llama.server import LlamaServer
+from tokcache.llama.server import LlamaServer, SlotSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ def ask(
     server: LlamaServer, prompt: Any, *, allowed: str | list[int] = LETTERS, n: int = N, **more: Any
 ) -> Reused:
     """Ask for a sampled answer in these ids or single letters alone."""
-    plain = Wrapped(samples.tiny_tokenizer()).unwrap()
+    plain: Any = Wrapped(samples.tiny_tokenizer()).unwrap()
     if isinstance(allowed, str):
         allowed = [plain.token_to_id(letter) for letter in allowed]
     bias = [[each, 100.0] for each in allowed]

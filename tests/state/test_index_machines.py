@@ -235,6 +235,7 @@ class Item:
     used_s: float = 0.0
     is_dead: bool = False
     is_queued: bool = False
+    is_pinned: bool = False
     children: list[Item] = field(default_factory=list)
 
 
@@ -278,6 +279,21 @@ class RetentionMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.items)
     @rule(data=st.data())
+    def prefer(self, data: st.DataObject) -> None:
+        """Pin a prefix: its blocks are the last victims, and do not expire."""
+        for item in self.chain(data.draw(st.sampled_from(self.items))):
+            item.is_pinned = True
+
+    @precondition(lambda self: self.items)
+    @rule(data=st.data())
+    def end_preference(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(self.items))
+        for one in self.items:
+            one.is_pinned &= item not in self.chain(one)
+        self.retention.unpinned()
+
+    @precondition(lambda self: self.items)
+    @rule(data=st.data())
     def raise_priority(self, data: st.DataObject) -> None:
         for item in self.chain(data.draw(st.sampled_from(self.items))):
             item.priority = max(item.priority, 2)
@@ -305,7 +321,8 @@ class RetentionMachine(RuleBasedStateMachine):
             return
         assert isinstance(victim, Item)
         assert victim in free
-        assert (victim.priority, victim.tick) == min((one.priority, one.tick) for one in free)
+        ranks = {id(one): (one.is_pinned, one.priority, one.tick) for one in free}
+        assert ranks[id(victim)] == min(ranks.values())
         self.take_out(victim)
 
     @rule(seconds=st.floats(0, 8))
@@ -314,11 +331,12 @@ class RetentionMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        queued = [item[3] for item in self.retention._heap]
+        queued = [item[-1] for item in self.retention._heap]
         assert len(set(map(id, queued))) == len(queued)
         for item in self.items:
             assert item.children or item.is_queued
-            assert self.retention.is_expired(item, self.now) == (self.now - item.used_s > 10.0)
+            is_old = self.now - item.used_s > 10.0 and not item.is_pinned
+            assert self.retention.is_expired(item, self.now) == is_old
 
     def teardown(self) -> None:
         for item in self.items:
@@ -380,7 +398,7 @@ def test_a_priority_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_victim_whose_last_use_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def first(self: Retention, in_use: list[Any]) -> Any:
         while self._heap:
-            held = self._heap.pop(0)[3]
+            held = self._heap.pop(0)[-1]
             held.is_queued = False
             if not held.is_dead and not held.children and not held.pins:
                 return held

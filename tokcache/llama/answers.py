@@ -22,7 +22,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from hashlib import blake2b
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int32]
     Key = tuple[Hashable, int, bytes]
+    _Base = LRUCache[Key, tuple[NDArray[np.int32], ...]]
+else:
+    _Base = LRUCache
 
 MAX_BYTES = 4 << 20  # about 1,700 answers of 500 tokens
 _MAX_ALTERNATIVES = 8  # answers to one prompt
@@ -125,7 +128,7 @@ class Answers:
         if len(answer):
             self._waiting.append((begun, answer))
 
-    def clear(self, is_doomed: Callable[[Hashable], bool] = lambda _: True) -> None:
+    def clear(self, is_doomed: Callable[[Any], bool] = lambda _: True) -> None:
         """Forget the answers of these scopes, those that are being generated too."""
         with self._lock:
             for begun in self._begun:
@@ -133,7 +136,7 @@ class Answers:
             self._store_waiting()
             self._drop(is_doomed)
 
-    def _drop(self, is_doomed: Callable[[Hashable], bool]) -> None:
+    def _drop(self, is_doomed: Callable[[Any], bool]) -> None:
         for key in [key for key in self._kept if is_doomed(key[0])]:
             del self._kept[key]
         for scope in [scope for scope in self._works if is_doomed(scope)]:
@@ -171,7 +174,7 @@ class Answers:
                 break
             if start < end:  # inside an answer that is in its place
                 continue
-            digest.update(np.ascontiguousarray(ids[n_digested:start]))
+            digest.update(np.ascontiguousarray(ids[n_digested:start]).data)
             n_digested = start
             with self._lock:
                 answers = self._kept.get((scope, start, digest.copy().digest()), ())
@@ -190,7 +193,7 @@ class Answers:
 
     def _digest(self, ids: Ids) -> blake2b:
         data = np.ascontiguousarray(ids, np.int32)
-        return blake2b(data, digest_size=16, key=self._secret)
+        return blake2b(data.data, digest_size=16, key=self._secret)
 
     def _store_waiting(self) -> None:
         """Store the answers that wait, after dropping those whose scopes were cleared."""
@@ -212,7 +215,7 @@ class Answers:
                 self._kept[key] = answers
 
 
-class _Kept(LRUCache):  # type: ignore[misc]
+class _Kept(_Base):
     """The answers to each prompt, the newest last, and the lengths of the prompts of each scope."""
 
     def __init__(self, max_bytes: int) -> None:

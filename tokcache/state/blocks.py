@@ -206,7 +206,7 @@ class BlockCache:
         for part in parts:
             part_key, tokens, work = part
             # The pin of a block that only a tier has may end, too.
-            path = None if is_pinned else self._found_anywhere(part)
+            path = None if is_pinned else self._found_anywhere(part, last_only=False)
             with self._store.lock:
                 path = path or Path.found(self._store, part_key, tokens, work)
                 nodes, n_before = path.nodes, n_held
