@@ -215,9 +215,9 @@ class BlockCache:
                 if is_pinned and not is_whole:
                     nodes = []
                 elif is_pinned:
-                    self._memory.pin(nodes, n_held)
+                    self._memory.pinned.pin(nodes, n_held)
                 else:
-                    nodes = self._memory.unpin(nodes, n_held)
+                    nodes = self._memory.pinned.unpin(nodes, n_held)
                 if n_below == n_before:
                     for node in path.nodes:
                         if not all(node.written & below.bit for below in self._store.below):

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from tokcache.state.index import BlockIndex, Match, Node, Root, root_bytes
+from tokcache.state.pinned import PinnedPrefixes
 from tokcache.state.removals import Removals
 from tokcache.state.retention import Retention
 from tokcache.state.snapshot_index import SNAPSHOT_BYTES, Snapshot, SnapshotIndex
@@ -44,9 +45,8 @@ class StateMemory:
         self.missed_tokens: Counter[str] = Counter()
         self.removals = Removals()
         self.overhead = 0
-        # The positions at which pinned prefixes end, by the block that holds the last one.
-        self._pin_ends: dict[Node, set[int]] = {}
         self.retention = Retention(ttl_s)
+        self.pinned = PinnedPrefixes(self.retention)
         self._dead: dict[int, memoryview] = {}
         self._swept_s = time.monotonic()
 
@@ -241,36 +241,13 @@ class StateMemory:
         """Take a leaf out of the tree."""
         parent = node.parent
         self.index.remove(node)
-        self._pin_ends.pop(node, None)
+        self.pinned.removed(node)
         self.overhead -= NODE_BYTES + len(node.tokens)
         self._drop_payload(node)
         if isinstance(parent, Root):
             self.remove_root(parent)
         elif parent is not None and not parent.children:
             self.retention.watch(parent)
-
-    def pin(self, nodes: list[Node], n_tokens: int) -> None:
-        """Evict these blocks, which hold a prefix of `n_tokens`, after all that are not pinned."""
-        for node in nodes:
-            node.is_pinned = True
-        if nodes:
-            self._pin_ends.setdefault(nodes[-1], set()).add(n_tokens)
-
-    def unpin(self, nodes: list[Node], n_tokens: int) -> list[Node]:
-        """End the pin of that prefix; return the blocks that no other pinned prefix needs."""
-        ends = self._pin_ends.get(nodes[-1], set()) if nodes else set()
-        ends.discard(n_tokens)
-        if nodes and not ends:
-            self._pin_ends.pop(nodes[-1], None)
-        free: list[Node] = []
-        for node in reversed(nodes):
-            is_needed = any(child.is_pinned for child in node.children.values())
-            if is_needed or node in self._pin_ends:
-                break
-            node.is_pinned = False
-            free.append(node)
-        self.retention.unpinned()
-        return free
 
     def remove_snapshot(self, snapshot: Snapshot) -> None:
         """Take out a snapshot."""
@@ -359,8 +336,7 @@ class StateMemory:
             has_block_before = before is not None and before.parent is not None
             if node.is_pinned and has_block_before and not (before and before.is_pinned):
                 raise AssertionError("a pinned block follows one that is not pinned")
-        if any(end.is_dead or not end.is_pinned for end in self._pin_ends):
-            raise AssertionError("a pinned prefix ends in a block that is not pinned")
+        self.pinned.check()
         if self.counted_overhead() > self.overhead:
             raise AssertionError("overhead undercounted")
         if self.held_bytes() > self.ram_bytes or self.n_entries > self.max_entries:
