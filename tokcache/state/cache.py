@@ -126,7 +126,8 @@ class PrefixStateCache:
         `other_fingerprint` says which of them differ; they stay in this process.
         """
         if parts is not None:
-            self._store.note_parts(fingerprint, parts)
+            with self._store.lock:
+                self._store.parts.note(fingerprint, parts)
         for each in self._store.below:
             each.tier.name_model(fingerprint, name)
 

@@ -193,7 +193,7 @@ class MissFinder:
                     continue
                 n_same = common_tokens(child.tokens, wanted)
                 if n_same >= _MIN_SAME or 2 * n_same * TOKEN_BYTES >= len(wanted):
-                    differing = self._store.differing_parts(key.fingerprint, other.fingerprint)
+                    differing = self._store.parts.differing(key.fingerprint, other.fingerprint)
                     return _Why(MissReason.OTHER_FINGERPRINT, differing)
         is_lost = is_alike or self._memory.removals.has_forgotten(key)
         return _NOT_KNOWN if is_lost else _NEVER_STORED

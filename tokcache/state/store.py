@@ -62,6 +62,28 @@ _COUNTED = (
 )
 
 
+class FingerprintParts:
+    """The parts that fingerprints were made of, to say later in which two differ.
+
+    The store holds its lock.
+    """
+
+    def __init__(self) -> None:
+        self._parts: LRUCache[bytes, dict[str, str]] = LRUCache(_MAX_PARTS)
+
+    def note(self, fingerprint: bytes, parts: Mapping[str, object]) -> None:
+        """Note the parts of a fingerprint."""
+        self._parts[fingerprint] = {name: repr(part) for name, part in parts.items()}
+
+    def differing(self, left: bytes, right: bytes) -> str:
+        """Return the names of the parts in which two fingerprints differ, "" if not known."""
+        known = self._parts.get(left), self._parts.get(right)
+        if known[0] is None or known[1] is None:
+            return ""
+        names = {**known[0], **known[1]}
+        return ", ".join(name for name in names if known[0].get(name) != known[1].get(name))
+
+
 class Store(Locked):
     """The lock, memory, the tiers below, nearest first, their queues, and the counters.
 
@@ -113,7 +135,7 @@ class Store(Locked):
         self._prefill: dict[bytes, Speed] = {}
         # What a miss costs is measured in each scope alone: it must not show that others decode.
         self._own_prefill: LRUCache[tuple[bytes, str | None], Speed] = LRUCache(_MAX_SPEEDS)
-        self._parts: LRUCache[bytes, dict[str, str]] = LRUCache(_MAX_PARTS)
+        self.parts = FingerprintParts()
         self.loose: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.below: tuple[Below, ...] = ()
         if enabled:
@@ -143,19 +165,6 @@ class Store(Locked):
         """Return how long prefilling takes as measured in one scope, or None; the lock is held."""
         speed = self._own_prefill.get((fingerprint, scope)) if self._prefill else None
         return None if speed is None else speed.seconds(n_tokens)
-
-    def note_parts(self, fingerprint: bytes, parts: Mapping[str, object]) -> None:
-        """Note the parts that a fingerprint was made of, to say later in which two differ."""
-        with self.lock:
-            self._parts[fingerprint] = {name: repr(part) for name, part in parts.items()}
-
-    def differing_parts(self, left: bytes, right: bytes) -> str:
-        """Return the names of the parts in which two fingerprints differ; the lock is held."""
-        known = self._parts.get(left), self._parts.get(right)
-        if known[0] is None or known[1] is None:
-            return ""
-        names = {**known[0], **known[1]}
-        return ", ".join(name for name in names if known[0].get(name) != known[1].get(name))
 
     def worth_asking(self, root_key: RootKey) -> list[Below]:
         """Return the tiers that may be faster than prefilling; count the others."""
