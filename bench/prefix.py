@@ -29,7 +29,7 @@ from tokcache.state.cache import PrefixStateCache
 PACKAGES = ("llama-cpp-python", "numpy")
 UNIT = "ms to the first token"
 BAR = "none; answers are compared first"
-IN_ALL = ("--rounds", "2")
+IN_ALL = ("--rounds", "1")
 N_SHARED, N_CTX, N_BATCH = 2000, 4096, 256
 N_ANSWER = 8
 # Systems that must give the answers of an uncached run with the same decode boundaries.

@@ -14,6 +14,11 @@ turn" are those stored.
 
 The same chats in reproducible mode must give the same tokens with and without a cache.
 
+Disk first: the same chats with a memory that holds only the longest prompt and one block more, over
+a disk, against a memory that holds everything, over a disk too. Each prompt goes to all of them, in
+random order; the writes are waited for after each, outside the measured time. "Dropped" drops the
+files from the page cache (posix_fadvise DONTNEED) before each prompt. The model has 4 layers x 384.
+
 Stops cost prefill: the time of a new prompt of 1,000 tokens, on a hybrid of 4 layers x 384, is
 measured with and without them, in turns.
 """
@@ -21,9 +26,12 @@ measured with and without them, in turns.
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +56,17 @@ if TYPE_CHECKING:
 PACKAGES = ("llama-cpp-python", "numpy", "jinja2")
 UNIT = "prompt tokens decoded over the least"
 BAR = "at most 1.05 for attention, 1.15 for windows, 1.25 for recurrent memories and hybrids"
-IN_ALL = ("--turns", "5", "--memories", "attention", "hybrid", "--prompts", "4")
+IN_ALL = (
+    "--turns",
+    "5",
+    "--memories",
+    "attention",
+    "hybrid",
+    "--prompts",
+    "4",
+    "--disk-turns",
+    "2",
+)
 N_CTX = 16_384
 BLOCK = 32  # of reproducible mode: not longer than the tiny models' window
 MAX_RECURRENT = 1.25
@@ -62,6 +80,9 @@ MEMORIES = {
 }
 WAYS = {"thinking opened by the model": False, "by the prompt": True}
 MAX_PREFILL = 1.05
+MAX_SMALL = 1.15
+LARGE, SMALL, DROPPED = "large memory", "small memory", "small memory, dropped"
+MIDDLE: dict[str, Any] = {"n_layers": 4, "n_embd": 384, "n_heads": 6, "n_kv_heads": 2, "n_ff": 1024}
 _END = "<|im_end|>"
 _TEMPLATE = Environment(autoescape=False).from_string(turns.TEMPLATE)  # noqa: S701 (no HTML)
 
@@ -244,6 +265,75 @@ def prefill(n_prompts: int, report: Report) -> None:
     report.bar("prefill of a new prompt over grid only", ratio, MAX_PREFILL, most=True)
 
 
+def small_memory(memory: str, n_turns: int, report: Report) -> None:
+    """Compare a memory of one prompt and one block, over a disk, with a large one."""
+    model = samples.tiny_model(architecture=MEMORIES[memory][0], **MIDDLE)
+    shared: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
+
+    def ask(llm: Any, each: Asked) -> float:
+        script = iter(each.answer)
+
+        def choose(_: Any, scores: Any) -> Any:
+            scores[:] = -np.inf
+            scores[next(script)] = 0.0
+            return scores
+
+        steps = llm.generate(each.prompt, temp=0.0, logits_processor=LogitsProcessorList([choose]))
+        began = perf_counter()
+        next(steps)
+        took = perf_counter() - began
+        for _ in zip(each.answer[1:], steps, strict=False):
+            pass
+        steps.close()
+        return took
+
+    scratch = store()
+    llm = Llama(str(model), prefix_cache=scratch, n_ctx=N_CTX, **shared)
+    asked = list(requests(llm, 3, n_turns))
+    llm.wait_for_fingerprint()
+    ask(llm, max(asked, key=lambda each: len(each.prompt) + len(each.answer)))
+    stats = scratch.stats()
+    n_bytes = scratch.memory_usage() + stats.saved_bytes // max(stats.saved_blocks, 1)
+    llm.close()
+    with tempfile.TemporaryDirectory(prefix="tokcache-bench-") as folder:
+        caches, models = {}, {}
+        for name in (LARGE, SMALL, DROPPED):
+            ram = "4G" if name == LARGE else n_bytes
+            caches[name] = PrefixStateCache(
+                ram_bytes=ram, queue_bytes=ram, max_entries=10_000, disk=Path(folder, name)
+            )
+            models[name] = Llama(str(model), prefix_cache=caches[name], n_ctx=N_CTX, **shared)
+            models[name].wait_for_fingerprint()
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        rng = random.Random(5)
+        for number, each in enumerate(asked):
+            _drop_pages(Path(folder, DROPPED))
+            for name in rng.sample(list(models), len(models)):
+                took = ask(models[name], each)
+                caches[name].flush()
+                if number >= 3:  # the first prompt of each chat has nothing to read
+                    seconds[name].append(took * 1000)
+        for name, each_model in models.items():
+            stats = caches[name].stats()
+            found = f"{stats.disk.read_bytes:,} bytes read, refusals {stats.refusals}"
+            report.fact(f"{memory}: {name}", found)
+            each_model.close()
+            caches[name].close()
+    report.fact(f"{memory}: bytes of the small memory", f"{n_bytes:,}")
+    report.table(f"{memory}: time to the first token", "ms", seconds, base=LARGE)
+    for name in (SMALL, DROPPED):
+        ratio = sum(seconds[name]) / sum(seconds[LARGE])
+        report.bar(f"{memory}: sum of TTFT, {name} over large", ratio, MAX_SMALL, most=True)
+
+
+def _drop_pages(folder: Path) -> None:
+    """Drop the files of a folder from the page cache; they were synced when they were written."""
+    for path in folder.rglob("*.[01]"):
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--chats", type=int, default=2)
@@ -251,10 +341,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--same-turns", type=int, default=8, help="of the chat that is compared")
     parser.add_argument("--memories", nargs="+", choices=MEMORIES, default=list(MEMORIES))
     parser.add_argument("--prompts", type=int, default=12, help="new prompts that are timed")
+    parser.add_argument("--disk-turns", type=int, default=6, help="questions of chats on disk")
+    parser.add_argument("--disk-only", action="store_true", help="measure the small memory alone")
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure every memory, then the cost of the stops."""
+    for memory in ("attention", "recurrent"):
+        if memory in options.memories:
+            small_memory(memory, options.disk_turns, report)
+    if options.disk_only:
+        return
     with progress() as shown:
         for memory in shown.track(options.memories, description="asking"):
             for way in WAYS:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 PACKAGES = ("tokenizers",)
 UNIT = "wrong answers, MB"
 BAR = "no wrong answer; at most 2% more memory in the last half"
-IN_ALL = ("--seconds", "24")
+IN_ALL = ("--seconds", "12")
 N_TEXTS, N_THREADS = 400, 8
 SCOPES = (None, "a", "b")
 # Small, so that many texts are evicted before they are asked for again.

@@ -230,13 +230,13 @@ class Recorded:
         hold = self.cached._hold
 
         def held(tokens: Any) -> Any:
-            rest = hold(tokens)
+            ids, rest = hold(tokens)
             n_held = len(prompt) - len(rest)
             if self.cached.last_reuse.n_restored:
                 self.batches = self.batches_of(prompt[:n_held])
             else:
                 self.batches = cut(self.batches, n_held)
-            return rest
+            return ids, rest
 
         self.cached._hold = held
         tokens = answer(self.cached, prompt, n)

@@ -199,17 +199,17 @@ def test_files_of_another_model_are_never_restored(tmp_path: Path) -> None:
 
 
 def test_another_vocabulary_after_a_restart_is_an_error(tmp_path: Path) -> None:
-    tokenizer = Wrapped(samples.tiny_tokenizer())
+    from tests.test_samples import bundled  # noqa: PLC0415 (real data, this test alone)
+
+    tokenizer, other = Wrapped(samples.tiny_tokenizer()), bundled("gpt2")
     with serve(tmp_path) as running:
         port = port_of(running)
         server = LlamaServer(running.url, tokenizer=tokenizer)
         text = "What does it cost to renew a card? " * 20
         assert server.complete(text, n_predict=2).completion.n_prompt > BLOCK
         running.kill()
-    from tests.test_samples import bundled  # noqa: PLC0415 (real data, this test alone)
-
     sizes: dict[str, Any] = {"n_layers": 1, "n_embd": 32, "n_heads": 1, "n_kv_heads": 1, "n_ff": 32}
-    with serve(tmp_path, port=port, model=samples.tiny_model(bundled("gpt2"), **sizes)):
+    with serve(tmp_path, port=port, model=samples.tiny_model(other, **sizes)):
         for _ in range(2):
             with pytest.raises(VocabularyMismatch, match="for the tokenizer and"):
                 server.complete(text, n_predict=2)

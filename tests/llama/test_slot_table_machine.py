@@ -264,3 +264,19 @@ def test_a_request_that_is_not_woken_is_found(monkeypatch: pytest.MonkeyPatch) -
 def test_a_clear_that_leaves_files_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Shelf, "drop", lambda *_: None)
     assert_fails(SlotTableMachine)
+
+
+def test_a_failed_save_drops_the_earlier_file_of_its_name() -> None:
+    """A slot that is too short to be found again by its tokens is saved under one name twice."""
+    machine = SlotTableMachine()
+    prompt = (0,) * 40
+    machine.ask(None, prompt)
+    machine.ask(None, prompt)
+    for _ in range(2):
+        machine.end(0, [1])
+    machine.settle_first(is_saved=True)
+    (file,) = machine.shelf
+    machine.settle_first(is_saved=False)
+    assert not len(machine.shelf)
+    assert file.name in machine.shelf.stale
+    machine.records_say_what_the_server_holds()

@@ -27,8 +27,10 @@ _CHAT = ("messages", "tools", "tool_choice", "functions", "function_call")
 _MARKUP = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 
-class _Unusable(Exception):
-    """A file of the folder can't be warmed; the text says why."""
+class _Unusable(str):
+    """Why a file of the folder can't be warmed."""
+
+    __slots__ = ()
 
 
 def warm(

@@ -56,21 +56,19 @@ class _Prefix(NamedTuple):
     refusal: str | None = None
 
 
-class _Rendered(Exception):
-    """Carries the prompt of a chat out of llama_cpp's chat handler."""
-
-
 class _Renderer:
     """Stands in for a Llama in a chat handler: a prompt is not completed, but taken."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
+        self.prompt: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
     def create_completion(self, prompt: Any, *_args: Any, **_kwargs: Any) -> Any:
-        raise _Rendered(prompt)
+        self.prompt = prompt
+        raise RuntimeError("the handler must not go on: there is no answer")
 
 
 class Prewarm:
@@ -229,15 +227,16 @@ class Prewarm:
         rest = {name: value for name, value in prefix.items() if name != "messages"}
         prompts: list[list[int]] = []
         for chat in chats:
+            renderer = _Renderer(llm)
             try:
-                handler(llama=_Renderer(llm), messages=chat, **rest)
-            except _Rendered as rendered:
-                (prompt,) = rendered.args
-                prompts.append(self._encoded(prompt) if isinstance(prompt, str) else list(prompt))
+                handler(llama=renderer, messages=chat, **rest)
             except TokcacheError:
                 raise
             except Exception:  # noqa: BLE001 (a template may raise anything; the refusal is counted)
-                return _Prefix(none, (), "prewarm_template_failed")
+                if renderer.prompt is None:
+                    return _Prefix(none, (), "prewarm_template_failed")
+            prompt = renderer.prompt
+            prompts.append(self._encoded(prompt) if isinstance(prompt, str) else list(prompt))
         first, *others = prompts
         n_same = min((n_common(first, each) for each in others), default=len(first))
         return _Prefix(int32_ids(first[:n_same]))

@@ -123,7 +123,8 @@ class Records:
     def not_saved(self, slot: SlotRecord, name: str, reason: str) -> None:
         """Record why a slot was not saved: its file may exist, maybe half written."""
         with self.table.lock:
-            self.shelf.note_stale(name)
+            # An earlier file of this name, of the same contents, may be half overwritten.
+            self.shelf.drop_name(name, reason)
             slot.not_saved(reason)
 
     def restored(self, slot: SlotRecord, file: SavedSlot) -> None:

@@ -304,6 +304,14 @@ class Shelf:
         self._key = secrets.token_bytes(32)
         self.n_bytes = 0
 
+    def drop_name(self, name: str, cause: str) -> None:
+        """Drop the file `name`; if none is recorded, one may exist, for example half written."""
+        file = self._files.get(name)
+        if file is None:
+            self._remove(name, 0)
+        else:
+            self.drop(file, cause)
+
     def note_stale(self, name: str) -> None:
         """Record that a file `name` may exist, for example half written."""
         if name not in self._files:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LAYOUT = "1"
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block
 FILE_MODE, PINNED_MODE = 0o600, 0o700
+_AHEAD_BYTES = 1 << 17  # Linux cuts a larger request to read ahead down to this
 _FIRST_READ = 8192  # the head and some 1,900 tokens: one read for most blocks
 
 _REASONS = {
@@ -214,6 +215,10 @@ def read_head(fd: int, n_file_bytes: int) -> tuple[Head, bytes]:
 
 def _read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
     done = 0
+    if buffer.nbytes > _AHEAD_BYTES and hasattr(os, "posix_fadvise"):
+        # The disk reads what follows while the first bytes are copied and verified.
+        for at in range(offset, offset + buffer.nbytes, _AHEAD_BYTES):
+            os.posix_fadvise(fd, at, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
     while done < buffer.nbytes:
         n_read = os.preadv(fd, [buffer[done:]], offset + done)
         if not n_read:
