@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Python objects of one block: node, heap item, dict and tier entries, name. Its tokens are
 # added. Checked against tracemalloc by tests/state/test_cache.py::test_overhead_is_counted.
-NODE_BYTES = 1100
+NODE_BYTES = 1160
 _SWEEPS = 8  # sweeps for expired states in each `ttl_s`
 
 
