@@ -97,7 +97,8 @@ def run_one(name: str, argv: list[str]) -> int:
 
 def write(file: Path, found: dict[str, Any]) -> None:
     """Write the results of some benchmarks."""
-    file.write_text(json.dumps(_whole(found), indent=1) + "\n")
+    # A fact may be any object, such as the counters of a cache: its text is written.
+    file.write_text(json.dumps(_whole(found), indent=1, default=str) + "\n")
 
 
 def _whole(found: dict[str, Any]) -> dict[str, Any]:

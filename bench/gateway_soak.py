@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PACKAGES = ("xllamacpp", "starlette", "uvicorn", "httptools", "uvloop", "httpx")
 UNIT = "wrong answers, MB"
 BAR = "no wrong answer; at most 2% more memory in the last half"
-IN_ALL = ("--seconds", "40", "--kill-every", "15")
+IN_ALL = ("--seconds", "25", "--kill-every", "10")
 SYSTEM = "You are a careful assistant who answers in short sentences. " * 20
 N_CHATS, N_TURNS = 6, 3
 MAX_DIFFERENT, MAX_GROWTH = 0.1, 0.02

@@ -38,7 +38,7 @@ BAR = (
     "at least 60 times as fast as tokenizers and 3 as tokenizers 1.0; at most 3 times a hit "
     "of L0 for a known prompt"
 )
-IN_ALL = ("--tokenizer", "qwen2.5", "--rounds", "2", "--chats", "20")
+IN_ALL = ("--tokenizer", "qwen2.5", "--rounds", "2", "--chats", "12")
 BASE, ARRAY = "tokenizers", "gigatoken, array API"
 OVER_BASE, OVER_GIGA = peers.ENGINES
 SLOW = (BASE, "tokenizers, encode_batch_fast", "dict over tokenizers")

@@ -43,7 +43,7 @@ NEAR_TIE = 0.05
 PACKAGES = ("xllamacpp", "httpx")
 UNIT = "wrong answers"
 BAR = "none is wrong"
-IN_ALL = ("--seconds", "30", "--kill-every", "8")
+IN_ALL = ("--seconds", "20", "--kill-every", "6")
 AnyServer = LlamaServer | AsyncLlamaServer
 # The errors of a server that was killed or is starting.
 EXPECTED = (ServerUnreachable, ServerTimeout, ServerFailed)

@@ -330,3 +330,9 @@ def test_a_reader_that_ends_early_costs_no_traceback() -> None:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""
+
+
+def test_a_fact_of_any_kind_is_written_as_its_text(tmp_path: Path) -> None:
+    command.write(tmp_path / "a.json", {"exact": {"facts": {"counters": Path("a")}}})
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["benchmarks"]["exact"]["facts"] == {"counters": "a"}
