@@ -130,7 +130,7 @@ def test_a_plan_of_all_blocks_ends_before_an_unread_one(folder: Path) -> None:
 
 
 def test_memory_without_room_serves_the_state_from_the_tier(folder: Path) -> None:
-    cache = made(folder, ram_bytes=19_000)
+    cache = made(folder, ram_bytes=19_600)
     cache.namespace(b"other").store([1], bytes(4000), pin=True)
     assert found(cache, TOKENS) == 80
     assert found(cache, TOKENS) == 80
