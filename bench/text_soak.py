@@ -75,7 +75,7 @@ def wrap(tokenizer: Tokenizer, config: CacheConfig) -> Any:
 
 @dataclass
 class Part:
-    """One part of the soak: its threads, what they counted, and samples of memory."""
+    """One part of the soak: its threads, their counts, and samples of memory."""
 
     seconds: float
     n_wanted: int

@@ -242,7 +242,7 @@ def test_a_cache_that_is_too_small_or_a_full_disk_is_told(
         assert states.stats().refusals["disk: full"] > 0
         llm.create_completion([*IDS, 7, 9], max_tokens=1)
         assert llm.last_reuse.n_decoded == 2
-    # With room again the same call writes what is missing, and decodes nothing.
+    # Once there is room, the same call writes the missing states and decodes nothing.
     assert summed(llm.prewarm([IDS])) == [(0, None)]
     states.close()
 

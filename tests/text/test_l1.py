@@ -596,10 +596,10 @@ def test_one_in_eight_long_texts_of_cached_chunks_is_kept_whole(scope: str | Non
     ]
     texts = ["".join(passages[at:] + passages[:at]) for at in range(20)]
     assert len(texts[0]) > LONG_CHARS
-    for text in texts * 5:
+    for text in texts * 10:
         assert wrapped.token_ids(text, scope=scope).tolist() == wrapped.encode(text).ids
     stats = wrapped.cache_stats()
-    assert stats.l1.hits > ADMIT_ONE_IN  # where chunks end is random, and so is their number
+    assert stats.l1.hits > 2 * ADMIT_ONE_IN  # where chunks end is random, and so is their number
     n_encoded = stats.encoded_texts
-    n_put_together = len(texts) * 5 - n_encoded
+    n_put_together = len(texts) * 10 - n_encoded
     assert stats.l0.insertions == n_encoded + n_put_together // ADMIT_ONE_IN

@@ -238,7 +238,7 @@ class Sequence:
         A recurrent state can't be cut: the one after `stop` positions comes from the bytes. The
         rows of attention stay in their cells, so the cost does not depend on how many there are.
 
-        Errors: StateError; what the sequence holds is then undefined, and must be cleared.
+        Errors: StateError; the positions of the sequence are then undefined: clear it.
         """
         self._require_blocks()
         if stop >= self.end():

@@ -72,7 +72,7 @@ class Splicer:
                 self._last = _NOTHING
 
     def take(self) -> Splice:
-        """Return what was spliced into the prompt that is decoded now."""
+        """Return the splice of the prompt that is decoded now, once."""
         last, self._last = self._last, _NOTHING
         return last
 
