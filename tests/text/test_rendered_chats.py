@@ -630,7 +630,7 @@ def test_chats_that_branch_are_right_within_a_small_budget(template: str) -> Non
         check_tree(wrapped)
     found = stats_of(wrapped)
     assert found.evictions > 20
-    assert found.hit_messages > 60  # 83 on Python 3.11, 79 on 3.13: sizes of objects differ
+    assert found.hit_messages > 75  # 83 on Python 3.11, 79 on 3.13: sizes of objects differ
     assert "differences" not in found.refusals
 
 
